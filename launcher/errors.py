@@ -1,0 +1,127 @@
+"""Every failure launcher can name, with the exit code a shell or a scheduler sees.
+
+LauncherError                     1   something in launcher itself is wrong
+├── ConfigurationError            2   the job file or the command line cannot be used as it is
+├── DataError                     3   a data file is missing, unreadable, changed, or has rows the policy refuses
+├── OutOfMemoryError              4   a rank needed more memory than it has
+├── StorageError                  5   a disk is full, read-only or out of reach
+├── CheckpointError               6   no whole checkpoint can be read where one is needed
+├── RunInUseError                 7   another process works in this run directory
+├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row
+├── RankLostError                 9   a rank died without saying why
+└── Stopped                      75   stopped on request with everything saved: run it again to go on
+
+0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped. 130 is a second Ctrl-C: nothing more was saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class LauncherError(Exception):
+    """The root of everything launcher raises on purpose; its text is for people."""
+
+    exit_code = 1
+    failure_class = "internal"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a job file or a command line."""
+
+    key: str
+    value: object
+    reason: str
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f" = {self.value!r}"
+        return f"{self.key}{shown}: {self.reason}"
+
+
+class ConfigurationError(LauncherError):
+    """Carries every problem found, so that one look at the message is enough."""
+
+    exit_code = 2
+    failure_class = "configuration"
+
+    def __init__(self, problems: str | Problem | list[Problem], source: str = "") -> None:
+        if isinstance(problems, str):
+            problems = [Problem("", None, problems)]
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        self.source = source
+        lines = [str(problem).removeprefix(": ") for problem in self.problems]
+        where = f"{source}: " if source else ""
+        if len(lines) == 1:
+            super().__init__(where + lines[0])
+        else:
+            super().__init__(f"{where}{len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines))
+
+
+class DataError(LauncherError):
+    """A data file is missing, unreadable, changed under the run, or has rows that the policy refuses."""
+
+    exit_code = 3
+    failure_class = "data"
+
+
+class OutOfMemoryError(LauncherError):
+    """A rank needed more memory than it has."""
+
+    exit_code = 4
+    failure_class = "out-of-memory"
+
+
+class StorageError(LauncherError):
+    """A disk is full, read-only or out of reach."""
+
+    exit_code = 5
+    failure_class = "storage"
+
+
+class CheckpointError(LauncherError):
+    """No whole checkpoint can be read where one is needed."""
+
+    exit_code = 6
+    failure_class = "checkpoint"
+
+
+class RunInUseError(LauncherError):
+    """Another process works in this run directory."""
+
+    exit_code = 7
+    failure_class = "run-in-use"
+
+
+class DivergedError(LauncherError):
+    """The loss or the gradient was not finite too many steps in a row."""
+
+    exit_code = 8
+    failure_class = "diverged"
+
+
+class RankLostError(LauncherError):
+    """A rank died without saying why: killed from outside, or crashed in native code."""
+
+    exit_code = 9
+    failure_class = "rank-lost"
+
+
+class Stopped(LauncherError):
+    """Stopped on request with everything saved."""
+
+    exit_code = 75
+    failure_class = "stopped"
+
+
+def leaves(root: type[LauncherError] = LauncherError) -> list[type[LauncherError]]:
+    """The root and every class below it, in the order of their exit codes."""
+    found = [root]
+    for child in root.__subclasses__():
+        found += leaves(child)
+    return sorted(found, key=lambda error: error.exit_code)
+
+
+def by_failure_class(failure_class: str) -> type[LauncherError]:
+    """The exception class with this failure class; LauncherError where it is not known."""
+    return next((error for error in leaves() if error.failure_class == failure_class), LauncherError)

@@ -1,0 +1,257 @@
+"""What the user asks for: the job file as frozen pydantic models.
+
+Each field's docstring line is its help text, its unit and its scope; the reference page is made from it.
+Checks that need one section stand in it; checks across sections stand in `Job`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Auto = Literal["auto"]
+TaskName = Literal["causal-lm", "sequence-classification"]
+Precision = Literal["bf16", "fp16", "fp32"]
+ActivationCheckpointing = Literal["none", "full", "selective"]
+
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*$")
+
+
+class Section(BaseModel):
+    """The common ground of all sections: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Interval(Section):
+    """Something that happens every so many steps, or every so many seconds."""
+
+    value: float
+    unit: Literal["steps", "seconds", "epochs"]
+
+    def __str__(self) -> str:
+        return f"{self.value:g} {self.unit}"
+
+
+def parse_seconds(text: object) -> object:
+    """`90`, `30s`, `15min`, `8h`, `2d` -> seconds; anything else unchanged, for pydantic to refuse."""
+    if isinstance(text, str) and (match := _DURATION.match(text)):
+        return float(match[1]) * _UNITS[match[2]]
+    return text
+
+
+def parse_interval(value: object) -> object:
+    """A whole number is steps, `15min` is a time, `epoch` and `2 epochs` are epochs."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        return value
+    if isinstance(value, int):
+        return {"value": value, "unit": "steps"}
+    if match := re.match(r"^\s*(\d+)?\s*(steps?|epochs?)\s*$", value):
+        return {"value": int(match[1] or 1), "unit": match[2].rstrip("s") + "s"}
+    seconds = parse_seconds(value)
+    if isinstance(seconds, float):
+        return {"value": seconds, "unit": "seconds"}
+    raise ValueError("write a number of steps (200), a time (30s, 15min, 2h) or epochs (epoch, 2 epochs)")
+
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
+Every = Annotated[Interval, BeforeValidator(parse_interval)]
+Columns = str | tuple[str, ...]
+
+
+class Model(Section):
+    """Which model, and what it is to do."""
+
+    name: str = Field(min_length=1)
+    """A directory with a Hugging Face model, or a model's name on the hub."""
+    task: TaskName = "causal-lm"
+    """What the model learns to do."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention implementation."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` makes up new weights from the model's config."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameter names that are not trained, as `model.embed_tokens.*`."""
+    compile: bool = False
+    """Compile each repeated layer with torch.compile."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models whose code you have read."""
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    path: str | None = None
+    """A local file (.json .jsonl .csv .tsv .parquet .txt), relative to the job file; or a pattern of several."""
+    name: str | None = None
+    """A data set's name on the hub, instead of a path."""
+    subset: str | None = None
+    """The configuration of a hub data set."""
+    split: str = "train"
+    """The split of a hub data set."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows."""
+
+
+class Data(Section):
+    """The rows, what in them is what, and how they become samples."""
+
+    train: Source
+    """Rows to learn from."""
+    evaluation: Source | None = None
+    """Rows held out, to measure on."""
+    text: Columns | None = None
+    """The column of plain text; for classification the text, or two columns for a pair."""
+    prompt: str | None = None
+    """The column of the prompt: read, not learned."""
+    completion: str | None = None
+    """The column of the completion: learned."""
+    messages: str | None = None
+    """The column of a chat's messages; the assistant's are learned."""
+    label: str | None = None
+    """The column of the label: a class, a list of classes, or a number for regression."""
+    problem: Literal["single-label", "multi-label", "regression"] = "single-label"
+    """What kind of label: one class, several at once, or a number."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens of the longest sample; with packing, of a pack."""
+    packing: bool = False
+    """Put several samples into one row of max_length; they never see each other."""
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    """What to do with a sample of more than max_length tokens."""
+    unusable: Literal["drop", "refuse"] = "drop"
+    """What to do with a row that has a missing key, no text, or bytes that are not UTF-8."""
+    num_workers: int | Auto = Field(default="auto")
+    """Processes that tokenise."""
+
+
+class Batch(Section):
+    """How many samples a step takes, and how they are cut."""
+
+    global_batch_size: int = Field(default=32, ge=1)
+    """Samples (packs, with packing) of one optimizer step, over all ranks."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """Samples of one forward pass, per rank."""
+
+
+class EarlyStopping(Section):
+    """Stop when an evaluation metric no longer gets better."""
+
+    metric: str = "loss"
+    """The metric watched, by its name in the evaluation."""
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without an improvement before the run ends."""
+    minimum_delta: float = Field(default=0.0, ge=0)
+    """The smallest change that counts as an improvement."""
+
+
+class Training(Section):
+    """How long, how fast, and with what."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data. 1 where neither epochs nor max_steps is given."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, instead of epochs."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """The highest learning rate."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """AdamW (decoupled weight decay), Adam, or SGD with momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to Adam's denominator."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of SGD."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """On matrices; biases and norms are never decayed."""
+    schedule: Literal["linear", "cosine", "constant", "inverse-sqrt"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: float = Field(default=0.03, ge=0)
+    """Below 1: the share of all steps; from 1: steps."""
+    minimum_learning_rate: float = Field(default=0.0, ge=0)
+    """Where linear and cosine end."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """The largest global gradient norm; 0 leaves gradients as they are."""
+    seed: int = Field(default=17, ge=0)
+    """Of the order of the data, dropout and new weights."""
+    evaluate_every: Every | None = None
+    """Steps, a time, or epochs between evaluations; at the start and the end in any case."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when a metric no longer gets better."""
+    skip_nonfinite: int = Field(default=10, ge=0)
+    """Steps in a row with a NaN or Inf loss or gradient that are skipped before the run stops."""
+
+
+class Memory(Section):
+    """What to trade for memory."""
+
+    activation_checkpointing: ActivationCheckpointing | Auto = "auto"
+    """`full` recomputes each layer, `selective` all but its matrix products, `none` keeps everything."""
+    offload: Literal["none"] = "none"
+    """Where optimizer state and parameters live: on the device."""
+
+
+class Parallel(Section):
+    """What is cut among the ranks."""
+
+    engine: Literal["fsdp"] | Auto = "auto"
+    """The sharding engine."""
+    shard: Literal["full", "gradients", "none"] | Auto = "auto"
+    """`full`: parameters, gradients and optimizer; `gradients`: parameters stay gathered after the forward pass; `none`: whole copies."""
+    replicate: int = Field(default=1, ge=1)
+    """Whole copies of the model (hybrid sharding): ranks are replicate x shard."""
+
+
+class Checkpoint(Section):
+    """When to save, and what to keep."""
+
+    every: Every = Interval(value=900, unit="seconds")
+    """Steps (200), a time (15min) or epochs between saves; at the end in any case."""
+    keep_last: int = Field(default=2, ge=1)
+    """The newest checkpoints that stay."""
+    keep_best: int = Field(default=0, ge=0)
+    """The best by `metric` that stay as well."""
+    metric: str = "loss"
+    """What `keep_best` ranks by."""
+    asynchronous: bool = Field(default=True, alias="async")
+    """Write while training goes on."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class Cluster(Section):
+    """Where it runs."""
+
+    nodes: int = Field(default=1, ge=1)
+    """Machines."""
+    gpus_per_node: int | Auto = Field(default="auto")
+    """GPUs of each node; 0 trains on the CPU."""
+    ranks_per_node: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """Processes of each node; with GPUs it is their number."""
+    threads_per_rank: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """CPU threads of each rank."""
+    grace: Seconds = 30.0
+    """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
+
+
+class Job(Section):
+    """One fine-tuning job."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """The run's name: letters, digits, `.`, `_` and `-`."""
+    model: Model
+    data: Data
+    batch: Batch = Batch()
+    training: Training = Training()
+    precision: Precision | Auto = "auto"
+    """Of the computation; parameters and optimizer state are fp32 in any case."""
+    memory: Memory = Memory()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | Auto = "auto"
+    """Where metrics go besides metrics.jsonl; `auto` is TensorBoard where it is installed."""

@@ -1,0 +1,99 @@
+"""The plan: what WILL run. The trainer's one input.
+
+It is the job with nothing left open (no `auto`, no null: what does not apply is absent), the exact batch,
+the mesh, and each decision with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from launcher.job.schema import ActivationCheckpointing, Checkpoint, Data, Interval, Job, Model, Precision, Training
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
+
+
+class Decision(Frozen):
+    """One thing the job left open."""
+
+    key: str
+    value: str | int | float | bool
+    reason: str
+
+
+class Length(Frozen):
+    """How long training lasts."""
+
+    value: float
+    unit: Literal["steps", "epochs"]
+
+
+class BatchPlan(Frozen):
+    """global_batch_size = micro_batch_size x accumulation_steps x data_parallel_size, exactly."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    data_parallel_size: int
+
+
+class Mesh(Frozen):
+    """world_size = replicate x shard."""
+
+    nodes: int
+    ranks_per_node: int
+    world_size: int
+    replicate: int
+    shard: int
+    reshard_after_forward: bool
+    device: Literal["cpu", "cuda"]
+    threads_per_rank: int
+
+
+class Plan(Frozen):
+    """Everything the trainer needs to know."""
+
+    format: Literal[1] = 1
+    name: str
+    task: str
+    engine: Literal["fsdp"]
+    precision: Precision
+    activation_checkpointing: ActivationCheckpointing
+    attention: Literal["sdpa", "eager", "flash_attention_2", "packed"]
+    num_data_workers: int
+    trackers: tuple[str, ...]
+    grace_seconds: float
+    length: Length
+    batch: BatchPlan
+    mesh: Mesh
+    model: Model
+    data: Data
+    """Paths are absolute."""
+    training: Training
+    checkpoint: Checkpoint
+    evaluate_every: Interval | None = None
+    decisions: tuple[Decision, ...] = ()
+
+    def to_json(self) -> str:
+        """Text for plan.json; what does not apply is left out, so that nothing in it is null."""
+        return self.model_dump_json(indent=2, exclude_none=True, by_alias=True) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The plan written at `path`."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+    def digest(self) -> str:
+        """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
+        kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude={"decisions", "trackers", "grace_seconds", "checkpoint"})
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+__all__ = ["BatchPlan", "Decision", "Job", "Length", "Mesh", "Plan"]

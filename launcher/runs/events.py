@@ -1,0 +1,44 @@
+"""events.jsonl and metrics.jsonl: one JSON object a line, only ever appended to."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Append one record. One write call, so that lines of several processes never mix."""
+    line = json.dumps(record, allow_nan=True, separators=(", ", ": ")) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def event(path: Path, name: str, **fields: Any) -> None:
+    """Append an event with the time it happened, in seconds since 1970."""
+    append(path, {"time": round(time.time(), 3), "event": name, **fields})
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole record; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def steps(path: Path) -> dict[int, dict[str, Any]]:
+    """The training record of each step. A step that was run again after a crash counts once, as it was last."""
+    return {record["step"]: record for record in read(path) if "loss" in record and record.get("kind", "train") == "train"}
