@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a key, as training.learning_rate=1e-5; may be repeated.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a key, as training.learning_rate=1e-5; may be repeated.",
+    ),
+]
 
 
 def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it

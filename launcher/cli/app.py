@@ -1,0 +1,81 @@
+"""The root command: typer's group over the table in `main`, importing a command's module when the command is called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from launcher import __version__
+from launcher.cli.main import COMMANDS, SUMMARY, available, help_text
+
+
+def load(name: str) -> Any:
+    """Import one command and make typer's object of it."""
+    command = COMMANDS[name]
+    found = getattr(
+        importlib.import_module(f"launcher.cli.{command.module}"), command.attribute
+    )
+    if isinstance(found, typer.Typer):
+        group = typer.main.get_group(found)
+        group.name, group.help = name, command.help
+        group.no_args_is_help = True
+        return group
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name)(found)
+    return typer.main.get_command(single)
+
+
+class LazyGroup(TyperGroup):
+    """Lists and suggests commands from the table; imports the one that is called."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = {
+            name: TyperCommand(name=name, help=command.help)
+            for name, command in available().items()
+        }
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(help_text())
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name else command, rest
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"launcher {__version__}")
+        raise typer.Exit()
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help=SUMMARY,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version and leave.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def command() -> Any:
+    """The root command, ready to be called."""
+    return typer.main.get_command(app)
