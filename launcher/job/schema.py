@@ -1,7 +1,8 @@
 """What the user asks for: the job file as frozen pydantic models.
 
-Each field's docstring line is its help text, its unit and its scope; the reference page is made from it.
-Checks that need one section stand in it; checks across sections stand in `Job`.
+Each field's docstring line is its help text, its unit and its scope; the reference page and the JSON schema take it from the
+source (`launcher.job.describe`), because having pydantic do so on every import costs a third of `launcher validate`.
+Checks of one value stand here; checks across values stand in `launcher.job.check`, which collects them.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*$")
 class Section(BaseModel):
     """The common ground of all sections: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Interval(Section):
     """Something that happens every so many steps, or every so many seconds."""
 
-    value: float
+    value: float = Field(gt=0)
     unit: Literal["steps", "seconds", "epochs"]
 
     def __str__(self) -> str:
@@ -60,6 +61,7 @@ def parse_interval(value: object) -> object:
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Every = Annotated[Interval, BeforeValidator(parse_interval)]
 Columns = str | tuple[str, ...]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Model(Section):
@@ -125,7 +127,7 @@ class Data(Section):
     """What to do with a sample of more than max_length tokens."""
     unusable: Literal["drop", "refuse"] = "drop"
     """What to do with a row that has a missing key, no text, or bytes that are not UTF-8."""
-    num_workers: int | Auto = Field(default="auto")
+    num_workers: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Processes that tokenise."""
 
 
@@ -160,7 +162,7 @@ class Training(Section):
     """The highest learning rate."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """AdamW (decoupled weight decay), Adam, or SGD with momentum."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of Adam's two moments."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to Adam's denominator."""
@@ -228,7 +230,7 @@ class Cluster(Section):
 
     nodes: int = Field(default=1, ge=1)
     """Machines."""
-    gpus_per_node: int | Auto = Field(default="auto")
+    gpus_per_node: Annotated[int, Field(ge=0)] | Auto = "auto"
     """GPUs of each node; 0 trains on the CPU."""
     ranks_per_node: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Processes of each node; with GPUs it is their number."""

@@ -17,7 +17,7 @@ from launcher.job.schema import ActivationCheckpointing, Checkpoint, Data, Inter
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, defer_build=True)
 
 
 class Decision(Frozen):
@@ -92,7 +92,9 @@ class Plan(Frozen):
 
     def digest(self) -> str:
         """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
-        kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude={"decisions", "trackers", "grace_seconds", "checkpoint"})
+        kept: dict[str, Any] = self.model_dump(
+            mode="json", exclude_none=True, exclude={"decisions", "trackers", "grace_seconds", "checkpoint"}
+        )
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
