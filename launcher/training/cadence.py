@@ -1,0 +1,59 @@
+"""When to save and when to evaluate. Rank 0 asks, and tells the others; the clock is handed in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launcher.job.schema import Interval
+
+
+@dataclass
+class Cadence:
+    """Answers whether something that happens every so often is due after a step."""
+
+    interval: Interval | None
+    steps_per_epoch: float
+    last_time: float
+    last_step: int
+
+    def due(self, step: int, now: float) -> bool:
+        """Whether it is due after `step` steps at time `now`, in seconds."""
+        if self.interval is None:
+            return False
+        if self.interval.unit == "seconds":
+            return now - self.last_time >= self.interval.value
+        if self.interval.unit == "steps":
+            return step // self.interval.value > self.last_step // self.interval.value
+        epochs_before = math.floor(self.last_step / self.steps_per_epoch / self.interval.value)
+        return math.floor(step / self.steps_per_epoch / self.interval.value) > epochs_before
+
+    def done(self, step: int, now: float) -> None:
+        """It happened."""
+        self.last_step, self.last_time = step, now
+
+
+@dataclass
+class Patience:
+    """Early stopping: counts the evaluations in a row that brought nothing better."""
+
+    metric: str
+    patience: int
+    minimum_delta: float
+    best: float | None = None
+    num_worse: int = 0
+
+    def exhausted_by(self, metrics: dict[str, float]) -> bool:
+        """Take note of one evaluation; True when patience has run out."""
+        value = metrics[self.metric]
+        sign = -1.0 if lower_is_better(self.metric) else 1.0
+        if self.best is None or sign * (value - self.best) > self.minimum_delta:
+            self.best, self.num_worse = value, 0
+        else:
+            self.num_worse += 1
+        return self.num_worse >= self.patience
+
+
+def lower_is_better(metric: str) -> bool:
+    """Losses, errors and perplexity fall; every other metric here rises."""
+    return metric in ("loss", "perplexity", "mse", "mae")

@@ -1,0 +1,48 @@
+"""The device a rank computes on, and what its memory has seen."""
+
+from __future__ import annotations
+
+import os
+import resource
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planning.plan import Plan
+
+
+def start_process_group(plan: Plan) -> torch.device:
+    """Join the process group torchrun described in the environment; returns this rank's device."""
+    if plan.mesh.device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            reason = f"asked for, but PyTorch sees {torch.cuda.device_count()} on this machine"
+            raise ConfigurationError(Problem("cluster.gpus_per_node", plan.mesh.ranks_per_node, reason))
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        distributed.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timedelta(minutes=30))
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(plan.mesh.threads_per_rank)
+        distributed.init_process_group("gloo", timeout=timedelta(minutes=30))
+    if distributed.get_world_size() != plan.mesh.world_size:
+        reason = f"the plan is for {plan.mesh.world_size} ranks, {distributed.get_world_size()} started"
+        raise ConfigurationError(Problem("cluster.ranks_per_node", plan.mesh.ranks_per_node, reason))
+    return device
+
+
+def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    if str(device) == "cpu":
+        return batch
+    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has had so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

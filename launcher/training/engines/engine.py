@@ -1,0 +1,38 @@
+"""What the trainer needs of an engine, and no more."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from launcher.training.heads import Batch, Output
+
+
+class Engine(Protocol):
+    """Holds the sharded model and its optimizer; every method but `tensors` is called by all ranks together."""
+
+    model: PreTrainedModel
+    new_parameters: tuple[str, ...]
+
+    def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
+        """Forward and backward of one micro-batch, its summed loss multiplied by `factor`; gradients add up over ranks at the `last`."""
+
+    def evaluate(self, batch: Batch) -> Output:
+        """Forward alone, without dropout or gradients."""
+
+    def squared_gradient_norm(self) -> torch.Tensor:
+        """fp32 scalar: this rank's share of the squared global norm; the shares of all ranks add up to it."""
+
+    def apply(self, learning_rate: float, multiplier: float) -> None:
+        """Multiply the gradients, let the optimizer take its step, and clear them."""
+
+    def discard(self) -> None:
+        """Clear the gradients without a step."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and optimizer state by the names a checkpoint uses; loading into them in place restores the engine."""
+
+    def loaded(self) -> None:
+        """Called after `tensors` were loaded into."""

@@ -1,0 +1,149 @@
+"""FSDP2: parameters, gradients and optimizer state as fp32 shards, computed in the plan's precision."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planning.plan import Plan
+from launcher.training import model as models
+from launcher.training import optimizer as optimizers
+from launcher.training.heads import Batch, Output
+from launcher.training.tasks.task import Task
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DEFERRED_GRADIENT_BYTES = 4 << 30
+"""Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it, memory is worth more."""
+
+_KEPT_BY_SELECTIVE = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+class FsdpEngine:
+    """The engine protocol over `fully_shard`; a single fp32 device is left as plain PyTorch."""
+
+    def __init__(self, plan: Plan, task: Task, config: Any) -> None:
+        self._plan = plan
+        loaded = models.load(plan, task.auto_class, config, self._shard)
+        self.model: PreTrainedModel = loaded.model
+        self.new_parameters = loaded.new_parameters
+        self.model.train()
+        self.model.forward = functools.partial(task.forward, self.model)  # type: ignore[method-assign]
+        self._optimizer = optimizers.build(self.model, plan.training)
+        gradient_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        self._defers = gradient_bytes <= _DEFERRED_GRADIENT_BYTES
+
+    def _shard(self, model: PreTrainedModel) -> None:
+        """Cut the model: each repeated layer is a unit, the rest is the root unit."""
+        layers = models.repeated_layers(model)
+        for layer in layers:
+            _checkpoint_activations(layer, self._plan.activation_checkpointing)
+            if self._plan.model.compile:
+                layer.compile()
+        if self._plan.mesh.world_size == 1 and self._plan.precision == "fp32":
+            return
+        mesh = _mesh(model, self._plan)
+        policy = MixedPrecisionPolicy(param_dtype=DTYPES[self._plan.precision], reduce_dtype=torch.float32)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=self._plan.mesh.reshard_after_forward)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        _assert_units(model, layers)
+
+    def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
+        if isinstance(self.model, FSDPModule) and self._defers:
+            self.model.set_requires_gradient_sync(last)
+        output: Output = self.model(batch)
+        (output.loss_sum * (factor * self._plan.batch.data_parallel_size)).backward()
+        return output
+
+    def evaluate(self, batch: Batch) -> Output:
+        self.model.eval()
+        with torch.no_grad():
+            output: Output = self.model(batch)
+        self.model.train()
+        return output
+
+    def squared_gradient_norm(self) -> torch.Tensor:
+        gradients = self._gradients()
+        norms = torch._foreach_norm(gradients)
+        # Replicas hold equal gradients, so each counts for its share.
+        return torch.stack(norms).double().square().sum() / self._plan.mesh.replicate
+
+    def apply(self, learning_rate: float, multiplier: float) -> None:
+        if multiplier != 1.0:
+            torch._foreach_mul_(self._gradients(), multiplier)
+        optimizers.set_learning_rate(self._optimizer, learning_rate)
+        self._optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        parameters = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        buffers = {f"model.{name}": buffer for name, buffer in _persistent_buffers(self.model)}
+        return parameters | buffers | optimizers.state_tensors(self.model, self._optimizer)
+
+    def loaded(self) -> None:
+        optimizers.spread_step(self._optimizer)
+        if isinstance(self.model, FSDPModule):
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+
+
+def _mesh(model: PreTrainedModel, plan: Plan) -> DeviceMesh:
+    """The mesh that loading uses, replicate x shard; one rank has none yet."""
+    manager = getattr(model, "_mesh_manager", None)
+    if manager is None:
+        return init_device_mesh(plan.mesh.device, (1,), mesh_dim_names=("fsdp",))
+    mesh: DeviceMesh = manager.get_mesh(("dp_replicate", "fsdp")) if plan.mesh.replicate > 1 else manager.get_mesh("fsdp")
+    return mesh
+
+
+def _assert_units(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """Refuse to start where the repeated layers did not become units of their own."""
+    loose = [type(layer).__name__ for layer in layers if not isinstance(layer, FSDPModule)]
+    if loose:
+        reason = f"{len(loose)} of {len(layers)} layers ({loose[0]}) could not be made units of their own"
+        raise ConfigurationError(Problem("model.name", model.name_or_path, reason))
+
+
+def _checkpoint_activations(layer: nn.Module, mode: str) -> None:
+    """Recompute the layer in the backward pass: all of it, or all but its matrix products and attention."""
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _selective_policy)
+    forward: Callable[..., Any] = layer.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, **options, **kwargs)  # type: ignore[method-assign]
+
+
+def _selective_policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    kept = set(model.state_dict(keep_vars=True).keys())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

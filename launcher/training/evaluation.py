@@ -1,0 +1,58 @@
+"""The task's metrics over held-out data, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+from launcher.planning.plan import BatchPlan, Plan
+from launcher.training.data.batches import Batches
+from launcher.training.data.dataset import Dataset
+from launcher.training.data.order import Order
+from launcher.training.devices import to_device
+from launcher.training.engines.engine import Engine
+from launcher.training.tasks.task import Task
+
+Report = Callable[[int, int], None]
+
+
+def evaluate(engine: Engine, task: Task, dataset: Dataset, plan: Plan, report: Report = lambda done, total: None) -> dict[str, float]:
+    """Metrics over every sample of `dataset`, equal on all ranks."""
+    rank, size = distributed.get_rank(), plan.batch.data_parallel_size
+    micro = plan.batch.micro_batch_size
+    cut = BatchPlan(global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size)
+    batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, rank, dataset.num_items)
+    totals = np.zeros(3)
+    collected: list[tuple[np.ndarray, np.ndarray]] = []
+    for step in range(batches.num_steps):
+        step_batch = batches.step(step)
+        batch = task.collate(step_batch.micro_batches[0])
+        output = engine.evaluate(to_device(batch, plan.mesh.device))
+        share = step_batch.num_supervised / size
+        totals += [float(output.loss_sum), float(output.num_correct), share]
+        if output.predictions is not None:
+            real = batch["weights"].numpy() > 0
+            collected.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
+        report(step + 1, batches.num_steps)
+    return _combine(task, totals, collected)
+
+
+def _combine(task: Task, totals: np.ndarray, collected: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Rank 0 computes the metrics from what all ranks counted, and tells them."""
+    summed = torch.from_numpy(totals)
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, (summed, collected))
+    result: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        loss_sum, num_correct, num_supervised = torch.stack([sums for sums, _ in gathered]).sum(dim=0).tolist()
+        named = {"loss_sum": loss_sum, "num_correct": num_correct, "num_supervised": num_supervised}
+        pieces = [piece for _, part in gathered for piece in part]
+        predictions = np.concatenate([piece[0] for piece in pieces]) if pieces else None
+        labels = np.concatenate([piece[1] for piece in pieces]) if pieces else None
+        result = [task.metrics(named, predictions, labels)]
+    distributed.broadcast_object_list(result, src=0)
+    return dict(result[0])

@@ -1,0 +1,131 @@
+"""Cross entropy straight from hidden states: the logits of a few hundred positions exist at a time, never all of them.
+
+The gradient with respect to the hidden states and the output matrix is made in the forward pass, while a chunk's
+probabilities are at hand, so nothing is computed twice (the arrangement of Liger Kernel, arXiv 2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+IGNORED = -100
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits held at a time: 64 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What some models do to their logits: multiply them (Granite, Cohere), then cap them softly (Gemma 2)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        """What this model's config asks for."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def backward(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if self.softcap is not None:
+            gradient.mul_(1 - (logits / self.softcap).square_())
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over the supervised positions."""
+
+    loss_sum: torch.Tensor
+    num_correct: torch.Tensor
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    transform: LogitTransform = LogitTransform(),
+    count_correct: bool = False,
+) -> CrossEntropy:
+    """Summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through `weight` [vocabulary, hidden].
+
+    Targets of -100 are not supervised and cost nothing. `num_correct` is counted only where asked for; it costs a pass over the logits.
+    """
+    supervised = targets != IGNORED
+    if not bool(supervised.all()):
+        index = supervised.nonzero().squeeze(1)
+        hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
+    loss_sum, num_correct = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, transform, count_correct)
+    return CrossEntropy(loss_sum, num_correct)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        transform: LogitTransform,
+        count_correct: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        num_correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needs = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
+        chunk = max(128, _CHUNK_ELEMENTS // weight.shape[0])
+        for begin in range(0, hidden.shape[0], chunk):
+            part, target = (hidden[begin : begin + chunk], targets[begin : begin + chunk].unsqueeze(1))
+            raw = part @ weight.t() if bias is None else torch.addmm(bias, part, weight.t())
+            logits = transform.forward(raw.float())
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            loss_sum += (normaliser - logits.gather(1, target)).sum()
+            if count_correct:
+                num_correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
+            if not any(needs):
+                continue
+            # Only a soft cap needs the logits again after they have become probabilities.
+            kept = logits.clone() if transform.softcap is not None else logits
+            gradient = logits.sub_(normaliser).exp_()
+            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+            gradient = transform.backward(gradient, kept)
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0)
+            gradient = gradient.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(gradient, weight, out=grad_hidden[begin : begin + chunk])
+            if grad_weight is not None:
+                _accumulate(grad_weight, gradient, part)
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(num_correct)
+        return loss_sum, num_correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight, grad_bias = ctx.gradients
+        ctx.gradients = None
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_hidden = None if grad_hidden is None else grad_hidden.mul_(grad_loss)
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype)
+        grad_bias = None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _accumulate(total: torch.Tensor, gradient: torch.Tensor, part: torch.Tensor) -> None:
+    if part.dtype == torch.float32:
+        total.addmm_(gradient.t(), part)
+    else:
+        total += gradient.t() @ part

@@ -1,0 +1,211 @@
+"""Load a Hugging Face model in shards, and say which of its layers repeat.
+
+transformers reads each rank's slices straight from the safetensors files once the parameters are DTensors. What is ours is the
+cut: every repeated layer becomes a unit of its own, for any architecture, and the run stops where that is not possible
+(transformers' own plans leave BERT, GPT-2, T5 and others as one unit, which gathers the whole model on every rank).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planning.plan import Mesh, Plan
+from launcher.training import attention
+
+Shard = Callable[[PreTrainedModel], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, sharded where the mesh has more than one rank."""
+
+    model: PreTrainedModel
+    new_parameters: tuple[str, ...]
+    """Names that the files did not hold, as a classification head's."""
+
+
+def read_config(plan: Plan) -> Any:
+    """The model's config, with the names that decide which attention it runs."""
+    try:
+        return AutoConfig.from_pretrained(
+            plan.model.name,
+            revision=plan.model.revision,
+            trust_remote_code=plan.model.trust_remote_code,
+            attn_implementation=attention.register(plan.attention),
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its class where it has none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load(plan: Plan, auto_class: str, config: Any, shard: Shard) -> LoadedModel:
+    """The model of the plan, its weights in fp32, cut by `shard` before a single weight is read."""
+    loader = getattr(transformers, auto_class)
+    source = {"state_dict": {}} if plan.model.weights == "random" else {}
+    name = None if plan.model.weights == "random" else plan.model.name
+    distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
+    model_class = _model_class(loader, config, plan)
+    with _sharded_by(shard, plan.mesh):
+        try:
+            model, information = model_class.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                distributed_config=distributed,
+                output_loading_info=True,
+                revision=plan.model.revision or "main",
+                **source,
+            )
+        except OSError as error:
+            raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
+    if plan.mesh.world_size == 1:
+        model.to(_device(plan.mesh))
+        shard(model)
+    if mismatched := information.get("mismatched_keys"):
+        raise ConfigurationError(Problem("model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"))
+    new = tuple(sorted(set(information["missing_keys"]) & {parameter for parameter, _ in model.named_parameters()}))
+    initialise(model, new, plan.training.seed)
+    freeze(model, plan.model.freeze)
+    return LoadedModel(model, new)
+
+
+def _model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
+    if plan.model.trust_remote_code and hasattr(config, "auto_map"):
+        return loader
+    try:
+        return loader._model_mapping[type(config)]
+    except KeyError:
+        reason = f"a {config.model_type} model cannot do {plan.task}"
+        raise ConfigurationError(Problem("model.task", plan.task, reason)) from None
+
+
+def _device(mesh: Mesh) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if mesh.device == "cuda" else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _sharded_by(shard: Shard, mesh: Mesh) -> Iterator[None]:
+    """While inside, from_pretrained cuts the model with `shard` where it would follow its own plan.
+
+    The seam is the one method that stands between building the empty model and reading its weights.
+    """
+    original = PreTrainedModel.__dict__.get("maybe_distribute_model")
+
+    def distribute(cls: type, model: PreTrainedModel, distributed_config: Any, mesh_manager: Any) -> PreTrainedModel:
+        if mesh_manager is not None:
+            model._is_distributed_loading_by_transformers = True
+            model._mesh_manager = mesh_manager
+            model._device_mesh = mesh_manager.get_mesh(("pp", "fsdp", "tp"))
+            shard(model)
+        return model
+
+    PreTrainedModel.maybe_distribute_model = classmethod(distribute)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if original is None:
+            del PreTrainedModel.maybe_distribute_model
+        else:
+            PreTrainedModel.maybe_distribute_model = original  # type: ignore[assignment]
+
+
+def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that repeat, in the order of the model: the units of sharding and of activation checkpointing.
+
+    They are the elements of the outermost ModuleLists whose class the model names as not to be split,
+    else of all outermost ModuleLists of two or more. Raises ConfigurationError where there are none.
+    """
+    lists = [module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) >= 1]
+    inner = {id(child) for outer in lists for child in outer.modules() if child is not outer}
+    outermost = [module for module in lists if id(module) not in inner]
+    unsplit = set(model._no_split_modules or ())
+    named = [layer for module in outermost for layer in module if type(layer).__name__ in unsplit]
+    layers = named or [layer for module in outermost if len(module) >= 2 for layer in module]
+    if not layers:
+        reason = f"{type(model).__name__} has no repeated layers that could be sharded one by one"
+        raise ConfigurationError(Problem("model.name", model.name_or_path, reason))
+    return layers
+
+
+def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> None:
+    """Give new parameters values that depend on the seed and their name alone, never on the number of ranks.
+
+    Each is made whole once, by the model's own rule for its module, and cut; one module at a time.
+    """
+    wanted = set(names)
+    for path, module in model.named_modules():
+        own = {key: parameter for key, parameter in module.named_parameters(recurse=False) if f"{path}.{key}".lstrip(".") in wanted}
+        if not own:
+            continue
+        digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            for key, parameter in own.items():
+                module._parameters[key] = nn.Parameter(torch.empty(parameter.shape), requires_grad=False)
+            model._init_weights(module)
+            for key, parameter in own.items():
+                whole = module._parameters[key]
+                module._parameters[key] = parameter
+                assert whole is not None
+                local_part(parameter).copy_(cut_like(parameter, whole.data))
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; a plain tensor is its own part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+
+
+def cut_like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The piece of `whole` that this rank holds of `tensor`, without communication."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Stop the training of parameters whose name matches a pattern. A pattern that matches nothing is refused."""
+    names = [name for name, _ in model.named_parameters()]
+    problems = [
+        Problem("model.freeze", pattern, f"matches no parameter; they look like {names[0]}, {names[-1]}")
+        for pattern in patterns
+        if not fnmatch.filter(names, pattern)
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError(Problem("model.freeze", list(patterns), "freezes every parameter, so that nothing is left to train"))
+
+
+def flops_per_token(model: nn.Module, config: Any, length: int) -> float:
+    """Floating-point operations of one token, forward and backward, of samples of `length` tokens.
+
+    6 for each matrix parameter (Kaplan et al. 2020, arXiv 2001.08361, table 1, forward 2 and backward 4), and for attention
+    12 x layers x hidden x length, halved as causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    """
+    tied = getattr(config, "tie_word_embeddings", False)
+    embeddings = model.get_input_embeddings().weight.numel() if hasattr(model, "get_input_embeddings") and not tied else 0
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2) - embeddings
+    layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
+    return 6.0 * matrices + 6.0 * layers * hidden * length

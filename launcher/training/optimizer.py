@@ -1,0 +1,64 @@
+"""Optimizers over fp32 shards: which parameters decay, and state that exists from the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.job.schema import Training
+
+Optimizer = torch.optim.Optimizer
+
+
+def build(model: nn.Module, training: Training) -> Optimizer:
+    """The plan's optimizer over the parameters that train, with its state already made, so that saving and loading see one shape."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for _, parameter in trainable if parameter.dim() >= 2]
+    plain = [parameter for _, parameter in trainable if parameter.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    common: dict[str, Any] = {"lr": training.learning_rate, "fused": True}
+    if training.optimizer == "sgd":
+        optimizer: Optimizer = torch.optim.SGD(groups, momentum=training.momentum, **common)
+    else:
+        kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+        optimizer = kind(groups, betas=training.betas, eps=training.epsilon, **common)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = _first_state(training.optimizer, parameter, training.momentum)
+    return optimizer
+
+
+def _first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str, torch.Tensor]:
+    if kind == "sgd":
+        return {"momentum_buffer": torch.zeros_like(parameter)} if momentum else {}
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors by name: `optimizer.<parameter>.<key>`, and `optimizer.step` once, since all parameters share it."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key != "step":
+                tensors[f"optimizer.{name}.{key}"] = value
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    if steps:
+        tensors["optimizer.step"] = steps[0]
+    return tensors
+
+
+def spread_step(optimizer: Optimizer) -> None:
+    """After a load: give every parameter the step that was loaded into the first one."""
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    for step in steps[1:]:
+        step.copy_(steps[0])
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """The same learning rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,36 @@
+"""The loss scale of fp16: as large as gradients allow, found by trying (Micikevicius et al. 2018, arXiv 1710.03740)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_GROWTH_INTERVAL = 2000
+_LARGEST, _SMALLEST = 2.0**24, 1.0
+
+
+@dataclass
+class LossScale:
+    """Doubles after 2,000 good steps, halves after an overflow; stays 1 where `used` is False."""
+
+    used: bool
+    value: float = 2.0**16
+    good_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.used:
+            self.value = 1.0
+
+    def good(self) -> None:
+        """A step whose gradients were finite."""
+        if not self.used:
+            return
+        self.good_steps += 1
+        if self.good_steps == _GROWTH_INTERVAL:
+            self.value, self.good_steps = min(_LARGEST, self.value * 2), 0
+
+    def overflow(self) -> bool:
+        """A step whose gradients were not finite. True where a smaller scale may help, so that it is no fault of the model."""
+        if not self.used or self.value <= _SMALLEST:
+            return False
+        self.value, self.good_steps = max(_SMALLEST, self.value / 2), 0
+        return True

@@ -1,0 +1,55 @@
+"""A polite stop: the first signal is written down, and the trainer looks at it at its step boundaries."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+from launcher.runs.processes import STOP_SIGNALS
+
+
+class StopRequest:
+    """Whether somebody asked this rank to stop: by which signal, and when.
+
+    Every signal of STOP_SIGNALS asks for the same: save at the next step boundary, and leave. More of them change
+    nothing, so that a scheduler that signals every process, and a launcher that passes its own signal on, agree.
+    """
+
+    def __init__(self, grace_seconds: float = float("inf")) -> None:
+        self.grace_seconds = grace_seconds
+        self.requested = False
+        self.signal_name = ""
+        self.time = 0.0
+        self._clock = 0.0
+
+    def install(self) -> StopRequest:
+        """Handle the stop signals in this process, and let in those that were blocked since it was started."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+        os.register_at_fork(after_in_child=_default_handlers)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+
+    def request(self, signal_name: str) -> None:
+        """Ask for the stop; what asked first stays."""
+        if not self.requested:
+            self.time, self._clock = time.time(), time.monotonic()
+            self.signal_name = signal_name
+            self.requested = True
+
+    def seconds_left(self) -> float:
+        """Seconds of grace that are left; infinity before anybody asked."""
+        if not self.requested:
+            return float("inf")
+        return max(0.0, self._clock + self.grace_seconds - time.monotonic())
+
+
+def _default_handlers() -> None:
+    # A forked worker (of a tokeniser pool, say) must die of the SIGTERM by which its pool ends it.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,353 @@
+"""The training loop: from a run directory with a plan to a trained, saved, evaluated model."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from launcher.errors import ConfigurationError, DivergedError, Problem
+from launcher.planning.plan import Plan
+from launcher.runs import events
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.training import model as models
+from launcher.training import tasks
+from launcher.training.cadence import Cadence, Patience
+from launcher.training.checkpoint.checkpointer import Checkpointer, Progress
+from launcher.training.data.batches import Batches, StepBatch
+from launcher.training.data.dataset import Dataset
+from launcher.training.data.order import Order
+from launcher.training.data.prepare import prepare
+from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
+from launcher.training.engines.engine import Engine
+from launcher.training.engines.fsdp import FsdpEngine
+from launcher.training.evaluation import evaluate
+from launcher.training.precision import LossScale
+from launcher.training.schedule import Schedule
+from launcher.training.signals import StopRequest
+from launcher.training.tasks.task import Task
+from launcher.training.tracking import Trackers
+
+
+def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
+    """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every rank."""
+    material = Material.prepare(run, plan)
+    device = start_process_group(plan)
+    trainer = Trainer(run, plan, material, device, stop, stop_at)
+    trainer.run_to_the_end()
+
+
+@dataclass(frozen=True)
+class Material:
+    """What training needs before the ranks know each other: config, tokenizer, task and data."""
+
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    train: Dataset
+    evaluation: Dataset | None
+
+    @classmethod
+    def prepare(cls, run: RunDirectory, plan: Plan) -> Material:
+        """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
+        config = models.read_config(plan)
+        tokenizer = _tokenizer(plan)
+        task = tasks.build(plan, tokenizer)
+        train = prepare(plan.data.train, "train", plan, task, tokenizer, _phase(run, "preparing", "rows"))
+        evaluation = None
+        if plan.data.evaluation is not None:
+            evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, _phase(run, "preparing", "rows"))
+        task.configure(config)
+        return cls(config, tokenizer, task, train, evaluation)
+
+
+def _tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(Problem("model.name", plan.model.name, f"no tokenizer: {models.first_line(error)}")) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _phase(run: RunDirectory, phase: str, unit: str) -> Any:
+    """A report function that writes progress events, at most four a second."""
+    last = [0.0]
+
+    def report(done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - last[0] > 0.25:
+            last[0] = now
+            events.event(run.events_file, "phase", phase=phase, done=done, total=total, unit=unit)
+
+    return report
+
+
+@dataclass
+class State:
+    """Where the run is. What a checkpoint carries beside tensors."""
+
+    step: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_skipped_in_a_row: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def progress(self, extra: dict[str, Any]) -> Progress:
+        """As a checkpoint stores it."""
+        kept = {"num_skipped_in_a_row": self.num_skipped_in_a_row, "metrics": self.metrics}
+        return Progress(self.step, self.num_samples, self.num_tokens, kept | extra)
+
+
+class Trainer:
+    """One attempt of a run on one rank. Constructing it loads the model and the checkpoint; `run_to_the_end` trains."""
+
+    def __init__(
+        self, run: RunDirectory, plan: Plan, material: Material, device: torch.device, stop: StopRequest, stop_at: int | None
+    ) -> None:
+        self.run, self.plan, self.material, self.device, self.stop, self.stop_at = run, plan, material, device, stop, stop_at
+        self.rank = distributed.get_rank()
+        self.task = material.task
+        num_items = _total_items(plan, material.train.num_items)
+        order = Order(plan.training.seed, material.train.num_items, shuffle=True)
+        self.batches = Batches(material.train, order, plan.batch, self.rank, num_items)
+        self.num_steps = self.batches.num_steps
+        self.schedule = Schedule.of(plan.training, self.num_steps)
+        self.event("phase", phase="loading")
+        self.engine: Engine = FsdpEngine(plan, self.task, material.config)
+        self._save_model_files()
+        self.state = State()
+        self.loss_scale = LossScale(plan.precision == "fp16")
+        early = plan.training.early_stopping
+        self.patience = Patience(early.metric, early.patience, early.minimum_delta) if early else None
+        self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, asynchronous=plan.checkpoint.asynchronous)
+        self._restore()
+        steps_per_epoch = material.train.num_items / plan.batch.global_batch_size
+        now = time.monotonic()
+        self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, self.state.step)
+        self.evaluating = Cadence(plan.evaluate_every, steps_per_epoch, now, self.state.step)
+        self.trackers = Trackers(plan, run.path / "trackers") if self.rank == 0 else None
+
+    def run_to_the_end(self) -> None:
+        """Evaluate, train, evaluate, save; or stop where told to."""
+        if self.state.step == 0 and not self._agree(self.stop.requested):
+            self._evaluate()
+        self._announce()
+        ended_early = False
+        while self.state.step < self.num_steps and not ended_early:
+            due = self._step()
+            if due["stop"]:
+                return self._leave()
+            if due["evaluate"]:
+                ended_early = self._evaluate()
+            if due["save"]:
+                self._save()
+        self._finish()
+
+    def _step(self) -> dict[str, bool]:
+        """One optimizer step over one global batch; what is due after it, agreed over all ranks."""
+        started = time.monotonic()
+        step_batch = self.batches.step(self.state.step)
+        loss_sum = self._accumulate(step_batch)
+        totals = self._add_up(loss_sum)
+        loss = totals["loss"] / max(1, step_batch.num_supervised)
+        gradient_norm = math.sqrt(totals["squared_norm"]) / self.loss_scale.value if totals["squared_norm"] >= 0 else math.nan
+        learning_rate = self.schedule.at(self.state.step)
+        self._apply_or_skip(loss, gradient_norm, learning_rate)
+        self.state.step += 1
+        self.state.num_samples += step_batch.num_samples
+        self.state.num_tokens += step_batch.num_tokens
+        self._record(step_batch, loss, gradient_norm, learning_rate, time.monotonic() - started)
+        return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}
+
+    def _accumulate(self, step_batch: StepBatch) -> torch.Tensor:
+        """Forward and backward over this rank's micro-batches; the sum of their losses."""
+        factor = self.loss_scale.value / max(1, step_batch.num_supervised)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        last = len(step_batch.micro_batches) - 1
+        for index, items in enumerate(step_batch.micro_batches):
+            batch = to_device(self.task.collate(items), self.device)
+            torch.manual_seed(dropout_seed(self.plan.training.seed, self.state.step, self.rank, index))
+            loss_sum += self.engine.micro_step(batch, factor, index == last).loss_sum.detach()
+        return loss_sum
+
+    def _add_up(self, loss_sum: torch.Tensor) -> dict[str, float]:
+        """The step's one exchange beside the gradients: sums over ranks, and what rank 0's clock or any rank's signal asks for."""
+        next_step, now = self.state.step + 1, time.monotonic()
+        leads = self.rank == 0
+        wishes = [
+            float(self.stop.requested or next_step == self.stop_at),
+            float(leads and self.saving.due(next_step, now)),
+            float(leads and self.evaluating.due(next_step, now)),
+        ]
+        vector = torch.stack(
+            [loss_sum, self.engine.squared_gradient_norm().double(), *torch.tensor(wishes, dtype=torch.float64, device=self.device)]
+        )
+        distributed.all_reduce(vector)
+        loss, squared_norm, stop, save, evaluation = vector.tolist()
+        return {"loss": loss, "squared_norm": squared_norm, "stop": stop, "save": save, "evaluate": evaluation}
+
+    def _apply_or_skip(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
+        """Take the optimizer's step, or leave it out on all ranks where a number is not finite."""
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            clip = self.plan.training.clip_norm
+            coefficient = min(1.0, clip / (gradient_norm + 1e-6)) if clip > 0 else 1.0
+            self.engine.apply(learning_rate, coefficient / self.loss_scale.value)
+            self.loss_scale.good()
+            self.state.num_skipped_in_a_row = 0
+            return
+        self.engine.discard()
+        if math.isfinite(loss) and self.loss_scale.overflow():
+            return
+        self.state.num_skipped_in_a_row += 1
+        what = "loss" if not math.isfinite(loss) else "gradient norm"
+        self.event("skipped", step=self.state.step + 1, reason=f"{what} is not finite", in_a_row=self.state.num_skipped_in_a_row)
+        if self.state.num_skipped_in_a_row > self.plan.training.skip_nonfinite:
+            raise DivergedError(
+                f"the {what} was not finite in {self.state.num_skipped_in_a_row} steps in a row up to step {self.state.step + 1}; "
+                f"lower training.learning_rate ({self.plan.training.learning_rate:g}) or look at the rows of the last steps"
+            )
+
+    def _record(self, step_batch: StepBatch, loss: float, gradient_norm: float, learning_rate: float, seconds: float) -> None:
+        if self.rank != 0:
+            return
+        record = {
+            "kind": "train",
+            "step": self.state.step,
+            "loss": loss,
+            "grad_norm": gradient_norm,
+            "learning_rate": learning_rate,
+            "num_samples": step_batch.num_samples,
+            "num_tokens": step_batch.num_tokens,
+            "tokens_per_second": round(step_batch.num_tokens / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "sample_ids": step_batch.sample_ids,
+            "time": round(time.time(), 3),
+        }
+        events.append(self.run.metrics_file, record)
+        if self.trackers:
+            self.trackers.log({f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, self.state.step)
+
+    def _evaluate(self) -> bool:
+        """Measure on the held-out rows; True when early stopping has had enough."""
+        self.evaluating.done(self.state.step, time.monotonic())
+        if self.material.evaluation is None:
+            return False
+        report = _phase(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
+        metrics = evaluate(self.engine, self.task, self.material.evaluation, self.plan, report)
+        self.state.metrics = metrics
+        if self.rank == 0:
+            events.append(self.run.metrics_file, {"kind": "evaluation", "step": self.state.step, "metrics": metrics})
+        self.event("evaluated", step=self.state.step, metrics=metrics)
+        if self.trackers:
+            self.trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, self.state.step)
+        return self.patience is not None and self.state.step > 0 and self._patience_over(metrics)
+
+    def _patience_over(self, metrics: dict[str, float]) -> bool:
+        assert self.patience is not None
+        if self.patience.metric not in metrics:
+            reason = f"is not among the metrics of this task: {', '.join(sorted(metrics))}"
+            raise ConfigurationError(Problem("training.early_stopping.metric", self.patience.metric, reason))
+        over = self.patience.exhausted_by(metrics)
+        if over:
+            self.event("early_stopping", step=self.state.step, metric=self.patience.metric, best=self.patience.best)
+        return over
+
+    def _save(self, wait: bool = False) -> None:
+        """Save; `wait` until it is committed, and raise where it cannot be."""
+        self.saving.done(self.state.step, time.monotonic())
+        extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
+        if self.patience:
+            extra |= {"best": self.patience.best, "num_worse": self.patience.num_worse}
+        self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), self.state.metrics, wait=wait)
+
+    def _restore(self) -> None:
+        progress = self.checkpointer.load(self.engine.tensors())
+        if progress is None:
+            return
+        self.engine.loaded()
+        extra = progress.extra
+        skipped, metrics = extra.get("num_skipped_in_a_row", 0), extra.get("metrics", {})
+        self.state = State(progress.step, progress.samples, progress.tokens, skipped, metrics)
+        self.loss_scale = LossScale(self.loss_scale.used, extra["loss_scale"], extra["good_steps"])
+        if self.patience:
+            self.patience.best, self.patience.num_worse = extra.get("best"), extra.get("num_worse", 0)
+
+    def _leave(self) -> None:
+        """Stopped on request: everything is saved, and the next attempt goes on here."""
+        self.event("stopping", signal=self.stop.name or "stop-at")
+        self._save(wait=True)
+        self.checkpointer.finish()
+        self.event("stopped", step=self.state.step)
+        self._close()
+
+    def _finish(self) -> None:
+        if self.evaluating.last_step != self.state.step:
+            self._evaluate()
+        self._save(wait=True)
+        self.checkpointer.finish()
+        if self.rank == 0:
+            write_atomically(self.run.finished_file, f"step {self.state.step}\n")
+        self.event("finished", step=self.state.step, metrics=self.state.metrics)
+        self._close()
+
+    def _close(self) -> None:
+        if self.trackers:
+            self.trackers.finish()
+        distributed.barrier()
+
+    def _announce(self) -> None:
+        parameters = list(self.engine.model.parameters())
+        length = self.material.train.num_tokens / max(1, self.material.train.num_samples)
+        self.event(
+            "training",
+            first_step=self.state.step,
+            total_steps=self.num_steps,
+            num_parameters=sum(parameter.numel() for parameter in parameters),
+            num_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            flops_per_token=models.flops_per_token(self.engine.model, self.material.config, int(length)),
+            new_parameters=list(self.engine.new_parameters),
+        )
+
+    def _save_model_files(self) -> None:
+        """What an export needs beside the weights: config, tokenizer, generation config."""
+        directory = self.run.path / "model"
+        if self.rank == 0 and not (directory / "config.json").exists():
+            self.material.tokenizer.save_pretrained(directory)
+            generation: GenerationConfig | None = getattr(self.engine.model, "generation_config", None)
+            if generation is not None:
+                generation.save_pretrained(directory)
+            config = self.material.config
+            config.architectures = [type(self.engine.model).__name__]
+            config.save_pretrained(directory)
+
+    def _agree(self, wish: bool) -> bool:
+        """Whether any rank wishes it."""
+        vote = torch.tensor(float(wish), device=self.device)
+        distributed.all_reduce(vote)
+        return bool(vote > 0)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """An event, written once for all ranks."""
+        if self.rank == 0:
+            events.event(self.run.events_file, name, **fields)
+
+
+def _total_items(plan: Plan, num_items: int) -> int:
+    """Items the whole run consumes: whole steps for max_steps, exactly so many epochs otherwise."""
+    if plan.length.unit == "steps":
+        return int(plan.length.value) * plan.batch.global_batch_size
+    return max(1, round(plan.length.value * num_items))
+
+
+def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """One seed for each forward pass, from where it stands in the run and nothing else."""
+    return ((seed * 1_000_003 + step) * 1_000_003 + rank) * 1_003 + micro_batch & (1 << 63) - 1
