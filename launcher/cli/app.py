@@ -15,9 +15,7 @@ from launcher.cli.main import COMMANDS, SUMMARY, available, help_text
 def load(name: str) -> Any:
     """Import one command and make typer's object of it."""
     command = COMMANDS[name]
-    found = getattr(
-        importlib.import_module(f"launcher.cli.{command.module}"), command.attribute
-    )
+    found = getattr(importlib.import_module(f"launcher.cli.{command.module}"), command.attribute)
     if isinstance(found, typer.Typer):
         group = typer.main.get_group(found)
         group.name, group.help = name, command.help
@@ -33,10 +31,7 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.commands = {
-            name: TyperCommand(name=name, help=command.help)
-            for name, command in available().items()
-        }
+        self.commands = {name: TyperCommand(name=name, help=command.help) for name, command in available().items()}
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(help_text())
@@ -53,25 +48,13 @@ def _print_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
-    cls=LazyGroup,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    help=SUMMARY,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=LazyGroup, rich_markup_mode=None, no_args_is_help=True, help=SUMMARY, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
 
 @app.callback()
 def root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            callback=_print_version,
-            is_eager=True,
-            help="Show the version and leave.",
-        ),
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")] = False,
 ) -> None:
     pass
 

@@ -9,12 +9,7 @@ import typer
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file.")]
 Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set a key, as training.learning_rate=1e-5; may be repeated.",
-    ),
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a key, as training.learning_rate=1e-5; may be repeated.")
 ]
 
 

@@ -34,47 +34,23 @@ class Command:
 
 
 COMMANDS = {
-    "init": Command(
-        "job", "init", "Ask a few questions, or take flags, and write a job file."
-    ),
-    "validate": Command(
-        "job", "validate", "Check a job file and say everything that is wrong with it."
-    ),
-    "schema": Command(
-        "job", "schema", "Print the JSON schema of the job file, for editors."
-    ),
-    "plan": Command(
-        "plan", "plan", "Show what will run: every decision with its reason."
-    ),
-    "run": Command(
-        "run",
-        "run",
-        "Run a job on this machine; a run that stopped goes on where it was.",
-    ),
+    "init": Command("job", "init", "Ask a few questions, or take flags, and write a job file."),
+    "validate": Command("job", "validate", "Check a job file and say everything that is wrong with it."),
+    "schema": Command("job", "schema", "Print the JSON schema of the job file, for editors."),
+    "plan": Command("plan", "plan", "Show what will run: every decision with its reason."),
+    "run": Command("run", "run", "Run a job on this machine; a run that stopped goes on where it was."),
     "resume": Command("run", "resume", "Go on with a run that stopped."),
     "status": Command("run", "status", "Show how a run is doing."),
-    "checkpoint": Command(
-        "checkpoint", "app", "List, inspect, verify, compare and remove checkpoints."
-    ),
-    "export": Command(
-        "model", "export", "Write a run's model as Hugging Face safetensors."
-    ),
-    "evaluate": Command(
-        "model", "evaluate", "Measure a model before and after training, side by side."
-    ),
-    "demo": Command(
-        "demo", "demo", "Fine-tune a small real model on this machine, from end to end."
-    ),
+    "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare and remove checkpoints."),
+    "export": Command("model", "export", "Write a run's model as Hugging Face safetensors."),
+    "evaluate": Command("model", "evaluate", "Measure a model before and after training, side by side."),
+    "demo": Command("demo", "demo", "Fine-tune a small real model on this machine, from end to end."),
 }
 
 
 def available() -> dict[str, Command]:
     """The commands whose module is there."""
-    return {
-        name: command
-        for name, command in COMMANDS.items()
-        if importlib.util.find_spec(f"launcher.cli.{command.module}")
-    }
+    return {name: command for name, command in COMMANDS.items() if importlib.util.find_spec(f"launcher.cli.{command.module}")}
 
 
 def help_text() -> str:
@@ -89,11 +65,7 @@ def help_text() -> str:
     width = max(map(len, [*options, *commands])) + 2
     lines = ["Usage: launcher [OPTIONS] COMMAND [ARGS]...", "", f"  {SUMMARY}"]
     for title, rows in (("Options", options), ("Commands", commands)):
-        lines += [
-            "",
-            f"{title}:",
-            *(f"  {name:{width}}{text}" for name, text in rows.items()),
-        ]
+        lines += ["", f"{title}:", *(f"  {name:{width}}{text}" for name, text in rows.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,114 @@
+"""What the job schema says about itself: its keys, what may be written there, and each field's docstring."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from launcher.job.schema import Interval, Job, parse_seconds
+
+_PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key that may be written in a job file."""
+
+    path: str
+    field: FieldInfo
+    section: type[BaseModel]
+    name: str
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds; None for a plain value."""
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel) and candidate is not Interval:
+            return candidate
+    return None
+
+
+def written(name: str, field: FieldInfo) -> str:
+    """The name of a field in a job file: its alias where it has one."""
+    return field.alias or name
+
+
+def keys(section: type[BaseModel] = Job, prefix: str = "") -> Iterator[Key]:
+    """Every key below a section, parents before children, in the order of the schema."""
+    for name, field in section.model_fields.items():
+        key = Key(prefix + written(name, field), field, section, name)
+        yield key
+        if child := section_of(field):
+            yield from keys(child, key.path + ".")
+
+
+def choices(annotation: Any) -> list[str]:
+    """The fixed words that an annotation allows, in order."""
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    return [word for part in get_args(annotation) for word in choices(part)]
+
+
+def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
+    """What may be written for an annotation, in words: `a whole number of at least 1, or auto`."""
+    if annotation is Interval:
+        return "a number of steps (200), a time (30s, 15min, 2h) or epochs (epoch, 2 epochs)"
+    if any(getattr(part, "func", None) is parse_seconds for part in metadata):
+        return "a time in seconds, or as 30s, 15min, 2h"
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return expected(parts[0], parts[1:])
+    if origin is Literal:
+        return " or ".join(str(word) for word in parts) if len(parts) < 3 else "one of " + ", ".join(str(word) for word in parts)
+    if origin in (Union, UnionType):
+        kept = [part for part in parts if part is not NoneType]
+        return expected(kept[0], metadata) if len(kept) == 1 else ", or ".join(expected(part) for part in kept)
+    if origin is tuple:
+        if parts[-1] is Ellipsis:
+            inner = parts[0]
+            return "a list of texts" if inner is str else f"a list of {' | '.join(choices(inner))}"
+        return f"a list of {len(parts)}: each {expected(parts[0])}"
+    return _PLAIN.get(annotation, "a section of keys") + limits(metadata)
+
+
+def limits(metadata: tuple[Any, ...] | list[Any]) -> str:
+    """Bounds in words, with a leading space: ` of at least 0, below 1`."""
+    words = []
+    for attribute, text in (("ge", "of at least"), ("gt", "above"), ("le", "of at most"), ("lt", "below")):
+        for part in metadata:
+            found = [part] if hasattr(part, attribute) else [inner for inner in getattr(part, "metadata", []) if hasattr(inner, attribute)]
+            words += [f"{text} {getattr(bound, attribute):g}" for bound in found]
+    return " " + ", ".join(words) if words else ""
+
+
+def expected_of(field: FieldInfo) -> str:
+    """What may be written for a field, in words."""
+    return expected(field.annotation, tuple(field.metadata))
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[tuple[str, str], str]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    found = {}
+    for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for field, text in zip(section.body, section.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                    found[section.name, field.target.id] = inspect.cleandoc(text.value.value)
+    return found
+
+
+def docstring(section: type[BaseModel], name: str) -> str:
+    """The docstring line under a field in the source, or the docstring of the section that the field holds."""
+    child = section_of(section.model_fields[name])
+    fallback = inspect.getdoc(child) if child else None
+    return _docstrings(section.__module__).get((section.__name__, name)) or fallback or ""

@@ -1,0 +1,154 @@
+"""From a job file and `--set` overrides to a Job, or to every problem at once."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job import check, paths
+from launcher.job.problems import refused, translate
+from launcher.job.schema import Job
+
+_PLACEHOLDERS: dict[tuple[str, ...], Any] = {("name",): "job", ("model", "name"): "model", ("data", "train"): {"path": "train.jsonl"}}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice, reads 1e-5 as a number and 2026-11-22 as text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if isinstance(key, Hashable) and key in seen:
+                text = f"{key} is written twice (lines {seen[key]} and {line}); only one of them can count"
+                raise yaml.constructor.ConstructorError(problem=text, problem_mark=key_node.start_mark)
+            if isinstance(key, Hashable):
+                seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parse(text: str, source: str) -> Any:
+    """YAML to plain values. Raises ConfigurationError with the line, and without the text, which may hold a secret."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigurationError(f"{where}{error.problem or error.context}", source) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"not YAML: {type(error).__name__}", source) from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a job file, unchecked. Raises ConfigurationError where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigurationError(Problem("JOB", str(path), f"no such file{paths.nearest_file(path)}")) from None
+    except IsADirectoryError:
+        raise ConfigurationError(Problem("JOB", str(path), "a directory; name the job file in it")) from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(Problem("JOB", str(path), "not UTF-8 text; a job file is YAML")) from None
+    except OSError as error:
+        raise ConfigurationError(Problem("JOB", str(path), f"cannot be read: {error.strerror}")) from None
+    content = parse(text, str(path))
+    if not isinstance(content, dict):
+        raise ConfigurationError(
+            f"a job file is a mapping of keys; this is {'empty' if content is None else 'a ' + type(content).__name__}", str(path)
+        )
+    return content
+
+
+def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
+    """Put each `a.b=value` (YAML) into `content`; what cannot be put there comes back as problems."""
+    problems = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        steps = key.strip().split(".")
+        if not equals or not all(steps):
+            problems.append(Problem("--set", key, "write KEY=VALUE, as training.learning_rate=1e-5"))
+            continue
+        try:
+            parsed = parse(value, f"--set {key}")
+        except ConfigurationError as error:
+            problems += [Problem(f"--set {key}", None, problem.reason) for problem in error.problems]
+            continue
+        section = content
+        for step in steps[:-1]:
+            if section.get(step) is None:
+                section[step] = {}
+            section = section[step]
+            if not isinstance(section, dict):
+                problems.append(Problem(f"--set {key}", None, f"{step} is not a section: it holds {type(section).__name__}"))
+                break
+        else:
+            section[steps[-1]] = parsed
+    return problems
+
+
+def without(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    """A copy of `content` that a Job can be made of when the refused keys are left out: checks go on with the rest."""
+    kept = copy.deepcopy(content)
+    for key in keys:
+        *parents, last = key.split(".")
+        section: Any = kept
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(last, None)
+    for parents_and_key, value in _PLACEHOLDERS.items():
+        section = kept
+        for step in parents_and_key[:-1]:
+            section = section.setdefault(step, {})
+        section.setdefault(parents_and_key[-1], value)
+    return kept
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Job:
+    """The job in the file at `path`, with each `a.b=value` of `overrides` put over it; its paths are absolute.
+
+    Raises ConfigurationError with every problem found: unknown keys, values, contradictions, missing files, secrets.
+    """
+    path = Path(path)
+    content = read(path)
+    problems = override(content, overrides or [])
+    problems += refused(content)
+    job, found = validate(content)
+    problems += found
+    bad = {problem.key for problem in problems}
+    if job is None:
+        with_rest = validate(without(content, bad))
+        job = with_rest[0]
+    if job is not None:
+        job, missing = paths.resolve(job, path.resolve().parent)
+        problems += [problem for problem in missing if not _about(problem.key, bad)]
+        problems += [finding.problem for finding in check.findings(job) if not any(_about(key, bad) for key in finding.keys)]
+    if problems or job is None:
+        raise ConfigurationError(problems, str(path))
+    return job
+
+
+def _about(key: str, bad: set[str]) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in bad)
+
+
+def validate(content: dict[str, Any]) -> tuple[Job | None, list[Problem]]:
+    """The job, or what pydantic holds against it."""
+    try:
+        return Job.model_validate(content), []
+    except ValidationError as error:
+        return None, translate(error, content)

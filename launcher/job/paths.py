@@ -1,0 +1,59 @@
+"""The files a job names: relative to the job file, there, and absolute in the result."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from pathlib import Path
+
+from launcher.errors import Problem
+from launcher.job.schema import Data, Job, Model, Source
+
+
+def nearest_file(path: Path) -> str:
+    """`; the nearest is NAME` for a path that is not there, or the empty string."""
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} is not there either"
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
+    return f"; the nearest there is {near[0]}" if near else ""
+
+
+def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
+    """The job with absolute paths, and a problem for each file that is not there."""
+    problems: list[Problem] = []
+    sources = {}
+    for role, source in (("train", job.data.train), ("evaluation", job.data.evaluation)):
+        if source is not None and source.path is not None:
+            sources[role] = _source(source, f"data.{role}.path", folder, problems)
+    data: Data = job.data.model_copy(update=sources)
+    return job.model_copy(update={"data": data, "model": _model(job.model, folder, problems)}), problems
+
+
+def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> Source:
+    assert source.path is not None
+    path = folder / Path(source.path).expanduser()
+    if path.is_dir():
+        problems.append(Problem(key, source.path, f"a directory; name a file or a pattern, as {source.path.rstrip('/')}/*.jsonl"))
+    elif not path.exists() and glob.has_magic(str(path)):
+        if not any(Path(found).is_file() for found in glob.iglob(str(path), recursive=True)):
+            problems.append(Problem(key, source.path, f"no file fits this pattern (looked in {folder})"))
+    elif not path.exists():
+        problems.append(Problem(key, source.path, f"no such file (looked in {path.parent}){nearest_file(path)}"))
+    return source.model_copy(update={"path": str(path)})
+
+
+def _model(model: Model, folder: Path, problems: list[Problem]) -> Model:
+    path = folder / Path(model.name).expanduser()
+    meant_as_path = model.name.startswith((".", "/", "~")) or model.name.count("/") > 1
+    if path.is_dir():
+        if any(path.glob("config.json")) or any(path.glob("*.gguf")):
+            return model.model_copy(update={"name": str(path.resolve())})
+        if meant_as_path:
+            problems.append(
+                Problem("model.name", model.name, "a directory without a config.json; name the one with the model's files in it")
+            )
+    elif path.is_file():
+        problems.append(Problem("model.name", model.name, f"a file; name the directory of the model, as {Path(model.name).parent}"))
+    elif meant_as_path:
+        problems.append(Problem("model.name", model.name, f"no such directory{nearest_file(path)}"))
+    return model

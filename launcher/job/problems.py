@@ -1,0 +1,137 @@
+"""What pydantic finds, in our words: the key, the value, why, and the nearest thing that works."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from launcher.errors import Problem
+from launcher.job.describe import choices, docstring, expected_of, keys, section_of, written
+from launcher.job.schema import Job
+
+LATER = {
+    "parallel.engine": ({"deepspeed"}, "DeepSpeed is not in this version; fsdp shards the same state, so write fsdp"),
+    "parallel.shard": ({"optimizer"}, "not in this version; the nearest is gradients, which cuts the gradients as well"),
+    "memory.offload": ({"optimizer", "parameters"}, "not in this version; write none, and more ranks or a smaller micro-batch for memory"),
+    "memory.offload_to": (None, "not in this version, since memory.offload can only be none"),
+    **{
+        f"cluster.{key}": (None, "Slurm is not in this version; leave it out and run on this machine with `launcher run`")
+        for key in ("profile", "time_limit", "partition", "account", "qos", "constraint", "reservation", "exclude", "nodelist", "mem")
+    },
+    "cluster.gpu": (
+        None,
+        "planning for another machine's GPUs is not in this version; the GPUs of this machine are found, so leave it out",
+    ),
+}
+"""Keys of the design that a later version brings: the values meant (None: any), and what to write today."""
+
+_SECRET_KEY = re.compile(r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|auth_?token|token)(s?$|_)", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{12,}|sk-(?=[\w-]*\d)[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|xox[abprs]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.)|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s@]+@"
+)
+_SECRET_REASON = (
+    "looks like a secret, which does not belong in a job file (it is copied into run directories); set it in the environment instead"
+)
+
+
+def refused(content: dict[str, Any]) -> list[Problem]:
+    """Secrets, and keys that a later version brings; they are taken out of `content`, so that nothing shows or judges them again."""
+    problems: list[Problem] = []
+    known = {key.path for key in keys()}
+    _refuse_in(content, "", known, problems)
+    return problems
+
+
+def _refuse_in(section: Any, prefix: str, known: set[str], problems: list[Problem]) -> None:
+    for key, value in list(section.items() if isinstance(section, dict) else enumerate(section)):
+        path = f"{prefix}{key}"
+        secret_key = path not in known and isinstance(key, str) and bool(_SECRET_KEY.search(key)) and not isinstance(value, dict)
+        if secret_key or (isinstance(value, str) and _SECRET_VALUE.search(value)):
+            problems.append(Problem(path, None, _SECRET_REASON))
+            section[key] = None
+        elif path in LATER and (LATER[path][0] is None or value in (LATER[path][0] or ())):
+            problems.append(Problem(path, value, LATER[path][1]))
+        elif isinstance(value, (dict, list)):
+            _refuse_in(value, f"{path}.", known, problems)
+            continue
+        else:
+            continue
+        if isinstance(section, dict):
+            del section[key]
+
+
+def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
+    """One problem for each key, whatever number of alternatives pydantic tried at it."""
+    problems: dict[str, Problem] = {}
+    for item in error.errors(include_url=False):
+        path, section, field = _locate(item["loc"])
+        key = ".".join(path)
+        if item["type"] == "extra_forbidden":
+            problems[key] = Problem(key, None if isinstance(item["input"], (dict, list)) else item["input"], _unknown(path, section))
+        elif item["type"] == "missing":
+            problems[key] = Problem(key, None, f"is missing: {docstring(section, _field_name(section, path[-1]))}")
+        elif key not in problems or item["type"] == "value_error":
+            value = _value(content, path)
+            problems[key] = Problem(key, None if isinstance(value, dict) else value, _reason(item, field, value))
+    return list(problems.values())
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel], FieldInfo | None]:
+    """The key that a pydantic location means, without the names of the alternatives that were tried there."""
+    section: type[BaseModel] = Job
+    path: list[str] = []
+    field = None
+    for step in loc:
+        fields = {written(name, info): info for name, info in section.model_fields.items()}
+        path.append(str(step))
+        if step not in fields:
+            return path, section, None
+        field = fields[str(step)]
+        if (child := section_of(field)) is None:
+            break
+        if len(path) < len(loc):
+            section = child
+    return path, section, field
+
+
+def _field_name(section: type[BaseModel], key: str) -> str:
+    return next((name for name, info in section.model_fields.items() if written(name, info) == key), key)
+
+
+def _value(content: Any, path: list[str]) -> Any:
+    for step in path:
+        content = content.get(step) if isinstance(content, dict) else None
+    return content
+
+
+def _unknown(path: list[str], section: type[BaseModel]) -> str:
+    here = [written(name, info) for name, info in section.model_fields.items()]
+    if near := difflib.get_close_matches(path[-1], here, n=1):
+        return f"unknown key; the nearest known one is {'.'.join([*path[:-1], near[0]])}"
+    elsewhere = [key.path for key in keys() if key.name == path[-1] or key.path.endswith(f".{path[-1]}")]
+    if elsewhere:
+        return f"unknown key here; it stands at {elsewhere[0]}"
+    near = difflib.get_close_matches(path[-1], [key.path.rsplit(".", 1)[-1] for key in keys()], n=1)
+    if near:
+        return f"unknown key; the nearest known one is {next(key.path for key in keys() if key.path.rsplit('.', 1)[-1] == near[0])}"
+    return f"unknown key; known here: {', '.join(here)}"
+
+
+def _reason(item: Any, field: FieldInfo | None, value: Any) -> str:
+    if field is None:
+        return f"write a section of keys: {item['msg']}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    if item["type"] == "string_pattern_mismatch":
+        return "write letters, digits, `.`, `_` and `-`, beginning with a letter or a digit"
+    if item["type"] == "string_too_long":
+        return f"at most {item['ctx']['max_length']} characters"
+    if item["type"] == "string_too_short":
+        return "must not be empty"
+    near = difflib.get_close_matches(str(value).lower(), choices(field.annotation), n=1) if isinstance(value, str) else []
+    return f"write {expected_of(field)}" + (f"; the nearest is {near[0]}" if near else "")
