@@ -1,0 +1,224 @@
+"""Checkpoints as files, without torch: manifests, hashes, which one to trust, which ones to keep.
+
+A checkpoint is whole when its manifest is intact, belongs to this run and to the step in the directory's name, and every
+file beside it is named there with the right size and hash. Nothing else is ever chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
+
+MANIFEST_NAME = "manifest.json"
+_BLOCK_BYTES = 1 << 20
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FileRecord(_Frozen):
+    """What the writer knows of one file."""
+
+    bytes: int
+    xxh3_128: str
+
+
+class Progress(_Frozen):
+    """How far training was."""
+
+    step: int
+    """Optimizer steps done."""
+    samples: int
+    """Global samples (packs) consumed: the position in the data."""
+    tokens: int
+    """Non-padding tokens consumed."""
+    extra: dict[str, Any] = {}
+    """What else the trainer needs to go on; anything JSON can hold."""
+
+
+class Manifest(_Frozen):
+    """manifest.json: written last, so that a checkpoint with one had everything written before it."""
+
+    format: Literal[1] = 1
+    run_id: str
+    step: int
+    engine: str
+    world_size: int
+    mesh: dict[str, int]
+    plan_digest: str
+    created: float
+    """Seconds since 1970."""
+    progress: Progress
+    metrics: dict[str, float]
+    files: dict[str, FileRecord]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(record.bytes for record in self.files.values())
+
+    def to_json(self) -> str:
+        """The one text of this manifest, with a hash of itself in it."""
+        content = self.model_dump(mode="python")
+        return _canonical({**content, "manifest_xxh3_128": _text_hash(content)})
+
+    @classmethod
+    def parse(cls, text: str) -> Manifest:
+        """Raises ValueError, with the reason, for any text that `to_json` did not write."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(content, dict) or _canonical(content) != text:
+            raise ValueError("not as it was written")
+        if content.pop("manifest_xxh3_128", None) != _text_hash(content):
+            raise ValueError("its hash of itself does not fit its content")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _canonical(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _text_hash(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(_canonical(content).encode())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A directory that looks like a checkpoint: with its manifest, or with what is wrong with it."""
+
+    step: int
+    directory: Path
+    manifest: Manifest | None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The newest whole checkpoint, and what was looked at and not trusted before it."""
+
+    chosen: Stored | None
+    rejected: tuple[Stored, ...] = field(default=())
+
+
+def hash_file(path: Path) -> str:
+    """xxh3_128 of a file's content, streamed. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def look(directory: Path, run_id: str | None) -> Stored:
+    """Everything about a checkpoint that can be checked without reading its data: manifest, names, sizes.
+
+    `run_id` None accepts any run's.
+    """
+    match = STEP_DIRECTORY.match(directory.name)
+    step = int(match[1]) if match else -1
+    try:
+        text = (directory / MANIFEST_NAME).read_bytes().decode("utf-8")
+        manifest = Manifest.parse(text)
+    except FileNotFoundError:
+        return Stored(step, directory, None, (f"{MANIFEST_NAME} is missing: it was never finished",))
+    except (OSError, ValueError) as error:
+        return Stored(step, directory, None, (f"{MANIFEST_NAME} cannot be trusted: {error}",))
+    problems: list[str] = []
+    if manifest.step != step:
+        problems.append(f"the directory is named {directory.name}, its manifest says step {manifest.step}")
+    if run_id is not None and manifest.run_id != run_id:
+        problems.append(f"it belongs to another run ({manifest.run_id}, this one is {run_id})")
+    problems += _listing_problems(directory, manifest)
+    return Stored(step, directory, manifest, tuple(problems))
+
+
+def _listing_problems(directory: Path, manifest: Manifest) -> list[str]:
+    found: dict[str, os.stat_result] = {}
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name != MANIFEST_NAME:
+                    found[entry.name] = entry.stat(follow_symlinks=False)
+    except OSError as error:
+        return [f"cannot be listed: {error}"]
+    problems = [f"{name} is missing" for name in sorted(manifest.files.keys() - found.keys())]
+    problems += [f"{name} does not belong to it" for name in sorted(found.keys() - manifest.files.keys())]
+    for name in sorted(found.keys() & manifest.files.keys()):
+        expected = manifest.files[name].bytes
+        if not stat.S_ISREG(found[name].st_mode):
+            problems.append(f"{name} is not a plain file")
+        elif found[name].st_size != expected:
+            problems.append(f"{name} has {found[name].st_size:,} bytes, {expected:,} were written")
+    return problems
+
+
+def file_problem(directory: Path, name: str, record: FileRecord) -> str | None:
+    """What is wrong with the content of one file of a checkpoint; None where nothing is."""
+    try:
+        found = hash_file(directory / name)
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+    return None if found == record.xxh3_128 else f"{name} is not what was written (xxh3_128 {found}, should be {record.xxh3_128})"
+
+
+def content_problems(directory: Path, files: dict[str, FileRecord], num_threads: int | None = None) -> list[str]:
+    """What is wrong with the content of these files. Hashing leaves the interpreter free, so threads help."""
+    workers = min(len(files), num_threads or len(os.sched_getaffinity(0)))
+    if workers <= 1:
+        found = [file_problem(directory, name, record) for name, record in files.items()]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(lambda item: file_problem(directory, *item), files.items()))
+    return [problem for problem in found if problem]
+
+
+def verify(directory: Path, run_id: str | None = None, num_threads: int | None = None) -> list[str]:
+    """Everything that is wrong with a checkpoint, its data read and hashed; an empty list for a whole one."""
+    stored = look(directory, run_id)
+    if stored.problems or stored.manifest is None:
+        return list(stored.problems)
+    return content_problems(directory, stored.manifest.files, num_threads)
+
+
+def list_checkpoints(run: RunDirectory) -> list[Stored]:
+    """All directories named as checkpoints, oldest first, each looked at without reading its data."""
+    if not run.checkpoints.is_dir():
+        return []
+    run_id = run.run_id()
+    names = [path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name)]
+    return [look(path, run_id) for path in sorted(names)]
+
+
+def newest_valid(run: RunDirectory, num_threads: int | None = None) -> Choice:
+    """The newest checkpoint that verifies, and those newer ones that do not, with their problems."""
+    rejected: list[Stored] = []
+    for stored in reversed(list_checkpoints(run)):
+        problems = stored.problems
+        if not problems and stored.manifest is not None:
+            problems = tuple(content_problems(stored.directory, stored.manifest.files, num_threads))
+        if not problems:
+            return Choice(stored, tuple(rejected))
+        rejected.append(Stored(stored.step, stored.directory, stored.manifest, problems))
+    return Choice(None, tuple(rejected))

@@ -1,0 +1,132 @@
+"""Which checkpoints come, stay and go: the commit of a written attempt, retention, and the leftovers of dead attempts.
+
+Whoever calls a function that changes something here holds the run's lock.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from launcher.runs.checkpoints import MANIFEST_NAME, Manifest, Stored, content_problems, list_checkpoints
+from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
+
+ATTEMPT_PREFIX = ".attempt-"
+REPLACED_PREFIX = ".replaced-"
+REMOVED_PREFIX = ".removed-"
+_LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "rmse", "mae")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of this metric is the better one: losses and errors."""
+    return metric.rsplit("_", 1)[-1].rsplit("/", 1)[-1] in _LOWER_IS_BETTER
+
+
+def _best(whole: list[Stored], count: int, metric: str) -> list[Stored]:
+    sign = 1 if lower_is_better(metric) else -1
+    scored = [
+        (sign * stored.manifest.metrics[metric], -stored.step, stored)
+        for stored in whole
+        if stored.manifest is not None and math.isfinite(stored.manifest.metrics.get(metric, math.nan))
+    ]
+    return [stored for _, _, stored in sorted(scored, key=lambda entry: entry[:2])[:count]]
+
+
+def to_prune(run: RunDirectory, keep_last: int, keep_best: int, metric: str, known_good: Collection[int] = ()) -> list[Stored]:
+    """The checkpoints that retention gives up: never the newest good one, nor anything newer than it.
+
+    `known_good`: steps that need no reading to be trusted, as their bytes were hashed while they were written.
+    """
+    listed = list_checkpoints(run)
+    good = _newest_good(listed, known_good)
+    if good is None:
+        return []
+    whole = [stored for stored in listed if not stored.problems]
+    kept = {stored.step for stored in whole[-keep_last:] if keep_last > 0} | {stored.step for stored in _best(whole, keep_best, metric)}
+    return [stored for stored in listed if stored.step not in kept and stored.step < good]
+
+
+def _newest_good(listed: Iterable[Stored], known_good: Collection[int]) -> int | None:
+    for stored in sorted(listed, key=lambda entry: entry.step, reverse=True):
+        if stored.problems or stored.manifest is None:
+            continue
+        if stored.step in known_good or not content_problems(stored.directory, stored.manifest.files):
+            return stored.step
+    return None
+
+
+def prune(run: RunDirectory, keep_last: int, keep_best: int, metric: str, known_good: Collection[int] = ()) -> list[Stored]:
+    """Delete what `to_prune` names and return it. The caller holds the run's lock. Raises OSError."""
+    removed = to_prune(run, keep_last, keep_best, metric, known_good)
+    for stored in removed:
+        remove(stored.directory)
+    return removed
+
+
+def remove(directory: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a half-deleted one is never seen under its name. Raises OSError."""
+    doomed = directory.with_name(f"{REMOVED_PREFIX}{directory.name.lstrip('.')}-{secrets.token_hex(4)}")
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(run: RunDirectory) -> list[str]:
+    """Clear away what dead attempts left, and return the names. The caller holds the run's lock: no writer is alive.
+
+    A checkpoint that was set aside for a newer one of its step, which then did not arrive, gets its name back.
+    """
+    cleared: list[str] = []
+    for path in sorted(run.checkpoints.glob(".*")) if run.checkpoints.is_dir() else []:
+        if path.name.startswith(REPLACED_PREFIX):
+            original = run.checkpoints / path.name.removeprefix(REPLACED_PREFIX).rsplit("-", 1)[0]
+            if STEP_DIRECTORY.match(original.name) and not original.exists():
+                path.rename(original)
+                continue
+        if path.name.startswith((ATTEMPT_PREFIX, REPLACED_PREFIX, REMOVED_PREFIX)):
+            shutil.rmtree(path)
+            cleared.append(path.name)
+    return cleared
+
+
+def commit(run: RunDirectory, attempt: Path, manifest: Manifest) -> Path:
+    """Make a written attempt a checkpoint: manifest, sync, one rename. Raises OSError, and then nothing has changed.
+
+    An older checkpoint of the same step (rejected, or saved before a restart) is set aside first and deleted last.
+    """
+    _write_synced(attempt / MANIFEST_NAME, manifest.to_json().encode())
+    sync_directory(attempt)
+    target = run.checkpoint(manifest.step)
+    aside: Path | None = None
+    if target.exists():
+        aside = run.checkpoints / f"{REPLACED_PREFIX}{target.name}-{secrets.token_hex(4)}"
+        target.rename(aside)
+    try:
+        attempt.rename(target)
+    except OSError:
+        if aside is not None:
+            aside.rename(target)
+        raise
+    sync_directory(run.checkpoints)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
