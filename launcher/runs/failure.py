@@ -1,0 +1,178 @@
+"""Why an attempt failed: what each rank wrote down, and which of it came first.
+
+A rank that raises writes attempts/NNNN/failure-rank-R.json and exits hard. A rank that is killed writes nothing; the agent
+writes how it ended to attempts/NNNN/exits.json. `first` takes the one cause out of both, and `attempts/NNNN/failure.json`
+holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import DataError, LauncherError, OutOfMemoryError, RankLostError, StorageError, by_failure_class
+from launcher.runs.layout import write_atomically
+from launcher.runs.processes import signal_name
+
+EXITS = "exits.json"
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+_NO_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_PEER_LOST = re.compile(
+    r"connection (was )?(closed|reset) by (remote )?peer|remote process exited|broken pipe|connection refused"
+    r"|(gloo|nccl|tcpstore|socket).*(timed? ?out|timeout)",
+    re.IGNORECASE,
+)
+_DISK_FULL = re.compile(r"no space left on device|disk quota exceeded|read-only file system|input/output error", re.IGNORECASE)
+_LONGEST_CAUSE = 400
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank failed. `step` is the last step that was done; `command` goes on from there."""
+
+    time: float
+    rank: int
+    host: str
+    pid: int
+    failure_class: str
+    exit_code: int
+    cause: str
+    step: int = 0
+    traceback: str = ""
+    consequence: bool = False
+    command: str = ""
+
+    def line(self) -> str:
+        """The one line that people see."""
+        who = f"rank {self.rank} on {self.host}" if self.rank >= 0 else f"the agent on {self.host}"
+        going_on = f"; go on with: {self.command}" if self.command else ""
+        return f"{self.failure_class}: {who} after step {self.step}: {self.cause}{going_on}"
+
+
+def classify(error: BaseException) -> tuple[type[LauncherError], bool]:
+    """The class of an error, and whether it is only the consequence of another rank's end.
+
+    launcher's own errors keep their class; others are known by type, errno or text, wherever in the chain of
+    causes they stand. torch is not imported for it.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        known, consequence = _classify_one(link)
+        if known is not LauncherError:
+            return known, consequence
+        link = link.__cause__
+    return LauncherError, False
+
+
+def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
+    if isinstance(error, LauncherError):
+        return type(error), False
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return OutOfMemoryError, False
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOMEM:
+            return OutOfMemoryError, False
+        return (StorageError if error.errno in _STORAGE_ERRORS else LauncherError), False
+    if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
+        return OutOfMemoryError, False
+    if isinstance(error, RuntimeError) and _DISK_FULL.search(str(error)):
+        return StorageError, False
+    if isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
+        return RankLostError, True
+    if isinstance(error, UnicodeDecodeError):
+        return DataError, False
+    return LauncherError, False
+
+
+def one_line(error: BaseException) -> str:
+    """The error as one line: launcher's own text as it is, another's with the name of its type."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if not isinstance(error, LauncherError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= _LONGEST_CAUSE else text[: _LONGEST_CAUSE - 1] + "…"
+
+
+def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> Failure:
+    """Write failure-rank-R.json into an attempt's directory, whole or not at all, and give back what it says."""
+    known, consequence = classify(error)
+    failure = Failure(
+        time=time.time(),
+        rank=rank,
+        host=os.uname().nodename,
+        pid=os.getpid(),
+        failure_class=known.failure_class,
+        exit_code=known.exit_code,
+        cause=one_line(error),
+        step=step,
+        traceback="".join(traceback.format_exception(error)),
+        consequence=consequence,
+    )
+    write_atomically(directory / f"failure-rank-{rank}.json", json.dumps(dataclasses.asdict(failure), indent=2) + "\n")
+    return failure
+
+
+def read(path: Path) -> Failure | None:
+    """The failure written at `path`; None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Failure(**content)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_exits(directory: Path, exits: list[dict[str, int | float | bool]]) -> None:
+    """Write how ranks ended: for each {rank, pid, code, time, by_agent}; code is negative for a signal."""
+    write_atomically(directory / EXITS, json.dumps(exits, indent=2) + "\n")
+
+
+def lost(directory: Path, out_of_memory_killer: bool = False) -> list[Failure]:
+    """The ranks that ended without a word: killed from outside, or crashed in native code."""
+    try:
+        exits = json.loads((directory / EXITS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    spoke = {path.name for path in directory.glob("failure-rank-*.json")}
+    silent = [end for end in exits if end["code"] != 0 and not end["by_agent"] and f"failure-rank-{end['rank']}.json" not in spoke]
+    return [_lost(end, out_of_memory_killer) for end in silent]
+
+
+def _lost(end: dict[str, int | float | bool], out_of_memory_killer: bool) -> Failure:
+    known: type[LauncherError] = RankLostError
+    code = int(end["code"])
+    cause = f"killed by signal {-code} ({signal_name(-code)})" if code < 0 else f"ended with exit code {code} and no reason given"
+    if code == -9 and out_of_memory_killer:
+        known = OutOfMemoryError
+        cause += ", by the host's out-of-memory killer: the ranks need more memory than the host has"
+    return Failure(
+        time=float(end["time"]),
+        rank=int(end["rank"]),
+        host=os.uname().nodename,
+        pid=int(end["pid"]),
+        failure_class=known.failure_class,
+        exit_code=known.exit_code,
+        cause=cause,
+    )
+
+
+def first(directory: Path, out_of_memory_killer: bool = False) -> Failure | None:
+    """The failure that all others follow from; None where nobody failed.
+
+    An error that names its class, or a rank that was killed, comes before an error of unknown class (which may be how a
+    lost peer looks to a library), and that before one that is known to be a consequence. Among equals the earliest.
+    """
+    spoken = [failure for path in sorted(directory.glob("failure-rank-*.json")) if (failure := read(path))]
+    everything = spoken + lost(directory, out_of_memory_killer)
+    return min(everything, key=lambda failure: (_rank_of_cause(failure), failure.time), default=None)
+
+
+def _rank_of_cause(failure: Failure) -> int:
+    if failure.consequence:
+        return 2
+    return 1 if by_failure_class(failure.failure_class) is LauncherError else 0

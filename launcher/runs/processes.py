@@ -1,0 +1,97 @@
+"""What Linux says about processes, without any library: who lives, whose child, and dying with one's parent."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+PARENT_VARIABLE = "LAUNCHER_PARENT"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Each of them asks for a polite stop, whether the launcher, the agent or a rank gets it."""
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however that dies.
+
+    A parent that was gone before this call cannot be noticed by the kernel any more, so its id is
+    compared with the one it left in the environment.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    expected = os.environ.get(PARENT_VARIABLE)
+    if expected is not None and os.getppid() != int(expected):
+        os._exit(128 + signal.SIGKILL)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; empty where there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is not merely waiting to be reaped."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in "ZX"
+
+
+def parent_of(pid: int) -> int:
+    """The parent's id; 0 where there is no such process."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def started_at(pid: int) -> float:
+    """When the process began, in seconds since 1970, to about a second; infinity where there is no such process."""
+    fields = _stat(pid)
+    if not fields:
+        return float("inf")
+    uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    return time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL to the process group that `pid` leads; nothing where it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9; the number itself where it has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def oom_kills() -> int:
+    """How often the out-of-memory killer has struck: in this control group and on this host, added up.
+
+    Only a difference between two calls says something.
+    """
+    return sum(_counter(path, "oom_kill") for path in _oom_files())
+
+
+def _oom_files() -> list[Path]:
+    files = [Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory/memory.oom_control")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::"):
+                files.append(Path("/sys/fs/cgroup") / line[3:].lstrip("/") / "memory.events")
+    return files
+
+
+def _counter(path: Path, name: str) -> int:
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+    return 0

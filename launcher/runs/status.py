@@ -1,0 +1,161 @@
+"""How a run is doing, read from its directory alone: nothing is asked of the processes that run it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.runs.events import read
+from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
+from launcher.runs.processes import alive, started_at
+
+_HOLDER = re.compile(r"process (\d+) on (\S+)")
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Status:
+    """One look at a run. What is not known yet is None.
+
+    `state` is one of planned, running, finished, stopped, failed, interrupted (its processes are gone without a word).
+    """
+
+    run: str
+    name: str
+    state: str
+    attempts: int
+    step: int
+    total_steps: int | None = None
+    loss: float | None = None
+    metrics: dict[str, float] | None = None
+    checkpoint: str | None = None
+    checkpoint_step: int | None = None
+    phase: str | None = None
+    process: str | None = None
+    signal: str | None = None
+    failure: dict[str, Any] | None = None
+    command: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return dataclasses.asdict(self)
+
+
+def read_status(run: RunDirectory) -> Status:
+    """What happened in a run, and whether it is running now."""
+    events = list(read(run.events_file))
+    last = _last_of_each(events)
+    record = last_record(run.metrics_file, _is_step)
+    newest = newest_checkpoint(run)
+    state = _state(run, last)
+    return Status(
+        run=str(run.path),
+        name=run.path.name,
+        state=state,
+        attempts=run.last_attempt(),
+        step=int(record["step"]) if record else 0,
+        total_steps=last.get("training", {}).get("total_steps"),
+        loss=record.get("loss") if record else None,
+        metrics=last.get("evaluated", {}).get("metrics"),
+        checkpoint=str(newest) if newest else None,
+        checkpoint_step=int(newest.name.removeprefix("step-")) if newest else None,
+        phase=last.get("phase", {}).get("phase") if state == "running" else None,
+        process=holder(run) if state == "running" else None,
+        signal=last.get("stopping", {}).get("signal") if state in ("stopped", "running") else None,
+        failure={key: value for key, value in last["failed"].items() if key not in ("traceback", "event")} if state == "failed" else None,
+        command=None if state in ("running", "finished") else f"launcher resume {run.path}",
+    )
+
+
+def _last_of_each(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The newest event of each name; of what belongs to one attempt, only of the newest attempt."""
+    last: dict[str, dict[str, Any]] = {}
+    for record in events:
+        if record.get("event") == "started":
+            for name in ("phase", "stopping", "stopped", "failed", "training"):
+                last.pop(name, None)
+        last[record.get("event", "")] = record
+    return last
+
+
+def _state(run: RunDirectory, last: dict[str, dict[str, Any]]) -> str:
+    if run.finished:
+        return "finished"
+    if holder(run):
+        return "running"
+    if "started" not in last:
+        return "planned"
+    return next((name for name in ("failed", "stopped") if name in last), "interrupted")
+
+
+def holder(run: RunDirectory) -> str | None:
+    """Who holds the run's lock, as `process PID on HOST`; None where nobody does.
+
+    A launcher that was killed leaves its name in the file: on the same host it counts only while that process lives.
+    """
+    lock = run.path / ".lock"
+    try:
+        text = lock.read_text(encoding="utf-8").strip()
+        written = lock.stat().st_mtime
+    except OSError:
+        return None
+    match = _HOLDER.match(text)
+    if not match:
+        return None
+    pid, host = int(match[1]), match[2]
+    # A process that began after the file was written only has the number of the one that wrote it.
+    gone = host == os.uname().nodename and not (alive(pid) and started_at(pid) <= written + 2)
+    return None if gone else text
+
+
+def newest_checkpoint(run: RunDirectory) -> Path | None:
+    """The newest committed checkpoint by its name; whether it is whole is checked when it is loaded."""
+    if not run.checkpoints.is_dir():
+        return None
+    found = (path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name) and (path / "manifest.json").is_file())
+    return max(found, key=lambda path: path.name, default=None)
+
+
+def last_step(run: RunDirectory) -> int:
+    """The last step that is written in metrics.jsonl; 0 before the first."""
+    record = last_record(run.metrics_file, _is_step)
+    return int(record["step"]) if record else 0
+
+
+def _is_step(record: dict[str, Any]) -> bool:
+    return record.get("kind", "train") == "train" and isinstance(record.get("step"), int) and "loss" in record
+
+
+def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    """The last record of a JSON lines file that is wanted, read from its end."""
+    for line in _lines_backwards(path):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and wanted(record):
+                return record
+    return None
+
+
+def _lines_backwards(path: Path) -> Iterator[bytes]:
+    try:
+        file = open(path, "rb")
+    except OSError:
+        return
+    with file:
+        position = file.seek(0, os.SEEK_END)
+        rest = b""
+        while position > 0:
+            length = min(_BLOCK, position)
+            position -= length
+            file.seek(position)
+            first, *lines = (file.read(length) + rest).split(b"\n")
+            yield from reversed(lines)
+            rest = first
+        yield rest

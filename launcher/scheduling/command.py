@@ -1,0 +1,65 @@
+"""The exact command and environment of an attempt: for the agent to be started with, and for people to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from launcher.planning.plan import Plan
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.processes import PARENT_VARIABLE
+from launcher.scheduling.node_agent import ATTEMPT_VARIABLE
+
+ENTRY = "launcher.training.entry"
+_PREFIXES = "OMP MKL CUDA NVIDIA NCCL GLOO TORCH PYTORCH HF TRANSFORMERS TOKENIZERS SLURM LAUNCHER LD XDG TRITON".split()
+_NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
+_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
+
+
+def agent_command(run: RunDirectory, plan: Plan, attempt: int, stop_at: int | None = None, entry: str = ENTRY) -> list[str]:
+    """The agent over `entry` on every rank of this machine.
+
+    Port 0 has the agent's store take a free port, and an address by number needs no name service.
+    """
+    command = [
+        *(sys.executable, "-m", "launcher.scheduling.node_agent"),
+        "--nnodes=1",
+        f"--nproc-per-node={plan.mesh.world_size}",
+        "--max-restarts=0",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+        f"--rdzv-id={run.run_id()}-{attempt}",
+        "--monitor-interval=0.1",
+        *("-m", entry, str(run.path), "--attempt", str(attempt)),
+    ]
+    return command if stop_at is None else [*command, "--stop-at", str(stop_at)]
+
+
+def environment(run: RunDirectory, plan: Plan, attempt: int) -> dict[str, str]:
+    """What the agent and the ranks see."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
+        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
+        "PYTHONUNBUFFERED": "1",
+        PARENT_VARIABLE: str(os.getpid()),
+        ATTEMPT_VARIABLE: str(run.attempt(attempt)),
+    }
+
+
+def public(variables: dict[str, str]) -> dict[str, str]:
+    """The part of an environment that matters to a run and holds no secret, in the order of its names."""
+    matters = {name: value for name, value in variables.items() if name in _NAMES or name.split("_")[0] in _PREFIXES}
+    kept = {name: value for name, value in matters.items() if not _SECRET.search(name)}
+    return {name: _PASSWORD_IN_URL.sub("://***@", value) for name, value in sorted(kept.items())}
+
+
+def write_command(path: Path, command: list[str], variables: dict[str, str]) -> None:
+    """Write command.json: what was started, where, and with which environment."""
+    content = {"command": command, "directory": os.getcwd(), "environment": public(variables)}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

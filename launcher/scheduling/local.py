@@ -1,0 +1,120 @@
+"""Running on this machine: one attempt at a time, its outcome as an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+
+from launcher.errors import LauncherError, OutOfMemoryError, RankLostError, Stopped
+from launcher.planning.plan import Plan
+from launcher.runs import failure as failures
+from launcher.runs.events import event
+from launcher.runs.failure import Failure
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.processes import oom_kills, signal_name
+from launcher.runs.status import last_step
+from launcher.scheduling.command import ENTRY, agent_command, environment, write_command
+from launcher.scheduling.supervisor import End, Supervisor, Watcher, attempt_directory
+
+FORCED_EXIT = 130
+"""Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved."""
+
+
+def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: int | None = None, entry: str = ENTRY) -> int:
+    """Run one attempt of a run to its end, and return the exit code.
+
+    0: finished, or it was already. 75: stopped on request, saved. 130: stopped by force. Else the failure's own.
+    `entry` is the module that each rank runs. Raises RunInUseError where another process works in the run.
+    """
+    watcher = watch or Watcher()
+    with run.lock():
+        if run.finished:
+            watcher.say(f"{shown(run.path)} is finished; there is nothing to do")
+            return 0
+        number, directory = attempt_directory(run)
+        command, variables = agent_command(run, plan, number, stop_at, entry), environment(run, plan, number)
+        write_command(directory / "command.json", command, variables)
+        event(run.events_file, "started", attempt=number, world_size=plan.mesh.world_size)
+        killed_before = oom_kills()
+        supervisor = Supervisor(run, number, plan.grace_seconds, watcher)
+        watcher.begin(run, number)
+        try:
+            end = supervisor.supervise(command, variables)
+        finally:
+            watcher.end()
+        return _outcome(run, plan, number, end, watcher, oom_kills() > killed_before)
+
+
+def shown(path: Path) -> str:
+    """A path as people would type it: relative where it lies below the working directory, quoted where it must be."""
+    absolute = os.path.abspath(path)
+    below = absolute.startswith(os.getcwd() + os.sep)
+    return shlex.quote(os.path.relpath(absolute) if below else absolute)
+
+
+def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watcher, out_of_memory_killer: bool) -> int:
+    if run.finished or "finished" in end.events:
+        if end.code != 0:
+            watcher.say(f"the run finished; a process of it then ended badly (see {shown(run.attempt(number))})")
+        return 0
+    if "stopped" not in end.events and end.code == 0 and end.signal_name and not end.forced:
+        # Stopped so early that no trainer was there to say so.
+        event(run.events_file, "stopped", step=last_step(run))
+        end.events.add("stopped")
+    if "stopped" in end.events:
+        watcher.say(f"stopped after step {last_step(run)}, saved; go on with: launcher resume {shown(run.path)}")
+        return Stopped.exit_code
+    failure = _failure(run, number, end, plan, out_of_memory_killer)
+    failure = dataclasses.replace(failure, step=last_step(run))
+    failure = dataclasses.replace(failure, command=command_to_go_on(run, plan, failure))
+    written = dataclasses.asdict(failure)
+    write_atomically(run.attempt(number) / "failure.json", json.dumps(written, indent=2) + "\n")
+    event(run.events_file, "failed", attempt=number, failure={key: value for key, value in written.items() if key != "traceback"})
+    watcher.say(failure.line())
+    return failure.exit_code
+
+
+def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory_killer: bool) -> Failure:
+    directory = run.attempt(number)
+    if end.forced == "second interrupt":
+        return _of_the_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
+    if end.forced == "grace":
+        logs = shown(directory)
+        cause = f"{end.signal_name}: the ranks had not saved and left after {plan.grace_seconds:g} s of grace (cluster.grace) and were ended"
+        return _of_the_agent(Stopped, f"{cause}; their stacks are in {logs}/rank-*.log", FORCED_EXIT)
+    found = failures.first(directory, out_of_memory_killer)
+    if found is not None:
+        return found
+    if end.code < 0:
+        return _of_the_agent(RankLostError, f"killed by signal {-end.code} ({signal_name(-end.code)})")
+    if end.code == 0:
+        return _of_the_agent(LauncherError, "every rank ended well, but none said that the run was finished or stopped")
+    return _of_the_agent(LauncherError, f"{_last_line(directory / 'agent.log')} (see {shown(directory / 'agent.log')})")
+
+
+def _of_the_agent(kind: type[LauncherError], cause: str, exit_code: int | None = None) -> Failure:
+    code = kind.exit_code if exit_code is None else exit_code
+    return Failure(time.time(), -1, os.uname().nodename, os.getpid(), kind.failure_class, code, cause)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
+
+
+def command_to_go_on(run: RunDirectory, plan: Plan, failure: Failure) -> str:
+    """What to type next. After out of memory, with the first change that makes it need less, if one is left."""
+    command = f"launcher resume {shown(run.path)}"
+    if failure.failure_class != OutOfMemoryError.failure_class:
+        return command
+    micro = plan.batch.micro_batch_size
+    if micro > 1:
+        smaller = max(size for size in range(1, micro // 2 + 1) if micro % size == 0)
+        return f"{command} --set batch.micro_batch_size={smaller}"
+    if plan.activation_checkpointing != "full":
+        return f"{command} --set memory.activation_checkpointing=full"
+    return command

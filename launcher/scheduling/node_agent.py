@@ -1,0 +1,89 @@
+"""torchrun's elastic agent, with the manners that a supervised run needs.
+
+    python -m launcher.scheduling.node_agent [torchrun's own arguments]
+
+It differs from `python -m torch.distributed.run` in four things:
+
+1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed -9.
+2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would end them.
+3. When a rank has failed, the others are killed at once with SIGKILL. torchrun sends SIGTERM and waits up to 30 s, which a
+   rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one, from outside.
+4. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.runs.failure import write_exits
+from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
+
+ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT_DIRECTORY"
+_SECONDS_TO_REAP = 5
+
+
+def main(arguments: list[str]) -> int:
+    """Run the agent to its end; 0 where every rank ended with 0, else 1."""
+    die_with_parent()
+    _pass_signals_on(os.getppid())
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    killed = _kill_instead_of_asking(SubprocessContext)
+    try:
+        torchrun.run(torchrun.parse_args(arguments))
+    except ChildFailedError as error:
+        ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
+        write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends)
+        return 1
+    return 0
+
+
+def _pass_signals_on(launcher: int) -> None:
+    """Take stop signals in a thread of their own and send them to the launcher.
+
+    They stay blocked in every other thread, so that torchrun's handlers never see them, and in the ranks until
+    those have handlers: in no moment does a signal kill what should have stopped politely.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def forward() -> None:
+        while True:
+            number = signal.sigwait(STOP_SIGNALS)
+            # A Ctrl-C is counted by the launcher, and it saw this one itself if it came from a terminal.
+            os.kill(launcher, signal.SIGTERM if number == signal.SIGINT else number)
+
+    threading.Thread(target=forward, daemon=True).start()
+
+
+def _kill_instead_of_asking(context: type[Any]) -> set[int]:
+    """Have torchrun end ranks, and what they started, with SIGKILL; gives the ids of those that were still alive."""
+    killed: set[int] = set()
+    close = context._close
+
+    def _close(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+        for handler in self.subprocess_handlers.values():
+            if handler.proc.poll() is None:
+                killed.add(handler.proc.pid)
+            kill_group(handler.proc.pid)
+        close(self, signal.SIGKILL, _SECONDS_TO_REAP)
+
+    context._close = _close
+    return killed
+
+
+def _end(rank: int, failure: Any, killed: set[int]) -> dict[str, int | float | bool]:
+    return {"rank": rank, "pid": failure.pid, "code": failure.exitcode, "time": time.time(), "by_agent": failure.pid in killed}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
