@@ -20,6 +20,10 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, defer_build=True)
 
 
+Engine = Literal["fsdp"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "packed"]
+
+
 class Decision(Frozen):
     """One thing the job left open."""
 
@@ -63,10 +67,10 @@ class Plan(Frozen):
     format: Literal[1] = 1
     name: str
     task: str
-    engine: Literal["fsdp"]
+    engine: Engine
     precision: Precision
     activation_checkpointing: ActivationCheckpointing
-    attention: Literal["sdpa", "eager", "flash_attention_2", "packed"]
+    attention: Attention
     num_data_workers: int
     trackers: tuple[str, ...]
     grace_seconds: float

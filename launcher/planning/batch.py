@@ -1,0 +1,54 @@
+"""Exact batch arithmetic: global_batch_size = micro_batch_size x accumulation_steps x data_parallel_size, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Batch
+from launcher.planning.plan import BatchPlan
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor of a positive number, in order."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def nearest(wanted: int, values: Iterable[int]) -> str:
+    """The value that is there, or the next below and above the one wanted, in words."""
+    values = sorted(set(values))
+    around = [*[v for v in values if v <= wanted][-1:], *[v for v in values if v > wanted][:1]]
+    return " or ".join(str(value) for value in around if value != wanted or len(around) == 1)
+
+
+def multiples_around(wanted: int, unit: int) -> str:
+    """The multiples of `unit` next to the number wanted, in words."""
+    below = wanted // unit * unit
+    return nearest(wanted, [m for m in (below, below + unit) if m > 0 and m != wanted])
+
+
+def divide(batch: Batch, data_parallel_size: int, micro_batch_limit: int) -> BatchPlan:
+    """Cut the global batch over the ranks and into passes.
+
+    `micro_batch_limit`: the most samples of one pass where micro_batch_size is auto; the largest exact divisor at or below it is taken.
+    Raises ConfigurationError with the nearest values that work for the global batch, the micro-batch and the number of ranks.
+    """
+    size, ranks = batch.global_batch_size, data_parallel_size
+    asked = None if batch.micro_batch_size == "auto" else batch.micro_batch_size
+    if size % (ranks * (asked or 1)):
+        raise ConfigurationError(_refusal(size, ranks, asked))
+    per_rank = size // ranks
+    micro = asked or max(d for d in divisors(per_rank) if d <= max(1, micro_batch_limit))
+    return BatchPlan(global_batch_size=size, micro_batch_size=micro, accumulation_steps=per_rank // micro, data_parallel_size=ranks)
+
+
+def _refusal(size: int, ranks: int, micro: int | None) -> Problem:
+    unit = ranks * (micro or 1)
+    ways = [f"global_batch_size {multiples_around(size, unit)}"]
+    if micro is not None and size % ranks == 0:
+        ways.append(f"micro_batch_size {nearest(micro, divisors(size // ranks))}")
+    if size % (micro or 1) == 0:
+        ways.append(f"ranks {nearest(ranks, divisors(size // (micro or 1)))}")
+    parts = f"{ranks} ranks" + (f" x {micro} samples of a pass" if micro is not None else "")
+    return Problem("batch.global_batch_size", size, f"is not a whole multiple of {parts}; what works: {', '.join(ways)}")

@@ -1,0 +1,71 @@
+"""How large a model is, read from its directory without torch and without a network."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from launcher.job.schema import Model
+
+_NAMES = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "intermediate_size": ("intermediate_size", "n_inner", "d_ff", "hidden_dim", "ffn_dim"),
+    "vocab_size": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The few numbers that memory depends on."""
+
+    num_parameters: int
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+
+    @classmethod
+    def read(cls, model: Model) -> ModelShape | None:
+        """The shape of a model that lies in a local directory; None where it cannot be known before it is fetched."""
+        try:
+            config = json.loads((Path(model.name) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(config, dict):
+            return None
+        sizes = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+        found = {key: next((sizes[name] for name in names if isinstance(sizes.get(name), int)), 0) for key, names in _NAMES.items()}
+        hidden, layers = found["hidden_size"], found["num_layers"]
+        if not hidden or not layers:
+            return None
+        intermediate = found["intermediate_size"] or 4 * hidden
+        counted = 0 if model.weights == "random" else stored_parameters(Path(model.name))
+        return cls(counted or _estimate(sizes, hidden, layers, intermediate, found["vocab_size"]), hidden, layers, intermediate)
+
+
+def _estimate(config: dict[str, Any], hidden: int, layers: int, intermediate: int, vocabulary: int) -> int:
+    """Parameters of a transformer by its config, with gated layers where the activation is SiLU."""
+    heads = config.get("num_attention_heads") or 1
+    share = (config.get("num_key_value_heads") or heads) / heads
+    attention = hidden * hidden * (2 + 2 * share)
+    feed_forward = hidden * intermediate * (3 if "silu" in str(config.get("hidden_act", "")) else 2)
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings", True) else 2)
+    return int(layers * (attention + feed_forward) + embeddings)
+
+
+def stored_parameters(directory: Path) -> int:
+    """Parameters in a directory's safetensors files, counted from their headers; 0 where there are none that can be read."""
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        try:
+            with open(path, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, 100 << 20)))
+            total += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+            return 0
+    return total
