@@ -1,0 +1,109 @@
+"""The micro-batches of a rank at a step, sought in O(1) and equal in content for any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from launcher.planning.plan import BatchPlan
+from launcher.training.data.dataset import Dataset, Sample
+from launcher.training.data.order import Order
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank computes in one step, and the counts of the whole global batch."""
+
+    micro_batches: list[list[list[Sample]]]
+    """[accumulation_steps][micro_batch_size] items of this rank, each a list of samples."""
+    num_items: int
+    """Real items of the global batch."""
+    num_samples: int
+    """Real samples of the global batch."""
+    num_tokens: int
+    """Their tokens."""
+    num_supervised: int
+    """Their supervised tokens (of a classification task: samples): what the loss is divided by."""
+    sample_ids: str
+    """Hash of the global batch's sample ids in order; the same on any number of ranks."""
+
+
+class Batches:
+    """Global batch s is the positions [s*G, (s+1)*G) of the order, cut at `num_items_total`.
+
+    Which rank and which accumulation step gets an item goes by length, so that ranks wait little for each other;
+    the mean over the global batch does not change by it. Missing places of the last batch are filler.
+    """
+
+    def __init__(self, dataset: Dataset, order: Order, batch: BatchPlan, rank: int, num_items_total: int) -> None:
+        if not 0 <= rank < batch.data_parallel_size:
+            raise ValueError(f"rank = {rank}: must be below data_parallel_size = {batch.data_parallel_size}")
+        if order.num_items != dataset.num_items:
+            raise ValueError(f"the order has {order.num_items} items, the data {dataset.num_items}")
+        self.dataset = dataset
+        self.order = order
+        self.batch = batch
+        self.rank = rank
+        self.num_items_total = num_items_total
+
+    @property
+    def num_steps(self) -> int:
+        """Steps until `num_items_total` items are consumed."""
+        return -(-self.num_items_total // self.batch.global_batch_size)
+
+    def indices(self, step: int) -> np.ndarray:
+        """The real items, int64, of the global batch of `step` (from 0), in order. Raises IndexError past the end."""
+        size = self.batch.global_batch_size
+        count = min(size, self.num_items_total - step * size)
+        if step < 0 or count < 1:
+            raise IndexError(f"step {step} is not in 0..{self.num_steps - 1}")
+        return self.order.indices(step * size, count)
+
+    def step(self, step: int) -> StepBatch:
+        """Everything rank `rank` needs at `step`, counted from 0. Raises IndexError past the end."""
+        real = self.indices(step)
+        micro_batches = [
+            [self._item(real, place) for place in places]
+            for places in deal(self._lengths(real), self.batch, self.dataset.padding_free)[:, self.rank]
+        ]
+        return StepBatch(
+            micro_batches=micro_batches,
+            num_items=len(real),
+            num_samples=self.dataset.num_samples_of(real),
+            num_tokens=self.dataset.num_tokens_of(real),
+            num_supervised=self.dataset.num_supervised(real),
+            sample_ids=xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self.dataset.sample_ids(real), dtype="<i8").tobytes()),
+        )
+
+    def _lengths(self, real: np.ndarray) -> np.ndarray:
+        """Tokens of each place of the global batch; a filler is as long as the shortest item."""
+        lengths = self.dataset.item_lengths[real]
+        return np.pad(lengths, (0, self.batch.global_batch_size - len(real)), constant_values=lengths.min())
+
+    def _item(self, real: np.ndarray, place: int) -> list[Sample]:
+        if place < len(real):
+            return self.dataset.item(int(real[place]))
+        shortest = real[np.argmin(self.dataset.item_lengths[real])]
+        return [sample.as_filler() for sample in self.dataset.item(int(shortest))]
+
+
+def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarray:
+    """Places of a global batch, int64 [accumulation_steps, data_parallel_size, micro_batch_size], each exactly once.
+
+    Padded micro-batches get neighbours in length. Padding-free ones get near-equal sums: round after round the longest
+    remaining item goes to the micro-batch with the fewest tokens. Ranks at the same accumulation step are neighbours either way.
+    """
+    num_micro_batches = batch.accumulation_steps * batch.data_parallel_size
+    shape = (batch.accumulation_steps, batch.data_parallel_size, batch.micro_batch_size)
+    descending = np.argsort(-lengths, kind="stable")
+    if not padding_free or batch.micro_batch_size == 1:
+        return descending.reshape(shape)
+    sums = np.zeros(num_micro_batches, dtype=np.int64)
+    places = np.empty((num_micro_batches, batch.micro_batch_size), dtype=np.int64)
+    for number, dealt in enumerate(descending.reshape(batch.micro_batch_size, num_micro_batches)):
+        emptiest = np.argsort(sums, kind="stable")
+        places[emptiest, number] = dealt
+        sums[emptiest] += lengths[dealt]
+    return places[np.argsort(-sums, kind="stable")].reshape(shape)

@@ -1,0 +1,202 @@
+"""Prepared samples as memory-mapped numpy files, and what was counted while they were made.
+
+A directory holds one flat file per column with a file of offsets, the samples' ids, lengths and supervised counts,
+the packs, and `meta.json`, written last, with the size and hash of every other file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+META = "meta.json"
+
+
+class Sample(dict[str, np.ndarray]):
+    """One sample's arrays by name, each of one dimension.
+
+    `id` is its row number in the source. A `filler` only keeps shapes equal among ranks: nothing in it is supervised.
+    """
+
+    __slots__ = ("filler", "id")
+
+    def __init__(self, arrays: dict[str, np.ndarray], id: int, filler: bool = False) -> None:
+        super().__init__(arrays)
+        self.id = id
+        self.filler = filler
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self["input_ids"])
+
+    def as_filler(self) -> Sample:
+        """The same tokens with nothing supervised."""
+        arrays = dict(self)
+        if "targets" in arrays:
+            arrays["targets"] = np.full_like(arrays["targets"], -100)
+        return Sample(arrays, self.id, filler=True)
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of one source."""
+
+    role: str
+    source_hash: str
+    """Of the contents of the files, in their order; nothing else."""
+    files: list[dict[str, Any]]
+    """Of each file: path, bytes, and the hash of every MiB."""
+    rows_read: int = 0
+    rows_used: int = 0
+    num_cut: int = 0
+    """Rows used, but cut to max_length."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows left out, by reason."""
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    """The first few rows cut or left out: file, line, reason, detail."""
+    num_items: int = 0
+    num_tokens: int = 0
+    num_supervised: int = 0
+    longest: int = 0
+    """Tokens of the longest sample."""
+    fill: float | None = None
+    """Share of the packs' room that holds tokens; None without packing."""
+    labels: list[str] | None = None
+    seconds: float = 0.0
+    """What preparing took, when it was done."""
+    cached: bool = False
+    cache: str = ""
+    """The directory it lies in."""
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(self.dropped.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the per-MiB hashes: for an event."""
+        return {**asdict(self), "files": [{"path": f["path"], "bytes": f["bytes"]} for f in self.files]}
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{self.rows_used:,} of {self.rows_read:,} rows, {self.num_tokens:,} tokens"]
+        if self.fill is not None:
+            parts.append(f"{self.num_items:,} packs {self.fill:.1%} full")
+        if self.num_cut:
+            parts.append(f"{self.num_cut:,} cut")
+        parts += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
+        return f"{self.role}: " + ", ".join(parts)
+
+
+class CacheProblem(Exception):
+    """A prepared directory is not there, not whole, or of another format."""
+
+
+def gather(offsets: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Positions, int64, of all elements of the given rows of a ragged array, row after row."""
+    starts, counts = offsets[indices], offsets[indices + 1] - offsets[indices]
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - counts), counts)
+
+
+class Dataset:
+    """Items (packs, or single samples) of prepared, memory-mapped samples."""
+
+    def __init__(self, directory: Path, report: DataReport, meta: dict[str, Any]) -> None:
+        self.directory = directory
+        self.report = report
+        self.padding_free: bool = meta["padding_free"]
+        """Whether micro-batches are joined end to end (their cost is the sum of lengths) rather than padded to the longest."""
+        self._columns = [(name, self._load(name), self._load(offsets)) for name, offsets in meta["columns"].items()]
+        self._item_offsets = self._load("item_offsets")
+        self._item_samples = self._load("item_samples")
+        self._sample_ids = self._load("sample_ids")
+        self._item_lengths = self._load("item_lengths")
+        self._item_supervised = self._load("item_supervised")
+
+    @classmethod
+    def open(cls, directory: Path, format_version: int) -> Dataset:
+        """Map a prepared directory. Raises CacheProblem unless every file in it has the size and the hash it was written with."""
+        try:
+            meta = json.loads((directory / META).read_bytes())
+            if meta["format"] != format_version:
+                raise CacheProblem(f"{directory} has format {meta['format']}, not {format_version}")
+            for name, expected in meta["files"].items():
+                if file_digest(directory / name) != expected:
+                    raise CacheProblem(f"{directory / name} is not what was written")
+            known = {f.name for f in fields(DataReport)}
+            report = DataReport(**{key: value for key, value in meta["report"].items() if key in known})
+            return cls(directory, report, meta)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CacheProblem(f"{directory}: {error}") from error
+
+    def _load(self, name: str) -> np.ndarray:
+        path = self.directory / f"{name}.npy"
+        # A plain view: slicing np.memmap itself costs several times as much.
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)).view(np.ndarray)
+
+    @property
+    def num_items(self) -> int:
+        return len(self._item_offsets) - 1
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._sample_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.report.num_tokens
+
+    @property
+    def item_lengths(self) -> np.ndarray:
+        """Tokens of each item, int64 [num_items]."""
+        return self._item_lengths
+
+    def item(self, index: int) -> list[Sample]:
+        """The samples of an item: a pack's, or a single one. The arrays are read-only views of the files."""
+        start, end = self._item_offsets[index], self._item_offsets[index + 1]
+        return [self._sample(int(sample)) for sample in self._item_samples[start:end]]
+
+    def _sample(self, sample: int) -> Sample:
+        arrays = {name: flat[offsets[sample] : offsets[sample + 1]] for name, flat, offsets in self._columns}
+        return Sample(arrays, int(self._sample_ids[sample]))
+
+    def length(self, index: int) -> int:
+        """Tokens of an item."""
+        return int(self._item_lengths[index])
+
+    def num_supervised(self, indices: Sequence[int] | np.ndarray) -> int:
+        """Supervised tokens (of a classification task: samples) of these items."""
+        return int(self._item_supervised[np.asarray(indices, dtype=np.int64)].sum())
+
+    def num_tokens_of(self, indices: Sequence[int] | np.ndarray) -> int:
+        """Tokens of these items."""
+        return int(self._item_lengths[np.asarray(indices, dtype=np.int64)].sum())
+
+    def num_samples_of(self, indices: Sequence[int] | np.ndarray) -> int:
+        """Samples of these items."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return int((self._item_offsets[chosen + 1] - self._item_offsets[chosen]).sum())
+
+    def sample_ids(self, index: int | np.ndarray) -> np.ndarray:
+        """Row numbers, int64, of the samples of one item or of several, one item after another."""
+        chosen = np.atleast_1d(np.asarray(index, dtype=np.int64))
+        return self._sample_ids[self._item_samples[gather(self._item_offsets, chosen)]]
+
+
+def file_digest(path: Path) -> str:
+    """xxh3 of a file's bytes, after their number."""
+    hasher = xxhash.xxh3_128()
+    size = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)
+            size += len(block)
+    return f"{size}:{hasher.hexdigest()}"

@@ -1,0 +1,200 @@
+"""Rows through the task's encoder, in worker processes where it pays, into flat files."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from launcher.errors import OutOfMemoryError
+from launcher.training.data.packing import Packs, gather_sums
+from launcher.training.data.rows import TOO_LONG, Row, RowProblem
+from launcher.training.data.sources import Rows
+from launcher.training.tasks.task import Encoded, Task
+
+CHUNK_ROWS = 256
+FEWEST_ROWS_FOR_WORKERS = 4096
+"""Below, one process with the tokenizer's own threads is done before others have started."""
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Chunk:
+    """The samples of some rows, each column as one flat array with the length of every sample in it."""
+
+    num_rows: int
+    ids: np.ndarray
+    supervised: np.ndarray
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    """Rows cut or left out, in order: file, line, reason, detail."""
+
+
+def encode_chunk(rows: list[Row], task: Task, tokenizer: Any) -> Chunk:
+    """Encode some rows; those that cannot be used become problems."""
+    values = [row.values for row in rows if not isinstance(row.values, RowProblem)]
+    encoded = iter(task.encode_batch(values, tokenizer))
+    samples: list[Encoded] = []
+    ids: list[int] = []
+    problems: list[dict[str, Any]] = []
+    for row in rows:
+        result = row.values if isinstance(row.values, RowProblem) else next(encoded)
+        if isinstance(result, RowProblem):
+            problems.append(_problem(row, result.reason, result.detail))
+            continue
+        if result.cut:
+            problems.append(_problem(row, TOO_LONG, f"cut to {len(result.arrays['input_ids']):,} tokens"))
+        samples.append(result)
+        ids.append(row.id)
+    chunk = Chunk(
+        len(rows), np.array(ids, dtype=np.int64), np.array([s.num_supervised for s in samples], dtype=np.int64), problems=problems
+    )
+    for name in samples[0].arrays if samples else ():
+        arrays = [sample.arrays[name] for sample in samples]
+        chunk.columns[name] = (np.concatenate(arrays), np.array([len(array) for array in arrays], dtype=np.int64))
+    return chunk
+
+
+def _problem(row: Row, reason: str, detail: str) -> dict[str, Any]:
+    return {"file": row.file, "line": row.line, "reason": reason, "detail": detail[:200]}
+
+
+def encode_rows(rows: Rows, task: Task, tokenizer: Any, num_workers: int) -> Iterator[Chunk]:
+    """The chunks of a source in order, the same for any number of workers."""
+    source = iter(rows)
+    chunks = iter(lambda: list(islice(source, CHUNK_ROWS)), [])
+    if num_workers <= 1 or rows.num_rows_expected < FEWEST_ROWS_FOR_WORKERS:
+        for chunk in chunks:
+            yield encode_chunk(chunk, task, tokenizer)
+        return
+    # Forked, so that the tokenizer is shared and nothing is imported again; a worker runs no torch.
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork"), _begin_worker, (task, tokenizer, os.getpid()))
+    waiting: collections.deque[Future[Chunk]] = collections.deque()
+    try:
+        for chunk in chunks:
+            waiting.append(_submit(pool, chunk))
+            if len(waiting) > 4 * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        reason = "a process that tokenises was killed, most likely for want of memory; set data.num_workers to fewer"
+        raise OutOfMemoryError(f"{reason} than {num_workers}") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, rows: list[Row]) -> Future[Chunk]:
+    with warnings.catch_warnings():
+        # Python warns of a fork beside threads; the workers take no lock that these could hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return pool.submit(_work, rows)
+
+
+_worker: tuple[Task, Any]
+
+
+def _begin_worker(task: Task, tokenizer: Any, parent: int) -> None:
+    global _worker
+    _worker = (task, tokenizer)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent killed with -9 cannot end its workers, and they would wait for it for ever.
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _work(rows: list[Row]) -> Chunk:
+    return encode_chunk(rows, *_worker)
+
+
+class Writer:
+    """The files of a dataset, column by column, as chunks come in."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.num_samples = 0
+        self.num_supervised = 0
+        self._columns: dict[str, _FlatFile] = {}
+        self._lengths: dict[str, list[np.ndarray]] = {}
+        self._ids: list[np.ndarray] = []
+        self._supervised: list[np.ndarray] = []
+
+    def append(self, chunk: Chunk) -> None:
+        """Write the samples of a chunk behind the others."""
+        for name, (flat, lengths) in chunk.columns.items():
+            if name not in self._columns:
+                self._columns[name] = _FlatFile(self.directory / f"{name}.npy", flat.dtype)
+            self._columns[name].append(flat)
+            self._lengths.setdefault(name, []).append(lengths)
+        self._ids.append(chunk.ids)
+        self._supervised.append(chunk.supervised)
+        self.num_samples += len(chunk.ids)
+        self.num_supervised += int(chunk.supervised.sum())
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 [num_samples]."""
+        return np.concatenate(self._lengths["input_ids"])
+
+    def finish(self, packs: Packs) -> dict[str, str]:
+        """Close the columns and write the index. Returns each column's file of offsets; equal ones share one."""
+        named: dict[bytes, str] = {}
+        columns = {}
+        for name, file in self._columns.items():
+            file.close()
+            offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths[name]))]).astype(np.int64)
+            content = offsets.tobytes()
+            if content not in named:
+                named[content] = f"{name}_offsets"
+                self._save(f"{name}_offsets", offsets)
+            columns[name] = named[content]
+        self._save("sample_ids", np.concatenate(self._ids))
+        self._save("item_offsets", packs.offsets)
+        self._save("item_samples", packs.samples)
+        self._save("item_lengths", gather_sums(packs, self.lengths()))
+        self._save("item_supervised", gather_sums(packs, np.concatenate(self._supervised)))
+        return columns
+
+    def _save(self, name: str, array: np.ndarray) -> None:
+        np.save(self.directory / f"{name}.npy", array, allow_pickle=False)
+
+
+class _FlatFile:
+    """A one-dimensional .npy file whose length is known at the end: its header leaves room for it to grow."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
+        self._length = 0
+        self._file: BinaryIO = open(path, "w+b")
+        self._header_end = self._write_header()
+
+    def _write_header(self) -> int:
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        return self._file.tell()
+
+    def append(self, flat: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(flat, dtype=self._dtype).data)
+        self._length += len(flat)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        if self._write_header() != self._header_end:
+            raise ValueError("the .npy header grew over the data")
+        self._file.close()

@@ -1,0 +1,67 @@
+"""The order of the data: a function of the seed and the epoch alone, with O(1) time and memory per look-up.
+
+Each epoch is a keyed permutation of the items: a Feistel network over the next power of two, walked until it
+falls below the number of items. The mixer is plain 64-bit integer arithmetic, so that no library's version changes an order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NUM_ROUNDS = 8
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: uint64 -> uint64, every input bit reaching every output bit."""
+    values = values + _GOLDEN
+    values = (values ^ (values >> np.uint64(30))) * _FIRST
+    values = (values ^ (values >> np.uint64(27))) * _SECOND
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(values: np.ndarray, keys: np.ndarray, num_items: int) -> np.ndarray:
+    """A permutation of 0..num_items-1 for each key, applied to `values`; uint64 arrays of one shape."""
+    bits = max(4, (num_items - 1).bit_length())
+    low_bits = np.uint64(bits // 2)
+    low_mask = np.uint64((1 << (bits // 2)) - 1)
+    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    result = values.copy()
+    walking = np.arange(len(values))
+    while len(walking):
+        low, high, key = result[walking] & low_mask, result[walking] >> low_bits, keys[walking]
+        for round_number in range(0, NUM_ROUNDS, 2):
+            low ^= mix(high ^ mix(key + np.uint64(round_number))) & low_mask
+            high ^= mix(low ^ mix(key + np.uint64(round_number + 1))) & high_mask
+        result[walking] = (high << low_bits) | low
+        walking = walking[result[walking] >= num_items]
+    return result
+
+
+class Order:
+    """Which item stands at each position of an endless sequence of epochs.
+
+    A position counts items over all epochs and all ranks; nothing depends on the number of ranks.
+    """
+
+    def __init__(self, seed: int, num_items: int, shuffle: bool = True) -> None:
+        if num_items < 1:
+            raise ValueError(f"num_items = {num_items}: an order needs at least one item")
+        self.seed = seed
+        self.num_items = num_items
+        self.shuffle = shuffle
+
+    def indices(self, start: int, count: int) -> np.ndarray:
+        """Item indices, int64 [count], of the positions start..start+count-1."""
+        positions = np.arange(start, start + count, dtype=np.uint64)
+        epochs, offsets = np.divmod(positions, np.uint64(self.num_items))
+        if self.shuffle:
+            seed = mix(np.full(len(epochs), self.seed % 2**64, dtype=np.uint64))
+            offsets = permute(offsets, mix(seed ^ epochs), self.num_items)
+        return offsets.astype(np.int64)
+
+    def at(self, position: int) -> int:
+        """The item at one position."""
+        return int(self.indices(position, 1)[0])

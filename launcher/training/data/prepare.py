@@ -1,0 +1,209 @@
+"""From a source to a Dataset: once, cached by content, by one process of a machine while the others wait."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from launcher.errors import DataError, StorageError
+from launcher.job.schema import Source
+from launcher.planning.plan import Plan
+from launcher.training.data.dataset import META, CacheProblem, DataReport, Dataset, file_digest
+from launcher.training.data.encode import Writer, encode_rows
+from launcher.training.data.packing import one_each, pack
+from launcher.training.data.rows import TOO_LONG
+from launcher.training.data.sources import Rows, open_source
+from launcher.training.tasks.task import Task
+
+FORMAT = 1
+NUM_EXAMPLES = 10
+Role = Literal["train", "evaluation"]
+Progress = Callable[[int, int], None]
+
+
+def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, report: Progress = lambda done, total: None) -> Dataset:
+    """Read, tokenise and pack a source, or map what an earlier call with equal contents and settings made.
+
+    `report(done, total)` is called with rows now and then, and with (0, 0) while another process does the work; what it raises
+    ends the preparation and leaves nothing behind. Sets `task.labels`. Raises DataError for data that cannot be used,
+    ConfigurationError for a tokenizer that cannot serve the task, StorageError where the cache cannot be written.
+    """
+    task.bind(tokenizer)
+    rows = open_source(source, task.columns)
+    if role == "evaluation" and task.needs_labels and task.labels is None:
+        task.fit(open_source(plan.data.train, task.columns))
+    root = cache_root()
+    directory = root / cache_key(rows, role, plan, task, tokenizer)
+    dataset = _open(directory)
+    if dataset is None:
+        with _locked(root, directory.name, report):
+            dataset = _open(directory)
+            if dataset is None:
+                _build(directory, rows, role, plan, (task, tokenizer, report))
+                dataset = Dataset.open(directory, FORMAT)
+                dataset.report.cached = False
+    if dataset.report.labels is not None:
+        task.labels = dataset.report.labels
+    # The same contents may lie elsewhere by now: say where they were found this time.
+    dataset.report.files = [file.to_dict() for file in rows.files]
+    return dataset
+
+
+def cache_root() -> Path:
+    """Where prepared data lies: XDG_CACHE_HOME/launcher/data."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher" / "data"
+
+
+def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
+    """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task, classes, tokenizer."""
+    settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
+    classes = task.labels if role == "evaluation" or task.labels_given else None
+    parts = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
+    parts += [settings, task.name, classes, tokenizer_digest(tokenizer)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash of what a tokenizer does: its algorithm and vocabulary, special tokens and chat template."""
+    hasher = xxhash.xxh3_128()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Every encoding call sets these two anew; left from the last one, they would change the hash.
+        backend.no_truncation()
+        backend.no_padding()
+        hasher.update(backend.to_str().encode())
+    else:
+        hasher.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    details = [type(tokenizer).__name__, special, tokenizer.chat_template, tokenizer.padding_side, tokenizer.truncation_side]
+    details.append(list(tokenizer.model_input_names))
+    hasher.update(json.dumps(details, sort_keys=True, default=str).encode())
+    return str(hasher.hexdigest())
+
+
+def _open(directory: Path) -> Dataset | None:
+    try:
+        dataset = Dataset.open(directory, FORMAT)
+    except CacheProblem:
+        return None
+    dataset.report.cached = True
+    return dataset
+
+
+@contextlib.contextmanager
+def _locked(root: Path, name: str, report: Progress) -> Iterator[None]:
+    """Hold the one right of this machine to prepare `name`, saying now and then that this process still waits for it."""
+    import filelock
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(root / f"{name}.lock")
+        while True:
+            try:
+                lock.acquire(timeout=0.5, poll_interval=0.05)
+                break
+            except filelock.Timeout:
+                report(0, 0)
+    except OSError as error:
+        raise _storage_error(root, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _storage_error(root: Path, error: OSError) -> StorageError:
+    return StorageError(f"prepared data cannot be written below {root}: {error.strerror or error}; set XDG_CACHE_HOME to a place with room")
+
+
+def _build(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, Progress]) -> None:
+    """Make the directory whole under another name, and rename it."""
+    root = directory.parent
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{directory.name}-"))
+        _write(temporary, rows, role, plan, using)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.rename(temporary, directory)
+    except OSError as error:
+        raise _storage_error(root, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, Progress]) -> None:
+    task, tokenizer, progress = using
+    began = time.monotonic()
+    if role == "train" and task.needs_labels and not task.labels_given:
+        task.fit(rows)
+    report = DataReport(role, rows.digest, [file.to_dict() for file in rows.files], labels=task.labels, cache=str(directory))
+    writer = Writer(directory)
+    for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
+        report.rows_read += chunk.num_rows
+        _count_problems(report, chunk.problems, plan)
+        writer.append(chunk)
+        progress(report.rows_read, max(report.rows_read, rows.num_rows_expected))
+    _refuse_change_while_reading(rows)
+    if not writer.num_samples:
+        raise DataError(f"{_where(rows.source)}: none of {report.rows_read:,} rows can be used\n{_shown(report)}")
+    packs = pack(writer.lengths(), plan.data.max_length) if task.packs else one_each(writer.num_samples)
+    columns = writer.finish(packs)
+    report.rows_used, report.num_items = writer.num_samples, len(packs.offsets) - 1
+    report.num_tokens, report.num_supervised = int(writer.lengths().sum()), writer.num_supervised
+    report.longest = int(writer.lengths().max())
+    report.fill = report.num_tokens / (report.num_items * plan.data.max_length) if task.packs else None
+    report.seconds = round(time.monotonic() - began, 3)
+    files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
+    meta = {"format": FORMAT, "padding_free": task.padding_free, "columns": columns, "files": files, "report": asdict(report)}
+    (directory / META).write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _count_problems(report: DataReport, problems: list[dict[str, Any]], plan: Plan) -> None:
+    """Count rows cut or left out. Raises DataError at the first that the policy refuses."""
+    for problem in problems:
+        key = "data.too_long" if problem["reason"] == TOO_LONG else "data.unusable"
+        policy = plan.data.too_long if problem["reason"] == TOO_LONG else plan.data.unusable
+        if policy == "refuse":
+            where = f"{problem['file']}, line {problem['line']}"
+            raise DataError(f"{where}: {problem['reason']} ({problem['detail']}), and {key} is 'refuse'; mend the row, or set {key}=drop")
+        if policy == "cut":
+            report.num_cut += 1
+        else:
+            report.dropped[problem["reason"]] = report.dropped.get(problem["reason"], 0) + 1
+        if len(report.examples) < NUM_EXAMPLES:
+            report.examples.append(problem)
+
+
+def _refuse_change_while_reading(rows: Rows) -> None:
+    for file in rows.files:
+        if _size_now(file.path) != file.bytes:
+            raise DataError(f"{file.path} changed while it was read: it had {file.bytes:,} bytes")
+
+
+def _size_now(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _where(source: Source) -> str:
+    return str(source.path if source.path is not None else source.name)
+
+
+def _shown(report: DataReport) -> str:
+    lines = [f"  {count:,} {reason}" for reason, count in report.dropped.items()]
+    lines += [f"  {e['file']}, line {e['line']}: {e['reason']} ({e['detail']})" for e in report.examples[:3]]
+    return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""One reader per file format: path -> (line, values) of every row, a row that cannot be read as a RowProblem in its place."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import DataError
+from launcher.job.schema import Source
+from launcher.training.data.rows import EMPTY, NOT_UTF8, UNREADABLE, RowProblem
+
+Values = dict[str, Any] | RowProblem
+Read = Iterator[tuple[int, Values]]
+
+
+def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
+    """One JSON object a line; lines of white space are not rows."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+                yield number, _json_object(line)
+
+
+def _json_object(line: bytes) -> Values:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return RowProblem(NOT_UTF8, f"byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return RowProblem(UNREADABLE, f"not JSON: {error}")
+    return value if isinstance(value, dict) else RowProblem(UNREADABLE, f"a {type(value).__name__}, not an object")
+
+
+def read_json(path: Path, columns: Sequence[str]) -> Read:
+    """A list of objects, an object that holds one such list, or one object a line. The line given is the row's number."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        whole = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        if not content.lstrip().startswith(b"["):
+            yield from read_json_lines(path, columns)
+            return
+        raise DataError(f"{path} is not UTF-8 at byte {error.start:,}") from None
+    except json.JSONDecodeError as error:
+        if content.lstrip().startswith(b"{") and error.msg == "Extra data":
+            yield from read_json_lines(path, columns)
+            return
+        raise DataError(f"{path} is not JSON: {error}") from None
+    rows = whole
+    if isinstance(whole, dict):
+        lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        rows = lists[0] if len(lists) == 1 and not set(columns) & set(whole) else [whole]
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds a {type(rows).__name__}, not a list of objects")
+    for number, row in enumerate(rows, start=1):
+        yield number, row if isinstance(row, dict) else RowProblem(UNREADABLE, f"a {type(row).__name__}, not an object")
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Read:
+    """Comma-separated values with RFC 4180 quoting."""
+    yield from _read_table(path, columns, csv.excel)
+
+
+def read_tsv(path: Path, columns: Sequence[str]) -> Read:
+    """Tab-separated values, as IANA registers them: no quoting, so that a stray quotation mark is only a character."""
+    yield from _read_table(path, columns, _PlainTabs)
+
+
+class _PlainTabs(csv.excel_tab):
+    quoting = csv.QUOTE_NONE
+    quotechar = None  # type: ignore[assignment]
+
+
+def _read_table(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) -> Read:
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, dialect, strict=True)
+        header: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                if "unexpected end of data" in str(error):
+                    raise DataError(f"{path}: the quotation mark opened in the row of line {line} is never closed") from None
+                yield line, RowProblem(UNREADABLE, str(error))
+                continue
+            if fields is None:
+                return
+            if not fields:
+                continue
+            if header is None:
+                header = _header(path, fields, columns)
+                if header == fields:
+                    continue
+            yield line, _table_row(header, fields)
+
+
+def _header(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
+    """The names of the columns: the first line where it has all that are asked for; else numbers, where numbers are asked for."""
+    missing = [column for column in columns if column not in first]
+    if not missing:
+        return first
+    if all(column.isdecimal() for column in columns):
+        return [str(number) for number in range(len(first))]
+    raise no_column(path, missing[0], first, "; in a file without a header, name columns by number from 0, as label: '0'")
+
+
+def _table_row(header: list[str], fields: list[str]) -> Values:
+    if len(fields) > len(header):
+        return RowProblem(UNREADABLE, f"{len(fields)} fields where there are {len(header)} columns")
+    for name, value in zip(header, fields, strict=False):
+        if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
+            return RowProblem(NOT_UTF8, f"column {name!r}")
+    return dict(zip(header, fields, strict=False))
+
+
+def no_column(path: object, column: str, have: Sequence[str], hint: str = "") -> DataError:
+    """The error for a column that a whole file lacks."""
+    near = difflib.get_close_matches(column, have, n=1)
+    shown = ", ".join(repr(name[:40]) for name in have[:12])
+    return DataError(f"{path} has no column {column!r}; it has {shown}" + (f"; did you mean {near[0]!r}?" if near else hint))
+
+
+def read_text(path: Path, columns: Sequence[str]) -> Read:
+    """One sample a line, under the name of the one column asked for."""
+    if len(columns) != 1:
+        raise DataError(f"{path}: a text file has one column, and {', '.join(map(repr, columns))} are asked for; use .jsonl, .csv or .tsv")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                yield number, RowProblem(NOT_UTF8, f"byte {error.start} of the line")
+                continue
+            yield number, {columns[0]: text} if text.strip() else RowProblem(EMPTY, "a line without text")
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> Read:
+    """Parquet, batch by batch, only the columns asked for."""
+    file = _parquet(path)
+    names = file.schema_arrow.names
+    for column in columns:
+        if column not in names:
+            raise no_column(path, column, names)
+    number = 0
+    try:
+        for batch in file.iter_batches(batch_size=1024, columns=list(dict.fromkeys(columns))):
+            for index in range(batch.num_rows):
+                number += 1
+                yield number, _arrow_row(batch, index)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read after row {number:,}: {error}") from None
+
+
+def _arrow_row(batch: Any, index: int) -> Values:
+    try:
+        return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+    except UnicodeDecodeError as error:
+        return RowProblem(NOT_UTF8, f"byte {error.start} of the value")
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is not a whole Parquet file: {error}") from None
+
+
+def num_parquet_rows(path: Path) -> int:
+    """From the file's footer. Raises DataError where there is none."""
+    return int(_parquet(path).metadata.num_rows)
+
+
+READERS: dict[str, Callable[[Path, Sequence[str]], Read]] = {
+    ".json": read_json,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+    ".txt": read_text,
+}
+
+
+def load_hub(source: Source) -> Any:
+    """A split of a data set on the hub, or from its local cache. Raises DataError with the hub's own reason."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.name, source.subset, split=source.split)
+    except Exception as error:
+        where = source.name if source.subset is None else f"{source.name} ({source.subset})"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{where}, split {source.split!r}, cannot be loaded: {reason}") from error
+
+
+def hub_rows(source: Source, columns: Sequence[str]) -> Read:
+    """The rows of a hub data set, its class numbers as class names."""
+    from datasets import ClassLabel
+
+    loaded = load_hub(source)
+    for column in columns:
+        if column not in loaded.column_names:
+            raise no_column(source.name, column, loaded.column_names)
+    chosen = loaded.select_columns(list(dict.fromkeys(columns)))
+    names = {name: feature for name, feature in chosen.features.items() if isinstance(feature, ClassLabel)}
+    for number, row in enumerate(chosen, start=1):
+        for name, feature in names.items():
+            if isinstance(row[name], int) and row[name] >= 0:
+                row[name] = feature.int2str(row[name])
+        yield number, row

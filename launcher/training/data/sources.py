@@ -1,0 +1,159 @@
+"""Where rows come from: local files by pattern, or a data set's name on the hub; and what their contents hash to."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launcher.errors import DataError
+from launcher.job.schema import Source
+from launcher.runs.layout import write_atomically
+from launcher.training.data.dataset import DataReport
+from launcher.training.data.readers import READERS, hub_rows, num_parquet_rows
+from launcher.training.data.rows import Row
+
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as it was when it was hashed."""
+
+    path: str
+    bytes: int
+    blocks: tuple[str, ...]
+    """Hash of every MiB."""
+    num_lines: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": self.path, "bytes": self.bytes, "blocks": list(self.blocks)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A source that was found and hashed. Iterating it reads the rows, each time from the start."""
+
+    source: Source
+    columns: tuple[str, ...]
+    """The columns the task asks for."""
+    files: tuple[SourceFile, ...]
+    digest: str
+    """Of the contents of the files, in their order."""
+    num_rows_expected: int
+    """For a progress bar; exact for most formats, and an estimate where a row may span lines."""
+
+    def __iter__(self) -> Iterator[Row]:
+        number = 0
+        for line, file, values in self._read():
+            if self.source.limit is not None and number >= self.source.limit:
+                return
+            yield Row(number, file, line, values)
+            number += 1
+
+    def _read(self) -> Iterator[tuple[int, str, Any]]:
+        if self.source.path is None:
+            for line, values in hub_rows(self.source, self.columns):
+                yield line, str(self.source.name), values
+            return
+        for file in self.files:
+            for line, values in READERS[Path(file.path).suffix.lower()](Path(file.path), self.columns):
+                yield line, file.path, values
+
+
+def open_source(source: Source, columns: Sequence[str]) -> Rows:
+    """Find and hash a source. Raises DataError where there is no such file, or no reader for it."""
+    if source.path is None:
+        return _open_hub(source, tuple(columns))
+    paths = find_files(source.path)
+    files = tuple(hash_file(path) for path in paths)
+    expected = sum(num_parquet_rows(p) if p.suffix.lower() == ".parquet" else f.num_lines for p, f in zip(paths, files, strict=True))
+    return Rows(source, tuple(columns), files, _digest(files), _limited(expected, source))
+
+
+def find_files(pattern: str) -> list[Path]:
+    """The files a path or a pattern means, sorted by name. Raises DataError where there are none that can be read."""
+    known = ", ".join(sorted(READERS))
+    exact = Path(pattern)
+    if exact.is_dir():
+        raise DataError(f"{pattern} is a directory; name its files by a pattern such as {pattern.rstrip('/')}/*.jsonl")
+    paths = [exact] if exact.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    if not paths:
+        near = difflib.get_close_matches(exact.name, [p.name for p in exact.parent.glob("*")], n=1) if exact.parent.is_dir() else []
+        raise DataError(f"{pattern}: no such file" + (f"; did you mean {exact.parent / near[0]}?" if near else ""))
+    for path in paths:
+        if path.suffix.lower() not in READERS:
+            raise DataError(f"{path}: no reader for {path.suffix or 'a name without an ending'!r}; there are readers for {known}")
+    return paths
+
+
+def hash_file(path: Path) -> SourceFile:
+    """Hash every MiB of a file and count its lines. Raises DataError where it cannot be read."""
+    blocks: list[str] = []
+    size = num_lines = 0
+    last = b"\n"
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                blocks.append(xxhash.xxh3_64_hexdigest(block))
+                size += len(block)
+                num_lines += block.count(b"\n")
+                last = block[-1:]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return SourceFile(str(path), size, tuple(blocks), num_lines + (last != b"\n"))
+
+
+def _digest(files: Sequence[SourceFile]) -> str:
+    text = json.dumps([[file.bytes, file.blocks] for file in files])
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _limited(num_rows: int, source: Source) -> int:
+    return num_rows if source.limit is None else min(num_rows, source.limit)
+
+
+def _open_hub(source: Source, columns: tuple[str, ...]) -> Rows:
+    from launcher.training.data.readers import load_hub
+
+    loaded = load_hub(source)
+    files = tuple(hash_file(Path(cached["filename"])) for cached in loaded.cache_files)
+    digest = _digest(files) if files else str(loaded._fingerprint)
+    return Rows(source, columns, files, digest, _limited(len(loaded), source))
+
+
+def refuse_change(record: Path, report: DataReport) -> None:
+    """Hold a run to the data it began with: write what the files are to `record`, or compare with what stands there.
+
+    Raises DataError naming the file that changed since and the first byte range that differs.
+    """
+    if not record.exists():
+        write_atomically(record, json.dumps({"source_hash": report.source_hash, "files": report.files}) + "\n")
+        return
+    began = json.loads(record.read_text(encoding="utf-8"))
+    if began["source_hash"] == report.source_hash:
+        return
+    for old, new in zip(began["files"], report.files, strict=False):
+        if (old["bytes"], old["blocks"]) != (new["bytes"], new["blocks"]):
+            raise DataError(f"{_difference(old, new)}; put the file back, or begin a new run")
+    raise DataError(
+        f"the run began with {_count(began['files'])}, and now there are {_count(report.files)}; put them back, or begin a new run"
+    )
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    pairs = zip(old["blocks"], new["blocks"], strict=False)
+    block = next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(old["blocks"]), len(new["blocks"])))
+    sizes = f"{old['bytes']:,} bytes then, {new['bytes']:,} now, " if old["bytes"] != new["bytes"] else ""
+    end = min((block + 1) * BLOCK, max(old["bytes"], new["bytes"]))
+    return f"{new['path']} changed since the run began: {sizes}the first difference is between byte {block * BLOCK:,} and byte {end:,}"
+
+
+def _count(files: Sequence[Any]) -> str:
+    return "1 file" if len(files) == 1 else f"{len(files)} files"

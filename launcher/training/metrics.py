@@ -1,0 +1,52 @@
+"""Evaluation metrics from arrays on the host; scikit-learn and scipy are imported only when they are used."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+
+def single_label(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, float]:
+    """`accuracy`, `f1` (of class 1 where there are two, else the mean over the classes that occur) and `matthews`.
+
+    Predictions are scores [n, num_labels] or class ids [n]; labels class ids [n].
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    chosen = predictions.argmax(axis=1) if predictions.ndim == 2 else predictions
+    chosen, labels = chosen.astype(np.int64), labels.astype(np.int64).reshape(-1)
+    average = "binary" if num_labels == 2 else "macro"
+    return {
+        "accuracy": float(accuracy_score(labels, chosen)),
+        "f1": float(f1_score(labels, chosen, average=average, zero_division=0)),
+        "matthews": float(matthews_corrcoef(labels, chosen)),
+    }
+
+
+def multi_label(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`accuracy` (every class of a sample right), `f1_micro` and `f1_macro`.
+
+    Predictions are scores [n, num_labels], above 0 for yes, or booleans or integers; labels are 0 or 1 [n, num_labels].
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+
+    chosen, wanted = (predictions > 0).astype(np.int64), (labels > 0.5).astype(np.int64)
+    return {
+        "accuracy": float(accuracy_score(wanted, chosen)),
+        "f1_micro": float(f1_score(wanted, chosen, average="micro", zero_division=0)),
+        "f1_macro": float(f1_score(wanted, chosen, average="macro", zero_division=0)),
+    }
+
+
+def regression(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`pearson`, `spearman` and `mse` of numbers [n] or [n, 1]; a correlation with a constant is NaN."""
+    from scipy.stats import pearsonr, spearmanr
+
+    given, wanted = predictions.astype(np.float64).reshape(-1), labels.astype(np.float64).reshape(-1)
+    correlations = {"pearson": float("nan"), "spearman": float("nan")}
+    if len(wanted) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            correlations = {"pearson": float(pearsonr(given, wanted).statistic), "spearman": float(spearmanr(given, wanted).statistic)}
+    return {**correlations, "mse": float(np.mean((given - wanted) ** 2))}

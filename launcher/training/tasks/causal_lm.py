@@ -1,0 +1,134 @@
+"""Causal language modelling: plain text, prompt and completion, or chat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Data
+from launcher.training.data.dataset import Sample
+from launcher.training.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
+from launcher.training.tasks import chat
+from launcher.training.tasks.chat import Segment
+from launcher.training.tasks.task import IGNORE, Encoded, Task
+
+
+class CausalLM(Task):
+    """Predict the next token; which tokens are learned depends on the columns that the job names.
+
+    Text: all of them, and the end of the text. Prompt and completion: the completion and its end; the two are tokenised apart,
+    so that no token spans the border, and nothing is put between them. Chat: what the assistant says, and the end of its turn.
+    """
+
+    name = "causal-lm"
+    padding_free = True
+
+    def __init__(self, data: Data, labels: list[str] | None = None) -> None:
+        super().__init__(data, labels)
+        self._first: list[int] = []
+        self._end: int | None = None
+
+    @property
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        if self.data.messages is not None:
+            return (self.data.messages,)
+        if self.data.prompt is not None and self.data.completion is not None:
+            return (self.data.prompt, self.data.completion)
+        return (self.data.text,) if isinstance(self.data.text, str) else tuple(self.data.text or ())
+
+    def bind(self, tokenizer: Any) -> None:
+        """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a template for chat."""
+        if self.data.messages is not None:
+            chat.check(tokenizer)
+            return
+        if tokenizer.eos_token_id is None:
+            reason = "its tokenizer has no end-of-text token (eos_token), so that the model could not learn where a text ends"
+            raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
+        self._end = tokenizer.eos_token_id
+        begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._first = [tokenizer.bos_token_id] if begins else []
+
+    def encode_batch(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Encoded | RowProblem]:
+        """`input_ids` and `targets`, int32 [n] each, for every row that can be used."""
+        segments = [self._segments(row, tokenizer) for row in rows]
+        texts = [segment.text for parts in segments if not isinstance(parts, RowProblem) for segment in parts if segment.ids is None]
+        encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else ())
+        return [
+            parts if isinstance(parts, RowProblem) else self._join([(next(encoded) if s.ids is None else s.ids, s.learned) for s in parts])
+            for parts in segments
+        ]
+
+    def _segments(self, row: dict[str, Any], tokenizer: Any) -> list[Segment] | RowProblem:
+        """The row as runs of text that are learned or not."""
+        try:
+            if self.data.messages is not None:
+                segments = chat.segments(row, self.data.messages, tokenizer)
+            elif self.data.prompt is not None and self.data.completion is not None:
+                segments = [Segment(text_of(row, self.data.prompt), False), Segment(text_of(row, self.data.completion), True)]
+            else:
+                segments = [Segment(text_of(row, column), True) for column in self.columns]
+            for segment in segments:
+                check_encodable(segment.text, self.columns[0])
+        except RowProblem as problem:
+            return problem
+        return segments
+
+    def _join(self, runs: list[tuple[list[int], bool]]) -> Encoded | RowProblem:
+        if self._end is not None:
+            runs = [(self._first, False), *runs, ([self._end], True)]
+        ids = np.concatenate([np.asarray(run, dtype=np.int32) for run, _ in runs]) if runs else np.empty(0, dtype=np.int32)
+        learned = np.repeat([learned for _, learned in runs], [len(run) for run, _ in runs])
+        length = len(ids)
+        if length > self.data.max_length and self.data.too_long != "cut":
+            return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
+        ids, learned = ids[: self.data.max_length], learned[: self.data.max_length]
+        targets = np.full(len(ids), IGNORE, dtype=np.int32)
+        targets[:-1] = np.where(learned[1:], ids[1:], IGNORE)
+        num_supervised = int(np.count_nonzero(learned[1:]))
+        if length == 0:
+            return RowProblem(EMPTY, "no tokens")
+        if num_supervised == 0:
+            detail = f"what is not learned fills max_length = {self.data.max_length:,}" if length > len(ids) else "too few tokens"
+            return RowProblem(NOTHING_TO_LEARN, detail)
+        return Encoded({"input_ids": ids, "targets": targets}, num_supervised, cut=length > len(ids))
+
+    def collate(self, items: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+        """All samples end to end: `input_ids` and `position_ids` int64 [1, T], the latter from 0 in every sample, `targets` int64 [T],
+        `cu_seq_lens` int32 [num_samples + 1], where samples begin and end, and `max_length`, the longest sample."""
+        samples = [sample for item in items for sample in item]
+        lengths = np.array([sample.length for sample in samples], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        return {
+            "input_ids": torch.from_numpy(np.concatenate([s["input_ids"] for s in samples]).astype(np.int64)).unsqueeze(0),
+            "position_ids": torch.from_numpy(positions).unsqueeze(0),
+            "targets": torch.from_numpy(np.concatenate([s["targets"] for s in samples]).astype(np.int64)),
+            "cu_seq_lens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+            "max_length": int(lengths.max()),
+        }
+
+    def configure(self, config: Any) -> None:
+        """A causal language model needs nothing but its own config."""
+
+    def forward(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
+        """Summed cross entropy of the supervised tokens."""
+        from launcher.training import heads
+
+        return heads.causal_lm(model, batch)
+
+    def metrics(self, totals: dict[str, float], predictions: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
+        """`loss` and `perplexity` per supervised token, and `accuracy`, the share of them predicted."""
+        num_tokens = max(totals["num_supervised"], 1)
+        loss = totals["loss_sum"] / num_tokens
+        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "accuracy": totals["num_correct"] / num_tokens}

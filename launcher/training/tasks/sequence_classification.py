@@ -1,0 +1,212 @@
+"""Classification of texts or pairs of texts: one class, several at once, or a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from launcher.errors import ConfigurationError, DataError, Problem
+from launcher.job.schema import Data
+from launcher.training import metrics as measure
+from launcher.training.data.dataset import Sample
+from launcher.training.data.rows import BAD_LABEL, MISSING, TOO_LONG, Row, RowProblem, text_of
+from launcher.training.tasks.task import Encoded, Task
+
+HF_PROBLEM = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}
+
+
+class SequenceClassification(Task):
+    """A text, or a pair of texts, to a class, several classes, or a number."""
+
+    name = "sequence-classification"
+    padding_free = False
+
+    def __init__(self, data: Data, labels: list[str] | None = None) -> None:
+        super().__init__(data, labels)
+        self._pad: int | None = None
+        self._left = False
+
+    @property
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self._text_columns, self._label_column)
+
+    @property
+    def _text_columns(self) -> tuple[str, ...]:
+        return (self.data.text,) if isinstance(self.data.text, str) else tuple(self.data.text or ())
+
+    @property
+    def _label_column(self) -> str:
+        return self.data.label or "label"
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.data.problem != "regression"
+
+    def bind(self, tokenizer: Any) -> None:
+        """Take the padding token, or the end token in its place. Raises ConfigurationError where there is neither."""
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if self._pad is None:
+            reason = "its tokenizer has neither a padding nor an end token, and batches of texts need one to pad with"
+            raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
+        self._left = tokenizer.padding_side == "left"
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        """Take the classes from the rows, in the order of their numbers where all are numbers, else by name.
+
+        Raises DataError where there are fewer than two.
+        """
+        found: set[str] = set()
+        for row in rows:
+            if not isinstance(row.values, RowProblem):
+                try:
+                    found.update(self._names(row.values))
+                except RowProblem:
+                    continue
+        if len(found) < 2:
+            shown = f"only {next(iter(found))!r}" if found else "no label"
+            raise DataError(f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier needs at least two classes")
+        self.labels = sorted(found, key=int) if all(_is_whole_number(name) for name in found) else sorted(found)
+
+    def _names(self, values: dict[str, Any]) -> list[str]:
+        """The names of the row's classes. Raises RowProblem."""
+        value = values.get(self._label_column)
+        if value is None:
+            raise RowProblem(MISSING, f"no {self._label_column!r}")
+        if self.data.problem == "single-label":
+            return [_name(value)]
+        if isinstance(value, str):
+            parts = value.split("|" if "|" in value else ",")
+            return [part.strip() for part in parts if part.strip()]
+        return [_name(part) for part in value] if isinstance(value, (list, tuple)) else [_name(value)]
+
+    def encode_batch(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Encoded | RowProblem]:
+        """What the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32 [num_labels] or float32 [1]."""
+        ids = {name: number for number, name in enumerate(self.labels or ())}
+        prepared = [self._texts_and_label(row, ids) for row in rows]
+        texts = [row[0] for row in prepared if not isinstance(row, RowProblem)]
+        whole = iter(_tokenise(tokenizer, texts, None))
+        results: list[Encoded | RowProblem] = []
+        for row in prepared:
+            results.append(row if isinstance(row, RowProblem) else self._encoded(next(whole), row, tokenizer))
+        return results
+
+    def _texts_and_label(self, row: dict[str, Any], ids: dict[str, int]) -> tuple[tuple[str, ...], np.ndarray] | RowProblem:
+        try:
+            return tuple(text_of(row, column) for column in self._text_columns), self._label(row, ids)
+        except RowProblem as problem:
+            return problem
+
+    def _label(self, row: dict[str, Any], ids: dict[str, int]) -> np.ndarray:
+        if self.data.problem == "regression":
+            return np.array([_number(row.get(self._label_column), self._label_column)], dtype=np.float32)
+        names = self._names(row)
+        for name in names:
+            if name not in ids:
+                raise RowProblem(BAD_LABEL, f"{name!r} is not among the {len(ids)} classes of the training rows")
+        if self.data.problem == "single-label":
+            return np.array([ids[names[0]]], dtype=np.int64)
+        several = np.zeros(len(ids), dtype=np.float32)
+        several[[ids[name] for name in names]] = 1
+        return several
+
+    def _encoded(self, arrays: dict[str, list[int]], row: tuple[tuple[str, ...], np.ndarray], tokenizer: Any) -> Encoded | RowProblem:
+        texts, label = row
+        length = len(arrays["input_ids"])
+        cut = length > self.data.max_length
+        if cut and self.data.too_long != "cut":
+            return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
+        if cut:
+            [arrays] = _tokenise(tokenizer, [texts], self.data.max_length)
+        kept = {name: np.asarray(arrays[name], dtype=np.int32) for name in ("input_ids", "token_type_ids") if name in arrays}
+        return Encoded({**kept, "label": label}, 1, cut)
+
+    def collate(self, items: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+        """`input_ids`, `attention_mask` and, where the tokenizer gives them, `token_type_ids`, int64 [B, L] padded to the longest;
+        `labels` int64 [B], float32 [B, num_labels] or float32 [B]; `weights` float32 [B], 0 for filler."""
+        samples = [sample for item in items for sample in item]
+        lengths = np.array([sample.length for sample in samples])
+        columns = np.arange(lengths.max())
+        mask = columns >= (lengths.max() - lengths)[:, None] if self._left else columns < lengths[:, None]
+        batch: dict[str, Any] = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        for name, fill in (("input_ids", self._pad), ("token_type_ids", 0)):
+            if name in samples[0]:
+                padded = np.full(mask.shape, fill, dtype=np.int64)
+                padded[mask] = np.concatenate([sample[name] for sample in samples])
+                batch[name] = torch.from_numpy(padded)
+        labels = np.stack([sample["label"] for sample in samples])
+        batch["labels"] = torch.from_numpy(labels if self.data.problem == "multi-label" else labels[:, 0].copy())
+        batch["weights"] = torch.tensor([0.0 if sample.filler else 1.0 for sample in samples], dtype=torch.float32)
+        return batch
+
+    def configure(self, config: Any) -> None:
+        """Write the classes, the kind of problem and the padding token into the model's config."""
+        names = self.labels if self.labels is not None else ["value"]
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        config.problem_type = HF_PROBLEM[self.data.problem]
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self._pad
+
+    def forward(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
+        """Summed loss of the samples, each weighted."""
+        from launcher.training import heads
+
+        return heads.sequence_classification(model, batch, self.data.problem)
+
+    def metrics(self, totals: dict[str, float], predictions: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
+        """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson, Spearman and MSE."""
+        loss = {"loss": totals["loss_sum"] / max(totals["num_supervised"], 1)}
+        if predictions is None or labels is None or len(labels) == 0:
+            return loss
+        if self.data.problem == "regression":
+            return loss | measure.regression(predictions, labels)
+        if self.data.problem == "multi-label":
+            return loss | measure.multi_label(predictions, labels)
+        return loss | measure.single_label(predictions, labels, len(self.labels or ()))
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None) -> list[dict[str, list[int]]]:
+    """What the tokenizer gives for each text or pair, the longer text of a pair cut first."""
+    if not texts:
+        return []
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = tokenizer(*columns, truncation="longest_first" if max_length else False, max_length=max_length, verbose=False)
+    return [{name: encoded[name][number] for name in encoded} for number in range(len(texts))]
+
+
+def _name(value: Any) -> str:
+    """A class's name: text as it is without the space around it, 3 and 3.0 as '3'. Raises RowProblem for what is no name."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (str, int)) and str(value).strip():
+        return str(value).strip()
+    raise RowProblem(BAD_LABEL, f"{value!r} is not the name of a class")
+
+
+def _is_whole_number(name: str) -> bool:
+    return name.removeprefix("-").isdecimal() and str(int(name)) == name
+
+
+def _number(value: Any, column: str) -> float:
+    if value is None:
+        raise RowProblem(MISSING, f"no {column!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowProblem(BAD_LABEL, f"{value!r} is not a number")
+    return number
