@@ -1,0 +1,290 @@
+"""Saves and loads checkpoints over all ranks: whole, durable and verified, or never chosen."""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import shutil
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlan
+
+from launcher.errors import CheckpointError
+from launcher.planning.plan import Plan
+from launcher.runs import retention
+from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, content_problems, list_checkpoints
+from launcher.runs.events import event
+from launcher.runs.layout import RunDirectory
+from launcher.training.checkpoint.group import Ranks
+from launcher.training.checkpoint.reader import CheckpointReader
+from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks, write_hashed
+
+Tensors = dict[str, torch.Tensor]
+Blocks = Callable[[], Iterator[memoryview]]
+
+
+@dataclass
+class _Layout:
+    """What a save of these tensors writes on this rank; planned once, as long as their shapes and shardings stay."""
+
+    key: tuple[object, ...]
+    planner: TensorPlanner
+    file: FileLayout
+    metadata: bytes
+    """The content of `.metadata`; empty on all ranks but the first."""
+    image: Image | None = None
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save under way."""
+
+    progress: Progress
+    metrics: dict[str, float]
+    attempt: Path
+    layout: _Layout | None
+    blocks: Blocks
+    begin: float
+
+
+def _key(tensors: Tensors) -> tuple[object, ...]:
+    return tuple((name, tensor.dtype, tensor.shape, getattr(tensor, "placements", None)) for name, tensor in tensors.items())
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, for people."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class Checkpointer:
+    """The checkpoints of one run. Every method is collective: all ranks call it, in the same order.
+
+    A save that fails, on whichever rank, fails for all: the attempt is removed, the event `save_failed` says why, a warning is
+    printed, and training goes on with the checkpoints there were.
+    """
+
+    def __init__(self, run: RunDirectory, plan: Plan, rank: int, world_size: int, read_only: bool = False) -> None:
+        """Needs the default process group where world_size is above 1.
+
+        Leftovers of dead attempts are cleared away, as whoever started us holds the run's lock; `read_only` leaves all as it is.
+        """
+        self._run, self._plan = run, plan
+        self._rank, self._world_size = rank, world_size
+        self._ranks = Ranks(rank, world_size)
+        self._settings = plan.checkpoint
+        self._run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
+        self._num_saves = 0
+        self._layout: _Layout | None = None
+        self._thread: threading.Thread | None = None
+        self._succeeded = True
+
+    def _prepare(self, read_only: bool) -> tuple[str, str]:
+        if not read_only:
+            self._run.checkpoints.mkdir(parents=True, exist_ok=True)
+            retention.remove_leftovers(self._run)
+        return self._run.run_id(), secrets.token_hex(4)
+
+    def save(self, tensors: Tensors, progress: Progress, metrics: dict[str, float] | None = None, wait: bool = False) -> bool:
+        """Save the tensors (the same names on every rank) as the checkpoint of `progress.step`.
+
+        Asynchronous, unless the job says otherwise or `wait` is set: when it returns the tensors may change. A save under way is
+        waited for first. False where this save is known to have failed: always known with `wait`; otherwise `finish` tells.
+        """
+        begin = time.perf_counter()
+        self.finish()
+        self._num_saves += 1
+        attempt = self._run.checkpoints / f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
+        asynchronous = self._settings.asynchronous and not wait
+        layout: _Layout | None = None
+        blocks: Blocks
+        try:
+            layout = self._planned(tensors)
+            live = functools.partial(live_blocks, layout.file, layout.planner, tensors)
+            blocks = self._staged(layout, tensors) if asynchronous else live
+        except Exception as error:
+            blocks = functools.partial(_refuse, describe(error))
+        save = _Save(progress.model_copy(deep=True), dict(metrics or {}), attempt, layout, blocks, begin)
+        if asynchronous:
+            self._thread = threading.Thread(target=self._write, args=(save,), name="checkpoint", daemon=True)
+            self._thread.start()
+            return True
+        self._write(save)
+        return self._succeeded
+
+    def finish(self) -> bool:
+        """Wait for the save under way. Whether the last one succeeded."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._succeeded
+
+    def _planned(self, tensors: Tensors) -> _Layout:
+        key = _key(tensors)
+        if self._layout is not None and self._layout.key == key:
+            return self._layout
+        planner = TensorPlanner()
+        problem, local = None, None
+        try:
+            local = planner.local_plan(tensors, is_coordinator=self._rank == 0)
+        except Exception as error:
+            problem = describe(error)
+        gathered = self._ranks.all_gather((problem, local))
+        plans, metadata = self._ranks.from_first(
+            lambda: global_plan(planner, [_value(rank, *entry) for rank, entry in enumerate(gathered)])
+        )
+        self._layout = _Layout(key, planner, FileLayout.of(self._rank, plans[self._rank].items), metadata)
+        return self._layout
+
+    def _staged(self, layout: _Layout, tensors: Tensors) -> Blocks:
+        if layout.image is None:
+            layout.image = Image(layout.file, pinned=self._plan.mesh.device == "cuda")
+        layout.image.fill(layout.planner, tensors)
+        return layout.image.blocks
+
+    def _write(self, save: _Save) -> None:
+        """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
+        problem, files = None, {}
+        try:
+            files = self._write_files(save)
+        except Exception as error:
+            problem = describe(error)
+        try:
+            gathered = self._ranks.all_gather((problem, files))
+            failures = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(gathered) if reason]
+            records = {name: record for _, written in gathered for name, record in written.items()}
+            reason = self._ranks.from_first(lambda: "; ".join(failures) or self._commit(save, records))
+        except Exception as error:
+            reason = f"the ranks lost each other: {describe(error)}"
+        self._succeeded = reason is None
+        if reason is not None and self._rank == 0:
+            self._report_failure(save, reason)
+
+    def _write_files(self, save: _Save) -> dict[str, FileRecord]:
+        save.attempt.mkdir(exist_ok=True)
+        layout = save.layout
+        files: dict[str, FileRecord] = {}
+        blocks = save.blocks()
+        if layout is None or layout.file.slots:
+            name = layout.file.name if layout else "nothing"
+            files[name] = write_hashed(save.attempt / name, blocks)
+        if self._rank == 0 and layout is not None:
+            files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)]))
+        return files
+
+    def _commit(self, save: _Save, files: dict[str, FileRecord]) -> str | None:
+        """Rank 0 alone. None, or why it could not be done."""
+        try:
+            manifest = self._manifest(save, files)
+            retention.commit(self._run, save.attempt, manifest)
+        except (OSError, TypeError, ValueError) as error:
+            return describe(error)
+        seconds = round(time.perf_counter() - save.begin, 3)
+        try:
+            event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
+            self._prune(manifest.step)
+        except OSError as error:
+            warnings.warn(f"step {manifest.step} is saved, but older checkpoints could not be removed: {describe(error)}", stacklevel=2)
+        return None
+
+    def _manifest(self, save: _Save, files: dict[str, FileRecord]) -> Manifest:
+        mesh = self._plan.mesh
+        return Manifest(
+            run_id=self._run_id,
+            step=save.progress.step,
+            engine=self._plan.engine,
+            world_size=self._world_size,
+            mesh={"replicate": mesh.replicate, "shard": mesh.shard},
+            plan_digest=self._plan.digest(),
+            created=time.time(),
+            progress=save.progress,
+            metrics=save.metrics,
+            files=files,
+        )
+
+    def _prune(self, step: int) -> None:
+        settings = self._settings
+        retention.prune(self._run, settings.keep_last, settings.keep_best, settings.metric, known_good={step})
+
+    def _report_failure(self, save: _Save, reason: str) -> None:
+        shutil.rmtree(save.attempt, ignore_errors=True)
+        message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+        try:
+            event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason)
+        except OSError as error:
+            print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
+
+    def load(self, tensors: Tensors, step: int | None = None) -> Progress | None:
+        """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that verifies, or from `step`'s.
+
+        None where the run has no checkpoint yet. Raises CheckpointError where there are some and none is whole, where `step` is
+        asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
+        """
+        self.finish()
+        listed = self._ranks.from_first(lambda: list_checkpoints(self._run))
+        wanted = [stored for stored in reversed(listed) if step is None or stored.step == step]
+        rejected: list[Stored] = []
+        for stored in wanted:
+            problems = self._verify(stored)
+            if not problems and stored.manifest is not None:
+                self._read(stored, tensors)
+                return stored.manifest.progress
+            rejected.append(Stored(stored.step, stored.directory, stored.manifest, tuple(problems)))
+            self._report_rejection(stored, problems)
+        if step is None and not listed:
+            return None
+        raise CheckpointError(self._refusal(listed, rejected, step))
+
+    def _verify(self, stored: Stored) -> list[str]:
+        """What is wrong with a checkpoint, each rank reading its part of the bytes."""
+        if stored.problems or stored.manifest is None:
+            return list(stored.problems)
+        largest_first = sorted(stored.manifest.files.items(), key=lambda entry: (-entry[1].bytes, entry[0]))
+        mine = dict(largest_first[self._rank :: self._world_size])
+        found = content_problems(stored.directory, mine, num_threads=max(1, self._plan.mesh.threads_per_rank))
+        return [problem for problems in self._ranks.all_gather(found) for problem in problems]
+
+    def _read(self, stored: Stored, tensors: Tensors) -> None:
+        problem = None
+        try:
+            CheckpointReader(stored.directory).load_into(tensors)
+        except Exception as error:
+            problem = str(error) if isinstance(error, CheckpointError) else f"{stored.name}: {describe(error)}"
+        for rank, reason in enumerate(self._ranks.all_gather(problem)):
+            if reason:
+                raise CheckpointError(reason if rank == 0 else f"rank {rank}: {reason}")
+
+    def _report_rejection(self, stored: Stored, problems: list[str]) -> None:
+        if self._rank == 0:
+            reason = "; ".join(problems)
+            print(f"checkpoint {stored.name} is not whole and is passed over: {reason}", file=sys.stderr, flush=True)
+            event(self._run.events_file, "rejected", checkpoint=stored.name, reason=reason)
+
+    def _refusal(self, listed: list[Stored], rejected: list[Stored], step: int | None) -> str:
+        reasons = "; ".join(f"{stored.name}: {', '.join(stored.problems)}" for stored in rejected)
+        if step is None:
+            return f"none of the checkpoints of {self._run.path.name} is whole ({reasons}); move them away to start over"
+        others = [stored for stored in reversed(listed) if stored.step != step]
+        good = next((stored.step for stored in others if not self._verify(stored)), None)
+        instead = "no other checkpoint is whole" if good is None else f"the newest good one is step {good}"
+        return f"step {step}: {reasons or 'there is no such checkpoint'}; {instead}"
+
+
+def _refuse(reason: str) -> Iterator[memoryview]:
+    raise RuntimeError(reason)
+
+
+def _value(rank: int, problem: str | None, value: SavePlan | None) -> SavePlan:
+    if problem is not None or value is None:
+        raise RuntimeError(f"rank {rank}: {problem}")
+    return value

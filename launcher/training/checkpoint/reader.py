@@ -1,0 +1,191 @@
+"""Reads a checkpoint without executing anything in it.
+
+`.metadata` is a pickle: it is read by an unpickler that knows DCP's own few classes and refuses the rest. The tensors
+themselves are never unpickled: where their elements are follows from the archive's directory, what they are from `.metadata`.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType
+
+from launcher.errors import CheckpointError
+from launcher.training.checkpoint.storage import METADATA_NAME
+
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+}
+_LOCAL_HEADER_BYTES = 30
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise CheckpointError(f"{METADATA_NAME} names {module}.{name}, which no checkpoint needs; it is refused unread")
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """DCP's description of a checkpoint. Raises CheckpointError where it cannot be read, or is anything else."""
+    try:
+        content = (directory / METADATA_NAME).read_bytes()
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{directory}/{METADATA_NAME}: {error.strerror}") from None
+    except Exception as error:
+        raise CheckpointError(f"{directory}/{METADATA_NAME} is garbled: {error}") from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{directory}/{METADATA_NAME} does not describe a checkpoint")
+    return metadata
+
+
+class _View(io.RawIOBase):
+    """A range of a memory map as a file, for zipfile to read the directory at its end."""
+
+    def __init__(self, content: memoryview) -> None:
+        self.content, self.position = content, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = (0, self.position, len(self.content))[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.content[self.position : self.position + len(buffer)]
+        buffer[: len(piece)] = piece
+        self.position += len(piece)
+        return len(piece)
+
+
+def _locate(archive: memoryview) -> tuple[int, int]:
+    """Offset and size, in bytes, of the elements in one `torch.save` archive. Raises ValueError, zipfile.BadZipFile."""
+    with zipfile.ZipFile(_View(archive)) as opened:
+        entries = [entry for entry in opened.infolist() if entry.filename.endswith("/data/0")]
+    if len(entries) != 1 or entries[0].compress_type != zipfile.ZIP_STORED:
+        raise ValueError("not an archive of one tensor")
+    begin = entries[0].header_offset
+    header = bytes(archive[begin : begin + _LOCAL_HEADER_BYTES])
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return begin + _LOCAL_HEADER_BYTES + names, entries[0].file_size
+
+
+class CheckpointReader:
+    """The tensors of one checkpoint directory, through memory maps: only what is looked at is read.
+
+    Trusts the files' content: verify first.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.metadata = read_metadata(directory)
+        self._maps: dict[str, mmap.mmap] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, sorted."""
+        return sorted(self.metadata.state_dict_metadata)
+
+    def describe(self, name: str) -> TensorStorageMetadata:
+        """Size, dtype and pieces of a tensor. Raises CheckpointError where it is missing, or no tensor."""
+        found = self.metadata.state_dict_metadata.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            raise CheckpointError(f"{self.directory}: {name} is {'missing' if found is None else 'no tensor'}")
+        return found
+
+    def piece(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        """One stored piece, shape `chunk.sizes`, as a view of the file (writing to it changes nothing on disk)."""
+        dtype = self.describe(name).properties.dtype
+        if not chunk.sizes.numel():
+            return torch.empty(chunk.sizes, dtype=dtype)
+        info: _StorageInfo = self.metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        try:
+            content = memoryview(self._map(info.relative_path))
+            offset, size = _locate(content[info.offset : info.offset + info.length])
+            if size != chunk.sizes.numel() * dtype.itemsize:
+                raise ValueError(f"{size} bytes stored for {tuple(chunk.sizes)} of {dtype}")
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{self.directory}/{info.relative_path}: {name}: {error}") from None
+        return torch.frombuffer(content, dtype=dtype, count=chunk.sizes.numel(), offset=info.offset + offset).view(chunk.sizes)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor; a view of the file where it is stored in one piece, else a copy."""
+        described = self.describe(name)
+        chunks = [chunk for chunk in described.chunks if chunk.sizes.numel()]
+        if len(chunks) == 1 and chunks[0].sizes == described.size:
+            return self.piece(name, chunks[0])
+        whole = torch.empty(described.size, dtype=described.properties.dtype)
+        for chunk in chunks:
+            where = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[where] = self.piece(name, chunk)
+        return whole
+
+    def load_into(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill the given tensors, whatever their sharding, in place and without communication.
+
+        Raises CheckpointError where a tensor is missing, or has another shape or dtype.
+        """
+        for name, tensor in tensors.items():
+            stored = self.describe(name)
+            if stored.size != tensor.shape or stored.properties.dtype != tensor.dtype:
+                raise CheckpointError(
+                    f"{self.directory}: {name} is {tuple(stored.size)} {stored.properties.dtype} there, "
+                    f"{tuple(tensor.shape)} {tensor.dtype} here: another model, or other settings"
+                )
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner(dict(tensors), self.metadata, is_coordinator=False)
+        with torch.no_grad():
+            for item in planner.create_local_plan().items:
+                assert item.type is LoadItemType.TENSOR
+                self._copy(item.storage_index, item.storage_offsets, item.lengths, planner.resolve_tensor(item))
+
+    def _copy(self, index: MetadataIndex, offsets: torch.Size, lengths: torch.Size, target: torch.Tensor) -> None:
+        chunk = next(chunk for chunk in self.describe(index.fqn).chunks if chunk.offsets == index.offset)
+        where = tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
+        target.detach().copy_(self.piece(index.fqn, chunk)[where])
+
+    def _map(self, file_name: str) -> mmap.mmap:
+        if file_name not in self._maps:
+            if Path(file_name).name != file_name:
+                raise CheckpointError(f"{self.directory}/{METADATA_NAME} points outside: {file_name}")
+            with open(self.directory / file_name, "rb") as file:
+                self._maps[file_name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file_name]

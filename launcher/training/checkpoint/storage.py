@@ -1,0 +1,232 @@
+"""Standard DCP files, written and read without DCP's per-tensor cost.
+
+A rank's `__R_0.distcp` is known to the byte before a save starts: DCP stores each piece of a tensor as one `torch.save`
+archive, and all of it but the elements follows from dtype and shape. So the layout is planned once (`FileLayout`), and a save is
+a copy of the elements into the gaps and one sequential write. What comes out is what DCP's own writer would write, and
+PyTorch's own tools read it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from typing_extensions import Buffer
+
+from launcher.runs.checkpoints import FileRecord
+
+METADATA_NAME = ".metadata"
+_ALIGNMENT = 64
+_BLOCK_BYTES = 16 << 20
+
+
+class _ArchiveRecorder(io.RawIOBase):
+    """Takes what `torch.save` writes around the elements of one tensor; the elements themselves are a seek."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytearray] = [bytearray()]
+        self.position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_CUR or len(self.parts) != 1:
+            raise NotImplementedError("torch.save no longer skips the elements of a tensor with one relative seek")
+        self.parts.append(bytearray())
+        self.position += offset
+        return self.position
+
+    def write(self, data: Any) -> int:
+        content = bytes(data)
+        self.parts[-1] += content
+        self.position += len(content)
+        return len(content)
+
+
+@functools.lru_cache(maxsize=4096)
+def archive_around(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """The bytes that `torch.save` writes before and after the elements of a contiguous CPU tensor.
+
+    Its zip checksums are left out (torch never reads them): the manifest's hash covers every byte.
+    """
+    recorder = _ArchiveRecorder()
+    with_checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        with torch.serialization.skip_data():
+            torch.save(torch.empty(sizes, dtype=dtype), cast(IO[bytes], recorder))
+    finally:
+        torch.serialization.set_crc32_options(with_checksums)
+    before, after = (*recorder.parts, bytearray())[:2]
+    return bytes(before), bytes(after)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one piece of a tensor stands in its rank's file."""
+
+    item: WriteItem
+    offset: int
+    """Of its archive in the file, in bytes."""
+    data_bytes: int
+    """Of its elements."""
+
+    @property
+    def around(self) -> tuple[bytes, bytes]:
+        data = self.item.tensor_data
+        assert data is not None
+        return archive_around(data.properties.dtype, tuple(data.chunk.sizes))
+
+    @property
+    def data_offset(self) -> int:
+        return self.offset + len(self.around[0])
+
+    @property
+    def length(self) -> int:
+        before, after = self.around
+        return len(before) + self.data_bytes + len(after)
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One rank's file, known to the byte."""
+
+    name: str
+    slots: tuple[Slot, ...]
+    total_bytes: int
+
+    @classmethod
+    def of(cls, rank: int, items: Sequence[WriteItem]) -> FileLayout:
+        """The pieces one after another, each aligned so that a memory map of the file gives aligned tensors."""
+        slots, end = [], 0
+        for item in items:
+            data = item.tensor_data
+            assert data is not None
+            slot = Slot(item, -(-end // _ALIGNMENT) * _ALIGNMENT, data.chunk.sizes.numel() * data.properties.dtype.itemsize)
+            slots.append(slot)
+            end = slot.offset + slot.length
+        return cls(f"__{rank}_0.distcp", tuple(slots), end)
+
+    def storage_data(self) -> dict[MetadataIndex, _StorageInfo]:
+        """DCP's table of where each piece is."""
+        return {slot.item.index: _StorageInfo(self.name, slot.offset, slot.length) for slot in self.slots}
+
+
+class TensorPlanner(DefaultSavePlanner):
+    """DCP's planner, asked once for what each rank writes; DTensors, replicas and box-wise subclasses are its business."""
+
+    def local_plan(self, tensors: dict[str, torch.Tensor], is_coordinator: bool) -> SavePlan:
+        """What this rank could write. Raises TypeError for a value that is no tensor."""
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors, other state goes into Progress.extra")
+        self.set_up_planner(dict(tensors), is_coordinator=is_coordinator)
+        return self.create_local_plan()
+
+    def elements(self, tensors: dict[str, torch.Tensor], slot: Slot) -> torch.Tensor:
+        """This rank's piece of one tensor: contiguous, flat, as bytes, on its device."""
+        self.state_dict = tensors
+        with torch.no_grad():
+            piece = self.resolve_data(slot.item)
+            assert isinstance(piece, torch.Tensor)
+            return piece.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def global_plan(planner: TensorPlanner, local_plans: list[SavePlan]) -> tuple[list[SavePlan], bytes]:
+    """Each rank's part, nothing written twice, and the content of `.metadata`."""
+    plans, metadata = planner.create_global_plan(local_plans)
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for rank, plan in enumerate(plans):
+        storage.update(FileLayout.of(rank, plan.items).storage_data())
+    whole: Metadata = replace(metadata, storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+    return [replace(plan, planner_data=None) for plan in plans], pickle.dumps(whole)
+
+
+class Image:
+    """A rank's file in memory, kept from save to save: the archives are filled in once, the elements at each save."""
+
+    def __init__(self, layout: FileLayout, pinned: bool) -> None:
+        self.layout = layout
+        self.buffer = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=pinned)
+        end = 0
+        for slot in layout.slots:
+            self.buffer[end : slot.offset] = 0
+            before, after = slot.around
+            data_end = slot.data_offset + slot.data_bytes
+            end = slot.offset + slot.length
+            self.buffer[slot.offset : slot.data_offset] = torch.frombuffer(bytearray(before), dtype=torch.uint8)
+            if after:
+                self.buffer[data_end:end] = torch.frombuffer(bytearray(after), dtype=torch.uint8)
+        self.targets = [self.buffer[slot.data_offset : slot.data_offset + slot.data_bytes] for slot in layout.slots]
+
+    def fill(self, planner: TensorPlanner, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy this rank's elements in. When it returns the tensors may change."""
+        sources = [planner.elements(tensors, slot) for slot in self.layout.slots]
+        torch._foreach_copy_(self.targets, sources, non_blocking=True)
+        if any(source.is_cuda for source in sources):
+            torch.cuda.synchronize()
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The file's content, in order."""
+        whole = memoryview(cast(Buffer, self.buffer.numpy()))
+        for begin in range(0, len(whole), _BLOCK_BYTES):
+            yield whole[begin : begin + _BLOCK_BYTES]
+
+
+def live_blocks(layout: FileLayout, planner: TensorPlanner, tensors: dict[str, torch.Tensor]) -> Iterator[memoryview]:
+    """The same content straight from the tensors, with no copy of the whole; they must not change meanwhile."""
+    gathered, end = bytearray(), 0
+    for slot in layout.slots:
+        before, after = slot.around
+        elements = planner.elements(tensors, slot).cpu()
+        content = memoryview(cast(Buffer, elements.numpy()))
+        gathered += bytes(slot.offset - end) + before
+        end = slot.offset + slot.length
+        if len(content) < 1 << 16:
+            gathered += content
+        else:
+            yield memoryview(gathered)
+            for begin in range(0, len(content), _BLOCK_BYTES):
+                yield content[begin : begin + _BLOCK_BYTES]
+            gathered = bytearray()
+        gathered += after
+        if len(gathered) >= _BLOCK_BYTES:
+            yield memoryview(gathered)
+            gathered = bytearray()
+    yield memoryview(gathered)
+
+
+def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
+    """Write a new file, hash it on the way, and make it durable. Raises OSError."""
+    digest, total = xxhash.xxh3_128(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for block in blocks:
+            digest.update(block)
+            written = 0
+            while written < len(block):
+                written += os.write(descriptor, block[written:])
+            total += written
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileRecord(bytes=total, xxh3_128=digest.hexdigest())
