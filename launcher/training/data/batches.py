@@ -64,10 +64,10 @@ class Batches:
     def step(self, step: int) -> StepBatch:
         """Everything rank `rank` needs at `step`, counted from 0. Raises IndexError past the end."""
         real = self.indices(step)
-        micro_batches = [
-            [self._item(real, place) for place in places]
-            for places in deal(self._lengths(real), self.batch, self.dataset.padding_free)[:, self.rank]
-        ]
+        places = deal(self._lengths(real), self.batch, self.dataset.padding_free)[:, self.rank]
+        items = self._items(real, places.reshape(-1))
+        size = self.batch.micro_batch_size
+        micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
         return StepBatch(
             micro_batches=micro_batches,
             num_items=len(real),
@@ -82,11 +82,14 @@ class Batches:
         lengths = self.dataset.item_lengths[real]
         return np.pad(lengths, (0, self.batch.global_batch_size - len(real)), constant_values=lengths.min())
 
-    def _item(self, real: np.ndarray, place: int) -> list[Sample]:
-        if place < len(real):
-            return self.dataset.item(int(real[place]))
-        shortest = real[np.argmin(self.dataset.item_lengths[real])]
-        return [sample.as_filler() for sample in self.dataset.item(int(shortest))]
+    def _items(self, real: np.ndarray, places: np.ndarray) -> list[list[Sample]]:
+        """The items at these places; the shortest, with nothing supervised, where a place is past the real ones."""
+        is_filler = places >= len(real)
+        shortest = np.argmin(self.dataset.item_lengths[real])
+        items = self.dataset.items(real[np.where(is_filler, shortest, places)])
+        for number in np.flatnonzero(is_filler):
+            items[number] = [sample.as_filler() for sample in items[number]]
+        return items
 
 
 def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,17 @@ class Dataset:
 
     def item(self, index: int) -> list[Sample]:
         """The samples of an item: a pack's, or a single one. The arrays are read-only views of the files."""
-        start, end = self._item_offsets[index], self._item_offsets[index + 1]
-        return [self._sample(int(sample)) for sample in self._item_samples[start:end]]
+        return self.items(np.array([index]))[0]
 
-    def _sample(self, sample: int) -> Sample:
-        arrays = {name: flat[offsets[sample] : offsets[sample + 1]] for name, flat, offsets in self._columns}
-        return Sample(arrays, int(self._sample_ids[sample]))
+    def items(self, indices: np.ndarray) -> list[list[Sample]]:
+        """The samples of several items; one call costs far less than one for each."""
+        samples = self._item_samples[gather(self._item_offsets, indices)]
+        columns = [[flat[a:b] for a, b in zip(o[samples].tolist(), o[samples + 1].tolist(), strict=True)] for _, flat, o in self._columns]
+        names = [name for name, _, _ in self._columns]
+        ids = self._sample_ids[samples].tolist()
+        whole = iter([Sample(dict(zip(names, arrays, strict=True)), i) for i, *arrays in zip(ids, *columns, strict=True)])
+        counts = self._item_offsets[indices + 1] - self._item_offsets[indices]
+        return [list(islice(whole, count)) for count in counts.tolist()]
 
     def length(self, index: int) -> int:
         """Tokens of an item."""

@@ -181,7 +181,7 @@ class _FlatFile:
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
         self._length = 0
-        self._file: BinaryIO = open(path, "w+b")
+        self._file: BinaryIO = path.open("w+b")
         self._header_end = self._write_header()
 
     def _write_header(self) -> int:

@@ -68,7 +68,7 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
     """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task, classes, tokenizer."""
     settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
     classes = task.labels if role == "evaluation" or task.labels_given else None
-    parts = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
+    parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
     parts += [settings, task.name, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
@@ -135,7 +135,7 @@ def _build(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
         _write(temporary, rows, role, plan, using)
         if directory.exists():
             shutil.rmtree(directory)
-        os.rename(temporary, directory)
+        temporary.rename(directory)
     except OSError as error:
         raise _storage_error(root, error) from error
     finally:
@@ -194,7 +194,7 @@ def _refuse_change_while_reading(rows: Rows) -> None:
 
 def _size_now(path: str) -> int:
     try:
-        return os.stat(path).st_size
+        return Path(path).stat().st_size
     except OSError:
         return -1
 

@@ -73,7 +73,7 @@ def read_tsv(path: Path, columns: Sequence[str]) -> Read:
 
 class _PlainTabs(csv.excel_tab):
     quoting = csv.QUOTE_NONE
-    quotechar = None  # type: ignore[assignment]
+    quotechar = None
 
 
 def _read_table(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) -> Read:
@@ -167,10 +167,10 @@ def _arrow_row(batch: Any, index: int) -> Values:
 
 def _parquet(path: Path) -> Any:
     import pyarrow
-    import pyarrow.parquet
+    import pyarrow.parquet as parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is not a whole Parquet file: {error}") from None
 

@@ -7,6 +7,7 @@ import glob
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from launcher.errors import DataError
 from launcher.job.schema import Source
 from launcher.runs.layout import write_atomically
 from launcher.training.data.dataset import DataReport
-from launcher.training.data.readers import READERS, hub_rows, num_parquet_rows
+from launcher.training.data.readers import READERS, hub_rows, load_hub, num_parquet_rows
 from launcher.training.data.rows import Row
 
 BLOCK = 1 << 20
@@ -50,12 +51,8 @@ class Rows:
     """For a progress bar; exact for most formats, and an estimate where a row may span lines."""
 
     def __iter__(self) -> Iterator[Row]:
-        number = 0
-        for line, file, values in self._read():
-            if self.source.limit is not None and number >= self.source.limit:
-                return
+        for number, (line, file, values) in enumerate(islice(self._read(), self.source.limit)):
             yield Row(number, file, line, values)
-            number += 1
 
     def _read(self) -> Iterator[tuple[int, str, Any]]:
         if self.source.path is None:
@@ -83,7 +80,7 @@ def find_files(pattern: str) -> list[Path]:
     exact = Path(pattern)
     if exact.is_dir():
         raise DataError(f"{pattern} is a directory; name its files by a pattern such as {pattern.rstrip('/')}/*.jsonl")
-    paths = [exact] if exact.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    paths = [exact] if exact.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())  # noqa: PTH207 (absolute patterns)
     if not paths:
         near = difflib.get_close_matches(exact.name, [p.name for p in exact.parent.glob("*")], n=1) if exact.parent.is_dir() else []
         raise DataError(f"{pattern}: no such file" + (f"; did you mean {exact.parent / near[0]}?" if near else ""))
@@ -120,8 +117,6 @@ def _limited(num_rows: int, source: Source) -> int:
 
 
 def _open_hub(source: Source, columns: tuple[str, ...]) -> Rows:
-    from launcher.training.data.readers import load_hub
-
     loaded = load_hub(source)
     files = tuple(hash_file(Path(cached["filename"])) for cached in loaded.cache_files)
     digest = _digest(files) if files else str(loaded._fingerprint)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import Data
+from launcher.planning.plan import Plan
 from launcher.training.tasks.task import Task
 
 TASKS = {
@@ -14,10 +15,14 @@ TASKS = {
 }
 
 
-def create(name: str, data: Data, labels: list[str] | None = None) -> Task:
-    """The task of this name. `labels` are the classes of a model that has them already. Raises ConfigurationError for an unknown name."""
-    if name not in TASKS:
-        raise ConfigurationError(Problem("model.task", name, f"no such task; there are {', '.join(TASKS)}"))
-    module, attribute = TASKS[name]
-    task: Task = getattr(importlib.import_module(module), attribute)(data, labels)
+def build(plan: Plan, tokenizer: Any, labels: list[str] | None = None) -> Task:
+    """The plan's task, bound to the tokenizer. `labels` are the classes of a model that has them already.
+
+    Raises ConfigurationError for an unknown task, or a tokenizer that cannot serve it.
+    """
+    if plan.task not in TASKS:
+        raise ConfigurationError(Problem("model.task", plan.task, f"no such task; there are {', '.join(TASKS)}"))
+    module, attribute = TASKS[plan.task]
+    task: Task = getattr(importlib.import_module(module), attribute)(plan.data, labels)
+    task.bind(tokenizer)
     return task

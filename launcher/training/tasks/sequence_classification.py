@@ -127,7 +127,9 @@ class SequenceClassification(Task):
             return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
         if cut:
             [arrays] = _tokenise(tokenizer, [texts], self.data.max_length)
-        kept = {name: np.asarray(arrays[name], dtype=np.int32) for name in ("input_ids", "token_type_ids") if name in arrays}
+        kept: dict[str, np.ndarray] = {
+            name: np.asarray(arrays[name], dtype=np.int32) for name in ("input_ids", "token_type_ids") if name in arrays
+        }
         return Encoded({**kept, "label": label}, 1, cut)
 
     def collate(self, items: Sequence[Sequence[Sample]]) -> dict[str, Any]:
