@@ -40,7 +40,7 @@ class Problem:
 
 
 class ConfigurationError(LauncherError):
-    """Carries every problem found, so that one look at the message is enough."""
+    """The job file or the command line cannot be used as it is; carries every problem found."""
 
     exit_code = 2
     failure_class = "configuration"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from launcher.errors import ConfigurationError, Problem
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file.")]
 Overrides = Annotated[
@@ -19,3 +22,68 @@ def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006 - t
 
     loaded = load(job, overrides)
     typer.echo(f"{job}: {loaded.name} is a valid job ({loaded.model.task})")
+
+
+def schema() -> None:
+    """Print the JSON schema of the job file, for editors."""
+    from launcher.job.reference import schema_text
+
+    typer.echo(schema_text(), nl=False)
+
+
+def init(
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("job.yaml"),
+    name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model's directory, or its name on the hub.")] = None,
+    task: Annotated[str | None, typer.Option(help="causal-lm or sequence-classification.")] = None,
+    train: Annotated[str | None, typer.Option(help="The file to learn from, relative to the job file.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="The file to measure on.")] = None,
+    column: Annotated[list[str], typer.Option(metavar="ROLE=COLUMN", help="What a column is, as prompt=question or label=intent.")] = [],  # noqa: B006
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Ask a few questions, or take flags, and write a job file."""
+    from launcher.job.init import Answers, name_for, write
+
+    ask = sys.stdin.isatty()
+    columns = _columns(column)
+    model = _answer(ask, "--model", model, "Model (a directory, or a name on the hub)")
+    task = task or (typer.prompt("Task: causal-lm or sequence-classification", default="causal-lm") if ask else "causal-lm")
+    train = _answer(ask, "--train", train, "File to learn from (.jsonl, .csv, .parquet, .txt ...)")
+    if ask and evaluation is None:
+        evaluation = typer.prompt("File to measure on (empty for none)", default="", show_default=False) or None
+    if ask and not columns:
+        columns = _ask_columns(task)
+    write(out, Answers(name or name_for(model, train), model, task, train, evaluation, tuple(columns.items())), force)
+    typer.echo(f"wrote {out}; next: launcher plan {out}")
+
+
+def _answer(ask: bool, flag: str, given: str | None, question: str) -> str:
+    if given is not None:
+        return given
+    if not ask:
+        raise ConfigurationError(Problem(flag, None, "is missing, and there is no terminal to ask on"))
+    answer: str = typer.prompt(question)
+    return answer
+
+
+def _columns(pairs: list[str]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for pair in pairs:
+        role, equals, column = pair.partition("=")
+        if role not in ("text", "prompt", "completion", "messages", "label") or not equals or not column:
+            raise ConfigurationError(
+                Problem("--column", pair, "write ROLE=COLUMN, where ROLE is text, prompt, completion, messages or label")
+            )
+        columns[role] = column.split(",") if role == "text" and "," in column else column
+    return columns
+
+
+def _ask_columns(task: str) -> dict[str, Any]:
+    if task == "sequence-classification":
+        roles: tuple[str, ...] = ("text", "label")
+    else:
+        way = typer.prompt("The rows are: prompt (and completion), messages, or text", default="prompt")
+        if way not in ("prompt", "messages", "text"):
+            raise ConfigurationError(Problem("rows", way, "write prompt, messages or text"))
+        roles = ("prompt", "completion") if way == "prompt" else (way,)
+    return _columns([f"{role}={typer.prompt(f'Column of the {role}', default=role)}" for role in roles])

@@ -101,9 +101,9 @@ def _docstrings(module: str) -> dict[tuple[str, str], str]:
     found = {}
     for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for field, text in zip(section.body, section.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-                if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-                    found[section.name, field.target.id] = inspect.cleandoc(text.value.value)
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                    found[section.name, name] = inspect.cleandoc(words)
     return found
 
 

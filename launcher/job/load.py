@@ -44,7 +44,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(
 def parse(text: str, source: str) -> Any:
     """YAML to plain values. Raises ConfigurationError with the line, and without the text, which may hold a secret."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -131,8 +131,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Job:
     problems += found
     bad = {problem.key for problem in problems}
     if job is None:
-        with_rest = validate(without(content, bad))
-        job = with_rest[0]
+        job, _ = validate(without(content, bad))
     if job is not None:
         job, missing = paths.resolve(job, path.resolve().parent)
         problems += [problem for problem in missing if not _about(problem.key, bad)]

@@ -1,0 +1,131 @@
+"""The JSON schema for editors, and the reference pages of the job file and the exit codes, all made from the code.
+
+`python -m launcher.job.reference DIRECTORY` writes the pages; a test holds the ones in docs/reference equal to what is made here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from launcher import errors
+from launcher.job import schema
+from launcher.job.describe import Key, docstring, expected_of, keys, section_of
+from launcher.job.schema import Job
+
+_DURATION = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(s|min|h|d)\s*$"}]}
+_INTERVAL = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "string", "pattern": r"^\s*((\d+)?\s*(steps?|epochs?)|\d+(\.\d+)?\s*(s|min|h|d))\s*$"},
+    ]
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the job file, with each field's docstring as its description."""
+    made = Job.model_json_schema(by_alias=True)
+    made["$defs"]["Interval"] = _INTERVAL
+    made["$defs"]["Cluster"]["properties"]["grace"] |= _DURATION
+    made["$defs"]["Cluster"]["properties"]["grace"].pop("type", None)
+    made["$defs"]["Cluster"]["properties"]["grace"].pop("exclusiveMinimum", None)
+    for key in keys():
+        place = made if key.section is Job else made["$defs"][key.section.__name__]
+        place["properties"][key.path.rsplit(".", 1)[-1]]["description"] = docstring(key.section, key.name)
+    for name, section in made["$defs"].items():
+        for field in section.get("properties", {}).values():
+            if isinstance(field.get("default"), dict) and set(field["default"]) == {"value", "unit"}:
+                field["default"] = shown(schema.Interval(**field["default"]))
+        section.setdefault("title", name)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+
+
+def schema_text() -> str:
+    """The JSON schema as it is written beside a job file."""
+    return json.dumps(json_schema(), indent=2) + "\n"
+
+
+def shown(value: object) -> str:
+    """A default as one would write it in a job file."""
+    if isinstance(value, schema.Interval):
+        if value.unit == "seconds":
+            return f"{value.value / 60:g}min"
+        return f"{value.value:g} {value.unit}"
+    if value is None:
+        return "none given"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(shown(item) for item in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _row(key: Key) -> str:
+    default = "**required**" if key.field.is_required() else f"`{shown(key.field.default)}`"
+    allowed = expected_of(key.field).replace("|", "\\|")
+    return f"| `{key.path.rsplit('.', 1)[-1]}` | {allowed} | {default} | {docstring(key.section, key.name)} |"
+
+
+def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
+    plain = [key for key in keys(section, prefix) if "." not in key.path.removeprefix(prefix) and section_of(key.field) is None]
+    nested = [key for key in keys(section, prefix) if "." not in key.path.removeprefix(prefix) and section_of(key.field) is not None]
+    lines = ["", f"## {title}", "", inspect.getdoc(section) or "", "", "| key | what to write | default | |", "|---|---|---|---|"]
+    lines += [_row(key) for key in plain]
+    for key in nested:
+        child = section_of(key.field)
+        assert child is not None
+        lines += _section(f"`{key.path}`", child, key.path + ".")
+    return lines
+
+
+def job_file_page() -> str:
+    """docs/reference/job-file.md."""
+    head = [
+        "# The job file",
+        "",
+        "Made from `launcher/job/schema.py` by `make docs`; do not edit.",
+        "",
+        "Every key can be set on the command line as well: `--set training.learning_rate=1e-5` (the value is YAML). `auto` is decided by",
+        "`launcher plan`, which says why. Unknown keys are refused. Paths are relative to the job file.",
+        "`launcher schema` prints the JSON schema, which editors complete the file by.",
+    ]
+    return "\n".join([*head, *_section("Top level", Job, "")]) + "\n"
+
+
+def exit_codes_page() -> str:
+    """docs/reference/exit-codes.md."""
+    lines = [
+        "# Exit codes",
+        "",
+        "Made from `launcher/errors.py` by `make docs`; do not edit.",
+        "",
+        "| code | class | `failure_class` in failure.json | meaning |",
+        "|---|---|---|---|",
+        "| 0 | | | success |",
+    ]
+    for error in errors.leaves():
+        meaning = (
+            "Something in launcher itself is wrong." if error is errors.LauncherError else (inspect.getdoc(error) or "").splitlines()[0]
+        )
+        lines.append(f"| {error.exit_code} | {error.__name__} | {error.failure_class} | {meaning} |")
+    lines += [
+        "| 130 | | | A second Ctrl-C: nothing more was saved. |",
+        "",
+        "75 is EX_TEMPFAIL of sysexits.h: run the same command again and it goes on where it stopped.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the pages into the directory named on the command line."""
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "job-file.md").write_text(job_file_page(), encoding="utf-8")
+    (directory / "exit-codes.md").write_text(exit_codes_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
