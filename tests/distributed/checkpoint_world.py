@@ -118,7 +118,13 @@ def sharded_llama(world_size: int, seed: int) -> dict[str, torch.Tensor]:
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=29, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True
+        vocab_size=29,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
     mesh = init_device_mesh("cpu", (world_size,))
@@ -165,7 +171,7 @@ def _rank_main(work: Callable[..., Any], rank: int, world_size: int, port: int, 
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, killed: bool = False) -> list[Any]:
-    """`work(rank, world_size, *arguments)` on each rank; what they returned. With `killed` the ranks end themselves, and nothing is returned."""
+    """`work(rank, world_size, *arguments)` on each rank; what they returned. With `killed` they end themselves and return nothing."""
     queue, port = _CONTEXT.Queue(), free_port()
     ranks = [_CONTEXT.Process(target=_rank_main, args=(work, rank, world_size, port, arguments, queue)) for rank in range(world_size)]
     for process in ranks:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -130,7 +132,7 @@ def fail_on_last_rank(rank: int, world_size: int, run: Path, asynchronous: bool)
     for step in (1, 2, 3):
         original = module.write_hashed
         if step == 2 and rank == world_size - 1:
-            module.write_hashed = lambda path, blocks: os.stat(path / "no such file")
+            module.write_hashed = lambda path, blocks: (path / "no such file").stat()
         saver.save(shard_tensors(full_tensors(step), world_size), progress(step))
         outcomes.append(saver.finish())
         module.write_hashed = original
@@ -240,15 +242,17 @@ def load_past_damage(rank: int, world_size: int, run: Path) -> list[str]:
     with pytest.raises(CheckpointError) as missing:
         loader.load(tensors, step=5)
     assert_holds(tensors, full_tensors(9))
-    assert loader.load(tensors) == progress(2)
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        assert loader.load(tensors) == progress(2)
+    assert ("step-00000003 is not whole" in printed.getvalue()) == (rank == 0)
     assert_holds(tensors, full_tensors(2))
     assert loader.load(tensors, step=1) == progress(1)
     assert_holds(tensors, full_tensors(1))
     return [str(refused.value), str(missing.value)]
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_ranks(2, save_on, tmp_path, [1, 2, 3], True, keep_last=9) if False else run_ranks(2, save_three, tmp_path)
+def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path) -> None:
+    run_ranks(2, save_three, tmp_path)
     shard = RunDirectory(tmp_path).checkpoint(3) / "__1_0.distcp"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -259,7 +263,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, cap
     rejections = named(tmp_path, "rejected")
     assert {record["checkpoint"] for record in rejections} == {"step-00000003"}
     assert "__1_0.distcp" in str(rejections[-1]["reason"])
-    assert "step-00000003 is not whole" in capfd.readouterr().err
 
 
 def save_three(rank: int, world_size: int, run: Path) -> None:
@@ -267,7 +270,7 @@ def save_three(rank: int, world_size: int, run: Path) -> None:
 
 
 def load_nothing_whole(rank: int, world_size: int, run: Path) -> None:
-    with pytest.raises(CheckpointError, match="none of the checkpoints .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints .* is whole"):
         checkpointer(run, rank, world_size).load(shard_tensors(full_tensors(9), world_size))
 
 

@@ -56,14 +56,21 @@ class _Save:
 
 
 def _key(tensors: Tensors) -> tuple[object, ...]:
-    return tuple((name, tensor.dtype, tensor.shape, getattr(tensor, "placements", None)) for name, tensor in tensors.items())
+    properties = ("dtype", "shape", "placements")
+    return tuple((name, *(getattr(tensor, key, None) for key in properties)) for name, tensor in tensors.items())
 
 
 def describe(error: BaseException) -> str:
     """An error in one line, for people."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})" if error.filename else error.strerror
+    if isinstance(error, _RefusedError):
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class _RefusedError(Exception):
+    """Why a save cannot be done; its text is for people as it is."""
 
 
 class Checkpointer:
@@ -160,9 +167,9 @@ class Checkpointer:
             problem = describe(error)
         try:
             gathered = self._ranks.all_gather((problem, files))
-            failures = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(gathered) if reason]
+            failures = _failures([reason for reason, _ in gathered])
             records = {name: record for _, written in gathered for name, record in written.items()}
-            reason = self._ranks.from_first(lambda: "; ".join(failures) or self._commit(save, records))
+            reason = self._ranks.from_first(lambda: failures or self._commit(save, records))
         except Exception as error:
             reason = f"the ranks lost each other: {describe(error)}"
         self._succeeded = reason is None
@@ -281,10 +288,17 @@ class Checkpointer:
 
 
 def _refuse(reason: str) -> Iterator[memoryview]:
-    raise RuntimeError(reason)
+    raise _RefusedError(reason)
 
 
 def _value(rank: int, problem: str | None, value: SavePlan | None) -> SavePlan:
     if problem is not None or value is None:
-        raise RuntimeError(f"rank {rank}: {problem}")
+        raise _RefusedError(problem if rank == 0 else f"rank {rank}: {problem}")
     return value
+
+
+def _failures(reasons: list[str | None]) -> str:
+    """All ranks' reasons as one; said once where they are the same everywhere."""
+    if reasons[0] is not None and len(set(reasons)) == 1:
+        return reasons[0]
+    return "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)

@@ -15,8 +15,9 @@ import torch
 from typing_extensions import Buffer
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem, StorageError
-from launcher.runs.checkpoints import Stored, look, newest_valid, sync_directory, verify
+from launcher.runs.checkpoints import Stored, look, newest_valid, verify
 from launcher.runs.layout import RunDirectory
+from launcher.runs.retention import sync_directory
 from launcher.training.checkpoint.reader import CheckpointReader
 
 ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
