@@ -69,7 +69,7 @@ def read_status(run: RunDirectory) -> Status:
         phase=last.get("phase", {}).get("phase") if state == "running" else None,
         process=holder(run) if state == "running" else None,
         signal=last.get("stopping", {}).get("signal") if state in ("stopped", "running") else None,
-        failure={key: value for key, value in last["failed"].items() if key not in ("traceback", "event")} if state == "failed" else None,
+        failure=last["failed"]["failure"] if state == "failed" else None,
         command=None if state in ("running", "finished") else f"launcher resume {run.path}",
     )
 
@@ -144,11 +144,9 @@ def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[st
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
-    try:
-        file = open(path, "rb")
-    except OSError:
+    if not path.exists():
         return
-    with file:
+    with open(path, "rb") as file:
         position = file.seek(0, os.SEEK_END)
         rest = b""
         while position > 0:

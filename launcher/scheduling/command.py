@@ -14,7 +14,8 @@ from launcher.runs.processes import PARENT_VARIABLE
 from launcher.scheduling.node_agent import ATTEMPT_VARIABLE
 
 ENTRY = "launcher.training.entry"
-_PREFIXES = "OMP MKL CUDA NVIDIA NCCL GLOO TORCH PYTORCH HF TRANSFORMERS TOKENIZERS SLURM LAUNCHER LD XDG TRITON".split()
+_PREFIXES = {"CUDA", "GLOO", "HF", "LAUNCHER", "LD", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
+_MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
 _NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
 _SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
@@ -54,12 +55,12 @@ def environment(run: RunDirectory, plan: Plan, attempt: int) -> dict[str, str]:
 
 def public(variables: dict[str, str]) -> dict[str, str]:
     """The part of an environment that matters to a run and holds no secret, in the order of its names."""
-    matters = {name: value for name, value in variables.items() if name in _NAMES or name.split("_")[0] in _PREFIXES}
+    matters = {name: value for name, value in variables.items() if name in _NAMES or name.split("_")[0] in _PREFIXES | _MORE_PREFIXES}
     kept = {name: value for name, value in matters.items() if not _SECRET.search(name)}
     return {name: _PASSWORD_IN_URL.sub("://***@", value) for name, value in sorted(kept.items())}
 
 
 def write_command(path: Path, command: list[str], variables: dict[str, str]) -> None:
     """Write command.json: what was started, where, and with which environment."""
-    content = {"command": command, "directory": os.getcwd(), "environment": public(variables)}
+    content = {"command": command, "directory": str(Path.cwd()), "environment": public(variables)}
     write_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -51,9 +51,8 @@ def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: in
 
 def shown(path: Path) -> str:
     """A path as people would type it: relative where it lies below the working directory, quoted where it must be."""
-    absolute = os.path.abspath(path)
-    below = absolute.startswith(os.getcwd() + os.sep)
-    return shlex.quote(os.path.relpath(absolute) if below else absolute)
+    absolute, here = path.absolute(), Path.cwd()
+    return shlex.quote(str(absolute.relative_to(here) if absolute.is_relative_to(here) and absolute != here else absolute))
 
 
 def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watcher, out_of_memory_killer: bool) -> int:
@@ -84,7 +83,9 @@ def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory
         return _of_the_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
     if end.forced == "grace":
         logs = shown(directory)
-        cause = f"{end.signal_name}: the ranks had not saved and left after {plan.grace_seconds:g} s of grace (cluster.grace) and were ended"
+        cause = (
+            f"{end.signal_name}: the ranks had not saved and left after {plan.grace_seconds:g} s of grace (cluster.grace) and were ended"
+        )
         return _of_the_agent(Stopped, f"{cause}; their stacks are in {logs}/rank-*.log", FORCED_EXIT)
     found = failures.first(directory, out_of_memory_killer)
     if found is not None:

@@ -122,9 +122,7 @@ class Supervisor:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             with open(self.directory / "agent.log", "ab") as log:
-                return subprocess.Popen(
-                    command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
+                return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -1,0 +1,167 @@
+"""Showing a run while it goes on: one live display on a terminal, plain lines anywhere else; and the summary at its end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from launcher.cli.progress import Progress, duration, metrics_line, notice, peak_flops
+from launcher.planning.plan import Plan
+from launcher.runs.events import read, steps
+from launcher.runs.layout import RunDirectory
+from launcher.runs.tail import Tail
+from launcher.scheduling.supervisor import Watcher
+
+_REFRESH_SECONDS = 0.25
+_LINE_SECONDS = 15.0
+_ROWS = 4
+
+
+class Display(Watcher):
+    """Follows events.jsonl and metrics.jsonl of an attempt, and shows them on stderr."""
+
+    def __init__(self, plan: Plan, console: Console | None = None, line_seconds: float = _LINE_SECONDS) -> None:
+        self.console = console or Console(file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None)
+        self.progress = Progress(peak=_peak(plan))
+        self._line_seconds = line_seconds
+        self._live: Live | None = None
+        self._tails: tuple[Tail, Tail] | None = None
+        self._shown_at = 0.0
+        self._line_at: float | None = None
+        self._phase_said = ""
+
+    def begin(self, run: RunDirectory, attempt: int) -> None:
+        """Start at the files' present end, so that only this attempt is shown."""
+        self._tails = Tail(run.events_file, from_end=True), Tail(run.metrics_file, from_end=True)
+        self.say(f"attempt {attempt} in {run.path}")
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+
+    def tick(self) -> None:
+        """Take in what is new; show it when it is time."""
+        now = time.monotonic()
+        if now - self._shown_at < _REFRESH_SECONDS:
+            return
+        self._shown_at = now
+        self._take_in(now)
+        if self._live:
+            self._live.update(self.render(), refresh=True)
+
+    def say(self, line: str) -> None:
+        """One line that stays, above the live display where there is one."""
+        self.console.print(Text(line), soft_wrap=True)
+
+    def end(self) -> None:
+        """Show the last of it, and leave the terminal as it was."""
+        if self._tails:
+            self._take_in(time.monotonic())
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _take_in(self, now: float) -> None:
+        if self._tails is None:
+            return
+        events, metrics = self._tails
+        for record in events.records():
+            self.progress.event(record)
+            # On a terminal evaluations have a table of their own.
+            if (line := notice(record)) and not (self._live and record["event"] == "evaluated"):
+                self.say(line)
+            self._say_phase()
+        for record in metrics.records():
+            if self.progress.metric(record):
+                self._say_step(now)
+
+    def _say_phase(self) -> None:
+        phase = self.progress.phase
+        if self._live is None and phase != self._phase_said and phase in ("preparing", "loading", "saving", "exporting"):
+            self.say(phase)
+        self._phase_said = phase
+
+    def _say_step(self, now: float) -> None:
+        if self._live or (self._line_at is not None and now - self._line_at < self._line_seconds):
+            return
+        self._line_at = now
+        self.say(f"{_count(self.progress)}  {'  '.join(self.progress.facts())}")
+
+    def render(self) -> Group:
+        """The live display: what is going on with its bar, the last step, the last evaluations."""
+        progress = self.progress
+        training = progress.phase == "training" and progress.total_steps
+        done, total = (progress.step, progress.total_steps) if training else (progress.done, progress.total)
+        bar = Table.grid(padding=(0, 1))
+        count = _count(progress) if training else f"{done:g} of {total:g} {progress.unit}" if total else ""
+        bar.add_row(Text(progress.phase, style="bold"), ProgressBar(total=total or None, completed=done, width=40, pulse=not total), count)
+        parts: list[Any] = [bar]
+        if facts := progress.facts():
+            parts.append(Text(" · ".join(facts)))
+        if progress.evaluations:
+            parts.append(_evaluations(progress.evaluations))
+        return Group(*parts)
+
+
+def _count(progress: Progress) -> str:
+    return f"step {progress.step}" + (f" of {progress.total_steps}" if progress.total_steps else "")
+
+
+def _evaluations(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
+    """The first and the last evaluations, one a row."""
+    names = list(dict.fromkeys(name for _, metrics in evaluations for name in metrics))
+    shown = evaluations if len(evaluations) <= _ROWS else [evaluations[0], *evaluations[1 - _ROWS :]]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("measured after step", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
+    for step, metrics in shown:
+        table.add_row(str(step), *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+    return table
+
+
+def _peak(plan: Plan) -> float | None:
+    """The rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs that are not in the table."""
+    if plan.mesh.device != "cuda" or plan.precision == "fp32":
+        return None
+    from launcher.planning.hardware import find_gpus
+
+    gpus, _ = find_gpus()
+    one = peak_flops(gpus[0].name) if gpus else None
+    return one * plan.mesh.world_size if one else None
+
+
+def summary(run: RunDirectory, path: str) -> str:
+    """What a finished run came to, and what to do with it. `path` is how people would type the run."""
+    records = steps(run.metrics_file)
+    lines = [f"finished: {path}"]
+    if records:
+        first, last = min(records), max(records)
+        lines.append(f"  steps       {last}, loss {records[first]['loss']:.4f} -> {records[last]['loss']:.4f}")
+        tokens = sum(record.get("num_tokens", 0) for record in records.values())
+        took = _seconds_in_attempts(run)
+        lines.append(f"  tokens      {tokens:,} in {duration(took)}, over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}")
+    measured = [record for record in read(run.events_file) if record.get("event") == "evaluated"]
+    if measured:
+        before, after = measured[0], measured[-1]
+        lines += [f"  before      {metrics_line(before['metrics'])}", f"  after       {metrics_line(after['metrics'])}"]
+    lines += ["next:", f"  launcher evaluate {path}", f"  launcher export {path} --out DIRECTORY"]
+    return "\n".join(lines)
+
+
+def _seconds_in_attempts(run: RunDirectory) -> float:
+    """Wall time of all attempts; of one that was cut short, until its last event."""
+    total, began, latest = 0.0, None, 0.0
+    for record in read(run.events_file):
+        if record.get("event") == "started":
+            total += latest - began if began is not None else 0.0
+            began = record["time"]
+        latest = record["time"]
+    return total + (latest - began if began is not None else 0.0)

@@ -1,0 +1,166 @@
+"""What a run's files say about an attempt as it goes on, kept ready for showing. Knows nothing of terminals."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "3090": 71e12,
+    "V100": 125e12,
+}
+"""Dense bf16 or fp16 operations a second of one device, by a part of its name: the more special name first. From data sheets."""
+_REMEMBERED_STEPS = 50
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The peak rate of a device by its name; None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+@dataclass
+class Progress:
+    """The state of one attempt. `peak` is the rate of all its devices together, in operations a second, where it is known."""
+
+    peak: float | None = None
+    phase: str = "starting"
+    done: float = 0
+    total: float | None = None
+    unit: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    num_parameters: int | None = None
+    flops_per_token: float | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    saved_step: int | None = None
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_STEPS))
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Take in one record of events.jsonl."""
+        name = record.get("event")
+        if name == "phase":
+            self.phase = record.get("phase", self.phase)
+            self.done, self.total, self.unit = record.get("done", 0), record.get("total"), record.get("unit", "")
+        elif name == "training":
+            self._enter_training()
+            self.step, self.total_steps = record.get("first_step", 0), record.get("total_steps")
+            self.num_parameters, self.flops_per_token = record.get("num_parameters"), record.get("flops_per_token")
+        elif name == "saved":
+            self.saved_step = record.get("step")
+        elif name == "resumed":
+            self.saved_step = self.step = record.get("step", 0)
+        elif name == "evaluated":
+            self.evaluations.append((record.get("step", 0), record.get("metrics", {})))
+            self._enter_training()
+        elif name == "stopping":
+            self.phase, self.total = "stopping", None
+        elif name in ("finished", "stopped", "failed"):
+            self.phase, self.total = str(name), None
+
+    def metric(self, record: dict[str, Any]) -> bool:
+        """Take in one record of metrics.jsonl; whether it was a step."""
+        if "loss" not in record or record.get("kind", "train") != "train":
+            return False
+        self.record, self.step = record, int(record["step"])
+        if self.phase not in ("stopping", "saving"):
+            self._enter_training()
+        if "time" in record:
+            self._times.append((self.step, record["time"]))
+        return True
+
+    def _enter_training(self) -> None:
+        # Time spent measuring or saving is not the time of a step.
+        if self.phase != "training":
+            self._times.clear()
+        self.phase, self.total, self.unit = "training", None, ""
+
+    def seconds_per_step(self) -> float | None:
+        """Of the last steps; None before there are two."""
+        if len(self._times) < 2:
+            return None
+        (first, began), (last, ended) = self._times[0], self._times[-1]
+        return (ended - began) / (last - first) if last > first else None
+
+    def seconds_left(self) -> float | None:
+        """Until the last step, evaluations and saves apart."""
+        per_step = self.seconds_per_step()
+        if per_step is None or self.total_steps is None:
+            return None
+        return max(0, self.total_steps - self.step) * per_step
+
+    def share_of_peak(self) -> float | None:
+        """Model FLOPs utilisation of the last step; None where the hardware's rate is not known."""
+        if not self.peak or not self.flops_per_token or "tokens_per_second" not in self.record:
+            return None
+        return float(self.flops_per_token * self.record["tokens_per_second"] / self.peak)
+
+    def facts(self) -> list[str]:
+        """The last step in words, the most wanted first."""
+        record, found = self.record, []
+        if "loss" in record:
+            found.append(f"loss {record['loss']:.4f}")
+        if "learning_rate" in record:
+            found.append(f"learning rate {record['learning_rate']:.2e}")
+        if "tokens_per_second" in record:
+            found.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        if (share := self.share_of_peak()) is not None:
+            found.append(f"MFU {share:.1%}")
+        if record.get("peak_memory_bytes"):
+            found.append(f"{record['peak_memory_bytes'] / 2**30:.2f} GiB")
+        if (left := self.seconds_left()) is not None:
+            found.append(f"{duration(left)} left")
+        if self.saved_step is not None:
+            found.append(f"saved at step {self.saved_step}")
+        return found
+
+
+def duration(seconds: float) -> str:
+    """`4 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def metrics_line(metrics: dict[str, float]) -> str:
+    """Metrics in one line, in their own order."""
+    return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items())
+
+
+def notice(record: dict[str, Any]) -> str | None:
+    """The line that an event is worth to people, whatever else is shown; None for most."""
+    step = record.get("step")
+    match record.get("event"):
+        case "resumed":
+            return f"going on from the checkpoint of step {step}"
+        case "rejected":
+            return f"warning: checkpoint {record.get('checkpoint')} was not used: {record.get('reason')}"
+        case "save_failed":
+            return f"warning: the save of step {step} failed, training goes on: {record.get('reason')}"
+        case "skipped":
+            return f"warning: step {step} was skipped: {record.get('reason')}"
+        case "early_stopping":
+            return f"{record.get('metric')} is no longer getting better (best {record.get('best')}): ending after step {step}"
+        case "evaluated":
+            return f"measured after step {step}: {metrics_line(record.get('metrics', {}))}"
+        case "training":
+            parameters = f"{record.get('num_parameters', 0):,} parameters"
+            return f"training {parameters}, from step {record.get('first_step')} to {record.get('total_steps')}"
+    return None

@@ -1,0 +1,100 @@
+"""launcher run, resume, status: running on this machine, and how it went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.cli.job import JobFile, Overrides
+from launcher.cli.plan import AsJson, NumRanks
+
+if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
+    from launcher.runs.layout import RunDirectory
+    from launcher.runs.status import Status
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one below runs/.")]
+RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")]
+StopAt = Annotated[int | None, typer.Option("--stop-at", min=1, metavar="STEP", help="Save and leave after this step, with exit code 75.")]
+
+
+def run(
+    job: JobFile,
+    nproc: NumRanks = None,
+    run_dir: RunPath = None,
+    stop_at: StopAt = None,
+    as_json: AsJson = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run a job on this machine; a run that stopped goes on where it was."""
+    from launcher.cli.plan import table
+    from launcher.scheduling.opening import open_run
+
+    opened, plan = open_run(job, overrides, nproc, run_dir)
+    if opened.last_attempt() == 0 and not as_json:
+        typer.echo(table(plan) + "\n", err=True)
+    _attempt(opened, plan, stop_at, as_json)
+
+
+def resume(
+    run: Run,
+    nproc: NumRanks = None,
+    stop_at: StopAt = None,
+    as_json: AsJson = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Go on with a run that stopped."""
+    from launcher.runs.layout import RunDirectory
+    from launcher.scheduling.opening import reopen
+
+    found = RunDirectory.find(run)
+    _attempt(found, reopen(found, overrides, nproc), stop_at, as_json)
+
+
+def status(run: Run, as_json: AsJson = False) -> None:
+    """Show how a run is doing."""
+    import json
+
+    from launcher.runs.layout import RunDirectory
+    from launcher.runs.status import read_status
+
+    found = read_status(RunDirectory.find(run))
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else describe(found))
+
+
+def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) -> None:
+    """One attempt with its display, then the summary; leaves with the attempt's exit code."""
+    import json
+
+    from launcher.cli.display import Display, summary
+    from launcher.runs.status import read_status
+    from launcher.scheduling import local
+
+    display = Display(plan)
+    code = local.run(run, plan, display, stop_at)
+    if as_json:
+        typer.echo(json.dumps({**read_status(run).to_dict(), "exit_code": code}, indent=2))
+    elif code == 0:
+        typer.echo(summary(run, local.shown(run.path)))
+    raise typer.Exit(code)
+
+
+def describe(status: Status) -> str:
+    """A status for people, one fact a line."""
+    of = f" of {status.total_steps}" if status.total_steps else ""
+    facts = {
+        "run": status.run,
+        "state": status.state + (f" ({status.phase})" if status.phase else ""),
+        "process": status.process,
+        "attempts": str(status.attempts),
+        "step": f"{status.step}{of}",
+        "loss": None if status.loss is None else f"{status.loss:.4f}",
+        "measured": ", ".join(f"{name} {value:.4f}" for name, value in status.metrics.items()) if status.metrics else None,
+        "checkpoint": status.checkpoint,
+        "stopped by": status.signal,
+        "failure": f"{status.failure['failure_class']}: {status.failure['cause']}" if status.failure else None,
+        "go on with": status.command,
+    }
+    return "\n".join(f"{name:11}{text}" for name, text in facts.items() if text)

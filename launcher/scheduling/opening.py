@@ -1,0 +1,107 @@
+"""From a job to a run directory that is ready for an attempt: a new one, or one that goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.load import load
+from launcher.job.schema import Job
+from launcher.planning.changes import Change, check
+from launcher.planning.decide import plan as decide
+from launcher.planning.plan import Plan
+from launcher.runs.events import event
+from launcher.runs.layout import RunDirectory, write_atomically
+
+
+def open_run(job_file: Path, overrides: list[str], nproc: int | None, directory: Path | None) -> tuple[RunDirectory, Plan]:
+    """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one goes on.
+
+    Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that would make it another run;
+    RunInUseError where the run is under way.
+    """
+    job = load(job_file, overrides)
+    run = RunDirectory((directory or Path("runs") / job.name).absolute())
+    if run.plan_file.exists():
+        return run, _go_on(run, job, nproc)
+    if run.path.exists() and (not run.path.is_dir() or any(path.name != ".lock" for path in run.path.iterdir())):
+        raise ConfigurationError(Problem("--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"))
+    plan = decide(job, nproc)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock():
+        _write(run, job, plan)
+        event(run.events_file, "planned", world_size=plan.mesh.world_size, digest=plan.digest())
+    return run, plan
+
+
+def reopen(run: RunDirectory, overrides: list[str], nproc: int | None) -> Plan:
+    """The plan of `launcher resume`: the job as it is in the run directory, with `overrides`."""
+    return _go_on(run, load(run.job_file, overrides), nproc)
+
+
+def _go_on(run: RunDirectory, job: Job, nproc: int | None) -> Plan:
+    """The stored plan where nothing was asked to change, so that a resumed run is bit-equal; else a new one, compared with it."""
+    with run.lock():
+        stored = Plan.read(run.plan_file)
+        same_ranks = nproc is None or nproc == stored.mesh.ranks_per_node
+        if same_ranks and job.model_dump() == load(run.job_file).model_dump() and _devices_are_there(stored):
+            return stored
+        wished = _ranks(job, nproc, stored)
+        plan = decide(_pinned(job, stored, wished == stored.mesh.ranks_per_node), wished)
+        _refuse_quiet_fallback(job, stored, plan)
+        found = check(stored, plan)
+        _write(run, job, plan)
+        if found:
+            event(run.events_file, "plan_changed", changes=[{"key": c.key, "before": c.before, "after": c.after} for c in found])
+        if run.finished and _longer(found):
+            run.finished_file.unlink()
+    return plan
+
+
+def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
+    """job.yaml with absolute paths, so that it means the same from anywhere; plan.json last, as it makes the directory a run."""
+    content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
+    write_atomically(run.job_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_atomically(run.plan_file, plan.to_json())
+
+
+def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
+    """The ranks asked for; without a wish as many as before, so that going on changes nothing by itself."""
+    if nproc is not None:
+        return nproc
+    cluster = job.cluster
+    open_still = cluster.ranks_per_node == "auto" and cluster.gpus_per_node in ("auto", 0)
+    return stored.mesh.ranks_per_node if open_still else None
+
+
+def _pinned(job: Job, stored: Plan, same_ranks: bool) -> Job:
+    """The job with what it leaves open as it was decided before: memory that is free today must not change the numbers."""
+    updates: dict[str, object] = {}
+    if job.precision == "auto":
+        updates["precision"] = stored.precision
+    if job.memory.activation_checkpointing == "auto":
+        updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
+    if same_ranks and job.batch.micro_batch_size == "auto":
+        updates["batch"] = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
+    return job.model_copy(update=updates)
+
+
+def _devices_are_there(plan: Plan) -> bool:
+    if plan.mesh.device == "cpu":
+        return True
+    from launcher.planning.hardware import find_gpus
+
+    return len(find_gpus()[0]) >= plan.mesh.ranks_per_node
+
+
+def _refuse_quiet_fallback(job: Job, stored: Plan, plan: Plan) -> None:
+    if stored.mesh.device == "cuda" and plan.mesh.device == "cpu" and job.cluster.gpus_per_node == "auto":
+        reason = "the run was on GPUs and none is seen now; write --set cluster.gpus_per_node=0 to go on on the CPU"
+        raise ConfigurationError(Problem("cluster.gpus_per_node", "auto", reason))
+
+
+def _longer(found: list[Change]) -> bool:
+    """Whether the run is to end elsewhere than before; a finished one then goes on from its last step."""
+    return any(change.key.startswith("length") for change in found)

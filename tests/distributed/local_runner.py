@@ -1,0 +1,26 @@
+"""A launcher process for tests: scheduling.local over the imitation of a trainer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from launcher.planning.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.scheduling import local, supervisor
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--stop-at", type=int)
+    parser.add_argument("--exit-seconds", type=float, default=supervisor.EXIT_SECONDS)
+    options = parser.parse_args()
+    supervisor.EXIT_SECONDS = options.exit_seconds
+    run = RunDirectory(options.run)
+    return local.run(run, Plan.read(run.plan_file), stop_at=options.stop_at, entry="imitation")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
