@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launcher.errors import Problem
 from launcher.job.schema import Job, Source
+
+METRICS = {
+    "causal-lm": ("loss", "perplexity", "accuracy"),
+    "single-label": ("loss", "accuracy", "f1", "matthews"),
+    "multi-label": ("loss", "accuracy", "f1_micro", "f1_macro"),
+    "regression": ("loss", "mse", "pearson", "spearman"),
+}
+"""What an evaluation measures, by the task, or by the problem of a classification."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ def findings(job: Job) -> Iterator[Finding]:
     yield from _sources(job)
     yield from _causal_lm(job) if job.model.task == "causal-lm" else _classification(job)
     yield from _training(job)
-    yield from _needs_evaluation(job)
+    yield from _evaluation(job)
     yield from _machine(job)
 
 
@@ -110,8 +119,9 @@ def _training(job: Job) -> Iterator[Finding]:
         yield _finding("batch.micro_batch_size", batch.micro_batch_size, reason, "batch.global_batch_size")
 
 
-def _needs_evaluation(job: Job) -> Iterator[Finding]:
+def _evaluation(job: Job) -> Iterator[Finding]:
     if job.data.evaluation is not None:
+        yield from _metrics(job)
         return
     if job.training.early_stopping is not None:
         yield _finding(
@@ -126,6 +136,18 @@ def _needs_evaluation(job: Job) -> Iterator[Finding]:
     if job.checkpoint.keep_best > 0:
         reason = "the best is known by an evaluation, and there are no rows to measure on: name data.evaluation or set it to 0"
         yield _finding("checkpoint.keep_best", job.checkpoint.keep_best, reason, "data.evaluation")
+
+
+def _metrics(job: Job) -> Iterator[Finding]:
+    kind = job.model.task if job.model.task == "causal-lm" else job.data.problem
+    early = job.training.early_stopping
+    watched = {"checkpoint.metric": job.checkpoint.metric if job.checkpoint.keep_best else "loss"}
+    watched["training.early_stopping.metric"] = early.metric if early else "loss"
+    for key, metric in watched.items():
+        if metric not in METRICS[kind]:
+            near = difflib.get_close_matches(metric, METRICS[kind], n=1, cutoff=0.0)
+            reason = f"a {kind} evaluation measures {', '.join(METRICS[kind])}; the nearest is {near[0]}"
+            yield _finding(key, metric, reason, "model.task", "data.problem")
 
 
 def _machine(job: Job) -> Iterator[Finding]:

@@ -74,7 +74,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
-    """Put each `a.b=value` (YAML) into `content`; what cannot be put there comes back as problems."""
+    """Put each `a.b=value` (YAML, or else plain text, as `*.csv`) into `content`; what cannot be put there comes back as problems."""
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -85,8 +85,10 @@ def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
         try:
             parsed = parse(value, f"--set {key}")
         except ConfigurationError as error:
-            problems += [Problem(f"--set {key}", None, problem.reason) for problem in error.problems]
-            continue
+            if value.lstrip().startswith(("[", "{", "'", '"')):
+                problems += [Problem(f"--set {key}", None, problem.reason) for problem in error.problems]
+                continue
+            parsed = value
         section = content
         for step in steps[:-1]:
             if section.get(step) is None:

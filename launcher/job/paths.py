@@ -9,6 +9,9 @@ from pathlib import Path
 from launcher.errors import Problem
 from launcher.job.schema import Data, Job, Model, Source
 
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
+"""Kinds of files that rows are read from."""
+
 
 def nearest_file(path: Path) -> str:
     """`; the nearest is NAME` for a path that is not there, or the empty string."""
@@ -35,11 +38,21 @@ def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> 
     if path.is_dir():
         problems.append(Problem(key, source.path, f"a directory; name a file or a pattern, as {source.path.rstrip('/')}/*.jsonl"))
     elif not path.exists() and glob.has_magic(str(path)):
-        if not any(Path(found).is_file() for found in glob.iglob(str(path), recursive=True)):
+        found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+        if not found:
             problems.append(Problem(key, source.path, f"no file fits this pattern (looked in {folder})"))
+        problems += [_unreadable(key, source.path, file) for file in found if file.suffix.lower() not in SUFFIXES][:1]
     elif not path.exists():
         problems.append(Problem(key, source.path, f"no such file (looked in {path.parent}){nearest_file(path)}"))
+    elif path.suffix.lower() not in SUFFIXES:
+        problems.append(_unreadable(key, source.path, path))
     return source.model_copy(update={"path": str(path)})
+
+
+def _unreadable(key: str, value: str, file: Path) -> Problem:
+    near = difflib.get_close_matches(file.suffix.lower(), SUFFIXES, n=1)
+    hint = f"; the nearest is {near[0]}" if near else ""
+    return Problem(key, value, f"{file.name} is not of a kind that is read ({' '.join(SUFFIXES)}){hint}")
 
 
 def _model(model: Model, folder: Path, problems: list[Problem]) -> Model:

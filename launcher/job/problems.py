@@ -73,7 +73,7 @@ def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
         key = ".".join(path)
         if item["type"] == "extra_forbidden":
             problems[key] = Problem(key, None if isinstance(item["input"], (dict, list)) else item["input"], _unknown(path, section))
-        elif item["type"] == "missing":
+        elif item["type"] == "missing" and len(path) == len(item["loc"]):
             problems[key] = Problem(key, None, f"is missing: {docstring(section, _field_name(section, path[-1]))}")
         elif key not in problems or item["type"] == "value_error":
             value = _value(content, path)

@@ -1,0 +1,121 @@
+"""The direction of imports, and that nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.main import available
+
+ROOT = Path(__file__).parents[2] / "launcher"
+FILES = sorted(ROOT.rglob("*.py"))
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "deepspeed", "safetensors", "sklearn", "scipy", "pandas", "tokenizers"}
+SLOW_TO_START = HEAVY | {"numpy", "psutil", "rich", "pydantic"}
+COMMAND_FILES = sorted(
+    {ROOT / "cli" / f"{command.module}.py" for command in available().values()} | {ROOT / "cli/app.py", ROOT / "cli/main.py"}
+)
+FLOORS = {
+    "errors": set(),
+    "job": {"errors"},
+    "runs": {"errors"},
+    "planning": {"errors", "job", "runs"},
+    "scheduling": {"errors", "job", "runs", "planning"},
+    "training": {"errors", "job", "runs", "planning"},
+    "cli": {"errors", "job", "runs", "planning", "scheduling", "training"},
+}
+"""What each package may import, besides itself."""
+TRAINING_MAY_IMPORT = {"launcher.planning.plan", "launcher.job.schema"}
+
+
+def package(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def at_module_level(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every statement that runs on import: not those in functions, nor those for type checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from at_module_level(node)
+
+
+def modules(nodes: Iterator[ast.AST]) -> set[str]:
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    own = package(path)
+    if own == "__init__":
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {module for module in modules(ast.walk(tree)) if module.startswith("launcher.")}
+    allowed = FLOORS[own] | {own, "__version__"}
+    assert {module for module in imported if module.split(".")[1] not in allowed} == set()
+    if own == "training":
+        borrowed = {module for module in imported if module.split(".")[1] in ("planning", "job") and module.count(".") >= 2}
+        assert {
+            module for module in borrowed if not any(module == may or module.startswith(f"{may}.") for may in TRAINING_MAY_IMPORT)
+        } == set()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if package(path) != "training"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_training_imports_heavy_packages_at_module_level(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {module.split(".")[0] for module in modules(at_module_level(tree))}
+    assert top & HEAVY == set()
+
+
+@pytest.mark.parametrize("path", COMMAND_FILES, ids=lambda path: path.name)
+def test_commands_import_the_rest_only_when_called(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {module.split(".")[0] for module in modules(at_module_level(tree))}
+    assert top & SLOW_TO_START == set()
+    ours = {module for module in modules(at_module_level(tree)) if module.startswith("launcher.")}
+    assert {module for module in ours if module.split(".")[1] not in ("errors", "cli", "__version__")} == set()
+
+
+def test_the_walk_sees_what_it_should() -> None:
+    tree = ast.parse("import torch\nif TYPE_CHECKING:\n    import numpy\ndef f():\n    import scipy\nclass A:\n    import rich\n")
+    assert modules(at_module_level(tree)) == {"torch", "rich"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "{job}"], ["plan", "{job}"], ["schema"]])
+def test_no_torch_in_the_process(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("a line\n")
+    job = tmp_path / "job.yaml"
+    job.write_text("name: a\nmodel: {name: org/model}\ndata: {train: {path: train.txt}, text: text}\n")
+    program = (
+        "import sys\n"
+        "from launcher.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as leaving:\n    assert not leaving.code, leaving.code\n"
+        f"heavy = sorted({HEAVY!r} & set(sys.modules))\n"
+        "sys.exit('imported: ' + ' '.join(heavy) if heavy else 0)\n"
+    )
+    filled = [argument.format(job=job) for argument in arguments]
+    result = subprocess.run([sys.executable, "-c", program, *filled], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_help_imports_neither_typer_nor_pydantic() -> None:
+    program = (
+        "import sys\nfrom launcher.cli.main import main\nmain(['--help'])\nsys.exit(bool({'typer', 'pydantic', 'yaml'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == 0

@@ -1,0 +1,359 @@
+"""Job files: what is accepted, and that every way to get one wrong is named by key, value and reason, all at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.check import METRICS
+from launcher.job.load import load
+from launcher.job.paths import SUFFIXES
+from launcher.job.schema import Interval, Job
+
+CAUSAL: dict[str, Any] = {"name": "run", "model": {"name": "org/model"}, "data": {"train": {"path": "train.jsonl"}, "text": "body"}}
+CLASSES: dict[str, Any] = {
+    "name": "run",
+    "model": {"name": "org/model", "task": "sequence-classification"},
+    "data": {"train": {"path": "train.jsonl"}, "text": "body", "label": "intent"},
+}
+EVALUATED = ["data.evaluation={path: test.jsonl}"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("train.jsonl", "test.jsonl", "part-0.csv", "part-1.csv", "notes.docx"):
+        (tmp_path / name).write_text("{}\n")
+    return tmp_path
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def problems(folder: Path, content: Any, *overrides: str) -> dict[str, Problem]:
+    with pytest.raises(ConfigurationError) as caught:
+        load(write(folder, content), list(overrides))
+    assert caught.value.exit_code == 2
+    found = caught.value.problems
+    assert len({problem.key for problem in found}) == len(found), "one problem for each key"
+    return {problem.key: problem for problem in found}
+
+
+def test_defaults_and_absolute_paths(folder: Path) -> None:
+    job = load(write(folder, CAUSAL))
+    assert job.data.train.path == str(folder / "train.jsonl")
+    assert job.batch.micro_batch_size == "auto"
+    assert job.model.name == "org/model"
+
+
+def test_paths_do_not_depend_on_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(folder, CAUSAL)
+    monkeypatch.chdir(folder)
+    by_name = load("job.yaml")
+    monkeypatch.chdir("/")
+    assert by_name == load(path)
+
+
+def test_pattern_of_files(folder: Path) -> None:
+    assert load(write(folder, CAUSAL), ["data.train.path=part-*.csv"]).data.train.path == str(folder / "part-*.csv")
+
+
+def test_local_model_is_made_absolute(folder: Path) -> None:
+    (folder / "tiny").mkdir()
+    (folder / "tiny" / "config.json").write_text("{}")
+    assert load(write(folder, CAUSAL), ["model.name=tiny"]).model.name == str(folder / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("training.learning_rate=1e-5", ("training", "learning_rate"), 1e-5),
+        ("training.betas=[0.8, 0.9]", ("training", "betas"), (0.8, 0.9)),
+        ("training.early_stopping.patience=7", ("training", "early_stopping", "patience"), 7),
+        ("checkpoint.every=2 epochs", ("checkpoint", "every"), Interval(value=2, unit="epochs")),
+        ("checkpoint.every=90s", ("checkpoint", "every"), Interval(value=90, unit="seconds")),
+        ("checkpoint.every=200", ("checkpoint", "every"), Interval(value=200, unit="steps")),
+        ("checkpoint.async=false", ("checkpoint", "asynchronous"), False),
+        ("cluster.grace=2min", ("cluster", "grace"), 120.0),
+        ("name=2026-11-22", ("name",), "2026-11-22"),
+        ("trackers=[]", ("trackers",), ()),
+        ("data.text=null", ("data", "text"), None),
+    ],
+)
+def test_override(folder: Path, override: str, key: tuple[str, ...], value: object) -> None:
+    extra = ["data.messages=turns"] if override.startswith("data.text") else []
+    found: Any = load(write(folder, CAUSAL), [*EVALUATED, override, *extra])
+    for step in key:
+        found = getattr(found, step)
+    assert found == value
+
+
+def test_later_override_wins(folder: Path) -> None:
+    assert load(write(folder, CAUSAL), ["training.seed=1", "training.seed=2"]).training.seed == 2
+
+
+@pytest.mark.parametrize("text", ["learning_rate", "=3", "a..b=3", "training.seed"])
+def test_override_without_key_or_value(folder: Path, text: str) -> None:
+    assert "KEY=VALUE" in problems(folder, CAUSAL, text)["--set"].reason
+
+
+def test_override_that_is_not_yaml(folder: Path) -> None:
+    assert "--set training.betas" in problems(folder, CAUSAL, "training.betas=[1, 2")
+
+
+def test_override_below_a_value(folder: Path) -> None:
+    assert "not a section" in problems(folder, CAUSAL, "name.first=x")["--set name.first"].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty"),
+        ("- a\n- b\n", "list"),
+        ("name: a\nmodel: [1\n", "line 3"),
+        ("name: a\nmodel: {}\nname: b\n", "name is written twice (lines 1 and 3)"),
+        ("data:\n  text: a\n  text: b\n", "text is written twice (lines 2 and 3)"),
+        ("name: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("? [a, b]\n: 1\n", "unhashable"),
+    ],
+)
+def test_not_a_job_file(folder: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"job\.yaml") as caught:
+        load(write(folder, text))
+    assert said in str(caught.value)
+
+
+def test_syntax_error_does_not_show_the_line(folder: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(write(folder, "api_key: sk-abcdefghijklmnop1234: [\n"))
+    assert "sk-abc" not in str(caught.value)
+
+
+def test_file_that_cannot_be_read(folder: Path) -> None:
+    write(folder, CAUSAL)
+    for path, said in (
+        (folder / "jbo.yaml", "the nearest there is job.yaml"),
+        (folder, "a directory"),
+        (folder / "no" / "job.yaml", "not there"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            load(path)
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigurationError, match="UTF-8"):
+        load(folder / "binary.yaml")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_file_without_permission(folder: Path) -> None:
+    path = write(folder, CAUSAL)
+    path.chmod(0)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "said"),
+    [
+        ("model.atention=sdpa", "model.atention", "model.attention"),
+        ("training.lerning_rate=1", "training.lerning_rate", "training.learning_rate"),
+        ("learning_rate=1", "learning_rate", "training.learning_rate"),
+        ("learnin_rate=1", "learnin_rate", "training.learning_rate"),
+        ("checkpoint.asynch=true", "checkpoint.asynch", "checkpoint.async"),
+        ("data.train.pth=a", "data.train.pth", "data.train.path"),
+        ("zzz=1", "zzz", "known here: name, model"),
+    ],
+)
+def test_unknown_key(folder: Path, override: str, key: str, said: str) -> None:
+    problem = problems(folder, CAUSAL, override)[key]
+    assert "unknown key" in problem.reason and said in problem.reason
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.task=causal_lm", "the nearest is causal-lm"),
+        ("training.optimizer=admw", "the nearest is adamw"),
+        ("precision=bfloat16", "one of bf16, fp16, fp32, or auto"),
+        ("batch.global_batch_size=0", "at least 1"),
+        ("batch.global_batch_size=1.5", "whole number"),
+        ("batch.micro_batch_size=big", "whole number of at least 1, or auto"),
+        ("batch.micro_batch_size=0", "whole number of at least 1, or auto"),
+        ("training.betas=[0.9, 1.0]", "below 1"),
+        ("training.betas=[0.9]", "a list of 2"),
+        ("training.learning_rate=fast", "a number above 0"),
+        ("training.epochs=0", "a number above 0"),
+        ("data.packing=7", "true or false"),
+        ("data.max_length=2", "at least 8"),
+        ("checkpoint.every=0", "15min"),
+        ("checkpoint.every=soon", "15min"),
+        ("checkpoint.every=true", "15min"),
+        ("cluster.grace=-1s", "15min"),
+        ("cluster.gpus_per_node=-1", "at least 0"),
+        ("trackers=[tensorbord]", "tensorboard"),
+        ("name=a b", "letters, digits"),
+        ("name=" + "a" * 101, "at most 100"),
+        ("name=3", "text"),
+        ("model.name=''", "must not be empty"),
+        ("model=bert", "section"),
+    ],
+)
+def test_value(folder: Path, override: str, said: str) -> None:
+    key = override.partition("=")[0]
+    assert said in problems(folder, CAUSAL, *EVALUATED, override)[key].reason
+
+
+def test_missing_keys_say_what_they_are(folder: Path) -> None:
+    found = problems(folder, {"data": {}})
+    assert {"name", "model", "data.train"} <= set(found)
+    assert found["model"].reason == "is missing: Which model, and what it is to do."
+
+
+CONTRADICTIONS = [
+    (CAUSAL, ["data.text=null"], "data", "exactly one of text, prompt + completion, or messages; there is none"),
+    (CAUSAL, ["data.messages=turns"], "data", "text and messages"),
+    (CAUSAL, ["data.text=null", "data.prompt=q"], "data.prompt", "go together"),
+    (CAUSAL, ["data.text=null", "data.completion=a"], "data.completion", "go together"),
+    (CAUSAL, ["data.text=[a, b]"], "data.text", "one column"),
+    (CAUSAL, ["data.label=x"], "data.label", "not labels"),
+    (CAUSAL, ["data.problem=regression"], "data.problem", "only sequence-classification"),
+    (CLASSES, ["data.text=null"], "data.text", "is missing"),
+    (CLASSES, ["data.label=null"], "data.label", "is missing"),
+    (CLASSES, ["data.text=[a, b, c]"], "data.text", "exactly two columns; here are 3"),
+    (CLASSES, ["data.text=[]"], "data.text", "exactly two columns; here are 0"),
+    (CLASSES, ["data.prompt=q"], "data.prompt", "belongs to causal-lm"),
+    (CLASSES, ["data.completion=q"], "data.completion", "belongs to causal-lm"),
+    (CLASSES, ["data.messages=q"], "data.messages", "belongs to causal-lm"),
+    (CLASSES, ["data.packing=true"], "data.packing", "only causal-lm packs"),
+    (CAUSAL, ["data.train={}"], "data.train", "needs path"),
+    (CAUSAL, ["data.train.name=hub/set"], "data.train.name", "leave one out"),
+    (CAUSAL, ["data.train.subset=en"], "data.train.subset", "only a hub data set"),
+    (CAUSAL, ["training.epochs=1", "training.max_steps=5"], "training.max_steps", "epochs and max_steps both"),
+    (CAUSAL, ["training.max_steps=5", "training.warmup=9"], "training.warmup", "longer than the whole training"),
+    (CAUSAL, ["training.warmup=1.5"], "training.warmup", "steps are whole"),
+    (CAUSAL, ["training.minimum_learning_rate=1"], "training.minimum_learning_rate", "above learning_rate"),
+    (CAUSAL, ["batch.global_batch_size=4", "batch.micro_batch_size=8"], "batch.micro_batch_size", "above global_batch_size (4)"),
+    (CAUSAL, ["training.early_stopping={}"], "training.early_stopping", "name data.evaluation"),
+    (CAUSAL, ["training.evaluate_every=5"], "training.evaluate_every", "name data.evaluation"),
+    (CAUSAL, ["checkpoint.keep_best=1"], "checkpoint.keep_best", "name data.evaluation"),
+    (CAUSAL, [*EVALUATED, "checkpoint.keep_best=1", "checkpoint.metric=acuracy"], "checkpoint.metric", "the nearest is accuracy"),
+    (CLASSES, [*EVALUATED, "training.early_stopping.metric=perplexity"], "training.early_stopping.metric", "loss, accuracy, f1, matthews"),
+    (CAUSAL, ["cluster.nodes=2"], "cluster.nodes", "not in this version"),
+    (CAUSAL, ["cluster.gpus_per_node=0", "model.attention=flash_attention_2"], "model.attention", "needs a GPU"),
+    (CAUSAL, ["cluster.gpus_per_node=2", "cluster.ranks_per_node=4"], "cluster.ranks_per_node", "each GPU has one rank"),
+    (CAUSAL, ["parallel.engine=deepspeed"], "parallel.engine", "not in this version; fsdp"),
+    (CAUSAL, ["parallel.shard=optimizer"], "parallel.shard", "the nearest is gradients"),
+    (CAUSAL, ["memory.offload=optimizer"], "memory.offload", "not in this version"),
+    (CAUSAL, ["memory.offload_to=cpu"], "memory.offload_to", "not in this version"),
+    (CAUSAL, ["cluster.profile=site"], "cluster.profile", "launcher run"),
+    (CAUSAL, ["cluster.time_limit=8h"], "cluster.time_limit", "launcher run"),
+    (CAUSAL, ["cluster.gpu=h100-80gb"], "cluster.gpu", "leave it out"),
+    (CAUSAL, ["data.train.path=trian.jsonl"], "data.train.path", "the nearest there is train.jsonl"),
+    (CAUSAL, ["data.train.path=*.parquet"], "data.train.path", "no file fits"),
+    (CAUSAL, ["data.train.path=notes.docx"], "data.train.path", "not of a kind that is read"),
+    (CAUSAL, ["data.train.path=notes*"], "data.train.path", "not of a kind that is read"),
+    (CAUSAL, ["data.train.path=."], "data.train.path", "a directory"),
+    (CAUSAL, ["data.evaluation.path=no/test.jsonl"], "data.evaluation.path", "is not there either"),
+    (CAUSAL, ["model.name=./nothing"], "model.name", "no such directory"),
+    (CAUSAL, ["model.name=./"], "model.name", "without a config.json"),
+    (CAUSAL, ["model.name=train.jsonl"], "model.name", "a file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "key", "said"), CONTRADICTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else None
+)
+def test_contradiction_is_the_only_problem(folder: Path, content: Any, overrides: list[str], key: str, said: str) -> None:
+    found = problems(folder, content, *overrides)
+    assert list(found) == [key]
+    assert said in found[key].reason
+
+
+def test_everything_at_once(folder: Path) -> None:
+    found = problems(
+        folder,
+        CAUSAL,
+        "training.optimizer=admw",
+        "wat=1",
+        "data.train.path=none.jsonl",
+        "training.early_stopping={}",
+        "parallel.engine=deepspeed",
+        "data.messages=turns",
+    )
+    assert set(found) == {"training.optimizer", "wat", "data.train.path", "training.early_stopping", "parallel.engine", "data"}
+
+
+def test_a_refused_key_is_not_judged_twice(folder: Path) -> None:
+    found = problems(folder, CAUSAL, "training.max_steps=many", "training.epochs=1", "data.text=5")
+    assert set(found) == {"training.max_steps", "data.text"}
+
+
+SECRETS = [
+    ("wandb_api_key", "0123456789abcdef"),
+    ("model.token", "anything"),
+    ("password", "hunter2"),
+    ("cluster.client_secret", "s3cr3t"),
+    ("model.revision", "hf_abcdefghijklmnopqrstuvwxyz"),
+    ("data.text", "AKIAIOSFODNN7EXAMPLE"),
+    ("env.KEY", "sk-abcdefghijklmnop1234"),
+    ("data.train.name", "https://user:pass123word@host/data"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), SECRETS)
+def test_secret_is_refused_and_never_shown(folder: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(write(folder, CAUSAL), [f"{key}={value}"])
+    assert value not in str(caught.value)
+    assert any(problem.key == key and "secret" in problem.reason for problem in caught.value.problems)
+
+
+def test_secret_in_a_list(folder: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(write(folder, CAUSAL), ["model.freeze=[a, hf_abcdefghijklmnopqrstuvwxyz]"])
+    assert "hf_abc" not in str(caught.value)
+    assert any(problem.key == "model.freeze.1" for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("value", ["hf_model", "task-learn-classifier-base", "sk-learn-classifier-base", "org/hf_tiny"])
+def test_ordinary_names_are_no_secrets(folder: Path, value: str) -> None:
+    assert load(write(folder, CAUSAL), [f"model.name={value}"]).model.name == value
+
+
+def test_job_is_frozen(folder: Path) -> None:
+    job = load(write(folder, CAUSAL))
+    with pytest.raises(ValueError, match="frozen"):
+        job.name = "other"  # type: ignore[misc]
+
+
+def test_metrics_are_those_that_are_measured() -> None:
+    import numpy as np
+
+    from launcher.training import metrics
+
+    flat, two = np.array([0, 1, 1, 0]), np.array([[0, 1], [1, 0], [1, 1], [0, 1]])
+    measured = {
+        "single-label": metrics.single_label(flat, flat, 2),
+        "multi-label": metrics.multi_label(two, two),
+        "regression": metrics.regression(flat.astype(float), flat.astype(float)),
+    }
+    for kind, values in measured.items():
+        assert {"loss", *values} == set(METRICS[kind])
+
+
+def test_suffixes_are_those_that_are_read() -> None:
+    from launcher.training.data.readers import READERS
+
+    assert set(READERS) == set(SUFFIXES)
+
+
+def test_sections_have_no_order(folder: Path) -> None:
+    turned = dict(reversed(CAUSAL.items()))
+    assert load(write(folder, turned)) == load(write(folder, CAUSAL))
+    assert isinstance(load(write(folder, turned)), Job)

@@ -1,0 +1,268 @@
+"""Every `auto` is decided, with a reason; what cannot run is refused with the nearest that can."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import ConfigurationError
+from launcher.job.schema import Job
+from launcher.planning.decide import plan
+from launcher.planning.hardware import Gpu, Hardware
+from launcher.planning.model_shape import ModelShape
+from launcher.planning.plan import Plan
+
+GIB = 1 << 30
+CPU = Hardware(8, 32 * GIB, frozenset({"avx2"}), (), "there is no nvidia-smi on this machine")
+AMX = Hardware(8, 32 * GIB, frozenset({"amx_bf16"}))
+H100 = Hardware(32, 256 * GIB, frozenset({"amx_bf16"}), (Gpu("H100", 80 * GIB, 9.0),) * 4)
+T4 = Hardware(8, 64 * GIB, frozenset(), (Gpu("T4", 16 * GIB, 7.5),))
+CONFIG = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "intermediate_size": 1408,
+    "vocab_size": 32000,
+    "num_attention_heads": 8,
+    "hidden_act": "silu",
+}
+
+
+def job(**keys: Any) -> Job:
+    """A causal-LM job; `section__key=value` sets a key."""
+    content: dict[str, Any] = {"name": "run", "model": {"name": "org/model"}, "data": {"train": {"path": "/train.jsonl"}, "text": "body"}}
+    for key, value in keys.items():
+        *sections, last = key.split("__")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return Job.model_validate(content)
+
+
+def classification(**keys: Any) -> Job:
+    return job(model__task="sequence-classification", data__label="intent", **keys)
+
+
+def decided(made: Plan) -> dict[str, object]:
+    return {decision.key: decision.value for decision in made.decisions}
+
+
+def refusal(key: str, *arguments: Any, **keywords: Any) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        plan(*arguments, **keywords)
+    return next(problem.reason for problem in caught.value.problems if problem.key == key)
+
+
+def leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, f"{path}.{key}")]
+    if isinstance(value, list):
+        return [leaf for index, inner in enumerate(value) for leaf in leaves(inner, f"{path}.{index}")]
+    return [(path, value)]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [job(), classification(), job(data__evaluation={"path": "/t.csv"}, training__evaluate_every="epoch", training__early_stopping={})],
+)
+@pytest.mark.parametrize("machine", [CPU, AMX, H100, T4], ids=["cpu", "amx", "h100", "t4"])
+def test_a_plan_leaves_nothing_open(made: Job, machine: Hardware) -> None:
+    text = plan(made, hardware=machine).to_json()
+    open_ends = [path for path, value in leaves(json.loads(text)) if value in ("auto", None)]
+    assert open_ends == []
+    assert Plan.model_validate_json(text) == plan(made, hardware=machine)
+
+
+def test_every_auto_of_the_job_is_decided_with_a_reason() -> None:
+    made = plan(job(), hardware=H100)
+    autos = {path.lstrip(".") for path, value in leaves(job().model_dump(mode="json")) if value == "auto"}
+    assert autos <= set(decided(made))
+    assert all(decision.reason for decision in made.decisions)
+
+
+def test_what_is_asked_for_is_not_decided() -> None:
+    asked = job(
+        model__attention="eager",
+        data__num_workers=3,
+        batch__micro_batch_size=4,
+        training__epochs=2,
+        precision="fp16",
+        memory__activation_checkpointing="full",
+        parallel={"engine": "fsdp", "shard": "gradients"},
+        cluster={"gpus_per_node": 0, "ranks_per_node": 2, "threads_per_rank": 1},
+        trackers=[],
+    )
+    made = plan(asked, hardware=CPU)
+    assert made.decisions == ()
+    assert (made.precision, made.attention, made.activation_checkpointing, made.num_data_workers) == ("fp16", "eager", "full", 3)
+    assert made.mesh.model_dump() == {
+        "nodes": 1, "ranks_per_node": 2, "world_size": 2, "replicate": 1, "shard": 2,
+        "reshard_after_forward": False, "device": "cpu", "threads_per_rank": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "nproc", "ranks", "threads", "device"),
+    [(CPU, None, 1, 8, "cpu"), (CPU, 2, 2, 4, "cpu"), (CPU, 16, 16, 1, "cpu"), (H100, None, 4, 8, "cuda"), (H100, 2, 2, 16, "cuda")],
+)
+def test_ranks(machine: Hardware, nproc: int | None, ranks: int, threads: int, device: str) -> None:
+    mesh = plan(job(), nproc, machine).mesh
+    assert (mesh.ranks_per_node, mesh.threads_per_rank, mesh.device) == (ranks, threads, device)
+
+
+def test_nproc_counts_more_than_the_job() -> None:
+    assert plan(job(cluster__ranks_per_node=4), 2, CPU).mesh.world_size == 2
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision"),
+    [(CPU, "fp32"), (AMX, "bf16"), (Hardware(1, GIB, frozenset({"avx512_bf16"})), "bf16"), (H100, "bf16"), (T4, "fp16")],
+)
+def test_precision(machine: Hardware, precision: str) -> None:
+    assert plan(job(), hardware=machine).precision == precision
+
+
+def test_attention() -> None:
+    assert plan(job(), hardware=CPU).attention == "packed"
+    assert plan(job(model__attention="sdpa"), hardware=CPU).attention == "packed"
+    assert plan(job(model__attention="eager"), hardware=CPU).attention == "eager"
+    assert plan(classification(), hardware=CPU).attention == "sdpa"
+    assert plan(job(), hardware=CPU).model.attention == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("keys", "nproc", "expected"),
+    [
+        ({}, 1, (1, 1, False)),
+        ({}, 4, (1, 4, True)),
+        ({"parallel__replicate": 2}, 4, (2, 2, True)),
+        ({"parallel__replicate": 4}, 4, (4, 1, False)),
+        ({"parallel__shard": "none"}, 4, (4, 1, False)),
+        ({"parallel__shard": "gradients"}, 4, (1, 4, False)),
+    ],
+)
+def test_mesh(keys: dict[str, Any], nproc: int, expected: tuple[int, int, bool]) -> None:
+    mesh = plan(job(**keys), nproc, CPU).mesh
+    assert (mesh.replicate, mesh.shard, mesh.reshard_after_forward) == expected
+    assert mesh.replicate * mesh.shard == mesh.world_size == nproc
+
+
+def test_refused_meshes() -> None:
+    assert "the nearest that work: 2 or 4" in refusal("parallel.replicate", job(parallel__replicate=3), 4, CPU)
+    assert "write 4" in refusal("parallel.replicate", job(parallel={"replicate": 2, "shard": "none"}), 4, CPU)
+    assert "at least one" in refusal("--nproc", job(), 0, CPU)
+    assert "there are 4" in refusal("--nproc", job(), 8, H100)
+    assert "there are 4" in refusal("cluster.ranks_per_node", job(cluster__ranks_per_node=2), None, H100)
+
+
+def test_gpus_that_are_not_there() -> None:
+    reason = refusal("cluster.gpus_per_node", job(cluster__gpus_per_node=2), None, CPU)
+    assert "0 seen" in reason and "no nvidia-smi" in reason and "write 0 to train on the CPU" in reason
+    assert "4 seen" in refusal("cluster.gpus_per_node", job(cluster__gpus_per_node=8), None, H100)
+    assert plan(job(cluster__gpus_per_node=0), hardware=H100).mesh.device == "cpu"
+    assert plan(job(cluster__gpus_per_node=2), hardware=H100).mesh.world_size == 2
+
+
+def test_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = job(model__attention="flash_attention_2")
+    assert "needs a GPU" in refusal("model.attention", wanted, None, CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in refusal("model.attention", wanted, None, H100)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert plan(wanted, hardware=H100).attention == "flash_attention_2"
+
+
+def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
+    assert plan(job(), hardware=CPU).trackers == ("tensorboard",)
+    assert "not installed" in refusal("trackers", job(trackers=["wandb"]), None, CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert plan(job(), hardware=CPU).trackers == ()
+
+
+def test_all_refusals_at_once() -> None:
+    wrong = job(cluster__gpus_per_node=3, parallel__replicate=2, model__attention="flash_attention_2")
+    with pytest.raises(ConfigurationError) as caught:
+        plan(wrong, hardware=CPU)
+    assert {problem.key for problem in caught.value.problems} >= {"cluster.gpus_per_node", "parallel.replicate"}
+
+
+def test_batch_that_does_not_divide() -> None:
+    assert "global_batch_size 30 or 33" in refusal("batch.global_batch_size", job(), 3, CPU)
+
+
+@pytest.mark.parametrize(
+    ("keys", "length"), [({}, (1, "epochs")), ({"training__epochs": 2.5}, (2.5, "epochs")), ({"training__max_steps": 7}, (7, "steps"))]
+)
+def test_length(keys: dict[str, Any], length: tuple[float, str]) -> None:
+    made = plan(job(**keys), hardware=CPU)
+    assert (made.length.value, made.length.unit) == length
+
+
+def model(folder: Path, **config: Any) -> str:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    return str(folder)
+
+
+def test_less_memory_means_more_recomputation_and_a_smaller_pass(tmp_path: Path) -> None:
+    local = job(model__name=model(tmp_path), data__max_length=512, batch__global_batch_size=64)
+    plans = [plan(local, hardware=Hardware(8, int(gib * GIB))) for gib in (32, 3, 1.4, 0.5)]
+    order = ["none", "selective", "full"]
+    ways = [order.index(made.activation_checkpointing) for made in plans]
+    assert ways == sorted(ways) and ways[0] == 0 and ways[-1] == 2
+    assert plans[0].batch.micro_batch_size > plans[-1].batch.micro_batch_size == 1
+    assert "may run out of memory" in next(d.reason for d in plans[-1].decisions if d.key == "memory.activation_checkpointing")
+
+
+def test_sharding_leaves_more_memory(tmp_path: Path) -> None:
+    machine = Hardware(8, 256 * GIB, frozenset(), (Gpu("small", int(1.5 * GIB), 9.0),) * 4)
+    local = job(model__name=model(tmp_path, num_hidden_layers=24), data__max_length=1024)
+    alone, four = plan(local, 1, machine), plan(local, 4, machine)
+    order = ["none", "selective", "full"]
+    assert order.index(alone.activation_checkpointing) > order.index(four.activation_checkpointing)
+
+
+def test_shape_from_config_and_from_headers(tmp_path: Path) -> None:
+    name = model(tmp_path)
+    section = job(model__name=name).model
+    by_config = ModelShape.read(section)
+    assert by_config is not None and by_config.num_parameters == 8 * (4 * 512**2 + 3 * 512 * 1408) + 32000 * 512
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}, "__metadata__": {}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    by_header = ModelShape.read(section)
+    assert by_header is not None and by_header.num_parameters == 15
+    made_up = ModelShape.read(section.model_copy(update={"weights": "random"}))
+    assert made_up == by_config
+    (tmp_path / "model.safetensors").write_bytes(b"\x01")
+    assert ModelShape.read(section) == by_config
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"hidden_size": "x"}'])
+def test_shape_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert ModelShape.read(job(model__name=str(tmp_path)).model) is None
+    assert plan(job(model__name=str(tmp_path)), hardware=CPU).activation_checkpointing == "none"
+
+
+def test_shape_of_nested_and_older_names(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"n_embd": 8, "n_layer": 2}}))
+    shape = ModelShape.read(job(model__name=str(tmp_path)).model)
+    assert shape is not None and (shape.hidden_size, shape.num_layers, shape.intermediate_size) == (8, 2, 32)
+
+
+def test_digest_follows_what_decides_the_numbers() -> None:
+    base = plan(job(), 2, CPU)
+    assert base.digest() == plan(job(cluster__grace="2min", trackers=[]), 2, CPU).digest()
+    assert base.digest() != plan(job(training__seed=18), 2, CPU).digest()
+    assert base.digest() != plan(job(), 4, CPU).digest()
+
+
+def test_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    made = plan(job(), 2, CPU)
+    (tmp_path / "plan.json").write_text(made.to_json())
+    assert Plan.read(tmp_path / "plan.json") == made
