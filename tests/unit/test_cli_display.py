@@ -1,0 +1,157 @@
+"""What people see of a run, from its files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launcher.cli.display import Display, summary
+from launcher.cli.progress import Progress, duration, notice, peak_flops
+from launcher.planning.plan import Plan
+from launcher.runs.events import append, event
+from launcher.runs.layout import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path)
+
+
+def plan_on_cpu() -> Plan:
+    mesh = {"nodes": 1, "ranks_per_node": 2, "world_size": 2, "replicate": 1, "shard": 2, "reshard_after_forward": True}
+    return Plan.model_validate(
+        {
+            "name": "tiny",
+            "task": "causal-lm",
+            "engine": "fsdp",
+            "precision": "fp32",
+            "activation_checkpointing": "none",
+            "attention": "sdpa",
+            "num_data_workers": 1,
+            "trackers": [],
+            "grace_seconds": 30,
+            "length": {"value": 10, "unit": "steps"},
+            "batch": {"global_batch_size": 8, "micro_batch_size": 4, "accumulation_steps": 1, "data_parallel_size": 2},
+            "mesh": {**mesh, "device": "cpu", "threads_per_rank": 1},
+            "model": {"name": "none"},
+            "data": {"train": {"path": "/none"}, "text": "text"},
+            "training": {},
+            "checkpoint": {},
+        }
+    )
+
+
+def step(run: RunDirectory, number: int, time: float) -> None:
+    record = {"kind": "train", "step": number, "loss": 1 / number, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
+    append(run.metrics_file, {**record, "num_tokens": 100, "peak_memory_bytes": 2**30, "time": time})
+
+
+def show(run: RunDirectory, terminal: bool) -> str:
+    """What an attempt of two steps prints."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100, no_color=True, highlight=False)
+    display = Display(plan_on_cpu(), console, line_seconds=0)
+    event(run.events_file, "evaluated", step=99, metrics={"loss": 77.0})
+    display.begin(run, 2)
+    event(run.events_file, "phase", phase="preparing", done=5, total=10, unit="rows")
+    display.tick()
+    event(run.events_file, "training", first_step=0, total_steps=4, num_parameters=1000, flops_per_token=6000)
+    event(run.events_file, "evaluated", step=0, metrics={"loss": 3.0, "accuracy": 0.5})
+    step(run, 1, 10.0)
+    step(run, 2, 12.0)
+    event(run.events_file, "save_failed", step=2, reason="disk full")
+    display._shown_at = 0.0
+    display.tick()
+    display.end()
+    return file.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal(run: RunDirectory) -> None:
+    text = show(run, terminal=False)
+    assert "\x1b" not in text
+    assert f"attempt 2 in {run.path}" in text and "preparing" in text
+    assert "measured after step 0: loss 3.0000, accuracy 0.5000" in text
+    assert "step 2 of 4  loss 0.5000  learning rate 1.00e-03  1,234 tokens/s  1.00 GiB  4 s left" in text
+    assert "warning: the save of step 2 failed, training goes on: disk full" in text
+    assert "77" not in text, "what happened before this attempt is not shown"
+    assert "MFU" not in text, "the rate of a CPU is not known"
+
+
+def test_one_live_display_on_a_terminal(run: RunDirectory) -> None:
+    text = show(run, terminal=True)
+    assert "5 of 10 rows" in text
+    assert "step 2 of 4" in text and "loss 0.5000" in text and "4 s left" in text
+    assert "measured after step" in text and "accuracy" in text
+    assert text.count("measured after step 0:") == 0
+
+
+def test_a_display_without_anything_to_show_ends_quietly(run: RunDirectory) -> None:
+    display = Display(plan_on_cpu(), Console(file=io.StringIO()))
+    display.tick()
+    display.end()
+
+
+def test_time_left_leaves_evaluations_out() -> None:
+    progress = Progress()
+    progress.event({"event": "training", "first_step": 0, "total_steps": 10})
+    for number, at in ((1, 1.0), (2, 2.0)):
+        progress.metric({"step": number, "loss": 1.0, "time": at})
+    assert progress.seconds_left() == 8
+    progress.event({"event": "phase", "phase": "evaluating", "done": 1, "total": 2})
+    for number, at in ((3, 100.0), (4, 102.0)):
+        progress.metric({"step": number, "loss": 1.0, "time": at})
+    assert progress.seconds_left() == 12
+    assert not progress.metric({"kind": "evaluation", "step": 4, "metrics": {}})
+
+
+def test_utilisation_needs_a_known_device() -> None:
+    progress = Progress(peak=peak_flops("NVIDIA H100 80GB HBM3"), flops_per_token=1e9, record={"tokens_per_second": 494_500})
+    assert progress.share_of_peak() == pytest.approx(0.5)
+    assert Progress(flops_per_token=1e9, record={"tokens_per_second": 1}).share_of_peak() is None
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("Some Future GPU") is None
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.2, "3 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("name", ["resumed", "rejected", "save_failed", "skipped", "early_stopping", "evaluated", "training"])
+def test_events_worth_a_line_have_one(name: str) -> None:
+    assert notice({"event": name, "step": 3})
+
+
+def test_events_that_are_not_have_none() -> None:
+    assert notice({"event": "phase"}) is None
+
+
+def test_phases_follow_the_events() -> None:
+    progress = Progress()
+    for record, phase in (
+        ({"event": "phase", "phase": "loading"}, "loading"),
+        ({"event": "training"}, "training"),
+        ({"event": "saved", "step": 5}, "training"),
+        ({"event": "stopping"}, "stopping"),
+        ({"event": "stopped"}, "stopped"),
+    ):
+        progress.event(record)
+        assert progress.phase == phase
+    assert progress.saved_step == 5
+
+
+def test_the_summary_says_what_came_of_it_and_what_is_next(run: RunDirectory) -> None:
+    event(run.events_file, "started", attempt=1)
+    event(run.events_file, "evaluated", step=0, metrics={"loss": 3.0})
+    step(run, 1, 1.0)
+    step(run, 2, 2.0)
+    event(run.events_file, "evaluated", step=2, metrics={"loss": 1.0})
+    run.attempt(1).mkdir(parents=True)
+    text = summary(run, "runs/tiny")
+    assert "2, loss 1.0000 -> 0.5000" in text
+    assert "before      loss 3.0000" in text and "after       loss 1.0000" in text
+    assert "200 in" in text and "1 attempt\n" in text
+    assert "launcher evaluate runs/tiny" in text and "launcher export runs/tiny --out DIRECTORY" in text

@@ -1,0 +1,142 @@
+"""The state of a run, from its files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.runs.events import append, event
+from launcher.runs.layout import RunDirectory
+from launcher.runs.processes import alive, kill_group, oom_kills, parent_of, signal_name, started_at
+from launcher.runs.status import holder, last_record, last_step, newest_checkpoint, read_status
+from launcher.runs.tail import Tail
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path)
+
+
+def test_a_run_that_never_began(run: RunDirectory) -> None:
+    status = read_status(run)
+    assert (status.state, status.step, status.attempts, status.loss) == ("planned", 0, 0, None)
+    assert status.command == f"launcher resume {run.path}"
+
+
+def test_states_follow_the_events_of_the_last_attempt(run: RunDirectory) -> None:
+    def state() -> str:
+        return read_status(run).state
+
+    event(run.events_file, "started", attempt=1)
+    assert state() == "interrupted"
+    event(run.events_file, "failed", attempt=1, failure={"failure_class": "data", "cause": "row 7"})
+    assert state() == "failed"
+    assert read_status(run).failure == {"failure_class": "data", "cause": "row 7"}
+    event(run.events_file, "started", attempt=2)
+    assert state() == "interrupted"
+    assert read_status(run).failure is None
+    with run.lock():
+        assert state() == "running"
+        assert read_status(run).process == f"process {os.getpid()} on {os.uname().nodename}"
+    event(run.events_file, "stopping", signal="SIGTERM")
+    event(run.events_file, "stopped", step=3)
+    assert (state(), read_status(run).signal) == ("stopped", "SIGTERM")
+    run.finished_file.touch()
+    assert (state(), read_status(run).command) == ("finished", None)
+
+
+def test_steps_and_metrics_are_the_last_ones(run: RunDirectory) -> None:
+    event(run.events_file, "started", attempt=1)
+    event(run.events_file, "training", first_step=0, total_steps=10)
+    for step in (1, 2):
+        append(run.metrics_file, {"kind": "train", "step": step, "loss": 1 / step})
+    append(run.metrics_file, {"kind": "evaluation", "step": 2, "metrics": {"loss": 9.0}})
+    event(run.events_file, "evaluated", step=2, metrics={"loss": 9.0})
+    status = read_status(run)
+    assert (status.step, status.total_steps, status.loss, status.metrics) == (2, 10, 0.5, {"loss": 9.0})
+    assert json.loads(json.dumps(status.to_dict()))["step"] == 2
+
+
+def test_the_newest_committed_checkpoint(run: RunDirectory) -> None:
+    assert newest_checkpoint(run) is None
+    for step, whole in ((9, True), (10, True), (11, False)):
+        run.checkpoint(step).mkdir(parents=True)
+        if whole:
+            (run.checkpoint(step) / "manifest.json").touch()
+    assert newest_checkpoint(run) == run.checkpoint(10)
+    assert read_status(run).checkpoint_step == 10
+
+
+def test_a_lock_left_by_a_dead_process_holds_nothing(run: RunDirectory) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock, host = run.path / ".lock", os.uname().nodename
+    lock.write_text(f"process {dead.pid} on {host}")
+    assert holder(run) is None
+    lock.write_text("")
+    assert holder(run) is None
+    lock.write_text(f"process {os.getpid()} on {host}")
+    assert holder(run) is not None
+    # This process began long after that file was written: only its number is the same.
+    os.utime(lock, (1e9, 1e9))
+    assert holder(run) is None
+    lock.write_text(f"process {dead.pid} on another-host")
+    assert holder(run) == f"process {dead.pid} on another-host"
+
+
+@pytest.mark.parametrize("padding", [0, 1, 65_500, 200_000])
+def test_the_last_record_is_found_across_blocks(tmp_path: Path, padding: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, {"step": 1, "loss": 1.0, "text": "ä" * padding})
+    append(path, {"step": 2, "loss": 1.0})
+    append(path, {"other": "x" * padding})
+    path.write_bytes(path.read_bytes() + b'{"step": 3, "lo')
+    assert last_record(path, lambda record: "step" in record)["step"] == 2  # type: ignore[index]
+    assert last_record(path, lambda record: record.get("step") == 1)["step"] == 1  # type: ignore[index]
+    assert last_record(path, lambda record: False) is None
+    assert last_record(tmp_path / "none", lambda record: True) is None
+
+
+def test_last_step_counts_training_records_only(run: RunDirectory) -> None:
+    assert last_step(run) == 0
+    append(run.metrics_file, {"kind": "train", "step": 7, "loss": 1.0})
+    append(run.metrics_file, {"kind": "evaluation", "step": 8, "metrics": {}})
+    assert last_step(run) == 7
+
+
+def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    tail = Tail(path)
+    assert tail.records() == []
+    path.write_bytes(b'{"a": 1}\n{"b"')
+    assert tail.records() == [{"a": 1}]
+    with open(path, "ab") as file:
+        file.write(b': 2}\nbroken\n[1]\n{"c": 3}\n')
+    assert tail.records() == [{"b": 2}, {"c": 3}]
+    assert tail.records() == []
+    assert Tail(path, from_end=True).records() == []
+
+
+def test_processes_are_told_apart() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    assert alive(child.pid) and parent_of(child.pid) == os.getpid()
+    assert started_at(child.pid) >= started_at(os.getpid())
+    kill_group(child.pid)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not alive(child.pid), "a zombie is not alive"
+    child.wait()
+    assert parent_of(child.pid) == 0 and started_at(child.pid) == float("inf")
+    kill_group(child.pid)
+
+
+def test_signal_names() -> None:
+    assert (signal_name(9), signal_name(63)) == ("SIGKILL", "signal 63")
+
+
+def test_counting_the_killer_gives_a_number() -> None:
+    assert oom_kills() >= 0

@@ -1,0 +1,216 @@
+"""What is started and said, without starting it. The processes are tested in tests/distributed/test_local.py."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import ConfigurationError
+from launcher.planning.changes import changes, check
+from launcher.planning.plan import Plan
+from launcher.runs.failure import Failure
+from launcher.runs.layout import RunDirectory
+from launcher.scheduling import local
+from launcher.scheduling.command import agent_command, environment, public, write_command
+from launcher.scheduling.supervisor import End, Signals, Watcher, attempt_directory
+
+
+def plan(**changed: Any) -> Plan:
+    content: dict[str, Any] = {
+        "name": "tiny",
+        "task": "causal-lm",
+        "engine": "fsdp",
+        "precision": "fp32",
+        "activation_checkpointing": "none",
+        "attention": "sdpa",
+        "num_data_workers": 1,
+        "trackers": [],
+        "grace_seconds": 30,
+        "length": {"value": 10, "unit": "steps"},
+        "batch": {"global_batch_size": 12, "micro_batch_size": 6, "accumulation_steps": 1, "data_parallel_size": 2},
+        "mesh": {
+            "nodes": 1,
+            "ranks_per_node": 2,
+            "world_size": 2,
+            "replicate": 1,
+            "shard": 2,
+            "reshard_after_forward": True,
+            "device": "cpu",
+            "threads_per_rank": 3,
+        },
+        "model": {"name": "none"},
+        "data": {"train": {"path": "/none"}, "text": "text"},
+        "training": {},
+        "checkpoint": {},
+    }
+    for key, value in changed.items():
+        section, _, name = key.partition("__")
+        content[section] = {**content[section], name: value} if name else value
+    return Plan.model_validate(content)
+
+
+class Heard(Watcher):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path)
+
+
+def test_the_command_is_torchruns_over_the_entry_point(run: RunDirectory) -> None:
+    command = agent_command(run, plan(), 3, stop_at=7)
+    assert command[-7:] == ["-m", "launcher.training.entry", str(run.path), "--attempt", "3", "--stop-at", "7"]
+    assert {"--nproc-per-node=2", "--rdzv-endpoint=127.0.0.1:0", "--max-restarts=0"} <= set(command)
+    assert "--stop-at" not in agent_command(run, plan(), 3)
+
+
+def test_ranks_get_the_threads_of_the_plan(run: RunDirectory) -> None:
+    assert environment(run, plan(), 1)["OMP_NUM_THREADS"] == "3"
+
+
+def test_no_secret_reaches_command_json(tmp_path: Path) -> None:
+    variables = {
+        "HF_TOKEN": "hunter2",
+        "HF_HOME": "/cache",
+        "SLURM_JWT": "hunter2",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "MY_PASSWORD": "hunter2",
+        "HF_ENDPOINT": "https://me:hunter2@hub.example",
+        "TOKENIZERS_PARALLELISM": "false",
+        "UNRELATED": "x",
+        "PATH": "/bin",
+    }
+    assert public(variables) == {
+        "HF_ENDPOINT": "https://***@hub.example",
+        "HF_HOME": "/cache",
+        "PATH": "/bin",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    write_command(tmp_path / "command.json", ["a", "b c"], variables)
+    text = (tmp_path / "command.json").read_text()
+    assert json.loads(text)["command"] == ["a", "b c"] and "hunter2" not in text
+
+
+def test_attempts_are_numbered(run: RunDirectory) -> None:
+    assert [attempt_directory(run)[0] for _ in range(3)] == [1, 2, 3]
+    assert run.attempt(3).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("events", "end", "code"),
+    [
+        ({"finished"}, End(0), 0),
+        ({"finished"}, End(1), 0),
+        ({"stopped"}, End(0), 75),
+        ({"stopped"}, End(-9, "exit"), 75),
+        (set(), End(0, signal_name="SIGTERM"), 75),
+        (set(), End(-9, "second interrupt", "SIGINT"), 130),
+        (set(), End(-9, "grace", "SIGTERM"), 130),
+        (set(), End(0), 1),
+        (set(), End(1), 1),
+        (set(), End(-9), 9),
+    ],
+)
+def test_outcomes(run: RunDirectory, events: set[str], end: End, code: int) -> None:
+    number, directory = attempt_directory(run)
+    end.events = events
+    heard = Heard()
+    assert local._outcome(run, plan(), number, end, heard, False) == code
+    assert (directory / "failure.json").exists() == (code not in (0, 75))
+    assert code == 0 or "launcher resume" in heard.lines[-1]
+
+
+def test_an_agent_that_could_not_start_is_quoted(run: RunDirectory) -> None:
+    number, directory = attempt_directory(run)
+    (directory / "agent.log").write_text("Traceback\nModuleNotFoundError: No module named 'torch'\n\n")
+    heard = Heard()
+    local._outcome(run, plan(), number, End(1), heard, False)
+    assert "No module named 'torch'" in heard.lines[-1]
+
+
+def failure_of(failure_class: str) -> Failure:
+    return Failure(0.0, 0, "h", 1, failure_class, 1, "c")
+
+
+@pytest.mark.parametrize(
+    ("changed", "failure_class", "end"),
+    [
+        ({}, "storage", ""),
+        ({}, "out-of-memory", " --set batch.micro_batch_size=3"),
+        ({"batch__micro_batch_size": 1}, "out-of-memory", " --set memory.activation_checkpointing=full"),
+        ({"batch__micro_batch_size": 1, "activation_checkpointing": "full"}, "out-of-memory", ""),
+    ],
+)
+def test_the_command_to_go_on(run: RunDirectory, changed: dict[str, Any], failure_class: str, end: str) -> None:
+    assert local.command_to_go_on(run, plan(**changed), failure_of(failure_class)) == f"launcher resume {run.path}{end}"
+
+
+def test_paths_are_shown_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local.shown(tmp_path / "runs" / "a b") == "'runs/a b'"
+    assert local.shown(tmp_path) == str(tmp_path)
+    assert local.shown(Path("/elsewhere/x")) == "/elsewhere/x"
+
+
+def test_a_key_press_that_arrives_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    signals = Signals()
+    signals.received = [(signal.SIGINT, 1.0), (signal.SIGINT, 1.2)]
+    assert not signals.insisted()
+    signals.received.append((signal.SIGINT, 2.0))
+    assert signals.insisted()
+    signals.received = [(signal.SIGTERM, 1.0), (signal.SIGTERM, 5.0)]
+    assert not signals.insisted()
+
+
+def test_signals_are_caught_and_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals().caught() as signals:
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.first is not None and signals.first[0] == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("changed", "keys"),
+    [
+        ({"precision": "bf16"}, {"precision"}),
+        ({"mesh__world_size": 4, "batch__data_parallel_size": 4}, {"mesh.world_size", "batch.data_parallel_size"}),
+        ({"length": {"value": 20, "unit": "steps"}}, {"length.value"}),
+        ({"checkpoint": {"keep_last": 9}}, {"checkpoint.keep_last"}),
+        ({"training": {"max_steps": 9}}, {"training.max_steps"}),
+    ],
+)
+def test_how_it_runs_may_change(changed: dict[str, Any], keys: set[str]) -> None:
+    assert {change.key for change in check(plan(), plan(**changed))} == keys
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"batch__global_batch_size": 24}, "batch.global_batch_size"),
+        ({"model": {"name": "other"}}, "model.name"),
+        ({"data__train": {"path": "/other"}}, "data.train.path"),
+        ({"data__max_length": 99}, "data.max_length"),
+        ({"data__packing": True}, "data.packing"),
+        ({"training": {"seed": 1}}, "training.seed"),
+        ({"training": {"optimizer": "sgd"}}, "training.optimizer"),
+        ({"training": {"learning_rate": 1.0}}, "training.learning_rate"),
+    ],
+)
+def test_what_is_learned_may_not(changed: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigurationError, match="when the run began") as caught:
+        check(plan(), plan(**changed))
+    assert [problem.key for problem in caught.value.problems] == [key]
+
+
+def test_equal_plans_have_no_changes() -> None:
+    assert changes(plan(), plan()) == []
