@@ -18,8 +18,7 @@ _MISSING = {"gpu": ("nvidia-smi", "no GPU here"), "slurm": ("sbatch", "no Slurm 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        if folder in ("unit", "distributed", "gpu", "slurm"):
-            item.add_marker(getattr(pytest.mark, folder))
+        item.add_marker(getattr(pytest.mark, folder if folder in ("unit", "gpu", "slurm") else "distributed"))
         for marker, (program, reason) in _MISSING.items():
             if item.get_closest_marker(marker) and shutil.which(program) is None:
                 item.add_marker(pytest.mark.skip(reason=reason))
