@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NUM_STEPS = 24
 NUM_HELD_OUT = 64
-ASKED = "tempfile.mkdtemp"
+ASKED = "zipfile.ZipInfo.is_dir"
 HEADER = "# Written by `launcher demo`. Change it, and run it with: launcher run job.yaml"
 JOB = (
     HEADER
@@ -72,21 +72,24 @@ def play(directory: Path, num_steps: int) -> int:
     title(f"The job: {directory}/job.yaml")
     job_file = _job(directory, model, num_steps)
     title("The plan", f"launcher plan {job_file}")
-    run, plan = _plan(job_file, directory / "run")
+    path = directory / "run"
+    run, plan = _plan(job_file, path)
     title("One question, before")
     _ask(model, question)
-    title(f"Train on {plan.mesh.world_size} ranks, and stop half-way", f"launcher run {job_file} --run-dir {run.path}")
+    title(
+        f"Train on {plan.mesh.world_size} ranks, and stop half-way", f"launcher run {job_file} --run-dir {path} --stop-at {num_steps // 2}"
+    )
     if code := _train(run, plan, stop_at=num_steps // 2):
         return code
-    title("Go on from the checkpoint", f"launcher resume {run.path}")
+    title("Go on from the checkpoint", f"launcher resume {path}")
     if code := _train(run, plan, stop_at=None):
         return code
-    title("A model for anyone", f"launcher export {run.path} --out {directory / 'model'}")
+    title("A model for anyone", f"launcher export {path} --out {directory / 'model'}")
     _export(run, directory / "model")
     title("The same question, after")
     _ask(directory / "model", question)
     title(f"Done in {(time.monotonic() - started) / 60:.1f} minutes: {_result(run)}")
-    print(f"   See more: launcher status {run.path}   launcher checkpoint list {run.path}\n   Make the job your own: {job_file}")
+    print(f"   See more: launcher status {path}   launcher checkpoint list {path}\n   Make the job your own: {job_file}")
     return 0
 
 
@@ -147,20 +150,12 @@ def _job(directory: Path, model: Path, num_steps: int) -> Path:
 
 
 def _plan(job_file: Path, path: Path) -> tuple[RunDirectory, Plan]:
-    """What `launcher run` does before it starts ranks: load, decide, and write it into a run directory."""
+    """What `launcher run` does before it starts ranks."""
     from launcher.cli.plan import table
-    from launcher.job.load import load
-    from launcher.planning.decide import plan as decide
-    from launcher.runs.events import event
-    from launcher.runs.layout import RunDirectory, write_atomically
+    from launcher.scheduling.opening import open_run
 
-    plan = decide(load(job_file))
+    run, plan = open_run(job_file, [], None, path)
     print(textwrap.indent(table(plan), "   "), flush=True)
-    path.mkdir(parents=True)
-    run = RunDirectory(path)
-    write_atomically(run.job_file, job_file.read_text(encoding="utf-8"))
-    write_atomically(run.plan_file, plan.to_json())
-    event(run.events_file, "planned")
     return run, plan
 
 
@@ -174,19 +169,14 @@ def _ask(model: Path, question: Question) -> None:
 
 def _train(run: RunDirectory, plan: Plan, stop_at: int | None) -> int:
     """One attempt; 0 where it did what it was to do: stop at `stop_at`, or finish."""
-    from launcher.cli.demo_watcher import StepPrinter
+    from launcher.cli.display import Display
     from launcher.errors import Stopped
+    from launcher.runs.status import last_step
     from launcher.scheduling import local
 
-    code = local.run(run, plan, StepPrinter(), stop_at=stop_at)
-    reached = stop_at is not None and code == Stopped.exit_code and _last(run, "stopped", "step") == stop_at
+    code = local.run(run, plan, Display(plan, line_seconds=10.0), stop_at=stop_at)
+    reached = stop_at is not None and code == Stopped.exit_code and last_step(run) == stop_at
     return 0 if reached else code
-
-
-def _last(run: RunDirectory, name: str, key: str) -> object:
-    from launcher.runs.events import read
-
-    return [record.get(key) for record in read(run.events_file) if record["event"] == name][-1]
 
 
 def _export(run: RunDirectory, out: Path) -> None:
