@@ -48,8 +48,7 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None) -> Plan:
         same_ranks = nproc is None or nproc == stored.mesh.ranks_per_node
         if same_ranks and job.model_dump() == load(run.job_file).model_dump() and _devices_are_there(stored):
             return stored
-        wished = _ranks(job, nproc, stored)
-        plan = decide(_pinned(job, stored, wished == stored.mesh.ranks_per_node), wished)
+        plan = _decide_again(job, nproc, stored)
         _refuse_quiet_fallback(job, stored, plan)
         found = check(stored, plan)
         _write(run, job, plan)
@@ -67,6 +66,25 @@ def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
     write_atomically(run.plan_file, plan.to_json())
 
 
+def _decide_again(job: Job, nproc: int | None, stored: Plan) -> Plan:
+    """What the job leaves open stays as it was decided before: memory that is free today must not change the numbers.
+
+    On another number of ranks the micro-batch is decided anew, as it must divide.
+    """
+    updates: dict[str, object] = {}
+    if job.precision == "auto":
+        updates["precision"] = stored.precision
+    if job.memory.activation_checkpointing == "auto":
+        updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
+    job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
+    plan = decide(job, num_ranks)
+    if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
+        return plan
+    batch = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
+    # Another global batch is refused by `check`, with a better reason than that it does not divide.
+    return plan if batch.global_batch_size != stored.batch.global_batch_size else decide(job.model_copy(update={"batch": batch}), num_ranks)
+
+
 def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
     """The ranks asked for; without a wish as many as before, so that going on changes nothing by itself."""
     if nproc is not None:
@@ -74,18 +92,6 @@ def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
     cluster = job.cluster
     open_still = cluster.ranks_per_node == "auto" and cluster.gpus_per_node in ("auto", 0)
     return stored.mesh.ranks_per_node if open_still else None
-
-
-def _pinned(job: Job, stored: Plan, same_ranks: bool) -> Job:
-    """The job with what it leaves open as it was decided before: memory that is free today must not change the numbers."""
-    updates: dict[str, object] = {}
-    if job.precision == "auto":
-        updates["precision"] = stored.precision
-    if job.memory.activation_checkpointing == "auto":
-        updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
-    if same_ranks and job.batch.micro_batch_size == "auto":
-        updates["batch"] = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
-    return job.model_copy(update=updates)
 
 
 def _devices_are_there(plan: Plan) -> bool:

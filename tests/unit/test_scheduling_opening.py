@@ -1,0 +1,137 @@
+"""A new run, one that goes on, and one that may not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.errors import ConfigurationError, RunInUseError
+from launcher.planning import decide, hardware
+from launcher.planning.plan import Plan
+from launcher.runs.events import read
+from launcher.runs.layout import RunDirectory
+from launcher.scheduling import opening
+from launcher.scheduling.opening import open_run, reopen
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job file with everything that it names, and a machine of two cores."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 131,
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    content = {
+        "name": "tiny",
+        "model": {"name": "./model"},
+        "data": {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 64},
+        "batch": {"global_batch_size": 12},
+        "training": {"max_steps": 6},
+        "cluster": {"gpus_per_node": 0, "ranks_per_node": 2},
+        "trackers": [],
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def events(run: RunDirectory) -> list[str]:
+    return [record["event"] for record in read(run.events_file)]
+
+
+def test_a_new_run_holds_its_job_and_its_plan(job: Path, tmp_path: Path) -> None:
+    run, plan = open_run(job, ["training.seed=5"], None, None)
+    assert run.path == tmp_path / "runs" / "tiny"
+    assert Plan.read(run.plan_file) == plan
+    stored = yaml.safe_load(run.job_file.read_text())
+    assert stored["training"]["seed"] == 5
+    assert stored["data"]["train"]["path"] == str(tmp_path / "train.jsonl"), "it means the same from anywhere"
+    assert events(run) == ["planned"]
+
+
+def test_going_on_takes_the_stored_plan_as_it_is(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, plan = open_run(job, [], None, None)
+
+    def never(*arguments: Any) -> Plan:
+        raise AssertionError("nothing changed, so nothing is decided again")
+
+    monkeypatch.setattr(opening, "decide", never)
+    assert open_run(job, [], None, None)[1] == plan
+    assert open_run(job, [], 2, None)[1] == plan
+    assert reopen(run, [], None) == plan
+    assert events(run) == ["planned"]
+
+
+def test_what_was_decided_stays_when_something_else_changes(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, plan = open_run(job, [], None, None)
+    monkeypatch.setattr(decide, "micro_batch_limit", lambda *arguments: (1, "no memory today"))
+    changed = reopen(run, ["checkpoint.keep_last=5"], None)
+    assert changed.batch == plan.batch and changed.precision == plan.precision
+    assert changed.checkpoint.keep_last == 5
+    assert Plan.read(run.plan_file) == changed
+    assert events(run) == ["planned", "plan_changed"]
+    assert reopen(run, [], None) == changed, "the change stays"
+
+
+def test_another_number_of_ranks(job: Path) -> None:
+    run, _ = open_run(job, [], None, None)
+    plan = reopen(run, [], 3)
+    assert (plan.mesh.world_size, plan.batch.global_batch_size) == (3, 12)
+    changed = [change["key"] for record in read(run.events_file) if record["event"] == "plan_changed" for change in record["changes"]]
+    assert "mesh.world_size" in changed
+
+
+def test_what_would_be_another_run_is_refused_and_changes_nothing(job: Path) -> None:
+    run, plan = open_run(job, [], None, None)
+    with pytest.raises(ConfigurationError) as caught:
+        open_run(job, ["training.learning_rate=1", "data.max_length=32"], None, None)
+    assert [problem.key for problem in caught.value.problems] == ["data.max_length", "training.learning_rate"]
+    assert Plan.read(run.plan_file) == plan and events(run) == ["planned"]
+
+
+def test_more_steps_have_a_finished_run_go_on(job: Path) -> None:
+    run, _ = open_run(job, [], None, None)
+    run.finished_file.touch()
+    reopen(run, ["checkpoint.keep_last=5"], None)
+    assert run.finished
+    reopen(run, ["training.max_steps=8"], None)
+    assert not run.finished
+
+
+def test_a_directory_with_other_things_is_no_run(job: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="holds other things"):
+        open_run(job, [], None, tmp_path)
+    with pytest.raises(ConfigurationError, match="holds other things"):
+        open_run(job, [], None, job)
+    (tmp_path / "empty").mkdir()
+    assert open_run(job, [], None, tmp_path / "empty")[0].plan_file.exists()
+
+
+def test_a_run_under_way_is_left_alone(job: Path) -> None:
+    run, plan = open_run(job, [], None, None)
+    with run.lock(), pytest.raises(RunInUseError):
+        reopen(run, ["checkpoint.keep_last=5"], None)
+    assert Plan.read(run.plan_file) == plan
+
+
+def test_gpus_that_are_gone_are_no_reason_for_the_cpu(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, plan = open_run(job, ["cluster.gpus_per_node=auto"], None, None)
+    on_gpus = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"device": "cuda"})})
+    run.plan_file.write_text(on_gpus.to_json())
+    monkeypatch.setattr(hardware, "find_gpus", lambda: ((), "no driver"))
+    with pytest.raises(ConfigurationError, match=r"cluster\.gpus_per_node=0"):
+        reopen(run, [], None)
+    assert reopen(run, ["cluster.gpus_per_node=0"], None).mesh.device == "cpu"
