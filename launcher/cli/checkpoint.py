@@ -138,12 +138,12 @@ def verify(run: Run, step: Step = None, as_json: Json = False) -> None:
     chosen = list_checkpoints(directory) if step is None else [_pick(directory, step)]
     if not chosen:
         raise CheckpointError(f"{directory.path.name} has no checkpoint yet")
-    problems = {stored: verify(stored.directory, directory.run_id()) for stored in chosen}
+    problems = [(stored, verify(stored.directory, directory.run_id())) for stored in chosen]
     if as_json:
-        _print_json({"checkpoints": [{**_summary(stored), "problems": found} for stored, found in problems.items()]})
+        _print_json({"checkpoints": [{**_summary(stored), "problems": found} for stored, found in problems]})
     else:
-        _print_table(["step", "verdict"], [[str(stored.step), "; ".join(found) or "whole"] for stored, found in problems.items()])
-    if any(problems.values()):
+        _print_table(["step", "verdict"], [[str(stored.step), "; ".join(found) or "whole"] for stored, found in problems])
+    if any(found for _, found in problems):
         raise typer.Exit(CheckpointError.exit_code)
 
 

@@ -4,11 +4,9 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -342,5 +340,3 @@ def test_saved_events_say_how_long_and_how_much(tmp_path: Path) -> None:
     assert saved["bytes"] == sum(path.stat().st_size for path in files) > 4000
     manifest = json.loads((RunDirectory(tmp_path).checkpoint(1) / "manifest.json").read_text())
     assert manifest["progress"]["extra"] == {"loss_scale": 1024.0, "patience": [1, None]}
-    assert manifest["created"] <= time.time()
-    assert shutil.disk_usage(tmp_path).total > 0
