@@ -1,14 +1,18 @@
-"""Packing: several samples into one row of fixed capacity, best fit in decreasing order of length.
+"""Packing: several samples into one row of fixed capacity, longest first, each pack closed exactly where that can be.
 
-Samples of equal length are interchangeable, so they are placed a whole class at a time: the work grows with the number
-of different lengths and fill levels, not with the number of samples. The result follows from the lengths alone.
+Samples of equal length are interchangeable, so a pack is a list of lengths, and is repeated as often as the lengths last:
+the work grows with the number of different lengths, not of samples. The result follows from the lengths alone.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+
+CLOSING_ROOM = 4096
+"""Tokens of room from which a search for two samples that fill it exactly begins; earlier it costs time and gains nothing."""
 
 
 class Packs(NamedTuple):
@@ -21,64 +25,69 @@ class Packs(NamedTuple):
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Packs:
-    """Put every sample into exactly one pack of at most `capacity` tokens. Raises ValueError for a sample that fits in none."""
+    """Put every sample into exactly one pack of at most `capacity` tokens. Raises ValueError for a sample that fits in none.
+
+    Two ways are tried, and the one with fewer packs is taken: closing a pack with two samples wins where samples are short (GSM8K at
+    1,024: 99.6% full instead of 98.6%), and loses where two or three fill a pack, because it spends the short ones early.
+    """
     lengths = np.asarray(lengths, dtype=np.int64)
-    if len(lengths) and not 0 < lengths.min() <= lengths.max() <= capacity:
+    if not len(lengths):
+        return one_each(0)
+    if not 0 < lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"lengths must be between 1 and the capacity of {capacity}, not {lengths.min()} to {lengths.max()}")
-    by_length = np.argsort(-lengths, kind="stable")
-    descending = lengths[by_length]
-    starts = np.flatnonzero(np.diff(descending, prepend=0))
-    space = _Space(capacity)
-    assigned = [
-        space.place(int(descending[start]), int(end - start)) for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True)
-    ]
+    packs, num_packs = min((_assign(lengths, capacity, close_with_two) for close_with_two in (True, False)), key=lambda tried: tried[1])
+    return _in_order(packs, num_packs)
+
+
+def _assign(lengths: np.ndarray, capacity: int, close_with_two: bool) -> tuple[np.ndarray, int]:
+    """The pack of each sample, int64 [num_samples], and the number of packs."""
+    left = np.bincount(lengths, minlength=capacity + 1)
+    by_length = np.argsort(lengths, kind="stable")
+    taken = np.cumsum(left) - left
     packs = np.empty(len(lengths), dtype=np.int64)
-    packs[by_length] = np.concatenate(assigned) if assigned else np.empty(0, dtype=np.int64)
-    return _in_order(packs, space.num_packs)
+    num_packs = num_placed = 0
+    while num_placed < len(lengths):
+        chosen = _one_pack(left, capacity, close_with_two)
+        repeats = min(int(left[length]) // count for length, count in chosen.items())
+        for length, count in chosen.items():
+            start, number = taken[length], repeats * count
+            packs[by_length[start : start + number]] = np.repeat(np.arange(num_packs, num_packs + repeats), count)
+            left[length] -= number
+            taken[length] += number
+        num_packs += repeats
+        num_placed += repeats * chosen.total()
+    return packs, num_packs
 
 
-class _Space:
-    """The open packs by how many tokens still fit."""
+def _one_pack(left: np.ndarray, capacity: int, close_with_two: bool) -> Counter[int]:
+    """Lengths of one pack: the longest left; then what closes it exactly, where asked; else the longest that fits, and so on."""
+    left = left.copy()
+    present = np.flatnonzero(left)
+    chosen: Counter[int] = Counter()
+    room = capacity
+    while room:
+        taken = _exact(left, room) if chosen and close_with_two and room <= CLOSING_ROOM else ()
+        if not taken:
+            at = int(np.searchsorted(present, room, side="right")) - 1
+            while at >= 0 and not left[present[at]]:
+                at -= 1
+            if at < 0:
+                break
+            taken = (int(present[at]),)
+        for length in taken:
+            chosen[length] += 1
+            left[length] -= 1
+            room -= length
+    return chosen
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.num_packs = 0
-        self.open: dict[int, list[np.ndarray]] = {}
-        self.mask = 0
-        """Bit s is set where some pack has room for exactly s tokens."""
 
-    def place(self, length: int, count: int) -> np.ndarray:
-        """The packs, int64 [count], of `count` samples of one length: always the fullest pack that has room."""
-        placed: list[np.ndarray] = []
-        while count:
-            above = self.mask >> length
-            if above:
-                room = length + (above & -above).bit_length() - 1
-                waiting = self.open.pop(room)
-                packs = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
-                self.mask ^= 1 << room
-            else:
-                room = self.capacity
-                new = -(-count // (room // length))
-                packs = np.arange(self.num_packs, self.num_packs + new)
-                self.num_packs += new
-            each = room // length
-            filled = min(count // each, len(packs))
-            placed.append(np.repeat(packs[:filled], each))
-            self._keep(packs[:filled], room - each * length)
-            count -= filled * each
-            rest = packs[filled:]
-            if count and len(rest):
-                placed.append(np.repeat(rest[:1], count))
-                self._keep(rest[:1], room - count * length)
-                count, rest = 0, rest[1:]
-            self._keep(rest, room)
-        return np.concatenate(placed)
-
-    def _keep(self, packs: np.ndarray, room: int) -> None:
-        if len(packs) and room:
-            self.open.setdefault(room, []).append(packs)
-            self.mask |= 1 << room
+def _exact(left: np.ndarray, room: int) -> tuple[int, ...]:
+    """The length, or two, that fill `room` to the last token; the most unequal two. Empty where there are none."""
+    if left[room]:
+        return (room,)
+    shorter = np.flatnonzero(left[: room // 2 + 1])
+    matched = shorter[left[room - shorter] > (2 * shorter == room)]
+    return (room - int(matched[0]), int(matched[0])) if len(matched) else ()
 
 
 def _in_order(packs: np.ndarray, num_packs: int) -> Packs:

@@ -22,7 +22,7 @@ from launcher.training.data.dataset import META, CacheProblem, DataReport, Datas
 from launcher.training.data.encode import Writer, encode_rows
 from launcher.training.data.packing import one_each, pack
 from launcher.training.data.rows import TOO_LONG
-from launcher.training.data.sources import Rows, open_source
+from launcher.training.data.sources import Rows, hash_file, open_source
 from launcher.training.tasks.task import Task
 
 FORMAT = 1
@@ -188,15 +188,8 @@ def _count_problems(report: DataReport, problems: list[dict[str, Any]], plan: Pl
 
 def _refuse_change_while_reading(rows: Rows) -> None:
     for file in rows.files:
-        if _size_now(file.path) != file.bytes:
-            raise DataError(f"{file.path} changed while it was read: it had {file.bytes:,} bytes")
-
-
-def _size_now(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return -1
+        if hash_file(Path(file.path)).blocks != file.blocks:
+            raise DataError(f"{file.path} changed while it was read; start again when it is whole")
 
 
 def _where(source: Source) -> str:

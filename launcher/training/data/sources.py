@@ -80,7 +80,7 @@ def find_files(pattern: str) -> list[Path]:
     exact = Path(pattern)
     if exact.is_dir():
         raise DataError(f"{pattern} is a directory; name its files by a pattern such as {pattern.rstrip('/')}/*.jsonl")
-    paths = [exact] if exact.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())  # noqa: PTH207 (absolute patterns)
+    paths = [exact] if exact.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
     if not paths:
         near = difflib.get_close_matches(exact.name, [p.name for p in exact.parent.glob("*")], n=1) if exact.parent.is_dir() else []
         raise DataError(f"{pattern}: no such file" + (f"; did you mean {exact.parent / near[0]}?" if near else ""))
