@@ -86,4 +86,7 @@ def _end(rank: int, failure: Any, killed: set[int]) -> dict[str, int | float | b
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # torch's own end takes a second or more, and nothing is left to do

@@ -130,14 +130,13 @@ def test_a_run_finishes_and_a_finished_run_does_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "code", "failure_class", "cause"),
+    # What each error's class is, is tested without processes in tests/unit/test_runs_failure.py.
     [
         ("raise", 1, "internal", "ValueError: a bug"),
-        ("data", 3, "data", "train.jsonl row 7: not UTF-8"),
         ("memory", 4, "out-of-memory", "MemoryError"),
         ("torch memory", 4, "out-of-memory", "can't allocate memory"),
         ("disk full", 5, "storage", "No space left on device"),
         ("segfault", 9, "rank-lost", "killed by signal 11 (SIGSEGV)"),
-        ("exit", 1, "internal", "SystemExit: 3"),
         ("vanish", 9, "rank-lost", "ended with exit code 21 and no reason given"),
     ],
 )
@@ -151,6 +150,7 @@ def test_what_one_rank_does_is_named_and_ends_all(tmp_path: Path, kind: str, cod
     assert found["step"] == last_of(run)
     line = errors.strip().splitlines()[-1]
     assert f"rank 1 on {os.uname().nodename}" in line and cause in line and f"launcher resume {run.path}" in line
+    assert ("--set batch.micro_batch_size=2" in line) == (failure_class == "out-of-memory")
     assert names(run)[-1] == "failed"
     status = read_status(run)
     assert status.state == "failed" and status.failure is not None
@@ -178,12 +178,7 @@ def test_a_rank_killed_from_outside_is_noticed_and_the_run_goes_on_after(tmp_pat
     assert run.last_attempt() == 2 and read_status(run).state == "finished"
 
 
-def test_out_of_memory_says_how_to_go_on_with_less(tmp_path: Path) -> None:
-    run = make_run(tmp_path, {"kind": "memory", "rank": 0, "step": 1})
-    assert "--set batch.micro_batch_size=2" in launch(run)[1]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_stops_every_rank_politely(tmp_path: Path, number: signal.Signals) -> None:
     run = make_run(tmp_path, {"gloo": True}, num_steps=100_000)
     with launched(run) as process:
