@@ -107,9 +107,13 @@ KINDS: list[Callable[[Path, Path, random.Random], str]] = [
 
 def damage(target: Path, others: list[Path], generator: random.Random) -> str:
     """Damage a checkpoint in one random way and say how; `others` lend files. The bytes are never left as they were."""
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    before = _state(target)
     while True:
         what = generator.choice(KINDS)(target, generator.choice(others), generator)
-        after = {path.name: path.read_bytes() if path.exists() else None for path in target.iterdir()}
-        if after != before:
+        if _state(target) != before:
             return what
+
+
+def _state(directory: Path) -> dict[str, tuple[bool, bytes]]:
+    """Names, kinds and bytes; a link counts as a change, lest the next damage be done through it to another checkpoint."""
+    return {path.name: (path.is_symlink(), path.read_bytes()) for path in directory.iterdir()}
