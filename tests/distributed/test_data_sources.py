@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_world import SHARED, jsonl
+
+from launcher.errors import DataError
+from launcher.job.schema import Source
+from launcher.training.data.dataset import DataReport
+from launcher.training.data.rows import RowProblem, text_of
+from launcher.training.data.sources import BLOCK, open_source, refuse_change
+
+ROWS = [{"text": "the cat", "label": "a"}, {"text": 'say "hi", ö\tnow', "label": "b"}]
+
+
+def read(path: Path | str, columns: tuple[str, ...] = ("text", "label"), **source: Any) -> list[Any]:
+    return [row.values for row in open_source(Source(path=str(path), **source), columns)]
+
+
+def reasons(rows: list[Any]) -> list[str | None]:
+    return [row.reason if isinstance(row, RowProblem) else None for row in rows]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS)),
+        ("a.ndjson", "\r\n".join(json.dumps(row) for row in ROWS)),
+        ("a.json", json.dumps(ROWS, indent=1)),
+        ("a.json", json.dumps({"version": 1, "data": ROWS})),
+        ("a.json", "\n".join(json.dumps(row) for row in ROWS)),
+        ("a.csv", '\ufefftext,label\nthe cat,a\n\n"say ""hi"", ö\tnow",b\n'),
+    ],
+)
+def test_formats_give_the_same_rows(tmp_path: Path, name: str, content: str) -> None:
+    assert read(write(tmp_path / name, content)) == ROWS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist([{**row, "other": 1} for row in ROWS]), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ROWS
+    with pytest.raises(DataError, match="no column 'txt'.*did you mean 'text'"):
+        read(tmp_path / "a.parquet", ("txt",))
+    whole = (tmp_path / "a.parquet").read_bytes()
+    with pytest.raises(DataError, match="not a whole Parquet file"):
+        read(write(tmp_path / "b.parquet", whole[:-20]))
+
+
+def test_parquet_bytes_that_are_not_utf8_are_one_bad_row(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    column = pyarrow.array([b"good", b"\xff\xfe", b"fine"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert reasons(read(tmp_path / "a.parquet", ("text",))) == [None, "not UTF-8", None]
+
+
+def test_text_is_one_sample_a_line(tmp_path: Path) -> None:
+    rows = read(write(tmp_path / "a.txt", b"one\n\ntw\xff\nthree"), ("text",))
+    assert reasons(rows) == [None, "empty", "not UTF-8", None]
+    assert rows[3] == {"text": "three"}
+    with pytest.raises(DataError, match="a text file has one column"):
+        read(tmp_path / "a.txt")
+
+
+def test_a_tsv_has_no_quoting(tmp_path: Path) -> None:
+    rows = read(write(tmp_path / "a.tsv", 'text\tlabel\n"open\ta\nclosed"\tb\n'))
+    assert [row["text"] for row in rows] == ['"open', 'closed"']
+
+
+def test_a_table_without_a_header_is_read_by_column_numbers(tmp_path: Path) -> None:
+    rows = read(write(tmp_path / "a.tsv", "1\tgood\n0\tbad\n"), ("1", "0"))
+    assert rows == [{"0": "1", "1": "good"}, {"0": "0", "1": "bad"}]
+    with pytest.raises(DataError, match="no column 'text'.*name columns by number from 0"):
+        read(tmp_path / "a.tsv")
+
+
+def test_a_header_of_numbers_is_a_header_where_it_has_the_columns(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.csv", "7,9\nx,y\n"), ("9",)) == [{"7": "x", "9": "y"}]
+
+
+def test_a_column_that_a_table_lacks_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no column 'label'; it has 'text', 'labels'; did you mean 'labels'"):
+        read(write(tmp_path / "a.csv", "text,labels\nx,y\n"))
+
+
+def test_bad_rows_stand_in_their_place(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [ROWS[0], "{broken", b'{"text": "\xff"}', "[1]", "1" * 5000, ROWS[1]])
+    rows = list(open_source(source, ("text",)))
+    assert reasons([row.values for row in rows]) == [None, "not readable", "not UTF-8", "not readable", "not readable", None]
+    assert [(row.id, row.line) for row in rows] == [(number, number + 1) for number in range(6)]
+
+
+def test_bad_rows_of_tables(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b'text,label\nx,a\nx,a,b\nx\n"x"y,a\n\xff,a\n"two\nlines",b\n')
+    rows = list(open_source(Source(path=str(path)), ("text", "label")))
+    assert reasons([row.values for row in rows]) == [None, "not readable", None, "not readable", "not UTF-8", None]
+    assert [row.line for row in rows] == [2, 3, 4, 5, 6, 7]
+    assert rows[2].values == {"text": "x"}
+
+
+def test_a_quote_that_never_closes_is_refused_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 3 is never closed"):
+        read(write(tmp_path / "a.csv", 'text,label\nx,a\n"y,b\nz,c\n'))
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1', "3", b"[\xff]"])
+def test_json_that_is_no_list_of_rows_is_refused(tmp_path: Path, content: str | bytes) -> None:
+    with pytest.raises(DataError, match=r"a\.json"):
+        read(write(tmp_path / "a.json", content))
+
+
+def test_json_rows_that_are_no_objects(tmp_path: Path) -> None:
+    assert reasons(read(write(tmp_path / "a.json", '[{"text": "x"}, 3]'))) == [None, "not readable"]
+
+
+def test_several_files_are_one_source(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"text": name}, {"text": name * 2}])
+    rows = list(open_source(Source(path=str(tmp_path / "*.jsonl")), ("text",)))
+    assert [row.values["text"] for row in rows if isinstance(row.values, dict)] == ["a", "aa", "b", "bb"]
+    assert [row.id for row in rows] == [0, 1, 2, 3]
+    assert len(read(tmp_path / "*.jsonl", limit=3)) == 3
+    assert open_source(Source(path=str(tmp_path / "*.jsonl"), limit=3), ("text",)).num_rows_expected == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("trian.jsonl", r"did you mean .*train\.jsonl"), ("none/*.csv", "no such file"), ("a.xlsx", "no reader for '.xlsx'"), ("", "is a directory")],
+)
+def test_files_that_cannot_be_a_source(tmp_path: Path, path: str, message: str) -> None:
+    jsonl(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "a.xlsx", "")
+    with pytest.raises(DataError, match=message):
+        open_source(Source(path=str(tmp_path / path)), ("text",))
+
+
+def test_a_hub_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route\nmore")))
+    with pytest.raises(DataError, match="some/thing, split 'train', cannot be loaded: no route$"):
+        open_source(Source(name="some/thing"), ("text",))
+
+
+def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    loaded = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features=features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: loaded)
+    rows = open_source(Source(name="some/thing"), ("text", "label"))
+    assert [row.values for row in rows] == [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}]
+    assert rows.num_rows_expected == 2
+    with pytest.raises(DataError, match="no column 'txt'"):
+        list(open_source(Source(name="some/thing"), ("txt",)))
+
+
+def test_a_lone_surrogate_is_not_utf8() -> None:
+    with pytest.raises(RowProblem, match="not UTF-8"):
+        text_of({"text": "a \ud800"}, "text")
+
+
+def report_of(path: Path) -> DataReport:
+    rows = open_source(Source(path=str(path)), ("text",))
+    return DataReport("train", rows.digest, [file.to_dict() for file in rows.files])
+
+
+def test_a_file_changed_under_a_run_is_refused_with_the_place(tmp_path: Path) -> None:
+    path, record = tmp_path / "a.txt", tmp_path / "record.json"
+    content = bytearray(b"x" * (2 * BLOCK) + b"tail")
+    path.write_bytes(content)
+    refuse_change(record, report_of(path))
+    refuse_change(record, report_of(path))
+    content[BLOCK + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.txt changed since the run began: the first difference is between byte 1,048,576 and byte 2,097,152"):
+        refuse_change(record, report_of(path))
+    content[BLOCK + 5] ^= 1
+    path.write_bytes(content[:-4])
+    with pytest.raises(DataError, match=r"2,097,156 bytes then, 2,097,152 now, .* between byte 2,097,152 and byte 2,097,156"):
+        refuse_change(record, report_of(path))
+    path.write_bytes(content)
+    refuse_change(record, report_of(path))
+
+
+def test_a_file_more_is_a_change(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x\n")
+    refuse_change(tmp_path / "record.json", report_of(tmp_path / "*.txt"))
+    (tmp_path / "b.txt").write_text("y\n")
+    with pytest.raises(DataError, match="began with 1 file, and now there are 2 files"):
+        refuse_change(tmp_path / "record.json", report_of(tmp_path / "*.txt"))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+@pytest.mark.parametrize(
+    ("name", "columns", "num_rows"),
+    [
+        ("gsm8k/train.jsonl", ("question", "answer"), 7473),
+        ("sst2/train.tsv", ("1", "0"), 6920),
+        ("sst2/dev.tsv", ("1", "0"), 872),
+        ("banking77/train.csv", ("text", "category"), 10003),
+        ("banking77/test.csv", ("text", "category"), 3080),
+    ],
+)
+def test_real_files(name: str, columns: tuple[str, ...], num_rows: int) -> None:
+    rows = read(SHARED / name, columns)
+    assert len(rows) == num_rows
+    assert not any(reasons(rows))
