@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -56,13 +55,12 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def load(plan: Plan, auto_class: str, config: Any, shard: Shard) -> LoadedModel:
+def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     """The model of the plan, its weights in fp32, cut by `shard` before a single weight is read."""
-    loader = getattr(transformers, auto_class)
     source = {"state_dict": {}} if plan.model.weights == "random" else {}
     name = None if plan.model.weights == "random" else plan.model.name
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
-    model_class = _model_class(loader, config, plan)
+    model_class = _model_class(auto_class, config, plan)
     with _sharded_by(shard, plan.mesh):
         try:
             model, information = model_class.from_pretrained(
@@ -74,7 +72,7 @@ def load(plan: Plan, auto_class: str, config: Any, shard: Shard) -> LoadedModel:
                 revision=plan.model.revision or "main",
                 **source,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
     if plan.mesh.world_size == 1:
         model.to(_device(plan.mesh))

@@ -283,7 +283,7 @@ class Trainer:
 
     def _leave(self) -> None:
         """Stopped on request: everything is saved, and the next attempt goes on here."""
-        self.event("stopping", signal=self.stop.name or "stop-at")
+        self.event("stopping", signal=self.stop.signal_name or "stop-at")
         self._save(wait=True)
         self.checkpointer.finish()
         self.event("stopped", step=self.state.step)

@@ -51,6 +51,8 @@ class FsdpEngine:
 
     def _shard(self, model: PreTrainedModel) -> None:
         """Cut the model: each repeated layer is a unit, the rest is the root unit."""
+        # transformers ties weights after loading only. Cut apart before, a tied pair would be two shards of which one goes stale.
+        model.tie_weights()
         layers = models.repeated_layers(model)
         for layer in layers:
             _checkpoint_activations(layer, self._plan.activation_checkpointing)

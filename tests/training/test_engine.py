@@ -1,0 +1,211 @@
+"""The engine gives the numbers of plain PyTorch on any number of ranks, for every family, precision and memory mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from launcher.errors import ConfigurationError
+from launcher.planning.plan import Plan
+from launcher.training import attention, heads
+from launcher.training.engines.fsdp import FsdpEngine
+from launcher.training.model import repeated_layers
+from tests.training.plans import plan_of
+from tests.training.ranks import on_ranks
+from tests.training.test_heads import packed_batch
+from tests.training.tiny import ENCODERS, FAMILIES, config_of, model_of
+
+pytestmark = pytest.mark.distributed
+
+
+class Causal:
+    auto_class = AutoModelForCausalLM
+    forward = staticmethod(heads.causal_lm)
+
+
+class Classifying:
+    auto_class = AutoModelForSequenceClassification
+
+    @staticmethod
+    def forward(model: Any, batch: Any) -> heads.Output:
+        return heads.sequence_classification(model, batch, "single-label")
+
+
+def steps(plan: Plan, task: Any, num_steps: int = 3) -> dict[str, Any]:
+    """A few optimizer steps of four samples, this rank's share of them; what came of it, gathered whole."""
+    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    engine = FsdpEngine(plan, task, config)
+    rank, size = torch.distributed.get_rank(), plan.batch.data_parallel_size
+    curve = []
+    for step in range(num_steps):
+        samples = _samples(step)
+        mine = samples[rank * (len(samples) // size) : (rank + 1) * (len(samples) // size)]
+        micro = plan.batch.micro_batch_size
+        pieces = [mine[i : i + micro] for i in range(0, len(mine), micro)]
+        supervised = sum(len(sample) - 1 for sample in samples) if task is Causal else len(samples)
+        loss = torch.zeros((), dtype=torch.float64)
+        for index, piece in enumerate(pieces):
+            batch = packed_batch(piece) if task is Causal else _padded(piece)
+            loss += engine.micro_step(batch, 1 / supervised, index == len(pieces) - 1).loss_sum.detach()
+        sums = torch.stack([loss / supervised, engine.squared_gradient_norm()])
+        torch.distributed.all_reduce(sums)
+        curve.append([float(sums[0]), float(sums[1].sqrt())])
+        engine.apply(1e-3, 1.0)
+    whole = {name: getattr(value, "full_tensor", lambda value=value: value)().clone() for name, value in engine.tensors().items()}
+    return {"curve": curve, "tensors": whole, "layers": sum(hasattr(layer, "unshard") for layer in repeated_layers(engine.model))}
+
+
+def _samples(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randint(3, 131, (length,), generator=generator) for length in (9, 30, 4, 17, 25, 6, 12, 20, 3, 8, 15, 11)]
+
+
+def _padded(samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    length = max(len(sample) for sample in samples)
+    ids = torch.stack([torch.nn.functional.pad(sample, (0, length - len(sample))) for sample in samples])
+    labels = torch.tensor([int(sample[0]) % 3 for sample in samples])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels, "weights": torch.ones(len(samples))}
+
+
+def _check(plain: dict[str, Any], sharded: dict[str, Any], tolerance: float) -> None:
+    torch.testing.assert_close(torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=tolerance, atol=0)
+    assert sharded["tensors"].keys() == plain["tensors"].keys()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def _save(directory: Path, family: str, **changes: Any) -> Path:
+    path = directory / family
+    if not path.exists():
+        model_of(family, **changes).save_pretrained(path)
+    return path
+
+
+def _batch(world_size: int, micro: int) -> dict[str, int]:
+    return {"global_batch_size": 12, "micro_batch_size": micro, "accumulation_steps": 12 // micro // world_size, "data_parallel_size": world_size}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_two_ranks_equal_one(family: str, directory: Path) -> None:
+    path = _save(directory, family, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}))
+    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 2)), Causal)
+    assert plain["layers"] == 0 and sharded["layers"] == 3
+    _check(plain, sharded, 1e-5)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(2, 6), (2, 1), (3, 4), (3, 2), (4, 3), (4, 1), (1, 4)])
+def test_any_cut_of_the_batch_gives_the_same_numbers(world_size: int, micro: int, directory: Path) -> None:
+    path = _save(directory, "llama")
+    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    sharded = on_ranks(world_size, steps, plan_of(path, world_size, batch=_batch(world_size, micro)), Causal)
+    for result in sharded:
+        _check(plain, result, 1e-5)
+
+
+@pytest.mark.parametrize("mesh", [{"replicate": 2, "shard": 2}, {"replicate": 4, "shard": 1}, {"reshard_after_forward": False}])
+def test_hybrid_and_kept_parameters_equal_full_sharding(mesh: dict[str, Any], directory: Path) -> None:
+    path = _save(directory, "llama")
+    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    changes = {f"mesh__{key}": value for key, value in mesh.items()}
+    result, *_ = on_ranks(4, steps, plan_of(path, 4, batch=_batch(4, 3), **changes), Causal)
+    _check(plain, result, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_activation_checkpointing_changes_no_number(mode: str, world_size: int, directory: Path) -> None:
+    path = _save(directory, "llama")
+    plan = plan_of(path, world_size, batch=_batch(world_size, 3))
+    kept, *_ = on_ranks(world_size, steps, plan, Causal)
+    recomputed, *_ = on_ranks(world_size, steps, plan.model_copy(update={"activation_checkpointing": mode}), Causal)
+    assert recomputed["curve"] == kept["curve"]
+    for name, value in kept["tensors"].items():
+        assert torch.equal(recomputed["tensors"][name], value), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_fp32_and_keeps_fp32_states(precision: str, directory: Path) -> None:
+    path = _save(directory, "llama")
+    full, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 6)), Causal)
+    for world_size in (1, 2):
+        half, *_ = on_ranks(world_size, steps, plan_of(path, world_size, precision=precision, batch=_batch(world_size, 6)), Causal)
+        torch.testing.assert_close(torch.tensor(half["curve"]), torch.tensor(full["curve"]), rtol=2e-2, atol=0)
+        assert half["curve"] != full["curve"]
+        assert {value.dtype for value in half["tensors"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", sorted(ENCODERS))
+def test_classification_with_a_new_head(family: str, directory: Path) -> None:
+    """The new head has the same values on any number of ranks, and the repeated layers are units in every encoder."""
+    path = directory / f"{family}-encoder"
+    changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    model_of(family, "AutoModel").save_pretrained(path)
+    config_of(family, num_labels=3, **changes).save_pretrained(path)
+    options = {"task": "sequence-classification", "attention": "sdpa"}
+    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12), **options), Classifying)
+    for world_size in (2, 3):
+        sharded, *_ = on_ranks(world_size, steps, plan_of(path, world_size, batch=_batch(world_size, 2), **options), Classifying)
+        assert sharded["layers"] == 3
+        _check(plain, sharded, 1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_other_optimizers(optimizer: str, directory: Path) -> None:
+    path = _save(directory, "llama")
+    options = {"training": {"optimizer": optimizer, "max_steps": 4, "weight_decay": 0.1}}
+    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
+    sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 6), **options), Causal)
+    _check(plain, sharded, 1e-5)
+    wanted = "exp_avg" if optimizer == "adam" else "momentum_buffer"
+    assert any(name.endswith(wanted) for name in sharded["tensors"])
+
+
+def test_frozen_parameters_stay(directory: Path) -> None:
+    path = _save(directory, "llama")
+    plan = plan_of(path, 2, batch=_batch(2, 6), model__freeze=("model.embed_tokens.*", "model.layers.0.*"))
+    result, _ = on_ranks(2, steps, plan, Causal)
+    before = {f"model.{name}": value for name, value in AutoModelForCausalLM.from_pretrained(path).named_parameters()}
+    for name, value in before.items():
+        frozen = "embed_tokens" in name or "layers.0." in name
+        assert torch.equal(result["tensors"][name], value) == frozen, name
+        assert (f"optimizer.{name.removeprefix('model.')}.exp_avg" in result["tensors"]) != frozen
+
+
+def test_random_weights_do_not_depend_on_the_ranks(directory: Path) -> None:
+    path = directory / "config-only"
+    config_of("llama").save_pretrained(path)
+    options = {"model__weights": "random", "training": {"max_steps": 4, "seed": 5}}
+    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
+    sharded, *_ = on_ranks(3, steps, plan_of(path, 3, batch=_batch(3, 2), **options), Causal)
+    _check(plain, sharded, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model__freeze": ("nothing.*",)}, "matches no parameter"),
+        ({"model__freeze": ("*",)}, "nothing is left to train"),
+        ({"attention": "flash_attention_2"}, "flash"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, Any], text: str, directory: Path) -> None:
+    path = _save(directory, "llama")
+    with pytest.raises(AssertionError, match=f"ConfigurationError.*{text}"):
+        on_ranks(1, steps, plan_of(path, 1, **changes), Causal)
+
+
+def test_a_model_without_repeated_layers_is_refused() -> None:
+    class Flat(torch.nn.Module):
+        _no_split_modules = None
+        name_or_path = "flat"
+
+    with pytest.raises(ConfigurationError, match="no repeated layers"):
+        repeated_layers(Flat())  # type: ignore[arg-type]

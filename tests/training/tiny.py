@@ -1,0 +1,51 @@
+"""Models of a few thousand parameters, made on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+# Wide enough weights that no gradient is near Adam's epsilon, where rounding decides the direction of a step.
+COMMON: dict[str, Any] = {"initializer_range": 0.2, "vocab_size": 131, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = COMMON | {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": DECODER | {"tie_word_embeddings": True},
+    "qwen3": DECODER,
+    "mistral": DECODER | {"sliding_window": 9},
+    "gemma2": DECODER | {"attn_logit_softcapping": None, "query_pre_attn_scalar": 12, "sliding_window": 9},
+    "granite": DECODER | {"logits_scaling": 4.0},
+    "cohere": DECODER | {"logit_scale": 0.25},
+    "phi": DECODER | {"num_key_value_heads": 4},
+    "gpt2": COMMON | {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256},
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": COMMON | {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "distilbert": COMMON | {"dim": 48, "hidden_dim": 80, "n_layers": 3, "n_heads": 4},
+    "roberta": COMMON | {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "modernbert": COMMON
+    | {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "cls_token_id": 1, "sep_token_id": 2},
+}
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    """The config of a tiny model of that family."""
+    return AutoConfig.for_model(family, **((FAMILIES | ENCODERS)[family] | changes))
+
+
+def model_of(family: str, auto_class: str = "AutoModelForCausalLM", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny model in fp32, always with the same weights for the same seed."""
+    torch.manual_seed(seed)
+    attention = changes.pop("attn_implementation", None)
+    model: PreTrainedModel = getattr(transformers, auto_class).from_config(config_of(family, **changes), attn_implementation=attention)
+    return model.float()
