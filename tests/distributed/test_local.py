@@ -113,7 +113,7 @@ def names(run: RunDirectory) -> list[str]:
 
 
 def begun(run: RunDirectory) -> Callable[[], bool]:
-    return lambda: len(steps(run.metrics_file)) >= 2
+    return lambda: len(steps(run.metrics_file)) >= 2 and len(pids(run)) == 2
 
 
 def test_a_run_finishes_and_a_finished_run_does_nothing(tmp_path: Path) -> None:
