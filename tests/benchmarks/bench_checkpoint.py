@@ -68,7 +68,7 @@ def loop(settings: Settings, saver: Checkpointer | None, tensors: dict[str, torc
         for _ in range(settings.products):
             matrix @ matrix
         dist.all_reduce(gradient)
-        if saver is not None and (step + 1) % every == 0:
+        if saver is not None and step % every == every // 4:  # with steps left for the last one to hide behind
             number = first_step + step
             saver.save(tensors, Progress(step=number, samples=number, tokens=number), wait=wait)
     if saver is not None:
