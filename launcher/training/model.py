@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
 from launcher.errors import ConfigurationError, Problem
@@ -50,6 +51,24 @@ def read_config(plan: Plan) -> Any:
         raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
 
 
+def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with its end of text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(Problem("model.name", plan.model.name, f"no tokenizer: {first_line(error)}")) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """The name of the model's class as it was before sharding put one of its own in front."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or its class where it has none."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -57,7 +76,7 @@ def first_line(error: BaseException) -> str:
 
 def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     """The model of the plan, its weights in fp32, cut by `shard` before a single weight is read."""
-    source = {"state_dict": {}} if plan.model.weights == "random" else {}
+    source: dict[str, Any] = {"state_dict": {}} if plan.model.weights == "random" else {}
     name = None if plan.model.weights == "random" else plan.model.name
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
     model_class = _model_class(auto_class, config, plan)
@@ -115,14 +134,14 @@ def _sharded_by(shard: Shard, mesh: Mesh) -> Iterator[None]:
             shard(model)
         return model
 
-    PreTrainedModel.maybe_distribute_model = classmethod(distribute)  # type: ignore[assignment]
+    PreTrainedModel.maybe_distribute_model = classmethod(distribute)
     try:
         yield
     finally:
         if original is None:
             del PreTrainedModel.maybe_distribute_model
         else:
-            PreTrainedModel.maybe_distribute_model = original  # type: ignore[assignment]
+            PreTrainedModel.maybe_distribute_model = original
 
 
 def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -196,14 +215,14 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
         raise ConfigurationError(Problem("model.freeze", list(patterns), "freezes every parameter, so that nothing is left to train"))
 
 
-def flops_per_token(model: nn.Module, config: Any, length: int) -> float:
+def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     """Floating-point operations of one token, forward and backward, of samples of `length` tokens.
 
     6 for each matrix parameter (Kaplan et al. 2020, arXiv 2001.08361, table 1, forward 2 and backward 4), and for attention
     12 x layers x hidden x length, halved as causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     tied = getattr(config, "tie_word_embeddings", False)
-    embeddings = model.get_input_embeddings().weight.numel() if hasattr(model, "get_input_embeddings") and not tied else 0
+    embeddings = 0 if tied else model.get_input_embeddings().weight.numel()
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2) - embeddings
     layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
     return 6.0 * matrices + 6.0 * layers * hidden * length

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import distributed
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from launcher.errors import ConfigurationError, DivergedError, Problem
+from launcher.errors import ConfigurationError, DataError, DivergedError, Problem, StorageError
 from launcher.planning.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
@@ -56,29 +57,20 @@ class Material:
     def prepare(cls, run: RunDirectory, plan: Plan) -> Material:
         """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
         config = models.read_config(plan)
-        tokenizer = _tokenizer(plan)
+        tokenizer = models.read_tokenizer(plan)
         task = tasks.build(plan, tokenizer)
-        train = prepare(plan.data.train, "train", plan, task, tokenizer, _phase(run, "preparing", "rows"))
+        train = prepare(plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
         evaluation = None
         if plan.data.evaluation is not None:
-            evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, _phase(run, "preparing", "rows"))
+            evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
         task.configure(config)
+        if os.environ.get("RANK", "0") == "0":
+            for dataset in filter(None, (train, evaluation)):
+                events.event(run.events_file, "prepared", **dataset.report.to_dict())
         return cls(config, tokenizer, task, train, evaluation)
 
 
-def _tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(Problem("model.name", plan.model.name, f"no tokenizer: {models.first_line(error)}")) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _phase(run: RunDirectory, phase: str, unit: str) -> Any:
+def phase_report(run: RunDirectory, phase: str, unit: str) -> Any:
     """A report function that writes progress events, at most four a second."""
     last = [0.0]
 
@@ -96,7 +88,7 @@ class State:
     """Where the run is. What a checkpoint carries beside tensors."""
 
     step: int = 0
-    num_samples: int = 0
+    num_items: int = 0
     num_tokens: int = 0
     num_skipped_in_a_row: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -104,7 +96,7 @@ class State:
     def progress(self, extra: dict[str, Any]) -> Progress:
         """As a checkpoint stores it."""
         kept = {"num_skipped_in_a_row": self.num_skipped_in_a_row, "metrics": self.metrics}
-        return Progress(self.step, self.num_samples, self.num_tokens, kept | extra)
+        return Progress(step=self.step, samples=self.num_items, tokens=self.num_tokens, extra=kept | extra)
 
 
 class Trainer:
@@ -128,7 +120,7 @@ class Trainer:
         self.loss_scale = LossScale(plan.precision == "fp16")
         early = plan.training.early_stopping
         self.patience = Patience(early.metric, early.patience, early.minimum_delta) if early else None
-        self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, asynchronous=plan.checkpoint.asynchronous)
+        self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size)
         self._restore()
         steps_per_epoch = material.train.num_items / plan.batch.global_batch_size
         now = time.monotonic()
@@ -163,7 +155,7 @@ class Trainer:
         learning_rate = self.schedule.at(self.state.step)
         self._apply_or_skip(loss, gradient_norm, learning_rate)
         self.state.step += 1
-        self.state.num_samples += step_batch.num_samples
+        self.state.num_items += step_batch.num_items
         self.state.num_tokens += step_batch.num_tokens
         self._record(step_batch, loss, gradient_norm, learning_rate, time.monotonic() - started)
         return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}
@@ -241,7 +233,7 @@ class Trainer:
         self.evaluating.done(self.state.step, time.monotonic())
         if self.material.evaluation is None:
             return False
-        report = _phase(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
+        report = phase_report(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
         metrics = evaluate(self.engine, self.task, self.material.evaluation, self.plan, report)
         self.state.metrics = metrics
         if self.rank == 0:
@@ -265,9 +257,12 @@ class Trainer:
         """Save; `wait` until it is committed, and raise where it cannot be."""
         self.saving.done(self.state.step, time.monotonic())
         extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
+        extra["data"] = self.material.train.report.source_hash
         if self.patience:
             extra |= {"best": self.patience.best, "num_worse": self.patience.num_worse}
-        self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), self.state.metrics, wait=wait)
+        saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), self.state.metrics, wait=wait)
+        if wait and not saved:
+            raise StorageError(f"step {self.state.step} could not be saved before leaving; the reason is in {self.run.events_file}")
 
     def _restore(self) -> None:
         progress = self.checkpointer.load(self.engine.tensors())
@@ -275,6 +270,10 @@ class Trainer:
             return
         self.engine.loaded()
         extra = progress.extra
+        if extra["data"] != self.material.train.report.source_hash:
+            files = ", ".join(str(file["path"]) for file in self.material.train.report.files)
+            raise DataError(f"{files} changed since step {progress.step} was saved; put the old data back, or start a new run")
+        self.event("resumed", step=progress.step, checkpoint=self.run.checkpoint(progress.step).name)
         skipped, metrics = extra.get("num_skipped_in_a_row", 0), extra.get("metrics", {})
         self.state = State(progress.step, progress.samples, progress.tokens, skipped, metrics)
         self.loss_scale = LossScale(self.loss_scale.used, extra["loss_scale"], extra["good_steps"])
@@ -326,7 +325,7 @@ class Trainer:
             if generation is not None:
                 generation.save_pretrained(directory)
             config = self.material.config
-            config.architectures = [type(self.engine.model).__name__]
+            config.architectures = [models.architecture(self.engine.model)]
             config.save_pretrained(directory)
 
     def _agree(self, wish: bool) -> bool:

@@ -38,14 +38,15 @@ _KEPT_BY_SELECTIVE = {
 class FsdpEngine:
     """The engine protocol over `fully_shard`; a single fp32 device is left as plain PyTorch."""
 
-    def __init__(self, plan: Plan, task: Task, config: Any) -> None:
+    def __init__(self, plan: Plan, task: Task, config: Any, trains: bool = True) -> None:
+        """Load and cut the model; without `trains` there is no optimizer, for evaluation alone."""
         self._plan = plan
         loaded = models.load(plan, task.auto_class, config, self._shard)
         self.model: PreTrainedModel = loaded.model
         self.new_parameters = loaded.new_parameters
         self.model.train()
-        self.model.forward = functools.partial(task.forward, self.model)  # type: ignore[method-assign]
-        self._optimizer = optimizers.build(self.model, plan.training)
+        self.model.forward = functools.partial(task.forward, self.model)
+        self._optimizer = optimizers.build(self.model, plan.training) if trains else None
         gradient_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         self._defers = gradient_bytes <= _DEFERRED_GRADIENT_BYTES
 
@@ -90,24 +91,26 @@ class FsdpEngine:
     def apply(self, learning_rate: float, multiplier: float) -> None:
         if multiplier != 1.0:
             torch._foreach_mul_(self._gradients(), multiplier)
+        assert self._optimizer is not None
         optimizers.set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self.discard()
 
     def discard(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         parameters = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         buffers = {f"model.{name}": buffer for name, buffer in _persistent_buffers(self.model)}
-        return parameters | buffers | optimizers.state_tensors(self.model, self._optimizer)
+        states = optimizers.state_tensors(self.model, self._optimizer) if self._optimizer else {}
+        return parameters | buffers | states
 
     def loaded(self) -> None:
-        optimizers.spread_step(self._optimizer)
-        if isinstance(self.model, FSDPModule):
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        if self._optimizer:
+            optimizers.spread_step(self._optimizer)
+        for module in nn.Module.modules(self.model):
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _gradients(self) -> list[torch.Tensor]:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -139,7 +142,7 @@ def _checkpoint_activations(layer: nn.Module, mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _selective_policy)
     forward: Callable[..., Any] = layer.forward
-    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, **options, **kwargs)  # type: ignore[method-assign]
+    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, **options, **kwargs)
 
 
 def _selective_policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
