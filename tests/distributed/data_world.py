@@ -13,7 +13,12 @@ from launcher.job.schema import Checkpoint, Data, Model, Source, Training
 from launcher.planning.plan import BatchPlan, Length, Mesh, Plan
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-LINES = ["the cat sat on the mat .", "a dog ran in the park ?", "one two three four five six seven", "question answer user assistant system"]
+LINES = [
+    "the cat sat on the mat .",
+    "a dog ran in the park ?",
+    "one two three four five six seven",
+    "question answer user assistant system",
+]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -31,7 +36,10 @@ def byte_tokenizer(template: str | None = CHATML, bos: bool = False) -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|im_start|>", "<|im_end|>", "<s>"]
     backend.train_from_iterator(
-        LINES, trainers.BpeTrainer(special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=400)
+        LINES,
+        trainers.BpeTrainer(
+            special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=400, show_progress=False
+        ),
     )
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
@@ -47,7 +55,7 @@ def word_tokenizer(padding_side: str = "right") -> Any:
     """One token a word, [CLS] and [SEP] and the types of BERT."""
     backend = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.train_from_iterator(LINES, trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"]))
+    backend.train_from_iterator(LINES, trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False))
     backend.post_processor = processors.BertProcessing(("[SEP]", backend.token_to_id("[SEP]")), ("[CLS]", backend.token_to_id("[CLS]")))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -50,7 +50,7 @@ def test_parquet(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.Table.from_pylist([{**row, "other": 1} for row in ROWS]), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == ROWS
-    with pytest.raises(DataError, match="no column 'txt'.*did you mean 'text'"):
+    with pytest.raises(DataError, match=r"no column 'txt'.*did you mean 'text'"):
         read(tmp_path / "a.parquet", ("txt",))
     whole = (tmp_path / "a.parquet").read_bytes()
     with pytest.raises(DataError, match="not a whole Parquet file"):
@@ -82,7 +82,7 @@ def test_a_tsv_has_no_quoting(tmp_path: Path) -> None:
 def test_a_table_without_a_header_is_read_by_column_numbers(tmp_path: Path) -> None:
     rows = read(write(tmp_path / "a.tsv", "1\tgood\n0\tbad\n"), ("1", "0"))
     assert rows == [{"0": "1", "1": "good"}, {"0": "0", "1": "bad"}]
-    with pytest.raises(DataError, match="no column 'text'.*name columns by number from 0"):
+    with pytest.raises(DataError, match=r"no column 'text'.*name columns by number from 0"):
         read(tmp_path / "a.tsv")
 
 
@@ -137,7 +137,12 @@ def test_several_files_are_one_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("trian.jsonl", r"did you mean .*train\.jsonl"), ("none/*.csv", "no such file"), ("a.xlsx", "no reader for '.xlsx'"), ("", "is a directory")],
+    [
+        ("trian.jsonl", r"did you mean .*train\.jsonl"),
+        ("none/*.csv", "no such file"),
+        ("a.xlsx", "no reader for '.xlsx'"),
+        ("", "is a directory"),
+    ],
 )
 def test_files_that_cannot_be_a_source(tmp_path: Path, path: str, message: str) -> None:
     jsonl(tmp_path / "train.jsonl", ROWS)
@@ -150,7 +155,7 @@ def test_a_hub_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_p
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route\nmore")))
-    with pytest.raises(DataError, match="some/thing, split 'train', cannot be loaded: no route$"):
+    with pytest.raises(DataError, match=r"some/thing, split 'train', cannot be loaded: no route$"):
         open_source(Source(name="some/thing"), ("text",))
 
 
@@ -184,7 +189,9 @@ def test_a_file_changed_under_a_run_is_refused_with_the_place(tmp_path: Path) ->
     refuse_change(record, report_of(path))
     content[BLOCK + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.txt changed since the run began: the first difference is between byte 1,048,576 and byte 2,097,152"):
+    with pytest.raises(
+        DataError, match=r"a\.txt changed since the run began: the first difference is between byte 1,048,576 and byte 2,097,152"
+    ):
         refuse_change(record, report_of(path))
     content[BLOCK + 5] ^= 1
     path.write_bytes(content[:-4])

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_world import MARKED, byte_tokenizer, plan_of
+
+from launcher.errors import ConfigurationError
+from launcher.job.schema import Data, Source
+from launcher.training import tasks
+from launcher.training.data.dataset import Sample
+from launcher.training.data.rows import RowProblem
+from launcher.training.tasks.task import Task
+
+TRAIN = Source(path="unused.jsonl")
+TEXT = Data(train=TRAIN, text="text")
+PROMPTED = Data(train=TRAIN, prompt="question", completion="answer")
+CHAT = Data(train=TRAIN, messages="messages")
+TOKENIZER = byte_tokenizer()
+
+
+def task_of(data: Data, tokenizer: Any = TOKENIZER) -> Task:
+    return tasks.build(plan_of(data), tokenizer)
+
+
+def learned(arrays: dict[str, np.ndarray], tokenizer: Any = TOKENIZER) -> str:
+    """The text of the supervised tokens."""
+    return str(tokenizer.decode(arrays["targets"][arrays["targets"] >= 0].tolist()))
+
+
+def check_shift(arrays: dict[str, np.ndarray]) -> None:
+    ids, targets = arrays["input_ids"], arrays["targets"]
+    assert ids.dtype == targets.dtype == np.int32
+    assert len(ids) == len(targets)
+    assert targets[-1] == -100
+    given = targets[:-1] >= 0
+    assert np.array_equal(targets[:-1][given], ids[1:][given])
+
+
+def test_text_is_learned_whole_and_ends() -> None:
+    arrays = task_of(TEXT).encode({"text": "the cat sat"}, TOKENIZER)
+    check_shift(arrays)
+    assert TOKENIZER.decode(arrays["input_ids"].tolist()) == "the cat sat<|im_end|>"
+    assert (arrays["targets"][:-1] >= 0).all()
+
+
+def test_a_tokenizer_that_begins_texts_does_so_once() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    arrays = task_of(PROMPTED, tokenizer).encode({"question": "the cat", "answer": " sat"}, tokenizer)
+    assert tokenizer.decode(arrays["input_ids"].tolist()) == "<s>the cat sat<|im_end|>"
+    assert learned(arrays, tokenizer) == " sat<|im_end|>"
+
+
+def test_of_prompt_and_completion_the_completion_is_learned() -> None:
+    arrays = task_of(PROMPTED).encode({"question": "the ca", "answer": "t sat"}, TOKENIZER)
+    check_shift(arrays)
+    assert learned(arrays) == "t sat<|im_end|>"
+    # No token spans the border, though "the cat" together has a token that would.
+    apart = TOKENIZER("the ca", add_special_tokens=False)["input_ids"]
+    assert arrays["input_ids"].tolist()[: len(apart)] == apart
+    assert TOKENIZER("the cat", add_special_tokens=False)["input_ids"][: len(apart)] != apart
+
+
+@pytest.mark.parametrize("row", [{"question": "x"}, {"question": " ", "answer": "y"}, {"question": "x", "answer": None}])
+def test_prompt_and_completion_both_need_text(row: dict[str, Any]) -> None:
+    with pytest.raises(RowProblem, match=r"missing key|empty"):
+        task_of(PROMPTED).encode(row, TOKENIZER)
+
+
+def test_a_prompt_that_fills_the_sample_leaves_nothing_to_learn() -> None:
+    data = PROMPTED.model_copy(update={"max_length": 8})
+    with pytest.raises(RowProblem, match="nothing left to learn: what is not learned fills max_length = 8"):
+        task_of(data).encode({"question": "xyz" * 20, "answer": "y"}, TOKENIZER)
+
+
+def test_a_cut_sample_stays_shifted() -> None:
+    data = PROMPTED.model_copy(update={"max_length": 8})
+    arrays = task_of(data).encode({"question": "xq", "answer": "zyx" * 9}, TOKENIZER)
+    check_shift(arrays)
+    assert len(arrays["input_ids"]) == 8
+    assert learned(arrays) == "zyxzyx"
+
+
+TALK = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "the cat"},
+    {"role": "user", "content": "and"},
+    {"role": "assistant", "content": "a dog <|im_end"},
+]
+
+
+def test_of_a_chat_the_assistants_turns_are_learned() -> None:
+    arrays = task_of(CHAT).encode({"messages": TALK}, TOKENIZER)
+    check_shift(arrays)
+    assert learned(arrays) == "the cat<|im_end|>a dog <|im_end<|im_end|>"
+    whole = TOKENIZER.apply_chat_template(TALK, tokenize=False)
+    assert TOKENIZER.decode(arrays["input_ids"].tolist()) == whole
+    # What the model reads before its turn is what it will read when it is asked.
+    prompt = TOKENIZER(TOKENIZER.apply_chat_template(TALK[:2], tokenize=False, add_generation_prompt=True))["input_ids"]
+    assert arrays["input_ids"].tolist()[: len(prompt)] == prompt
+
+
+def test_a_template_that_marks_turns_learns_the_same() -> None:
+    marked = byte_tokenizer(MARKED)
+    ours, theirs = task_of(CHAT).encode({"messages": TALK}, TOKENIZER), task_of(CHAT, marked).encode({"messages": TALK}, marked)
+    assert learned(ours) == learned(theirs, marked)
+    assert TOKENIZER.decode(ours["input_ids"].tolist()) == marked.decode(theirs["input_ids"].tolist())
+
+
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    # As reasoning models do: only the last turn keeps its thoughts.
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '(thought)' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(template)
+    arrays = task_of(CHAT, tokenizer).encode({"messages": [*TALK[:4], {"role": "assistant", "content": "a dog"}]}, tokenizer)
+    assert learned(arrays, tokenizer) == "the cat<|im_end|>(thought)a dog<|im_end|>"
+
+
+def test_a_template_whose_turns_cannot_be_told() -> None:
+    template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = byte_tokenizer(template)
+    with pytest.raises(RowProblem, match="writes message 3 differently once others follow"):
+        task_of(CHAT, tokenizer).encode({"messages": TALK}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "missing key"),
+        ("hi", "not a list of messages"),
+        ([{"content": "x"}], "not a list of messages"),
+        ([], "empty"),
+        (TALK[:2], "no message has the role 'assistant'"),
+        ([{"role": "assistant", "content": 3}], "the chat template cannot write"),
+        ([{"role": "assistant", "content": "\ud800"}], "not UTF-8"),
+    ],
+)
+def test_chats_that_cannot_be_used(messages: Any, message: str) -> None:
+    with pytest.raises(RowProblem, match=message):
+        task_of(CHAT).encode({"messages": messages}, TOKENIZER)
+
+
+def test_none_in_a_message_is_an_absent_key() -> None:
+    plain = task_of(CHAT).encode({"messages": TALK}, TOKENIZER)
+    padded = task_of(CHAT).encode({"messages": [{**message, "tool_calls": None} for message in TALK]}, TOKENIZER)
+    assert np.array_equal(plain["input_ids"], padded["input_ids"])
+
+
+def test_a_batch_gives_what_single_rows_give() -> None:
+    rows = [{"text": "the cat"}, {"text": ""}, {"text": "a dog ran"}]
+    task = task_of(TEXT)
+    one, problem, other = task.encode_batch(rows, TOKENIZER)
+    assert isinstance(problem, RowProblem)
+    for row, result in ((rows[0], one), (rows[2], other)):
+        assert not isinstance(result, RowProblem)
+        assert np.array_equal(result.arrays["input_ids"], task.encode(row, TOKENIZER)["input_ids"])
+
+
+def test_tokenizers_that_cannot_serve() -> None:
+    without = byte_tokenizer()
+    without.eos_token = None
+    with pytest.raises(ConfigurationError, match="no end-of-text token"):
+        task_of(TEXT, without)
+    with pytest.raises(ConfigurationError, match="a chat template"):
+        task_of(CHAT, byte_tokenizer(template=None))
+    with pytest.raises(ConfigurationError, match="no such task; there are causal-lm, sequence-classification"):
+        tasks.build(plan_of(TEXT).model_copy(update={"task": "vision"}), TOKENIZER)
+
+
+def test_collating_joins_samples_end_to_end() -> None:
+    def sample(*ids: int) -> Sample:
+        array = np.array(ids, dtype=np.int32)
+        return Sample({"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}, id=0)
+
+    batch = task_of(TEXT).collate([[sample(1, 2, 3), sample(4)], [sample(5, 6).as_filler()]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch["targets"].tolist() == [2, 3, -100, -100, -100, -100]
+    assert batch["cu_seq_lens"].tolist() == [0, 3, 4, 6]
+    assert batch["max_length"] == 3
+    assert {name: value.dtype for name, value in batch.items() if name != "max_length"} == {
+        "input_ids": torch.int64,
+        "position_ids": torch.int64,
+        "targets": torch.int64,
+        "cu_seq_lens": torch.int32,
+    }
+
+
+def test_metrics() -> None:
+    task = task_of(TEXT)
+    found = task.metrics({"loss_sum": 20.0, "num_supervised": 10, "num_correct": 4}, None, None)
+    assert found == {"loss": 2.0, "perplexity": math.exp(2.0), "accuracy": 0.4}
+    assert task.metrics({"loss_sum": 1e6, "num_supervised": 1, "num_correct": 0}, None, None)["perplexity"] == math.inf

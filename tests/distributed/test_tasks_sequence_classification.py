@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_world import byte_tokenizer, plan_of, word_tokenizer
+
+from launcher.errors import ConfigurationError, DataError
+from launcher.job.schema import Data, Source
+from launcher.training import tasks
+from launcher.training.data.dataset import Sample
+from launcher.training.data.rows import Row, RowProblem
+from launcher.training.tasks.sequence_classification import SequenceClassification
+
+TRAIN = Source(path="unused.jsonl")
+TOKENIZER = word_tokenizer()
+
+
+def task_of(labels: list[str] | None = None, tokenizer: Any = TOKENIZER, **settings: Any) -> SequenceClassification:
+    data = Data(**{"train": TRAIN, "text": "text", "label": "label", **settings})
+    task = tasks.build(plan_of(data, "sequence-classification"), tokenizer, labels)
+    assert isinstance(task, SequenceClassification)
+    return task
+
+
+def rows_of(*labels: Any) -> list[Row]:
+    return [Row(number, "a.jsonl", number + 1, {"text": "the cat", "label": label}) for number, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["b", "a", "b"], ["a", "b"]),
+        ([10, 9, 1], ["1", "9", "10"]),
+        (["10", "9"], ["9", "10"]),
+        ([1.0, 0.0], ["0", "1"]),
+        ([True, False], ["false", "true"]),
+        (["a", 1], ["1", "a"]),
+        (["01", "1"], ["01", "1"]),
+        (["-1", "1", "0"], ["-1", "0", "1"]),
+        ([" a ", "a", "b", None, 0.5, []], ["a", "b"]),
+    ],
+)
+def test_classes_are_in_order(labels: list[Any], expected: list[str]) -> None:
+    task = task_of()
+    task.fit([*rows_of(*labels), Row(99, "a.jsonl", 100, RowProblem("not readable"))])
+    assert task.labels == expected
+
+
+@pytest.mark.parametrize(("labels", "message"), [([], "no label"), (["a", "a"], "only 'a'")])
+def test_fewer_than_two_classes_are_refused(labels: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.label = 'label': the training rows have {message}"):
+        task_of().fit(rows_of(*labels))
+
+
+def test_a_text() -> None:
+    arrays = task_of(["no", "yes"]).encode({"text": "the cat", "label": "yes"}, TOKENIZER)
+    assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "the", "cat", "[SEP]"]
+    assert arrays["label"].tolist() == [1]
+    assert {name: array.dtype for name, array in arrays.items()} == {"input_ids": np.int32, "token_type_ids": np.int32, "label": np.int64}
+
+
+def test_a_pair() -> None:
+    task = task_of(["no", "yes"], text=("premise", "hypothesis"))
+    assert task.columns == ("premise", "hypothesis", "label")
+    arrays = task.encode({"premise": "the cat", "hypothesis": "a dog ran", "label": "no"}, TOKENIZER)
+    assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "ran", "[SEP]"]
+    assert arrays["token_type_ids"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_of_a_pair_the_longer_text_is_cut() -> None:
+    task = task_of(["no", "yes"], text=("premise", "hypothesis"), max_length=8)
+    arrays = task.encode({"premise": "one two", "hypothesis": "the cat " * 9, "label": "no"}, TOKENIZER)
+    assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "one", "two", "[SEP]", "the", "cat", "the", "[SEP]"]
+    [result] = task.encode_batch([{"premise": "one", "hypothesis": "a " * 9, "label": "no"}], TOKENIZER)
+    assert not isinstance(result, RowProblem)
+    assert result.cut
+
+
+@pytest.mark.parametrize("policy", ["drop", "refuse"])
+def test_too_long(policy: str) -> None:
+    with pytest.raises(RowProblem, match="too long: 12 tokens, and max_length is 8"):
+        task_of(["no", "yes"], max_length=8, too_long=policy).encode({"text": "cat " * 10, "label": "no"}, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("problem", "label", "message"),
+    [
+        ("single-label", "maybe", "'maybe' is not among the 2 classes"),
+        ("single-label", None, "missing key"),
+        ("single-label", ["no"], "not the name of a class"),
+        ("single-label", " ", "not the name of a class"),
+        ("single-label", 0.5, "not the name of a class"),
+        ("multi-label", ["no", "maybe"], "'maybe' is not among"),
+        ("multi-label", [None], "not the name of a class"),
+        ("regression", "much", "'much' is not a number"),
+        ("regression", "nan", "is not a number"),
+        ("regression", None, "missing key"),
+        ("regression", [1], "is not a number"),
+    ],
+)
+def test_labels_that_cannot_be_used(problem: str, label: Any, message: str) -> None:
+    with pytest.raises(RowProblem, match=message):
+        task_of(["no", "yes"], problem=problem).encode({"text": "the cat", "label": label}, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (["a", "c"], [1, 0, 1]),
+        ("a|c", [1, 0, 1]),
+        ("c, b", [0, 1, 1]),
+        ("b", [0, 1, 0]),
+        ([], [0, 0, 0]),
+        ("", [0, 0, 0]),
+        (["b", "b"], [0, 1, 0]),
+    ],
+)
+def test_several_labels(label: Any, expected: list[int]) -> None:
+    arrays = task_of(["a", "b", "c"], problem="multi-label").encode({"text": "the cat", "label": label}, TOKENIZER)
+    assert arrays["label"].tolist() == expected
+    assert arrays["label"].dtype == np.float32
+
+
+def test_a_bar_keeps_commas_within_names() -> None:
+    task = task_of(problem="multi-label")
+    task.fit(rows_of("x, y|z", ["w"]))
+    assert task.labels == ["w", "x, y", "z"]
+
+
+def test_a_number() -> None:
+    arrays = task_of(problem="regression").encode({"text": "the cat", "label": "2.5"}, TOKENIZER)
+    assert arrays["label"].tolist() == [2.5]
+    assert arrays["label"].dtype == np.float32
+
+
+def sample(ids: list[int], label: list[Any], types: list[int] | None = None) -> Sample:
+    arrays = {"input_ids": np.array(ids, dtype=np.int32), "label": np.array(label)}
+    return Sample(arrays if types is None else {**arrays, "token_type_ids": np.array(types, dtype=np.int32)}, id=0)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_collating_pads_to_the_longest(side: str) -> None:
+    task = task_of(["no", "yes"], tokenizer=word_tokenizer(side))
+    pad = TOKENIZER.pad_token_id
+    batch = task.collate([[sample([5, 6, 7], [1], [0, 0, 1])], [sample([8], [0], [1]).as_filler()]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad] if side == "right" else [pad, pad, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0] if side == "right" else [0, 0, 1]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0] if side == "right" else [0, 0, 1]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert batch["labels"].dtype == torch.int64
+    assert batch["weights"].tolist() == [1, 0]
+
+
+def test_collated_labels_of_each_problem() -> None:
+    several = task_of(["a", "b"], problem="multi-label").collate([[sample([1], [1.0, 0.0])], [sample([2], [0.0, 1.0])]])
+    assert several["labels"].tolist() == [[1, 0], [0, 1]]
+    number = task_of(problem="regression").collate([[sample([1], [0.5])], [sample([2], [1.5])]])
+    assert number["labels"].tolist() == [0.5, 1.5]
+    assert "token_type_ids" not in number
+
+
+def test_the_config_is_told() -> None:
+    config = SimpleNamespace(pad_token_id=None)
+    task_of(["no", "yes"]).configure(config)
+    assert config.num_labels == 2
+    assert config.id2label == {0: "no", 1: "yes"}
+    assert config.label2id == {"no": 0, "yes": 1}
+    assert config.problem_type == "single_label_classification"
+    assert config.pad_token_id == TOKENIZER.pad_token_id
+    task_of(problem="regression").configure(config)
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token_or_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    config = SimpleNamespace(pad_token_id=None)
+    task_of(["no", "yes"], tokenizer=tokenizer).configure(config)
+    assert config.pad_token_id == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigurationError, match="neither a padding nor an end token"):
+        task_of(["no", "yes"], tokenizer=tokenizer)
+
+
+TOTALS = {"loss_sum": 6.0, "num_supervised": 4, "num_correct": 3}
+
+
+def test_metrics_of_two_classes() -> None:
+    scores = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    labels = np.array([0, 1, 0, 0])
+    task = task_of(["no", "yes"])
+    found = task.metrics(TOTALS, scores, labels)
+    assert found["loss"] == 1.5
+    assert found["accuracy"] == 0.75
+    assert found["f1"] == pytest.approx(2 / 3)
+    # (tp tn - fp fn) / sqrt((tp+fp)(tp+fn)(tn+fp)(tn+fn)) with tp 1, tn 2, fp 1, fn 0
+    assert found["matthews"] == pytest.approx(2 / math.sqrt(2 * 1 * 3 * 2))
+    assert task.metrics(TOTALS, scores.argmax(axis=1), labels) == found
+    assert task.metrics(TOTALS, None, None) == {"loss": 1.5}
+
+
+def test_metrics_of_three_classes_weigh_classes_equally() -> None:
+    found = task_of(["a", "b", "c"]).metrics(TOTALS, np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]))
+    assert found["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_metrics_of_several_labels() -> None:
+    scores = np.array([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
+    labels = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    found = task_of(["a", "b"], problem="multi-label").metrics(TOTALS, scores, labels)
+    assert found == {"loss": 1.5, "accuracy": 0.5, "f1_micro": pytest.approx(6 / 8), "f1_macro": 0.5}
+
+
+def test_metrics_of_numbers() -> None:
+    found = task_of(problem="regression").metrics(TOTALS, np.array([[1.0], [2.0], [9.0], [4.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert found["mse"] == 9.0
+    assert found["spearman"] == pytest.approx(0.8)
+    assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 9, 4], [1, 2, 3, 4])[0, 1])
+    constant = task_of(problem="regression").metrics(TOTALS, np.ones(4), np.arange(4.0))
+    assert math.isnan(constant["pearson"])
+    assert constant["mse"] == 1.5
