@@ -112,7 +112,7 @@ def exit_codes_page() -> str:
         )
         lines.append(f"| {error.exit_code} | {error.__name__} | {error.failure_class} | {meaning} |")
     lines += [
-        "| 130 | | | A second Ctrl-C: nothing more was saved. |",
+        "| 130 | | | A second Ctrl-C, or grace that ran out: nothing more was saved. |",
         "",
         "75 is EX_TEMPFAIL of sysexits.h: run the same command again and it goes on where it stopped.",
     ]
