@@ -11,7 +11,8 @@ LauncherError                     1   something in launcher itself is wrong
 ├── RankLostError                 9   a rank died without saying why
 └── Stopped                      75   stopped on request with everything saved: run it again to go on
 
-0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped. 130 is a second Ctrl-C, or grace that ran out: nothing more was saved.
+0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped.
+130 is a second Ctrl-C, or grace that ran out: nothing more was saved.
 """
 
 from __future__ import annotations
