@@ -95,6 +95,7 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     together = made(text_data(tmp_path, rows), num_workers=2)
     assert contents(alone) == contents(together)
+    assert alone.report.samples_hash == together.report.samples_hash
     assert alone.report.dropped == together.report.dropped == {"not readable": 1, "empty": 1}
     assert alone.report.examples == together.report.examples
     assert str(os.getpid()) not in {path.name for path in pids.iterdir()}
@@ -158,6 +159,7 @@ def test_whatever_changes_the_samples_changes_the_cache(tmp_path: Path) -> None:
     made(text_data(tmp_path))
     variants: list[dict[str, Any]] = [{"max_length": 8}, {"packing": True}, {"too_long": "drop"}, {"unusable": "refuse"}]
     assert not any(made(text_data(tmp_path, **settings)).report.cached for settings in variants)
+    assert len({made(text_data(tmp_path, **settings)).report.samples_hash for settings in variants[:2]}) == 2
     assert not made(text_data(tmp_path, [*TEXTS[:-1], {"text": "another"}])).report.cached
     assert not made(text_data(tmp_path), tokenizer=byte_tokenizer(bos=True)).report.cached
     limited = Data(train=text_data(tmp_path).train.model_copy(update={"limit": 5}), text="text")

@@ -178,7 +178,7 @@ def test_a_lone_surrogate_is_not_utf8() -> None:
 
 def report_of(path: Path) -> DataReport:
     rows = open_source(Source(path=str(path)), ("text",))
-    return DataReport("train", rows.digest, [file.to_dict() for file in rows.files])
+    return DataReport("train", rows.digest, "samples", [file.to_dict() for file in rows.files])
 
 
 def test_a_file_changed_under_a_run_is_refused_with_the_place(tmp_path: Path) -> None:
@@ -205,8 +205,17 @@ def test_a_file_more_is_a_change(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x\n")
     refuse_change(tmp_path / "record.json", report_of(tmp_path / "*.txt"))
     (tmp_path / "b.txt").write_text("y\n")
-    with pytest.raises(DataError, match="began with 1 file, and now there are 2 files"):
+    with pytest.raises(DataError, match="1 file then, 2 files now"):
         refuse_change(tmp_path / "record.json", report_of(tmp_path / "*.txt"))
+
+
+def test_equal_files_that_give_other_samples_are_a_change(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x\n")
+    report = report_of(tmp_path / "a.txt")
+    refuse_change(tmp_path / "record.json", report)
+    report.samples_hash = "others"
+    with pytest.raises(DataError, match="train data: the files are the same, and other samples come of them"):
+        refuse_change(tmp_path / "record.json", report)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")

@@ -80,7 +80,7 @@ class Batches:
     def _lengths(self, real: np.ndarray) -> np.ndarray:
         """Tokens of each place of the global batch; a filler is as long as the shortest item."""
         lengths = self.dataset.item_lengths[real]
-        return np.pad(lengths, (0, self.batch.global_batch_size - len(real)), constant_values=lengths.min())
+        return np.concatenate([lengths, np.repeat(lengths.min(), self.batch.global_batch_size - len(real))])
 
     def _items(self, real: np.ndarray, places: np.ndarray) -> list[list[Sample]]:
         """The items at these places; the shortest, with nothing supervised, where a place is past the real ones."""

@@ -52,7 +52,9 @@ class DataReport:
     role: str
     source_hash: str
     """Of the contents of the files, in their order; nothing else."""
-    files: list[dict[str, Any]]
+    samples_hash: str = ""
+    """Of all that was made of them: tokens, targets, ids, packs."""
+    files: list[dict[str, Any]] = field(default_factory=list)
     """Of each file: path, bytes, and the hash of every MiB."""
     rows_read: int = 0
     rows_used: int = 0

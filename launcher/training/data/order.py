@@ -28,13 +28,15 @@ def permute(values: np.ndarray, keys: np.ndarray, num_items: int) -> np.ndarray:
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    round_keys = mix(keys + np.arange(NUM_ROUNDS, dtype=np.uint64)[:, None])
     result = values.copy()
     walking = np.arange(len(values))
     while len(walking):
-        low, high, key = result[walking] & low_mask, result[walking] >> low_bits, keys[walking]
-        for round_number in range(0, NUM_ROUNDS, 2):
-            low ^= mix(high ^ mix(key + np.uint64(round_number))) & low_mask
-            high ^= mix(low ^ mix(key + np.uint64(round_number + 1))) & high_mask
+        low, high = result[walking] & low_mask, result[walking] >> low_bits
+        key_pairs = round_keys[:, walking].reshape(NUM_ROUNDS // 2, 2, -1)
+        for low_key, high_key in key_pairs:
+            low ^= mix(high ^ low_key) & low_mask
+            high ^= mix(low ^ high_key) & high_mask
         result[walking] = (high << low_bits) | low
         walking = walking[result[walking] >= num_items]
     return result

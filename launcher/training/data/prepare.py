@@ -25,7 +25,8 @@ from launcher.training.data.rows import TOO_LONG
 from launcher.training.data.sources import Rows, hash_file, open_source
 from launcher.training.tasks.task import Task
 
-FORMAT = 1
+FORMAT = 2
+"""Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
 Role = Literal["train", "evaluation"]
 Progress = Callable[[int, int], None]
@@ -56,6 +57,7 @@ def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, 
         task.labels = dataset.report.labels
     # The same contents may lie elsewhere by now: say where they were found this time.
     dataset.report.files = [file.to_dict() for file in rows.files]
+    dataset.report.cache = str(directory)
     return dataset
 
 
@@ -148,7 +150,7 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     began = time.monotonic()
     if role == "train" and task.needs_labels and not task.labels_given:
         task.fit(rows)
-    report = DataReport(role, rows.digest, [file.to_dict() for file in rows.files], labels=task.labels, cache=str(directory))
+    report = DataReport(role, rows.digest, labels=task.labels)
     writer = Writer(directory)
     for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
         report.rows_read += chunk.num_rows
@@ -166,6 +168,7 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     report.fill = report.num_tokens / (report.num_items * plan.data.max_length) if task.packs else None
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
+    report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
     meta = {"format": FORMAT, "padding_free": task.padding_free, "columns": columns, "files": files, "report": asdict(report)}
     (directory / META).write_text(json.dumps(meta), encoding="utf-8")
 

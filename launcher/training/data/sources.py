@@ -124,22 +124,28 @@ def _open_hub(source: Source, columns: tuple[str, ...]) -> Rows:
 
 
 def refuse_change(record: Path, report: DataReport) -> None:
-    """Hold a run to the data it began with: write what the files are to `record`, or compare with what stands there.
+    """Hold a run to the data it began with: write what it is to `record`, or compare with what stands there.
 
-    Raises DataError naming the file that changed since and the first byte range that differs.
+    Raises DataError naming the file that changed since and the first byte range that differs; or saying that equal files
+    now give other samples, as another version of the tokenizer or of launcher may.
     """
+    now = {"source_hash": report.source_hash, "samples_hash": report.samples_hash, "files": report.files}
     if not record.exists():
-        write_atomically(record, json.dumps({"source_hash": report.source_hash, "files": report.files}) + "\n")
+        write_atomically(record, json.dumps(now) + "\n")
         return
     began = json.loads(record.read_text(encoding="utf-8"))
-    if began["source_hash"] == report.source_hash:
-        return
-    for old, new in zip(began["files"], report.files, strict=False):
+    if began["source_hash"] != now["source_hash"]:
+        raise DataError(f"{_change(began['files'], report.files)}; put it back as it was, or begin a new run")
+    if began["samples_hash"] != now["samples_hash"]:
+        reason = "the files are the same, and other samples come of them: the tokenizer, its version, the settings or launcher changed"
+        raise DataError(f"{report.role} data: {reason} since the run began; go back to what it began with, or begin a new run")
+
+
+def _change(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> str:
+    for old, new in zip(before, now, strict=False):
         if (old["bytes"], old["blocks"]) != (new["bytes"], new["blocks"]):
-            raise DataError(f"{_difference(old, new)}; put the file back, or begin a new run")
-    raise DataError(
-        f"the run began with {_count(began['files'])}, and now there are {_count(report.files)}; put them back, or begin a new run"
-    )
+            return _difference(old, new)
+    return f"the data changed since the run began: {_count(before)} then, {_count(now)} now"
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
