@@ -100,6 +100,8 @@ class FsdpEngine:
         self.model.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that FSDP frees later.
+        self._reshard()
         parameters = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         buffers = {f"model.{name}": buffer for name, buffer in _persistent_buffers(self.model)}
         states = optimizers.state_tensors(self.model, self._optimizer) if self._optimizer else {}
@@ -108,6 +110,9 @@ class FsdpEngine:
     def loaded(self) -> None:
         if self._optimizer:
             optimizers.spread_step(self._optimizer)
+        self._reshard()
+
+    def _reshard(self) -> None:
         for module in nn.Module.modules(self.model):
             if isinstance(module, FSDPModule):
                 module.reshard()
