@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -19,6 +21,7 @@ from launcher.cli.checkpoint import app
 from launcher.errors import CheckpointError, ConfigurationError, LauncherError, StorageError
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint import export as exporting
+from launcher.training.checkpoint import storage
 from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.inspect import describe_tensors, differences
 from launcher.training.checkpoint.reader import CheckpointReader, read_metadata
@@ -28,6 +31,7 @@ from tests.unit.test_checkpoints import check_damage
 
 
 def save(run: Path, tensors: dict[str, torch.Tensor], step: int = 1, **settings: Any) -> Path:
+    run.mkdir(exist_ok=True)
     saver = checkpointer(run, 0, 1, keep_last=9, **settings)
     assert saver.save(tensors, progress(step), {"loss": 1.0 / step}, wait=True)
     (run / "plan.json").write_text(make_plan(1, keep_last=9).to_json())
@@ -300,3 +304,35 @@ def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     for command in ("inspect", "verify"):
         with pytest.raises(CheckpointError, match="has no checkpoint yet"):
             call(command, tmp_path)
+
+
+def direct_is_possible(descriptor: int) -> bool:
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EFAULT])
+def test_a_file_system_that_will_not_write_past_its_cache_gets_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    tensors = {f"model.{number}": torch.randn(1000, 1500) for number in range(3)}
+    usual = save(tmp_path / "usual", tensors)
+    original, refused = os.write, []
+
+    def refuse(descriptor: int, data: Any) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(len(data))
+            raise OSError(error, os.strerror(error))
+        return original(descriptor, data)
+
+    monkeypatch.setattr(os, "write", refuse)
+    careful = save(tmp_path / "careful", tensors)
+    assert (careful / "__0_0.distcp").read_bytes() == (usual / "__0_0.distcp").read_bytes()
+    monkeypatch.setattr(storage, "_set_direct", lambda descriptor, wanted: False)
+    plain = save(tmp_path / "plain", tensors)
+    assert (plain / "__0_0.distcp").read_bytes() == (usual / "__0_0.distcp").read_bytes()
+    with open(tmp_path / "probe", "wb") as probe:
+        assert bool(refused) == direct_is_possible(probe.fileno())
