@@ -12,18 +12,20 @@ import torch
 from torch import distributed
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from launcher.errors import ConfigurationError, DataError, DivergedError, Problem, StorageError
+from launcher.errors import ConfigurationError, DivergedError, Problem, StorageError
 from launcher.planning.plan import Plan
 from launcher.runs import events
+from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.training import model as models
 from launcher.training import tasks
 from launcher.training.cadence import Cadence, Patience
-from launcher.training.checkpoint.checkpointer import Checkpointer, Progress
+from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order
 from launcher.training.data.prepare import prepare
+from launcher.training.data.sources import refuse_change
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
 from launcher.training.engines.engine import Engine
 from launcher.training.engines.fsdp import FsdpEngine
@@ -64,6 +66,9 @@ class Material:
         if plan.data.evaluation is not None:
             evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
         task.configure(config)
+        refuse_change(run.path / "data-train.json", train.report)
+        if evaluation is not None:
+            refuse_change(run.path / "data-evaluation.json", evaluation.report)
         if os.environ.get("RANK", "0") == "0":
             for dataset in filter(None, (train, evaluation)):
                 events.event(run.events_file, "prepared", **dataset.report.to_dict())
@@ -257,7 +262,6 @@ class Trainer:
         """Save; `wait` until it is committed, and raise where it cannot be."""
         self.saving.done(self.state.step, time.monotonic())
         extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
-        extra["data"] = self.material.train.report.source_hash
         if self.patience:
             extra |= {"best": self.patience.best, "num_worse": self.patience.num_worse}
         saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), self.state.metrics, wait=wait)
@@ -270,9 +274,6 @@ class Trainer:
             return
         self.engine.loaded()
         extra = progress.extra
-        if extra["data"] != self.material.train.report.source_hash:
-            files = ", ".join(str(file["path"]) for file in self.material.train.report.files)
-            raise DataError(f"{files} changed since step {progress.step} was saved; put the old data back, or start a new run")
         self.event("resumed", step=progress.step, checkpoint=self.run.checkpoint(progress.step).name)
         skipped, metrics = extra.get("num_skipped_in_a_row", 0), extra.get("metrics", {})
         self.state = State(progress.step, progress.samples, progress.tokens, skipped, metrics)

@@ -100,6 +100,7 @@ class FsdpEngine:
         self.model.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        self._reshard()
         # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that FSDP frees later.
         self._reshard()
         parameters = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -113,6 +114,10 @@ class FsdpEngine:
         self._reshard()
 
     def _reshard(self) -> None:
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Leave only shards. After an evaluation the root unit is still gathered, and its parameters are not the ones that train."""
         for module in nn.Module.modules(self.model):
             if isinstance(module, FSDPModule):
                 module.reshard()
