@@ -114,7 +114,10 @@ def be_a_rank(mode: str, model: Path) -> None:
         # Loading alone is measured: the optimizer's state is made after it, and is twice the shard.
         fsdp.optimizers.build = lambda *_: None  # type: ignore[assignment,return-value]
         engine = fsdp.FsdpEngine(plan, CausalLM(plan.data), models.read_config(plan))
-        assert engine.model is not None
+        # A shard may still be pages of the mapped file. The first step writes them, so they are written here and count.
+        with torch.no_grad():
+            for parameter in engine.model.parameters():
+                models.local_part(parameter).mul_(1.0)
     distributed.barrier()
     time.sleep(0.3)
     distributed.destroy_process_group()
