@@ -112,8 +112,7 @@ def be_a_rank(mode: str, model: Path) -> None:
         )
         plan = decide(job)
         # Loading alone is measured: the optimizer's state is made after it, and is twice the shard.
-        fsdp.optimizers.build = lambda *_: None  # type: ignore[assignment,return-value]
-        engine = fsdp.FsdpEngine(plan, CausalLM(plan.data), models.read_config(plan))
+        engine = fsdp.FsdpEngine(plan, CausalLM(plan.data), models.read_config(plan), trains=False)
         # A shard may still be pages of the mapped file. The first step writes them, so they are written here and count.
         with torch.no_grad():
             for parameter in engine.model.parameters():

@@ -100,7 +100,6 @@ class FsdpEngine:
         self.model.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        self._reshard()
         # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that FSDP frees later.
         self._reshard()
         parameters = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -111,9 +110,6 @@ class FsdpEngine:
     def loaded(self) -> None:
         if self._optimizer:
             optimizers.spread_step(self._optimizer)
-        self._reshard()
-
-    def _reshard(self) -> None:
         self._reshard()
 
     def _reshard(self) -> None:
