@@ -1,0 +1,249 @@
+"""Whole runs of the trainer on tiny models: a run directory made on the spot, and attempts at it on gloo ranks of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from launcher.planning.plan import Plan
+from launcher.runs import events
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.layout import RunDirectory
+from launcher.training.checkpoint.reader import CheckpointReader
+from launcher.training.signals import StopRequest
+from tests.training.plans import plan_of
+from tests.training.ranks import _CONTEXT
+from tests.training.tiny import model_of
+
+_CONTEXT.set_forkserver_preload(
+    ["torch", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+    + ["launcher.training.trainer", "launcher.training.tasks.causal_lm", "tests.training.runs"]
+)
+WORDS = [f"w{number}" for number in range(120)]
+Hook = Callable[[int, StopRequest], None]
+"""Called on each rank before training, with the rank and its stop request: where a test injects what shall go wrong."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, within the vocabulary of the tiny models."""
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "<s>", "</s>", "[UNK]", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", bos_token="<s>", eos_token="</s>", unk_token="[UNK]", model_input_names=["input_ids"]
+    )
+
+
+def model_directory(path: Path, family: str = "llama", auto_class: str = "AutoModelForCausalLM", **changes: Any) -> Path:
+    """A tiny model with its tokenizer."""
+    model_of(family, auto_class, **changes).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def texts(num_rows: int, seed: int = 0) -> Iterator[str]:
+    """Texts of 2 to 60 words, most of them short, in which a word tells something of the next."""
+    generator = random.Random(seed)
+    for _ in range(num_rows):
+        word, length = generator.randrange(120), min(60, 2 + int(generator.expovariate(1 / 14)))
+        words = []
+        for _ in range(length):
+            words.append(WORDS[word])
+            word = (word * 7 + generator.randrange(4)) % 120
+        yield " ".join(words)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """JSON lines; the source as a job names it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"path": str(path)}
+
+
+def causal_data(directory: Path, **changes: Any) -> dict[str, Any]:
+    """200 rows to learn from and 24 held out, packed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    train = write_rows(directory / "train.jsonl", [{"text": text} for text in texts(200)])
+    held_out = write_rows(directory / "evaluation.jsonl", [{"text": text} for text in texts(24, seed=1)])
+    return {"train": train, "evaluation": held_out, "text": "text", "max_length": 64, "packing": True, "num_workers": 1} | changes
+
+
+def batch_of(world_size: int, micro: int, accumulation: int = 1) -> dict[str, int]:
+    """Batch arithmetic of a plan."""
+    size = world_size * micro * accumulation
+    return {"global_batch_size": size, "micro_batch_size": micro, "accumulation_steps": accumulation, "data_parallel_size": world_size}
+
+
+def plan_for(model: Path, data: dict[str, Any], world_size: int = 1, num_steps: int = 6, **changes: Any) -> Plan:
+    """A plan of a few steps. Saves come at the end alone unless `changes` say otherwise."""
+    training = {"learning_rate": 1e-3, "schedule": "constant", "warmup": 0, "max_steps": num_steps} | changes.pop("training", {})
+    checkpoint = {"every": 100_000, "keep_last": 2} | changes.pop("checkpoint", {})
+    values: dict[str, Any] = {"batch": batch_of(world_size, 4 // world_size), "data": data, "training": training, "checkpoint": checkpoint}
+    return plan_of(model, world_size, length={"value": num_steps, "unit": "steps"}, **(values | changes))
+
+
+def new_run(path: Path, plan: Plan) -> RunDirectory:
+    """A run directory as the planner leaves it."""
+    path.mkdir(parents=True)
+    run = RunDirectory(path)
+    run.plan_file.write_text(plan.to_json(), encoding="utf-8")
+    return run
+
+
+@dataclass
+class Attempt:
+    """The ranks of one attempt, under way."""
+
+    processes: list[BaseProcess]
+    pipes: list[Connection]
+    results: list[Any] = field(default_factory=list)
+
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL to one rank, or to all."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+    def join(self, seconds: float = 120) -> None:
+        """Wait for the end of every rank; what hangs is killed, and an error."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.kill()
+        for process in self.processes:
+            process.join()
+        assert not hanging, f"ranks {hanging} were still at it after {seconds} s"
+
+    @property
+    def over(self) -> bool:
+        return not any(process.is_alive() for process in self.processes)
+
+    def errors(self) -> list[BaseException | None]:
+        """What each rank raised, once all have ended. A rank that was killed counts as ProcessLookupError."""
+        self.join()
+        return [_received(pipe) for pipe in self.pipes]
+
+
+def _received(pipe: Connection) -> BaseException | None:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return ProcessLookupError("killed")
+
+
+def start(run: RunDirectory, world_size: int, hook: Hook | None = None, stop_at: int | None = None, cache: Path | None = None) -> Attempt:
+    """Start an attempt as torchrun would, with forked processes in the place of new interpreters."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "XDG_CACHE_HOME": str(cache or run.path.parent / "cache"),
+    }
+    attempt = Attempt([], [])
+    for rank in range(world_size):
+        receiving, sending = _CONTEXT.Pipe(duplex=False)
+        ranked = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = _CONTEXT.Process(target=_rank, args=(run, ranked, sending, hook, stop_at), daemon=True)
+        process.start()
+        sending.close()
+        attempt.processes.append(process)
+        attempt.pipes.append(receiving)
+    return attempt
+
+
+def finish(run: RunDirectory, world_size: int, hook: Hook | None = None, stop_at: int | None = None, cache: Path | None = None) -> None:
+    """One attempt to its end; AssertionError with the ranks' errors where it has any."""
+    errors = [error for error in start(run, world_size, hook, stop_at, cache).errors() if error is not None]
+    assert not errors, "\n".join(str(error) for error in errors)
+
+
+def _rank(run: RunDirectory, environment: dict[str, str], pipe: Connection, hook: Hook | None, stop_at: int | None) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    _log_to(run.path / f"rank-{environment['RANK']}.log")
+    from launcher.training.trainer import train
+
+    error: BaseException | None = None
+    try:
+        stop = StopRequest(30.0)
+        if hook:
+            hook(int(environment["RANK"]), stop)
+        train(run, Plan.read(run.plan_file), 1, stop, stop_at=stop_at)
+    except BaseException as raised:
+        traceback.print_exc()
+        error = _portable(raised)
+    pipe.send(error)
+    pipe.close()
+    os._exit(0 if error is None else 1)  # as the entry point does: no peer, thread or destructor holds it
+
+
+def _log_to(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def _portable(error: BaseException) -> BaseException:
+    try:
+        pickle.loads(pickle.dumps(error))
+        error.add_note(traceback.format_exc())
+        return error
+    except Exception:
+        return RuntimeError(traceback.format_exc())
+
+
+def curve(run: RunDirectory) -> dict[int, dict[str, Any]]:
+    """The training record of each step, without what a clock or a memory says. Steps done twice must agree to the bit."""
+    kept = ("step", "loss", "grad_norm", "learning_rate", "num_samples", "num_tokens", "sample_ids")
+    found: dict[int, dict[str, Any]] = {}
+    for record in events.read(run.metrics_file):
+        if record["kind"] == "train":
+            wanted = {key: record[key] for key in kept}
+            assert repr(found.setdefault(record["step"], wanted)) == repr(wanted), "a step was repeated with other numbers"
+    return found
+
+
+def named(run: RunDirectory, name: str) -> list[dict[str, Any]]:
+    """The events of one name."""
+    return [record for record in events.read(run.events_file) if record["event"] == name]
+
+
+def evaluations(run: RunDirectory) -> dict[int, dict[str, float]]:
+    """The metrics of each evaluation by its step."""
+    return {record["step"]: record["metrics"] for record in events.read(run.metrics_file) if record["kind"] == "evaluation"}
+
+
+def state(run: RunDirectory, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of a whole checkpoint, the newest if none is named."""
+    whole = [stored for stored in list_checkpoints(run) if not stored.problems and step in (None, stored.step)]
+    reader = CheckpointReader(whole[-1].directory)
+    return {name: reader.read(name).clone() for name in reader.names}
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """The same tensors, to the bit."""
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(
+            value.view(torch.uint8) if value.dim() else value, second[name].view(torch.uint8) if value.dim() else second[name]
+        ), name
