@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from launcher.cli.output import print_json, print_table, size
+from launcher.cli.plan import AsJson
+from launcher.cli.run import Run
 
 if TYPE_CHECKING:
     from launcher.runs.checkpoints import Stored
@@ -14,8 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name under runs/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Step = Annotated[int | None, typer.Option("--checkpoint", metavar="STEP", help="The step; the newest by default.")]
 
 
@@ -23,33 +24,6 @@ def _find(run: str) -> RunDirectory:
     from launcher.runs.layout import RunDirectory
 
     return RunDirectory.find(run)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities and no NaN: they are written as words."""
-    if isinstance(value, float) and value - value != 0:
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    typer.echo(json.dumps(_finite(content), indent=2))
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
 
 
 def _pick(run: RunDirectory, step: int | None) -> Stored:
@@ -77,12 +51,12 @@ def _readable(stored: Stored) -> Path:
 def _summary(stored: Stored) -> dict[str, Any]:
     manifest = stored.manifest
     known = {} if manifest is None else manifest.model_dump(mode="json", exclude={"files", "format", "step"})
-    size = 0 if manifest is None else manifest.total_bytes
-    return {"step": stored.step, "path": str(stored.directory), "bytes": size, "problems": list(stored.problems), **known}
+    num_bytes = 0 if manifest is None else manifest.total_bytes
+    return {"step": stored.step, "path": str(stored.directory), "bytes": num_bytes, "problems": list(stored.problems), **known}
 
 
 @app.command("list")
-def list_(run: Run, as_json: Json = False) -> None:
+def list_(run: Run, as_json: AsJson = False) -> None:
     """Show a run's checkpoints, without reading their data."""
     import datetime
 
@@ -90,7 +64,7 @@ def list_(run: Run, as_json: Json = False) -> None:
 
     found = list_checkpoints(_find(run))
     if as_json:
-        return _print_json({"checkpoints": [_summary(stored) for stored in found]})
+        return print_json({"checkpoints": [_summary(stored) for stored in found]})
     if not found:
         typer.echo("no checkpoints yet")
         return None
@@ -102,12 +76,12 @@ def list_(run: Run, as_json: Json = False) -> None:
             continue
         created = datetime.datetime.fromtimestamp(manifest.created).isoformat(sep=" ", timespec="seconds")
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())
-        rows.append([str(stored.step), created, _size(manifest.total_bytes), str(manifest.world_size), metrics, "; ".join(stored.problems)])
-    return _print_table(["step", "saved", "size", "ranks", "metrics", "problems"], rows)
+        rows.append([str(stored.step), created, size(manifest.total_bytes), str(manifest.world_size), metrics, "; ".join(stored.problems)])
+    return print_table(["step", "saved", "size", "ranks", "metrics", "problems"], rows)
 
 
 @app.command()
-def inspect(run: Run, step: Step = None, as_json: Json = False) -> None:
+def inspect(run: Run, step: Step = None, as_json: AsJson = False) -> None:
     """Show what one checkpoint holds: its tensors, and where training was."""
     from dataclasses import asdict
 
@@ -116,20 +90,20 @@ def inspect(run: Run, step: Step = None, as_json: Json = False) -> None:
     stored = _pick(_find(run), step)
     tensors = describe_tensors(_readable(stored))
     if as_json:
-        return _print_json({**_summary(stored), "tensors": [asdict(tensor) for tensor in tensors]})
+        return print_json({**_summary(stored), "tensors": [asdict(tensor) for tensor in tensors]})
     manifest = stored.manifest
     assert manifest is not None
     typer.echo(
         f"step {stored.step}, written by {manifest.world_size} ranks of {manifest.engine} "
-        f"(replicate {manifest.mesh.get('replicate', 1)}, shard {manifest.mesh.get('shard', 1)}), {_size(manifest.total_bytes)}"
+        f"(replicate {manifest.mesh.get('replicate', 1)}, shard {manifest.mesh.get('shard', 1)}), {size(manifest.total_bytes)}"
     )
     typer.echo(f"{manifest.progress.samples:,} samples and {manifest.progress.tokens:,} tokens consumed")
-    rows = [[t.name, " x ".join(map(str, t.shape)) or "scalar", t.dtype, _size(t.num_bytes), str(t.num_pieces)] for t in tensors]
-    return _print_table(["tensor", "shape", "dtype", "size", "pieces"], rows)
+    rows = [[t.name, " x ".join(map(str, t.shape)) or "scalar", t.dtype, size(t.num_bytes), str(t.num_pieces)] for t in tensors]
+    return print_table(["tensor", "shape", "dtype", "size", "pieces"], rows)
 
 
 @app.command()
-def verify(run: Run, step: Step = None, as_json: Json = False) -> None:
+def verify(run: Run, step: Step = None, as_json: AsJson = False) -> None:
     """Read and hash every byte of all checkpoints, or of one; leave with 6 where one is not whole."""
     from launcher.errors import CheckpointError
     from launcher.runs.checkpoints import list_checkpoints, verify
@@ -140,9 +114,9 @@ def verify(run: Run, step: Step = None, as_json: Json = False) -> None:
         raise CheckpointError(f"{directory.path.name} has no checkpoint yet")
     problems = [(stored, verify(stored.directory, directory.run_id())) for stored in chosen]
     if as_json:
-        _print_json({"checkpoints": [{**_summary(stored), "problems": found} for stored, found in problems]})
+        print_json({"checkpoints": [{**_summary(stored), "problems": found} for stored, found in problems]})
     else:
-        _print_table(["step", "verdict"], [[str(stored.step), "; ".join(found) or "whole"] for stored, found in problems])
+        print_table(["step", "verdict"], [[str(stored.step), "; ".join(found) or "whole"] for stored, found in problems])
     if any(found for _, found in problems):
         raise typer.Exit(CheckpointError.exit_code)
 
@@ -153,7 +127,7 @@ def diff(
     first: Annotated[int, typer.Argument(metavar="STEP", help="One step.")],
     second: Annotated[int, typer.Argument(metavar="STEP", help="Another step.")],
     other: Annotated[str | None, typer.Option("--run", metavar="RUN", help="The second step is of this run.")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor."""
     from dataclasses import asdict
@@ -164,12 +138,12 @@ def diff(
     right = _readable(_pick(_find(other or run), second))
     found = list(differences(left, right))
     if as_json:
-        return _print_json({"first": str(left), "second": str(right), "tensors": [asdict(entry) for entry in found]})
+        return print_json({"first": str(left), "second": str(right), "tensors": [asdict(entry) for entry in found]})
     different = [entry for entry in found if entry.status != "equal"]
     typer.echo(f"{len(found) - len(different)} of {len(found)} tensors are equal to the bit")
     if different:
         rows = [[entry.name, entry.status, f"{entry.max_absolute:.3g}", f"{entry.max_relative:.3g}"] for entry in different]
-        _print_table(["tensor", "status", "max absolute", "max relative"], rows)
+        print_table(["tensor", "status", "max absolute", "max relative"], rows)
     return None
 
 
@@ -180,7 +154,7 @@ def prune(
     keep_best: Annotated[int | None, typer.Option(min=0, help="The best that stay as well; the job's own number by default.")] = None,
     metric: Annotated[str | None, typer.Option(help="What the best are ranked by; the job's own metric by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove old checkpoints and what dead attempts left; never the newest whole one."""
     from launcher.planning.plan import Plan
@@ -194,7 +168,7 @@ def prune(
         work = retention.to_prune if dry_run else retention.prune
         removed = work(directory, last, best, metric or kept.metric)
     if as_json:
-        return _print_json({"removed": [stored.step for stored in removed], "leftovers": leftovers, "dry_run": dry_run})
+        return print_json({"removed": [stored.step for stored in removed], "leftovers": leftovers, "dry_run": dry_run})
     names = [stored.name for stored in removed] + leftovers
     typer.echo(f"{'would remove' if dry_run else 'removed'}: {', '.join(names) or 'nothing'}")
     return None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launcher.cli.job import Overrides
+from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks
 from launcher.cli.run import Run
 
@@ -48,7 +48,7 @@ def export(
             "bytes": done.num_bytes,
             "files": list(done.files),
         }
-        typer.echo(json.dumps(shown))
+        print_json(shown)
     else:
         typer.echo(f"step {done.step}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB, in {done.directory}")
 
@@ -66,7 +66,10 @@ def evaluate(
     from launcher.scheduling.supervisor import Watcher
 
     result = evaluate_locally(Request.of(model, job, checkpoint, nproc, overrides), Watcher())
-    typer.echo(json.dumps(result) if as_json else table(result))
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(table(result))
 
 
 def table(result: dict[str, dict[str, float]]) -> str:

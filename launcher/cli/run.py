@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.cli.job import JobFile, Overrides
+from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks
 
 if TYPE_CHECKING:
@@ -55,19 +56,18 @@ def resume(
 
 def status(run: Run, as_json: AsJson = False) -> None:
     """Show how a run is doing."""
-    import json
-
     from launcher.runs.layout import RunDirectory
     from launcher.runs.status import read_status
 
     found = read_status(RunDirectory.find(run))
-    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else describe(found))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo(describe(found))
 
 
 def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) -> None:
     """One attempt with its display, then the summary; leaves with the attempt's exit code."""
-    import json
-
     from launcher.cli.display import Display, summary
     from launcher.runs.status import read_status
     from launcher.scheduling import local
@@ -75,7 +75,7 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     display = Display(plan)
     code = local.run(run, plan, display, stop_at)
     if as_json:
-        typer.echo(json.dumps({**read_status(run).to_dict(), "exit_code": code}, indent=2))
+        print_json({**read_status(run).to_dict(), "exit_code": code})
     elif code == 0:
         typer.echo(summary(run, local.shown(run.path)))
     raise typer.Exit(code)

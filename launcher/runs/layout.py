@@ -23,7 +23,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ class RunDirectory:
 
     def run_id(self) -> str:
         """The run's identity, made up once. Checkpoints carry it, so that another run's shard is known as such."""
-        with contextlib.suppress(FileExistsError):
-            with open(self.run_id_file, "x", encoding="utf-8") as file:
-                file.write(secrets.token_hex(8))
+        with contextlib.suppress(FileExistsError), open(self.run_id_file, "x", encoding="utf-8") as file:
+            file.write(secrets.token_hex(8))
         return self.run_id_file.read_text(encoding="utf-8").strip()
 
     @contextlib.contextmanager

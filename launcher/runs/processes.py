@@ -15,14 +15,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent dies, however that dies.
 
     A parent that was gone before this call cannot be noticed by the kernel any more, so its id is
-    compared with the one it left in the environment.
+    compared with `parent`, or with the one it left in the environment.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    expected = os.environ.get(PARENT_VARIABLE)
+    expected = os.environ.get(PARENT_VARIABLE) if parent is None else parent
     if expected is not None and os.getppid() != int(expected):
         os._exit(128 + signal.SIGKILL)
 

@@ -7,6 +7,7 @@ the sum of the samples' squares instead of the square of the row.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def packed_attention(
     bounds = [0, num_tokens] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     grouped = key.shape[1] != query.shape[1]
     parts = []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         mask = _window(end - begin, sliding_window, query.device)
         parts.append(
             functional.scaled_dot_product_attention(

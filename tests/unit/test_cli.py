@@ -56,7 +56,7 @@ def test_problems_go_to_stderr_with_exit_code_2(job: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["vaildate", "job.yaml"], "Did you mean 'validate'?"),
+        (["vaildate", "job.yaml"], "Did you mean 'validate'"),
         (["validate"], "Missing argument"),
         (["validate", "job.yaml", "--nope"], "No such option"),
         (["plan", "job.yaml", "--nproc", "0"], "greater than or equal to 1"),

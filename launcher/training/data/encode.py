@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from launcher.errors import OutOfMemoryError
+from launcher.runs.processes import die_with_parent
 from launcher.training.data.packing import Packs, gather_sums
 from launcher.training.data.rows import TOO_LONG, Row, RowProblem
 from launcher.training.data.sources import Rows
@@ -27,7 +27,6 @@ from launcher.training.tasks.task import Encoded, Task
 CHUNK_ROWS = 256
 FEWEST_ROWS_FOR_WORKERS = 4096
 """Below, one process with the tokenizer's own threads is done before others have started."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -114,10 +113,7 @@ def _begin_worker(task: Task, tokenizer: Any, parent: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A parent killed with -9 cannot end its workers, and they would wait for it for ever.
-    if hasattr(ctypes.CDLL(None), "prctl"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(parent)
 
 
 def _work(rows: list[Row]) -> Chunk:
