@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -11,11 +12,18 @@ from typing import Any
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Append one record. One write call, so that lines of several processes never mix."""
-    line = json.dumps(record, allow_nan=True, separators=(", ", ": ")) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Append one record. One write call, so that lines of several processes never mix. Raises OSError, as for a full disk.
+
+    After a line that a full disk or a crash cut short, a new one is begun.
+    """
+    line = (json.dumps(record, allow_nan=True, separators=(", ", ": ")) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        end = os.lseek(descriptor, 0, os.SEEK_END)
+        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

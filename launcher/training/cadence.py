@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from launcher.job.schema import Interval
+from launcher.runs.retention import lower_is_better
 
 
 @dataclass
@@ -25,12 +26,16 @@ class Cadence:
             return now - self.last_time >= self.interval.value
         if self.interval.unit == "steps":
             return step // self.interval.value > self.last_step // self.interval.value
-        epochs_before = math.floor(self.last_step / self.steps_per_epoch / self.interval.value)
-        return math.floor(step / self.steps_per_epoch / self.interval.value) > epochs_before
+        return self._periods(step) > self._periods(self.last_step)
 
     def done(self, step: int, now: float) -> None:
         """It happened."""
         self.last_step, self.last_time = step, now
+
+    def _periods(self, step: int) -> int:
+        """Whole periods of epochs after `step` steps; a quotient that rounding left just below a whole number counts as that."""
+        assert self.interval is not None
+        return math.floor(step / (self.steps_per_epoch * self.interval.value) + 1e-9)
 
 
 @dataclass
@@ -43,17 +48,17 @@ class Patience:
     best: float | None = None
     num_worse: int = 0
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether it has run out."""
+        return self.num_worse >= self.patience
+
     def exhausted_by(self, metrics: dict[str, float]) -> bool:
         """Take note of one evaluation; True when patience has run out."""
         value = metrics[self.metric]
         sign = -1.0 if lower_is_better(self.metric) else 1.0
-        if self.best is None or sign * (value - self.best) > self.minimum_delta:
+        if self.best is None or math.isnan(self.best) or sign * (value - self.best) > self.minimum_delta:
             self.best, self.num_worse = value, 0
         else:
             self.num_worse += 1
-        return self.num_worse >= self.patience
-
-
-def lower_is_better(metric: str) -> bool:
-    """Losses, errors and perplexity fall; every other metric here rises."""
-    return metric in ("loss", "perplexity", "mse", "mae")
+        return self.exhausted

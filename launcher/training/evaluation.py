@@ -20,8 +20,22 @@ from launcher.training.tasks.task import Task
 Report = Callable[[int, int], None]
 
 
-def evaluate(engine: Engine, task: Task, dataset: Dataset, plan: Plan, report: Report = lambda done, total: None) -> dict[str, float]:
-    """Metrics over every sample of `dataset`, equal on all ranks."""
+class Interrupted(Exception):
+    """The evaluation was given up on request; there are no metrics."""
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    dataset: Dataset,
+    plan: Plan,
+    report: Report = lambda done, total: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Metrics over every sample of `dataset`, equal on all ranks.
+
+    `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises Interrupted.
+    """
     rank, size = distributed.get_rank(), plan.batch.data_parallel_size
     micro = plan.batch.micro_batch_size
     cut = BatchPlan(global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size)
@@ -29,6 +43,8 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset, plan: Plan, report: R
     totals = np.zeros(3)
     collected: list[tuple[np.ndarray, np.ndarray]] = []
     for step in range(batches.num_steps):
+        if stopping():
+            raise Interrupted
         step_batch = batches.step(step)
         batch = task.collate(step_batch.micro_batches[0])
         output = engine.evaluate(to_device(batch, plan.mesh.device))

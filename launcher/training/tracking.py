@@ -1,9 +1,11 @@
-"""Trackers through accelerate's. A tracker that fails is dropped with a warning; training never notices."""
+"""Where a run's numbers go: its own files, and trackers through accelerate's. Neither of them can stop training."""
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,36 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from launcher.planning.plan import Plan
+from launcher.runs import events
 
 logger = logging.getLogger(__name__)
 
 
+class Journal:
+    """Appends to the run's files. What a full disk refuses waits, in its order, for the next record that it takes."""
+
+    def __init__(self) -> None:
+        self._waiting: collections.deque[tuple[Path, dict[str, Any]]] = collections.deque(maxlen=100_000)
+
+    def append(self, path: Path, record: dict[str, Any]) -> None:
+        """Append a record, after those that wait."""
+        was_empty = not self._waiting
+        self._waiting.append((path, record))
+        try:
+            while self._waiting:
+                events.append(*self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if was_empty:
+                logger.warning("%s: %s; its lines wait for better times", path, error.strerror)
+
+    def event(self, path: Path, name: str, **fields: Any) -> None:
+        """Append an event with the time it happened."""
+        self.append(path, {"time": round(time.time(), 3), "event": name, **fields})
+
+
 class Trackers:
-    """The plan's trackers, on rank 0."""
+    """The plan's trackers, on rank 0. One that fails is left out with a warning."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
         self._trackers: list[GeneralTracker] = []
@@ -45,7 +71,7 @@ class Trackers:
     def _safely(name: str, call: Callable[[], object]) -> bool:
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - whatever a metrics backend raises must not stop training
+        except Exception as error:  # whatever a metrics backend raises must not stop training
             logger.warning("tracker %s failed and is left out from here on: %s", name, error)
             return False
         return True

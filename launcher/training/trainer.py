@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from launcher.errors import ConfigurationError, DivergedError, Problem, StorageError
 from launcher.planning.plan import Plan
-from launcher.runs import events
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.status import last_record, newest_checkpoint
 from launcher.training import model as models
-from launcher.training import tasks
 from launcher.training.cadence import Cadence, Patience
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch
-from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order
-from launcher.training.data.prepare import prepare
-from launcher.training.data.sources import refuse_change
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
 from launcher.training.engines.engine import Engine
 from launcher.training.engines.fsdp import FsdpEngine
-from launcher.training.evaluation import evaluate
+from launcher.training.evaluation import Interrupted, evaluate
+from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
-from launcher.training.tasks.task import Task
-from launcher.training.tracking import Trackers
+from launcher.training.tracking import Journal, Trackers
+
+T = TypeVar("T")
 
 
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
@@ -43,49 +39,6 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, sto
     device = start_process_group(plan)
     trainer = Trainer(run, plan, material, device, stop, stop_at)
     trainer.run_to_the_end()
-
-
-@dataclass(frozen=True)
-class Material:
-    """What training needs before the ranks know each other: config, tokenizer, task and data."""
-
-    config: Any
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
-    train: Dataset
-    evaluation: Dataset | None
-
-    @classmethod
-    def prepare(cls, run: RunDirectory, plan: Plan) -> Material:
-        """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
-        config = models.read_config(plan)
-        tokenizer = models.read_tokenizer(plan)
-        task = tasks.build(plan, tokenizer)
-        train = prepare(plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
-        evaluation = None
-        if plan.data.evaluation is not None:
-            evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
-        task.configure(config)
-        refuse_change(run.path / "data-train.json", train.report)
-        if evaluation is not None:
-            refuse_change(run.path / "data-evaluation.json", evaluation.report)
-        if os.environ.get("RANK", "0") == "0":
-            for dataset in filter(None, (train, evaluation)):
-                events.event(run.events_file, "prepared", **dataset.report.to_dict())
-        return cls(config, tokenizer, task, train, evaluation)
-
-
-def phase_report(run: RunDirectory, phase: str, unit: str) -> Any:
-    """A report function that writes progress events, at most four a second."""
-    last = [0.0]
-
-    def report(done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - last[0] > 0.25:
-            last[0] = now
-            events.event(run.events_file, "phase", phase=phase, done=done, total=total, unit=unit)
-
-    return report
 
 
 @dataclass
@@ -97,10 +50,13 @@ class State:
     num_tokens: int = 0
     num_skipped_in_a_row: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation."""
+    evaluated_step: int = -1
+    """The step after which that was; -1 before the first."""
 
     def progress(self, extra: dict[str, Any]) -> Progress:
         """As a checkpoint stores it."""
-        kept = {"num_skipped_in_a_row": self.num_skipped_in_a_row, "metrics": self.metrics}
+        kept = {"num_skipped_in_a_row": self.num_skipped_in_a_row, "metrics": self.metrics, "evaluated_step": self.evaluated_step}
         return Progress(step=self.step, samples=self.num_items, tokens=self.num_tokens, extra=kept | extra)
 
 
@@ -112,6 +68,7 @@ class Trainer:
     ) -> None:
         self.run, self.plan, self.material, self.device, self.stop, self.stop_at = run, plan, material, device, stop, stop_at
         self.rank = distributed.get_rank()
+        self.journal = Journal()
         self.task = material.task
         num_items = _total_items(plan, material.train.num_items)
         order = Order(plan.training.seed, material.train.num_items, shuffle=True)
@@ -120,34 +77,52 @@ class Trainer:
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.event("phase", phase="loading")
         self.engine: Engine = FsdpEngine(plan, self.task, material.config)
-        self._save_model_files()
+        if self.rank == 0:
+            material.save_model_files(run, self.engine.model)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
         early = plan.training.early_stopping
         self.patience = Patience(early.metric, early.patience, early.minimum_delta) if early else None
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size)
         self._restore()
+        self.first_step = self.state.step
         steps_per_epoch = material.train.num_items / plan.batch.global_batch_size
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, self.state.step)
-        self.evaluating = Cadence(plan.evaluate_every, steps_per_epoch, now, self.state.step)
+        self.evaluating = Cadence(plan.evaluate_every, steps_per_epoch, now, max(0, self.state.evaluated_step))
         self.trackers = Trackers(plan, run.path / "trackers") if self.rank == 0 else None
 
     def run_to_the_end(self) -> None:
         """Evaluate, train, evaluate, save; or stop where told to."""
-        if self.state.step == 0 and not self._agree(self.stop.requested):
-            self._evaluate()
         self._announce()
-        ended_early = False
-        while self.state.step < self.num_steps and not ended_early:
-            due = self._step()
-            if due["stop"]:
-                return self._leave()
-            if due["evaluate"]:
-                ended_early = self._evaluate()
-            if due["save"]:
+        due = self._due_at_the_start()
+        while True:
+            if due["stop"] or (due["evaluate"] and not self._evaluate()):
+                self._leave()
+                return
+            if self._over:
+                break
+            if due["save"] or (due["evaluate"] and self._keeps_best):
                 self._save()
-        self._finish()
+            due = self._step()
+        if self.state.evaluated_step != self.state.step and not self._evaluate():
+            self._leave()
+        else:
+            self._finish()
+
+    def _due_at_the_start(self) -> dict[str, bool]:
+        """The first evaluation, or the one that a stop or a crash came before."""
+        evaluates = self.state.evaluated_step < 0 or self._agree(self.rank == 0 and self.evaluating.due(self.state.step, time.monotonic()))
+        return {"stop": self._agree(self.stop.requested), "evaluate": evaluates, "save": False}
+
+    @property
+    def _over(self) -> bool:
+        return self.state.step >= self.num_steps or (self.patience is not None and self.patience.exhausted)
+
+    @property
+    def _keeps_best(self) -> bool:
+        """Whether what was just evaluated must be saved too, so that the best can be kept."""
+        return self.plan.checkpoint.keep_best > 0 and self.material.evaluation is not None and self.state.step > self.first_step
 
     def _step(self) -> dict[str, bool]:
         """One optimizer step over one global batch; what is due after it, agreed over all ranks."""
@@ -229,34 +204,44 @@ class Trainer:
             "sample_ids": step_batch.sample_ids,
             "time": round(time.time(), 3),
         }
-        events.append(self.run.metrics_file, record)
+        self.journal.append(self.run.metrics_file, record)
         if self.trackers:
             self.trackers.log({f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, self.state.step)
 
     def _evaluate(self) -> bool:
-        """Measure on the held-out rows; True when early stopping has had enough."""
-        self.evaluating.done(self.state.step, time.monotonic())
+        """Measure on the held-out rows. False where a stop was asked for meanwhile; the evaluation is then made when the run goes on."""
         if self.material.evaluation is None:
-            return False
+            self._evaluated({})
+            return True
         report = phase_report(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
-        metrics = evaluate(self.engine, self.task, self.material.evaluation, self.plan, report)
-        self.state.metrics = metrics
+        try:
+            metrics = evaluate(
+                self.engine, self.task, self.material.evaluation, self.plan, report, lambda: self._agree(self.stop.requested)
+            )
+        except Interrupted:
+            return False
+        self._evaluated(metrics)
         if self.rank == 0:
-            events.append(self.run.metrics_file, {"kind": "evaluation", "step": self.state.step, "metrics": metrics})
+            self.journal.append(self.run.metrics_file, {"kind": "evaluation", "step": self.state.step, "metrics": metrics})
         self.event("evaluated", step=self.state.step, metrics=metrics)
         if self.trackers:
             self.trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, self.state.step)
-        return self.patience is not None and self.state.step > 0 and self._patience_over(metrics)
+        self._judge(metrics)
+        return True
 
-    def _patience_over(self, metrics: dict[str, float]) -> bool:
-        assert self.patience is not None
+    def _evaluated(self, metrics: dict[str, float]) -> None:
+        self.state.metrics, self.state.evaluated_step = metrics, self.state.step
+        self.evaluating.done(self.state.step, time.monotonic())
+
+    def _judge(self, metrics: dict[str, float]) -> None:
+        """Early stopping: what this evaluation means for the run's patience."""
+        if self.patience is None:
+            return
         if self.patience.metric not in metrics:
             reason = f"is not among the metrics of this task: {', '.join(sorted(metrics))}"
             raise ConfigurationError(Problem("training.early_stopping.metric", self.patience.metric, reason))
-        over = self.patience.exhausted_by(metrics)
-        if over:
+        if self.state.step > 0 and self.patience.exhausted_by(metrics):
             self.event("early_stopping", step=self.state.step, metric=self.patience.metric, best=self.patience.best)
-        return over
 
     def _save(self, wait: bool = False) -> None:
         """Save; `wait` until it is committed, and raise where it cannot be."""
@@ -264,7 +249,9 @@ class Trainer:
         extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
         if self.patience:
             extra |= {"best": self.patience.best, "num_worse": self.patience.num_worse}
-        saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), self.state.metrics, wait=wait)
+        # Metrics of an older state would rank this one among the best by what it is not.
+        metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
+        saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), metrics, wait=wait)
         if wait and not saved:
             raise StorageError(f"step {self.state.step} could not be saved before leaving; the reason is in {self.run.events_file}")
 
@@ -275,23 +262,33 @@ class Trainer:
         self.engine.loaded()
         extra = progress.extra
         self.event("resumed", step=progress.step, checkpoint=self.run.checkpoint(progress.step).name)
-        skipped, metrics = extra.get("num_skipped_in_a_row", 0), extra.get("metrics", {})
-        self.state = State(progress.step, progress.samples, progress.tokens, skipped, metrics)
+        evaluation = extra.get("metrics", {}), extra.get("evaluated_step", progress.step)
+        self.state = State(progress.step, progress.samples, progress.tokens, extra.get("num_skipped_in_a_row", 0), *evaluation)
         self.loss_scale = LossScale(self.loss_scale.used, extra["loss_scale"], extra["good_steps"])
         if self.patience:
             self.patience.best, self.patience.num_worse = extra.get("best"), extra.get("num_worse", 0)
 
     def _leave(self) -> None:
-        """Stopped on request: everything is saved, and the next attempt goes on here."""
-        self.event("stopping", signal=self.stop.signal_name or "stop-at")
-        self._save(wait=True)
-        self.checkpointer.finish()
-        self.event("stopped", step=self.state.step)
+        """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""
+        signals, seconds_left = zip(*self._from_all((self.stop.signal_name, self.stop.seconds_left())), strict=True)
+        self.event("stopping", signal=next(filter(None, signals), "stop-at"))
+        needed = self._from_all(_seconds_of_last_save(self.run) if self.rank == 0 else 0.0)[0]
+        changed = self.state.step > self.first_step
+        if changed and min(seconds_left) < needed:
+            self.checkpointer.finish()
+            newest = newest_checkpoint(self.run)
+            step = int(newest.name.removeprefix("step-")) if newest else 0
+            reason = f"no save was begun: {min(seconds_left):.0f} s of grace were left, and the last one took {needed:.0f} s"
+            self.event("stopped", step=step, reason=reason, num_steps_lost=self.state.step - step)
+        else:
+            if changed:
+                self._save(wait=True)
+            self.checkpointer.finish()
+            self.event("stopped", step=self.state.step)
         self._close()
 
     def _finish(self) -> None:
-        if self.evaluating.last_step != self.state.step:
-            self._evaluate()
+        """Everything is done and measured: save, and say so."""
         self._save(wait=True)
         self.checkpointer.finish()
         if self.rank == 0:
@@ -317,17 +314,11 @@ class Trainer:
             new_parameters=list(self.engine.new_parameters),
         )
 
-    def _save_model_files(self) -> None:
-        """What an export needs beside the weights: config, tokenizer, generation config."""
-        directory = self.run.path / "model"
-        if self.rank == 0 and not (directory / "config.json").exists():
-            self.material.tokenizer.save_pretrained(directory)
-            generation: GenerationConfig | None = getattr(self.engine.model, "generation_config", None)
-            if generation is not None:
-                generation.save_pretrained(directory)
-            config = self.material.config
-            config.architectures = [models.architecture(self.engine.model)]
-            config.save_pretrained(directory)
+    def _from_all(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        gathered: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, value)
+        return gathered
 
     def _agree(self, wish: bool) -> bool:
         """Whether any rank wishes it."""
@@ -338,7 +329,13 @@ class Trainer:
     def event(self, name: str, **fields: Any) -> None:
         """An event, written once for all ranks."""
         if self.rank == 0:
-            events.event(self.run.events_file, name, **fields)
+            self.journal.event(self.run.events_file, name, **fields)
+
+
+def _seconds_of_last_save(run: RunDirectory) -> float:
+    """What the run's last save took; 0 before the first."""
+    record = last_record(run.events_file, lambda event: event.get("event") == "saved")
+    return float(record["seconds"]) if record else 0.0
 
 
 def _total_items(plan: Plan, num_items: int) -> int:

@@ -1,0 +1,81 @@
+"""What training needs before the ranks know each other, and what an export needs beside the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from launcher.planning.plan import Plan
+from launcher.runs import events
+from launcher.runs.layout import RunDirectory
+from launcher.training import model as models
+from launcher.training import tasks
+from launcher.training.data.dataset import Dataset
+from launcher.training.data.prepare import prepare
+from launcher.training.data.sources import refuse_change
+from launcher.training.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Material:
+    """What training needs before the ranks know each other: config, tokenizer, task and data."""
+
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    train: Dataset
+    evaluation: Dataset | None
+
+    @classmethod
+    def prepare(cls, run: RunDirectory, plan: Plan) -> Material:
+        """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
+        config = models.read_config(plan)
+        tokenizer = models.read_tokenizer(plan)
+        task = tasks.build(plan, tokenizer)
+        train = prepare(plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
+        evaluation = None
+        if plan.data.evaluation is not None:
+            evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
+        task.configure(config)
+        refuse_change(run.path / "data-train.json", train.report)
+        if evaluation is not None:
+            refuse_change(run.path / "data-evaluation.json", evaluation.report)
+        if os.environ.get("RANK", "0") == "0":
+            for dataset in filter(None, (train, evaluation)):
+                events.event(run.events_file, "prepared", **dataset.report.to_dict())
+        return cls(config, tokenizer, task, train, evaluation)
+
+    def save_model_files(self, run: RunDirectory, model: PreTrainedModel) -> None:
+        """Write RUN/model once: config, tokenizer and generation config. For one rank to call."""
+        target = run.path / "model"
+        if target.exists():
+            return
+        # Written aside: killed half-way, it would be taken for whole by the next attempt.
+        directory = target.with_name(f".model-{secrets.token_hex(4)}")
+        self.tokenizer.save_pretrained(directory)
+        generation: GenerationConfig | None = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(directory)
+        self.config.architectures = [models.architecture(model)]
+        self.config.save_pretrained(directory)
+        directory.rename(target)
+
+
+def phase_report(run: RunDirectory, phase: str, unit: str) -> Any:
+    """A report function that writes progress events, at most four a second."""
+    last = [0.0]
+
+    def report(done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - last[0] > 0.25:
+            last[0] = now
+            with contextlib.suppress(OSError):  # a full disk; progress is not worth more
+                events.event(run.events_file, "phase", phase=phase, done=done, total=total, unit=unit)
+
+    return report
