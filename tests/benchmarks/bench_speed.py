@@ -74,8 +74,9 @@ def main() -> None:
                 results[name].append(one)
                 print(json.dumps({"side": name, "round": number} | one), flush=True)
     title = f"{options.precision}, {options.max_length} tokens, {found['date']}"
+    text = describe(results, options, found, rate)
+    print(text)
     if not options.dry:
-        text = describe(results, options, found, rate)
         print(write("speed", title, text, {"conditions": found, "matrix_rate": rate, "results": results}, PREFACE))
 
 
