@@ -1,0 +1,115 @@
+"""The same numbers however a run is cut into ranks, micro-batches and replicas, and what a run writes down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from launcher.planning.plan import Plan
+from launcher.runs import events
+from launcher.runs.layout import RunDirectory
+from tests.training.runs import batch_of, curve, evaluations, finish, named, new_run, plan_for, state
+
+pytestmark = pytest.mark.distributed
+NUM_STEPS = 20
+
+
+def run_of(path: Path, plan: Plan) -> RunDirectory:
+    run = new_run(path, plan)
+    finish(run, plan.mesh.world_size)
+    return run
+
+
+def cut(model: Path, data: dict[str, Any], batch: dict[str, int], num_steps: int = NUM_STEPS, **changes: Any) -> Plan:
+    world_size = batch["data_parallel_size"]
+    return plan_for(model, data, world_size, num_steps, batch=batch, **changes)
+
+
+def numbers(run: RunDirectory) -> torch.Tensor:
+    """Losses and gradient norms of all steps, fp64 [steps, 2]."""
+    return torch.tensor([[record["loss"], record["grad_norm"]] for record in curve(run).values()], dtype=torch.float64)
+
+
+def ids(run: RunDirectory) -> list[str]:
+    return [record["sample_ids"] for record in curve(run).values()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str, Any]) -> RunDirectory:
+    """One process, one micro-batch of all twelve packs."""
+    return run_of(tmp_path_factory.mktemp("whole") / "run", cut(model, data, batch_of(1, 12)))
+
+
+@pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 1, 12), (2, 6, 1), (2, 2, 3), (3, 4, 1), (3, 2, 2), (4, 3, 1), (4, 1, 3)])
+def test_any_cut_gives_the_numbers_of_one_process(
+    world_size: int, micro: int, accumulation: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    run = run_of(tmp_path / "run", cut(model, data, batch_of(world_size, micro, accumulation)))
+    assert len(numbers(run)) == NUM_STEPS and ids(run) == ids(whole)
+    torch.testing.assert_close(numbers(run), numbers(whole), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(evaluations(run)[NUM_STEPS]["loss"]), torch.tensor(evaluations(whole)[NUM_STEPS]["loss"]), rtol=1e-5, atol=0)
+
+
+def test_micro_batch_times_accumulation_is_all_that_counts(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    results = [numbers(run_of(tmp_path / name, cut(model, data, batch_of(1, *sizes)))) for name, sizes in {"1x4": (1, 4), "4x1": (4, 1), "2x2": (2, 2)}.items()]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=0)
+
+
+def test_the_cut_is_really_another(whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """The comparison can fail: another seed, so another order, is far outside the tolerance from the first step on."""
+    other = run_of(tmp_path / "run", cut(model, data, batch_of(1, 12), num_steps=2, training={"seed": 18}))
+    assert not torch.isclose(numbers(other)[0], numbers(whole)[0], rtol=1e-3).any()
+
+
+@pytest.mark.parametrize("mesh", [{"replicate": 2, "shard": 2}, {"replicate": 4, "shard": 1}])
+def test_replicas_of_shards_equal_full_shards(
+    mesh: dict[str, int], whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    changes = {f"mesh__{key}": value for key, value in mesh.items()}
+    run = run_of(tmp_path / "run", cut(model, data, batch_of(4, 3), num_steps=8, checkpoint={"every": 4}, **changes))
+    torch.testing.assert_close(numbers(run), numbers(whole)[:8], rtol=1e-5, atol=0)
+    assert len(named(run, "saved")) >= 2
+
+
+def test_learning_is_learning(whole: RunDirectory) -> None:
+    before, after = evaluations(whole)[0], evaluations(whole)[NUM_STEPS]
+    assert after["loss"] < before["loss"] - 0.2
+    assert named(whole, "finished")[0]["metrics"] == after
+    assert whole.finished
+
+
+def test_every_line_of_metrics_has_every_key(whole: RunDirectory) -> None:
+    keys = {"kind", "step", "loss", "grad_norm", "learning_rate", "num_samples", "num_tokens", "tokens_per_second", "peak_memory_bytes"}
+    records = [record for record in events.read(whole.metrics_file) if record["kind"] == "train"]
+    assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
+    for record in records:
+        assert record.keys() == keys | {"sample_ids", "time"}
+        assert record["num_samples"] >= 12 and 12 * 32 < record["num_tokens"] <= 12 * 64
+        assert record["tokens_per_second"] > 0 and record["peak_memory_bytes"] > 1 << 20
+    assert len({record["sample_ids"] for record in records}) == NUM_STEPS
+
+
+def test_frozen_parameters_stay_and_have_no_state(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    run = run_of(tmp_path / "run", plan_for(model, data, 2, 3, model__freeze=("model.embed_tokens.*", "model.layers.0.*")))
+    tensors = state(run)
+    for name, value in AutoModelForCausalLM.from_pretrained(model).named_parameters():
+        frozen = "embed_tokens" in name or "layers.0." in name
+        assert torch.equal(tensors[f"model.{name}"], value) == frozen, name
+        assert (f"optimizer.{name}.exp_avg" in tensors) != frozen
+
+
+def test_half_an_epoch_ends_half_way(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """By epochs: exactly so many packs, the last step a part of a global batch, the same on two ranks."""
+    runs = [
+        run_of(tmp_path / str(world_size), cut(model, data, batch_of(world_size, 6 // world_size), length={"value": 0.5, "unit": "epochs"}))
+        for world_size in (1, 2)
+    ]
+    num_items = named(runs[0], "prepared")[0]["num_items"]
+    assert len(ids(runs[0])) == -(-round(num_items / 2) // 6) and round(num_items / 2) % 6
+    assert ids(runs[0]) == ids(runs[1])
+    torch.testing.assert_close(numbers(runs[1]), numbers(runs[0]), rtol=1e-5, atol=0)
