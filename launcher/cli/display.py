@@ -18,6 +18,7 @@ from launcher.planning.plan import Plan
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
 from launcher.runs.tail import Tail
+from launcher.scheduling.local import shown
 from launcher.scheduling.supervisor import Watcher
 
 _REFRESH_SECONDS = 0.25
@@ -41,7 +42,7 @@ class Display(Watcher):
     def begin(self, run: RunDirectory, attempt: int) -> None:
         """Start at the files' present end, so that only this attempt is shown."""
         self._tails = Tail(run.events_file, from_end=True), Tail(run.metrics_file, from_end=True)
-        self.say(f"attempt {attempt} in {run.path}")
+        self.say(f"attempt {attempt} in {shown(run.path)}")
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
             self._live.start()

@@ -78,5 +78,5 @@ def micro_batch_limit(
 
 
 def gib(num_bytes: int) -> str:
-    """Bytes for people: `1.5 GiB`."""
-    return f"{num_bytes / 2**30:.1f} GiB"
+    """Bytes of memory for people: `1.5 GiB`, `12 MiB`."""
+    return f"{num_bytes / 2**30:.1f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

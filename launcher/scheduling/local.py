@@ -16,7 +16,7 @@ from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import oom_kills, signal_name
-from launcher.runs.status import last_step
+from launcher.runs.status import last_record, last_step
 from launcher.scheduling.command import ENTRY, agent_command, environment, write_command
 from launcher.scheduling.supervisor import End, Supervisor, Watcher, attempt_directory
 
@@ -65,7 +65,7 @@ def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watc
         event(run.events_file, "stopped", step=last_step(run))
         end.events.add("stopped")
     if "stopped" in end.events:
-        watcher.say(f"stopped after step {last_step(run)}, saved; go on with: launcher resume {shown(run.path)}")
+        watcher.say(f"{_stopped(run)}; go on with: launcher resume {shown(run.path)}")
         return Stopped.exit_code
     failure = _failure(run, number, end, plan, out_of_memory_killer)
     failure = dataclasses.replace(failure, step=last_step(run))
@@ -75,6 +75,15 @@ def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watc
     event(run.events_file, "failed", attempt=number, failure={key: value for key, value in written.items() if key != "traceback"})
     watcher.say(failure.line())
     return failure.exit_code
+
+
+def _stopped(run: RunDirectory) -> str:
+    """What the ranks' last word about a stop comes to: saved, or why not and what that loses."""
+    record = last_record(run.events_file, lambda record: record.get("event") == "stopped") or {}
+    if reason := record.get("reason"):
+        kept = f"the newest checkpoint is of step {record['step']}" if record["step"] else "there is no checkpoint yet"
+        return f"stopped; {reason}; {kept}, {record['num_steps_lost']} steps before"
+    return f"stopped after step {last_step(run)}, saved"
 
 
 def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory_killer: bool) -> Failure:

@@ -12,6 +12,7 @@ import pytest
 from launcher.errors import ConfigurationError
 from launcher.planning.changes import changes, check
 from launcher.planning.plan import Plan
+from launcher.runs.events import append, event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling import local
@@ -71,6 +72,19 @@ def test_the_command_is_torchruns_over_the_entry_point(run: RunDirectory) -> Non
     assert command[-7:] == ["-m", "launcher.training.entry", str(run.path), "--attempt", "3", "--stop-at", "7"]
     assert {"--nproc-per-node=2", "--rdzv-endpoint=127.0.0.1:0", "--max-restarts=0"} <= set(command)
     assert "--stop-at" not in agent_command(run, plan(), 3)
+
+
+def test_a_stop_says_whether_it_saved(run: RunDirectory) -> None:
+    heard = Heard()
+    append(run.metrics_file, {"kind": "train", "step": 7, "loss": 1.0})
+    event(run.events_file, "stopped", step=7)
+    assert local._outcome(run, plan(), 1, End(0, events={"stopped"}), heard, False) == 75
+    event(run.events_file, "stopped", step=4, reason="no save was begun: 2 s of grace were left", num_steps_lost=3)
+    assert local._outcome(run, plan(), 1, End(0, events={"stopped"}), heard, False) == 75
+    assert heard.lines[0].startswith("stopped after step 7, saved; go on with: launcher resume ")
+    assert heard.lines[1].startswith(
+        "stopped; no save was begun: 2 s of grace were left; the newest checkpoint is of step 4, 3 steps before; go on with: "
+    )
 
 
 def test_ranks_get_the_threads_of_the_plan(run: RunDirectory) -> None:
