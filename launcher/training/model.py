@@ -91,17 +91,33 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
                 revision=plan.model.revision or "main",
                 **source,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
     if plan.mesh.world_size == 1:
         model.to(_device(plan.mesh))
         shard(model)
     if mismatched := information.get("mismatched_keys"):
         raise ConfigurationError(Problem("model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"))
-    new = tuple(sorted(set(information["missing_keys"]) & {parameter for parameter, _ in model.named_parameters()}))
+    missing = {*information["missing_keys"], *_materialise(model, _device(plan.mesh))}
+    new = tuple(name for name, _ in model.named_parameters() if name in missing)
     initialise(model, new, plan.training.seed)
     freeze(model, plan.model.freeze)
     return LoadedModel(model, new)
+
+
+def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:
+    """Give memory to parameters that transformers left without, a tied pair of which the files hold neither; their names."""
+    left = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_meta]
+    for name, parameter in left:
+        path, _, key = name.rpartition(".")
+        empty = torch.empty_like(local_part(parameter), device=device)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            empty = DTensor.from_local(empty, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+        setattr(model.get_submodule(path), key, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    if left:
+        model.tie_weights()
+    return [name for name, _ in left]
 
 
 def _model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:

@@ -19,12 +19,13 @@ def build(model: nn.Module, training: Training) -> Optimizer:
     plain = [parameter for _, parameter in trainable if parameter.dim() < 2]
     groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    common: dict[str, Any] = {"lr": training.learning_rate, "fused": True}
+    common: dict[str, Any] = {"lr": training.learning_rate}
     if training.optimizer == "sgd":
-        optimizer: Optimizer = torch.optim.SGD(groups, momentum=training.momentum, **common)
+        # PyTorch has no fused SGD for sharded tensors.
+        optimizer: Optimizer = torch.optim.SGD(groups, momentum=training.momentum, foreach=True, **common)
     else:
         kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(groups, betas=training.betas, eps=training.epsilon, **common)
+        optimizer = kind(groups, betas=training.betas, eps=training.epsilon, fused=True, **common)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = _first_state(training.optimizer, parameter, training.momentum)

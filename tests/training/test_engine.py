@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ def _padded(samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels, "weights": torch.ones(len(samples))}
 
 
+@functools.cache
+def _plain(plan: Plan, task: Any) -> dict[str, Any]:
+    """One rank, worked out once for all tests that compare with it."""
+    [result] = on_ranks(1, steps, plan, task)
+    return result
+
+
 def _check(plain: dict[str, Any], sharded: dict[str, Any], tolerance: float) -> None:
     torch.testing.assert_close(torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=tolerance, atol=0)
     assert sharded["tensors"].keys() == plain["tensors"].keys()
@@ -89,22 +97,27 @@ def _save(directory: Path, family: str, **changes: Any) -> Path:
 
 
 def _batch(world_size: int, micro: int) -> dict[str, int]:
-    return {"global_batch_size": 12, "micro_batch_size": micro, "accumulation_steps": 12 // micro // world_size, "data_parallel_size": world_size}
+    return {
+        "global_batch_size": 12,
+        "micro_batch_size": micro,
+        "accumulation_steps": 12 // micro // world_size,
+        "data_parallel_size": world_size,
+    }
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_two_ranks_equal_one(family: str, directory: Path) -> None:
     path = _save(directory, family, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}))
-    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 2)), Causal)
     assert plain["layers"] == 0 and sharded["layers"] == 3
     _check(plain, sharded, 1e-5)
 
 
-@pytest.mark.parametrize(("world_size", "micro"), [(2, 6), (2, 1), (3, 4), (3, 2), (4, 3), (4, 1), (1, 4)])
+@pytest.mark.parametrize(("world_size", "micro"), [(2, 1), (3, 2), (4, 3), (1, 4)])
 def test_any_cut_of_the_batch_gives_the_same_numbers(world_size: int, micro: int, directory: Path) -> None:
     path = _save(directory, "llama")
-    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     sharded = on_ranks(world_size, steps, plan_of(path, world_size, batch=_batch(world_size, micro)), Causal)
     for result in sharded:
         _check(plain, result, 1e-5)
@@ -113,7 +126,7 @@ def test_any_cut_of_the_batch_gives_the_same_numbers(world_size: int, micro: int
 @pytest.mark.parametrize("mesh", [{"replicate": 2, "shard": 2}, {"replicate": 4, "shard": 1}, {"reshard_after_forward": False}])
 def test_hybrid_and_kept_parameters_equal_full_sharding(mesh: dict[str, Any], directory: Path) -> None:
     path = _save(directory, "llama")
-    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     changes = {f"mesh__{key}": value for key, value in mesh.items()}
     result, *_ = on_ranks(4, steps, plan_of(path, 4, batch=_batch(4, 3), **changes), Causal)
     _check(plain, result, 1e-5)
@@ -146,12 +159,18 @@ def test_half_precision_follows_fp32_and_keeps_fp32_states(precision: str, direc
 def test_classification_with_a_new_head(family: str, directory: Path) -> None:
     """The new head has the same values on any number of ranks, and the repeated layers are units in every encoder."""
     path = directory / f"{family}-encoder"
-    changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    changes = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "seq_classif_dropout": 0.0,
+    }
     model_of(family, "AutoModel").save_pretrained(path)
     config_of(family, num_labels=3, **changes).save_pretrained(path)
     options = {"task": "sequence-classification", "attention": "sdpa"}
-    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12), **options), Classifying)
-    for world_size in (2, 3):
+    plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **options), Classifying)
+    for world_size in (2,) if family != "bert" else (2, 3):
         sharded, *_ = on_ranks(world_size, steps, plan_of(path, world_size, batch=_batch(world_size, 2), **options), Classifying)
         assert sharded["layers"] == 3
         _check(plain, sharded, 1e-5)
@@ -161,7 +180,7 @@ def test_classification_with_a_new_head(family: str, directory: Path) -> None:
 def test_other_optimizers(optimizer: str, directory: Path) -> None:
     path = _save(directory, "llama")
     options = {"training": {"optimizer": optimizer, "max_steps": 4, "weight_decay": 0.1}}
-    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
+    plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
     sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 6), **options), Causal)
     _check(plain, sharded, 1e-5)
     wanted = "exp_avg" if optimizer == "adam" else "momentum_buffer"
@@ -183,7 +202,7 @@ def test_random_weights_do_not_depend_on_the_ranks(directory: Path) -> None:
     path = directory / "config-only"
     config_of("llama").save_pretrained(path)
     options = {"model__weights": "random", "training": {"max_steps": 4, "seed": 5}}
-    [plain] = on_ranks(1, steps, plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
+    plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
     sharded, *_ = on_ranks(3, steps, plan_of(path, 3, batch=_batch(3, 2), **options), Causal)
     _check(plain, sharded, 1e-5)
 
@@ -193,7 +212,7 @@ def test_random_weights_do_not_depend_on_the_ranks(directory: Path) -> None:
     [
         ({"model__freeze": ("nothing.*",)}, "matches no parameter"),
         ({"model__freeze": ("*",)}, "nothing is left to train"),
-        ({"attention": "flash_attention_2"}, "flash"),
+        ({"attention": "flash_attention_2"}, "FlashAttention2"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], text: str, directory: Path) -> None:
