@@ -31,10 +31,8 @@ from tests.training.plans import plan_of
 from tests.training.ranks import _CONTEXT
 from tests.training.tiny import model_of
 
-_CONTEXT.set_forkserver_preload(
-    ["torch", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
-    + ["launcher.training.trainer", "launcher.training.tasks.causal_lm", "tests.training.runs"]
-)
+_PRELOADED = ("torch", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.distributed.checkpoint")
+_CONTEXT.set_forkserver_preload([*_PRELOADED, "launcher.training.trainer", "launcher.training.tasks.causal_lm", "tests.training.runs"])
 WORDS = [f"w{number}" for number in range(120)]
 Hook = Callable[[int, StopRequest], None]
 """Called on each rank before training, with the rank and its stop request: where a test injects what shall go wrong."""

@@ -44,18 +44,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str,
     return run_of(tmp_path_factory.mktemp("whole") / "run", cut(model, data, batch_of(1, 12)))
 
 
-@pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 1, 12), (2, 6, 1), (2, 2, 3), (3, 4, 1), (3, 2, 2), (4, 3, 1), (4, 1, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "micro", "accumulation"), [(1, 1, 12), (2, 6, 1), (2, 2, 3), (3, 4, 1), (3, 2, 2), (4, 3, 1), (4, 1, 3)]
+)
 def test_any_cut_gives_the_numbers_of_one_process(
     world_size: int, micro: int, accumulation: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
     run = run_of(tmp_path / "run", cut(model, data, batch_of(world_size, micro, accumulation)))
     assert len(numbers(run)) == NUM_STEPS and ids(run) == ids(whole)
     torch.testing.assert_close(numbers(run), numbers(whole), rtol=1e-5, atol=0)
-    torch.testing.assert_close(torch.tensor(evaluations(run)[NUM_STEPS]["loss"]), torch.tensor(evaluations(whole)[NUM_STEPS]["loss"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(evaluations(run)[NUM_STEPS]["loss"]), torch.tensor(evaluations(whole)[NUM_STEPS]["loss"]), rtol=1e-5, atol=0
+    )
 
 
 def test_micro_batch_times_accumulation_is_all_that_counts(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    results = [numbers(run_of(tmp_path / name, cut(model, data, batch_of(1, *sizes)))) for name, sizes in {"1x4": (1, 4), "4x1": (4, 1), "2x2": (2, 2)}.items()]
+    results = [
+        numbers(run_of(tmp_path / name, cut(model, data, batch_of(1, *sizes))))
+        for name, sizes in {"1x4": (1, 4), "4x1": (4, 1), "2x2": (2, 2)}.items()
+    ]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=0)
 

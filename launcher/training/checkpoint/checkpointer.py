@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -225,11 +226,13 @@ class Checkpointer:
     def _report_failure(self, save: _Save, reason: str) -> None:
         shutil.rmtree(save.attempt, ignore_errors=True)
         message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # where these lines go may be as full
+            print(f"warning: {message}", file=sys.stderr, flush=True)
         try:
             event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason)
         except OSError as error:
-            print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
 
     def load(self, tensors: Tensors, step: int | None = None) -> Progress | None:
         """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that verifies, or from `step`'s.

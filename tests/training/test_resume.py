@@ -1,0 +1,317 @@
+"""Stopped, moved to another number of ranks, evaluated, out of disk: a run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.errors import DataError, StorageError
+from launcher.planning.plan import Plan
+from launcher.runs import events
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.layout import RunDirectory
+from launcher.training.signals import StopRequest
+from tests.training.runs import assert_equal, batch_of, causal_data, curve, evaluations, finish, named, new_run, plan_for, start, state
+
+pytestmark = pytest.mark.distributed
+
+
+def asked_after(step: int, rank: int, stop: StopRequest, grace: float = 30.0, asked: int = 1) -> None:
+    """A hook: rank `asked` alone is told to stop while it works on the step after `step`."""
+    from launcher.training.trainer import Trainer
+
+    stop.grace_seconds = grace
+    accumulate = Trainer._accumulate
+
+    def interrupted(self: Trainer, batch: Any) -> torch.Tensor:
+        if rank == asked and self.state.step == step:
+            stop.request("SIGUSR1")
+        return accumulate(self, batch)
+
+    Trainer._accumulate = interrupted  # type: ignore[method-assign]
+
+
+def asked_before_training(rank: int, stop: StopRequest) -> None:
+    if rank == 1:
+        stop.request("SIGTERM")
+
+
+def asked_while_evaluating(step: int, rank: int, stop: StopRequest) -> None:
+    """A hook: rank 1 is told to stop in the middle of the evaluation after `step`."""
+    from launcher.training.engines.fsdp import FsdpEngine
+    from launcher.training.trainer import Trainer
+
+    evaluate_batch, evaluate = FsdpEngine.evaluate, Trainer._evaluate
+    at = [-1]
+
+    def noted(self: Trainer) -> bool:
+        at[0] = self.state.step
+        return evaluate(self)
+
+    def interrupted(self: FsdpEngine, batch: Any) -> Any:
+        if rank == 1 and at[0] == step:
+            stop.request("SIGTERM")
+        return evaluate_batch(self, batch)
+
+    Trainer._evaluate, FsdpEngine.evaluate = noted, interrupted  # type: ignore[method-assign]
+
+
+def loaded_state(path: Path, rank: int, stop: StopRequest) -> None:
+    """A hook: write down every tensor, whole, right after the checkpoint was loaded."""
+    from launcher.training.trainer import Trainer
+
+    restore = Trainer._restore
+
+    def noted(self: Trainer) -> None:
+        restore(self)
+        whole = {name: getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)() for name, tensor in self.engine.tensors().items()}
+        if rank == 0:
+            torch.save(whole, path)
+
+    Trainer._restore = noted  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str, Any]) -> RunDirectory:
+    run = new_run(tmp_path_factory.mktemp("whole") / "run", plan(model, data))
+    finish(run, 2)
+    return run
+
+
+def plan(model: Path, data: dict[str, Any], **changes: Any) -> Plan:
+    return plan_for(model, data, 2, 8, **({"evaluate_every": {"value": 3, "unit": "steps"}} | changes))
+
+
+def same(run: RunDirectory, other: RunDirectory) -> None:
+    assert curve(run) == curve(other) and len(curve(run)) == 8
+    assert evaluations(run) == evaluations(other)
+    assert_equal(state(run), state(other))
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [
+        (functools.partial(asked_after, 3), 4),
+        (functools.partial(asked_after, 2), 3),  # where an evaluation is due, that the next attempt must make
+        (functools.partial(asked_after, 7), 8),  # after the last step
+        (asked_before_training, 0),
+        (functools.partial(asked_while_evaluating, 0), 0),
+        (functools.partial(asked_while_evaluating, 6), 6),
+        (functools.partial(asked_while_evaluating, 8), 8),
+    ],
+    ids=["training", "evaluation due", "last step", "before the first", "first evaluation", "evaluation", "last evaluation"],
+)
+def test_a_stop_anywhere_costs_nothing(
+    hook: Any, step: int, never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    run = new_run(tmp_path / "run", plan(model, data))
+    finish(run, 2, hook)
+    [stopped], [stopping] = named(run, "stopped"), named(run, "stopping")
+    assert stopped["step"] == step and stopping["signal"] in ("SIGUSR1", "SIGTERM")
+    assert not run.finished and not named(run, "finished")
+    assert [stored.step for stored in list_checkpoints(run)] == ([step] if step else [])
+    assert len(curve(run)) == step
+    finish(run, 2)
+    assert [record["step"] for record in named(run, "resumed")] == ([step] if step else [])
+    same(run, never_stopped)
+
+
+def test_a_stop_with_too_little_grace_begins_no_save(
+    never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    run = new_run(tmp_path / "run", plan(model, data, checkpoint={"every": 3}))
+    events.event(run.events_file, "saved", step=0, seconds=0.001, bytes=1)
+    finish(run, 2, functools.partial(asked_after, 4, grace=0.0))
+    [stopped] = named(run, "stopped")
+    assert stopped["step"] == 3 and stopped["num_steps_lost"] == 2 and "no save was begun" in stopped["reason"]
+    assert [stored.step for stored in list_checkpoints(run)] == [3]
+    finish(run, 2)
+    assert named(run, "resumed")[0]["step"] == 3
+    same(run, never_stopped)
+
+
+def test_with_grace_enough_it_saves(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """The other side of the decision: 30 s suffice where the last save took 20, not where it took 40."""
+    for seconds, steps in ((20.0, [2]), (40.0, [])):
+        run = new_run(tmp_path / str(seconds), plan(model, data))
+        events.event(run.events_file, "saved", step=0, seconds=seconds, bytes=1)
+        finish(run, 2, functools.partial(asked_after, 1))
+        assert [stored.step for stored in list_checkpoints(run)] == steps
+        assert named(run, "stopped")[0]["step"] == sum(steps)
+
+
+def test_a_checkpoint_after_an_evaluation_is_the_state(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """An evaluation leaves the root unit gathered; what is saved then must be the shards, and neither may change the run."""
+    often, seldom = (
+        new_run(tmp_path / name, plan(model, data, evaluate_every=every, checkpoint={"every": 1, "keep_last": 8}))
+        for name, every in (("often", {"value": 1, "unit": "steps"}), ("seldom", {"value": 100, "unit": "steps"}))
+    )
+    finish(often, 2)
+    finish(seldom, 2)
+    assert len(evaluations(often)) == 9 and len(evaluations(seldom)) == 2
+    for step in range(1, 9):
+        assert_equal(state(often, step), state(seldom, step))
+    name = "model.model.embed_tokens.weight"
+    assert not torch.equal(state(often, 1)[name], state(often, 2)[name])
+
+
+def moved(source: RunDirectory, path: Path, plan: Plan) -> RunDirectory:
+    """The run continued elsewhere, on as many ranks as `plan` says; what it loads is compared with what was saved."""
+    shutil.copytree(source.path, path)
+    run = RunDirectory(path)
+    run.plan_file.write_text(plan.to_json(), encoding="utf-8")
+    saved = state(run)
+    finish(run, plan.mesh.world_size, functools.partial(loaded_state, path / "loaded.pt"))
+    assert_equal(torch.load(path / "loaded.pt"), saved)
+    return run
+
+
+def sized(model: Path, data: dict[str, Any], world_size: int, num_steps: int) -> Plan:
+    return plan_for(model, data, world_size, num_steps, batch=batch_of(world_size, 12 // world_size))
+
+
+def compare(run: RunDirectory, whole: RunDirectory, tolerance: float) -> None:
+    ours, theirs = curve(run), curve(whole)
+    assert [record["sample_ids"] for record in ours.values()] == [record["sample_ids"] for record in theirs.values()]
+    losses = [torch.tensor([record["loss"] for record in records.values()], dtype=torch.float64) for records in (ours, theirs)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=tolerance, atol=0)
+
+
+def test_two_ranks_go_on_as_three(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    run, whole = new_run(tmp_path / "two", sized(model, data, 2, 10)), new_run(tmp_path / "whole", sized(model, data, 2, 10))
+    finish(run, 2, stop_at=4)
+    finish(whole, 2)
+    compare(moved(run, tmp_path / "three", sized(model, data, 3, 10)), whole, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_pair_of_world_sizes(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    whole = new_run(tmp_path / "whole", sized(model, data, 1, 54))
+    finish(whole, 1)
+    worst = 0.0
+    for before in (1, 2, 3, 4):
+        source = new_run(tmp_path / f"{before}", sized(model, data, before, 54))
+        finish(source, before, stop_at=4)
+        for after in {1, 2, 3, 4} - {before}:
+            run = moved(source, tmp_path / f"{before}-{after}", sized(model, data, after, 54))
+            compare(run, whole, 1e-3)
+            worst = max(worst, *(abs(record["loss"] / curve(whole)[step]["loss"] - 1) for step, record in curve(run).items()))
+    print(f"12 pairs of 1 to 4 ranks, 50 steps after the change: losses within {worst:.1e} of one process")
+
+
+def test_changed_data_is_refused(tmp_path: Path, model: Path) -> None:
+    rows = causal_data(tmp_path / "rows")
+    run = new_run(tmp_path / "run", plan_for(model, rows, 1, 4))
+    finish(run, 1, stop_at=2)
+    file = Path(rows["train"]["path"])
+    before = file.read_bytes()
+    file.write_bytes(before.replace(b"w1 ", b"w2 ", 1))
+    [error] = start(run, 1).errors()
+    assert isinstance(error, DataError) and "changed since the run began" in str(error) and str(file) in str(error)
+    file.write_bytes(before)
+    finish(run, 1)
+    assert run.finished
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root alone")
+    yield path
+    for _ in range(50):
+        if subprocess.run(["umount", path], capture_output=True).returncode == 0:
+            return
+        time.sleep(0.1)
+
+
+def fill_after(step: int, path: Path, rank: int, stop: StopRequest) -> None:
+    """A hook: somebody fills the disk while the step after `step` is computed, and clears it two steps later."""
+    from launcher.training.trainer import Trainer
+
+    accumulate = Trainer._accumulate
+
+    def filling(self: Trainer, batch: Any) -> torch.Tensor:
+        if rank == 0 and self.state.step == step:
+            self.checkpointer.finish()
+            _fill(path / "rubbish")
+        if rank == 0 and self.state.step == step + 2:
+            self.checkpointer.finish()
+            (path / "rubbish").unlink()
+        return accumulate(self, batch)
+
+    Trainer._accumulate = filling  # type: ignore[method-assign]
+
+
+def _fill(path: Path) -> None:
+    with open(path, "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 10, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+
+
+@pytest.mark.parametrize("whole_run", [False, True], ids=["checkpoints", "the whole run directory"])
+def test_a_full_disk_stops_no_training(
+    whole_run: bool, small_disk: Path, never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    wanted = plan(model, data, checkpoint={"every": 1, "keep_last": 2})
+    run = new_run(small_disk / "run" if whole_run else tmp_path / "run", wanted)
+    if not whole_run:
+        run.checkpoints.symlink_to(small_disk, target_is_directory=True)
+    finish(run, 2, functools.partial(fill_after, 3, small_disk), cache=tmp_path / "cache")
+    failed = named(run, "save_failed")
+    assert [record["step"] for record in failed] == [4, 5] and all("no space left" in record["reason"].lower() for record in failed)
+    assert [stored.step for stored in list_checkpoints(run)] == [7, 8]
+    same(run, never_stopped)
+
+
+def test_leaving_without_a_save_is_an_error(small_disk: Path, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """Stopped with everything saved is what 75 means; on a full disk that cannot be said."""
+    run = new_run(tmp_path / "run", plan(model, data, checkpoint={"every": 2}))
+    run.checkpoints.symlink_to(small_disk, target_is_directory=True)
+    errors = start(run, 2, functools.partial(fill_after, 3, small_disk), stop_at=5).errors()
+    assert [type(error) for error in errors] == [StorageError, StorageError] and "step 5 could not be saved" in str(errors[0])
+    assert not named(run, "stopped") and [stored.step for stored in list_checkpoints(run)] == [2]
+
+
+def test_after_a_failed_save_the_older_checkpoint_resumes(
+    small_disk: Path, never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    run = new_run(tmp_path / "run", plan(model, data, checkpoint={"every": 2}))
+    run.checkpoints.symlink_to(small_disk, target_is_directory=True)
+    attempt = start(run, 2, functools.partial(fill_after, 3, small_disk))
+    while not named(run, "save_failed") and not attempt.over:
+        time.sleep(0.01)
+    attempt.kill()
+    attempt.join()
+    (small_disk / "rubbish").unlink(missing_ok=True)
+    finish(run, 2)
+    assert named(run, "save_failed")[0]["step"] == 4 and named(run, "resumed")[0]["step"] == 2
+    same(run, never_stopped)
+
+
+def test_an_early_stop_stays_one_after_a_crash(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """Killed between the last save and the word FINISHED, the run is over when it is started again."""
+    worse = {"early_stopping": {"metric": "loss", "patience": 1, "minimum_delta": 100.0}}
+    run = new_run(tmp_path / "run", plan(model, data, training=worse))
+    finish(run, 2)
+    assert run.finished and len(curve(run)) == 6
+    assert named(run, "early_stopping")[0]["step"] == 6
+    run.finished_file.unlink()
+    finish(run, 2)
+    assert run.finished and len(curve(run)) == 6
