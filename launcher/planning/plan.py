@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.job.schema import ActivationCheckpointing, Checkpoint, Data, Interval, Job, Model, Precision, Training
+from launcher.job.schema import ActivationCheckpointing, Checkpoint, Data, Interval, Model, Precision, Training
 
 
 class Frozen(BaseModel):
@@ -100,6 +100,3 @@ class Plan(Frozen):
             mode="json", exclude_none=True, exclude={"decisions", "trackers", "grace_seconds", "checkpoint"}
         )
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
-__all__ = ["BatchPlan", "Decision", "Job", "Length", "Mesh", "Plan"]
