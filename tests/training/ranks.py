@@ -18,6 +18,10 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
 
+PATIENCE_SECONDS = 400
+"""A rank that says nothing for so long hangs. Compiling takes most of it on a busy machine."""
+
+
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on each rank of a new gloo group, one thread each; what the ranks returned, in their order."""
     with socket.socket() as probe:
@@ -34,8 +38,8 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     results = []
     try:
         for rank, pipe in enumerate(pipes):
-            if not pipe.poll(120):
-                raise TimeoutError(f"rank {rank} said nothing for 120 s")
+            if not pipe.poll(PATIENCE_SECONDS):
+                raise TimeoutError(f"rank {rank} said nothing for {PATIENCE_SECONDS} s")
             good, value = pipe.recv()
             if not good:
                 raise AssertionError(f"rank {rank} failed:\n{value}")

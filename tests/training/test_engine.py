@@ -228,3 +228,13 @@ def test_a_model_without_repeated_layers_is_refused() -> None:
 
     with pytest.raises(ConfigurationError, match="no repeated layers"):
         repeated_layers(Flat())  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_compiled_layers_equal_eager_ones(directory: Path) -> None:
+    path = _save(directory, "llama")
+    plan = plan_of(path, 2, batch=_batch(2, 3))
+    eager, _ = on_ranks(2, steps, plan, Causal)
+    compiled, _ = on_ranks(2, steps, plan.model_copy(update={"model": plan.model.model_copy(update={"compile": True})}), Causal)
+    _check(eager, compiled, 1e-5)
+    assert compiled["layers"] == 3
