@@ -22,13 +22,13 @@ class Schedule:
     def of(cls, training: Training, num_steps: int) -> Schedule:
         """The schedule of a run of `num_steps`; a warm-up below 1 is a share of them, from 1 on a number of steps."""
         warmup = training.warmup
-        num_warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+        num_warmup_steps = math.ceil(warmup * num_steps - 1e-9) if warmup < 1 else int(warmup)
         return cls(training.schedule, training.learning_rate, training.minimum_learning_rate, num_warmup_steps, num_steps)
 
     def at(self, step: int) -> float:
         """The learning rate of step `step`. The first step of a warm-up is already above 0, so that no step is wasted."""
         if step < self.num_warmup_steps:
-            return self.peak * (step + 1) / self.num_warmup_steps
+            return self.peak * ((step + 1) / self.num_warmup_steps)
         if self.kind == "constant":
             return self.peak
         if self.kind == "inverse-sqrt":
