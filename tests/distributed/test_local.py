@@ -22,40 +22,14 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive
 from launcher.runs.status import read_status
 from launcher.scheduling import local
+from tests.training.plans import plan_of
 
 HERE = Path(__file__).parent
 
 
 def plan(num_ranks: int = 2, num_steps: int = 10, grace: float = 20.0) -> Plan:
-    return Plan.model_validate(
-        {
-            "name": "tiny",
-            "task": "causal-lm",
-            "engine": "fsdp",
-            "precision": "fp32",
-            "activation_checkpointing": "none",
-            "attention": "sdpa",
-            "num_data_workers": 1,
-            "trackers": [],
-            "grace_seconds": grace,
-            "length": {"value": num_steps, "unit": "steps"},
-            "batch": {"global_batch_size": 8, "micro_batch_size": 4, "accumulation_steps": 1, "data_parallel_size": num_ranks},
-            "mesh": {
-                "nodes": 1,
-                "ranks_per_node": num_ranks,
-                "world_size": num_ranks,
-                "replicate": 1,
-                "shard": num_ranks,
-                "reshard_after_forward": True,
-                "device": "cpu",
-                "threads_per_rank": 1,
-            },
-            "model": {"name": "none"},
-            "data": {"train": {"path": "/none"}, "text": "text"},
-            "training": {},
-            "checkpoint": {},
-        }
-    )
+    batch = {"global_batch_size": 4 * num_ranks, "micro_batch_size": 4, "accumulation_steps": 1, "data_parallel_size": num_ranks}
+    return plan_of(Path("none"), num_ranks, grace_seconds=grace, length__value=num_steps, batch=batch)
 
 
 def make_run(path: Path, fault: dict[str, Any] | None = None, **options: Any) -> RunDirectory:

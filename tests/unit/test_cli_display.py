@@ -10,38 +10,14 @@ from rich.console import Console
 
 from launcher.cli.display import Display, summary
 from launcher.cli.progress import Progress, duration, notice, peak_flops
-from launcher.planning.plan import Plan
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
+from tests.training.plans import plan_of
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path)
-
-
-def plan_on_cpu() -> Plan:
-    mesh = {"nodes": 1, "ranks_per_node": 2, "world_size": 2, "replicate": 1, "shard": 2, "reshard_after_forward": True}
-    return Plan.model_validate(
-        {
-            "name": "tiny",
-            "task": "causal-lm",
-            "engine": "fsdp",
-            "precision": "fp32",
-            "activation_checkpointing": "none",
-            "attention": "sdpa",
-            "num_data_workers": 1,
-            "trackers": [],
-            "grace_seconds": 30,
-            "length": {"value": 10, "unit": "steps"},
-            "batch": {"global_batch_size": 8, "micro_batch_size": 4, "accumulation_steps": 1, "data_parallel_size": 2},
-            "mesh": {**mesh, "device": "cpu", "threads_per_rank": 1},
-            "model": {"name": "none"},
-            "data": {"train": {"path": "/none"}, "text": "text"},
-            "training": {},
-            "checkpoint": {},
-        }
-    )
 
 
 def step(run: RunDirectory, number: int, time: float) -> None:
@@ -53,7 +29,7 @@ def show(run: RunDirectory, terminal: bool) -> str:
     """What an attempt of two steps prints."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=100, no_color=True, highlight=False)
-    display = Display(plan_on_cpu(), console, line_seconds=0)
+    display = Display(plan_of(Path("none"), 2), console, line_seconds=0)
     event(run.events_file, "evaluated", step=99, metrics={"loss": 77.0})
     display.begin(run, 2)
     event(run.events_file, "phase", phase="preparing", done=5, total=10, unit="rows")
@@ -89,7 +65,7 @@ def test_one_live_display_on_a_terminal(run: RunDirectory) -> None:
 
 
 def test_a_display_without_anything_to_show_ends_quietly(run: RunDirectory) -> None:
-    display = Display(plan_on_cpu(), Console(file=io.StringIO()))
+    display = Display(plan_of(Path("none"), 2), Console(file=io.StringIO()))
     display.tick()
     display.end()
 

@@ -18,40 +18,13 @@ from launcher.runs.layout import RunDirectory
 from launcher.scheduling import local
 from launcher.scheduling.command import agent_command, environment, public, write_command
 from launcher.scheduling.supervisor import End, Signals, Watcher, attempt_directory
+from tests.training.plans import plan_of
 
 
 def plan(**changed: Any) -> Plan:
-    content: dict[str, Any] = {
-        "name": "tiny",
-        "task": "causal-lm",
-        "engine": "fsdp",
-        "precision": "fp32",
-        "activation_checkpointing": "none",
-        "attention": "sdpa",
-        "num_data_workers": 1,
-        "trackers": [],
-        "grace_seconds": 30,
-        "length": {"value": 10, "unit": "steps"},
-        "batch": {"global_batch_size": 12, "micro_batch_size": 6, "accumulation_steps": 1, "data_parallel_size": 2},
-        "mesh": {
-            "nodes": 1,
-            "ranks_per_node": 2,
-            "world_size": 2,
-            "replicate": 1,
-            "shard": 2,
-            "reshard_after_forward": True,
-            "device": "cpu",
-            "threads_per_rank": 3,
-        },
-        "model": {"name": "none"},
-        "data": {"train": {"path": "/none"}, "text": "text"},
-        "training": {},
-        "checkpoint": {},
-    }
-    for key, value in changed.items():
-        section, _, name = key.partition("__")
-        content[section] = {**content[section], name: value} if name else value
-    return Plan.model_validate(content)
+    """For two ranks, three threads each; `changed` by dotted names with `__` for the dots."""
+    batch = {"global_batch_size": 12, "micro_batch_size": 6, "accumulation_steps": 1, "data_parallel_size": 2}
+    return plan_of(Path("none"), 2, **{"batch": batch, "mesh__threads_per_rank": 3, **changed})
 
 
 class Heard(Watcher):
@@ -200,7 +173,7 @@ def test_signals_are_caught_and_given_back() -> None:
         ({"mesh__world_size": 4, "batch__data_parallel_size": 4}, {"mesh.world_size", "batch.data_parallel_size"}),
         ({"length": {"value": 20, "unit": "steps"}}, {"length.value"}),
         ({"checkpoint": {"keep_last": 9}}, {"checkpoint.keep_last"}),
-        ({"training": {"max_steps": 9}}, {"training.max_steps"}),
+        ({"training__max_steps": 9}, {"training.max_steps"}),
     ],
 )
 def test_how_it_runs_may_change(changed: dict[str, Any], keys: set[str]) -> None:
@@ -211,13 +184,13 @@ def test_how_it_runs_may_change(changed: dict[str, Any], keys: set[str]) -> None
     ("changed", "key"),
     [
         ({"batch__global_batch_size": 24}, "batch.global_batch_size"),
-        ({"model": {"name": "other"}}, "model.name"),
+        ({"model__name": "other"}, "model.name"),
         ({"data__train": {"path": "/other"}}, "data.train.path"),
         ({"data__max_length": 99}, "data.max_length"),
         ({"data__packing": True}, "data.packing"),
-        ({"training": {"seed": 1}}, "training.seed"),
-        ({"training": {"optimizer": "sgd"}}, "training.optimizer"),
-        ({"training": {"learning_rate": 1.0}}, "training.learning_rate"),
+        ({"training__seed": 1}, "training.seed"),
+        ({"training__optimizer": "sgd"}, "training.optimizer"),
+        ({"training__learning_rate": 1.0}, "training.learning_rate"),
     ],
 )
 def test_what_is_learned_may_not(changed: dict[str, Any], key: str) -> None:
