@@ -83,7 +83,7 @@ class Trainer:
         self.loss_scale = LossScale(plan.precision == "fp16")
         early = plan.training.early_stopping
         self.patience = Patience(early.metric, early.patience, early.minimum_delta) if early else None
-        self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size)
+        self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
         self._restore()
         self.first_step = self.state.step
         steps_per_epoch = material.train.num_items / plan.batch.global_batch_size

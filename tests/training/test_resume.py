@@ -246,6 +246,7 @@ def fill_after(step: int, path: Path, rank: int, stop: StopRequest) -> None:
     def filling(self: Trainer, batch: Any) -> torch.Tensor:
         if rank == 0 and self.state.step == step:
             self.checkpointer.finish()
+            _end_on_a_page(self.run.metrics_file, self.run.events_file)
             _fill(path / "rubbish")
         if rank == 0 and self.state.step == step + 2:
             self.checkpointer.finish()
@@ -253,6 +254,13 @@ def fill_after(step: int, path: Path, rank: int, stop: StopRequest) -> None:
         return accumulate(self, batch)
 
     Trainer._accumulate = filling  # type: ignore[method-assign]
+
+
+def _end_on_a_page(*files: Path) -> None:
+    """Blank lines up to the end of the last block, so that the next line needs another one."""
+    for path in files:
+        with open(path, "a") as file:
+            file.write("\n" * (-path.stat().st_size % 4096))
 
 
 def _fill(path: Path) -> None:

@@ -81,11 +81,15 @@ class Checkpointer:
     printed, and training goes on with the checkpoints there were.
     """
 
-    def __init__(self, run: RunDirectory, plan: Plan, rank: int, world_size: int, read_only: bool = False) -> None:
+    def __init__(
+        self, run: RunDirectory, plan: Plan, rank: int, world_size: int, read_only: bool = False, write_event: Callable[..., None] = event
+    ) -> None:
         """Needs the default process group where world_size is above 1.
 
         Leftovers of dead attempts are cleared away, as whoever started us holds the run's lock; `read_only` leaves all as it is.
+        `write_event(path, name, **fields)` is called from the background thread as well.
         """
+        self._event = write_event
         self._run, self._plan = run, plan
         self._rank, self._world_size = rank, world_size
         self._ranks = Ranks(rank, world_size)
@@ -198,7 +202,7 @@ class Checkpointer:
             return describe(error)
         seconds = round(time.perf_counter() - save.begin, 3)
         try:
-            event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
+            self._event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
             self._prune(manifest.step)
         except OSError as error:
             warnings.warn(f"step {manifest.step} is saved, but older checkpoints could not be removed: {describe(error)}", stacklevel=2)
@@ -229,7 +233,7 @@ class Checkpointer:
         with contextlib.suppress(OSError):  # where these lines go may be as full
             print(f"warning: {message}", file=sys.stderr, flush=True)
         try:
-            event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason)
+            self._event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason)
         except OSError as error:
             with contextlib.suppress(OSError):
                 print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
@@ -278,7 +282,7 @@ class Checkpointer:
         if self._rank == 0:
             reason = "; ".join(problems)
             print(f"checkpoint {stored.name} is not whole and is passed over: {reason}", file=sys.stderr, flush=True)
-            event(self._run.events_file, "rejected", checkpoint=stored.name, reason=reason)
+            self._event(self._run.events_file, "rejected", checkpoint=stored.name, reason=reason)
 
     def _refusal(self, listed: list[Stored], rejected: list[Stored], step: int | None) -> str:
         reasons = "; ".join(f"{stored.name}: {', '.join(stored.problems)}" for stored in rejected)
