@@ -64,6 +64,13 @@ def test_ranks_get_the_threads_of_the_plan(run: RunDirectory) -> None:
     assert environment(run, plan(), 1)["OMP_NUM_THREADS"] == "3"
 
 
+def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert environment(run, plan(), 1)["MALLOC_MMAP_THRESHOLD_"] == "1048576"
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
+    assert environment(run, plan(), 1)["MALLOC_MMAP_THRESHOLD_"] == "4096"
+
+
 def test_no_secret_reaches_command_json(tmp_path: Path) -> None:
     variables = {
         "HF_TOKEN": "hunter2",
