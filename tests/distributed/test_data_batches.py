@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_world import SHARED, batch_of, byte_tokenizer, jsonl, plan_of, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from launcher.training.data.batches import Batches, StepBatch, deal
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order
 from launcher.training.data.prepare import prepare
+from tests.distributed.data_world import SHARED, batch_of, byte_tokenizer, jsonl, plan_of, word_tokenizer
 
 # Every way to cut a global batch of 12 among ranks and accumulation steps.
 LAYOUTS = [(m, a, r) for m in (1, 2, 3, 4, 6, 12) for a in (1, 2, 3, 4, 6, 12) for r in (1, 2, 3, 4, 6, 12) if m * a * r == 12]

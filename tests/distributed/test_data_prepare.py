@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from data_world import byte_tokenizer, jsonl, plan_of, word_tokenizer
 
 from launcher.errors import DataError, OutOfMemoryError, StorageError
 from launcher.job.schema import Data
@@ -23,6 +22,7 @@ from launcher.training.data import encode
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import cache_root, prepare, tokenizer_digest
 from launcher.training.tasks.causal_lm import CausalLM
+from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of, word_tokenizer
 
 TOKENIZER = byte_tokenizer()
 TEXTS = [{"text": "the cat sat " * (1 + number % 7) + str(number)} for number in range(60)]
@@ -114,7 +114,7 @@ def test_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import sys, time, os
         sys.path[:0] = sys.argv[2:]
-        from data_world import plan_of, byte_tokenizer
+        from tests.distributed.data_world import plan_of, byte_tokenizer
         from launcher.job.schema import Data, Source
         from launcher.training import tasks
         from launcher.training.data import encode
@@ -129,7 +129,7 @@ def test_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
         tokenizer = byte_tokenizer()
         prepare(plan.data.train, "train", plan, tasks.build(plan, tokenizer), tokenizer)
     """)
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    paths = [str(Path(__file__).parents[2])]
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "a.jsonl"), *paths], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     worker = int(process.stdout.readline())

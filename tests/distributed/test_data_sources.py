@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_world import SHARED, jsonl
 
 from launcher.errors import DataError
 from launcher.job.schema import Source
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.rows import RowProblem, text_of
 from launcher.training.data.sources import BLOCK, open_source, refuse_change
+from tests.distributed.data_world import SHARED, jsonl
 
 ROWS = [{"text": "the cat", "label": "a"}, {"text": 'say "hi", ö\tnow', "label": "b"}]
 

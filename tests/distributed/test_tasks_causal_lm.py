@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_world import MARKED, byte_tokenizer, plan_of
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Data, Source
@@ -14,6 +13,7 @@ from launcher.training import tasks
 from launcher.training.data.dataset import Sample
 from launcher.training.data.rows import RowProblem
 from launcher.training.tasks.task import Task
+from tests.distributed.data_world import MARKED, byte_tokenizer, plan_of
 
 TRAIN = Source(path="unused.jsonl")
 TEXT = Data(train=TRAIN, text="text")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_world import byte_tokenizer, plan_of, word_tokenizer
 
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.schema import Data, Source
@@ -15,6 +14,7 @@ from launcher.training import tasks
 from launcher.training.data.dataset import Sample
 from launcher.training.data.rows import Row, RowProblem
 from launcher.training.tasks.sequence_classification import SequenceClassification
+from tests.distributed.data_world import byte_tokenizer, plan_of, word_tokenizer
 
 TRAIN = Source(path="unused.jsonl")
 TOKENIZER = word_tokenizer()
