@@ -93,7 +93,8 @@ def plan_for(model: Path, data: dict[str, Any], world_size: int = 1, num_steps: 
     training = {"learning_rate": 1e-3, "schedule": "constant", "warmup": 0, "max_steps": num_steps} | changes.pop("training", {})
     checkpoint = {"every": 100_000, "keep_last": 2} | changes.pop("checkpoint", {})
     values: dict[str, Any] = {"batch": batch_of(world_size, 4 // world_size), "data": data, "training": training, "checkpoint": checkpoint}
-    return plan_of(model, world_size, length={"value": num_steps, "unit": "steps"}, **(values | changes))
+    values["length"] = {"value": num_steps, "unit": "steps"}
+    return plan_of(model, world_size, **(values | changes))
 
 
 def new_run(path: Path, plan: Plan) -> RunDirectory:
