@@ -93,8 +93,13 @@ class RunDirectory:
 
     def run_id(self) -> str:
         """The run's identity, made up once. Checkpoints carry it, so that another run's shard is known as such."""
-        with contextlib.suppress(FileExistsError), open(self.run_id_file, "x", encoding="utf-8") as file:
-            file.write(secrets.token_hex(8))
+        if not self.run_id_file.exists():
+            # Linked into place whole: a crash leaves no empty identity, and of two makers one wins.
+            made = self.run_id_file.with_name(f".run_id.{secrets.token_hex(4)}")
+            made.write_text(secrets.token_hex(8), encoding="utf-8")
+            with contextlib.suppress(FileExistsError):
+                os.link(made, self.run_id_file)
+            made.unlink()
         return self.run_id_file.read_text(encoding="utf-8").strip()
 
     @contextlib.contextmanager
