@@ -30,5 +30,5 @@ def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
         RunDirectory.find("second", tmp_path / "runs")
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "first" / "plan.json").write_text("{}")
-    with pytest.raises(ConfigurationError, match="known runs.*first"):
+    with pytest.raises(ConfigurationError, match=r"known runs.*first"):
         RunDirectory.find("second", tmp_path / "runs")
