@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from launcher.planning.plan import BatchPlan, Length, Mesh, Plan
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.checkpointer import Checkpointer
+from tests.ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.distributed.checkpoint_world", "transformers.models.llama.modeling_llama"])
@@ -144,12 +144,6 @@ def sharded_llama(world_size: int, seed: int) -> dict[str, torch.Tensor]:
 
 def checkpointer(run: Path, rank: int, world_size: int, **checkpoint: Any) -> Checkpointer:
     return Checkpointer(RunDirectory(run), make_plan(world_size, **checkpoint), rank, world_size)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _rank_main(work: Callable[..., Any], rank: int, world_size: int, port: int, arguments: tuple[Any, ...], queue: Any) -> None:

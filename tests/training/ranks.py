@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import distributed
+
+from tests.ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
@@ -24,9 +25,7 @@ PATIENCE_SECONDS = 400
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on each rank of a new gloo group, one thread each; what the ranks returned, in their order."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         receiving, sending = _CONTEXT.Pipe(duplex=False)

@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.signals import StopRequest
+from tests.ports import free_port
 from tests.training.plans import plan_of
 from tests.training.ranks import _CONTEXT
 from tests.training.tiny import model_of
@@ -149,9 +149,7 @@ def _received(pipe: Connection) -> BaseException | None:
 
 def start(run: RunDirectory, world_size: int, hook: Hook | None = None, stop_at: int | None = None, cache: Path | None = None) -> Attempt:
     """Start an attempt as torchrun would, with forked processes in the place of new interpreters."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",

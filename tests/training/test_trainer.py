@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from launcher.planning.plan import Plan
+from launcher.planning.plan import Length, Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory
 from tests.training.runs import batch_of, curve, evaluations, finish, named, new_run, plan_for, state
@@ -112,10 +112,9 @@ def test_frozen_parameters_stay_and_have_no_state(tmp_path: Path, model: Path, d
 
 def test_half_an_epoch_ends_half_way(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     """By epochs: exactly so many packs, the last step a part of a global batch, the same on two ranks."""
-    runs = [
-        run_of(tmp_path / str(world_size), cut(model, data, batch_of(world_size, 6 // world_size), length={"value": 0.5, "unit": "epochs"}))
-        for world_size in (1, 2)
-    ]
+    half = {"length": Length(value=0.5, unit="epochs")}
+    plans = {world_size: cut(model, data, batch_of(world_size, 6 // world_size)).model_copy(update=half) for world_size in (1, 2)}
+    runs = [run_of(tmp_path / str(world_size), plan) for world_size, plan in plans.items()]
     num_items = named(runs[0], "prepared")[0]["num_items"]
     assert len(ids(runs[0])) == -(-round(num_items / 2) // 6) and round(num_items / 2) % 6
     assert ids(runs[0]) == ids(runs[1])
