@@ -152,8 +152,6 @@ def _metrics(job: Job) -> Iterator[Finding]:
 
 def _machine(job: Job) -> Iterator[Finding]:
     cluster = job.cluster
-    if cluster.nodes > 1:
-        yield _finding("cluster.nodes", cluster.nodes, "several machines are not in this version; write 1 and run on this one")
     if cluster.gpus_per_node == 0 and job.model.attention == "flash_attention_2":
         yield _finding(
             "model.attention",

@@ -29,7 +29,10 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
         if source is not None and source.path is not None:
             sources[role] = _source(source, f"data.{role}.path", folder, problems)
     data: Data = job.data.model_copy(update=sources)
-    return job.model_copy(update={"data": data, "model": _model(job.model, folder, problems)}), problems
+    memory = job.memory
+    if memory.offload_to != "cpu":
+        memory = memory.model_copy(update={"offload_to": str((folder / Path(memory.offload_to).expanduser()).absolute())})
+    return job.model_copy(update={"data": data, "memory": memory, "model": _model(job.model, folder, problems)}), problems
 
 
 def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> Source:

@@ -14,18 +14,8 @@ from launcher.job.describe import choices, docstring, expected_of, keys, section
 from launcher.job.schema import Job
 
 LATER = {
-    "parallel.engine": ({"deepspeed"}, "DeepSpeed is not in this version; fsdp shards the same state, so write fsdp"),
-    "parallel.shard": ({"optimizer"}, "not in this version; the nearest is gradients, which cuts the gradients as well"),
-    "memory.offload": ({"optimizer", "parameters"}, "not in this version; write none, and more ranks or a smaller micro-batch for memory"),
-    "memory.offload_to": (None, "not in this version, since memory.offload can only be none"),
-    **{
-        f"cluster.{key}": (None, "Slurm is not in this version; leave it out and run on this machine with `launcher run`")
-        for key in ("profile", "time_limit", "partition", "account", "qos", "constraint", "reservation", "exclude", "nodelist", "mem")
-    },
-    "cluster.gpu": (
-        None,
-        "planning for another machine's GPUs is not in this version; the GPUs of this machine are found, so leave it out",
-    ),
+    "cluster.profile": (None, "profiles of sites are not in this version; write the keys of the profile under cluster"),
+    "cluster.gpu": (None, "planning for a named GPU is not in this version; leave it out (cluster.gpus_per_node says how many there are)"),
 }
 """Keys of the design that a later version brings: the values meant (None: any), and what to write today."""
 
@@ -127,6 +117,8 @@ def _reason(item: Any, field: FieldInfo | None, value: Any) -> str:
         return f"write a section of keys: {item['msg']}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
+    if item["type"] == "string_pattern_mismatch" and "x1f" in item["ctx"]["pattern"]:
+        return "write it on one line, without control characters"
     if item["type"] == "string_pattern_mismatch":
         return "write letters, digits, `.`, `_` and `-`, beginning with a letter or a digit"
     if item["type"] == "string_too_long":

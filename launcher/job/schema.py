@@ -16,6 +16,9 @@ Auto = Literal["auto"]
 TaskName = Literal["causal-lm", "sequence-classification"]
 Precision = Literal["bf16", "fp16", "fp32"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
+EngineName = Literal["fsdp", "deepspeed"]
+Sharding = Literal["full", "gradients", "optimizer", "none"]
+Offload = Literal["none", "optimizer", "parameters"]
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*$")
@@ -62,6 +65,7 @@ Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Every = Annotated[Interval, BeforeValidator(parse_interval)]
 Columns = str | tuple[str, ...]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
 class Model(Section):
@@ -193,19 +197,27 @@ class Memory(Section):
 
     activation_checkpointing: ActivationCheckpointing | Auto = "auto"
     """`full` recomputes each layer, `selective` all but its matrix products, `none` keeps everything."""
-    offload: Literal["none"] = "none"
-    """Where optimizer state and parameters live: on the device."""
+    offload: Offload = "none"
+    """What lives off the device between uses: nothing, the `optimizer` state, or the `parameters` and the optimizer state."""
+    offload_to: str = Field(default="cpu", min_length=1)
+    """`cpu` (the host's memory), or a directory on NVMe."""
 
 
 class Parallel(Section):
     """What is cut among the ranks."""
 
-    engine: Literal["fsdp"] | Auto = "auto"
-    """The sharding engine."""
-    shard: Literal["full", "gradients", "none"] | Auto = "auto"
-    """`full`: parameters, gradients and optimizer; `gradients`: parameters stay gathered after the forward pass; `none`: whole copies."""
+    engine: EngineName | Auto = "auto"
+    """The sharding engine: PyTorch's FSDP2, or DeepSpeed's ZeRO."""
+    shard: Sharding | Auto = "auto"
+    """`full`: parameters, gradients and optimizer (ZeRO-3); `gradients`: gradients and optimizer (ZeRO-2); `optimizer` (ZeRO-1); `none`."""
     replicate: int = Field(default=1, ge=1)
-    """Whole copies of the model (hybrid sharding): ranks are replicate x shard."""
+    """Whole copies of the model (hybrid sharding, FSDP): ranks are replicate x shard."""
+    secondary_shard: int = Field(default=1, ge=1)
+    """ZeRO++ hpZ (DeepSpeed): the ranks, those of a node, that keep a second copy of the parameters to gather from. 1: none."""
+    quantized_weights: bool = False
+    """ZeRO++ qwZ (DeepSpeed, GPUs): gather parameters as 8-bit blocks."""
+    quantized_gradients: bool = False
+    """ZeRO++ qgZ (DeepSpeed, GPUs): reduce gradients as 4-bit blocks."""
 
 
 class Checkpoint(Section):
@@ -236,6 +248,24 @@ class Cluster(Section):
     """Processes of each node; with GPUs it is their number."""
     threads_per_rank: Annotated[int, Field(ge=1)] | Auto = "auto"
     """CPU threads of each rank."""
+    time_limit: Seconds | None = None
+    """Slurm: seconds (or 8h, 2d) that the job may take."""
+    partition: Line | None = None
+    """Slurm: the partition, or several with commas."""
+    account: Line | None = None
+    """Slurm: who pays."""
+    qos: Line | None = None
+    """Slurm: the quality of service."""
+    reservation: Line | None = None
+    """Slurm: the reservation."""
+    constraint: Line | None = None
+    """Slurm: features that the nodes must have."""
+    exclude: Line | None = None
+    """Slurm: nodes to leave out."""
+    nodelist: Line | None = None
+    """Slurm: nodes to take."""
+    mem: Line | None = None
+    """Slurm: memory of each node, as 200G; 0 takes all of it."""
     grace: Seconds = 30.0
     """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
 

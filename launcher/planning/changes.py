@@ -11,6 +11,11 @@ from launcher.planning.plan import Plan
 ALLOWED = (
     "name",
     "engine",
+    "sharding",
+    "offload",
+    "offload_to",
+    "zero",
+    "slurm",
     "precision",
     "activation_checkpointing",
     "attention",

@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import asdict
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError
 from launcher.job.schema import ActivationCheckpointing, Job, Precision
-from launcher.planning.batch import divide, divisors, nearest
+from launcher.planning.batch import divide
+from launcher.planning.buckets import Buckets
+from launcher.planning.decider import Decider
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Attention, Decision, Engine, Length, Mesh, Plan
-
-Value = TypeVar("Value", bound=str | int | float | bool)
+from launcher.planning.plan import Attention, Length, Mesh, Plan, Slurm, Zero
+from launcher.planning.ranks import mesh as arrange
+from launcher.planning.sharding import STAGES, Layout
 
 _STATE_BYTES = {"adamw": 16, "adam": 16, "sgd": 12}
 _FLASH = "write sdpa or auto, which have no padding either"
 
 
-@dataclass
-class Decider:
-    """The job, the machine, and the decisions so far."""
-
-    job: Job
-    hardware: Hardware
-    nproc: int | None
-    decisions: list[Decision] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def decide(self, key: str, value: Value, reason: str) -> Value:
-        """Write a decision down and return its value."""
-        self.decisions.append(Decision(key=key, value=value, reason=reason))
-        return value
-
-    def refuse(self, key: str, value: object, reason: str) -> None:
-        """Write a problem down; `plan` raises them all together."""
-        self.problems.append(Problem(key, value, reason))
-
-
-def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None) -> Plan:
+def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, local: bool = True) -> Plan:
     """Decide everything that `job` leaves open, for `nproc` ranks where that is given.
 
+    Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse.
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide, packages that are missing.
     """
-    decider = Decider(job, hardware or Hardware.detect(), nproc)
-    mesh = _mesh(decider)
+    decider = Decider(job, hardware or Hardware.detect(), nproc, local)
+    mesh, placed = arrange(decider)
     precision = _precision(decider, mesh)
     attention = _attention(decider, mesh)
     trackers = _trackers(decider)
     num_workers = _num_workers(decider)
-    engine: Engine = "fsdp"
-    if job.parallel.engine == "auto":
-        decider.decide("parallel.engine", engine, "the one engine of this version")
     if decider.problems:
         raise ConfigurationError(decider.problems)
     checkpointing, limit, limit_reason = _memory(decider, mesh, precision)
@@ -65,7 +44,12 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None) -
     return Plan(
         name=job.name,
         task=job.model.task,
-        engine=engine,
+        engine=placed.engine,
+        sharding=placed.sharding,
+        offload=placed.offload,
+        offload_to=placed.offload_to,
+        zero=_zero(decider, placed),
+        slurm=_slurm(job),
         precision=precision,
         activation_checkpointing=checkpointing,
         attention=attention,
@@ -81,82 +65,6 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None) -
         checkpoint=job.checkpoint,
         evaluate_every=job.training.evaluate_every,
         decisions=tuple(decider.decisions),
-    )
-
-
-def _mesh(decider: Decider) -> Mesh:
-    cluster, parallel = decider.job.cluster, decider.job.parallel
-    num_gpus = _num_gpus(decider)
-    ranks = _ranks(decider, num_gpus)
-    cores = decider.hardware.num_cores
-    if cluster.threads_per_rank == "auto":
-        threads = max(1, cores // ranks)
-        shared = "; the ranks share cores, and will be slow" if ranks > cores else ""
-        decider.decide("cluster.threads_per_rank", threads, f"{cores} cores over {ranks} ranks{shared}")
-    else:
-        threads = cluster.threads_per_rank
-    world = cluster.nodes * ranks
-    replicate = parallel.replicate
-    if world % replicate:
-        working = nearest(replicate, divisors(world))
-        decider.refuse(
-            "parallel.replicate", replicate, f"{world} ranks cannot be cut into {replicate} equal copies; the nearest that work: {working}"
-        )
-        replicate = 1
-    shard = parallel.shard
-    if shard == "auto":
-        whole = world == replicate
-        reason = "one rank holds a whole copy" if whole else "the least memory of a rank"
-        shard = decider.decide("parallel.shard", "none" if whole else "full", reason)
-    if shard == "none" and replicate not in (1, world):
-        decider.refuse(
-            "parallel.replicate",
-            replicate,
-            f"shard: none is a whole copy on each of the {world} ranks; leave replicate out or write {world}",
-        )
-    replicate = world if shard == "none" else replicate
-    return Mesh(
-        nodes=cluster.nodes,
-        ranks_per_node=ranks,
-        world_size=world,
-        replicate=replicate,
-        shard=world // replicate,
-        reshard_after_forward=shard == "full",
-        device="cuda" if num_gpus else "cpu",
-        threads_per_rank=threads,
-    )
-
-
-def _num_gpus(decider: Decider) -> int:
-    asked, seen = decider.job.cluster.gpus_per_node, len(decider.hardware.gpus)
-    if asked == "auto":
-        note = f"{seen} seen: {decider.hardware.gpus[0].name}" if seen else f"none seen: {decider.hardware.gpu_note or 'CPU'}"
-        return decider.decide("cluster.gpus_per_node", seen, note)
-    if asked > seen:
-        why = f" ({decider.hardware.gpu_note})" if decider.hardware.gpu_note else ""
-        decider.refuse(
-            "cluster.gpus_per_node", asked, f"{seen} seen on this machine{why}; write {seen}{'' if seen else ' to train on the CPU'}"
-        )
-    return asked
-
-
-def _ranks(decider: Decider, num_gpus: int) -> int:
-    asked, nproc = decider.job.cluster.ranks_per_node, decider.nproc
-    if nproc is not None and nproc < 1:
-        decider.refuse("--nproc", nproc, "at least one rank has to work")
-        return 1
-    if nproc is not None:
-        if num_gpus and nproc > num_gpus:
-            decider.refuse("--nproc", nproc, f"each rank needs a GPU of its own, and there are {num_gpus}")
-        return decider.decide("cluster.ranks_per_node", nproc, "asked for with --nproc")
-    if asked != "auto":
-        if num_gpus and asked != num_gpus:
-            decider.refuse("cluster.ranks_per_node", asked, f"each GPU has one rank, and there are {num_gpus}; leave it out")
-        return asked
-    if num_gpus:
-        return decider.decide("cluster.ranks_per_node", num_gpus, "one for each GPU")
-    return decider.decide(
-        "cluster.ranks_per_node", 1, "on a CPU one rank already uses every core; more only add communication (--nproc N to have them)"
     )
 
 
@@ -180,7 +88,7 @@ def _attention(decider: Decider, mesh: Mesh) -> Attention:
     if model.attention == "flash_attention_2":
         if mesh.device == "cpu":
             decider.refuse("model.attention", model.attention, f"needs a GPU, and this runs on the CPU; {_FLASH}")
-        elif importlib.util.find_spec("flash_attn") is None:
+        elif importlib.util.find_spec("flash_attn") is None and decider.local:
             decider.refuse("model.attention", model.attention, f"the package flash-attn is not installed; {_FLASH}")
         return model.attention
     if model.task == "causal-lm" and model.attention in ("auto", "sdpa"):
@@ -214,15 +122,17 @@ def _memory(decider: Decider, mesh: Mesh, precision: Precision) -> tuple[Activat
     """Recomputation, the most samples of a pass, and what sets that limit."""
     job, hardware = decider.job, decider.hardware
     num_tokens = job.data.max_length
-    memory = min(gpu.memory_bytes for gpu in hardware.gpus) if mesh.device == "cuda" else hardware.memory_bytes // mesh.ranks_per_node
+    memory = _rank_memory(hardware, mesh, decider.local)
     shape = ModelShape.read(job.model)
     setting = None
-    if shape is not None:
+    if shape is not None and memory:
         gathered = mesh.shard > 1 and not mesh.reshard_after_forward
         setting = Setting(shape, precision, _STATE_BYTES[job.training.optimizer], mesh.shard, gathered)
     way = job.memory.activation_checkpointing
     if way == "auto":
-        if setting is None:
+        if not memory:
+            way, reason = "full", "the memory of the GPUs that it will run on is not known here, and this needs the least"
+        elif setting is None:
             way, reason = "none", "the model's size is not known before it is fetched; write full or selective if memory runs out"
         else:
             way, reason = choose_checkpointing(setting, memory, num_tokens)
@@ -230,6 +140,38 @@ def _memory(decider: Decider, mesh: Mesh, precision: Precision) -> tuple[Activat
         decider.decide("memory.activation_checkpointing", way, reason)
     limit, why = micro_batch_limit(setting, way, memory, num_tokens, mesh.device)
     return way, limit, why
+
+
+def _rank_memory(hardware: Hardware, mesh: Mesh, local: bool) -> int:
+    """Bytes of a rank; 0 where it runs on GPUs that are not here."""
+    if mesh.device == "cpu":
+        return hardware.memory_bytes // mesh.ranks_per_node
+    return min((gpu.memory_bytes for gpu in hardware.gpus), default=0)
+
+
+def _zero(decider: Decider, placed: Layout) -> Zero | None:
+    """DeepSpeed's stage and sizes, each written down with its reason."""
+    if placed.engine != "deepspeed" or placed.sharding == "none":
+        return None
+    parallel = decider.job.parallel
+    sizes, reasons = Buckets.of(ModelShape.read(decider.job.model), placed.offload_to != "cpu")
+    for name, reason in reasons.items():
+        decider.decide(f"zero.{name}", getattr(sizes, name), reason)
+    return Zero(
+        stage=STAGES[placed.sharding],
+        **asdict(sizes),
+        secondary_shard=parallel.secondary_shard,
+        quantized_weights=parallel.quantized_weights,
+        quantized_gradients=parallel.quantized_gradients,
+    )
+
+
+def _slurm(job: Job) -> Slurm:
+    cluster = job.cluster
+    names = ("partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist", "mem")
+    options = {name: value for name in names if (value := getattr(cluster, name)) is not None}
+    minutes = {} if cluster.time_limit is None else {"time_limit_minutes": max(1, int(cluster.time_limit // 60))}
+    return Slurm(options=options, **minutes)
 
 
 def _length(decider: Decider) -> Length:

@@ -27,6 +27,8 @@ class ModelShape:
     hidden_size: int
     num_layers: int
     intermediate_size: int
+    layer_parameters: int
+    """Of one repeated layer, by the config."""
 
     @classmethod
     def read(cls, model: Model) -> ModelShape | None:
@@ -44,17 +46,18 @@ class ModelShape:
             return None
         intermediate = found["intermediate_size"] or 4 * hidden
         counted = 0 if model.weights == "random" else stored_parameters(Path(model.name))
-        return cls(counted or _estimate(sizes, hidden, layers, intermediate, found["vocab_size"]), hidden, layers, intermediate)
+        layer = _layer(sizes, hidden, intermediate)
+        embeddings = found["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
+        return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer)
 
 
-def _estimate(config: dict[str, Any], hidden: int, layers: int, intermediate: int, vocabulary: int) -> int:
-    """Parameters of a transformer by its config, with gated layers where the activation is SiLU."""
+def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:
+    """Parameters of one layer of a transformer by its config, with a gate where the activation is SiLU."""
     heads = config.get("num_attention_heads") or 1
     share = (config.get("num_key_value_heads") or heads) / heads
     attention = hidden * hidden * (2 + 2 * share)
     feed_forward = hidden * intermediate * (3 if "silu" in str(config.get("hidden_act", "")) else 2)
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings", True) else 2)
-    return int(layers * (attention + feed_forward) + embeddings)
+    return int(attention + feed_forward)
 
 
 def stored_parameters(directory: Path) -> int:

@@ -13,14 +13,24 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.job.schema import ActivationCheckpointing, Checkpoint, Data, Interval, Model, Precision, Training
+from launcher.job.schema import (
+    ActivationCheckpointing,
+    Checkpoint,
+    Data,
+    EngineName,
+    Interval,
+    Model,
+    Offload,
+    Precision,
+    Sharding,
+    Training,
+)
 
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, defer_build=True)
 
 
-Engine = Literal["fsdp"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "packed"]
 
 
@@ -61,13 +71,44 @@ class Mesh(Frozen):
     threads_per_rank: int
 
 
+class Zero(Frozen):
+    """What DeepSpeed's ZeRO asks for besides the stage; sizes are numbers of elements."""
+
+    stage: Literal[1, 2, 3]
+    reduce_bucket_size: int
+    allgather_bucket_size: int
+    prefetch_bucket_size: int
+    persistence_threshold: int
+    max_live_parameters: int
+    sub_group_size: int
+    secondary_shard: int = 1
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
+
+
+class Slurm(Frozen):
+    """What a submission asks of Slurm besides nodes and GPUs."""
+
+    time_limit_minutes: int | None = None
+    options: dict[str, str] = {}
+    """sbatch's own long options by name."""
+
+
 class Plan(Frozen):
     """Everything the trainer needs to know."""
 
     format: Literal[1] = 1
     name: str
     task: str
-    engine: Engine
+    engine: EngineName
+    sharding: Sharding
+    """What is cut among the ranks."""
+    offload: Offload = "none"
+    offload_to: str = "cpu"
+    """`cpu`, or an absolute directory."""
+    zero: Zero | None = None
+    """Where the engine is DeepSpeed."""
+    slurm: Slurm = Slurm()
     precision: Precision
     activation_checkpointing: ActivationCheckpointing
     attention: Attention
@@ -97,6 +138,6 @@ class Plan(Frozen):
     def digest(self) -> str:
         """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
         kept: dict[str, Any] = self.model_dump(
-            mode="json", exclude_none=True, exclude={"decisions", "trackers", "grace_seconds", "checkpoint"}
+            mode="json", exclude_none=True, exclude={"decisions", "trackers", "grace_seconds", "checkpoint", "slurm"}
         )
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ def plan_of(model: Path, world_size: int = 1, **changes: Any) -> Plan:
         "name": "test",
         "task": "causal-lm",
         "engine": "fsdp",
+        "sharding": "full",
         "precision": "fp32",
         "activation_checkpointing": "none",
         "attention": "packed",

@@ -266,3 +266,120 @@ def test_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     made = plan(job(), 2, CPU)
     (tmp_path / "plan.json").write_text(made.to_json())
     assert Plan.read(tmp_path / "plan.json") == made
+
+
+DEEPSPEED = {"parallel__engine": "deepspeed"}
+
+
+@pytest.fixture
+def deepspeed_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning asks only whether the package is installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "deepspeed" else found(name))
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"parallel__shard": "optimizer"}, "parallel.shard: optimizer"),
+        ({"memory__offload": "optimizer"}, "memory.offload: optimizer"),
+        ({"parallel__secondary_shard": 2}, "ZeRO++"),
+    ],
+)
+@pytest.mark.usefixtures("deepspeed_is_there")
+def test_the_engine_is_the_one_that_can(keys: dict[str, Any], reason: str) -> None:
+    made = plan(job(**keys), 2, CPU)
+    [decision] = [decision for decision in made.decisions if decision.key == "parallel.engine"]
+    assert made.engine == "deepspeed" and reason in decision.reason
+    assert plan(job(), 2, CPU).engine == "fsdp"
+
+
+@pytest.mark.parametrize(("shard", "stage"), [("full", 3), ("gradients", 2), ("optimizer", 1), ("none", 1), ("auto", 3)])
+@pytest.mark.usefixtures("deepspeed_is_there")
+def test_stages_of_deepspeed(shard: str, stage: int) -> None:
+    made = plan(job(parallel__shard=shard, **DEEPSPEED), 2, CPU)
+    assert made.zero is not None and made.zero.stage == stage
+    assert (made.mesh.replicate, made.mesh.shard) == (1, 2)
+    if shard == "none":
+        assert "stage 0" in next(decision.reason for decision in made.decisions if decision.key == "parallel.shard")
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "reason"),
+    [
+        ({"parallel__engine": "fsdp", "parallel__shard": "optimizer"}, "parallel.shard", "write gradients"),
+        ({"parallel__engine": "fsdp", "memory__offload": "optimizer"}, "memory.offload", "write parameters"),
+        ({"parallel__engine": "fsdp", "memory__offload": "parameters"}, "memory.offload", "write none"),
+        (
+            {"parallel__engine": "fsdp", "memory__offload": "parameters", "memory__offload_to": "/nvme"},
+            "memory.offload_to",
+            "host's memory alone",
+        ),
+        ({"parallel__engine": "fsdp", "parallel__secondary_shard": 2}, "parallel.secondary_shard", "parallel.replicate"),
+        ({"parallel__engine": "fsdp", "parallel__quantized_weights": True}, "parallel.quantized_weights", "ZeRO++"),
+        ({"parallel__engine": "fsdp", "parallel__quantized_gradients": True}, "parallel.quantized_gradients", "ZeRO++"),
+        ({**DEEPSPEED, "parallel__replicate": 2}, "parallel.replicate", "ZeRO cuts over all ranks"),
+        ({**DEEPSPEED, "model__compile": True}, "model.compile", "for parallel.engine: fsdp"),
+        ({**DEEPSPEED, "memory__offload": "parameters", "parallel__shard": "gradients"}, "memory.offload", "only ZeRO-3"),
+        ({**DEEPSPEED, "parallel__secondary_shard": 2, "parallel__shard": "optimizer"}, "parallel.shard", "part of ZeRO-3"),
+        ({**DEEPSPEED, "parallel__secondary_shard": 3}, "parallel.secondary_shard", "cannot be cut into groups"),
+        ({**DEEPSPEED, "parallel__quantized_weights": True}, "parallel.quantized_weights", "no operator"),
+        ({**DEEPSPEED, "parallel__quantized_gradients": True}, "parallel.quantized_gradients", "no operator"),
+        ({**DEEPSPEED, "memory__offload_to": "/"}, "memory.offload_to", "nothing is offloaded"),
+        ({**DEEPSPEED, "memory__offload": "optimizer", "memory__offload_to": "/no/such"}, "memory.offload_to", "no such directory"),
+        ({**DEEPSPEED, "memory__offload": "optimizer", "memory__offload_to": "/proc"}, "memory.offload_to", "cannot be written to"),
+        ({"cluster__nodes": 2}, "cluster.nodes", "launcher render"),
+    ],
+)
+@pytest.mark.usefixtures("deepspeed_is_there")
+def test_what_an_engine_cannot_is_refused_with_the_nearest(
+    keys: dict[str, Any], key: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != "/proc")
+    assert reason in refusal(key, job(**keys), 2, CPU)
+
+
+@pytest.mark.usefixtures("deepspeed_is_there")
+def test_files_need_what_their_operator_is_compiled_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = job(memory__offload="optimizer", memory__offload_to=str(tmp_path), **DEEPSPEED)
+    monkeypatch.setattr("launcher.planning.sharding._HEADERS", ())
+    assert "install libaio-dev" in refusal("memory.offload_to", wanted, 2, CPU)
+    (tmp_path / "libaio.h").touch()
+    monkeypatch.setenv("CPATH", str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    assert "ninja and c++" in refusal("memory.offload_to", wanted, 2, CPU)
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    made = plan(wanted, 2, CPU)
+    assert (made.offload, made.offload_to) == ("optimizer", str(tmp_path))
+
+
+def test_a_missing_deepspeed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name))
+    assert "pip install" in refusal("parallel.engine", job(**DEEPSPEED), 2, CPU)
+    assert plan(job(**DEEPSPEED), 2, CPU, local=False).engine == "deepspeed"
+
+
+def test_buckets_are_a_layer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    made = plan(job(model__name=str(tmp_path), **DEEPSPEED), 2, CPU, local=False)
+    assert made.zero is not None
+    layer = 4 * 512 * 512 + 3 * 512 * 1408
+    assert made.zero.reduce_bucket_size == made.zero.prefetch_bucket_size == layer
+    assert made.zero.persistence_threshold == 5120
+    reasons = {decision.key: decision.reason for decision in made.decisions}
+    assert "one layer" in reasons["zero.reduce_bucket_size"]
+    unknown = plan(job(**DEEPSPEED), 2, CPU, local=False)
+    assert unknown.zero is not None and unknown.zero.reduce_bucket_size == 500_000_000
+
+
+def test_a_plan_for_another_cluster() -> None:
+    made = plan(
+        job(cluster={"nodes": 2, "gpus_per_node": 8, "time_limit": "8h", "partition": "gpu"}, batch__global_batch_size=64),
+        None,
+        CPU,
+        local=False,
+    )
+    assert (made.mesh.world_size, made.mesh.device, made.precision) == (16, "cuda", "bf16")
+    assert made.activation_checkpointing == "full" and "not known here" in str([decision.reason for decision in made.decisions])
+    assert made.slurm.time_limit_minutes == 480 and made.slurm.options == {"partition": "gpu"}

@@ -1,0 +1,50 @@
+"""The sizes that ZeRO communicates in, chosen from the model. All are numbers of elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.planning.model_shape import ModelShape
+
+_LEAST, _MOST = 1 << 20, 500_000_000
+"""Below the first a message costs more than what it carries; the second is DeepSpeed's own default for a bucket (0.19)."""
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Each with why; for `Zero` in the plan."""
+
+    reduce_bucket_size: int
+    allgather_bucket_size: int
+    prefetch_bucket_size: int
+    persistence_threshold: int
+    max_live_parameters: int
+    sub_group_size: int
+
+    @classmethod
+    def of(cls, shape: ModelShape | None, offloads_to_files: bool) -> tuple[Buckets, dict[str, str]]:
+        """The sizes for a model, and the reason of each by its name."""
+        if shape is None:
+            unknown = "DeepSpeed's own default, as the model's size is not known before it is fetched"
+            return cls(_MOST, _MOST, 50_000_000, 100_000, 1_000_000_000, 100_000_000), dict.fromkeys(cls.__annotations__, unknown)
+        layer = shape.layer_parameters
+        bucket = min(_MOST, max(_LEAST, layer))
+        embeddings = max(0, shape.num_parameters - layer * shape.num_layers)
+        sizes = cls(
+            reduce_bucket_size=bucket,
+            allgather_bucket_size=bucket,
+            prefetch_bucket_size=bucket,
+            persistence_threshold=10 * shape.hidden_size,
+            max_live_parameters=max(_LEAST, embeddings + 3 * layer),
+            sub_group_size=max(_LEAST, layer) if offloads_to_files else 1_000_000_000,
+        )
+        swapped = "one layer: what is read, stepped and written in one go" if offloads_to_files else "one optimizer step over all of a rank"
+        reasons = {
+            "reduce_bucket_size": f"one layer ({layer:,}): sent while the next one is computed",
+            "allgather_bucket_size": f"one layer ({layer:,}) at a time after a step",
+            "prefetch_bucket_size": f"one layer ({layer:,}): gathered while the one before is computed",
+            "persistence_threshold": "10 x hidden: norms and biases stay whole, as gathering them costs more than holding them",
+            "max_live_parameters": "embeddings and three layers: the one in use, its neighbour, and one on the way",
+            "sub_group_size": swapped,
+        }
+        return sizes, reasons
