@@ -59,6 +59,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def rendered(self) -> Path:
+        """ds_config.json, accelerate.yaml, torchrun.txt, submit.sbatch: the plan as others read it."""
+        return self.path / "rendered"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import yaml
@@ -12,6 +13,9 @@ from launcher.job.schema import Job
 from launcher.planning.changes import Change, check
 from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
+from launcher.render.files import NAMES, files
+from launcher.render.place import Place
+from launcher.render.write import write
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, write_atomically
 
@@ -61,6 +65,9 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None) -> Plan:
 
 def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
     """job.yaml with absolute paths, so that it means the same from anywhere; plan.json last, as it makes the directory a run."""
+    rendered = files(plan, Place(str(run.path), str(run.rendered), sys.executable))
+    del rendered["plan.json"]
+    write(run.rendered, rendered, NAMES)
     content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
     write_atomically(run.job_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     write_atomically(run.plan_file, plan.to_json())

@@ -24,9 +24,11 @@ FLOORS = {
     "job": {"errors"},
     "runs": {"errors"},
     "planning": {"errors", "job", "runs"},
-    "scheduling": {"errors", "job", "runs", "planning"},
+    "render": {"errors", "job", "runs", "planning"},
+    "importing": {"errors", "job", "runs", "planning", "render"},
+    "scheduling": {"errors", "job", "runs", "planning", "render"},
     "training": {"errors", "job", "runs", "planning"},
-    "cli": {"errors", "job", "runs", "planning", "scheduling", "training"},
+    "cli": {"errors", "job", "runs", "planning", "render", "importing", "scheduling", "training"},
 }
 """What each package may import, besides itself."""
 TRAINING_MAY_IMPORT = {"launcher.planning.plan", "launcher.job.schema"}

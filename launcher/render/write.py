@@ -1,0 +1,32 @@
+"""Rendered files written into a directory: each whole, and no stale one beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.runs.layout import write_atomically
+
+
+def write(directory: Path, files: dict[str, str], names: Iterable[str] = ()) -> list[Path]:
+    """Write each text under its name; of `names`, those that are not among them are removed, as they would contradict the rest.
+
+    Raises ConfigurationError where the directory cannot be one.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigurationError(Problem("--out", str(directory), "is a file; name a directory"))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigurationError(Problem("--out", str(directory), "lies below a file; name another directory")) from None
+    taken = [name for name in files if (directory / name).is_dir()]
+    if taken:
+        raise ConfigurationError(
+            [Problem("--out", str(directory / name), "is a directory, and a file of this name is to be written") for name in taken]
+        )
+    for name in set(names) - files.keys():
+        (directory / name).unlink(missing_ok=True)
+    for name, text in files.items():
+        write_atomically(directory / name, text)
+    return [directory / name for name in files]
