@@ -63,7 +63,7 @@ def _fsdp(plan: Plan) -> Iterator[Note]:
     if kind == "MULTI_CPU":
         text = (
             "Accelerate has no FSDP on CPUs: its ranks hold whole copies (MULTI_CPU). launcher shards them. To start a script: "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --config_file accelerate.yaml train.py (without --multi_gpu it is one rank)"
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --config_file accelerate.yaml train.py (--multi_gpu: else it is one rank)"
         )
         yield Note("mesh.device", "cpu", text)
     if kind == "MULTI_GPU":

@@ -58,7 +58,7 @@ def _options(plan: Plan, place: Place) -> list[str]:
 
 def _sbatch_quoted(value: str) -> str:
     """A value as sbatch reads it in an #SBATCH line: bare where it is plain, else in double quotes with backslashes before `"` and `\\`."""
-    if value and all(sign.isalnum() and sign.isascii() or sign in "-_.:,/=@%+[]" for sign in value):
+    if value and all((sign.isalnum() and sign.isascii()) or sign in "-_.:,/=@%+[]" for sign in value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 

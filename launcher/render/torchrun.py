@@ -23,4 +23,4 @@ def command(plan: Plan, place: Place, attempt: int = 1) -> str:
     agent += ["--max-restarts=0", "--rdzv-backend=c10d", f"--rdzv-id={plan.name}-{attempt}"]
     endpoint = f'--rdzv-endpoint="${{HEAD:?set it to the name of the first node}}:{_PORT}"' if several else "--rdzv-endpoint=127.0.0.1:0"
     local = "" if several else " --local-addr=127.0.0.1"
-    return "\n".join([*lines, f"{quoted(agent)} {endpoint}{local} -m {ENTRY} "$run" --attempt {attempt}"]) + "\n"
+    return "\n".join([*lines, f'{quoted(agent)} {endpoint}{local} -m {ENTRY} "$run" --attempt {attempt}']) + "\n"
