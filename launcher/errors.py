@@ -9,6 +9,7 @@ LauncherError                     1   something in launcher itself is wrong
 ├── RunInUseError                 7   another process works in this run directory
 ├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row
 ├── RankLostError                 9   a rank died without saying why
+├── ScriptError                  10   a training script of the user's own raised an error, or left with a code that is not 0
 └── Stopped                      75   stopped on request with everything saved: run it again to go on
 
 0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped.
@@ -106,6 +107,13 @@ class RankLostError(LauncherError):
 
     exit_code = 9
     failure_class = "rank-lost"
+
+
+class ScriptError(LauncherError):
+    """A script that was started with --script raised an error, or left with an exit code that is not 0."""
+
+    exit_code = 10
+    failure_class = "script"
 
 
 class Stopped(LauncherError):

@@ -11,6 +11,22 @@ from typer.core import TyperCommand, TyperGroup
 from launcher import __version__
 from launcher.cli.main import COMMANDS, SUMMARY, available, help_text
 
+SCRIPT_ARGUMENTS = "script_arguments"
+"""Where a command finds, in its context, what stood behind `--`."""
+
+
+class ScriptCommand(TyperCommand):
+    """A command that may be told of a script: then what stands behind `--` is the script's, and the job may be missing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ours = args[: args.index("--")] if "--" in args else args
+        if any(word == "--script" or word.startswith("--script=") for word in ours):
+            ctx.meta[SCRIPT_ARGUMENTS] = args[len(ours) + 1 :]
+            for parameter in self.params:
+                parameter.required = parameter.required and parameter.name != "job"
+            args = ours
+        return super().parse_args(ctx, args)
+
 
 def load(name: str) -> Any:
     """Import one command and make typer's object of it."""
@@ -22,7 +38,7 @@ def load(name: str) -> Any:
         group.no_args_is_help = True
         return group
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(name)(found)
+    single.command(name, cls=ScriptCommand)(found)
     return typer.main.get_command(single)
 
 

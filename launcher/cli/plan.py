@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,6 +37,9 @@ def table(plan: Plan) -> str:
         "batch": f"{cut} (micro-batch x accumulation x ranks)",
         "compute": f"{plan.precision}, {plan.attention} attention, activation checkpointing {plan.activation_checkpointing}",
     }
+    if plan.script:
+        known = {"run": plan.name, "script": shlex.join(plan.script), "ranks": facts["ranks"]}
+        facts = {**known, "engine": f"{plan.engine}, sharding {plan.sharding}, offload {plan.offload}, {plan.precision}"}
     lines = [f"{name:9}{text}" for name, text in facts.items()]
     keys = max((len(decision.key) for decision in plan.decisions), default=0)
     values = max((len(str(decision.value)) for decision in plan.decisions), default=0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks
@@ -21,8 +22,15 @@ RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="
 StopAt = Annotated[int | None, typer.Option("--stop-at", min=1, metavar="STEP", help="Save and leave after this step, with exit code 75.")]
 
 
+ScriptFile = Annotated[
+    Path | None, typer.Option("--script", metavar="FILE", help="Run this training script; its arguments stand behind `--`.")
+]
+
+
 def run(
+    context: typer.Context,
     job: JobFile,
+    script: ScriptFile = None,
     nproc: NumRanks = None,
     run_dir: RunPath = None,
     stop_at: StopAt = None,
@@ -32,8 +40,10 @@ def run(
     """Run a job on this machine; a run that stopped goes on where it was."""
     from launcher.cli.plan import table
     from launcher.scheduling.opening import open_run
+    from launcher.scheduling.script import script_command
 
-    opened, plan = open_run(job, overrides, nproc, run_dir)
+    command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
+    opened, plan = open_run(job, overrides, nproc, run_dir, command)
     if opened.last_attempt() == 0 and not as_json:
         typer.echo(table(plan) + "\n", err=True)
     _attempt(opened, plan, stop_at, as_json)
@@ -69,13 +79,18 @@ def status(run: Run, as_json: AsJson = False) -> None:
 def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) -> None:
     """One attempt with its display, then the summary; leaves with the attempt's exit code."""
     from launcher.cli.display import Display, summary
+    from launcher.errors import ConfigurationError, Problem
     from launcher.runs.status import read_status
     from launcher.scheduling import local
 
+    if plan.script and stop_at is not None:
+        raise ConfigurationError(Problem("--stop-at", stop_at, "only the script knows its steps; leave it out"))
     display = Display(plan)
     code = local.run(run, plan, display, stop_at)
     if as_json:
         print_json({**read_status(run).to_dict(), "exit_code": code})
+    elif code == 0 and plan.script:
+        typer.echo(f"finished: {local.shown(run.path)}; what the ranks printed is in {local.shown(run.attempt(run.last_attempt()))}")
     elif code == 0:
         typer.echo(summary(run, local.shown(run.path)))
     raise typer.Exit(code)

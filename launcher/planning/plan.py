@@ -124,6 +124,8 @@ class Plan(Frozen):
     training: Training
     checkpoint: Checkpoint
     evaluate_every: Interval | None = None
+    script: tuple[str, ...] | None = None
+    """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and training are then its own."""
     decisions: tuple[Decision, ...] = ()
 
     def to_json(self) -> str:

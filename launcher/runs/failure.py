@@ -17,7 +17,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import DataError, LauncherError, OutOfMemoryError, RankLostError, StorageError, by_failure_class
+from launcher.errors import DataError, LauncherError, OutOfMemoryError, RankLostError, ScriptError, StorageError, by_failure_class
 from launcher.runs.layout import write_atomically
 from launcher.runs.processes import signal_name
 
@@ -175,4 +175,4 @@ def first(directory: Path, out_of_memory_killer: bool = False) -> Failure | None
 def _rank_of_cause(failure: Failure) -> int:
     if failure.consequence:
         return 2
-    return 1 if by_failure_class(failure.failure_class) is LauncherError else 0
+    return 1 if by_failure_class(failure.failure_class) in (LauncherError, ScriptError) else 0

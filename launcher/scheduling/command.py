@@ -11,18 +11,19 @@ from pathlib import Path
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
+from launcher.scheduling import script as scripts
 from launcher.scheduling.node_agent import ATTEMPT_VARIABLE
 
 ENTRY = "launcher.training.entry"
-_PREFIXES = {"CUDA", "GLOO", "HF", "LAUNCHER", "LD", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
+_PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
 _NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
 _SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
 
 
-def agent_command(run: RunDirectory, plan: Plan, attempt: int, stop_at: int | None = None, entry: str = ENTRY) -> list[str]:
-    """The agent over `entry` on every rank of this machine.
+def agent_command(run: RunDirectory, plan: Plan, attempt: int, stop_at: int | None = None, entry: str | None = None) -> list[str]:
+    """The agent over `entry` on every rank of this machine; without it over the trainer, or the plan's script.
 
     Port 0 has the agent's store take a free port, and an address by number needs no name service.
     """
@@ -36,8 +37,10 @@ def agent_command(run: RunDirectory, plan: Plan, attempt: int, stop_at: int | No
         "--local-addr=127.0.0.1",
         f"--rdzv-id={run.run_id()}-{attempt}",
         "--monitor-interval=0.1",
-        *("-m", entry, str(run.path), "--attempt", str(attempt)),
+        *("-m", entry or (scripts.ENTRY if plan.script else ENTRY), str(run.path), "--attempt", str(attempt)),
     ]
+    if plan.script:
+        return [*command, "--", *plan.script]
     return command if stop_at is None else [*command, "--stop-at", str(stop_at)]
 
 
@@ -59,6 +62,7 @@ def environment(run: RunDirectory, plan: Plan, attempt: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         PARENT_VARIABLE: str(os.getpid()),
         ATTEMPT_VARIABLE: str(run.attempt(attempt)),
+        **(scripts.script_variables(run, plan, attempt) if plan.script else {}),
     }
 
 

@@ -17,18 +17,19 @@ from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import oom_kills, signal_name
 from launcher.runs.status import last_record, last_step
-from launcher.scheduling.command import ENTRY, agent_command, environment, write_command
+from launcher.scheduling.command import agent_command, environment, write_command
 from launcher.scheduling.supervisor import End, Supervisor, Watcher, attempt_directory
 
 FORCED_EXIT = 130
 """Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved."""
 
 
-def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: int | None = None, entry: str = ENTRY) -> int:
+def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: int | None = None, entry: str | None = None) -> int:
     """Run one attempt of a run to its end, and return the exit code.
 
     0: finished, or it was already. 75: stopped on request, saved. 130: stopped by force. Else the failure's own.
-    `entry` is the module that each rank runs. Raises RunInUseError where another process works in the run.
+    `entry` is the module that each rank runs, if not the trainer or the plan's script.
+    Raises RunInUseError where another process works in the run.
     """
     watcher = watch or Watcher()
     with run.lock():
@@ -56,6 +57,8 @@ def shown(path: Path) -> str:
 
 
 def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watcher, out_of_memory_killer: bool) -> int:
+    if plan.script and not end.forced:
+        _speak_for_script(run, number, end)
     if run.finished or "finished" in end.events:
         if end.code != 0:
             watcher.say(f"the run finished; a process of it then ended badly (see {shown(run.attempt(number))})")
@@ -65,7 +68,8 @@ def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watc
         event(run.events_file, "stopped", step=last_step(run))
         end.events.add("stopped")
     if "stopped" in end.events:
-        watcher.say(f"{_stopped(run)}; go on with: launcher resume {shown(run.path)}")
+        said = "stopped; the script goes on from what it saved itself" if plan.script else _stopped(run)
+        watcher.say(f"{said}; go on with: launcher resume {shown(run.path)}")
         return Stopped.exit_code
     failure = _failure(run, number, end, plan, out_of_memory_killer)
     failure = dataclasses.replace(failure, step=last_step(run))
@@ -75,6 +79,18 @@ def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watc
     event(run.events_file, "failed", attempt=number, failure={key: value for key, value in written.items() if key != "traceback"})
     watcher.say(failure.line())
     return failure.exit_code
+
+
+def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
+    """Say that the run stopped or finished, which a script cannot: every rank ended well, with or without being asked to stop."""
+    if "stopping" in end.events:
+        failure = failures.first(run.attempt(number))
+        if failure is None or failure.consequence:
+            event(run.events_file, "stopped", step=last_step(run))
+            end.events.add("stopped")
+    elif end.code == 0:
+        event(run.events_file, "finished", step=last_step(run), metrics={})
+        run.finished_file.touch()
 
 
 def _stopped(run: RunDirectory) -> str:
@@ -119,7 +135,7 @@ def _last_line(path: Path) -> str:
 def command_to_go_on(run: RunDirectory, plan: Plan, failure: Failure) -> str:
     """What to type next. After out of memory, with the first change that makes it need less, if one is left."""
     command = f"launcher resume {shown(run.path)}"
-    if failure.failure_class != OutOfMemoryError.failure_class:
+    if failure.failure_class != OutOfMemoryError.failure_class or plan.script:
         return command
     micro = plan.batch.micro_batch_size
     if micro > 1:

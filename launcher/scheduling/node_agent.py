@@ -25,6 +25,8 @@ from launcher.runs.failure import write_exits
 from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
 
 ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT_DIRECTORY"
+RUN_VARIABLE = "LAUNCHER_RUN_DIRECTORY"
+"""Set where the ranks run a script of the user's own, which may want to know it."""
 _SECONDS_TO_REAP = 5
 
 
@@ -38,6 +40,11 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if run := os.environ.get(RUN_VARIABLE):
+        from launcher.runs.layout import RunDirectory
+        from launcher.scheduling.script import apply_configuration
+
+        apply_configuration(RunDirectory(Path(run)), Path(os.environ[ATTEMPT_VARIABLE]))
     killed = _kill_instead_of_asking(SubprocessContext)
     try:
         torchrun.run(torchrun.parse_args(arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,29 +11,38 @@ import yaml
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.load import load
 from launcher.job.schema import Job
+from launcher.job.script import load as load_for_script
+from launcher.job.script import without_placeholders
 from launcher.planning.changes import Change, check
 from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
+from launcher.planning.script import plan as decide_script
 from launcher.render.files import NAMES, files
 from launcher.render.place import Place
 from launcher.render.write import write
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.scheduling.script import write_configuration
 
 
-def open_run(job_file: Path, overrides: list[str], nproc: int | None, directory: Path | None) -> tuple[RunDirectory, Plan]:
+def open_run(
+    job_file: Path | None, overrides: list[str], nproc: int | None, directory: Path | None, script: tuple[str, ...] | None = None
+) -> tuple[RunDirectory, Plan]:
     """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one goes on.
+
+    `script` is a script of the user's own with its arguments; then a job file may be missing.
 
     Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that would make it another run;
     RunInUseError where the run is under way.
     """
-    job = load(job_file, overrides)
+    job = _load(job_file, overrides, script)
     run = RunDirectory((directory or Path("runs") / job.name).absolute())
     if run.plan_file.exists():
+        _refuse_another_script(Plan.read(run.plan_file), script)
         return run, _go_on(run, job, nproc)
     if run.path.exists() and (not run.path.is_dir() or any(path.name != ".lock" for path in run.path.iterdir())):
         raise ConfigurationError(Problem("--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"))
-    plan = decide(job, nproc)
+    plan = decide_script(job, script, nproc) if script else decide(job, nproc)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
         _write(run, job, plan)
@@ -42,7 +52,23 @@ def open_run(job_file: Path, overrides: list[str], nproc: int | None, directory:
 
 def reopen(run: RunDirectory, overrides: list[str], nproc: int | None) -> Plan:
     """The plan of `launcher resume`: the job as it is in the run directory, with `overrides`."""
-    return _go_on(run, load(run.job_file, overrides), nproc)
+    return _go_on(run, _load(run.job_file, overrides, Plan.read(run.plan_file).script), nproc)
+
+
+def _load(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
+    if script:
+        return load_for_script(job_file, overrides, Path(script[0]))
+    if job_file is None:
+        raise ConfigurationError(Problem("JOB", None, "name a job file, or a script of your own with --script"))
+    return load(job_file, overrides)
+
+
+def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None:
+    if stored.script == script:
+        return
+    began, asked = (shlex.join(words) if words else "no script" for words in (stored.script, script))
+    reason = f"this run was begun with {began}; write that again, or begin another run with --run-dir"
+    raise ConfigurationError(Problem("--script", asked, reason))
 
 
 def _go_on(run: RunDirectory, job: Job, nproc: int | None) -> Plan:
@@ -50,7 +76,7 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None) -> Plan:
     with run.lock():
         stored = Plan.read(run.plan_file)
         same_ranks = nproc is None or nproc == stored.mesh.ranks_per_node
-        if same_ranks and job.model_dump() == load(run.job_file).model_dump() and _devices_are_there(stored):
+        if same_ranks and job.model_dump() == _load(run.job_file, [], stored.script).model_dump() and _devices_are_there(stored):
             return stored
         plan = _decide_again(job, nproc, stored)
         _refuse_quiet_fallback(job, stored, plan)
@@ -69,6 +95,9 @@ def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
     del rendered["plan.json"]
     write(run.rendered, rendered, NAMES)
     content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
+    if plan.script:
+        content = without_placeholders(content)
+        write_configuration(run, plan)
     write_atomically(run.job_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     write_atomically(run.plan_file, plan.to_json())
 
@@ -79,6 +108,8 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan) -> Plan:
     On another number of ranks the micro-batch is decided anew, as it must divide.
     """
     updates: dict[str, object] = {}
+    if stored.script:
+        return decide_script(job, stored.script, _ranks(job, nproc, stored))
     if job.precision == "auto":
         updates["precision"] = stored.precision
     if job.memory.activation_checkpointing == "auto":
