@@ -25,7 +25,7 @@ from launcher.runs import failure
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import STOP_SIGNALS, die_with_parent
-from launcher.training import accelerate_on_cpu
+from launcher.training import libraries
 from launcher.training.rank import Rank, leave
 
 
@@ -91,8 +91,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     stop = Stop(rank.run).install()
     rank.begin()
     try:
-        if Plan.read(rank.run.plan_file).mesh.device == "cpu":
-            accelerate_on_cpu.prepare()
+        libraries.prepare(Plan.read(rank.run.plan_file).mesh.device)
         execute(options.script)
     except BaseException as error:  # whatever it was, the parent must hear of it
         if stop.requested and _comes_of_stopping(error):

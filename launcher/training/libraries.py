@@ -1,6 +1,6 @@
-"""What Accelerate and DeepSpeed need to shard on a CPU, put in when a script imports them.
+"""What Accelerate and DeepSpeed need to shard where they would not, put in when a script imports them.
 
-Tried with accelerate 1.15 and deepspeed 0.19.8. Nothing of this is done where there are GPUs.
+Tried with accelerate 1.15 and deepspeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from typing import Any
 Change = Callable[[ModuleType], None]
 
 
-def prepare() -> None:
+def prepare(device: str) -> None:
     """Have each module changed as it is imported. Nothing is imported here: a script may set variables before it does."""
-    sys.meta_path.insert(0, _Finder({"accelerate.state": _choose_gloo, "deepspeed.ops": _build_nothing}))
+    changes: dict[str, Change] = {"accelerate.utils.fsdp_utils": _leave_embeddings_to_accelerate}
+    if device == "cpu":
+        changes |= {"accelerate.state": _choose_gloo, "deepspeed.ops": _build_nothing}
+    sys.meta_path.insert(0, _Finder(changes))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -51,6 +54,24 @@ class _Loader(importlib.abc.Loader):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+
+def _leave_embeddings_to_accelerate(fsdp: ModuleType) -> None:
+    """Make no FSDP unit of a layer that holds the input embeddings, as BertEmbeddings does.
+
+    Accelerate makes a unit of the embeddings themselves afterwards, and a parameter cannot be cut twice: BERT and its like failed with
+    "Invariant encountered: value was None when it should not be".
+    """
+    prepare_policy = fsdp.fsdp2_prepare_auto_wrap_policy
+
+    def fsdp2_prepare_auto_wrap_policy(plugin: Any, model: Any) -> Callable[[Any], bool] | None:
+        policy = prepare_policy(plugin, model)
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        if policy is None or embeddings is None:
+            return policy
+        return lambda module: policy(module) and (module is embeddings or all(part is not embeddings for part in module.modules()))
+
+    fsdp.fsdp2_prepare_auto_wrap_policy = fsdp2_prepare_auto_wrap_policy
 
 
 def _choose_gloo(state: ModuleType) -> None:
