@@ -37,6 +37,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python -m launcher.job.reference docs/reference
+	$(BIN)/python -m launcher.render.presets ds_configs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -62,8 +62,8 @@ def _fsdp(plan: Plan) -> Iterator[Note]:
     kind = accelerate.distributed_type(plan)
     if kind == "MULTI_CPU":
         text = (
-            "Accelerate has no FSDP on CPUs: its ranks hold whole copies (MULTI_CPU). launcher shards them. To start a script: "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --config_file accelerate.yaml train.py (--multi_gpu: else it is one rank)"
+            "Accelerate has no FSDP on CPUs: its ranks hold whole copies (MULTI_CPU), where launcher shards. To start a script: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --config_file accelerate.yaml train.py (without --multi_gpu one rank)"
         )
         yield Note("mesh.device", "cpu", text)
     if kind == "MULTI_GPU":

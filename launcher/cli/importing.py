@@ -1,0 +1,67 @@
+"""launcher import: a job file from the configuration files of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli.output import print_json
+from launcher.cli.plan import AsJson
+from launcher.errors import ConfigurationError, Problem
+
+
+def import_(
+    context: typer.Context,
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...", help="DeepSpeed JSON, Accelerate YAML, TrainingArguments JSON, a script; a command line stands after --."
+        ),
+    ] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option("--out", metavar="JOB", help="The job file to write; printed where it is left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a job file of a DeepSpeed, Accelerate or Trainer configuration."""
+    from dataclasses import asdict
+
+    from launcher.importing.job import import_files
+    from launcher.runs.layout import write_atomically
+
+    if out is not None and (out.is_dir() or (out.exists() and not force)):
+        what = "is a directory; name a file" if out.is_dir() else "is there already; name another file, or --force to write over it"
+        raise ConfigurationError(Problem("--out", str(out), what))
+    if out is not None and not out.parent.is_dir():
+        raise ConfigurationError(Problem("--out", str(out), f"the folder {out.parent} is not there"))
+    paths, words = _parted(files)
+    made = import_files(paths, words)
+    if out is not None:
+        write_atomically(out, made.text)
+    if as_json:
+        return print_json({"job": made.content, "remarks": [asdict(remark) for remark in made.remarks]})
+    if out is None:
+        typer.echo(made.text)
+    for kind in ("conflict", "changes meaning", "cannot be said", "chosen", "ignored", "fill in"):
+        found = [remark for remark in made.remarks if remark.kind == kind]
+        if found:
+            typer.echo(f"{kind}:", err=out is None)
+        source = ""
+        for remark in found:
+            if remark.source != source:
+                source = remark.source
+                typer.echo(f"  {source}", err=out is None)
+            value = "" if remark.value is None else f" = {remark.value}"
+            typer.echo(f"    {remark.said}{value}: {remark.text}", err=out is None)
+    if out is not None:
+        typer.echo(f"wrote {out}; next: launcher validate {out}")
+    return None
+
+
+def _parted(files: list[str]) -> tuple[list[Path], list[str]]:
+    """Files, and the words of a command line, which begin at the program's name."""
+    for index, word in enumerate(files):
+        if Path(word).name in ("accelerate", "torchrun", "deepspeed", "srun") or Path(word).name.startswith("python"):
+            return [Path(name) for name in files[:index]], files[index:]
+    return [Path(name) for name in files], []

@@ -1,0 +1,1 @@
+"""From the configuration files of others to a job: DeepSpeed, Accelerate, the Hugging Face Trainer, a command line."""

@@ -1,0 +1,93 @@
+"""Two plans, jobs or engines' configurations, key by key in one vocabulary: the plan's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigurationError
+from launcher.importing import files
+from launcher.importing.merge import merge
+from launcher.importing.reading import Reading
+from launcher.job.load import load
+from launcher.planning.changes import changes
+from launcher.planning.decide import plan as decide
+from launcher.planning.plan import Plan
+from launcher.render import accelerate, deepspeed
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key; None where that side says nothing of it."""
+
+    key: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True)
+class Comparison:
+    differences: list[Difference]
+    notes: list[str]
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """How two files or run directories differ. Two plans are compared in full, anything else in what an engine's file can say.
+
+    Raises ConfigurationError for what cannot be read.
+    """
+    sides = [_side(path) for path in (a, b)]
+    one, other = sides
+    if isinstance(one, Plan) and isinstance(other, Plan):
+        return Comparison([Difference(change.key, change.before, change.after) for change in changes(one, other)], [])
+    notes: list[str] = []
+    kinds = {reading.rank for side in sides if isinstance(side, list) for reading in side}
+    values = []
+    for path, side in zip((a, b), sides, strict=True):
+        readings = _rendered(side, kinds) if isinstance(side, Plan) else side
+        merged = merge(readings)
+        if merged.problems:
+            raise ConfigurationError(merged.problems)
+        values.append(merged.values())
+        told = [remark for remark in merged.remarks if remark.kind in ("conflict", "cannot be said")]
+        notes += [f"{path}: {remark.said} = {remark.value}: {remark.text}" for remark in told]
+    return Comparison(differences(values[0], values[1]), notes)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
+    """The keys whose values are not equal, in order."""
+    return [Difference(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def _side(path: Path) -> Plan | list[Reading]:
+    path = path / "plan.json" if path.is_dir() else path
+    content = files.content_of(path)
+    kind = files.kind_of(content)
+    if kind == "plan":
+        return _plan(path)
+    if kind == "job":
+        return decide(load(path), local=False)
+    readings = [files.read_content(content, str(path))]
+    files.follow(readings, {str(path): path.parent})
+    return readings
+
+
+def _plan(path: Path) -> Plan:
+    from pydantic import ValidationError
+
+    try:
+        return Plan.read(path)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigurationError(f"{path} is no plan of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _rendered(plan: Plan, kinds: set[int]) -> list[Reading]:
+    """A plan in the words of the files it is compared with: a DeepSpeed file alone, or Accelerate's with DeepSpeed's."""
+    readings = []
+    if plan.engine == "deepspeed":
+        readings.append(files.read_content(deepspeed.config(plan), "(plan)"))
+    if plan.engine != "deepspeed" or kinds != {files.rank_of("deepspeed")}:
+        readings.append(files.read_content(accelerate.config(plan), "(plan, accelerate.yaml)"))
+    return readings

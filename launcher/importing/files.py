@@ -1,0 +1,125 @@
+"""Foreign files: found, parsed without executing anything, told apart, and read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.importing import accelerate, command_line, deepspeed, trainer
+from launcher.importing.reading import Reading
+from launcher.job import paths
+from launcher.job.load import parse
+
+Kind = Literal["deepspeed", "accelerate", "trainer", "command line", "job", "plan"]
+_RANKS: dict[Kind, int] = {"command line": 0, "deepspeed": 1, "trainer": 2, "accelerate": 3}
+WINNERS = {
+    "command line": "a command line overrides files",
+    "deepspeed": "the engine runs by its own file",
+    "trainer": "the Trainer's arguments are nearer to the script than Accelerate's file",
+    "accelerate": "it is the first that says so",
+}
+"""Which of two files that say different things wins, in this order, and why."""
+_LARGEST_BYTES = 4 << 20
+
+
+def content_of(path: Path) -> Any:
+    """The values in a JSON or YAML file, or the text of another. Raises ConfigurationError."""
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise ConfigurationError(Problem("FILE", str(path), "is larger than 4 MiB, which no configuration is"))
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigurationError(Problem("FILE", str(path), f"no such file{paths.nearest_file(path)}")) from None
+    except IsADirectoryError:
+        raise ConfigurationError(Problem("FILE", str(path), "a directory; name the files in it")) from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(Problem("FILE", str(path), "not UTF-8 text; write JSON, YAML or a shell script")) from None
+    except OSError as error:
+        raise ConfigurationError(Problem("FILE", str(path), f"cannot be read: {error.strerror}")) from None
+    if path.suffix.lower() in (".sh", ".txt", ".sbatch", ".bash"):
+        return text
+    if path.suffix.lower() == ".json" or text.lstrip().startswith("{"):
+        return _json(text, path)
+    return parse(text, str(path))
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        try:
+            return yaml.safe_load(text)  # DeepSpeed reads Hjson: comments, trailing commas
+        except (yaml.YAMLError, ValueError, RecursionError):
+            where = f"line {error.lineno}, column {error.colno}"
+            raise ConfigurationError(Problem("FILE", str(path), f"not JSON: {error.msg} at {where}")) from None
+    except (ValueError, RecursionError):
+        raise ConfigurationError(Problem("FILE", str(path), "not JSON: a number or a nesting beyond any sense")) from None
+
+
+def kind_of(content: Any) -> Kind | None:
+    """Whose file this is, by the keys that only it has; None where nothing tells."""
+    if isinstance(content, str):
+        return "command line"
+    if not isinstance(content, dict):
+        return None
+    keys = {str(key) for key in content}
+    marks: dict[Kind, set[str]] = {"plan": {"mesh", "batch", "length"}, "job": {"model", "data", "name"}}
+    for kind, needed in marks.items():
+        if needed <= keys:
+            return kind
+    if keys & {"distributed_type", "compute_environment", "fsdp_config", "deepspeed_config", "num_machines"} and "output_dir" not in keys:
+        return "accelerate"
+    if keys & {"per_device_train_batch_size", "num_train_epochs", "output_dir", "lr_scheduler_type", "model_name_or_path"}:
+        return "trainer"
+    if keys & {"zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer"}:
+        return "deepspeed"
+    return None
+
+
+def read(path: Path) -> Reading:
+    """What the file at `path` says. Raises ConfigurationError where it cannot be read; problems of its keys are in the reading."""
+    return read_content(content_of(path), str(path))
+
+
+def read_content(content: Any, source: str) -> Reading:
+    """What values or a text say; `source` names them."""
+    kind = kind_of(content)
+    if kind is None:
+        found = "empty" if content in (None, {}) else "no mapping of keys" if not isinstance(content, dict) else "of another kind"
+        words = "a DeepSpeed JSON, an Accelerate YAML, TrainingArguments as JSON, or a script with a command line"
+        raise ConfigurationError(Problem("FILE", source, f"is {found}; write {words}"))
+    if kind in ("job", "plan"):
+        command = "launcher run" if kind == "job" else "launcher diff"
+        raise ConfigurationError(Problem("FILE", source, f"is launcher's own {kind}, and needs no import; `{command}` reads it"))
+    reading = Reading(source, _RANKS[kind])
+    if kind == "command line":
+        command_line.read(command_line.split(content, reading), reading)
+        return reading
+    readers = {"deepspeed": deepspeed.read, "accelerate": accelerate.read, "trainer": trainer.read}
+    readers[kind]({str(key): value for key, value in content.items()}, reading)
+    return reading
+
+
+def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
+    """Read the files that those already read name, where they are there; else say what is missing."""
+    known = {Path(reading.source).resolve() for reading in readings}
+    for reading in readings:
+        for name in reading.follow:
+            folder = folders.get(reading.source, Path())
+            found = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
+            if found is None:
+                reading.remark("fill in", "(a file that it names)", name, "is not here; import it together with this one")
+            elif found.resolve() not in known:
+                known.add(found.resolve())
+                more = read(found)
+                folders[more.source] = found.parent
+                readings.append(more)
+
+
+def rank_of(kind: Kind) -> int:
+    """Where a kind of file stands when two say different things; the lower wins."""
+    return _RANKS[kind]

@@ -1,0 +1,93 @@
+"""Foreign files in, a job file out, with everything there is to know about the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.importing import command_line, files
+from launcher.importing.merge import JOB_KEYS, MODEL, TRAIN, job_content, merge
+from launcher.importing.reading import Reading, Remark
+from launcher.job.load import validate, without
+
+COMMAND = "command line"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The job file and what was said about each key on the way."""
+
+    content: dict[str, Any]
+    text: str
+    remarks: tuple[Remark, ...]
+
+
+def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
+    """The job that the files, and the words of a command line, say together.
+
+    Raises ConfigurationError with every problem: files that cannot be read, values that are none, numbers that do not divide.
+    """
+    readings: list[Reading] = []
+    problems: list[Problem] = []
+    folders: dict[str, Path] = {}
+    for path in paths:
+        try:
+            readings.append(files.read(path))
+            folders[str(path)] = path.parent
+        except ConfigurationError as error:
+            problems += error.problems
+    if words:
+        reading = Reading(COMMAND)
+        command_line.read(words, reading)
+        readings.append(reading)
+    try:
+        files.follow(readings, folders)
+    except ConfigurationError as error:
+        problems += error.problems
+    if not paths and not words:
+        problems.append(Problem("FILE", None, "is missing: name files, or write a command line after --"))
+    merged = merge(readings)
+    problems += merged.problems
+    content = job_content(merged, [str(path) for path in paths])
+    problems += _unfit(content, merged.facts) if not problems else []
+    if problems:
+        raise ConfigurationError(problems)
+    placeholders = [
+        Remark("fill in", "(no file)", key, value, text)
+        for key, value, text in (
+            (
+                "model.name",
+                content["model"]["name"] if content["model"]["name"] == MODEL else None,
+                "the model's directory or its name on the hub",
+            ),
+            ("data.train", TRAIN if content["data"]["train"] == {"path": TRAIN} else None, "the rows to learn from"),
+            ("data", _columns(content["data"]), "which columns are what: text, or prompt and completion, or messages, or text and label"),
+        )
+        if value is not None
+    ]
+    remarks = (*merged.remarks, *placeholders)
+    return Imported(content, _text(content, readings), remarks)
+
+
+def _columns(data: dict[str, Any]) -> str | None:
+    return None if data.keys() & {"text", "prompt", "messages"} else "(no column)"
+
+
+def _unfit(content: dict[str, Any], facts: dict[str, Any]) -> list[Problem]:
+    """What the job file itself would refuse, by the key that said it."""
+    said = {JOB_KEYS.get(key, key): f"{fact.source}: {fact.said}" for key, fact in facts.items()}
+    _, found = validate(without(content, set()))
+    return [Problem(said.get(problem.key, problem.key), problem.value, problem.reason) for problem in found]
+
+
+def _text(content: dict[str, Any], readings: list[Reading]) -> str:
+    head = [f"# Made by `launcher import` of {', '.join(reading.source for reading in readings)}.".replace("\n", " ")]
+    head.append("# What is marked `fill in` no file said; `launcher validate` says whether anything is missing.")
+    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    body = body.replace(f"{MODEL}\n", f"{MODEL}   # fill in: a directory, or a name on the hub\n")
+    body = body.replace(f"{TRAIN}\n", f"{TRAIN}   # fill in, and which columns are what: text, or prompt and completion, or messages\n")
+    return "\n".join([*head, body])

@@ -1,0 +1,150 @@
+"""What a foreign file says, in the plan's words, and what there is to know about each of its keys."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from launcher.errors import Problem
+
+Kind = Literal["conflict", "changes meaning", "cannot be said", "ignored", "chosen", "fill in"]
+_SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key", re.IGNORECASE)
+_LARGEST = 10**12
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One value in the plan's vocabulary, and where it was said."""
+
+    key: str
+    value: Any
+    source: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One thing to know about a key of a file."""
+
+    kind: Kind
+    source: str
+    said: str
+    value: Any
+    text: str
+
+
+@dataclass
+class Reading:
+    """Facts, remarks and problems of one file."""
+
+    source: str
+    rank: int = 0
+    """Of two files that say different things, the one with the lower rank wins."""
+    facts: list[Fact] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
+    """Keys that are `auto`."""
+    follow: list[str] = field(default_factory=list)
+    """Other files that this one names."""
+
+    def say(self, key: str, value: Any, said: str) -> None:
+        self.facts.append(Fact(key, value, self.source, said))
+
+    def remark(self, kind: Kind, said: str, value: Any, text: str) -> None:
+        """Write down what there is to know; a value that may be a secret is not kept."""
+        shown = "(not shown)" if _SECRET.search(said) and value is not None else value
+        self.remarks.append(Remark(kind, self.source, said, shown, text))
+
+    def refuse(self, said: str, value: Any, reason: str) -> None:
+        shown = None if _SECRET.search(said) or isinstance(value, (dict, list)) else value
+        self.problems.append(Problem(f"{self.source}: {said}", _short(shown), reason))
+
+    def section(self, content: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
+        """The mapping at a key; empty where there is none. Another type is a problem."""
+        value = content.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            self.refuse(f"{prefix}{key}", value, f"is {_kind(value)}, where a section of keys stands")
+            return {}
+        return {str(name): entry for name, entry in value.items()}
+
+    def number(self, content: dict[str, Any], key: str, prefix: str = "", least: float = 0.0) -> float | None:
+        """A finite number of at least `least`; None where it is absent, `auto`, or not one (which is a problem)."""
+        value = content.get(key)
+        if value is None or self._is_auto(value, f"{prefix}{key}"):
+            return None
+        number = as_number(value)
+        if number is None or not math.isfinite(number) or abs(number) > _LARGEST or number < least:
+            self.refuse(f"{prefix}{key}", value, f"write a number of at least {least:g}, and at most {_LARGEST:g}")
+            return None
+        return number
+
+    def count(self, content: dict[str, Any], key: str, prefix: str = "", least: int = 1) -> int | None:
+        """A whole number; None as for `number`."""
+        number = self.number(content, key, prefix, least)
+        if number is not None and number != int(number):
+            self.refuse(f"{prefix}{key}", content[key], "write a whole number")
+            return None
+        return None if number is None else int(number)
+
+    def flag(self, content: dict[str, Any], key: str, prefix: str = "") -> bool | None:
+        """true or false, as YAML, JSON or a command line write it; None as for `number`."""
+        value = content.get(key)
+        if value is None or self._is_auto(value, f"{prefix}{key}"):
+            return None
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        found = words.get(str(value).strip().lower())
+        if found is None:
+            self.refuse(f"{prefix}{key}", value, "write true or false")
+        return found
+
+    def word(self, content: dict[str, Any], key: str, prefix: str = "") -> str | None:
+        """A text; None as for `number`."""
+        value = content.get(key)
+        if value is None or self._is_auto(value, f"{prefix}{key}"):
+            return None
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            self.refuse(f"{prefix}{key}", value, f"is {_kind(value)}, where a word stands")
+            return None
+        return str(value)
+
+    def _is_auto(self, value: Any, said: str) -> bool:
+        if value != "auto":
+            return False
+        if said not in self.open:
+            self.open.append(said)
+        return True
+
+    def all_remarks(self) -> list[Remark]:
+        """The remarks, and one for all keys that are `auto`."""
+        if not self.open:
+            return self.remarks
+        text = "filled in by Accelerate or the Trainer when it starts; here other files say it, or `launcher plan` decides it"
+        return [Remark("changes meaning", self.source, ", ".join(self.open), "auto", text), *self.remarks]
+
+
+def as_number(value: Any) -> float | None:
+    """The number in a value, written as one or as text; None where there is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def brief(value: Any) -> str:
+    """A value of any kind in few characters; what is nested is not shown."""
+    return "{...}" if isinstance(value, dict) else "[...]" if isinstance(value, (list, tuple)) else str(value)[:40]
+
+
+def _kind(value: Any) -> str:
+    return {dict: "a section", list: "a list", str: "text", bool: "true or false"}.get(type(value), "a number")
+
+
+def _short(value: Any) -> Any:
+    return f"{value[:60]}..." if isinstance(value, str) and len(value) > 60 else value
