@@ -55,7 +55,7 @@ def plan(keys: dict[str, Any]) -> Plan:
     }
     for key, value in keys.items():
         section, _, name = key.partition(".")
-        content[section] = {**content[section], name: value}
+        content[section] = {**content.get(section, {}), name: value} if name else value
     decided = decide(Job.model_validate(content), hardware=Hardware(64, 1 << 40), local=False)
     if decided.zero is None:
         return decided
