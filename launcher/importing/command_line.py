@@ -119,8 +119,11 @@ def _without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str,
     """Values that the shell would have filled in are not known here."""
     kept = {}
     for key, value in arguments.items():
-        if isinstance(value, str) and ("$" in value or "`" in value):
-            reading.remark("fill in", f"--{key}", value, "the shell fills this in; nothing is executed here, so write the value yourself")
+        text = " ".join(value) if isinstance(value, list) else str(value)
+        if "$" in text or "`" in text:
+            reading.remark(
+                "fill in", f"--{key}", text[:40], "the shell fills this in; nothing is executed here, so write the value yourself"
+            )
         else:
             kept[key] = value
     return kept

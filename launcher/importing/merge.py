@@ -169,6 +169,10 @@ def _cluster(merged: Merged) -> dict[str, Any]:
     made: dict[str, Any] = {"nodes": nodes} if nodes > 1 else {}
     if device == "cpu":
         made["gpus_per_node"] = 0
+    if device == "cuda" and not ranks:
+        fact = merged.facts["mesh.device"]
+        text = "no file says how many GPUs; write cluster.gpus_per_node, or it is what this machine has"
+        merged.remarks.append(Remark("fill in", fact.source, fact.said, fact.value, text))
     if ranks:
         made["ranks_per_node" if device == "cpu" else "gpus_per_node"] = max(1, ranks // nodes)
         if device is None and nodes == 1:
