@@ -225,7 +225,7 @@ def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
         reading.say("mesh.device", "cuda", "use_cpu" if on_cpu is False else "distributed_type")
     parallel = {key.removeprefix("parallelism_config_"): value for key, value in reading.section(content, "parallelism_config").items()}
     prefix = "parallelism_config."
-    if (copies := reading.count(parallel, "dp_replicate_size", prefix)) is not None:
+    if (copies := reading.count(parallel, "dp_replicate_size", prefix) or 1) > 1:
         reading.say("mesh.replicate", copies, prefix + "dp_replicate_size")
     for key, name in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
         if (reading.count(parallel, key, prefix) or 1) > 1:
