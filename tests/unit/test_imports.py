@@ -97,7 +97,10 @@ def test_the_walk_sees_what_it_should() -> None:
     assert modules(at_module_level(tree)) == {"torch", "rich"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "{job}"], ["plan", "{job}"], ["schema"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["validate", "{job}"], ["plan", "{job}"], ["schema"], ["render", "{job}", "--out", "{job}.d"], ["diff", "{job}", "{job}"]],
+)
 def test_no_torch_in_the_process(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a line\n")
     job = tmp_path / "job.yaml"
