@@ -349,6 +349,36 @@ def test_signals_to_the_step_leave_the_shell_of_the_agent_alive(tmp_path: Path, 
     assert subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60).returncode == 7
 
 
+def as_sbatch_reads(text: str) -> list[str]:
+    """The words of an #SBATCH line by sbatch's own rule: both quotes group, a backslash escapes in and out of them, a bare # ends the line."""
+    words: list[str] = []
+    word, quote, index = None, "", 0
+    while index < len(text):
+        sign = text[index]
+        index += 1
+        if sign == "\\":
+            word, index = (word or "") + text[index : index + 1], index + 1
+        elif quote:
+            word, quote = (word or "", "") if sign == quote else ((word or "") + sign, quote)
+        elif sign in "'\"":
+            word, quote = word or "", sign
+        elif sign == "#":
+            break
+        elif sign.isspace():
+            words, word = ([*words, word], None) if word is not None else (words, word)
+        else:
+            word = (word or "") + sign
+    return words if word is None else [*words, word]
+
+
+@pytest.mark.parametrize("value", [*HOSTILE, "[rack1|rack2]*2", "a  b ", "'", '"', "\\", 'a\\"b'])
+def test_slurm_reads_each_option_as_it_was_meant(value: str) -> None:
+    script = sbatch.script(plan_of({"cluster.constraint": value, "cluster.account": value}), PLACE)
+    lines = [as_sbatch_reads(line.removeprefix("#SBATCH ")) for line in script.splitlines() if line.startswith("#SBATCH ")]
+    assert [f"--constraint={value}"] in lines and [f"--account={value}"] in lines
+    assert all(len(words) == 1 for words in lines)
+
+
 def test_options_of_slurm() -> None:
     options = {"partition": "gpu", "constraint": 'a "b" \\c', "mem": "0"}
     plan = plan_of({"cluster.time_limit": "90min", **{f"cluster.{name}": value for name, value in options.items()}})
