@@ -350,7 +350,7 @@ def test_signals_to_the_step_leave_the_shell_of_the_agent_alive(tmp_path: Path, 
 
 
 def as_sbatch_reads(text: str) -> list[str]:
-    """The words of an #SBATCH line by sbatch's own rule: both quotes group, a backslash escapes in and out of them, a bare # ends the line."""
+    """The words of an #SBATCH line by sbatch's own rule: both quotes group, a backslash escapes everywhere, a bare # ends the line."""
     words: list[str] = []
     word, quote, index = None, "", 0
     while index < len(text):
