@@ -7,16 +7,17 @@ from launcher.job.script import NO_DATA, unused
 from launcher.planning.decide import plan as decide
 from launcher.planning.decider import Decider
 from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Decision, Plan
+from launcher.planning.plan import BatchPlan, Decision, Plan
 from launcher.planning.ranks import mesh as arrange
 
+_NO_BATCH = BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, data_parallel_size=1)
 _OURS = ("cluster.", "parallel.", "zero.")
 
 
 def plan(job: Job, script: tuple[str, ...], nproc: int | None = None, hardware: Hardware | None = None, local: bool = True) -> Plan:
     """Decide what `job` leaves open about how `script` is run.
 
-    Batch, length and data in it are placeholders: one sample a rank, one step. Raises ConfigurationError as for any job.
+    Batch, length and data in it are placeholders: one sample, one step. Raises ConfigurationError as for any job.
     """
     hardware = hardware or Hardware.detect()
     mesh, _ = arrange(Decider(job, hardware, nproc, local))
@@ -37,4 +38,4 @@ def plan(job: Job, script: tuple[str, ...], nproc: int | None = None, hardware: 
     if job.precision == "auto":
         ours += (Decision(key="precision", value="fp32", reason="unless the script itself asks for another"),)
     ours += tuple(Decision(key=key, value="not used", reason="the script brings its own") for key in unused(job))
-    return decided.model_copy(update={"script": script, "decisions": ours})
+    return decided.model_copy(update={"script": script, "decisions": ours, "batch": _NO_BATCH})

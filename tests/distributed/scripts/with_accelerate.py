@@ -46,7 +46,6 @@ def main() -> None:
         content = {"losses": losses, "distributed": accelerator.distributed_type.value, "ranks": accelerator.num_processes}
         with open(options.out, "w") as file:
             json.dump(content, file)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
