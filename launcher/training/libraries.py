@@ -71,7 +71,7 @@ def _leave_embeddings_to_accelerate(fsdp: ModuleType) -> None:
             return policy
         return lambda module: policy(module) and (module is embeddings or all(part is not embeddings for part in module.modules()))
 
-    fsdp.fsdp2_prepare_auto_wrap_policy = fsdp2_prepare_auto_wrap_policy
+    fsdp.__dict__["fsdp2_prepare_auto_wrap_policy"] = fsdp2_prepare_auto_wrap_policy
 
 
 def _choose_gloo(state: ModuleType) -> None:
