@@ -31,6 +31,8 @@ class Request:
         """From the command line. Raises ConfigurationError where the target is neither a run nor a model with a job."""
         if job is None:
             run = RunDirectory.find(target)
+            if Plan.read(run.plan_file).script:
+                raise ConfigurationError(Problem("RUN", target, "runs a script of its own, which alone knows how to measure its model"))
             return cls(decide(load(run.job_file, overrides), num_ranks), run.path, None, step)
         if not (Path(target) / "config.json").is_file():
             raise ConfigurationError(Problem("MODEL", target, "no config.json there; with --job it must be a directory with a model"))

@@ -22,6 +22,7 @@ from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling import local
 from launcher.scheduling.command import agent_command, environment
+from launcher.scheduling.evaluation import Request
 from launcher.scheduling.opening import open_run, reopen
 from launcher.scheduling.script import script_command
 from launcher.scheduling.supervisor import End, Watcher
@@ -173,6 +174,12 @@ def test_the_command_runs_the_script_and_the_environment_names_the_run(script: P
     seen = environment(run, made, 4)
     assert (seen["LAUNCHER_RUN_DIRECTORY"], seen["LAUNCHER_ATTEMPT"]) == (str(run.path), "4")
     assert (seen["CUDA_VISIBLE_DEVICES"], seen["ACCELERATE_TORCH_DEVICE"]) == ("", "cpu")
+
+
+def test_a_scripts_run_is_not_measured_by_us(script: Path) -> None:
+    run, _ = opened(script)
+    with pytest.raises(ConfigurationError, match="alone knows how to measure"):
+        Request.of(str(run.path), None, None, None, [])
 
 
 class Heard(Watcher):
