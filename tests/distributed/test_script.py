@@ -140,8 +140,8 @@ def test_an_unchanged_script_is_sharded_and_learns_the_same(
     [
         ("test_script", ENGINES["zero3"], "Shuffled central dataloader passing."),
         ("test_script", ["--set", "parallel.shard=none"], "Test reinstantiated state"),
-        ("test_ops", ENGINES["fsdp"], "test_copy_tensor_to_devices"),
-        ("test_ops", ENGINES["zero3"], "test_copy_tensor_to_devices"),
+        ("test_ops", ENGINES["fsdp"], "testing sending tensors across devices"),
+        ("test_ops", ENGINES["zero3"], "testing sending tensors across devices"),
     ],
 )
 def test_the_test_scripts_that_accelerate_ships(script: str, options: list[str], ends: str, tmp_path: Path) -> None:
