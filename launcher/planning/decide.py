@@ -35,7 +35,7 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
     num_workers = _num_workers(decider)
     if decider.problems:
         raise ConfigurationError(decider.problems)
-    checkpointing, limit, limit_reason = _memory(decider, mesh, precision)
+    checkpointing, limit, limit_reason = _memory(decider, mesh, precision, placed)
     batch = divide(job.batch, mesh.world_size, limit)
     if job.batch.micro_batch_size == "auto":
         reason = f"divides the {job.batch.global_batch_size // mesh.world_size} samples of a rank exactly; {limit_reason}"
@@ -118,7 +118,7 @@ def _num_workers(decider: Decider) -> int:
     return decider.decide("data.num_workers", min(decider.hardware.num_cores, 16), "one for each core, before the ranks begin")
 
 
-def _memory(decider: Decider, mesh: Mesh, precision: Precision) -> tuple[ActivationCheckpointing, int, str]:
+def _memory(decider: Decider, mesh: Mesh, precision: Precision, placed: Layout) -> tuple[ActivationCheckpointing, int, str]:
     """Recomputation, the most samples of a pass, and what sets that limit."""
     job, hardware = decider.job, decider.hardware
     num_tokens = job.data.max_length
@@ -135,7 +135,9 @@ def _memory(decider: Decider, mesh: Mesh, precision: Precision) -> tuple[Activat
         elif setting is None:
             way, reason = "none", "the model's size is not known before it is fetched; write full or selective if memory runs out"
         else:
-            way, reason = choose_checkpointing(setting, memory, num_tokens)
+            way, reason = choose_checkpointing(
+                setting, memory, num_tokens, selective=STAGES.get(placed.sharding) != 3 or placed.engine == "fsdp"
+            )
             reason = f"{reason} (states take about {gib(setting.states())} of a rank's {gib(memory)})"
         decider.decide("memory.activation_checkpointing", way, reason)
     limit, why = micro_batch_limit(setting, way, memory, num_tokens, mesh.device)

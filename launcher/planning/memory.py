@@ -15,6 +15,7 @@ USABLE = 0.8
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
 """Tokens beyond which a larger pass is no faster, so that memory is not taken for nothing."""
 _ORDER: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
+_WITHOUT_SELECTIVE: tuple[ActivationCheckpointing, ...] = ("none", "full")
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class Setting:
         return kept[checkpointing] * self._bytes
 
 
-def choose_checkpointing(setting: Setting, memory_bytes: int, num_tokens: int) -> tuple[ActivationCheckpointing, str]:
-    """The least recomputation with which one sample of `num_tokens` fits, and why."""
+def choose_checkpointing(
+    setting: Setting, memory_bytes: int, num_tokens: int, selective: bool = True
+) -> tuple[ActivationCheckpointing, str]:
+    """The least recomputation with which one sample of `num_tokens` fits, and why. Not every engine can do it by `selective`."""
     room = int(memory_bytes * USABLE) - setting.states()
-    for way in _ORDER:
+    for way in _ORDER if selective else _WITHOUT_SELECTIVE:
         kept = setting.of_token(way) * num_tokens
         if kept <= room:
             return way, f"a sample of {num_tokens} tokens keeps about {gib(kept)} of the {gib(room)} that the model leaves free"

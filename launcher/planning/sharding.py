@@ -109,6 +109,12 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
     if sharding == "none":
         reason = "stage 0 takes a wrong first step in half precision (tried with 0.19.8); stage 1 computes what it should, in less memory"
         sharding = decider.decide("parallel.shard", "optimizer", reason)
+    if memory.activation_checkpointing == "selective" and sharding == "full":
+        reason = "ZeRO-3 gathers parameters again in the backward pass, which selective recomputation does not allow; write full"
+        decider.refuse("memory.activation_checkpointing", "selective", reason)
+    if job.precision == "fp16" and device == "cpu" and decider.local and "avx512_fp16" not in decider.hardware.cpu_flags:
+        reason = "DeepSpeed takes it on a CPU only where that has fp16 units (avx512_fp16); write fp32, or parallel.engine: fsdp"
+        decider.refuse("precision", "fp16", reason)
     if memory.offload == "parameters" and sharding != "full":
         decider.refuse("memory.offload", "parameters", f"only ZeRO-3 offloads parameters, and parallel.shard is {sharding}; write full")
     if _zeropp(decider) and sharding != "full":

@@ -201,6 +201,12 @@ def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> Non
                 local_part(parameter).copy_(cut_like(parameter, whole.data))
 
 
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter before any engine cut it: ZeRO-3 leaves an empty tensor in its place."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
@@ -238,7 +244,14 @@ def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     12 x layers x hidden x length, halved as causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     tied = getattr(config, "tie_word_embeddings", False)
-    embeddings = 0 if tied else model.get_input_embeddings().weight.numel()
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2) - embeddings
+    embeddings = 0 if tied else whole_shape(model.get_input_embeddings().weight).numel()
+    shapes = [whole_shape(parameter) for parameter in model.parameters()]
+    matrices = sum(shape.numel() for shape in shapes if len(shape) >= 2) - embeddings
     layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
     return 6.0 * matrices + 6.0 * layers * hidden * length
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that a checkpoint holds, by name."""
+    kept = set(model.state_dict(keep_vars=True).keys())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

@@ -8,15 +8,23 @@ import torch
 from torch import nn
 
 from launcher.job.schema import Training
+from launcher.training.model import whole_shape
 
 Optimizer = torch.optim.Optimizer
 
 
 def build(model: nn.Module, training: Training) -> Optimizer:
     """The plan's optimizer over the parameters that train, with its state already made, so that saving and loading see one shape."""
+    optimizer = construct(model, training)
+    make_states(optimizer, training)
+    return optimizer
+
+
+def construct(model: nn.Module, training: Training) -> Optimizer:
+    """The plan's optimizer over the parameters that train, without state yet."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for _, parameter in trainable if parameter.dim() >= 2]
-    plain = [parameter for _, parameter in trainable if parameter.dim() < 2]
+    decayed = [parameter for _, parameter in trainable if len(whole_shape(parameter)) >= 2]
+    plain = [parameter for _, parameter in trainable if len(whole_shape(parameter)) < 2]
     groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": training.learning_rate}
@@ -26,13 +34,18 @@ def build(model: nn.Module, training: Training) -> Optimizer:
     else:
         kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
         optimizer = kind(groups, betas=training.betas, eps=training.epsilon, fused=True, **common)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = _first_state(training.optimizer, parameter, training.momentum)
     return optimizer
 
 
-def _first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str, torch.Tensor]:
+def make_states(optimizer: Optimizer, training: Training) -> None:
+    """Give every parameter of the optimizer its state before the first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = first_state(training.optimizer, parameter, training.momentum)
+
+
+def first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str, torch.Tensor]:
+    """The state of one parameter before the first step."""
     if kind == "sgd":
         return {"momentum_buffer": torch.zeros_like(parameter)} if momentum else {}
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -50,6 +63,13 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Ten
     if steps:
         tensors["optimizer.step"] = steps[0]
     return tensors
+
+
+def moments(training: Training) -> tuple[str, ...]:
+    """The names of the optimizer's tensors that have a parameter's shape."""
+    if training.optimizer == "sgd":
+        return ("momentum_buffer",) if training.momentum else ()
+    return ("exp_avg", "exp_avg_sq")
 
 
 def spread_step(optimizer: Optimizer) -> None:

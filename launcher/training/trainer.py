@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -15,14 +16,13 @@ from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import last_record, newest_checkpoint
+from launcher.training import engines
 from launcher.training import model as models
 from launcher.training.cadence import Cadence, Patience
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch
 from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
-from launcher.training.engines.engine import Engine
-from launcher.training.engines.fsdp import FsdpEngine
 from launcher.training.evaluation import Interrupted, evaluate
 from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
@@ -76,7 +76,7 @@ class Trainer:
         self.num_steps = self.batches.num_steps
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.event("phase", phase="loading")
-        self.engine: Engine = FsdpEngine(plan, self.task, material.config)
+        self.engine = engines.build(plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {})
         if self.rank == 0:
             material.save_model_files(run, self.engine.model)
         self.state = State()
@@ -308,8 +308,8 @@ class Trainer:
             "training",
             first_step=self.state.step,
             total_steps=self.num_steps,
-            num_parameters=sum(parameter.numel() for parameter in parameters),
-            num_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            num_parameters=sum(models.whole_shape(parameter).numel() for parameter in parameters),
+            num_trainable=sum(models.whole_shape(parameter).numel() for parameter in parameters if parameter.requires_grad),
             flops_per_token=models.flops_per_token(self.engine.model, self.material.config, int(length)),
             new_parameters=list(self.engine.new_parameters),
         )
@@ -330,6 +330,12 @@ class Trainer:
         """An event, written once for all ranks."""
         if self.rank == 0:
             self.journal.event(self.run.events_file, name, **fields)
+
+
+def _deepspeed_config(run: RunDirectory) -> dict[str, Any]:
+    """What the run's rendered configuration says: what was shown is what runs."""
+    config: dict[str, Any] = json.loads((run.rendered / "ds_config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _seconds_of_last_save(run: RunDirectory) -> float:

@@ -45,3 +45,10 @@ def plan_of(model: Path, world_size: int = 1, **changes: Any) -> Plan:
             section = section[part]
         section[last] = value
     return Plan.model_validate(values)
+
+
+def deepspeed(stage: int = 3, **changes: Any) -> dict[str, Any]:
+    """Keywords of `plan_of` for DeepSpeed; buckets smaller than a tiny model, so that there are several."""
+    sizes = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, "prefetch_bucket_size": 10_000, "persistence_threshold": 100}
+    zero = {"stage": stage, "max_live_parameters": 30_000, "sub_group_size": 30_000} | sizes
+    return {"engine": "deepspeed", "sharding": {1: "optimizer", 2: "gradients", 3: "full"}[stage], "zero": zero} | changes

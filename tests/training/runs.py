@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from launcher.planning.plan import Plan
+from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs import events
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory
@@ -101,8 +102,16 @@ def new_run(path: Path, plan: Plan) -> RunDirectory:
     """A run directory as the planner leaves it."""
     path.mkdir(parents=True)
     run = RunDirectory(path)
-    run.plan_file.write_text(plan.to_json(), encoding="utf-8")
+    replan(run, plan)
     return run
+
+
+def replan(run: RunDirectory, plan: Plan) -> None:
+    """Give a run another plan, with the configuration that DeepSpeed reads."""
+    run.plan_file.write_text(plan.to_json(), encoding="utf-8")
+    if plan.engine == "deepspeed":
+        run.rendered.mkdir(exist_ok=True)
+        (run.rendered / "ds_config.json").write_text(json.dumps(deepspeed_config(plan)), encoding="utf-8")
 
 
 @dataclass

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
+from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention, heads
-from launcher.training.engines.fsdp import FsdpEngine
+from launcher.training.checkpoint.boxes import FlatShard
+from launcher.training.engines import build
 from launcher.training.model import repeated_layers
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
@@ -39,7 +41,7 @@ class Classifying:
 def steps(plan: Plan, task: Any, num_steps: int = 3) -> dict[str, Any]:
     """A few optimizer steps of four samples, this rank's share of them; what came of it, gathered whole."""
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
-    engine = FsdpEngine(plan, task, config)
+    engine = build(plan, task, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
     rank, size = torch.distributed.get_rank(), plan.batch.data_parallel_size
     curve = []
     for step in range(num_steps):
@@ -56,8 +58,17 @@ def steps(plan: Plan, task: Any, num_steps: int = 3) -> dict[str, Any]:
         torch.distributed.all_reduce(sums)
         curve.append([float(sums[0]), float(sums[1].sqrt())])
         engine.apply(1e-3, 1.0)
-    whole = {name: getattr(value, "full_tensor", lambda value=value: value)().clone() for name, value in engine.tensors().items()}
+    whole = {name: _whole(value) for name, value in engine.tensors().items()}
     return {"curve": curve, "tensors": whole, "layers": sum(hasattr(layer, "unshard") for layer in repeated_layers(engine.model))}
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, from what each rank holds of it."""
+    if not isinstance(value, FlatShard):
+        return getattr(value, "full_tensor", lambda: value)().clone()
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (value.start, value.values().clone()))
+    return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0]) if part.numel()]).view(value.shape)
 
 
 def _samples(step: int) -> list[torch.Tensor]:

@@ -1,0 +1,19 @@
+"""The engines, each behind the protocol of `engine.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.planning.plan import Plan
+from launcher.training.engines.engine import Engine
+from launcher.training.engines.fsdp import FsdpEngine
+from launcher.training.tasks.task import Task
+
+
+def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> Engine:
+    """The plan's engine with its model loaded. `ds_config` is the rendered configuration, for DeepSpeed alone."""
+    if plan.engine == "fsdp":
+        return FsdpEngine(plan, task, config)
+    from launcher.training.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(plan, task, config, ds_config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,28 +10,19 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
+from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.heads import Batch, Output
 from launcher.training.tasks.task import Task
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DEFERRED_GRADIENT_BYTES = 4 << 30
 """Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it, memory is worth more."""
-
-_KEPT_BY_SELECTIVE = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
 
 
 class FsdpEngine:
@@ -56,7 +46,7 @@ class FsdpEngine:
         model.tie_weights()
         layers = models.repeated_layers(model)
         for layer in layers:
-            _checkpoint_activations(layer, self._plan.activation_checkpointing)
+            checkpoint_activations(layer, self._plan.activation_checkpointing)
             if self._plan.model.compile:
                 layer.compile()
         if self._plan.mesh.world_size == 1 and self._plan.precision == "fp32":
@@ -103,7 +93,7 @@ class FsdpEngine:
         # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that FSDP frees later.
         self._reshard()
         parameters = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-        buffers = {f"model.{name}": buffer for name, buffer in _persistent_buffers(self.model)}
+        buffers = {f"model.{name}": buffer for name, buffer in models.persistent_buffers(self.model)}
         states = optimizers.state_tensors(self.model, self._optimizer) if self._optimizer else {}
         return parameters | buffers | states
 
@@ -138,23 +128,3 @@ def _assert_units(model: PreTrainedModel, layers: list[nn.Module]) -> None:
     if loose:
         reason = f"{len(loose)} of {len(layers)} layers ({loose[0]}) could not be made units of their own"
         raise ConfigurationError(Problem("model.name", model.name_or_path, reason))
-
-
-def _checkpoint_activations(layer: nn.Module, mode: str) -> None:
-    """Recompute the layer in the backward pass: all of it, or all but its matrix products and attention."""
-    if mode == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _selective_policy)
-    forward: Callable[..., Any] = layer.forward
-    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, **options, **kwargs)
-
-
-def _selective_policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    kept = set(model.state_dict(keep_vars=True).keys())
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

@@ -1,0 +1,237 @@
+"""DeepSpeed's ZeRO, stages 1 to 3, behind the same protocol as FSDP: our optimizer, loss, clipping and schedule over its shards.
+
+The configuration is the rendered `ds_config.json`: what was shown is what runs. Two things of it are taken over by the trainer, which
+does them alike on every engine: clipping, and the loss scale of fp16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planning.plan import Plan
+from launcher.training import model as models
+from launcher.training import optimizer as optimizers
+from launcher.training.checkpoint.boxes import FlatShard
+from launcher.training.engines.fsdp import DTYPES
+from launcher.training.engines.recompute import checkpoint_activations
+from launcher.training.engines.whole import cut_rows, gathered, replaced_one_by_one
+from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
+from launcher.training.heads import Batch, Output
+from launcher.training.tasks.task import Task
+
+
+class DeepSpeedEngine:
+    """The engine protocol over `deepspeed.initialize`."""
+
+    def __init__(self, plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> None:
+        """Load the model cut evenly, hand it to DeepSpeed parameter by parameter, and set its fp32 masters to the loaded values."""
+        assert plan.zero is not None
+        self._plan = plan
+        self._deepspeed = _import(plan)
+        self._ds_config = _taken_over(ds_config)
+        loaded = models.load(plan, task.auto_class, config, self._cut)
+        self.model: PreTrainedModel = loaded.model
+        self.new_parameters = loaded.new_parameters
+        for layer in models.repeated_layers(self.model):
+            checkpoint_activations(layer, plan.activation_checkpointing)
+        self._frozen: dict[str, torch.Tensor] = {}
+        masters = self._convert()
+        self.model.train()
+        self.model.forward = functools.partial(task.forward, self.model)
+        self._register_head()
+        optimizer = optimizers.construct(self.model, plan.training)
+        with _one_optimizer_for_all_stages(self._deepspeed):
+            self._engine, *_ = self._deepspeed.initialize(
+                model=self.model, optimizer=optimizer, config=self._ds_config, dist_init_required=False
+            )
+        self._zero: Any = self._engine.optimizer
+        kind = StageThree if plan.zero.stage == 3 else StageOneOrTwo
+        self._stage = kind(self._zero, plan.training)
+        self._set_masters(masters)
+
+    def _cut(self, model: PreTrainedModel) -> None:
+        if self._plan.mesh.world_size > 1:
+            cut_rows(model, model._mesh_manager.get_mesh("fsdp"))
+
+    def _convert(self) -> dict[str, torch.Tensor]:
+        """Give DeepSpeed its parameters in the precision of the computation; the loaded fp32 shards of those that lose by it."""
+        assert self._plan.zero is not None
+        dtype = DTYPES[self._plan.precision]
+        partitioner = self._deepspeed.zero.Init(config_dict_or_path=self._ds_config) if self._plan.zero.stage == 3 else None
+        masters: dict[str, torch.Tensor] = {}
+        for name, old, new in replaced_one_by_one(self.model):
+            if not new.requires_grad:
+                self._frozen[name] = _flat_part(new.data, self._plan)
+            elif dtype != torch.float32:
+                masters[name] = old.detach()
+            new.data = new.data.to(dtype)
+            if partitioner is not None:
+                partitioner._convert_to_deepspeed_param(new)
+                new.partition()  # type: ignore[attr-defined]
+        return masters
+
+    def _register_head(self) -> None:
+        """The loss multiplies with the output embeddings outside of their module: have stage 3 gather them for the whole model."""
+        head = self.model.get_output_embeddings()
+        if self._plan.zero is not None and self._plan.zero.stage == 3 and head is not None:
+            for parameter in head.parameters():
+                self._deepspeed.zero.register_external_parameter(self.model, parameter)
+
+    @torch.no_grad()
+    def _set_masters(self, masters: dict[str, torch.Tensor]) -> None:
+        """Masters are made from the computation's precision; put back what that rounded off."""
+        parameters = dict(self.model.named_parameters())
+        for name, shard in masters.items():
+            whole = gathered(shard).reshape(-1)
+            piece = self._stage.piece(parameters[name])
+            if piece.count:
+                piece.values("param").copy_(whole[piece.start : piece.start + piece.count])
+        if isinstance(self._stage, StageThree):
+            self._stage.close()
+
+    def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
+        self._engine.set_gradient_accumulation_boundary(last)
+        output: Output = self._engine(batch)
+        self._engine.backward(output.loss_sum * (factor * self._plan.batch.data_parallel_size), scale_wrt_gas=False)
+        return output
+
+    def evaluate(self, batch: Batch) -> Output:
+        self._engine.eval()
+        with torch.no_grad():
+            output: Output = self._engine(batch)
+        self._engine.train()
+        return output
+
+    def squared_gradient_norm(self) -> torch.Tensor:
+        return self._stage.squared_gradient_norm()
+
+    def apply(self, learning_rate: float, multiplier: float) -> None:
+        optimizers.set_learning_rate(self._zero.optimizer, learning_rate)
+        # DeepSpeed divides by the loss scale when it steps: the one place where it multiplies gradients once, wherever they lie.
+        self._zero.loss_scale = 1.0 / multiplier
+        self._zero.step()
+        self._zero.loss_scale = 1.0
+        self._zero.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        self._stage.discard()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        states: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if name in self._frozen:
+                tensors[f"model.{name}"] = _shard(parameter, self._frozen_piece(name, parameter), "param")
+                continue
+            piece = self._stage.piece(parameter)
+            tensors[f"model.{name}"] = _shard(parameter, piece, "param")
+            for key in optimizers.moments(self._plan.training):
+                states[f"optimizer.{name}.{key}"] = _shard(parameter, piece, key)
+        tensors |= {f"model.{name}": buffer for name, buffer in models.persistent_buffers(self.model)}
+        if steps := self._stage.steps():
+            states["optimizer.step"] = steps[0]
+        return tensors | states
+
+    def _frozen_piece(self, name: str, parameter: nn.Parameter) -> Piece:
+        part = self._frozen[name]
+        return Piece(_start(models.whole_shape(parameter).numel(), self._plan), part.numel(), lambda key: part)
+
+    def loaded(self) -> None:
+        steps = self._stage.steps()
+        for step in steps[1:]:
+            step.copy_(steps[0])
+        self._stage.publish()
+        self._publish_frozen()
+
+    @torch.no_grad()
+    def _publish_frozen(self) -> None:
+        """Frozen parameters belong to no optimizer: put the loaded values into the copies that compute."""
+        assert self._plan.zero is not None
+        for name, parameter in self.model.named_parameters():
+            if name not in self._frozen:
+                continue
+            part: Any = parameter
+            if self._plan.zero.stage == 3:
+                with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    whole = _joined(self._frozen[name], parameter.numel(), self._plan)
+                    parameter.data.copy_(whole.view(parameter.shape))
+            else:
+                part.data.copy_(_joined(self._frozen[name], parameter.numel(), self._plan).view(parameter.shape))
+
+
+def _import(plan: Plan) -> Any:
+    """DeepSpeed, quiet, on the device of the plan, and without compiling what gloo does as well."""
+    os.environ.setdefault("DS_ACCELERATOR", plan.mesh.device)
+    try:
+        import deepspeed
+    except ImportError as error:
+        reason = f"DeepSpeed cannot be imported: {models.first_line(error)}"
+        raise ConfigurationError(Problem("parallel.engine", "deepspeed", reason)) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if plan.mesh.device == "cpu":
+        # Its collectives in shared memory take minutes to compile on first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if plan.mesh.device == "cuda" else "gloo", auto_mpi_discovery=False)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _one_optimizer_for_all_stages(deepspeed: Any) -> Iterator[None]:
+    """Have stage 1 in bf16 take the optimizer of stages 1 and 2 as well.
+
+    With fp32 accumulation DeepSpeed would take its BF16_Optimizer, another class with other insides; the numbers are the same.
+    """
+    engine, kind = deepspeed.DeepSpeedEngine, "zero_optimization"
+    choose = engine._do_optimizer_sanity_check
+    engine._do_optimizer_sanity_check = lambda self, optimizer: choose(self, optimizer) and kind
+    try:
+        yield
+    finally:
+        engine._do_optimizer_sanity_check = choose
+
+
+def _taken_over(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The rendered configuration as the engine uses it: clipping and the loss scale are the trainer's."""
+    config = copy.deepcopy(ds_config)
+    config["gradient_clipping"] = 0.0
+    if config.get("fp16", {}).get("enabled"):
+        config["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    return config
+
+
+def _shard(parameter: nn.Parameter, piece: Piece, key: str) -> FlatShard:
+    return FlatShard(models.whole_shape(parameter), piece.start, piece.count, functools.partial(piece.values, key), torch.float32)
+
+
+def _part_length(num_elements: int, plan: Plan) -> int:
+    return -(-num_elements // plan.mesh.world_size)
+
+
+def _start(num_elements: int, plan: Plan) -> int:
+    return min(num_elements, torch.distributed.get_rank() * _part_length(num_elements, plan))
+
+
+def _flat_part(whole: torch.Tensor, plan: Plan) -> torch.Tensor:
+    start = _start(whole.numel(), plan)
+    return whole.reshape(-1)[start : start + _part_length(whole.numel(), plan)].clone()
+
+
+def _joined(part: torch.Tensor, num_elements: int, plan: Plan) -> torch.Tensor:
+    """The parts of all ranks as one flat tensor."""
+    length = _part_length(num_elements, plan)
+    padded = torch.zeros(length, dtype=part.dtype, device=part.device)
+    padded[: part.numel()] = part
+    whole = torch.empty(length * plan.mesh.world_size, dtype=part.dtype, device=part.device)
+    torch.distributed.all_gather_into_tensor(whole, padded)
+    return whole[:num_elements]

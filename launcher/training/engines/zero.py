@@ -1,0 +1,169 @@
+"""Where ZeRO keeps a rank's part of the training state, and how a step of it goes, stage by stage.
+
+DeepSpeed has no public way to write its state into anything but its own files, nor to take a step whose clipping is decided elsewhere.
+What is used here beside its public functions was tried with 0.19.8, at stages 1, 2 and 3, with and without offloading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from launcher.job.schema import Training
+from launcher.training import optimizer as optimizers
+
+Values = Callable[[], torch.Tensor]
+
+
+class Piece:
+    """This rank's part of one parameter: elements [start, start + count), and its flat fp32 values by key (`param`, `exp_avg`, ...)."""
+
+    def __init__(self, start: int, count: int, values: Callable[[str], torch.Tensor]) -> None:
+        self.start, self.count, self.values = start, count, values
+
+
+class Stage(Protocol):
+    """What the engine needs of a ZeRO optimizer."""
+
+    def piece(self, parameter: nn.Parameter) -> Piece: ...
+    def steps(self) -> list[torch.Tensor]: ...
+    def squared_gradient_norm(self) -> torch.Tensor: ...
+    def discard(self) -> None: ...
+    def publish(self) -> None: ...
+
+
+def _squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    kept = [tensor for tensor in tensors if tensor.numel()]
+    if not kept:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm([tensor.float() for tensor in kept])).double().square().sum()
+
+
+def _norms(offloaded: dict[Any, Any]) -> torch.Tensor:
+    """What DeepSpeed noted of gradients on their way off the device."""
+    values = [torch.as_tensor(value, dtype=torch.float64).cpu() for value in offloaded.values()]
+    return torch.stack(values).square().sum() if values else torch.zeros((), dtype=torch.float64)
+
+
+class StageOneOrTwo:
+    """Flat fp32 partitions of each group of parameters; a parameter may lie in one of them, in several, or across a border."""
+
+    def __init__(self, zero: Any, training: Training) -> None:
+        self._zero = zero
+        for partition in zero.single_partition_of_fp32_groups:
+            zero.optimizer.state[partition] = optimizers.first_state(training.optimizer, partition.detach(), training.momentum)
+        zero._lazy_init_hp_params_optimizer_state()
+        zero.clip_grad = 0.0
+        zero.scaled_global_norm = lambda norm_type=2: torch.zeros(())
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """Empty where this rank holds none of it."""
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Piece(0, 0, lambda key: torch.empty(0))
+
+        def values(key: str) -> torch.Tensor:
+            found: torch.Tensor = mapping.get_hp_fragment() if key == "param" else mapping.get_optim_state_fragment(key)
+            return found.detach()
+
+        return Piece(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, values)
+
+    def steps(self) -> list[torch.Tensor]:
+        return [state["step"] for state in self._zero.optimizer.state.values() if "step" in state]
+
+    def squared_gradient_norm(self) -> torch.Tensor:
+        if self._zero.cpu_offload:
+            self._zero._wait_for_offload_copies()
+            return _norms(self._zero.norm_for_param_grads)
+        return _squares([gradient for group in self._zero.averaged_gradients.values() if group is not None for gradient in group])
+
+    def discard(self) -> None:
+        zero = self._zero
+        zero.micro_step_id = -1
+        zero.zero_grad(set_to_none=True)
+        zero._release_preflattened_grad_buffers()
+        if zero.cpu_offload:
+            zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+        else:
+            for key in zero.averaged_gradients:
+                zero.averaged_gradients[key] = zero.all_grad_tensors[key] = None
+
+    def publish(self) -> None:
+        self._zero.update_lp_params()
+        for index in range(len(self._zero.bit16_groups)):
+            self._zero._update_model_bit16_weights(index)
+
+
+class StageThree:
+    """Every parameter in equal flat parts, the last one padded; the parts of many stand together in sub-groups, on NVMe one by one."""
+
+    def __init__(self, zero: Any, training: Training) -> None:
+        self._zero = zero
+        self._open: int | None = None
+        for index, partition in enumerate(zero.fp32_partitioned_groups_flat):
+            if zero._swappable_optimizer_subgroup(index):
+                zero._optimizer_states_and_gradient_swap_in(index)
+            zero.optimizer.state[partition] = optimizers.first_state(training.optimizer, partition.detach(), training.momentum)
+            if zero._swappable_optimizer_subgroup(index):
+                zero._optimizer_states_and_gradient_swap_out(index)
+        zero.clip_grad = 0.0
+        zero._get_norm_groups = lambda: [torch.zeros(())]
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """The last ranks hold less, or nothing, where the elements do not divide."""
+        zero: Any = self._zero
+        group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+        part: Any = parameter
+        start = min(part.ds_zero_partition_rank * length, part.ds_numel)
+        count = min(length, part.ds_numel - start)
+
+        def values(key: str) -> torch.Tensor:
+            self._swap_in(group)
+            partition = zero.fp32_partitioned_groups_flat[group]
+            whole: torch.Tensor = partition if key == "param" else zero.optimizer.state[partition][key]
+            return whole.detach().narrow(0, offset, count)
+
+        return Piece(start, count, values)
+
+    def _swap_in(self, group: int) -> None:
+        """Have the sub-group in memory, one at a time: what was there goes back, with what a load has written into it."""
+        if self._open == group or not self._zero._swappable_optimizer_subgroup(group):
+            return
+        self.close()
+        self._zero._optimizer_states_and_gradient_swap_in(group)
+        self._open = group
+
+    def close(self) -> None:
+        """Send back what reading or writing the state has swapped in."""
+        if self._open is not None:
+            self._zero._optimizer_states_and_gradient_swap_out(self._open)
+            self._open = None
+
+    def steps(self) -> list[torch.Tensor]:
+        return [state["step"] for state in self._zero.optimizer.state.values() if "step" in state]
+
+    def squared_gradient_norm(self) -> torch.Tensor:
+        if self._zero.offload_optimizer:
+            return _norms(self._zero.norm_for_param_grads)
+        return _squares([gradient for group in self._zero.averaged_gradients.values() for gradient in group])
+
+    def discard(self) -> None:
+        self._zero._pre_step()
+        self._zero._partition_all_parameters()
+        self._zero._overflow_clean_up(1.0)
+
+    def publish(self) -> None:
+        zero = self._zero
+        self.close()
+        zero._partition_all_parameters()
+        for index in range(len(zero.fp16_groups)):
+            self._swap_in(index)
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        self.close()
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
