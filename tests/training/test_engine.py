@@ -14,13 +14,13 @@ from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention, heads
-from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.engines import build
 from launcher.training.model import repeated_layers
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
 from tests.training.test_heads import packed_batch
 from tests.training.tiny import ENCODERS, FAMILIES, config_of, model_of
+from tests.training.wholes import whole
 
 pytestmark = pytest.mark.distributed
 
@@ -58,17 +58,8 @@ def steps(plan: Plan, task: Any, num_steps: int = 3) -> dict[str, Any]:
         torch.distributed.all_reduce(sums)
         curve.append([float(sums[0]), float(sums[1].sqrt())])
         engine.apply(1e-3, 1.0)
-    whole = {name: _whole(value) for name, value in engine.tensors().items()}
-    return {"curve": curve, "tensors": whole, "layers": sum(hasattr(layer, "unshard") for layer in repeated_layers(engine.model))}
-
-
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, from what each rank holds of it."""
-    if not isinstance(value, FlatShard):
-        return getattr(value, "full_tensor", lambda: value)().clone()
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, (value.start, value.values().clone()))
-    return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0]) if part.numel()]).view(value.shape)
+    tensors = {name: whole(value) for name, value in engine.tensors().items()}
+    return {"curve": curve, "tensors": tensors, "layers": sum(hasattr(layer, "unshard") for layer in repeated_layers(engine.model))}
 
 
 def _samples(step: int) -> list[torch.Tensor]:

@@ -20,7 +20,21 @@ from launcher.runs import events
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory
 from launcher.training.signals import StopRequest
-from tests.training.runs import assert_equal, batch_of, causal_data, curve, evaluations, finish, named, new_run, plan_for, start, state
+from tests.training.runs import (
+    assert_equal,
+    batch_of,
+    causal_data,
+    curve,
+    evaluations,
+    finish,
+    named,
+    new_run,
+    plan_for,
+    replan,
+    start,
+    state,
+)
+from tests.training.wholes import whole
 
 pytestmark = pytest.mark.distributed
 
@@ -73,9 +87,9 @@ def loaded_state(path: Path, rank: int, stop: StopRequest) -> None:
 
     def noted(self: Trainer) -> None:
         restore(self)
-        whole = {name: getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)() for name, tensor in self.engine.tensors().items()}
+        tensors = {name: whole(tensor) for name, tensor in self.engine.tensors().items()}
         if rank == 0:
-            torch.save(whole, path)
+            torch.save(tensors, path)
 
     Trainer._restore = noted  # type: ignore[method-assign]
 
@@ -168,7 +182,7 @@ def moved(source: RunDirectory, path: Path, plan: Plan) -> RunDirectory:
     """The run continued elsewhere, on as many ranks as `plan` says; what it loads is compared with what was saved."""
     shutil.copytree(source.path, path)
     run = RunDirectory(path)
-    run.plan_file.write_text(plan.to_json(), encoding="utf-8")
+    replan(run, plan)
     saved = state(run)
     finish(run, plan.mesh.world_size, functools.partial(loaded_state, path / "loaded.pt"))
     assert_equal(torch.load(path / "loaded.pt"), saved)
