@@ -1,4 +1,4 @@
-"""launcher checkpoint list, inspect, verify, diff, prune."""
+"""launcher checkpoint list, inspect, verify, diff, prune, import."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launcher.cli.job import Overrides
 from launcher.cli.output import print_json, print_table, size
-from launcher.cli.plan import AsJson
+from launcher.cli.plan import AsJson, NumRanks
 from launcher.cli.run import Run
 
 if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
     from launcher.runs.checkpoints import Stored
     from launcher.runs.layout import RunDirectory
 
@@ -172,3 +174,63 @@ def prune(
     names = [stored.name for stored in removed] + leftovers
     typer.echo(f"{'would remove' if dry_run else 'removed'}: {', '.join(names) or 'nothing'}")
     return None
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The directory that DeepSpeed or Accelerate saved to.")],
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run without checkpoints.", show_default=False)] = None,
+    job: Annotated[Path | None, typer.Option("--job", metavar="JOB", help="Instead of RUN: begin a run of this job.")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="With --job: where. [default: runs/NAME]")] = None,
+    samples: Annotated[int | None, typer.Option(min=0, help="Samples consumed. [default: steps x global batch]")] = None,
+    nproc: NumRanks = None,
+    as_json: AsJson = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Take in a checkpoint that DeepSpeed (ZeRO 1 to 3) or Accelerate (FSDP) wrote, and go on from it."""
+    from launcher.scheduling import local
+    from launcher.training.checkpoint import foreign_import
+
+    opened, plan = _to_import_into(run, job, run_dir, nproc, overrides)
+    prepared = foreign_import.prepare(source, plan, samples)
+    if job is not None:
+        from launcher.scheduling.opening import open_run
+
+        opened, plan = open_run(job, overrides, nproc, run_dir)
+    with opened.lock():
+        written = foreign_import.write(opened, plan, prepared)
+    command = f"launcher resume {local.shown(opened.path)}"
+    if as_json:
+        facts = {"origin": prepared.origin, "step": written.step, "optimizer_step": prepared.optimizer_step, "notes": list(prepared.notes)}
+        return print_json({**facts, "checkpoint": str(written.directory), "tensors": written.num_tensors, "bytes": written.num_bytes})
+    typer.echo(f"{prepared.origin}: {written.num_tensors} tensors, {size(written.num_bytes)}, step {written.step}")
+    for note in prepared.notes:
+        typer.echo(f"  {note}")
+    return typer.echo(f"go on with: {command}")
+
+
+def _to_import_into(
+    run: str | None, job: Path | None, run_dir: Path | None, nproc: int | None, overrides: list[str]
+) -> tuple[RunDirectory, Plan]:
+    """The run that is there, or the one that a job would begin; nothing is written yet."""
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.job.load import load
+    from launcher.planning.decide import plan as decide
+    from launcher.planning.plan import Plan
+    from launcher.runs.layout import RunDirectory
+    from launcher.training.checkpoint.foreign_import import refuse_used
+
+    if (run is None) == (job is None):
+        raise ConfigurationError(Problem("RUN", run, "name a run that has no checkpoints, or begin one with --job JOB --run-dir DIR"))
+    if run is not None:
+        if run_dir is not None or nproc is not None or overrides:
+            raise ConfigurationError(Problem("RUN", run, "has its plan already; --run-dir, --nproc and --set go with --job"))
+        found = _find(run)
+        refuse_used(found)
+        return found, Plan.read(found.plan_file)
+    assert job is not None
+    loaded = load(job, overrides)
+    fresh = RunDirectory((run_dir or Path("runs") / loaded.name).absolute())
+    if fresh.plan_file.exists():
+        raise ConfigurationError(Problem("--run-dir", str(fresh.path), "holds a run already; name it as RUN, without --job"))
+    return fresh, decide(loaded, nproc)
