@@ -36,15 +36,16 @@ class Buckets:
             prefetch_bucket_size=bucket,
             persistence_threshold=10 * shape.hidden_size,
             max_live_parameters=max(_LEAST, embeddings + 3 * layer),
-            sub_group_size=max(_LEAST, layer) if offloads_to_files else 1_000_000_000,
+            sub_group_size=max(_LEAST, layer),
         )
-        swapped = "one layer: what is read, stepped and written in one go" if offloads_to_files else "one optimizer step over all of a rank"
+        swapped = "one layer: what is read, stepped and written in one go"
+        stepped = "one layer: the gradients of what is stepped in one go are copied for it"
         reasons = {
             "reduce_bucket_size": f"one layer ({layer:,}): sent while the next one is computed",
             "allgather_bucket_size": f"one layer ({layer:,}) at a time after a step",
             "prefetch_bucket_size": f"one layer ({layer:,}): gathered while the one before is computed",
             "persistence_threshold": "10 x hidden: norms and biases stay whole, as gathering them costs more than holding them",
             "max_live_parameters": "embeddings and three layers: the one in use, its neighbour, and one on the way",
-            "sub_group_size": swapped,
+            "sub_group_size": swapped if offloads_to_files else stepped,
         }
         return sizes, reasons

@@ -11,13 +11,12 @@ from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
 from launcher.planning.hardware import Hardware
-from launcher.planning.memory import Setting, choose_checkpointing, gib, micro_batch_limit
+from launcher.planning.memory import STATE_BYTES, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Attention, Length, Mesh, Plan, Slurm, Zero
 from launcher.planning.ranks import mesh as arrange
 from launcher.planning.sharding import STAGES, Layout
 
-_STATE_BYTES = {"adamw": 16, "adam": 16, "sgd": 12}
 _FLASH = "write sdpa or auto, which have no padding either"
 
 
@@ -122,12 +121,12 @@ def _memory(decider: Decider, mesh: Mesh, precision: Precision, placed: Layout) 
     """Recomputation, the most samples of a pass, and what sets that limit."""
     job, hardware = decider.job, decider.hardware
     num_tokens = job.data.max_length
-    memory = _rank_memory(hardware, mesh, decider.local)
+    memory = hardware.rank_memory(mesh.device, mesh.ranks_per_node)
     shape = ModelShape.read(job.model)
     setting = None
     if shape is not None and memory:
         gathered = mesh.shard > 1 and not mesh.reshard_after_forward
-        setting = Setting(shape, precision, _STATE_BYTES[job.training.optimizer], mesh.shard, gathered)
+        setting = Setting(shape, precision, STATE_BYTES[job.training.optimizer], mesh.shard, gathered)
     way = job.memory.activation_checkpointing
     if way == "auto":
         if not memory:
@@ -142,13 +141,6 @@ def _memory(decider: Decider, mesh: Mesh, precision: Precision, placed: Layout) 
         decider.decide("memory.activation_checkpointing", way, reason)
     limit, why = micro_batch_limit(setting, way, memory, num_tokens, mesh.device)
     return way, limit, why
-
-
-def _rank_memory(hardware: Hardware, mesh: Mesh, local: bool) -> int:
-    """Bytes of a rank; 0 where it runs on GPUs that are not here."""
-    if mesh.device == "cpu":
-        return hardware.memory_bytes // mesh.ranks_per_node
-    return min((gpu.memory_bytes for gpu in hardware.gpus), default=0)
 
 
 def _zero(decider: Decider, placed: Layout) -> Zero | None:

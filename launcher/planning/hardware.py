@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,12 +32,21 @@ class Hardware:
     gpus: tuple[Gpu, ...] = ()
     gpu_note: str = ""
     """Why no GPU is seen, where there is none."""
+    process_bytes: int = 0
+    """What the system lets any one process have of the host's memory; 0 where it sets no such limit."""
 
     @classmethod
     def detect(cls) -> Hardware:
         """This machine, as far as this process may use it."""
         gpus, note = find_gpus()
-        return cls(count_cores(), available_memory(), cpu_flags(), gpus, note)
+        return cls(count_cores(), available_memory(), cpu_flags(), gpus, note, process_limit())
+
+    def rank_memory(self, device: str, ranks_per_node: int) -> int:
+        """Bytes of one rank, of the device that it computes on; 0 where that is not known, as of GPUs that are not here."""
+        if device == "cuda":
+            return min((gpu.memory_bytes for gpu in self.gpus), default=0)
+        share = self.memory_bytes // ranks_per_node
+        return min(share, self.process_bytes) if self.process_bytes else share
 
 
 def _cpu_blocks(text: str) -> Iterator[dict[str, str]]:
@@ -102,6 +112,12 @@ def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
     if limit.isdigit() and used.isdigit():
         free = min(free, int(limit) - int(used))
     return max(0, free)
+
+
+def process_limit() -> int:
+    """Bytes that a process may have by `ulimit -d` and `ulimit -v`, which the ranks inherit; 0 where there is no limit."""
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+    return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=0)
 
 
 def find_gpus(timeout: float = 20.0) -> tuple[tuple[Gpu, ...], str]:

@@ -12,6 +12,8 @@ from launcher.planning.model_shape import ModelShape
 
 USABLE = 0.8
 """The share of a device's memory that is counted on; the rest is for the framework, fragmentation and what we do not count."""
+STATE_BYTES = {"adamw": 16, "adam": 16, "sgd": 12}
+"""Of each parameter: fp32 weight, fp32 gradient and the optimizer's moments."""
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
 """Tokens beyond which a larger pass is no faster, so that memory is not taken for nothing."""
 _ORDER: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")

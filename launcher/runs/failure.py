@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import signal
 import time
 import traceback
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from launcher.runs.processes import signal_name
 
 EXITS = "exits.json"
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
-_NO_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"(can't|cannot) allocate memory|not enough memory|out of memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+_TAIL_BYTES = 1 << 16
 _PEER_LOST = re.compile(
     r"connection (was )?(closed|reset) by (remote )?peer|remote process exited|broken pipe|connection refused"
     r"|(gloo|nccl|tcpstore|socket).*(timed? ?out|timeout)",
@@ -35,7 +39,7 @@ _LONGEST_CAUSE = 400
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank failed. `step` is the last step that was done; `command` goes on from there."""
+    """How one rank failed. `step` is the last step that was done; `command` goes on from there, changed as `advice` says."""
 
     time: float
     rank: int
@@ -48,12 +52,14 @@ class Failure:
     traceback: str = ""
     consequence: bool = False
     command: str = ""
+    advice: str = ""
 
     def line(self) -> str:
         """The one line that people see."""
         who = f"rank {self.rank} on {self.host}" if self.rank >= 0 else f"the agent on {self.host}"
         going_on = f"; go on with: {self.command}" if self.command else ""
-        return f"{self.failure_class}: {who} after step {self.step}: {self.cause}{going_on}"
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{self.failure_class}: {who} after step {self.step}: {self.cause}{advice}{going_on}"
 
 
 def classify(error: BaseException) -> tuple[type[LauncherError], bool]:
@@ -140,16 +146,19 @@ def lost(directory: Path, out_of_memory_killer: bool = False) -> list[Failure]:
         return []
     spoke = {path.name for path in directory.glob("failure-rank-*.json")}
     silent = [end for end in exits if end["code"] != 0 and not end["by_agent"] and f"failure-rank-{end['rank']}.json" not in spoke]
-    return [_lost(end, out_of_memory_killer) for end in silent]
+    return [_lost(end, directory, out_of_memory_killer) for end in silent]
 
 
-def _lost(end: dict[str, int | float | bool], out_of_memory_killer: bool) -> Failure:
+def _lost(end: dict[str, int | float | bool], directory: Path, out_of_memory_killer: bool) -> Failure:
     known: type[LauncherError] = RankLostError
     code = int(end["code"])
     cause = f"killed by signal {-code} ({signal_name(-code)})" if code < 0 else f"ended with exit code {code} and no reason given"
     if code == -9 and out_of_memory_killer:
         known = OutOfMemoryError
         cause += ", by the host's out-of-memory killer: the ranks need more memory than the host has"
+    elif code == -signal.SIGABRT and (line := _says_no_memory(directory / f"rank-{end['rank']}.log")):
+        known = OutOfMemoryError
+        cause += f", having said: {line}"
     return Failure(
         time=float(end["time"]),
         rank=int(end["rank"]),
@@ -159,6 +168,17 @@ def _lost(end: dict[str, int | float | bool], out_of_memory_killer: bool) -> Fai
         exit_code=known.exit_code,
         cause=cause,
     )
+
+
+def _says_no_memory(log: Path) -> str:
+    """The line in which a native library said that it got no memory before it aborted; empty where none did."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip()[:_LONGEST_CAUSE] for line in reversed(lines) if _NO_MEMORY.search(line)), "")
 
 
 def first(directory: Path, out_of_memory_killer: bool = False) -> Failure | None:

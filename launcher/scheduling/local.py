@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 from launcher.errors import LauncherError, OutOfMemoryError, RankLostError, Stopped
+from launcher.planning.advice import less_memory
+from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
 from launcher.runs.events import event
@@ -73,7 +75,8 @@ def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watc
         return Stopped.exit_code
     failure = _failure(run, number, end, plan, out_of_memory_killer)
     failure = dataclasses.replace(failure, step=last_step(run))
-    failure = dataclasses.replace(failure, command=command_to_go_on(run, plan, failure))
+    command, advice = going_on(run, plan, failure)
+    failure = dataclasses.replace(failure, command=command, advice=advice)
     written = dataclasses.asdict(failure)
     write_atomically(run.attempt(number) / "failure.json", json.dumps(written, indent=2) + "\n")
     event(run.events_file, "failed", attempt=number, failure={key: value for key, value in written.items() if key != "traceback"})
@@ -132,15 +135,10 @@ def _last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
 
 
-def command_to_go_on(run: RunDirectory, plan: Plan, failure: Failure) -> str:
-    """What to type next. After out of memory, with the first change that makes it need less, if one is left."""
+def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]:
+    """What to type next, and why. After out of memory, with the first change that makes a rank need less, where one is known."""
     command = f"launcher resume {shown(run.path)}"
     if failure.failure_class != OutOfMemoryError.failure_class or plan.script:
-        return command
-    micro = plan.batch.micro_batch_size
-    if micro > 1:
-        smaller = max(size for size in range(1, micro // 2 + 1) if micro % size == 0)
-        return f"{command} --set batch.micro_batch_size={smaller}"
-    if plan.activation_checkpointing != "full":
-        return f"{command} --set memory.activation_checkpointing=full"
-    return command
+        return command, ""
+    advice = less_memory(plan, Hardware.detect())
+    return f"{command} {advice.options}".rstrip(), advice.reason

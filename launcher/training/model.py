@@ -8,6 +8,7 @@ cut: every repeated layer becomes a unit of its own, for any architecture, and t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 from collections.abc import Callable, Iterator
@@ -92,17 +93,36 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
                 **source,
             )
         except (OSError, ValueError, ImportError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise
             raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
     if plan.mesh.world_size == 1:
         model.to(_device(plan.mesh))
         shard(model)
     if mismatched := information.get("mismatched_keys"):
         raise ConfigurationError(Problem("model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"))
+    _copy_out_of_files(model)
     missing = {*information["missing_keys"], *_materialise(model, _device(plan.mesh))}
     new = tuple(name for name, _ in model.named_parameters() if name in missing)
     initialise(model, new, plan.training.seed)
     freeze(model, plan.model.freeze)
     return LoadedModel(model, new)
+
+
+def _copy_out_of_files(model: PreTrainedModel) -> None:
+    """Give memory of its own to each parameter that is a view of a mapped file, and so let go of the files.
+
+    A shard of fp32 weights on the CPU is a slice of the mapping: the whole file would count as this rank's memory, and who writes to
+    the file would write to the weights.
+    """
+    for parameter in model.parameters():
+        part = local_part(parameter)
+        if part.device.type != "cpu" or part.untyped_storage().nbytes() <= part.nbytes:
+            continue
+        if isinstance(parameter, DTensor):
+            parameter._local_tensor = part.clone()
+        else:
+            parameter.data = part.clone()
 
 
 def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:

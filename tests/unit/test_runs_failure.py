@@ -39,6 +39,9 @@ def caused(error: BaseException, by: BaseException) -> BaseException:
         (MemoryError(), OutOfMemoryError, False),
         (TorchOutOfMemory("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemoryError, False),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemoryError, False),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough memory: you tried"), OutOfMemoryError, False),
+        (RuntimeError("std::bad_alloc"), OutOfMemoryError, False),
+        (RuntimeError("unable to mmap 194551512 bytes from file <x>: Cannot allocate memory (12)"), OutOfMemoryError, False),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), OutOfMemoryError, False),
         (OSError(errno.ENOSPC, "No space left on device"), StorageError, False),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), StorageError, False),
@@ -135,6 +138,19 @@ def test_the_out_of_memory_killer_is_named(tmp_path: Path) -> None:
     assert first(tmp_path, True).cause == "killed by signal 11 (SIGSEGV)"
 
 
+def test_a_native_library_that_got_no_memory_is_named(tmp_path: Path) -> None:
+    failure.write_exits(tmp_path, [end(1, -6)])
+    assert (first(tmp_path).exit_code, first(tmp_path).cause) == (RankLostError.exit_code, "killed by signal 6 (SIGABRT)")
+    log = tmp_path / "rank-1.log"
+    log.write_text(
+        "x" * 100_000 + "\nterminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\nFatal Python error\n"
+    )
+    assert first(tmp_path).exit_code == OutOfMemoryError.exit_code
+    assert first(tmp_path).cause == "killed by signal 6 (SIGABRT), having said: what():  std::bad_alloc"
+    log.write_text("assertion failed\n")
+    assert first(tmp_path).exit_code == RankLostError.exit_code
+
+
 def test_ranks_that_ended_well_or_by_the_agent_are_no_failures(tmp_path: Path) -> None:
     failure.write_exits(tmp_path, [end(0, 0), end(1, -9, by_agent=True)])
     assert failure.first(tmp_path) is None
@@ -148,4 +164,8 @@ def test_exits_that_cannot_be_read_are_none(tmp_path: Path) -> None:
 def test_the_line_says_rank_host_step_cause_and_command() -> None:
     found = Failure(1.0, 3, "node7", 5, "storage", 5, "disk full", step=12, command="launcher resume runs/x")
     assert found.line() == "storage: rank 3 on node7 after step 12: disk full; go on with: launcher resume runs/x"
+    advised = Failure(
+        1.0, 3, "node7", 5, "out-of-memory", 4, "no memory", advice="4 ranks would do", command="launcher resume runs/x --nproc 4"
+    )
+    assert advised.line().endswith("no memory; 4 ranks would do; go on with: launcher resume runs/x --nproc 4")
     assert Failure(1.0, -1, "node7", 5, "rank-lost", 9, "gone").line() == "rank-lost: the agent on node7 after step 0: gone"

@@ -145,7 +145,7 @@ def failure_of(failure_class: str) -> Failure:
     ],
 )
 def test_the_command_to_go_on(run: RunDirectory, changed: dict[str, Any], failure_class: str, end: str) -> None:
-    assert local.command_to_go_on(run, plan(**changed), failure_of(failure_class)) == f"launcher resume {run.path}{end}"
+    assert local.going_on(run, plan(**changed), failure_of(failure_class)) == (f"launcher resume {run.path}{end}", "")
 
 
 def test_paths_are_shown_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_a_script_that_was_asked_to_stop_has_stopped_whatever_its_code(script: P
 def test_memory_that_is_not_ours_to_plan_gets_no_advice_on_batches(script: Path) -> None:
     run, made = opened(script)
     failure = Failure(0.0, 1, "host", 1, "out-of-memory", 4, "MemoryError")
-    assert local.command_to_go_on(run, made, failure) == f"launcher resume {local.shown(run.path)}"
+    assert local.going_on(run, made, failure) == (f"launcher resume {local.shown(run.path)}", "")
 
 
 @pytest.mark.parametrize(

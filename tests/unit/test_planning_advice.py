@@ -1,0 +1,133 @@
+"""What is advised after a rank ran out of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.planning import hardware as hardware_module
+from launcher.planning.advice import less_memory
+from launcher.planning.hardware import Gpu, Hardware
+from launcher.planning.plan import Plan
+from tests.training.plans import plan_of
+
+GIB = 1 << 30
+LAYERS, HIDDEN = 16, 1024
+CONFIG = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": 4096, "vocab_size": 1000, "hidden_act": "silu"}
+CAPPED = Hardware(4, 64 * GIB, process_bytes=2 * GIB)
+"""The state of the model, 16 layers of 16.8 million parameters, takes 4 GiB."""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def on(model: Path, ranks: int = 1, global_batch_size: int = 8, micro: int = 1, **changes: Any) -> Plan:
+    batch = {
+        "global_batch_size": global_batch_size,
+        "micro_batch_size": micro,
+        "accumulation_steps": global_batch_size // ranks // micro,
+        "data_parallel_size": ranks,
+    }
+    return plan_of(model, ranks, **{"batch": batch, "activation_checkpointing": "full", "data__max_length": 32, **changes})
+
+
+def test_more_ranks_where_the_state_alone_is_too_large(model: Path) -> None:
+    advice = less_memory(on(model), CAPPED)
+    assert advice.options == "--nproc 4"
+    assert (
+        advice.reason == "the model and its training state take about 4.0 GiB of a rank, which has 2.0 GiB; cut over 4 ranks it is 1.1 GiB"
+    )
+
+
+def test_a_smaller_pass_is_no_advice_where_the_state_alone_is_too_large(model: Path) -> None:
+    """Three ranks would hold it too, where the batch divides by 3."""
+    assert less_memory(on(model, global_batch_size=24, micro=4, activation_checkpointing="none"), CAPPED).options == "--nproc 3"
+    advice = less_memory(on(model, global_batch_size=12, micro=12), Hardware(4, 64 * GIB, process_bytes=1 * GIB))
+    assert advice.options == "--nproc 12 --set batch.micro_batch_size=1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"micro": 4}, "--set batch.micro_batch_size=2"),
+        ({"micro": 3, "activation_checkpointing": "none"}, "--set batch.micro_batch_size=1"),
+        ({"activation_checkpointing": "selective"}, "--set memory.activation_checkpointing=full"),
+    ],
+)
+def test_a_smaller_pass_where_the_state_fits(model: Path, changes: dict[str, Any], options: str) -> None:
+    advice = less_memory(on(model, 4, 48, **changes), CAPPED)
+    assert (advice.options, advice.reason) == (options, "")
+
+
+def test_more_ranks_where_the_pass_is_the_least_already(model: Path) -> None:
+    assert less_memory(on(model, 4), CAPPED).options == "--nproc 8"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"mesh__replicate": 4, "mesh__shard": 1}, "--set parallel.shard=full --set parallel.replicate=1"),
+        ({"sharding": "gradients", "mesh__reshard_after_forward": False}, "--set parallel.shard=full"),
+    ],
+)
+def test_cut_in_full_before_more_ranks(model: Path, changes: dict[str, Any], options: str) -> None:
+    advice = less_memory(on(model, 4, **changes), dataclasses.replace(CAPPED, process_bytes=int(1.6 * GIB)))
+    assert advice.options == options and "cut in full over the 4 ranks it is 1.1 GiB" in advice.reason
+
+
+def test_more_ranks_with_the_sharding_that_the_job_left_out(model: Path) -> None:
+    decided = [{"key": "parallel.shard", "value": "none", "reason": "one rank"}]
+    assert less_memory(on(model, sharding="none"), CAPPED).options == "--nproc 4 --set parallel.shard=full"
+    assert less_memory(on(model, sharding="none", decisions=decided), CAPPED).options == "--nproc 4"
+
+
+def test_ranks_that_only_share_the_machine_are_no_help(model: Path) -> None:
+    advice = less_memory(on(model), Hardware(4, 2 * GIB))
+    assert advice.options == "" and "which this machine has not: take more nodes, or let ZeRO-3 offload to NVMe" in advice.reason
+    capped = Hardware(4, 3 * GIB, process_bytes=2 * GIB)
+    assert less_memory(on(model), capped).options == ""
+
+
+def test_no_number_of_ranks_is_enough(model: Path) -> None:
+    advice = less_memory(on(model, global_batch_size=2), CAPPED)
+    assert advice.options == "" and advice.reason.endswith("cut over 2 ranks, one for each sample of the batch, it is still 2.1 GiB")
+
+
+def test_it_should_have_been_enough(model: Path) -> None:
+    advice = less_memory(on(model, 4, global_batch_size=4), CAPPED)
+    assert advice.options == "" and advice.reason.endswith("by that it should do, and nothing that needs less is left to change")
+
+
+def test_gpus_first_and_then_the_hosts_memory(model: Path) -> None:
+    gpus = tuple(Gpu("GPU", 2 * GIB, 9.0) for _ in range(4))
+    plan = on(model, mesh__device="cuda")
+    assert less_memory(plan, Hardware(4, 64 * GIB, gpus=gpus)).options == "--nproc 4"
+    advice = less_memory(plan, Hardware(4, 64 * GIB, gpus=gpus[:2]))
+    assert advice.options == "--set parallel.engine=deepspeed --set parallel.shard=full --set memory.offload=parameters"
+    assert "2 GPUs are here" in advice.reason
+
+
+def test_nothing_is_made_up_about_what_is_not_known(tmp_path: Path, model: Path) -> None:
+    unknown = tmp_path / "elsewhere"
+    assert less_memory(on(unknown, micro=2), CAPPED).options == "--set batch.micro_batch_size=1"
+    assert less_memory(on(unknown), CAPPED) == less_memory(on(model, mesh__device="cuda"), Hardware(4, 64 * GIB))
+    assert less_memory(on(model, offload="parameters"), CAPPED).options == ""
+
+
+def test_the_limit_of_a_process_is_a_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CAPPED.rank_memory("cpu", 4) == 2 * GIB
+    assert CAPPED.rank_memory("cpu", 64) == 1 * GIB
+    assert Hardware(4, 64 * GIB).rank_memory("cpu", 2) == 32 * GIB
+    limits = {resource.RLIMIT_DATA: 5 * GIB, resource.RLIMIT_AS: resource.RLIM_INFINITY}
+    monkeypatch.setattr(hardware_module.resource, "getrlimit", lambda kind: (limits[kind], resource.RLIM_INFINITY))
+    assert hardware_module.process_limit() == 5 * GIB
+    limits[resource.RLIMIT_DATA] = resource.RLIM_INFINITY
+    assert hardware_module.process_limit() == 0
