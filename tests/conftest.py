@@ -11,6 +11,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Operators take minutes to compile; tests share them with runs, unlike everything else that is cached.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "launcher" / "extensions"))
 
 _MISSING = {"gpu": ("nvidia-smi", "no GPU here"), "slurm": ("sbatch", "no Slurm cluster here")}
 

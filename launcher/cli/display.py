@@ -26,6 +26,9 @@ _LINE_SECONDS = 15.0
 _ROWS = 4
 
 
+_PHASES_SAID = ("preparing", "building operators", "loading", "saving", "exporting")
+
+
 class Display(Watcher):
     """Follows events.jsonl and metrics.jsonl of an attempt, and shows them on stderr."""
 
@@ -85,7 +88,11 @@ class Display(Watcher):
 
     def _say_phase(self) -> None:
         phase = self.progress.phase
-        if self._live is None and phase != self._phase_said and phase in ("preparing", "loading", "saving", "exporting"):
+        if (
+            self._live is None
+            and phase != self._phase_said
+            and phase in ("preparing", "building operators", "loading", "saving", "exporting")
+        ):
             self.say(phase)
         self._phase_said = phase
 

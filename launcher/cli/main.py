@@ -47,6 +47,7 @@ COMMANDS = {
     "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare and remove checkpoints."),
     "export": Command("model", "export", "Write a run's model as Hugging Face safetensors."),
     "evaluate": Command("model", "evaluate", "Measure a model before and after training, side by side."),
+    "parity": Command("parity", "parity", "Train a few steps under every engine and compare losses and gradient norms."),
     "demo": Command("demo", "demo", "Fine-tune a small real model on this machine, from end to end."),
 }
 

@@ -96,13 +96,15 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:
                 raise
             raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
+    device = torch.device("cpu") if plan.offload == "parameters" else _device(plan.mesh)
+    if plan.mesh.world_size == 1 or device != _device(plan.mesh):
+        model.to(device)
     if plan.mesh.world_size == 1:
-        model.to(_device(plan.mesh))
         shard(model)
     if mismatched := information.get("mismatched_keys"):
         raise ConfigurationError(Problem("model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"))
     _copy_out_of_files(model)
-    missing = {*information["missing_keys"], *_materialise(model, _device(plan.mesh))}
+    missing = {*information["missing_keys"], *_materialise(model, device)}
     new = tuple(name for name, _ in model.named_parameters() if name in missing)
     initialise(model, new, plan.training.seed)
     freeze(model, plan.model.freeze)

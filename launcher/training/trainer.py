@@ -23,6 +23,7 @@ from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch
 from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
+from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
 from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
@@ -36,6 +37,7 @@ T = TypeVar("T")
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every rank."""
     material = Material.prepare(run, plan)
+    build_operators(plan, phase_report(run, "building operators", "operators"))
     device = start_process_group(plan)
     trainer = Trainer(run, plan, material, device, stop, stop_at)
     trainer.run_to_the_end()
@@ -160,12 +162,11 @@ class Trainer:
             float(leads and self.saving.due(next_step, now)),
             float(leads and self.evaluating.due(next_step, now)),
         ]
-        vector = torch.stack(
-            [loss_sum, self.engine.squared_gradient_norm().double(), *torch.tensor(wishes, dtype=torch.float64, device=self.device)]
-        )
+        squared_norm = self.engine.squared_gradient_norm().double().to(self.device)
+        vector = torch.stack([loss_sum, squared_norm, *torch.tensor(wishes, dtype=torch.float64, device=self.device)])
         distributed.all_reduce(vector)
-        loss, squared_norm, stop, save, evaluation = vector.tolist()
-        return {"loss": loss, "squared_norm": squared_norm, "stop": stop, "save": save, "evaluate": evaluation}
+        loss, norm, stop, save, evaluation = vector.tolist()
+        return {"loss": loss, "squared_norm": norm, "stop": stop, "save": save, "evaluate": evaluation}
 
     def _apply_or_skip(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
         """Take the optimizer's step, or leave it out on all ranks where a number is not finite."""

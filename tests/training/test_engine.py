@@ -134,6 +134,16 @@ def test_hybrid_and_kept_parameters_equal_full_sharding(mesh: dict[str, Any], di
     _check(plain, result, 1e-5)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_offloaded_parameters_change_no_number(world_size: int, directory: Path) -> None:
+    """On the CPU there is nowhere to move them to; what is held here is that the engine takes them through FSDP's own policy."""
+    path = _save(directory, "llama")
+    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    result, *_ = on_ranks(world_size, steps, plan_of(path, world_size, batch=_batch(world_size, 3), offload="parameters"), Causal)
+    _check(plain, result, 1e-5)
+    assert result["layers"] == 3
+
+
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_activation_checkpointing_changes_no_number(mode: str, world_size: int, directory: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -49,13 +49,16 @@ class FsdpEngine:
             checkpoint_activations(layer, self._plan.activation_checkpointing)
             if self._plan.model.compile:
                 layer.compile()
-        if self._plan.mesh.world_size == 1 and self._plan.precision == "fp32":
+        if self._plan.mesh.world_size == 1 and self._plan.precision == "fp32" and self._plan.offload == "none":
             return
         mesh = _mesh(model, self._plan)
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[self._plan.precision], reduce_dtype=torch.float32)
+        where: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+        if self._plan.offload == "parameters":
+            where["offload_policy"] = CPUOffloadPolicy(pin_memory=self._plan.mesh.device == "cuda")
         for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=self._plan.mesh.reshard_after_forward)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(layer, reshard_after_forward=self._plan.mesh.reshard_after_forward, **where)
+        fully_shard(model, reshard_after_forward=False, **where)
         _assert_units(model, layers)
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
