@@ -112,14 +112,14 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
 
 
 def _copy_out_of_files(model: PreTrainedModel) -> None:
-    """Give memory of its own to each parameter that is a view of a mapped file, and so let go of the files.
+    """Give memory of its own to each parameter on the CPU, one by one, and so let go of the files.
 
-    A shard of fp32 weights on the CPU is a slice of the mapping: the whole file would count as this rank's memory, and who writes to
-    the file would write to the weights.
+    Where nothing had to be converted, a parameter is a slice of the mapped file (a tensor does not say so): the whole file would count
+    as this rank's memory, and who writes to the file would write to the weights.
     """
     for parameter in model.parameters():
         part = local_part(parameter)
-        if part.device.type != "cpu" or part.untyped_storage().nbytes() <= part.nbytes:
+        if part.device.type != "cpu":
             continue
         if isinstance(parameter, DTensor):
             parameter._local_tensor = part.clone()

@@ -1,0 +1,64 @@
+"""Loaded weights have memory of their own: no rank goes on holding the files, and what becomes of them is no matter."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from launcher.planning.plan import Plan
+from launcher.render.deepspeed import config as deepspeed_config
+from launcher.training import attention
+from launcher.training import model as models
+from launcher.training.engines import build
+from launcher.training.model import local_part
+from tests.training.plans import deepspeed, plan_of
+from tests.training.ranks import on_ranks
+from tests.training.test_engine import Causal
+from tests.training.tiny import model_of
+
+pytestmark = pytest.mark.distributed
+
+
+def loaded(plan: Plan) -> dict[str, Any]:
+    """Where the parameters are after loading, and whether writing zeros over the files changes them."""
+    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    engine = build(plan, Causal, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("model.safetensors")]
+    before = {name: local_part(parameter).clone() for name, parameter in engine.model.named_parameters()}
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        with open(Path(plan.model.name) / "model.safetensors", "r+b") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            file.write(bytes(size))
+    torch.distributed.barrier()
+    same = all(torch.equal(before[name], local_part(parameter)) for name, parameter in engine.model.named_parameters())
+    return {"mapped": mapped, "same": same, "any": any(bool(value.any()) for value in before.values())}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("engine", [{}, {"offload": "parameters"}, deepspeed(2)], ids=["fsdp", "fsdp, offloaded", "zero2"])
+def test_no_rank_holds_the_files(engine: dict[str, Any], world_size: int, tmp_path: Path) -> None:
+    if engine.get("engine") == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    model_of("llama").save_pretrained(tmp_path)
+    for rank in on_ranks(world_size, loaded, plan_of(tmp_path, world_size, **engine)):
+        assert rank == {"mapped": [], "same": True, "any": True}
+
+
+def test_no_memory_while_loading_is_not_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its errno, by which it is known as out of memory."""
+
+    def without_memory(*_: Any, **__: Any) -> PreTrainedModel:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    model_of("llama").save_pretrained(tmp_path)
+    plan = plan_of(tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", without_memory)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        models.load(plan, Causal.auto_class, models.read_config(plan), lambda model: None)
