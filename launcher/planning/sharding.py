@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -138,7 +139,8 @@ def _check_nvme(decider: Decider, directory: str) -> None:
     if not any((Path(folder) / "libaio.h").exists() for folder in _header_folders()):
         reason = "DeepSpeed compiles its file operator from libaio.h, which is not here; install libaio-dev (or libaio-devel), or write cpu"
         decider.refuse("memory.offload_to", directory, reason)
-    missing = [program for program in ("ninja", "c++") if shutil.which(program) is None]
+    beside = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
+    missing = [program for program in ("ninja", "c++") if shutil.which(program, path=beside) is None]
     if missing:
         reason = f"DeepSpeed compiles its file operator on first use, and {' and '.join(missing)} is not here; install it, or write cpu"
         decider.refuse("memory.offload_to", directory, reason)

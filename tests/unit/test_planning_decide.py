@@ -346,9 +346,9 @@ def test_files_need_what_their_operator_is_compiled_from(tmp_path: Path, monkeyp
     assert "install libaio-dev" in refusal("memory.offload_to", wanted, 2, CPU)
     (tmp_path / "libaio.h").touch()
     monkeypatch.setenv("CPATH", str(tmp_path))
-    monkeypatch.setattr("shutil.which", lambda program: None)
+    monkeypatch.setattr("shutil.which", lambda program, path: None)
     assert "ninja and c++" in refusal("memory.offload_to", wanted, 2, CPU)
-    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr("shutil.which", lambda program, path: program)
     made = plan(wanted, 2, CPU)
     assert (made.offload, made.offload_to) == ("optimizer", str(tmp_path))
 

@@ -7,6 +7,7 @@ a lock behind that all later ones wait for. So one process builds beforehand, sa
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def build_operators(plan: Plan, report: Report) -> None:
         return
     os.environ.setdefault(_VARIABLE, str(_cache()))
     os.environ.setdefault("DS_ACCELERATOR", plan.mesh.device)
+    # ninja comes with DeepSpeed, beside the Python that runs this, which need not be on the path.
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
     directory = Path(os.environ[_VARIABLE])
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".launcher.lock"):
