@@ -44,7 +44,7 @@ COMMANDS = {
     "run": Command("run", "run", "Run a job on this machine; a run that stopped goes on where it was."),
     "resume": Command("run", "resume", "Go on with a run that stopped."),
     "status": Command("run", "status", "Show how a run is doing."),
-    "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare and remove checkpoints."),
+    "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."),
     "export": Command("model", "export", "Write a run's model as Hugging Face safetensors."),
     "evaluate": Command("model", "evaluate", "Measure a model before and after training, side by side."),
     "parity": Command("parity", "parity", "Train a few steps under every engine and compare losses and gradient norms."),
