@@ -111,6 +111,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     return LoadedModel(model, new)
 
 
+@torch.no_grad()
 def _copy_out_of_files(model: PreTrainedModel) -> None:
     """Give memory of its own to each parameter on the CPU, one by one, and so let go of the files.
 

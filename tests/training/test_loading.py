@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 
 from launcher.planning.plan import Plan
@@ -38,7 +40,12 @@ def loaded(plan: Plan) -> dict[str, Any]:
             file.write(bytes(size))
     torch.distributed.barrier()
     same = all(torch.equal(before[name], local_part(parameter)) for name, parameter in engine.model.named_parameters())
-    return {"mapped": mapped, "same": same, "any": any(bool(value.any()) for value in before.values())}
+    return {"mapped": mapped, "same": same, "any": any(bool(value.any()) for value in before.values()), "shards": _shards()}
+
+
+def _shards() -> int:
+    """DTensors that are alive: for ZeRO, what loading should have let go of."""
+    return sum(issubclass(type(thing), DTensor) for thing in gc.get_objects())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -47,8 +54,11 @@ def test_no_rank_holds_the_files(engine: dict[str, Any], world_size: int, tmp_pa
     if engine.get("engine") == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     model_of("llama").save_pretrained(tmp_path)
-    for rank in on_ranks(world_size, loaded, plan_of(tmp_path, world_size, **engine)):
+    plan = plan_of(tmp_path, world_size, **engine)
+    for rank in on_ranks(world_size, loaded, plan):
+        shards = rank.pop("shards")
         assert rank == {"mapped": [], "same": True, "any": True}
+        assert shards == 0 or plan.engine == "fsdp"
 
 
 def test_no_memory_while_loading_is_not_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
