@@ -35,12 +35,13 @@ WRITERS: dict[str, tuple[int, Writer]] = {
     "zero1": (2, functools.partial(deepspeed_writes, stage=1)),
     "zero1 bf16": (2, functools.partial(deepspeed_writes, stage=1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})),
     "zero2 fp16": (2, functools.partial(deepspeed_writes, stage=2, fp16=FP16)),
-    "zero2 frozen": (2, functools.partial(deepspeed_writes, stage=2, frozen="layers.0", zero={"round_robin_gradients": True})),
+    "zero2 frozen": (2, functools.partial(deepspeed_writes, stage=2, frozen="layers.0")),
     "zero3": (2, functools.partial(deepspeed_writes, stage=3, zero={"sub_group_size": 5000})),
     "zero3 bf16 frozen": (3, functools.partial(deepspeed_writes, stage=3, frozen="layers.0", bf16={"enabled": True})),
     "sharded": (2, accelerate_writes),
     "full": (2, functools.partial(accelerate_writes, kind="FULL_STATE_DICT")),
 }
+WRITERS["zero2 round robin"] = (2, functools.partial(deepspeed_writes, stage=2, zero={"round_robin_gradients": True}))
 FROZEN = {"model__freeze": ("*layers.0.*",)}
 
 
@@ -85,7 +86,8 @@ def imported(path: Path, source: Path, chosen: Plan, samples: int | None = None)
     return run, prepared
 
 
-@pytest.mark.parametrize("name", WRITERS)
+# DeepSpeed's own functions give another parameter's values where gradients go round robin: there the next steps are the test.
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "zero2 round robin"])
 def test_every_tensor_is_what_its_writer_said(name: str, model: Path, written: Any, tmp_path: Path) -> None:
     """Parameters are the fp32 masters, not the 16-bit copies; and the checkpoint is whole by every byte."""
     source, said, _ = written(name)
@@ -101,7 +103,7 @@ def test_every_tensor_is_what_its_writer_said(name: str, model: Path, written: A
         assert not torch.equal(ours["model.model.norm.weight"], ours["model.model.norm.weight"].bfloat16().float())
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2 fp16", "zero3", "sharded"])
+@pytest.mark.parametrize("name", ["zero1", "zero2 fp16", "zero2 round robin", "zero3", "sharded"])
 def test_the_next_steps_are_those_that_its_writer_took(name: str, model: Path, written: Any, tmp_path: Path) -> None:
     """Two steps: the loss of the first shows the parameters, that of the second the moments and the optimizer's step."""
     source, _, losses = written(name)
