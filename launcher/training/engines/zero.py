@@ -107,11 +107,21 @@ class StageThree:
         for index, partition in enumerate(zero.fp32_partitioned_groups_flat):
             if zero._swappable_optimizer_subgroup(index):
                 zero._optimizer_states_and_gradient_swap_in(index)
+            self._let_go_of_a_copy(partition, zero.fp16_partitioned_groups_flat[index])
             zero.optimizer.state[partition] = optimizers.first_state(training.optimizer, partition.detach(), training.momentum)
             if zero._swappable_optimizer_subgroup(index):
                 zero._optimizer_states_and_gradient_swap_out(index)
         zero.clip_grad = 0.0
         zero._get_norm_groups = lambda: [torch.zeros(())]
+
+    def _let_go_of_a_copy(self, master: torch.Tensor, computing: torch.Tensor | None) -> None:
+        """In fp32 masters may be the parameters themselves, as DeepSpeed means it too; on the CPU it misses that both are there."""
+        if (
+            computing is not None
+            and not self._zero.offload_optimizer
+            and (master.dtype, master.device) == (computing.dtype, computing.device)
+        ):
+            master.data = computing.data
 
     def piece(self, parameter: nn.Parameter) -> Piece:
         """The last ranks hold less, or nothing, where the elements do not divide."""
