@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.planning.model_shape import ModelShape
 
@@ -22,7 +22,7 @@ class Buckets:
     sub_group_size: int
 
     @classmethod
-    def of(cls, shape: ModelShape | None, offloads_to_files: bool) -> tuple[Buckets, dict[str, str]]:
+    def of(cls, shape: ModelShape | None, offloads_to_files: bool, parameters_on_files: bool = False) -> tuple[Buckets, dict[str, str]]:
         """The sizes for a model, and the reason of each by its name."""
         if shape is None:
             unknown = "DeepSpeed's own default, as the model's size is not known before it is fetched"
@@ -48,4 +48,7 @@ class Buckets:
             "max_live_parameters": "embeddings and three layers: the one in use, its neighbour, and one on the way",
             "sub_group_size": swapped if offloads_to_files else stepped,
         }
+        if parameters_on_files:
+            sizes = replace(sizes, prefetch_bucket_size=0)
+            reasons["prefetch_bucket_size"] = "nothing ahead: each parameter in use takes one of the few buffers that files are read into"
         return sizes, reasons

@@ -148,7 +148,9 @@ def _zero(decider: Decider, placed: Layout) -> Zero | None:
     if placed.engine != "deepspeed" or placed.sharding == "none":
         return None
     parallel = decider.job.parallel
-    sizes, reasons = Buckets.of(ModelShape.read(decider.job.model), placed.offload_to != "cpu")
+    sizes, reasons = Buckets.of(
+        ModelShape.read(decider.job.model), placed.offload_to != "cpu", placed.offload_to != "cpu" and placed.offload == "parameters"
+    )
     for name, reason in reasons.items():
         decider.decide(f"zero.{name}", getattr(sizes, name), reason)
     return Zero(

@@ -72,7 +72,8 @@ def _zero(plan: Plan, zero: Zero) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             "stage3_max_live_parameters": zero.max_live_parameters,
-            "stage3_max_reuse_distance": zero.max_live_parameters,
+            # Where nothing is fetched ahead (parameters on files), nothing is kept for later either: buffers are few.
+            "stage3_max_reuse_distance": zero.max_live_parameters if zero.prefetch_bucket_size else 0,
             "sub_group_size": zero.sub_group_size,
             "stage3_gather_16bit_weights_on_model_save": True,
         }

@@ -59,7 +59,7 @@ def plan(keys: dict[str, Any]) -> Plan:
     decided = decide(Job.model_validate(content), hardware=Hardware(64, 1 << 40), local=False)
     if decided.zero is None:
         return decided
-    sizes, _ = Buckets.of(EXAMPLE, decided.offload_to != "cpu")
+    sizes, _ = Buckets.of(EXAMPLE, decided.offload_to != "cpu", decided.offload_to != "cpu" and decided.offload == "parameters")
     return decided.model_copy(update={"zero": decided.zero.model_copy(update=asdict(sizes))})
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
+from launcher.training.engines.operators import build_operators
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, replan, state
@@ -78,6 +80,55 @@ def test_bf16_follows_fsdp_with_masters_that_were_not_rounded(stage: int, direct
     # Masters made from bf16 would be off by one part in 512.
     name = "model.model.norm.weight"
     assert not torch.equal(zero["tensors"][name], zero["tensors"][name].bfloat16().float())
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with parameters large enough to go to files: DeepSpeed keeps pieces below 1 MiB in memory."""
+    return _save(tmp_path_factory.mktemp("wide"), "llama", hidden_size=192, intermediate_size=768, vocab_size=12_000, head_dim=48)
+
+
+NO_LIBAIO = not Path("/usr/include/libaio.h").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the operator is compiled here where no earlier run has done so
+@pytest.mark.skipif(NO_LIBAIO, reason="libaio-dev is not installed, from which DeepSpeed compiles its file operator")
+@pytest.mark.parametrize("offload", ["optimizer", "parameters"])
+def test_state_on_files_changes_no_number(offload: str, wide: Path, tmp_path: Path) -> None:
+    zero = deepspeed(3, **WEIGHT_DECAY)
+    files = deepspeed(3, offload=offload, offload_to=str(tmp_path), **WEIGHT_DECAY)
+    files["zero"] |= {"sub_group_size": 600_000, "max_live_parameters": 4_000_000}
+    files["zero"]["prefetch_bucket_size"] = 10_000 if offload == "optimizer" else 0
+    plan = plan_of(wide, 2, batch=_batch(2, 2), **files)
+    said: list[tuple[int, int]] = []
+    build_operators(plan, lambda done, total: said.append((done, total)))
+    assert said == [(0, 2), (1, 2), (2, 2)]
+    kept, _ = on_ranks(2, steps, plan_of(wide, 2, batch=_batch(2, 2), **zero), Causal)
+    swapped, _ = on_ranks(2, steps, plan, Causal)
+    assert list(tmp_path.glob("**/exp_avg-*.swp")), "nothing was swapped, so that this shows nothing"
+    assert [loss for loss, _ in swapped["curve"]] == [loss for loss, _ in kept["curve"]]
+    _check(kept, swapped, 1e-5)
+    for name, value in kept["tensors"].items():
+        assert torch.equal(swapped["tensors"][name], value), name
+
+
+def test_an_operator_that_cannot_be_built_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The compiler is faked away at the border: a builder that fails as one without a compiler does."""
+    from deepspeed.accelerator import get_accelerator
+
+    class Broken:
+        def load(self, verbose: bool) -> None:
+            raise RuntimeError("Error building extension 'pin_memory'\nlong output")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(get_accelerator(), "get_op_builder", lambda name: Broken)
+    stale = tmp_path / "extensions" / "async_io" / "lock"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    with pytest.raises(ConfigurationError, match="PinMemory operator could not be built: Error building extension 'pin_memory'; write cpu"):
+        build_operators(plan_of(tmp_path, 1, **deepspeed(3, offload="optimizer", offload_to=str(tmp_path))), lambda done, total: None)
+    assert not stale.exists(), "what a killed build leaves would be waited for"
 
 
 def sized(model: Path, data: dict[str, Any], world_size: int, **changes: Any) -> Plan:

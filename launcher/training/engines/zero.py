@@ -112,6 +112,8 @@ class StageThree:
             if zero._swappable_optimizer_subgroup(index):
                 zero._optimizer_states_and_gradient_swap_out(index)
         zero.clip_grad = 0.0
+        # Its own sum of squares is in fp32: of a million elements it was off by one part in 80,000.
+        zero._constant_buffered_norm2 = lambda gradient, buffer_size=0: torch.linalg.vector_norm(gradient, dtype=torch.float64)
         zero._get_norm_groups = lambda: [torch.zeros(())]
 
     def _let_go_of_a_copy(self, master: torch.Tensor, computing: torch.Tensor | None) -> None:
