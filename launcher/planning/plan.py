@@ -93,6 +93,9 @@ class Slurm(Frozen):
     options: dict[str, str] = {}
     """sbatch's own long options by name."""
 
+    def __hash__(self) -> int:
+        return hash((self.time_limit_minutes, *sorted(self.options.items())))
+
 
 class Plan(Frozen):
     """Everything the trainer needs to know."""
