@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import asdict
 
 from launcher.errors import ConfigurationError
-from launcher.job.schema import ActivationCheckpointing, Job, Precision
+from launcher.job.schema import ActivationCheckpointing, Checkpoint, Job, Precision
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
@@ -61,7 +61,7 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
         model=job.model.model_copy(update={"attention": "sdpa" if attention == "packed" else attention}),
         data=job.data.model_copy(update={"num_workers": num_workers}),
         training=job.training.model_copy(update={"epochs": length.value} if length.unit == "epochs" else {}),
-        checkpoint=job.checkpoint,
+        checkpoint=_checkpoint(decider, placed),
         evaluate_every=job.training.evaluate_every,
         decisions=tuple(decider.decisions),
     )
@@ -141,6 +141,15 @@ def _memory(decider: Decider, mesh: Mesh, precision: Precision, placed: Layout) 
         decider.decide("memory.activation_checkpointing", way, reason)
     limit, why = micro_batch_limit(setting, way, memory, num_tokens, mesh.device)
     return way, limit, why
+
+
+def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
+    """A save in the background copies a rank's share of the checkpoint into memory: not where that share was moved to files."""
+    asked = decider.job.checkpoint
+    if placed.offload_to == "cpu" or not asked.asynchronous:
+        return asked
+    reason = "a save in the background would copy into memory what is on files"
+    return asked.model_copy(update={"asynchronous": decider.decide("checkpoint.async", False, reason)})
 
 
 def _zero(decider: Decider, placed: Layout) -> Zero | None:

@@ -17,6 +17,7 @@ from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
 from launcher.training.engines.operators import build_operators
+from launcher.training.engines.whole import cut_rows
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, replan, state
@@ -129,6 +130,14 @@ def test_an_operator_that_cannot_be_built_is_one_clear_line(monkeypatch: pytest.
     with pytest.raises(ConfigurationError, match="PinMemory operator could not be built: Error building extension 'pin_memory'; write cpu"):
         build_operators(plan_of(tmp_path, 1, **deepspeed(3, offload="optimizer", offload_to=str(tmp_path))), lambda done, total: None)
     assert not stale.exists(), "what a killed build leaves would be waited for"
+
+
+def test_a_parameter_that_is_a_single_number_is_refused() -> None:
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    model.tie_weights = lambda: None  # type: ignore[assignment]
+    with pytest.raises(ConfigurationError, match="a single number"):
+        cut_rows(model, None)  # type: ignore[arg-type]
 
 
 def sized(model: Path, data: dict[str, Any], world_size: int, **changes: Any) -> Plan:

@@ -351,6 +351,7 @@ def test_files_need_what_their_operator_is_compiled_from(tmp_path: Path, monkeyp
     monkeypatch.setattr("shutil.which", lambda program, path: program)
     made = plan(wanted, 2, CPU)
     assert (made.offload, made.offload_to) == ("optimizer", str(tmp_path))
+    assert made.checkpoint.asynchronous is False and decided(made)["checkpoint.async"] is False
 
 
 def test_a_missing_deepspeed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from launcher.errors import ConfigurationError, Problem
+
 
 def cut_rows(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Make each parameter of an empty model a DTensor, cut along its first dimension; tied ones stay one."""
@@ -24,9 +26,10 @@ def cut_rows(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def _cut(parameter: nn.Parameter, mesh: DeviceMesh) -> DTensor:
-    placements = [Shard(0)] if parameter.dim() else []
-    if not placements:
-        raise NotImplementedError("a parameter that is a single number")
+    if not parameter.dim():
+        reason = "it has a parameter that is a single number, which cannot be cut; on one rank it can be trained"
+        raise ConfigurationError(Problem("model.name", None, reason))
+    placements = [Shard(0)]
     shape, _ = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     local = torch.empty(shape, dtype=parameter.dtype, device="meta")
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
