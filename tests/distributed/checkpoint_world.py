@@ -40,6 +40,7 @@ def make_plan(world_size: int, **checkpoint: Any) -> Plan:
         name="test",
         task="causal-lm",
         engine="fsdp",
+        sharding="full",
         precision="fp32",
         activation_checkpointing="none",
         attention="sdpa",
