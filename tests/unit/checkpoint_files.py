@@ -30,7 +30,6 @@ def write_checkpoint(run: RunDirectory, step: int, metrics: dict[str, float] | N
         run_id=run.run_id(),
         step=step,
         engine="fsdp",
-        sharding="full",
         world_size=2,
         mesh={"replicate": 1, "shard": 2},
         plan_digest="0123456789abcdef",

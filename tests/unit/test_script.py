@@ -128,7 +128,7 @@ def test_accelerate_is_told_of_fsdp_on_cpus_too(script: Path) -> None:
 
 
 def test_deepspeed_is_left_what_the_script_decides(script: Path) -> None:
-    made = planned(script, "parallel.engine=deepspeed", "parallel.shard=gradients", "precision=fp16")
+    made = planned(script, "parallel.engine=deepspeed", "parallel.shard=gradients", "precision=bf16")
     config = deepspeed_config(made)
     left = {key for key, value in config.items() if value == "auto"}
     assert left == {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
