@@ -3,9 +3,12 @@
     PYTHONPATH=. python tests/benchmarks/bench_zero_checkpoint.py [--write]
 
 Saving, on 2 ranks in alternating rounds: our plain save (hashed while written, synced, verified by its manifest) against
-`engine.save_checkpoint`, as it is (what it wrote may still be in memory) and with what it wrote synced too. Going on, on 3 ranks: our load
-(every byte verified, read, put into the parameters) against DeepSpeed's offline conversion to a universal checkpoint and its load of that.
-What both loaded is compared, bit by bit. Prints JSON and, with --write, writes docs/benchmarks/zero_checkpoint.md.
+`engine.save_checkpoint`, as it is (what it wrote may still be in memory) and with what it wrote synced too; and what training loses to our
+asynchronous save, which is the default, and to theirs: steps with a save among them, the last of it waited for, less the steps alone.
+Going on, on 3 ranks: our load (every byte verified, read, put into the parameters) against DeepSpeed's offline conversion to a universal
+checkpoint and its load of that. What both loaded is compared, bit by bit.
+
+Prints JSON and, with --write, writes docs/benchmarks/zero_checkpoint.md.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ from tests.training.ranks import on_ranks
 from tests.training.tiny import config_of
 
 SAVING, LOADING = 2, 3
+_STEPS = 3
+"""Around one save, where training is timed."""
 _CONVERT = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
 
 
@@ -127,7 +132,30 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
             times[name] = seconds(lambda sync=sync: save_theirs(sync))  # type: ignore[misc]
         for name, value in times.items() if number else ():
             found[name].append(value)
-    return {"seconds": found, "num_parameters": sum(parameter.ds_numel for parameter in engine.model.parameters())}
+    lost: dict[str, list[float]] = {"ours": [], "deepspeed": [], "deepspeed, synced": []}
+
+    def steps(save: Callable[[], Any]) -> None:
+        for number in range(_STEPS):
+            step(engine)
+            if number == 0:
+                save()
+        saver.finish()
+
+    for number in range(num_rounds + 1):
+        progress = Progress(step=1000 + number, samples=1, tokens=1)
+        alone = seconds(lambda: steps(lambda: None))
+        times = {"ours": seconds(lambda progress=progress: steps(lambda: saver.save(engine.tensors(), progress)))}  # type: ignore[misc]
+        for name, sync in (("deepspeed", False), ("deepspeed, synced", True)):
+            distributed.barrier()
+            if distributed.get_rank() == 0:
+                shutil.rmtree(theirs, ignore_errors=True)
+            times[name] = seconds(lambda sync=sync: steps(lambda: save_theirs(sync)))  # type: ignore[misc]
+        for name, value in times.items() if number else ():
+            lost[name].append(value - alone)
+    # What is loaded later is the same state on both sides.
+    assert saver.save(engine.tensors(), Progress(step=2000, samples=1, tokens=1), wait=True)
+    save_theirs(True)
+    return {"seconds": found, "lost": lost, "num_parameters": sum(parameter.ds_numel for parameter in engine.model.parameters())}
 
 
 def load_ours(plan: Plan, scratch: Path) -> dict[str, Any]:
@@ -201,6 +229,9 @@ def report(result: dict[str, Any], facts: dict[str, Any]) -> str:
         ("the same, then synced", f"{result['bytes']['deepspeed'] / 1e6:.0f} MB", summary(saves["deepspeed, synced"])),
     ]
     rows = [row if len(row) == 4 else (*row, f"{middle[name] / middle['ours']:.2f}") for name, row in zip(saves, saved, strict=True)]
+    losses = result["saving"]["lost"]
+    training = [(row[0], summary(losses[name])) for name, row in zip(saves, rows, strict=True)]
+    training[0] = ("ours, asynchronous as by default: the same", training[0][1])
     resumed = [
         ("ours: every byte verified, read, put into the parameters", summary(loads["ours"])),
         ("DeepSpeed: conversion to a universal checkpoint", summary(loads["conversion"])),
@@ -215,6 +246,8 @@ def report(result: dict[str, Any], facts: dict[str, Any]) -> str:
         f"a rank; "
         f"{len(saves['ours'])} alternating rounds; medians, and the least and the most.\n\n"
         f"Saving on {SAVING} ranks, until every rank has it:\n\n{table(('', 'written', 'wall time', 'of ours'), rows)}\n"
+        f"What {_STEPS} steps with such a save take more than {_STEPS} steps alone, until the save is whole:\n\n"
+        f"{table(('', 'lost'), training)}\n"
         f"Going on with {LOADING} ranks, files in the page cache:\n\n{table(('', 'wall time'), resumed)}\n"
         f"DeepSpeed's way takes {ratio:.1f} times as long, and {bare:.1f} times without the {start_up} in which the conversion starts "
         f"Python and imports. "
