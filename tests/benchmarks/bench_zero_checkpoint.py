@@ -231,7 +231,7 @@ def report(result: dict[str, Any], facts: dict[str, Any]) -> str:
     rows = [row if len(row) == 4 else (*row, f"{middle[name] / middle['ours']:.2f}") for name, row in zip(saves, saved, strict=True)]
     losses = result["saving"]["lost"]
     training = [(row[0], summary(losses[name])) for name, row in zip(saves, rows, strict=True)]
-    training[0] = ("ours, asynchronous as by default: the same", training[0][1])
+    training[0] = ("ours, asynchronous as by default", training[0][1])
     resumed = [
         ("ours: every byte verified, read, put into the parameters", summary(loads["ours"])),
         ("DeepSpeed: conversion to a universal checkpoint", summary(loads["conversion"])),

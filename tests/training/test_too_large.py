@@ -32,7 +32,7 @@ from tests.training.tiny import config_of
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 NUM_STEPS = 2
 SHAPE = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 35, "num_attention_heads": 8, "num_key_value_heads": 8}
-"""Every quarter of a matrix has 1 MiB, from which on the allocator gives back what is freed; below it, heaps fragment."""
+"""Small layers, so that the few that are whole at a time are little beside the state; a quarter of a matrix has 1 MiB."""
 _THREAD_STACK = 1 << 20
 """A process has some thirty threads, and by default each of their stacks counts with 8 MiB of which it uses a few KiB."""
 FIGURES: dict[str, Any] = {}
