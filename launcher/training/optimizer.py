@@ -79,6 +79,17 @@ def spread_step(optimizer: Optimizer) -> None:
         step.copy_(steps[0])
 
 
+def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The squared norm of all of them, as one fp64 number.
+
+    On a CPU PyTorch's norm in fp32 is off by 1 part in 100,000 for a million normally distributed elements, by 4 for 2.3 million.
+    """
+    kept = [tensor for tensor in tensors if tensor.numel()]
+    if not kept:
+        return torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else None)
+    return torch.stack(torch._foreach_norm(kept, 2, torch.float64)).square().sum()
+
+
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """The same learning rate for every group."""
     for group in optimizer.param_groups:

@@ -92,3 +92,12 @@ def test_what_it_keeps(training: Training, wanted: set[str]) -> None:
     tensors = optimizers.state_tensors(module, optimizers.build(module, training))
     assert {name.rpartition(".")[2] for name in tensors} == wanted
     assert sum(name == "optimizer.step" for name in tensors) == ("step" in wanted)
+
+
+def test_the_norm_of_many_numbers_is_right_to_the_last_digit() -> None:
+    generator = torch.Generator().manual_seed(1)
+    many, few = torch.randn(2_300_000, generator=generator), torch.randn(7, generator=generator)
+    wanted = (many.double().square().sum() + few.double().square().sum()).item()
+    assert optimizers.sum_of_squares([many, torch.empty(0), few]).item() == pytest.approx(wanted, rel=1e-12)
+    assert optimizers.sum_of_squares([torch.empty(0)]).item() == 0
+    assert optimizers.sum_of_squares([]).item() == 0

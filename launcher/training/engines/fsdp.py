@@ -76,10 +76,8 @@ class FsdpEngine:
         return output
 
     def squared_gradient_norm(self) -> torch.Tensor:
-        gradients = self._gradients()
-        norms = torch._foreach_norm(gradients)
         # Replicas hold equal gradients, so each counts for its share.
-        return torch.stack(norms).double().square().sum() / self._plan.mesh.replicate
+        return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.replicate
 
     def apply(self, learning_rate: float, multiplier: float) -> None:
         if multiplier != 1.0:

@@ -35,13 +35,6 @@ class Stage(Protocol):
     def publish(self) -> None: ...
 
 
-def _squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    kept = [tensor for tensor in tensors if tensor.numel()]
-    if not kept:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm([tensor.float() for tensor in kept])).double().square().sum()
-
-
 def _norms(offloaded: dict[Any, Any]) -> torch.Tensor:
     """What DeepSpeed noted of gradients on their way off the device."""
     values = [torch.as_tensor(value, dtype=torch.float64).cpu() for value in offloaded.values()]
@@ -78,7 +71,9 @@ class StageOneOrTwo:
         if self._zero.cpu_offload:
             self._zero._wait_for_offload_copies()
             return _norms(self._zero.norm_for_param_grads)
-        return _squares([gradient for group in self._zero.averaged_gradients.values() if group is not None for gradient in group])
+        return optimizers.sum_of_squares(
+            [gradient for group in self._zero.averaged_gradients.values() if group is not None for gradient in group]
+        )
 
     def discard(self) -> None:
         zero = self._zero
@@ -161,7 +156,7 @@ class StageThree:
     def squared_gradient_norm(self) -> torch.Tensor:
         if self._zero.offload_optimizer:
             return _norms(self._zero.norm_for_param_grads)
-        return _squares([gradient for group in self._zero.averaged_gradients.values() for gradient in group])
+        return optimizers.sum_of_squares([gradient for group in self._zero.averaged_gradients.values() for gradient in group])
 
     def discard(self) -> None:
         self._zero._pre_step()
