@@ -71,7 +71,7 @@ def _behaviour(settings: Settings, controller: str) -> str:
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_Core_Memory",
         "SchedulerType=sched/backfill",
-        "SchedulerParameters=sched_interval=5,sched_min_interval=100000,bf_interval=5,batch_sched_delay=0",
+        "SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1,batch_sched_delay=0",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
         "EnforcePartLimits=ALL",
