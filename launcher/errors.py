@@ -10,6 +10,7 @@ LauncherError                     1   something in launcher itself is wrong
 ├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row
 ├── RankLostError                 9   a rank died without saying why
 ├── ScriptError                  10   a training script of the user's own raised an error, or left with a code that is not 0
+├── SchedulerError               11   Slurm refused a request, or did not answer
 └── Stopped                      75   stopped on request with everything saved: run it again to go on
 
 0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped.
@@ -114,6 +115,13 @@ class ScriptError(LauncherError):
 
     exit_code = 10
     failure_class = "script"
+
+
+class SchedulerError(LauncherError):
+    """Slurm refused a request, or did not answer."""
+
+    exit_code = 11
+    failure_class = "scheduler"
 
 
 class Stopped(LauncherError):

@@ -42,6 +42,8 @@ COMMANDS = {
     "diff": Command("render", "diff", "Show how two plans, jobs or engines' configurations differ."),
     "import": Command("importing", "import_", "Make a job file of a DeepSpeed, Accelerate or Trainer configuration."),
     "run": Command("run", "run", "Run a job on this machine; a run that stopped goes on where it was."),
+    "submit": Command("submit", "submit", "Hand a job to Slurm; a run that stopped goes on where it was."),
+    "cancel": Command("submit", "cancel", "End a run's Slurm job; the ranks save first, if Slurm gives them the time."),
     "resume": Command("run", "resume", "Go on with a run that stopped."),
     "status": Command("run", "status", "Show how a run is doing."),
     "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."),

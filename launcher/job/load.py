@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job import check, paths
+from launcher.job import check, paths, profile
 from launcher.job.problems import refused, translate
 from launcher.job.schema import Job
 
@@ -129,6 +129,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Job:
     content = read(path)
     problems = override(content, overrides or [])
     problems += refused(content)
+    problems += profile.apply(content, path.resolve().parent)
     job, found = validate(content)
     problems += found
     bad = {problem.key for problem in problems}

@@ -14,8 +14,7 @@ from launcher.job.describe import choices, docstring, expected_of, keys, section
 from launcher.job.schema import Job
 
 LATER = {
-    "cluster.profile": (None, "profiles of sites are not in this version; write the keys of the profile under cluster"),
-    "cluster.gpu": (None, "planning for a named GPU is not in this version; leave it out (cluster.gpus_per_node says how many there are)"),
+    "cluster.gpu": (None, "planning for a named GPU is not in this version; leave it out (cluster.gpus_per_node says how many there are)")
 }
 """Keys of the design that a later version brings: the values meant (None: any), and what to write today."""
 

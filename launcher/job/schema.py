@@ -66,6 +66,9 @@ Every = Annotated[Interval, BeforeValidator(parse_interval)]
 Columns = str | tuple[str, ...]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]*$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+NodeCount = Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
 
 
 class Model(Section):
@@ -237,11 +240,28 @@ class Checkpoint(Section):
     model_config = ConfigDict(populate_by_name=True)
 
 
+class Container(Section):
+    """The container that the ranks run in."""
+
+    image: Line
+    """An image file, or the address of one."""
+    runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    """What starts it: Apptainer, or Slurm's own plugin Pyxis over Enroot."""
+    mounts: tuple[Line, ...] = ()
+    """Directories it sees besides the run's own, as /data or /data:/inside."""
+    python: Line = "python3"
+    """The interpreter inside, which has launcher installed."""
+    options: tuple[Line, ...] = ()
+    """Further options of the runtime, one a line."""
+
+
 class Cluster(Section):
     """Where it runs."""
 
-    nodes: int = Field(default=1, ge=1)
-    """Machines."""
+    profile: Line | None = None
+    """A site's profile: its name below the profile directory, or a file. What stands here goes before it."""
+    nodes: NodeCount = 1
+    """Machines; under Slurm also a range (2-8): it starts on as many as there are."""
     gpus_per_node: Annotated[int, Field(ge=0)] | Auto = "auto"
     """GPUs of each node; 0 trains on the CPU."""
     ranks_per_node: Annotated[int, Field(ge=1)] | Auto = "auto"
@@ -249,7 +269,7 @@ class Cluster(Section):
     threads_per_rank: Annotated[int, Field(ge=1)] | Auto = "auto"
     """CPU threads of each rank."""
     time_limit: Seconds | None = None
-    """Slurm: seconds (or 8h, 2d) that the job may take."""
+    """Slurm: seconds (or 8h, 2d) that the job may take at a time; a longer run goes on in the next one."""
     partition: Line | None = None
     """Slurm: the partition, or several with commas."""
     account: Line | None = None
@@ -266,8 +286,47 @@ class Cluster(Section):
     """Slurm: nodes to take."""
     mem: Line | None = None
     """Slurm: memory of each node, as 200G; 0 takes all of it."""
+    cpus_per_node: Annotated[int, Field(ge=1)] | None = None
+    """Slurm: cores of each node to ask for, where that is not ranks times threads."""
+    gpu_option: Literal["gres", "gpus-per-node"] = "gres"
+    """Slurm: how this site has GPUs asked for."""
+    gpu_type: Word | None = None
+    """Slurm: the site's name of the GPUs, as in gpu:TYPE:8."""
+    exclusive: bool = False
+    """Slurm: whole nodes."""
+    dependency: Line | None = None
+    """Slurm: what must be over before, as afterok:1234."""
+    begin: Line | None = None
+    """Slurm: when it may start at the earliest, as now+1hour."""
+    comment: Line | None = None
+    """Slurm: a remark."""
+    mail_user: Line | None = None
+    """Slurm: who gets mail."""
+    mail_type: Line | None = None
+    """Slurm: when, as END,FAIL."""
+    sbatch: dict[Word, Line | int | bool] = {}
+    """Slurm: any other option of sbatch by its long name; true for one without a value."""
+    modules: tuple[Line, ...] = ()
+    """Slurm: modules to load before the ranks start."""
+    setup: tuple[Line, ...] = ()
+    """Slurm: shell lines to run before the ranks start; the first that fails ends the job."""
+    environment: dict[Variable, Line] = {}
+    """Slurm: variables of the environment."""
+    container: Container | None = None
+    interface: Word | None = None
+    """The network interface between nodes; without it the one that leads to the other nodes."""
+    requeue: bool = True
+    """Slurm: go on by itself after preemption, the time limit, a lost node or rank."""
+    attempts_without_progress: int = Field(default=3, ge=1)
+    """Slurm: after so many attempts in a row that saved nothing new it stops. Preempted ones, and those whose node was lost, are free."""
     grace: Seconds = 30.0
     """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
+
+
+def node_range(nodes: int | str) -> tuple[int, int]:
+    """The fewest and the most nodes that `cluster.nodes` allows."""
+    low, _, high = str(nodes).partition("-")
+    return int(low), int(high or low)
 
 
 class Job(Section):

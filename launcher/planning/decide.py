@@ -7,13 +7,14 @@ from dataclasses import asdict
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import ActivationCheckpointing, Checkpoint, Job, Precision
+from launcher.planning import slurm
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import STATE_BYTES, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Attention, Length, Mesh, Plan, Slurm, Zero
+from launcher.planning.plan import Attention, Length, Mesh, Plan, Zero
 from launcher.planning.ranks import mesh as arrange
 from launcher.planning.sharding import STAGES, Layout
 
@@ -32,6 +33,7 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
     attention = _attention(decider, mesh)
     trackers = _trackers(decider)
     num_workers = _num_workers(decider)
+    asked = slurm.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
     if decider.problems:
         raise ConfigurationError(decider.problems)
     checkpointing, limit, limit_reason = _memory(decider, mesh, precision, placed)
@@ -48,7 +50,7 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
         offload=placed.offload,
         offload_to=placed.offload_to,
         zero=_zero(decider, placed),
-        slurm=_slurm(job),
+        slurm=asked,
         precision=precision,
         activation_checkpointing=checkpointing,
         attention=attention,
@@ -169,14 +171,6 @@ def _zero(decider: Decider, placed: Layout) -> Zero | None:
         quantized_weights=parallel.quantized_weights,
         quantized_gradients=parallel.quantized_gradients,
     )
-
-
-def _slurm(job: Job) -> Slurm:
-    cluster = job.cluster
-    names = ("partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist", "mem")
-    options = {name: value for name in names if (value := getattr(cluster, name)) is not None}
-    minutes = {} if cluster.time_limit is None else {"time_limit_minutes": max(1, int(cluster.time_limit // 60))}
-    return Slurm(options=options, **minutes)
 
 
 def _length(decider: Decider) -> Length:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from launcher.job.schema import (
     ActivationCheckpointing,
     Checkpoint,
+    Container,
     Data,
     EngineName,
     Interval,
@@ -87,14 +88,26 @@ class Zero(Frozen):
 
 
 class Slurm(Frozen):
-    """What a submission asks of Slurm besides nodes and GPUs."""
+    """What a submission asks of Slurm besides what the mesh says."""
 
+    nodes: str | None = None
+    """As `2-8`, where more than one number of nodes will do."""
     time_limit_minutes: int | None = None
     options: dict[str, str] = {}
-    """sbatch's own long options by name."""
+    """sbatch's own long options by name; empty text for one that takes no value."""
+    gpu_option: Literal["gres", "gpus-per-node"] = "gres"
+    gpu_type: str | None = None
+    cpus_per_node: int | None = None
+    modules: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    container: Container | None = None
+    interface: str | None = None
+    requeue: bool = True
+    attempts_without_progress: int = 3
 
     def __hash__(self) -> int:
-        return hash((self.time_limit_minutes, *sorted(self.options.items())))
+        return hash(self.model_dump_json())
 
 
 class Plan(Frozen):

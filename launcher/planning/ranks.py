@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from launcher.job.schema import node_range
 from launcher.planning.batch import divisors, nearest
 from launcher.planning.decider import Decider
 from launcher.planning.plan import Mesh
@@ -15,9 +16,10 @@ def mesh(decider: Decider) -> tuple[Mesh, Layout]:
     cluster, parallel = decider.job.cluster, decider.job.parallel
     num_gpus = _num_gpus(decider)
     ranks = _ranks(decider, num_gpus)
-    cores = decider.hardware.num_cores
-    if decider.local and cluster.nodes > 1:
-        reason = "this command runs on one machine; write 1, or have `launcher render` write the submission for Slurm"
+    cores = cluster.cpus_per_node or decider.hardware.num_cores
+    nodes = node_range(cluster.nodes)[1]
+    if decider.local and nodes > 1:
+        reason = "this command runs on one machine; write 1, or have `launcher submit` hand it to Slurm"
         decider.refuse("cluster.nodes", cluster.nodes, reason)
     if cluster.threads_per_rank == "auto":
         threads = max(1, cores // ranks)
@@ -25,7 +27,7 @@ def mesh(decider: Decider) -> tuple[Mesh, Layout]:
         decider.decide("cluster.threads_per_rank", threads, f"{cores} cores over {ranks} ranks{shared}")
     else:
         threads = cluster.threads_per_rank
-    world = cluster.nodes * ranks
+    world = nodes * ranks
     replicate = parallel.replicate
     if world % replicate:
         working = nearest(replicate, divisors(world))
@@ -40,7 +42,7 @@ def mesh(decider: Decider) -> tuple[Mesh, Layout]:
         decider.refuse("parallel.replicate", replicate, reason)
     replicate = world if placed.sharding == "none" else replicate
     made = Mesh(
-        nodes=cluster.nodes,
+        nodes=nodes,
         ranks_per_node=ranks,
         world_size=world,
         replicate=replicate,

@@ -13,6 +13,8 @@ from launcher.planning.plan import Plan
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 ENTRY = "launcher.training.entry"
 AGENT = "launcher.scheduling.node_agent"
+NODE = "launcher.scheduling.slurm.node"
+AFTER = "launcher.scheduling.slurm.after"
 PREPARE = r"""# The run directory, made of the files beside this one where it is not there yet; plan.json comes last and makes it a run.
 if [ ! -e "$run/plan.json" ]; then
   mkdir -p -- "$run/rendered"
@@ -35,6 +37,8 @@ class Place:
     """The directory of the rendered files, as every node sees it; absolute."""
     python: str = "python"
     """The interpreter on the nodes."""
+    code: str = ""
+    """A directory that holds the launcher's own package as it was; empty for the one that the interpreter has."""
 
     def __post_init__(self) -> None:
         for key, value in (("run directory", self.run), ("directory of the files", self.rendered), ("python", self.python)):

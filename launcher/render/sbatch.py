@@ -1,74 +1,107 @@
-"""submit.sbatch: the plan as a Slurm batch script."""
+"""submit.sbatch: the plan as a Slurm batch script; and the same in parts, for whoever submits it otherwise."""
 
 from __future__ import annotations
 
-import math
+from launcher.planning.plan import Container, Plan
+from launcher.render.place import AFTER, NODE, PREPARE, Place, quoted, variables
 
-from launcher.planning.plan import Plan
-from launcher.render.place import AGENT, ENTRY, PREPARE, Place, quoted, variables
-
-_SLACK_SECONDS = 60
-"""Slurm sends the signal up to a minute late."""
-
-_BODY = r"""if [ -e "$run/FINISHED" ]; then
-  echo "$run is finished"
-  exit 0
-fi
-
-attempt=1
-while [ -e "$run/attempts/$(printf %04d "$attempt")" ]; do attempt=$((attempt + 1)); done
-export LAUNCHER_ATTEMPT_DIRECTORY="$run/attempts/$(printf %04d "$attempt")"
-mkdir -p -- "$LAUNCHER_ATTEMPT_DIRECTORY"
-
-# Two jobs whose first nodes are one machine must not share a port: each derives its own from its number.
-case "$SLURM_JOB_ID" in
-  '' | *[!0-9]*) echo "SLURM_JOB_ID=$SLURM_JOB_ID is no number" >&2; exit 2 ;;
-esac
-port=$((20000 + 10#$SLURM_JOB_ID % 20000))
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-head=${hosts%%$'\n'*}
-
-# Slurm signals every process of the step. The shell between srun and the agent takes what the agent passes up to its parent.
-"""
+SIGNAL_SECONDS = 30
+"""How long before the time limit Slurm sends its signal; it may come up to a minute early. The ranks' own clock stops them sooner where a
+save takes longer."""
 
 
 def script(plan: Plan, place: Place) -> str:
     """The text of submit.sbatch. Every value from the plan or of a path is quoted."""
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(plan, place)), ""]
-    lines += [f"run={quoted([place.run])}", f"rendered={quoted([place.rendered])}", f"python={quoted([place.python])}"]
-    lines += [f"export {name}={value}" for name, value in variables(plan).items()]
-    return "\n".join([*lines, "set -euo pipefail", "unset LAUNCHER_PARENT", "", PREPARE]) + _BODY + _step(plan)
-
-
-def _options(plan: Plan, place: Place) -> list[str]:
-    """sbatch's own options, each `--name=value`."""
-    mesh, slurm = plan.mesh, plan.slurm
-    cores = mesh.ranks_per_node * mesh.threads_per_rank
-    signal = f"USR1@{math.ceil(plan.grace_seconds) + _SLACK_SECONDS}"
-    options = {"job-name": plan.name, "nodes": str(mesh.nodes), "ntasks-per-node": "1", "cpus-per-task": str(cores)}
-    if mesh.device == "cuda":
-        options["gres"] = f"gpu:{mesh.ranks_per_node}"
-    if slurm.time_limit_minutes is not None:
-        options |= {"time": str(slurm.time_limit_minutes), "signal": signal}
+    asked = options(plan) | {"signal": f"USR2@{SIGNAL_SECONDS}"}
     if not any(sign in place.rendered for sign in "\\%"):  # sbatch would read these as patterns
-        options["output"] = f"{place.rendered}/slurm-%j.out"
-    options |= {"open-mode": "append", **slurm.options}
-    return [f"--{name}={_sbatch_quoted(value)}" for name, value in options.items()]
+        asked |= {"output": f"{place.rendered}/slurm-%j.out"}
+    lines = ["#!/bin/bash", *(f"#SBATCH {_option(name, value)}" for name, value in asked.items()), ""]
+    lines += [f"run={quoted([place.run])}", f"rendered={quoted([place.rendered])}", PREPARE.rstrip("\n"), *before(plan, place), ""]
+    srun = quoted(["srun", *srun_options(plan, place)])
+    return "\n".join([*lines, f'{srun} \\\n  {python_command(plan, place)} -u -m {NODE} "$run"']) + "\n"
+
+
+def options(plan: Plan) -> dict[str, str]:
+    """sbatch's long options by name; empty text for one that takes no value."""
+    mesh, slurm = plan.mesh, plan.slurm
+    cores = slurm.cpus_per_node or mesh.ranks_per_node * mesh.threads_per_rank
+    asked = {"job-name": plan.name, "nodes": slurm.nodes or str(mesh.nodes), "ntasks-per-node": "1", "cpus-per-task": str(cores)}
+    if mesh.device == "cuda":
+        kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
+        asked |= (
+            {"gres": f"gpu:{kind}{mesh.ranks_per_node}"}
+            if slurm.gpu_option == "gres"
+            else {"gpus-per-node": f"{kind}{mesh.ranks_per_node}"}
+        )
+    if slurm.time_limit_minutes is not None:
+        asked["time"] = str(slurm.time_limit_minutes)
+    return asked | {"open-mode": "append", "requeue" if slurm.requeue else "no-requeue": "", **slurm.options}
+
+
+def before(plan: Plan, place: Place) -> list[str]:
+    """The lines before the ranks start: what is decided after them, come what may, then the site's set-up, of which no line may fail."""
+    slurm = plan.slurm
+    exported = {**variables(plan), **slurm.environment}
+    if place.code:
+        # Python would look into the working directory first, where the code may have been edited since.
+        exported |= {"PYTHONPATH": place.code, "PYTHONSAFEPATH": "1"}
+    after = f'{quoted([place.python, "-m", AFTER, place.run])} "$1"'
+    return [
+        "# The shell outlives the signals that the ranks get, and hands over what came of them.",
+        "trap : HUP INT TERM USR1 USR2",
+        f"after() {{ exec {after}; }}",
+        "trap 'after $?' EXIT",
+        "unset LAUNCHER_PARENT",
+        *_exports(exported),
+        *(
+            ["set -e", *(f"module load {quoted([name])}" for name in slurm.modules), *slurm.setup, "set +e"]
+            if slurm.modules or slurm.setup
+            else []
+        ),
+    ]
+
+
+def _exports(exported: dict[str, str]) -> list[str]:
+    lines = []
+    for name, value in exported.items():
+        rest = "${PYTHONPATH:+:$PYTHONPATH}" if name == "PYTHONPATH" else ""
+        lines.append(f"export {name}={quoted([value])}{rest}")
+    return lines
+
+
+def srun_options(plan: Plan, place: Place) -> list[str]:
+    """One task on each node, none of which ends the others: the first node does that, and knows why."""
+    cores = plan.slurm.cpus_per_node or plan.mesh.ranks_per_node * plan.mesh.threads_per_rank
+    given = ["--ntasks-per-node=1", f"--cpus-per-task={cores}", "--kill-on-bad-exit=0", "--wait=0"]
+    container = plan.slurm.container
+    if container is None or container.runtime != "pyxis":
+        return given
+    return [*given, f"--container-image={container.image}", f"--container-mounts={','.join(_mounts(container, place))}", *container.options]
+
+
+def python_command(plan: Plan, place: Place) -> str:
+    """The interpreter on the nodes as shell words, inside its container where there is one."""
+    container = plan.slurm.container
+    if container is None:
+        return quoted([place.python])
+    if container.runtime == "pyxis":
+        return quoted([container.python])
+    gpus = ["--nv"] if plan.mesh.device == "cuda" else []
+    binds = [word for mount in _mounts(container, place) for word in ("--bind", mount)]
+    return quoted(["apptainer", "exec", *gpus, *binds, *container.options, container.image, container.python])
+
+
+def _mounts(container: Container, place: Place) -> list[str]:
+    """The run directory at its own place, and what the job names."""
+    return [f"{place.run}:{place.run}", *(mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts)]
+
+
+def _option(name: str, value: str) -> str:
+    return f"--{name}={_sbatch_quoted(value)}" if value else f"--{name}"
 
 
 def _sbatch_quoted(value: str) -> str:
     """A value as sbatch reads it in an #SBATCH line: bare where it is plain, else in double quotes with backslashes before `"` and `\\`."""
-    if value and all((sign.isalnum() and sign.isascii()) or sign in "-_.:,/=@%+[]" for sign in value):
+    if all((sign.isalnum() and sign.isascii()) or sign in "-_.:,/=@%+[]" for sign in value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _step(plan: Plan) -> str:
-    mesh = plan.mesh
-    srun = ["srun", f"--nodes={mesh.nodes}", f"--ntasks={mesh.nodes}", "--ntasks-per-node=1"]
-    srun += [f"--cpus-per-task={mesh.ranks_per_node * mesh.threads_per_rank}", "--kill-on-bad-exit=1"]
-    shell = ["bash", "-c", 'trap : HUP INT TERM USR1 USR2; "$@"; exit $?', "agent"]
-    agent = ["-m", AGENT, f"--nnodes={mesh.nodes}", f"--nproc-per-node={mesh.ranks_per_node}", "--max-restarts=0", "--rdzv-backend=c10d"]
-    lines = [quoted(srun), quoted(shell), f'"$python" {quoted(agent)}']
-    lines += ['--rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID-$attempt"', f'-m {ENTRY} "$run" --attempt "$attempt"']
-    return " \\\n  ".join(lines) + "\n"

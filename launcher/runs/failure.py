@@ -7,6 +7,7 @@ holds it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -17,12 +18,15 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import DataError, LauncherError, OutOfMemoryError, RankLostError, ScriptError, StorageError, by_failure_class
 from launcher.runs.layout import write_atomically
 from launcher.runs.processes import signal_name
 
-EXITS = "exits.json"
+EXITS = "exits*.json"
+SIGNS_OF_FAILURE = ("failure-rank-*.json", EXITS)
+"""What appears in an attempt's directory as soon as a rank has failed, on whichever node."""
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _NO_MEMORY = re.compile(
     r"(can't|cannot) allocate memory|not enough memory|out of memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
@@ -133,23 +137,33 @@ def read(path: Path) -> Failure | None:
         return None
 
 
-def write_exits(directory: Path, exits: list[dict[str, int | float | bool]]) -> None:
-    """Write how ranks ended: for each {rank, pid, code, time, by_agent}; code is negative for a signal."""
-    write_atomically(directory / EXITS, json.dumps(exits, indent=2) + "\n")
+def write_exits(directory: Path, exits: list[dict[str, Any]], node: int = 0) -> None:
+    """Write how the ranks of a node ended: for each {rank, pid, code, time, by_agent, host}; code is negative for a signal."""
+    write_atomically(directory / (f"exits-{node}.json" if node else "exits.json"), json.dumps(exits, indent=2) + "\n")
+
+
+def write_grace(directory: Path, seconds: float) -> None:
+    """Tell the ranks of this machine how long they have from now on."""
+    write_atomically(grace_file(directory), json.dumps({"until": time.time() + seconds}) + "\n")
+
+
+def grace_file(directory: Path) -> Path:
+    """Where the ranks of this machine read how long they have; by its own clock."""
+    return directory / f"grace-{os.uname().nodename}.json"
 
 
 def lost(directory: Path, out_of_memory_killer: bool = False) -> list[Failure]:
     """The ranks that ended without a word: killed from outside, or crashed in native code."""
-    try:
-        exits = json.loads((directory / EXITS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
+    exits: list[dict[str, Any]] = []
+    for path in sorted(directory.glob(EXITS)):
+        with contextlib.suppress(OSError, ValueError):
+            exits += json.loads(path.read_text(encoding="utf-8"))
     spoke = {path.name for path in directory.glob("failure-rank-*.json")}
     silent = [end for end in exits if end["code"] != 0 and not end["by_agent"] and f"failure-rank-{end['rank']}.json" not in spoke]
     return [_lost(end, directory, out_of_memory_killer) for end in silent]
 
 
-def _lost(end: dict[str, int | float | bool], directory: Path, out_of_memory_killer: bool) -> Failure:
+def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> Failure:
     known: type[LauncherError] = RankLostError
     code = int(end["code"])
     cause = f"killed by signal {-code} ({signal_name(-code)})" if code < 0 else f"ended with exit code {code} and no reason given"
@@ -162,7 +176,7 @@ def _lost(end: dict[str, int | float | bool], directory: Path, out_of_memory_kil
     return Failure(
         time=float(end["time"]),
         rank=int(end["rank"]),
-        host=os.uname().nodename,
+        host=end.get("host") or os.uname().nodename,
         pid=int(end["pid"]),
         failure_class=known.failure_class,
         exit_code=known.exit_code,

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from launcher.runs.events import read
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 from launcher.runs.processes import alive, started_at
 
+HEARTBEAT = "heartbeat"
+"""A file in an attempt's directory that a launcher on another machine touches for so long as it lives."""
+_SECONDS_BETWEEN_BEATS = 60.0
+"""After so long without one it counts as gone; it beats every 5 s."""
 _HOLDER = re.compile(r"process (\d+) on (\S+)")
 _BLOCK = 1 << 16
 
@@ -110,9 +115,18 @@ def holder(run: RunDirectory) -> str | None:
     if not match:
         return None
     pid, host = int(match[1]), match[2]
+    if host != os.uname().nodename:
+        return text if _beats(run) else None
     # A process that began after the file was written only has the number of the one that wrote it.
-    gone = host == os.uname().nodename and not (alive(pid) and started_at(pid) <= written + 2)
-    return None if gone else text
+    return text if alive(pid) and started_at(pid) <= written + 2 else None
+
+
+def _beats(run: RunDirectory) -> bool:
+    """Whether a launcher on another machine has shown that it lives; true where it never says."""
+    try:
+        return time.time() - (run.attempt(run.last_attempt()) / HEARTBEAT).stat().st_mtime < _SECONDS_BETWEEN_BEATS
+    except OSError:
+        return True
 
 
 def newest_checkpoint(run: RunDirectory) -> Path | None:

@@ -6,15 +6,17 @@ import json
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
 from launcher.scheduling import script as scripts
-from launcher.scheduling.node_agent import ATTEMPT_VARIABLE
+from launcher.scheduling.node_agent import ATTEMPT_VARIABLE, NODE_VARIABLE
 
 ENTRY = "launcher.training.entry"
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
 _NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
@@ -22,19 +24,27 @@ _SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|KEY|AUTH|COOKIE|JW
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
 
 
-def agent_command(run: RunDirectory, plan: Plan, attempt: int, stop_at: int | None = None, entry: str | None = None) -> list[str]:
-    """The agent over `entry` on every rank of this machine; without it over the trainer, or the plan's script.
+@dataclass(frozen=True)
+class Meeting:
+    """Where the agents of several nodes meet, and which of them this is."""
 
-    Port 0 has the agent's store take a free port, and an address by number needs no name service.
-    """
+    node: int
+    address: str
+    port: int
+    own_address: str
+    interface: str
+
+
+def agent_command(
+    run: RunDirectory, plan: Plan, attempt: int, stop_at: int | None = None, entry: str | None = None, meeting: Meeting | None = None
+) -> list[str]:
+    """The agent over `entry` on every rank of this machine; without it over the trainer, or the plan's script."""
     command = [
         *(sys.executable, "-m", "launcher.scheduling.node_agent"),
-        "--nnodes=1",
-        f"--nproc-per-node={plan.mesh.world_size}",
+        f"--nnodes={plan.mesh.nodes}",
+        f"--nproc-per-node={plan.mesh.ranks_per_node}",
         "--max-restarts=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--local-addr=127.0.0.1",
+        *_rendezvous(meeting),
         f"--rdzv-id={run.run_id()}-{attempt}",
         "--monitor-interval=0.1",
         *("-m", entry or (scripts.ENTRY if plan.script else ENTRY), str(run.path), "--attempt", str(attempt)),
@@ -44,6 +54,17 @@ def agent_command(run: RunDirectory, plan: Plan, attempt: int, stop_at: int | No
     return command if stop_at is None else [*command, "--stop-at", str(stop_at)]
 
 
+def _rendezvous(meeting: Meeting | None) -> list[str]:
+    """On one machine port 0 has the agent's store take a free port; addresses by number need no name service.
+
+    On several each node knows its place, so that rank 0 is always on the first.
+    """
+    if meeting is None:
+        return ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    where = [f"--master-addr={meeting.address}", f"--master-port={meeting.port}", f"--local-addr={meeting.own_address}"]
+    return ["--rdzv-backend=static", f"--node-rank={meeting.node}", *where]
+
+
 _MMAP_THRESHOLD_BYTES = 1 << 20
 """Blocks from this size on go back to the system when they are freed.
 
@@ -51,8 +72,9 @@ glibc raises its own threshold to 32 MiB as soon as large blocks come and go, an
 peaked at 2.96 GB with that, at 1.75 GB with a fixed 1 MiB (2 ranks, fp32, 512 tokens a pass, full recomputation)."""
 
 
-def environment(run: RunDirectory, plan: Plan, attempt: int) -> dict[str, str]:
+def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None) -> dict[str, str]:
     """What the agent and the ranks see."""
+    network = {} if meeting is None else dict.fromkeys(INTERFACE_VARIABLES, meeting.interface)
     memory = {"MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD_BYTES)} if plan.mesh.device == "cpu" else {}
     return {
         **memory,
@@ -62,6 +84,8 @@ def environment(run: RunDirectory, plan: Plan, attempt: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         PARENT_VARIABLE: str(os.getpid()),
         ATTEMPT_VARIABLE: str(run.attempt(attempt)),
+        NODE_VARIABLE: str(meeting.node if meeting else 0),
+        **network,
         **(scripts.script_variables(run, plan, attempt) if plan.script else {}),
     }
 

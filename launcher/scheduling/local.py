@@ -49,7 +49,7 @@ def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: in
             end = supervisor.supervise(command, variables)
         finally:
             watcher.end()
-        return _outcome(run, plan, number, end, watcher, oom_kills() > killed_before)
+        return outcome(run, plan, number, end, watcher, oom_kills() > killed_before)
 
 
 def shown(path: Path) -> str:
@@ -58,7 +58,8 @@ def shown(path: Path) -> str:
     return shlex.quote(str(absolute.relative_to(here) if absolute.is_relative_to(here) and absolute != here else absolute))
 
 
-def _outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watcher, out_of_memory_killer: bool) -> int:
+def outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watcher, out_of_memory_killer: bool) -> int:
+    """Say how an attempt ended, write it down, and give the exit code."""
     if plan.script and not end.forced:
         _speak_for_script(run, number, end)
     if run.finished or "finished" in end.events:

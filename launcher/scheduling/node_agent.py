@@ -25,6 +25,8 @@ from launcher.runs.failure import write_exits
 from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
 
 ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT_DIRECTORY"
+NODE_VARIABLE = "LAUNCHER_NODE"
+"""Which of the attempt's nodes this is, from 0 on."""
 RUN_VARIABLE = "LAUNCHER_RUN_DIRECTORY"
 """Set where the ranks run a script of the user's own, which may want to know it."""
 _SECONDS_TO_REAP = 5
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> int:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as error:
         ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
-        write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends)
+        write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, int(os.environ.get(NODE_VARIABLE) or 0))
         return 1
     return 0
 
@@ -88,8 +90,9 @@ def _kill_instead_of_asking(context: type[Any]) -> set[int]:
     return killed
 
 
-def _end(rank: int, failure: Any, killed: set[int]) -> dict[str, int | float | bool]:
-    return {"rank": rank, "pid": failure.pid, "code": failure.exitcode, "time": time.time(), "by_agent": failure.pid in killed}
+def _end(rank: int, failure: Any, killed: set[int]) -> dict[str, Any]:
+    ended = {"rank": rank, "pid": failure.pid, "code": failure.exitcode, "time": time.time(), "by_agent": failure.pid in killed}
+    return {**ended, "host": os.uname().nodename}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import yaml
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.load import load
-from launcher.job.schema import Job
+from launcher.job.schema import Job, node_range
 from launcher.job.script import load as load_for_script
 from launcher.job.script import without_placeholders
 from launcher.planning.changes import Change, check
@@ -26,23 +26,28 @@ from launcher.scheduling.script import write_configuration
 
 
 def open_run(
-    job_file: Path | None, overrides: list[str], nproc: int | None, directory: Path | None, script: tuple[str, ...] | None = None
+    job_file: Path | None,
+    overrides: list[str],
+    nproc: int | None,
+    directory: Path | None,
+    script: tuple[str, ...] | None = None,
+    local: bool = True,
 ) -> tuple[RunDirectory, Plan]:
     """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one goes on.
 
-    `script` is a script of the user's own with its arguments; then a job file may be missing.
+    `script` is a script of the user's own with its arguments; then a job file may be missing. Not `local`: it will run on other machines.
 
     Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that would make it another run;
     RunInUseError where the run is under way.
     """
-    job = _load(job_file, overrides, script)
+    job = load_job(job_file, overrides, script)
     run = RunDirectory((directory or Path("runs") / job.name).absolute())
     if run.plan_file.exists():
         _refuse_another_script(Plan.read(run.plan_file), script)
-        return run, _go_on(run, job, nproc)
+        return run, _go_on(run, job, nproc, local)
     if run.path.exists() and (not run.path.is_dir() or any(path.name != ".lock" for path in run.path.iterdir())):
         raise ConfigurationError(Problem("--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"))
-    plan = decide_script(job, script, nproc) if script else decide(job, nproc)
+    plan = decide_for(job, nproc, script, local)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
         _write(run, job, plan)
@@ -50,12 +55,52 @@ def open_run(
     return run, plan
 
 
-def reopen(run: RunDirectory, overrides: list[str], nproc: int | None) -> Plan:
+def reopen(run: RunDirectory, overrides: list[str], nproc: int | None, local: bool = True) -> Plan:
     """The plan of `launcher resume`: the job as it is in the run directory, with `overrides`."""
-    return _go_on(run, _load(run.job_file, overrides, Plan.read(run.plan_file).script), nproc)
+    return _go_on(run, load_job(run.job_file, overrides, Plan.read(run.plan_file).script), nproc, local)
 
 
-def _load(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
+def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
+    """The plan for as many nodes as there are: the stored one, or one made anew within the range that the job allows.
+
+    Called by whoever holds the run's lock. Raises ConfigurationError where no number of nodes up to that will do.
+    """
+    stored = Plan.read(run.plan_file)
+    low, high = node_range(stored.slurm.nodes or stored.mesh.nodes)
+    if num_nodes == stored.mesh.nodes or (num_nodes > high and stored.mesh.nodes == high):
+        return stored
+    if num_nodes < low:
+        reason = f"the plan needs {low}, and the job got {num_nodes}; ask for a range, as cluster.nodes: {num_nodes}-{high}"
+        raise ConfigurationError(Problem("cluster.nodes", num_nodes, reason))
+    job = load_job(run.job_file, [], stored.script)
+    plan = _most_nodes(job, stored, range(min(num_nodes, high), low - 1, -1))
+    found = check(stored, plan)
+    _write(run, job, plan)
+    event(run.events_file, "plan_changed", changes=[{"key": c.key, "before": c.before, "after": c.after} for c in found])
+    return plan
+
+
+def _most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
+    """The plan for the first of these numbers of nodes that works."""
+    first: ConfigurationError | None = None
+    for count in counts:
+        cluster = job.cluster.model_copy(update={"nodes": count})
+        try:
+            plan = _decide_again(job.model_copy(update={"cluster": cluster}), stored.mesh.ranks_per_node, stored, local=False)
+            return plan.model_copy(update={"slurm": stored.slurm})
+        except ConfigurationError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def decide_for(job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool) -> Plan:
+    """The plan of a job, or of a script of the user's own."""
+    return decide_script(job, script, nproc, local=local) if script else decide(job, nproc, local=local)
+
+
+def load_job(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
+    """The job in a file, or of a script. Raises ConfigurationError with every problem."""
     if script:
         return load_for_script(job_file, overrides, Path(script[0]))
     if job_file is None:
@@ -71,14 +116,14 @@ def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None
     raise ConfigurationError(Problem("--script", asked, reason))
 
 
-def _go_on(run: RunDirectory, job: Job, nproc: int | None) -> Plan:
+def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
     """The stored plan where nothing was asked to change, so that a resumed run is bit-equal; else a new one, compared with it."""
     with run.lock():
         stored = Plan.read(run.plan_file)
         same_ranks = nproc is None or nproc == stored.mesh.ranks_per_node
-        if same_ranks and job.model_dump() == _load(run.job_file, [], stored.script).model_dump() and _devices_are_there(stored):
+        if same_ranks and job.model_dump() == load_job(run.job_file, [], stored.script).model_dump() and _devices_are_there(stored, local):
             return stored
-        plan = _decide_again(job, nproc, stored)
+        plan = _decide_again(job, nproc, stored, local)
         _refuse_quiet_fallback(job, stored, plan)
         found = check(stored, plan)
         _write(run, job, plan)
@@ -102,25 +147,29 @@ def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
     write_atomically(run.plan_file, plan.to_json())
 
 
-def _decide_again(job: Job, nproc: int | None, stored: Plan) -> Plan:
+def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan:
     """What the job leaves open stays as it was decided before: memory that is free today must not change the numbers.
 
     On another number of ranks the micro-batch is decided anew, as it must divide.
     """
     updates: dict[str, object] = {}
     if stored.script:
-        return decide_script(job, stored.script, _ranks(job, nproc, stored))
+        return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)
     if job.precision == "auto":
         updates["precision"] = stored.precision
     if job.memory.activation_checkpointing == "auto":
         updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
     job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
-    plan = decide(job, num_ranks)
+    plan = decide(job, num_ranks, local=local)
     if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
         return plan
     batch = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
     # Another global batch is refused by `check`, with a better reason than that it does not divide.
-    return plan if batch.global_batch_size != stored.batch.global_batch_size else decide(job.model_copy(update={"batch": batch}), num_ranks)
+    return (
+        plan
+        if batch.global_batch_size != stored.batch.global_batch_size
+        else decide(job.model_copy(update={"batch": batch}), num_ranks, local=local)
+    )
 
 
 def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
@@ -132,8 +181,8 @@ def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
     return stored.mesh.ranks_per_node if open_still else None
 
 
-def _devices_are_there(plan: Plan) -> bool:
-    if plan.mesh.device == "cpu":
+def _devices_are_there(plan: Plan, local: bool) -> bool:
+    if plan.mesh.device == "cpu" or not local:
         return True
     from launcher.planning.hardware import find_gpus
 

@@ -8,6 +8,7 @@ notice; the supervisor holds the bounds that the agent does not have.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -22,11 +23,12 @@ from types import FrameType
 from typing import Literal
 
 from launcher.runs.events import event
+from launcher.runs.failure import SIGNS_OF_FAILURE, write_grace
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import STOP_SIGNALS, alive, kill_group, parent_of
 from launcher.runs.tail import Tail
 
-Force = Literal["", "second interrupt", "grace", "exit", "failure"]
+Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded"]
 EXIT_SECONDS = 30.0
 """Between the last word of a run (finished, stopped) and the end of its processes."""
 FAILURE_SECONDS = 3.0
@@ -97,11 +99,14 @@ class End:
 class Supervisor:
     """One attempt's processes."""
 
-    def __init__(self, run: RunDirectory, attempt: int, grace_seconds: float, watcher: Watcher) -> None:
-        self.run, self.directory = run, run.attempt(attempt)
+    agent_log = "agent.log"
+
+    def __init__(self, run: RunDirectory, attempt: int, grace_seconds: float, watcher: Watcher, signals: Signals | None = None) -> None:
+        self.run, self.attempt, self.directory = run, attempt, run.attempt(attempt)
         self.grace_seconds = grace_seconds
         self.watcher = watcher
-        self.signals = Signals()
+        self.signals = signals or Signals()
+        self._grace: float | None = None
         self._tail = Tail(run.events_file, from_end=True)
         self._events: dict[str, float] = {}
         self._asked: set[int] = set()
@@ -121,7 +126,7 @@ class Supervisor:
         # Blocked signals stay blocked in the agent until it can take them, so none kills it while it starts.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            with open(self.directory / "agent.log", "ab") as log:
+            with open(self.directory / self.agent_log, "ab") as log:
                 return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -151,9 +156,10 @@ class Supervisor:
         for path in self.directory.glob("rank-*.json"):
             with contextlib.suppress(ValueError, OSError, KeyError):
                 who = json.loads(path.read_text(encoding="utf-8"))
-                if who["rank"] not in self._ranks and parent_of(who["pid"]) == agent.pid:
+                # Another machine's processes have numbers of their own.
+                if who["rank"] not in self._ranks and who["host"] == os.uname().nodename and parent_of(who["pid"]) == agent.pid:
                     self._ranks[who["rank"]] = who["pid"]
-        if self._failed_at is None and any(self.directory.glob("failure-rank-*.json")):
+        if self._failed_at is None and any(itertools.chain.from_iterable(map(self.directory.glob, SIGNS_OF_FAILURE))):
             self._failed_at = time.monotonic()
 
     def _note_events(self) -> None:
@@ -162,10 +168,21 @@ class Supervisor:
 
     def _say_stopping(self) -> None:
         assert self.signals.first is not None
-        name = self.signals.first[0].name
-        event(self.run.events_file, "stopping", signal=name, grace_seconds=self.grace_seconds)
+        name, seconds = self.signals.first[0].name, self._seconds_of_grace()
+        write_grace(self.directory, seconds)
+        event(self.run.events_file, "stopping", signal=name, grace_seconds=round(seconds, 1))
         again = "; Ctrl-C again ends it at once, without saving" if name == "SIGINT" else ""
-        self.watcher.say(f"{name}: saving at the next step, then leaving, within {self.grace_seconds:g} s{again}")
+        self.watcher.say(f"{name}: saving at the next step, then leaving, within {seconds:.0f} s{again}")
+
+    def _seconds_of_grace(self) -> float:
+        """What the ranks have from the first signal on; decided when it comes."""
+        if self._grace is None:
+            self._grace = self.grace()
+        return self._grace
+
+    def grace(self) -> float:
+        """Seconds between the first signal and the end by force."""
+        return self.grace_seconds
 
     def _ask_ranks(self) -> None:
         """Pass the stop on to each rank once, now or when it comes up."""
@@ -186,7 +203,7 @@ class Supervisor:
         if self._failed_at is not None and now - self._failed_at > FAILURE_SECONDS:
             return "failure"
         first = self.signals.first
-        return "grace" if first and now - first[1] > self.grace_seconds else ""
+        return "grace" if first and now - first[1] > self._seconds_of_grace() else ""
 
     def _tick(self) -> None:
         # A terminal that went away, or a bug in what is shown, is no reason to end a training run.

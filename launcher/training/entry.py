@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launcher.planning.plan import Plan
+from launcher.runs.failure import grace_file
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import die_with_parent
 from launcher.training.rank import Rank, leave
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None, train: Train | None = None) -> NoRe
     rank.begin()
     try:
         plan = Plan.read(rank.run.plan_file)
-        stop.grace_seconds = plan.grace_seconds
+        stop.grace_seconds, stop.grace_file = plan.grace_seconds, grace_file(rank.directory)
         (train or _trainer())(rank.run, plan, options.attempt, stop, stop_at=options.stop_at)
     except BaseException as error:  # whatever it was, the parent must hear of it
         rank.fail(error)

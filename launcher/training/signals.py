@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 
 from launcher.runs.processes import STOP_SIGNALS
@@ -17,8 +20,10 @@ class StopRequest:
     nothing, so that a scheduler that signals every process, and a launcher that passes its own signal on, agree.
     """
 
-    def __init__(self, grace_seconds: float = float("inf")) -> None:
+    def __init__(self, grace_seconds: float = float("inf"), grace_file: Path | None = None) -> None:
         self.grace_seconds = grace_seconds
+        self.grace_file = grace_file
+        """Where the launcher writes until when there is time, once it knows."""
         self.requested = False
         self.signal_name = ""
         self.time = 0.0
@@ -46,6 +51,9 @@ class StopRequest:
         """Seconds of grace that are left; infinity before anybody asked."""
         if not self.requested:
             return float("inf")
+        if self.grace_file is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                return max(0.0, json.loads(self.grace_file.read_text(encoding="utf-8"))["until"] - time.time())
         return max(0.0, self._clock + self.grace_seconds - time.monotonic())
 
 

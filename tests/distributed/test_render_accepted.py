@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,15 +171,6 @@ def test_accelerates_own_test_script_runs_on_two_cpu_ranks(tmp_path: Path) -> No
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Num processes: 2" in done.stdout
-
-
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm here")
-@pytest.mark.parametrize("case", sorted(CASES))
-def test_sbatch_takes_the_script(case: str, tmp_path: Path) -> None:
-    plan = plan_of({**CASES[case], "cluster.gpus_per_node": 0, "cluster.ranks_per_node": 1, "cluster.threads_per_rank": 1})
-    write(tmp_path, files(plan, Place(str(tmp_path / "run"), str(tmp_path))))
-    done = subprocess.run(["sbatch", "--test-only", tmp_path / "submit.sbatch"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
 
 
 def test_json_has_no_number_that_only_python_reads() -> None:

@@ -328,7 +328,7 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
         ({**DEEPSPEED, "memory__offload_to": "/"}, "memory.offload_to", "nothing is offloaded"),
         ({**DEEPSPEED, "memory__offload": "optimizer", "memory__offload_to": "/no/such"}, "memory.offload_to", "no such directory"),
         ({**DEEPSPEED, "memory__offload": "optimizer", "memory__offload_to": "/proc"}, "memory.offload_to", "cannot be written to"),
-        ({"cluster__nodes": 2}, "cluster.nodes", "launcher render"),
+        ({"cluster__nodes": 2}, "cluster.nodes", "launcher submit"),
     ],
 )
 @pytest.mark.usefixtures("deepspeed_is_there")

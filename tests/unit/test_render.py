@@ -39,6 +39,22 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-two-nodes": {"parallel.engine": "deepspeed", "cluster.nodes": 2, "training.clip_norm": 0.0},
     "zero3-nvme": {"parallel.engine": "deepspeed", "memory.offload": "parameters", "memory.offload_to": "/mnt/nvme"},
     "zero3-cpu": {"parallel.engine": "deepspeed", "cluster.gpus_per_node": 0, "cluster.ranks_per_node": 2, "precision": "fp32"},
+    "slurm-gpus-per-node": {
+        "cluster.nodes": "2-4", "cluster.gpu_option": "gpus-per-node", "cluster.gpu_type": "h100", "cluster.exclusive": True,
+        "cluster.modules": ["cuda/13.0"], "cluster.setup": ["source /opt/site.sh"], "cluster.environment": {"NCCL_DEBUG": "WARN"},
+        "cluster.mail_user": "me@example.org", "cluster.mail_type": "END,FAIL", "cluster.sbatch": {"nice": 10, "contiguous": True},
+    },
+    "slurm-pyxis": {
+        "cluster.gpu_type": "a100",
+        "cluster.container": {
+            "runtime": "pyxis", "image": "/images/train.sqsh", "mounts": ["/data", "/scratch:/tmp"],
+            "options": ["--no-container-mount-home"],
+        },
+    },
+    "slurm-apptainer": {
+        "cluster.container": {"image": "/images/my train.sif", "mounts": ["/data"], "python": "/opt/venv/bin/python"},
+        "cluster.requeue": False,
+    },
 }
 
 
@@ -268,7 +284,10 @@ while [ "${1#--}" != "$1" ]; do shift; done
 exec "$@"
 """
 _PYTHON = """#!/bin/bash
-printf '%s\\0' "$@" > "$LAUNCHER_ATTEMPT_DIRECTORY/said"
+case "$*" in
+  *slurm.after*) printf '%s\\0' "$@" > "$HOME/after"; exit "${@: -1}" ;;
+  *) printf '%s\\0' "$@" > "$HOME/said" ;;
+esac
 """
 
 
@@ -279,12 +298,11 @@ def executable(path: Path, text: str) -> None:
 
 @pytest.fixture
 def fakes(tmp_path: Path) -> dict[str, str]:
-    """A PATH in front of which srun and scontrol are ours."""
+    """A PATH in front of which srun is ours."""
     folder = tmp_path / "fakes"
     folder.mkdir()
     executable(folder / "srun", _SRUN)
-    executable(folder / "scontrol", "#!/bin/bash\nprintf 'node-a\\nnode-b\\n'\n")
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "0089", "SLURM_JOB_NODELIST": "node-[a-b]", "HOME": str(tmp_path)}
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path)}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -297,56 +315,56 @@ def test_no_path_escapes_its_quotes(name: str, kind: str, tmp_path: Path, fakes:
     write(rendered, files(plan, Place(str(run), str(rendered), str(folder / "python"))))
     script = rendered / kind
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
-    if kind == "torchrun.txt":
-        (run / "attempts" / "0001").mkdir(parents=True)
-        fakes["HEAD"] = "node-a"
+    fakes["HEAD"] = "node-a"
     done = subprocess.run(["bash", script], env=fakes, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    said = (run / "attempts" / "0001" / "said").read_bytes().decode().split("\0")[:-1]
-    entry = said.index("launcher.training.entry")
-    assert said[entry + 1 :] == [str(run), "--attempt", "1"]
-    assert said[:2] == ["-m", "launcher.scheduling.node_agent"]
-    port = 20089 if kind == "submit.sbatch" else 29500
-    assert f"--rdzv-endpoint=node-a:{port}" in said
+    said = said_to(tmp_path / "said")
+    if kind == "submit.sbatch":
+        assert said == ["-u", "-m", "launcher.scheduling.slurm.node", str(run)]
+        assert said_to(tmp_path / "after") == ["-m", "launcher.scheduling.slurm.after", str(run), "0"]
+    else:
+        assert said[:2] == ["-m", "launcher.scheduling.node_agent"] and "--rdzv-endpoint=node-a:29500" in said
+        assert said[said.index("launcher.training.entry") + 1 :] == [str(run), "--attempt", "1"]
     assert not list(tmp_path.rglob("pwned"))
     assert Plan.read(run / "plan.json") == plan
     assert (run / "rendered" / "accelerate.yaml").exists()
 
 
-def test_a_second_submission_is_a_second_attempt_and_a_finished_run_is_left_alone(tmp_path: Path, fakes: dict[str, str]) -> None:
-    rendered, run = tmp_path / "rendered", tmp_path / "run"
+def said_to(path: Path) -> list[str]:
+    return path.read_bytes().decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize(
+    ("srun", "code"), [("exit 41", 41), ("kill -TERM $PPID; kill -USR2 $PPID; exit 7", 7)], ids=["failed", "signalled"]
+)
+def test_what_comes_after_hears_how_the_ranks_left(srun: str, code: int, tmp_path: Path, fakes: dict[str, str]) -> None:
+    executable(tmp_path / "fakes" / "srun", f"#!/bin/bash\n{srun}\n")
     executable(tmp_path / "python", _PYTHON)
-    write(rendered, files(plan_of({}), Place(str(run), str(rendered), str(tmp_path / "python"))))
-    for _ in range(2):
-        subprocess.run(["bash", rendered / "submit.sbatch"], env=fakes, check=True, timeout=60)
-    assert {path.name for path in (run / "attempts").iterdir()} == {"0001", "0002"}
-    (run / "FINISHED").touch()
-    done = subprocess.run(["bash", rendered / "submit.sbatch"], env=fakes, check=True, capture_output=True, text=True, timeout=60)
-    assert "is finished" in done.stdout
-    assert len(list((run / "attempts").iterdir())) == 2
-
-
-def test_the_script_leaves_with_the_code_of_the_ranks(tmp_path: Path, fakes: dict[str, str]) -> None:
-    executable(tmp_path / "python", "#!/bin/bash\nexit 41\n")
     write(tmp_path / "r", files(plan_of({}), Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"))))
-    assert subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60).returncode == 41
+    assert subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60).returncode == code
+    assert said_to(tmp_path / "after")[-1] == str(code)
 
 
-@pytest.mark.parametrize("number", ["", "12; touch pwned", "$(touch pwned)", "a"])
-def test_a_job_number_that_is_none_is_refused(number: str, tmp_path: Path, fakes: dict[str, str]) -> None:
-    write(tmp_path / "r", files(plan_of({}), Place(str(tmp_path / "run"), str(tmp_path / "r"))))
-    environment = {**fakes, "SLURM_JOB_ID": number}
-    done = subprocess.run(
-        ["bash", tmp_path / "r" / "submit.sbatch"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2 and "is no number" in done.stderr
+@pytest.mark.parametrize("setup", ["false", "module load nothing-of-that-name"])
+def test_a_line_of_the_setup_that_fails_ends_the_job_before_the_ranks(setup: str, tmp_path: Path, fakes: dict[str, str]) -> None:
+    executable(tmp_path / "python", _PYTHON)
+    plan = plan_of({"cluster.setup": [setup]})
+    write(tmp_path / "r", files(plan, Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"))))
+    assert subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60, capture_output=True).returncode != 0
+    assert said_to(tmp_path / "after")[-1] != "0"
+    assert not (tmp_path / "said").exists()
+
+
+def test_the_ranks_see_what_the_job_file_sets(tmp_path: Path, fakes: dict[str, str]) -> None:
+    executable(tmp_path / "python", '#!/bin/bash\nenv > "$HOME/$(basename "$3").env"\n')
+    hostile = "a b $(touch pwned) \"' %"
+    plan = plan_of({"cluster.environment": {"MINE": hostile}, "cluster.setup": ["module_path=x", "export FROM_SETUP=$module_path"]})
+    place = Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"), "/the code")
+    write(tmp_path / "r", files(plan, place))
+    subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env={**fakes, "PYTHONPATH": "/theirs"}, cwd=tmp_path, timeout=60, check=True)
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "launcher.scheduling.slurm.node.env").read_text().splitlines())
+    assert (seen["MINE"], seen["FROM_SETUP"], seen["PYTHONPATH"]) == (hostile, "x", "/the code:/theirs")
     assert not (tmp_path / "pwned").exists()
-
-
-def test_signals_to_the_step_leave_the_shell_of_the_agent_alive(tmp_path: Path, fakes: dict[str, str]) -> None:
-    executable(tmp_path / "python", "#!/bin/bash\nkill -USR1 $PPID\nkill -TERM $PPID\nexit 7\n")
-    write(tmp_path / "r", files(plan_of({}), Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"))))
-    assert subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60).returncode == 7
 
 
 def as_sbatch_reads(text: str) -> list[str]:
@@ -386,7 +404,7 @@ def test_options_of_slurm() -> None:
     assert "#SBATCH --partition=gpu" in lines
     assert '#SBATCH --constraint="a \\"b\\" \\\\c"' in lines
     assert "#SBATCH --time=90" in lines
-    assert "#SBATCH --signal=USR1@90" in lines
+    assert "#SBATCH --signal=USR2@30" in lines
     assert "#SBATCH --gres=gpu:8" in lines
     assert "#SBATCH --output=/shared/rendered/slurm-%j.out" in lines
     assert not any("--gres" in line for line in sbatch.script(plan_of(CASES["fsdp-cpu"]), PLACE).splitlines())

@@ -51,9 +51,9 @@ def test_a_stop_says_whether_it_saved(run: RunDirectory) -> None:
     heard = Heard()
     append(run.metrics_file, {"kind": "train", "step": 7, "loss": 1.0})
     event(run.events_file, "stopped", step=7)
-    assert local._outcome(run, plan(), 1, End(0, events={"stopped"}), heard, False) == 75
+    assert local.outcome(run, plan(), 1, End(0, events={"stopped"}), heard, False) == 75
     event(run.events_file, "stopped", step=4, reason="no save was begun: 2 s of grace were left", num_steps_lost=3)
-    assert local._outcome(run, plan(), 1, End(0, events={"stopped"}), heard, False) == 75
+    assert local.outcome(run, plan(), 1, End(0, events={"stopped"}), heard, False) == 75
     assert heard.lines[0].startswith("stopped after step 7, saved; go on with: launcher resume ")
     assert heard.lines[1].startswith(
         "stopped; no save was begun: 2 s of grace were left; the newest checkpoint is of step 4, 3 steps before; go on with: "
@@ -118,7 +118,7 @@ def test_outcomes(run: RunDirectory, events: set[str], end: End, code: int) -> N
     number, directory = attempt_directory(run)
     end.events = events
     heard = Heard()
-    assert local._outcome(run, plan(), number, end, heard, False) == code
+    assert local.outcome(run, plan(), number, end, heard, False) == code
     assert (directory / "failure.json").exists() == (code not in (0, 75))
     assert code == 0 or "launcher resume" in heard.lines[-1]
 
@@ -127,7 +127,7 @@ def test_an_agent_that_could_not_start_is_quoted(run: RunDirectory) -> None:
     number, directory = attempt_directory(run)
     (directory / "agent.log").write_text("Traceback\nModuleNotFoundError: No module named 'torch'\n\n")
     heard = Heard()
-    local._outcome(run, plan(), number, End(1), heard, False)
+    local.outcome(run, plan(), number, End(1), heard, False)
     assert "No module named 'torch'" in heard.lines[-1]
 
 

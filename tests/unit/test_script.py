@@ -193,7 +193,7 @@ class Heard(Watcher):
 def test_a_script_that_every_rank_ended_well_is_finished(script: Path) -> None:
     run, made = opened(script)
     run.attempt(1).mkdir(parents=True)
-    assert local._outcome(run, made, 1, End(0), Heard(), False) == 0
+    assert local.outcome(run, made, 1, End(0), Heard(), False) == 0
     assert run.finished
 
 
@@ -202,7 +202,7 @@ def test_a_script_that_was_asked_to_stop_has_stopped_whatever_its_code(script: P
     run.attempt(1).mkdir(parents=True)
     heard = Heard()
     event(run.events_file, "stopping", signal="SIGTERM")
-    assert local._outcome(run, made, 1, End(0, "", "SIGTERM", {"stopping"}), heard, False) == 75
+    assert local.outcome(run, made, 1, End(0, "", "SIGTERM", {"stopping"}), heard, False) == 75
     assert not run.finished
     assert heard.lines[0].startswith("stopped; the script goes on from what it saved itself; go on with: launcher resume ")
 

@@ -1,0 +1,63 @@
+"""launcher submit, cancel: handing a run over to Slurm, and taking it back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from launcher.cli.app import SCRIPT_ARGUMENTS
+from launcher.cli.job import JobFile, Overrides
+from launcher.cli.output import print_json
+from launcher.cli.plan import AsJson
+from launcher.cli.run import Run, RunPath, ScriptFile
+
+After = Annotated[
+    list[str], typer.Option("--after", metavar="RUN", help="Start only when this run has finished; may be given several times.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script that would be submitted, and do nothing.")]
+
+
+def submit(
+    context: typer.Context,
+    job: JobFile,
+    script: ScriptFile = None,
+    run_dir: RunPath = None,
+    after: After = [],  # noqa: B006
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Hand a job to Slurm; a run that stopped goes on where it was."""
+    from launcher.errors import SchedulerError
+    from launcher.scheduling.local import shown
+    from launcher.scheduling.script import script_command
+    from launcher.scheduling.slurm import handing_over
+
+    command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
+    if dry_run:
+        typer.echo(handing_over.preview(job, overrides, run_dir, command), nl=False)
+        return
+    try:
+        run, plan, job_id = handing_over.hand_over(job, overrides, run_dir, command, after)
+    except SchedulerError as error:
+        raise handing_over.explain(error) from None
+    if as_json:
+        print_json({"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size})
+        return
+    typer.echo(f"job {job_id}: {shown(run.path)} on {plan.slurm.nodes or plan.mesh.nodes} nodes x {plan.mesh.ranks_per_node} ranks")
+    typer.echo(f"follow it with: launcher status {shown(run.path)}", err=True)
+
+
+def cancel(run: Run, as_json: AsJson = False) -> None:
+    """End a run's Slurm job; the ranks save first, if Slurm gives them the time."""
+    from launcher.runs.layout import RunDirectory
+    from launcher.scheduling.local import shown
+    from launcher.scheduling.slurm.cancelling import cancel as cancel_job
+
+    found = RunDirectory.find(run)
+    job_id = cancel_job(found)
+    if as_json:
+        print_json({"run": str(found.path), "job": job_id})
+        return
+    typer.echo(f"job {job_id} is cancelled; go on with: launcher resume {shown(found.path)}")

@@ -1,0 +1,1 @@
+"""Slurm: handing a run over, what runs on each node, what is decided after it, and asking how it goes."""

@@ -1,0 +1,111 @@
+"""What the batch script does when the ranks are gone, however they went: go on, or stop and say why.
+
+    python -m launcher.scheduling.slurm.after RUN STATUS
+
+It runs on the job's first node, in the batch step, which lives on for a moment when the ranks' step has been killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from launcher.errors import LauncherError, SchedulerError
+from launcher.planning.plan import Plan
+from launcher.runs.events import event
+from launcher.runs.layout import RunDirectory
+from launcher.scheduling.slurm import queue
+from launcher.scheduling.slurm.allocation import Allocation, find_attempt
+from launcher.scheduling.slurm.client import call, patiently
+from launcher.scheduling.slurm.history import attempts, read_outcome, write_outcome
+from launcher.scheduling.slurm.policy import Decision, decide
+
+_SECONDS_TO_ASK = 60.0
+_SECONDS_TO_EXCLUDE = 5.0
+
+
+def main(arguments: list[str]) -> int:
+    """Decide what is next for the run, and do it; the exit code of the batch script, by which Slurm calls the job failed or not."""
+    run, status = RunDirectory(Path(arguments[0])), int(arguments[1])
+    allocation = Allocation.of(os.environ)
+    if run.finished:
+        return 0
+    number = find_attempt(run, allocation)
+    if number is None:
+        return _never_began(run, allocation, status)
+    outcome = read_outcome(run, number) or {"end": "lost", "exit_code": status or 1}
+    end = _meaning(allocation, str(outcome["end"]))
+    write_outcome(run, number, end, **{key: value for key, value in outcome.items() if key not in ("end", "step_after", "time")})
+    slurm = Plan.read(run.plan_file).slurm
+    decision = decide(attempts(run), slurm.requeue, slurm.attempts_without_progress)
+    return _act(run, allocation, decision, end, int(outcome["exit_code"] or status))
+
+
+def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
+    """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back at once. The latter is free."""
+    end = _meaning(allocation, "terminated")
+    if end in ("preempted", "requeued"):
+        return _act(run, allocation, Decision(True, f"{end} before it had begun"), end, status)
+    said = "cancelled" if end == "cancelled" else f"ended with code {status} before an attempt began: see the job's output"
+    event(run.events_file, "gave_up", job=allocation.job_id, reason=said)
+    print(said, flush=True)
+    return status or 1
+
+
+def _meaning(allocation: Allocation, end: str) -> str:
+    """What Slurm meant by a SIGTERM: it tells by the state of the job."""
+    if end not in ("terminated", "lost", "failed"):
+        return end
+    known = {}
+    with contextlib.suppress(LauncherError):
+        known = queue.record(allocation.raw_job_id)
+    state = known.get("JobState", "")
+    if state == "CANCELLED":
+        return "cancelled"
+    if state == "TIMEOUT":
+        return "time limit"
+    if state == "PREEMPTED" or known.get("PreemptTime", "None") not in ("None", "N/A", ""):
+        return "preempted"
+    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "NODE_FAIL"):
+        return "node lost" if state == "NODE_FAIL" else "requeued"
+    return "signal" if end == "terminated" else end
+
+
+def _act(run: RunDirectory, allocation: Allocation, decision: Decision, end: str, code: int) -> int:
+    if not decision.again:
+        if decision.reason not in ("finished", "cancelled"):
+            event(run.events_file, "gave_up", job=allocation.job_id, reason=decision.reason)
+        else:
+            event(run.events_file, decision.reason, job=allocation.job_id)
+        print(f"not again: {decision.reason}", flush=True)
+        return code
+    event(run.events_file, "requeued", job=allocation.job_id, reason=decision.reason, excluded=list(decision.exclude))
+    print(f"again: {decision.reason}", flush=True)
+    try:
+        _requeue(allocation, decision.exclude)
+    except SchedulerError as error:
+        if end in ("preempted", "requeued", "node lost"):
+            return code  # Slurm has done it already
+        event(run.events_file, "gave_up", job=allocation.job_id, reason=f"Slurm would not requeue it: {error}")
+        print(f"Slurm would not requeue it: {error}; go on with: launcher resume {run.path}", flush=True)
+    return code
+
+
+def _requeue(allocation: Allocation, exclude: tuple[str, ...]) -> None:
+    """Put the job back into the queue, which ends this script too, a little later."""
+    patiently(["scontrol", "requeue", allocation.job_id], _SECONDS_TO_ASK)
+    until = time.monotonic() + _SECONDS_TO_EXCLUDE
+    while exclude and time.monotonic() < until:
+        with contextlib.suppress(SchedulerError):
+            known = queue.record(allocation.raw_job_id).get("ExcNodeList", "")
+            already = [] if known in ("", "(null)") else [known]
+            call(["scontrol", "update", f"JobId={allocation.job_id}", f"ExcNodeList={','.join([*already, *exclude])}"])
+            return
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

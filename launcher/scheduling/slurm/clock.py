@@ -1,0 +1,76 @@
+"""How long this job still has: asked of the controller now and then, in a thread, so that nothing waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+
+from launcher.errors import LauncherError
+from launcher.planning.plan import Plan
+from launcher.runs.events import read
+from launcher.runs.layout import RunDirectory
+from launcher.scheduling.slurm import queue
+from launcher.scheduling.slurm.client import call
+
+_KILL_WAIT_SECONDS = 30.0
+"""Slurm's own default."""
+_ASK_EVERY_SECONDS = 60.0
+_MARGIN_SECONDS = 10.0
+"""For what comes after a save: the ranks' end, and the request to go on."""
+
+
+class Clock:
+    """The end of this job, and what Slurm gives between SIGTERM and SIGKILL. What is not known yet is None, or Slurm's default."""
+
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+        self.end: float | None = None
+        """In seconds since 1970."""
+        self.term_seconds = _KILL_WAIT_SECONDS
+        self._over = threading.Event()
+
+    def start(self) -> Clock:
+        """Begin to ask."""
+        threading.Thread(target=self._ask, daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def _ask(self) -> None:
+        # Where Slurm's commands are not at hand, as in a container, the signal that Slurm sends before the end has to do.
+        with contextlib.suppress(LauncherError):
+            self.term_seconds = _term_seconds(queue.record(self._job_id).get("Partition", ""))
+        while not self._over.is_set():
+            with contextlib.suppress(LauncherError):
+                self.end = seconds_since_1970(queue.record(self._job_id).get("EndTime", ""))
+            self._over.wait(_ASK_EVERY_SECONDS)
+
+
+def _term_seconds(partition: str) -> float:
+    """Between the SIGTERM of a preemption and the SIGKILL: the partition's grace, then KillWait."""
+    wait = float(queue.setting("KillWait").split()[0])
+    described = queue.fields(call(["scontrol", "--oneliner", "show", "partition", partition]).strip()) if partition else {}
+    grace = described.get("GraceTime", "0")
+    return wait + (float(grace) if grace.isdigit() else 0.0)
+
+
+def seconds_since_1970(text: str) -> float | None:
+    """Slurm's way to write a time (2026-11-23T10:00:00, of this time zone); None for one that is not known."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def lead_seconds(run: RunDirectory, plan: Plan) -> float:
+    """How long before the end the ranks must be told: for two steps and two saves as they were measured, and a margin.
+
+    Before the first save of the run, for the grace that the job allows.
+    """
+    save = max((record["seconds"] for record in read(run.events_file) if record.get("event") == "saved"), default=plan.grace_seconds / 2)
+    times = [record["time"] for record in read(run.metrics_file) if record.get("kind") == "train"][-6:]
+    step = max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
+    return 2 * (float(save) + step) + _MARGIN_SECONDS

@@ -1,0 +1,70 @@
+"""Watching the ranks of one node, as on a machine of one's own, with what only a cluster has.
+
+The end of the job comes at a known time. A newer attempt of the same run may have begun elsewhere, because Slurm gave this node up:
+then this one ends at once, without another word. And people ask of far away whether it lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+
+from launcher.planning.plan import Plan
+from launcher.runs.failure import write_grace
+from launcher.runs.layout import RunDirectory
+from launcher.runs.status import HEARTBEAT
+from launcher.scheduling.slurm.clock import Clock, lead_seconds
+from launcher.scheduling.supervisor import Force, Signals, Supervisor, Watcher
+
+TIME_LIMIT = signal.SIGUSR2
+"""What Slurm is asked to send before the time limit; the launcher itself takes it for that when its own clock says so."""
+_LOOK_SECONDS = 1.0
+_BEAT_SECONDS = 5.0
+_MARGIN_SECONDS = 1.0
+
+
+class NodeSupervisor(Supervisor):
+    """One node's processes of an attempt. Only the first node heeds the clock: where it stops, all ranks stop."""
+
+    def __init__(self, run: RunDirectory, attempt: int, plan: Plan, signals: Signals, clock: Clock, node: int) -> None:
+        super().__init__(run, attempt, plan.grace_seconds, Watcher(), signals)
+        self._plan, self._clock, self._node = plan, clock, node
+        self.agent_log = f"agent-{node}.log" if node else "agent.log"
+        self._looked_at = self._beat_at = 0.0
+        self._superseded = False
+
+    def grace(self) -> float:
+        """From the signal that came: Slurm kills at the job's end, or some time after SIGTERM."""
+        assert self.signals.first is not None
+        number = self.signals.first[0]
+        if number == TIME_LIMIT and self._clock.end is not None:
+            return max(0.0, self._clock.end - time.time() - _MARGIN_SECONDS)
+        if number == signal.SIGTERM:
+            return max(0.0, self._clock.term_seconds - _MARGIN_SECONDS)
+        return self.grace_seconds
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_SECONDS:
+            return
+        self._looked_at = now
+        self._superseded = self.run.last_attempt() > self.attempt
+        if self._node == 0 and not self.signals.first and self._is_near_the_end():
+            self.signals.received.append((TIME_LIMIT, now))
+        if self._node == 0 and now - self._beat_at > _BEAT_SECONDS:
+            self._beat_at = now
+            with contextlib.suppress(OSError):
+                (self.directory / HEARTBEAT).touch()
+
+    def _is_near_the_end(self) -> bool:
+        return self._clock.end is not None and time.time() > self._clock.end - lead_seconds(self.run, self._plan)
+
+    def _reason_to_force(self) -> Force:
+        return "superseded" if self._superseded else super()._reason_to_force()
+
+    def _say_stopping(self) -> None:
+        if self._node == 0:
+            super()._say_stopping()
+        else:
+            write_grace(self.directory, self._seconds_of_grace())
