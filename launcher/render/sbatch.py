@@ -49,7 +49,8 @@ def before(plan: Plan, place: Place) -> list[str]:
     return [
         "# The shell outlives the signals that the ranks get, and hands over what came of them.",
         "trap : HUP INT TERM USR1 USR2",
-        f"after() {{ exec {after}; }}",
+        # A request to go on has Slurm end this shell: whoever makes it must not die of that.
+        f"after() {{ trap '' TERM; exec {after}; }}",
         "trap 'after $?' EXIT",
         "unset LAUNCHER_PARENT",
         *_exports(exported),

@@ -20,7 +20,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.scheduling.slurm import queue
 from launcher.scheduling.slurm.allocation import Allocation, find_attempt
 from launcher.scheduling.slurm.client import call, patiently
-from launcher.scheduling.slurm.history import attempts, read_outcome, write_outcome
+from launcher.scheduling.slurm.history import TERMINATED, attempts, read_outcome, write_outcome
 from launcher.scheduling.slurm.policy import Decision, decide
 
 _SECONDS_TO_ASK = 60.0
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
     """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back at once. The latter is free."""
-    end = _meaning(allocation, "terminated")
+    end = _meaning(allocation, TERMINATED)
     if end in ("preempted", "requeued"):
         return _act(run, allocation, Decision(True, f"{end} before it had begun"), end, status)
     said = "cancelled" if end == "cancelled" else f"ended with code {status} before an attempt began: see the job's output"
@@ -57,21 +57,21 @@ def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
 
 def _meaning(allocation: Allocation, end: str) -> str:
     """What Slurm meant by a SIGTERM: it tells by the state of the job."""
-    if end not in ("terminated", "lost", "failed"):
+    if end not in (TERMINATED, "lost", "failed"):
         return end
     known = {}
     with contextlib.suppress(LauncherError):
         known = queue.record(allocation.raw_job_id)
     state = known.get("JobState", "")
-    if state == "CANCELLED":
-        return "cancelled"
-    if state == "TIMEOUT":
-        return "time limit"
     if state == "PREEMPTED" or known.get("PreemptTime", "None") not in ("None", "N/A", ""):
         return "preempted"
-    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "NODE_FAIL"):
+    if state == "TIMEOUT" or known.get("Reason") == "TimeLimit":
+        return "time limit"
+    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "NODE_FAIL") or int(known.get("Restarts", "0")) > allocation.restart:
         return "node lost" if state == "NODE_FAIL" else "requeued"
-    return "signal" if end == "terminated" else end
+    if state in ("CANCELLED", "COMPLETING"):
+        return "cancelled"
+    return "signal" if end == TERMINATED else end
 
 
 def _act(run: RunDirectory, allocation: Allocation, decision: Decision, end: str, code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -29,7 +30,8 @@ class Allocation:
     restart: int
     """How often the job was requeued before."""
     node_index: int
-    hosts: tuple[str, ...]
+    nodes: str
+    """As Slurm abbreviates them: n[1-3]."""
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Allocation:
@@ -37,17 +39,21 @@ class Allocation:
         raw = environment.get("SLURM_JOB_ID", "")
         if not raw.isdigit():
             raise ConfigurationError(Problem("SLURM_JOB_ID", raw or None, "is no number: this is started by Slurm, see `launcher submit`"))
-        from submitit.slurm.slurm import _parse_node_list
-
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-        nodes = environment.get("SLURM_JOB_NODELIST") or os.uname().nodename
         return cls(
             job_id=f"{array}_{task}" if array and task else raw,
             raw_job_id=raw,
             restart=int(environment.get("SLURM_RESTART_COUNT") or 0),
             node_index=int(environment.get("SLURM_NODEID") or 0),
-            hosts=tuple(_parse_node_list(nodes)),
+            nodes=environment.get("SLURM_JOB_NODELIST") or os.uname().nodename,
         )
+
+    @functools.cached_property
+    def hosts(self) -> tuple[str, ...]:
+        """Every node by its name, in Slurm's order."""
+        from submitit.slurm.slurm import _parse_node_list
+
+        return tuple(_parse_node_list(self.nodes))
 
     @property
     def is_head(self) -> bool:

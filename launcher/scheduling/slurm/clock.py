@@ -17,6 +17,8 @@ from launcher.scheduling.slurm.client import call
 _KILL_WAIT_SECONDS = 30.0
 """Slurm's own default."""
 _ASK_EVERY_SECONDS = 60.0
+_FOREVER_SECONDS = 360 * 86_400.0
+"""Of a job without a limit Slurm says that it ends in a year."""
 _MARGIN_SECONDS = 10.0
 """For what comes after a save: the ranks' end, and the request to go on."""
 
@@ -45,7 +47,8 @@ class Clock:
             self.term_seconds = _term_seconds(queue.record(self._job_id).get("Partition", ""))
         while not self._over.is_set():
             with contextlib.suppress(LauncherError):
-                self.end = seconds_since_1970(queue.record(self._job_id).get("EndTime", ""))
+                end = seconds_since_1970(queue.record(self._job_id).get("EndTime", ""))
+                self.end = end if end is not None and end - time.time() < _FOREVER_SECONDS else None
             self._over.wait(_ASK_EVERY_SECONDS)
 
 

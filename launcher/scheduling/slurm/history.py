@@ -13,6 +13,8 @@ from launcher.scheduling.slurm.allocation import read_assignment
 from launcher.scheduling.slurm.policy import Attempt
 
 _OUTCOME = "outcome.json"
+TERMINATED = "terminated"
+"""An attempt that stopped on a SIGTERM, before it is known what Slurm meant by it."""
 
 
 def checkpoint_step(run: RunDirectory) -> int:
@@ -48,6 +50,8 @@ def attempts(run: RunDirectory) -> list[Attempt]:
         if assignment is None:
             continue
         outcome = read_outcome(run, number) or {"end": "node lost", "step_after": assignment.checkpoint_step}
+        if outcome["end"] == TERMINATED:
+            outcome["end"] = "requeued"  # Slurm gave the batch script no time to ask what for
         failure = _read(run.attempt(number) / "failure.json") or {}
         found.append(
             Attempt(

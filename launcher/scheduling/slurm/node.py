@@ -27,7 +27,8 @@ from launcher.scheduling.local import outcome
 from launcher.scheduling.slurm import network
 from launcher.scheduling.slurm.allocation import Allocation, Assignment, await_attempt, begin_attempt, find_attempt, read_assignment
 from launcher.scheduling.slurm.clock import Clock
-from launcher.scheduling.slurm.history import checkpoint_step, write_outcome
+from launcher.scheduling.slurm.history import TERMINATED, checkpoint_step, read_outcome, write_outcome
+from launcher.scheduling.slurm.queue import nodes_down
 from launcher.scheduling.slurm.record import JobRecord
 from launcher.scheduling.slurm.supervision import TIME_LIMIT, NodeSupervisor
 from launcher.scheduling.supervisor import End, Signals, Watcher
@@ -83,6 +84,7 @@ def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meetin
     """The plan for the nodes there are, and the attempt with its place to meet."""
     from launcher.scheduling.opening import fit_to_nodes
 
+    _note_previous(run, allocation)
     plan = fit_to_nodes(run, len(allocation.hosts))
     hosts = allocation.hosts[: plan.mesh.nodes]
     interface, address, port = "", "127.0.0.1", 0
@@ -101,6 +103,21 @@ def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meetin
         return plan, number, None
     print(f"{os.uname().nodename}: interface {interface}, {address}, port {port}", flush=True)
     return plan, number, Meeting(0, address, port, address, interface)
+
+
+def _note_previous(run: RunDirectory, allocation: Allocation) -> None:
+    """Say what became of the attempt before, where nobody had the time to: Slurm requeued the job by itself."""
+    number = run.last_attempt()
+    before = read_assignment(run, number) if number else None
+    outcome = read_outcome(run, number) if number else None
+    if before is None or before.job_id != allocation.job_id or (outcome and outcome["end"] != TERMINATED):
+        return
+    down = []
+    with contextlib.suppress(LauncherError):
+        down = nodes_down(before.hosts)
+    reason = f"node lost: {', '.join(down)}" if down else "Slurm requeued it"
+    write_outcome(run, number, "node lost" if down else "requeued", exit_code=(outcome or {}).get("exit_code", 0))
+    event(run.events_file, "requeued", job=allocation.job_id, attempt=number, reason=reason, excluded=[])
 
 
 def _follow(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
@@ -174,7 +191,7 @@ def _why(run: RunDirectory, end: End, code: int) -> str:
         return "failed"
     if end.signal_name == TIME_LIMIT.name:
         return "time limit"
-    return "terminated" if end.signal_name == "SIGTERM" else "signal"
+    return TERMINATED if end.signal_name == "SIGTERM" else "signal"
 
 
 def _fail_to_begin(run: RunDirectory, allocation: Allocation, error: LauncherError) -> int:

@@ -109,3 +109,9 @@ def accounting(job_id: str) -> dict[str, str]:
         return {}
     lines = [line for line in text.splitlines() if line]
     return dict(zip(names, lines[-1].split("|"), strict=False)) if lines else {}
+
+
+def nodes_down(hosts: Iterable[str]) -> list[str]:
+    """Those of these nodes that Slurm does not reach, or has given up."""
+    text = call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(hosts)}", "--format=%N %T"])
+    return sorted({line.split()[0] for line in text.splitlines() if line.split()[1].startswith(("down", "fail", "unk"))})
