@@ -26,6 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("slow") and os.environ.get("RUN_SLOW") != "1":
             item.add_marker(pytest.mark.skip(reason="takes minutes; RUN_SLOW=1 runs it"))
+    # Files that take minutes first, so that in the end no process of two waits for the other with one of them.
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""launcher run, resume, status: running on this machine, and how it went."""
+"""launcher run, resume: running on this machine, or going on where a run was submitted to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from launcher.cli.plan import AsJson, NumRanks
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan
     from launcher.runs.layout import RunDirectory
-    from launcher.runs.status import Status
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one below runs/.")]
 RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")]
@@ -49,8 +48,12 @@ def run(
     _attempt(opened, plan, stop_at, as_json)
 
 
+Local = Annotated[bool, typer.Option("--local", help="On this machine, though the run was submitted to Slurm.")]
+
+
 def resume(
     run: Run,
+    local: Local = False,
     nproc: NumRanks = None,
     stop_at: StopAt = None,
     as_json: AsJson = False,
@@ -61,19 +64,31 @@ def resume(
     from launcher.scheduling.opening import reopen
 
     found = RunDirectory.find(run)
+    if (found.path / "slurm" / "job.json").exists() and not local:
+        _resubmit(found, nproc, stop_at, as_json, overrides)
+        return
     _attempt(found, reopen(found, overrides, nproc), stop_at, as_json)
 
 
-def status(run: Run, as_json: AsJson = False) -> None:
-    """Show how a run is doing."""
-    from launcher.runs.layout import RunDirectory
-    from launcher.runs.status import read_status
+def _resubmit(run: RunDirectory, nproc: int | None, stop_at: int | None, as_json: bool, overrides: list[str]) -> None:
+    """A run that was submitted goes on under Slurm."""
+    from launcher.cli.output import print_json
+    from launcher.errors import ConfigurationError, Problem, SchedulerError
+    from launcher.scheduling.local import shown
+    from launcher.scheduling.slurm import handing_over
 
-    found = read_status(RunDirectory.find(run))
+    for option, value in (("--nproc", nproc), ("--stop-at", stop_at)):
+        if value is not None:
+            reason = "this run was submitted to Slurm; change the job with --set, or go on on this machine with --local"
+            raise ConfigurationError(Problem(option, value, reason))
+    try:
+        plan, job_id = handing_over.resubmit(run, overrides)
+    except SchedulerError as error:
+        raise handing_over.explain(error) from None
     if as_json:
-        print_json(found.to_dict())
+        print_json({"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size})
     else:
-        typer.echo(describe(found))
+        typer.echo(f"job {job_id}: {shown(run.path)}")
 
 
 def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) -> None:
@@ -94,22 +109,3 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     elif code == 0:
         typer.echo(summary(run, local.shown(run.path)))
     raise typer.Exit(code)
-
-
-def describe(status: Status) -> str:
-    """A status for people, one fact a line."""
-    of = f" of {status.total_steps}" if status.total_steps else ""
-    facts = {
-        "run": status.run,
-        "state": status.state + (f" ({status.phase})" if status.phase else ""),
-        "process": status.process,
-        "attempts": str(status.attempts),
-        "step": f"{status.step}{of}",
-        "loss": None if status.loss is None else f"{status.loss:.4f}",
-        "measured": ", ".join(f"{name} {value:.4f}" for name, value in status.metrics.items()) if status.metrics else None,
-        "checkpoint": status.checkpoint,
-        "stopped by": status.signal,
-        "failure": f"{status.failure['failure_class']}: {status.failure['cause']}" if status.failure else None,
-        "go on with": status.command,
-    }
-    return "\n".join(f"{name:11}{text}" for name, text in facts.items() if text)

@@ -47,6 +47,14 @@ class Status:
     signal: str | None = None
     failure: dict[str, Any] | None = None
     command: str | None = None
+    tokens_per_second: float | None = None
+    checkpoint_age_seconds: float | None = None
+    last_word: str | None = None
+    """Why it was requeued or given up, where that was decided for it."""
+    job: str | None = None
+    """Its Slurm job."""
+    nodes: tuple[str, ...] = ()
+    """Those of the newest attempt, under Slurm."""
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -76,7 +84,32 @@ def read_status(run: RunDirectory) -> Status:
         signal=last.get("stopping", {}).get("signal") if state in ("stopped", "running") else None,
         failure=last["failed"]["failure"] if state == "failed" else None,
         command=None if state in ("running", "finished") else f"launcher resume {run.path}",
+        tokens_per_second=record.get("tokens_per_second") if record and state == "running" else None,
+        checkpoint_age_seconds=_age(newest),
+        last_word=_last_word(last, state),
+        job=last.get("submitted", {}).get("job"),
+        nodes=tuple(last.get("started", {}).get("nodes", ())),
     )
+
+
+def _age(checkpoint: Path | None) -> float | None:
+    """Seconds since a checkpoint was committed."""
+    if checkpoint is None:
+        return None
+    with contextlib.suppress(OSError):
+        return round(time.time() - (checkpoint / "manifest.json").stat().st_mtime, 1)
+    return None
+
+
+def _last_word(last: dict[str, dict[str, Any]], state: str) -> str | None:
+    """What decided that the run goes on, or does not."""
+    if state == "finished":
+        return None
+    said = [(last[name]["time"], name) for name in ("requeued", "gave_up", "cancelled") if name in last]
+    if not said:
+        return None
+    name = max(said)[1]
+    return f"{name.replace('_', ' ')}: {last[name]['reason']}" if "reason" in last[name] else name
 
 
 def _last_of_each(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import distributed
 
 from launcher.errors import ConfigurationError, DivergedError, Problem, StorageError
 from launcher.planning.plan import Plan
+from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import last_record, newest_checkpoint
@@ -39,7 +40,7 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, sto
     material = Material.prepare(run, plan)
     build_operators(plan, phase_report(run, "building operators", "operators"))
     device = start_process_group(plan)
-    trainer = Trainer(run, plan, material, device, stop, stop_at)
+    trainer = Trainer(run, plan, material, device, stop, stop_at, Beater(run.attempt(attempt), distributed.get_rank()))
     trainer.run_to_the_end()
 
 
@@ -66,9 +67,17 @@ class Trainer:
     """One attempt of a run on one rank. Constructing it loads the model and the checkpoint; `run_to_the_end` trains."""
 
     def __init__(
-        self, run: RunDirectory, plan: Plan, material: Material, device: torch.device, stop: StopRequest, stop_at: int | None
+        self,
+        run: RunDirectory,
+        plan: Plan,
+        material: Material,
+        device: torch.device,
+        stop: StopRequest,
+        stop_at: int | None,
+        beater: Beater,
     ) -> None:
         self.run, self.plan, self.material, self.device, self.stop, self.stop_at = run, plan, material, device, stop, stop_at
+        self.beater = beater
         self.rank = distributed.get_rank()
         self.journal = Journal()
         self.task = material.task
@@ -131,6 +140,7 @@ class Trainer:
         started = time.monotonic()
         step_batch = self.batches.step(self.state.step)
         loss_sum = self._accumulate(step_batch)
+        self.beater.beat(self.state.step + 1, time.monotonic() - started, peak_memory_bytes(self.device))
         totals = self._add_up(loss_sum)
         loss = totals["loss"] / max(1, step_batch.num_supervised)
         gradient_norm = math.sqrt(totals["squared_norm"]) / self.loss_scale.value if totals["squared_norm"] >= 0 else math.nan

@@ -1,0 +1,92 @@
+"""Showing ranks' logs, and following them while a run goes on, over one attempt and into the next."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.runs.layout import RunDirectory
+from launcher.runs.status import read_status
+
+_POLL_SECONDS = 0.3
+_RANK_LOG = re.compile(r"^rank-(\d+)\.log$")
+_OVER = ("finished", "failed", "stopped", "interrupted")
+
+
+class Logs:
+    """What the ranks of an attempt printed; without a number of the newest, and of the next when that begins."""
+
+    def __init__(self, run: RunDirectory, rank: int | None, attempt: int | None, lines: int) -> None:
+        self.run, self.rank, self.lines = run, rank, lines
+        self.attempt = attempt if attempt is not None else run.last_attempt()
+        self._newest = attempt is None
+        if attempt is not None and not run.attempt(attempt).is_dir():
+            raise ConfigurationError(Problem("--attempt", attempt, f"the run has {run.last_attempt()} attempts"))
+        self._offsets: dict[Path, int] = {}
+
+    def show(self, follow: bool) -> None:
+        """Print the logs; with `follow` until the run is over. Raises ConfigurationError for a rank that is not there."""
+        self._check_rank(follow)
+        self._print(self.lines)
+        while follow and not (over := self._over() and not self._slurm_goes_on()):
+            time.sleep(_POLL_SECONDS)
+            self._next_attempt()
+            self._print(0)
+        if follow and over:
+            self._print(0)
+
+    def _check_rank(self, follow: bool) -> None:
+        there = sorted(int(match[1]) for path in self.run.attempt(self.attempt).glob("rank-*.log") if (match := _RANK_LOG.match(path.name)))
+        if not there and not follow:
+            raise ConfigurationError(Problem("RUN", str(self.run.path), "no rank has printed anything yet; -f waits for it"))
+        if self.rank is not None and there and self.rank not in there:
+            raise ConfigurationError(Problem("--rank", self.rank, f"attempt {self.attempt} has ranks {there[0]} to {there[-1]}"))
+
+    def _files(self) -> list[Path]:
+        directory = self.run.attempt(self.attempt)
+        if self.rank is not None:
+            return [directory / f"rank-{self.rank}.log"]
+        return sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
+
+    def _print(self, lines: int) -> None:
+        files = self._files()
+        for path in files:
+            offset = self._offsets.get(path, 0)
+            try:
+                with open(path, "rb") as file:
+                    file.seek(offset)
+                    new = file.read()
+            except FileNotFoundError:
+                continue
+            whole = new[: new.rfind(b"\n") + 1]
+            self._offsets[path] = offset + len(whole)
+            shown = whole.decode(errors="replace").splitlines()
+            for line in shown[-lines:] if lines and not offset else shown:
+                print(line if self.rank is not None else f"[{path.stem.replace('-', ' ')}] {line}")
+        sys.stdout.flush()
+
+    def _over(self) -> bool:
+        return read_status(self.run).state in _OVER
+
+    def _slurm_goes_on(self) -> bool:
+        """Whether Slurm still has the job: then another attempt comes."""
+        from launcher.errors import SchedulerError
+        from launcher.scheduling.slurm.queue import queue
+        from launcher.scheduling.slurm.record import JobRecord, is_live
+
+        known = JobRecord.read(self.run)
+        if known is None or self.run.finished:
+            return False
+        try:
+            return is_live(queue([known.job_id]).get(known.job_id))
+        except SchedulerError:
+            return False
+
+    def _next_attempt(self) -> None:
+        if self._newest and (newest := self.run.last_attempt()) > self.attempt:
+            self._print(0)
+            self.attempt = newest
+            print(f"--- attempt {newest}", flush=True)
