@@ -47,6 +47,7 @@ COMMANDS = {
     "resume": Command("run", "resume", "Go on with a run that stopped."),
     "status": Command("seeing", "status", "Show how a run is doing."),
     "list": Command("seeing", "list_", "List the runs in a folder: state, step, loss, Slurm's job."),
+    "watch": Command("watch", "watch", "Show a run on the whole screen: loss, ranks, events. Ctrl-C leaves; the run goes on."),
     "logs": Command("seeing", "logs", "Show what the ranks printed."),
     "profile": Command("profile", "profile", "Write a site profile by asking Slurm: partitions, GPUs, limits, account."),
     "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."),

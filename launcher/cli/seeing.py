@@ -104,11 +104,15 @@ def describe(seen: dict[str, Any]) -> str:
     return "\n".join(f"{name:11}{text}" for name, text in facts.items() if text)
 
 
+def _unsaid(slurm: dict[str, Any]) -> str:
+    return f"Slurm could not be asked: {slurm['error']}" if "error" in slurm else ""
+
+
 def _job(slurm: dict[str, Any]) -> str | None:
     """The Slurm job in one line: its state, why it waits and when it may start; or that Slurm could not be asked."""
     if not slurm:
         return None
-    parts = [slurm["job_id"], slurm.get("state", "").lower(), slurm.get("reason", ""), slurm.get("note", ""), slurm.get("error", "")]
+    parts = [slurm["job_id"], slurm.get("state", "").lower(), slurm.get("reason", ""), slurm.get("note", ""), _unsaid(slurm)]
     if slurm.get("state") == "PENDING" and slurm.get("expected_start"):
         parts.append(f"expected to start at {slurm['expected_start']}")
     return ", ".join(part for part in parts if part)

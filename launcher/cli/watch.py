@@ -1,0 +1,162 @@
+"""launcher watch: a run on the whole screen, over SSH, from its files and Slurm's queue alone."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launcher.cli.output import print_json
+from launcher.cli.plan import AsJson
+from launcher.cli.seeing import SomeRun, newest
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.layout import Layout
+    from rich.table import Table
+    from rich.text import Text
+
+Every = Annotated[float, typer.Option("--every", min=0.2, metavar="SECONDS", help="Look again after so many seconds.")]
+Once = Annotated[bool, typer.Option("--once", help="Show it once and leave.")]
+_SECONDS_BETWEEN_QUESTIONS = 10.0
+"""Slurm's controller serves many; files are looked at more often."""
+_RANKS_WIDTH = 46
+_OVER = ("finished", "failed", "stopped")
+
+
+def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: AsJson = False) -> None:
+    """Show a run on the whole screen: loss, ranks, events. Ctrl-C leaves; the run goes on."""
+    from launcher.cli.watching import Watched
+    from launcher.runs.layout import RunDirectory
+
+    watched = Watched(RunDirectory.find(run) if run else newest())
+    if as_json:
+        print_json(watched.look(ask=True))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if once or not console.is_terminal:
+        seen = watched.look(ask=True)
+        console.print(screen(seen, console.width), height=max(24, console.height if console.is_terminal else 32))
+        return
+    _follow(watched, console, every)
+
+
+def _follow(watched: Any, console: Any, every: float) -> None:
+    """Until the run is over or Ctrl-C comes; the last picture stays."""
+    from rich.live import Live
+
+    asked = 0.0
+    seen = watched.look(ask=True)
+    try:
+        with Live(screen(seen, console.width), console=console, screen=True, auto_refresh=False) as live:
+            while not (seen["status"]["state"] in _OVER and not seen["goes_on"]):
+                live.update(screen(seen, console.width), refresh=True)
+                time.sleep(every)
+                ask = time.monotonic() - asked > _SECONDS_BETWEEN_QUESTIONS
+                asked = time.monotonic() if ask else asked
+                seen = watched.look(ask)
+    except KeyboardInterrupt:
+        pass
+    console.print(screen(seen, console.width), height=32)
+
+
+def screen(seen: dict[str, Any], width: int) -> Layout:
+    """One picture of a run."""
+    from rich.layout import Layout
+    from rich.panel import Panel
+
+    layout = Layout()
+    ranks = ranks_table(seen["ranks"])
+    below = Layout(name="below")
+    layout.split_column(Layout(Panel(header(seen["status"]), title=seen["status"]["name"]), size=6), Layout(name="middle", ratio=2), below)
+    layout["middle"].split_row(
+        Layout(Panel(curve(seen["losses"], max(20, width - _RANKS_WIDTH - 6)), title="loss")),
+        Layout(Panel(ranks, title="ranks"), size=_RANKS_WIDTH),
+    )
+    below.update(Panel(events(seen["events"]), title="events"))
+    return layout
+
+
+def header(status: dict[str, Any]) -> Table:
+    """State, place, progress."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    slurm = status.get("slurm", {})
+    rate, total = status["tokens_per_second"], status["total_steps"]
+    parts = [
+        status["state"] + (f" ({status['phase']})" if status["phase"] else ""),
+        f"job {slurm['job_id']} {slurm.get('state', '').lower()} {slurm.get('reason', '')}".rstrip() if slurm else "",
+        f"attempt {status['attempts']}" if status["attempts"] else "",
+        ", ".join(status["nodes"]),
+        f"{slurm['time_left']} left" if slurm.get("time_left") else "",
+    ]
+    loss = "" if status["loss"] is None else f"loss {status['loss']:.4f}"
+    speed = "" if rate is None else f"{rate:.0f} tokens/s"
+    age = (
+        ""
+        if status["checkpoint_age_seconds"] is None
+        else f"checkpoint of step {status['checkpoint_step']}, {_ago(status['checkpoint_age_seconds'])} old"
+    )
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("  ".join(part for part in parts if part))
+    grid.add_row("  ".join(part for part in (f"step {status['step']}" + (f" of {total}" if total else ""), loss, speed, age) if part))
+    if total:
+        grid.add_row(ProgressBar(total=total, completed=status["step"]))
+    failure = status["failure"]
+    grid.add_row(f"{failure['failure_class']}: {failure['cause']}" if failure else status["last_word"] or "")
+    return grid
+
+
+def curve(losses: list[tuple[int, float]], width: int) -> RenderableType:
+    """The loss over the steps."""
+    from rich.text import Text
+
+    if len(losses) < 2:
+        return Text("no two steps yet", style="dim")
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(width, 12)
+    plotext.plot([step for step, _ in losses], [loss for _, loss in losses], marker="braille")
+    return Text.from_ansi(plotext.build())
+
+
+def ranks_table(ranks: list[dict[str, Any]]) -> Table:
+    """What each rank says of itself: the one whose own work takes longest is the one the others wait for."""
+    from rich.table import Table
+
+    from launcher.cli.output import size
+
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for name in ("rank", "node", "step", "busy", "behind", "memory"):
+        table.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
+    slowest = max((rank["busy_seconds"] for rank in ranks), default=0.0)
+    for rank in ranks:
+        slow = rank["busy_seconds"] == slowest and slowest > 1.5 * min(other["busy_seconds"] for other in ranks) and len(ranks) > 1
+        cells = (str(rank["rank"]), rank["host"], str(rank["step"]), f"{rank['busy_seconds']:.2f} s", f"{rank['behind_seconds']:.1f} s")
+        table.add_row(*cells, size(rank["memory_bytes"]), style="bold" if slow else None)
+    return table
+
+
+def events(records: list[dict[str, Any]]) -> Text:
+    """The last events, one a line."""
+    from rich.text import Text
+
+    lines = []
+    for record in records:
+        said = "  ".join(
+            f"{key} {value}" for key, value in record.items() if key not in ("time", "event") and isinstance(value, (str, int, float))
+        )
+        lines.append(f"{time.strftime('%H:%M:%S', time.localtime(record['time']))}  {record['event']}  {said}"[:200])
+    return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+
+def _ago(seconds: float) -> str:
+    from launcher.cli.progress import duration
+
+    return duration(seconds)
