@@ -44,7 +44,8 @@ def before(plan: Plan, place: Place) -> list[str]:
     exported = {**variables(plan), **slurm.environment}
     if place.code:
         # Python would look into the working directory first, where the code may have been edited since.
-        exported |= {"PYTHONPATH": place.code, "PYTHONSAFEPATH": "1"}
+        theirs = slurm.environment.get("PYTHONPATH")
+        exported |= {"PYTHONPATH": f"{place.code}:{theirs}" if theirs else place.code, "PYTHONSAFEPATH": "1"}
     after = f'{quoted([place.python, "-m", AFTER, place.run])} "$1"'
     return [
         "# The shell outlives the signals that the ranks get, and hands over what came of them.",

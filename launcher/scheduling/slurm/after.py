@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import LauncherError, SchedulerError
@@ -18,13 +19,15 @@ from launcher.planning.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.slurm import queue
-from launcher.scheduling.slurm.allocation import Allocation, find_attempt
+from launcher.scheduling.slurm.allocation import Allocation, find_attempt, read_assignment
 from launcher.scheduling.slurm.client import call, patiently
 from launcher.scheduling.slurm.history import TERMINATED, attempts, read_outcome, write_outcome
 from launcher.scheduling.slurm.policy import Decision, decide
 
 _SECONDS_TO_ASK = 60.0
 _SECONDS_TO_EXCLUDE = 5.0
+_MAY_BE_A_NODE = ("failed", "lost", "requeued", "signal")
+"""Ends behind which there may be a node that died."""
 
 
 def main(arguments: list[str]) -> int:
@@ -38,10 +41,23 @@ def main(arguments: list[str]) -> int:
         return _never_began(run, allocation, status)
     outcome = read_outcome(run, number) or {"end": "lost", "exit_code": status or 1}
     end = _meaning(allocation, str(outcome["end"]))
-    write_outcome(run, number, end, **{key: value for key, value in outcome.items() if key not in ("end", "step_after", "time")})
+    down = _nodes_lost(run, number) if end in _MAY_BE_A_NODE else []
+    end = "node lost" if down else end
+    kept = {key: value for key, value in outcome.items() if key not in ("end", "step_after", "time")}
+    write_outcome(run, number, end, **kept | ({"nodes_lost": down} if down else {}))
     slurm = Plan.read(run.plan_file).slurm
     decision = decide(attempts(run), slurm.requeue, slurm.attempts_without_progress)
+    if down and decision.again:
+        decision = replace(decision, reason=f"node lost: {', '.join(down)}")
     return _act(run, allocation, decision, end, int(outcome["exit_code"] or status))
+
+
+def _nodes_lost(run: RunDirectory, number: int) -> list[str]:
+    """Nodes of an attempt that Slurm has given up."""
+    assignment = read_assignment(run, number)
+    with contextlib.suppress(LauncherError):
+        return queue.nodes_down(assignment.hosts) if assignment and assignment.hosts else []
+    return []
 
 
 def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:

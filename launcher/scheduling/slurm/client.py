@@ -15,7 +15,7 @@ _UNREACHABLE = (
     "zero bytes were transmitted",
     "not responding",
 )
-_PREFIXES = ("sbatch: error: ", "squeue: error: ", "scontrol: error: ", "scancel: error: ", "sacct: error: ", "sinfo: error: ", "slurm_")
+_PREFIXES = ("sbatch: error: ", "squeue: error: ", "scontrol: error: ", "scancel: error: ", "sacct: error: ", "sinfo: error: ")
 
 
 class ControllerUnreachableError(SchedulerError):

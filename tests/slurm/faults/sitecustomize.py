@@ -1,0 +1,47 @@
+"""Breaks a rank from inside, where a test puts this folder on PYTHONPATH: FAULT is KIND:WHERE:STEP, WHERE a rank or a node's name.
+
+Every attempt breaks that comes to the step: after it, as soon as it is written in metrics.jsonl.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+class BrokenDiskError(OSError):
+    def __init__(self) -> None:
+        super().__init__(5, "Input/output error", "/local/scratch")
+
+
+def _break(kind: str) -> None:
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    error = {"memory": MemoryError, "disk": BrokenDiskError}[kind]
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(error))
+
+
+def _wait(kind: str, step: int) -> None:
+    run = Path(os.environ["LAUNCHER_ATTEMPT_DIRECTORY"]).parents[1]
+    while True:
+        time.sleep(0.02)
+        try:
+            lines = (run / "metrics.jsonl").read_text().splitlines()
+        except OSError:
+            continue
+        # Only what this attempt has written: the file is older than it.
+        if any(
+            f'"step": {step},' in line and float(line.rpartition('"time": ')[2].rstrip("}")) > _began for line in lines if "train" in line
+        ):
+            _break(kind)
+            return
+
+
+_began = time.time()
+if "FAULT" in os.environ and "RANK" in os.environ and "launcher.training.entry" in " ".join(sys.orig_argv):
+    _kind, _where, _step = os.environ["FAULT"].split(":")
+    if _where in (os.environ["RANK"], os.uname().nodename):
+        threading.Thread(target=_wait, args=(_kind, int(_step)), daemon=True).start()

@@ -1,0 +1,168 @@
+"""A run under Slurm is the run that `launcher run` makes; and whatever Slurm does to it meanwhile, it ends as that one does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.runs.layout import RunDirectory
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import NewCluster
+from tests.slurm.runs import Material, Run, losses, samples
+from tests.training.runs import assert_equal, state
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return Material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(material: Material) -> RunDirectory:
+    """The same job on one machine with as many ranks, not under Slurm."""
+    job = material.job("undisturbed", nodes=1, ranks_per_node=4)
+    material.launcher("run", job)
+    return RunDirectory(material.folder / "runs" / "undisturbed")
+
+
+def check_equal(run: RunDirectory, undisturbed: RunDirectory) -> None:
+    """Bit-equal in losses and weights, with the same samples in the same order."""
+    assert samples(run) == samples(undisturbed)
+    assert losses(run) == losses(undisturbed)
+    assert_equal(state(run), state(undisturbed))
+
+
+def check_close(run: RunDirectory, undisturbed: RunDirectory) -> None:
+    """On another number of ranks: the same samples, the same losses within rounding."""
+    assert samples(run) == samples(undisturbed)
+    assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-3)
+
+
+def test_two_nodes_give_what_one_machine_gives(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+    job = material.job("equal")
+    before = {path for path in material.folder.rglob("*") if "runs" not in path.parts}
+    script = material.launcher("submit", job, "--dry-run", cluster=None).stdout
+    run = material.submit(cluster, job)
+    submitted = (run.directory.path / "slurm" / "job.json").read_text()
+    run.wait_finished()
+    check_equal(run.directory, undisturbed)
+    assert cluster.wait_state(run.job, "COMPLETED", timeout=30)
+    assert len(run.events("started")) == 1
+    assert run.events("started")[0]["nodes"] == ["n1", "n2"]
+    text = Path(__import__("json").loads(submitted)["script"]).read_text()
+    code = next((run.directory.path / "code").iterdir())
+    assert text.strip() == script.replace("/code/launcher", f"/code/{code.name}", 1).strip()
+    assert {path for path in material.folder.rglob("*") if "runs" not in path.parts} == before
+    began = time.monotonic()
+    cluster.run("scontrol", "requeue", run.job)
+    cluster.wait_state(run.job, "COMPLETED", timeout=60)
+    assert len(run.events("started")) == 1, "a finished run that is requeued began again"
+    assert time.monotonic() - began < 30
+
+
+def test_signalled_requeued_preempted_and_out_of_time(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+    """One run through all of it; each costs an attempt, none a step."""
+    run = material.submit(cluster, material.job("chain", partition="low"))
+    run.wait_step(5)
+    cluster.run("scancel", "--signal=USR1", run.job)
+    assert run.wait_event("requeued", 1)["reason"] == "signal"
+    run.wait_event("resumed", 1)
+    run.wait_step(9)
+    cluster.run("scontrol", "requeue", run.job)
+    assert "requeue" in run.wait_event("requeued", 2)["reason"]
+    run.wait_event("resumed", 2)
+    run.wait_step(13)
+    cluster.submit("sleep 1", "--partition=high", "--nodes=3", "--exclusive")
+    assert run.wait_event("requeued", 3)["reason"] == "preempted"
+    assert material.json("status", "chain", cluster=cluster)["state"] in ("queued", "starting", "running")
+    run.wait_event("resumed", 3)
+    run.wait_step(17)
+    cluster.run("scancel", "--signal=TERM", run.job)
+    assert run.wait_event("requeued", 4)["reason"] == "signal"
+    run.wait_finished()
+    check_equal(run.directory, undisturbed)
+    assert len(run.events("started")) == 5
+
+
+def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+    """The job has a minute, of which starting takes the most: told early enough, the ranks save, and the next attempt goes on."""
+    job = material.job("hourly", {"training": {"max_steps": 24, "learning_rate": 1e-3, "seed": 3}}, time_limit="1min")
+    run = material.submit(cluster, job)
+    # Shortens what is left as soon as training has begun, so that the test need not last a minute for each attempt.
+    run.wait_step(5)
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
+    run.wait_finished(400)
+    check_equal(run.directory, undisturbed)
+    assert all(record["reason"] == "time limit" for record in run.events("requeued"))
+
+
+def test_preempted_twice_before_the_first_step_counts_for_nothing(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+    run = material.submit(cluster, material.job("unlucky", partition="low", attempts_without_progress=1))
+    for count in (1, 2):
+        run.wait_event("started", count)
+        cluster.submit("sleep 1", "--partition=high", "--nodes=3", "--exclusive")
+        run.wait_event("requeued", count)
+        assert not run.events("resumed") and not run.events("gave_up")
+    run.wait_finished()
+    check_equal(run.directory, undisturbed)
+
+
+def test_a_node_loses_its_power_and_another_its_network(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+    """First a node that follows, then the one that leads, which goes on living where nobody hears of it."""
+    run = material.submit(cluster, material.job("lost"))
+    run.wait_step(5)
+    cluster.power_off("n2")
+    run.wait_event("started", 2)
+    assert "n2" in run.events("requeued")[0]["reason"]
+    assert run.events("started")[1]["nodes"] == ["n1", "n3"]
+    run.wait_step(11)
+    cluster.power_on("n2")
+    cluster.wait_nodes("idle", "n2", timeout=30)
+    cluster.cut("n1")
+    run.wait_event("started", 3)
+    assert run.events("started")[2]["nodes"] == ["n2", "n3"]
+    run.wait_finished()
+    check_equal(run.directory, undisturbed)
+
+
+def test_fewer_nodes_where_the_job_allows_them(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+    run = material.submit(cluster, material.job("range", nodes="2-3"))
+    run.wait_step(5)
+    assert run.events("started")[0]["nodes"] == ["n1", "n2", "n3"]
+    cluster.power_off("n3")
+    cluster.wait_state(run.job, "PENDING", "RUNNING", timeout=60)
+    run.wait_event("started", 2)
+    assert run.events("started")[1]["nodes"] == ["n1", "n2"] and run.events("started")[1]["world_size"] == 4
+    noticed = cluster.show(run.job)
+    assert noticed["NumNodes"] == "2"
+    run.wait_finished()
+    check_close(run.directory, undisturbed)
+
+
+def test_daemons_die_and_come_back(new_cluster: NewCluster, material: Material, undisturbed: RunDirectory) -> None:
+    """The controller while the run is submitted, and again while it runs; then a node's slurmd."""
+    cluster = new_cluster(nodes=2)
+    cluster.stop_controller()
+    back = threading.Timer(5.0, lambda: None)
+    process = threading.Thread(target=lambda: results.append(material.submit(cluster, material.job("daemons"))))
+    results: list[Run] = []
+    process.start()
+    time.sleep(4)
+    cluster.start_controller()
+    process.join(60)
+    back.cancel()
+    run = results[0]
+    assert len(cluster.run("squeue", "--noheader", "--format=%i").split()) == 1, "one job, never two"
+    run.wait_step(5)
+    cluster.restart_controller()
+    run.wait_step(9)
+    cluster.kill_slurmd("n2")
+    time.sleep(1)
+    cluster.start_slurmd("n2")
+    run.wait_finished()
+    check_equal(run.directory, undisturbed)
