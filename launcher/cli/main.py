@@ -50,6 +50,10 @@ COMMANDS = {
     "watch": Command("watch", "watch", "Show a run on the whole screen: loss, ranks, events. Ctrl-C leaves; the run goes on."),
     "logs": Command("seeing", "logs", "Show what the ranks printed."),
     "profile": Command("profile", "profile", "Write a site profile by asking Slurm: partitions, GPUs, limits, account."),
+    "doctor": Command("doctor", "doctor", "Say what is wrong with this machine, or with a cluster's nodes."),
+    "sweep": Command(
+        "sweep", "sweep", "Try a job with several values of its keys: as one Slurm array, or here with --local; the best first."
+    ),
     "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."),
     "export": Command("model", "export", "Write a run's model as Hugging Face safetensors."),
     "evaluate": Command("model", "evaluate", "Measure a model before and after training, side by side."),

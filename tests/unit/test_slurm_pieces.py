@@ -115,7 +115,7 @@ def test_the_route_decides_on_the_interface(monkeypatch: pytest.MonkeyPatch) -> 
         network.choose(("a", "b"), 0, "ib9", {})
     with pytest.raises(ConfigurationError, match="GLOO_SOCKET_IFNAME = 'lo': leads to no other node"):
         network.choose(("a", "b"), 0, None, {"GLOO_SOCKET_IFNAME": "lo"})
-    with pytest.raises(ConfigurationError, match="no interface .* leads there"):
+    with pytest.raises(ConfigurationError, match=r"no interface .* leads there"):
         network.choose(("localhost", "localhost"), 0, None, {})
 
 
@@ -201,13 +201,13 @@ def test_commands_that_fail_hang_or_are_not_there(bin_folder: Path, monkeypatch:
     with pytest.raises(client.ControllerUnreachableError, match="Unable to contact"):
         client.call(["squeue"])
     program(bin_folder, "squeue", "echo 'squeue: error: bad option' >&2; exit 1")
-    with pytest.raises(SchedulerError, match="^bad option$"):
+    with pytest.raises(SchedulerError, match=r"^bad option$"):
         client.call(["squeue"])
     program(bin_folder, "squeue", "exit 3")
     with pytest.raises(SchedulerError, match="ended with code 3"):
         client.call(["squeue"])
     program(bin_folder, "squeue", "exec sleep 60")
-    with pytest.raises(client.ControllerUnreachableError, match="no answer in 0.2 s"):
+    with pytest.raises(client.ControllerUnreachableError, match=r"no answer in 0\.2 s"):
         client.call(["squeue"], seconds=0.2)
     with pytest.raises(SchedulerError, match="is not on this machine"):
         client.call(["no-such-program"])

@@ -23,6 +23,7 @@ from launcher.scheduling.slurm.allocation import Allocation, find_attempt, read_
 from launcher.scheduling.slurm.client import call, patiently
 from launcher.scheduling.slurm.history import TERMINATED, attempts, read_outcome, write_outcome
 from launcher.scheduling.slurm.policy import Decision, decide
+from launcher.scheduling.slurm.record import JobRecord
 
 _SECONDS_TO_ASK = 60.0
 _SECONDS_TO_EXCLUDE = 5.0
@@ -32,8 +33,11 @@ _MAY_BE_A_NODE = ("failed", "lost", "requeued", "signal")
 
 def main(arguments: list[str]) -> int:
     """Decide what is next for the run, and do it; the exit code of the batch script, by which Slurm calls the job failed or not."""
-    run, status = RunDirectory(Path(arguments[0])), int(arguments[1])
-    allocation = Allocation.of(os.environ)
+    allocation, status = Allocation.of(os.environ), int(arguments[1])
+    run = _run_of(Path(arguments[0]), allocation)
+    if run is None:
+        print(f"no run below {arguments[0]} is job {allocation.job_id}: it ended with code {status} before it had begun", flush=True)
+        return status or 1
     if run.finished:
         return 0
     number = find_attempt(run, allocation)
@@ -50,6 +54,14 @@ def main(arguments: list[str]) -> int:
     if down and decision.again:
         decision = replace(decision, reason=f"node lost: {', '.join(down)}")
     return _act(run, allocation, decision, end, int(outcome["exit_code"] or status))
+
+
+def _run_of(path: Path, allocation: Allocation) -> RunDirectory | None:
+    """The run at `path`; below a sweep the one that this task of the array is."""
+    if (path / "plan.json").exists():
+        return RunDirectory(path)
+    runs = [RunDirectory(point) for point in sorted((path / "points").glob("*"))]
+    return next((run for run in runs if (known := JobRecord.read(run)) and known.job_id == allocation.job_id), None)
 
 
 def _nodes_lost(run: RunDirectory, number: int) -> list[str]:

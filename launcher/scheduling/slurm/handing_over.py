@@ -39,7 +39,7 @@ def hand_over(
     _check(job)
     run = RunDirectory((directory or Path("runs") / job.name).absolute())
     _check_path(run)
-    _find_sbatch()
+    find_sbatch()
     refuse_second(run)
     run, plan = opening.open_run(job_file, overrides, None, run.path, script, local=False)
     return run, plan, _submit(run, plan, after)
@@ -47,7 +47,7 @@ def hand_over(
 
 def resubmit(run: RunDirectory, overrides: list[str]) -> tuple[Plan, str]:
     """Go on with a run that stopped, in a new Slurm job."""
-    _find_sbatch()
+    find_sbatch()
     refuse_second(run)
     plan = opening.reopen(run, overrides, None, local=False)
     return plan, _submit(run, plan, ())
@@ -97,7 +97,8 @@ def _check_path(run: RunDirectory) -> None:
         raise ConfigurationError(Problem("run directory", str(run.path), reason))
 
 
-def _find_sbatch() -> None:
+def find_sbatch() -> None:
+    """Raises SchedulerError where there is no Slurm."""
     if shutil.which("sbatch") is None:
         raise SchedulerError("sbatch is not on this machine: submit from a login node of the cluster, or run here with `launcher run`")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,27 @@ def submit(run: RunDirectory, plan: Plan, python: str, code: Path, more: Iterabl
         raise StorageError(f"{error.filename}: {error.strerror}; name another place with --run-dir") from None
     except utils.FailedSubmissionError as error:
         raise SchedulerError(str(error).splitlines()[0]) from None
+
+
+def submit_array(sweep: Path, runs: Sequence[RunDirectory], plan: Plan, python: str, code: Path, parallel: int | None) -> str:
+    """Submit many runs as one array, task I being the run I, at most `parallel` at a time; the array's number.
+
+    `sweep` is the directory above the runs, which keeps what is submitted.
+    """
+    above = RunDirectory(sweep)
+    executor = Executor(above, plan, place_of(above, python, code))
+    executor.parameters |= {"map_count": len(runs), "array_parallelism": parallel or len(runs)}
+    folder(above).mkdir(parents=True, exist_ok=True)
+    pickles = []
+    for run in runs:
+        delayed = utils.DelayedSubmission(NodeTask(str(run.path)))
+        delayed.set_timeout(executor.parameters.get("time") or 0, 0)
+        pickles.append(folder(above) / f"{run.path.name}-{time.time_ns():x}.pkl")
+        delayed.dump(pickles[-1])
+    job = executor._submit_command(executor._submitit_command_str)
+    for index, pickle in enumerate(pickles):
+        utils.JobPaths(folder(above), job_id=f"{job.job_id}_{index}").move_temporary_file(pickle, "submitted_pickle")
+    return str(job.job_id)
 
 
 def refuse_second(run: RunDirectory) -> None:

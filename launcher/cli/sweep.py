@@ -1,0 +1,141 @@
+"""launcher sweep: several runs of one job that differ in some keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launcher.cli.job import Overrides
+from launcher.cli.output import print_json, print_table
+from launcher.cli.plan import AsJson, NumRanks
+
+if TYPE_CHECKING:
+    from launcher.scheduling.sweep.leaderboard import Line
+    from launcher.scheduling.sweep.sweep import Sweep
+
+What = Annotated[
+    Path, typer.Argument(metavar="JOB|SWEEP", help="A job file to begin a sweep with, or a sweep's directory to go on with or look at.")
+]
+Grid = Annotated[list[str], typer.Option("--grid", metavar="KEY=A,B,...", help="Try each of these values; may be given several times.")]
+Random = Annotated[
+    list[str], typer.Option("--random", metavar="KEY=LOW..HIGH", help="Draw from a range, or (:log) by magnitude, or from values.")
+]
+Points = Annotated[int | None, typer.Option("--points", min=1, metavar="N", help="How many points --random draws.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
+Metric = Annotated[str, typer.Option("--metric", help="What the leaderboard ranks by: a metric of the task.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the sweep is kept. [default: sweeps/NAME]")]
+Local = Annotated[bool, typer.Option("--local", help="On this machine, one point after another.")]
+Parallel = Annotated[int | None, typer.Option("--parallel", min=1, metavar="N", help="Slurm: at most so many points at a time.")]
+Show = Annotated[bool, typer.Option("--show", help="Show the leaderboard, and start nothing.")]
+
+
+def sweep(
+    what: What,
+    grid: Grid = [],  # noqa: B006
+    random: Random = [],  # noqa: B006
+    points: Points = None,
+    seed: Seed = 0,
+    metric: Metric = "loss",
+    out: Out = None,
+    local: Local = False,
+    parallel: Parallel = None,
+    nproc: NumRanks = None,
+    show: Show = False,
+    as_json: AsJson = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Try a job with several values of its keys: as one Slurm array, or here with --local; the best point first."""
+    from launcher.scheduling.local import shown
+
+    found = _open(what, grid, random, points, seed, metric, out, nproc, overrides)
+    code = 0
+    if not show and found.left():
+        if local:
+            code = _here(found)
+        else:
+            code = _submit(found, parallel, as_json)
+            if not as_json:
+                typer.echo(f"see how it goes with: launcher sweep {shown(found.path)} --show", err=True)
+            raise typer.Exit(code)
+    _leaderboard(found, as_json)
+    raise typer.Exit(code)
+
+
+def _open(
+    what: Path,
+    grid: list[str],
+    random: list[str],
+    points: int | None,
+    seed: int,
+    metric: str,
+    out: Path | None,
+    nproc: int | None,
+    overrides: list[str],
+) -> Sweep:
+    """A sweep that is there, or a new one. Raises ConfigurationError."""
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.job.check import METRICS
+    from launcher.scheduling.opening import load_job
+    from launcher.scheduling.sweep.space import points as draw
+    from launcher.scheduling.sweep.sweep import Sweep
+
+    if what.is_dir():
+        given = {"--grid": grid, "--random": random, "--points": points, "--out": out, "--set": overrides, "--nproc": nproc}
+        for option, value in given.items():
+            if value:
+                reason = "a sweep that has begun keeps its points; begin another one from the job file"
+                raise ConfigurationError(Problem(option, None, reason))
+        return Sweep.read(what)
+    job = load_job(what, overrides, None)
+    known = sorted({name for names in METRICS.values() for name in names})
+    if metric not in known:
+        raise ConfigurationError(Problem("--metric", metric, f"no task measures it; known are {', '.join(known)}"))
+    return Sweep.create(out or Path("sweeps") / job.name, what, overrides, draw(grid, random, points, seed), metric, nproc)
+
+
+def _here(found: Sweep) -> int:
+    from launcher.scheduling.supervisor import Watcher
+    from launcher.scheduling.sweep.running import run_here
+
+    return run_here(found, Watcher())
+
+
+def _submit(found: Sweep, parallel: int | None, as_json: bool) -> int:
+    from launcher.errors import SchedulerError
+    from launcher.scheduling.slurm import handing_over
+    from launcher.scheduling.sweep.running import submit
+
+    try:
+        job_id, numbers = submit(found, parallel)
+    except SchedulerError as error:
+        raise handing_over.explain(error) from None
+    if as_json:
+        print_json({"sweep": str(found.path), "job": job_id, "points": numbers})
+    else:
+        typer.echo(f"array {job_id}: {len(numbers)} of {len(found.points)} points of {found.path.name}")
+    return 0
+
+
+def _leaderboard(found: Sweep, as_json: bool) -> None:
+    from launcher.scheduling.sweep.leaderboard import leaderboard
+
+    lines = leaderboard(found)
+    if as_json:
+        print_json({"sweep": str(found.path), "metric": found.metric, "points": [_content(found, line) for line in lines]})
+        return
+    rows = [[str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)] for place, line in enumerate(lines, start=1)]
+    print_table(["place", "point", found.metric, "at step", "state", "tried"], rows)
+
+
+def _cells(line: Line) -> list[str]:
+    of = f" of {line.total_steps}" if line.total_steps else ""
+    best = "" if line.best is None else f"{line.best:.4f}"
+    return [best, "" if line.best_step is None else str(line.best_step), f"{line.state}, {line.step}{of}"]
+
+
+def _content(found: Sweep, line: Line) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(line), "run": str(found.run(line.point).path)}
