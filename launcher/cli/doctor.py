@@ -54,7 +54,10 @@ def doctor(
     minutes: Annotated[int | None, typer.Option("--time", min=1, metavar="MINUTES", help="With --slurm: the job's time limit; 10.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is wrong with this machine, or with a cluster's nodes, and what to do about it; code 1 where something is."""
+    """Say what is wrong with this machine, or with a cluster's nodes.
+
+    Every problem comes with what to do about it. The exit code is 1 where something failed, 0 otherwise, warnings or not.
+    """
     from launcher.scheduling.doctor import local
     from launcher.scheduling.doctor.cluster import Examination, Request
 
