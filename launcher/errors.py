@@ -10,7 +10,8 @@ LauncherError                     1   something in launcher itself is wrong
 ├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row
 ├── RankLostError                 9   a rank died without saying why
 ├── ScriptError                  10   a training script of the user's own raised an error, or left with a code that is not 0
-├── SchedulerError               11   Slurm refused a request, or did not answer
+├── SchedulerError               11   Slurm refused a request
+│   └── ControllerUnreachableError   12   Slurm's controller did not answer: what was asked may have been done all the same
 └── Stopped                      75   stopped on request with everything saved: run it again to go on
 
 0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped.
@@ -118,10 +119,17 @@ class ScriptError(LauncherError):
 
 
 class SchedulerError(LauncherError):
-    """Slurm refused a request, or did not answer."""
+    """Slurm refused a request."""
 
     exit_code = 11
     failure_class = "scheduler"
+
+
+class ControllerUnreachableError(SchedulerError):
+    """Slurm's controller did not answer: what was asked may have been done all the same."""
+
+    exit_code = 12
+    failure_class = "scheduler-unreachable"
 
 
 class Stopped(LauncherError):

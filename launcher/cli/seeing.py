@@ -45,7 +45,7 @@ def newest() -> Any:
 
 
 def list_(folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
-    """List the runs in a folder: state, step, loss, Slurm's job."""
+    """List the runs in a folder."""
     from launcher.scheduling.slurm.view import runs_below, views
 
     seen = views(runs_below(folder))

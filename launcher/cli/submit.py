@@ -50,7 +50,7 @@ def submit(
 
 
 def cancel(run: Run, as_json: AsJson = False) -> None:
-    """End a run's Slurm job; the ranks save first, if Slurm gives them the time."""
+    """End a run's Slurm job; the ranks save first, if there is time."""
     from launcher.runs.layout import RunDirectory
     from launcher.scheduling.local import shown
     from launcher.scheduling.slurm.cancelling import cancel as cancel_job

@@ -46,7 +46,7 @@ def sweep(
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Try a job with several values of its keys: as one Slurm array, or here with --local; the best point first."""
+    """Try several values of a job's keys, as a Slurm array or here."""
     from launcher.scheduling.local import shown
 
     found = _open(what, grid, random, points, seed, metric, out, nproc, overrides)

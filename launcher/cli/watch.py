@@ -26,7 +26,7 @@ _OVER = ("finished", "failed", "stopped")
 
 
 def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: AsJson = False) -> None:
-    """Show a run on the whole screen: loss, ranks, events. Ctrl-C leaves; the run goes on."""
+    """Show a run on the whole screen: loss, ranks, events."""
     from launcher.cli.watching import Watched
     from launcher.runs.layout import RunDirectory
 

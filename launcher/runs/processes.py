@@ -7,11 +7,15 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 PARENT_VARIABLE = "LAUNCHER_PARENT"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Each of them asks for a polite stop, whether the launcher, the agent or a rank gets it."""
+IGNORED_VARIABLE = "LAUNCHER_IGNORED_SIGNAL"
+"""A stop signal that ranks leave to their launcher, by its name: one that Slurm sends to all of them, and sooner than it need be heeded."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -25,6 +29,13 @@ def die_with_parent(parent: int | None = None) -> None:
     expected = os.environ.get(PARENT_VARIABLE) if parent is None else parent
     if expected is not None and os.getppid() != int(expected):
         os._exit(128 + signal.SIGKILL)
+
+
+def heed(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Handle the stop signals in this process, but for the one that the launcher heeds for it."""
+    ignored = os.environ.get(IGNORED_VARIABLE)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number.name == ignored else handler)
 
 
 def _stat(pid: int) -> list[str]:

@@ -24,7 +24,7 @@ from launcher.planning.plan import Plan
 from launcher.runs import failure
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
-from launcher.runs.processes import STOP_SIGNALS, die_with_parent
+from launcher.runs.processes import STOP_SIGNALS, die_with_parent, heed
 from launcher.training import libraries
 from launcher.training.rank import Rank, leave
 
@@ -44,8 +44,7 @@ class Stop:
         """Hear of stop signals from now on, those included that were blocked since the process was started."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, _heard_by_the_thread)
+        heed(_heard_by_the_thread)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
         os.register_at_fork(after_in_child=_forget)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launcher.runs.processes import STOP_SIGNALS
+from launcher.runs.processes import STOP_SIGNALS, heed
 
 
 class StopRequest:
@@ -31,8 +31,7 @@ class StopRequest:
 
     def install(self) -> StopRequest:
         """Handle the stop signals in this process, and let in those that were blocked since it was started."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+        heed(self._handle)
         os.register_at_fork(after_in_child=_default_handlers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ConfigurationError, RunInUseError, SchedulerError
+from launcher.errors import ConfigurationError, ControllerUnreachableError, RunInUseError, SchedulerError
 from launcher.runs.beats import Beater, beats
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
@@ -198,7 +198,7 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_commands_that_fail_hang_or_are_not_there(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(bin_folder, "squeue", "echo 'squeue: error: Unable to contact slurm controller (connect failure)' >&2; exit 1")
-    with pytest.raises(client.ControllerUnreachableError, match="Unable to contact"):
+    with pytest.raises(ControllerUnreachableError, match="Unable to contact"):
         client.call(["squeue"])
     program(bin_folder, "squeue", "echo 'squeue: error: bad option' >&2; exit 1")
     with pytest.raises(SchedulerError, match=r"^bad option$"):
@@ -207,7 +207,7 @@ def test_commands_that_fail_hang_or_are_not_there(bin_folder: Path, monkeypatch:
     with pytest.raises(SchedulerError, match="ended with code 3"):
         client.call(["squeue"])
     program(bin_folder, "squeue", "exec sleep 60")
-    with pytest.raises(client.ControllerUnreachableError, match=r"no answer in 0\.2 s"):
+    with pytest.raises(ControllerUnreachableError, match=r"no answer in 0\.2 s"):
         client.call(["squeue"], seconds=0.2)
     with pytest.raises(SchedulerError, match="is not on this machine"):
         client.call(["no-such-program"])
@@ -217,7 +217,7 @@ def test_a_controller_that_comes_back_is_waited_for(bin_folder: Path, tmp_path: 
     program(bin_folder, "squeue", f"[ -e {tmp_path}/seen ] && echo yes && exit; touch {tmp_path}/seen; echo 'Socket timed out' >&2; exit 1")
     assert client.patiently(["squeue"], 30) == "yes\n"
     program(bin_folder, "squeue", "echo 'Socket timed out' >&2; exit 1")
-    with pytest.raises(client.ControllerUnreachableError):
+    with pytest.raises(ControllerUnreachableError):
         client.patiently(["squeue"], 0.1)
 
 
@@ -236,7 +236,7 @@ def test_the_queue_is_asked_once_and_a_job_that_is_gone_is_not_there(bin_folder:
     program(bin_folder, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert queue.queue(["7"]) == {}
     program(bin_folder, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
-    with pytest.raises(client.ControllerUnreachableError):
+    with pytest.raises(ControllerUnreachableError):
         queue.queue(["7"])
     program(bin_folder, "squeue", "echo 'squeue: error: nonsense' >&2; exit 1")
     with pytest.raises(SchedulerError, match="nonsense"):
@@ -252,7 +252,7 @@ def test_records_settings_and_accounting(bin_folder: Path) -> None:
     program(bin_folder, "scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert queue.record("7") == {}
     program(bin_folder, "scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
-    with pytest.raises(client.ControllerUnreachableError):
+    with pytest.raises(ControllerUnreachableError):
         queue.record("7")
     program(bin_folder, "sacct", "echo 'FAILED|1:0|00:01:00|n[1-2]|None'")
     assert queue.accounting("7")["State"] == "FAILED"

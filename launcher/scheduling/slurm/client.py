@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from launcher.errors import SchedulerError
+from launcher.errors import ControllerUnreachableError, SchedulerError
 
 _UNREACHABLE = (
     "unable to contact slurm controller",
@@ -16,10 +16,6 @@ _UNREACHABLE = (
     "not responding",
 )
 _PREFIXES = ("sbatch: error: ", "squeue: error: ", "scontrol: error: ", "scancel: error: ", "sacct: error: ", "sinfo: error: ")
-
-
-class ControllerUnreachableError(SchedulerError):
-    """Slurm's controller did not answer: what was asked may have been done all the same."""
 
 
 def call(command: Sequence[str], seconds: float = 30.0) -> str:

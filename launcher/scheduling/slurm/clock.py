@@ -16,7 +16,7 @@ from launcher.scheduling.slurm.client import call
 
 _KILL_WAIT_SECONDS = 30.0
 """Slurm's own default."""
-_ASK_EVERY_SECONDS = 60.0
+_ASK_EVERY_SECONDS = 20.0
 _FOREVER_SECONDS = 360 * 86_400.0
 """Of a job without a limit Slurm says that it ends in a year."""
 _MARGIN_SECONDS = 10.0

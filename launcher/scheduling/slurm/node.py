@@ -21,7 +21,7 @@ from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.runs.processes import oom_kills
+from launcher.runs.processes import IGNORED_VARIABLE, oom_kills
 from launcher.scheduling.command import Meeting, agent_command, environment, write_command
 from launcher.scheduling.local import outcome
 from launcher.scheduling.slurm import network
@@ -149,7 +149,7 @@ def _names(assignment: Assignment, allocation: Allocation) -> tuple[str, ...]:
 
 def _supervise(run: RunDirectory, plan: Plan, number: int, signals: Signals, clock: Clock, meeting: Meeting | None) -> End:
     command = agent_command(run, plan, number, meeting=meeting)
-    variables = environment(run, plan, number, meeting)
+    variables = environment(run, plan, number, meeting) | {IGNORED_VARIABLE: TIME_LIMIT.name}
     node = meeting.node if meeting else 0
     write_command(run.attempt(number) / (f"command-{node}.json" if node else "command.json"), command, variables)
     try:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.errors import SchedulerError
-from launcher.scheduling.slurm.client import ControllerUnreachableError, call
+from launcher.errors import ControllerUnreachableError, SchedulerError
+from launcher.scheduling.slurm.client import call
 
 _SEPARATOR = "\x1f"
 _FIELDS = {

@@ -10,7 +10,7 @@ from typing import Any
 import submitit
 from submitit.core import utils
 
-from launcher.errors import RunInUseError, SchedulerError, StorageError
+from launcher.errors import ControllerUnreachableError, RunInUseError, SchedulerError, StorageError
 from launcher.planning.plan import Plan
 from launcher.render import sbatch
 from launcher.render.place import Place
@@ -58,7 +58,7 @@ def _sbatch(script: Path) -> str:
     while True:
         try:
             return Executor._get_job_id_from_submission_command(client.call(["sbatch", str(script)], seconds=60.0))
-        except client.ControllerUnreachableError:
+        except ControllerUnreachableError:
             if time.monotonic() > until:
                 raise
             if (job_id := find(script, until)) is not None:
@@ -73,7 +73,7 @@ def find(script: Path, until: float) -> str | None:
     while True:
         try:
             return next((entry.job_id for entry in queue().values() if entry.script == str(script)), None)
-        except client.ControllerUnreachableError:
+        except ControllerUnreachableError:
             if time.monotonic() > until:
                 raise
             time.sleep(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import time
 
 from launcher.planning.plan import Plan
@@ -21,6 +22,8 @@ TIME_LIMIT = signal.SIGUSR2
 """What Slurm is asked to send before the time limit; the launcher itself takes it for that when its own clock says so."""
 _LOOK_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
+_LEAD_SECONDS = 10.0
+"""How often it is measured anew how long a step and a save take."""
 _MARGIN_SECONDS = 1.0
 
 
@@ -33,6 +36,8 @@ class NodeSupervisor(Supervisor):
         self.agent_log = f"agent-{node}.log" if node else "agent.log"
         self._looked_at = self._beat_at = 0.0
         self._superseded = False
+        self._lead: float | None = None
+        self._lead_at = 0.0
 
     def grace(self) -> float:
         """From the signal that came: Slurm kills at the job's end, or some time after SIGTERM."""
@@ -44,21 +49,36 @@ class NodeSupervisor(Supervisor):
             return max(0.0, self._clock.term_seconds - _MARGIN_SECONDS)
         return self.grace_seconds
 
+    def _look(self, agent: subprocess.Popen[bytes]) -> None:
+        self._heed_the_clock()
+        super()._look(agent)
+
+    def _heed_the_clock(self) -> None:
+        """Slurm's signal comes up to a minute early, and by then half of a short job may be left: who knows the end decides by it."""
+        received = self.signals.received
+        if self._node == 0 and self._clock.end is None:
+            return
+        if self._node > 0 or not self._is_near_the_end():
+            received[:] = [(number, at) for number, at in received if number != TIME_LIMIT]
+        elif not received:
+            received.append((TIME_LIMIT, time.monotonic()))
+
     def _tick(self) -> None:
         now = time.monotonic()
         if now - self._looked_at < _LOOK_SECONDS:
             return
         self._looked_at = now
         self._superseded = self.run.last_attempt() > self.attempt
-        if self._node == 0 and not self.signals.first and self._is_near_the_end():
-            self.signals.received.append((TIME_LIMIT, now))
         if self._node == 0 and now - self._beat_at > _BEAT_SECONDS:
             self._beat_at = now
             with contextlib.suppress(OSError):
                 (self.directory / HEARTBEAT).touch()
 
     def _is_near_the_end(self) -> bool:
-        return self._clock.end is not None and time.time() > self._clock.end - lead_seconds(self.run, self._plan)
+        now = time.monotonic()
+        if self._lead is None or now - self._lead_at > _LEAD_SECONDS:
+            self._lead, self._lead_at = lead_seconds(self.run, self._plan), now
+        return self._clock.end is not None and time.time() > self._clock.end - self._lead
 
     def _reason_to_force(self) -> Force:
         return "superseded" if self._superseded else super()._reason_to_force()
