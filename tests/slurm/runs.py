@@ -19,6 +19,7 @@ from tests.training.runs import causal_data, model_directory
 
 NUM_STEPS = 24
 ROOT = Path(__file__).parents[2]
+FAULTS = Path(__file__).parent / "faults"
 
 
 class Material:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import Material
+from tests.slurm.runs import FAULTS, Material, Run
 from tests.training.runs import state
 
 pytestmark = pytest.mark.timeout(900)
-FAULTS = Path(__file__).parent / "faults"
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +132,26 @@ def test_after_another_run(cluster: Cluster, material: Material) -> None:
     assert cluster.show(second.job)["Dependency"].startswith(f"afterok:{first.job}")
     done = material.launcher("submit", material.job("third"), "--after", "unknown", cluster=cluster, code=2)
     assert "unknown" in done.stderr
+
+
+def test_a_script_of_ones_own_runs_as_it_was_when_it_was_submitted(cluster: Cluster, material: Material) -> None:
+    """Edited while it waits, it is the old one that runs, on all ranks of both nodes."""
+    folder = material.folder / "mine"
+    folder.mkdir()
+    (folder / "part.py").write_text("WORD = 'old'\n")
+    script = folder / "train.py"
+    script.write_text("import os, sys, part\nprint('said', part.WORD, os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1])\n")
+    job = material.folder / "script.yaml"
+    job.write_text(
+        "name: mine\nprecision: fp32\ncluster: {nodes: 2, gpus_per_node: 0, ranks_per_node: 2, threads_per_rank: 1, begin: now+1hour}\n"
+    )
+    environment = material.environment(cluster)
+    command = [sys.executable, "-m", "launcher.cli.main", "submit", str(job), "--script", str(script), "--json", "--", "an argument"]
+    done = subprocess.run(command, env=environment, cwd=material.folder, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    run = Run(RunDirectory(material.folder / "runs" / "mine"), json.loads(done.stdout)["job"], cluster)
+    (folder / "part.py").write_text("WORD = 'new'\n")
+    cluster.run("scontrol", "update", f"JobId={run.job}", "StartTime=now")
+    run.wait_finished()
+    for rank in range(4):
+        assert f"said old {rank} 4 an argument" in (run.directory.attempt(1) / f"rank-{rank}.log").read_text()

@@ -11,7 +11,7 @@ import pytest
 from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import NewCluster
-from tests.slurm.runs import Material, Run, losses, samples
+from tests.slurm.runs import FAULTS, Material, Run, losses, samples
 from tests.training.runs import assert_equal, state
 
 pytestmark = pytest.mark.timeout(900)
@@ -91,7 +91,8 @@ def test_signalled_requeued_preempted_and_out_of_time(cluster: Cluster, material
 
 def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     """Told early enough, the ranks save, and the next attempt goes on."""
-    run = material.submit(cluster, material.job("hourly", time_limit="10min", grace=4))
+    slow = {"FAULT": "slow:all:1.5", "PYTHONPATH": str(FAULTS)}
+    run = material.submit(cluster, material.job("hourly", time_limit="10min", grace=4, environment=slow))
     run.wait_step(5)
     # Now, or soon, the time is over.
     cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")

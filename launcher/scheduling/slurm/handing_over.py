@@ -55,6 +55,7 @@ def resubmit(run: RunDirectory, overrides: list[str]) -> tuple[Plan, str]:
 
 def _submit(run: RunDirectory, plan: Plan, after: Sequence[str]) -> str:
     code = snapshot.of_launcher(run)
+    snapshot.keep_script(run, plan)
     more = [("dependency", _dependency(plan, after))] if after else []
     job_id = submit(run, plan, sys.executable, code, more)
     event(run.events_file, "submitted", job=job_id, nodes=plan.slurm.nodes or plan.mesh.nodes)

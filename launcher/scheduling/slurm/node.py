@@ -30,6 +30,7 @@ from launcher.scheduling.slurm.clock import Clock
 from launcher.scheduling.slurm.history import TERMINATED, checkpoint_step, read_outcome, write_outcome
 from launcher.scheduling.slurm.queue import nodes_down
 from launcher.scheduling.slurm.record import JobRecord
+from launcher.scheduling.slurm.snapshot import as_submitted
 from launcher.scheduling.slurm.supervision import TIME_LIMIT, NodeSupervisor
 from launcher.scheduling.supervisor import End, Signals, Watcher
 
@@ -148,7 +149,7 @@ def _names(assignment: Assignment, allocation: Allocation) -> tuple[str, ...]:
 
 
 def _supervise(run: RunDirectory, plan: Plan, number: int, signals: Signals, clock: Clock, meeting: Meeting | None) -> End:
-    command = agent_command(run, plan, number, meeting=meeting)
+    command = agent_command(run, as_submitted(run, plan), number, meeting=meeting)
     variables = environment(run, plan, number, meeting) | {IGNORED_VARIABLE: TIME_LIMIT.name}
     node = meeting.node if meeting else 0
     write_command(run.attempt(number) / (f"command-{node}.json" if node else "command.json"), command, variables)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import launcher
 from launcher.errors import ConfigurationError, Problem
-from launcher.runs.layout import RunDirectory
+from launcher.planning.plan import Plan
+from launcher.runs.layout import RunDirectory, write_atomically
 
 _LARGEST_BYTES = 64 << 20
+_SCRIPT = "script"
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git")
 
 
@@ -59,6 +61,20 @@ def of_script(run: RunDirectory, script: Path) -> Path:
             shutil.copy2(folder / file, made / file)
         made.rename(target)
     return target / script.name
+
+
+def keep_script(run: RunDirectory, plan: Plan) -> None:
+    """Copy the plan's script, where it has one, and note which copy belongs to the next attempts."""
+    if plan.script:
+        write_atomically(run.path / "code" / _SCRIPT, str(of_script(run, Path(plan.script[0]))) + "\n")
+
+
+def as_submitted(run: RunDirectory, plan: Plan) -> Plan:
+    """The plan with its script as it was when it was submitted."""
+    note = run.path / "code" / _SCRIPT
+    if not plan.script or not note.exists():
+        return plan
+    return plan.model_copy(update={"script": (note.read_text(encoding="utf-8").strip(), *plan.script[1:])})
 
 
 def _known_to_git(folder: Path) -> list[Path]:

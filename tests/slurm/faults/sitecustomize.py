@@ -1,6 +1,7 @@
-"""Breaks a rank from inside, where a test puts this folder on PYTHONPATH: FAULT is KIND:WHERE:STEP, WHERE a rank or a node's name.
+"""Breaks a rank from inside, where a test puts this folder on PYTHONPATH: FAULT is KIND:WHERE:STEP, WHERE a rank, a node's name or `all`.
 
-Every attempt breaks that comes to the step: after it, as soon as it is written in metrics.jsonl.
+Every attempt breaks that comes to the step: after it, as soon as it is written in metrics.jsonl. Of `slow` the last part is seconds:
+each step takes so much longer.
 """
 
 import ctypes
@@ -24,6 +25,20 @@ def _break(kind: str) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(error))
 
 
+def _slow_down(seconds: float) -> None:
+    """As soon as there is a trainer."""
+    while not hasattr(sys.modules.get("launcher.training.trainer"), "Trainer"):
+        time.sleep(0.01)
+    trainer = sys.modules["launcher.training.trainer"].Trainer
+    step = trainer._step
+
+    def slow(self):
+        time.sleep(seconds)
+        return step(self)
+
+    trainer._step = slow
+
+
 def _wait(kind: str, step: int) -> None:
     run = Path(os.environ["LAUNCHER_ATTEMPT_DIRECTORY"]).parents[1]
     while True:
@@ -43,5 +58,6 @@ def _wait(kind: str, step: int) -> None:
 _began = time.time()
 if "FAULT" in os.environ and "RANK" in os.environ and "launcher.training.entry" in " ".join(sys.orig_argv):
     _kind, _where, _step = os.environ["FAULT"].split(":")
-    if _where in (os.environ["RANK"], os.uname().nodename):
-        threading.Thread(target=_wait, args=(_kind, int(_step)), daemon=True).start()
+    if _where in (os.environ["RANK"], os.uname().nodename, "all"):
+        _target = (lambda: _slow_down(float(_step))) if _kind == "slow" else (lambda: _wait(_kind, int(_step)))
+        threading.Thread(target=_target, daemon=True).start()
