@@ -20,7 +20,16 @@ from launcher.runs.beats import Beater, beats
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.slurm import after, client, network, queue, snapshot
-from launcher.scheduling.slurm.allocation import Allocation, Assignment, await_attempt, begin_attempt, find_attempt, read_assignment
+from launcher.scheduling.slurm.allocation import (
+    Allocation,
+    Assignment,
+    await_attempt,
+    begin_attempt,
+    claim,
+    find_attempt,
+    is_claimed_by_another,
+    read_assignment,
+)
 from launcher.scheduling.slurm.clock import lead_seconds, seconds_since_1970
 from launcher.scheduling.slurm.history import attempts, write_outcome
 from launcher.scheduling.slurm.record import JobRecord
@@ -84,6 +93,16 @@ def test_who_follows_waits_for_who_leads(run: RunDirectory) -> None:
     assert await_attempt(run, Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "9"}), 60) is None
     assert time.monotonic() - began < 5
     assert not list(run.attempts.glob(".*"))
+
+
+def test_a_later_allocation_takes_the_run_over(run: RunDirectory) -> None:
+    run.path.mkdir()
+    older, newer = Allocation.of(VARIABLES), Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "3"})
+    assert not is_claimed_by_another(run, older)
+    claim(run, older)
+    assert not is_claimed_by_another(run, older)
+    claim(run, newer)
+    assert is_claimed_by_another(run, older) and not is_claimed_by_another(run, newer)
 
 
 def test_an_attempt_of_another_kind_is_none_of_slurms(run: RunDirectory) -> None:

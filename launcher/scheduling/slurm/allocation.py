@@ -17,6 +17,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.runs.layout import RunDirectory, write_atomically
 
 FILE = "allocation.json"
+_CLAIM = "claim.json"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,21 @@ class Assignment:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def claim(run: RunDirectory, allocation: Allocation) -> None:
+    """Say that the run is this allocation's from now on: an older one that still lives, on a node that Slurm has given up, sees it and ends."""
+    folder = run.path / "slurm"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / _CLAIM, json.dumps([allocation.job_id, allocation.restart]) + "\n")
+
+
+def is_claimed_by_another(run: RunDirectory, allocation: Allocation) -> bool:
+    """Whether a later allocation has claimed the run."""
+    try:
+        return bool(json.loads((run.path / "slurm" / _CLAIM).read_text(encoding="utf-8")) != [allocation.job_id, allocation.restart])
+    except (OSError, ValueError):
+        return False
 
 
 def begin_attempt(run: RunDirectory, assignment: Assignment) -> int:

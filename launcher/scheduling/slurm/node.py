@@ -25,7 +25,7 @@ from launcher.runs.processes import IGNORED_VARIABLE, oom_kills
 from launcher.scheduling.command import Meeting, agent_command, environment, write_command
 from launcher.scheduling.local import outcome
 from launcher.scheduling.slurm import network
-from launcher.scheduling.slurm.allocation import Allocation, Assignment, await_attempt, begin_attempt, find_attempt, read_assignment
+from launcher.scheduling.slurm.allocation import Allocation, Assignment, await_attempt, begin_attempt, claim, find_attempt, read_assignment
 from launcher.scheduling.slurm.clock import Clock
 from launcher.scheduling.slurm.history import TERMINATED, checkpoint_step, read_outcome, write_outcome
 from launcher.scheduling.slurm.queue import nodes_down
@@ -49,7 +49,7 @@ class NodeTask:
         self.run = run
 
     def __call__(self) -> None:
-        sys.exit(work(RunDirectory(Path(self.run))))
+        sys.exit(main([self.run]))
 
 
 def work(run: RunDirectory) -> int:
@@ -65,6 +65,7 @@ def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         print(f"{run.path} is finished; there is nothing to do", flush=True)
         return 0
     JobRecord.refuse_another(run, allocation.job_id)
+    claim(run, allocation)
     with _lock(run):
         clock = Clock(allocation.raw_job_id).start()
         try:
@@ -72,7 +73,7 @@ def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         except LauncherError as error:
             return _fail_to_begin(run, allocation, error)
         killed_before = oom_kills()
-        end = _supervise(run, plan, number, signals, clock, meeting)
+        end = _supervise(run, plan, number, signals, clock, allocation, meeting)
         if end.forced == "superseded":
             return 0
         out_of_memory_killer = any([*_reports(run, number, plan.mesh.nodes), oom_kills() > killed_before])
@@ -136,7 +137,7 @@ def _follow(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         return 0
     print(f"{os.uname().nodename}: interface {interface}, {own}", flush=True)
     meeting = Meeting(allocation.node_index, assignment.address, assignment.port, own, interface)
-    end = _supervise(run, plan, number, signals, Clock(allocation.raw_job_id), meeting)
+    end = _supervise(run, plan, number, signals, Clock(allocation.raw_job_id), allocation, meeting)
     report = {"host": os.uname().nodename, "code": end.code, "forced": end.forced, "out_of_memory_killer": oom_kills() > killed_before}
     write_atomically(run.attempt(number) / f"node-{allocation.node_index}.json", json.dumps(report) + "\n")
     return 0
@@ -148,13 +149,15 @@ def _names(assignment: Assignment, allocation: Allocation) -> tuple[str, ...]:
     return (*assignment.hosts, os.uname().nodename) if own in assignment.hosts else assignment.hosts
 
 
-def _supervise(run: RunDirectory, plan: Plan, number: int, signals: Signals, clock: Clock, meeting: Meeting | None) -> End:
+def _supervise(
+    run: RunDirectory, plan: Plan, number: int, signals: Signals, clock: Clock, allocation: Allocation, meeting: Meeting | None
+) -> End:
     command = agent_command(run, as_submitted(run, plan), number, meeting=meeting)
     variables = environment(run, plan, number, meeting) | {IGNORED_VARIABLE: TIME_LIMIT.name}
     node = meeting.node if meeting else 0
     write_command(run.attempt(number) / (f"command-{node}.json" if node else "command.json"), command, variables)
     try:
-        return NodeSupervisor(run, number, plan, signals, clock, node).supervise(command, variables)
+        return NodeSupervisor(run, number, plan, signals, clock, allocation).supervise(command, variables)
     finally:
         clock.stop()
 
@@ -208,7 +211,7 @@ def _fail_to_begin(run: RunDirectory, allocation: Allocation, error: LauncherErr
 
 
 def main(arguments: list[str]) -> int:
-    """By hand, under srun: see slurm/train.sbatch."""
+    """One node's part; the exit code. By hand under srun: see slurm/train.sbatch."""
     try:
         return work(RunDirectory(Path(arguments[0]).absolute()))
     except LauncherError as error:

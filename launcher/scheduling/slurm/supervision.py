@@ -15,6 +15,7 @@ from launcher.planning.plan import Plan
 from launcher.runs.failure import write_grace
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import HEARTBEAT
+from launcher.scheduling.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.scheduling.slurm.clock import Clock, lead_seconds
 from launcher.scheduling.supervisor import Force, Signals, Supervisor, Watcher
 
@@ -30,10 +31,10 @@ _MARGIN_SECONDS = 1.0
 class NodeSupervisor(Supervisor):
     """One node's processes of an attempt. Only the first node heeds the clock: where it stops, all ranks stop."""
 
-    def __init__(self, run: RunDirectory, attempt: int, plan: Plan, signals: Signals, clock: Clock, node: int) -> None:
+    def __init__(self, run: RunDirectory, attempt: int, plan: Plan, signals: Signals, clock: Clock, allocation: Allocation) -> None:
         super().__init__(run, attempt, plan.grace_seconds, Watcher(), signals)
-        self._plan, self._clock, self._node = plan, clock, node
-        self.agent_log = f"agent-{node}.log" if node else "agent.log"
+        self._plan, self._clock, self._allocation, self._node = plan, clock, allocation, allocation.node_index
+        self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
         self._looked_at = self._beat_at = 0.0
         self._superseded = False
         self._lead: float | None = None
@@ -68,7 +69,7 @@ class NodeSupervisor(Supervisor):
         if now - self._looked_at < _LOOK_SECONDS:
             return
         self._looked_at = now
-        self._superseded = self.run.last_attempt() > self.attempt
+        self._superseded = is_claimed_by_another(self.run, self._allocation)
         if self._node == 0 and now - self._beat_at > _BEAT_SECONDS:
             self._beat_at = now
             with contextlib.suppress(OSError):
