@@ -25,7 +25,9 @@ def options(plan: Plan) -> dict[str, str]:
     """sbatch's long options by name; empty text for one that takes no value."""
     mesh, slurm = plan.mesh, plan.slurm
     cores = slurm.cpus_per_node or mesh.ranks_per_node * mesh.threads_per_rank
-    asked = {"job-name": plan.name, "nodes": slurm.nodes or str(mesh.nodes), "ntasks-per-node": "1", "cpus-per-task": str(cores)}
+    asked = {"job-name": plan.name, "nodes": slurm.nodes or str(mesh.nodes), "cpus-per-task": str(cores)}
+    if slurm.nodes is None:
+        asked["ntasks-per-node"] = "1"  # of a range it would have Slurm give the fewest (seen with 22.05)
     if mesh.device == "cuda":
         kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
         asked |= (

@@ -84,12 +84,12 @@ def parameters(plan: Plan, place: Place) -> dict[str, Any]:
     options = sbatch.options(plan)
     name, nodes, cores = options.pop("job-name"), options.pop("nodes"), options.pop("cpus-per-task")
     signal_seconds = int(options.pop("signal", f"@{sbatch.SIGNAL_SECONDS}").rpartition("@")[2])
-    for given in ("ntasks-per-node", "open-mode"):
-        options.pop(given)
+    tasks = options.pop("ntasks-per-node", "")
+    options.pop("open-mode")  # submitit's own
     return {
         "job_name": name,
         "nodes": nodes,
-        "ntasks_per_node": 1,
+        "ntasks_per_node": int(tasks) if tasks else None,
         "cpus_per_task": int(cores),
         "time": int(options.pop("time")) if "time" in options else None,
         "signal_delay_s": signal_seconds,
