@@ -86,7 +86,7 @@ class Assignment:
 
 
 def claim(run: RunDirectory, allocation: Allocation) -> None:
-    """Say that the run is this allocation's from now on. An older one that lives on, on a node that Slurm has given up, sees it and ends."""
+    """Say that the run is this allocation's from now on. An older one that lives on where Slurm has given up a node sees it and ends."""
     folder = run.path / "slurm"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / _CLAIM, json.dumps([allocation.job_id, allocation.restart]) + "\n")
