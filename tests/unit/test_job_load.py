@@ -246,7 +246,7 @@ CONTRADICTIONS = [
     (CLASSES, [*EVALUATED, "training.early_stopping.metric=perplexity"], "training.early_stopping.metric", "loss, accuracy, f1, matthews"),
     (CAUSAL, ["cluster.gpus_per_node=0", "model.attention=flash_attention_2"], "model.attention", "needs a GPU"),
     (CAUSAL, ["cluster.gpus_per_node=2", "cluster.ranks_per_node=4"], "cluster.ranks_per_node", "each GPU has one rank"),
-    (CAUSAL, ["cluster.profile=site"], "cluster.profile", "launcher profile"),
+    (CAUSAL, ["cluster.profile=site"], "cluster.profile", "no profile of that name"),
     (CAUSAL, ['cluster.partition="a\\nb"'], "cluster.partition", "on one line"),
     (CAUSAL, ["parallel.engine=zero"], "parallel.engine", "fsdp or deepspeed"),
     (CAUSAL, ["parallel.shard=stage3"], "parallel.shard", "one of full, gradients, optimizer, none"),
