@@ -171,7 +171,7 @@ def test_slurms_times() -> None:
 def test_the_lead_covers_two_saves_and_two_steps(run: RunDirectory) -> None:
     run.path.mkdir()
     assert lead_seconds(run, plan()) == 30 + 10
-    for step, moment in enumerate((100.0, 103.0, 107.0)):
+    for step, moment in enumerate((100.0, 103.0, 107.0, 907.0, 911.0)):
         append(run.metrics_file, {"kind": "train", "step": step, "loss": 1.0, "time": moment})
     event(run.events_file, "saved", step=2, seconds=20.0)
     event(run.events_file, "saved", step=4, seconds=6.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import statistics
 import threading
 import time
 
@@ -73,7 +74,8 @@ def lead_seconds(run: RunDirectory, plan: Plan) -> float:
 
     Before the first save of the run, for the grace that the job allows.
     """
-    save = max((record["seconds"] for record in read(run.events_file) if record.get("event") == "saved"), default=plan.grace_seconds / 2)
-    times = [record["time"] for record in read(run.metrics_file) if record.get("kind") == "train"][-6:]
-    step = max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
-    return 2 * (float(save) + step) + _MARGIN_SECONDS
+    saves = [record["seconds"] for record in read(run.events_file) if record.get("event") == "saved"][-3:]
+    times = [record["time"] for record in read(run.metrics_file) if record.get("kind") == "train"][-20:]
+    # The middle one: between two attempts lies a time that is no step.
+    step = statistics.median([later - earlier for earlier, later in itertools.pairwise(times)] or [0.0])
+    return 2 * (float(max(saves, default=plan.grace_seconds / 2)) + step) + _MARGIN_SECONDS
