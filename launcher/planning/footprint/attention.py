@@ -1,0 +1,76 @@
+"""Attention over shadows: PyTorch's fused kernels and transformers' eager one."""
+
+from __future__ import annotations
+
+from launcher.planning.footprint.operators import add, cast, copy, dropout, multiply, pointwise, product, scale
+from launcher.planning.footprint.shadow import Shadow, Storage, new, node_of
+
+
+def rotate(x: Shadow, cosine: Shadow, sine: Shadow) -> Shadow:
+    """`x * cos + rotate_half(x) * sin`."""
+    first = multiply(x, cosine)
+    half = pointwise(x, "nothing", num_elements=x.num_elements // 2)
+    turned = pointwise(x, "nothing")
+    del half
+    second = multiply(turned, sine)
+    del turned
+    return add(first, second)
+
+
+def fused(query: Shadow, key: Shadow, value: Shadow, num_heads: int, num_queries: int, mask: int = 0) -> Shadow:
+    """`scaled_dot_product_attention`, flash: it keeps query, key, value, its output, one fp32 number of each head and query,
+    and the mask, of which it makes one in its own precision (`mask` is its number of elements)."""
+    meter, size = query.meter, query.itemsize
+    sizes = [tensor.num_elements * size for tensor in (query, key, value)]
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        return [Storage(meter, num_bytes) for num_bytes in sizes]
+
+    node = node_of(meter, (query, key, value), gradients)
+    if node is not None:
+        for tensor in (query, key, value):
+            node.save(tensor.storage)
+    if mask:
+        written = Storage(meter, mask * size)
+        if node is not None:
+            node.save(written)
+    result = new(meter, query.num_elements, size, node, kept_by_selective=True)
+    sums = Storage(meter, num_heads * num_queries * 4)
+    if node is not None:
+        node.save(result.storage)
+        node.save(sums)
+    return result
+
+
+def plain(
+    query: Shadow, key: Shadow, value: Shadow, num_scores: int, batch: int, probability: float, cuda: bool, bias: Shadow | None = None
+) -> Shadow:
+    """`_scaled_dot_product_attention_math`: in fp32, the scores written out. A CPU takes it to drop some of them, or to learn a bias."""
+    size = query.itemsize
+    wide = [cast(tensor, 4) for tensor in (query, key, value)]
+    scaled = scale(wide[0])
+    scores = product(_batched(scaled, batch), _batched(scale(wide[1]), batch), num_scores)
+    if bias is not None:
+        scores = _added(scores, bias)
+    weights = pointwise(scores, "output")
+    del scores
+    weights.meter.transient(num_scores)
+    weights = pointwise(weights, "nothing")
+    weights = dropout(weights, probability, cuda)
+    mixed = product(weights, _batched(wide[2], batch), query.num_elements)
+    result = cast(mixed, size)
+    if size != 4:
+        weights.meter.transient(num_scores * size)
+    return result
+
+
+def _batched(tensor: Shadow, batch: int) -> Shadow:
+    """In the order that a batched product wants, [samples x heads, ...]: one sample's lies so already."""
+    return copy(tensor) if batch > 1 else tensor
+
+
+def _added(scores: Shadow, bias: Shadow) -> Shadow:
+    """A bias added in place, learned or not."""
+    meter, size = bias.meter, bias.num_elements * bias.itemsize
+    node = node_of(meter, (scores, bias), lambda gradient: [gradient, Storage(meter, size) if size < gradient.num_bytes else gradient])
+    return Shadow(scores.num_elements, scores.itemsize, scores.storage, node)

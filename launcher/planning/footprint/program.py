@@ -1,0 +1,171 @@
+"""A model as a program over shadows: where its blocks begin, what each adds to memory, and how the middle ones repeat."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from launcher.planning.footprint.shadow import Meter, Parameter, Shadow, Storage, backward, new
+
+MOST_LAYERS = 4
+"""Of a stack of equal layers, how many are gone through; those between the first and the last are alike."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter by name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    trains: bool = True
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    def shard(self, ranks: int) -> int:
+        """Elements of the largest part, cut along the first dimension, as FSDP and our loading do."""
+        return -(-self.shape[0] // ranks) * prod(self.shape[1:]) if self.shape else 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is gathered together: a repeated layer, or all the rest."""
+
+    weights: tuple[Weight, ...]
+
+    def num_elements(self, trained: bool = False) -> int:
+        return sum(weight.num_elements for weight in self.weights if weight.trains or not trained)
+
+    def shard(self, ranks: int, trained: bool = False) -> int:
+        return sum(weight.shard(ranks) for weight in self.weights if weight.trains or not trained)
+
+    @property
+    def last_trained(self) -> int:
+        """Elements of the last parameter that trains."""
+        return next((weight.num_elements for weight in reversed(self.weights) if weight.trains), 0)
+
+    @property
+    def largest(self) -> int:
+        return max((weight.num_elements for weight in self.weights), default=0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of a rank: the tokens of each sample, and of an encoder-decoder those of each target."""
+
+    lengths: tuple[int, ...]
+    padded: bool = False
+    targets: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are computed, padding included."""
+        return max(self.lengths) * len(self.lengths) if self.padded else sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a plan the layers' own memory depends on."""
+
+    batch: Batch
+    itemsize: int
+    """Bytes of a number in the precision of the computation."""
+    checkpointing: str
+    attention: str
+    cuda: bool
+    task: str
+    training: bool = True
+    frozen: tuple[str, ...] = ()
+    accumulates: bool = False
+    """Gradients of an earlier micro-batch are there already, and these are added to them."""
+
+
+@dataclass
+class Segment:
+    """One block, forward or backward: what it adds, and how high it goes above where it began."""
+
+    kind: str
+    """`stem`, `layer`, `tail`, or what stands between two stacks of layers."""
+    layer: int
+    """Of all layers of the model, in the order of its units."""
+    backward: bool
+    added: int = 0
+    peak: int = 0
+
+
+@dataclass
+class Context:
+    """What a model's program runs in."""
+
+    setting: Setting
+    meter: Meter = field(default_factory=Meter)
+    segments: list[Segment] = field(default_factory=list)
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    inputs: Any = None
+    """The batch, which is there until the step is over."""
+    _level: int = 0
+
+    def begin(self, kind: str, layer: int = -1, is_backward: bool = False) -> None:
+        """Close the block so far and begin another."""
+        self.close()
+        self.segments.append(Segment(kind, layer, is_backward))
+        self.meter.tag = (kind, layer)
+
+    def close(self) -> None:
+        if self.segments:
+            last = self.segments[-1]
+            last.added, last.peak = self.meter.live - self._level, self.meter.peak - self._level
+        self._level = self.meter.mark()
+
+    def tensor(self, num_elements: int, itemsize: int | None = None) -> Shadow:
+        """Something that nothing is learned through."""
+        return new(self.meter, num_elements, itemsize or self.setting.itemsize)
+
+    def parameter(self, name: str, num_elements: int) -> Parameter:
+        """The parameter of a name; tied ones share it."""
+        if name not in self.parameters:
+            made = Parameter(num_elements, trains=not _matches(name, self.setting.frozen))
+            made.gradient = Storage(self.meter, 0) if self.setting.accumulates else None
+            self.parameters[name] = made
+        return self.parameters[name]
+
+    def follow(self, tag: Any) -> None:
+        """The backward pass goes on with a node of this block."""
+        last = self.segments[-1]
+        if not last.backward or (last.kind, last.layer) != tag:
+            self.begin(*tag, is_backward=True)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def run(setting: Setting, model: Callable[[Context], Shadow]) -> list[Segment]:
+    """Go through a model's forward pass and, where it trains, its backward pass; its blocks in their order."""
+    context = Context(setting)
+    context.meter.on_node = context.follow
+    output = model(context)
+    if setting.training:
+        backward(output)
+    del output
+    context.close()
+    context.meter.on_node = None
+    return context.segments
+
+
+def of_stack(num_layers: int, first: int = 0) -> list[int]:
+    """The layers of a stack that are gone through: the first ones and the last, by their numbers in the model."""
+    if num_layers <= MOST_LAYERS:
+        return list(range(first, first + num_layers))
+    return [*range(first, first + MOST_LAYERS - 1), first + num_layers - 1]
+
+
+def inference(context: Context) -> bool:
+    return not context.setting.training
+
+
+__all__ = ["Batch", "Context", "Segment", "Setting", "Storage", "Unit", "Weight", "run"]

@@ -1,0 +1,186 @@
+"""What each rank of a memory measurement does: a few steps of one case, every allocation of which is counted.
+
+The figure is the peak of live tensor bytes from the allocator's own events (`torch.profiler`, `profile_memory`), summed in time order from
+before the model is built. What the system's allocator keeps in reserve, the interpreter and the libraries are not in it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoConfig
+
+from launcher.planning.plan import Plan
+from launcher.render.deepspeed import config as deepspeed_config
+from launcher.training import attention, engines
+from tests.benchmarks.memory_tasks import TASKS
+
+PHASE = "phase: "
+PHASES = ("loading", "first step", "steady step", "evaluating")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One case as a rank needs it."""
+
+    plan: Plan
+    kind: str
+    """The key of `TASKS`."""
+    lengths: tuple[int, ...]
+    """Tokens of each sample of a micro-batch."""
+    other_lengths: tuple[int, ...] = ()
+    """Of an encoder-decoder, tokens of each target."""
+    evaluates: bool = False
+    explains: bool = False
+    """Also say which tensors were live at the peak."""
+
+
+def serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    """Join the process group once, then do what comes through the pipe until None does."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    while (request := pipe.recv()) is not None:
+        function, arguments = request
+        try:
+            pipe.send((True, function(*arguments)))
+        except BaseException:  # the parent shows it
+            pipe.send((False, traceback.format_exc()))
+            sys.exit(1)
+    distributed.destroy_process_group()
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Peak bytes by phase on this rank, and what of the first steps remains live between steps."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine = _steps(request)
+        with record_function(f"{PHASE}end"):
+            pass
+    result = timeline(profiler)
+    if request.explains:
+        result["explained"] = explain(profiler)
+    del engine, profiler
+    gc.collect()
+    return result
+
+
+def _steps(request: Request) -> Any:
+    plan, task = request.plan, TASKS[request.kind]
+    with record_function(f"{PHASE}loading"):
+        config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+        engine = engines.build(plan, task(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
+    gc.collect()
+    for name in ("first step", "steady step"):
+        with record_function(f"{PHASE}{name}"):
+            for index in range(plan.batch.accumulation_steps):
+                batch = task.batch(request, config)
+                engine.micro_step(batch, 1.0, index == plan.batch.accumulation_steps - 1)
+                del batch
+            engine.squared_gradient_norm()
+            engine.apply(1e-4, 0.5)
+    if request.evaluates:
+        with record_function(f"{PHASE}evaluating"):
+            engine.evaluate(task.batch(request, config))
+    return engine
+
+
+@dataclass(frozen=True)
+class Change:
+    """Memory taken or given back, or, without a size, the beginning of a phase."""
+
+    time: int
+    size: int
+    pointer: int
+    where: str
+
+
+def changes(profiler: Any) -> list[Change]:
+    """Every allocation and release in the order of time.
+
+    gloo's threads may be the last to let go of the copies that a collective made, and the profiler does not see their releases: such a
+    copy counts until the collective that made it returns.
+    """
+    found: list[Change] = []
+    ends: dict[int, list[tuple[int, int, int]]] = {}
+
+    def walk(nodes: list[Any], chain: tuple[str, ...], collective: int) -> None:
+        for node in nodes:
+            if "Allocation" in str(node.tag):
+                fields = node.typed[1]
+                found.append(Change(node.start_time_ns, fields.alloc_size, fields.ptr, " > ".join(chain[-4:])))
+                if collective and fields.alloc_size > 0:
+                    ends.setdefault(fields.ptr, []).append((node.start_time_ns, collective, fields.alloc_size))
+                continue
+            if node.name.startswith(PHASE):
+                found.append(Change(node.start_time_ns, 0, 0, node.name))
+            walk(node.children, (*chain, node.name), node.end_time_ns if node.name.startswith("c10d::") else collective)
+
+    walk(profiler.profiler.kineto_results.experimental_event_tree(), (), 0)
+    found.sort(key=lambda change: change.time)
+    return sorted([*found, *_unseen(found, ends)], key=lambda change: change.time)
+
+
+def _unseen(found: list[Change], ends: dict[int, list[tuple[int, int, int]]]) -> list[Change]:
+    released: dict[int, list[Change]] = {}
+    for change in found:
+        if change.pointer in ends:
+            released.setdefault(change.pointer, []).append(change)
+    missing = []
+    for pointer, copies in ends.items():
+        for time, end, size in copies:
+            after = next((change for change in released[pointer] if change.time > time), None)
+            if after is None or after.size > 0:
+                missing.append(Change(end, -size, pointer, "c10d"))
+    return missing
+
+
+def timeline(profiler: Any) -> dict[str, Any]:
+    """The peak of each phase and the level at its end, in bytes."""
+    level, phase = 0, "before"
+    peaks: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    for change in changes(profiler):
+        if change.where.startswith(PHASE) and not change.pointer:
+            phase = change.where.removeprefix(PHASE)
+        level += change.size
+        peaks[phase] = max(peaks.get(phase, 0), level)
+        ends[phase] = level
+    return {"peaks": peaks, "ends": ends}
+
+
+def explain(profiler: Any) -> list[tuple[int, int, str]]:
+    """(bytes, number, by which operators) of what was live at the highest moment of the steady step, largest first."""
+    live: dict[int, tuple[int, str]] = {}
+    level, highest, at_peak, steady = 0, -1, {}, False
+    for change in changes(profiler):
+        if change.where == f"{PHASE}end":
+            break
+        steady |= change.where == f"{PHASE}steady step"
+        level += change.size
+        if change.size > 0:
+            live[change.pointer] = (change.size, change.where)
+        else:
+            live.pop(change.pointer, None)
+        if steady and level > highest:
+            highest, at_peak = level, dict(live)
+    grouped: dict[tuple[int, str], int] = {}
+    for size, where in at_peak.values():
+        grouped[size, where] = grouped.get((size, where), 0) + 1
+    return sorted(((size * count, count, f"{size} {where}") for (size, where), count in grouped.items()), reverse=True)
+
+
+Measure = Callable[[Request], dict[str, Any]]
