@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
+    _let_threads_finish()
     while (request := pipe.recv()) is not None:
         function, arguments = request
         try:
@@ -61,6 +63,30 @@ def serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc()))
             sys.exit(1)
     distributed.destroy_process_group()
+
+
+def _let_threads_finish() -> None:
+    """A collective of gloo is over a moment before its thread lets go of the tensors, and what another thread releases is not seen."""
+    functional = torch.distributed._functional_collectives
+    wait = functional.wait_tensor
+
+    def patient_wait(tensor: torch.Tensor) -> torch.Tensor:
+        result = wait(tensor)
+        time.sleep(0.001)
+        return result
+
+    functional.wait_tensor = patient_wait
+    for name in ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "reduce"):
+        function = getattr(distributed, name, None)
+        if function is None:
+            continue
+
+        def patient(*arguments: Any, _function: Callable[..., Any] = function, **options: Any) -> Any:
+            result = _function(*arguments, **options)
+            time.sleep(0.001)
+            return result
+
+        setattr(distributed, name, patient)
 
 
 def measure(request: Request) -> dict[str, Any]:

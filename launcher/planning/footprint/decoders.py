@@ -61,7 +61,7 @@ class Llama:
         table = context.parameter(self.embeddings, self.vocabulary * self.hidden)
         hidden = ops.embedding(context.tensor(batch.num_tokens, 8), batch.num_tokens, self.hidden, size, table)
         cosine, sine = context.tensor(batch.num_tokens * self.head), context.tensor(batch.num_tokens * self.head)
-        for index in of_stack(self.num_layers):
+        for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
             hidden = checkpoint(
                 context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x, cosine, sine), hidden
@@ -205,7 +205,7 @@ class Gpt2:
         places = ops.embedding(ids, tokens, self.hidden, size, weights["transformer.wpe.weight"])
         hidden = ops.dropout(ops.add(words, places), self.drop["embd"], setting.cuda)
         del words, places
-        for index in of_stack(self.num_layers):
+        for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
             hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x), hidden)
         context.begin("tail")

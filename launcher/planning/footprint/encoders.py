@@ -94,7 +94,7 @@ class Bert:
         hidden = ops.layer_norm(hidden, self.hidden, weights["LayerNorm.weight"], weights["LayerNorm.bias"])
         hidden = ops.dropout(hidden, self.drop, setting.cuda)
         mask = attention_mask(context)
-        for index in of_stack(self.num_layers):
+        for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
             hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x), hidden)
         context.begin("tail")

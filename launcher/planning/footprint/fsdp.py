@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from launcher.planning.footprint.program import Segment, Unit
+from launcher.planning.footprint.timeline import GATHERED, GRADIENTS, MESSAGES, OPTIMIZER, PARAMETERS, TEMPORARIES, Timeline, go_through
 
 
 @dataclass(frozen=True)
@@ -20,33 +21,12 @@ class Cut:
     """Collectives go through gloo, which copies what it sends."""
     accumulation: int
     defers: bool
+    """Gradients of all but the last micro-batch are added up before anything is sent."""
+    recomputes: bool = False
     plain: bool = False
     """Not FSDP at all: one rank in fp32."""
-
-
-@dataclass
-class Timeline:
-    """Bytes live now and at most, and of what the highest moment was made."""
-
-    level: int = 0
-    peak: int = 0
-    where: str = ""
-    gathered: int = 0
-    buffers: int = 0
-    gradients: int = 0
-    at_peak: dict[str, int] = field(default_factory=dict)
-
-    def up(self, num_bytes: float, where: str = "") -> None:
-        self.level += int(num_bytes)
-        self.touch(0, where)
-
-    def down(self, num_bytes: float) -> None:
-        self.level -= int(num_bytes)
-
-    def touch(self, num_bytes: float, where: str = "") -> None:
-        """Something taken and given back."""
-        if self.level + num_bytes > self.peak:
-            self.peak, self.where = int(self.level + num_bytes), where
+    offloads: bool = False
+    """Parameters, gradients and optimizer state wait in the host's memory."""
 
 
 class FsdpStep:
@@ -56,20 +36,19 @@ class FsdpStep:
         self.root, self.layers, self.cut = root, layers, cut
         self.units = [*layers, root]
         self.time = Timeline()
+        self.late: list[Unit] = []
+        """Units whose input needs no gradient: FSDP lets go of them only when the whole backward pass is over."""
         self.held = 0
         """Bytes of the result of the last gathering, kept in the forward pass until the next one is in place."""
         self.sent = 0
         """Bytes of the gradients that were sent last."""
         self.first_gradients = True
 
-    def states(self) -> int:
+    def states(self) -> dict[str, int]:
         """Bytes of parameters and optimizer state of the largest rank."""
         parameters = sum(unit.shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
-        return 4 * (parameters + self.cut.state_copies * trained)
-
-    def sharded_gradients(self) -> int:
-        return 4 * sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
+        return {PARAMETERS: 4 * parameters, OPTIMIZER: 4 * self.cut.state_copies * trained}
 
     def _whole(self, unit: Unit) -> int:
         return unit.shard(self.cut.ranks) * self.cut.ranks * self.cut.itemsize
@@ -81,65 +60,64 @@ class FsdpStep:
             return 0
         received = self._whole(unit)
         cast = 0 if cut.itemsize == 4 else unit.shard(cut.ranks) * cut.itemsize
-        self.time.touch(cast + received * (2 if cut.gloo else 1), "gathering")
-        self.time.up(received, "gathering")
+        self.time.touch(MESSAGES, cast + received * (2 if cut.gloo else 1), "gathering")
+        self.time.up(MESSAGES, received, "gathering")
         return received
 
     def _copy_out(self, unit: Unit) -> None:
         if self.cut.ranks == 1:
-            self.time.touch(self._whole(unit) + unit.largest * self.cut.itemsize * (self.cut.itemsize != 4), "gathering")
-        self.time.up(self._whole(unit), "gathering")
+            self.time.touch(GATHERED, self._whole(unit) + unit.largest * self.cut.itemsize * (self.cut.itemsize != 4), "gathering")
+        self.time.up(GATHERED, self._whole(unit), "gathering")
 
     def forward_gather(self, unit: Unit) -> None:
         received = self._gather(unit)
-        self.time.down(self.held)
+        self.time.down(MESSAGES, self.held)
         self._copy_out(unit)
         self.held = received
 
     def let_go(self) -> None:
-        self.time.down(self.held)
+        self.time.down(MESSAGES, self.held)
         self.held = 0
 
     def reduce(self, unit: Unit, last: bool) -> None:
         """After a unit's backward pass: its gradients leave, or wait for the next micro-batch."""
         cut, time = self.cut, self.time
         trained = unit.num_elements(trained=True)
+        if not last and cut.defers and trained:
+            self._wait(unit, trained)
+            return
+        time.down(GATHERED, self._whole(unit))
         if not trained:
-            time.down(self._whole(unit))
             return
         own = trained * cut.itemsize
-        if not last and cut.defers:
-            time.down(self._whole(unit))
-            if cut.itemsize == 4:
-                return
-            if self.first_gradients:
-                time.touch(unit.largest * 4, "gradients")
-                time.up(trained * 4 - own, "gradients")
-            else:
-                time.down(own)
-            return
         if cut.defers and not self.first_gradients:
-            time.down(own if cut.itemsize != 4 else 0)
+            time.down(GRADIENTS, own if cut.itemsize != 4 else 0)
             own = trained * 4
-        time.down(self._whole(unit))
-        time.down(self.sent)
+        time.down(MESSAGES, self.sent)
         padded = unit.shard(cut.ranks, trained=True)
-        time.up(padded * cut.ranks * 4, "sending gradients")
+        self.sent = padded * cut.ranks * 4
+        time.up(MESSAGES, self.sent, "sending gradients")
         # The loop over the gradients leaves the last of them in its variable until the message is sent.
         left = own * unit.last_trained // trained if cut.ranks > 1 else 0
-        time.down(own - left)
-        time.up(padded * 4, "sending gradients")
+        time.down(GRADIENTS, own - left)
+        time.up(GRADIENTS, padded * 4, "sending gradients")
         if cut.gloo and cut.ranks > 1:
-            time.touch(padded * cut.ranks * 4, "sending gradients")
-        time.down(left)
-        self.sent = padded * cut.ranks * 4
-        if not cut.defers and not self.first_gradients:
-            time.down(padded * 4)
+            time.touch(MESSAGES, self.sent, "sending gradients")
+        time.down(GRADIENTS, left)
+        if (not cut.defers and not self.first_gradients) or cut.offloads:
+            time.down(GRADIENTS, padded * 4)
 
-    def plain_step(self, segments: list[Segment]) -> None:
-        """Without any sharding: gradients stay where they were made."""
-        for segment in segments:
-            self._go_through(segment)
+    def _wait(self, unit: Unit, trained: int) -> None:
+        """Gradients stay whole, in fp32, until the last micro-batch."""
+        self.time.down(GATHERED, self._whole(unit))
+        if self.cut.itemsize == 4:
+            return
+        own = trained * self.cut.itemsize
+        if self.first_gradients:
+            self.time.touch(TEMPORARIES, unit.largest * 4, "gradients")
+            self.time.up(GRADIENTS, trained * 4 - own, "gradients")
+        else:
+            self.time.down(GRADIENTS, own)
 
     def micro_step(self, segments: list[Segment], last: bool) -> None:
         """One micro-batch, forward and backward."""
@@ -147,57 +125,50 @@ class FsdpStep:
         self.forward_gather(self.root)
         for segment in (segment for segment in segments if not segment.backward):
             unit = layers[segment.layer] if segment.kind == "layer" else None
-            if unit is not None and (cut.reshard or self._not_gathered(segment.layer)):
+            if unit is not None:
                 self.forward_gather(unit)
-            self._go_through(segment)
+            go_through(time, segment, cut.recomputes)
             if unit is not None and cut.reshard:
-                time.down(self._whole(unit))
+                time.down(GATHERED, self._whole(unit))
         self.let_go()
+        if any(segment.backward for segment in segments):
+            self._backward(segments, last)
+
+    def _backward(self, segments: list[Segment], last: bool) -> None:
+        cut, time, layers = self.cut, self.time, self.layers
+        passed = [segment for segment in segments if segment.backward]
+        first = None if any(segment.kind == "stem" for segment in passed) else min(segment.layer for segment in passed)
         ahead = self._gather(layers[-1]) if cut.reshard else 0
-        for segment in (segment for segment in segments if segment.backward):
+        for segment in passed:
             unit = layers[segment.layer] if segment.kind == "layer" else None
             if unit is not None and cut.reshard:
                 self._copy_out(unit)
-                time.down(ahead)
+                time.down(MESSAGES, ahead)
                 ahead = self._gather(layers[segment.layer - 1]) if segment.layer > 0 else 0
-            self._go_through(segment)
-            if unit is not None:
+            go_through(time, segment, cut.recomputes)
+            if unit is not None and segment.layer != first:
                 self.reduce(unit, last)
+        time.down(MESSAGES, ahead if first else 0)
         self.reduce(self.root, last)
-        time.down(self.sent)
+        if first is not None and first >= 0:
+            self.reduce(layers[first], last)
+            if not cut.reshard:
+                time.down(GATHERED, sum(self._whole(unit) for unit in layers[:first]))
+        time.down(MESSAGES, self.sent)
         self.sent = 0
         self.first_gradients = False
 
-    def _not_gathered(self, layer: int) -> bool:
-        return True
-
-    def _go_through(self, segment: Segment) -> None:
-        where = f"{segment.kind}, {'backward' if segment.backward else 'forward'}"
-        self.time.touch(segment.peak, where)
-        self.time.up(segment.added)
-
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
-        """A steady step: micro-batches, the norm of the gradients, the optimizer. `more` are the blocks where gradients are there already."""
-        self.time.level = self.time.peak = self.states()
+        """A steady step of all micro-batches. `more` are the blocks where gradients are there already."""
+        self.time.parts = {} if self.cut.offloads else self.states()
+        self.time.peak = 0
+        self.time.touch(TEMPORARIES, 0, "between steps")
         self.first_gradients = True
         for number in range(self.cut.accumulation):
             segments = first if number == 0 else more
             if self.cut.plain:
-                self.plain_step(segments)
+                for segment in segments:
+                    go_through(self.time, segment, self.cut.recomputes)
             else:
                 self.micro_step(segments, number == self.cut.accumulation - 1)
         return self.time
-
-
-def spread(segments: list[Segment]) -> list[Segment]:
-    """The blocks of a model of which some layers were left out, with all of them: they are as the one before the gap."""
-    result: list[Segment] = []
-    for segment in segments:
-        before = result[-1] if result else None
-        if before is not None and segment.kind == before.kind == "layer" and segment.backward == before.backward:
-            step = -1 if segment.backward else 1
-            inner = segment if segment.backward else before
-            missing = range(before.layer + step, segment.layer, step)
-            result += [Segment("layer", number, inner.backward, inner.added, inner.peak) for number in missing]
-        result.append(segment)
-    return result

@@ -81,7 +81,9 @@ class Setting:
     training: bool = True
     frozen: tuple[str, ...] = ()
     accumulates: bool = False
-    """Gradients of an earlier micro-batch are there already, and these are added to them."""
+    """Gradients of an earlier micro-batch are there already, and these are added to them; or they leave as soon as they are made."""
+    widens: bool = False
+    """Each gradient is kept in fp32 as soon as it is made."""
 
 
 @dataclass
@@ -95,6 +97,10 @@ class Segment:
     backward: bool
     added: int = 0
     peak: int = 0
+    gradients: tuple[tuple[int, int], ...] = ()
+    """Of each gradient as it is made: bytes above where the block began, and its elements."""
+    made: int = 0
+    """Bytes of gradients that stay."""
 
 
 @dataclass
@@ -128,10 +134,16 @@ class Context:
     def parameter(self, name: str, num_elements: int) -> Parameter:
         """The parameter of a name; tied ones share it."""
         if name not in self.parameters:
-            made = Parameter(num_elements, trains=not _matches(name, self.setting.frozen))
+            made = Parameter(num_elements, trains=not matches(name, self.setting.frozen))
             made.gradient = Storage(self.meter, 0) if self.setting.accumulates else None
             self.parameters[name] = made
         return self.parameters[name]
+
+    def note(self, num_elements: int, num_bytes: int) -> None:
+        """A gradient was made, and so much of it stays."""
+        last = self.segments[-1]
+        last.made += num_bytes
+        last.gradients = (*last.gradients, (self.meter.live - self._level, num_elements))
 
     def follow(self, tag: Any) -> None:
         """The backward pass goes on with a node of this block."""
@@ -140,32 +152,25 @@ class Context:
             self.begin(*tag, is_backward=True)
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def run(setting: Setting, model: Callable[[Context], Shadow]) -> list[Segment]:
     """Go through a model's forward pass and, where it trains, its backward pass; its blocks in their order."""
     context = Context(setting)
-    context.meter.on_node = context.follow
+    context.meter.on_node, context.meter.widens, context.meter.on_gradient = context.follow, setting.widens, context.note
     output = model(context)
     if setting.training:
         backward(output)
     del output
     context.close()
-    context.meter.on_node = None
+    context.meter.on_node = context.meter.on_gradient = None
     return context.segments
 
 
-def of_stack(num_layers: int, first: int = 0) -> list[int]:
-    """The layers of a stack that are gone through: the first ones and the last, by their numbers in the model."""
-    if num_layers <= MOST_LAYERS:
+def of_stack(context: Context, num_layers: int, first: int = 0) -> list[int]:
+    """The layers of a stack that are gone through: the first ones and the last, by their numbers in the model; all, where they differ."""
+    if num_layers <= MOST_LAYERS or context.setting.frozen:
         return list(range(first, first + num_layers))
     return [*range(first, first + MOST_LAYERS - 1), first + num_layers - 1]
-
-
-def inference(context: Context) -> bool:
-    return not context.setting.training
-
-
-__all__ = ["Batch", "Context", "Segment", "Setting", "Storage", "Unit", "Weight", "run"]

@@ -25,6 +25,10 @@ class Meter:
         self.on_node: Callable[[Any], None] | None = None
         """Called with the tag of each node before its backward pass."""
         self.tag: Any = None
+        self.on_gradient: Callable[[int, int], None] | None = None
+        """Called with the elements of each gradient as it is made, and the bytes that stay of it."""
+        self.widens = False
+        """Gradients are kept in fp32, whatever they are computed in."""
 
     def add(self, num_bytes: int) -> None:
         self.live += num_bytes
@@ -240,5 +244,13 @@ def _sum(meter: Meter, first: Storage) -> Storage:
 
 
 def _accumulate(meter: Meter, parameter: Parameter, gradient: Storage) -> None:
-    if parameter.gradient is None:
+    """A parameter's gradient stays as it is, or, where an engine adds them up in fp32, as that; a second one is added to the first."""
+    first = parameter.gradient is None
+    if meter.on_gradient is not None:
+        meter.on_gradient(parameter.num_elements, (parameter.num_elements * 4 if meter.widens else gradient.num_bytes) if first else 0)
+    if meter.widens:
+        wide = Storage(meter, parameter.num_elements * 4)
+        if first:
+            parameter.gradient = wide
+    elif first:
         parameter.gradient = gradient

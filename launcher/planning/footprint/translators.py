@@ -59,7 +59,7 @@ class Bart:
         encoded = self._embedded(context, "encoder", batch, sources, weights)
         masked = is_masked(context)
         mask = context.tensor(batch * sources * sources, 1) if masked else None
-        for index in of_stack(self.num_layers["encoder"]):
+        for index in of_stack(context, self.num_layers["encoder"]):
             context.begin("layer", index)
             encoded = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self._encode(context, i, x, batch, sources), encoded)
         del mask
@@ -67,7 +67,7 @@ class Bart:
         hidden = self._embedded(context, "decoder", batch, targets, weights)
         mask = context.tensor(batch * sources * targets, 1) if masked else None
         first = self.num_layers["encoder"]
-        for index in of_stack(self.num_layers["decoder"], first):
+        for index in of_stack(context, self.num_layers["decoder"], first):
             context.begin("layer", index)
             hidden = checkpoint(
                 context.meter, setting.checkpointing,

@@ -61,7 +61,7 @@ class Vit:
         hidden = _with_places(joined, places)
         del joined
         hidden = ops.dropout(hidden, self.drop, setting.cuda)
-        for index in of_stack(self.num_layers):
+        for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
             hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x, batch), hidden)
         context.begin("tail")

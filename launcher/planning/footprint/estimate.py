@@ -1,0 +1,199 @@
+"""What a rank of a plan needs, by phase and by kind, from the model's config alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.planning.footprint.families import Program, frozen, program_of
+from launcher.planning.footprint.fsdp import Cut, FsdpStep
+from launcher.planning.footprint.program import Batch, Segment, Setting, run
+from launcher.planning.footprint.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline, spread
+from launcher.planning.footprint.zero import ZeroCut, ZeroStep
+from launcher.planning.plan import Plan
+
+DEFERRED_GRADIENT_BYTES = 4 << 30
+"""`_DEFERRED_GRADIENT_BYTES` of the FSDP engine, which a test holds equal."""
+PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
+STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
+CUDA_CONTEXT = 1 << 30
+"""Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
+CUDA_SLACK = 0.05
+"""Assumed, not measured here: what PyTorch's caching allocator keeps beyond what is live, as a share of what comes and goes in a step."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run on the rank that needs most."""
+
+    name: str
+    peak: int
+    """Bytes of live tensors at the highest moment."""
+    where: str
+    parts: dict[str, int]
+    """Bytes at that moment by what they are for; context and slack besides."""
+    host: int = 0
+    """Bytes in the host's memory, where that is another one."""
+
+    @property
+    def total(self) -> int:
+        """Bytes that the device has to have."""
+        return self.peak + self.parts.get(CONTEXT, 0) + self.parts.get(SLACK, 0)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """All phases of a plan."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def highest(self) -> Phase:
+        """The phase that needs most of the device."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def phase(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+def read_config(directory: str) -> dict[str, Any] | None:
+    """A model's config.json; None where there is none that can be read. Of a model of several kinds, its language model."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2) -> Footprint | None:
+    """The footprint of a plan; None where the model's architecture is not known to the formulas.
+
+    `batch` is one micro-batch of a rank; left out, every sample is as long as the plan lets it be.
+    Raises KeyError where the config lacks a size.
+    """
+    program = program_of(config, num_labels, plan.task if plan.task in ("causal-lm", "sequence-classification") else None)
+    if program is None:
+        return None
+    if batch is None:
+        batch = Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.attention != "packed")
+    return _Estimator(plan, program, batch).footprint()
+
+
+class _Estimator:
+    def __init__(self, plan: Plan, program: Program, batch: Batch) -> None:
+        self.plan, self.program = plan, program
+        self.units = frozen(program.units(), plan.model.freeze)
+        self.itemsize = 4 if plan.precision == "fp32" else 2
+        self.cuda = plan.mesh.device == "cuda"
+        self.setting = Setting(
+            batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task, frozen=plan.model.freeze
+        )
+        self.copies = STATE_COPIES[plan.training.optimizer] if plan.training.optimizer != "sgd" or plan.training.momentum else 0
+
+    def footprint(self) -> Footprint:
+        steady = self._step()
+        states = self._engine().states()
+        resident = sum(states.values()) if not self._offloads else 0
+        extra = {} if self._offloads else states
+        host = sum(states.values()) if self._offloads else 0
+        staged = self._staged()
+        loading = Timeline(dict(extra), resident, "every parameter and its state", dict(extra))
+        saving = Timeline(dict(extra), resident, "a copy, written while training goes on", dict(extra))
+        if not self.cuda and self.plan.checkpoint.asynchronous:
+            saving = Timeline({}, steady.peak + staged, f"a copy of the state; {steady.where}", steady.at_peak | {"staged checkpoint": staged})
+        evaluating = self._evaluation()
+        made = [("loading", loading), ("first step", steady), ("steady step", steady), ("evaluating", evaluating)]
+        phases = [self._phase(name, time, host) for name, time in [*made, ("saving", saving), ("resuming", loading)]]
+        if self.cuda and self.plan.checkpoint.asynchronous:
+            phases = [replace(phase, host=host + staged) if phase.name == "saving" else phase for phase in phases]
+        return Footprint(tuple(phases))
+
+    @property
+    def _offloads(self) -> bool:
+        return self.cuda and self.plan.offload == "parameters"
+
+    def _phase(self, name: str, time: Timeline, host: int) -> Phase:
+        parts = {kind: size for kind, size in time.at_peak.items() if size > 0}
+        if self.cuda:
+            moving = time.peak - sum(size for kind, size in parts.items() if kind in (PARAMETERS, OPTIMIZER))
+            parts |= {SLACK: int(CUDA_SLACK * moving), CONTEXT: CUDA_CONTEXT}
+        return Phase(name, time.peak, time.where, parts, host)
+
+    def _staged(self) -> int:
+        """A rank's share of a checkpoint: parameters and the optimizer's state in fp32."""
+        root, layers = self.units
+        ranks = self.plan.mesh.world_size
+        parameters = sum(unit.num_elements() for unit in (root, *layers))
+        trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
+        return 4 * (parameters + self.copies * trained) // ranks
+
+    def _segments(self, **changes: Any) -> list[Segment]:
+        return spread(run(replace(self.setting, **changes), self.program.forward))
+
+    def _engine(self) -> FsdpStep | ZeroStep:
+        root, layers = self.units
+        return ZeroStep(root, layers, self._zero_cut()) if self.plan.zero is not None else FsdpStep(root, layers, self._cut())
+
+    def _cut(self) -> Cut:
+        plan = self.plan
+        return Cut(
+            ranks=plan.mesh.shard,
+            itemsize=self.itemsize,
+            reshard=plan.mesh.reshard_after_forward,
+            state_copies=self.copies,
+            gloo=not self.cuda,
+            accumulation=min(3, plan.batch.accumulation_steps),
+            defers=self._sharded_gradient_bytes() <= DEFERRED_GRADIENT_BYTES,
+            recomputes=plan.activation_checkpointing != "none",
+            plain=plan.mesh.world_size == 1 and plan.precision == "fp32" and plan.offload == "none",
+            offloads=self._offloads,
+        )
+
+    def _sharded_gradient_bytes(self) -> int:
+        """What the engine compares: parameters as it sees them when it is made, whole by their shape."""
+        root, layers = self.units
+        return 4 * sum(unit.num_elements(trained=True) for unit in (root, *layers))
+
+    def _zero_cut(self) -> ZeroCut:
+        plan, zero = self.plan, self.plan.zero
+        assert zero is not None
+        return ZeroCut(
+            stage=zero.stage,
+            ranks=plan.mesh.world_size,
+            itemsize=self.itemsize,
+            state_copies=self.copies,
+            gloo=not self.cuda,
+            accumulation=min(3, plan.batch.accumulation_steps),
+            reduce_bucket=zero.reduce_bucket_size,
+            prefetch_bucket=zero.prefetch_bucket_size,
+            persistence=zero.persistence_threshold,
+            max_live=zero.max_live_parameters,
+            sub_group=zero.sub_group_size,
+            recomputes=plan.activation_checkpointing != "none",
+        )
+
+    def _step(self) -> Timeline:
+        engine = self._engine()
+        if isinstance(engine, ZeroStep):
+            return engine.step(self._segments(**engine.gradient_mode()), self._segments(accumulates=True))
+        more = self._segments(accumulates=self.itemsize == 4) if self.plan.batch.accumulation_steps > 1 else []
+        return engine.step(self._segments(), more)
+
+    def _evaluation(self) -> Timeline:
+        segments, engine = self._segments(training=False), self._engine()
+        if isinstance(engine, ZeroStep):
+            engine.time.parts = engine.states()
+            engine.forward(segments)
+        else:
+            engine.time.parts = {} if self._offloads else engine.states()
+            if engine.cut.plain:
+                engine.step(segments, segments)
+            else:
+                engine.micro_step(segments, True)
+        engine.time.touch(TEMPORARIES, 0, "between steps")
+        return engine.time
+
+
+__all__ = ["Footprint", "Phase", "estimate", "read_config"]

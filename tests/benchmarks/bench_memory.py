@@ -1,0 +1,173 @@
+"""The memory model against the allocator: configurations drawn at random, each run on real gloo ranks.
+
+    python -m tests.benchmarks.bench_memory --seed 5 --count 120
+
+Writes docs/benchmarks/memory.md. `--only N` runs one of them and says what was live at its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _report import conditions, sentence, table, write
+
+from launcher.planning.footprint.estimate import estimate, read_config
+from tests.benchmarks.memory_cases import Case, draw
+from tests.benchmarks.memory_pool import World
+
+PREFACE = """# The memory model against the allocator
+
+`python -m tests.benchmarks.bench_memory --seed S --count N` draws configurations at random, runs two steps of each on real gloo ranks, and
+compares the peak of live tensor bytes of the second step (from the allocator's own events, the rank that needs most) with what
+`launcher/planning/footprint` says from config.json alone. Models are tiny, so what is constant weighs more than it would in a real one.
+An error above 0 is a plan that asks for too much, below 0 for too little.
+"""
+
+
+def main() -> None:
+    """Measure, compare, write the page."""
+    options = parse()
+    found = conditions("torch", "transformers", "deepspeed")
+    cases = [case for case in draw(options.seed, options.count) if options.only is None or case.number in options.only]
+    cases.sort(key=lambda case: (case.world_size, case.number))
+    rows = measure(cases, explains=options.only is not None, budget=options.minutes * 60, kept=options.keep)
+    if options.only is None and not options.dry:
+        title = f"Seed {options.seed}, {len(rows)} configurations"
+        print(write("memory", title, describe(rows, options, found), {"conditions": found, "rows": rows}, PREFACE))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--count", type=int, default=120)
+    parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of cases, explained")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no further case after so long")
+    parser.add_argument("--keep", type=Path, default=None, help="JSON lines of cases measured before, which are not measured again")
+    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
+    return parser.parse_args()
+
+
+def predicted(case: Case, directory: Path) -> dict[str, Any]:
+    """What the formulas say of a case."""
+    plan = case.plan(directory)
+    config = read_config(str(directory))
+    assert config is not None
+    footprint = estimate(plan, config, case.batch)
+    assert footprint is not None
+    steady = footprint.phase("steady step")
+    return {"predicted": steady.peak, "where": steady.where, "loading": footprint.phase("loading").peak}
+
+
+def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept: Path | None = None) -> list[dict[str, Any]]:
+    """A row for each case; ranks are started once for each number of them."""
+    from tests.benchmarks.memory_ranks import Request
+    from tests.benchmarks.memory_ranks import measure as on_rank
+
+    begun, rows = time.monotonic(), []
+    before = {row["number"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept and kept.exists() else {}
+    world: World | None = None
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in cases:
+            directory = Path(scratch) / str(case.number)
+            row = {"number": case.number, "case": case.describe()} | predicted(case, directory)
+            if case.number in before:
+                row["measured"] = before[case.number]["measured"]
+            elif time.monotonic() - begun > budget:
+                continue
+            else:
+                world = _world(world, case.world_size)
+                request = Request(case.plan(directory), case.kind, case.lengths, case.targets, explains=explains)
+                results = world.call(on_rank, request)
+                row["measured"] = max(result["peaks"]["steady step"] for result in results)
+                if kept is not None:
+                    with open(kept, "a") as file:
+                        file.write(json.dumps({"number": case.number, "measured": row["measured"]}) + "\n")
+                if explains:
+                    _explain(results)
+            row["error"] = row["predicted"] / row["measured"] - 1
+            rows.append(row | _facts(case))
+            print(line(rows[-1]), flush=True)
+    if world is not None:
+        world.close()
+    return rows
+
+
+def _world(world: World | None, size: int) -> World:
+    if world is not None and len(world.pipes) == size:
+        return world
+    if world is not None:
+        world.close()
+    return World(size)
+
+
+def _facts(case: Case) -> dict[str, Any]:
+    return {
+        "ranks": case.world_size,
+        "engine": case.engine,
+        "precision": case.precision,
+        "optimizer": case.optimizer,
+        "checkpointing": case.checkpointing,
+        "frozen": bool(case.freeze),
+        "tokens": case.batch.num_tokens,
+        "samples": len(case.lengths),
+        "passes": case.accumulation,
+    }
+
+
+def _explain(results: list[dict[str, Any]]) -> None:
+    highest = max(results, key=lambda result: result["peaks"]["steady step"])
+    print(highest["peaks"], highest["ends"])
+    for size, count, where in highest["explained"][:60]:
+        print("    ", size, count, where)
+
+
+def line(row: dict[str, Any]) -> str:
+    facts = " ".join(str(row[key]) for key in ("ranks", "engine", "precision", "optimizer", "checkpointing", "frozen", "tokens", "passes"))
+    return f"{row['number']:4} {row['error']:+7.2%} {row['measured'] / 2**20:8.2f} {row['case']:32} {facts} ({row['where']})"
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The errors of many rows in four numbers."""
+    sizes = sorted(abs(row["error"]) for row in rows)
+    return {
+        "configurations": len(rows),
+        "median": median(sizes),
+        "95th percentile": sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))],
+        "most under": min(0.0, *(row["error"] for row in rows)),
+        "most over": max(0.0, *(row["error"] for row in rows)),
+    }
+
+
+def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dict[str, Any]) -> str:
+    """The section of the page."""
+    groups: dict[str, list[dict[str, Any]]] = {"all": rows}
+    for key in ("engine", "precision", "checkpointing", "optimizer", "ranks", "frozen"):
+        for value in sorted({str(row[key]) for row in rows}):
+            groups[f"{key} {value}"] = [row for row in rows if str(row[key]) == value]
+    for family in sorted({row["case"].split()[0] for row in rows}):
+        groups[family] = [row for row in rows if row["case"].split()[0] == family]
+    lines = []
+    for name, group in groups.items():
+        s = summary(group)
+        lines.append([name, len(group), *(f"{s[key]:+.2%}" for key in ("median", "95th percentile", "most under", "most over"))])
+    worst = sorted(rows, key=lambda row: -abs(row["error"]))[:12]
+    kept = [[f"{r['error']:+.2%}", f"{r['measured'] / 2**20:.1f} MiB", line(r).split(" MiB")[0][26:].strip()] for r in worst]
+    return (
+        f"{sentence(found)}\n\nSeed {options.seed}. Errors are (predicted - measured) / measured; median and percentile are of their size.\n\n"
+        + table(["group", "configurations", "median", "95th percentile", "most under", "most over"], lines)
+        + "\nThe worst:\n\n"
+        + table(["error", "measured", "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, passes, where)"], kept)
+    )
+
+
+if __name__ == "__main__":
+    main()
