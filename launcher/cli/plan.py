@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,19 +12,83 @@ import typer
 from launcher.cli.job import JobFile, Overrides
 
 if TYPE_CHECKING:
+    from launcher.planning.outlook import Row
     from launcher.planning.plan import Plan
 
 NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def plan(job: JobFile, nproc: NumRanks = None, as_json: AsJson = False, overrides: Overrides = []) -> None:  # noqa: B006
-    """Show what will run: every decision with its reason."""
-    from launcher.job.load import load
-    from launcher.planning.decide import plan as decide
+Explain = Annotated[str | None, typer.Option("--explain", metavar="KEY", help="Say why a key has the value it has.")]
+GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAMES", help="Plan for GPUs that are not here, as h100-80gb; several with commas.")]
+Network = Annotated[str | None, typer.Option("--network", metavar="NAME", help="What joins the nodes, as ib400 or ethernet100.")]
+Scale = Annotated[str | None, typer.Option("--scale", metavar="FROM..TO", help="How memory and speed change with the number of GPUs.")]
+Picture = Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")]
 
-    decided = decide(load(job, overrides), nproc)
-    typer.echo(decided.to_json() if as_json else table(decided), nl=not as_json)
+
+def plan(
+    job: JobFile,
+    nproc: NumRanks = None,
+    as_json: AsJson = False,
+    overrides: Overrides = [],  # noqa: B006
+    gpu: GpuName = None,
+    network: Network = None,
+    scale: Scale = None,
+    explain: Explain = None,
+    picture: Picture = None,
+) -> None:
+    """Show what will run: every decision with its reason."""
+    from launcher.cli.output import print_json
+    from launcher.job.load import load
+    from launcher.planning.outlook import compare, look, scaled
+
+    wanted = load(job, overrides)
+    if scale is not None or (gpu is not None and "," in gpu):
+        rows = scaled(wanted, scale, gpu, network) if scale is not None else compare(wanted, gpu or "", network)
+        if as_json:
+            print_json({"plans": [row.to_dict() for row in rows]})
+        else:
+            _compared(rows)
+        return
+    seen = look(wanted, nproc, gpu, network)
+    if explain is not None:
+        typer.echo(explained(seen.plan, explain))
+        return
+    if picture is not None and seen.forecast is not None:
+        from launcher.cli.forecast import picture as drawn
+
+        picture.write_text(drawn(seen.forecast), encoding="utf-8")
+    if as_json:
+        print_json(json.loads(seen.plan.to_json()) | {"forecast": seen.forecast.to_dict() if seen.forecast else None, "no_forecast": seen.why_not})
+        return
+    typer.echo(table(seen.plan))
+    if seen.forecast is None:
+        typer.echo(f"\nNo forecast of memory: {seen.why_not}.")
+        return
+    from launcher.cli.forecast import advice, bars, speed_lines
+
+    typer.echo("\n".join(filter(None, [bars(seen.forecast), speed_lines(seen.forecast), advice(seen.forecast)])))
+
+
+def explained(plan: Plan, key: str) -> str:
+    """Why a key of the plan has its value. Raises ConfigurationError with the nearest keys for one that was not decided here."""
+    import difflib
+
+    from launcher.errors import ConfigurationError, Problem
+
+    found = next((decision for decision in plan.decisions if decision.key == key), None)
+    if found is None:
+        keys = [decision.key for decision in plan.decisions]
+        near = difflib.get_close_matches(key, keys, 3, 0.3) or keys[:3]
+        raise ConfigurationError(Problem("--explain", key, f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}"))
+    return f"{found.key} = {found.value}: {found.reason}"
+
+
+def _compared(rows: list[Row]) -> None:
+    from launcher.cli.output import print_table
+
+    header = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "plan"]
+    print_table(header, [row.cells() for row in rows])
 
 
 def table(plan: Plan) -> str:

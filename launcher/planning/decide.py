@@ -12,9 +12,9 @@ from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
 from launcher.planning.hardware import Hardware
-from launcher.planning.memory import STATE_BYTES, Setting, choose_checkpointing, gib, micro_batch_limit
+from launcher.planning.memory import STATE_BYTES, TOKENS_PER_PASS, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Attention, Length, Mesh, Plan, Zero
+from launcher.planning.plan import Attention, Decision, Length, Mesh, Plan, Zero
 from launcher.planning.ranks import mesh as arrange
 from launcher.planning.sharding import STAGES, Layout
 
@@ -42,7 +42,7 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
         reason = f"divides the {job.batch.global_batch_size // mesh.world_size} samples of a rank exactly; {limit_reason}"
         decider.decide("batch.micro_batch_size", batch.micro_batch_size, reason)
     length = _length(decider)
-    return Plan(
+    made = Plan(
         name=job.name,
         task=job.model.task,
         engine=placed.engine,
@@ -67,6 +67,40 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
         evaluate_every=job.training.evaluate_every,
         decisions=tuple(decider.decisions),
     )
+    return _by_the_formulas(decider, made, placed)
+
+
+def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
+    """Recomputation and micro-batch by the memory model, where it knows the model and the memory, in place of the simple rule's."""
+    from launcher.planning import fitting
+    from launcher.planning.gpus import seen
+
+    job, hardware = decider.job, decider.hardware
+    open_keys = {"memory.activation_checkpointing": job.memory.activation_checkpointing, "batch.micro_batch_size": job.batch.micro_batch_size}
+    memory = hardware.rank_memory(made.mesh.device, made.mesh.ranks_per_node)
+    if "auto" not in open_keys.values() or not memory or not fitting.known(made):
+        return made
+    asked = job.memory.activation_checkpointing
+    ways = fitting.WAYS if asked == "auto" else (asked,)
+    if made.zero is not None and made.zero.stage == 3:
+        ways = tuple(way for way in ways if way != "selective")
+    most = max(1, TOKENS_PER_PASS[made.mesh.device] // job.data.max_length)
+    micro = None if job.batch.micro_batch_size == "auto" else job.batch.micro_batch_size
+    choice = fitting.choose(made, memory, ways, most, micro, seen(hardware))
+    if choice is None:
+        return made
+    values: dict[str, tuple[str | int, str]] = {
+        "memory.activation_checkpointing": (choice.way, choice.reason),
+        "batch.micro_batch_size": (
+            choice.batch.micro_batch_size,
+            f"divides the {choice.batch.micro_batch_size * choice.batch.accumulation_steps} samples of a rank exactly; {choice.limit}",
+        ),
+    }
+    decisions = [
+        Decision(key=decision.key, value=values[decision.key][0], reason=values[decision.key][1]) if decision.key in values else decision
+        for decision in made.decisions
+    ]
+    return made.model_copy(update={"activation_checkpointing": choice.way, "batch": choice.batch, "decisions": tuple(decisions)})
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:

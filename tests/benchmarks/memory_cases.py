@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.buckets import Buckets
+from launcher.planning.footprint.families import program_of
 from launcher.planning.footprint.program import Batch
-from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Plan
 from tests.training.plans import plan_of
 
@@ -91,13 +90,12 @@ class Case:
     def _with_buckets(self, plan: Plan) -> Plan:
         """The sizes that the planner would choose, without its least of a million elements, which would hold all of so small a model."""
         assert plan.zero is not None
-        shape = ModelShape.read(plan.model)
-        assert shape is not None
-        layer = shape.layer_parameters
-        sizes, _ = Buckets.of(shape, False)
-        bucket = layer + layer % 2
-        kept = {"persistence_threshold": sizes.persistence_threshold, "max_live_parameters": shape.num_parameters - (shape.num_layers - 3) * layer}
-        every = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "sub_group_size"), bucket)
+        program = program_of(self.config | {"model_type": self.family})
+        assert program is not None
+        root, layers = program.units()
+        layer = max(unit.num_elements() for unit in layers)
+        kept = {"persistence_threshold": 10 * self.width, "max_live_parameters": root.num_elements() + 3 * layer}
+        every = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "sub_group_size"), layer + layer % 2)
         return plan.model_copy(update={"zero": plan.zero.model_copy(update=every | kept)})
 
 
@@ -142,8 +140,8 @@ def _freeze(r: random.Random, family: str) -> tuple[str, ...]:
 
 def _config(r: random.Random, family: str) -> dict[str, Any]:
     heads = r.choice((2, 4))
-    hidden = heads * r.choice((16, 24, 32))
-    layers, wide, words = r.randint(2, 7), hidden * r.choice((2, 3, 4)), r.choice((300, 1000, 4000, 12000))
+    hidden = heads * r.choice((24, 32, 48))
+    layers, wide, words = r.randint(2, 8), hidden * r.choice((2, 3, 4)), r.choice((300, 1000, 4000, 12000))
     dropout = r.choice((0.0, 0.1))
     if family == "gpt2":
         drops = {"resid_pdrop": dropout, "attn_pdrop": dropout, "embd_pdrop": dropout}

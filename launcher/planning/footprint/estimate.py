@@ -73,15 +73,23 @@ def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num
     `batch` is one micro-batch of a rank; left out, every sample is as long as the plan lets it be.
     Raises KeyError where the config lacks a size.
     """
+    made = estimator(plan, config, batch, num_labels)
+    return None if made is None else made.footprint()
+
+
+def estimator(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2) -> Estimator | None:
+    """As `estimate`, with what it is made from."""
     program = program_of(config, num_labels, plan.task if plan.task in ("causal-lm", "sequence-classification") else None)
     if program is None:
         return None
     if batch is None:
         batch = Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.attention != "packed")
-    return _Estimator(plan, program, batch).footprint()
+    return Estimator(plan, program, batch)
 
 
-class _Estimator:
+class Estimator:
+    """A plan, the program of its model, and one micro-batch."""
+
     def __init__(self, plan: Plan, program: Program, batch: Batch) -> None:
         self.plan, self.program = plan, program
         self.units = frozen(program.units(), plan.model.freeze)
@@ -90,9 +98,11 @@ class _Estimator:
         self.setting = Setting(
             batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task, frozen=plan.model.freeze
         )
+        self._gone_through: dict[Setting, list[Segment]] = {}
         self.copies = STATE_COPIES[plan.training.optimizer] if plan.training.optimizer != "sgd" or plan.training.momentum else 0
 
     def footprint(self) -> Footprint:
+        """All phases."""
         steady = self._step()
         states = self._engine().states()
         resident = sum(states.values()) if not self._offloads else 0
@@ -129,8 +139,12 @@ class _Estimator:
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
         return 4 * (parameters + self.copies * trained) // ranks
 
-    def _segments(self, **changes: Any) -> list[Segment]:
-        return spread(run(replace(self.setting, **changes), self.program.forward))
+    def segments(self, **changes: Any) -> list[Segment]:
+        """The blocks of one micro-batch."""
+        setting = replace(self.setting, **changes)
+        if setting not in self._gone_through:
+            self._gone_through[setting] = spread(run(setting, self.program.forward))
+        return self._gone_through[setting]
 
     def _engine(self) -> FsdpStep | ZeroStep:
         root, layers = self.units
@@ -177,12 +191,13 @@ class _Estimator:
     def _step(self) -> Timeline:
         engine = self._engine()
         if isinstance(engine, ZeroStep):
-            return engine.step(self._segments(**engine.gradient_mode()), self._segments(accumulates=True))
-        more = self._segments(accumulates=self.itemsize == 4) if self.plan.batch.accumulation_steps > 1 else []
-        return engine.step(self._segments(), more)
+            more = self.segments(accumulates=True) if self.plan.batch.accumulation_steps > 1 else []
+            return engine.step(self.segments(**engine.gradient_mode()), more)
+        more = self.segments(accumulates=self.itemsize == 4) if self.plan.batch.accumulation_steps > 1 else []
+        return engine.step(self.segments(), more)
 
     def _evaluation(self) -> Timeline:
-        segments, engine = self._segments(training=False), self._engine()
+        segments, engine = self.segments(training=False, checkpointing="none"), self._engine()
         if isinstance(engine, ZeroStep):
             engine.time.parts = engine.states()
             engine.forward(segments)
@@ -196,4 +211,4 @@ class _Estimator:
         return engine.time
 
 
-__all__ = ["Footprint", "Phase", "estimate", "read_config"]
+__all__ = ["Estimator", "Footprint", "Phase", "estimate", "estimator", "read_config"]

@@ -171,4 +171,7 @@ class FsdpStep:
                     go_through(self.time, segment, self.cut.recomputes)
             else:
                 self.micro_step(segments, number == self.cut.accumulation - 1)
+        if self.cut.gloo:
+            # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.
+            self.time.touch(TEMPORARIES, 8 * max(unit.largest_shard(self.cut.ranks) for unit in self.units), "norm of the gradients")
         return self.time

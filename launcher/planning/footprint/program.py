@@ -48,6 +48,10 @@ class Unit:
         """Elements of the last parameter that trains."""
         return next((weight.num_elements for weight in reversed(self.weights) if weight.trains), 0)
 
+    def largest_shard(self, ranks: int) -> int:
+        """Elements of the largest part of a parameter that trains."""
+        return max((weight.shard(ranks) for weight in self.weights if weight.trains), default=0)
+
     @property
     def largest(self) -> int:
         return max((weight.num_elements for weight in self.weights), default=0)
@@ -101,6 +105,8 @@ class Segment:
     """Of each gradient as it is made: bytes above where the block began, and its elements."""
     made: int = 0
     """Bytes of gradients that stay."""
+    traffic: int = 0
+    """Bytes of all tensors that were made."""
 
 
 @dataclass
@@ -114,6 +120,7 @@ class Context:
     inputs: Any = None
     """The batch, which is there until the step is over."""
     _level: int = 0
+    _written: int = 0
 
     def begin(self, kind: str, layer: int = -1, is_backward: bool = False) -> None:
         """Close the block so far and begin another."""
@@ -125,7 +132,8 @@ class Context:
         if self.segments:
             last = self.segments[-1]
             last.added, last.peak = self.meter.live - self._level, self.meter.peak - self._level
-        self._level = self.meter.mark()
+            last.traffic = self.meter.written - self._written
+        self._level, self._written = self.meter.mark(), self.meter.written
 
     def tensor(self, num_elements: int, itemsize: int | None = None) -> Shadow:
         """Something that nothing is learned through."""
@@ -134,7 +142,7 @@ class Context:
     def parameter(self, name: str, num_elements: int) -> Parameter:
         """The parameter of a name; tied ones share it."""
         if name not in self.parameters:
-            made = Parameter(num_elements, trains=not matches(name, self.setting.frozen))
+            made = Parameter(num_elements, trains=self.setting.training and not matches(name, self.setting.frozen))
             made.gradient = Storage(self.meter, 0) if self.setting.accumulates else None
             self.parameters[name] = made
         return self.parameters[name]

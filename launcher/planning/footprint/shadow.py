@@ -19,6 +19,8 @@ class Meter:
     def __init__(self) -> None:
         self.live = 0
         self.peak = 0
+        self.written = 0
+        """Bytes of all tensors that were made."""
         self.frame: Frame | None = None
         """Where checkpointing is at work, what it has to keep."""
         self.sequence = 0
@@ -32,6 +34,7 @@ class Meter:
 
     def add(self, num_bytes: int) -> None:
         self.live += num_bytes
+        self.written += num_bytes
         if self.live > self.peak:
             self.peak = self.live
 
@@ -61,11 +64,14 @@ class Storage:
 class Parameter:
     """A parameter whose own memory an engine answers for; its gradient is counted here."""
 
-    __slots__ = ("gradient", "num_elements", "trains")
+    __slots__ = ("arrived", "expected", "gradient", "num_elements", "trains")
 
     def __init__(self, num_elements: int, trains: bool = True) -> None:
         self.num_elements, self.trains = num_elements, trains
         self.gradient: Storage | None = None
+        self.expected = 0
+        """Operators that it goes into; the gradients of all of them are added up before it gets one."""
+        self.arrived: Storage | None = None
 
 
 class Shadow:
@@ -172,6 +178,10 @@ def node_of(meter: Meter, inputs: Sequence[Shadow | Parameter | None], backward:
         return None
     node = Node(meter, edges, backward)
     frame = meter.frame
+    if frame is None or not frame.recomputing:
+        for edge in edges:
+            if isinstance(edge, Parameter):
+                edge.expected += 1
     if frame is not None:
         if frame.recomputing:
             assert frame.again is not None
@@ -245,6 +255,12 @@ def _sum(meter: Meter, first: Storage) -> Storage:
 
 def _accumulate(meter: Meter, parameter: Parameter, gradient: Storage) -> None:
     """A parameter's gradient stays as it is, or, where an engine adds them up in fp32, as that; a second one is added to the first."""
+    parameter.expected -= 1
+    if parameter.arrived is None:
+        parameter.arrived = gradient
+    if parameter.expected > 0:
+        return
+    gradient, parameter.arrived = parameter.arrived, None
     first = parameter.gradient is None
     if meter.on_gradient is not None:
         meter.on_gradient(parameter.num_elements, (parameter.num_elements * 4 if meter.widens else gradient.num_bytes) if first else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.planning.footprint.coordinator import Coordinator, trace_of
 from launcher.planning.footprint.program import Segment, Unit, Weight
 from launcher.planning.footprint.timeline import (
     ACTIVATIONS,
@@ -48,6 +49,8 @@ class ZeroStep:
         self.time = Timeline()
         self.filled = 0
         """Elements in the bucket of gradients."""
+        self.opened = self.unopened = 0
+        """Bytes of a rank's own part of the gradients: there since the first message, or not yet."""
 
     def _part(self, num_elements: int) -> int:
         return -(-num_elements // self.cut.ranks)
@@ -87,7 +90,11 @@ class ZeroStep:
         time.touch(kind, segment.peak, where)
         for level, num_elements in segment.gradients:
             if self.filled and self.filled + num_elements > self.cut.reduce_bucket:
-                time.touch(MESSAGES, level + sending * self.filled, "sending gradients")
+                time.up(GRADIENTS, self.unopened)
+                self.opened, self.unopened = self.opened + self.unopened, 0
+                # What is larger than the bucket waits where it was made, and so does what it has to make room for.
+                waiting = self.cut.itemsize * sum(size for size in (self.filled, num_elements) if size > self.cut.reduce_bucket)
+                time.touch(MESSAGES, level + sending * self.filled + (waiting if self.cut.stage > 1 else 0), "sending gradients")
                 self.filled = 0
             self.filled += num_elements
         time.up(GRADIENTS, segment.made)
@@ -95,9 +102,9 @@ class ZeroStep:
 
     def forward(self, segments: list[Segment]) -> None:
         """The forward pass alone, of an evaluation."""
-        if self.cut.stage == 3:
-            self.time.parts[GATHERED] = self.cut.itemsize * min(self.total, 2 * self.cut.max_live)
+        whole = self._whole(segments) if self.cut.stage == 3 else {}
         for segment in segments:
+            self.time.parts[GATHERED] = self.cut.itemsize * whole.get((segment.kind, segment.layer, segment.backward), 0)
             self._go_through(segment, 0)
 
     def _stages_1_and_2(self, first: list[Segment], more: list[Segment]) -> None:
@@ -106,37 +113,47 @@ class ZeroStep:
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
         sending = (2 + 4 if wide else 4) if cut.stage == 2 else 0
         for number in range(cut.accumulation):
-            kept = dict(time.parts)
+            kept, self.opened = dict(time.parts), 0
+            self.unopened = part if cut.stage == 2 and (number == 0 or not wide) else 0
             for segment in first if number == 0 else more:
-                begun = number > 0 or (segment.backward and segment.kind != "tail")
-                buffers = buffer if number > 0 or segment.backward else 0
-                parts = part * begun + (0 if wide else part * (number > 0 and segment.backward)) if cut.stage == 2 else 0
-                time.parts[MESSAGES] = kept.get(MESSAGES, 0) + buffers
-                time.parts[GRADIENTS] = time.parts.get(GRADIENTS, 0) + parts
+                time.parts[MESSAGES] = kept.get(MESSAGES, 0) + (buffer if number > 0 or segment.backward else 0)
                 self._go_through(segment, sending)
-                time.down(GRADIENTS, parts)
             time.parts[MESSAGES] = kept.get(MESSAGES, 0)
             if cut.stage == 2:
                 time.parts = dict(base)
+                time.parts[GRADIENTS] = part * (2 if number > 0 and not wide else 1)
+                large = self.filled if self.filled > cut.reduce_bucket else 0
+                time.touch(MESSAGES, buffer + sending * self.filled + cut.itemsize * large, "sending gradients")
                 time.parts[GRADIENTS] = part
-                time.touch(MESSAGES, buffer + sending * self.filled, "sending gradients")
-                time.parts = dict(base)
             if cut.stage == 2 or number == cut.accumulation - 1:
                 self.filled = 0
         time.parts = dict(base)
+        piece = min(self._part(self.trained), max((weight.num_elements for weight in self.weights if weight.trains), default=0))
         if cut.stage == 1:
             time.parts[GRADIENTS] = 4 * self.trained + part
             time.touch(MESSAGES, buffer, "sending gradients")
+            time.touch(TEMPORARIES, 8 * piece * cut.gloo, "norm of the gradients")
         time.parts = dict(base)
         time.touch(GRADIENTS, part if wide else 2 * part, "optimizer")
+        time.touch(GRADIENTS, part + 8 * piece * cut.gloo, "norm of the gradients")
+
+    def _whole(self, segments: list[Segment]) -> dict[tuple[str, int, bool], int]:
+        """Elements that are whole during each block."""
+        cut = self.cut
+        trace = trace_of(self.root, self.layers, segments, cut.persistence, cut.recomputes)
+        # The loss multiplies with the output matrix outside of its module: registered with the whole model, it is never let go.
+        external = frozenset({self.root.weights[-1].name}) if trace else frozenset()
+        coordinator = Coordinator(trace, cut.prefetch_bucket, cut.max_live, cut.max_live, cut.ranks, cut.gloo, external)
+        return coordinator.go()
 
     def _stage_3(self, segments: list[Segment]) -> None:
         cut, time = self.cut, self.time
-        near = {index for index in range(len(self.layers)) if len(self.layers) - index <= 4}
-        sending = 4 * ((2 if cut.itemsize != 4 else 1) + (1 if cut.gloo else 0))
+        sending = 4 * (2 if cut.gloo else 1)
+        whole = self._whole(segments)
         for _ in range(cut.accumulation):
             for segment in segments:
-                turning = segment.kind == "tail" or segment.layer in near
-                time.parts[GATHERED] = cut.itemsize * min(self.total, 2 * cut.max_live if turning else cut.max_live + cut.prefetch_bucket)
+                time.parts[GATHERED] = cut.itemsize * whole.get((segment.kind, segment.layer, segment.backward), 0)
                 self._go_through(segment, sending)
+            large = self.filled if self.filled > cut.reduce_bucket else 0
+            time.touch(MESSAGES, sending * self.filled + cut.itemsize * large, "sending gradients")
             self.filled = 0

@@ -1,0 +1,88 @@
+"""How a forecast looks: bars on a terminal, a table, a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.planning.memory import gib
+
+if TYPE_CHECKING:
+    from launcher.planning.forecast import Forecast
+
+WIDTH = 48
+_SIGNS = "█▓▒░▞▚▙▟▛▜▄"
+_COLOURS = ("#4e79a7", "#59a14f", "#e15759", "#f28e2b", "#edc948", "#b07aa1", "#76b7b2", "#ff9da7", "#9c755f", "#bab0ac", "#d3d3d3")
+
+
+def bars(made: Forecast) -> str:
+    """Stacked bars of memory by phase, with what the signs stand for."""
+    kinds = _kinds(made)
+    longest = max([phase.total for phase in made.footprint.phases] + [made.memory_bytes])
+    lines = ["", "Memory of a rank, by phase:"]
+    for phase in made.footprint.phases:
+        bar = "".join(sign * round(WIDTH * phase.parts.get(kind, 0) / longest) for kind, sign in kinds.items())
+        host = f", {gib(phase.host)} of the host's" if phase.host else ""
+        lines.append(f"  {phase.name:12} {bar:{WIDTH}} {gib(phase.total):>9}{host}")
+    highest = made.footprint.highest
+    lines.append("  " + "  ".join(f"{sign} {kind} {gib(highest.parts[kind])}" for kind, sign in kinds.items() if highest.parts.get(kind)))
+    if made.memory_bytes:
+        lines.append(f"  {'fits' if made.fits else 'does NOT fit'}: {made.line()}")
+    return "\n".join(lines)
+
+
+def _kinds(made: Forecast) -> dict[str, str]:
+    names = dict.fromkeys(kind for phase in made.footprint.phases for kind in phase.parts)
+    return {kind: _SIGNS[number % len(_SIGNS)] for number, kind in enumerate(names)}
+
+
+def speed_lines(made: Forecast) -> str:
+    """Step time and rates, where they are known."""
+    s = made.speed
+    if s is None:
+        return ""
+    parts = f"{s.compute:.2f} s computing, {s.communication:.2f} s of messages ({s.exposed:.2f} s of them waited for), {s.optimizer:.3f} s optimizer"
+    lines = [f"  a step       {s.step:.2f} s: {parts}", f"  rate         {s.tokens_per_second:,.0f} tokens/s, {s.utilisation:.0%} of the GPUs' peak (MFU)"]
+    if made.plan.length.unit == "steps":
+        hours = s.step * made.plan.length.value / 3600
+        lines.append(f"  to the end   {hours:.2f} h, {hours * made.plan.mesh.world_size:,.1f} GPU-hours")
+    return "\n".join(["", "Speed, were every sample as long as it may be:", *lines])
+
+
+def advice(made: Forecast) -> str:
+    """Where a plan does not fit: the nearest that do, and what each costs."""
+    if made.fits:
+        return ""
+    from launcher.planning.fitting import nearest_that_fit
+    from launcher.planning.gpus import BY_KEY
+
+    gpu = next((kind for kind in BY_KEY.values() if made.memory_bytes == kind.memory_bytes), None) if made.speed else None
+    found = nearest_that_fit(made, gpu)
+    if not found:
+        return "\nNothing near it fits: take a smaller model, other GPUs, or DeepSpeed with memory.offload_to on NVMe."
+    lines = [f"  {words}: {other.line()}" for words, other in found]
+    return "\n".join(["", "The nearest plans that fit:", *lines])
+
+
+def picture(made: Forecast) -> str:
+    """The bars as an SVG."""
+    kinds = list(_kinds(made))
+    longest = max([phase.total for phase in made.footprint.phases] + [made.memory_bytes])
+    rows, height = [], 26 * len(made.footprint.phases) + 20 * len(kinds) + 60
+    for number, phase in enumerate(made.footprint.phases):
+        left, top = 120.0, 20 + 26 * number
+        rows.append(f'<text x="110" y="{top + 14}" text-anchor="end">{phase.name}</text>')
+        for kind in kinds:
+            width = 500 * phase.parts.get(kind, 0) / longest
+            colour = _COLOURS[kinds.index(kind) % len(_COLOURS)]
+            rows.append(f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="18" fill="{colour}"><title>{kind}</title></rect>')
+            left += width
+        rows.append(f'<text x="{left + 6:.1f}" y="{top + 14}">{gib(phase.total)}</text>')
+    if made.memory_bytes:
+        x = 120 + 500 * made.memory_bytes / longest
+        rows.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{26 * len(made.footprint.phases) + 20}" stroke="black" stroke-dasharray="4"/>')
+    for number, kind in enumerate(kinds):
+        y = 26 * len(made.footprint.phases) + 40 + 20 * number
+        rows.append(f'<rect x="120" y="{y}" width="12" height="12" fill="{_COLOURS[number % len(_COLOURS)]}"/><text x="138" y="{y + 11}">{kind}</text>')
+    style = 'font-family="sans-serif" font-size="13"'
+    body = "\n".join(rows)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" {style}>\n{body}\n</svg>\n'

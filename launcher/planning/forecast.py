@@ -1,0 +1,110 @@
+"""What a plan will need and how fast it will be: the verdict before anything is started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigurationError, OutOfMemoryError, Problem
+from launcher.planning.footprint.estimate import Estimator, Footprint, estimator, read_config
+from launcher.planning.footprint.families import KNOWN, nearest
+from launcher.planning.gpus import GpuType
+from launcher.planning.memory import gib
+from launcher.planning.plan import Plan
+from launcher.planning.speed import Speed, speed
+
+USABLE = {"cuda": 0.95, "cpu": 0.9}
+"""The share of a device's memory that a plan may fill: what the formulas were ever under, and what else lives there."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Memory, speed and verdict of a plan."""
+
+    plan: Plan
+    footprint: Footprint
+    memory_bytes: int
+    """Of one rank's device; 0 where it is not known."""
+    speed: Speed | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits; True where the memory is not known."""
+        return not self.memory_bytes or self.footprint.highest.total <= self.memory_bytes * USABLE[self.plan.mesh.device]
+
+    def line(self) -> str:
+        """The one-line summary that `run` and `submit` print."""
+        highest = self.footprint.highest
+        memory = f"{gib(highest.total)} of a rank's {gib(self.memory_bytes)}" if self.memory_bytes else f"{gib(highest.total)} a rank"
+        rate = f", about {self.speed.tokens_per_second:,.0f} tokens/s ({self.speed.utilisation:.0%} MFU)" if self.speed else ""
+        return f"{memory} at the highest ({highest.name}){rate}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines; sizes in bytes, times in seconds."""
+        phases = {
+            phase.name: {"bytes": phase.total, "live": phase.peak, "host_bytes": phase.host, "at": phase.where, "parts": phase.parts}
+            for phase in self.footprint.phases
+        }
+        content: dict[str, Any] = {"fits": self.fits, "memory_bytes": self.memory_bytes, "phases": phases}
+        if self.speed:
+            s = self.speed
+            content["speed"] = {
+                "step_seconds": s.step, "tokens_per_second": s.tokens_per_second, "mfu": s.utilisation, "compute_seconds": s.compute,
+                "communication_seconds": s.communication, "exposed_seconds": s.exposed, "optimizer_seconds": s.optimizer,
+            }  # fmt: skip
+        return content
+
+
+def locate(name: str) -> str:
+    """The directory of a model: as it is named, or where the hub's cache holds it."""
+    if (Path(name) / "config.json").exists() or "/" not in name:
+        return name
+    root = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    folder = root / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
+    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1].parent) if found else name
+
+
+def forecast(plan: Plan, memory_bytes: int, gpu: GpuType | None = None, network: float | None = None) -> Forecast | None:
+    """The forecast of a plan; None where its model's config cannot be read or its architecture is not known to the formulas."""
+    made = _estimator(plan)
+    if made is None:
+        return None
+    rate = speed(plan, made.units, made.segments(), gpu, network) if gpu is not None and plan.mesh.device == "cuda" else None
+    return Forecast(plan, made.footprint(), memory_bytes, rate)
+
+
+def _estimator(plan: Plan) -> Estimator | None:
+    config = read_config(locate(plan.model.name))
+    try:
+        return None if config is None else estimator(plan, config)
+    except KeyError as error:
+        reason = f"its config.json has no {error.args[0]}, which a {config and config.get('model_type')} model needs"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+
+
+def why_not(plan: Plan) -> str:
+    """Why there is no forecast, in one clause."""
+    config = read_config(locate(plan.model.name))
+    if config is None:
+        return f"no config.json of {plan.model.name} on this machine; fetch the model, or name its directory"
+    kind = str(config.get("model_type"))
+    if kind in KNOWN:
+        return f"the formulas have {kind} for other tasks than {plan.task}"
+    return f"the formulas do not know the architecture {kind}; the nearest they know is {nearest(kind)}"
+
+
+def require(plan: Plan, memory_bytes: int) -> Forecast | None:
+    """The forecast of a plan that is to start now. Raises OutOfMemoryError where it cannot fit."""
+    made = forecast(plan, memory_bytes)
+    if made is not None and not made.fits:
+        highest = made.footprint.highest
+        largest = max(highest.parts, key=lambda kind: highest.parts[kind])
+        usable = gib(int(memory_bytes * USABLE[plan.mesh.device]))
+        raise OutOfMemoryError(
+            f"this plan needs {gib(highest.total)} of a rank ({highest.name}; most of it {largest}, {gib(highest.parts[largest])}), "
+            f"and {usable} of {gib(memory_bytes)} can be used; --force starts it all the same"
+        )
+    return made

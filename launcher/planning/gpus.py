@@ -1,0 +1,84 @@
+"""The table of GPUs and links: what their makers say of them, dense figures, without sparsity."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planning.hardware import Gpu, Hardware
+
+
+@dataclass(frozen=True)
+class GpuType:
+    """One kind of GPU. Rates are operations and bytes a second."""
+
+    key: str
+    name: str
+    memory_bytes: int
+    """What a program can have; of its nominal size a little less."""
+    half_rate: float
+    """Matrix products in bf16 or fp16 with sums in fp32, dense."""
+    full_rate: float
+    """fp32 outside of the matrix units."""
+    bandwidth: float
+    """Of its memory."""
+    link: float
+    """To its neighbours in a node, one way."""
+    network: float
+    """To other nodes, one way, of the network that such nodes commonly have for each GPU."""
+    capability: float
+    source: str
+
+
+def _gb(size: float) -> int:
+    return int(size * 0.99 * 1e9)
+
+
+_NV = "https://www.nvidia.com/en-us/data-center"
+NETWORKS = {"ib400": 50e9, "ib200": 25e9, "ib100": 12.5e9, "ethernet100": 12.5e9, "ethernet25": 3.1e9}
+"""Of one GPU, bytes a second one way: the line rate divided by eight (InfiniBand NDR 400, HDR 200, EDR 100 Gb/s)."""
+TABLE = (
+    GpuType("a100-40gb", "NVIDIA A100 40GB", 40 << 30, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)"),
+    GpuType("a100-80gb", "NVIDIA A100 80GB", 80 << 30, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)"),
+    GpuType("h100-80gb", "NVIDIA H100 SXM", 80 << 30, 989e12, 67e12, 3.35e12, 450e9, 50e9, 9.0, f"{_NV}/h100 (datasheet, SXM)"),
+    GpuType("h100-pcie", "NVIDIA H100 PCIe", 80 << 30, 756e12, 51e12, 2.0e12, 64e9, 25e9, 9.0, f"{_NV}/h100 (datasheet, PCIe; product brief PB-11133)"),
+    GpuType("h200", "NVIDIA H200", _gb(141), 989e12, 67e12, 4.8e12, 450e9, 50e9, 9.0, f"{_NV}/h200 (datasheet, SXM)"),
+    GpuType("b200", "NVIDIA B200", _gb(180), 2250e12, 75e12, 8.0e12, 900e9, 50e9, 10.0, f"{_NV}/dgx-b200 (datasheet, an eighth of it)"),
+    GpuType("gb200", "NVIDIA GB200", _gb(186), 2500e12, 80e12, 8.0e12, 900e9, 50e9, 10.0, f"{_NV}/gb200-nvl72 (a 72nd of it)"),
+    GpuType("l40s", "NVIDIA L40S", 48 << 30, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9, 8.9, f"{_NV}/l40s (datasheet; PCIe 4.0 x16)"),
+    GpuType(
+        "rtx4090", "NVIDIA GeForce RTX 4090", 24 << 30, 165e12, 82.6e12, 1.008e12, 32e9, 12.5e9, 8.9,
+        "NVIDIA Ada GPU architecture whitepaper, table 2 (PCIe 4.0 x16)",
+    ),  # fmt: skip
+    GpuType(
+        "mi300x", "AMD Instinct MI300X", 192 << 30, 1307e12, 163.4e12, 5.3e12, 448e9, 50e9, 9.4,
+        "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html (7 links of 64 GB/s each way)",
+    ),  # fmt: skip
+)
+BY_KEY = {gpu.key: gpu for gpu in TABLE}
+
+
+def gpu_type(key: str) -> GpuType:
+    """The GPU of that name. Raises ConfigurationError with the nearest names."""
+    found = BY_KEY.get(key.strip().lower())
+    if found is None:
+        near = difflib.get_close_matches(key.lower(), BY_KEY, 3, 0.3) or list(BY_KEY)
+        raise ConfigurationError(Problem("--gpu", key, f"is not in the table; the nearest: {', '.join(near)}"))
+    return found
+
+
+def seen(hardware: Hardware) -> GpuType | None:
+    """The table's entry for the GPUs of this machine, by their name; None where there is none."""
+    if not hardware.gpus:
+        return None
+    name = hardware.gpus[0].name.lower()
+    memory = hardware.gpus[0].memory_bytes
+    fitting = [gpu for gpu in TABLE if gpu.name.split()[-1].lower().removesuffix("gb") in name or gpu.key.split("-")[0] in name]
+    return min(fitting, key=lambda gpu: abs(gpu.memory_bytes - memory), default=None)
+
+
+def as_hardware(gpu: GpuType, per_node: int, cores: int = 64, memory_bytes: int = 1 << 40) -> Hardware:
+    """A node of such GPUs that is not here. Cores and host memory are guesses where nothing is known."""
+    one = Gpu(gpu.name, gpu.memory_bytes, gpu.capability)
+    return Hardware(cores, memory_bytes, frozenset(), (one,) * per_node)

@@ -1,0 +1,115 @@
+"""How long a step takes: operations over a GPU's rate, bytes over its memory, messages over its links, and what of it overlaps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log2
+
+from launcher.planning.footprint.program import Segment, Unit
+from launcher.planning.gpus import GpuType
+from launcher.planning.plan import Plan
+
+MATRIX_SHARE = 0.6
+"""Of a GPU's matrix rate that large products reach in training. Assumed: the published figures in docs/planner.md lie between 0.5 and 0.7."""
+MEMORY_SHARE = 0.8
+"""Of a memory's rate that operators reach that do little else than read and write. Assumed."""
+LINK_SHARE = 0.75
+"""Of a link's rate that large collectives reach. Assumed."""
+READS = 1.5
+"""Bytes that an operator reads for each that it writes: one or two tensors."""
+LATENCY = 20e-6
+"""Seconds of one message between two ranks, for each doubling of their number. Assumed."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One optimizer step, in seconds; rates are of the whole job."""
+
+    compute: float
+    """Forward and backward of all micro-batches, without waiting."""
+    communication: float
+    """All messages of a rank, one after another."""
+    exposed: float
+    """What of them nothing runs beside."""
+    optimizer: float
+    tokens: int
+    """Of a global batch, were every sample as long as it may be."""
+    model_flops: float
+    """Operations of a global batch that a model needs, without recomputation."""
+    peak_rate: float
+    """Of all GPUs together."""
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.exposed + self.optimizer
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step
+
+    @property
+    def utilisation(self) -> float:
+        """MFU: the model's operations over what the GPUs could do."""
+        return self.model_flops / self.step / self.peak_rate
+
+
+def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, network: float | None = None) -> Speed:
+    """The speed of a plan on such GPUs.
+
+    `segments` are the blocks of one micro-batch (bytes they write: `Segment.traffic`). Attention's operations and those of matrices are
+    counted as in Chowdhery et al. 2022, arXiv 2204.02311, appendix B.
+    """
+    root, layers = units
+    mesh, batch = plan.mesh, plan.batch
+    tokens = batch.micro_batch_size * plan.data.max_length
+    itemsize = 4 if plan.precision == "fp32" else 2
+    rate = gpu.full_rate if itemsize == 4 else gpu.half_rate
+    again = 4 / 3 if plan.activation_checkpointing == "full" else 1.0
+    in_layers = [2 * matrix_elements(unit) * tokens * 3 for unit in layers]
+    outside = 2 * root.largest * tokens * 3
+    attention = [6 * attention_width(unit) * plan.data.max_length * tokens for unit in layers]
+    flops = sum(in_layers) + outside + sum(attention)
+    moved = (1 + READS) * sum(segment.traffic for segment in segments)
+    pass_seconds = (again * (sum(in_layers) + sum(attention)) + outside) / (rate * MATRIX_SHARE) + moved / (gpu.bandwidth * MEMORY_SHARE)
+    compute = pass_seconds * batch.accumulation_steps
+    communication, exposed = _messages(plan, units, gpu, network or gpu.network, compute, itemsize)
+    state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / (mesh.shard if plan.zero is None else mesh.world_size)
+    optimizer = 28 * state / (gpu.bandwidth * MEMORY_SHARE)
+    return Speed(
+        compute, communication, exposed, optimizer, tokens * batch.accumulation_steps * mesh.world_size,
+        flops * batch.accumulation_steps * mesh.world_size, rate * mesh.world_size,
+    )  # fmt: skip
+
+
+def matrix_elements(unit: Unit) -> int:
+    return sum(weight.num_elements for weight in unit.weights if len(weight.shape) >= 2)
+
+
+def attention_width(unit: Unit) -> int:
+    """heads x head_dim of a layer: what goes into its output projection."""
+    names = ("o_proj.weight", "out_proj.weight", "c_proj.weight", "output.dense.weight")
+    found = [weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name]
+    return found[0][0] if found else 0
+
+
+def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, network: float, compute: float, itemsize: int) -> tuple[float, float]:
+    """Seconds of all messages, and of those that computation does not hide."""
+    root, layers = units
+    mesh, batch = plan.mesh, plan.batch
+    ranks = mesh.shard if plan.zero is None else mesh.world_size
+    if mesh.world_size == 1:
+        return 0.0, 0.0
+    total, trained = (sum(unit.num_elements(trained=only) for unit in (root, *layers)) for only in (False, True))
+    gathers = {"full": 2, "gradients": 1}.get(plan.sharding, 1) if plan.zero is None else (2 if plan.zero.stage == 3 else 1 / batch.accumulation_steps)
+    reduces = 1 if plan.zero is None and 4 * trained <= 4 << 30 else batch.accumulation_steps
+    within = min(mesh.ranks_per_node, mesh.world_size)
+    wire = gpu.link if mesh.world_size <= within else min(gpu.link, network * within)
+    share = (ranks - 1) / ranks
+    sent = (gathers * batch.accumulation_steps * itemsize * total + 4 * reduces * trained) * share
+    if mesh.replicate > 1:
+        sent += 8 * trained / ranks * (mesh.replicate - 1) / mesh.replicate
+    num_messages = (len(layers) + 1) * (gathers * batch.accumulation_steps + reduces)
+    seconds = sent / (wire * LINK_SHARE) + num_messages * LATENCY * log2(mesh.world_size)
+    # The first gathering and the last sending have nothing beside them: a layer's share of all.
+    bare = seconds * 2 / (len(layers) + 1)
+    return seconds, max(bare, seconds - compute)
