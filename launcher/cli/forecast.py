@@ -40,8 +40,12 @@ def speed_lines(made: Forecast) -> str:
     s = made.speed
     if s is None:
         return ""
-    parts = f"{s.compute:.2f} s computing, {s.communication:.2f} s of messages ({s.exposed:.2f} s of them waited for), {s.optimizer:.3f} s optimizer"
-    lines = [f"  a step       {s.step:.2f} s: {parts}", f"  rate         {s.tokens_per_second:,.0f} tokens/s, {s.utilisation:.0%} of the GPUs' peak (MFU)"]
+    messages = f"{s.communication:.2f} s of messages ({s.exposed:.2f} s of them waited for)"
+    parts = f"{s.compute:.2f} s computing, {messages}, {s.optimizer:.3f} s optimizer"
+    lines = [
+        f"  a step       {s.step:.2f} s: {parts}",
+        f"  rate         {s.tokens_per_second:,.0f} tokens/s, {s.utilisation:.0%} of the GPUs' peak (MFU)",
+    ]
     if made.plan.length.unit == "steps":
         hours = s.step * made.plan.length.value / 3600
         lines.append(f"  to the end   {hours:.2f} h, {hours * made.plan.mesh.world_size:,.1f} GPU-hours")
@@ -79,10 +83,13 @@ def picture(made: Forecast) -> str:
         rows.append(f'<text x="{left + 6:.1f}" y="{top + 14}">{gib(phase.total)}</text>')
     if made.memory_bytes:
         x = 120 + 500 * made.memory_bytes / longest
-        rows.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{26 * len(made.footprint.phases) + 20}" stroke="black" stroke-dasharray="4"/>')
+        rows.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{26 * len(made.footprint.phases) + 20}" stroke="black" stroke-dasharray="4"/>'
+        )
     for number, kind in enumerate(kinds):
         y = 26 * len(made.footprint.phases) + 40 + 20 * number
-        rows.append(f'<rect x="120" y="{y}" width="12" height="12" fill="{_COLOURS[number % len(_COLOURS)]}"/><text x="138" y="{y + 11}">{kind}</text>')
+        rows.append(f'<rect x="120" y="{y}" width="12" height="12" fill="{_COLOURS[number % len(_COLOURS)]}"/>')
+        rows.append(f'<text x="138" y="{y + 11}">{kind}</text>')
     style = 'font-family="sans-serif" font-size="13"'
     body = "\n".join(rows)
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" {style}>\n{body}\n</svg>\n'

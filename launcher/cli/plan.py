@@ -20,7 +20,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 Explain = Annotated[str | None, typer.Option("--explain", metavar="KEY", help="Say why a key has the value it has.")]
-GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAMES", help="Plan for GPUs that are not here, as h100-80gb; several with commas.")]
+GpuName = Annotated[
+    str | None, typer.Option("--gpu", metavar="NAMES", help="Plan for GPUs that are not here, as h100-80gb; several with commas.")
+]
 Network = Annotated[str | None, typer.Option("--network", metavar="NAME", help="What joins the nodes, as ib400 or ethernet100.")]
 Scale = Annotated[str | None, typer.Option("--scale", metavar="FROM..TO", help="How memory and speed change with the number of GPUs.")]
 Picture = Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")]
@@ -59,7 +61,9 @@ def plan(
 
         picture.write_text(drawn(seen.forecast), encoding="utf-8")
     if as_json:
-        print_json(json.loads(seen.plan.to_json()) | {"forecast": seen.forecast.to_dict() if seen.forecast else None, "no_forecast": seen.why_not})
+        print_json(
+            json.loads(seen.plan.to_json()) | {"forecast": seen.forecast.to_dict() if seen.forecast else None, "no_forecast": seen.why_not}
+        )
         return
     typer.echo(table(seen.plan))
     if seen.forecast is None:
@@ -80,7 +84,9 @@ def explained(plan: Plan, key: str) -> str:
     if found is None:
         keys = [decision.key for decision in plan.decisions]
         near = difflib.get_close_matches(key, keys, 3, 0.3) or keys[:3]
-        raise ConfigurationError(Problem("--explain", key, f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}"))
+        raise ConfigurationError(
+            Problem("--explain", key, f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}")
+        )
     return f"{found.key} = {found.value}: {found.reason}"
 
 

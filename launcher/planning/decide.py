@@ -76,7 +76,10 @@ def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
     from launcher.planning.gpus import seen
 
     job, hardware = decider.job, decider.hardware
-    open_keys = {"memory.activation_checkpointing": job.memory.activation_checkpointing, "batch.micro_batch_size": job.batch.micro_batch_size}
+    open_keys = {
+        "memory.activation_checkpointing": job.memory.activation_checkpointing,
+        "batch.micro_batch_size": job.batch.micro_batch_size,
+    }
     memory = hardware.rank_memory(made.mesh.device, made.mesh.ranks_per_node)
     if "auto" not in open_keys.values() or not memory or not fitting.known(made):
         return made

@@ -46,7 +46,12 @@ def with_batch(plan: Plan, micro: int, way: ActivationCheckpointing | None = Non
 
 
 def choose(
-    plan: Plan, memory_bytes: int, ways: tuple[ActivationCheckpointing, ...], most: int, micro: int | None = None, gpu: GpuType | None = None
+    plan: Plan,
+    memory_bytes: int,
+    ways: tuple[ActivationCheckpointing, ...],
+    most: int,
+    micro: int | None = None,
+    gpu: GpuType | None = None,
 ) -> Choice | None:
     """The fastest recomputation and micro-batch that fit; without a GPU of the table the least recomputation is taken for the fastest.
 

@@ -43,7 +43,8 @@ class Row:
     def cells(self) -> list[str]:
         """What a table shows."""
         plan, made = self.plan, self.forecast
-        cut = f"{plan.engine} {plan.sharding}, {plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}, recompute {plan.activation_checkpointing}"
+        passes = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}"
+        cut = f"{plan.engine} {plan.sharding}, {passes}, recompute {plan.activation_checkpointing}"
         if made is None:
             return [self.gpu, str(plan.mesh.world_size), *["?"] * 7, cut]
         s = made.speed
@@ -112,6 +113,8 @@ def scaled(job: Job, span: str, gpu: str | None, network: str | None = None) -> 
             rows.append(_on(job, kind, wire, number))
         number *= 2
     if not rows:
-        reason = f"global_batch_size {job.batch.global_batch_size} cannot be cut over so many; the most is {job.batch.global_batch_size} GPUs"
+        reason = (
+            f"global_batch_size {job.batch.global_batch_size} cannot be cut over so many; the most is {job.batch.global_batch_size} GPUs"
+        )
         raise ConfigurationError(Problem("--scale", span, reason))
     return rows

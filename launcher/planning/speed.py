@@ -10,7 +10,7 @@ from launcher.planning.gpus import GpuType
 from launcher.planning.plan import Plan
 
 MATRIX_SHARE = 0.6
-"""Of a GPU's matrix rate that large products reach in training. Assumed: the published figures in docs/planner.md lie between 0.5 and 0.7."""
+"""Of a GPU's matrix rate that large products reach in training. Assumed; docs/planner.md holds it against published figures."""
 MEMORY_SHARE = 0.8
 """Of a memory's rate that operators reach that do little else than read and write. Assumed."""
 LINK_SHARE = 0.75
@@ -92,7 +92,9 @@ def attention_width(unit: Unit) -> int:
     return found[0][0] if found else 0
 
 
-def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, network: float, compute: float, itemsize: int) -> tuple[float, float]:
+def _messages(
+    plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, network: float, compute: float, itemsize: int
+) -> tuple[float, float]:
     """Seconds of all messages, and of those that computation does not hide."""
     root, layers = units
     mesh, batch = plan.mesh, plan.batch
@@ -100,7 +102,11 @@ def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, network:
     if mesh.world_size == 1:
         return 0.0, 0.0
     total, trained = (sum(unit.num_elements(trained=only) for unit in (root, *layers)) for only in (False, True))
-    gathers = {"full": 2, "gradients": 1}.get(plan.sharding, 1) if plan.zero is None else (2 if plan.zero.stage == 3 else 1 / batch.accumulation_steps)
+    gathers = (
+        {"full": 2, "gradients": 1}.get(plan.sharding, 1)
+        if plan.zero is None
+        else (2 if plan.zero.stage == 3 else 1 / batch.accumulation_steps)
+    )
     reduces = 1 if plan.zero is None and 4 * trained <= 4 << 30 else batch.accumulation_steps
     within = min(mesh.ranks_per_node, mesh.world_size)
     wire = gpu.link if mesh.world_size <= within else min(gpu.link, network * within)

@@ -162,10 +162,12 @@ def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dic
     worst = sorted(rows, key=lambda row: -abs(row["error"]))[:12]
     kept = [[f"{r['error']:+.2%}", f"{r['measured'] / 2**20:.1f} MiB", line(r).split(" MiB")[0][26:].strip()] for r in worst]
     return (
-        f"{sentence(found)}\n\nSeed {options.seed}. Errors are (predicted - measured) / measured; median and percentile are of their size.\n\n"
+        f"{sentence(found)}\n\nSeed {options.seed}. Errors are (predicted - measured) / measured; median and percentile of their size.\n\n"
         + table(["group", "configurations", "median", "95th percentile", "most under", "most over"], lines)
         + "\nThe worst:\n\n"
-        + table(["error", "measured", "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, passes, where)"], kept)
+        + table(
+            ["error", "measured", "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, passes, where)"], kept
+        )
     )
 
 

@@ -53,7 +53,11 @@ class Case:
 
     @property
     def depth(self) -> int:
-        return self.config.get("num_hidden_layers") or self.config.get("n_layer") or self.config["encoder_layers"] + self.config["decoder_layers"]
+        return (
+            self.config.get("num_hidden_layers")
+            or self.config.get("n_layer")
+            or self.config["encoder_layers"] + self.config["decoder_layers"]
+        )
 
     def plan(self, directory: Path) -> Plan:
         """The plan of the case for a model in `directory`, which holds its config."""

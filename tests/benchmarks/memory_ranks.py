@@ -167,8 +167,8 @@ def _unseen(found: list[Change], ends: dict[int, list[tuple[int, int, int]]]) ->
             released.setdefault(change.pointer, []).append(change)
     missing = []
     for pointer, copies in ends.items():
-        for time, end, size in copies:
-            after = next((change for change in released[pointer] if change.time > time), None)
+        for moment, end, size in copies:
+            after = next((change for change in released[pointer] if change.time > moment), None)
             if after is None or after.size > 0:
                 missing.append(Change(end, -size, pointer, "c10d"))
     return missing

@@ -63,9 +63,7 @@ class Llama:
         cosine, sine = context.tensor(batch.num_tokens * self.head), context.tensor(batch.num_tokens * self.head)
         for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
-            hidden = checkpoint(
-                context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x, cosine, sine), hidden
-            )
+            hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x, cosine, sine), hidden)
         context.begin("tail")
         hidden = ops.rms_norm(hidden, self.hidden, context.parameter("model.norm.weight", self.hidden))
         weight = table if self.tied else context.parameter("lm_head.weight", self.vocabulary * self.hidden)
@@ -88,7 +86,9 @@ class Llama:
         queries, keys = self.heads * self.head, self.groups * self.head
 
         def projected(name: str, width: int) -> Shadow:
-            made = ops.linear(hidden, self.hidden, width, weights[f"self_attn.{name}_proj.weight"], weights.get(f"self_attn.{name}_proj.bias"))
+            made = ops.linear(
+                hidden, self.hidden, width, weights[f"self_attn.{name}_proj.weight"], weights.get(f"self_attn.{name}_proj.bias")
+            )
             norm = weights.get(f"self_attn.{name}_norm.weight")
             return made if norm is None else ops.rms_norm(made, self.head, norm)
 
@@ -116,14 +116,14 @@ def packed(context: Context, query: Shadow, key: Shadow, value: Shadow, heads: i
     parts = []
     for length in lengths:
         share = length / sum(lengths)
-        pieces = [_part(tensor, share) for tensor in (query, key, value)]
+        q, k, v = (_part(tensor, share) for tensor in (query, key, value))
         if drop and not cuda and context.setting.training:
             mask = context.tensor(length * length, 5)
-            parts.append(plain(*pieces, heads * length * length, 1, drop, cuda))
+            parts.append(plain(q, k, v, heads * length * length, 1, drop, cuda))
             del mask
         else:
-            parts.append(fused(*pieces, heads, length))
-    del pieces
+            parts.append(fused(q, k, v, heads, length))
+    del q, k, v
     whole = parts[0] if len(parts) == 1 else ops.concatenate(*parts)
     # One sample's result lies as [tokens, heads, head_dim] already; several have been joined along the tokens within each head.
     return ops.copy(whole) if len(lengths) > 1 or (drop and not cuda) else whole
@@ -190,7 +190,9 @@ class Gpt2:
 
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
-        layers = [Unit(tuple(Weight(f"transformer.h.{i}.{name}", shape) for name, shape in self.layer_weights())) for i in range(self.num_layers)]
+        layers = [
+            Unit(tuple(Weight(f"transformer.h.{i}.{name}", shape) for name, shape in self.layer_weights())) for i in range(self.num_layers)
+        ]
         root = [Weight(self.embeddings, (self.vocabulary, self.hidden)), Weight("transformer.wpe.weight", (self.positions, self.hidden))]
         return Unit((*root, Weight("transformer.ln_f.weight", (self.hidden,)), Weight("transformer.ln_f.bias", (self.hidden,)))), layers
 
@@ -219,8 +221,9 @@ class Gpt2:
         residual = hidden
         hidden = ops.layer_norm(hidden, width, weights["ln_1.weight"], weights["ln_1.bias"])
         three = ops.linear(hidden, width, 3 * width, weights["attn.c_attn.weight"], weights["attn.c_attn.bias"])
-        mixed = packed(context, *split(three, 3), self.heads, self.drop["attn"])
-        del three
+        query, key, value = split(three, 3)
+        mixed = packed(context, query, key, value, self.heads, self.drop["attn"])
+        del three, query, key, value
         mixed = ops.linear(mixed, width, width, weights["attn.c_proj.weight"], weights["attn.c_proj.bias"])
         mixed = ops.dropout(mixed, self.drop["resid"], cuda)
         hidden = ops.add(mixed, residual)

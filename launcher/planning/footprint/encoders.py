@@ -52,7 +52,10 @@ class Bert:
         self.num_labels = num_labels
 
     def stem_weights(self) -> Shapes:
-        found: Shapes = [("word_embeddings.weight", (self.vocabulary, self.hidden)), ("position_embeddings.weight", (self.positions, self.hidden))]
+        found: Shapes = [
+            ("word_embeddings.weight", (self.vocabulary, self.hidden)),
+            ("position_embeddings.weight", (self.positions, self.hidden)),
+        ]
         found += [("token_type_embeddings.weight", (self.types, self.hidden)), *norm("LayerNorm", self.hidden)]
         return [(f"{self.kind}.embeddings.{name}", shape) for name, shape in found]
 
@@ -83,12 +86,16 @@ class Bert:
         setting = context.setting
         batch, size, tokens = setting.batch, setting.itemsize, setting.batch.num_tokens
         context.begin("stem")
-        weights = {name.removeprefix(f"{self.kind}.embeddings."): context.parameter(name, count(shape)) for name, shape in self.stem_weights()}
+        weights = {
+            name.removeprefix(f"{self.kind}.embeddings."): context.parameter(name, count(shape)) for name, shape in self.stem_weights()
+        }
         ids = context.tensor(2 * tokens, 8)
         words = ops.embedding(ids, tokens, self.hidden, size, weights["word_embeddings.weight"])
         types = ops.embedding(ids, tokens, self.hidden, size, weights["token_type_embeddings.weight"])
         hidden = ops.add(words, types)
-        places = ops.embedding(ids, tokens if self.kind == "roberta" else max(batch.lengths), self.hidden, size, weights["position_embeddings.weight"])
+        places = ops.embedding(
+            ids, tokens if self.kind == "roberta" else max(batch.lengths), self.hidden, size, weights["position_embeddings.weight"]
+        )
         hidden = added_broadcast(hidden, places)
         del words, types, places
         hidden = ops.layer_norm(hidden, self.hidden, weights["LayerNorm.weight"], weights["LayerNorm.bias"])
@@ -115,9 +122,15 @@ class Bert:
     def layer(self, context: Context, index: int, hidden: Shadow) -> Shadow:
         """[samples x length, hidden] -> the same."""
         setting = context.setting
-        weights = {name: context.parameter(f"{self.kind}.encoder.layer.{index}.{name}", count(shape)) for name, shape in self.layer_weights()}
-        mixed = self_attention(context, hidden, self.hidden, self.heads, weights, "attention.self.{}", ("query", "key", "value"), self.drop_attention)
-        mixed = ops.linear(mixed, self.hidden, self.hidden, weights["attention.output.dense.weight"], weights["attention.output.dense.bias"])
+        weights = {
+            name: context.parameter(f"{self.kind}.encoder.layer.{index}.{name}", count(shape)) for name, shape in self.layer_weights()
+        }
+        mixed = self_attention(
+            context, hidden, self.hidden, self.heads, weights, "attention.self.{}", ("query", "key", "value"), self.drop_attention
+        )
+        mixed = ops.linear(
+            mixed, self.hidden, self.hidden, weights["attention.output.dense.weight"], weights["attention.output.dense.bias"]
+        )
         mixed = ops.dropout(mixed, self.drop, setting.cuda)
         hidden = self._normed(ops.add(mixed, hidden), weights, "attention.output.LayerNorm")
         del mixed
@@ -155,7 +168,14 @@ def attention_mask(context: Context) -> Shadow | None:
 
 
 def self_attention(
-    context: Context, hidden: Shadow, width: int, heads: int, weights: dict[str, Parameter], pattern: str, names: tuple[str, str, str], drop: float
+    context: Context,
+    hidden: Shadow,
+    width: int,
+    heads: int,
+    weights: dict[str, Parameter],
+    pattern: str,
+    names: tuple[str, str, str],
+    drop: float,
 ) -> Shadow:
     """Query, key and value of one input, each with a bias, through PyTorch's fused attention."""
     made = []
@@ -170,7 +190,16 @@ def self_attention(
 
 
 def attend(
-    context: Context, query: Shadow, key: Shadow, value: Shadow, heads: int, batch: int, num_queries: int, num_keys: int, drop: float, masked: bool
+    context: Context,
+    query: Shadow,
+    key: Shadow,
+    value: Shadow,
+    heads: int,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    drop: float,
+    masked: bool,
 ) -> Shadow:
     """`sdpa_attention_forward`: the fused kernel, or on a CPU with dropout the plain one."""
     cuda = context.setting.cuda

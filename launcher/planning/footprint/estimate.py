@@ -112,7 +112,9 @@ class Estimator:
         loading = Timeline(dict(extra), resident, "every parameter and its state", dict(extra))
         saving = Timeline(dict(extra), resident, "a copy, written while training goes on", dict(extra))
         if not self.cuda and self.plan.checkpoint.asynchronous:
-            saving = Timeline({}, steady.peak + staged, f"a copy of the state; {steady.where}", steady.at_peak | {"staged checkpoint": staged})
+            saving = Timeline(
+                {}, steady.peak + staged, f"a copy of the state; {steady.where}", steady.at_peak | {"staged checkpoint": staged}
+            )
         evaluating = self._evaluation()
         made = [("loading", loading), ("first step", steady), ("steady step", steady), ("evaluating", evaluating)]
         phases = [self._phase(name, time, host) for name, time in [*made, ("saving", saving), ("resuming", loading)]]

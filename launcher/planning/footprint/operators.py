@@ -47,8 +47,10 @@ def product(a: Shadow, b: Shadow, num_elements: int) -> Shadow:
     return new(meter, num_elements, size, node, kept_by_selective=True)
 
 
-def pointwise(x: Shadow, saves: str = "input", itemsize: int | None = None, num_elements: int | None = None, temporaries: int = 0) -> Shadow:
-    """One tensor in, one out: it keeps its `input`, its `output` or `nothing`; `temporaries` of its size come and go in the backward pass."""
+def pointwise(
+    x: Shadow, saves: str = "input", itemsize: int | None = None, num_elements: int | None = None, temporaries: int = 0
+) -> Shadow:
+    """One tensor in, one out: it keeps its `input`, its `output` or `nothing`; `temporaries` come and go in the backward pass."""
     meter, before = x.meter, x.num_elements * x.itemsize
 
     def gradients(gradient: Storage) -> list[Storage | None]:

@@ -157,7 +157,8 @@ class Context:
         """The backward pass goes on with a node of this block."""
         last = self.segments[-1]
         if not last.backward or (last.kind, last.layer) != tag:
-            self.begin(*tag, is_backward=True)
+            kind, layer = tag
+            self.begin(kind, layer, is_backward=True)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -61,7 +61,9 @@ class Bart:
         mask = context.tensor(batch * sources * sources, 1) if masked else None
         for index in of_stack(context, self.num_layers["encoder"]):
             context.begin("layer", index)
-            encoded = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self._encode(context, i, x, batch, sources), encoded)
+            encoded = checkpoint(
+                context.meter, setting.checkpointing, lambda x, i=index: self._encode(context, i, x, batch, sources), encoded
+            )
         del mask
         context.begin("bridge")
         hidden = self._embedded(context, "decoder", batch, targets, weights)

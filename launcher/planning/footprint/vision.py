@@ -40,7 +40,9 @@ class Vit:
 
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
-        layers = [Unit(tuple(Weight(f"vit.layers.{i}.{name}", shape) for name, shape in self.layer_weights())) for i in range(self.num_layers)]
+        layers = [
+            Unit(tuple(Weight(f"vit.layers.{i}.{name}", shape) for name, shape in self.layer_weights())) for i in range(self.num_layers)
+        ]
         rest = [(f"vit.embeddings.{name}", shape) for name, shape in self.stem_weights()]
         rest += [*norm("vit.layernorm", self.hidden), *dense("classifier", self.num_labels, self.hidden)]
         return Unit(tuple(Weight(name, shape) for name, shape in rest)), layers
@@ -55,7 +57,12 @@ class Vit:
         pixels = given if size == 4 else context.tensor(given.num_elements)
         patches = self._convolved(pixels, batch, weights)
         del pixels
-        joined = new(context.meter, batch * self.tokens * self.hidden, size, node_of(context.meter, (patches, weights["vit.embeddings.cls_token"]), self._split(context, batch)))
+        joined = new(
+            context.meter,
+            batch * self.tokens * self.hidden,
+            size,
+            node_of(context.meter, (patches, weights["vit.embeddings.cls_token"]), self._split(context, batch)),
+        )
         del patches
         places = context.parameter("vit.embeddings.position_embeddings", self.tokens * self.hidden)
         hidden = _with_places(joined, places)
@@ -79,7 +86,9 @@ class Vit:
     def _convolved(self, pixels: Shadow, batch: int, weights: dict[str, Parameter]) -> Shadow:
         weight, bias = (weights[f"vit.embeddings.patch_embeddings.projection.{name}"] for name in ("weight", "bias"))
         meter, size = pixels.meter, pixels.itemsize
-        node = node_of(meter, (weight, bias), lambda gradient: [Storage(meter, weight.num_elements * size), Storage(meter, bias.num_elements * size)])
+        node = node_of(
+            meter, (weight, bias), lambda gradient: [Storage(meter, weight.num_elements * size), Storage(meter, bias.num_elements * size)]
+        )
         if node is not None:
             node.save(pixels.storage)
         return new(meter, batch * (self.tokens - 1) * self.hidden, size, node)
@@ -90,12 +99,12 @@ class Vit:
         weights = {name: context.parameter(f"vit.layers.{index}.{name}", count(shape)) for name, shape in self.layer_weights()}
         residual = hidden
         hidden = ops.layer_norm(hidden, self.hidden, weights["layernorm_before.weight"], weights["layernorm_before.bias"])
-        made = [
+        query, key, value = (
             ops.linear(hidden, self.hidden, self.hidden, weights[f"attention.{name}.weight"], weights[f"attention.{name}.bias"])
             for name in ("q_proj", "k_proj", "v_proj")
-        ]
-        mixed = attend(context, *made, self.heads, batch, self.tokens, self.tokens, self.drop_attention, False)
-        del made
+        )
+        mixed = attend(context, query, key, value, self.heads, batch, self.tokens, self.tokens, self.drop_attention, False)
+        del query, key, value
         hidden = ops.linear(mixed, self.hidden, self.hidden, weights["attention.o_proj.weight"], weights["attention.o_proj.bias"])
         del mixed
         hidden = ops.add(ops.dropout(hidden, self.drop, cuda), residual)
