@@ -19,6 +19,11 @@ NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on t
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")]
+MostGpus = Annotated[int, typer.Option("--max-gpus", min=1, help="With --deadline: no more than so many.")]
+Prices = Annotated[
+    list[str], typer.Option("--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; may be repeated.")
+]
 Explain = Annotated[str | None, typer.Option("--explain", metavar="KEY", help="Say why a key has the value it has.")]
 GpuName = Annotated[
     str | None, typer.Option("--gpu", metavar="NAMES", help="Plan for GPUs that are not here, as h100-80gb; several with commas.")
@@ -36,23 +41,32 @@ def plan(
     gpu: GpuName = None,
     network: Network = None,
     scale: Scale = None,
+    deadline: Deadline = None,
+    max_gpus: MostGpus = 1024,
+    price: Prices = [],  # noqa: B006
     explain: Explain = None,
     picture: Picture = None,
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.cli.output import print_json
     from launcher.job.load import load
-    from launcher.planning.outlook import compare, look, scaled
+    from launcher.planning import outlook
 
     wanted = load(job, overrides)
-    if scale is not None or (gpu is not None and "," in gpu):
-        rows = scaled(wanted, scale, gpu, network) if scale is not None else compare(wanted, gpu or "", network)
+    if deadline is not None or scale is not None or (gpu is not None and ("," in gpu or price)):
+        if deadline is not None:
+            rows = outlook.in_time(wanted, deadline, max_gpus, gpu, network)
+        elif scale is not None:
+            rows = outlook.scaled(wanted, scale, gpu, network)
+        else:
+            rows = outlook.compare(wanted, gpu or "", network)
+        rows = outlook.priced(rows, price)
         if as_json:
             print_json({"plans": [row.to_dict() for row in rows]})
         else:
             _compared(rows)
         return
-    seen = look(wanted, nproc, gpu, network)
+    seen = outlook.look(wanted, nproc, gpu, network)
     if explain is not None:
         typer.echo(explained(seen.plan, explain))
         return
@@ -93,7 +107,7 @@ def explained(plan: Plan, key: str) -> str:
 def _compared(rows: list[Row]) -> None:
     from launcher.cli.output import print_table
 
-    header = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "plan"]
+    header = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
     print_table(header, [row.cells() for row in rows])
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import Job
+from launcher.job.schema import Job, parse_seconds
 from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import Forecast, forecast, why_not
 from launcher.planning.gpus import NETWORKS, GpuType, as_hardware, gpu_type, seen
@@ -35,10 +35,25 @@ class Row:
     gpu: str
     plan: Plan
     forecast: Forecast | None
+    price: float | None = None
+    """Of one GPU and hour."""
+
+    @property
+    def hours(self) -> float | None:
+        """To the end of training; None where the job says epochs, or nothing is known of the speed."""
+        if self.forecast is None or self.forecast.speed is None or self.plan.length.unit != "steps":
+            return None
+        return self.forecast.speed.step * self.plan.length.value / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """Of all GPUs to the end of training."""
+        return None if self.hours is None or self.price is None else self.hours * self.plan.mesh.world_size * self.price
 
     def to_dict(self) -> dict[str, Any]:
         made = self.forecast.to_dict() if self.forecast else None
-        return {"gpu": self.gpu, "gpus": self.plan.mesh.world_size, "batch": self.plan.batch.model_dump(), "forecast": made}
+        facts = {"gpu": self.gpu, "gpus": self.plan.mesh.world_size, "hours": self.hours, "cost": self.cost}
+        return facts | {"batch": self.plan.batch.model_dump(), "forecast": made}
 
     def cells(self) -> list[str]:
         """What a table shows."""
@@ -46,12 +61,13 @@ class Row:
         passes = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}"
         cut = f"{plan.engine} {plan.sharding}, {passes}, recompute {plan.activation_checkpointing}"
         if made is None:
-            return [self.gpu, str(plan.mesh.world_size), *["?"] * 7, cut]
+            return [self.gpu, str(plan.mesh.world_size), *["?"] * 8, cut]
         s = made.speed
         rates = [f"{s.step:.2f}", f"{s.tokens_per_second:,.0f}", f"{s.utilisation:.0%}"] if s else ["?"] * 3
-        hours = f"{s.step * plan.length.value / 3600:.2f}" if s and plan.length.unit == "steps" else "?"
+        hours = "?" if self.hours is None else f"{self.hours:.2f}"
+        cost = "?" if self.cost is None else f"{self.cost:,.0f}"
         memory = [gib(made.footprint.highest.total), gib(made.memory_bytes), "yes" if made.fits else "no"]
-        return [self.gpu, str(plan.mesh.world_size), *memory, *rates, hours, cut]
+        return [self.gpu, str(plan.mesh.world_size), *memory, *rates, hours, cost, cut]
 
 
 def look(job: Job, nproc: int | None = None, gpu: str | None = None, network: str | None = None) -> Outlook:
@@ -97,6 +113,49 @@ def compare(job: Job, gpus: str, network: str | None = None) -> list[Row]:
     """The job on each of several kinds of GPU, by their names with commas."""
     wire = _network(network)
     return [_on(job, gpu_type(name), wire) for name in gpus.split(",")]
+
+
+def prices(texts: list[str]) -> dict[str, float]:
+    """`h100-80gb=2.5` -> the price of one GPU and hour, by its name. Raises ConfigurationError for anything else."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, amount = text.partition("=")
+        try:
+            found[gpu_type(name).key] = float(amount)
+        except ValueError:
+            raise ConfigurationError(Problem("--price", text, "is no price; write NAME=AMOUNT, as h100-80gb=2.5")) from None
+    return found
+
+
+def priced(rows: list[Row], texts: list[str]) -> list[Row]:
+    """The rows with what each costs."""
+    known = prices(texts)
+    return [replace(row, price=known.get(row.gpu)) for row in rows]
+
+
+def in_time(job: Job, deadline: str, most: int, gpus: str | None, network: str | None = None) -> list[Row]:
+    """Of each kind of GPU the fewest that fit and end within the deadline, at most so many.
+
+    Raises ConfigurationError where no kind does, with the nearest.
+    """
+    seconds = parse_seconds(deadline)
+    if not isinstance(seconds, float):
+        raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
+    if job.training.max_steps is None:
+        raise ConfigurationError(Problem("--deadline", deadline, "needs training.max_steps: how many steps an epoch has is not known yet"))
+    found, nearest = [], None
+    for name in gpus.split(",") if gpus else [None]:
+        rows = [row for row in scaled(job, f"1..{most}", name, network) if row.hours is not None and row.forecast and row.forecast.fits]
+        within = next((row for row in rows if row.hours is not None and row.hours * 3600 <= seconds), None)
+        if within is not None:
+            found.append(within)
+        nearest = min([*rows, *([nearest] if nearest else [])], key=lambda row: row.hours or 0.0, default=None)
+    if found:
+        return found
+    best = (
+        f"the nearest is {nearest.hours:.1f} h on {nearest.plan.mesh.world_size} x {nearest.gpu}" if nearest else "nothing fits on so few"
+    )
+    raise ConfigurationError(Problem("--deadline", deadline, f"no plan on up to {most} GPUs ends in time; {best}"))
 
 
 def scaled(job: Job, span: str, gpu: str | None, network: str | None = None) -> list[Row]:

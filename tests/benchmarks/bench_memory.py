@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import sys
 import tempfile
 import time
@@ -147,6 +149,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def verdicts(rows: list[dict[str, Any]], seed: int, count: int = 200) -> dict[str, Any]:
+    """Whether "fits" is said rightly of limits drawn between half and twice what was measured, and of limits within 5% of it."""
+    generator, said = random.Random(seed), {"any": [0, 0], "near": [0, 0]}
+    for number in range(count):
+        row = rows[number % len(rows)]
+        for kind, width in (("any", math.log(2)), ("near", 0.05)):
+            limit = row["measured"] * math.exp(generator.uniform(-width, width))
+            said[kind][0] += (row["predicted"] <= limit) == (row["measured"] <= limit)
+            said[kind][1] += 1
+    return {kind: {"right": right, "of": of} for kind, (right, of) in said.items()}
+
+
 def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dict[str, Any]) -> str:
     """The section of the page."""
     groups: dict[str, list[dict[str, Any]]] = {"all": rows}
@@ -159,12 +173,17 @@ def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dic
     for name, group in groups.items():
         s = summary(group)
         lines.append([name, len(group), *(f"{s[key]:+.2%}" for key in ("median", "95th percentile", "most under", "most over"))])
+    said = verdicts(rows, options.seed)
+    verdict = (
+        f"The verdict fits or not, the bare figure against the limit: right of {said['any']['right']} of {said['any']['of']} limits between "
+        f"half and twice what was measured, of {said['near']['right']} of {said['near']['of']} within 5% of it."
+    )
     worst = sorted(rows, key=lambda row: -abs(row["error"]))[:12]
     kept = [[f"{r['error']:+.2%}", f"{r['measured'] / 2**20:.1f} MiB", line(r).split(" MiB")[0][26:].strip()] for r in worst]
     return (
         f"{sentence(found)}\n\nSeed {options.seed}. Errors are (predicted - measured) / measured; median and percentile of their size.\n\n"
         + table(["group", "configurations", "median", "95th percentile", "most under", "most over"], lines)
-        + "\nThe worst:\n\n"
+        + f"\n{verdict}\n\nThe worst:\n\n"
         + table(
             ["error", "measured", "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, passes, where)"], kept
         )

@@ -49,11 +49,27 @@ class ZeroStep:
         self.time = Timeline()
         self.filled = 0
         """Elements in the bucket of gradients."""
-        self.opened = self.unopened = 0
-        """Bytes of a rank's own part of the gradients: there since the first message, or not yet."""
+        self.unopened = self.sent = self.open_after = 0
+        """Bytes of a rank's own part of the gradients that are not there yet; elements sent, and after how many of them it is."""
 
     def _part(self, num_elements: int) -> int:
         return -(-num_elements // self.cut.ranks)
+
+    def _shares(self) -> list[tuple[int, int]]:
+        """Of each rank: elements of all parameters of which it has any part, and of the largest part.
+
+        DeepSpeed copies fp32 gradients of the former whole.
+        """
+        whole, largest = [0] * self.cut.ranks, [0] * self.cut.ranks
+        for group in ([w for w in self.weights if len(w.shape) >= 2], [w for w in self.weights if len(w.shape) < 2]):
+            trained = [weight.num_elements for weight in group if weight.trains]
+            part, begin = max(1, self._part(sum(trained))), 0
+            for size in trained:
+                for rank in range(begin // part, min(self.cut.ranks - 1, (begin + size - 1) // part) + 1):
+                    whole[rank] += size
+                    largest[rank] = max(largest[rank], min(begin + size, (rank + 1) * part) - max(begin, rank * part))
+                begin += size
+        return list(zip(whole, largest, strict=True))
 
     def states(self) -> dict[str, int]:
         """Bytes of parameters, optimizer state and standing buffers between two steps."""
@@ -90,11 +106,13 @@ class ZeroStep:
         time.touch(kind, segment.peak, where)
         for level, num_elements in segment.gradients:
             if self.filled and self.filled + num_elements > self.cut.reduce_bucket:
-                time.up(GRADIENTS, self.unopened)
-                self.opened, self.unopened = self.opened + self.unopened, 0
+                self.sent += self.filled
+                if self.sent > self.open_after:
+                    time.up(GRADIENTS, self.unopened)
+                    self.unopened = 0
                 # What is larger than the bucket waits where it was made, and so does what it has to make room for.
                 waiting = self.cut.itemsize * sum(size for size in (self.filled, num_elements) if size > self.cut.reduce_bucket)
-                time.touch(MESSAGES, level + sending * self.filled + (waiting if self.cut.stage > 1 else 0), "sending gradients")
+                time.touch(MESSAGES, level + sending * self._message() + (waiting if self.cut.stage > 1 else 0), "sending gradients")
                 self.filled = 0
             self.filled += num_elements
         time.up(GRADIENTS, segment.made)
@@ -107,35 +125,51 @@ class ZeroStep:
             self.time.parts[GATHERED] = self.cut.itemsize * whole.get((segment.kind, segment.layer, segment.backward), 0)
             self._go_through(segment, 0)
 
+    def _message(self) -> int:
+        """Elements that are sent at once: what fills the bucket, or of one that is larger the part of a rank."""
+        return min(self.filled, max(self.cut.reduce_bucket, self._part(self.trained))) if self.cut.stage < 3 else self.filled
+
     def _stages_1_and_2(self, first: list[Segment], more: list[Segment]) -> None:
+        """The rank that needs most: one whose gradients come first, one whose come last, or one that touches most parameters."""
+        shares, begun, best = self._shares(), dict(self.time.parts), self.time
+        ranks = {0, self.cut.ranks - 1, max(range(self.cut.ranks), key=lambda rank: shares[rank][0])}
+        for rank in sorted(ranks) if self.cut.itemsize == 4 else [self.cut.ranks - 1]:
+            self.time = Timeline(dict(begun))
+            self.open_after = max(0, self.trained - (rank + 1) * self._part(self.trained))
+            largest = shares[rank][1] if self.cut.itemsize == 4 else max(share[1] for share in shares)
+            self._of_rank(first, more, shares[rank][0], largest)
+            best = max(best, self.time, key=lambda time: time.peak)
+        self.time = best
+
+    def _of_rank(self, first: list[Segment], more: list[Segment], touching: int, piece: int) -> None:
         cut, time = self.cut, self.time
         part, wide, base = 4 * self._part(self.trained), cut.itemsize != 4, dict(time.parts)
+        copied = part if wide else 4 * touching
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
         sending = (2 + 4 if wide else 4) if cut.stage == 2 else 0
         for number in range(cut.accumulation):
-            kept, self.opened = dict(time.parts), 0
-            self.unopened = part if cut.stage == 2 and (number == 0 or not wide) else 0
+            kept, self.sent = dict(time.parts), 0
+            self.unopened = copied if cut.stage == 2 and (number == 0 or not wide) else 0
             for segment in first if number == 0 else more:
                 time.parts[MESSAGES] = kept.get(MESSAGES, 0) + (buffer if number > 0 or segment.backward else 0)
                 self._go_through(segment, sending)
             time.parts[MESSAGES] = kept.get(MESSAGES, 0)
             if cut.stage == 2:
                 time.parts = dict(base)
-                time.parts[GRADIENTS] = part * (2 if number > 0 and not wide else 1)
+                time.parts[GRADIENTS] = copied * (2 if number > 0 and not wide else 1)
                 large = self.filled if self.filled > cut.reduce_bucket else 0
-                time.touch(MESSAGES, buffer + sending * self.filled + cut.itemsize * large, "sending gradients")
-                time.parts[GRADIENTS] = part
+                time.touch(MESSAGES, buffer + sending * self._message() + cut.itemsize * large, "sending gradients")
+                time.parts[GRADIENTS] = copied
             if cut.stage == 2 or number == cut.accumulation - 1:
                 self.filled = 0
         time.parts = dict(base)
-        piece = min(self._part(self.trained), max((weight.num_elements for weight in self.weights if weight.trains), default=0))
         if cut.stage == 1:
-            time.parts[GRADIENTS] = 4 * self.trained + part
+            time.parts[GRADIENTS] = 4 * self.trained + copied
             time.touch(MESSAGES, buffer, "sending gradients")
             time.touch(TEMPORARIES, 8 * piece * cut.gloo, "norm of the gradients")
         time.parts = dict(base)
-        time.touch(GRADIENTS, part if wide else 2 * part, "optimizer")
-        time.touch(GRADIENTS, part + 8 * piece * cut.gloo, "norm of the gradients")
+        time.touch(GRADIENTS, part if wide else part + copied, "optimizer")
+        time.touch(GRADIENTS, copied + 8 * piece * cut.gloo, "norm of the gradients")
 
     def _whole(self, segments: list[Segment]) -> dict[tuple[str, int, bool], int]:
         """Elements that are whole during each block."""
