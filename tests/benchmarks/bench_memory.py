@@ -30,8 +30,9 @@ PREFACE = """# The memory model against the allocator
 
 `python -m tests.benchmarks.bench_memory --seed S --count N` draws configurations at random, runs two steps of each on real gloo ranks, and
 compares the peak of live tensor bytes of the second step (from the allocator's own events, the rank that needs most) with what
-`launcher/planning/footprint` says from config.json alone. Models are tiny, so what is constant weighs more than it would in a real one.
-An error above 0 is a plan that asks for too much, below 0 for too little.
+`launcher/planning/footprint` says from config.json alone. A run after whose steps more than 1% of the peak seems to stay is measured again,
+up to twice, and the lowest counts: gloo's threads release memory where the profiler does not see it. Models are tiny, so what is constant
+weighs more than it would in a real one. An error above 0 is a plan that asks for too much, below 0 for too little.
 """
 
 
@@ -88,7 +89,7 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
             else:
                 world = _world(world, case.world_size)
                 request = Request(case.plan(directory), case.kind, case.lengths, case.targets, explains=explains)
-                results = world.call(on_rank, request)
+                results = _settled(world, on_rank, request)
                 row["measured"] = max(result["peaks"]["steady step"] for result in results)
                 if kept is not None:
                     with open(kept, "a") as file:
@@ -101,6 +102,18 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
     if world is not None:
         world.close()
     return rows
+
+
+def _settled(world: World, on_rank: Any, request: Any) -> list[dict[str, Any]]:
+    """Measured again where memory seems to stay after a step: gloo's threads released it, which the profiler does not see."""
+    tries = []
+    for _ in range(3):
+        results = world.call(on_rank, request)
+        stays = max((r["ends"]["steady step"] - r["ends"]["loading"]) / r["peaks"]["steady step"] for r in results)
+        tries.append((max(r["peaks"]["steady step"] for r in results), results))
+        if stays <= 0.01:
+            break
+    return min(tries, key=lambda one: one[0])[1]
 
 
 def _world(world: World | None, size: int) -> World:
@@ -175,8 +188,8 @@ def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dic
         lines.append([name, len(group), *(f"{s[key]:+.2%}" for key in ("median", "95th percentile", "most under", "most over"))])
     said = verdicts(rows, options.seed)
     verdict = (
-        f"The verdict fits or not, the bare figure against the limit: right of {said['any']['right']} of {said['any']['of']} limits between "
-        f"half and twice what was measured, of {said['near']['right']} of {said['near']['of']} within 5% of it."
+        f"The verdict fits or not, the bare figure against the limit: right of {said['any']['right']} of {said['any']['of']} limits "
+        f"between half and twice what was measured, of {said['near']['right']} of {said['near']['of']} within 5% of it."
     )
     worst = sorted(rows, key=lambda row: -abs(row["error"]))[:12]
     kept = [[f"{r['error']:+.2%}", f"{r['measured'] / 2**20:.1f} MiB", line(r).split(" MiB")[0][26:].strip()] for r in worst]

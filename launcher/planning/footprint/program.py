@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -37,11 +38,19 @@ class Unit:
 
     weights: tuple[Weight, ...]
 
+    @functools.cached_property
+    def _known(self) -> dict[tuple[int, bool], int]:
+        """What was asked for once: a plan asks for the same sums thousands of times."""
+        return {}
+
     def num_elements(self, trained: bool = False) -> int:
-        return sum(weight.num_elements for weight in self.weights if weight.trains or not trained)
+        return self.shard(1, trained)
 
     def shard(self, ranks: int, trained: bool = False) -> int:
-        return sum(weight.shard(ranks) for weight in self.weights if weight.trains or not trained)
+        """Elements of the largest rank's part."""
+        if (ranks, trained) not in self._known:
+            self._known[ranks, trained] = sum(weight.shard(ranks) for weight in self.weights if weight.trains or not trained)
+        return self._known[ranks, trained]
 
     @property
     def last_trained(self) -> int:
