@@ -29,6 +29,7 @@ from launcher.scheduling.slurm.allocation import (
     find_attempt,
     is_claimed_by_another,
     read_assignment,
+    refuse,
 )
 from launcher.scheduling.slurm.clock import lead_seconds, seconds_since_1970
 from launcher.scheduling.slurm.history import attempts, write_outcome
@@ -89,6 +90,8 @@ def test_who_follows_waits_for_who_leads(run: RunDirectory) -> None:
     leader.join()
     began = time.monotonic()
     assert await_attempt(run, Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "9"}), 0.3) is None
+    refuse(run, Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "7"}))
+    assert await_attempt(run, Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "7"}), 60) is None
     run.finished_file.touch()
     assert await_attempt(run, Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "9"}), 60) is None
     assert time.monotonic() - began < 5

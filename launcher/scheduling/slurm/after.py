@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.errors import LauncherError, SchedulerError
+from launcher.errors import LauncherError, RunInUseError, SchedulerError
 from launcher.planning.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
@@ -77,6 +77,9 @@ def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
     end = _meaning(allocation, TERMINATED)
     if end in ("preempted", "requeued"):
         return _act(run, allocation, Decision(True, f"{end} before it had begun"), end, status)
+    if status == RunInUseError.exit_code:
+        print("another job of this run is there; this one leaves it alone", flush=True)
+        return status
     said = "cancelled" if end == "cancelled" else f"ended with code {status} before an attempt began: see the job's output"
     event(run.events_file, "gave_up", job=allocation.job_id, reason=said)
     print(said, flush=True)

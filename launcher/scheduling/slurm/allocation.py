@@ -18,6 +18,7 @@ from launcher.runs.layout import RunDirectory, write_atomically
 
 FILE = "allocation.json"
 _CLAIM = "claim.json"
+_REFUSED = "refused.json"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,19 @@ def is_claimed_by_another(run: RunDirectory, allocation: Allocation) -> bool:
         return False
 
 
+def refuse(run: RunDirectory, allocation: Allocation) -> None:
+    """Tell the other nodes that there will be no attempt, so that they do not wait for one."""
+    (run.path / "slurm").mkdir(exist_ok=True)
+    write_atomically(run.path / "slurm" / _REFUSED, json.dumps([allocation.job_id, allocation.restart]) + "\n")
+
+
+def _is_refused(run: RunDirectory, allocation: Allocation) -> bool:
+    try:
+        return bool(json.loads((run.path / "slurm" / _REFUSED).read_text(encoding="utf-8")) == [allocation.job_id, allocation.restart])
+    except (OSError, ValueError):
+        return False
+
+
 def begin_attempt(run: RunDirectory, assignment: Assignment) -> int:
     """Make the next attempt's directory with the assignment in it from the first moment on; its number."""
     run.attempts.mkdir(exist_ok=True)
@@ -133,9 +147,9 @@ def find_attempt(run: RunDirectory, allocation: Allocation) -> int | None:
 
 
 def await_attempt(run: RunDirectory, allocation: Allocation, seconds: float) -> int | None:
-    """Wait for the head to begin; None where it has not within `seconds`, or the run is finished."""
+    """Wait for the head to begin; None where it has not within `seconds`, will not, or the run is finished."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not run.finished:
+    while time.monotonic() < until and not run.finished and not _is_refused(run, allocation):
         if (number := find_attempt(run, allocation)) is not None:
             return number
         _look_afresh(run.attempts)

@@ -25,7 +25,16 @@ from launcher.runs.processes import IGNORED_VARIABLE, oom_kills
 from launcher.scheduling.command import Meeting, agent_command, environment, write_command
 from launcher.scheduling.local import outcome
 from launcher.scheduling.slurm import network
-from launcher.scheduling.slurm.allocation import Allocation, Assignment, await_attempt, begin_attempt, claim, find_attempt, read_assignment
+from launcher.scheduling.slurm.allocation import (
+    Allocation,
+    Assignment,
+    await_attempt,
+    begin_attempt,
+    claim,
+    find_attempt,
+    read_assignment,
+    refuse,
+)
 from launcher.scheduling.slurm.clock import Clock
 from launcher.scheduling.slurm.history import TERMINATED, checkpoint_step, read_outcome, write_outcome
 from launcher.scheduling.slurm.queue import nodes_down
@@ -57,7 +66,13 @@ def work(run: RunDirectory) -> int:
     signals = Signals()
     with signals.caught():
         allocation = Allocation.of(os.environ)
-        return _lead(run, allocation, signals) if allocation.is_head else _follow(run, allocation, signals)
+        if not allocation.is_head:
+            return _follow(run, allocation, signals)
+        try:
+            return _lead(run, allocation, signals)
+        except RunInUseError:
+            refuse(run, allocation)
+            raise
 
 
 def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
