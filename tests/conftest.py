@@ -24,11 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, (program, reason) in _MISSING.items():
             if item.get_closest_marker(marker) and shutil.which(program) is None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("very_slow") and os.environ.get("RUN_VERY_SLOW") != "1":
+            item.add_marker(pytest.mark.skip(reason="many minutes of processor time, for which CI has no room; RUN_VERY_SLOW=1 runs it"))
         if item.get_closest_marker("slow") and os.environ.get("RUN_SLOW") != "1":
             item.add_marker(pytest.mark.skip(reason="takes minutes; RUN_SLOW=1 runs it"))
-    # Files that take minutes first, so that in the end no process of two waits for the other with one of them.
-    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
-    items.sort(key=lambda item: item.path not in long)
+    # Files that take minutes first, so that in the end no process waits for another with one of them; those that mostly wait before all.
+    waiting = {item.path for item in items if item.get_closest_marker("slurm")}
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in waiting, item.path not in long))
 
 
 @pytest.fixture(autouse=True)

@@ -25,11 +25,12 @@ def check(cluster: Cluster, script: Path) -> None:
     assert "to start at" in done.stderr
 
 
-def test_every_rendered_script(cluster: Cluster, tmp_path: Path) -> None:
+def test_every_rendered_script(cluster_with_gpus: Cluster, tmp_path: Path) -> None:
     for case, keys in CASES.items():
-        plan = plan_of({name: value for name, value in keys.items() if name not in NOT_HERE} | SMALL)
+        small = SMALL if keys.get("cluster.gpus_per_node") == 0 else {"cluster.gpus_per_node": 2, "cluster.threads_per_rank": 1}
+        plan = plan_of({name: value for name, value in keys.items() if name not in NOT_HERE} | small)
         write(tmp_path / case, files(plan, Place(str(tmp_path / "run"), str(tmp_path / case))))
-        check(cluster, tmp_path / case / "submit.sbatch")
+        check(cluster_with_gpus, tmp_path / case / "submit.sbatch")
 
 
 def test_scripts_in_hostile_places(cluster: Cluster, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_two_runs_on_the_same_nodes_never_meet(cluster: Cluster, material: Mater
     ("cluster_keys", "said"),
     [
         ({"partition": "nope"}, ["cluster.partition", "invalid partition"]),
-        ({"nodes": 6}, ["cluster.nodes", "Node count"]),
+        ({"nodes": 6}, ["cluster.nodes", "`sinfo -Nl` lists"]),
         ({"partition": "short", "time_limit": "1h"}, ["cluster.time_limit", "time limit"]),
         ({"interface": "lo"}, ["cluster.interface", "leads to no other node"]),
         ({"gpus_per_node": "auto", "ranks_per_node": "auto"}, ["cluster.gpus_per_node", "how many GPUs each has"]),

@@ -93,6 +93,7 @@ NO_LIBAIO = not Path("/usr/include/libaio.h").exists()
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow  # compiling takes ten minutes of processor time
 @pytest.mark.timeout(1800)  # the operator is compiled here where no earlier run has done so
 @pytest.mark.skipif(NO_LIBAIO, reason="libaio-dev is not installed, from which DeepSpeed compiles its file operator")
 @pytest.mark.parametrize("offload", ["optimizer", "parameters"])

@@ -110,6 +110,7 @@ def explain(error: LauncherError) -> LauncherError:
     hints = {
         "invalid partition": "cluster.partition; `sinfo` lists those there are",
         "account": "cluster.account; `sacctmgr show associations user=$USER` lists those you may use",
+        "more processors": "cluster.nodes, ranks_per_node and threads_per_rank; `sinfo -Nl` lists the nodes",
         "node count": "cluster.nodes; `scontrol show partition` says how many there may be",
         "node configuration": "cluster.gpus_per_node, mem, cpus_per_node or constraint; `sinfo -Nl` lists the nodes",
         "time limit": "cluster.time_limit; `scontrol show partition` says how long it may be",
