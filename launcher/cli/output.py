@@ -35,3 +35,20 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
+
+
+def line_plot(points: list[tuple[float, float]], width: int, height: int = 12, logarithmic: bool = False, ylabel: str = "") -> str:
+    """A line through points, drawn with characters; `logarithmic` in both directions."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(width, height)
+    if logarithmic:
+        plotext.xscale("log")
+        plotext.yscale("log")
+        plotext.xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
+    if ylabel:
+        plotext.title(ylabel)
+    plotext.plot([x for x, _ in points], [y for _, y in points], marker="braille")
+    return str(plotext.build())

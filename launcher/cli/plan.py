@@ -65,6 +65,8 @@ def plan(
             print_json({"plans": [row.to_dict() for row in rows]})
         else:
             _compared(rows)
+            if scale is not None:
+                typer.echo(scaling_plots(rows))
         return
     seen = outlook.look(wanted, nproc, gpu, network)
     if explain is not None:
@@ -109,6 +111,20 @@ def _compared(rows: list[Row]) -> None:
 
     header = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
     print_table(header, [row.cells() for row in rows])
+
+
+def scaling_plots(rows: list[Row]) -> str:
+    """Speed and memory over the number of GPUs, one above the other; empty where there is nothing to join by a line."""
+    import shutil
+
+    from launcher.cli.output import line_plot
+
+    known = [(row.plan.mesh.world_size, row.forecast) for row in rows if row.forecast is not None]
+    speeds = [(float(ranks), made.speed.tokens_per_second) for ranks, made in known if made.speed]
+    memory = [(float(ranks), made.footprint.highest.total / 2**30) for ranks, made in known]
+    width = min(shutil.get_terminal_size().columns, 90)
+    drawn = [(speeds, "tokens/s over GPUs"), (memory, "GiB of a GPU over GPUs")]
+    return "\n".join(line_plot(points, width, 13, logarithmic=True, ylabel=name) for points, name in drawn if len(points) > 1)
 
 
 def table(plan: Plan) -> str:

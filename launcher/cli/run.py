@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one below runs/.")]
 RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")]
+Force = Annotated[bool, typer.Option("--force", help="Begin it though the plan says that it cannot fit.")]
 StopAt = Annotated[int | None, typer.Option("--stop-at", min=1, metavar="STEP", help="Save and leave after this step, with exit code 75.")]
 
 
@@ -33,18 +34,19 @@ def run(
     nproc: NumRanks = None,
     run_dir: RunPath = None,
     stop_at: StopAt = None,
+    force: Force = False,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run a job on this machine; a run that stopped goes on where it was."""
     from launcher.cli.plan import table
-    from launcher.scheduling.opening import open_run
+    from launcher.scheduling.opening import expectation, open_run
     from launcher.scheduling.script import script_command
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
-    opened, plan = open_run(job, overrides, nproc, run_dir, command)
+    opened, plan = open_run(job, overrides, nproc, run_dir, command, force=force)
     if opened.last_attempt() == 0 and not as_json:
-        typer.echo(table(plan) + "\n", err=True)
+        typer.echo("\n".join(filter(None, [table(plan), expectation(opened)])) + "\n", err=True)
     _attempt(opened, plan, stop_at, as_json)
 
 

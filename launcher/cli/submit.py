@@ -10,7 +10,7 @@ from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
-from launcher.cli.run import Run, RunPath, ScriptFile
+from launcher.cli.run import Force, Run, RunPath, ScriptFile
 
 After = Annotated[
     list[str], typer.Option("--after", metavar="RUN", help="Start only when this run has finished; may be given several times.")
@@ -25,12 +25,14 @@ def submit(
     run_dir: RunPath = None,
     after: After = [],  # noqa: B006
     dry_run: DryRun = False,
+    force: Force = False,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Hand a job to Slurm; a run that stopped goes on where it was."""
     from launcher.errors import SchedulerError
     from launcher.scheduling.local import shown
+    from launcher.scheduling.opening import expectation
     from launcher.scheduling.script import script_command
     from launcher.scheduling.slurm import handing_over
 
@@ -39,13 +41,15 @@ def submit(
         typer.echo(handing_over.preview(job, overrides, run_dir, command), nl=False)
         return
     try:
-        run, plan, job_id = handing_over.hand_over(job, overrides, run_dir, command, after)
+        run, plan, job_id = handing_over.hand_over(job, overrides, run_dir, command, after, force)
     except SchedulerError as error:
         raise handing_over.explain(error) from None
     if as_json:
         print_json({"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size})
         return
     typer.echo(f"job {job_id}: {shown(run.path)} on {plan.slurm.nodes or plan.mesh.nodes} nodes x {plan.mesh.ranks_per_node} ranks")
+    if expected := expectation(run):
+        typer.echo(expected)
     typer.echo(f"follow it with: launcher status {shown(run.path)}", err=True)
 
 

@@ -23,6 +23,10 @@ Random = Annotated[
     list[str], typer.Option("--random", metavar="KEY=LOW..HIGH", help="Draw from a range, or (:log) by magnitude, or from values.")
 ]
 Points = Annotated[int | None, typer.Option("--points", min=1, metavar="N", help="How many points --random draws.")]
+HalvingRule = Annotated[
+    str | None,
+    typer.Option("--halving", metavar="STEPS[:N]", help="Compare points at STEPS, at N times that, and so on; one of N [3] goes on."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
 Metric = Annotated[str, typer.Option("--metric", help="What the leaderboard ranks by: a metric of the task.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the sweep is kept. [default: sweeps/NAME]")]
@@ -36,6 +40,7 @@ def sweep(
     grid: Grid = [],  # noqa: B006
     random: Random = [],  # noqa: B006
     points: Points = None,
+    halving: HalvingRule = None,
     seed: Seed = 0,
     metric: Metric = "loss",
     out: Out = None,
@@ -49,7 +54,7 @@ def sweep(
     """Try several values of a job's keys, as a Slurm array or here."""
     from launcher.scheduling.local import shown
 
-    found = _open(what, grid, random, points, seed, metric, out, nproc, overrides)
+    found = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
     code = 0
     if not show and found.left():
         if local:
@@ -68,6 +73,7 @@ def _open(
     grid: list[str],
     random: list[str],
     points: int | None,
+    halving: str | None,
     seed: int,
     metric: str,
     out: Path | None,
@@ -79,10 +85,11 @@ def _open(
     from launcher.job.check import METRICS
     from launcher.scheduling.opening import load_job
     from launcher.scheduling.sweep.space import points as draw
+    from launcher.scheduling.sweep.space import rungs
     from launcher.scheduling.sweep.sweep import Sweep
 
     if what.is_dir():
-        given = {"--grid": grid, "--random": random, "--points": points, "--out": out, "--set": overrides, "--nproc": nproc}
+        given = {"--grid": grid, "--random": random, "--points": points, "--halving": halving, "--out": out, "--set": overrides, "--nproc": nproc}
         for option, value in given.items():
             if value:
                 reason = "a sweep that has begun keeps its points; begin another one from the job file"
@@ -92,7 +99,8 @@ def _open(
     known = sorted({name for names in METRICS.values() for name in names})
     if metric not in known:
         raise ConfigurationError(Problem("--metric", metric, f"no task measures it; known are {', '.join(known)}"))
-    return Sweep.create(out or Path("sweeps") / job.name, what, overrides, draw(grid, random, points, seed), metric, nproc)
+    drawn = draw(grid, random, points, seed)
+    return Sweep.create(out or Path("sweeps") / job.name, what, overrides, drawn, metric, nproc, rungs(halving) if halving else None)
 
 
 def _here(found: Sweep) -> int:

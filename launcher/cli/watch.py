@@ -117,13 +117,9 @@ def curve(losses: list[tuple[int, float]], width: int) -> RenderableType:
 
     if len(losses) < 2:
         return Text("no two steps yet", style="dim")
-    import plotext
+    from launcher.cli.output import line_plot
 
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plot_size(width, 12)
-    plotext.plot([step for step, _ in losses], [loss for _, loss in losses], marker="braille")
-    return Text.from_ansi(plotext.build())
+    return Text.from_ansi(line_plot([(float(step), loss) for step, loss in losses], width))
 
 
 def ranks_table(ranks: list[dict[str, Any]]) -> Table:

@@ -13,11 +13,6 @@ from launcher.errors import Problem
 from launcher.job.describe import choices, docstring, expected_of, keys, section_of, written
 from launcher.job.schema import Job
 
-LATER = {
-    "cluster.gpu": (None, "planning for a named GPU is not in this version; leave it out (cluster.gpus_per_node says how many there are)")
-}
-"""Keys of the design that a later version brings: the values meant (None: any), and what to write today."""
-
 _SECRET_KEY = re.compile(r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|auth_?token|token)(s?$|_)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{12,}|sk-(?=[\w-]*\d)[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
@@ -29,7 +24,7 @@ _SECRET_REASON = (
 
 
 def refused(content: dict[str, Any]) -> list[Problem]:
-    """Secrets, and keys that a later version brings; they are taken out of `content`, so that nothing shows or judges them again."""
+    """Secrets; they are taken out of `content`, so that nothing shows or judges them again."""
     problems: list[Problem] = []
     known = {key.path for key in keys()}
     _refuse_in(content, "", known, problems)
@@ -43,8 +38,6 @@ def _refuse_in(section: Any, prefix: str, known: set[str], problems: list[Proble
         if secret_key or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             problems.append(Problem(path, None, _SECRET_REASON))
             section[key] = None
-        elif path in LATER and (LATER[path][0] is None or value in (LATER[path][0] or ())):
-            problems.append(Problem(path, value, LATER[path][1]))
         elif isinstance(value, (dict, list)):
             _refuse_in(value, f"{path}.", known, problems)
             continue

@@ -264,6 +264,8 @@ class Cluster(Section):
     """Machines; under Slurm also a range (2-8): it starts on as many as there are."""
     gpus_per_node: Annotated[int, Field(ge=0)] | Auto = "auto"
     """GPUs of each node; 0 trains on the CPU."""
+    gpu: Word | None = None
+    """Their kind, by its name in the planner's table, as h100-80gb: what is counted on where they are not on this machine."""
     ranks_per_node: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Processes of each node; with GPUs it is their number."""
     threads_per_rank: Annotated[int, Field(ge=1)] | Auto = "auto"

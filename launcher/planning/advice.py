@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from launcher.job.schema import ActivationCheckpointing
 from launcher.planning.batch import divisors
+from launcher.planning.fitting import with_batch
+from launcher.planning.forecast import USABLE as SHARE
+from launcher.planning.forecast import Forecast, forecast
+from launcher.planning.gpus import GpuType, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import STATE_BYTES, USABLE, Setting, gib
 from launcher.planning.model_shape import ModelShape
@@ -21,8 +27,14 @@ class Advice:
     """One clause with the figures; empty where the options speak for themselves."""
 
 
-def less_memory(plan: Plan, hardware: Hardware) -> Advice:
-    """The first change that makes a rank need less: of the pass, unless by `memory.py`'s rule that cannot be enough."""
+def less_memory(plan: Plan, hardware: Hardware, peak: int = 0) -> Advice:
+    """The cheapest change of the pass that would have fitted, by the formulas where they know the model; else another cut.
+
+    peak: bytes that a rank was seen to have, where that was measured. Where the formulas know nothing, `memory.py`'s rule decides.
+    """
+    known = _by_the_formulas(plan, hardware, peak)
+    if known is not None:
+        return known
     smaller = _smaller_pass(plan)
     shape = ModelShape.read(plan.model)
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
@@ -32,6 +44,44 @@ def less_memory(plan: Plan, hardware: Hardware) -> Advice:
     if smaller and _needed(plan, setting) <= memory * USABLE:
         return Advice(smaller)
     return _another_cut(plan, setting, hardware, memory)
+
+
+def _by_the_formulas(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
+    """None where the formulas do not know the model, or know of no pass that would have fitted."""
+    memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
+    made = forecast(plan, memory, seen(hardware)) if memory else None
+    if made is None:
+        return None
+    expected = made.footprint.highest
+    # What was seen and not foreseen counts for every other plan too.
+    unforeseen = max(0, peak - expected.total)
+    fitting = [
+        (way, other)
+        for way, other in _passes(made, seen(hardware))
+        if other.footprint.highest.total < expected.total
+        and other.footprint.highest.total + unforeseen <= memory * SHARE[plan.mesh.device]
+    ]
+    if not fitting:
+        return None
+    options, other = min(fitting, key=lambda pair: pair[1].speed.step if pair[1].speed else 0.0)
+    measured = f", a rank had {gib(peak)}" if peak else ""
+    then = f"with this it is {gib(other.footprint.highest.total)} of {gib(memory)}"
+    return Advice(options, f"the plan expected {gib(expected.total)} at the highest ({expected.name}: {expected.where}){measured}; {then}")
+
+
+def _passes(made: Forecast, gpu: GpuType | None) -> Iterator[tuple[str, Forecast]]:
+    """Smaller passes, those that cost least first: fewer samples at a time, then more recomputation, then both."""
+    plan = made.plan
+    per_rank = plan.batch.micro_batch_size * plan.batch.accumulation_steps
+    sizes = [size for size in sorted(divisors(per_rank), reverse=True) if size <= plan.batch.micro_batch_size]
+    ways: list[ActivationCheckpointing] = list(dict.fromkeys((plan.activation_checkpointing, "full")))
+    for way in ways:
+        for size in sizes:
+            options = [f"--set batch.micro_batch_size={size}"] if size != plan.batch.micro_batch_size else []
+            options += [f"--set memory.activation_checkpointing={way}"] if way != plan.activation_checkpointing else []
+            other = forecast(with_batch(plan, size, way), made.memory_bytes, gpu)
+            if options and other is not None:
+                yield " ".join(options), other
 
 
 def _smaller_pass(plan: Plan) -> str:

@@ -11,6 +11,7 @@ from launcher.planning import slurm
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
+from launcher.planning.gpus import as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import STATE_BYTES, TOKENS_PER_PASS, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
@@ -27,7 +28,7 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
     Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse.
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide, packages that are missing.
     """
-    decider = Decider(job, hardware or Hardware.detect(), nproc, local)
+    decider = Decider(job, hardware or _hardware(job, local), nproc, local)
     mesh, placed = arrange(decider)
     precision = _precision(decider, mesh)
     attention = _attention(decider, mesh)
@@ -68,6 +69,18 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
         decisions=tuple(decider.decisions),
     )
     return _by_the_formulas(decider, made, placed)
+
+
+def _hardware(job: Job, local: bool) -> Hardware:
+    """This machine; for a plan that runs elsewhere with the GPUs that the job names, as many as it says."""
+    here = Hardware.detect()
+    cluster = job.cluster
+    if cluster.gpu is None:
+        return here
+    kind = gpu_type(cluster.gpu, "cluster.gpu")
+    if local or cluster.gpus_per_node in ("auto", 0):
+        return here
+    return as_hardware(kind, int(cluster.gpus_per_node), here.num_cores, here.memory_bytes)
 
 
 def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConfigurationError, OutOfMemoryError, Problem
+from launcher.errors import ConfigurationError, Problem
 from launcher.planning.footprint.estimate import Estimator, Footprint, estimator, read_config
 from launcher.planning.footprint.families import KNOWN, nearest
 from launcher.planning.gpus import GpuType
@@ -27,6 +27,8 @@ class Forecast:
     footprint: Footprint
     memory_bytes: int
     """Of one rank's device; 0 where it is not known."""
+    checkpoint_bytes: int
+    """Of one checkpoint on the disk."""
     speed: Speed | None = None
 
     @property
@@ -48,6 +50,7 @@ class Forecast:
             for phase in self.footprint.phases
         }
         content: dict[str, Any] = {"fits": self.fits, "memory_bytes": self.memory_bytes, "phases": phases}
+        content["checkpoint_bytes"] = self.checkpoint_bytes
         if self.speed:
             s = self.speed
             content["speed"] = {
@@ -73,7 +76,7 @@ def forecast(plan: Plan, memory_bytes: int, gpu: GpuType | None = None, network:
     if made is None:
         return None
     rate = speed(plan, made.units, made.segments(), gpu, network) if gpu is not None and plan.mesh.device == "cuda" else None
-    return Forecast(plan, made.footprint(), memory_bytes, rate)
+    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate)
 
 
 def _estimator(plan: Plan) -> Estimator | None:
@@ -94,17 +97,3 @@ def why_not(plan: Plan) -> str:
     if kind in KNOWN:
         return f"the formulas have {kind} for other tasks than {plan.task}"
     return f"the formulas do not know the architecture {kind}; the nearest they know is {nearest(kind)}"
-
-
-def require(plan: Plan, memory_bytes: int) -> Forecast | None:
-    """The forecast of a plan that is to start now. Raises OutOfMemoryError where it cannot fit."""
-    made = forecast(plan, memory_bytes)
-    if made is not None and not made.fits:
-        highest = made.footprint.highest
-        largest = max(highest.parts, key=lambda kind: highest.parts[kind])
-        usable = gib(int(memory_bytes * USABLE[plan.mesh.device]))
-        raise OutOfMemoryError(
-            f"this plan needs {gib(highest.total)} of a rank ({highest.name}; most of it {largest}, {gib(highest.parts[largest])}), "
-            f"and {usable} of {gib(memory_bytes)} can be used; --force starts it all the same"
-        )
-    return made

@@ -86,12 +86,12 @@ TABLE = (
 BY_KEY = {gpu.key: gpu for gpu in TABLE}
 
 
-def gpu_type(key: str) -> GpuType:
-    """The GPU of that name. Raises ConfigurationError with the nearest names."""
+def gpu_type(key: str, where: str = "--gpu") -> GpuType:
+    """The GPU of that name, which stands at `where`. Raises ConfigurationError with the nearest names."""
     found = BY_KEY.get(key.strip().lower())
     if found is None:
         near = difflib.get_close_matches(key.lower(), BY_KEY, 3, 0.3) or list(BY_KEY)
-        raise ConfigurationError(Problem("--gpu", key, f"is not in the table; the nearest: {', '.join(near)}"))
+        raise ConfigurationError(Problem(where, key, f"is not in the table; the nearest: {', '.join(near)}"))
     return found
 
 

@@ -76,6 +76,7 @@ def look(job: Job, nproc: int | None = None, gpu: str | None = None, network: st
     Raises ConfigurationError for a GPU or a network that the table does not have.
     """
     speed_of_network = _network(network)
+    gpu = gpu or job.cluster.gpu
     if gpu is not None:
         made = _on(job, gpu_type(gpu), speed_of_network)
         return Outlook(made.plan, made.forecast, None if made.forecast else why_not(made.plan))

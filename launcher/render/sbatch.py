@@ -8,6 +8,8 @@ from launcher.render.place import AFTER, NODE, PREPARE, Place, quoted, variables
 SIGNAL_SECONDS = 30
 """How long before the time limit Slurm sends its signal; it may come up to a minute early. The ranks' own clock stops them sooner where a
 save takes longer."""
+PATIENT = ["sh", "-c", "trap '' USR2; exec \"$@\"", "sh"]
+"""Before a command that is to heed that signal: until it can, it must not die of it. Signals that a process ignores it hands on."""
 
 
 def script(plan: Plan, place: Place) -> str:
@@ -84,15 +86,15 @@ def srun_options(plan: Plan, place: Place) -> list[str]:
 
 
 def python_command(plan: Plan, place: Place) -> str:
-    """The interpreter on the nodes as shell words, inside its container where there is one."""
+    """What starts the interpreter on the nodes as shell words, inside its container where there is one."""
     container = plan.slurm.container
     if container is None:
-        return quoted([place.python])
+        return quoted([*PATIENT, place.python])
     if container.runtime == "pyxis":
-        return quoted([container.python])
+        return quoted([*PATIENT, container.python])
     gpus = ["--nv"] if plan.mesh.device == "cuda" else []
     binds = [word for mount in _mounts(container, place) for word in ("--bind", mount)]
-    return quoted(["apptainer", "exec", *gpus, *binds, *container.options, container.image, container.python])
+    return quoted([*PATIENT, "apptainer", "exec", *gpus, *binds, *container.options, container.image, container.python])
 
 
 def _mounts(container: Container, place: Place) -> list[str]:

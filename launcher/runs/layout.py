@@ -47,6 +47,11 @@ class RunDirectory:
         return self.path / "job.yaml"
 
     @property
+    def forecast_file(self) -> Path:
+        """What was expected of the run before it began; missing where nothing was known of its model."""
+        return self.path / "forecast.json"
+
+    @property
     def plan_file(self) -> Path:
         return self.path / "plan.json"
 

@@ -14,6 +14,7 @@ from launcher.planning.advice import less_memory
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
+from launcher.runs.beats import beats
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
@@ -141,5 +142,6 @@ def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]
     command = f"launcher resume {shown(run.path)}"
     if failure.failure_class != OutOfMemoryError.failure_class or plan.script:
         return command, ""
-    advice = less_memory(plan, Hardware.detect())
+    peak = max((beat.memory_bytes for beat in beats(run.attempt(run.last_attempt()))), default=0)
+    advice = less_memory(plan, Hardware.detect(), peak)
     return f"{command} {advice.options}".rstrip(), advice.reason

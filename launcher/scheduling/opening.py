@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from launcher.job.script import without_placeholders
 from launcher.planning.changes import Change, check
 from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
+from launcher.planning.preflight import preflight
 from launcher.planning.script import plan as decide_script
 from launcher.render.files import NAMES, files
 from launcher.render.place import Place
@@ -32,13 +34,15 @@ def open_run(
     directory: Path | None,
     script: tuple[str, ...] | None = None,
     local: bool = True,
+    force: bool = False,
 ) -> tuple[RunDirectory, Plan]:
     """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one goes on.
 
     `script` is a script of the user's own with its arguments; then a job file may be missing. Not `local`: it will run on other machines.
+    `force`: begin it though it cannot fit.
 
     Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that would make it another run;
-    RunInUseError where the run is under way.
+    RunInUseError where the run is under way; OutOfMemoryError or StorageError where a new run cannot fit.
     """
     job = load_job(job_file, overrides, script)
     run = RunDirectory((directory or Path("runs") / job.name).absolute())
@@ -48,11 +52,22 @@ def open_run(
     if run.path.exists() and (not run.path.is_dir() or any(path.name != ".lock" for path in run.path.iterdir())):
         raise ConfigurationError(Problem("--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"))
     plan = decide_for(job, nproc, script, local)
+    made = preflight(job, plan, run.path, local, force)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
+        if made is not None:
+            write_atomically(run.forecast_file, json.dumps({"line": made.line(), **made.to_dict()}, indent=2) + "\n")
         _write(run, job, plan)
         event(run.events_file, "planned", world_size=plan.mesh.world_size, digest=plan.digest())
     return run, plan
+
+
+def expectation(run: RunDirectory) -> str:
+    """One line of what the run was expected to need and to do; empty where nothing is known."""
+    try:
+        return str(json.loads(run.forecast_file.read_text(encoding="utf-8"))["line"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def reopen(run: RunDirectory, overrides: list[str], nproc: int | None, local: bool = True) -> Plan:

@@ -15,6 +15,7 @@ from launcher.errors import ConfigurationError, DivergedError, Problem, StorageE
 from launcher.planning.plan import Plan
 from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
+from launcher.runs.halving import Halving
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import last_record, newest_checkpoint
 from launcher.training import engines
@@ -94,6 +95,8 @@ class Trainer:
         self.loss_scale = LossScale(plan.precision == "fp16")
         early = plan.training.early_stopping
         self.patience = Patience(early.metric, early.patience, early.minimum_delta) if early else None
+        self.halving = Halving.of(run)
+        self.left_behind = False
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
         self._restore()
         self.first_step = self.state.step
@@ -128,7 +131,7 @@ class Trainer:
 
     @property
     def _over(self) -> bool:
-        return self.state.step >= self.num_steps or (self.patience is not None and self.patience.exhausted)
+        return self.state.step >= self.num_steps or self.left_behind or (self.patience is not None and self.patience.exhausted)
 
     @property
     def _keeps_best(self) -> bool:
@@ -238,6 +241,7 @@ class Trainer:
         if self.trackers:
             self.trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, self.state.step)
         self._judge(metrics)
+        self._compare()
         return True
 
     def _evaluated(self, metrics: dict[str, float]) -> None:
@@ -253,6 +257,14 @@ class Trainer:
             raise ConfigurationError(Problem("training.early_stopping.metric", self.patience.metric, reason))
         if self.state.step > 0 and self.patience.exhausted_by(metrics):
             self.event("early_stopping", step=self.state.step, metric=self.patience.metric, best=self.patience.best)
+
+    def _compare(self) -> None:
+        """Successive halving: whether this point of a sweep has fallen behind the others."""
+        if self.halving is None or not 0 < self.state.step < self.num_steps:
+            return
+        self.left_behind = self._agree(self.rank == 0 and self.halving.gives_up(self.run))
+        if self.left_behind:
+            self.event("halved", step=self.state.step, metric=self.halving.metric)
 
     def _save(self, wait: bool = False) -> None:
         """Save; `wait` until it is committed, and raise where it cannot be."""

@@ -91,14 +91,32 @@ def test_signalled_requeued_preempted_and_out_of_time(cluster: Cluster, material
 
 def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     """Told early enough, the ranks save, and the next attempt goes on."""
-    slow = {"FAULT": "slow:all:1.5", "PYTHONPATH": str(FAULTS)}
-    run = material.submit(cluster, material.job("hourly", time_limit="10min", grace=4, environment=slow))
-    run.wait_step(5)
-    # Now, or soon, the time is over.
-    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
-    run.wait_finished(400)
+    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS)}
+    run = material.submit(cluster, material.job("hourly", time_limit="10min", environment=slow))
+    run.wait_step(2)
+    # The time is over soon: a limit is given in minutes, and the steps that are left take longer than one.
+    elapsed = sum(int(part) * unit for part, unit in zip(cluster.show(run.job)["RunTime"].split(":"), (3600, 60, 1), strict=True))
+    cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={(elapsed + 20) // 60 + 1}")
+    assert run.wait_event("requeued")["reason"] == "time limit"
+    assert run.events("stopped")
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    run.wait_finished()
     check_equal(run.directory, undisturbed)
-    assert {record["reason"] for record in run.events("requeued")} == {"time limit"}
+    assert len(run.events("requeued")) == 1
+
+
+def test_too_little_time_to_save_goes_on_from_what_was_saved(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+    """The limit comes in the middle of a step that lasts longer than what is left."""
+    slow = {"FAULT": "slow-first:all:40", "PYTHONPATH": str(FAULTS)}
+    run = material.submit(cluster, material.job("abrupt", {"checkpoint": {"every": 1, "keep_last": 100}}, time_limit="10min", environment=slow))
+    run.wait_step(1)
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
+    assert run.wait_event("requeued")["reason"] == "time limit"
+    assert not run.events("stopped") and "had not saved and left" in run.events("failed")[0]["failure"]["cause"]
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    run.wait_finished()
+    assert run.events("resumed")[0]["step"] == 1
+    check_equal(run.directory, undisturbed)
 
 
 def test_preempted_twice_before_the_first_step_counts_for_nothing(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:

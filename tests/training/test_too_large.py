@@ -133,7 +133,7 @@ def test_four_ranks_train_what_half_the_memory_would_not_hold(engine: str, job: 
 
 
 def test_one_rank_runs_out_of_memory_and_is_told_what_would_fit(job: Path, tmp_path: Path) -> None:
-    ended, _ = launch(job, tmp_path / "run", "--nproc", "1")
+    ended, _ = launch(job, tmp_path / "run", "--nproc", "1", "--force")
     run = RunDirectory(tmp_path / "run")
     failure = json.loads((run.attempt(1) / "failure.json").read_text())
     assert (ended.returncode, failure["failure_class"]) == (OutOfMemoryError.exit_code, OutOfMemoryError.failure_class), failure

@@ -251,7 +251,6 @@ CONTRADICTIONS = [
     (CAUSAL, ["parallel.engine=zero"], "parallel.engine", "fsdp or deepspeed"),
     (CAUSAL, ["parallel.shard=stage3"], "parallel.shard", "one of full, gradients, optimizer, none"),
     (CAUSAL, ["memory.offload=optimiser"], "memory.offload", "the nearest is optimizer"),
-    (CAUSAL, ["cluster.gpu=h100-80gb"], "cluster.gpu", "leave it out"),
     (CAUSAL, ["data.train.path=trian.jsonl"], "data.train.path", "the nearest there is train.jsonl"),
     (CAUSAL, ["data.train.path=*.parquet"], "data.train.path", "no file fits"),
     (CAUSAL, ["data.train.path=notes.docx"], "data.train.path", "not of a kind that is read"),

@@ -122,6 +122,24 @@ def test_nothing_is_made_up_about_what_is_not_known(tmp_path: Path, model: Path)
     assert less_memory(on(model, offload="parameters"), CAPPED).options == ""
 
 
+@pytest.mark.parametrize(
+    ("peak", "options"),
+    [
+        (0, "--set batch.micro_batch_size=4"),
+        (10 * GIB, "--set batch.micro_batch_size=2"),
+        (int(11.235 * GIB), "--set batch.micro_batch_size=4 --set memory.activation_checkpointing=full"),
+    ],
+)
+def test_the_cheapest_pass_that_would_have_fitted_by_the_formulas(peak: int, options: str, tmp_path: Path) -> None:
+    """What was measured beyond the plan is taken to come on top of every other plan too."""
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "num_attention_heads": 16}))
+    plan = on(tmp_path, micro=8, activation_checkpointing="none", data__max_length=256)
+    advice = less_memory(plan, Hardware(4, 64 * GIB, process_bytes=10 * GIB), peak)
+    assert advice.options == options
+    assert "the plan expected" in advice.reason and "of 10.0 GiB" in advice.reason
+    assert ("a rank had" in advice.reason) == bool(peak)
+
+
 def test_the_limit_of_a_process_is_a_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CAPPED.rank_memory("cpu", 4) == 2 * GIB
     assert CAPPED.rank_memory("cpu", 64) == 1 * GIB

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.cli.forecast import advice, bars, picture, speed_lines
-from launcher.cli.plan import explained
+from launcher.cli.plan import explained, scaling_plots
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planning.fitting import nearest_that_fit, with_batch
@@ -146,6 +146,13 @@ def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
     assert picture(made).startswith("<svg") and "optimizer state" in picture(made)
     hopeless = forecast(plan, 1 << 20)
     assert hopeless is not None and "Nothing near it fits" in advice(hopeless)
+
+
+def test_scaling_is_drawn(job: Job) -> None:
+    drawn = scaling_plots(scaled(job, "8..64", "h100-80gb"))
+    assert "tokens/s over GPUs" in drawn and "GiB of a GPU over GPUs" in drawn
+    assert len([line for line in drawn.splitlines() if {"8", "16", "32", "64"} <= set(line.split())]) == 2, drawn
+    assert scaling_plots(scaled(job, "8..8", "h100-80gb")) == ""
 
 
 def test_another_micro_batch_keeps_the_global_batch(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from launcher.errors import ConfigurationError, ControllerUnreachableError, RunInUseError, SchedulerError
 from launcher.runs.beats import Beater, beats
-from launcher.runs.events import append, event
+from launcher.runs.events import append, event, read
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.slurm import after, client, network, queue, snapshot
 from launcher.scheduling.slurm.allocation import (
@@ -316,6 +316,24 @@ def test_a_run_belongs_to_one_job(bin_folder: Path, run: RunDirectory) -> None:
 def test_what_slurm_meant(end: str, known: str, meant: str, bin_folder: Path) -> None:
     program(bin_folder, "scontrol", f"echo 'JobId=17 {known}'")
     assert after._meaning(Allocation.of(VARIABLES), end) == meant
+
+
+def test_a_time_limit_before_the_attempt_began_is_not_tried_for_ever(
+    run: RunDirectory, bin_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set-up lines that take longer than the job may."""
+    for name, value in {**VARIABLES, "SLURM_JOB_ID": "17"}.items():
+        monkeypatch.setenv(name, value)
+    program(bin_folder, "scontrol", "echo 'JobId=17 JobState=COMPLETING Reason=TimeLimit PreemptTime=None'")
+    run.path.mkdir()
+    run.plan_file.write_text(plan().to_json())
+    assert [after.main([str(run.path), "140"]) for _ in range(3)] == [140] * 3
+    said = [(record["event"], record["reason"]) for record in read(run.events_file)]
+    waited = "time limit before it had begun"
+    assert said == [("requeued", waited), ("requeued", waited), ("gave_up", f"{waited}: raise cluster.time_limit")]
+    event(run.events_file, "started", attempt=1)
+    after.main([str(run.path), "140"])
+    assert list(read(run.events_file))[-1]["event"] == "requeued"
 
 
 def test_the_code_of_a_run_is_a_copy_once_for_each_version(run: RunDirectory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError
-from launcher.runs.events import event
+from launcher.runs.events import append, event
+from launcher.runs.halving import Halving
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.sweep.leaderboard import leaderboard
-from launcher.scheduling.sweep.space import points
+from launcher.scheduling.sweep.space import points, rungs
 from launcher.scheduling.sweep.sweep import Sweep
 
 
@@ -118,3 +120,61 @@ def test_the_best_point_comes_first(metric: str, order: list[int], job: Path, tm
     assert best[0] == ((0.8, 4) if metric == "loss" else (0.9, 2))
     assert best[2] == best[4] == (None, None)
     assert lines[-1].state == "not begun" and sweep.left() == [0, 1, 2, 3, 4]
+
+
+def halved(job: Path, path: Path, num_points: int, metric: str = "loss") -> Sweep:
+    overrides = ["data.evaluation.path=held-out.jsonl", "training.evaluate_every=2"]
+    (job.parent / "held-out.jsonl").write_text('{"text": "four"}\n')
+    return Sweep.create(path, job, overrides, [[f"training.seed={seed}"] for seed in range(num_points)], metric, None, (2, 2))
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("loss", 1.0), ("accuracy", -1.0)])
+def test_a_point_that_falls_behind_at_a_rung_is_given_up(metric: str, sign: float, job: Path, tmp_path: Path) -> None:
+    sweep = halved(job, tmp_path / "sweep", 4, metric)
+    rule = Halving.of(sweep.run(0))
+    assert rule == Halving(tmp_path / "sweep", metric, 2, 2)
+
+    clock = itertools.count()
+
+    def evaluate(number: int, step: int, value: float) -> bool:
+        sweep.run(number).path.mkdir(parents=True, exist_ok=True)
+        record = {"time": next(clock), "event": "evaluated", "step": step, "metrics": {metric: sign * value}}
+        append(sweep.run(number).events_file, record)
+        return rule.gives_up(sweep.run(number))
+
+    assert not evaluate(0, 0, 9.0) and not evaluate(0, 2, 3.0)  # the first at a rung goes on
+    assert evaluate(1, 2, 4.0) and not evaluate(2, 2, 2.0)
+    assert not evaluate(2, 3, 9.0), "between two rungs nothing is decided"
+    assert not evaluate(2, 4, 1.9)
+    assert evaluate(0, 4, 2.5), "at the second rung it is behind the one that came there"
+    assert evaluate(3, 2, float("nan"))
+    assert not evaluate(2, 4, 100.0), "a step that is measured again by another attempt counts as it did"
+
+
+def test_the_leaderboard_says_what_was_given_up(job: Path, tmp_path: Path) -> None:
+    sweep = halved(job, tmp_path / "sweep", 2)
+    measured(sweep.run(0), (2, 3.0))
+    event(sweep.run(0).events_file, "halved", step=2, metric="loss")
+    sweep.run(0).finished_file.touch()
+    assert [line.state for line in leaderboard(sweep)] == ["given up", "not begun"] and sweep.left() == [1]
+
+
+def test_a_run_that_is_no_point_is_compared_with_nothing(job: Path, tmp_path: Path) -> None:
+    sweep = Sweep.create(tmp_path / "plain", job, [], [[]], "loss", None)
+    assert Halving.of(sweep.run(0)) is None and Halving.of(RunDirectory(tmp_path / "run")) is None
+
+
+def test_a_sweep_without_evaluations_cannot_be_halved(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.scheduling.sweep.sweep.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError) as caught:
+        Sweep.create(tmp_path / "sweep", job, [], [[]], "loss", None, (2, 2))
+    assert all(said in str(caught.value) for said in ("data.evaluation", "training.evaluate_every", "needs optuna"))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("100", (100, 3)), (" 8 : 2 ", (8, 2)), ("0", None), ("5:1", None), ("a:b", None), ("1:2:3", None)])
+def test_a_rule_of_halving(text: str, expected: tuple[int, int] | None) -> None:
+    if expected:
+        assert rungs(text) == expected
+    else:
+        with pytest.raises(ConfigurationError, match="STEPS:N"):
+            rungs(text)

@@ -133,13 +133,17 @@ class Estimator:
             parts |= {SLACK: int(CUDA_SLACK * moving), CONTEXT: CUDA_CONTEXT}
         return Phase(name, time.peak, time.where, parts, host)
 
-    def _staged(self) -> int:
-        """A rank's share of a checkpoint: parameters and the optimizer's state in fp32."""
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a whole checkpoint: parameters and the optimizer's state in fp32."""
         root, layers = self.units
-        ranks = self.plan.mesh.world_size
         parameters = sum(unit.num_elements() for unit in (root, *layers))
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
-        return 4 * (parameters + self.copies * trained) // ranks
+        return 4 * (parameters + self.copies * trained)
+
+    def _staged(self) -> int:
+        """A rank's share of a checkpoint."""
+        return self.checkpoint_bytes // self.plan.mesh.world_size
 
     def segments(self, **changes: Any) -> list[Segment]:
         """The blocks of one micro-batch."""

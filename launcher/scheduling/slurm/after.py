@@ -8,6 +8,7 @@ It runs on the job's first node, in the batch step, which lives on for a moment 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from launcher.errors import LauncherError, RunInUseError, SchedulerError
 from launcher.planning.plan import Plan
-from launcher.runs.events import event
+from launcher.runs.events import event, read
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.slurm import queue
 from launcher.scheduling.slurm.allocation import Allocation, find_attempt, read_assignment
@@ -73,10 +74,15 @@ def _nodes_lost(run: RunDirectory, number: int) -> list[str]:
 
 
 def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
-    """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back at once. The latter is free."""
+    """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back at once. The latter is free, a time limit not for long."""
     end = _meaning(allocation, TERMINATED)
+    reason = f"{end} before it had begun"
     if end in ("preempted", "requeued"):
-        return _act(run, allocation, Decision(True, f"{end} before it had begun"), end, status)
+        return _act(run, allocation, Decision(True, reason), end, status)
+    if end == "time limit":
+        slurm = Plan.read(run.plan_file).slurm
+        again = slurm.requeue and _times_in_a_row(run, reason) + 1 < slurm.attempts_without_progress
+        return _act(run, allocation, Decision(again, reason if again else f"{reason}: raise cluster.time_limit"), end, status)
     if status == RunInUseError.exit_code:
         print("another job of this run is there; this one leaves it alone", flush=True)
         return status
@@ -84,6 +90,12 @@ def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
     event(run.events_file, "gave_up", job=allocation.job_id, reason=said)
     print(said, flush=True)
     return status or 1
+
+
+def _times_in_a_row(run: RunDirectory, reason: str) -> int:
+    """How often the run was requeued for this reason since something else happened to it."""
+    events = [record for record in read(run.events_file) if record.get("event") in ("started", "requeued")]
+    return sum(1 for _ in itertools.takewhile(lambda record: record.get("reason") == reason, reversed(events)))
 
 
 def _meaning(allocation: Allocation, end: str) -> str:

@@ -29,11 +29,16 @@ def preview(job_file: Path | None, overrides: list[str], directory: Path | None,
 
 
 def hand_over(
-    job_file: Path | None, overrides: list[str], directory: Path | None, script: tuple[str, ...] | None, after: Sequence[str] = ()
+    job_file: Path | None,
+    overrides: list[str],
+    directory: Path | None,
+    script: tuple[str, ...] | None,
+    after: Sequence[str] = (),
+    force: bool = False,
 ) -> tuple[RunDirectory, Plan, str]:
     """Make, or go on with, a run, and submit it; with the number of its Slurm job. `after` are runs that must be over first.
 
-    Raises ConfigurationError, SchedulerError, RunInUseError, StorageError.
+    Raises ConfigurationError, SchedulerError, RunInUseError, StorageError; OutOfMemoryError where it cannot fit, unless `force`.
     """
     job = opening.load_job(job_file, overrides, script)
     _check(job)
@@ -41,7 +46,7 @@ def hand_over(
     _check_path(run)
     find_sbatch()
     refuse_second(run)
-    run, plan = opening.open_run(job_file, overrides, None, run.path, script, local=False)
+    run, plan = opening.open_run(job_file, overrides, None, run.path, script, local=False, force=force)
     return run, plan, _submit(run, plan, after)
 
 

@@ -45,8 +45,10 @@ def _line(sweep: Sweep, number: int, run: RunDirectory, lower: bool) -> Line:
         return Line(number, overrides, "not begun", 0, None, None, None, None)
     status = read_status(run)
     # The first evaluation comes before any training, and says nothing of the point.
-    measured = [record for record in read(run.events_file) if record.get("event") == "evaluated" and record.get("step", 0) > 0]
+    events = list(read(run.events_file))
+    state = "given up" if status.state == "finished" and any(record.get("event") == "halved" for record in events) else status.state
+    measured = [record for record in events if record.get("event") == "evaluated" and record.get("step", 0) > 0]
     values = [(record["metrics"][sweep.metric], record["step"]) for record in measured if sweep.metric in record["metrics"]]
     finite = [pair for pair in values if math.isfinite(pair[0])]
     best = (min(finite) if lower else max(finite, key=lambda pair: (pair[0], -pair[1]))) if finite else (None, None)
-    return Line(number, overrides, status.state, status.step, status.total_steps, values[-1][0] if values else None, *best)
+    return Line(number, overrides, state, status.step, status.total_steps, values[-1][0] if values else None, *best)

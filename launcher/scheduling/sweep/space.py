@@ -11,6 +11,8 @@ from launcher.job.load import parse
 
 _RANGE = re.compile(r"^\s*(\S+?)\s*\.\.\s*(\S+?)\s*(?::\s*(log|linear)\s*)?$")
 _MOST_POINTS = 1000
+_FACTOR = 3
+"""Of how many points one goes on: near e, which Jamieson and Talwalkar (2016) find best in theory."""
 
 
 def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, seed: int) -> list[list[str]]:
@@ -36,6 +38,15 @@ def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, s
     if len(found) > _MOST_POINTS:
         raise ConfigurationError(Problem("--grid", len(found), f"is more than {_MOST_POINTS} points; try fewer values"))
     return found
+
+
+def rungs(text: str) -> tuple[int, int]:
+    """`STEPS` or `STEPS:N`: where points are first compared, and of how many one goes on. Raises ConfigurationError."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
+    first, factor = (int(match[1]), int(match[2] or _FACTOR)) if match else (0, 0)
+    if first < 1 or factor < 2:
+        raise ConfigurationError(Problem("--halving", text, "write STEPS or STEPS:N with N of at least 2, as 100:3"))
+    return first, factor
 
 
 def _collect(option: str, texts: Sequence[str], problems: list[Problem], ranges: bool) -> dict[str, Any]:

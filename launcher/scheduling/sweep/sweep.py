@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Job
 from launcher.planning.plan import Plan
+from launcher.runs.halving import SWEEP_FILE
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.scheduling import opening
-
-_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -27,26 +29,43 @@ class Sweep:
     nproc: int | None = None
 
     @classmethod
-    def create(cls, path: Path, job_file: Path, overrides: list[str], points: list[list[str]], metric: str, nproc: int | None) -> Sweep:
-        """Write a new sweep of a job. Raises ConfigurationError where there is something at `path`, or the job is bad."""
+    def create(
+        cls,
+        path: Path,
+        job_file: Path,
+        overrides: list[str],
+        points: list[list[str]],
+        metric: str,
+        nproc: int | None,
+        halving: tuple[int, int] | None = None,
+    ) -> Sweep:
+        """Write a new sweep of a job. Raises ConfigurationError where there is something at `path`, or the job is bad.
+
+        halving: the steps before points are first compared, and how many of them one is kept of.
+        """
         if path.exists() and any(path.iterdir()):
             reason = "holds something already; go on with a sweep by naming its directory alone, or name another one with --out"
             raise ConfigurationError(Problem("--out", str(path), reason))
         job = opening.load_job(job_file, overrides, None)
         for point in points:
             opening.load_job(job_file, [*overrides, *point], None)  # what no point can be is said before any has begun
+        if halving:
+            _check_comparable(job, metric)
         sweep = cls(path.absolute(), tuple(map(tuple, points)), metric, nproc)
         (path / "points").mkdir(parents=True, exist_ok=True)
         content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
         write_atomically(path / "job.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        write_atomically(path / _FILE, json.dumps({"format": 1, "points": points, "metric": metric, "nproc": nproc}, indent=2) + "\n")
+        described: dict[str, Any] = {"format": 1, "points": points, "metric": metric, "nproc": nproc}
+        if halving:
+            described["halving"] = {"first": halving[0], "factor": halving[1]}
+        write_atomically(path / SWEEP_FILE, json.dumps(described, indent=2) + "\n")
         return sweep
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
         """The sweep in a directory. Raises ConfigurationError where there is none."""
         try:
-            content = json.loads((path / _FILE).read_text(encoding="utf-8"))
+            content = json.loads((path / SWEEP_FILE).read_text(encoding="utf-8"))
             return cls(path.absolute(), tuple(map(tuple, content["points"])), content["metric"], content["nproc"])
         except (OSError, ValueError, KeyError):
             raise ConfigurationError(Problem("SWEEP", str(path), "no sweep there: it has no sweep.json that can be read")) from None
@@ -67,3 +86,16 @@ class Sweep:
         named = f"name={self.path.name}-{number:03d}"
         job = self.path / "job.yaml"
         return opening.open_run(job, [*self.points[number], named], self.nproc, self.run(number).path, local=local)
+
+
+def _check_comparable(job: Job, metric: str) -> None:
+    """Points can be compared only by what is measured on the way. Raises ConfigurationError, with every problem."""
+    problems = []
+    if find_spec("optuna") is None:
+        problems.append(Problem("--halving", None, "needs optuna: pip install 'finetune-launcher[sweep]'"))
+    if job.data.evaluation is None:
+        problems.append(Problem("data.evaluation", None, f"points are compared by their {metric} on held-out rows: name some"))
+    if job.training.evaluate_every is None:
+        problems.append(Problem("training.evaluate_every", None, "points are compared where they are evaluated: say how often, as 50 (steps)"))
+    if problems:
+        raise ConfigurationError(problems)

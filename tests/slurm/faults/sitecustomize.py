@@ -1,7 +1,7 @@
 """Breaks a rank from inside, where a test puts this folder on PYTHONPATH: FAULT is KIND:WHERE:STEP, WHERE a rank, a node's name or `all`.
 
 Every attempt breaks that comes to the step: after it, as soon as it is written in metrics.jsonl. Of `slow` the last part is seconds:
-each step takes so much longer.
+each step takes so much longer; of `slow-first` in the first attempt alone.
 """
 
 import ctypes
@@ -56,8 +56,9 @@ def _wait(kind: str, step: int) -> None:
 
 
 _began = time.time()
+_first = os.environ.get("LAUNCHER_ATTEMPT_DIRECTORY", "").endswith("0001")
 if "FAULT" in os.environ and "RANK" in os.environ and "launcher.training.entry" in " ".join(sys.orig_argv):
     _kind, _where, _step = os.environ["FAULT"].split(":")
-    if _where in (os.environ["RANK"], os.uname().nodename, "all"):
-        _target = (lambda: _slow_down(float(_step))) if _kind == "slow" else (lambda: _wait(_kind, int(_step)))
+    if _where in (os.environ["RANK"], os.uname().nodename, "all") and (_kind != "slow-first" or _first):
+        _target = (lambda: _slow_down(float(_step))) if _kind.startswith("slow") else (lambda: _wait(_kind, int(_step)))
         threading.Thread(target=_target, daemon=True).start()

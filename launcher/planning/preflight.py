@@ -1,0 +1,82 @@
+"""What is looked at before anything is started or queued: that the plan fits the memory, its checkpoints the disk, its first steps the time."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
+from launcher.job.schema import Job
+from launcher.planning.forecast import USABLE, Forecast, forecast
+from launcher.planning.gpus import gpu_type, seen
+from launcher.planning.hardware import Hardware
+from launcher.planning.memory import gib
+from launcher.planning.plan import Plan
+
+_FORCE = "--force starts it all the same"
+_DISK_RATE = 2e9
+"""Bytes a second that one node reads and writes, where nothing was measured: what a single NVMe drive does, and few shared disks exceed."""
+
+
+def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = False) -> Forecast | None:
+    """The forecast of a plan that is to start now in `directory`; None where nothing is known of its model.
+
+    Raises OutOfMemoryError, StorageError or ConfigurationError where it cannot run, unless `force`.
+    """
+    if plan.script:
+        return None
+    made = _forecast(job, plan, local)
+    if made is None or force:
+        return made
+    _check_memory(made)
+    _check_disk(made, directory)
+    _check_time(made)
+    return made
+
+
+def _forecast(job: Job, plan: Plan, local: bool) -> Forecast | None:
+    """On this machine, or on the GPUs that the job names; of other machines the memory is not known."""
+    if local:
+        hardware = Hardware.detect()
+        return forecast(plan, hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node), seen(hardware))
+    gpu = gpu_type(job.cluster.gpu, "cluster.gpu") if job.cluster.gpu is not None and plan.mesh.device == "cuda" else None
+    return forecast(plan, gpu.memory_bytes if gpu else 0, gpu)
+
+
+def _check_memory(made: Forecast) -> None:
+    if made.fits:
+        return
+    from launcher.planning.fitting import nearest_that_fit
+
+    highest = made.footprint.highest
+    largest = max(highest.parts, key=lambda kind: highest.parts[kind])
+    usable = gib(int(made.memory_bytes * USABLE[made.plan.mesh.device]))
+    found = nearest_that_fit(made, None)
+    nearest = f"the nearest that fits: {found[0][0]}" if found else "nothing near it fits"
+    raise OutOfMemoryError(
+        f"this plan needs {gib(highest.total)} of a rank ({highest.name}; most of it {largest}, {gib(highest.parts[largest])}), "
+        f"and {usable} of {gib(made.memory_bytes)} can be used; {nearest} (`launcher plan` shows more); {_FORCE}"
+    )
+
+
+def _check_disk(made: Forecast, directory: Path) -> None:
+    """One checkpoint has to be written before another can go."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if made.checkpoint_bytes > free:
+        raise StorageError(
+            f"a checkpoint takes {gib(made.checkpoint_bytes)}, and {gib(free)} are free at {there}: "
+            f"name a larger disk with --run-dir, or make room; {_FORCE}"
+        )
+
+
+def _check_time(made: Forecast) -> None:
+    """Loading, one step and one save, at the best that the hardware can do."""
+    limit = made.plan.slurm.time_limit_minutes
+    if limit is None:
+        return
+    step = made.speed.step if made.speed else 0.0
+    disk = 2 * made.checkpoint_bytes / (_DISK_RATE * made.plan.mesh.nodes)
+    if step + disk > 60 * limit:
+        reason = f"loading and saving take {disk:.0f} s at the least, a step {step:.0f} s: nothing would ever be done; {_FORCE}"
+        raise ConfigurationError(Problem("cluster.time_limit", 60.0 * limit, reason))

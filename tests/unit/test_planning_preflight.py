@@ -1,0 +1,93 @@
+"""What is refused before it is started or queued: too large for the memory, for the disk, for the time; and what --force does about it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.errors import ConfigurationError, OutOfMemoryError, StorageError
+from launcher.job.load import load
+from launcher.planning.decide import plan as decide
+from launcher.planning.hardware import Hardware
+from launcher.planning.preflight import preflight
+from launcher.scheduling.opening import expectation, open_run
+from launcher.scheduling.slurm import handing_over
+from tests.unit.test_planning_footprint import LLAMA
+
+Usage = namedtuple("Usage", "total used free")
+ON_GPUS = ["cluster.gpus_per_node=8", "cluster.gpu=h100-80gb", "precision=bf16"]
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight billion parameters on one rank of a machine with 32 GiB."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(4, 32 << 30)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 50, 0, 1 << 50))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    content = {
+        "name": "large",
+        "model": {"name": "./model", "weights": "random"},
+        "data": {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 512},
+        "batch": {"global_batch_size": 64},
+        "training": {"max_steps": 6},
+        "trackers": [],
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "job.yaml"
+
+
+def look(job: Path, *overrides: str, local: bool = False, force: bool = False) -> Any:
+    wanted = load(job, list(overrides))
+    return preflight(wanted, decide(wanted, None, local=local), job.parent / "runs" / "large", local, force)
+
+
+def test_what_cannot_fit_here_is_refused_and_leaves_nothing(job: Path) -> None:
+    words = r"needs .* GiB of a rank \(.*; most of it .*\), and 28\.8 GiB of 32\.0 GiB can be used; .*fits.*--force"
+    with pytest.raises(OutOfMemoryError, match=words):
+        open_run(job, ["precision=fp32"], None, None)
+    assert not (job.parent / "runs").exists()
+    run, _ = open_run(job, ["precision=fp32"], None, None, force=True)
+    assert json.loads(run.forecast_file.read_text())["fits"] is False and "at the highest" in expectation(run)
+
+
+def test_the_gpus_that_a_job_names_decide_for_a_cluster(job: Path) -> None:
+    assert look(job, *ON_GPUS).fits
+    with pytest.raises(OutOfMemoryError, match="of a rank"):
+        look(job, "cluster.gpus_per_node=1", "cluster.gpu=rtx4090", "precision=bf16")
+    assert look(job, "cluster.gpus_per_node=1", "precision=bf16").memory_bytes == 0, "of GPUs without a name nothing is known"
+    with pytest.raises(ConfigurationError, match=r"cluster\.gpu.*h100-80gb"):
+        look(job, "cluster.gpus_per_node=1", "cluster.gpu=h100")
+
+
+def test_what_is_submitted_is_looked_at_too(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handing_over, "find_sbatch", lambda: None)
+    with pytest.raises(OutOfMemoryError):
+        handing_over.hand_over(job, ["cluster.gpus_per_node=1", "cluster.gpu=rtx4090"], None, None)
+    assert not (job.parent / "runs").exists()
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 50 << 30))
+    with pytest.raises(StorageError, match=r"a checkpoint takes 89\.7 GiB, and 50\.0 GiB are free at .*--run-dir"):
+        look(job, *ON_GPUS)
+    assert look(job, *ON_GPUS, force=True).checkpoint_bytes > 50 << 30
+
+
+def test_a_time_limit_in_which_nothing_can_be_done(job: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"cluster\.time_limit.*loading and saving take 9\d s"):
+        look(job, *ON_GPUS, "cluster.time_limit=1min")
+    assert look(job, *ON_GPUS, "cluster.time_limit=10min").fits
+
+
+def test_a_model_that_nothing_is_known_of_is_not_judged(job: Path) -> None:
+    (job.parent / "model" / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1}))
+    assert look(job, local=True) is None
