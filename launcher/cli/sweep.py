@@ -89,7 +89,15 @@ def _open(
     from launcher.scheduling.sweep.sweep import Sweep
 
     if what.is_dir():
-        given = {"--grid": grid, "--random": random, "--points": points, "--halving": halving, "--out": out, "--set": overrides, "--nproc": nproc}
+        given = {
+            "--grid": grid,
+            "--random": random,
+            "--points": points,
+            "--halving": halving,
+            "--out": out,
+            "--set": overrides,
+            "--nproc": nproc,
+        }
         for option, value in given.items():
             if value:
                 reason = "a sweep that has begun keeps its points; begin another one from the job file"

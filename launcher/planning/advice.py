@@ -58,8 +58,7 @@ def _by_the_formulas(plan: Plan, hardware: Hardware, peak: int) -> Advice | None
     fitting = [
         (way, other)
         for way, other in _passes(made, seen(hardware))
-        if other.footprint.highest.total < expected.total
-        and other.footprint.highest.total + unforeseen <= memory * SHARE[plan.mesh.device]
+        if other.footprint.highest.total < expected.total and other.footprint.highest.total + unforeseen <= memory * SHARE[plan.mesh.device]
     ]
     if not fitting:
         return None

@@ -1,4 +1,4 @@
-"""What is looked at before anything is started or queued: that the plan fits the memory, its checkpoints the disk, its first steps the time."""
+"""What is looked at before a start: that the plan fits the memory, its checkpoints the disk, and its first steps the time."""
 
 from __future__ import annotations
 

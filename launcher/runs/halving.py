@@ -69,7 +69,12 @@ class Halving:
         for point in sorted((self.sweep / "points").glob("*")):
             seen: set[int] = set()
             for record in read(RunDirectory(point).events_file):
-                if record.get("event") != "evaluated" or not record["step"] or record["step"] in seen or self.metric not in record["metrics"]:
+                if (
+                    record.get("event") != "evaluated"
+                    or not record["step"]
+                    or record["step"] in seen
+                    or self.metric not in record["metrics"]
+                ):
                     continue
                 seen.add(record["step"])
                 yield Measured(record["time"], point.name, record["step"], record["metrics"][self.metric])

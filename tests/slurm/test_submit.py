@@ -108,7 +108,9 @@ def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Mater
 def test_too_little_time_to_save_goes_on_from_what_was_saved(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     """The limit comes in the middle of a step that lasts longer than what is left."""
     slow = {"FAULT": "slow-first:all:40", "PYTHONPATH": str(FAULTS)}
-    run = material.submit(cluster, material.job("abrupt", {"checkpoint": {"every": 1, "keep_last": 100}}, time_limit="10min", environment=slow))
+    run = material.submit(
+        cluster, material.job("abrupt", {"checkpoint": {"every": 1, "keep_last": 100}}, time_limit="10min", environment=slow)
+    )
     run.wait_step(1)
     cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
     assert run.wait_event("requeued")["reason"] == "time limit"

@@ -171,7 +171,9 @@ def test_a_sweep_without_evaluations_cannot_be_halved(job: Path, tmp_path: Path,
     assert all(said in str(caught.value) for said in ("data.evaluation", "training.evaluate_every", "needs optuna"))
 
 
-@pytest.mark.parametrize(("text", "expected"), [("100", (100, 3)), (" 8 : 2 ", (8, 2)), ("0", None), ("5:1", None), ("a:b", None), ("1:2:3", None)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("100", (100, 3)), (" 8 : 2 ", (8, 2)), ("0", None), ("5:1", None), ("a:b", None), ("1:2:3", None)]
+)
 def test_a_rule_of_halving(text: str, expected: tuple[int, int] | None) -> None:
     if expected:
         assert rungs(text) == expected

@@ -74,7 +74,7 @@ def _nodes_lost(run: RunDirectory, number: int) -> list[str]:
 
 
 def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
-    """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back at once. The latter is free, a time limit not for long."""
+    """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back. That is free; a time limit not for ever."""
     end = _meaning(allocation, TERMINATED)
     reason = f"{end} before it had begun"
     if end in ("preempted", "requeued"):

@@ -96,6 +96,8 @@ def _check_comparable(job: Job, metric: str) -> None:
     if job.data.evaluation is None:
         problems.append(Problem("data.evaluation", None, f"points are compared by their {metric} on held-out rows: name some"))
     if job.training.evaluate_every is None:
-        problems.append(Problem("training.evaluate_every", None, "points are compared where they are evaluated: say how often, as 50 (steps)"))
+        problems.append(
+            Problem("training.evaluate_every", None, "points are compared where they are evaluated: say how often, as 50 (steps)")
+        )
     if problems:
         raise ConfigurationError(problems)
