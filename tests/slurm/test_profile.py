@@ -69,4 +69,4 @@ def test_the_account(cluster_with_accounting: Cluster, tmp_path: Path) -> None:
 def test_a_controller_that_is_away(cluster: Cluster, tmp_path: Path) -> None:
     cluster.stop_controller()
     done = launcher(cluster, tmp_path, "profile")
-    assert done.returncode == 11 and "Unable to contact slurm controller" in done.stderr
+    assert done.returncode == 12 and "Unable to contact slurm controller" in done.stderr
