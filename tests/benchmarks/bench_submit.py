@@ -42,12 +42,17 @@ def launchers(cluster: Cluster, material: Material, name: str) -> dict[str, floa
     submit = time.monotonic() - began
     accepted = next(record["time"] for record in read(run.directory.events_file) if record.get("event") == "submitted")
     first = first_step_time(run.directory)
-    began = time.monotonic()
-    material.json("status", name, cluster=cluster)
-    status = time.monotonic() - began
+    busy = seconds_of_status(cluster, material, name)
     cluster.run("scancel", run.job)
     cluster.wait_nodes("idle", timeout=60)
-    return {"submit": submit, "status": status, "first step": first - accepted}
+    cancelled = seconds_of_status(cluster, material, name)
+    return {"submit": submit, "status while four ranks compute": busy, "status": cancelled, "first step": first - accepted}
+
+
+def seconds_of_status(cluster: Cluster, material: Material, name: str) -> float:
+    began = time.monotonic()
+    material.json("status", name, cluster=cluster)
+    return time.monotonic() - began
 
 
 def by_hand(cluster: Cluster, material: Material, name: str) -> dict[str, float]:

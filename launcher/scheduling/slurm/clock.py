@@ -7,13 +7,16 @@ import itertools
 import statistics
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from launcher.errors import LauncherError
-from launcher.planning.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.slurm import queue
 from launcher.scheduling.slurm.client import call
+
+if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
 
 _KILL_WAIT_SECONDS = 30.0
 """Slurm's own default."""

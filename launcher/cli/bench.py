@@ -1,0 +1,48 @@
+"""launcher bench: what this machine can do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.cli.output import print_json, print_table
+from launcher.cli.plan import AsJson
+
+if TYPE_CHECKING:
+    from launcher.training.bench import Bench
+
+Ranks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks that send each other messages. [default: one a GPU, or 2]")]
+Disk = Annotated[Path, typer.Option("--disk", metavar="DIR", help="Where files are written and read, as where runs are kept.")]
+
+
+def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> None:
+    """Measure this machine, so that plans count with its own figures."""
+    from launcher.planning.hardware import find_gpus
+    from launcher.planning.measured import Machine, path
+    from launcher.training.bench import bench as measure
+
+    ranks = nproc or len(find_gpus()[0]) or 2
+    found = measure(ranks, disk.absolute(), lambda what: typer.echo(f"measuring {what} ...", err=True))
+    Machine.read().with_rates(found.rates).write()
+    if as_json:
+        print_json({**asdict(found.rates), "num_ranks": found.num_ranks, "messages": [asdict(message) for message in found.messages]})
+        return
+    print_table(["what", "rate"], _rows(found))
+    typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
+
+
+def _rows(found: Bench) -> list[list[str]]:
+    rates = found.rates
+    rows = [[f"matrix products, {precision}, {rates.device}", f"{rate / 1e9:,.1f} GFLOP/s"] for precision, rate in rates.matrix.items()]
+    rows.append(["memory, read and written", _bytes(rates.bandwidth)])
+    for message in found.messages:
+        rows.append([f"{message.kind} of {message.num_bytes >> 10:,} KiB, {found.num_ranks} ranks", _bytes(message.bytes_per_second)])
+    named = {"to the GPU": rates.to_device, "from the GPU": rates.to_host, "disk, written": rates.disk_write, "disk, read": rates.disk_read}
+    return rows + [[name, _bytes(rate)] for name, rate in named.items() if rate is not None]
+
+
+def _bytes(rate: float) -> str:
+    return f"{rate / 1e9:,.2f} GB/s"

@@ -1,0 +1,174 @@
+"""Measuring this machine: matrix products by precision, memory, messages between ranks by size, disk, and the way to a GPU and back."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed, multiprocessing
+
+from launcher.errors import StorageError
+from launcher.planning.measured import Rates
+
+Report = Callable[[str], None]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MESSAGE_BYTES = tuple(1 << power for power in (12, 16, 20, 24, 26))
+_SECONDS = 0.5
+"""For each figure, after one round that is not counted."""
+_LARGEST_PRODUCT = 8192
+_COPY_BYTES = 1 << 28
+_FILE_BYTES = 1 << 28
+_BLOCK_BYTES = 1 << 23
+
+
+@dataclass(frozen=True)
+class Message:
+    """A collective of one size: what a rank receives in a second."""
+
+    kind: str
+    num_bytes: int
+    seconds: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All figures of one machine."""
+
+    rates: Rates
+    num_ranks: int
+    messages: tuple[Message, ...]
+
+
+def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
+    """Measure everything, with as many ranks for the messages, and files in `directory`. Raises StorageError where none can be written."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
+    matrix = {}
+    for precision, dtype in PRECISIONS.items():
+        report(f"matrix products in {precision}")
+        matrix[precision] = product_rate(dtype, device)
+    report("memory")
+    bandwidth = copy_rate(device)
+    messages: tuple[Message, ...] = ()
+    if num_ranks > 1:
+        report(f"messages between {num_ranks} ranks")
+        messages = message_rates(num_ranks, device.type)
+    report(f"files in {directory}")
+    written, read = file_rates(directory)
+    to_device, to_host = transfer_rates(device) if device.type == "cuda" else (None, None)
+    link = max((message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None)
+    rates = Rates(name, time.strftime("%Y-%m-%d"), matrix, bandwidth, link, to_device, to_host, written, read)
+    return Bench(rates, num_ranks, messages)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, budget: float = _SECONDS) -> float:
+    """The middle of the times of one call, over as many calls as the budget has room for, after a first one that is not counted."""
+    _timed(work, device)
+    found, until = [_timed(work, device)], time.monotonic() + budget
+    while time.monotonic() < until:
+        found.append(_timed(work, device))
+    return statistics.median(found)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of square products. They grow until one takes a tenth of the budget: a processor may do some precisions slowly."""
+    size, rate = 128, 0.0
+    while size <= _LARGEST_PRODUCT:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        first = _timed(lambda left=left, right=right: left @ right, device)  # type: ignore[misc]
+        if first > _SECONDS and rate:
+            break
+        seconds = seconds_of(lambda left=left, right=right: left @ right, device, _SECONDS / 4)  # type: ignore[misc]
+        rate = max(rate, 2 * size**3 / seconds)
+        if seconds > _SECONDS / 10:
+            break
+        size *= 2
+    return rate
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second, copying far more than any cache holds."""
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPY_BYTES / seconds_of(lambda: target.copy_(source), device)
+
+
+def transfer_rates(device: torch.device) -> tuple[float, float]:
+    """Bytes a second to a GPU and back, from pinned memory."""
+    host = torch.empty(_COPY_BYTES // 4, pin_memory=True)
+    there = torch.empty(_COPY_BYTES // 4, device=device)
+    to_device = seconds_of(lambda: there.copy_(host, non_blocking=True), device)
+    to_host = seconds_of(lambda: host.copy_(there, non_blocking=True), device)
+    return _COPY_BYTES / to_device, _COPY_BYTES / to_host
+
+
+def file_rates(directory: Path) -> tuple[float, float]:
+    """Bytes a second written and synced, and read again from the disk rather than from the page cache. Raises StorageError."""
+    block = os.urandom(_BLOCK_BYTES)
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            began = time.perf_counter()
+            for _ in range(_FILE_BYTES // _BLOCK_BYTES):
+                file.write(block)
+            os.fsync(file.fileno())
+            written = time.perf_counter() - began
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            began = time.perf_counter()
+            while file.read(_BLOCK_BYTES):
+                pass
+            read = time.perf_counter() - began
+    except OSError as error:
+        raise StorageError(f"no file can be written in {directory}: {error.strerror or error}; name another place with --disk") from None
+    return _FILE_BYTES / written, _FILE_BYTES / read
+
+
+def message_rates(num_ranks: int, device: str) -> tuple[Message, ...]:
+    """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them."""
+    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
+        store = Path(folder) / "store"
+        result = Path(folder) / "result.pt"
+        multiprocessing.start_processes(_rank, (num_ranks, device, str(store), str(result)), num_ranks, start_method="spawn")
+        rows = torch.load(result, weights_only=True)
+    return tuple(Message(*row) for row in rows)
+
+
+def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
+    where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(where)
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    rows = []
+    for num_bytes in MESSAGE_BYTES:
+        part = torch.ones(max(1, num_bytes // 4 // num_ranks), device=where)
+        whole = torch.empty(part.numel() * num_ranks, device=where)
+        gather = _agreed_seconds(lambda part=part, whole=whole: distributed.all_gather_into_tensor(whole, part), where)  # type: ignore[misc]
+        reduce = _agreed_seconds(lambda whole=whole: distributed.all_reduce(whole), where)  # type: ignore[misc]
+        received = whole.numel() * 4 * (num_ranks - 1) / num_ranks
+        rows.append(("all-gather", num_bytes, gather, received / gather))
+        rows.append(("all-reduce", num_bytes, reduce, 2 * received / reduce))
+    if rank == 0:
+        torch.save(rows, result)
+    distributed.destroy_process_group()
+
+
+def _agreed_seconds(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
+    """Every rank does as many rounds."""
+    _timed(work, device)
+    return statistics.median(_timed(work, device) for _ in range(rounds))
