@@ -21,7 +21,7 @@ Disk = Annotated[Path, typer.Option("--disk", metavar="DIR", help="Where files a
 def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> None:
     """Measure this machine, so that plans count with its own figures."""
     from launcher.planning.hardware import find_gpus
-    from launcher.planning.measured import Machine, path
+    from launcher.runs.machine import Machine, path
     from launcher.training.bench import bench as measure
 
     ranks = nproc or len(find_gpus()[0]) or 2

@@ -50,6 +50,7 @@ COMMANDS = {
     "watch": Command("watch", "watch", "Show a run on the whole screen: loss, ranks, events."),
     "logs": Command("seeing", "logs", "Show what the ranks printed."),
     "profile": Command("profile", "profile", "Write a site profile by asking Slurm: partitions, GPUs, limits, account."),
+    "bench": Command("bench", "bench", "Measure this machine, so that plans count with its own figures."),
     "doctor": Command("doctor", "doctor", "Say what is wrong with this machine, or with a cluster's nodes."),
     "sweep": Command("sweep", "sweep", "Try several values of a job's keys, as a Slurm array or here."),
     "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."),

@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.cli.output import size
+
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -144,6 +146,16 @@ def metrics_line(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items())
 
 
+def _compared(measured: dict[str, float], expected: dict[str, float]) -> str | None:
+    """Measured beside foreseen, after the first steps."""
+    parts = []
+    if rate := expected.get("tokens_per_second"):
+        parts.append(f"{measured['tokens_per_second']:,.0f} tokens/s ({rate:,.0f} were expected)")
+    if memory := expected.get("memory_bytes"):
+        parts.append(f"{size(measured['memory_bytes'])} of memory beside the bare process ({size(memory)} were expected)")
+    return ", ".join(parts) or None
+
+
 def notice(record: dict[str, Any]) -> str | None:
     """The line that an event is worth to people, whatever else is shown; None for most."""
     step = record.get("step")
@@ -160,6 +172,8 @@ def notice(record: dict[str, Any]) -> str | None:
             return f"{record.get('metric')} is no longer getting better (best {record.get('best')}): ending after step {step}"
         case "evaluated":
             return f"measured after step {step}: {metrics_line(record.get('metrics', {}))}"
+        case "compared":
+            return _compared(record["measured"], record["expected"])
         case "training":
             parameters = f"{record.get('num_parameters', 0):,} parameters"
             return f"training {parameters}, from step {record.get('first_step')} to {record.get('total_steps')}"

@@ -10,8 +10,9 @@ from launcher.planning.batch import divisors
 from launcher.planning.fitting import with_batch
 from launcher.planning.forecast import USABLE as SHARE
 from launcher.planning.forecast import Forecast, forecast
-from launcher.planning.gpus import GpuType, seen
+from launcher.planning.gpus import GpuType
 from launcher.planning.hardware import Hardware
+from launcher.planning.measured import rates_for
 from launcher.planning.memory import STATE_BYTES, USABLE, Setting, gib
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Plan
@@ -49,7 +50,7 @@ def less_memory(plan: Plan, hardware: Hardware, peak: int = 0) -> Advice:
 def _by_the_formulas(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
     """None where the formulas do not know the model, or know of no pass that would have fitted."""
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-    made = forecast(plan, memory, seen(hardware)) if memory else None
+    made = forecast(plan, memory, rates_for(plan, hardware)) if memory else None
     if made is None:
         return None
     expected = made.footprint.highest
@@ -57,7 +58,7 @@ def _by_the_formulas(plan: Plan, hardware: Hardware, peak: int) -> Advice | None
     unforeseen = max(0, peak - expected.total)
     fitting = [
         (way, other)
-        for way, other in _passes(made, seen(hardware))
+        for way, other in _passes(made, rates_for(plan, hardware))
         if other.footprint.highest.total < expected.total and other.footprint.highest.total + unforeseen <= memory * SHARE[plan.mesh.device]
     ]
     if not fitting:

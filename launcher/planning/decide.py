@@ -86,7 +86,7 @@ def _hardware(job: Job, local: bool) -> Hardware:
 def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
     """Recomputation and micro-batch by the memory model, where it knows the model and the memory, in place of the simple rule's."""
     from launcher.planning import fitting
-    from launcher.planning.gpus import seen
+    from launcher.planning.measured import rates_for
 
     job, hardware = decider.job, decider.hardware
     open_keys = {
@@ -102,7 +102,7 @@ def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
         ways = tuple(way for way in ways if way != "selective")
     most = max(1, TOKENS_PER_PASS[made.mesh.device] // job.data.max_length)
     micro = None if job.batch.micro_batch_size == "auto" else job.batch.micro_batch_size
-    choice = fitting.choose(made, memory, ways, most, micro, seen(hardware))
+    choice = fitting.choose(made, memory, ways, most, micro, rates_for(made, hardware))
     if choice is None:
         return made
     values: dict[str, tuple[str | int, str]] = {

@@ -11,9 +11,12 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planning.footprint.estimate import Estimator, Footprint, estimator, read_config
 from launcher.planning.footprint.families import KNOWN, nearest
 from launcher.planning.gpus import GpuType
+from launcher.planning.hardware import Hardware
+from launcher.planning.measured import kind_of, rates_for
 from launcher.planning.memory import gib
 from launcher.planning.plan import Plan
 from launcher.planning.speed import Speed, speed
+from launcher.runs.machine import Machine
 
 USABLE = {"cuda": 0.95, "cpu": 0.9}
 """The share of a device's memory that a plan may fill: what the formulas were ever under, and what else lives there."""
@@ -40,7 +43,8 @@ class Forecast:
         """The one-line summary that `run` and `submit` print."""
         highest = self.footprint.highest
         memory = f"{gib(highest.total)} of a rank's {gib(self.memory_bytes)}" if self.memory_bytes else f"{gib(highest.total)} a rank"
-        rate = f", about {self.speed.tokens_per_second:,.0f} tokens/s ({self.speed.utilisation:.0%} MFU)" if self.speed else ""
+        learnt = f", x{self.speed.correction:.2f} a step as runs here took" if self.speed and self.speed.correction != 1 else ""
+        rate = f", about {self.speed.tokens_per_second:,.0f} tokens/s ({self.speed.utilisation:.0%} MFU{learnt})" if self.speed else ""
         return f"{memory} at the highest ({highest.name}){rate}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,11 +54,12 @@ class Forecast:
             for phase in self.footprint.phases
         }
         content: dict[str, Any] = {"fits": self.fits, "memory_bytes": self.memory_bytes, "phases": phases}
-        content["checkpoint_bytes"] = self.checkpoint_bytes
+        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind_of(self.plan)}
         if self.speed:
             s = self.speed
             content["speed"] = {
-                "step_seconds": s.step, "tokens_per_second": s.tokens_per_second, "mfu": s.utilisation, "compute_seconds": s.compute,
+                "step_seconds": s.step, "correction": s.correction,
+                "tokens_per_second": s.tokens_per_second, "mfu": s.utilisation, "compute_seconds": s.compute,
                 "communication_seconds": s.communication, "exposed_seconds": s.exposed, "optimizer_seconds": s.optimizer,
             }  # fmt: skip
         return content
@@ -70,13 +75,25 @@ def locate(name: str) -> str:
     return str(found[-1].parent) if found else name
 
 
-def forecast(plan: Plan, memory_bytes: int, gpu: GpuType | None = None, network: float | None = None) -> Forecast | None:
-    """The forecast of a plan; None where its model's config cannot be read or its architecture is not known to the formulas."""
+def forecast(
+    plan: Plan, memory_bytes: int, gpu: GpuType | None = None, network: float | None = None, correction: float = 1.0
+) -> Forecast | None:
+    """The forecast of a plan; None where its model's config cannot be read or its architecture is not known to the formulas.
+
+    correction: what a step takes of what the speed model says, as runs on the same machine have shown.
+    """
     made = _estimator(plan)
     if made is None:
         return None
-    rate = speed(plan, made.units, made.segments(), gpu, network) if gpu is not None and plan.mesh.device == "cuda" else None
+    rate = speed(plan, made.units, made.segments(), gpu, network, correction) if gpu is not None else None
     return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate)
+
+
+def forecast_here(plan: Plan, hardware: Hardware, network: float | None = None) -> Forecast | None:
+    """The forecast of a plan on this machine, with what was measured of it."""
+    machine = Machine.read()
+    memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
+    return forecast(plan, memory, rates_for(plan, hardware, machine), network, machine.correction(kind_of(plan)))
 
 
 def _estimator(plan: Plan) -> Estimator | None:

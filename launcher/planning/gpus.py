@@ -99,10 +99,17 @@ def seen(hardware: Hardware) -> GpuType | None:
     """The table's entry for the GPUs of this machine, by their name; None where there is none."""
     if not hardware.gpus:
         return None
-    name = hardware.gpus[0].name.lower()
-    memory = hardware.gpus[0].memory_bytes
-    fitting = [gpu for gpu in TABLE if gpu.name.split()[-1].lower().removesuffix("gb") in name or gpu.key.split("-")[0] in name]
-    return min(fitting, key=lambda gpu: abs(gpu.memory_bytes - memory), default=None)
+    name, memory = hardware.gpus[0].name.lower().replace(" ", ""), hardware.gpus[0].memory_bytes
+    fitting = [gpu for gpu in TABLE if _stem(gpu) in name]
+    longest = max((len(_stem(gpu)) for gpu in fitting), default=0)  # a GB200 is no B200
+    pcie = "pcie" in name
+    nearest = [gpu for gpu in fitting if len(_stem(gpu)) == longest]
+    return min(nearest, key=lambda gpu: (abs(gpu.memory_bytes - memory) >> 33, ("pcie" in gpu.key) != pcie), default=None)
+
+
+def _stem(gpu: GpuType) -> str:
+    """What every maker's name of it has in it."""
+    return gpu.key.split("-")[0]
 
 
 def as_hardware(gpu: GpuType, per_node: int, cores: int = 64, memory_bytes: int = 1 << 40) -> Hardware:

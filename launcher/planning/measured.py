@@ -1,89 +1,11 @@
-"""What this machine was measured to do, and how runs here compared with their forecasts: `launcher bench` and the trainer write it down."""
+"""Which figures a plan on this machine counts with: its own where it was measured, else the table's."""
 
 from __future__ import annotations
-
-import json
-import os
-import platform
-import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 from launcher.planning.gpus import GpuType, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
-from launcher.runs.layout import write_atomically
-
-_KEPT = 10
-"""Runs of a kind whose comparison is remembered."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """One machine's own figures. Rates are operations and bytes a second, of all cores of a CPU or of one GPU."""
-
-    device: str
-    """cpu, or the name of the GPU."""
-    when: str
-    matrix: dict[str, float]
-    """Large products, by precision."""
-    bandwidth: float
-    """Of its memory, read and written."""
-    link: float | None = None
-    """What a rank of several on this machine receives in a large all-gather; None where one rank was all there is."""
-    to_device: float | None = None
-    to_host: float | None = None
-    disk_write: float | None = None
-    disk_read: float | None = None
-
-
-@dataclass(frozen=True)
-class Machine:
-    """All that is known of one machine."""
-
-    rates: tuple[Rates, ...] = ()
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of a step as measured over those foreseen, by kind of run; the newest last."""
-
-    @classmethod
-    def read(cls) -> Machine:
-        """This machine's; empty where nothing was measured, or the file cannot be read."""
-        try:
-            content = json.loads(path().read_text(encoding="utf-8"))
-            return cls(tuple(Rates(**rates) for rates in content["rates"]), content["ratios"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return cls()
-
-    def write(self) -> None:
-        """Keep it. A home that cannot be written loses a measurement and nothing else."""
-        try:
-            path().parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path(), json.dumps(asdict(self), indent=2) + "\n")
-        except OSError:
-            return
-
-    def of(self, device: str) -> Rates | None:
-        """The rates of a device, by its name."""
-        return next((rates for rates in self.rates if rates.device == device), None)
-
-    def with_rates(self, rates: Rates) -> Machine:
-        """With newer figures of a device in the place of older ones."""
-        return replace(self, rates=(*(other for other in self.rates if other.device != rates.device), rates))
-
-    def with_ratio(self, kind: str, ratio: float) -> Machine:
-        """With one more comparison of a run of that kind."""
-        return replace(self, ratios={**self.ratios, kind: [*self.ratios.get(kind, []), round(ratio, 4)][-_KEPT:]})
-
-    def correction(self, kind: str) -> float:
-        """The middle of the comparisons of that kind; 1 where there are none."""
-        return statistics.median(self.ratios.get(kind) or [1.0])
-
-
-def path(environment: Mapping[str, str] = os.environ) -> Path:
-    """XDG_STATE_HOME/launcher/machines/HOST.json: a home may be shared by many machines."""
-    state = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "launcher" / "machines" / f"{platform.node() or 'machine'}.json"
+from launcher.runs.machine import Machine
 
 
 def kind_of(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, parse_seconds
 from launcher.planning.decide import plan as decide
-from launcher.planning.forecast import Forecast, forecast, why_not
+from launcher.planning.forecast import Forecast, forecast, forecast_here, why_not
 from launcher.planning.gpus import NETWORKS, GpuType, as_hardware, gpu_type, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
@@ -82,8 +82,7 @@ def look(job: Job, nproc: int | None = None, gpu: str | None = None, network: st
         return Outlook(made.plan, made.forecast, None if made.forecast else why_not(made.plan))
     hardware = Hardware.detect()
     plan = decide(job, nproc, hardware)
-    memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-    found = forecast(plan, memory, seen(hardware), speed_of_network)
+    found = forecast_here(plan, hardware, speed_of_network)
     return Outlook(plan, found, None if found else why_not(plan))
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
 from launcher.job.schema import Job
-from launcher.planning.forecast import USABLE, Forecast, forecast
-from launcher.planning.gpus import gpu_type, seen
+from launcher.planning.forecast import USABLE, Forecast, forecast, forecast_here
+from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
 from launcher.planning.plan import Plan
+from launcher.runs.machine import Machine
 
 _FORCE = "--force starts it all the same"
 _DISK_RATE = 2e9
@@ -37,8 +38,7 @@ def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = 
 def _forecast(job: Job, plan: Plan, local: bool) -> Forecast | None:
     """On this machine, or on the GPUs that the job names; of other machines the memory is not known."""
     if local:
-        hardware = Hardware.detect()
-        return forecast(plan, hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node), seen(hardware))
+        return forecast_here(plan, Hardware.detect())
     gpu = gpu_type(job.cluster.gpu, "cluster.gpu") if job.cluster.gpu is not None and plan.mesh.device == "cuda" else None
     return forecast(plan, gpu.memory_bytes if gpu else 0, gpu)
 
@@ -76,7 +76,8 @@ def _check_time(made: Forecast) -> None:
     if limit is None:
         return
     step = made.speed.step if made.speed else 0.0
-    disk = 2 * made.checkpoint_bytes / (_DISK_RATE * made.plan.mesh.nodes)
+    measured = Machine.read().disk_rate()
+    disk = 2 * made.checkpoint_bytes / ((measured or _DISK_RATE) * made.plan.mesh.nodes)
     if step + disk > 60 * limit:
         reason = f"loading and saving take {disk:.0f} s at the least, a step {step:.0f} s: nothing would ever be done; {_FORCE}"
         raise ConfigurationError(Problem("cluster.time_limit", 60.0 * limit, reason))

@@ -38,10 +38,12 @@ class Speed:
     """Operations of a global batch that a model needs, without recomputation."""
     peak_rate: float
     """Of all GPUs together."""
+    correction: float = 1.0
+    """What a step takes of what these sum up to, as runs on the same machine have shown."""
 
     @property
     def step(self) -> float:
-        return self.compute + self.exposed + self.optimizer
+        return (self.compute + self.exposed + self.optimizer) * self.correction
 
     @property
     def tokens_per_second(self) -> float:
@@ -53,7 +55,9 @@ class Speed:
         return self.model_flops / self.step / self.peak_rate
 
 
-def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, network: float | None = None) -> Speed:
+def speed(
+    plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, network: float | None = None, correction: float = 1.0
+) -> Speed:
     """The speed of a plan on such GPUs.
 
     `segments` are the blocks of one micro-batch (bytes they write: `Segment.traffic`). Attention's operations and those of matrices are
@@ -77,7 +81,7 @@ def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], g
     optimizer = 28 * state / (gpu.bandwidth * MEMORY_SHARE)
     return Speed(
         compute, communication, exposed, optimizer, tokens * batch.accumulation_steps * mesh.world_size,
-        flops * batch.accumulation_steps * mesh.world_size, rate * mesh.world_size,
+        flops * batch.accumulation_steps * mesh.world_size, rate * mesh.world_size, correction,
     )  # fmt: skip
 
 

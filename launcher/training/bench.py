@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from launcher.errors import StorageError
-from launcher.planning.measured import Rates
+from launcher.runs.machine import Rates
 
 Report = Callable[[str], None]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +87,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of square products. They grow until one takes a tenth of the budget: a processor may do some precisions slowly."""
+    """Operations a second of square products. They grow until one takes a tenth of the budget: some are slow on some processors."""
     size, rate = 128, 0.0
     while size <= _LARGEST_PRODUCT:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -149,6 +150,7 @@ def message_rates(num_ranks: int, device: str) -> tuple[Message, ...]:
 
 
 def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 renames all_gather_into_tensor; 2.11 has only that name
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":

@@ -27,6 +27,7 @@ from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
 from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
+from launcher.training.foreseen import Foreseen
 from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
 from launcher.training.schedule import Schedule
@@ -88,6 +89,7 @@ class Trainer:
         self.num_steps = self.batches.num_steps
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.event("phase", phase="loading")
+        self.foreseen = Foreseen(run, device)
         self.engine = engines.build(plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {})
         if self.rank == 0:
             material.save_model_files(run, self.engine.model)
@@ -219,6 +221,8 @@ class Trainer:
             "time": round(time.time(), 3),
         }
         self.journal.append(self.run.metrics_file, record)
+        if compared := self.foreseen.note(step_batch.num_tokens, seconds):
+            self.event("compared", **compared)
         if self.trackers:
             self.trackers.log({f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, self.state.step)
 

@@ -123,15 +123,22 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
         if sync:
             synced(theirs)
 
+    def cleared() -> None:
+        distributed.barrier()
+        if distributed.get_rank() == 0:
+            shutil.rmtree(theirs, ignore_errors=True)
+
     for number in range(num_rounds + 1):  # the first is thrown away: it plans, imports and warms up
-        times = {"ours": seconds(lambda number=number: save_ours(number + 1))}  # type: ignore[misc]
-        for name, sync in (("deepspeed", False), ("deepspeed, synced", True)):
-            distributed.barrier()
-            if distributed.get_rank() == 0:
-                shutil.rmtree(theirs, ignore_errors=True)
-            times[name] = seconds(lambda sync=sync: save_theirs(sync))  # type: ignore[misc]
-        for name, value in times.items() if number else ():
-            found[name].append(value)
+        sides: list[tuple[str, Callable[[], Any]]] = [
+            ("ours", lambda number=number: save_ours(number + 1)),  # type: ignore[misc]
+            ("deepspeed", lambda: save_theirs(False)),
+            ("deepspeed, synced", lambda: save_theirs(True)),
+        ]
+        for name, save in sides[number % 3 :] + sides[: number % 3]:
+            cleared()
+            value = seconds(save)
+            if number:
+                found[name].append(value)
     lost: dict[str, list[float]] = {"ours": [], "deepspeed": [], "deepspeed, synced": []}
 
     def steps(save: Callable[[], Any]) -> None:
@@ -144,14 +151,16 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
     for number in range(num_rounds + 1):
         progress = Progress(step=1000 + number, samples=1, tokens=1)
         alone = seconds(lambda: steps(lambda: None))
-        times = {"ours": seconds(lambda progress=progress: steps(lambda: saver.save(engine.tensors(), progress)))}  # type: ignore[misc]
-        for name, sync in (("deepspeed", False), ("deepspeed, synced", True)):
-            distributed.barrier()
-            if distributed.get_rank() == 0:
-                shutil.rmtree(theirs, ignore_errors=True)
-            times[name] = seconds(lambda sync=sync: steps(lambda: save_theirs(sync)))  # type: ignore[misc]
-        for name, value in times.items() if number else ():
-            lost[name].append(value - alone)
+        sides = [
+            ("ours", lambda progress=progress: saver.save(engine.tensors(), progress)),  # type: ignore[misc]
+            ("deepspeed", lambda: save_theirs(False)),
+            ("deepspeed, synced", lambda: save_theirs(True)),
+        ]
+        for name, save in sides[number % 3 :] + sides[: number % 3]:
+            cleared()
+            value = seconds(lambda save=save: steps(save))  # type: ignore[misc]
+            if number:
+                lost[name].append(value - alone)
     # What is loaded later is the same state on both sides.
     assert saver.save(engine.tensors(), Progress(step=2000, samples=1, tokens=1), wait=True)
     save_theirs(True)

@@ -57,6 +57,27 @@ def test_the_gpus_of_this_machine_are_found_by_name() -> None:
     assert seen(Hardware(8, 1 << 40)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "gib", "key"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 40, "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", 80, "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", 80, "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", 80, "h100-80gb"),
+        ("NVIDIA H100 PCIe", 80, "h100-pcie"),
+        ("NVIDIA H200", 140, "h200"),
+        ("NVIDIA B200", 179, "b200"),
+        ("NVIDIA GB200", 186, "gb200"),
+        ("NVIDIA L40S", 45, "l40s"),
+        ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("NVIDIA T4", 15, None),
+    ],
+)
+def test_a_gpu_is_known_by_what_nvidia_smi_calls_it(name: str, gib: int, key: str | None) -> None:
+    found = seen(Hardware(8, 1 << 40, gpus=(Gpu(name, gib << 30, 9.0),)))
+    assert (found.key if found else None) == key
+
+
 def test_what_is_chosen_fits_and_keeps_the_global_batch(job: Job) -> None:
     made = look(job, gpu="h100-80gb")
     assert made.forecast is not None and made.forecast.fits and made.forecast.speed is not None

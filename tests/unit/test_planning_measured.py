@@ -1,0 +1,88 @@
+"""What was measured of a machine, and what the next plan makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.progress import notice
+from launcher.planning.forecast import forecast_here
+from launcher.planning.hardware import Gpu, Hardware
+from launcher.planning.measured import kind_of, rates_for
+from launcher.runs.machine import Machine, Rates, path
+from tests.unit.test_planning_footprint import plan_for
+
+CPU = Rates("cpu", "2026-11-23", {"fp32": 100e9, "bf16": 10e9, "fp16": 1e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9)
+HERE = Hardware(4, 256 << 30)
+
+
+@pytest.fixture(autouse=True)
+def _no_machine_yet() -> None:
+    path().unlink(missing_ok=True)
+
+
+def test_what_was_measured_is_kept_and_read_again() -> None:
+    assert Machine.read() == Machine() and Machine().disk_rate() is None
+    Machine().with_rates(CPU).with_ratio("a", 1.5).write()
+    found = Machine.read()
+    assert found == Machine((CPU,), {"a": [1.5]}) and found.of("cpu") == CPU and found.of("H100") is None
+    newer = Rates("cpu", "2026-11-24", {"fp32": 1.0}, 1.0)
+    assert found.with_rates(newer).rates == (newer,)
+    assert found.disk_rate() == 0.5e9
+    path().write_text("{")
+    assert Machine.read() == Machine()
+
+
+def test_a_state_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    Machine().with_rates(CPU).write()
+    assert Machine.read() == Machine()
+
+
+def test_the_last_runs_correct_the_next() -> None:
+    machine = Machine()
+    for ratio in [9.0] * 5 + [1.0, 1.2, 1.1] * 3 + [1.3]:
+        machine = machine.with_ratio("kind", ratio)
+    assert len(machine.ratios["kind"]) == 10 and machine.correction("kind") == pytest.approx(1.1)
+    assert machine.correction("another") == 1.0
+
+
+def test_ranks_on_a_cpu_share_what_was_measured(tmp_path: Path) -> None:
+    plan = plan_for(tmp_path, mesh__device="cpu", mesh__ranks_per_node=4, precision="bf16")
+    assert rates_for(plan, HERE) is None
+    found = rates_for(plan, HERE, Machine((CPU,)))
+    assert found is not None and (found.full_rate, found.half_rate, found.bandwidth, found.link) == (25e9, 2.5e9, 5e9, 2e9)
+
+
+def test_a_gpu_that_was_measured_goes_before_the_table(tmp_path: Path) -> None:
+    name = "NVIDIA H100 80GB HBM3"
+    hardware = Hardware(16, 1 << 38, gpus=(Gpu(name, 80 << 30, 9.0),))
+    plan = plan_for(tmp_path, mesh__device="cuda", precision="bf16")
+    assert rates_for(plan, hardware, Machine()).key == "h100-80gb"  # type: ignore[union-attr]
+    own = Rates(name, "2026-11-23", {"fp32": 50e12, "bf16": 700e12}, 3e12)
+    found = rates_for(plan, hardware, Machine((own,)))
+    assert found is not None and (found.half_rate, found.bandwidth, found.link, found.capability) == (700e12, 3e12, 450e9, 9.0)
+
+
+def test_a_forecast_of_speed_on_a_cpu_comes_with_its_rates_and_is_corrected(tmp_path: Path) -> None:
+    plan = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
+    bare = forecast_here(plan, HERE)
+    assert bare is not None and bare.speed is None
+    Machine((CPU,)).write()
+    first = forecast_here(plan, HERE)
+    Machine((CPU,)).with_ratio(kind_of(plan), 2.0).write()
+    second = forecast_here(plan, HERE)
+    assert first is not None and second is not None and first.speed and second.speed
+    assert second.speed.step == pytest.approx(2 * first.speed.step)
+    assert "x2.00 a step as runs here took" in second.line() and "as runs here" not in first.line()
+    assert json.loads(json.dumps(second.to_dict()))["speed"]["correction"] == 2.0
+
+
+def test_measured_beside_expected_for_people() -> None:
+    measured = {"tokens_per_second": 900.0, "memory_bytes": 2e9}
+    event = {"event": "compared", "measured": measured, "expected": {"tokens_per_second": 1000.0, "memory_bytes": 1e9}}
+    assert notice(event) == "900 tokens/s (1,000 were expected), 2 GB of memory beside the bare process (1 GB were expected)"
+    assert notice({**event, "expected": {}}) is None
