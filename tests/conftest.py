@@ -15,6 +15,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "launcher" / "extensions"))
 
 _MISSING = {"gpu": ("nvidia-smi", "no GPU here"), "slurm": ("sbatch", "no Slurm cluster here")}
+_LONGEST = (
+    "slurm/test_submit.py",
+    "training/test_parity.py",
+    "slurm/test_seeing.py",
+    "distributed/test_demo.py",
+    "slurm/test_failing.py",
+    "training/test_too_large.py",
+    "slurm/test_doctor.py",
+    "training/test_resume.py",
+    "distributed/test_script.py",
+    "slurm/test_train_sbatch.py",
+    "training/test_deepspeed.py",
+    "distributed/test_checkpoint_import.py",
+    "training/test_memory_model.py",
+    "distributed/test_local.py",
+    "training/test_engine.py",
+)
+"""Files that take minutes, in this order before all others: so no process has one of them left when the others are done, and those that
+mostly wait (for Slurm) run beside those that compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,10 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="many minutes of processor time, for which CI has no room; RUN_VERY_SLOW=1 runs it"))
         if item.get_closest_marker("slow") and os.environ.get("RUN_SLOW") != "1":
             item.add_marker(pytest.mark.skip(reason="takes minutes; RUN_SLOW=1 runs it"))
-    # Files that take minutes first, so that in the end no process waits for another with one of them; those that mostly wait before all.
-    waiting = {item.path for item in items if item.get_closest_marker("slurm")}
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in waiting, item.path not in long))
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(Path(__file__).parent).as_posix(), len(place)))
 
 
 @pytest.fixture(autouse=True)

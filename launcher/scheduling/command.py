@@ -14,8 +14,11 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
 from launcher.scheduling import script as scripts
 from launcher.scheduling.node_agent import ATTEMPT_VARIABLE, NODE_VARIABLE
+from launcher.scheduling.warm import VARIABLE as WARM_VARIABLE
 
 ENTRY = "launcher.training.entry"
+_TRAINER = "launcher.training.trainer"
+"""What every rank imports, which takes seconds."""
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
@@ -75,9 +78,11 @@ peaked at 2.96 GB with that, at 1.75 GB with a fixed 1 MiB (2 ranks, fp32, 512 t
 def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None) -> dict[str, str]:
     """What the agent and the ranks see."""
     network = {} if meeting is None else dict.fromkeys(INTERFACE_VARIABLES, meeting.interface)
-    memory = {"MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD_BYTES)} if plan.mesh.device == "cpu" else {}
+    on_cpu = {"MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD_BYTES)} if plan.mesh.device == "cpu" else {}
+    if plan.mesh.device == "cpu" and not plan.script:
+        on_cpu[WARM_VARIABLE] = _TRAINER
     return {
-        **memory,
+        **on_cpu,
         **os.environ,
         "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),

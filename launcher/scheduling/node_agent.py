@@ -2,13 +2,14 @@
 
     python -m launcher.scheduling.node_agent [torchrun's own arguments]
 
-It differs from `python -m torch.distributed.run` in four things:
+It differs from `python -m torch.distributed.run` in five things:
 
 1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed -9.
 2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would end them.
 3. When a rank has failed, the others are killed at once with SIGKILL. torchrun sends SIGTERM and waits up to 30 s, which a
    rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one, from outside.
-4. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it itself.
+4. On a CPU the ranks are forks of one process that has imported the trainer (see warm.py).
+5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from launcher.runs.failure import write_exits
 from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
+from launcher.scheduling.warm import VARIABLE, WarmProcess, attach
 
 ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT_DIRECTORY"
 NODE_VARIABLE = "LAUNCHER_NODE"
@@ -35,18 +37,24 @@ _SECONDS_TO_REAP = 5
 def main(arguments: list[str]) -> int:
     """Run the agent to its end; 0 where every rank ended with 0, else 1."""
     die_with_parent()
-    _pass_signals_on(os.getppid())
+    launcher = os.getppid()
     os.environ[PARENT_VARIABLE] = str(os.getpid())
+    module = os.environ.get(VARIABLE, "0")
+    warm = WarmProcess(module) if module != "0" else None
+    _pass_signals_on(launcher)
 
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
     if run := os.environ.get(RUN_VARIABLE):
         from launcher.runs.layout import RunDirectory
         from launcher.scheduling.script import apply_configuration
 
         apply_configuration(RunDirectory(Path(run)), Path(os.environ[ATTEMPT_VARIABLE]))
+    if warm is not None:
+        attach(SubprocessHandler, warm)
     killed = _kill_instead_of_asking(SubprocessContext)
     try:
         torchrun.run(torchrun.parse_args(arguments))

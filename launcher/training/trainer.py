@@ -11,28 +11,28 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from launcher.errors import ConfigurationError, DivergedError, Problem, StorageError
+from launcher.errors import DivergedError, StorageError
 from launcher.planning.plan import Plan
 from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
-from launcher.runs.halving import Halving
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import last_record, newest_checkpoint
 from launcher.training import engines
 from launcher.training import model as models
-from launcher.training.cadence import Cadence, Patience
+from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch
 from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
+from launcher.training.ending import EarlyEnd
 from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
-from launcher.training.foreseen import Foreseen
 from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
+from launcher.training.recording import Recorder
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
-from launcher.training.tracking import Journal, Trackers
+from launcher.training.tracking import Journal
 
 T = TypeVar("T")
 
@@ -89,16 +89,13 @@ class Trainer:
         self.num_steps = self.batches.num_steps
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.event("phase", phase="loading")
-        self.foreseen = Foreseen(run, device)
+        self.recorder = Recorder(run, plan, device, self.journal) if self.rank == 0 else None
         self.engine = engines.build(plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {})
         if self.rank == 0:
             material.save_model_files(run, self.engine.model)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
-        early = plan.training.early_stopping
-        self.patience = Patience(early.metric, early.patience, early.minimum_delta) if early else None
-        self.halving = Halving.of(run)
-        self.left_behind = False
+        self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
         self._restore()
         self.first_step = self.state.step
@@ -106,7 +103,6 @@ class Trainer:
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, self.state.step)
         self.evaluating = Cadence(plan.evaluate_every, steps_per_epoch, now, max(0, self.state.evaluated_step))
-        self.trackers = Trackers(plan, run.path / "trackers") if self.rank == 0 else None
 
     def run_to_the_end(self) -> None:
         """Evaluate, train, evaluate, save; or stop where told to."""
@@ -133,7 +129,7 @@ class Trainer:
 
     @property
     def _over(self) -> bool:
-        return self.state.step >= self.num_steps or self.left_behind or (self.patience is not None and self.patience.exhausted)
+        return self.state.step >= self.num_steps or self.early_end.reached
 
     @property
     def _keeps_best(self) -> bool:
@@ -154,7 +150,8 @@ class Trainer:
         self.state.step += 1
         self.state.num_items += step_batch.num_items
         self.state.num_tokens += step_batch.num_tokens
-        self._record(step_batch, loss, gradient_norm, learning_rate, time.monotonic() - started)
+        if self.recorder:
+            self.recorder.step(self.state.step, step_batch, loss, gradient_norm, learning_rate, time.monotonic() - started)
         return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}
 
     def _accumulate(self, step_batch: StepBatch) -> torch.Tensor:
@@ -204,28 +201,6 @@ class Trainer:
                 f"lower training.learning_rate ({self.plan.training.learning_rate:g}) or look at the rows of the last steps"
             )
 
-    def _record(self, step_batch: StepBatch, loss: float, gradient_norm: float, learning_rate: float, seconds: float) -> None:
-        if self.rank != 0:
-            return
-        record = {
-            "kind": "train",
-            "step": self.state.step,
-            "loss": loss,
-            "grad_norm": gradient_norm,
-            "learning_rate": learning_rate,
-            "num_samples": step_batch.num_samples,
-            "num_tokens": step_batch.num_tokens,
-            "tokens_per_second": round(step_batch.num_tokens / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "sample_ids": step_batch.sample_ids,
-            "time": round(time.time(), 3),
-        }
-        self.journal.append(self.run.metrics_file, record)
-        if compared := self.foreseen.note(step_batch.num_tokens, seconds):
-            self.event("compared", **compared)
-        if self.trackers:
-            self.trackers.log({f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, self.state.step)
-
     def _evaluate(self) -> bool:
         """Measure on the held-out rows. False where a stop was asked for meanwhile; the evaluation is then made when the run goes on."""
         if self.material.evaluation is None:
@@ -239,43 +214,19 @@ class Trainer:
         except Interrupted:
             return False
         self._evaluated(metrics)
-        if self.rank == 0:
-            self.journal.append(self.run.metrics_file, {"kind": "evaluation", "step": self.state.step, "metrics": metrics})
-        self.event("evaluated", step=self.state.step, metrics=metrics)
-        if self.trackers:
-            self.trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, self.state.step)
-        self._judge(metrics)
-        self._compare()
+        if self.recorder:
+            self.recorder.evaluation(self.state.step, metrics)
+        self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
         return True
 
     def _evaluated(self, metrics: dict[str, float]) -> None:
         self.state.metrics, self.state.evaluated_step = metrics, self.state.step
         self.evaluating.done(self.state.step, time.monotonic())
 
-    def _judge(self, metrics: dict[str, float]) -> None:
-        """Early stopping: what this evaluation means for the run's patience."""
-        if self.patience is None:
-            return
-        if self.patience.metric not in metrics:
-            reason = f"is not among the metrics of this task: {', '.join(sorted(metrics))}"
-            raise ConfigurationError(Problem("training.early_stopping.metric", self.patience.metric, reason))
-        if self.state.step > 0 and self.patience.exhausted_by(metrics):
-            self.event("early_stopping", step=self.state.step, metric=self.patience.metric, best=self.patience.best)
-
-    def _compare(self) -> None:
-        """Successive halving: whether this point of a sweep has fallen behind the others."""
-        if self.halving is None or not 0 < self.state.step < self.num_steps:
-            return
-        self.left_behind = self._agree(self.rank == 0 and self.halving.gives_up(self.run))
-        if self.left_behind:
-            self.event("halved", step=self.state.step, metric=self.halving.metric)
-
     def _save(self, wait: bool = False) -> None:
         """Save; `wait` until it is committed, and raise where it cannot be."""
         self.saving.done(self.state.step, time.monotonic())
-        extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
-        if self.patience:
-            extra |= {"best": self.patience.best, "num_worse": self.patience.num_worse}
+        extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps, **self.early_end.state()}
         # Metrics of an older state would rank this one among the best by what it is not.
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
         saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), metrics, wait=wait)
@@ -292,8 +243,7 @@ class Trainer:
         evaluation = extra.get("metrics", {}), extra.get("evaluated_step", progress.step)
         self.state = State(progress.step, progress.samples, progress.tokens, extra.get("num_skipped_in_a_row", 0), *evaluation)
         self.loss_scale = LossScale(self.loss_scale.used, extra["loss_scale"], extra["good_steps"])
-        if self.patience:
-            self.patience.best, self.patience.num_worse = extra.get("best"), extra.get("num_worse", 0)
+        self.early_end.restore(extra)
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""
@@ -324,8 +274,8 @@ class Trainer:
         self._close()
 
     def _close(self) -> None:
-        if self.trackers:
-            self.trackers.finish()
+        if self.recorder:
+            self.recorder.finish()
         distributed.barrier()
 
     def _announce(self) -> None:

@@ -21,7 +21,7 @@ from launcher.cli.checkpoint import app
 from launcher.errors import CheckpointError, ConfigurationError, LauncherError, StorageError
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint import export as exporting
-from launcher.training.checkpoint import storage
+from launcher.training.checkpoint import writing
 from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.inspect import describe_tensors, differences
 from launcher.training.checkpoint.reader import CheckpointReader, read_metadata
@@ -331,7 +331,7 @@ def test_a_file_system_that_will_not_write_past_its_cache_gets_the_same_bytes(
     monkeypatch.setattr(os, "write", refuse)
     careful = save(tmp_path / "careful", tensors)
     assert (careful / "__0_0.distcp").read_bytes() == (usual / "__0_0.distcp").read_bytes()
-    monkeypatch.setattr(storage, "_set_direct", lambda descriptor, wanted: False)
+    monkeypatch.setattr(writing, "_set_direct", lambda descriptor, wanted: False)
     plain = save(tmp_path / "plain", tensors)
     assert (plain / "__0_0.distcp").read_bytes() == (usual / "__0_0.distcp").read_bytes()
     with open(tmp_path / "probe", "wb") as probe:

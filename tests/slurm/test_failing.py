@@ -24,7 +24,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 def faulty(material: Material, name: str, fault: str, **cluster: object) -> Path:
-    return material.job(name, environment={"FAULT": fault, "PYTHONPATH": str(FAULTS)}, **cluster)
+    return material.job(name, environment={"FAULT": fault, "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}, **cluster)
 
 
 def test_a_crash_loop_ends_with_a_diagnosis(cluster: Cluster, material: Material) -> None:

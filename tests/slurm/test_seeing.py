@@ -71,7 +71,7 @@ def test_a_life_with_accounting(cluster_with_accounting: Cluster, material: Mate
 
 
 def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material: Material) -> None:
-    fault = {"FAULT": "memory:0:2", "PYTHONPATH": str(FAULTS)}
+    fault = {"FAULT": "memory:0:2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(cluster, material.job("broken", nodes=1, environment=fault))
     run.wait_event("gave_up")
     cluster.wait_state(run.job, "FAILED", timeout=30)
@@ -84,7 +84,7 @@ def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material:
 
 
 def test_logs_are_followed_into_the_next_attempt_to_the_end(cluster: Cluster, material: Material) -> None:
-    code = {"FAULT": "slow:all:0.5", "PYTHONPATH": str(FAULTS)}
+    code = {"FAULT": "slow:all:0.5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(cluster, material.job("followed", nodes=1, environment=code))
     command = [sys.executable, "-m", "launcher.cli.main", "logs", "followed", "-f"]
     follower = subprocess.Popen(command, env=material.environment(cluster), cwd=material.folder, stdout=subprocess.PIPE, text=True)

@@ -91,7 +91,7 @@ def test_signalled_requeued_preempted_and_out_of_time(cluster: Cluster, material
 
 def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     """Told early enough, the ranks save, and the next attempt goes on."""
-    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS)}
+    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(cluster, material.job("hourly", time_limit="10min", environment=slow))
     run.wait_step(2)
     # The time is over soon: a limit is given in minutes, and the steps that are left take longer than one.
@@ -107,7 +107,7 @@ def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Mater
 
 def test_too_little_time_to_save_goes_on_from_what_was_saved(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     """The limit comes in the middle of a step that lasts longer than what is left."""
-    slow = {"FAULT": "slow-first:all:40", "PYTHONPATH": str(FAULTS)}
+    slow = {"FAULT": "slow-first:all:40", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(
         cluster, material.job("abrupt", {"checkpoint": {"every": 1, "keep_last": 100}}, time_limit="10min", environment=slow)
     )

@@ -110,7 +110,11 @@ def launch(job: Path, run: Path, *options: str) -> tuple[subprocess.CompletedPro
     cap = state_bytes() // 2
     command = ["prlimit", f"--data={cap}:{cap}", f"--stack={_THREAD_STACK}:", sys.executable, "-m", "launcher.cli.main"]
     process = subprocess.Popen(
-        [*command, "run", str(job), "--run-dir", str(run), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "run", str(job), "--run-dir", str(run), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "LAUNCHER_WARM": "0"},  # each rank's memory by itself, and ranks that are known by their command
     )
     watch = Watch(process.pid)
     output, _ = process.communicate()

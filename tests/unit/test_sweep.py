@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
 from launcher.runs.events import append, event
 from launcher.runs.halving import Halving
 from launcher.runs.layout import RunDirectory
+from launcher.scheduling.sweep import running
 from launcher.scheduling.sweep.leaderboard import leaderboard
 from launcher.scheduling.sweep.space import points, rungs
 from launcher.scheduling.sweep.sweep import Sweep
+from tests.unit.test_scheduling_local import Heard
 
 
 def test_a_grid_is_every_value_with_every_other() -> None:
@@ -180,3 +182,21 @@ def test_a_rule_of_halving(text: str, expected: tuple[int, int] | None) -> None:
     else:
         with pytest.raises(ConfigurationError, match="STEPS:N"):
             rungs(text)
+
+
+def test_a_point_that_cannot_begin_leaves_the_others_their_turn(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Sweep.create(tmp_path / "sweep", job, [], [[f"training.seed={seed}"] for seed in range(3)], "loss", None)
+    ran, opened = [], Sweep.open
+
+    def open_but_one(self: Sweep, number: int, local: bool) -> Any:
+        if number == 1:
+            raise OutOfMemoryError("it needs more than there is")
+        return opened(self, number, local)
+
+    monkeypatch.setattr(Sweep, "open", open_but_one)
+    monkeypatch.setattr(running.local, "run", lambda run, plan, watcher: ran.append(run.path.name) or 0)
+    heard = Heard()
+    assert running.run_here(sweep, heard) == OutOfMemoryError.exit_code
+    assert ran == ["000", "002"] and "point 1 cannot begin: it needs more than there is" in heard.lines
+    monkeypatch.setattr(running.local, "run", lambda run, plan, watcher: Stopped.exit_code)
+    assert running.run_here(sweep, heard) == Stopped.exit_code, "a stop ends the sweep"

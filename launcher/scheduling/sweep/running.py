@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.errors import ConfigurationError, Problem, Stopped
+from launcher.errors import ConfigurationError, LauncherError, Problem, Stopped
 from launcher.planning.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
@@ -19,14 +19,19 @@ from launcher.scheduling.sweep.sweep import Sweep
 
 
 def run_here(sweep: Sweep, watcher: Watcher) -> int:
-    """Every point that is left, in turn. A point that fails does not keep the others from being tried; a stop ends the sweep.
+    """Every point that is left, in turn. One that fails or cannot begin does not keep the others from being tried; a stop ends the sweep.
 
     Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed.
     """
     worst = 0
     for number in sweep.left():
         watcher.say(f"point {number} of {len(sweep.points)}: {' '.join(sweep.points[number])}")
-        run, plan = sweep.open(number, local=True)
+        try:
+            run, plan = sweep.open(number, local=True)
+        except LauncherError as error:
+            watcher.say(f"point {number} cannot begin: {error}")
+            worst = worst or error.exit_code
+            continue
         code = local.run(run, plan, watcher)
         if code in (Stopped.exit_code, local.FORCED_EXIT):
             return code

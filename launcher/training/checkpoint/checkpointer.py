@@ -26,7 +26,8 @@ from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.group import Ranks
 from launcher.training.checkpoint.reader import CheckpointReader
-from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks, write_hashed
+from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks
+from launcher.training.checkpoint.writing import write_hashed
 
 Tensors = dict[str, torch.Tensor]
 Blocks = Callable[[], Iterator[memoryview]]

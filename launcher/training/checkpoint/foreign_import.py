@@ -22,7 +22,8 @@ from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.checkpoint.foreign import Foreign, ForeignTensor, open_foreign
 from launcher.training.checkpoint.foreign_names import expected, matched
-from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, TensorPlanner, global_plan, live_blocks, write_hashed
+from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, TensorPlanner, global_plan, live_blocks
+from launcher.training.checkpoint.writing import write_hashed
 from launcher.training.precision import LossScale
 
 Report = Callable[[int, int], None]

@@ -8,31 +8,27 @@ PyTorch's own tools read it.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import functools
 import io
+import itertools
 import mmap
 import os
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-import xxhash
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from typing_extensions import Buffer
 
-from launcher.runs.checkpoints import FileRecord
+from launcher.training.checkpoint.writing import PAGE_BYTES
 
 METADATA_NAME = ".metadata"
 _ALIGNMENT = 64
-_PAGE_BYTES = 4096
 _BLOCK_BYTES = 16 << 20
 
 
@@ -170,8 +166,8 @@ class Image:
 
     def __init__(self, layout: FileLayout, pinned: bool) -> None:
         self.layout = layout
-        spacious = torch.empty(layout.total_bytes + _PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        self.buffer = spacious[-spacious.data_ptr() % _PAGE_BYTES :][: layout.total_bytes]
+        spacious = torch.empty(layout.total_bytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        self.buffer = spacious[-spacious.data_ptr() % PAGE_BYTES :][: layout.total_bytes]
         end = 0
         for slot in layout.slots:
             self.buffer[end : slot.offset] = 0
@@ -200,10 +196,10 @@ class Image:
 def live_blocks(layout: FileLayout, planner: TensorPlanner, tensors: dict[str, torch.Tensor]) -> Iterator[memoryview]:
     """The same content straight from the tensors, with no copy of the whole; they must not change meanwhile.
 
-    Every block is the same memory: done with before the next one is asked for.
+    Two blocks of memory take turns: one must be done with before the next but one is asked for.
     """
-    block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
-    used = 0
+    turns = itertools.cycle([memoryview(mmap.mmap(-1, _BLOCK_BYTES)) for _ in range(2)])
+    block, used = next(turns), 0
     for stretch in _stretches(layout, planner, tensors):
         rest = memoryview(stretch)
         while rest:
@@ -212,7 +208,7 @@ def live_blocks(layout: FileLayout, planner: TensorPlanner, tensors: dict[str, t
             rest, used = rest[count:], used + count
             if used == _BLOCK_BYTES:
                 yield block
-                used = 0
+                block, used = next(turns), 0
     yield block[:used]
 
 
@@ -224,41 +220,3 @@ def _stretches(layout: FileLayout, planner: TensorPlanner, tensors: dict[str, to
         yield cast(Buffer, planner.elements(tensors, slot).cpu().numpy())
         yield after
         end = slot.offset + slot.length
-
-
-def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
-    """Write a new file, hash it on the way, and make it durable. Raises OSError.
-
-    Past the page cache where the file system can: filling the cache with what nobody reads costs training ten times the
-    processor time of the write itself.
-    """
-    digest, total = xxhash.xxh3_128(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        direct = _set_direct(descriptor, True)
-        for block in blocks:
-            digest.update(block)
-            total += len(block)
-            while block:
-                if direct and len(block) % _PAGE_BYTES:
-                    direct = _set_direct(descriptor, False)
-                try:
-                    block = block[os.write(descriptor, block) :]
-                except OSError as error:
-                    if not direct or error.errno not in (errno.EINVAL, errno.EFAULT):
-                        raise
-                    direct = _set_direct(descriptor, False)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return FileRecord(bytes=total, xxh3_128=digest.hexdigest())
-
-
-def _set_direct(descriptor: int, wanted: bool) -> bool:
-    """Switch writing past the page cache on or off; whether it is on. It needs whole pages at page addresses."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
-    except OSError:
-        return False
-    return wanted

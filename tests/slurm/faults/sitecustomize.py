@@ -1,4 +1,6 @@
-"""Breaks a rank from inside, where a test puts this folder on PYTHONPATH: FAULT is KIND:WHERE:STEP, WHERE a rank, a node's name or `all`.
+"""Breaks a rank from inside, where a test puts this folder on PYTHONPATH and has each rank be a new process (LAUNCHER_WARM=0).
+
+FAULT is KIND:WHERE:STEP, WHERE a rank, a node's name or `all`.
 
 Every attempt breaks that comes to the step: after it, as soon as it is written in metrics.jsonl. Of `slow` the last part is seconds:
 each step takes so much longer; of `slow-first` in the first attempt alone.

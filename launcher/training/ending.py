@@ -1,0 +1,58 @@
+"""What ends training before its last step: early stopping, and a sweep in which this run has fallen behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planning.plan import Plan
+from launcher.runs.halving import Halving
+from launcher.runs.layout import RunDirectory
+from launcher.training.cadence import Patience
+
+
+class EarlyEnd:
+    """One rank's judgement of each evaluation; all ranks come to the same one.
+
+    `agree` tells whether any rank wishes something, `event` writes an event once for all.
+    """
+
+    def __init__(self, run: RunDirectory, plan: Plan, leads: bool, agree: Callable[[bool], bool], event: Callable[..., None]) -> None:
+        early = plan.training.early_stopping
+        self._patience = Patience(early.metric, early.patience, early.minimum_delta) if early else None
+        self._halving = Halving.of(run)
+        self._run, self._leads, self._agree, self._event = run, leads, agree, event
+        self._left_behind = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether training is over, whatever steps are left."""
+        return self._left_behind or (self._patience is not None and self._patience.exhausted)
+
+    def judge(self, step: int, is_last: bool, metrics: dict[str, float]) -> None:
+        """What the evaluation after `step` means. Raises ConfigurationError for a metric that the task does not have."""
+        self._be_patient(step, metrics)
+        if self._halving is not None and step > 0 and not is_last:
+            self._left_behind = self._agree(self._leads and self._halving.gives_up(self._run))
+            if self._left_behind:
+                self._event("halved", step=step, metric=self._halving.metric)
+
+    def _be_patient(self, step: int, metrics: dict[str, float]) -> None:
+        patience = self._patience
+        if patience is None:
+            return
+        if patience.metric not in metrics:
+            reason = f"is not among the metrics of this task: {', '.join(sorted(metrics))}"
+            raise ConfigurationError(Problem("training.early_stopping.metric", patience.metric, reason))
+        if step > 0 and patience.exhausted_by(metrics):
+            self._event("early_stopping", step=step, metric=patience.metric, best=patience.best)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"best": self._patience.best, "num_worse": self._patience.num_worse} if self._patience else {}
+
+    def restore(self, extra: dict[str, Any]) -> None:
+        """Go on from a checkpoint's."""
+        if self._patience:
+            self._patience.best, self._patience.num_worse = extra.get("best"), extra.get("num_worse", 0)

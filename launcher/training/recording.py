@@ -1,0 +1,53 @@
+"""What rank 0 writes of each step and each evaluation: metrics.jsonl, the trackers, and once the comparison with the forecast."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from launcher.planning.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.training.data.batches import StepBatch
+from launcher.training.devices import peak_memory_bytes
+from launcher.training.foreseen import Foreseen
+from launcher.training.tracking import Journal, Trackers
+
+
+class Recorder:
+    """The files and trackers of one run. Made before the model is loaded, so that the bare process is known."""
+
+    def __init__(self, run: RunDirectory, plan: Plan, device: torch.device, journal: Journal) -> None:
+        self._run, self._device, self._journal = run, device, journal
+        self._trackers = Trackers(plan, run.path / "trackers")
+        self._foreseen = Foreseen(run, device)
+
+    def step(self, step: int, batch: StepBatch, loss: float, gradient_norm: float, learning_rate: float, seconds: float) -> None:
+        """One optimizer step of all ranks, which took so many seconds."""
+        record = {
+            "kind": "train",
+            "step": step,
+            "loss": loss,
+            "grad_norm": gradient_norm,
+            "learning_rate": learning_rate,
+            "num_samples": batch.num_samples,
+            "num_tokens": batch.num_tokens,
+            "tokens_per_second": round(batch.num_tokens / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(self._device),
+            "sample_ids": batch.sample_ids,
+            "time": round(time.time(), 3),
+        }
+        self._journal.append(self._run.metrics_file, record)
+        if compared := self._foreseen.note(batch.num_tokens, seconds):
+            self._journal.event(self._run.events_file, "compared", **compared)
+        self._trackers.log({f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, step)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """One evaluation."""
+        self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
+        self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
+        self._trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, step)
+
+    def finish(self) -> None:
+        """Let every tracker write what it holds."""
+        self._trackers.finish()
