@@ -62,8 +62,9 @@ def _check_memory(made: Forecast) -> None:
 def _check_disk(made: Forecast, directory: Path) -> None:
     """One checkpoint has to be written before another can go."""
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if made.checkpoint_bytes > free:
+    usage = shutil.disk_usage(there)
+    free = usage.free
+    if usage.total and made.checkpoint_bytes > free:  # what is no disk at all is refused by whoever writes to it
         raise StorageError(
             f"a checkpoint takes {gib(made.checkpoint_bytes)}, and {gib(free)} are free at {there}: "
             f"name a larger disk with --run-dir, or make room; {_FORCE}"

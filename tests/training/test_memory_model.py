@@ -9,7 +9,7 @@ import pytest
 from tests.benchmarks.bench_memory import line, measure, summary
 from tests.benchmarks.memory_cases import draw
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.very_slow, pytest.mark.timeout(900)]
 COUNT = 8
 
 

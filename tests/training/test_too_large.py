@@ -121,7 +121,8 @@ def launch(job: Path, run: Path, *options: str) -> tuple[subprocess.CompletedPro
     return subprocess.CompletedProcess(command, process.returncode, output, ""), watch.largest()
 
 
-@pytest.mark.parametrize("engine", [pytest.param("fsdp", marks=pytest.mark.very_slow), "deepspeed"])
+@pytest.mark.very_slow
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_four_ranks_train_what_half_the_memory_would_not_hold(engine: str, job: Path, tmp_path: Path) -> None:
     if engine == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")

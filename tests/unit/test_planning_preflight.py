@@ -82,6 +82,11 @@ def test_a_checkpoint_that_the_disk_has_no_room_for(job: Path, monkeypatch: pyte
     assert look(job, *ON_GPUS, force=True).checkpoint_bytes > 50 << 30
 
 
+def test_what_is_no_disk_is_left_to_whoever_writes_to_it(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    assert look(job, *ON_GPUS).fits
+
+
 def test_a_time_limit_in_which_nothing_can_be_done(job: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"cluster\.time_limit.*loading and saving take 9\d s"):
         look(job, *ON_GPUS, "cluster.time_limit=1min")

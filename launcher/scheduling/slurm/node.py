@@ -91,7 +91,9 @@ def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         end = _supervise(run, plan, number, signals, clock, allocation, meeting)
         if end.forced == "superseded":
             return 0
-        out_of_memory_killer = any([*_reports(run, number, plan.mesh.nodes), oom_kills() > killed_before])
+        # When the time is up, what is left of it is for going on; nobody asks then what killed the ranks.
+        reports = [] if end.forced == "grace" else _reports(run, number, plan.mesh.nodes)
+        out_of_memory_killer = any([*reports, oom_kills() > killed_before])
         code = outcome(run, plan, number, end, Watcher(), out_of_memory_killer)
         write_outcome(run, number, _why(run, end, code), signal=end.signal_name, exit_code=code)
         return code
