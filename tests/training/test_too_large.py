@@ -126,7 +126,8 @@ def launch(job: Path, run: Path, *options: str) -> tuple[subprocess.CompletedPro
 def test_four_ranks_train_what_half_the_memory_would_not_hold(engine: str, job: Path, tmp_path: Path) -> None:
     if engine == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    ended, peaks = launch(job, tmp_path / "run", "--nproc", "4", "--set", f"parallel.engine={engine}")
+    # The plan leaves a tenth of a rank's memory free, which here is part of what has to do.
+    ended, peaks = launch(job, tmp_path / "run", "--nproc", "4", "--force", "--set", f"parallel.engine={engine}")
     run = RunDirectory(tmp_path / "run")
     assert ended.returncode == 0, ended.stdout + (run.attempt(1) / "rank-0.log").read_text()[-3000:]
     assert run.finished and len(curve(run)) == NUM_STEPS and len(named(run, "saved")) == 1

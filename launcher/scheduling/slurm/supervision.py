@@ -17,6 +17,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.status import HEARTBEAT
 from launcher.scheduling.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.scheduling.slurm.clock import Clock, lead_seconds
+from launcher.scheduling.slurm.history import read_outcome
 from launcher.scheduling.supervisor import Force, Signals, Supervisor, Watcher
 
 TIME_LIMIT = signal.SIGUSR2
@@ -34,6 +35,7 @@ class NodeSupervisor(Supervisor):
     def __init__(self, run: RunDirectory, attempt: int, plan: Plan, signals: Signals, clock: Clock, allocation: Allocation) -> None:
         super().__init__(run, attempt, plan.grace_seconds, Watcher(), signals)
         self._plan, self._clock, self._allocation, self._node = plan, clock, allocation, allocation.node_index
+        self._number = attempt
         self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
         self._looked_at = self._beat_at = 0.0
         self._superseded = False
@@ -69,11 +71,16 @@ class NodeSupervisor(Supervisor):
         if now - self._looked_at < _LOOK_SECONDS:
             return
         self._looked_at = now
-        self._superseded = is_claimed_by_another(self.run, self._allocation)
+        self._superseded = is_claimed_by_another(self.run, self._allocation) or self._is_over_at_the_head()
         if self._node == 0 and now - self._beat_at > _BEAT_SECONDS:
             self._beat_at = now
             with contextlib.suppress(OSError):
                 (self.directory / HEARTBEAT).touch()
+
+    def _is_over_at_the_head(self) -> bool:
+        """Whether the first node has given the attempt up: Slurm's step lasts until the last node leaves, and what follows waits."""
+        outcome = read_outcome(self.run, self._number) if self._node > 0 else None
+        return outcome is not None and outcome["end"] != "finished"
 
     def _is_near_the_end(self) -> bool:
         now = time.monotonic()
