@@ -31,9 +31,10 @@ from launcher.scheduling.slurm.allocation import (
     read_assignment,
     refuse,
 )
-from launcher.scheduling.slurm.clock import lead_seconds, seconds_since_1970
+from launcher.scheduling.slurm.clock import Clock, lead_seconds, seconds_since_1970
 from launcher.scheduling.slurm.history import attempts, write_outcome
 from launcher.scheduling.slurm.record import JobRecord
+from launcher.scheduling.slurm.supervision import NodeSupervisor
 from launcher.scheduling.supervisor import Signals
 from tests.unit.test_scheduling_local import plan
 
@@ -316,6 +317,24 @@ def test_a_run_belongs_to_one_job(bin_folder: Path, run: RunDirectory) -> None:
 def test_what_slurm_meant(end: str, known: str, meant: str, bin_folder: Path) -> None:
     program(bin_folder, "scontrol", f"echo 'JobId=17 {known}'")
     assert after._meaning(Allocation.of(VARIABLES), end) == meant
+
+
+@pytest.mark.parametrize(
+    ("node", "end", "leaves"), [("1", "failed", True), ("1", "time limit", True), ("1", "finished", False), ("0", "failed", False)]
+)
+def test_who_follows_leaves_when_the_head_has_given_up(node: str, end: str, leaves: bool, run: RunDirectory) -> None:
+    """Slurm's step, and the batch script that decides what is next, wait for the last node."""
+    allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": node})
+    run.attempts.mkdir(parents=True)
+    number = begin_attempt(run, assignment())
+    supervisor = NodeSupervisor(run, number, plan(), Signals(), Clock("17"), allocation)
+    claim(run, allocation)
+    supervisor._tick()
+    assert supervisor._reason_to_force() == ""
+    write_outcome(run, number, end, exit_code=1)
+    supervisor._looked_at = 0.0
+    supervisor._tick()
+    assert supervisor._reason_to_force() == ("superseded" if leaves else "")
 
 
 def test_a_time_limit_before_the_attempt_began_is_not_tried_for_ever(
