@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -19,8 +20,8 @@ _OVER = ("finished", "failed", "stopped", "interrupted")
 class Logs:
     """What the ranks of an attempt printed; without a number of the newest, and of the next when that begins."""
 
-    def __init__(self, run: RunDirectory, rank: int | None, attempt: int | None, lines: int) -> None:
-        self.run, self.rank, self.lines = run, rank, lines
+    def __init__(self, run: RunDirectory, rank: int | None, attempt: int | None, lines: int, as_json: bool = False) -> None:
+        self.run, self.rank, self.lines, self.as_json = run, rank, lines, as_json
         self.attempt = attempt if attempt is not None else run.last_attempt()
         self._newest = attempt is None
         if attempt is not None and not run.attempt(attempt).is_dir():
@@ -65,8 +66,13 @@ class Logs:
             self._offsets[path] = offset + len(whole)
             shown = whole.decode(errors="replace").splitlines()
             for line in shown[-lines:] if lines and not offset else shown:
-                print(line if self.rank is not None else f"[{path.stem.replace('-', ' ')}] {line}")
+                print(self._written(path, line))
         sys.stdout.flush()
+
+    def _written(self, path: Path, line: str) -> str:
+        if self.as_json:
+            return json.dumps({"attempt": self.attempt, "rank": int(path.stem.partition("-")[2]), "line": line}, ensure_ascii=False)
+        return line if self.rank is not None else f"[{path.stem.replace('-', ' ')}] {line}"
 
     def _over(self) -> bool:
         return read_status(self.run).state in _OVER
@@ -89,4 +95,5 @@ class Logs:
         if self._newest and (newest := self.run.last_attempt()) > self.attempt:
             self._print(0)
             self.attempt = newest
-            print(f"--- attempt {newest}", flush=True)
+            if not self.as_json:
+                print(f"--- attempt {newest}", flush=True)

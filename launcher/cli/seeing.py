@@ -18,6 +18,7 @@ Folder = Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs ar
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on showing what is added, until the run is over.")]
 RankNumber = Annotated[int | None, typer.Option("--rank", min=0, metavar="R", help="The log of this rank. [default: all of them]")]
 AttemptNumber = Annotated[int | None, typer.Option("--attempt", min=1, metavar="N", help="Of this attempt. [default: the newest]")]
+LinesAsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 Lines = Annotated[int, typer.Option("--lines", "-n", min=0, metavar="N", help="How many lines of the past to show; 0 shows all.")]
 
 
@@ -67,12 +68,19 @@ def _row(seen: dict[str, Any]) -> list[str]:
     return [seen["name"], seen["state"], f"{seen['step']}{of}", loss, slurm.get("job_id", ""), (reason or "")[:80]]
 
 
-def logs(run: Run, follow: Follow = False, rank: RankNumber = None, attempt: AttemptNumber = None, lines: Lines = 40) -> None:
+def logs(
+    run: Run,
+    follow: Follow = False,
+    rank: RankNumber = None,
+    attempt: AttemptNumber = None,
+    lines: Lines = 40,
+    as_json: LinesAsJson = False,
+) -> None:
     """Show what the ranks printed."""
     from launcher.cli.logs import Logs
     from launcher.runs.layout import RunDirectory
 
-    Logs(RunDirectory.find(run), rank, attempt, lines).show(follow)
+    Logs(RunDirectory.find(run), rank, attempt, lines, as_json).show(follow)
 
 
 def describe(seen: dict[str, Any]) -> str:
