@@ -337,6 +337,26 @@ def test_who_follows_leaves_when_the_head_has_given_up(node: str, end: str, leav
     assert supervisor._reason_to_force() == ("superseded" if leaves else "")
 
 
+def test_that_the_time_is_over_is_decided_once(run: RunDirectory) -> None:
+    """A quick save makes the moment later; the ranks have been told by then."""
+    run.attempts.mkdir(parents=True)
+    allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": "0"})
+    clock, signals = Clock("17"), Signals()
+    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), signals, clock, allocation)
+    signals.received.append((signal.SIGUSR2, time.monotonic()))
+    supervisor._heed_the_clock()
+    assert signals.first, "of the end nothing is known yet: Slurm's signal counts"
+    clock.end = time.time() + 3600
+    supervisor._heed_the_clock()
+    assert not signals.first, "Slurm's signal came early"
+    clock.end = time.time() + 1
+    supervisor._heed_the_clock()
+    assert signals.first
+    clock.end, supervisor._lead = time.time() + 3600, 0.0
+    supervisor._heed_the_clock()
+    assert signals.first
+
+
 def test_a_time_limit_before_the_attempt_began_is_not_tried_for_ever(
     run: RunDirectory, bin_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

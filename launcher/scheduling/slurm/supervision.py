@@ -38,7 +38,7 @@ class NodeSupervisor(Supervisor):
         self._number = attempt
         self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
         self._looked_at = self._beat_at = 0.0
-        self._superseded = False
+        self._superseded = self._decided = False
         self._lead: float | None = None
         self._lead_at = 0.0
 
@@ -59,11 +59,14 @@ class NodeSupervisor(Supervisor):
     def _heed_the_clock(self) -> None:
         """Slurm's signal comes up to a minute early, and by then half of a short job may be left: who knows the end decides by it."""
         received = self.signals.received
-        if self._node == 0 and self._clock.end is None:
+        if self._decided or (self._node == 0 and self._clock.end is None):
             return
         if self._node > 0 or not self._is_near_the_end():
             received[:] = [(number, at) for number, at in received if number != TIME_LIMIT]
-        elif not received:
+            return
+        # A save that takes less than was thought moves the moment, and nothing that has been decided.
+        self._decided = True
+        if not received:
             received.append((TIME_LIMIT, time.monotonic()))
 
     def _tick(self) -> None:
@@ -92,6 +95,7 @@ class NodeSupervisor(Supervisor):
         return "superseded" if self._superseded else super()._reason_to_force()
 
     def _say_stopping(self) -> None:
+        self._decided = True  # the ranks are told now, whatever the clock says later
         if self._node == 0:
             super()._say_stopping()
         else:
