@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,17 +54,31 @@ def _follow(watched: Any, console: Any, every: float) -> None:
 
     asked = 0.0
     seen = watched.look(ask=True)
-    try:
-        with Live(screen(seen, console.width), console=console, screen=True, auto_refresh=False) as live:
-            while not (seen["status"]["state"] in _OVER and not seen["goes_on"]):
-                live.update(screen(seen, console.width), refresh=True)
-                time.sleep(every)
-                ask = time.monotonic() - asked > _SECONDS_BETWEEN_QUESTIONS
-                asked = time.monotonic() if ask else asked
-                seen = watched.look(ask)
-    except KeyboardInterrupt:
-        pass
+    with leaving_at_interrupt() as leaving, Live(screen(seen, console.width), console=console, screen=True, auto_refresh=False) as live:
+        while not (leaving.is_set() or (seen["status"]["state"] in _OVER and not seen["goes_on"])):
+            live.update(screen(seen, console.width), refresh=True)
+            if leaving.wait(every):
+                break
+            ask = time.monotonic() - asked > _SECONDS_BETWEEN_QUESTIONS
+            asked = time.monotonic() if ask else asked
+            seen = watched.look(ask)
     console.print(screen(seen, console.width), height=32)
+
+
+@contextmanager
+def leaving_at_interrupt() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, which breaks no half-drawn picture off this way; a second one does."""
+    leaving = threading.Event()
+
+    def _leave(*_: object) -> None:
+        leaving.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, _leave)
+    try:
+        yield leaving
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def screen(seen: dict[str, Any], width: int) -> Layout:

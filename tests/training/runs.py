@@ -164,6 +164,7 @@ def start(run: RunDirectory, world_size: int, hook: Hook | None = None, stop_at:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "XDG_CACHE_HOME": str(cache or run.path.parent / "cache"),
+        "XDG_STATE_HOME": os.environ["XDG_STATE_HOME"],
     }
     attempt = Attempt([], [])
     for rank in range(world_size):
