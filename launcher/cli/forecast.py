@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from launcher.planning.forecast import Forecast
 from launcher.planning.memory import gib
-
-if TYPE_CHECKING:
-    from launcher.planning.forecast import Forecast
 
 WIDTH = 48
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
@@ -33,6 +29,14 @@ def bars(made: Forecast) -> str:
 def _kinds(made: Forecast) -> dict[str, str]:
     names = dict.fromkeys(kind for phase in made.footprint.phases for kind in phase.parts)
     return {kind: _SIGNS[number % len(_SIGNS)] for number, kind in enumerate(names)}
+
+
+def compared(traced: Forecast, formulas: Forecast | str | None) -> str:
+    """What the formulas say beside a trace, in a line."""
+    if not isinstance(formulas, Forecast):
+        return f"  traced from the model's own class; {formulas}"
+    ours, theirs = traced.footprint.phase("steady step").peak, formulas.footprint.phase("steady step").peak
+    return f"  traced from the model's own class; of a steady step the formulas say {gib(theirs)}, {theirs / ours - 1:+.1%}"
 
 
 def speed_lines(made: Forecast) -> str:

@@ -12,6 +12,7 @@ import typer
 from launcher.cli.job import JobFile, Overrides
 
 if TYPE_CHECKING:
+    from launcher.planning.forecast import Trace
     from launcher.planning.outlook import Row
     from launcher.planning.plan import Plan
 
@@ -30,6 +31,7 @@ GpuName = Annotated[
 ]
 Network = Annotated[str | None, typer.Option("--network", metavar="NAME", help="What joins the nodes, as ib400 or ethernet100.")]
 Scale = Annotated[str | None, typer.Option("--scale", metavar="FROM..TO", help="How memory and speed change with the number of GPUs.")]
+Traced = Annotated[bool, typer.Option("--trace", help="Go by the model's real class (imports torch), and compare with the formulas.")]
 Picture = Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")]
 
 
@@ -46,6 +48,7 @@ def plan(
     price: Prices = [],  # noqa: B006
     explain: Explain = None,
     picture: Picture = None,
+    trace: Traced = False,
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.cli.output import print_json
@@ -68,26 +71,42 @@ def plan(
             if scale is not None:
                 typer.echo(scaling_plots(rows))
         return
-    seen = outlook.look(wanted, nproc, gpu, network)
+    seen = outlook.look(wanted, nproc, gpu, network, _tracing() if trace else None)
     if explain is not None:
         typer.echo(explained(seen.plan, explain))
         return
-    if picture is not None and seen.forecast is not None:
+    made = seen.traced or seen.forecast
+    if picture is not None and made is not None:
         from launcher.cli.forecast import picture as drawn
 
-        picture.write_text(drawn(seen.forecast), encoding="utf-8")
+        picture.write_text(drawn(made), encoding="utf-8")
     if as_json:
-        print_json(
-            json.loads(seen.plan.to_json()) | {"forecast": seen.forecast.to_dict() if seen.forecast else None, "no_forecast": seen.why_not}
-        )
+        forecasts = {"forecast": seen.forecast, "traced": seen.traced} if trace else {"forecast": seen.forecast}
+        content = {name: one.to_dict() if one else None for name, one in forecasts.items()}
+        print_json(json.loads(seen.plan.to_json()) | content | {"no_forecast": seen.why_not})
         return
     typer.echo(table(seen.plan))
-    if seen.forecast is None:
-        typer.echo(f"\nNo forecast of memory: {seen.why_not}.")
+    if made is None:
+        typer.echo(f"\nNo forecast of memory: {seen.why_not}. `launcher plan --trace` goes by the model's own class.")
         return
-    from launcher.cli.forecast import advice, bars, speed_lines
+    from launcher.cli.forecast import advice, bars, compared, speed_lines
 
-    typer.echo("\n".join(filter(None, [bars(seen.forecast), speed_lines(seen.forecast), advice(seen.forecast)])))
+    parts = [bars(made), compared(made, seen.forecast or seen.why_not) if trace else "", speed_lines(made), advice(made)]
+    typer.echo("\n".join(filter(None, parts)))
+
+
+def _tracing() -> Trace:
+    """The trainer's side of a trace; importing it takes seconds, which a line on a terminal explains."""
+    import gc
+
+    from rich.console import Console
+
+    gc.disable()  # a fifth of the import's time
+    with Console(stderr=True).status("importing the model's class ..."):
+        from launcher.training.tracing.plan import trace
+    gc.freeze()
+    gc.enable()
+    return trace
 
 
 def explained(plan: Plan, key: str) -> str:

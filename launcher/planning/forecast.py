@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.footprint.estimate import Estimator, Footprint, estimator, read_config
-from launcher.planning.footprint.families import KNOWN, nearest
+from launcher.planning.footprint.estimate import Estimator, Footprint, batch_of, estimator, read_config
+from launcher.planning.footprint.families import KNOWN, Program, nearest
 from launcher.planning.gpus import GpuType
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import kind_of, rates_for
@@ -18,6 +19,8 @@ from launcher.planning.plan import Plan
 from launcher.planning.speed import Speed, speed
 from launcher.runs.machine import Machine
 
+Trace = Callable[[Plan], Program]
+"""Makes a program of a plan's model from its real class."""
 USABLE = {"cuda": 0.95, "cpu": 0.9}
 """The share of a device's memory that a plan may fill: what the formulas were ever under, and what else lives there."""
 
@@ -33,6 +36,8 @@ class Forecast:
     checkpoint_bytes: int
     """Of one checkpoint on the disk."""
     speed: Speed | None = None
+    traced: bool = False
+    """From the model's real class and not from the formulas."""
 
     @property
     def fits(self) -> bool:
@@ -54,7 +59,7 @@ class Forecast:
             for phase in self.footprint.phases
         }
         content: dict[str, Any] = {"fits": self.fits, "memory_bytes": self.memory_bytes, "phases": phases}
-        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind_of(self.plan)}
+        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind_of(self.plan), "traced": self.traced}
         if self.speed:
             s = self.speed
             content["speed"] = {
@@ -76,27 +81,35 @@ def locate(name: str) -> str:
 
 
 def forecast(
-    plan: Plan, memory_bytes: int, gpu: GpuType | None = None, network: float | None = None, correction: float = 1.0
+    plan: Plan,
+    memory_bytes: int,
+    gpu: GpuType | None = None,
+    network: float | None = None,
+    correction: float = 1.0,
+    trace: Trace | None = None,
 ) -> Forecast | None:
     """The forecast of a plan; None where its model's config cannot be read or its architecture is not known to the formulas.
 
-    correction: what a step takes of what the speed model says, as runs on the same machine have shown.
+    correction: what a step takes of what the speed model says, as runs on the same machine have shown. trace: go by the model's real
+    class in place of the formulas.
     """
-    made = _estimator(plan)
+    made = _estimator(plan, trace)
     if made is None:
         return None
     rate = speed(plan, made.units, made.segments(), gpu, network, correction) if gpu is not None else None
-    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate)
+    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace is not None)
 
 
-def forecast_here(plan: Plan, hardware: Hardware, network: float | None = None) -> Forecast | None:
+def forecast_here(plan: Plan, hardware: Hardware, network: float | None = None, trace: Trace | None = None) -> Forecast | None:
     """The forecast of a plan on this machine, with what was measured of it."""
     machine = Machine.read()
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-    return forecast(plan, memory, rates_for(plan, hardware, machine), network, machine.correction(kind_of(plan)))
+    return forecast(plan, memory, rates_for(plan, hardware, machine), network, machine.correction(kind_of(plan)), trace)
 
 
-def _estimator(plan: Plan) -> Estimator | None:
+def _estimator(plan: Plan, trace: Trace | None = None) -> Estimator | None:
+    if trace is not None:
+        return Estimator(plan, trace(plan), batch_of(plan))
     config = read_config(locate(plan.model.name))
     try:
         return None if config is None else estimator(plan, config)

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, parse_seconds
 from launcher.planning.decide import plan as decide
-from launcher.planning.forecast import Forecast, forecast, forecast_here, why_not
+from launcher.planning.forecast import Forecast, Trace, forecast, forecast_here, why_not
 from launcher.planning.gpus import NETWORKS, GpuType, as_hardware, gpu_type, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
@@ -26,6 +26,8 @@ class Outlook:
     forecast: Forecast | None
     why_not: str | None = None
     """Why there is no forecast."""
+    traced: Forecast | None = None
+    """By the model's real class, where that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,24 @@ class Row:
         return [self.gpu, str(plan.mesh.world_size), *memory, *rates, hours, cost, cut]
 
 
-def look(job: Job, nproc: int | None = None, gpu: str | None = None, network: str | None = None) -> Outlook:
+def look(job: Job, nproc: int | None = None, gpu: str | None = None, network: str | None = None, trace: Trace | None = None) -> Outlook:
     """The plan of a job on this machine, or on GPUs of the table, and its forecast.
 
     Raises ConfigurationError for a GPU or a network that the table does not have.
     """
-    speed_of_network = _network(network)
+    wire = _network(network)
     gpu = gpu or job.cluster.gpu
     if gpu is not None:
-        made = _on(job, gpu_type(gpu), speed_of_network)
-        return Outlook(made.plan, made.forecast, None if made.forecast else why_not(made.plan))
-    hardware = Hardware.detect()
-    plan = decide(job, nproc, hardware)
-    found = forecast_here(plan, hardware, speed_of_network)
-    return Outlook(plan, found, None if found else why_not(plan))
+        kind = gpu_type(gpu)
+        made = _on(job, kind, wire)
+        plan, found = made.plan, made.forecast
+        traced = forecast(plan, kind.memory_bytes, kind, wire, trace=trace) if trace else None
+    else:
+        hardware = Hardware.detect()
+        plan = decide(job, nproc, hardware)
+        found = forecast_here(plan, hardware, wire)
+        traced = forecast_here(plan, hardware, wire, trace) if trace else None
+    return Outlook(plan, found, None if found else why_not(plan), traced)
 
 
 def _network(name: str | None) -> float | None:

@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
 
-from launcher.planning.footprint.estimate import estimate, read_config
+from launcher.planning.footprint.estimate import Estimator, estimate, read_config
+from launcher.planning.footprint.families import Program
+from launcher.planning.plan import Plan
 from tests.benchmarks.memory_cases import Case, draw
 from tests.benchmarks.memory_pool import World
 
@@ -30,10 +32,15 @@ PREFACE = """# The memory model against the allocator
 
 `python -m tests.benchmarks.bench_memory --seed S --count N` draws configurations at random, runs two steps of each on real gloo ranks, and
 compares the peak of live tensor bytes of the second step (from the allocator's own events, the rank that needs most) with what
-`launcher/planning/footprint` says from config.json alone. A run after whose steps more than 1% of the peak seems to stay is measured again,
-up to twice, and the lowest counts: gloo's threads release memory where the profiler does not see it. Models are tiny, so what is constant
-weighs more than it would in a real one. An error above 0 is a plan that asks for too much, below 0 for too little.
+`launcher/planning/footprint` says from config.json alone (formulas), and with what it says when the blocks of the model come from its own
+class, gone through under fake tensors (`launcher/training/tracing`, `launcher plan --trace`). A run after whose steps more than 1% of
+the peak seems to stay is measured again, up to twice, and the lowest counts: gloo's threads release memory where the profiler does not
+see it. Models are tiny, so what is constant weighs more than it would in a real one. An error above 0 is a plan that asks for too much,
+below 0 for too little.
 """
+
+
+COLUMNS = ("median", "95th percentile", "most under", "most over")
 
 
 def main() -> None:
@@ -67,7 +74,23 @@ def predicted(case: Case, directory: Path) -> dict[str, Any]:
     footprint = estimate(plan, config, case.batch)
     assert footprint is not None
     steady = footprint.phase("steady step")
-    return {"predicted": steady.peak, "where": steady.where, "loading": footprint.phase("loading").peak}
+    said = {"predicted": steady.peak, "where": steady.where, "loading": footprint.phase("loading").peak}
+    return said | {"traced": Estimator(plan, traced(case, plan), case.batch).footprint().phase("steady step").peak}
+
+
+def traced(case: Case, plan: Plan) -> Program:
+    """The model's own class as the planner's program."""
+    from transformers import AutoConfig
+
+    from launcher.training import attention
+    from launcher.training.engines.fsdp import DTYPES
+    from launcher.training.tracing.program import Traced
+    from tests.benchmarks.memory_ranks import Request
+    from tests.benchmarks.memory_tasks import TASKS
+
+    task, request = TASKS[case.kind], Request(plan, case.kind, case.lengths, case.targets)
+    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    return Traced(config, task.auto_class, task.forward, lambda _, config: task.batch(request, config), DTYPES[plan.precision])
 
 
 def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept: Path | None = None) -> list[dict[str, Any]]:
@@ -97,6 +120,7 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
                 if explains:
                     _explain(results)
             row["error"] = row["predicted"] / row["measured"] - 1
+            row["traced_error"] = row["traced"] / row["measured"] - 1
             rows.append(row | _facts(case))
             print(line(rows[-1]), flush=True)
     if world is not None:
@@ -147,29 +171,30 @@ def _explain(results: list[dict[str, Any]]) -> None:
 
 def line(row: dict[str, Any]) -> str:
     facts = " ".join(str(row[key]) for key in ("ranks", "engine", "precision", "optimizer", "checkpointing", "frozen", "tokens", "passes"))
-    return f"{row['number']:4} {row['error']:+7.2%} {row['measured'] / 2**20:8.2f} {row['case']:32} {facts} ({row['where']})"
+    errors = f"{row['error']:+7.2%} {row['traced_error']:+7.2%}"
+    return f"{row['number']:4} {errors} {row['measured'] / 2**20:8.2f} {row['case']:32} {facts} ({row['where']})"
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The errors of many rows in four numbers."""
-    sizes = sorted(abs(row["error"]) for row in rows)
+def summary(rows: list[dict[str, Any]], kind: str = "error") -> dict[str, float]:
+    """The errors of many rows in four numbers; `traced_error` are those of the traces."""
+    sizes = sorted(abs(row[kind]) for row in rows)
     return {
         "configurations": len(rows),
         "median": median(sizes),
         "95th percentile": sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))],
-        "most under": min(0.0, *(row["error"] for row in rows)),
-        "most over": max(0.0, *(row["error"] for row in rows)),
+        "most under": min(0.0, *(row[kind] for row in rows)),
+        "most over": max(0.0, *(row[kind] for row in rows)),
     }
 
 
-def verdicts(rows: list[dict[str, Any]], seed: int, count: int = 200) -> dict[str, Any]:
+def verdicts(rows: list[dict[str, Any]], seed: int, count: int = 200, predicted: str = "predicted") -> dict[str, Any]:
     """Whether "fits" is said rightly of limits drawn between half and twice what was measured, and of limits within 5% of it."""
     generator, said = random.Random(seed), {"any": [0, 0], "near": [0, 0]}
     for number in range(count):
         row = rows[number % len(rows)]
         for kind, width in (("any", math.log(2)), ("near", 0.05)):
             limit = row["measured"] * math.exp(generator.uniform(-width, width))
-            said[kind][0] += (row["predicted"] <= limit) == (row["measured"] <= limit)
+            said[kind][0] += (row[predicted] <= limit) == (row["measured"] <= limit)
             said[kind][1] += 1
     return {kind: {"right": right, "of": of} for kind, (right, of) in said.items()}
 
@@ -184,21 +209,29 @@ def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dic
         groups[family] = [row for row in rows if row["case"].split()[0] == family]
     lines = []
     for name, group in groups.items():
-        s = summary(group)
-        lines.append([name, len(group), *(f"{s[key]:+.2%}" for key in ("median", "95th percentile", "most under", "most over"))])
+        numbers = [summary(group, kind) for kind in ("error", "traced_error")]
+        lines.append([name, len(group), *(f"{s[key]:+.2%}" for s in numbers for key in COLUMNS)])
     said = verdicts(rows, options.seed)
+    near = verdicts(rows, options.seed, predicted="traced")["near"]
     verdict = (
         f"The verdict fits or not, the bare figure against the limit: right of {said['any']['right']} of {said['any']['of']} limits "
-        f"between half and twice what was measured, of {said['near']['right']} of {said['near']['of']} within 5% of it."
+        f"between half and twice what was measured, of {said['near']['right']} of {said['near']['of']} within 5% of it; by the traces, "
+        f"of {near['right']} of these."
     )
     worst = sorted(rows, key=lambda row: -abs(row["error"]))[:12]
-    kept = [[f"{r['error']:+.2%}", f"{r['measured'] / 2**20:.1f} MiB", line(r).split(" MiB")[0][26:].strip()] for r in worst]
+    kept = [[f"{r['error']:+.2%}", f"{r['traced_error']:+.2%}", f"{r['measured'] / 2**20:.1f} MiB", line(r)[30:].strip()] for r in worst]
     return (
         f"{sentence(found)}\n\nSeed {options.seed}. Errors are (predicted - measured) / measured; median and percentile of their size.\n\n"
-        + table(["group", "configurations", "median", "95th percentile", "most under", "most over"], lines)
+        + table(["group", "configurations", *COLUMNS, *(f"traced: {name}" for name in COLUMNS)], lines)
         + f"\n{verdict}\n\nThe worst:\n\n"
         + table(
-            ["error", "measured", "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, passes, where)"], kept
+            [
+                "error",
+                "traced",
+                "measured",
+                "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, passes, where)",
+            ],
+            kept,
         )
     )
 

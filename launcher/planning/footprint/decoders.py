@@ -7,11 +7,11 @@ from typing import Any
 from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.attention import fused, plain, rotate
 from launcher.planning.footprint.loss import cross_entropy
-from launcher.planning.footprint.program import Context, Unit, Weight, of_stack
+from launcher.planning.footprint.program import Context, ShadowProgram, Unit, Weight, of_stack
 from launcher.planning.footprint.shadow import Shadow, Storage, checkpoint, node_of
 
 
-class Llama:
+class Llama(ShadowProgram):
     """Llama, Mistral, Qwen 2 and 3: RMS norms, rotary positions, grouped queries, a gated feed-forward part."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ class Llama:
         root = [Weight(self.embeddings, (self.vocabulary, self.hidden)), Weight("model.norm.weight", (self.hidden,))]
         if not self.tied:
             root.append(Weight("lm_head.weight", (self.vocabulary, self.hidden)))
-        return Unit(tuple(root)), layers
+        return Unit(tuple(root), num_first=1), layers
 
     def forward(self, context: Context) -> Shadow:
         """The causal task of `heads.py`."""
@@ -163,7 +163,7 @@ def split(x: Shadow, parts: int) -> list[Shadow]:
     return [Shadow(x.num_elements // parts, x.itemsize, x.storage, node) for _ in range(parts)]
 
 
-class Gpt2:
+class Gpt2(ShadowProgram):
     """GPT-2: learned positions, one matrix for query, key and value, an activation written out in eight operators."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -194,7 +194,8 @@ class Gpt2:
             Unit(tuple(Weight(f"transformer.h.{i}.{name}", shape) for name, shape in self.layer_weights())) for i in range(self.num_layers)
         ]
         root = [Weight(self.embeddings, (self.vocabulary, self.hidden)), Weight("transformer.wpe.weight", (self.positions, self.hidden))]
-        return Unit((*root, Weight("transformer.ln_f.weight", (self.hidden,)), Weight("transformer.ln_f.bias", (self.hidden,)))), layers
+        last = [Weight(f"transformer.ln_f.{name}", (self.hidden,)) for name in ("weight", "bias")]
+        return Unit((*root, *last), num_first=2), layers
 
     def forward(self, context: Context) -> Shadow:
         """The causal task of `heads.py`."""

@@ -7,7 +7,7 @@ from typing import Any
 from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.attention import fused, plain
 from launcher.planning.footprint.decoders import count
-from launcher.planning.footprint.program import Context, Unit, Weight, of_stack
+from launcher.planning.footprint.program import Context, ShadowProgram, Unit, Weight, of_stack
 from launcher.planning.footprint.shadow import Parameter, Shadow, Storage, checkpoint, new, node_of
 
 Shapes = list[tuple[str, tuple[int, ...]]]
@@ -35,7 +35,7 @@ def classified(logits: Shadow) -> Shadow:
     return new(meter, 1, 4, node)
 
 
-class Bert:
+class Bert(ShadowProgram):
     """BERT and RoBERTa: learned positions, norms after each part, biases everywhere."""
 
     def __init__(self, config: dict[str, Any], num_labels: int) -> None:
@@ -79,7 +79,8 @@ class Bert:
             Unit(tuple(Weight(f"{self.kind}.encoder.layer.{i}.{name}", shape) for name, shape in self.layer_weights()))
             for i in range(self.num_layers)
         ]
-        return Unit(tuple(Weight(name, shape) for name, shape in [*self.stem_weights(), *self.tail_weights()])), layers
+        stem = self.stem_weights()
+        return Unit(tuple(Weight(name, shape) for name, shape in [*stem, *self.tail_weights()]), num_first=len(stem)), layers
 
     def forward(self, context: Context) -> Shadow:
         """Sequence classification over padded samples."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from launcher.planning.footprint.families import Program, frozen, program_of
 from launcher.planning.footprint.fsdp import Cut, FsdpStep
-from launcher.planning.footprint.program import Batch, Segment, Setting, run
-from launcher.planning.footprint.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline, spread
+from launcher.planning.footprint.program import Batch, Segment, Setting
+from launcher.planning.footprint.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
 from launcher.planning.footprint.zero import ZeroCut, ZeroStep
 from launcher.planning.plan import Plan
 
@@ -82,9 +82,12 @@ def estimator(plan: Plan, config: dict[str, Any], batch: Batch | None = None, nu
     program = program_of(config, num_labels, plan.task if plan.task in ("causal-lm", "sequence-classification") else None)
     if program is None:
         return None
-    if batch is None:
-        batch = Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.attention != "packed")
-    return Estimator(plan, program, batch)
+    return Estimator(plan, program, batch or batch_of(plan))
+
+
+def batch_of(plan: Plan) -> Batch:
+    """One micro-batch of a rank where every sample is as long as the plan lets it be."""
+    return Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.attention != "packed")
 
 
 class Estimator:
@@ -149,7 +152,7 @@ class Estimator:
         """The blocks of one micro-batch."""
         setting = replace(self.setting, **changes)
         if setting not in self._gone_through:
-            self._gone_through[setting] = spread(run(setting, self.program.forward))
+            self._gone_through[setting] = self.program.blocks(setting)
         return self._gone_through[setting]
 
     def _engine(self) -> FsdpStep | ZeroStep:
@@ -217,4 +220,4 @@ class Estimator:
         return engine.time
 
 
-__all__ = ["Estimator", "Footprint", "Phase", "estimate", "estimator", "read_config"]
+__all__ = ["Estimator", "Footprint", "Phase", "batch_of", "estimate", "estimator", "read_config"]

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 from launcher.planning.footprint.decoders import Gpt2, Llama
 from launcher.planning.footprint.encoders import Bert
-from launcher.planning.footprint.program import Context, Unit, matches
-from launcher.planning.footprint.shadow import Shadow
+from launcher.planning.footprint.program import Segment, Setting, Unit, matches
 from launcher.planning.footprint.translators import Bart
 from launcher.planning.footprint.vision import Vit
 
@@ -18,7 +17,7 @@ class Program(Protocol):
     """A model at the level of sizes."""
 
     def units(self) -> tuple[Unit, list[Unit]]: ...
-    def forward(self, context: Context) -> Shadow: ...
+    def blocks(self, setting: Setting) -> list[Segment]: ...
 
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -49,7 +48,7 @@ def frozen(units: tuple[Unit, list[Unit]], patterns: tuple[str, ...]) -> tuple[U
     """The units with the parameters that match a pattern not trained."""
 
     def changed(unit: Unit) -> Unit:
-        return Unit(tuple(replace(weight, trains=not matches(weight.name, patterns)) for weight in unit.weights))
+        return replace(unit, weights=tuple(replace(weight, trains=not matches(weight.name, patterns)) for weight in unit.weights))
 
     root, layers = units
     return (changed(root), [changed(layer) for layer in layers]) if patterns else units

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -37,6 +38,8 @@ class Unit:
     """What is gathered together: a repeated layer, or all the rest."""
 
     weights: tuple[Weight, ...]
+    num_first: int = 0
+    """Of what is outside of the layers: how many come before them in the model's order."""
 
     @functools.cached_property
     def _known(self) -> dict[tuple[int, bool], int]:
@@ -110,8 +113,10 @@ class Segment:
     backward: bool
     added: int = 0
     peak: int = 0
-    gradients: tuple[tuple[int, int], ...] = ()
-    """Of each gradient as it is made: bytes above where the block began, and its elements."""
+    gradients: tuple[tuple[int, int, int], ...] = ()
+    """Of each gradient as it is made: bytes above where the block began, its elements, and the most there were since the one before it."""
+    rest: int = 0
+    """The most bytes above where the block began since its last gradient."""
     made: int = 0
     """Bytes of gradients that stay."""
     traffic: int = 0
@@ -140,7 +145,8 @@ class Context:
     def close(self) -> None:
         if self.segments:
             last = self.segments[-1]
-            last.added, last.peak = self.meter.live - self._level, self.meter.peak - self._level
+            last.added, last.rest = self.meter.live - self._level, self.meter.peak - self._level
+            last.peak = max([last.rest, *(highest for _, _, highest in last.gradients)])
             last.traffic = self.meter.written - self._written
         self._level, self._written = self.meter.mark(), self.meter.written
 
@@ -160,7 +166,8 @@ class Context:
         """A gradient was made, and so much of it stays."""
         last = self.segments[-1]
         last.made += num_bytes
-        last.gradients = (*last.gradients, (self.meter.live - self._level, num_elements))
+        last.gradients = (*last.gradients, (self.meter.live - self._level, num_elements, self.meter.peak - self._level))
+        self.meter.mark()
 
     def follow(self, tag: Any) -> None:
         """The backward pass goes on with a node of this block."""
@@ -192,3 +199,33 @@ def of_stack(context: Context, num_layers: int, first: int = 0) -> list[int]:
     if num_layers <= MOST_LAYERS or context.setting.frozen:
         return list(range(first, first + num_layers))
     return [*range(first, first + MOST_LAYERS - 1), first + num_layers - 1]
+
+
+def spread(segments: list[Segment]) -> list[Segment]:
+    """The blocks of a model of which some layers were left out, with all of them: they are as the one before the gap."""
+    result: list[Segment] = []
+    for segment in segments:
+        before = result[-1] if result else None
+        if before is not None and segment.kind == before.kind == "layer" and segment.backward == before.backward:
+            step = -1 if segment.backward else 1
+            inner = segment if segment.backward else before
+            missing = range(before.layer + step, segment.layer, step)
+            result += [replace(inner, layer=number) for number in missing]
+        result.append(segment)
+    return result
+
+
+class ShadowProgram(ABC):
+    """A model written down as code over shadows."""
+
+    @abstractmethod
+    def units(self) -> tuple[Unit, list[Unit]]:
+        """What is outside of the layers, and each layer."""
+
+    @abstractmethod
+    def forward(self, context: Context) -> Shadow:
+        """The loss of one micro-batch."""
+
+    def blocks(self, setting: Setting) -> list[Segment]:
+        """The blocks of one micro-batch, all layers of the model among them."""
+        return spread(run(setting, self.forward))

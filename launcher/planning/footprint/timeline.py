@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from launcher.planning.footprint.program import Segment
 
@@ -46,19 +46,11 @@ def go_through(time: Timeline, segment: Segment, recomputes: bool) -> None:
     where = f"{segment.kind}, {'backward' if segment.backward else 'forward'}"
     kind = LOSS if segment.kind == "tail" else RECOMPUTATION if segment.backward and recomputes else TEMPORARIES
     time.touch(kind, segment.peak, where)
-    time.up(GRADIENTS, segment.made)
-    time.up(LOSS if segment.kind == "tail" else ACTIVATIONS, segment.added - segment.made)
+    leave(time, segment)
 
 
-def spread(segments: list[Segment]) -> list[Segment]:
-    """The blocks of a model of which some layers were left out, with all of them: they are as the one before the gap."""
-    result: list[Segment] = []
-    for segment in segments:
-        before = result[-1] if result else None
-        if before is not None and segment.kind == before.kind == "layer" and segment.backward == before.backward:
-            step = -1 if segment.backward else 1
-            inner = segment if segment.backward else before
-            missing = range(before.layer + step, segment.layer, step)
-            result += [replace(inner, layer=number) for number in missing]
-        result.append(segment)
-    return result
+def leave(time: Timeline, segment: Segment) -> None:
+    """What a block leaves behind; it was touched already."""
+    kept = LOSS if segment.kind == "tail" else ACTIVATIONS
+    for kind, num_bytes in ((GRADIENTS, segment.made), (kept, segment.added - segment.made)):
+        time.parts[kind] = time.parts.get(kind, 0) + num_bytes

@@ -8,11 +8,11 @@ from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.decoders import count
 from launcher.planning.footprint.encoders import Shapes, attend, dense, is_masked, norm
 from launcher.planning.footprint.loss import cross_entropy
-from launcher.planning.footprint.program import Context, Unit, Weight, of_stack
+from launcher.planning.footprint.program import Context, ShadowProgram, Unit, Weight, of_stack
 from launcher.planning.footprint.shadow import Parameter, Shadow, checkpoint
 
 
-class Bart:
+class Bart(ShadowProgram):
     """BART: learned positions, norms after each part, one table of embeddings for all."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -47,7 +47,8 @@ class Bart:
         for side in ("encoder", "decoder"):
             rest.append((f"model.{side}.embed_positions.weight", (self.positions, self.hidden)))
             rest += norm(f"model.{side}.layernorm_embedding", self.hidden)
-        return Unit(tuple(Weight(name, shape) for name, shape in rest)), layers
+        # The decoder's own stand between the two stacks; they count as behind both.
+        return Unit(tuple(Weight(name, shape) for name, shape in rest), num_first=4), layers
 
     def forward(self, context: Context) -> Shadow:
         """Translation: padded sources, padded targets, chunked cross entropy."""

@@ -7,11 +7,11 @@ from typing import Any
 from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.decoders import count
 from launcher.planning.footprint.encoders import Shapes, attend, classified, dense, first_token, norm
-from launcher.planning.footprint.program import Context, Unit, Weight, of_stack
+from launcher.planning.footprint.program import Context, ShadowProgram, Unit, Weight, of_stack
 from launcher.planning.footprint.shadow import Parameter, Shadow, Storage, checkpoint, new, node_of
 
 
-class Vit:
+class Vit(ShadowProgram):
     """ViT: patches of an image, norms before each part."""
 
     def __init__(self, config: dict[str, Any], num_labels: int) -> None:
@@ -44,8 +44,9 @@ class Vit:
             Unit(tuple(Weight(f"vit.layers.{i}.{name}", shape) for name, shape in self.layer_weights())) for i in range(self.num_layers)
         ]
         rest = [(f"vit.embeddings.{name}", shape) for name, shape in self.stem_weights()]
+        num_first = len(rest)
         rest += [*norm("vit.layernorm", self.hidden), *dense("classifier", self.num_labels, self.hidden)]
-        return Unit(tuple(Weight(name, shape) for name, shape in rest)), layers
+        return Unit(tuple(Weight(name, shape) for name, shape in rest), num_first), layers
 
     def forward(self, context: Context) -> Shadow:
         """Image classification."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from launcher.planning.footprint.coordinator import Coordinator, trace_of
 from launcher.planning.footprint.program import Segment, Unit, Weight
 from launcher.planning.footprint.timeline import (
-    ACTIVATIONS,
     GATHERED,
     GRADIENTS,
     LOSS,
@@ -17,6 +16,7 @@ from launcher.planning.footprint.timeline import (
     RECOMPUTATION,
     TEMPORARIES,
     Timeline,
+    leave,
 )
 
 
@@ -43,7 +43,8 @@ class ZeroStep:
 
     def __init__(self, root: Unit, layers: list[Unit], cut: ZeroCut) -> None:
         self.cut, self.layers, self.root = cut, layers, root
-        self.weights: list[Weight] = [*root.weights, *(weight for layer in layers for weight in layer.weights)]
+        inner = [weight for layer in layers for weight in layer.weights]
+        self.weights: list[Weight] = [*root.weights[: root.num_first], *inner, *root.weights[root.num_first :]]
         self.trained = sum(weight.num_elements for weight in self.weights if weight.trains)
         self.total = sum(weight.num_elements for weight in self.weights)
         self.time = Timeline()
@@ -99,35 +100,45 @@ class ZeroStep:
             self._stages_1_and_2(first, more)
         return self.time
 
-    def _go_through(self, segment: Segment, sending: int) -> None:
+    def _go_through(self, segment: Segment) -> None:
         """One block; a full bucket of gradients is sent before the one that does not fit is put in."""
         time, where = self.time, f"{segment.kind}, {'backward' if segment.backward else 'forward'}"
         kind = LOSS if segment.kind == "tail" else RECOMPUTATION if segment.backward and self.cut.recomputes else TEMPORARIES
-        time.touch(kind, segment.peak, where)
-        for level, num_elements in segment.gradients:
+        for level, num_elements, highest in segment.gradients:
+            time.touch(kind, highest, where)
             if self.filled and self.filled + num_elements > self.cut.reduce_bucket:
                 self.sent += self.filled
                 if self.sent > self.open_after:
-                    time.up(GRADIENTS, self.unopened)
+                    time.parts[GRADIENTS] = time.parts.get(GRADIENTS, 0) + self.unopened
                     self.unopened = 0
                 # What is larger than the bucket waits where it was made, and so does what it has to make room for.
-                waiting = self.cut.itemsize * sum(size for size in (self.filled, num_elements) if size > self.cut.reduce_bucket)
-                time.touch(MESSAGES, level + sending * self._message() + (waiting if self.cut.stage > 1 else 0), "sending gradients")
+                waiting = self.cut.itemsize * self.filled if self.filled > self.cut.reduce_bucket else 0
+                time.touch(MESSAGES, level + self._sending() + (waiting if self.cut.stage > 1 else 0), "sending gradients")
                 self.filled = 0
             self.filled += num_elements
-        time.up(GRADIENTS, segment.made)
-        time.up(LOSS if segment.kind == "tail" else ACTIVATIONS, segment.added - segment.made)
+        time.touch(kind, segment.rest, where)
+        leave(time, segment)
 
     def forward(self, segments: list[Segment]) -> None:
         """The forward pass alone, of an evaluation."""
         whole = self._whole(segments) if self.cut.stage == 3 else {}
         for segment in segments:
             self.time.parts[GATHERED] = self.cut.itemsize * whole.get((segment.kind, segment.layer, segment.backward), 0)
-            self._go_through(segment, 0)
+            self._go_through(segment)
 
-    def _message(self) -> int:
-        """Elements that are sent at once: what fills the bucket, or of one that is larger the part of a rank."""
-        return min(self.filled, max(self.cut.reduce_bucket, self._part(self.trained))) if self.cut.stage < 3 else self.filled
+    def _sending(self) -> int:
+        """Bytes that come and go while what fills the bucket is sent."""
+        cut = self.cut
+        if cut.stage == 3:
+            return 4 * (2 if cut.gloo else 1) * self.filled
+        if cut.stage == 1:
+            return 0
+        wide = 4 * (cut.itemsize != 4)
+        if self.filled > cut.reduce_bucket:
+            # One parameter that is larger than the bucket goes to one rank after another, in fp32 as it lies.
+            return (wide and wide + cut.itemsize) * min(self.filled, max(cut.reduce_bucket, self._part(self.trained)))
+        # What goes to several ranks is put together in one message first; on one rank it lies together.
+        return (wide + (cut.itemsize if cut.ranks > 1 else 0)) * self.filled
 
     def _stages_1_and_2(self, first: list[Segment], more: list[Segment]) -> None:
         """The rank that needs most: one whose gradients come first, one whose come last, or one that touches most parameters."""
@@ -146,19 +157,18 @@ class ZeroStep:
         part, wide, base = 4 * self._part(self.trained), cut.itemsize != 4, dict(time.parts)
         copied = part if wide else 4 * touching
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
-        sending = (2 + 4 if wide else 4) if cut.stage == 2 else 0
         for number in range(cut.accumulation):
             kept, self.sent = dict(time.parts), 0
             self.unopened = copied if cut.stage == 2 and (number == 0 or not wide) else 0
             for segment in first if number == 0 else more:
                 time.parts[MESSAGES] = kept.get(MESSAGES, 0) + (buffer if number > 0 or segment.backward else 0)
-                self._go_through(segment, sending)
+                self._go_through(segment)
             time.parts[MESSAGES] = kept.get(MESSAGES, 0)
             if cut.stage == 2:
                 time.parts = dict(base)
                 time.parts[GRADIENTS] = copied * (2 if number > 0 and not wide else 1)
                 large = self.filled if self.filled > cut.reduce_bucket else 0
-                time.touch(MESSAGES, buffer + sending * self._message() + cut.itemsize * large, "sending gradients")
+                time.touch(MESSAGES, buffer + self._sending() + cut.itemsize * large, "sending gradients")
                 time.parts[GRADIENTS] = copied
             if cut.stage == 2 or number == cut.accumulation - 1:
                 self.filled = 0
@@ -182,12 +192,11 @@ class ZeroStep:
 
     def _stage_3(self, segments: list[Segment]) -> None:
         cut, time = self.cut, self.time
-        sending = 4 * (2 if cut.gloo else 1)
         whole = self._whole(segments)
         for _ in range(cut.accumulation):
             for segment in segments:
                 time.parts[GATHERED] = cut.itemsize * whole.get((segment.kind, segment.layer, segment.backward), 0)
-                self._go_through(segment, sending)
+                self._go_through(segment)
             large = self.filled if self.filled > cut.reduce_bucket else 0
-            time.touch(MESSAGES, sending * self.filled + cut.itemsize * large, "sending gradients")
+            time.touch(MESSAGES, self._sending() + cut.itemsize * large, "sending gradients")
             self.filled = 0

@@ -20,9 +20,15 @@ def build(plan: Plan, tokenizer: Any, labels: list[str] | None = None) -> Task:
 
     Raises ConfigurationError for an unknown task, or a tokenizer that cannot serve it.
     """
+    task = unbound(plan, labels)
+    task.bind(tokenizer)
+    return task
+
+
+def unbound(plan: Plan, labels: list[str] | None = None) -> Task:
+    """The plan's task without a tokenizer: its model and its loss, no data. Raises ConfigurationError for an unknown one."""
     if plan.task not in TASKS:
         raise ConfigurationError(Problem("model.task", plan.task, f"no such task; there are {', '.join(TASKS)}"))
     module, attribute = TASKS[plan.task]
     task: Task = getattr(importlib.import_module(module), attribute)(plan.data, labels)
-    task.bind(tokenizer)
     return task

@@ -1,0 +1,92 @@
+"""Tensors without numbers, counted: each storage that an operator makes, until it is gone."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launcher.planning.footprint.program import Batch
+from launcher.planning.footprint.shadow import Meter
+
+_aten = torch.ops.aten
+
+
+class Counting(TorchDispatchMode):
+    """Counts storages on a meter, and answers for numbers that are not there. To be entered inside of a FakeTensorMode."""
+
+    def __init__(self, meter: Meter, held: Iterable[torch.Tensor], batch: Batch, cuda: bool) -> None:
+        """`held` was there before, and is not counted."""
+        super().__init__()
+        self._meter, self._batch, self._cuda = meter, batch, cuda
+        self._live: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in held}
+        self._verdicts: dict[int, bool] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = self._of_numbers(function, args)
+        if answer is not None:
+            return answer
+        result = function(*args, **(kwargs or {}))
+        if function is _aten.all.default:
+            # A mask of samples is full where they are of one length; of the targets some are never supervised.
+            self._verdicts[id(result)] = args[0].dim() > 1 and len(set(self._batch.lengths)) == 1
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        self._meter.transient(hidden_bytes(function, args, result, self._cuda))
+        return result
+
+    def _of_numbers(self, function: Any, args: Any) -> Any:
+        """What the model's code decides by, where the numbers would say it."""
+        if function is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return self._verdicts.pop(id(args[0]), False)
+        if function is _aten.nonzero.default:
+            batch = self._batch
+            supervised = sum(batch.targets) or batch.num_tokens - len(batch.lengths)
+            return self._new(args[0], (supervised, args[0].dim()), torch.int64)
+        if function is _aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # Its shapes are known in bf16 only; a CPU multiplies in any precision.
+            return self._new(args[0], _grouped_shape(*args[:3]), args[0].dtype)
+        return None
+
+    def _new(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        made = like.new_empty(shape, dtype=dtype)
+        self.count(made.untyped_storage())
+        return made
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """From now on until it is gone."""
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._live:
+            return
+        self._meter.add(num_bytes)
+
+        def gone(_: Any) -> None:
+            self._live.pop(key, None)
+            self._meter.live -= num_bytes
+
+        self._live[key] = weakref.ref(storage, gone)
+
+
+def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor) -> tuple[int, ...]:
+    """Of `torch._grouped_mm`: groups of rows, of columns, or of what is summed over."""
+    if first.dim() == 2 and second.dim() == 2:
+        return ends.numel(), first.shape[0], second.shape[1]
+    return first.shape[-2], second.shape[-1]
+
+
+def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
+    """What a kernel takes and gives back within one operator, which no dispatch mode sees (torch 2.13): bytes beyond its results."""
+    if function is _aten.logsumexp.default:
+        return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
+    if torch.Tag.pointwise in function.tags and not cuda and isinstance(result, torch.Tensor):
+        # A CPU works on copies in one precision of what comes in another.
+        leaves = pytree.tree_leaves(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim()]
+        widest = max((tensor.itemsize for tensor in tensors), default=0)
+        return sum(tensor.numel() * widest for tensor in tensors if tensor.itemsize != widest)
+    return 0

@@ -1,0 +1,51 @@
+"""The trace of a plan's model on its task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from launcher.planning.footprint.program import Batch, Setting
+from launcher.planning.plan import Plan
+from launcher.training import model as models
+from launcher.training import tasks
+from launcher.training.engines.fsdp import DTYPES
+from launcher.training.tracing.program import Traced
+
+
+def trace(plan: Plan) -> Traced:
+    """What the planner asks for where it goes by the model's real class.
+
+    Raises ConfigurationError for a model that is not there, that cannot do the task, or that has no repeated layers.
+    """
+    # The kernel of flash-attn runs on a GPU alone; PyTorch's own keeps the same.
+    here = plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
+    config = models.read_config(here)
+    task = tasks.unbound(plan, None if plan.data.problem == "regression" else ["0", "1"])
+    task.configure(config)
+    return Traced(config, task.auto_class, task.forward, causal if task.padding_free else classified, DTYPES[plan.precision])
+
+
+def causal(setting: Setting, config: Any) -> dict[str, Any]:
+    """Samples one after another in one row, as the causal task collates them."""
+    lengths = torch.tensor(setting.batch.lengths)
+    num_tokens = int(lengths.sum())
+    return {
+        "input_ids": torch.zeros(1, num_tokens, dtype=torch.int64),
+        "position_ids": torch.cat([torch.arange(length) for length in setting.batch.lengths])[None],
+        "targets": torch.zeros(num_tokens, dtype=torch.int64),
+        "cu_seq_lens": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
+        "max_length": max(setting.batch.lengths),
+    }
+
+
+def classified(setting: Setting, config: Any) -> dict[str, Any]:
+    """Samples padded to the longest, as the classification task collates them."""
+    batch: Batch = setting.batch
+    shape = (len(batch.lengths), max(batch.lengths))
+    inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    return inputs | {"labels": torch.zeros(shape[0], dtype=torch.int64), "weights": torch.ones(shape[0])}
+
+
+__all__ = ["causal", "classified", "trace"]
