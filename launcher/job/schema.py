@@ -19,6 +19,7 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 EngineName = Literal["fsdp", "deepspeed"]
 Sharding = Literal["full", "gradients", "optimizer", "none"]
 Offload = Literal["none", "optimizer", "parameters"]
+NetworkName = Literal["ib400", "ib200", "ib100", "ethernet100", "ethernet25"]
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*$")
@@ -266,6 +267,8 @@ class Cluster(Section):
     """GPUs of each node; 0 trains on the CPU."""
     gpu: Word | None = None
     """Their kind, by its name in the planner's table, as h100-80gb: what is counted on where they are not on this machine."""
+    network: NetworkName | None = None
+    """What joins the nodes, of one GPU: what the planner counts on; left out, what such nodes commonly have."""
     ranks_per_node: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Processes of each node; with GPUs it is their number."""
     threads_per_rank: Annotated[int, Field(ge=1)] | Auto = "auto"

@@ -11,7 +11,7 @@ from launcher.planning import slurm
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
-from launcher.planning.gpus import as_hardware, gpu_type
+from launcher.planning.gpus import as_hardware, gpu_type, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import STATE_BYTES, TOKENS_PER_PASS, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
@@ -84,8 +84,8 @@ def _hardware(job: Job, local: bool) -> Hardware:
 
 
 def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
-    """Recomputation and micro-batch by the memory model, where it knows the model and the memory, in place of the simple rule's."""
-    from launcher.planning import fitting
+    """Recomputation, micro-batch and cut by the memory model, where it knows the model and the memory, in place of the simple rule's."""
+    from launcher.planning import fitting, search
     from launcher.planning.measured import rates_for
 
     job, hardware = decider.job, decider.hardware
@@ -94,7 +94,7 @@ def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
         "batch.micro_batch_size": job.batch.micro_batch_size,
     }
     memory = hardware.rank_memory(made.mesh.device, made.mesh.ranks_per_node)
-    if "auto" not in open_keys.values() or not memory or not fitting.known(made):
+    if not ("auto" in open_keys.values() or len(search.variants(job, made)) > 1) or not memory or not fitting.known(made):
         return made
     asked = job.memory.activation_checkpointing
     ways = fitting.WAYS if asked == "auto" else (asked,)
@@ -102,9 +102,11 @@ def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
         ways = tuple(way for way in ways if way != "selective")
     most = max(1, TOKENS_PER_PASS[made.mesh.device] // job.data.max_length)
     micro = None if job.batch.micro_batch_size == "auto" else job.batch.micro_batch_size
-    choice = fitting.choose(made, memory, ways, most, micro, rates_for(made, hardware))
-    if choice is None:
+    rates = rates_for(made, hardware)
+    found = search.fastest(job, made, memory, ways, most, micro, rates and on_network(rates, job.cluster.network))
+    if found is None:
         return made
+    variant, choice = found
     values: dict[str, tuple[str | int, str]] = {
         "memory.activation_checkpointing": (choice.way, choice.reason),
         "batch.micro_batch_size": (
@@ -112,11 +114,11 @@ def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
             f"divides the {choice.batch.micro_batch_size * choice.batch.accumulation_steps} samples of a rank exactly; {choice.limit}",
         ),
     }
-    decisions = [
-        Decision(key=decision.key, value=values[decision.key][0], reason=values[decision.key][1]) if decision.key in values else decision
-        for decision in made.decisions
-    ]
-    return made.model_copy(update={"activation_checkpointing": choice.way, "batch": choice.batch, "decisions": tuple(decisions)})
+    decisions = {decision.key: decision for decision in made.decisions}
+    decisions |= {key: Decision(key=key, value=value, reason=why) for key, (value, why) in values.items() if key in decisions}
+    decisions |= {decision.key: decision for decision in variant.decisions}
+    changes = {"activation_checkpointing": choice.way, "batch": choice.batch, "decisions": tuple(decisions.values())}
+    return variant.plan.model_copy(update=changes)
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:

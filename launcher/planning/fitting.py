@@ -24,6 +24,7 @@ class Choice:
     batch: BatchPlan
     reason: str
     limit: str
+    forecast: Forecast
 
 
 def known(plan: Plan) -> bool:
@@ -74,7 +75,7 @@ def choose(
     reason = f"{gib(needed.total)} of the {gib(room)} that can be used of a rank, by the formulas ({needed.name}: {needed.where})"
     largest = best.plan.batch.micro_batch_size == sizes[0]
     limit = f"more than {most} are no faster" if largest else f"more would not fit into {gib(room)}"
-    return Choice(best.plan.activation_checkpointing, best.plan.batch, reason, limit)
+    return Choice(best.plan.activation_checkpointing, best.plan.batch, reason, limit, best)
 
 
 def _largest(plan: Plan, memory_bytes: int, way: ActivationCheckpointing, sizes: list[int], gpu: GpuType | None) -> Forecast | None:

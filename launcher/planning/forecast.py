@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import NetworkName
 from launcher.planning.footprint.estimate import Estimator, Footprint, batch_of, estimator, read_config
 from launcher.planning.footprint.families import KNOWN, Program, nearest
-from launcher.planning.gpus import GpuType
+from launcher.planning.gpus import GpuType, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import kind_of, rates_for
 from launcher.planning.memory import gib
@@ -84,7 +85,6 @@ def forecast(
     plan: Plan,
     memory_bytes: int,
     gpu: GpuType | None = None,
-    network: float | None = None,
     correction: float = 1.0,
     trace: Trace | None = None,
 ) -> Forecast | None:
@@ -96,15 +96,16 @@ def forecast(
     made = _estimator(plan, trace)
     if made is None:
         return None
-    rate = speed(plan, made.units, made.segments(), gpu, network, correction) if gpu is not None else None
+    rate = speed(plan, made.units, made.segments(), gpu, correction) if gpu is not None else None
     return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace is not None)
 
 
-def forecast_here(plan: Plan, hardware: Hardware, network: float | None = None, trace: Trace | None = None) -> Forecast | None:
+def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = None, trace: Trace | None = None) -> Forecast | None:
     """The forecast of a plan on this machine, with what was measured of it."""
     machine = Machine.read()
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-    return forecast(plan, memory, rates_for(plan, hardware, machine), network, machine.correction(kind_of(plan)), trace)
+    rates = rates_for(plan, hardware, machine)
+    return forecast(plan, memory, rates and on_network(rates, network), machine.correction(kind_of(plan)), trace)
 
 
 def _estimator(plan: Plan, trace: Trace | None = None) -> Estimator | None:

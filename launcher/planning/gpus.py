@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import NetworkName
 from launcher.planning.hardware import Gpu, Hardware
 
 
@@ -36,7 +37,7 @@ def _gb(size: float) -> int:
 
 
 _NV = "https://www.nvidia.com/en-us/data-center"
-NETWORKS = {"ib400": 50e9, "ib200": 25e9, "ib100": 12.5e9, "ethernet100": 12.5e9, "ethernet25": 3.1e9}
+NETWORKS: dict[NetworkName, float] = {"ib400": 50e9, "ib200": 25e9, "ib100": 12.5e9, "ethernet100": 12.5e9, "ethernet25": 3.1e9}
 """Of one GPU, bytes a second one way: the line rate divided by eight (InfiniBand NDR 400, HDR 200, EDR 100 Gb/s)."""
 TABLE = (
     GpuType("a100-40gb", "NVIDIA A100 40GB", 40 << 30, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)"),
@@ -84,6 +85,11 @@ TABLE = (
     ),
 )
 BY_KEY = {gpu.key: gpu for gpu in TABLE}
+
+
+def on_network(gpu: GpuType, name: NetworkName | None) -> GpuType:
+    """The GPU in nodes that are joined by that; by what such nodes commonly have where it is None."""
+    return gpu if name is None else replace(gpu, network=NETWORKS[name])
 
 
 def gpu_type(key: str, where: str = "--gpu") -> GpuType:

@@ -9,7 +9,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, parse_seconds
 from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import Forecast, Trace, forecast, forecast_here, why_not
-from launcher.planning.gpus import NETWORKS, GpuType, as_hardware, gpu_type, seen
+from launcher.planning.gpus import NETWORKS, GpuType, as_hardware, gpu_type, on_network, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
 from launcher.planning.plan import Plan
@@ -77,30 +77,31 @@ def look(job: Job, nproc: int | None = None, gpu: str | None = None, network: st
 
     Raises ConfigurationError for a GPU or a network that the table does not have.
     """
-    wire = _network(network)
+    job = _joined(job, network)
     gpu = gpu or job.cluster.gpu
     if gpu is not None:
-        kind = gpu_type(gpu)
-        made = _on(job, kind, wire)
+        kind = on_network(gpu_type(gpu), job.cluster.network)
+        made = _on(job, kind)
         plan, found = made.plan, made.forecast
-        traced = forecast(plan, kind.memory_bytes, kind, wire, trace=trace) if trace else None
+        traced = forecast(plan, kind.memory_bytes, kind, trace=trace) if trace else None
     else:
         hardware = Hardware.detect()
         plan = decide(job, nproc, hardware)
-        found = forecast_here(plan, hardware, wire)
-        traced = forecast_here(plan, hardware, wire, trace) if trace else None
+        found = forecast_here(plan, hardware, job.cluster.network)
+        traced = forecast_here(plan, hardware, job.cluster.network, trace) if trace else None
     return Outlook(plan, found, None if found else why_not(plan), traced)
 
 
-def _network(name: str | None) -> float | None:
-    if name is None:
-        return None
-    if name not in NETWORKS:
-        raise ConfigurationError(Problem("--network", name, f"is not in the table; there are {', '.join(NETWORKS)}"))
-    return NETWORKS[name]
+def _joined(job: Job, network: str | None) -> Job:
+    """The job with its nodes joined by that, where it is given."""
+    if network is None:
+        return job
+    if network not in NETWORKS:
+        raise ConfigurationError(Problem("--network", network, f"is not in the table; there are {', '.join(NETWORKS)}"))
+    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"network": network})})
 
 
-def _on(job: Job, gpu: GpuType, network: float | None, num_gpus: int | None = None) -> Row:
+def _on(job: Job, gpu: GpuType, num_gpus: int | None = None) -> Row:
     cluster = job.cluster
     per_node = PER_NODE if cluster.gpus_per_node in ("auto", 0) else int(cluster.gpus_per_node)
     nodes = cluster.nodes
@@ -112,13 +113,13 @@ def _on(job: Job, gpu: GpuType, network: float | None, num_gpus: int | None = No
     )
     hardware = as_hardware(gpu, per_node)
     plan = decide(changed, None, hardware, local=False)
-    return Row(gpu.key, plan, forecast(plan, gpu.memory_bytes, gpu, network))
+    return Row(gpu.key, plan, forecast(plan, gpu.memory_bytes, gpu))
 
 
 def compare(job: Job, gpus: str, network: str | None = None) -> list[Row]:
     """The job on each of several kinds of GPU, by their names with commas."""
-    wire = _network(network)
-    return [_on(job, gpu_type(name), wire) for name in gpus.split(",")]
+    job = _joined(job, network)
+    return [_on(job, on_network(gpu_type(name), job.cluster.network)) for name in gpus.split(",")]
 
 
 def prices(texts: list[str]) -> dict[str, float]:
@@ -172,10 +173,11 @@ def scaled(job: Job, span: str, gpu: str | None, network: str | None = None) -> 
     kind = gpu_type(gpu) if gpu is not None else seen(Hardware.detect())
     if kind is None:
         raise ConfigurationError(Problem("--scale", span, "needs to know the GPU, and there is none here; add --gpu h100-80gb"))
-    rows, wire, number = [], _network(network), int(first)
+    job = _joined(job, network)
+    rows, kind, number = [], on_network(kind, job.cluster.network), int(first)
     while number <= int(last):
         if job.batch.global_batch_size % number == 0:
-            rows.append(_on(job, kind, wire, number))
+            rows.append(_on(job, kind, number))
         number *= 2
     if not rows:
         reason = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
 from launcher.job.schema import Job
 from launcher.planning.forecast import USABLE, Forecast, forecast, forecast_here
-from launcher.planning.gpus import gpu_type
+from launcher.planning.gpus import gpu_type, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
 from launcher.planning.plan import Plan
@@ -38,9 +38,9 @@ def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = 
 def _forecast(job: Job, plan: Plan, local: bool) -> Forecast | None:
     """On this machine, or on the GPUs that the job names; of other machines the memory is not known."""
     if local:
-        return forecast_here(plan, Hardware.detect())
+        return forecast_here(plan, Hardware.detect(), job.cluster.network)
     gpu = gpu_type(job.cluster.gpu, "cluster.gpu") if job.cluster.gpu is not None and plan.mesh.device == "cuda" else None
-    return forecast(plan, gpu.memory_bytes if gpu else 0, gpu)
+    return forecast(plan, gpu.memory_bytes if gpu else 0, gpu and on_network(gpu, job.cluster.network))
 
 
 def _check_memory(made: Forecast) -> None:

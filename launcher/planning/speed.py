@@ -56,7 +56,7 @@ class Speed:
 
 
 def speed(
-    plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, network: float | None = None, correction: float = 1.0
+    plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, correction: float = 1.0
 ) -> Speed:
     """The speed of a plan on such GPUs.
 
@@ -76,7 +76,7 @@ def speed(
     moved = (1 + READS) * sum(segment.traffic for segment in segments)
     pass_seconds = (again * (sum(in_layers) + sum(attention)) + outside) / (rate * MATRIX_SHARE) + moved / (gpu.bandwidth * MEMORY_SHARE)
     compute = pass_seconds * batch.accumulation_steps
-    communication, exposed = _messages(plan, units, gpu, network or gpu.network, compute, itemsize)
+    communication, exposed = _messages(plan, units, gpu, compute, itemsize)
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / (mesh.shard if plan.zero is None else mesh.world_size)
     optimizer = 28 * state / (gpu.bandwidth * MEMORY_SHARE)
     return Speed(
@@ -97,7 +97,7 @@ def attention_width(unit: Unit) -> int:
 
 
 def _messages(
-    plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, network: float, compute: float, itemsize: int
+    plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute: float, itemsize: int
 ) -> tuple[float, float]:
     """Seconds of all messages, and of those that computation does not hide."""
     root, layers = units
@@ -113,13 +113,14 @@ def _messages(
     )
     reduces = 1 if plan.zero is None and 4 * trained <= 4 << 30 else batch.accumulation_steps
     within = min(mesh.ranks_per_node, mesh.world_size)
-    wire = gpu.link if mesh.world_size <= within else min(gpu.link, network * within)
+    between = min(gpu.link, gpu.network * within)
     share = (ranks - 1) / ranks
     sent = (gathers * batch.accumulation_steps * itemsize * total + 4 * reduces * trained) * share
-    if mesh.replicate > 1:
-        sent += 8 * trained / ranks * (mesh.replicate - 1) / mesh.replicate
-    num_messages = (len(layers) + 1) * (gathers * batch.accumulation_steps + reduces)
-    seconds = sent / (wire * LINK_SHARE) + num_messages * LATENCY * log2(mesh.world_size)
+    # Copies add up their gradients, each rank its part of them; the copies stand on different nodes where there are several.
+    copied = 8 * trained / ranks * (mesh.replicate - 1) / mesh.replicate
+    num_messages = (len(layers) + 1) * (gathers * batch.accumulation_steps + reduces * (2 if mesh.replicate > 1 else 1))
+    seconds = sent / ((gpu.link if ranks <= within else between) * LINK_SHARE) + num_messages * LATENCY * log2(mesh.world_size)
+    seconds += copied / ((gpu.link if mesh.world_size <= within else between) * LINK_SHARE)
     # The first gathering and the last sending have nothing beside them: a layer's share of all.
     bare = seconds * 2 / (len(layers) + 1)
     return seconds, max(bare, seconds - compute)

@@ -174,6 +174,9 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
         updates["precision"] = stored.precision
     if job.memory.activation_checkpointing == "auto":
         updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
+    if job.parallel.shard == job.parallel.engine == "auto" and _ranks(job, nproc, stored) in (None, stored.mesh.ranks_per_node):
+        cut = {"shard": stored.sharding, "replicate": stored.mesh.replicate if stored.sharding != "none" else 1}
+        updates["parallel"] = job.parallel.model_copy(update=cut)
     job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
     plan = decide(job, num_ranks, local=local)
     if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:

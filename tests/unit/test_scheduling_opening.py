@@ -86,6 +86,15 @@ def test_what_was_decided_stays_when_something_else_changes(job: Path, monkeypat
     assert reopen(run, [], None) == changed, "the change stays"
 
 
+def test_the_cut_that_was_chosen_stays(job: Path) -> None:
+    """Figures of the machine that were measured since would have another one chosen."""
+    run, plan = open_run(job, [], 2, None)
+    cut = plan.mesh.model_copy(update={"reshard_after_forward": False})
+    run.plan_file.write_text(plan.model_copy(update={"sharding": "gradients", "mesh": cut}).to_json())
+    changed = reopen(run, ["checkpoint.keep_last=5"], None)
+    assert changed.sharding == "gradients" and not changed.mesh.reshard_after_forward and changed.checkpoint.keep_last == 5
+
+
 def test_another_number_of_ranks(job: Path) -> None:
     run, _ = open_run(job, [], None, None)
     plan = reopen(run, [], 3)

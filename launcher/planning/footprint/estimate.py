@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,10 +80,16 @@ def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num
 
 def estimator(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2) -> Estimator | None:
     """As `estimate`, with what it is made from."""
-    program = program_of(config, num_labels, plan.task if plan.task in ("causal-lm", "sequence-classification") else None)
+    task = plan.task if plan.task in ("causal-lm", "sequence-classification") else None
+    program = _program(json.dumps(config, sort_keys=True), num_labels, task)
     if program is None:
         return None
     return Estimator(plan, program, batch or batch_of(plan))
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config: str, num_labels: int, task: str | None) -> Program | None:
+    return program_of(json.loads(config), num_labels, task)
 
 
 def batch_of(plan: Plan) -> Batch:
@@ -101,7 +108,6 @@ class Estimator:
         self.setting = Setting(
             batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task, frozen=plan.model.freeze
         )
-        self._gone_through: dict[Setting, list[Segment]] = {}
         self.copies = STATE_COPIES[plan.training.optimizer] if plan.training.optimizer != "sgd" or plan.training.momentum else 0
 
     def footprint(self) -> Footprint:
@@ -150,10 +156,7 @@ class Estimator:
 
     def segments(self, **changes: Any) -> list[Segment]:
         """The blocks of one micro-batch."""
-        setting = replace(self.setting, **changes)
-        if setting not in self._gone_through:
-            self._gone_through[setting] = self.program.blocks(setting)
-        return self._gone_through[setting]
+        return self.program.blocks(replace(self.setting, **changes))
 
     def _engine(self) -> FsdpStep | ZeroStep:
         root, layers = self.units

@@ -226,6 +226,13 @@ class ShadowProgram(ABC):
     def forward(self, context: Context) -> Shadow:
         """The loss of one micro-batch."""
 
+    @functools.cached_property
+    def _gone_through(self) -> dict[Setting, list[Segment]]:
+        """A search over plans asks for the same blocks many times: they depend on no engine and no number of ranks."""
+        return {}
+
     def blocks(self, setting: Setting) -> list[Segment]:
         """The blocks of one micro-batch, all layers of the model among them."""
-        return spread(run(setting, self.forward))
+        if setting not in self._gone_through:
+            self._gone_through[setting] = spread(run(setting, self.forward))
+        return self._gone_through[setting]

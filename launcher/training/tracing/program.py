@@ -57,6 +57,7 @@ class Traced:
         self._units = _units(self._model, layers)
         self._layers = _shortened(self._model, layers)
         self._plain = {id(layer): layer.forward for layer, _ in self._layers}
+        self._gone_through: dict[Setting, list[Segment]] = {}
 
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
@@ -64,6 +65,11 @@ class Traced:
 
     def blocks(self, setting: Setting) -> list[Segment]:
         """The blocks of one micro-batch, all layers of the model among them."""
+        if setting not in self._gone_through:
+            self._gone_through[setting] = self._traced(setting)
+        return self._gone_through[setting]
+
+    def _traced(self, setting: Setting) -> list[Segment]:
         context = Context(setting)
         batch = self._make_batch(setting, self._config)
         for name, parameter in self._model.named_parameters():

@@ -1,0 +1,100 @@
+"""What is chosen where the job leaves the cut open: by the network, the memory, and what the job says after all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.job.schema import Job
+from launcher.planning.gpus import gpu_type, on_network
+from launcher.planning.outlook import look, scaled
+from launcher.planning.plan import Plan
+from launcher.planning.search import variants
+from launcher.planning.speed import speed
+from tests.unit.test_planning_footprint import LLAMA
+
+
+def job_of(directory: Path, **sections: dict[str, Any]) -> Job:
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    content: dict[str, Any] = {
+        "name": "test",
+        "model": {"name": str(directory), "weights": "random"},
+        "data": {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 2048},
+        "batch": {"global_batch_size": 64},
+        "training": {"max_steps": 100},
+        "cluster": {"gpu": "h100-80gb", "gpus_per_node": 8, "nodes": 4},
+    }
+    for name, values in sections.items():
+        content[name] = content.get(name, {}) | values
+    return Job.model_validate(content)
+
+
+def decided(plan: Plan, key: str) -> str:
+    return next(decision.reason for decision in plan.decisions if decision.key == key)
+
+
+def test_a_slow_network_gets_a_copy_on_each_node_and_a_fast_one_the_least_memory(tmp_path: Path) -> None:
+    fast = look(job_of(tmp_path), network="ib400").plan
+    assert (fast.mesh.replicate, fast.mesh.shard, fast.sharding, fast.mesh.reshard_after_forward) == (1, 32, "full", True)
+    slow = look(job_of(tmp_path, cluster={"network": "ethernet25"}))
+    plan = slow.plan
+    assert (plan.mesh.replicate, plan.mesh.shard, plan.sharding, plan.mesh.reshard_after_forward) == (4, 8, "gradients", False)
+    assert "only gradients cross the network" in decided(plan, "parallel.replicate") and "x as fast" in decided(plan, "parallel.shard")
+    assert slow.forecast is not None and slow.forecast.fits and slow.forecast.speed is not None
+    pinned = look(job_of(tmp_path, cluster={"network": "ethernet25"}, parallel={"replicate": 1, "shard": "full"}))
+    assert (pinned.plan.mesh.replicate, pinned.plan.sharding) == (1, "full")
+    assert pinned.forecast is not None and pinned.forecast.speed is not None
+    assert pinned.forecast.speed.step > 3 * slow.forecast.speed.step
+
+
+def test_what_does_not_fit_is_not_taken_however_fast(tmp_path: Path) -> None:
+    """A quarter of the states, 30 GiB, is too much for 24 GiB."""
+    cluster = {"gpu": "rtx4090", "network": "ethernet25", "gpus_per_node": 4, "nodes": 8}
+    small = look(job_of(tmp_path, cluster=cluster))
+    assert small.forecast is not None and small.forecast.fits
+    assert small.plan.mesh.replicate == 1
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cuts"),
+    [
+        ({}, {(1, "full"), (1, "gradients"), (4, "full"), (4, "gradients")}),
+        ({"shard": "full"}, {(1, "full"), (4, "full")}),
+        ({"replicate": 1}, {(1, "full"), (1, "gradients")}),
+        ({"replicate": 2}, {(2, "full"), (2, "gradients")}),
+        ({"shard": "gradients"}, {(1, "gradients")}),
+        ({"engine": "deepspeed"}, {(1, "full")}),
+    ],
+)
+def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int, str]], tmp_path: Path) -> None:
+    job = job_of(tmp_path, parallel=parallel)
+    made = look(job, network="ib400").plan
+    found = {(variant.plan.mesh.replicate, variant.plan.sharding) for variant in variants(job, made)}
+    assert found == cuts
+    for variant in variants(job, made):
+        mesh = variant.plan.mesh
+        assert mesh.replicate * mesh.shard == 32 and mesh.reshard_after_forward == (variant.plan.sharding == "full")
+
+
+def test_more_and_more_nodes_go_over_to_copies(tmp_path: Path) -> None:
+    rows = scaled(job_of(tmp_path), "8..64", "h100-80gb", "ethernet25")
+    assert [row.plan.mesh.replicate for row in rows] == [1, 2, 4, 8]
+
+
+def test_copies_gather_within_their_node(tmp_path: Path) -> None:
+    job = job_of(tmp_path, parallel={"replicate": 4, "shard": "full"})
+    made = look(job, network="ethernet25")
+    assert made.forecast is not None and made.forecast.speed is not None
+    plan, gpu = made.plan, on_network(gpu_type("h100-80gb"), "ethernet25")
+    one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"replicate": 1, "shard": 32})})
+    from launcher.planning.footprint.estimate import estimator, read_config
+
+    config = read_config(str(tmp_path))
+    assert config is not None
+    estimated = estimator(plan, config)
+    assert estimated is not None
+    seconds = [speed(p, estimated.units, estimated.segments(), gpu).communication for p in (plan, one)]
+    assert seconds[0] < 0.2 * seconds[1]
