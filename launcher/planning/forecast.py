@@ -82,11 +82,7 @@ def locate(name: str) -> str:
 
 
 def forecast(
-    plan: Plan,
-    memory_bytes: int,
-    gpu: GpuType | None = None,
-    correction: float = 1.0,
-    trace: Trace | None = None,
+    plan: Plan, memory_bytes: int, gpu: GpuType | None = None, correction: float = 1.0, trace: Trace | None = None
 ) -> Forecast | None:
     """The forecast of a plan; None where its model's config cannot be read or its architecture is not known to the formulas.
 

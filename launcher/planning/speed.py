@@ -55,9 +55,7 @@ class Speed:
         return self.model_flops / self.step / self.peak_rate
 
 
-def speed(
-    plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, correction: float = 1.0
-) -> Speed:
+def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, correction: float = 1.0) -> Speed:
     """The speed of a plan on such GPUs.
 
     `segments` are the blocks of one micro-batch (bytes they write: `Segment.traffic`). Attention's operations and those of matrices are
@@ -96,9 +94,7 @@ def attention_width(unit: Unit) -> int:
     return found[0][0] if found else 0
 
 
-def _messages(
-    plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute: float, itemsize: int
-) -> tuple[float, float]:
+def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute: float, itemsize: int) -> tuple[float, float]:
     """Seconds of all messages, and of those that computation does not hide."""
     root, layers = units
     mesh, batch = plan.mesh, plan.batch

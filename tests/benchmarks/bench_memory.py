@@ -222,7 +222,8 @@ def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dic
     kept = [[f"{r['error']:+.2%}", f"{r['traced_error']:+.2%}", f"{r['measured'] / 2**20:.1f} MiB", line(r)[30:].strip()] for r in worst]
     kept_before = " What was measured before is not measured again; what is predicted is of this commit." if options.keep else ""
     return (
-        f"{sentence(found)}{kept_before}\n\nSeed {options.seed}. Errors are (predicted - measured) / measured; median and percentile of their size.\n\n"
+        f"{sentence(found)}{kept_before}\n\n"
+        f"Seed {options.seed}. Errors are (predicted - measured) / measured; median and percentile of their size.\n\n"
         + table(["group", "configurations", *COLUMNS, *(f"traced: {name}" for name in COLUMNS)], lines)
         + f"\n{verdict}\n\nThe worst:\n\n"
         + table(
