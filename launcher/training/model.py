@@ -80,10 +80,10 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     source: dict[str, Any] = {"state_dict": {}} if plan.model.weights == "random" else {}
     name = None if plan.model.weights == "random" else plan.model.name
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
-    model_class = _model_class(auto_class, config, plan)
+    kind = model_class(auto_class, config, plan)
     with _sharded_by(shard, plan.mesh):
         try:
-            model, information = model_class.from_pretrained(
+            model, information = kind.from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,
@@ -143,7 +143,8 @@ def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:
     return [name for name, _ in left]
 
 
-def _model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
+def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
+    """What the Auto class `loader` would make of a config. Raises ConfigurationError for a model that cannot do the plan's task."""
     if plan.model.trust_remote_code and hasattr(config, "auto_map"):
         return loader
     try:

@@ -197,3 +197,9 @@ def test_code_that_fails_without_numbers_is_told_in_one_line(tmp_path: Path) -> 
     traced = Traced(config, AutoModelForCausalLM, forward, causal, torch.float32)
     with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM.*does not run without numbers"):
         traced.blocks(setting_of(plan))
+
+
+def test_a_model_that_cannot_do_the_task(tmp_path: Path) -> None:
+    AutoConfig.for_model("vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="a vit model cannot do causal-lm"):
+        trace(plan_of(tmp_path, 1))

@@ -24,7 +24,9 @@ def trace(plan: Plan) -> Traced:
     config = models.read_config(here)
     task = tasks.unbound(plan, None if plan.data.problem == "regression" else ["0", "1"])
     task.configure(config)
-    return Traced(config, task.auto_class, task.forward, causal if task.padding_free else classified, DTYPES[plan.precision])
+    models.model_class(task.auto_class, config, plan)
+    make_batch, options = causal if task.padding_free else classified, {"trust_remote_code": plan.model.trust_remote_code}
+    return Traced(config, task.auto_class, task.forward, make_batch, DTYPES[plan.precision], **options)
 
 
 def causal(setting: Setting, config: Any) -> dict[str, Any]:

@@ -46,12 +46,12 @@ class _Place:
 class Traced:
     """A model's real class as a program of the planner."""
 
-    def __init__(self, config: Any, auto_class: Any, forward: Forward, make_batch: MakeBatch, dtype: torch.dtype) -> None:
-        """`dtype` is what it computes in. Raises ConfigurationError for a model without repeated layers."""
+    def __init__(self, config: Any, auto_class: Any, forward: Forward, make_batch: MakeBatch, dtype: torch.dtype, **options: Any) -> None:
+        """`dtype` is what it computes in, `options` go to `from_config`. Raises ConfigurationError for a model without repeated layers."""
         self._config, self._forward, self._make_batch = config, forward, make_batch
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode, no_init_weights():
-            self._model: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
+            self._model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
             self._model.tie_weights()
         layers = models.repeated_layers(self._model)
         self._units = _units(self._model, layers)

@@ -1,0 +1,204 @@
+"""Whether `auto` picks a plan that fits and is fast: random jobs with random limits of memory, every plan that fits timed on two ranks.
+
+    launcher bench && python -m tests.benchmarks.bench_auto --seed 3 --count 30
+
+For each job the planner decides with that much memory a rank. Then every recomputation, micro-batch and cut that the formulas let fit is
+run for a few steps on real gloo ranks; the peak of live tensor bytes of the chosen one is measured in a run of its own. Writes
+docs/benchmarks/auto.md. The speed model counts with what `launcher bench` has measured of this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _report import conditions, sentence, table, write
+
+from launcher.job.schema import Job
+from launcher.planning import fitting, search
+from launcher.planning.batch import divisors
+from launcher.planning.decide import plan as decide
+from launcher.planning.forecast import USABLE, forecast
+from launcher.planning.hardware import Hardware
+from launcher.planning.plan import Plan
+from launcher.runs.machine import Machine
+from tests.benchmarks.memory_pool import World
+
+RANKS, NUM_STEPS = 2, 3
+PREFACE = """# Plans that the planner picks, against all that fit
+
+`tests/benchmarks/bench_auto.py`: random jobs (decoders, 2 ranks of the CPU, fp32) with a random limit of memory a rank, between what the
+leanest plan needs and what the plan without recomputation needs. What `auto` chose is run beside every other recomputation, micro-batch
+and cut that fits.
+"""
+
+
+def job_of(r: random.Random, directory: Path) -> Job:
+    """A random job; its model's config is written to `directory`."""
+    from transformers import AutoConfig
+
+    heads, family = r.choice((4, 6)), r.choice(("llama", "qwen3", "gpt2"))
+    hidden, layers, words = heads * r.choice((32, 48)), r.randint(3, 6), r.choice((1000, 8000))
+    if family == "gpt2":
+        sizes: dict[str, Any] = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": words, "n_positions": 512}
+    else:
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": words}
+        sizes |= {"intermediate_size": hidden * r.choice((2, 3, 4)), "num_key_value_heads": heads // 2, "head_dim": hidden // heads}
+    AutoConfig.for_model(family, **sizes).save_pretrained(directory)
+    content = {
+        "name": "auto",
+        "model": {"name": str(directory), "weights": "random"},
+        "data": {"train": {"path": "train.jsonl"}, "text": "text", "max_length": r.choice((64, 128, 256))},
+        "batch": {"global_batch_size": RANKS * r.choice((2, 4, 8))},
+        "training": {"max_steps": 10},
+        "precision": "fp32",
+    }
+    return Job.model_validate(content)
+
+
+def all_plans(job: Job, made: Plan, limit: int) -> list[Plan]:
+    """Every plan that the job leaves room for and that fits by the formulas."""
+    per_rank, found = made.batch.micro_batch_size * made.batch.accumulation_steps, []
+    least = made.model_copy(
+        update={"sharding": "full", "mesh": made.mesh.model_copy(update={"replicate": 1, "shard": RANKS, "reshard_after_forward": True})}
+    )
+    for variant in search.variants(job, least):
+        for way in fitting.WAYS:
+            for micro in divisors(per_rank):
+                plan = fitting.with_batch(variant.plan, micro, way)
+                said = forecast(plan, limit)
+                if said is not None and said.fits:
+                    found.append(plan)
+    return found
+
+
+def needs(job: Job) -> tuple[int, int]:
+    """Bytes of a rank that the leanest plan needs, and the one that keeps everything."""
+    made = decide(job, RANKS, Hardware(2, 1 << 40))
+    per_rank = made.batch.micro_batch_size * made.batch.accumulation_steps
+    sizes = []
+    for micro, way in ((1, fitting.WAYS[-1]), (per_rank, fitting.WAYS[0])):
+        said = forecast(fitting.with_batch(made, micro, way), 0)
+        assert said is not None
+        sizes.append(said.footprint.highest.total)
+    return sizes[0], sizes[1]
+
+
+def run_plans(plans: list[Plan]) -> list[float]:
+    """Seconds of a step of each plan on this rank, the median, in two rounds of which the second goes backwards."""
+    seconds: list[list[float]] = [[] for _ in plans]
+    order = list(range(len(plans)))
+    for numbers in (order, order[::-1]):
+        for number in numbers:
+            seconds[number] += _timed(plans[number])
+    return [statistics.median(one) for one in seconds]
+
+
+def _timed(plan: Plan) -> list[float]:
+    from transformers import AutoConfig
+
+    from launcher.training import attention, engines
+    from tests.benchmarks.memory_ranks import Request
+    from tests.benchmarks.memory_tasks import Causal
+
+    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    engine = engines.build(plan, Causal(), config, {})  # type: ignore[arg-type]
+    batch = Causal.batch(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size), config)
+    found = []
+    for _ in range(NUM_STEPS + 1):
+        begun = time.perf_counter()
+        for index in range(plan.batch.accumulation_steps):
+            engine.micro_step(batch, 1e-3, index == plan.batch.accumulation_steps - 1)
+        engine.squared_gradient_norm()
+        engine.apply(1e-4, 0.5)
+        found.append(time.perf_counter() - begun)
+    del engine
+    gc.collect()
+    return found[1:]
+
+
+def peak(plan: Plan) -> int:
+    """Bytes of live tensors at the highest moment of this rank's second step."""
+    from tests.benchmarks.memory_ranks import Request, measure
+
+    return int(measure(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size))["peaks"]["steady step"])
+
+
+def one(world: World, number: int, r: random.Random, scratch: Path) -> dict[str, Any]:
+    """A job, its plan, and all the others."""
+    job = job_of(r, scratch / str(number))
+    lean, rich = needs(job)
+    limit = int(r.uniform(lean * 1.02, max(lean * 1.05, rich * 1.1)) / USABLE["cpu"])
+    chosen = decide(job, RANKS, Hardware(2, limit * RANKS))
+    plans = all_plans(job, chosen, limit)
+    keys = [(p.sharding, p.activation_checkpointing, p.batch.micro_batch_size) for p in plans]
+    own = keys.index((chosen.sharding, chosen.activation_checkpointing, chosen.batch.micro_batch_size))
+    times = [max(both) for both in zip(*world.call(run_plans, plans), strict=True)]
+    measured = max(world.call(peak, chosen))
+    best = min(range(len(plans)), key=times.__getitem__)
+    return {
+        "number": number, "model": f"{job.model.name.rpartition('/')[2]}", "limit": limit, "measured": measured,
+        "fits": measured <= limit, "chosen": keys[own], "fastest": keys[best], "plans": len(plans),
+        "seconds": times[own], "best": times[best], "ratio": times[own] / times[best], "slowest": max(times) / times[best],
+        "all": {" ".join(map(str, key)): round(seconds, 4) for key, seconds in zip(keys, times, strict=True)},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
+    options = parser.parse_args()
+    if Machine.read().of("cpu") is None:
+        sys.exit("run `launcher bench` first: nothing is known of this machine's speed")
+    found, generator, rows = conditions("torch", "transformers"), random.Random(options.seed), []
+    world = World(RANKS)
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(options.count):
+            rows.append(one(world, number, generator, Path(scratch)))
+            print(json.dumps(rows[-1]), flush=True)
+    world.close()
+    if not options.dry:
+        title = f"Seed {options.seed}, {len(rows)} jobs"
+        print(write("auto", title, describe(rows, sentence(found)), {"conditions": found, "rows": rows}, PREFACE))
+
+
+def describe(rows: list[dict[str, Any]], under: str) -> str:
+    """The section of the page."""
+    near = sum(row["ratio"] <= 1.1 for row in rows)
+    ratios = [row["ratio"] for row in rows]
+    lines = [
+        [row["number"], f"{row['measured'] / 2**20:.0f} of {row['limit'] / 2**20:.0f} MiB", " ".join(map(str, row["chosen"])),
+         " ".join(map(str, row["fastest"])), row["plans"], f"{row['seconds']:.3f} s", f"{row['ratio']:.2f}", f"{row['slowest']:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    header = [
+        "job",
+        "peak of its limit",
+        "chosen (cut, recomputation, micro-batch)",
+        "fastest",
+        "plans",
+        "a step",
+        "x fastest",
+        "slowest x",
+    ]
+    return (
+        f"{under}\n\nWithin the limit: {sum(row['fits'] for row in rows)} of {len(rows)}. Within 10% of the fastest plan that fits: "
+        f"{near}; median {statistics.median(ratios):.2f}, most {max(ratios):.2f}.\n\n{table(header, lines)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
