@@ -16,6 +16,7 @@ _NAMES = {
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "intermediate_size": ("intermediate_size", "n_inner", "d_ff", "hidden_dim", "ffn_dim"),
     "vocab_size": ("vocab_size",),
+    "positions": ("max_position_embeddings", "n_positions"),
 }
 
 
@@ -29,6 +30,8 @@ class ModelShape:
     intermediate_size: int
     layer_parameters: int
     """Of one repeated layer, by the config."""
+    table_parameters: int = 0
+    """Of the largest table, of words or of positions."""
 
     @classmethod
     def read(cls, model: Model) -> ModelShape | None:
@@ -48,7 +51,10 @@ class ModelShape:
         counted = 0 if model.weights == "random" else stored_parameters(Path(model.name))
         layer = _layer(sizes, hidden, intermediate)
         embeddings = found["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
-        return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer)
+        # Positions that are computed take no parameters: what looks like more than all that is not layers is no table.
+        table = found["vocab_size"] * hidden
+        table = max(table, min(found["positions"] * hidden, embeddings))
+        return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer, table)
 
 
 def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:

@@ -82,6 +82,8 @@ class Zero(Frozen):
     persistence_threshold: int
     max_live_parameters: int
     sub_group_size: int
+    largest_parameter: int = 0
+    """At most so large is any parameter; 0 where that is not known."""
     secondary_shard: int = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False

@@ -98,8 +98,8 @@ def _offload(plan: Plan, zero: Zero) -> dict[str, Any]:
     place["pin_memory"] = plan.mesh.device == "cuda"
     content = {"offload_optimizer": {**place, **({"buffer_count": _ADAM_TENSORS} if to_files else {})}}
     if plan.offload == "parameters":
-        # A buffer holds one rank's piece of one parameter; the embeddings, which are the largest, are within max_live_parameters.
-        size = -(-zero.max_live_parameters // plan.mesh.world_size)
+        # A buffer holds one rank's piece of one parameter.
+        size = -(-(zero.largest_parameter or zero.max_live_parameters) // plan.mesh.world_size)
         buffers = {"buffer_count": _PARAMETER_BUFFERS, "buffer_size": size, "max_in_cpu": 0}
         content["offload_param"] = {**place, **(buffers if to_files else {})}
     return content

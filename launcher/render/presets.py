@@ -19,7 +19,14 @@ from launcher.planning.plan import Plan
 from launcher.render import accelerate, deepspeed
 from launcher.render.files import json_text, yaml_text
 
-EXAMPLE = ModelShape(num_parameters=6_738_415_616, hidden_size=4096, num_layers=32, intermediate_size=11008, layer_parameters=202_375_168)
+EXAMPLE = ModelShape(
+    num_parameters=6_738_415_616,
+    hidden_size=4096,
+    num_layers=32,
+    intermediate_size=11008,
+    layer_parameters=202_375_168,
+    table_parameters=32_000 * 4096,
+)
 """A 7B model of Llama's shape."""
 NVME = "/mnt/nvme"
 

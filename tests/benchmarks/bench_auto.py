@@ -159,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--minutes", type=float, default=120, help="begin no further job after so long")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
     if Machine.read().of("cpu") is None:
@@ -166,7 +167,10 @@ def main() -> None:
     found, generator, rows = conditions("torch", "transformers"), random.Random(options.seed), []
     world = World(RANKS)
     with tempfile.TemporaryDirectory() as scratch:
+        begun = time.monotonic()
         for number in range(options.count):
+            if time.monotonic() - begun > 60 * options.minutes:
+                break
             rows.append(one(world, number, generator, Path(scratch)))
             print(json.dumps(rows[-1]), flush=True)
     world.close()

@@ -255,6 +255,22 @@ def test_shape_of_nested_and_older_names(tmp_path: Path) -> None:
     assert shape is not None and (shape.hidden_size, shape.num_layers, shape.intermediate_size) == (8, 2, 32)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "table"),
+    [
+        ({"vocab_size": 100}, 100 * 8),
+        ({"vocab_size": 100, "max_position_embeddings": 50}, 100 * 8),
+        ({"vocab_size": 100, "max_position_embeddings": 1 << 20}, 100 * 8),
+        ({"vocab_size": 100, "n_positions": 120, "tie_word_embeddings": False}, 120 * 8),
+    ],
+)
+def test_the_largest_table(sizes: dict[str, Any], table: int, tmp_path: Path) -> None:
+    """Of words, or of positions; rotary positions, of which a config names as many as it likes, have none."""
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8, "num_hidden_layers": 2} | sizes))
+    shape = ModelShape.read(job(model__name=str(tmp_path)).model)
+    assert shape is not None and shape.table_parameters == table
+
+
 def test_digest_follows_what_decides_the_numbers() -> None:
     base = plan(job(), 2, CPU)
     assert base.digest() == plan(job(cluster__grace="2min", trackers=[]), 2, CPU).digest()
