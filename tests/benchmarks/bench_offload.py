@@ -30,9 +30,9 @@ from tests.training.tiny import model_of
 NUM_STEPS = 4
 PREFACE = """# Offloading
 
-`MALLOC_MMAP_THRESHOLD_=1048576 tests/benchmarks/bench_offload.py` (glibc as runs have it): a llama with random weights, ZeRO-3 on 2 ranks of the CPU, fp32, AdamW. Anonymous memory of rank 0,
-sampled every 5 ms: after loading with the optimizer's state made, and the peak of the steps. On a CPU the host's memory is the device's, so
-that `offload_to: cpu` moves nothing away; what it saves on a GPU was not measured.
+`MALLOC_MMAP_THRESHOLD_=1048576 tests/benchmarks/bench_offload.py` (glibc as runs have it): a llama with random weights, ZeRO-3 on 2 ranks
+of the CPU, fp32, AdamW. Anonymous memory of rank 0, sampled every 5 ms: after loading with the optimizer's state made, and the peak of the
+steps. On a CPU the host's memory is the device's, so that `offload_to: cpu` moves nothing away; what it saves on a GPU was not measured.
 """
 
 
