@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from launcher.planning.forecast import Forecast
+from typing import TYPE_CHECKING
+
 from launcher.planning.memory import gib
+
+if TYPE_CHECKING:
+    from launcher.planning.forecast import Forecast
 
 WIDTH = 48
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
@@ -31,10 +35,10 @@ def _kinds(made: Forecast) -> dict[str, str]:
     return {kind: _SIGNS[number % len(_SIGNS)] for number, kind in enumerate(names)}
 
 
-def compared(traced: Forecast, formulas: Forecast | str | None) -> str:
-    """What the formulas say beside a trace, in a line."""
-    if not isinstance(formulas, Forecast):
-        return f"  traced from the model's own class; {formulas}"
+def compared(traced: Forecast, formulas: Forecast | None, why_not: str | None) -> str:
+    """What the formulas say beside a trace, in a line, or why they say nothing."""
+    if formulas is None:
+        return f"  traced from the model's own class; {why_not}"
     ours, theirs = traced.footprint.phase("steady step").peak, formulas.footprint.phase("steady step").peak
     return f"  traced from the model's own class; of a steady step the formulas say {gib(theirs)}, {theirs / ours - 1:+.1%}"
 

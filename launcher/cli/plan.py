@@ -57,6 +57,7 @@ def plan(
 
     wanted = load(job, overrides)
     if deadline is not None or scale is not None or (gpu is not None and ("," in gpu or price)):
+        _alone(trace)
         if deadline is not None:
             rows = outlook.in_time(wanted, deadline, max_gpus, gpu, network)
         elif scale is not None:
@@ -91,8 +92,17 @@ def plan(
         return
     from launcher.cli.forecast import advice, bars, compared, speed_lines
 
-    parts = [bars(made), compared(made, seen.forecast or seen.why_not) if trace else "", speed_lines(made), advice(made)]
+    parts = [bars(made), compared(made, seen.forecast, seen.why_not) if trace else "", speed_lines(made), advice(made)]
     typer.echo("\n".join(filter(None, parts)))
+
+
+def _alone(trace: bool) -> None:
+    """Raises ConfigurationError for a trace of several plans at once."""
+    from launcher.errors import ConfigurationError, Problem
+
+    if trace:
+        reason = "traces one plan; leave out --scale, --deadline, --price and all but one GPU, or leave out --trace"
+        raise ConfigurationError(Problem("--trace", None, reason))
 
 
 def _tracing() -> Trace:

@@ -20,16 +20,16 @@ class Buckets:
     persistence_threshold: int
     max_live_parameters: int
     sub_group_size: int
-    largest_parameter: int
+    largest_parameter: int = 0
+    """At most so large is any parameter: asked for where parameters are on files; 0 where it is not known."""
 
     @classmethod
     def of(cls, shape: ModelShape | None, offloads_to_files: bool, parameters_on_files: bool = False) -> tuple[Buckets, dict[str, str]]:
         """The sizes for a model, and the reason of each by its name."""
         if shape is None:
             unknown = "DeepSpeed's own default, as the model's size is not known before it is fetched"
-            return cls(_MOST, _MOST, 50_000_000, 100_000, 1_000_000_000, 100_000_000, 1_000_000_000), dict.fromkeys(
-                cls.__annotations__, unknown
-            )
+            sizes = cls(_MOST, _MOST, 50_000_000, 100_000, 1_000_000_000, 100_000_000)
+            return sizes, {name: unknown for name in cls.__annotations__ if name != "largest_parameter"}
         layer = shape.layer_parameters
         bucket = min(_MOST, max(_LEAST, layer))
         embeddings = max(0, shape.num_parameters - layer * shape.num_layers)
@@ -40,7 +40,6 @@ class Buckets:
             persistence_threshold=10 * shape.hidden_size,
             max_live_parameters=max(_LEAST, embeddings + 3 * layer),
             sub_group_size=max(_LEAST, layer),
-            largest_parameter=max(shape.table_parameters, layer),
         )
         swapped = "one layer: what is read, stepped and written in one go"
         stepped = "one layer: the gradients of what is stepped in one go are copied for it"
@@ -50,10 +49,12 @@ class Buckets:
             "prefetch_bucket_size": f"one layer ({layer:,}): gathered while the one before is computed",
             "persistence_threshold": "10 x hidden: norms and biases stay whole, as gathering them costs more than holding them",
             "max_live_parameters": "embeddings and three layers: the one in use, its neighbour, and one on the way",
-            "largest_parameter": "a table of embeddings, or at most a whole layer: what a buffer for files has to hold, of all ranks",
             "sub_group_size": swapped if offloads_to_files else stepped,
         }
         if parameters_on_files:
-            sizes = replace(sizes, prefetch_bucket_size=0)
+            sizes = replace(sizes, prefetch_bucket_size=0, largest_parameter=max(shape.table_parameters, layer))
+            reasons["largest_parameter"] = (
+                "a table of embeddings, or at most a whole layer: what the ranks' buffers for files hold together"
+            )
             reasons["prefetch_bucket_size"] = "nothing ahead: each parameter in use takes one of the few buffers that files are read into"
         return sizes, reasons

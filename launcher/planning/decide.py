@@ -106,7 +106,7 @@ def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
     found = search.fastest(job, made, memory, ways, most, micro, rates and on_network(rates, job.cluster.network))
     if found is None:
         return made
-    variant, choice = found
+    choice, decided = found
     values: dict[str, tuple[str | int, str]] = {
         "memory.activation_checkpointing": (choice.way, choice.reason),
         "batch.micro_batch_size": (
@@ -116,9 +116,8 @@ def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
     }
     decisions = {decision.key: decision for decision in made.decisions}
     decisions |= {key: Decision(key=key, value=value, reason=why) for key, (value, why) in values.items() if key in decisions}
-    decisions |= {decision.key: decision for decision in variant.decisions}
-    changes = {"activation_checkpointing": choice.way, "batch": choice.batch, "decisions": tuple(decisions.values())}
-    return variant.plan.model_copy(update=changes)
+    decisions |= {decision.key: decision for decision in decided}
+    return choice.forecast.plan.model_copy(update={"decisions": tuple(decisions.values())})
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:

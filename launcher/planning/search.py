@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launcher.job.schema import ActivationCheckpointing, Job
 from launcher.planning.fitting import Choice, choose
@@ -18,62 +18,59 @@ class Variant:
     """A plan that the job leaves room for."""
 
     plan: Plan
-    words: str
-    """What is different, in a clause."""
-    decisions: tuple[Decision, ...] = ()
+    changed: dict[str, str | int] = field(default_factory=dict)
+    """What the plan of least memory has otherwise: keys of the job, and their values."""
+    words: str = ""
+    """The same in a clause."""
 
 
 def variants(job: Job, made: Plan) -> list[Variant]:
     """The plan as it was made, of least memory, and the other cuts that compute the same."""
-    found = [Variant(made, "")]
+    found = [Variant(made)]
     mesh, parallel = made.mesh, job.parallel
     if made.engine != "fsdp" or made.sharding != "full" or mesh.shard == 1 or made.offload != "none":
         return found
-    copies = [mesh.replicate]
-    if "replicate" not in parallel.model_fields_set and mesh.nodes > 1 and mesh.replicate == 1 and mesh.ranks_per_node > 1:
-        copies.append(mesh.nodes)
-    for replicate in copies:
+    spreads = "replicate" not in parallel.model_fields_set and mesh.nodes > 1 and mesh.ranks_per_node > 1
+    for replicate in (mesh.replicate, mesh.nodes) if spreads else (mesh.replicate,):
         for sharding in ("full", "gradients") if parallel.shard == "auto" else ("full",):
-            if (replicate, sharding) == (mesh.replicate, "full"):
-                continue
+            changed: dict[str, str | int] = {}
+            words = []
+            if replicate != mesh.replicate:
+                changed["parallel.replicate"] = replicate
+                words.append(f"a copy on each of the {replicate} nodes, so that only gradients cross the network")
+            if sharding != made.sharding:
+                changed["parallel.shard"] = sharding
+                words.append("parameters stay whole between forward and backward")
             cut = mesh.model_copy(
                 update={"replicate": replicate, "shard": mesh.world_size // replicate, "reshard_after_forward": sharding == "full"}
             )
-            words = [f"a copy on each of the {replicate} nodes, so that only gradients cross the network"] * (replicate > mesh.replicate)
-            words += ["parameters stay whole between forward and backward"] * (sharding == "gradients")
-            found.append(Variant(made.model_copy(update={"mesh": cut, "sharding": sharding}), " and ".join(words)))
+            if changed:
+                found.append(Variant(made.model_copy(update={"mesh": cut, "sharding": sharding}), changed, " and ".join(words)))
     return found
 
 
 def fastest(
     job: Job, made: Plan, memory_bytes: int, ways: tuple[ActivationCheckpointing, ...], most: int, micro: int | None, gpu: GpuType | None
-) -> tuple[Variant, Choice] | None:
-    """The variant whose best recomputation and micro-batch take the least time; the first one where others gain little.
+) -> tuple[Choice, list[Decision]] | None:
+    """The best recomputation and micro-batch of the variant that takes the least time, or of the first where others gain little; and
+    what was decided beside.
 
     None where nothing fits. Without a GPU of the table nothing is known of times, and the first one is taken.
     """
     first, *others = variants(job, made)
-    least = choose(first.plan, memory_bytes, ways, most, micro, gpu)
-    if least is None:
+    best = choose(first.plan, memory_bytes, ways, most, micro, gpu)
+    if best is None:
         return None
-    best, begun = (first, least), least.forecast.speed
+    decided: list[Decision] = []
+    begun = best.forecast.speed
     # Other cuts send less and need more memory: they gain what is waited for at most.
     if begun is None or begun.exposed * begun.correction < (1 - WORTH) * begun.step:
-        return best
+        return best, decided
     shortest = begun.step * WORTH
     for variant in others:
         choice = choose(variant.plan, memory_bytes, ways, most, micro, gpu)
         if choice is not None and choice.forecast.speed is not None and choice.forecast.speed.step < shortest:
-            shortest = choice.forecast.speed.step
-            best = _explained(variant, begun.step / shortest), choice
-    return best
-
-
-def _explained(variant: Variant, factor: float) -> Variant:
-    mesh, reason = variant.plan.mesh, f"{variant.words}: {factor:.2f}x as fast by the speed model, and it fits"
-    decided = []
-    if mesh.replicate > 1:
-        decided.append(Decision(key="parallel.replicate", value=mesh.replicate, reason=reason))
-    if variant.plan.sharding == "gradients":
-        decided.append(Decision(key="parallel.shard", value="gradients", reason=reason))
-    return Variant(variant.plan, variant.words, tuple(decided))
+            best, shortest = choice, choice.forecast.speed.step
+            reason = f"{variant.words}: {begun.step / shortest:.2f}x as fast by the speed model, and it fits"
+            decided = [Decision(key=key, value=value, reason=reason) for key, value in variant.changed.items()]
+    return best, decided

@@ -174,7 +174,8 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
         updates["precision"] = stored.precision
     if job.memory.activation_checkpointing == "auto":
         updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
-    if job.parallel.shard == job.parallel.engine == "auto" and _ranks(job, nproc, stored) in (None, stored.mesh.ranks_per_node):
+    same = node_range(job.cluster.nodes)[1] == stored.mesh.nodes and _ranks(job, nproc, stored) in (None, stored.mesh.ranks_per_node)
+    if same and job.parallel.shard == job.parallel.engine == "auto" and "replicate" not in job.parallel.model_fields_set:
         cut = {"shard": stored.sharding, "replicate": stored.mesh.replicate if stored.sharding != "none" else 1}
         updates["parallel"] = job.parallel.model_copy(update=cut)
     job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)

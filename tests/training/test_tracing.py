@@ -186,6 +186,15 @@ def test_plan_traces_what_the_formulas_do_not_know(tmp_path: Path, capsys: pytes
     assert content["forecast"] is None and content["traced"]["traced"] and content["traced"]["phases"]["steady step"]["bytes"] > 1e5
 
 
+@pytest.mark.parametrize("others", [["--gpu", "h100-80gb,l40s"], ["--gpu", "l40s", "--scale", "1..2"], ["--deadline", "1h"]])
+def test_a_trace_is_of_one_plan(others: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    job = tmp_path / "job.yaml"
+    job.write_text(f"name: a\nmodel: {{name: org/model}}\ndata: {{train: {{path: {tmp_path}/train.jsonl}}, text: text}}\n")
+    code, _, said = launcher(capsys, "plan", job, "--trace", *others)
+    assert code == 2 and "--trace" in said and "leave out --scale" in said
+
+
 def test_code_that_fails_without_numbers_is_told_in_one_line(tmp_path: Path) -> None:
     plan = plan_for(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, attn_implementation=attention.register("packed"))

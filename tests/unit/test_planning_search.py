@@ -79,6 +79,11 @@ def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int,
         assert mesh.replicate * mesh.shard == 32 and mesh.reshard_after_forward == (variant.plan.sharding == "full")
 
 
+def test_what_the_job_says_is_not_decided(tmp_path: Path) -> None:
+    plan = look(job_of(tmp_path, parallel={"replicate": 2}, cluster={"network": "ethernet25", "gpu": "h200"})).plan
+    assert plan.mesh.replicate == 2 and "parallel.replicate" not in {decision.key for decision in plan.decisions}
+
+
 def test_more_and_more_nodes_go_over_to_copies(tmp_path: Path) -> None:
     rows = scaled(job_of(tmp_path), "8..64", "h100-80gb", "ethernet25")
     assert [row.plan.mesh.replicate for row in rows] == [1, 2, 4, 8]

@@ -93,6 +93,8 @@ def test_the_cut_that_was_chosen_stays(job: Path) -> None:
     run.plan_file.write_text(plan.model_copy(update={"sharding": "gradients", "mesh": cut}).to_json())
     changed = reopen(run, ["checkpoint.keep_last=5"], None)
     assert changed.sharding == "gradients" and not changed.mesh.reshard_after_forward and changed.checkpoint.keep_last == 5
+    copies = reopen(run, ["parallel.replicate=2"], None)
+    assert copies.mesh.replicate == 2, "what is asked for goes before what was chosen"
 
 
 def test_another_number_of_ranks(job: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from launcher.planning.footprint.program import Batch
 from launcher.planning.footprint.shadow import Meter
@@ -28,7 +29,7 @@ class Counting(TorchDispatchMode):
         self._meter, self._batch, self._cuda = meter, batch, cuda
         self._live: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in held}
         self._num_bytes: dict[int, int] = {}
-        self._verdicts: dict[int, bool] = {}
+        self._verdicts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = self._of_numbers(function, args)
@@ -37,7 +38,7 @@ class Counting(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function is _aten.all.default:
             # A mask of samples is full where they are of one length; of the targets some are never supervised.
-            self._verdicts[id(result)] = args[0].dim() > 1 and len(set(self._batch.lengths)) == 1
+            self._verdicts[result] = args[0].dim() > 1 and len(set(self._batch.lengths)) == 1
         if _sums_gradients(function, args):
             self._hand_on(args[0].untyped_storage(), result.untyped_storage())
         for tensor in pytree.tree_leaves(result):
@@ -49,7 +50,7 @@ class Counting(TorchDispatchMode):
     def _of_numbers(self, function: Any, args: Any) -> Any:
         """What the model's code decides by, where the numbers would say it."""
         if function is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return self._verdicts.pop(id(args[0]), False)
+            return self._verdicts.get(args[0], False)
         if function is _aten.nonzero.default:
             batch = self._batch
             supervised = sum(batch.targets) or batch.num_tokens - len(batch.lengths)
