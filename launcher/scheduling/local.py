@@ -112,11 +112,10 @@ def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory
     if end.forced == "second interrupt":
         return _of_the_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
     if end.forced == "grace":
-        logs = shown(directory)
-        cause = (
-            f"{end.signal_name}: the ranks had not saved and left after {plan.grace_seconds:g} s of grace (cluster.grace) and were ended"
-        )
-        return _of_the_agent(Stopped, f"{cause}; their stacks are in {logs}/rank-*.log", FORCED_EXIT)
+        seconds = plan.grace_seconds if end.grace_seconds is None else end.grace_seconds
+        given = f"{seconds:.0f} s of grace ({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
+        cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
+        return _of_the_agent(Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT)
     found = failures.first(directory, out_of_memory_killer)
     if found is not None:
         return found

@@ -94,6 +94,8 @@ class End:
     forced: Force = ""
     signal_name: str = ""
     events: set[str] = field(default_factory=set)
+    grace_seconds: float | None = None
+    """What the ranks were given from the signal on, if one came."""
 
 
 class Supervisor:
@@ -148,7 +150,7 @@ class Supervisor:
             self._kill(agent)
         self._note_events()
         first = self.signals.first
-        return End(agent.wait(), forced, first[0].name if first else "", set(self._events))
+        return End(agent.wait(), forced, first[0].name if first else "", set(self._events), self._grace)
 
     def _look(self, agent: subprocess.Popen[bytes]) -> None:
         """Learn which ranks there are, what was written, and whether one has failed."""

@@ -94,6 +94,11 @@ class Run:
     def wait_finished(self, seconds: float = 240.0) -> None:
         self.wait(lambda: self.directory.finished, "finished", seconds)
 
+    def end_in_seconds(self, seconds: int) -> None:
+        """Set the job's time limit to no less from now, and as soon after as a limit in minutes can be."""
+        elapsed = sum(int(part) * unit for part, unit in zip(self.cluster.show(self.job)["RunTime"].split(":"), (3600, 60, 1), strict=True))
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={-(-(elapsed + seconds) // 60)}")
+
     def events(self, name: str) -> list[dict[str, Any]]:
         return [record for record in read(self.directory.events_file) if record.get("event") == name]
 

@@ -123,6 +123,14 @@ def test_outcomes(run: RunDirectory, events: set[str], end: End, code: int) -> N
     assert code == 0 or "launcher resume" in heard.lines[-1]
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(None, "30 s of grace (cluster.grace)"), (4.0, "4 s of grace (what Slurm leaves)")])
+def test_ranks_that_used_up_their_grace_are_told_whose_it_was(seconds: float | None, said: str, run: RunDirectory) -> None:
+    number, _ = attempt_directory(run)
+    heard = Heard()
+    local.outcome(run, plan(), number, End(-9, "grace", "SIGTERM", grace_seconds=seconds), heard, False)
+    assert said in heard.lines[-1]
+
+
 def test_an_agent_that_could_not_start_is_quoted(run: RunDirectory) -> None:
     number, directory = attempt_directory(run)
     (directory / "agent.log").write_text("Traceback\nModuleNotFoundError: No module named 'torch'\n\n")

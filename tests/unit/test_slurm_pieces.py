@@ -337,6 +337,17 @@ def test_who_follows_leaves_when_the_head_has_given_up(node: str, end: str, leav
     assert supervisor._reason_to_force() == ("superseded" if leaves else "")
 
 
+@pytest.mark.parametrize(("until_killed", "given"), [(30.0, 25.0), (6.0, 3.0), (0.0, 0.0)])
+def test_of_what_slurm_leaves_after_sigterm_some_is_for_going_on(until_killed: float, given: float, run: RunDirectory) -> None:
+    """The other nodes leave in it, and the batch script asks for the next attempt: Slurm kills that with the ranks."""
+    run.attempts.mkdir(parents=True)
+    clock, signals = Clock("17"), Signals()
+    clock.term_seconds = until_killed
+    signals.received.append((signal.SIGTERM, time.monotonic()))
+    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), signals, clock, Allocation.of(VARIABLES))
+    assert supervisor.grace() == given
+
+
 def test_that_the_time_is_over_is_decided_once(run: RunDirectory) -> None:
     """A quick save makes the moment later; the ranks have been told by then."""
     run.attempts.mkdir(parents=True)

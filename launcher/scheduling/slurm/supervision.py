@@ -27,6 +27,9 @@ _BEAT_SECONDS = 5.0
 _LEAD_SECONDS = 10.0
 """How often it is measured anew how long a step and a save take."""
 _MARGIN_SECONDS = 1.0
+"""Between the ranks' end by force and the time limit; after that Slurm leaves the batch script some time more."""
+_AFTERWARDS_SECONDS = 5.0
+"""Between the ranks' end by force and Slurm's SIGKILL: for the other nodes to leave, and for the request to go on."""
 
 
 class NodeSupervisor(Supervisor):
@@ -49,7 +52,7 @@ class NodeSupervisor(Supervisor):
         if number == TIME_LIMIT and self._clock.end is not None:
             return max(0.0, self._clock.end - time.time() - _MARGIN_SECONDS)
         if number == signal.SIGTERM:
-            return max(0.0, self._clock.term_seconds - _MARGIN_SECONDS)
+            return self._clock.term_seconds - min(_AFTERWARDS_SECONDS, self._clock.term_seconds / 2)
         return self.grace_seconds
 
     def _look(self, agent: subprocess.Popen[bytes]) -> None:
