@@ -30,6 +30,9 @@ class GpuType:
     """To other nodes, one way, of the network that such nodes commonly have for each GPU."""
     capability: float
     source: str
+    matrix_share: float = 0.6
+    """Of the matrix rate that large products reach in training. The H100's is fitted to published runs, the A100's too (see
+    docs/benchmarks/published.md); of the others it is assumed."""
 
 
 def _gb(size: float) -> int:
@@ -40,8 +43,8 @@ _NV = "https://www.nvidia.com/en-us/data-center"
 NETWORKS: dict[NetworkName, float] = {"ib400": 50e9, "ib200": 25e9, "ib100": 12.5e9, "ethernet100": 12.5e9, "ethernet25": 3.1e9}
 """Of one GPU, bytes a second one way: the line rate divided by eight (InfiniBand NDR 400, HDR 200, EDR 100 Gb/s)."""
 TABLE = (
-    GpuType("a100-40gb", "NVIDIA A100 40GB", 40 << 30, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)"),
-    GpuType("a100-80gb", "NVIDIA A100 80GB", 80 << 30, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)"),
+    GpuType("a100-40gb", "NVIDIA A100 40GB", 40 << 30, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)", 0.7),
+    GpuType("a100-80gb", "NVIDIA A100 80GB", 80 << 30, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)", 0.7),
     GpuType("h100-80gb", "NVIDIA H100 SXM", 80 << 30, 989e12, 67e12, 3.35e12, 450e9, 50e9, 9.0, f"{_NV}/h100 (datasheet, SXM)"),
     GpuType(
         "h100-pcie",

@@ -9,10 +9,9 @@ from launcher.planning.footprint.program import Segment, Unit
 from launcher.planning.gpus import GpuType
 from launcher.planning.plan import Plan
 
-MATRIX_SHARE = 0.6
-"""Of a GPU's matrix rate that large products reach in training. Assumed; docs/planner.md holds it against published figures."""
 MEMORY_SHARE = 0.8
-"""Of a memory's rate that operators reach that do little else than read and write. Assumed."""
+"""Of a memory's rate that operators reach that do little else than read and write. Assumed; with it and the shares of the matrix rates
+published runs come out (docs/benchmarks/published.md)."""
 LINK_SHARE = 0.75
 """Of a link's rate that large collectives reach. Assumed."""
 READS = 1.5
@@ -72,7 +71,9 @@ def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], g
     attention = [6 * attention_width(unit) * plan.data.max_length * tokens for unit in layers]
     flops = sum(in_layers) + outside + sum(attention)
     moved = (1 + READS) * sum(segment.traffic for segment in segments)
-    pass_seconds = (again * (sum(in_layers) + sum(attention)) + outside) / (rate * MATRIX_SHARE) + moved / (gpu.bandwidth * MEMORY_SHARE)
+    pass_seconds = (again * (sum(in_layers) + sum(attention)) + outside) / (rate * gpu.matrix_share) + moved / (
+        gpu.bandwidth * MEMORY_SHARE
+    )
     compute = pass_seconds * batch.accumulation_steps
     communication, exposed = _messages(plan, units, gpu, compute, itemsize)
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / (mesh.shard if plan.zero is None else mesh.world_size)

@@ -1,165 +1,182 @@
 """What our loop costs over a bare PyTorch loop that does the same mathematics on the same batches.
 
-    python tests/benchmarks/bare_loop.py --data train.jsonl --rounds 3
+    python -m tests.benchmarks.bare_loop --data train.jsonl --pairs 20
 
-`launcher run` and the bare loop (FSDP2 by hand, batches made beforehand, nothing recorded, saved or agreed upon) take turns. The losses of
-both are compared as well: a loop that computes something else proves nothing.
+Both loops run in the same two ranks, over the same FSDP2 model, batches and optimizer, a step of one and a step of the other in turns (who
+is first changes each time): the speed of a machine that others share changes by more than what is looked for between two runs. The
+learning rate is 0, so that both compute on the same parameters, and their losses and gradient norms have to agree.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
-import subprocess
+import random
+import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from types import SimpleNamespace
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import ROOT, conditions, sentence, table, write
 
 PREFACE = """# What the loop costs
 
-`tests/benchmarks/bare_loop.py` runs `launcher run` and a bare PyTorch loop over the same batches in turns, and compares the median
-seconds of a step after the warm-up.
+`python -m tests.benchmarks.bare_loop`: the trainer's own step, whole (batches read and put together, heartbeat, records, agreement over
+all ranks, fp64 norms), and a bare PyTorch step (batches made beforehand, `clip_grad_norm_`, nothing recorded, saved or agreed upon) take
+turns in the same ranks, over the same model, batches and optimizer. The cost is the median of the pairs' ratios; the interval holds 95% of
+the medians of 10,000 resamplings of the pairs.
 """
+RESULT = "pairs.json"
 
 
 def main() -> None:
-    """Run both in turns and write the section; or, with --child, be a rank of the bare loop."""
+    """Prepare a run, have its ranks take turns, and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="JSON lines with prompt and completion, or question and answer")
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines with prompt and completion, or question and answer")
     parser.add_argument("--model", default=None, help="a model's directory; SmolLM2-135M where it is left out")
-    for name, value in {"rounds": 3, "steps": 8, "warmup": 2, "max-length": 512, "micro-batch": 2, "accumulation": 2}.items():
+    for name, value in {"pairs": 20, "max-length": 512, "micro-batch": 2, "accumulation": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
-    parser.add_argument("--child", type=Path, metavar="RUN", help="used by the script itself")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
-    if options.child:
-        bare(options.child, options.steps)
-    else:
-        compare(options)
+    options.steps, options.set = 4, ["training.max_steps=4"]
+    found = conditions("torch", "transformers")
+    pairs = compare(options)
+    text = describe(pairs, sentence(found))
+    print(text)
+    if not options.dry:
+        model = Path(options.model).name if options.model else "SmolLM2-135M"
+        title = f"{model}, {options.precision}, {options.micro_batch} x {options.accumulation} packs of {options.max_length} tokens a rank"
+        print(write("loop", title, text, {"conditions": found, "pairs": pairs}, PREFACE))
 
 
-def compare(options: Namespace) -> None:
-    """Alternate the two, check that their losses agree, and report the ratio of their times."""
-    from bench_speed import NUM_RANKS, SIDES, launcher_command, prompts_and_completions
+def compare(options: Namespace) -> list[dict[str, float]]:
+    """Run the ranks, and give what rank 0 has measured."""
+    from bench_speed import SIDES, launcher_command, prompts_and_completions
 
+    from launcher.scheduling import local, opening
     from launcher.training.demo.models import model_directory
 
-    options.model, options.set = options.model or str(model_directory("smollm2-135m")), []
-    found, pairs = conditions("torch", "transformers"), []
+    options.model = options.model or str(model_directory("smollm2-135m"))
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["LOOP_PAIRS"] = str(options.pairs)
     with tempfile.TemporaryDirectory() as scratch:
         data = prompts_and_completions(options.data, Path(scratch) / "rows.jsonl", 2000)
-        for number in range(options.rounds):
-            directory = Path(scratch) / str(number)
-            directory.mkdir()
-            subprocess.run(launcher_command(SIDES["launcher"], options, data, directory), check=True, cwd=ROOT, capture_output=True)
-            ours = recorded(directory / "run" / "metrics.jsonl")
-            torchrun = [
-                "-m",
-                "torch.distributed.run",
-                f"--nproc-per-node={NUM_RANKS}",
-                "--rdzv-backend=c10d",
-                "--rdzv-endpoint=127.0.0.1:0",
-            ]
-            child = [sys.executable, *torchrun, __file__, f"--child={directory / 'run'}", f"--steps={options.steps}"]
-            threads = str(max(1, (os.cpu_count() or 2) // NUM_RANKS))
-            done = subprocess.run(
-                child, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-            )
-            theirs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-            worst = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-            seconds = [median(side["seconds"][options.warmup - 1 :]) for side in (ours, theirs)]
-            pairs.append({"launcher": seconds[0], "bare": seconds[1], "overhead": seconds[0] / seconds[1] - 1, "loss_difference": worst})
-            print(json.dumps(pairs[-1]), flush=True)
-    rows = [
-        [number, f"{p['launcher']:.3f}", f"{p['bare']:.3f}", f"{p['overhead']:+.1%}", f"{p['loss_difference']:.1e}"]
-        for number, p in enumerate(pairs, 1)
-    ]
-    cost = median(pair["overhead"] for pair in pairs)
-    header = ["round", "launcher s/step", "bare s/step", "cost", "largest relative difference of a loss"]
-    text = f"{sentence(found)}\n\n{table(header, rows)}\nMedian cost of the loop: {cost:+.1%}."
-    if not options.dry:
-        print(write("loop", f"{options.precision}, {found['date']}", text, {"conditions": found, "rounds": pairs}, PREFACE))
+        launcher_command(SIDES["launcher-packed"], options, data, Path(scratch))
+        run, plan = opening.open_run(Path(scratch) / "job.yaml", options.set, None, Path(scratch) / "run")
+        local.run(run, plan, entry="tests.benchmarks.bare_loop_ranks")
+        return list(json.loads((run.path / RESULT).read_text(encoding="utf-8")))
 
 
-def recorded(metrics: Path) -> dict[str, list[float]]:
-    """Losses, and the seconds from each step's end to the next's."""
-    from launcher.runs.events import steps
+def take_turns(run: Any, plan: Any, attempt: int, stop: Any, *, stop_at: int | None = None) -> None:
+    """What each rank does in place of training."""
+    from torch import distributed
 
-    records = [record for _, record in sorted(steps(metrics).items())]
-    times = [record["time"] for record in records]
-    return {"losses": [record["loss"] for record in records], "seconds": [later - earlier for earlier, later in pairwise(times)]}
+    from launcher.runs.beats import Beater
+    from launcher.training.devices import start_process_group
+    from launcher.training.trainer import Material, Trainer
+
+    material = Material.prepare(run, plan)
+    device = start_process_group(plan)
+    rank = distributed.get_rank()
+    trainer = Trainer(run, plan, material, device, stop, stop_at, Beater(run.attempt(attempt), rank))
+    trainer.schedule = SimpleNamespace(at=lambda step: 0.0)  # type: ignore[assignment]
+    steps = [trainer.batches.step(number) for number in range(trainer.num_steps)]
+    batches = [[material.task.collate(items) for items in step.micro_batches] for step in steps]
+    heard: dict[str, float] = {}
+    _hear(trainer, heard)
+    pairs = []
+    for number in range(int(os.environ["LOOP_PAIRS"]) + 1):
+        index = number % len(steps)
+        sides = {"ours": lambda i=index: _ours(trainer, i, heard), "bare": lambda i=index: _bare(trainer, steps[i], batches[i])}
+        pair: dict[str, float] = {}
+        for name in sorted(sides, reverse=number % 2 == 0):
+            distributed.barrier()
+            begun, used = time.perf_counter(), time.process_time()
+            loss, norm = sides[name]()
+            pair |= {f"{name}_processor": time.process_time() - used}
+            distributed.barrier()
+            pair |= {name: time.perf_counter() - begun, f"{name}_loss": loss, f"{name}_norm": norm}
+        pairs.append(pair)
+    if rank == 0:
+        (run.path / RESULT).write_text(json.dumps(pairs[1:]), encoding="utf-8")  # the first one made the optimizer's state
+        run.finished_file.touch()
+    distributed.barrier()
 
 
-def bare(run: Path, num_steps: int) -> None:
-    """FSDP2, AdamW and clipping by PyTorch itself, over the batches that the run's plan gives this rank."""
+def _hear(trainer: Any, heard: dict[str, float]) -> None:
+    """Note what the trainer's step makes of loss and gradient norm."""
+    apply = trainer._apply_or_skip
+
+    def noting(loss: float, norm: float, rate: float) -> None:
+        heard.update(loss=loss, norm=norm)
+        apply(loss, norm, rate)
+
+    trainer._apply_or_skip = noting
+
+
+def _ours(trainer: Any, number: int, heard: dict[str, float]) -> tuple[float, float]:
+    trainer.state.step = number
+    trainer._step()
+    return heard["loss"], heard["norm"]
+
+
+def _bare(trainer: Any, step: Any, batches: list[Any]) -> tuple[float, float]:
+    """Forward, backward, clipping and AdamW by PyTorch itself."""
     import torch
     from torch import distributed
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from transformers import AutoModelForCausalLM
+    from torch.distributed.tensor import DTensor
 
-    from launcher.planning.plan import Plan
-    from launcher.runs.layout import RunDirectory
-    from launcher.training import attention, heads
-    from launcher.training.data.batches import Batches
-    from launcher.training.data.order import Order
-    from launcher.training.schedule import Schedule
-    from launcher.training.trainer import Material
-
-    plan = Plan.read(run / "plan.json")
-    material = Material.prepare(RunDirectory(run), plan)
-    torch.set_num_threads(plan.mesh.threads_per_rank)
-    distributed.init_process_group("gloo")
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    order = Order(plan.training.seed, material.train.num_items, shuffle=True)
-    source = Batches(material.train, order, plan.batch, rank, num_steps * plan.batch.global_batch_size)
-    steps = [source.step(step) for step in range(num_steps)]
-    batches = [[material.task.collate(items) for items in step.micro_batches] for step in steps]
-
-    model = AutoModelForCausalLM.from_pretrained(
-        plan.model.name, dtype=torch.float32, attn_implementation=attention.register(plan.attention)
-    ).train()
-    policy = MixedPrecisionPolicy({"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision], torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy, reshard_after_forward=plan.mesh.reshard_after_forward)
-    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
-    model.forward = functools.partial(heads.causal_lm, model)
+    model, optimizer = trainer.engine.model, trainer.engine._optimizer
     parameters = list(model.parameters())
-    settings = plan.training
-    optimizer = torch.optim.AdamW(parameters, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True)
-    schedule = Schedule.of(settings, num_steps)
+    loss_sum = torch.zeros(())
+    for index, batch in enumerate(batches):
+        model.set_requires_gradient_sync(index == len(batches) - 1)
+        output = model(batch)
+        (output.loss_sum * (distributed.get_world_size() / step.num_supervised)).backward()
+        loss_sum += output.loss_sum.detach()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.plan.training.clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+    distributed.all_reduce(loss_sum)
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return float(loss_sum) / step.num_supervised, float(whole)
 
-    result: dict[str, Any] = {"losses": [], "seconds": []}
-    ended = 0.0
-    for number, (step, micro_batches) in enumerate(zip(steps, batches, strict=True)):
-        loss_sum = torch.zeros(())
-        for index, batch in enumerate(micro_batches):
-            model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-            output = model(batch)
-            (output.loss_sum * (size / step.num_supervised)).backward()
-            loss_sum += output.loss_sum.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.at(number)
-        optimizer.step()
-        optimizer.zero_grad()
-        distributed.all_reduce(loss_sum)
-        result["losses"].append(float(loss_sum) / step.num_supervised)
-        result["seconds"] += [time.perf_counter() - ended] if ended else []
-        ended = time.perf_counter()
-    if rank == 0:
-        print(json.dumps(result), flush=True)
-    distributed.barrier()
-    distributed.destroy_process_group()
+
+def describe(pairs: list[dict[str, float]], under: str) -> str:
+    """The section: medians, the interval, and whether both computed the same."""
+    rows = []
+    for title, ending in (("time", ""), ("processor time of a rank", "_processor")):
+        ours, bare = ([pair[side + ending] for pair in pairs] for side in ("ours", "bare"))
+        ratios = [one / other for one, other in zip(ours, bare, strict=True)]
+        low, high = interval(ratios)
+        more = statistics.median(one - other for one, other in zip(ours, bare, strict=True))
+        rows.append(
+            [title, f"{statistics.median(ours):.3f} s", f"{statistics.median(bare):.3f} s", f"{1000 * more:+.0f} ms",
+             f"{statistics.median(ratios) - 1:+.2%}", f"{low - 1:+.2%} to {high - 1:+.2%}"]
+        )  # fmt: skip
+    apart = [max(abs(pair[f"ours_{what}"] / pair[f"bare_{what}"] - 1) for pair in pairs) for what in ("loss", "norm")]
+    header = ["of a step", "launcher", "bare", "difference", "cost", "95% interval"]
+    return (
+        f"{under} {len(pairs)} pairs; largest relative difference of a loss {apart[0]:.1e}, of a gradient norm {apart[1]:.1e}."
+        f"\n\n{table(header, rows)}"
+    )
+
+
+def interval(ratios: list[float], resamplings: int = 10_000) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of the median under resampling."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(resamplings))
+    return medians[round(0.025 * resamplings)], medians[round(0.975 * resamplings) - 1]
 
 
 if __name__ == "__main__":
