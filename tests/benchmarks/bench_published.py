@@ -21,7 +21,7 @@ from tests.published import CASES, TITAN_H100, ZERO, ZERO_STATES, Published, for
 PREFACE = """# The planner against published runs
 
 `python -m tests.benchmarks.bench_published`: FSDP alone, dense decoders, bf16 with fp32 states, as others have run them. Their codes are
-not launcher: other attention, other losses, other recomputation. MPT is planned as GPT-2, which keeps more between its operators where nothing
+not launcher: other attention, other losses, other recomputation. MPT is planned as GPT-2, which keeps more between operators where nothing
 is recomputed (those memory figures are in brackets: no verdict of them counts). torchtitan's H100 were held to 500 W and have a memory of
 2.4 TB/s in place of 3.35.
 """
