@@ -40,6 +40,9 @@ def _rows(found: Bench) -> list[list[str]]:
     rows.append(["memory, read and written", _bytes(rates.bandwidth)])
     for message in found.messages:
         rows.append([f"{message.kind} of {message.num_bytes >> 10:,} KiB, {found.num_ranks} ranks", _bytes(message.bytes_per_second)])
+    rows += [[f"calling operators, step of a tiny model, recomputing {way}", f"{1e3 * s:.1f} ms"] for way, s in rates.reference.items()]
+    if rates.message is not None:
+        rows.append([f"FSDP, each message beside its bytes, {found.num_ranks} ranks", f"{1e3 * rates.message:.2f} ms"])
     named = {"to the GPU": rates.to_device, "from the GPU": rates.to_host, "disk, written": rates.disk_write, "disk, read": rates.disk_read}
     return rows + [[name, _bytes(rate)] for name, rate in named.items() if rate is not None]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import NetworkName
@@ -33,6 +34,10 @@ class GpuType:
     matrix_share: float = 0.6
     """Of the matrix rate that large products reach in training. The H100's is fitted to published runs, the A100's too (see
     docs/benchmarks/published.md); of the others it is assumed."""
+    operator_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of calling one operator, by what is recomputed, where it was measured."""
+    message_seconds: float | None = None
+    """Of one message beside its bytes, where it was measured."""
 
 
 def _gb(size: float) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from launcher.planning.footprint.decoders import Llama
+from launcher.planning.footprint.program import Batch, Setting
 from launcher.planning.gpus import GpuType, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
-from launcher.runs.machine import Machine
+from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
 
 
 def kind_of(plan: Plan) -> str:
@@ -39,4 +41,16 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
         network=table.network if table else link,
         capability=table.capability if table else 0.0,
         source=f"launcher bench, {known.when}",
+        operator_seconds=operator_seconds(known),
+        message_seconds=known.message,
     )
+
+
+def operator_seconds(rates: Rates) -> dict[str, float]:
+    """Of calling one operator: the reference model's step by the operators that the memory model sees in it."""
+    program = Llama(REFERENCE)
+    found = {}
+    for way, seconds in rates.reference.items():
+        setting = Setting(Batch((REFERENCE_LENGTH,)), 4, way, "packed", rates.device != "cpu", "causal-lm")
+        found[way] = seconds / sum(segment.num_made for segment in program.blocks(setting))
+    return found

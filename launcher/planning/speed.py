@@ -71,9 +71,11 @@ def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], g
     attention = [6 * attention_width(unit) * plan.data.max_length * tokens for unit in layers]
     flops = sum(in_layers) + outside + sum(attention)
     moved = (1 + READS) * sum(segment.traffic for segment in segments)
-    pass_seconds = (again * (sum(in_layers) + sum(attention)) + outside) / (rate * gpu.matrix_share) + moved / (
-        gpu.bandwidth * MEMORY_SHARE
-    )
+    products = (again * (sum(in_layers) + sum(attention)) + outside) / (rate * gpu.matrix_share)
+    pass_seconds = products + moved / (gpu.bandwidth * MEMORY_SHARE)
+    called = sum(segment.num_made for segment in segments) * gpu.operator_seconds.get(plan.activation_checkpointing, 0.0)
+    # A GPU computes while the next operators are called; a CPU does one after the other.
+    pass_seconds = max(pass_seconds, called) if mesh.device == "cuda" else pass_seconds + called
     compute = pass_seconds * batch.accumulation_steps
     communication, exposed = _messages(plan, units, gpu, compute, itemsize)
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / (mesh.shard if plan.zero is None else mesh.world_size)
@@ -116,7 +118,8 @@ def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute:
     # Copies add up their gradients, each rank its part of them; the copies stand on different nodes where there are several.
     copied = 8 * trained / ranks * (mesh.replicate - 1) / mesh.replicate
     num_messages = (len(layers) + 1) * (gathers * batch.accumulation_steps + reduces * (2 if mesh.replicate > 1 else 1))
-    seconds = sent / ((gpu.link if ranks <= within else between) * LINK_SHARE) + num_messages * LATENCY * log2(mesh.world_size)
+    each = LATENCY * log2(mesh.world_size) if gpu.message_seconds is None else gpu.message_seconds
+    seconds = sent / ((gpu.link if ranks <= within else between) * LINK_SHARE) + num_messages * each
     seconds += copied / ((gpu.link if mesh.world_size <= within else between) * LINK_SHARE)
     # The first gathering and the last sending have nothing beside them: a layer's share of all.
     bare = seconds * 2 / (len(layers) + 1)

@@ -12,6 +12,12 @@ from pathlib import Path
 
 from launcher.runs.layout import write_atomically
 
+REFERENCE = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 64, "vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+"""A model so small that a step of it is nothing but the calling of operators."""
+REFERENCE_LENGTH = 16
 _KEPT = 10
 """Runs of a kind whose comparison is remembered."""
 
@@ -29,6 +35,10 @@ class Rates:
     """Of its memory, read and written."""
     link: float | None = None
     """What a rank of several on this machine receives in a large all-gather; None where one rank was all there is."""
+    reference: dict[str, float] = field(default_factory=dict)
+    """Seconds of a forward and backward pass of REFERENCE over one sample, by what is recomputed."""
+    message: float | None = None
+    """Seconds that FSDP takes for each message beside its bytes, among the ranks of this machine."""
     to_device: float | None = None
     to_host: float | None = None
     disk_write: float | None = None

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
 
 from launcher.errors import StorageError
-from launcher.runs.machine import Rates
+from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Rates
 
 Report = Callable[[str], None]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,14 +59,17 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
     report("memory")
     bandwidth = copy_rate(device)
     messages: tuple[Message, ...] = ()
+    each = None
     if num_ranks > 1:
         report(f"messages between {num_ranks} ranks")
-        messages = message_rates(num_ranks, device.type)
+        messages, each = message_rates(num_ranks, device.type)
+    report("the calling of operators")
+    reference = {way: reference_seconds(way, device) for way in ("none", "selective", "full")}
     report(f"files in {directory}")
     written, read = file_rates(directory)
     to_device, to_host = transfer_rates(device) if device.type == "cuda" else (None, None)
     link = max((message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None)
-    rates = Rates(name, time.strftime("%Y-%m-%d"), matrix, bandwidth, link, to_device, to_host, written, read)
+    rates = Rates(name, time.strftime("%Y-%m-%d"), matrix, bandwidth, link, reference, each, to_device, to_host, written, read)
     return Bench(rates, num_ranks, messages)
 
 
@@ -109,6 +113,29 @@ def copy_rate(device: torch.device) -> float:
     return 2 * _COPY_BYTES / seconds_of(lambda: target.copy_(source), device)
 
 
+def reference_seconds(way: str, device: torch.device) -> float:
+    """A forward and backward pass of the reference model, which is nothing but the calling of operators."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from launcher.training import attention, heads
+    from launcher.training.engines.recompute import checkpoint_activations
+
+    config = AutoConfig.for_model(**REFERENCE, attn_implementation=attention.register("packed"))
+    model = AutoModelForCausalLM.from_config(config).to(device).train()
+    for layer in model.model.layers:
+        checkpoint_activations(layer, way)
+    positions = torch.arange(REFERENCE_LENGTH, device=device)
+    ends = torch.tensor([0, REFERENCE_LENGTH], dtype=torch.int32, device=device)
+    batch = {"input_ids": positions[None], "position_ids": positions[None], "targets": positions, "cu_seq_lens": ends}
+
+    def step() -> None:
+        output = heads.causal_lm(model, {**batch, "max_length": REFERENCE_LENGTH})
+        output.loss_sum.backward()
+        model.zero_grad(set_to_none=True)
+
+    return seconds_of(step, device)
+
+
 def transfer_rates(device: torch.device) -> tuple[float, float]:
     """Bytes a second to a GPU and back, from pinned memory."""
     host = torch.empty(_COPY_BYTES // 4, pin_memory=True)
@@ -139,14 +166,14 @@ def file_rates(directory: Path) -> tuple[float, float]:
     return _FILE_BYTES / written, _FILE_BYTES / read
 
 
-def message_rates(num_ranks: int, device: str) -> tuple[Message, ...]:
-    """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them."""
+def message_rates(num_ranks: int, device: str) -> tuple[tuple[Message, ...], float]:
+    """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them; what FSDP takes for each beside."""
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         store = Path(folder) / "store"
         result = Path(folder) / "result.pt"
         multiprocessing.start_processes(_rank, (num_ranks, device, str(store), str(result)), num_ranks, start_method="spawn")
-        rows = torch.load(result, weights_only=True)
-    return tuple(Message(*row) for row in rows)
+        rows, each = torch.load(result, weights_only=True)
+    return tuple(Message(*row) for row in rows), each
 
 
 def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> None:
@@ -165,9 +192,29 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> No
         received = whole.numel() * 4 * (num_ranks - 1) / num_ranks
         rows.append(("all-gather", num_bytes, gather, received / gather))
         rows.append(("all-reduce", num_bytes, reduce, 2 * received / reduce))
+    each = unit_seconds(where)
     if rank == 0:
-        torch.save(rows, result)
+        torch.save((rows, each), result)
     distributed.destroy_process_group()
+
+
+def unit_seconds(device: torch.device, num_units: int = 8) -> float:
+    """What FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same step without FSDP."""
+    taken = []
+    for cut in (False, True):
+        model = nn.Sequential(*(nn.Linear(16, 16, device=device) for _ in range(num_units)))
+        if cut:
+            for layer in model:
+                fully_shard(layer)
+            fully_shard(model)
+
+        def step(model: nn.Module = model) -> None:
+            model(torch.ones(1, 16, device=device)).sum().backward()
+            model.zero_grad(set_to_none=True)
+
+        taken.append(_agreed_seconds(step, device, rounds=30))
+    # Of each unit two gatherings and one sending.
+    return max(0.0, taken[1] - taken[0]) / (3 * num_units)
 
 
 def _agreed_seconds(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:

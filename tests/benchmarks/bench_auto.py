@@ -39,7 +39,7 @@ PREFACE = """# Plans that the planner picks, against all that fit
 
 `tests/benchmarks/bench_auto.py`: random jobs (decoders, 2 ranks of the CPU, fp32) with a random limit of memory a rank, between what the
 leanest plan needs and what the plan without recomputation needs. What `auto` chose is run beside every other recomputation, micro-batch
-and cut that fits.
+and cut that fits, in two rounds; a plan's time is the shortest of its steps, as what else the machine does only adds.
 """
 
 
@@ -59,7 +59,7 @@ def job_of(r: random.Random, directory: Path) -> Job:
         "name": "auto",
         "model": {"name": str(directory), "weights": "random"},
         "data": {"train": {"path": "train.jsonl"}, "text": "text", "max_length": r.choice((64, 128, 256))},
-        "batch": {"global_batch_size": RANKS * r.choice((2, 4, 8))},
+        "batch": {"global_batch_size": RANKS * r.choice((2, 4))},
         "training": {"max_steps": 10},
         "precision": "fp32",
     }
@@ -95,13 +95,13 @@ def needs(job: Job) -> tuple[int, int]:
 
 
 def run_plans(plans: list[Plan]) -> list[float]:
-    """Seconds of a step of each plan on this rank, the median, in two rounds of which the second goes backwards."""
+    """Seconds of a step of each plan on this rank, the shortest, in two rounds of which the second goes backwards."""
     seconds: list[list[float]] = [[] for _ in plans]
     order = list(range(len(plans)))
     for numbers in (order, order[::-1]):
         for number in numbers:
             seconds[number] += _timed(plans[number])
-    return [statistics.median(one) for one in seconds]
+    return [min(one) for one in seconds]
 
 
 def _timed(plan: Plan) -> list[float]:

@@ -28,6 +28,9 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert set(found["matrix"]) == {"fp32", "bf16", "fp16"} and all(rate > 1e6 for rate in found["matrix"].values())
     assert all(found[name] > 1e6 for name in ("bandwidth", "link", "disk_write", "disk_read"))
+    # What is computed again is called again, and selective checkpointing looks at every operator in Python.
+    assert 0 < found["reference"]["none"] < found["reference"]["full"] < found["reference"]["selective"]
+    assert 0 < found["message"] < 1
     kinds = [(message["kind"], message["num_bytes"]) for message in found["messages"]]
     assert kinds == [(kind, size) for size in MESSAGE_BYTES for kind in ("all-gather", "all-reduce")]
     (kept,) = (tmp_path / "state" / "launcher" / "machines").glob("*.json")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from math import log2
 from pathlib import Path
 
 import pytest
 
 from launcher.cli.progress import notice
-from launcher.planning.forecast import forecast_here
+from launcher.planning.forecast import forecast, forecast_here
+from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.measured import kind_of, rates_for
+from launcher.planning.speed import LATENCY
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import plan_for
 
@@ -55,6 +59,35 @@ def test_ranks_on_a_cpu_share_what_was_measured(tmp_path: Path) -> None:
     assert rates_for(plan, HERE) is None
     found = rates_for(plan, HERE, Machine((CPU,)))
     assert found is not None and (found.full_rate, found.half_rate, found.bandwidth, found.link) == (25e9, 2.5e9, 5e9, 2e9)
+
+
+def test_the_calling_of_operators_and_of_messages_counts_where_it_was_measured(tmp_path: Path) -> None:
+    """On a CPU beside the computing; what is recomputed is called again, under selective checkpointing at a price of its own."""
+    known = replace(CPU, reference={"none": 0.004, "selective": 0.024, "full": 0.006}, message=0.002)
+    plan = plan_for(tmp_path, mesh__device="cpu", mesh__ranks_per_node=2, precision="fp32", batch__micro_batch_size=1)
+    steps = {}
+    for rates in (CPU, known):
+        Machine((rates,)).write()
+        for way in ("none", "selective", "full"):
+            made = forecast_here(plan.model_copy(update={"activation_checkpointing": way}), HERE)
+            assert made is not None and made.speed is not None
+            steps[rates is known, way] = made.speed
+    more = {way: steps[True, way].compute - steps[False, way].compute for way in ("none", "selective", "full")}
+    assert 0 < more["none"] < more["full"] < more["selective"]
+    # 32 layers in place of the reference model's four, and the same stem and head.
+    assert 6 * 0.004 < more["none"] < 8 * 0.004
+    messages = 33 * 3
+    bare = messages * (0.002 - LATENCY * log2(plan.mesh.world_size))
+    assert steps[True, "none"].communication - steps[False, "none"].communication == pytest.approx(bare)
+
+
+def test_a_gpu_computes_while_operators_are_called(tmp_path: Path) -> None:
+    gpu, plan = gpu_type("h100-80gb"), plan_for(tmp_path, batch__micro_batch_size=1)
+    fast, slow = (forecast(plan, 0, replace(gpu, operator_seconds={"none": seconds})) for seconds in (1e-9, 1e-2))
+    assert fast is not None and slow is not None and fast.speed is not None and slow.speed is not None
+    plain = forecast(plan, 0, gpu)
+    assert plain is not None and plain.speed is not None and fast.speed.compute == plain.speed.compute
+    assert slow.speed.compute > 10 * plain.speed.compute
 
 
 def test_a_gpu_that_was_measured_goes_before_the_table(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ class Segment:
     """Bytes of gradients that stay."""
     traffic: int = 0
     """Bytes of all tensors that were made."""
+    num_made: int = 0
+    """Tensors that were made: about as many as operators ran."""
 
 
 @dataclass
@@ -135,6 +137,7 @@ class Context:
     """The batch, which is there until the step is over."""
     _level: int = 0
     _written: int = 0
+    _num_made: int = 0
 
     def begin(self, kind: str, layer: int = -1, is_backward: bool = False) -> None:
         """Close the block so far and begin another."""
@@ -147,8 +150,8 @@ class Context:
             last = self.segments[-1]
             last.added, last.rest = self.meter.live - self._level, self.meter.peak - self._level
             last.peak = max([last.rest, *(highest for _, _, highest in last.gradients)])
-            last.traffic = self.meter.written - self._written
-        self._level, self._written = self.meter.mark(), self.meter.written
+            last.traffic, last.num_made = self.meter.written - self._written, self.meter.num_made - self._num_made
+        self._level, self._written, self._num_made = self.meter.mark(), self.meter.written, self.meter.num_made
 
     def tensor(self, num_elements: int, itemsize: int | None = None) -> Shadow:
         """Something that nothing is learned through."""

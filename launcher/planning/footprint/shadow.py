@@ -21,6 +21,7 @@ class Meter:
         self.peak = 0
         self.written = 0
         """Bytes of all tensors that were made."""
+        self.num_made = 0
         self.frame: Frame | None = None
         """Where checkpointing is at work, what it has to keep."""
         self.sequence = 0
@@ -35,6 +36,7 @@ class Meter:
     def add(self, num_bytes: int) -> None:
         self.live += num_bytes
         self.written += num_bytes
+        self.num_made += 1
         if self.live > self.peak:
             self.peak = self.live
 
