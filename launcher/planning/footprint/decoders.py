@@ -61,11 +61,13 @@ class Llama(ShadowProgram):
         table = context.parameter(self.embeddings, self.vocabulary * self.hidden)
         hidden = ops.embedding(context.tensor(batch.num_tokens, 8), batch.num_tokens, self.hidden, size, table)
         cosine, sine = context.tensor(batch.num_tokens * self.head), context.tensor(batch.num_tokens * self.head)
+        embedded = hidden  # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
         for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
             hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x, cosine, sine), hidden)
         context.begin("tail")
         hidden = ops.rms_norm(hidden, self.hidden, context.parameter("model.norm.weight", self.hidden))
+        del embedded
         weight = table if self.tied else context.parameter("lm_head.weight", self.vocabulary * self.hidden)
         supervised = batch.num_tokens - len(batch.lengths)
         return cross_entropy(context, hidden, self.hidden, self.vocabulary, supervised, weight)
@@ -207,12 +209,12 @@ class Gpt2(ShadowProgram):
         words = ops.embedding(ids, tokens, self.hidden, size, weights[self.embeddings])
         places = ops.embedding(ids, tokens, self.hidden, size, weights["transformer.wpe.weight"])
         hidden = ops.dropout(ops.add(words, places), self.drop["embd"], setting.cuda)
-        del words, places
         for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
             hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x), hidden)
         context.begin("tail")
         hidden = ops.layer_norm(hidden, self.hidden, weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"])
+        del words, places
         return cross_entropy(context, hidden, self.hidden, self.vocabulary, tokens - len(setting.batch.lengths), weights[self.embeddings])
 
     def layer(self, context: Context, index: int, hidden: Shadow) -> Shadow:

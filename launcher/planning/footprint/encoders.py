@@ -102,10 +102,12 @@ class Bert(ShadowProgram):
         hidden = ops.layer_norm(hidden, self.hidden, weights["LayerNorm.weight"], weights["LayerNorm.bias"])
         hidden = ops.dropout(hidden, self.drop, setting.cuda)
         mask = attention_mask(context)
+        embedded = hidden  # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
         for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
             hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x), hidden)
         context.begin("tail")
+        del embedded
         result = self.head(context, hidden)
         del mask
         return result
