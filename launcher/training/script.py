@@ -28,6 +28,8 @@ from launcher.runs.processes import STOP_SIGNALS, die_with_parent, heed
 from launcher.training import libraries
 from launcher.training.rank import Rank, leave
 
+_SECONDS_TO_HEAR = 10.0
+
 
 class Stop:
     """Stop signals to a rank whose script may know nothing of them.
@@ -39,23 +41,32 @@ class Stop:
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.requested = False
+        self._writing = -1
+        self._heard_all = threading.Event()
 
     def install(self) -> Stop:
         """Hear of stop signals from now on, those included that were blocked since the process was started."""
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
         heed(_heard_by_the_thread)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
         os.register_at_fork(after_in_child=_forget)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
+
+    def hear_all(self) -> None:
+        """Wait until the thread has dealt with every signal that came before: a script may leave sooner than it was written down why."""
+        os.write(self._writing, b"\0")
+        self._heard_all.wait(_SECONDS_TO_HEAR)
 
     def _listen(self, reading: int) -> None:
         while True:
             for number in os.read(reading, 64):
                 if number in STOP_SIGNALS:
                     self._stop(signal.Signals(number))
+                elif number == 0:
+                    self._heard_all.set()
 
     def _stop(self, number: signal.Signals) -> None:
         first, self.requested = not self.requested, True
@@ -93,9 +104,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         libraries.prepare(Plan.read(rank.run.plan_file).mesh.device)
         execute(options.script)
     except BaseException as error:  # whatever it was, the parent must hear of it
+        stop.hear_all()
         if stop.requested and _comes_of_stopping(error):
             leave(0, part=False)
         rank.fail(_named(error))
+    stop.hear_all()
     leave(0)
 
 

@@ -206,6 +206,30 @@ def test_ctrl_c_ends_a_script_that_knows_nothing_of_it_and_all_that_it_started(t
     wait_for(lambda: not any(alive(pid) for pid in gone), "everything gone", seconds=10)
 
 
+def test_a_rank_that_leaves_at_once_has_written_down_that_it_was_stopped(tmp_path: Path) -> None:
+    """A script's own handler may run, and the script end, before the thread has had its turn: the run would count as finished."""
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+from launcher.runs.layout import RunDirectory
+from launcher.training.script import Stop
+
+class Slow(Stop):
+    def _stop(self, number):
+        time.sleep(0.5)
+        super()._stop(number)
+
+stop = Slow(RunDirectory(Path(sys.argv[1]))).install()
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+os.kill(os.getpid(), signal.SIGTERM)
+stop.hear_all()
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [record["signal"] for record in read(RunDirectory(tmp_path).events_file)] == ["SIGTERM"]
+
+
 @pytest.mark.parametrize("whom", ["launcher", "ranks"])
 def test_a_script_that_handles_sigterm_saves_and_is_started_again(whom: str, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
