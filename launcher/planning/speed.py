@@ -121,6 +121,8 @@ def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute:
     each = LATENCY * log2(mesh.world_size) if gpu.message_seconds is None else gpu.message_seconds
     seconds = sent / ((gpu.link if ranks <= within else between) * LINK_SHARE) + num_messages * each
     seconds += copied / ((gpu.link if mesh.world_size <= within else between) * LINK_SHARE)
+    if mesh.device == "cpu":
+        return seconds, seconds  # the same cores compute and send
     # The first gathering and the last sending have nothing beside them: a layer's share of all.
     bare = seconds * 2 / (len(layers) + 1)
     return seconds, max(bare, seconds - compute)

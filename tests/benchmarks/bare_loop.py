@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
-    options.steps, options.set = 4, ["training.max_steps=4"]
+    options.steps, options.set, options.launcher_micro_batch = 4, ["training.max_steps=4"], None
     found = conditions("torch", "transformers")
     pairs = compare(options)
     text = describe(pairs, sentence(found))

@@ -34,7 +34,7 @@ from launcher.planning.plan import Plan
 from launcher.runs.machine import Machine
 from tests.benchmarks.memory_pool import World
 
-RANKS, NUM_STEPS = 2, 3
+RANKS, NUM_STEPS = 2, 2
 PREFACE = """# Plans that the planner picks, against all that fit
 
 `tests/benchmarks/bench_auto.py`: random jobs (decoders, 2 ranks of the CPU, fp32) with a random limit of memory a rank, between what the

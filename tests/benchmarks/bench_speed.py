@@ -92,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--micro-batch", type=int, default=4, help="samples (packs) of a rank and forward pass, both sides")
+    parser.add_argument("--launcher-micro-batch", type=int, default=None, help="of launcher alone, with the same global batch")
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=["peer", "launcher", "peer-packed", "launcher-packed"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for launcher's job, as model.compile=true")
@@ -159,7 +160,10 @@ def launcher_command(side: Side, options: argparse.Namespace, data: Path, scratc
             "max_length": options.max_length,
             "packing": side.packing,
         },
-        "batch": {"global_batch_size": options.micro_batch * options.accumulation * NUM_RANKS, "micro_batch_size": options.micro_batch},
+        "batch": {
+            "global_batch_size": options.micro_batch * options.accumulation * NUM_RANKS,
+            "micro_batch_size": options.launcher_micro_batch or options.micro_batch,
+        },
         "training": {"max_steps": options.steps, "learning_rate": 2e-5, "schedule": "linear", "warmup": 0},
         "precision": options.precision,
         "checkpoint": {"every": "1d"},
@@ -200,11 +204,12 @@ def describe(results: dict[str, list[dict[str, Any]]], options: argparse.Namespa
     lines = [
         sentence(found),
         f"{options.rounds} rounds in turns, {options.steps} steps of which the first {options.warmup} are warm-up; {NUM_RANKS} ranks x "
-        f"{options.micro_batch} samples (packs) x {options.accumulation} accumulated, {options.precision}.",
+        f"{options.micro_batch} samples (packs) x {options.accumulation} accumulated, {options.precision}."
+        + (f" launcher takes the same global batch {options.launcher_micro_batch} at a time." if options.launcher_micro_batch else ""),
         "",
         table(["", "tokens/s, median", "each round", "resident", "anonymous"], rows),
     ]
-    for ours, theirs in (("launcher", "peer"), ("launcher-packed", "peer-packed"), ("launcher", "peer-plain")):
+    for ours, theirs in (("launcher", "peer"), ("launcher-packed", "peer"), ("launcher-packed", "peer-packed"), ("launcher", "peer-plain")):
         if ours in middle and theirs in middle:
             speed = middle[ours]["tokens_per_second"] / middle[theirs]["tokens_per_second"]
             memory = [middle[ours][key] / middle[theirs][key] for key in ("resident", "anonymous")]
