@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
+from launcher.scheduling import allocator
 from launcher.scheduling import script as scripts
 from launcher.scheduling.node_agent import ATTEMPT_VARIABLE, NODE_VARIABLE
 from launcher.scheduling.warm import VARIABLE as WARM_VARIABLE
@@ -20,7 +21,7 @@ ENTRY = "launcher.training.entry"
 _TRAINER = "launcher.training.trainer"
 """What every rank imports, which takes seconds."""
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
+_PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MALLOC", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
 _NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
 _SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
@@ -68,17 +69,10 @@ def _rendezvous(meeting: Meeting | None) -> list[str]:
     return ["--rdzv-backend=static", f"--node-rank={meeting.node}", *where]
 
 
-_MMAP_THRESHOLD_BYTES = 1 << 20
-"""Blocks from this size on go back to the system when they are freed.
-
-glibc raises its own threshold to 32 MiB as soon as large blocks come and go, and keeps what lies between: a rank of SmolLM2-135M
-peaked at 2.96 GB with that, at 1.75 GB with a fixed 1 MiB (2 ranks, fp32, 512 tokens a pass, full recomputation)."""
-
-
 def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None) -> dict[str, str]:
     """What the agent and the ranks see."""
     network = {} if meeting is None else dict.fromkeys(INTERFACE_VARIABLES, meeting.interface)
-    on_cpu = {"MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD_BYTES)} if plan.mesh.device == "cpu" else {}
+    on_cpu = allocator.variables(run) if plan.mesh.device == "cpu" else {}
     if plan.mesh.device == "cpu" and not plan.script:
         on_cpu[WARM_VARIABLE] = _TRAINER
     return {

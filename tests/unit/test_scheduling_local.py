@@ -15,7 +15,7 @@ from launcher.planning.plan import Plan
 from launcher.runs.events import append, event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import local
+from launcher.scheduling import allocator, local
 from launcher.scheduling.command import agent_command, environment, public, write_command
 from launcher.scheduling.supervisor import End, Signals, Watcher, attempt_directory
 from tests.training.plans import plan_of
@@ -69,6 +69,29 @@ def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(run: RunDirecto
     assert environment(run, plan(), 1)["MALLOC_MMAP_THRESHOLD_"] == "1048576"
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
     assert environment(run, plan(), 1)["MALLOC_MMAP_THRESHOLD_"] == "4096"
+
+
+@pytest.mark.parametrize(
+    ("forecast", "kept"),
+    [
+        ('{"memory_bytes": 3000, "phases": {"a": {"bytes": 10}, "b": {"bytes": 1000}}}', True),
+        ('{"memory_bytes": 2999, "phases": {"a": {"bytes": 10}, "b": {"bytes": 1000}}}', False),
+        ('{"memory_bytes": 0, "phases": {"b": {"bytes": 1000}}}', False),
+        ('{"memory_bytes": 3000, "phases": {}}', False),
+        ("{", False),
+    ],
+)
+def test_ranks_on_the_cpu_keep_memory_where_there_is_room(
+    forecast: str, kept: bool, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in allocator.ROOMY:
+        monkeypatch.delenv(name, raising=False)
+    run.path.mkdir(exist_ok=True)
+    run.forecast_file.write_text(forecast)
+    made = environment(run, plan(), 1)
+    assert {name: made[name] for name in allocator.ROOMY if name in made} == (allocator.ROOMY if kept else allocator.LEAN)
+    gpu = plan().model_copy(update={"mesh": plan().mesh.model_copy(update={"device": "cuda"})})
+    assert not set(allocator.ROOMY) & set(environment(run, gpu, 1))
 
 
 def test_no_secret_reaches_command_json(tmp_path: Path) -> None:

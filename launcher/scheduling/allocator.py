@@ -1,0 +1,29 @@
+"""How the ranks' C library keeps memory on a CPU: what is freed goes back to the system, or stays for the next tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+from launcher.runs.layout import RunDirectory
+
+LEAN = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""Blocks from 1 MiB on go back to the system when they are freed.
+
+glibc raises its own threshold to 32 MiB as soon as large blocks come and go, and keeps what lies between: a rank of SmolLM2-135M
+peaked at 2.96 GB with that, at 1.75 GB with a fixed 1 MiB (2 ranks, fp32, 512 tokens a pass, full recomputation)."""
+ROOMY = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(2 << 30), "MALLOC_ARENA_MAX": "1"}
+"""Blocks below 4 MiB stay, for all threads alike: the system has to zero each page that it gives, a third of a step's time with LEAN.
+
+The same model without recomputation, 2 passes a step: 21.6 s at 2.65 GB with this, 27.4 s at 1.3 GB with LEAN (docs/log.md)."""
+_TIMES = 3
+"""What a rank holds with ROOMY, in the sizes of its tensors at their highest, and some more."""
+
+
+def variables(run: RunDirectory) -> dict[str, str]:
+    """Of the environment of ranks on a CPU: ROOMY where the forecast says that there is room, LEAN where there is not, or nobody knows."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        forecast = json.loads(run.forecast_file.read_text(encoding="utf-8"))
+        highest = max(phase["bytes"] for phase in forecast["phases"].values())
+        return dict(ROOMY if 0 < _TIMES * highest <= forecast["memory_bytes"] else LEAN)
+    return dict(LEAN)
