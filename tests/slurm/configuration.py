@@ -17,7 +17,7 @@ class Settings:
     gpus_per_node: int = 0
     """Not real: devices that read as empty, so that Slurm hands them out."""
     accounting: bool = False
-    kill_wait: int = 10
+    kill_wait: int = 7
     """Seconds from SIGTERM to SIGKILL when a job is cancelled, preempted or out of time."""
     grace_time: int = 5
     """Seconds that a job in `low` is left after it was told of its preemption."""

@@ -16,6 +16,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.machines import poll
 
 MARK = "launcher-doctor"
+ORDERS = ("hello", "meet", "connect", "write", "read", "prepare", "reduce")
 
 
 def doctor(
@@ -34,7 +35,7 @@ def doctor(
         out = process.stdout.read()
     assert process.returncode == code, f"{out}\n{''.join(said)}"
     assert [path for path in folder.rglob("*") if MARK in path.name] == []
-    poll(lambda: not cluster.run("squeue", "--noheader", f"--name={MARK}").strip(), 20, "end of its job")
+    poll(lambda: not cluster.run("squeue", "--noheader", f"--name={MARK}").strip(), 90, "end of its job")
     return {node["node"]: {entry["check"]: entry for entry in node["checks"]} for node in json.loads(out)["nodes"]}
 
 
@@ -75,7 +76,9 @@ def test_a_node_that_knows_no_names(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["connect", "reduce"])
 def test_a_node_that_is_cut_off_meanwhile(cluster: Cluster, tmp_path: Path, order: str) -> None:
     found = doctor(cluster, tmp_path, "--nodes", "3", seen=lambda line: line.strip() == order and cluster.cut("n2"), code=1)
-    assert found["n2"]["answers"]["found"].startswith(f"no answer to `{order}`")
+    # While the cable is pulled a busy machine may come to one of the next orders.
+    later = ORDERS[ORDERS.index(order) :]
+    assert found["n2"]["answers"]["found"].startswith(tuple(f"no answer to `{name}`" for name in later))
     assert "n2" in found["n2"]["answers"]["advice"]
     assert "answers" not in found["n1"] and "ports" not in levels(found["n1"])
 

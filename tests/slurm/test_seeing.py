@@ -27,7 +27,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 def check_life(cluster: Cluster, material: Material, name: str) -> Run:
     """A run through all its states, looked at in each."""
-    slow = {"FAULT": "slow-first:all:1.5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}  # it must not finish while it is looked at
+    slow = {"FAULT": "slow-first:all:1.2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}  # it must not finish while it is looked at
     run = material.submit(cluster, material.job(name, begin="now+1hour", nodes=1, environment=slow))
     seen = material.json("status", name, cluster=cluster)
     assert seen["state"] == "queued" and seen["slurm"]["state"] == "PENDING" and seen["slurm"]["reason"] == "BeginTime"
