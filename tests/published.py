@@ -47,6 +47,11 @@ class Published:
         return self.tokens_per_second > 0
 
     @property
+    def memory_compares(self) -> bool:
+        """GPT-2, as which MPT is planned, keeps more between its operators than MPT does where nothing is recomputed."""
+        return not self.model.startswith("MPT") or self.way != "none"
+
+    @property
     def name(self) -> str:
         cut = f" ({self.replicate} copies)" if self.replicate > 1 else ""
         return f"{self.model}, {self.num_gpus} {self.gpu}{cut}, {self.micro_batch} x {self.length}, {self.way}"

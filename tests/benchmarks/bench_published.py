@@ -70,7 +70,7 @@ def row(case: Published, gib: float, fits: bool, rate: float) -> list[str]:
     """A run's line of the table."""
     memory = f"{gib:.1f}" + (f" ({case.memory_gib} published)" if case.memory_gib else "")
     verdict = "fits" if fits else "does not fit"
-    if case.model.startswith("MPT") and case.way == "none":
+    if not case.memory_compares:
         memory, verdict = f"[{memory}]", "-"
     source = case.source.partition(" ")[0]
     if not case.ran:

@@ -35,7 +35,7 @@ def doctor(
         out = process.stdout.read()
     assert process.returncode == code, f"{out}\n{''.join(said)}"
     assert [path for path in folder.rglob("*") if MARK in path.name] == []
-    poll(lambda: not cluster.run("squeue", "--noheader", f"--name={MARK}").strip(), 90, "end of its job")
+    poll(lambda: not cluster.run("squeue", "--noheader", f"--name={MARK}").strip(), 20, "end of its job")
     return {node["node"]: {entry["check"]: entry for entry in node["checks"]} for node in json.loads(out)["nodes"]}
 
 
