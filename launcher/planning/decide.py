@@ -132,7 +132,7 @@ def _precision(decider: Decider, mesh: Mesh) -> Precision:
     flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in decider.hardware.cpu_flags]
     if flags:
         return decider.decide("precision", "bf16", f"this processor multiplies bf16 in hardware ({flags[0]})")
-    return decider.decide("precision", "fp32", "this processor has no bf16 units, and emulating them is far slower than fp32")
+    return decider.decide("precision", "fp32", "this processor has no bf16 units: it would make the products in fp32 and round them")
 
 
 def _attention(decider: Decider, mesh: Mesh) -> Attention:

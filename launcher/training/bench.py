@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from launcher.errors import StorageError
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Rates
+from launcher.training import products
 
 Report = Callable[[str], None]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,6 +55,8 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
     matrix = {}
     for precision, dtype in PRECISIONS.items():
+        if device.type == "cpu":
+            products.widen(dtype)  # as ranks do
         report(f"matrix products in {precision}")
         matrix[precision] = product_rate(dtype, device)
     report("memory")
