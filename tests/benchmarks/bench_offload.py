@@ -32,7 +32,9 @@ PREFACE = """# Offloading
 
 `MALLOC_MMAP_THRESHOLD_=1048576 tests/benchmarks/bench_offload.py` (glibc as runs have it): a llama with random weights, ZeRO-3 on 2 ranks
 of the CPU, fp32, AdamW. Anonymous memory of rank 0, sampled every 5 ms: after loading with the optimizer's state made, and the peak of the
-steps. On a CPU the host's memory is the device's, so that `offload_to: cpu` moves nothing away; what it saves on a GPU was not measured.
+steps. "On the host" are the bytes of those tensors that DeepSpeed puts into the host's memory when it offloads (masters, moments, and the
+partitions of gradients, by their own sizes); "of a device" is the rest of the peak, less the bare process, which a device would have to hold.
+On a CPU both are the same memory, so that `offload_to: cpu` makes no rank smaller here; a GPU was not at hand.
 """
 
 
@@ -61,6 +63,17 @@ def anonymous_bytes() -> int:
     return 0
 
 
+def host_bytes(plan: Plan, zero: Any) -> int:
+    """Of the tensors that stage 3 makes with `device: cpu` when the optimizer is offloaded there (DeepSpeed 0.19.8, zero/stage3.py)."""
+    if plan.offload == "none" or plan.offload_to != "cpu":
+        return 0
+    masters = list(zero.fp32_partitioned_groups_flat)
+    moments = [value for master in masters for value in zero.optimizer.state[master].values() if isinstance(value, torch.Tensor)]
+    gradients = [zero.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*masters, *moments, *gradients)}
+    return sum(storages.values())
+
+
 def measure(plan: Plan) -> dict[str, Any]:
     """On each rank: a few steps of 2 samples of 64 tokens; losses, seconds and memory."""
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
@@ -80,7 +93,16 @@ def measure(plan: Plan) -> dict[str, Any]:
         engine.apply(1e-4, 1.0)
         losses.append(float(loss) / 252)
         seconds.append(time.perf_counter() - begin)
-    return {"bare": bare, "loaded": loaded, "peak": peak.stop(), "losses": losses, "seconds": sorted(seconds)[len(seconds) // 2]}
+    highest, host = peak.stop(), host_bytes(plan, engine._zero)  # type: ignore[attr-defined]
+    return {
+        "bare": bare,
+        "loaded": loaded,
+        "peak": highest,
+        "host": host,
+        "device": highest - bare - host,
+        "losses": losses,
+        "seconds": sorted(seconds)[len(seconds) // 2],
+    }
 
 
 def main() -> None:
@@ -99,13 +121,13 @@ def main() -> None:
     rows = [
         [
             name,
-            *(f"{result[0][key] / 2**20:,.0f} MiB" for key in ("bare", "loaded", "peak")),
+            *(f"{result[0][key] / 2**20:,.0f} MiB" for key in ("bare", "loaded", "peak", "host", "device")),
             f"{result[0]['seconds']:.2f} s",
             "bit-equal" if result[0]["losses"] == kept["losses"] else f"{_off(result[0]['losses'], kept['losses']):.1e} off",
         ]
         for name, result in results.items()
     ]
-    headings = ["", "bare process", "loaded", "peak of the steps", "a step (median)", "losses against ZeRO-3"]
+    headings = ["", "bare process", "loaded", "peak of the steps", "on the host", "of a device", "a step (median)", "losses against ZeRO-3"]
     text = f"{num_parameters:,} parameters, {NUM_STEPS} steps of 252 supervised tokens.\n\n{table(headings, rows)}"
     print(text)
     if options.write:
