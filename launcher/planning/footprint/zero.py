@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.planning.footprint.coordinator import Coordinator, trace_of
+from launcher.planning.footprint.coordinator import Coordinator, Tracer
 from launcher.planning.footprint.program import Segment, Unit, Weight
 from launcher.planning.footprint.timeline import (
     GATHERED,
@@ -36,6 +36,8 @@ class ZeroCut:
     max_live: int
     sub_group: int
     recomputes: bool = False
+    speaks: bool = True
+    """Whether the loss multiplies with the output embeddings, outside of their module."""
 
 
 class ZeroStep:
@@ -181,13 +183,18 @@ class ZeroStep:
         time.touch(GRADIENTS, part if wide else part + copied, "optimizer")
         time.touch(GRADIENTS, copied + 8 * piece * cut.gloo, "norm of the gradients")
 
+    def _head(self) -> Weight | None:
+        """The output embeddings: the last matrix, if it is as large as the first, the table of words; else that one, tied."""
+        words, matrices = self.root.weights[0], [weight for weight in self.root.weights if len(weight.shape) > 1]
+        return next((weight for weight in reversed(matrices) if weight.shape == words.shape), None) if self.cut.speaks else None
+
     def _whole(self, segments: list[Segment]) -> dict[tuple[str, int, bool], int]:
         """Elements that are whole during each block."""
         cut = self.cut
-        trace = trace_of(self.root, self.layers, segments, cut.persistence, cut.recomputes)
-        # The loss multiplies with the output matrix outside of its module: registered with the whole model, it is never let go.
-        external = frozenset({self.root.weights[-1].name}) if trace else frozenset()
-        coordinator = Coordinator(trace, cut.prefetch_bucket, cut.max_live, cut.max_live, cut.ranks, cut.gloo, external)
+        head = self._head()
+        trace = Tracer(self.root, self.layers, cut.persistence, head).trace(segments, cut.recomputes)
+        external = frozenset({head.name} if head is not None else ())
+        coordinator = Coordinator(trace, cut.prefetch_bucket, cut.max_live, cut.max_live, cut.gloo, external)
         return coordinator.go()
 
     def _stage_3(self, segments: list[Segment]) -> None:
