@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from launcher.planning.footprint.coordinator import Coordinator, Tracer
 from launcher.planning.footprint.program import Segment, Unit, Weight
 from launcher.planning.footprint.timeline import (
+    ACTIVATIONS,
     GATHERED,
     GRADIENTS,
     LOSS,
@@ -160,14 +161,16 @@ class ZeroStep:
         copied = part if wide else 4 * touching
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
         for number in range(cut.accumulation):
+            time.parts |= dict.fromkeys((ACTIVATIONS, LOSS), 0)  # of the micro-batch before, which is gone
             kept, self.sent = dict(time.parts), 0
             self.unopened = copied if cut.stage == 2 and (number == 0 or not wide) else 0
             for segment in first if number == 0 else more:
                 time.parts[MESSAGES] = kept.get(MESSAGES, 0) + (buffer if number > 0 or segment.backward else 0)
                 self._go_through(segment)
             time.parts[MESSAGES] = kept.get(MESSAGES, 0)
+            batch = {ACTIVATIONS: max(0, sum(time.parts.get(kind, 0) for kind in (ACTIVATIONS, LOSS)))}
             if cut.stage == 2:
-                time.parts = dict(base)
+                time.parts = base | batch
                 time.parts[GRADIENTS] = copied * (2 if number > 0 and not wide else 1)
                 large = self.filled if self.filled > cut.reduce_bucket else 0
                 time.touch(MESSAGES, buffer + self._sending() + cut.itemsize * large, "sending gradients")
@@ -177,7 +180,7 @@ class ZeroStep:
         time.parts = dict(base)
         if cut.stage == 1:
             time.parts[GRADIENTS] = 4 * self.trained + copied
-            time.touch(MESSAGES, buffer, "sending gradients")
+            time.touch(MESSAGES, buffer + batch[ACTIVATIONS], "sending gradients")
             time.touch(TEMPORARIES, 8 * piece * cut.gloo, "norm of the gradients")
         time.parts = dict(base)
         time.touch(GRADIENTS, part if wide else part + copied, "optimizer")
