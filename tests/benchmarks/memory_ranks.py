@@ -27,7 +27,7 @@ from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention, engines
 from tests.benchmarks.memory_tasks import TASKS
 
-PHASE = "phase: "
+PHASE, LIVE = "phase: ", "live: "
 PHASES = ("loading", "first step", "steady step", "evaluating")
 
 
@@ -92,8 +92,9 @@ def _let_threads_finish() -> None:
 def measure(request: Request) -> dict[str, Any]:
     """Peak bytes by phase on this rank, and what of the first steps remains live between steps."""
     gc.collect()
+    before = _storages()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine = _steps(request)
+        engine = _steps(request, before)
         with record_function(f"{PHASE}end"):
             pass
     result = timeline(profiler)
@@ -104,7 +105,28 @@ def measure(request: Request) -> dict[str, Any]:
     return result
 
 
-def _steps(request: Request) -> Any:
+def _storages() -> dict[int, int]:
+    """Bytes by address of what the interpreter's tensors hold. Between two steps nothing else holds any: there is no graph."""
+    found: dict[int, int] = {}
+    for tensor in [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]:
+        for one in (tensor, tensor.grad if tensor.is_leaf else None):
+            try:
+                storage = one.untyped_storage() if one is not None else None
+            except (RuntimeError, NotImplementedError):  # of a fake or wrapped one, which holds nothing itself
+                continue
+            if storage is not None and storage.data_ptr():
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _say_what_lives(before: dict[int, int]) -> None:
+    gc.collect()
+    size = sum(size for pointer, size in _storages().items() if before.get(pointer) != size)
+    with record_function(f"{LIVE}{size}"):
+        pass
+
+
+def _steps(request: Request, before: dict[int, int]) -> Any:
     plan, task = request.plan, TASKS[request.kind]
     with record_function(f"{PHASE}loading"):
         config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
@@ -118,6 +140,8 @@ def _steps(request: Request) -> Any:
                 del batch
             engine.squared_gradient_norm()
             engine.apply(1e-4, 0.5)
+        if plan.engine == "deepspeed":
+            _say_what_lives(before)
     if request.evaluates:
         with record_function(f"{PHASE}evaluating"):
             engine.evaluate(task.batch(request, config))
@@ -151,7 +175,7 @@ def changes(profiler: Any) -> list[Change]:
                 if collective and fields.alloc_size > 0:
                     ends.setdefault(fields.ptr, []).append((node.start_time_ns, collective, fields.alloc_size))
                 continue
-            if node.name.startswith(PHASE):
+            if node.name.startswith((PHASE, LIVE)):
                 found.append(Change(node.start_time_ns, 0, 0, node.name))
             walk(node.children, (*chain, node.name), node.end_time_ns if node.name.startswith("c10d::") else collective)
 
@@ -182,10 +206,17 @@ def timeline(profiler: Any) -> dict[str, Any]:
     for change in changes(profiler):
         if change.where.startswith(PHASE) and not change.pointer:
             phase = change.where.removeprefix(PHASE)
-        level += change.size
+        level = corrected(level, change)
         peaks[phase] = max(peaks.get(phase, 0), level)
         ends[phase] = level
     return {"peaks": peaks, "ends": ends}
+
+
+def corrected(level: int, change: Change) -> int:
+    """The level after a change. What gloo's threads released unseen is taken off after each step, when it is known what lives."""
+    if change.where.startswith(LIVE) and not change.pointer:
+        return min(level, int(change.where.removeprefix(LIVE)))
+    return level + change.size
 
 
 def explain(profiler: Any) -> list[tuple[int, int, str]]:
@@ -196,7 +227,7 @@ def explain(profiler: Any) -> list[tuple[int, int, str]]:
         if change.where == f"{PHASE}end":
             break
         steady |= change.where == f"{PHASE}steady step"
-        level += change.size
+        level = corrected(level, change)
         if change.size > 0:
             live[change.pointer] = (change.size, change.where)
         else:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
+from launcher.planning.footprint.coordinator import GLOO_THREADS
 from launcher.planning.footprint.estimate import Estimator, estimator, read_config
 from launcher.planning.footprint.program import Batch, Segment, Setting
 from launcher.planning.plan import Plan
@@ -212,3 +214,7 @@ def test_a_model_that_cannot_do_the_task(tmp_path: Path) -> None:
     AutoConfig.for_model("vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64).save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="a vit model cannot do causal-lm"):
         trace(plan_of(tmp_path, 1))
+
+
+def test_gloo_has_as_many_threads_as_the_planner_counts() -> None:
+    assert distributed.ProcessGroupGloo._Options()._threads == GLOO_THREADS

@@ -6,22 +6,42 @@ It fetches what a module needs, then what by the trace of the step before comes 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from launcher.planning.footprint.program import Segment, Unit, Weight
 
 Key = tuple[str, int, bool]
 
+GLOO_THREADS = 2
+"""Threads of a gloo process group (`ProcessGroupGloo.Options`), each at one message at a time; a test holds it equal."""
+
 
 @dataclass
 class Module:
-    """A module that has parameters of its own, at one place of the trace."""
+    """A module at one place of the trace. Those without parameters of their own count too: each call of one fetches ahead."""
 
     weights: tuple[Weight, ...]
     key: Key
     """The block that it is part of: kind, layer, backward."""
     leaves: bool = True
-    """Whether it lets go of its parameters here; what is computed again is let go after its backward pass."""
+    """Whether it lets go of its parameters here; an embedding has no input that a gradient goes to, and so no such moment."""
+    small: int = 0
+    """Elements of parameters that are always whole."""
+    keeps: bool = False
+    """Whether the graph keeps what a product with one of its matrices needs in the backward pass."""
+
+
+@dataclass
+class Message:
+    """Parameters on their way in one buffer."""
+
+    total: int
+    """Elements."""
+    awaited: set[str]
+    """Those whose module has not come yet: the buffer stays until the last one's has, though all are copied out at the first."""
+    arrived: bool = False
 
 
 @dataclass
@@ -32,46 +52,46 @@ class Coordinator:
     prefetch: int
     max_live: int
     max_reuse: int
-    ranks: int
     gloo: bool
     external: frozenset[str] = frozenset()
     whole: dict[str, int] = field(default_factory=dict)
     """Elements by name of what is there."""
-    flying: dict[str, int] = field(default_factory=dict)
-    """The message by number that brings a parameter which no one has waited for yet."""
-    messages: dict[int, list[Weight]] = field(default_factory=dict)
+    flying: dict[str, Message] = field(default_factory=dict)
+    """What brings a parameter whose module has not come yet."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Elements of what was let go of in the forward pass, and is still there: of a product, autograd saves the matrix as a turned view,
+    which DeepSpeed's emptying of the parameter does not reach."""
     num_available: int = 0
     most: dict[Key, int] = field(default_factory=dict)
 
     def go(self) -> dict[Key, int]:
-        """The most elements that are held during each block, in a step after the first."""
-        for _ in range(2):
-            self.num_available, self._fetched = 0, dict[str, int]()
-            self._queue = deque((weight, step) for step, module in enumerate(self.trace) for weight in module.weights)
-            for step, module in enumerate(self.trace):
-                self._fetch(module, step)
-                if module.leaves:
-                    self._release(module, step + 1)
+        """The most elements that are held during each block, in a micro-batch whose trace is known; it begins with nothing whole."""
+        self._fetched = dict[str, int]()
+        self._queue = deque((weight, step) for step, module in enumerate(self.trace) for weight in module.weights)
+        for step, module in enumerate(self.trace):
+            self._fetch(module, step)
+            if module.leaves:
+                self._release(module, step + 1)
         return self.most
 
-    def _note(self, key: Key, passing: int = 0) -> None:
-        held = sum(self.whole.values())
+    def _note(self, key: Key) -> None:
+        messages = {id(message): message for message in self.flying.values()}.values()
+        held = sum(self.whole.values()) + sum(self.kept.values()) + sum(message.total for message in messages)
         if self.gloo:
-            # A message under way is there twice.
-            held += sum(self.whole[name] for name in self.flying)
-        self.most[key] = max(self.most.get(key, 0), held + passing)
+            # A thread of gloo gathers into a buffer of its own. How long that takes is up to the other ranks, which may be behind: the
+            # largest messages that the threads can be at are counted twice. NCCL gathers in place.
+            held += sum(sorted((message.total for message in messages if not message.arrived), reverse=True)[:GLOO_THREADS])
+        self.most[key] = max(self.most.get(key, 0), held)
 
     def _gather(self, weights: list[Weight], key: Key) -> None:
-        number = len(self.messages)
         total = sum(weight.num_elements for weight in weights)
-        self.messages[number] = weights
-        self._note(key, total * (2 if self.gloo else 1) + total // self.ranks)
-        for weight in weights:
-            self.whole[weight.name], self.flying[weight.name] = weight.num_elements, number
+        message = Message(total, {weight.name for weight in weights})
+        self.flying |= dict.fromkeys(message.awaited, message)
         self.num_available += total
+        self._note(key)
 
     def _fetch(self, module: Module, step: int) -> None:
-        missing = [weight for weight in module.weights if weight.name not in self.whole]
+        missing = [weight for weight in module.weights if weight.name not in self.whole and weight.name not in self.flying]
         if missing:
             self._gather(missing, module.key)
         for weight in module.weights:
@@ -86,22 +106,26 @@ class Coordinator:
         self._note(module.key)
 
     def _wait(self, weight: Weight, key: Key) -> None:
-        number = self.flying.get(weight.name)
-        if number is None:
+        """Several parameters of one message are copied out of it; one alone is the message itself."""
+        message = self.flying.get(weight.name)
+        if message is None:
             return
-        arrived = self.messages.pop(number)
-        self.messages[number] = []
-        # Several in one message are copied out of it.
-        self._note(key, sum(one.num_elements for one in arrived) if len(arrived) > 1 else 0)
-        for one in arrived:
-            self.flying.pop(one.name, None)
+        if not message.arrived:
+            message.arrived = True
+            alone = len(message.awaited) == 1
+            self.whole |= {name: self._sizes[name] for name in message.awaited}
+            if alone:
+                message.total = 0
+            self._note(key)
+        message.awaited.discard(weight.name)
+        del self.flying[weight.name]
 
     def _ahead(self, key: Key) -> None:
         room, wanted, total = min(self.max_live - self.num_available, self.prefetch), list[Weight](), 0
         while self._queue and total < room:
             weight, used = self._queue.popleft()
             self._fetched[weight.name] = max(self._fetched.get(weight.name, -1), used)
-            if weight.name not in self.whole and weight not in wanted:
+            if weight.name not in self.whole and weight.name not in self.flying and weight not in wanted:
                 wanted.append(weight)
                 total += weight.num_elements
         if wanted:
@@ -113,35 +137,72 @@ class Coordinator:
         for later in self.trace[step:]:
             if passed >= self.max_reuse or not going:
                 break
+            passed += later.small
             for weight in later.weights:
                 going.discard(weight.name)
                 passed += weight.num_elements
-        for name in going:
-            if name in self.whole and name not in self.flying:
-                self.num_available -= self.whole.pop(name)
+        for weight in module.weights:
+            if module.key[2]:
+                self.kept.pop(weight.name, None)
+            if weight.name in going and weight.name in self.whole and weight.name not in self.flying:
+                self.num_available -= self.whole.pop(weight.name)
+                if module.keeps and weight.turned:
+                    self.kept[weight.name] = weight.num_elements
+
+    def __post_init__(self) -> None:
+        self._sizes = {weight.name: weight.num_elements for module in self.trace for weight in module.weights}
 
 
-def trace_of(root: Unit, layers: list[Unit], segments: list[Segment], persistence: int, recomputes: bool) -> list[Module]:
-    """The modules of a step in their order: forward, and backward in reverse."""
-    trace: list[Module] = []
-    head = root.weights[-1] if len(root.weights[-1].shape) > 1 else None
-    for segment in segments:
-        key = (segment.kind, segment.layer, segment.backward)
+class Tracer:
+    """The modules of a step in their order: forward, and backward in reverse, each behind those that it is in."""
+
+    def __init__(self, root: Unit, layers: list[Unit], persistence: int, head: Weight | None) -> None:
+        self.root, self.layers, self.persistence, self.head = root, layers, persistence, head
+        self._inside: tuple[str, ...] = ()
+        """The path of the module before."""
+
+    def trace(self, segments: list[Segment], recomputes: bool) -> list[Module]:
+        """All modules of a micro-batch. The head is multiplied with outside of its module, and registered with the whole model."""
+        trace: list[Module] = []
+        kinds, turned = {segment.kind for segment in segments}, None
+        self._learning = {(segment.kind, segment.layer) for segment in segments if segment.backward}
+        self._recomputes = recomputes
+        for segment in segments:
+            key = (segment.kind, segment.layer, segment.backward)
+            if turned is not segment.backward:
+                turned, self._inside = segment.backward, ()
+                trace.append(self._module([self.head] if self.head is not None else [], key))
+            weights = self._weights(segment, "bridge" in kinds)
+            if segment.backward and segment.kind == "layer" and recomputes:
+                trace += self._modules(weights, key)
+            trace += self._modules(weights[::-1] if segment.backward else weights, key) or [Module((), key)]
+        return trace
+
+    def _weights(self, segment: Segment, bridged: bool) -> tuple[Weight, ...]:
+        """Of one block. What is outside of the layers and not before them stands between two stacks, where there are two."""
         if segment.kind == "layer":
-            modules = _modules(layers[segment.layer], persistence)
-        else:
-            kept = [w for w in root.weights if (w is head) == (segment.kind == "tail")] if head is not None else list(root.weights)
-            modules = _modules(Unit(tuple(kept)), persistence)
-        if segment.backward and segment.kind == "layer" and recomputes:
-            trace += [Module(weights, key, leaves=True) for weights in modules]
-        trace += [Module(weights, key) for weights in (reversed(modules) if segment.backward else modules)]
-    return trace
+            return self.layers[segment.layer].weights
+        first, last = self.root.weights[: self.root.num_first], self.root.weights[self.root.num_first :]
+        if segment.kind == "stem":
+            return first
+        own = tuple(weight for weight in last if weight is not self.head)
+        return own if bridged == (segment.kind == "bridge") else ()
 
+    def _modules(self, weights: Iterable[Weight], key: Key) -> list[Module]:
+        found: list[Module] = []
+        for path, own in groupby(weights, lambda weight: tuple(weight.name.split(".")[:-1])):
+            found += [Module((), key)] * self._entered(path)
+            found.append(self._module(list(own), key))
+        return found
 
-def _modules(unit: Unit, persistence: int) -> list[tuple[Weight, ...]]:
-    """The parameters of a unit by the module that they are in; small ones are always whole, and no matter here."""
-    grouped: dict[str, list[Weight]] = {}
-    for weight in unit.weights:
-        if weight.num_elements > persistence:
-            grouped.setdefault(weight.name.rpartition(".")[0], []).append(weight)
-    return [tuple(weights) for weights in grouped.values()]
+    def _entered(self, path: tuple[str, ...]) -> int:
+        """How many modules are called on the way from the one before: a list of layers, whose parts have numbers, is not called."""
+        before, self._inside = self._inside, path
+        outer = [path[:depth] for depth in range(1, len(path)) if not path[depth].isdigit()]
+        return sum(before[: len(prefix)] != prefix for prefix in outer)
+
+    def _module(self, weights: list[Weight], key: Key) -> Module:
+        large = tuple(weight for weight in weights if weight.num_elements > self.persistence)
+        small = sum(weight.num_elements for weight in weights if weight not in large)
+        keeps = key[:2] in self._learning and key[0] != "stem" and not key[2] and not (self._recomputes and key[0] == "layer")
+        return Module(large, key, leaves=not (key[0] == "stem" and key[2]), small=small, keeps=keeps)

@@ -193,7 +193,8 @@ class Gpt2(ShadowProgram):
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
         layers = [
-            Unit(tuple(Weight(f"transformer.h.{i}.{name}", shape) for name, shape in self.layer_weights())) for i in range(self.num_layers)
+            Unit(tuple(Weight(f"transformer.h.{i}.{name}", shape, turned=len(shape) == 1) for name, shape in self.layer_weights()))
+            for i in range(self.num_layers)
         ]
         root = [Weight(self.embeddings, (self.vocabulary, self.hidden)), Weight("transformer.wpe.weight", (self.positions, self.hidden))]
         last = [Weight(f"transformer.ln_f.{name}", (self.hidden,)) for name in ("weight", "bias")]

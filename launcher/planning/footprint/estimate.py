@@ -198,6 +198,7 @@ class Estimator:
             max_live=zero.max_live_parameters,
             sub_group=zero.sub_group_size,
             recomputes=plan.activation_checkpointing != "none",
+            speaks=plan.task in ("causal-lm", "translation"),
         )
 
     def _step(self) -> Timeline:

@@ -23,6 +23,8 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     trains: bool = True
+    turned: bool = True
+    """Of a layer's matrix: multiplied with as a turned view of it, as by `torch.nn.Linear`."""
 
     @property
     def num_elements(self) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.planning.footprint.coordinator import Coordinator, trace_of
+from launcher.planning.footprint.coordinator import Coordinator, Tracer
 from launcher.planning.footprint.program import Segment, Unit, Weight
 from launcher.planning.footprint.timeline import (
+    ACTIVATIONS,
     GATHERED,
     GRADIENTS,
     LOSS,
@@ -36,6 +37,8 @@ class ZeroCut:
     max_live: int
     sub_group: int
     recomputes: bool = False
+    speaks: bool = True
+    """Whether the loss multiplies with the output embeddings, outside of their module."""
 
 
 class ZeroStep:
@@ -158,14 +161,16 @@ class ZeroStep:
         copied = part if wide else 4 * touching
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
         for number in range(cut.accumulation):
+            time.parts |= dict.fromkeys((ACTIVATIONS, LOSS), 0)  # of the micro-batch before, which is gone
             kept, self.sent = dict(time.parts), 0
             self.unopened = copied if cut.stage == 2 and (number == 0 or not wide) else 0
             for segment in first if number == 0 else more:
                 time.parts[MESSAGES] = kept.get(MESSAGES, 0) + (buffer if number > 0 or segment.backward else 0)
                 self._go_through(segment)
             time.parts[MESSAGES] = kept.get(MESSAGES, 0)
+            batch = {ACTIVATIONS: max(0, sum(time.parts.get(kind, 0) for kind in (ACTIVATIONS, LOSS)))}
             if cut.stage == 2:
-                time.parts = dict(base)
+                time.parts = base | batch
                 time.parts[GRADIENTS] = copied * (2 if number > 0 and not wide else 1)
                 large = self.filled if self.filled > cut.reduce_bucket else 0
                 time.touch(MESSAGES, buffer + self._sending() + cut.itemsize * large, "sending gradients")
@@ -175,19 +180,24 @@ class ZeroStep:
         time.parts = dict(base)
         if cut.stage == 1:
             time.parts[GRADIENTS] = 4 * self.trained + copied
-            time.touch(MESSAGES, buffer, "sending gradients")
+            time.touch(MESSAGES, buffer + batch[ACTIVATIONS], "sending gradients")
             time.touch(TEMPORARIES, 8 * piece * cut.gloo, "norm of the gradients")
         time.parts = dict(base)
         time.touch(GRADIENTS, part if wide else part + copied, "optimizer")
         time.touch(GRADIENTS, copied + 8 * piece * cut.gloo, "norm of the gradients")
 
+    def _head(self) -> Weight | None:
+        """The output embeddings: the last matrix, if it is as large as the first, the table of words; else that one, tied."""
+        words, matrices = self.root.weights[0], [weight for weight in self.root.weights if len(weight.shape) > 1]
+        return next((weight for weight in reversed(matrices) if weight.shape == words.shape), None) if self.cut.speaks else None
+
     def _whole(self, segments: list[Segment]) -> dict[tuple[str, int, bool], int]:
         """Elements that are whole during each block."""
         cut = self.cut
-        trace = trace_of(self.root, self.layers, segments, cut.persistence, cut.recomputes)
-        # The loss multiplies with the output matrix outside of its module: registered with the whole model, it is never let go.
-        external = frozenset({self.root.weights[-1].name}) if trace else frozenset()
-        coordinator = Coordinator(trace, cut.prefetch_bucket, cut.max_live, cut.max_live, cut.ranks, cut.gloo, external)
+        head = self._head()
+        trace = Tracer(self.root, self.layers, cut.persistence, head).trace(segments, cut.recomputes)
+        external = frozenset({head.name} if head is not None else ())
+        coordinator = Coordinator(trace, cut.prefetch_bucket, cut.max_live, cut.max_live, cut.gloo, external)
         return coordinator.go()
 
     def _stage_3(self, segments: list[Segment]) -> None:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.footprint.program import MOST_LAYERS, Context, Segment, Setting, Unit, Weight, matches, spread
@@ -195,8 +196,9 @@ def _first_tensor(tree: Any) -> torch.Tensor | None:
 def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[Unit]]:
     of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
     found: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
+    straight = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     for name, parameter in model.named_parameters():
-        found[of.get(id(parameter), -1)].append(Weight(name, tuple(parameter.shape)))
+        found[of.get(id(parameter), -1)].append(Weight(name, tuple(parameter.shape), turned=id(parameter) not in straight))
     names = [name for name, _ in model.named_parameters()]
     first = names.index(found[0][0].name)
     num_first = sum(names.index(weight.name) < first for weight in found[-1])
