@@ -23,6 +23,8 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     trains: bool = True
+    used: float = 1.0
+    """The share of it that one token is multiplied with: of experts, those that are chosen."""
 
     @property
     def num_elements(self) -> int:
@@ -100,6 +102,8 @@ class Setting:
     """Gradients of an earlier micro-batch are there already, and these are added to them; or they leave as soon as they are made."""
     widens: bool = False
     """Each gradient is kept in fp32 as soon as it is made."""
+    half: bool = False
+    """It computes in fp16, whose overflows some models take back."""
 
 
 @dataclass

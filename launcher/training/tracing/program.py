@@ -196,7 +196,8 @@ def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[
     of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
     found: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
     for name, parameter in model.named_parameters():
-        found[of.get(id(parameter), -1)].append(Weight(name, tuple(parameter.shape)))
+        shape = tuple(parameter.shape)
+        found[of.get(id(parameter), -1)].append(Weight(name, shape, used=models.used_share(model.config.get_text_config(), shape)))
     names = [name for name, _ in model.named_parameters()]
     first = names.index(found[0][0].name)
     num_first = sum(names.index(weight.name) < first for weight in found[-1])
