@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pool", choices=POOLS, default="first", help="the families that are drawn from")
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of cases, explained")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no further case after so long")
+    parser.add_argument("--minutes", type=float, default=60, help="measure no further case after so long")
     parser.add_argument("--keep", type=Path, default=None, help="JSON lines of cases measured before, which are not measured again")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     return parser.parse_args()
@@ -105,12 +105,12 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
     world: World | None = None
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases:
+            if case.number not in before and time.monotonic() - begun > budget:
+                continue
             directory = Path(scratch) / str(case.number)
             row = {"number": case.number, "case": case.describe()} | predicted(case, directory)
             if case.number in before:
                 row["measured"] = before[case.number]["measured"]
-            elif time.monotonic() - begun > budget:
-                continue
             else:
                 world = _world(world, case.world_size)
                 request = Request(case.plan(directory), case.kind, case.lengths, case.targets, explains=explains)

@@ -178,3 +178,16 @@ def test_the_simple_rule_counts_experts_too(tmp_path: Path) -> None:
     assert shape is not None
     assert shape.num_parameters == pytest.approx(46.7e9, rel=0.01)
     assert shape.intermediate_size == 2 * 14336
+
+
+def test_more_ranks_than_experts_hold_no_less_of_each() -> None:
+    """FSDP cuts the first dimension of a parameter, which counts the experts."""
+
+    def states(world: int) -> int:
+        plan = plan_of(Path("model"), world, precision="bf16", batch__micro_batch_size=1)
+        made = estimate(plan, MIXTRAL, Batch((64,)))
+        assert made is not None
+        return made.phase("loading").peak
+
+    assert states(8) == 12 * 46_702_792_704 // 8
+    assert states(16) > 0.95 * states(8)
