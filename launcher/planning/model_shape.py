@@ -47,7 +47,7 @@ class ModelShape:
         hidden, layers = found["hidden_size"], found["num_layers"]
         if not hidden or not layers:
             return None
-        intermediate = found["intermediate_size"] or 4 * hidden
+        intermediate = _chosen_width(sizes) or found["intermediate_size"] or 4 * hidden
         counted = 0 if model.weights == "random" else stored_parameters(Path(model.name))
         layer = _layer(sizes, hidden, intermediate)
         embeddings = found["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
@@ -62,8 +62,20 @@ def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:
     heads = config.get("num_attention_heads") or 1
     share = (config.get("num_key_value_heads") or heads) / heads
     attention = hidden * hidden * (2 + 2 * share)
-    feed_forward = hidden * intermediate * (3 if "silu" in str(config.get("hidden_act", "")) else 2)
+    wide = intermediate * (_num_experts(config) or 1) // (config["num_experts_per_tok"] if _chosen_width(config) else 1)
+    feed_forward = hidden * wide * (3 if "silu" in str(config.get("hidden_act", "")) else 2)
     return int(attention + feed_forward)
+
+
+def _num_experts(config: dict[str, Any]) -> int:
+    number = config.get("num_local_experts", config.get("num_experts"))
+    return number if isinstance(number, int) and isinstance(config.get("num_experts_per_tok"), int) else 0
+
+
+def _chosen_width(config: dict[str, Any]) -> int:
+    """Of a mixture of experts: how wide those together are that a token goes through; 0 for any other model."""
+    width = config.get("moe_intermediate_size") or config.get("intermediate_size")
+    return width * config["num_experts_per_tok"] if _num_experts(config) and isinstance(width, int) else 0
 
 
 def stored_parameters(directory: Path) -> int:

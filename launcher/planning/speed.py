@@ -86,15 +86,16 @@ def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], g
     )  # fmt: skip
 
 
-def matrix_elements(unit: Unit) -> int:
-    return sum(weight.num_elements for weight in unit.weights if len(weight.shape) >= 2)
+def matrix_elements(unit: Unit) -> float:
+    """Of the matrices that one token is multiplied with: of experts, those that are chosen."""
+    return sum(weight.num_elements * weight.used for weight in unit.weights if len(weight.shape) >= 2)
 
 
 def attention_width(unit: Unit) -> int:
     """heads x head_dim of a layer: what goes into its output projection."""
-    names = ("o_proj.weight", "out_proj.weight", "c_proj.weight", "output.dense.weight")
+    names = ("o_proj.weight", "out_proj.weight", "c_proj.weight", "output.dense.weight", ".o.weight")
     found = [weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name]
-    return found[0][0] if found else 0
+    return found[0][-1] if found else 0
 
 
 def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute: float, itemsize: int) -> tuple[float, float]:

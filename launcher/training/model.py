@@ -261,16 +261,24 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
         raise ConfigurationError(Problem("model.freeze", list(patterns), "freezes every parameter, so that nothing is left to train"))
 
 
+def used_share(config: Any, shape: tuple[int, ...]) -> float:
+    """Of a parameter of this shape, what one token is multiplied with: of all experts in one tensor, those that are chosen."""
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / experts if experts and chosen and len(shape) == 3 and shape[0] == experts else 1.0
+
+
 def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     """Floating-point operations of one token, forward and backward, of samples of `length` tokens.
 
-    6 for each matrix parameter (Kaplan et al. 2020, arXiv 2001.08361, table 1, forward 2 and backward 4), and for attention
+    6 for each matrix parameter (Kaplan et al. 2020, arXiv 2001.08361, table 1, forward 2 and backward 4) but for experts that are
+    not chosen, and for attention
     12 x layers x hidden x length, halved as causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     tied = getattr(config, "tie_word_embeddings", False)
     embeddings = 0 if tied else whole_shape(model.get_input_embeddings().weight).numel()
     shapes = [whole_shape(parameter) for parameter in model.parameters()]
-    matrices = sum(shape.numel() for shape in shapes if len(shape) >= 2) - embeddings
+    matrices = sum(shape.numel() * used_share(config, tuple(shape)) for shape in shapes if len(shape) >= 2) - embeddings
     layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
     return 6.0 * matrices + 6.0 * layers * hidden * length
 

@@ -25,7 +25,7 @@ from _report import conditions, sentence, table, write
 from launcher.planning.footprint.estimate import Estimator, estimate, read_config
 from launcher.planning.footprint.families import Program
 from launcher.planning.plan import Plan
-from tests.benchmarks.memory_cases import Case, draw
+from tests.benchmarks.memory_cases import POOLS, Case, draw
 from tests.benchmarks.memory_pool import World
 
 PREFACE = """# The memory model against the allocator
@@ -40,6 +40,7 @@ below 0 for too little.
 """
 
 
+TITLES = {"first": "", "t5": "T5 and its like: ", "experts": "Mixtures of experts: "}
 COLUMNS = ("median", "95th percentile", "most under", "most over")
 
 
@@ -47,20 +48,21 @@ def main() -> None:
     """Measure, compare, write the page."""
     options = parse()
     found = conditions("torch", "transformers", "deepspeed")
-    cases = [case for case in draw(options.seed, options.count) if options.only is None or case.number in options.only]
+    cases = [case for case in draw(options.seed, options.count, options.pool) if options.only is None or case.number in options.only]
     cases.sort(key=lambda case: (case.world_size, case.number))
     rows = measure(cases, explains=options.only is not None, budget=options.minutes * 60, kept=options.keep)
     if options.only is None and not options.dry:
-        title = f"Seed {options.seed}, {len(rows)} configurations"
+        title = f"{TITLES[options.pool]}Seed {options.seed}, {len(rows)} configurations"
         print(write("memory", title, describe(rows, options, found), {"conditions": found, "rows": rows}, PREFACE))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--pool", choices=POOLS, default="first", help="the families that are drawn from")
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of cases, explained")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no further case after so long")
+    parser.add_argument("--minutes", type=float, default=60, help="measure no further case after so long")
     parser.add_argument("--keep", type=Path, default=None, help="JSON lines of cases measured before, which are not measured again")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     return parser.parse_args()
@@ -103,12 +105,12 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
     world: World | None = None
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases:
+            if case.number not in before and time.monotonic() - begun > budget:
+                continue
             directory = Path(scratch) / str(case.number)
             row = {"number": case.number, "case": case.describe()} | predicted(case, directory)
             if case.number in before:
                 row["measured"] = before[case.number]["measured"]
-            elif time.monotonic() - begun > budget:
-                continue
             else:
                 world = _world(world, case.world_size)
                 request = Request(case.plan(directory), case.kind, case.lengths, case.targets, explains=explains)

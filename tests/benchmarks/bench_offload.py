@@ -33,7 +33,7 @@ PREFACE = """# Offloading
 `MALLOC_MMAP_THRESHOLD_=1048576 tests/benchmarks/bench_offload.py` (glibc as runs have it): a llama with random weights, ZeRO-3 on 2 ranks
 of the CPU, fp32, AdamW. Anonymous memory of rank 0, sampled every 5 ms: after loading with the optimizer's state made, and the peak of the
 steps. "On the host" are the bytes of those tensors that DeepSpeed puts into the host's memory when it offloads (masters, moments, and the
-partitions of gradients, by their own sizes); "of a device" is the rest of the peak, less the bare process, which a device would have to hold.
+partitions of gradients, by their sizes); "of a device" is the rest of the peak, less the bare process: what a device would have to hold.
 On a CPU both are the same memory, so that `offload_to: cpu` makes no rank smaller here; a GPU was not at hand.
 """
 

@@ -13,7 +13,9 @@ from launcher.planning.plan import Plan
 from tests.training.plans import plan_of
 
 FAMILIES = ("llama", "qwen3", "qwen2", "mistral", "gpt2", "bert", "roberta", "vit", "bart")
-KINDS = {"bert": "classifying", "roberta": "classifying", "vit": "seeing", "bart": "translating"}
+POOLS = {"first": FAMILIES, "t5": ("t5", "mt5", "umt5"), "experts": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")}
+"""Families that are drawn from together: one that is added to a pool would change every draw of its seeds."""
+KINDS = {"bert": "classifying", "roberta": "classifying", "vit": "seeing"} | dict.fromkeys(("bart", *POOLS["t5"]), "translating")
 TASKS = {"classifying": "sequence-classification", "seeing": "image-classification", "translating": "translation"}
 
 
@@ -56,7 +58,11 @@ class Case:
         return (
             self.config.get("num_hidden_layers")
             or self.config.get("n_layer")
-            or self.config["encoder_layers"] + self.config["decoder_layers"]
+            or sum(
+                self.config[name]
+                for name in ("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
+                if name in self.config
+            )
         )
 
     def plan(self, directory: Path) -> Plan:
@@ -103,14 +109,14 @@ class Case:
         return plan.model_copy(update={"zero": plan.zero.model_copy(update=every | kept)})
 
 
-def draw(seed: int, count: int) -> list[Case]:
-    """`count` cases, always the same for the same seed."""
+def draw(seed: int, count: int, pool: str = "first") -> list[Case]:
+    """`count` cases, always the same for the same seed and pool."""
     generator = random.Random(seed)
-    return [_draw(generator, number) for number in range(count)]
+    return [_draw(generator, number, POOLS[pool]) for number in range(count)]
 
 
-def _draw(r: random.Random, number: int) -> Case:
-    family = r.choice(FAMILIES)
+def _draw(r: random.Random, number: int, families: tuple[str, ...]) -> Case:
+    family = r.choice(families)
     world = r.choice((1, 2, 2, 4))
     engines = ["fsdp", "fsdp", "zero 1", "zero 2", "zero 3"] if world > 1 else ["fsdp", "fsdp", "zero 2"]
     engine = r.choice([*engines, *(["fsdp gradients"] if world > 1 else []), *(["fsdp 2 copies"] if world == 4 else [])])
@@ -121,7 +127,7 @@ def _draw(r: random.Random, number: int) -> Case:
     lengths = _lengths(r)
     equal = family == "vit" or r.random() < 0.3
     lengths = (max(lengths),) * len(lengths) if equal else lengths
-    targets = tuple(r.randint(10, 60) for _ in lengths) if family == "bart" else ()
+    targets = tuple(r.randint(10, 60) for _ in lengths) if KINDS.get(family) == "translating" else ()
     freeze = _freeze(r, family) if r.random() < 0.25 else ()
     return Case(
         number, family, config, world, engine, precision, r.choice(("adamw", "adamw", "sgd")), checkpointing, freeze, lengths, targets,
@@ -136,10 +142,22 @@ def _lengths(r: random.Random) -> tuple[int, ...]:
 def _freeze(r: random.Random, family: str) -> tuple[str, ...]:
     embeddings = {"gpt2": "transformer.wte.*", "bert": "bert.embeddings.*", "roberta": "roberta.embeddings.*"}
     layers = {"gpt2": "transformer.h.", "bert": "bert.encoder.layer.", "roberta": "roberta.encoder.layer.", "vit": "vit.layers."}
-    first = {"vit": "vit.embeddings.*", "bart": "model.shared.*"} | embeddings
+    first = {"vit": "vit.embeddings.*", "bart": "model.shared.*"} | dict.fromkeys(POOLS["t5"], "shared.*") | embeddings
     stem = first.get(family, "model.embed_tokens.*")
-    prefix = {"bart": "model.encoder.layers."} | layers
+    prefix = {"bart": "model.encoder.layers."} | dict.fromkeys(POOLS["t5"], "encoder.block.") | layers
     return r.choice([(stem,), (stem, f"{prefix.get(family, 'model.layers.')}0.*")])
+
+
+def _experts(r: random.Random, family: str, hidden: int) -> dict[str, Any]:
+    """Of qwen3_moe some have plain layers among the others."""
+    number, wide = r.choice((4, 8, 16)), hidden // 2 * r.choice((1, 2, 4))
+    sizes: dict[str, Any] = {"num_experts_per_tok": r.choice((1, 2, 4)), "num_experts": number}
+    if family == "mixtral":
+        return {"num_experts_per_tok": sizes["num_experts_per_tok"], "num_local_experts": number}
+    if family == "olmoe":
+        return sizes | {"intermediate_size": wide}
+    shared = {"shared_expert_intermediate_size": 2 * hidden} if family == "qwen2_moe" else {"mlp_only_layers": r.choice(([], [], [0], [1]))}
+    return sizes | shared | {"moe_intermediate_size": wide, "norm_topk_prob": r.random() < 0.5}
 
 
 def _config(r: random.Random, family: str) -> dict[str, Any]:
@@ -154,6 +172,10 @@ def _config(r: random.Random, family: str) -> dict[str, Any]:
         sides = {"encoder_layers": layers, "decoder_layers": r.randint(2, 4), "encoder_ffn_dim": wide, "decoder_ffn_dim": wide}
         each = {"encoder_attention_heads": heads, "decoder_attention_heads": heads, "max_position_embeddings": 256}
         return sides | each | {"d_model": hidden, "vocab_size": words, "dropout": dropout, "attention_dropout": 0.0}
+    if family in POOLS["t5"]:
+        sides = {"num_layers": layers, "num_decoder_layers": r.randint(2, 4), "num_heads": heads, "d_kv": r.choice((24, 32))}
+        ways = {"feed_forward_proj": r.choice(("relu", "gated-gelu", "gated-silu")), "dropout_rate": dropout}
+        return sides | ways | {"d_model": hidden, "d_ff": wide, "vocab_size": words}
     common = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": wide}
     if family == "vit":
         return common | {"image_size": r.choice((32, 64)), "patch_size": 8, "num_channels": 3, "hidden_dropout_prob": dropout}
@@ -162,4 +184,6 @@ def _config(r: random.Random, family: str) -> dict[str, Any]:
         return common | drops | {"vocab_size": words, "max_position_embeddings": 256}
     groups = r.choice([g for g in (1, 2, 4) if heads % g == 0])
     tied = r.random() < 0.5
+    if family in POOLS["experts"]:
+        common |= _experts(r, family, hidden)
     return common | {"num_key_value_heads": groups, "head_dim": hidden // heads, "vocab_size": words, "tie_word_embeddings": tied}

@@ -66,7 +66,7 @@ class Translating:
     @staticmethod
     def forward(model: Any, batch: dict[str, Any]) -> heads.Output:
         targets = batch.pop("targets")
-        hidden = model.base_model(use_cache=False, **batch).last_hidden_state
+        hidden = _decoded(model, batch)
         head = model.get_output_embeddings()
         loss = chunked_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten(), bias=head.bias)
         return heads.Output(loss.loss_sum, loss.num_correct)
@@ -84,6 +84,19 @@ class Translating:
             "decoder_input_ids": targets.clamp(min=0),
             "targets": targets,
         }
+
+
+def _decoded(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """What goes into the output matrix. The class of T5 that has one is no head around another model."""
+    if model.base_model is not model:
+        hidden: torch.Tensor = model.base_model(use_cache=False, **batch).last_hidden_state
+        return hidden
+    mask = batch["attention_mask"]
+    encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+    hidden = model.get_decoder()(
+        input_ids=batch["decoder_input_ids"], encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    return hidden * model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", True) else hidden
 
 
 class Seeing:

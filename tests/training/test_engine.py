@@ -19,7 +19,7 @@ from launcher.training.model import repeated_layers
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
 from tests.training.test_heads import packed_batch
-from tests.training.tiny import ENCODERS, FAMILIES, config_of, model_of
+from tests.training.tiny import ENCODERS, FAMILIES, MIXTURES, config_of, model_of
 from tests.training.wholes import whole
 
 pytestmark = pytest.mark.distributed
@@ -107,7 +107,7 @@ def _batch(world_size: int, micro: int) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES | MIXTURES))
 def test_two_ranks_equal_one(family: str, directory: Path) -> None:
     path = _save(directory, family, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}))
     plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)

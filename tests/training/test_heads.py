@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from launcher.errors import ConfigurationError
 from launcher.training import attention, heads
-from tests.training.tiny import FAMILIES, model_of
+from tests.training.tiny import FAMILIES, MIXTURES, model_of
 
 LENGTHS = (11, 3, 1, 17)
 
@@ -34,7 +34,7 @@ def samples() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("implementation", ["packed", "sdpa", "eager"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES | MIXTURES))
 def test_packed_loss_equals_the_models_own(family: str, implementation: str, samples: list[torch.Tensor]) -> None:
     if (family, implementation) == ("gemma2", "sdpa"):
         pytest.skip("transformers refuses sdpa for Gemma 2")

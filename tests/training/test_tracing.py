@@ -30,7 +30,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, 
 UNKNOWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_hidden_layers": 6},
     "gemma3_text": {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 16},
-    "mixtral": {"num_hidden_layers": 6, "num_local_experts": 4},
+    "granitemoe": {"num_hidden_layers": 6, "num_local_experts": 4},
     "olmo2": {"num_hidden_layers": 6},
     "phi3": {"num_hidden_layers": 6, "pad_token_id": 0},
 }

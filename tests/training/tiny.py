@@ -29,6 +29,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": DECODER | {"num_key_value_heads": 4},
     "gpt2": COMMON | {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": DECODER | {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": DECODER | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": DECODER | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+    "olmoe": DECODER | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+}
+"""Numbers of experts that two ranks cut evenly, and one that they do not."""
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": COMMON | {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4},
     "distilbert": COMMON | {"dim": 48, "hidden_dim": 80, "n_layers": 3, "n_heads": 4},
@@ -40,7 +47,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 def config_of(family: str, **changes: Any) -> Any:
     """The config of a tiny model of that family."""
-    return AutoConfig.for_model(family, **((FAMILIES | ENCODERS)[family] | changes))
+    return AutoConfig.for_model(family, **((FAMILIES | MIXTURES | ENCODERS)[family] | changes))
 
 
 def model_of(family: str, auto_class: str = "AutoModelForCausalLM", seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -17,18 +17,25 @@ def rotate(x: Shadow, cosine: Shadow, sine: Shadow) -> Shadow:
     return add(first, second)
 
 
-def fused(query: Shadow, key: Shadow, value: Shadow, num_heads: int, num_queries: int, mask: int = 0) -> Shadow:
+def fused(query: Shadow, key: Shadow, value: Shadow, num_heads: int, num_queries: int, mask: int = 0, bias: Shadow | None = None) -> Shadow:
     """`scaled_dot_product_attention`, flash: it keeps query, key, value, its output, one fp32 number of each head and query,
-    and the mask, of which it makes one in its own precision (`mask` is its number of elements)."""
+    and the mask, of which it makes one in its own precision (`mask` is its number of elements). A `bias` is kept as it is; the gradient
+    of one that is learned, which a GPU's memory-efficient kernel makes, is one of every sample before it is summed."""
     meter, size = query.meter, query.itemsize
     sizes = [tensor.num_elements * size for tensor in (query, key, value)]
+    learned = bias.num_elements * size if bias is not None and bias.needs_gradient else 0
+    scores = num_heads * num_queries * (key.num_elements * num_queries // query.num_elements) * size
 
     def gradients(gradient: Storage) -> list[Storage | None]:
-        return [Storage(meter, num_bytes) for num_bytes in sizes]
+        made: list[Storage | None] = [Storage(meter, num_bytes) for num_bytes in sizes]
+        if not learned:
+            return [*made, None]
+        of_all = Storage(meter, scores)
+        return [*made, of_all if scores == learned else Storage(meter, learned)]
 
-    node = node_of(meter, (query, key, value), gradients)
+    node = node_of(meter, (query, key, value, bias), gradients)
     if node is not None:
-        for tensor in (query, key, value):
+        for tensor in (query, key, value) if bias is None else (query, key, value, bias):
             node.save(tensor.storage)
     if mask:
         written = Storage(meter, mask * size)
@@ -55,8 +62,9 @@ def plain(
     weights = pointwise(scores, "output")
     del scores
     weights.meter.transient(num_scores)
-    weights = pointwise(weights, "nothing")
-    weights = dropout(weights, probability, cuda)
+    if probability:
+        weights = pointwise(weights, "nothing")
+        weights = dropout(weights, probability, cuda)
     mixed = product(weights, _batched(wide[2], batch), query.num_elements)
     result = cast(mixed, size)
     if size != 4:
@@ -70,7 +78,13 @@ def _batched(tensor: Shadow, batch: int) -> Shadow:
 
 
 def _added(scores: Shadow, bias: Shadow) -> Shadow:
-    """A bias added in place, learned or not."""
+    """A bias added in place, learned or not; not in place under selective checkpointing, whose dispatch mode PyTorch heeds."""
     meter, size = bias.meter, bias.num_elements * bias.itemsize
     node = node_of(meter, (scores, bias), lambda gradient: [gradient, Storage(meter, size) if size < gradient.num_bytes else gradient])
-    return Shadow(scores.num_elements, scores.itemsize, scores.storage, node)
+    if meter.frame is not None and meter.frame.selective:
+        result = new(meter, scores.num_elements, scores.itemsize, node)
+    else:
+        result = Shadow(scores.num_elements, scores.itemsize, scores.storage, node)
+    # A CPU adds in one precision, and takes a copy of what comes in another.
+    meter.transient(bias.num_elements * scores.itemsize * (bias.itemsize != scores.itemsize))
+    return result

@@ -28,6 +28,11 @@ class Llama(ShadowProgram):
         self.normed = kind == "qwen3"
         self.embeddings = "model.embed_tokens.weight"
 
+    @property
+    def alike(self) -> bool:
+        """Whether all layers are of one kind."""
+        return True
+
     def layer_weights(self, index: int) -> list[tuple[str, tuple[int, ...]]]:
         """Names within a layer, and shapes [out, in]."""
         queries, keys = self.heads * self.head, self.groups * self.head
@@ -62,7 +67,7 @@ class Llama(ShadowProgram):
         hidden = ops.embedding(context.tensor(batch.num_tokens, 8), batch.num_tokens, self.hidden, size, table)
         cosine, sine = context.tensor(batch.num_tokens * self.head), context.tensor(batch.num_tokens * self.head)
         embedded = hidden  # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
-        for index in of_stack(context, self.num_layers):
+        for index in of_stack(context, self.num_layers) if self.alike else range(self.num_layers):
             context.begin("layer", index)
             hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x, cosine, sine), hidden)
         context.begin("tail")
@@ -92,7 +97,7 @@ class Llama(ShadowProgram):
                 hidden, self.hidden, width, weights[f"self_attn.{name}_proj.weight"], weights.get(f"self_attn.{name}_proj.bias")
             )
             norm = weights.get(f"self_attn.{name}_norm.weight")
-            return made if norm is None else ops.rms_norm(made, self.head, norm)
+            return made if norm is None else ops.rms_norm(made, norm.num_elements, norm)
 
         query, key, value = projected("q", queries), projected("k", keys), projected("v", keys)
         rotated = rotate(query, cosine, sine)
@@ -100,7 +105,7 @@ class Llama(ShadowProgram):
         query = rotated
         del rotated
         mixed = packed(context, query, key, value, self.heads)
-        return ops.linear(mixed, queries, self.hidden, weights["self_attn.o_proj.weight"])
+        return ops.linear(mixed, queries, self.hidden, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
 
     def feed_forward(self, hidden: Shadow, weights: dict[str, Any]) -> Shadow:
         gate = ops.linear(hidden, self.hidden, self.wide, weights["mlp.gate_proj.weight"])

@@ -106,8 +106,9 @@ class Estimator:
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
         self.setting = Setting(
-            batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task, frozen=plan.model.freeze
-        )
+            batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task,
+            frozen=plan.model.freeze, half=plan.precision == "fp16",
+        )  # fmt: skip
         self.copies = STATE_COPIES[plan.training.optimizer] if plan.training.optimizer != "sgd" or plan.training.momentum else 0
 
     def footprint(self) -> Footprint:

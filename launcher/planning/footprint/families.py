@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from launcher.planning.footprint.decoders import Gpt2, Llama
 from launcher.planning.footprint.encoders import Bert
+from launcher.planning.footprint.experts import Mixture
 from launcher.planning.footprint.program import Segment, Setting, Unit, matches
+from launcher.planning.footprint.t5 import T5
 from launcher.planning.footprint.translators import Bart
 from launcher.planning.footprint.vision import Vit
 
@@ -21,8 +23,10 @@ class Program(Protocol):
 
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 ENCODERS = ("bert", "roberta")
-KNOWN = (*DECODERS, "gpt2", *ENCODERS, "vit", "bart")
+TRANSLATORS = ("t5", "mt5", "umt5")
+KNOWN = (*DECODERS, "gpt2", *MIXTURES, *ENCODERS, "vit", "bart", *TRANSLATORS)
 
 
 def program_of(config: dict[str, Any], num_labels: int = 2, task: str | None = None) -> Program | None:
@@ -30,12 +34,16 @@ def program_of(config: dict[str, Any], num_labels: int = 2, task: str | None = N
     kind = config.get("model_type")
     if kind in DECODERS and task in (None, "causal-lm"):
         return Llama(config)
+    if kind in MIXTURES and task in (None, "causal-lm"):
+        return Mixture(config)
     if kind == "gpt2" and task in (None, "causal-lm"):
         return Gpt2(config)
     if kind in ENCODERS and task in (None, "sequence-classification"):
         return Bert(config, num_labels)
     if kind == "vit":
         return Vit(config, num_labels)
+    if kind in TRANSLATORS and task is None:
+        return T5(config)
     return Bart(config) if kind == "bart" else None
 
 

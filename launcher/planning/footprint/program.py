@@ -25,6 +25,8 @@ class Weight:
     trains: bool = True
     turned: bool = True
     """Of a layer's matrix: multiplied with as a turned view of it, as by `torch.nn.Linear`."""
+    used: float = 1.0
+    """The share of it that one token is multiplied with: of experts, those that are chosen."""
 
     @property
     def num_elements(self) -> int:
@@ -102,6 +104,8 @@ class Setting:
     """Gradients of an earlier micro-batch are there already, and these are added to them; or they leave as soon as they are made."""
     widens: bool = False
     """Each gradient is kept in fp32 as soon as it is made."""
+    half: bool = False
+    """It computes in fp16, whose overflows some models take back."""
 
 
 @dataclass

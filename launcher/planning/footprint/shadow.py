@@ -10,7 +10,9 @@ from __future__ import annotations
 import heapq
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 class Meter:
@@ -207,7 +209,7 @@ def new(meter: Meter, num_elements: int, itemsize: int, node: Node | None = None
     return Shadow(num_elements, itemsize, Storage(meter, num_elements * itemsize), node)
 
 
-def checkpoint(meter: Meter, mode: str, function: Callable[..., Shadow], *inputs: Any) -> Shadow:
+def checkpoint(meter: Meter, mode: str, function: Callable[..., Result], *inputs: Any) -> Result:
     """`function(*inputs)`, keeping of it what the mode keeps: `none` is all, `full` the inputs, `selective` matrix products as well."""
     if mode == "none":
         return function(*inputs)

@@ -198,7 +198,9 @@ def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[
     found: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
     straight = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     for name, parameter in model.named_parameters():
-        found[of.get(id(parameter), -1)].append(Weight(name, tuple(parameter.shape), turned=id(parameter) not in straight))
+        shape, turned = tuple(parameter.shape), id(parameter) not in straight
+        share = models.used_share(model.config.get_text_config(), shape)
+        found[of.get(id(parameter), -1)].append(Weight(name, shape, turned=turned, used=share))
     names = [name for name, _ in model.named_parameters()]
     first = names.index(found[0][0].name)
     num_first = sum(names.index(weight.name) < first for weight in found[-1])
