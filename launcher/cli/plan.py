@@ -20,6 +20,11 @@ NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on t
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+_SHOWN = 5
+"""Plans of a kind that are shown of those that were not taken."""
+_SEARCHED = ("parallel.", "memory.", "cluster.nodes")
+"""How keys begin whose values were chosen beside others."""
+
 Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")]
 MostGpus = Annotated[int, typer.Option("--max-gpus", min=1, help="With --deadline: no more than so many.")]
 Prices = Annotated[
@@ -132,7 +137,8 @@ def explained(plan: Plan, key: str) -> str:
         raise ConfigurationError(
             Problem("--explain", key, f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}")
         )
-    return f"{found.key} = {found.value}: {found.reason}"
+    lines = [f"{found.key} = {found.value}: {found.reason}"]
+    return "\n".join(lines + (not_taken(plan) if key.startswith(_SEARCHED) else []))
 
 
 def _compared(rows: list[Row]) -> None:
@@ -176,4 +182,14 @@ def table(plan: Plan) -> str:
     values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
     lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []
     lines += [f"  {d.key:{keys}}  {d.value!s:{values}}  {d.reason}" for d in plan.decisions]
-    return "\n".join(lines)
+    return "\n".join(lines + not_taken(plan))
+
+
+def not_taken(plan: Plan) -> list[str]:
+    """What was looked at beside, by why it was not taken; of each kind the first few."""
+    lines = ["", "Looked at and not taken:"] if plan.refused else []
+    for why in dict.fromkeys(refused.why for refused in plan.refused):
+        alike = [refused for refused in plan.refused if refused.why == why]
+        lines += [f"  {why if number == 0 else '':13} {one.what}: {one.reason}" for number, one in enumerate(alike[:_SHOWN])]
+        lines += [f"  {'':13} and {len(alike) - _SHOWN} more, which --json lists"] if len(alike) > _SHOWN else []
+    return lines

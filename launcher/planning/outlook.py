@@ -55,13 +55,17 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         made = self.forecast.to_dict() if self.forecast else None
         facts = {"gpu": self.gpu, "gpus": self.plan.mesh.world_size, "hours": self.hours, "cost": self.cost}
-        return facts | {"batch": self.plan.batch.model_dump(), "forecast": made}
+        plan = self.plan.model_dump(
+            mode="json", include={"engine", "sharding", "offload", "activation_checkpointing", "batch", "mesh", "decisions", "refused"}
+        )
+        return facts | plan | {"forecast": made}
 
     def cells(self) -> list[str]:
         """What a table shows."""
         plan, made = self.plan, self.forecast
         passes = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}"
         cut = f"{plan.engine} {plan.sharding}, {passes}, recompute {plan.activation_checkpointing}"
+        cut += f", {plan.offload} offloaded" if plan.offload != "none" else ""
         if made is None:
             return [self.gpu, str(plan.mesh.world_size), *["?"] * 8, cut]
         s = made.speed

@@ -36,6 +36,10 @@ class ZeroCut:
     max_live: int
     sub_group: int
     recomputes: bool = False
+    offloads_optimizer: bool = False
+    """Masters, gradients and optimizer state of a rank's part are in the host's memory."""
+    offloads_parameters: bool = False
+    """The shards of stage 3 too."""
 
 
 class ZeroStep:
@@ -72,17 +76,34 @@ class ZeroStep:
                 begin += size
         return list(zip(whole, largest, strict=True))
 
+    def host(self) -> int:
+        """Bytes of the host's memory for what is offloaded: masters, gradients, optimizer state, and stage 3's own shards."""
+        cut, part = self.cut, self._part(self.trained)
+        shards = cut.itemsize * (part + self._part(self.total - self.trained)) if cut.offloads_parameters else 0
+        return (4 * (2 + cut.state_copies) * part if cut.offloads_optimizer else 0) + shards
+
     def states(self) -> dict[str, int]:
         """Bytes of parameters, optimizer state and standing buffers between two steps."""
         cut, part = self.cut, self._part(self.trained)
         frozen = self.total - self.trained
         optimizer = 4 * cut.state_copies * part
+        if cut.offloads_optimizer:
+            return self._left_on_the_device()
         if cut.stage < 3:
             return {PARAMETERS: cut.itemsize * self.total + 4 * part + 4 * self._part(frozen), OPTIMIZER: optimizer}
         shards = 0 if cut.itemsize == 4 else cut.itemsize * part
         small = sum(weight.num_elements for weight in self.weights if weight.num_elements <= cut.persistence)
         parameters = 4 * part + shards + (4 + cut.itemsize) * self._part(frozen) + cut.itemsize * small
         return {PARAMETERS: parameters, OPTIMIZER: optimizer, GRADIENTS: 4 * part, MESSAGES: cut.reduce_bucket * 4}
+
+    def _left_on_the_device(self) -> dict[str, int]:
+        """What the host's memory does not take: parameters in the computation's precision, frozen ones, the bucket of gradients."""
+        cut, frozen = self.cut, self._part(self.total - self.trained)
+        if cut.stage < 3:
+            return {PARAMETERS: cut.itemsize * self.total + 4 * frozen}
+        small = sum(weight.num_elements for weight in self.weights if weight.num_elements <= cut.persistence)
+        shards = 0 if cut.offloads_parameters else cut.itemsize * (self._part(self.trained) + frozen)
+        return {PARAMETERS: shards + 4 * frozen + cut.itemsize * small, MESSAGES: cut.reduce_bucket * 4}
 
     def gradient_mode(self) -> dict[str, bool]:
         """How a gradient is kept during the backward pass, as `Setting` says it."""
@@ -156,6 +177,9 @@ class ZeroStep:
         cut, time = self.cut, self.time
         part, wide, base = 4 * self._part(self.trained), cut.itemsize != 4, dict(time.parts)
         copied = part if wide else 4 * touching
+        if cut.offloads_optimizer:
+            # Of a rank's own part one parameter at a time is on the device, on its way to the host's memory.
+            part = copied = 4 * max((weight.num_elements for weight in self.weights if weight.trains), default=0)
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
         for number in range(cut.accumulation):
             kept, self.sent = dict(time.parts), 0
