@@ -20,13 +20,15 @@ NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on t
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+_MOST = 1024
+"""GPUs that are looked at where the command does not say."""
 _SHOWN = 5
 """Plans of a kind that are shown of those that were not taken."""
 _SEARCHED = ("parallel.", "memory.", "cluster.nodes")
 """How keys begin whose values were chosen beside others."""
 
 Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")]
-MostGpus = Annotated[int, typer.Option("--max-gpus", min=1, help="With --deadline: no more than so many.")]
+MostGpus = Annotated[int | None, typer.Option("--max-gpus", min=1, help="The fewest GPUs that fit, at most so many (1024).")]
 Prices = Annotated[
     list[str], typer.Option("--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; may be repeated.")
 ]
@@ -49,7 +51,7 @@ def plan(
     network: Network = None,
     scale: Scale = None,
     deadline: Deadline = None,
-    max_gpus: MostGpus = 1024,
+    max_gpus: MostGpus = None,
     price: Prices = [],  # noqa: B006
     explain: Explain = None,
     picture: Picture = None,
@@ -61,10 +63,11 @@ def plan(
     from launcher.planning import outlook
 
     wanted = load(job, overrides)
-    if deadline is not None or scale is not None or (gpu is not None and ("," in gpu or price)):
+    sought = deadline is not None or max_gpus is not None
+    if sought or scale is not None or (gpu is not None and ("," in gpu or price)):
         _alone(trace)
-        if deadline is not None:
-            rows = outlook.in_time(wanted, deadline, max_gpus, gpu, network)
+        if sought:
+            rows = outlook.in_time(wanted, deadline, max_gpus or _MOST, gpu, network)
         elif scale is not None:
             rows = outlook.scaled(wanted, scale, gpu, network)
         else:
@@ -74,6 +77,7 @@ def plan(
             print_json({"plans": [row.to_dict() for row in rows]})
         else:
             _compared(rows)
+            typer.echo("\n".join(_why_so_many(rows)) if sought else "", nl=sought)
             if scale is not None:
                 typer.echo(scaling_plots(rows))
         return
@@ -146,6 +150,14 @@ def _compared(rows: list[Row]) -> None:
 
     header = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
     print_table(header, [row.cells() for row in rows])
+
+
+def _why_so_many(rows: list[Row]) -> list[str]:
+    """Of each kind of GPU why it is that number of them."""
+    lines = []
+    for row in rows:
+        lines += ["", f"{row.gpu}: {explained(row.plan, 'cluster.nodes')}"]
+    return lines
 
 
 def scaling_plots(rows: list[Row]) -> str:

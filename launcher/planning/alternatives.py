@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import EngineName, Job, Offload
@@ -16,6 +17,8 @@ from launcher.planning.memory import TOKENS_PER_PASS, gib
 from launcher.planning.plan import Decision, Plan, Refused
 from launcher.planning.search import Found
 
+Offloading = Literal["never", "where needed", "only"]
+"""What may be offloaded that the job leaves open: nothing; something where nothing fits without; something, as nothing fits without."""
 _MOVES: dict[EngineName, tuple[Offload, ...]] = {"fsdp": ("parameters",), "deepspeed": ("optimizer", "parameters")}
 """What each engine can offload, what moves least first."""
 _NAMES = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
@@ -53,11 +56,10 @@ def groups(job: Job, first: Plan) -> list[list[Alternative]]:
     return found
 
 
-def best(job: Job, hardware: Hardware, first: Plan, made_of: Callable[[Job], Plan], offloads: bool = True) -> Plan:
+def best(job: Job, hardware: Hardware, first: Plan, made_of: Callable[[Job], Plan], offloading: Offloading = "where needed") -> Plan:
     """The plan that is taken of all that the job leaves open, or `first` where nothing fits or the formulas do not know the model.
 
-    `first` is the plan as the simple rule has it; `made_of` makes it of a job that asks for another engine. Without `offloads`
-    nothing is offloaded that the job does not ask for.
+    `first` is the plan as the simple rule has it; `made_of` makes it of a job that asks for another engine.
     """
     memory = hardware.rank_memory(first.mesh.device, first.mesh.ranks_per_node)
     if not memory or not fitting.known(first):
@@ -67,8 +69,9 @@ def best(job: Job, hardware: Hardware, first: Plan, made_of: Callable[[Job], Pla
         return first
     refused: list[Refused] = []
     for group in groups(job, first):
-        if not offloads and group[0].offload != first.offload:
-            break
+        moves = group[0].offload != first.offload
+        if offloading == ("never" if moves else "only"):
+            continue
         found = []
         for alternative in group:
             one = _look(job, alternative, first, made_of, room)

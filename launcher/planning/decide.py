@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigurationError
-from launcher.job.schema import ActivationCheckpointing, Checkpoint, Job, Precision
+from launcher.job.schema import ActivationCheckpointing, Checkpoint, Job, Precision, node_range
 from launcher.planning import slurm
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
@@ -19,24 +20,33 @@ from launcher.planning.plan import Attention, Length, Mesh, Plan, Zero
 from launcher.planning.ranks import mesh as arrange
 from launcher.planning.sharding import STAGES, Layout
 
+if TYPE_CHECKING:
+    from launcher.planning.alternatives import Offloading
+
 _FLASH = "write sdpa or auto, which have no padding either"
 
 
-def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, local: bool = True, offloads: bool = True) -> Plan:
+def plan(
+    job: Job, nproc: int | None = None, hardware: Hardware | None = None, local: bool = True, offloading: Offloading = "where needed"
+) -> Plan:
     """Decide everything that `job` leaves open, for `nproc` ranks where that is given.
 
-    Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse. Without `offloads` nothing is
-    offloaded that the job does not ask for.
+    Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse.
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide, packages that are missing.
     """
     from launcher.planning.alternatives import best
 
     found = hardware or _hardware(job, local)
+    low, high = node_range(job.cluster.nodes)
+    if low < high and not local:
+        from launcher.planning.nodes import within
+
+        return within(job, found, lambda pinned, moves: plan(pinned, nproc, found, local, moves), offloading)
 
     def made_of(pinned: Job) -> Plan:
         return _made(pinned, nproc, found, local)
 
-    return best(job, found, made_of(job), made_of, offloads)
+    return best(job, found, made_of(job), made_of, offloading)
 
 
 def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:

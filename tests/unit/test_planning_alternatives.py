@@ -135,8 +135,11 @@ def test_what_fits_is_planned_as_if_there_were_no_offloading(tmp_path: Path) -> 
     assert auto.model_copy(update={"decisions": (), "refused": ()}) == never.model_copy(update={"decisions": (), "refused": ()})
 
 
-def test_offloading_may_be_left_out_of_account(tmp_path: Path) -> None:
-    assert decide(small(tmp_path), None, machine(4), local=False, offloads=False).offload == "none"
+def test_offloading_may_be_left_out_of_account_or_be_all_that_is_looked_at(tmp_path: Path) -> None:
+    only = decide(small(tmp_path), None, machine(4), local=False, offloading="only")
+    assert key(only) == key(decide(small(tmp_path), None, machine(4), local=False)) and only.offload != "none"
+    assert all("offloaded" in refused.what for refused in only.refused)
+    assert decide(small(tmp_path), None, machine(4), local=False, offloading="never").offload == "none"
 
 
 def test_a_cpu_has_nothing_to_move(tmp_path: Path) -> None:
