@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.job.schema import ActivationCheckpointing
+from launcher.job.schema import ActivationCheckpointing, Offload
 from launcher.planning.batch import divisors
 from launcher.planning.footprint.families import program_of
 from launcher.planning.forecast import USABLE, Forecast, forecast, least_bytes, read_config
@@ -170,8 +170,12 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
         if plan.batch.micro_batch_size > 1:
             yield "batch.micro_batch_size: 1, memory.activation_checkpointing: full", with_batch(plan, 1, "full")
     least = with_batch(plan, 1, "full")
-    if plan.mesh.device == "cuda" and plan.engine == "fsdp" and plan.offload == "none":
-        yield "memory.offload: parameters (slower: the state crosses PCIe every step)", least.model_copy(update={"offload": "parameters"})
+    # Where the job leaves it open, offloading was looked at already.
+    asked = all(decision.key != "memory.offload" for decision in plan.decisions)
+    if plan.mesh.device == "cuda" and plan.offload == "none" and asked:
+        kinds: tuple[Offload, ...] = ("parameters",) if plan.zero is None else ("optimizer", "parameters")
+        for kind in kinds if plan.zero is None or plan.zero.stage == 3 else kinds[:1]:
+            yield f"memory.offload: {kind} (slower: it crosses PCIe every step)", least.model_copy(update={"offload": kind})
     for factor in (2, 4, 8, 16, 32, 64):
         if plan.batch.global_batch_size % (plan.mesh.world_size * factor):
             break

@@ -70,8 +70,8 @@ def _cuts(job: Job, made: Plan) -> list[Variant]:
 
 
 def _stages(job: Job, made: Plan) -> list[Variant]:
-    """ZeRO's other stages, where nothing is asked for that only the third has."""
-    if job.parallel.shard != "auto" or made.zero is None or made.offload == "parameters" or zeropp(job):
+    """ZeRO's other stages, where nothing is asked for that only the third has, as files are."""
+    if job.parallel.shard != "auto" or made.zero is None or made.offload == "parameters" or made.offload_to != "cpu" or zeropp(job):
         return []
     kept: dict[Sharding, str] = {"gradients": "ZeRO-2: each rank has the parameters whole, and gathers nothing for a pass"}
     if made.offload == "none":  # the gradients that ZeRO-1 keeps whole stay on the device

@@ -94,7 +94,7 @@ def _sharding(decider: Decider, engine: EngineName, world_size: int) -> Sharding
     parallel, memory = decider.job.parallel, decider.job.memory
     if parallel.shard != "auto":
         return parallel.shard
-    if engine == "deepspeed" and memory.activation_checkpointing == "selective":
+    if engine == "deepspeed" and memory.activation_checkpointing == "selective" and memory.offload_to == "cpu":
         return decider.decide("parallel.shard", "gradients", "ZeRO-2: the third stage does not allow selective recomputation")
     if engine == "deepspeed":
         return decider.decide("parallel.shard", "full", "ZeRO-3: the least memory of a rank")

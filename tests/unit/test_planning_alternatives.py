@@ -159,6 +159,7 @@ def test_files_are_for_deepspeed_and_only_where_nothing_else_fits(tmp_path: Path
     assert little.engine == "deepspeed" and little.offload != "none" and little.offload_to == "/mnt/nvme"
     assert "no plan of FSDP fits" in decided(little, "parallel.engine")
     assert any(refused.why == "not possible" and "host's memory alone" in refused.reason for refused in little.refused)
+    assert little.sharding == "full", "only the third stage offloads to files"
     assert decided(little, "zero.reduce_bucket_size") and decided(little, "checkpoint.async")
 
 
@@ -227,3 +228,15 @@ def test_a_host_without_the_memory_for_it_is_no_place(tmp_path: Path) -> None:
     assert any("of the host's memory" in refused.reason for refused in made.refused)
     offloaded = forecast(decide(pinned(job, offload="parameters"), None, machine(4), local=False), 4 * GIB)
     assert offloaded is not None and Room(4 * GIB, 8, host_bytes=0).holds(offloaded) == offloaded.fits
+
+
+def test_the_nearest_that_fit_offload_only_where_the_job_says_not_to(tmp_path: Path) -> None:
+    """What is left open was looked at already, and lacked the host's memory."""
+    for engine, kinds in (("fsdp", ["parameters"]), ("deepspeed", ["optimizer", "parameters"])):
+        job, hardware = small(tmp_path, parallel={"engine": engine, "shard": "full"}, batch={"global_batch_size": NUM_GPUS}), machine(4, 8)
+        advised = []
+        for one in (job, pinned(job, offload="none")):
+            made = forecast(decide(one, None, hardware, local=False), 4 * GIB, gpu_type("h100-80gb"))
+            assert made is not None and not made.fits
+            advised.append([words for words, _ in fitting.nearest_that_fit(made, None, 8) if "offload" in words])
+        assert advised[0] == [] and [words.split()[1] for words in advised[1]] == kinds
