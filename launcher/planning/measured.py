@@ -12,7 +12,8 @@ from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
 
 def kind_of(plan: Plan) -> str:
     """Runs that are alike in what the speed model may be wrong about."""
-    return f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
+    kind = f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
+    return kind if plan.offload == "none" else f"{kind} {plan.offload} offloaded"
 
 
 def device_of(plan: Plan, hardware: Hardware) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planning.decide import plan as decide
@@ -143,3 +144,19 @@ def test_the_global_batch_is_never_changed(tmp_path: Path) -> None:
         plan = look(seventy(tmp_path, nodes, "h100-80gb", 64)).plan
         batch = plan.batch
         assert batch.micro_batch_size * batch.accumulation_steps * plan.mesh.world_size == batch.global_batch_size == 64
+
+
+def test_the_command_says_why_it_is_that_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = seventy(tmp_path, 1, "h200", 64)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    said = []
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit) as left:
+            main(["plan", str(tmp_path / "job.yaml"), "--max-gpus", "32", "--price", "h200=3", *more])
+        assert not left.value.code
+        said.append(capsys.readouterr().out)
+    [row] = json.loads(said[1])["plans"]
+    assert f"h200: cluster.nodes = {row['mesh']['nodes']}: {row['gpus']} GPUs: the fewest that fit" in said[0]
+    assert "Looked at and not taken" in said[0] and "4 GPUs" in said[0]
+    assert row["forecast"]["fits"] and row["cost"] == pytest.approx(3 * row["gpus"] * row["hours"]) and row["refused"]
