@@ -20,8 +20,15 @@ NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on t
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+_MOST = 1024
+"""GPUs that are looked at where the command does not say."""
+_SHOWN = 5
+"""Plans of a kind that are shown of those that were not taken."""
+_SEARCHED = ("parallel.", "memory.", "cluster.nodes")
+"""How keys begin whose values were chosen beside others."""
+
 Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")]
-MostGpus = Annotated[int, typer.Option("--max-gpus", min=1, help="With --deadline: no more than so many.")]
+MostGpus = Annotated[int | None, typer.Option("--max-gpus", min=1, help="The fewest GPUs that fit, at most so many (1024).")]
 Prices = Annotated[
     list[str], typer.Option("--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; may be repeated.")
 ]
@@ -44,7 +51,7 @@ def plan(
     network: Network = None,
     scale: Scale = None,
     deadline: Deadline = None,
-    max_gpus: MostGpus = 1024,
+    max_gpus: MostGpus = None,
     price: Prices = [],  # noqa: B006
     explain: Explain = None,
     picture: Picture = None,
@@ -56,10 +63,11 @@ def plan(
     from launcher.planning import outlook
 
     wanted = load(job, overrides)
-    if deadline is not None or scale is not None or (gpu is not None and ("," in gpu or price)):
+    sought = deadline is not None or max_gpus is not None
+    if sought or scale is not None or (gpu is not None and ("," in gpu or price)):
         _alone(trace)
-        if deadline is not None:
-            rows = outlook.in_time(wanted, deadline, max_gpus, gpu, network)
+        if sought:
+            rows = outlook.in_time(wanted, deadline, max_gpus or _MOST, gpu, network)
         elif scale is not None:
             rows = outlook.scaled(wanted, scale, gpu, network)
         else:
@@ -69,6 +77,7 @@ def plan(
             print_json({"plans": [row.to_dict() for row in rows]})
         else:
             _compared(rows)
+            typer.echo("\n".join(_why_so_many(rows)) if sought else "", nl=sought)
             if scale is not None:
                 typer.echo(scaling_plots(rows))
         return
@@ -132,7 +141,8 @@ def explained(plan: Plan, key: str) -> str:
         raise ConfigurationError(
             Problem("--explain", key, f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}")
         )
-    return f"{found.key} = {found.value}: {found.reason}"
+    lines = [f"{found.key} = {found.value}: {found.reason}"]
+    return "\n".join(lines + (not_taken(plan) if key.startswith(_SEARCHED) else []))
 
 
 def _compared(rows: list[Row]) -> None:
@@ -140,6 +150,14 @@ def _compared(rows: list[Row]) -> None:
 
     header = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
     print_table(header, [row.cells() for row in rows])
+
+
+def _why_so_many(rows: list[Row]) -> list[str]:
+    """Of each kind of GPU why it is that number of them."""
+    lines = []
+    for row in rows:
+        lines += ["", f"{row.gpu}: {explained(row.plan, 'cluster.nodes')}"]
+    return lines
 
 
 def scaling_plots(rows: list[Row]) -> str:
@@ -176,4 +194,14 @@ def table(plan: Plan) -> str:
     values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
     lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []
     lines += [f"  {d.key:{keys}}  {d.value!s:{values}}  {d.reason}" for d in plan.decisions]
-    return "\n".join(lines)
+    return "\n".join(lines + not_taken(plan))
+
+
+def not_taken(plan: Plan) -> list[str]:
+    """What was looked at beside, by why it was not taken; of each kind the first few."""
+    lines = ["", "Looked at and not taken:"] if plan.refused else []
+    for why in dict.fromkeys(refused.why for refused in plan.refused):
+        alike = [refused for refused in plan.refused if refused.why == why]
+        lines += [f"  {why if number == 0 else '':13} {one.what}: {one.reason}" for number, one in enumerate(alike[:_SHOWN])]
+        lines += [f"  {'':13} and {len(alike) - _SHOWN} more, which --json lists"] if len(alike) > _SHOWN else []
+    return lines

@@ -201,7 +201,7 @@ class Memory(Section):
 
     activation_checkpointing: ActivationCheckpointing | Auto = "auto"
     """`full` recomputes each layer, `selective` all but its matrix products, `none` keeps everything."""
-    offload: Offload = "none"
+    offload: Offload | Auto = "auto"
     """What lives off the device between uses: nothing, the `optimizer` state, or the `parameters` and the optimizer state."""
     offload_to: str = Field(default="cpu", min_length=1)
     """`cpu` (the host's memory), or a directory on NVMe."""

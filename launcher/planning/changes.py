@@ -40,7 +40,7 @@ ALLOWED = (
     "checkpoint",
 )
 """How it runs, how long, and what is kept. What is not named here decides what is learned, and stays."""
-_SAID_ELSEWHERE = {"format", "decisions", "task"}
+_SAID_ELSEWHERE = {"format", "decisions", "refused", "task"}
 
 
 @dataclass(frozen=True)

@@ -4,31 +4,54 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigurationError
-from launcher.job.schema import ActivationCheckpointing, Checkpoint, Job, Precision
+from launcher.job.schema import ActivationCheckpointing, Checkpoint, Job, Precision, node_range
 from launcher.planning import slurm
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
-from launcher.planning.gpus import as_hardware, gpu_type, on_network
+from launcher.planning.gpus import as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
-from launcher.planning.memory import STATE_BYTES, TOKENS_PER_PASS, Setting, choose_checkpointing, gib, micro_batch_limit
+from launcher.planning.memory import STATE_BYTES, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Attention, Decision, Length, Mesh, Plan, Zero
+from launcher.planning.plan import Attention, Length, Mesh, Plan, Zero
 from launcher.planning.ranks import mesh as arrange
 from launcher.planning.sharding import STAGES, Layout
+
+if TYPE_CHECKING:
+    from launcher.planning.alternatives import Offloading
 
 _FLASH = "write sdpa or auto, which have no padding either"
 
 
-def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, local: bool = True) -> Plan:
+def plan(
+    job: Job, nproc: int | None = None, hardware: Hardware | None = None, local: bool = True, offloading: Offloading = "where needed"
+) -> Plan:
     """Decide everything that `job` leaves open, for `nproc` ranks where that is given.
 
     Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse.
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide, packages that are missing.
     """
-    decider = Decider(job, hardware or _hardware(job, local), nproc, local)
+    from launcher.planning.alternatives import best
+
+    found = hardware or _hardware(job, local)
+    low, high = node_range(job.cluster.nodes)
+    if low < high and not local:
+        from launcher.planning.nodes import within
+
+        return within(job, found, lambda pinned, moves: plan(pinned, nproc, found, local, moves), offloading)
+
+    def made_of(pinned: Job) -> Plan:
+        return _made(pinned, nproc, found, local)
+
+    return best(job, found, made_of(job), made_of, offloading)
+
+
+def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
+    """The plan by the simple rule: one engine, one cut."""
+    decider = Decider(job, hardware, nproc, local)
     mesh, placed = arrange(decider)
     precision = _precision(decider, mesh)
     attention = _attention(decider, mesh)
@@ -43,7 +66,7 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
         reason = f"divides the {job.batch.global_batch_size // mesh.world_size} samples of a rank exactly; {limit_reason}"
         decider.decide("batch.micro_batch_size", batch.micro_batch_size, reason)
     length = _length(decider)
-    made = Plan(
+    return Plan(
         name=job.name,
         task=job.model.task,
         engine=placed.engine,
@@ -68,7 +91,6 @@ def plan(job: Job, nproc: int | None = None, hardware: Hardware | None = None, l
         evaluate_every=job.training.evaluate_every,
         decisions=tuple(decider.decisions),
     )
-    return _by_the_formulas(decider, made, placed)
 
 
 def _hardware(job: Job, local: bool) -> Hardware:
@@ -81,43 +103,6 @@ def _hardware(job: Job, local: bool) -> Hardware:
     if local or cluster.gpus_per_node in ("auto", 0):
         return here
     return as_hardware(kind, int(cluster.gpus_per_node), here.num_cores, here.memory_bytes)
-
-
-def _by_the_formulas(decider: Decider, made: Plan, placed: Layout) -> Plan:
-    """Recomputation, micro-batch and cut by the memory model, where it knows the model and the memory, in place of the simple rule's."""
-    from launcher.planning import fitting, search
-    from launcher.planning.measured import rates_for
-
-    job, hardware = decider.job, decider.hardware
-    open_keys = {
-        "memory.activation_checkpointing": job.memory.activation_checkpointing,
-        "batch.micro_batch_size": job.batch.micro_batch_size,
-    }
-    memory = hardware.rank_memory(made.mesh.device, made.mesh.ranks_per_node)
-    if not ("auto" in open_keys.values() or len(search.variants(job, made)) > 1) or not memory or not fitting.known(made):
-        return made
-    asked = job.memory.activation_checkpointing
-    ways = fitting.WAYS if asked == "auto" else (asked,)
-    if made.zero is not None and made.zero.stage == 3:
-        ways = tuple(way for way in ways if way != "selective")
-    most = max(1, TOKENS_PER_PASS[made.mesh.device] // job.data.max_length)
-    micro = None if job.batch.micro_batch_size == "auto" else job.batch.micro_batch_size
-    rates = rates_for(made, hardware)
-    found = search.fastest(job, made, memory, ways, most, micro, rates and on_network(rates, job.cluster.network))
-    if found is None:
-        return made
-    choice, decided = found
-    values: dict[str, tuple[str | int, str]] = {
-        "memory.activation_checkpointing": (choice.way, choice.reason),
-        "batch.micro_batch_size": (
-            choice.batch.micro_batch_size,
-            f"divides the {choice.batch.micro_batch_size * choice.batch.accumulation_steps} samples of a rank exactly; {choice.limit}",
-        ),
-    }
-    decisions = {decision.key: decision for decision in made.decisions}
-    decisions |= {key: Decision(key=key, value=value, reason=why) for key, (value, why) in values.items() if key in decisions}
-    decisions |= {decision.key: decision for decision in decided}
-    return choice.forecast.plan.model_copy(update={"decisions": tuple(decisions.values())})
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:

@@ -5,15 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.job.schema import ActivationCheckpointing
+from launcher.job.schema import ActivationCheckpointing, Offload
 from launcher.planning.batch import divisors
 from launcher.planning.footprint.families import program_of
-from launcher.planning.forecast import USABLE, Forecast, forecast, read_config
+from launcher.planning.forecast import USABLE, Forecast, forecast, least_bytes, read_config
 from launcher.planning.gpus import GpuType
 from launcher.planning.memory import gib
-from launcher.planning.plan import BatchPlan, Plan
+from launcher.planning.plan import BatchPlan, Plan, Refused
 
 WAYS: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a plan may take, and what computes it."""
+
+    memory_bytes: int
+    """Of a rank's device."""
+    most: int
+    """The largest micro-batch worth having."""
+    micro: int | None = None
+    """One that is asked for."""
+    gpu: GpuType | None = None
+    host_bytes: int = 0
+    """Of a node's own memory, for what is offloaded; 0 where it is not known."""
+
+    def holds(self, made: Forecast) -> bool:
+        """Whether the device and the host have what the plan needs of them."""
+        return made.fits and (not self.host_bytes or made.plan.offload == "none" or host_bytes(made) <= self.host_bytes * USABLE["cpu"])
+
+    def usable(self, plan: Plan) -> int:
+        """Bytes of a rank's device that a plan may fill."""
+        return int(self.memory_bytes * USABLE[plan.mesh.device])
+
+    def lack(self, made: Forecast) -> str:
+        """What the plan needs and is not there."""
+        if not made.fits:
+            return f"{gib(made.footprint.highest.total)} of the {gib(self.usable(made.plan))} of a rank"
+        return f"{gib(host_bytes(made))} of the {gib(int(self.host_bytes * USABLE['cpu']))} of the host's memory"
+
+
+def host_bytes(made: Forecast) -> int:
+    """Bytes that the ranks of a node need together of the host's memory."""
+    return max(phase.host for phase in made.footprint.phases) * made.plan.mesh.ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -25,6 +59,15 @@ class Choice:
     reason: str
     limit: str
     forecast: Forecast
+
+
+def cut_of(plan: Plan) -> str:
+    """Engine and cut in a few words: `FSDP full, 4 x 8`, `ZeRO-3, optimizer offloaded`."""
+    if plan.zero is not None:
+        name = f"ZeRO-{plan.zero.stage}"
+    else:
+        name = f"{'FSDP' if plan.engine == 'fsdp' else plan.engine} {plan.sharding}, {plan.mesh.replicate} x {plan.mesh.shard}"
+    return name if plan.offload == "none" else f"{name}, {plan.offload} offloaded"
 
 
 def known(plan: Plan) -> bool:
@@ -46,49 +89,64 @@ def with_batch(plan: Plan, micro: int, way: ActivationCheckpointing | None = Non
     return plan.model_copy(update={"batch": changed, "activation_checkpointing": way or plan.activation_checkpointing})
 
 
-def choose(
-    plan: Plan,
-    memory_bytes: int,
-    ways: tuple[ActivationCheckpointing, ...],
-    most: int,
-    micro: int | None = None,
-    gpu: GpuType | None = None,
-) -> Choice | None:
+def choose(plan: Plan, room: Room, ways: tuple[ActivationCheckpointing, ...], refused: list[Refused] | None = None) -> Choice | None:
     """The fastest recomputation and micro-batch that fit; without a GPU of the table the least recomputation is taken for the fastest.
 
-    `ways` are those that may be chosen, `most` is the largest micro-batch worth having, `micro` one that is asked for.
-    None where nothing fits.
+    `ways` are those that may be chosen. None where nothing fits. What was looked at and not taken is written to `refused`.
     """
     per_rank = plan.batch.micro_batch_size * plan.batch.accumulation_steps
-    sizes = [micro] if micro is not None else sorted((size for size in divisors(per_rank) if size <= max(1, most)), reverse=True)
+    sizes = [room.micro] if room.micro is not None else sorted((n for n in divisors(per_rank) if n <= max(1, room.most)), reverse=True)
+    refused = [] if refused is None else refused
+    usable, least = room.usable(plan), least_bytes(plan)
+    if least > usable:
+        reason = f"{gib(least)} of the {gib(usable)} of a rank whatever a pass takes"
+        refused.append(Refused(what=cut_of(plan), why="does not fit", reason=reason))
+        return None
+    failed: list[Forecast] = []
     found: list[tuple[float, Forecast]] = []
     for number, way in enumerate(ways):
-        made = _largest(plan, memory_bytes, way, sizes, gpu)
+        made, smallest = _largest(plan, room, way, sizes)
         if made is not None:
             found.append((made.speed.step if made.speed else float(number), made))
             if made.speed is None:
                 break
+        elif smallest is not None:
+            failed.append(smallest)
+    if failed:
+        words = " or ".join(made.plan.activation_checkpointing for made in failed)
+        lack = room.lack(min(failed, key=lambda made: made.footprint.highest.total))
+        refused.append(Refused(what=f"{cut_of(plan)}, recompute {words}", why="does not fit", reason=f"{lack} at the least"))
     if not found:
         return None
-    best = min(found, key=lambda pair: pair[0])[1]
-    room, needed = int(memory_bytes * USABLE[plan.mesh.device]), best.footprint.highest
-    reason = f"{gib(needed.total)} of the {gib(room)} that can be used of a rank, by the formulas ({needed.name}: {needed.where})"
+    shortest, best = min(found, key=lambda pair: pair[0])
+    for step, made in found:
+        if made is not best and made.speed:
+            what = f"{cut_of(plan)}, recompute {made.plan.activation_checkpointing}, {made.plan.batch.micro_batch_size} a pass"
+            refused.append(Refused(what=what, why="slower", reason=f"{step / shortest:.2f}x the step"))
+    needed = best.footprint.highest
+    reason = f"{gib(needed.total)} of the {gib(usable)} that can be used of a rank, by the formulas ({needed.name}: {needed.where})"
     largest = best.plan.batch.micro_batch_size == sizes[0]
-    limit = f"more than {most} are no faster" if largest else f"more would not fit into {gib(room)}"
+    limit = f"more than {room.most} are no faster" if largest else f"more would not fit into {gib(usable)}"
     return Choice(best.plan.activation_checkpointing, best.plan.batch, reason, limit, best)
 
 
-def _largest(plan: Plan, memory_bytes: int, way: ActivationCheckpointing, sizes: list[int], gpu: GpuType | None) -> Forecast | None:
-    """The largest micro-batch that fits; memory grows with it, so that halving finds it."""
-    low, high, best = 0, len(sizes) - 1, None
+def _largest(plan: Plan, room: Room, way: ActivationCheckpointing, sizes: list[int]) -> tuple[Forecast | None, Forecast | None]:
+    """The largest micro-batch that fits, and one that was seen not to: the smallest that was looked at.
+
+    Memory grows with it, so that halving finds it; but for the largest, which is looked at first: where it is all that a rank has, no
+    gradients wait for another pass, and it may need less than smaller ones.
+    """
+    failed: Forecast | None = None
+    best: Forecast | None = None
+    low, high, middle = 0, len(sizes) - 1, 0
     while low <= high:
-        middle = (low + high) // 2
-        made = forecast(with_batch(plan, sizes[middle], way), memory_bytes, gpu)
-        if made is not None and made.fits:
+        made = forecast(with_batch(plan, sizes[middle], way), room.memory_bytes, room.gpu)
+        if made is not None and room.holds(made):
             best, high = made, middle - 1
         else:
-            low = middle + 1
-    return best
+            failed, low = made, middle + 1
+        middle = (low + high) // 2
+    return best, failed
 
 
 def nearest_that_fit(made: Forecast, gpu: GpuType | None = None, most: int = 4) -> list[tuple[str, Forecast]]:
@@ -112,8 +170,12 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
         if plan.batch.micro_batch_size > 1:
             yield "batch.micro_batch_size: 1, memory.activation_checkpointing: full", with_batch(plan, 1, "full")
     least = with_batch(plan, 1, "full")
-    if plan.mesh.device == "cuda" and plan.engine == "fsdp" and plan.offload == "none":
-        yield "memory.offload: parameters (slower: the state crosses PCIe every step)", least.model_copy(update={"offload": "parameters"})
+    # Where the job leaves it open, offloading was looked at already.
+    asked = all(decision.key != "memory.offload" for decision in plan.decisions)
+    if plan.mesh.device == "cuda" and plan.offload == "none" and asked:
+        kinds: tuple[Offload, ...] = ("parameters",) if plan.zero is None else ("optimizer", "parameters")
+        for kind in kinds if plan.zero is None or plan.zero.stage == 3 else kinds[:1]:
+            yield f"memory.offload: {kind} (slower: it crosses PCIe every step)", least.model_copy(update={"offload": kind})
     for factor in (2, 4, 8, 16, 32, 64):
         if plan.batch.global_batch_size % (plan.mesh.world_size * factor):
             break

@@ -96,6 +96,12 @@ def forecast(
     return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace is not None)
 
 
+def least_bytes(plan: Plan) -> int:
+    """Bytes that a rank's device needs whatever a pass takes, as `Estimator.least` has it; 0 where the formulas do not know the model."""
+    made = _estimator(plan)
+    return made.least() if made is not None else 0
+
+
 def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = None, trace: Trace | None = None) -> Forecast | None:
     """The forecast of a plan on this machine, with what was measured of it."""
     machine = Machine.read()

@@ -10,6 +10,11 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import NetworkName
 from launcher.planning.hardware import Gpu, Hardware
 
+PCIE_4, PCIE_5 = 32e9, 64e9
+"""Bytes a second one way of a slot with 16 lanes, as the makers round them."""
+HOST_BANDWIDTH = 200e9
+"""Bytes a second of a node's own memory. Assumed: eight channels of DDR4-3200 have 205e9."""
+
 
 @dataclass(frozen=True)
 class GpuType:
@@ -38,6 +43,10 @@ class GpuType:
     """Of calling one operator, by what is recomputed, where it was measured."""
     message_seconds: float | None = None
     """Of one message beside its bytes, where it was measured."""
+    host_link: float = PCIE_4
+    """To the host's memory, one way."""
+    host_bandwidth: float = HOST_BANDWIDTH
+    """Of the host's memory, which all GPUs of a node share."""
 
 
 def _gb(size: float) -> int:
@@ -50,7 +59,9 @@ NETWORKS: dict[NetworkName, float] = {"ib400": 50e9, "ib200": 25e9, "ib100": 12.
 TABLE = (
     GpuType("a100-40gb", "NVIDIA A100 40GB", 40 << 30, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)", 0.7),
     GpuType("a100-80gb", "NVIDIA A100 80GB", 80 << 30, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 8.0, f"{_NV}/a100 (datasheet, SXM)", 0.7),
-    GpuType("h100-80gb", "NVIDIA H100 SXM", 80 << 30, 989e12, 67e12, 3.35e12, 450e9, 50e9, 9.0, f"{_NV}/h100 (datasheet, SXM)"),
+    GpuType(
+        "h100-80gb", "NVIDIA H100 SXM", 80 << 30, 989e12, 67e12, 3.35e12, 450e9, 50e9, 9.0, f"{_NV}/h100 (datasheet, SXM)", host_link=PCIE_5
+    ),
     GpuType(
         "h100-pcie",
         "NVIDIA H100 PCIe",
@@ -62,10 +73,25 @@ TABLE = (
         25e9,
         9.0,
         f"{_NV}/h100 (datasheet, PCIe; product brief PB-11133)",
+        host_link=PCIE_5,
     ),
-    GpuType("h200", "NVIDIA H200", _gb(141), 989e12, 67e12, 4.8e12, 450e9, 50e9, 9.0, f"{_NV}/h200 (datasheet, SXM)"),
-    GpuType("b200", "NVIDIA B200", _gb(180), 2250e12, 75e12, 8.0e12, 900e9, 50e9, 10.0, f"{_NV}/dgx-b200 (datasheet, an eighth of it)"),
-    GpuType("gb200", "NVIDIA GB200", _gb(186), 2500e12, 80e12, 8.0e12, 900e9, 50e9, 10.0, f"{_NV}/gb200-nvl72 (a 72nd of it)"),
+    GpuType("h200", "NVIDIA H200", _gb(141), 989e12, 67e12, 4.8e12, 450e9, 50e9, 9.0, f"{_NV}/h200 (datasheet, SXM)", host_link=PCIE_5),
+    GpuType(
+        "b200",
+        "NVIDIA B200",
+        _gb(180),
+        2250e12,
+        75e12,
+        8.0e12,
+        900e9,
+        50e9,
+        10.0,
+        f"{_NV}/dgx-b200 (datasheet, an eighth of it)",
+        host_link=PCIE_5,
+    ),
+    GpuType(
+        "gb200", "NVIDIA GB200", _gb(186), 2500e12, 80e12, 8.0e12, 900e9, 50e9, 10.0, f"{_NV}/gb200-nvl72 (a 72nd of it)", host_link=225e9
+    ),
     GpuType("l40s", "NVIDIA L40S", 48 << 30, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9, 8.9, f"{_NV}/l40s (datasheet; PCIe 4.0 x16)"),
     GpuType(
         "rtx4090",
@@ -90,6 +116,7 @@ TABLE = (
         50e9,
         9.4,
         "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html (7 links of 64 GB/s each way)",
+        host_link=PCIE_5,
     ),
 )
 BY_KEY = {gpu.key: gpu for gpu in TABLE}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.planning.footprint.decoders import Llama
 from launcher.planning.footprint.program import Batch, Setting
-from launcher.planning.gpus import GpuType, seen
+from launcher.planning.gpus import HOST_BANDWIDTH, PCIE_4, GpuType, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
@@ -12,7 +12,8 @@ from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
 
 def kind_of(plan: Plan) -> str:
     """Runs that are alike in what the speed model may be wrong about."""
-    return f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
+    kind = f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
+    return kind if plan.offload == "none" else f"{kind} {plan.offload} offloaded"
 
 
 def device_of(plan: Plan, hardware: Hardware) -> str:
@@ -30,6 +31,8 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
     share = plan.mesh.ranks_per_node if plan.mesh.device == "cpu" else 1
     link = known.link or (table.link if table else known.bandwidth / share)
     full = known.matrix["fp32"] / share
+    ways = [rate for rate in (known.to_device, known.to_host) if rate]
+    host = (machine or Machine.read()).of("cpu")
     return GpuType(
         key="measured",
         name=known.device,
@@ -43,6 +46,8 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
         source=f"launcher bench, {known.when}",
         operator_seconds=operator_seconds(known),
         message_seconds=known.message,
+        host_link=min(ways) if ways else table.host_link if table else PCIE_4,
+        host_bandwidth=host.bandwidth if host else HOST_BANDWIDTH,
     )
 
 

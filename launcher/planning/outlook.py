@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import Job, parse_seconds
+from launcher.job.schema import Job, node_range, parse_seconds
+from launcher.planning.alternatives import Offloading
 from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import Forecast, Trace, forecast, forecast_here, why_not
 from launcher.planning.gpus import NETWORKS, GpuType, as_hardware, gpu_type, on_network, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
-from launcher.planning.plan import Plan
+from launcher.planning.nodes import Attempt, fewest, passes
+from launcher.planning.plan import Decision, Plan
 
 PER_NODE = 8
 """GPUs of a node where the job does not say."""
@@ -55,13 +57,17 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         made = self.forecast.to_dict() if self.forecast else None
         facts = {"gpu": self.gpu, "gpus": self.plan.mesh.world_size, "hours": self.hours, "cost": self.cost}
-        return facts | {"batch": self.plan.batch.model_dump(), "forecast": made}
+        plan = self.plan.model_dump(
+            mode="json", include={"engine", "sharding", "offload", "activation_checkpointing", "batch", "mesh", "decisions", "refused"}
+        )
+        return facts | plan | {"forecast": made}
 
     def cells(self) -> list[str]:
         """What a table shows."""
         plan, made = self.plan, self.forecast
         passes = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}"
         cut = f"{plan.engine} {plan.sharding}, {passes}, recompute {plan.activation_checkpointing}"
+        cut += f", {plan.offload} offloaded" if plan.offload != "none" else ""
         if made is None:
             return [self.gpu, str(plan.mesh.world_size), *["?"] * 8, cut]
         s = made.speed
@@ -101,9 +107,13 @@ def _joined(job: Job, network: str | None) -> Job:
     return job.model_copy(update={"cluster": job.cluster.model_copy(update={"network": network})})
 
 
-def _on(job: Job, gpu: GpuType, num_gpus: int | None = None) -> Row:
-    cluster = job.cluster
-    per_node = PER_NODE if cluster.gpus_per_node in ("auto", 0) else int(cluster.gpus_per_node)
+def _per_node(job: Job) -> int:
+    asked = job.cluster.gpus_per_node
+    return PER_NODE if asked in ("auto", 0) else int(asked)
+
+
+def _on(job: Job, gpu: GpuType, num_gpus: int | None = None, offloading: Offloading = "where needed") -> Row:
+    cluster, per_node = job.cluster, _per_node(job)
     nodes = cluster.nodes
     if num_gpus is not None:
         per_node = min(per_node, num_gpus)
@@ -112,7 +122,7 @@ def _on(job: Job, gpu: GpuType, num_gpus: int | None = None) -> Row:
         update={"cluster": cluster.model_copy(update={"gpus_per_node": per_node, "ranks_per_node": "auto", "nodes": nodes})}
     )
     hardware = as_hardware(gpu, per_node)
-    plan = decide(changed, None, hardware, local=False)
+    plan = decide(changed, None, hardware, local=False, offloading=offloading)
     return Row(gpu.key, plan, forecast(plan, gpu.memory_bytes, gpu))
 
 
@@ -140,29 +150,76 @@ def priced(rows: list[Row], texts: list[str]) -> list[Row]:
     return [replace(row, price=known.get(row.gpu)) for row in rows]
 
 
-def in_time(job: Job, deadline: str, most: int, gpus: str | None, network: str | None = None) -> list[Row]:
-    """Of each kind of GPU the fewest that fit and end within the deadline, at most so many.
+def in_time(job: Job, deadline: str | None, most: int, gpus: str | None, network: str | None = None) -> list[Row]:
+    """Of each kind of GPU the fewest that fit and, where there is a deadline, end within it: at most so many, and within the range of
+    nodes that the job may name.
 
     Raises ConfigurationError where no kind does, with the nearest.
     """
+    seconds = None if deadline is None else _seconds(job, deadline)
+    names = gpus.split(",") if gpus else [job.cluster.gpu]
+    job = _joined(job, network)
+    found, nearest = [], None
+    for name in names:
+        kind = on_network(_kind(name), job.cluster.network)
+        row, rows = _fewest(job, kind, most, seconds, deadline)
+        found += [row] if row else []
+        nearest = min([*rows, *([nearest] if nearest else [])], key=lambda row: row.hours or 0.0, default=None)
+    if found:
+        return found
+    key, value = ("--max-gpus", most) if deadline is None else ("--deadline", deadline)
+    best = "nothing fits on so few" if nearest is None else f"the nearest is {nearest.hours:.1f} h on {_gpus(nearest)}"
+    raise ConfigurationError(Problem(key, value, f"no plan on up to {most} GPUs {'fits' if deadline is None else 'ends in time'}; {best}"))
+
+
+def _gpus(row: Row) -> str:
+    return f"{row.plan.mesh.world_size} x {row.gpu}"
+
+
+def _seconds(job: Job, deadline: str) -> float:
     seconds = parse_seconds(deadline)
     if not isinstance(seconds, float):
         raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
     if job.training.max_steps is None:
         raise ConfigurationError(Problem("--deadline", deadline, "needs training.max_steps: how many steps an epoch has is not known yet"))
-    found, nearest = [], None
-    for name in gpus.split(",") if gpus else [None]:
-        rows = [row for row in scaled(job, f"1..{most}", name, network) if row.hours is not None and row.forecast and row.forecast.fits]
-        within = next((row for row in rows if row.hours is not None and row.hours * 3600 <= seconds), None)
-        if within is not None:
-            found.append(within)
-        nearest = min([*rows, *([nearest] if nearest else [])], key=lambda row: row.hours or 0.0, default=None)
-    if found:
-        return found
-    best = (
-        f"the nearest is {nearest.hours:.1f} h on {nearest.plan.mesh.world_size} x {nearest.gpu}" if nearest else "nothing fits on so few"
-    )
-    raise ConfigurationError(Problem("--deadline", deadline, f"no plan on up to {most} GPUs ends in time; {best}"))
+    return seconds
+
+
+def _kind(name: str | None) -> GpuType:
+    kind = gpu_type(name) if name is not None else seen(Hardware.detect())
+    if kind is None:
+        raise ConfigurationError(Problem("--gpu", None, "has to say which GPU, as there is none here; add --gpu h100-80gb"))
+    return kind
+
+
+def _fewest(job: Job, gpu: GpuType, most: int, seconds: float | None, deadline: str | None) -> tuple[Row | None, list[Row]]:
+    """The row of the fewest GPUs that will do, and those that fit and end too late."""
+
+    def attempt(number: int, offloading: Offloading) -> Attempt:
+        row = _on(job, gpu, number, offloading)
+        return Attempt(row.plan, row.forecast)
+
+    tried = fewest(_numbers(job, most), attempt, seconds, passes(job))
+    late = [Row(gpu.key, one.plan, one.forecast) for _, one in tried.fitting]
+    if tried.taken is None:
+        return None, late
+    number, one = tried.taken
+    row = Row(gpu.key, one.plan, one.forecast)
+    ends = "" if row.hours is None or deadline is None else f" and end within {deadline} ({row.hours:.2f} h)"
+    offloaded = "; without offloading none does" if one.plan.offload != "none" and tried.offloads else ""
+    decision = Decision(key="cluster.nodes", value=one.plan.mesh.nodes, reason=f"{number} GPUs: the fewest that fit{ends}{offloaded}")
+    decisions = (decision, *(other for other in one.plan.decisions if other.key != decision.key))
+    plan = one.plan.model_copy(update={"decisions": decisions, "refused": (*tried.refused("GPU"), *one.plan.refused)})
+    return replace(row, plan=plan), late
+
+
+def _numbers(job: Job, most: int) -> list[int]:
+    """The numbers of GPUs that may be taken: parts of a node, then whole nodes; of a range of nodes only those in it."""
+    per_node, (low, high) = _per_node(job), node_range(job.cluster.nodes)
+    nodes = range(low, high + 1) if low < high else range(1, max(1, most // per_node) + 1)
+    whole = [count * per_node for count in nodes]
+    parts = list(range(1, per_node)) if low == high else []
+    return [number for number in (*parts, *whole) if number <= most and job.batch.global_batch_size % number == 0]
 
 
 def scaled(job: Job, span: str, gpu: str | None, network: str | None = None) -> list[Row]:
@@ -170,9 +227,7 @@ def scaled(job: Job, span: str, gpu: str | None, network: str | None = None) -> 
     first, _, last = span.partition("..")
     if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
         raise ConfigurationError(Problem("--scale", span, "is no span of numbers of GPUs; write 8..1024"))
-    kind = gpu_type(gpu) if gpu is not None else seen(Hardware.detect())
-    if kind is None:
-        raise ConfigurationError(Problem("--scale", span, "needs to know the GPU, and there is none here; add --gpu h100-80gb"))
+    kind = _kind(gpu or job.cluster.gpu)
     job = _joined(job, network)
     rows, kind, number = [], on_network(kind, job.cluster.network), int(first)
     while number <= int(last):

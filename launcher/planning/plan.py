@@ -43,6 +43,15 @@ class Decision(Frozen):
     reason: str
 
 
+class Refused(Frozen):
+    """A plan that was looked at and not taken."""
+
+    what: str
+    """In what it differs: engine and cut, recomputation, nodes."""
+    why: Literal["does not fit", "slower", "too late", "not possible"]
+    reason: str
+
+
 class Length(Frozen):
     """How long training lasts."""
 
@@ -145,6 +154,7 @@ class Plan(Frozen):
     script: tuple[str, ...] | None = None
     """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and training are then its own."""
     decisions: tuple[Decision, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
     def to_json(self) -> str:
         """Text for plan.json; what does not apply is left out, so that nothing in it is null."""
@@ -158,6 +168,6 @@ class Plan(Frozen):
     def digest(self) -> str:
         """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
         kept: dict[str, Any] = self.model_dump(
-            mode="json", exclude_none=True, exclude={"decisions", "trackers", "grace_seconds", "checkpoint", "slurm"}
+            mode="json", exclude_none=True, exclude={"decisions", "refused", "trackers", "grace_seconds", "checkpoint", "slurm"}
         )
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

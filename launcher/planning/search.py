@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from launcher.job.schema import ActivationCheckpointing, Job
-from launcher.planning.fitting import Choice, choose
-from launcher.planning.gpus import GpuType
-from launcher.planning.plan import Decision, Plan
+from launcher.job.schema import ActivationCheckpointing, Job, Sharding
+from launcher.planning.fitting import WAYS, Choice, Room, choose, cut_of
+from launcher.planning.plan import Decision, Plan, Refused
+from launcher.planning.sharding import STAGES, zeropp
 
 WORTH = 0.95
 """Another cut than the one of least memory has to take at most this share of its step: the speed model is not right to the percent."""
@@ -24,11 +24,31 @@ class Variant:
     """The same in a clause."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """The best of a plan's variants, and what was looked at beside."""
+
+    choice: Choice | None
+    """None where nothing fits."""
+    decided: tuple[Decision, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+    @property
+    def step(self) -> float:
+        """Seconds; 0 where nothing is known of the speed."""
+        return self.choice.forecast.speed.step if self.choice and self.choice.forecast.speed else 0.0
+
+
 def variants(job: Job, made: Plan) -> list[Variant]:
     """The plan as it was made, of least memory, and the other cuts that compute the same."""
-    found = [Variant(made)]
+    return [Variant(made), *(_stages(job, made) if made.engine == "deepspeed" else _cuts(job, made))]
+
+
+def _cuts(job: Job, made: Plan) -> list[Variant]:
+    """FSDP's: copies on each node, parameters that stay whole."""
+    found: list[Variant] = []
     mesh, parallel = made.mesh, job.parallel
-    if made.engine != "fsdp" or made.sharding != "full" or mesh.shard == 1 or made.offload != "none":
+    if made.sharding != "full" or mesh.shard == 1 or made.offload != "none":
         return found
     spreads = "replicate" not in parallel.model_fields_set and mesh.nodes > 1 and mesh.ranks_per_node > 1
     for replicate in (mesh.replicate, mesh.nodes) if spreads else (mesh.replicate,):
@@ -49,28 +69,67 @@ def variants(job: Job, made: Plan) -> list[Variant]:
     return found
 
 
-def fastest(
-    job: Job, made: Plan, memory_bytes: int, ways: tuple[ActivationCheckpointing, ...], most: int, micro: int | None, gpu: GpuType | None
-) -> tuple[Choice, list[Decision]] | None:
-    """The best recomputation and micro-batch of the variant that takes the least time, or of the first where others gain little; and
-    what was decided beside.
+def _stages(job: Job, made: Plan) -> list[Variant]:
+    """ZeRO's other stages, where nothing is asked for that only the third has, as files are."""
+    if job.parallel.shard != "auto" or made.zero is None or made.offload == "parameters" or made.offload_to != "cpu" or zeropp(job):
+        return []
+    kept: dict[Sharding, str] = {"gradients": "ZeRO-2: each rank has the parameters whole, and gathers nothing for a pass"}
+    if made.offload == "none":  # the gradients that ZeRO-1 keeps whole stay on the device
+        kept["optimizer"] = "ZeRO-1: each rank has parameters and gradients whole, and sends once a step"
+    cut = made.mesh.model_copy(update={"reshard_after_forward": False})
+    return [
+        Variant(
+            made.model_copy(update={"sharding": name, "mesh": cut, "zero": made.zero.model_copy(update={"stage": STAGES[name]})}),
+            {"parallel.shard": name},
+            words,
+        )
+        for name, words in kept.items()
+        if STAGES[name] < made.zero.stage
+    ]
 
-    None where nothing fits. Without a GPU of the table nothing is known of times, and the first one is taken.
+
+def ways_of(job: Job, plan: Plan) -> tuple[ActivationCheckpointing, ...]:
+    """The recomputations that the job leaves open and the engine can do."""
+    asked = job.memory.activation_checkpointing
+    if asked != "auto":
+        return (asked,)
+    return tuple(way for way in WAYS if way != "selective" or plan.zero is None or plan.zero.stage != 3)
+
+
+def fastest(job: Job, made: Plan, room: Room) -> Found:
+    """The best recomputation and micro-batch of the variant that takes the least time, or of the first where others gain little; what
+    was decided beside, and what was refused.
+
+    Without a GPU of the table nothing is known of times, and the first that fits is taken.
     """
     first, *others = variants(job, made)
-    best = choose(first.plan, memory_bytes, ways, most, micro, gpu)
-    if best is None:
-        return None
-    decided: list[Decision] = []
-    begun = best.forecast.speed
+    refused: list[Refused] = []
+    best = choose(first.plan, room, ways_of(job, first.plan), refused)
+    begun = best.forecast.speed if best else None
     # Other cuts send less and need more memory: they gain what is waited for at most.
-    if begun is None or begun.exposed * begun.correction < (1 - WORTH) * begun.step:
-        return best, decided
-    shortest = begun.step * WORTH
+    if best is not None and (begun is None or begun.exposed * begun.correction < (1 - WORTH) * begun.step):
+        return Found(best, (), tuple(refused))
+    decided: tuple[Decision, ...] = ()
+    shortest = begun.step * WORTH if begun else float("inf")
     for variant in others:
-        choice = choose(variant.plan, memory_bytes, ways, most, micro, gpu)
-        if choice is not None and choice.forecast.speed is not None and choice.forecast.speed.step < shortest:
-            best, shortest = choice, choice.forecast.speed.step
-            reason = f"{variant.words}: {begun.step / shortest:.2f}x as fast by the speed model, and it fits"
-            decided = [Decision(key=key, value=value, reason=reason) for key, value in variant.changed.items()]
-    return best, decided
+        choice = choose(variant.plan, room, ways_of(job, variant.plan), refused)
+        if choice is None:
+            continue
+        rate = choice.forecast.speed
+        if (rate.step if rate else 0.0) < shortest:
+            gain = (
+                f"{begun.step / rate.step:.2f}x as fast by the speed model, and it fits"
+                if begun and rate
+                else "what cuts more does not fit"
+            )
+            decided = tuple(Decision(key=key, value=value, reason=f"{variant.words}: {gain}") for key, value in variant.changed.items())
+            best, shortest = choice, rate.step if rate else 0.0
+        elif begun and rate:
+            refused.append(Refused(what=cut_of(variant.plan), why="slower", reason=_beside(rate.step, begun.step, shortest)))
+    return Found(best, decided, tuple(refused))
+
+
+def _beside(seconds: float, least_memory: float, shortest: float) -> str:
+    if seconds < least_memory and shortest >= least_memory * WORTH:
+        return f"{seconds / least_memory:.2f}x the step, not worth its memory"
+    return f"{seconds / min(shortest, least_memory):.2f}x the step"

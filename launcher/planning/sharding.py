@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.job.schema import EngineName, Offload, Sharding
+from launcher.job.schema import EngineName, Job, Offload, Sharding
 from launcher.planning.decider import Decider
 
 INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation 'deepspeed>=0.19.8,<0.20'"
@@ -30,7 +30,8 @@ class Layout:
 
 def layout(decider: Decider, world_size: int, device: str) -> Layout:
     """Decide engine and sharding together; what an engine cannot do is refused with the nearest that it can."""
-    memory = decider.job.memory
+    _settle_offload(decider, device)
+    memory = decider.job.memory  # where nothing is `auto` any more
     engine = _engine(decider)
     if decider.local and engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         decider.refuse("parallel.engine", engine, f"DeepSpeed is not installed; {INSTALL}")
@@ -43,27 +44,49 @@ def layout(decider: Decider, world_size: int, device: str) -> Layout:
         decider.refuse("memory.offload_to", memory.offload_to, "nothing is offloaded; set memory.offload to optimizer or parameters too")
     if decider.local and memory.offload != "none" and memory.offload_to != "cpu":
         _check_nvme(decider, memory.offload_to)
-    return Layout(engine, sharding, memory.offload, memory.offload_to)
+    offload: Offload = "none" if memory.offload == "auto" else memory.offload
+    return Layout(engine, sharding, offload, memory.offload_to)
+
+
+def _settle_offload(decider: Decider, device: str) -> None:
+    """`auto` begins with nothing offloaded; whether something has to be is for the formulas (`alternatives`)."""
+    memory = decider.job.memory
+    if memory.offload != "auto":
+        return
+    kept = {"offload": "none"}
+    if device == "cpu":
+        reason = "training on the CPU, all of it is in the host's memory already"
+    else:
+        reason = "nothing has to leave the GPUs, as far as is known"
+        kept["offload_to"] = "cpu"
+    decider.decide("memory.offload", "none", reason)
+    decider.job = decider.job.model_copy(update={"memory": memory.model_copy(update=kept)})
 
 
 def _engine(decider: Decider) -> EngineName:
-    parallel, memory = decider.job.parallel, decider.job.memory
-    if parallel.engine != "auto":
-        return parallel.engine
-    only_deepspeed = {
-        "parallel.shard: optimizer": parallel.shard == "optimizer",
-        "memory.offload: optimizer": memory.offload == "optimizer",
-        "memory.offload_to: a directory": memory.offload_to != "cpu",
-        "ZeRO++ (parallel.secondary_shard, quantized_*)": _zeropp(decider),
-    }
-    for reason, asked in only_deepspeed.items():
-        if asked:
-            return decider.decide("parallel.engine", "deepspeed", f"{reason} is what only DeepSpeed has")
+    if decider.job.parallel.engine != "auto":
+        return decider.job.parallel.engine
+    asked = only_deepspeed(decider.job)
+    if asked is not None:
+        return decider.decide("parallel.engine", "deepspeed", f"{asked} is what only DeepSpeed has")
     return decider.decide("parallel.engine", "fsdp", "part of PyTorch, and nothing asked for needs DeepSpeed")
 
 
-def _zeropp(decider: Decider) -> bool:
-    parallel = decider.job.parallel
+def only_deepspeed(job: Job) -> str | None:
+    """What the job asks for that FSDP does not have; None where there is nothing."""
+    parallel, memory = job.parallel, job.memory
+    asked = {
+        "parallel.shard: optimizer": parallel.shard == "optimizer",
+        "memory.offload: optimizer": memory.offload == "optimizer",
+        "memory.offload_to: a directory": memory.offload_to != "cpu",
+        "ZeRO++ (parallel.secondary_shard, quantized_*)": zeropp(job),
+    }
+    return next((reason for reason, there in asked.items() if there), None)
+
+
+def zeropp(job: Job) -> bool:
+    """Whether the job asks for a part of ZeRO++."""
+    parallel = job.parallel
     return parallel.secondary_shard > 1 or parallel.quantized_weights or parallel.quantized_gradients
 
 
@@ -71,6 +94,8 @@ def _sharding(decider: Decider, engine: EngineName, world_size: int) -> Sharding
     parallel, memory = decider.job.parallel, decider.job.memory
     if parallel.shard != "auto":
         return parallel.shard
+    if engine == "deepspeed" and memory.activation_checkpointing == "selective" and memory.offload_to == "cpu":
+        return decider.decide("parallel.shard", "gradients", "ZeRO-2: the third stage does not allow selective recomputation")
     if engine == "deepspeed":
         return decider.decide("parallel.shard", "full", "ZeRO-3: the least memory of a rank")
     whole = world_size == parallel.replicate and memory.offload == "none"
@@ -118,7 +143,7 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
         decider.refuse("precision", "fp16", reason)
     if memory.offload == "parameters" and sharding != "full":
         decider.refuse("memory.offload", "parameters", f"only ZeRO-3 offloads parameters, and parallel.shard is {sharding}; write full")
-    if _zeropp(decider) and sharding != "full":
+    if zeropp(decider.job) and sharding != "full":
         decider.refuse("parallel.shard", sharding, "ZeRO++ is part of ZeRO-3; write full")
     if world_size % parallel.secondary_shard:
         reason = f"{world_size} ranks cannot be cut into groups of so many; write the ranks of a node"

@@ -79,7 +79,9 @@ def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], g
     compute = pass_seconds * batch.accumulation_steps
     communication, exposed = _messages(plan, units, gpu, compute, itemsize)
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / (mesh.shard if plan.zero is None else mesh.world_size)
-    optimizer = 28 * state / (gpu.bandwidth * MEMORY_SHARE)
+    # Offloaded, it is the processors that step, and the ranks of a node share their memory.
+    rate_of_state = gpu.host_bandwidth / mesh.ranks_per_node if offloads(plan) else gpu.bandwidth
+    optimizer = 28 * state / (rate_of_state * MEMORY_SHARE)
     return Speed(
         compute, communication, exposed, optimizer, tokens * batch.accumulation_steps * mesh.world_size,
         flops * batch.accumulation_steps * mesh.world_size, rate * mesh.world_size, correction,
@@ -98,32 +100,56 @@ def attention_width(unit: Unit) -> int:
     return found[0][-1] if found else 0
 
 
+def offloads(plan: Plan) -> bool:
+    """Whether something of the training state is moved to and from the device at every step."""
+    return plan.offload != "none" and plan.mesh.device == "cuda"
+
+
+def _counts(plan: Plan, trained: int) -> tuple[float, int]:
+    """How often a micro-batch gathers the parameters, and how often a step sends the gradients."""
+    accumulation = plan.batch.accumulation_steps
+    if plan.zero is None:
+        return {"full": 2, "gradients": 1}.get(plan.sharding, 1), 1 if 4 * trained <= 4 << 30 else accumulation
+    if plan.zero.stage == 3:
+        return 2, accumulation
+    return 1 / accumulation, 1 if plan.zero.stage == 1 else accumulation
+
+
 def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute: float, itemsize: int) -> tuple[float, float]:
-    """Seconds of all messages, and of those that computation does not hide."""
+    """Seconds of all messages, to other ranks and to the host's memory, and of those that computation does not hide."""
     root, layers = units
     mesh, batch = plan.mesh, plan.batch
     ranks = mesh.shard if plan.zero is None else mesh.world_size
-    if mesh.world_size == 1:
-        return 0.0, 0.0
     total, trained = (sum(unit.num_elements(trained=only) for unit in (root, *layers)) for only in (False, True))
-    gathers = (
-        {"full": 2, "gradients": 1}.get(plan.sharding, 1)
-        if plan.zero is None
-        else (2 if plan.zero.stage == 3 else 1 / batch.accumulation_steps)
-    )
-    reduces = 1 if plan.zero is None and 4 * trained <= 4 << 30 else batch.accumulation_steps
-    within = min(mesh.ranks_per_node, mesh.world_size)
-    between = min(gpu.link, gpu.network * within)
-    share = (ranks - 1) / ranks
-    sent = (gathers * batch.accumulation_steps * itemsize * total + 4 * reduces * trained) * share
-    # Copies add up their gradients, each rank its part of them; the copies stand on different nodes where there are several.
-    copied = 8 * trained / ranks * (mesh.replicate - 1) / mesh.replicate
-    num_messages = (len(layers) + 1) * (gathers * batch.accumulation_steps + reduces * (2 if mesh.replicate > 1 else 1))
-    each = LATENCY * log2(mesh.world_size) if gpu.message_seconds is None else gpu.message_seconds
-    seconds = sent / ((gpu.link if ranks <= within else between) * LINK_SHARE) + num_messages * each
-    seconds += copied / ((gpu.link if mesh.world_size <= within else between) * LINK_SHARE)
+    gathers, reduces = _counts(plan, trained)
+    moved = _moved(plan, total / ranks, trained / ranks, itemsize, gathers, reduces) if offloads(plan) else 0.0
+    seconds = moved / (gpu.host_link * LINK_SHARE)
+    if mesh.world_size > 1:
+        within = min(mesh.ranks_per_node, mesh.world_size)
+        between = min(gpu.link, gpu.network * within)
+        share = (ranks - 1) / ranks
+        sent = (gathers * batch.accumulation_steps * itemsize * total + 4 * reduces * trained) * share
+        # Copies add up their gradients, each rank its part of them; the copies stand on different nodes where there are several.
+        copied = 8 * trained / ranks * (mesh.replicate - 1) / mesh.replicate
+        num_messages = (len(layers) + 1) * (gathers * batch.accumulation_steps + reduces * (2 if mesh.replicate > 1 else 1))
+        each = LATENCY * log2(mesh.world_size) if gpu.message_seconds is None else gpu.message_seconds
+        seconds += sent / ((gpu.link if ranks <= within else between) * LINK_SHARE) + num_messages * each
+        seconds += copied / ((gpu.link if mesh.world_size <= within else between) * LINK_SHARE)
     if mesh.device == "cpu":
         return seconds, seconds  # the same cores compute and send
     # The first gathering and the last sending have nothing beside them: a layer's share of all.
     bare = seconds * 2 / (len(layers) + 1)
     return seconds, max(bare, seconds - compute)
+
+
+def _moved(plan: Plan, parameters: float, trained: float, itemsize: int, gathers: float, reduces: int) -> float:
+    """Bytes of a step between a rank and the host's memory, for its part of all parameters and of those that train.
+
+    FSDP copies fp32 shards to the device before it casts and gathers them, and fp32 gradients back. ZeRO adds gradients up in the
+    host's memory and copies parameters in the computation's precision (Ren et al. 2021, arXiv 2101.06840, section 4.1).
+    """
+    accumulation = plan.batch.accumulation_steps
+    if plan.zero is None:
+        return 4 * (gathers * accumulation * parameters + reduces * trained)
+    gradients = 4 * accumulation * trained
+    return gradients + itemsize * (gathers * accumulation * parameters if plan.offload == "parameters" else trained)

@@ -19,6 +19,7 @@ from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
 from launcher.planning.preflight import preflight
 from launcher.planning.script import plan as decide_script
+from launcher.planning.sharding import only_deepspeed
 from launcher.render.files import NAMES, files
 from launcher.render.place import Place
 from launcher.render.write import write
@@ -175,9 +176,8 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
     if job.memory.activation_checkpointing == "auto":
         updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
     same = node_range(job.cluster.nodes)[1] == stored.mesh.nodes and _ranks(job, nproc, stored) in (None, stored.mesh.ranks_per_node)
-    if same and job.parallel.shard == job.parallel.engine == "auto" and "replicate" not in job.parallel.model_fields_set:
-        cut = {"shard": stored.sharding, "replicate": stored.mesh.replicate if stored.sharding != "none" else 1}
-        updates["parallel"] = job.parallel.model_copy(update=cut)
+    if same:
+        updates |= _as_placed(job.model_copy(update=updates), stored)
     job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
     plan = decide(job, num_ranks, local=local)
     if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
@@ -189,6 +189,22 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
         if batch.global_batch_size != stored.batch.global_batch_size
         else decide(job.model_copy(update={"batch": batch}), num_ranks, local=local)
     )
+
+
+def _as_placed(job: Job, stored: Plan) -> dict[str, object]:
+    """Engine, cut and offloading as they were, where nothing is asked for now that contradicts them."""
+    parallel, memory = job.parallel, job.memory
+    if parallel.engine not in ("auto", stored.engine) or (stored.engine == "fsdp" and only_deepspeed(job)):
+        return {}
+    cut: dict[str, object] = {}
+    updates: dict[str, object] = {}
+    if parallel.shard == "auto" and "replicate" not in parallel.model_fields_set:
+        cut = {"engine": stored.engine, "shard": stored.sharding}
+        cut |= {"replicate": stored.mesh.replicate} if stored.engine == "fsdp" and stored.sharding != "none" else {}
+        updates["parallel"] = parallel.model_copy(update=cut)
+    if memory.offload == "auto" and parallel.shard in ("auto", stored.sharding):
+        updates["memory"] = memory.model_copy(update={"offload": stored.offload, "offload_to": stored.offload_to})
+    return updates
 
 
 def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:

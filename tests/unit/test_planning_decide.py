@@ -92,7 +92,7 @@ def test_what_is_asked_for_is_not_decided() -> None:
         batch__micro_batch_size=4,
         training__epochs=2,
         precision="fp16",
-        memory__activation_checkpointing="full",
+        memory={"activation_checkpointing": "full", "offload": "none"},
         parallel={"engine": "fsdp", "shard": "gradients"},
         cluster={"gpus_per_node": 0, "ranks_per_node": 2, "threads_per_rank": 1},
         trackers=[],

@@ -100,6 +100,18 @@ def test_a_gpu_that_was_measured_goes_before_the_table(tmp_path: Path) -> None:
     assert found is not None and (found.half_rate, found.bandwidth, found.link, found.capability) == (700e12, 3e12, 450e9, 9.0)
 
 
+def test_the_way_to_the_host_is_the_slower_of_both_where_it_was_measured(tmp_path: Path) -> None:
+    plan, here = plan_for(tmp_path), Hardware(8, 1 << 40, gpus=(Gpu("NVIDIA H100 80GB HBM3", 80 << 30, 9.0),))
+    bare = Rates("NVIDIA H100 80GB HBM3", "2026-11-23", {"fp32": 50e12, "bf16": 700e12}, 3e12)
+    table = gpu_type("h100-80gb")
+    unknown = rates_for(plan, here, Machine((bare,)))
+    assert unknown is not None and (unknown.host_link, unknown.host_bandwidth) == (table.host_link, table.host_bandwidth)
+    found = rates_for(plan, here, Machine((replace(bare, to_device=55e9, to_host=40e9), CPU)))
+    assert found is not None and (found.host_link, found.host_bandwidth) == (40e9, CPU.bandwidth)
+    moved = plan.model_copy(update={"offload": "parameters"})
+    assert kind_of(moved) != kind_of(plan), "what offloading costs does not correct what runs without"
+
+
 def test_a_forecast_of_speed_on_a_cpu_comes_with_its_rates_and_is_corrected(tmp_path: Path) -> None:
     plan = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
     bare = forecast_here(plan, HERE)

@@ -66,7 +66,9 @@ def test_what_does_not_fit_is_not_taken_however_fast(tmp_path: Path) -> None:
         ({"replicate": 1}, {(1, "full"), (1, "gradients")}),
         ({"replicate": 2}, {(2, "full"), (2, "gradients")}),
         ({"shard": "gradients"}, {(1, "gradients")}),
-        ({"engine": "deepspeed"}, {(1, "full")}),
+        ({"engine": "deepspeed"}, {(1, "full"), (1, "gradients"), (1, "optimizer")}),
+        ({"engine": "deepspeed", "shard": "full"}, {(1, "full")}),
+        ({"engine": "deepspeed", "secondary_shard": 8}, {(1, "full")}),
     ],
 )
 def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int, str]], tmp_path: Path) -> None:
@@ -76,6 +78,8 @@ def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int,
     assert found == cuts
     for variant in variants(job, made):
         mesh = variant.plan.mesh
+        zero = variant.plan.zero
+        assert zero is None or zero.stage == {"full": 3, "gradients": 2, "optimizer": 1}[variant.plan.sharding]
         assert mesh.replicate * mesh.shard == 32 and mesh.reshard_after_forward == (variant.plan.sharding == "full")
 
 

@@ -97,6 +97,19 @@ def test_the_cut_that_was_chosen_stays(job: Path) -> None:
     assert copies.mesh.replicate == 2, "what is asked for goes before what was chosen"
 
 
+def test_an_engine_that_was_chosen_stays_until_something_else_is_asked_for(job: Path) -> None:
+    """As where FSDP did not fit and ZeRO did: memory that is free today would have another one chosen."""
+    run, plan = open_run(job, [], 2, None)
+    chosen = open_run(job, ["parallel.engine=deepspeed", "parallel.shard=gradients"], 2, Path("other"))[1]
+    run.plan_file.write_text(chosen.to_json())
+    changed = reopen(run, ["checkpoint.keep_last=5"], None)
+    assert (changed.engine, changed.sharding) == ("deepspeed", "gradients") and changed.checkpoint.keep_last == 5
+    asked = reopen(run, ["parallel.engine=fsdp"], None)
+    assert (asked.engine, asked.sharding) == ("fsdp", "full")
+    run.plan_file.write_text(plan.to_json())
+    assert reopen(run, ["parallel.engine=auto", "parallel.shard=optimizer"], None).engine == "deepspeed"
+
+
 def test_another_number_of_ranks(job: Path) -> None:
     run, _ = open_run(job, [], None, None)
     plan = reopen(run, [], 3)

@@ -114,13 +114,11 @@ class Estimator:
     def footprint(self) -> Footprint:
         """All phases."""
         steady = self._step()
-        states = self._engine().states()
-        resident = sum(states.values()) if not self._offloads else 0
-        extra = {} if self._offloads else states
-        host = sum(states.values()) if self._offloads else 0
-        staged = self._staged()
-        loading = Timeline(dict(extra), resident, "every parameter and its state", dict(extra))
-        saving = Timeline(dict(extra), resident, "a copy, written while training goes on", dict(extra))
+        states, host = self._states()
+        resident, staged = sum(states.values()), self._staged()
+        loaded = states | {PARAMETERS: states.get(PARAMETERS, 0) + self._loaded()}
+        loading = Timeline(dict(loaded), sum(loaded.values()), "every parameter and its state", dict(loaded))
+        saving = Timeline(dict(states), resident, "a copy, written while training goes on", dict(states))
         if not self.cuda and self.plan.checkpoint.asynchronous:
             saving = Timeline(
                 {}, steady.peak + staged, f"a copy of the state; {steady.where}", steady.at_peak | {"staged checkpoint": staged}
@@ -134,7 +132,36 @@ class Estimator:
 
     @property
     def _offloads(self) -> bool:
-        return self.cuda and self.plan.offload == "parameters"
+        """Whether FSDP's state waits in the host's memory; what of ZeRO's does, its own step says."""
+        return self.cuda and self.plan.offload == "parameters" and self.plan.zero is None
+
+    def _states(self) -> tuple[dict[str, int], int]:
+        """Bytes between two steps on the device, by kind, and those that were moved to the host's memory."""
+        engine = self._engine()
+        if isinstance(engine, ZeroStep):
+            # Files take what they are named for in the place of the host's memory.
+            return engine.states(), engine.host() if self.plan.offload_to == "cpu" else 0
+        if not self._offloads:
+            return engine.states(), 0
+        trained = sum(unit.shard(self.plan.mesh.shard, trained=True) for unit in engine.units)
+        return {}, sum(engine.states().values()) + 4 * trained
+
+    def least(self) -> int:
+        """Bytes of the device without which no pass is possible, however small: the state, and what stays whole after the forward pass."""
+        states, _ = self._states()
+        mesh = self.plan.mesh
+        whole = self.plan.zero is None and mesh.shard > 1 and not mesh.reshard_after_forward
+        root, layers = self.units
+        gathered = self.itemsize * sum(unit.num_elements() for unit in (root, *layers)) if whole else 0
+        return sum(states.values()) + gathered + (CUDA_CONTEXT if self.cuda else 0)
+
+    def _loaded(self) -> int:
+        """Bytes that are on the device as the model is loaded and no longer after: shards whose masters are made in the host's memory."""
+        zero = self.plan.zero
+        if zero is None or not self.cuda or self.plan.offload != "optimizer":
+            return 0
+        root, layers = self.units
+        return 4 * -(-sum(unit.num_elements() for unit in (root, *layers)) // self.plan.mesh.world_size)
 
     def _phase(self, name: str, time: Timeline, host: int) -> Phase:
         parts = {kind: size for kind, size in time.at_peak.items() if size > 0}
@@ -200,6 +227,8 @@ class Estimator:
             sub_group=zero.sub_group_size,
             recomputes=plan.activation_checkpointing != "none",
             speaks=plan.task in ("causal-lm", "translation"),
+            offloads_optimizer=self.cuda and plan.offload != "none",
+            offloads_parameters=self.cuda and plan.offload == "parameters",
         )
 
     def _step(self) -> Timeline:

@@ -1,0 +1,162 @@
+"""The fewest nodes of a range, and the fewest GPUs for a deadline: what trying every number gives, and why the others would not do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.cli.main import main
+from launcher.errors import ConfigurationError
+from launcher.job.schema import Job
+from launcher.planning.decide import plan as decide
+from launcher.planning.forecast import forecast
+from launcher.planning.gpus import as_hardware, gpu_type
+from launcher.planning.hardware import Hardware
+from launcher.planning.outlook import in_time, look, scaled
+from launcher.planning.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.scheduling.opening import fit_to_nodes, open_run
+from tests.unit.test_planning_alternatives import SEVENTY
+from tests.unit.test_planning_footprint import LLAMA
+from tests.unit.test_planning_search import decided, job_of
+
+
+def seventy(directory: Path, nodes: str | int, gpu: str = "a100-40gb", batch: int = 128, **sections: dict[str, Any]) -> Job:
+    cluster = {"gpu": gpu, "nodes": nodes} | sections.pop("cluster", {})
+    job = job_of(directory, batch={"global_batch_size": batch}, data={"max_length": 4096}, cluster=cluster, **sections)
+    (directory / "config.json").write_text(json.dumps(LLAMA | SEVENTY))
+    return job
+
+
+def fits(plan: Plan, gpu: str) -> bool:
+    kind = gpu_type(gpu)
+    made = forecast(plan, kind.memory_bytes, kind)
+    assert made is not None
+    return made.fits
+
+
+@pytest.mark.parametrize(("gpu", "batch"), [("a100-40gb", 128), ("a100-80gb", 192), ("h200", 96)])
+def test_of_a_range_the_fewest_that_fit(gpu: str, batch: int, tmp_path: Path) -> None:
+    job = seventy(tmp_path, "1-16", gpu, batch)
+    plan = look(job).plan
+    kept = job.memory.model_copy(update={"offload": "none"})
+    every = {}
+    for count in (count for count in range(1, 17) if batch % (8 * count) == 0):
+        cluster = job.cluster.model_copy(update={"nodes": count})
+        every[count] = decide(job.model_copy(update={"cluster": cluster, "memory": kept}), None, as_hardware(gpu_type(gpu), 8), local=False)
+    expected = next(count for count, one in every.items() if fits(one, gpu))
+    assert 1 < expected == plan.mesh.nodes and fits(plan, gpu) and plan.offload == "none"
+    assert plan.batch == every[expected].batch and plan.batch.global_batch_size == batch
+    assert decided(plan, "cluster.nodes") == "the fewest of 1-16 that fit"
+    assert plan.slurm.nodes == (f"{expected}-16" if expected < 16 else None)
+    refused = {refused.what for refused in plan.refused if refused.why == "does not fit"}
+    assert {f"{count} node{'s' * (count > 1)}" for count in every if count < expected} <= refused
+
+
+def test_offloading_only_where_no_number_of_nodes_does_without(tmp_path: Path) -> None:
+    plan = look(seventy(tmp_path, "2-8")).plan
+    assert (plan.offload, fits(plan, "a100-40gb")) == ("parameters", True)
+    assert "without offloading none of them does" in decided(plan, "cluster.nodes")
+    alone = look(seventy(tmp_path, plan.mesh.nodes)).plan
+    assert (plan.engine, plan.batch, plan.mesh) == (alone.engine, alone.batch, alone.mesh)
+    never = look(seventy(tmp_path, "2-8", memory={"offload": "none"})).plan
+    assert never.mesh.nodes == 8 and "none of them fits" in decided(never, "cluster.nodes") and never.slurm.nodes == "2-8"
+
+
+def test_numbers_that_the_batch_does_not_allow_are_left_out(tmp_path: Path) -> None:
+    job = job_of(tmp_path, batch={"global_batch_size": 40}, cluster={"nodes": "2-7", "gpus_per_node": 8})
+    assert look(job).plan.mesh.nodes == 5
+    none = job_of(tmp_path, batch={"global_batch_size": 40}, cluster={"nodes": "2-4", "gpus_per_node": 8})
+    with pytest.raises(ConfigurationError, match="global_batch_size"):
+        look(none)
+    open_ranks = none.model_copy(update={"cluster": none.cluster.model_copy(update={"gpus_per_node": "auto", "nodes": "2-7", "gpu": None})})
+    made = decide(open_ranks, None, as_hardware(gpu_type("h100-80gb"), 8), local=False)
+    assert made.mesh.nodes == 5
+    assert [refused.what for refused in made.refused if refused.why == "not possible"] == ["2, 3, 4 nodes"]
+
+
+def test_where_nothing_is_known_of_the_memory_it_is_the_most(tmp_path: Path) -> None:
+    job = job_of(tmp_path, cluster={"nodes": "2-7", "gpu": None}, batch={"global_batch_size": 96})
+    made = decide(job, None, Hardware(8, 1 << 34), local=False)
+    assert made.mesh.nodes == 6 and made.slurm.nodes == "2-7"
+    assert "whether fewer hold it is not known" in decided(made, "cluster.nodes")
+
+
+def test_a_site_counts_the_most(tmp_path: Path) -> None:
+    """Slurm may give as many."""
+    profile = tmp_path / "site.yaml"
+    profile.write_text(yaml.safe_dump({"limits": {"main": {"max_nodes": 4}}}))
+    job = job_of(tmp_path, cluster={"nodes": "1-8", "profile": str(profile), "partition": "main"})
+    with pytest.raises(ConfigurationError, match="nodes"):
+        look(job)
+    fewer = job.model_copy(update={"cluster": job.cluster.model_copy(update={"nodes": "1-4"})})
+    assert look(fewer).plan.mesh.nodes == 1
+
+
+def test_a_run_that_was_planned_for_the_fewest_takes_what_slurm_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = job_of(tmp_path, cluster={"nodes": "1-4", "gpu": None, "gpus_per_node": 0, "ranks_per_node": 2}, batch={"global_batch_size": 24})
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | small | {"num_key_value_heads": 2}))
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    run, plan = open_run(tmp_path / "job.yaml", [], None, tmp_path / "run", local=False)
+    assert (plan.mesh.nodes, plan.slurm.nodes) == (1, "1-4")
+    assert fit_to_nodes(RunDirectory(run.path), 3).mesh.nodes == 3
+    grown = fit_to_nodes(RunDirectory(run.path), 4)
+    assert (grown.mesh.nodes, grown.mesh.world_size, grown.slurm.nodes) == (4, 8, "1-4")
+    assert grown.batch.global_batch_size == 24
+
+
+def test_for_a_deadline_the_fewest_of_any_number(tmp_path: Path) -> None:
+    """Of a batch of 96 also 3, 6, 12, 24 and 48 GPUs."""
+    job = job_of(tmp_path, batch={"global_batch_size": 96}, cluster={"nodes": 1}, memory={"offload": "none"})
+    hours = {
+        row.plan.mesh.world_size: row.hours for row in (scaled(job, f"{n}..{n}", "h100-80gb")[0] for n in (2, 3, 4, 6, 8, 16, 24, 32, 48))
+    }
+    wanted = hours[24]
+    assert wanted is not None
+    [row] = in_time(job, f"{wanted * 3600 + 0.01:.2f}s", 48, "h100-80gb")
+    assert row.plan.mesh.world_size == 24 and row.hours == pytest.approx(wanted)
+    reason = decided(row.plan, "cluster.nodes")
+    assert reason.startswith("24 GPUs: the fewest that fit and end within")
+    late = [refused.what for refused in row.plan.refused if refused.why == "too late"]
+    assert late[-1] == "16 GPUs" and row.to_dict()["refused"]
+
+
+def test_without_a_deadline_the_fewest_that_fit(tmp_path: Path) -> None:
+    [row] = in_time(seventy(tmp_path, 1), None, 128, None)
+    assert (row.plan.mesh.world_size, row.plan.offload) == (128, "none") and row.forecast is not None and row.forecast.fits
+    [few] = in_time(seventy(tmp_path, 1), None, 32, None)
+    assert few.plan.offload == "parameters" and "without offloading none does" in decided(few.plan, "cluster.nodes")
+    [ranged] = in_time(seventy(tmp_path, "4-8", "h200", 256), None, 256, None)
+    assert ranged.plan.mesh.nodes == 4
+    with pytest.raises(ConfigurationError, match="no plan on up to 2 GPUs fits; nothing fits on so few"):
+        in_time(seventy(tmp_path, 1), None, 2, None)
+
+
+def test_the_global_batch_is_never_changed(tmp_path: Path) -> None:
+    for nodes in (1, "1-4", "2-16"):
+        plan = look(seventy(tmp_path, nodes, "h100-80gb", 64)).plan
+        batch = plan.batch
+        assert batch.micro_batch_size * batch.accumulation_steps * plan.mesh.world_size == batch.global_batch_size == 64
+
+
+def test_the_command_says_why_it_is_that_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = seventy(tmp_path, 1, "h200", 64)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    said = []
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit) as left:
+            main(["plan", str(tmp_path / "job.yaml"), "--max-gpus", "32", "--price", "h200=3", *more])
+        assert not left.value.code
+        said.append(capsys.readouterr().out)
+    [row] = json.loads(said[1])["plans"]
+    assert f"h200: cluster.nodes = {row['mesh']['nodes']}: {row['gpus']} GPUs: the fewest that fit" in said[0]
+    assert "Looked at and not taken" in said[0] and "4 GPUs" in said[0]
+    assert row["forecast"]["fits"] and row["cost"] == pytest.approx(3 * row["gpus"] * row["hours"]) and row["refused"]
