@@ -72,6 +72,21 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 NodeCount = Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
 
 
+class Adapter(Section):
+    """Train small matrices beside the model's own weights, which stay as they are (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rows of A and columns of B: what is added to a weight is B A."""
+    alpha: float = Field(default=32.0, gt=0)
+    """What is added counts alpha / rank times."""
+    dropout: Fraction = 0.0
+    """Of what goes into A."""
+    targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
+    """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches a pattern, as `q_proj`."""
+    train_also: tuple[Line, ...] = ()
+    """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so in any case."""
+
+
 class Model(Section):
     """Which model, and what it is to do."""
 
@@ -87,6 +102,8 @@ class Model(Section):
     """`random` makes up new weights from the model's config."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameter names that are not trained, as `model.embed_tokens.*`."""
+    adapter: Adapter | None = None
+    """Train small matrices beside the weights (LoRA) in place of the weights."""
     compile: bool = False
     """Compile each repeated layer with torch.compile."""
     trust_remote_code: bool = False

@@ -83,7 +83,7 @@ def traced(case: Case, plan: Plan) -> Program:
     from transformers import AutoConfig
 
     from launcher.training import attention
-    from launcher.training.engines.fsdp import DTYPES
+    from launcher.training.precision import DTYPES
     from launcher.training.tracing.program import Traced
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import TASKS

@@ -10,7 +10,7 @@ from launcher.planning.footprint.program import Batch, Setting
 from launcher.planning.plan import Plan
 from launcher.training import model as models
 from launcher.training import tasks
-from launcher.training.engines.fsdp import DTYPES
+from launcher.training.precision import DTYPES
 from launcher.training.tracing.program import Traced
 
 

@@ -1,0 +1,239 @@
+"""Adapters: the same numbers on any number of ranks, nothing but them trained or saved, and what they become when they are exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from launcher.errors import ConfigurationError
+from launcher.job.schema import Adapter
+from launcher.planning.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.training import adapters
+from launcher.training.checkpoint.foreign_names import expected
+from launcher.training.model import flops_per_token, repeated_layers
+from tests.training.plans import deepspeed, plan_of
+from tests.training.ranks import on_ranks
+from tests.training.runs import assert_equal, batch_of, curve, evaluations, finish, new_run, plan_for, replan, state
+from tests.training.test_engine import Causal, Classifying, steps
+from tests.training.tiny import config_of, model_of
+
+pytestmark = pytest.mark.distributed
+LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "train_also": ("model.norm.*",)}
+
+
+def _batch(world_size: int, micro: int) -> dict[str, int]:
+    return batch_of(world_size, micro, 12 // micro // world_size)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    model_of("llama").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(llama: Path) -> dict[str, Any]:
+    """Three steps of one rank."""
+    [result] = on_ranks(1, steps, plan_of(llama, 1, batch=_batch(1, 12), model__adapter=LORA), Causal)
+    return result
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 2), (3, 4), (4, 1)])
+def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, micro: int, llama: Path, one: dict[str, Any]) -> None:
+    plan = plan_of(llama, world_size, batch=_batch(world_size, micro), model__adapter=LORA)
+    for result in on_ranks(world_size, steps, plan, Causal):
+        torch.testing.assert_close(torch.tensor(result["curve"]), torch.tensor(one["curve"]), rtol=1e-5, atol=0)
+        assert result["tensors"].keys() == one["tensors"].keys()
+
+
+def test_only_adapters_and_what_trains_also_are_kept(one: dict[str, Any], llama: Path) -> None:
+    tensors = one["tensors"]
+    names = {name.removeprefix("model.") for name in tensors if name.startswith("model.")}
+    layers = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+    wanted = {f"model.layers.{i}.{layer}.lora_{x}.weight" for i in range(3) for layer in layers for x in "AB"}
+    assert names == wanted | {"model.norm.weight"}
+    assert {name for name in tensors if name.startswith("optimizer.")} == {
+        f"optimizer.{name}.{key}" for name in names for key in ("exp_avg", "exp_avg_sq")
+    } | {"optimizer.step"}
+    before = AutoModelForCausalLM.from_pretrained(llama).model.norm.weight
+    assert not torch.equal(tensors["model.model.norm.weight"], before)
+    assert all(tensors[f"model.{name}"].abs().max() > 0 for name in wanted)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_in_half_precision_the_rest_is_read_and_kept_so(world_size: int, llama: Path, one: dict[str, Any]) -> None:
+    """fp32 is what trains, the rest bf16; and the numbers are those of fp32 as far as bf16 goes."""
+    plan = plan_of(llama, world_size, batch=_batch(world_size, 6), precision="bf16", model__adapter=LORA)
+    result, *_ = on_ranks(world_size, _dtypes, plan)
+    assert {dtype for name, dtype in result.items() if "lora_" in name or name == "model.norm.weight"} == {torch.float32}
+    assert {dtype for name, dtype in result.items() if "lora_" not in name and name != "model.norm.weight"} == {torch.bfloat16}
+    half, *_ = on_ranks(world_size, steps, plan, Causal)
+    torch.testing.assert_close(torch.tensor(half["curve"]), torch.tensor(one["curve"]), rtol=2e-2, atol=0)
+    assert half["curve"] != one["curve"]
+    assert {value.dtype for value in half["tensors"].values()} == {torch.float32}
+
+
+def _dtypes(plan: Any) -> dict[str, torch.dtype]:
+    engine = _engine(plan)
+    return {name: parameter.dtype for name, parameter in adapters.named_parameters(engine.model)}
+
+
+def _engine(plan: Any) -> Any:
+    from transformers import AutoConfig
+
+    from launcher.training import attention
+    from launcher.training.engines import build
+
+    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    return build(plan, Causal, config, {})
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_changes_no_number(mode: str, llama: Path) -> None:
+    plan = plan_of(llama, 2, batch=_batch(2, 3), model__adapter=LORA)
+    kept, _ = on_ranks(2, steps, plan, Causal)
+    again, _ = on_ranks(2, steps, plan.model_copy(update={"activation_checkpointing": mode}), Causal)
+    assert again["curve"] == kept["curve"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_other_decoders(family: str, tmp_path: Path) -> None:
+    """GPT-2 holds its weights the other way round; Gemma 2 has an embedding that is also its head."""
+    model_of(family, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {})).save_pretrained(tmp_path)
+    lora = {"rank": 2, "alpha": 4}
+    [plain] = on_ranks(1, steps, plan_of(tmp_path, 1, batch=_batch(1, 12), model__adapter=lora), Causal)
+    sharded, _ = on_ranks(2, steps, plan_of(tmp_path, 2, batch=_batch(2, 3), model__adapter=lora), Causal)
+    torch.testing.assert_close(torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=1e-5, atol=0)
+    assert all(value.abs().max() > 0 for name, value in sharded["tensors"].items() if name.endswith("lora_B.weight"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_new_head_trains_in_full(precision: str, tmp_path: Path) -> None:
+    model_of("bert", "AutoModel").save_pretrained(tmp_path)
+    config_of("bert", num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(tmp_path)
+    options = {"task": "sequence-classification", "attention": "sdpa", "precision": precision, "model__adapter": {"rank": 2, "alpha": 4}}
+    [plain] = on_ranks(1, steps, plan_of(tmp_path, 1, batch=_batch(1, 12), **options), Classifying)
+    sharded, _ = on_ranks(2, steps, plan_of(tmp_path, 2, batch=_batch(2, 3), **options), Classifying)
+    torch.testing.assert_close(
+        torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=1e-5 if precision == "fp32" else 2e-2, atol=0
+    )
+    names = {name for name in plain["tensors"] if name.startswith("model.") and "lora_" not in name}
+    assert {"model.classifier.weight", "model.classifier.bias"} <= names and not any(".encoder." in name for name in names)
+    assert {plain["tensors"][name].dtype for name in names} <= {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text"),
+    [
+        ({"targets": ("q_prj",)}, "model.adapter.targets.*q_prj.*matches no linear layer.*nearest are q_proj"),
+        ({"targets": ("lm_head",)}, "model.adapter.targets.*lm_head.*matches no linear layer"),
+        ({"train_also": ("model.nrm.*",)}, "model.adapter.train_also.*matches no parameter.*nearest are model.norm.weight"),
+    ],
+)
+def test_what_matches_nothing_is_refused(adapter: dict[str, Any], text: str, llama: Path) -> None:
+    with pytest.raises(AssertionError, match=f"(?s)ConfigurationError.*{text}"):
+        on_ranks(1, _dtypes, plan_of(llama, 1, model__adapter=adapter))
+
+
+def test_a_checkpoint_of_another_system_is_refused(llama: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"model.adapter.*this run trains adapters; leave model.adapter out"):
+        expected(plan_of(llama, 1, model__adapter=LORA), None)  # type: ignore[arg-type]
+
+
+def test_work_of_a_token_spares_the_gradients_that_nobody_makes(llama: Path) -> None:
+    """By hand: 4 for each number of a matrix that stays (the embedding is the head as well), 6 for each of an adapter, and attention."""
+    model: Any = AutoModelForCausalLM.from_pretrained(llama)
+    before = flops_per_token(model, model.config, 100)
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    adapter = Adapter(rank=4, targets=("q_proj",))
+    adapters.Injected(model, adapter, repeated_layers)
+    adapters.trained(model, adapter, ())
+    added = 3 * 4 * (48 + 48)
+    assert flops_per_token(model, model.config, 100) == before - 2 * matrices + 6 * added
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str, Any]) -> RunDirectory:
+    """Eight steps of one rank that nobody interrupts."""
+    run = new_run(tmp_path_factory.mktemp("whole") / "run", _plan(model, data, 1))
+    finish(run, 1)
+    return run
+
+
+def _plan(model: Path, data: dict[str, Any], world_size: int, dropout: float = 0.0, **changes: Any) -> Plan:
+    lora = {"rank": 4, "alpha": 8, "dropout": dropout}
+    batch = batch_of(world_size, 4 // world_size)
+    return plan_for(model, data, world_size, 8, batch=batch, checkpoint={"every": 3, "keep_last": 9}, model__adapter=lora, **changes)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resumed_is_uninterrupted_to_the_bit(world_size: int, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    plan = _plan(model, data, world_size, dropout=0.1)
+    uninterrupted, run = new_run(tmp_path / "uninterrupted", plan), new_run(tmp_path / "run", plan)
+    finish(uninterrupted, world_size)
+    finish(run, world_size, stop_at=5)
+    finish(run, world_size)
+    assert repr(curve(run)) == repr(curve(uninterrupted))
+    assert_equal(state(run), state(uninterrupted))
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 1)])
+def test_resumed_on_another_number_of_ranks(
+    first: int, second: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    run = new_run(tmp_path / "run", _plan(model, data, first))
+    finish(run, first, stop_at=5)
+    replan(run, _plan(model, data, second))
+    finish(run, second)
+    _same_losses(run, whole)
+
+
+def _same_losses(run: RunDirectory, other: RunDirectory) -> None:
+    assert curve(run).keys() == curve(other).keys()
+    for step, record in curve(other).items():
+        assert curve(run)[step]["loss"] == pytest.approx(record["loss"], rel=1e-5)
+
+
+def test_a_run_learns_and_leaves_the_base_alone(whole: RunDirectory, model: Path) -> None:
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    assert evaluations(whole)[8]["loss"] < evaluations(whole)[0]["loss"]
+    names = [name for name in state(whole) if name.startswith("model.")]
+    assert names and all(adapters.is_matrix(name) for name in names)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_gives_the_numbers_of_fsdp(stage: int, precision: str, llama: Path) -> None:
+    options = {"batch": _batch(2, 3), "model__adapter": LORA, "precision": precision}
+    sharded, _ = on_ranks(2, steps, plan_of(llama, 2, **options), Causal)
+    zero, _ = on_ranks(2, steps, plan_of(llama, 2, **deepspeed(stage), **options), Causal)
+    torch.testing.assert_close(
+        torch.tensor(zero["curve"]), torch.tensor(sharded["curve"]), rtol=1e-5 if precision == "fp32" else 2e-2, atol=0
+    )
+    assert zero["tensors"].keys() == sharded["tensors"].keys()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_goes_on_under_the_other_engine(stage: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    run = new_run(tmp_path / "run", _plan(model, data, 2, **deepspeed(stage)))
+    finish(run, 2, stop_at=3)
+    replan(run, _plan(model, data, 2))
+    finish(run, 2, stop_at=6)
+    replan(run, _plan(model, data, 2, **deepspeed(stage)))
+    finish(run, 2)
+    _same_losses(run, whole)
