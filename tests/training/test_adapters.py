@@ -7,18 +7,36 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Adapter
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
+from launcher.scheduling.evaluation import Request, evaluate_locally
+from launcher.scheduling.supervisor import Watcher
 from launcher.training import adapters
+from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.foreign_names import expected
 from launcher.training.model import flops_per_token, repeated_layers
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
-from tests.training.runs import assert_equal, batch_of, curve, evaluations, finish, new_run, plan_for, replan, state
+from tests.training.runs import (
+    assert_equal,
+    batch_of,
+    curve,
+    evaluations,
+    finish,
+    model_directory,
+    new_run,
+    plan_for,
+    replan,
+    state,
+    texts,
+    write_rows,
+)
 from tests.training.test_engine import Causal, Classifying, steps
 from tests.training.tiny import config_of, model_of
 
@@ -237,3 +255,120 @@ def test_a_run_goes_on_under_the_other_engine(stage: int, whole: RunDirectory, t
     replan(run, _plan(model, data, 2, **deepspeed(stage)))
     finish(run, 2)
     _same_losses(run, whole)
+
+
+def _logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(3, 60).view(1, -1)
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=ids).logits.float()
+    return logits
+
+
+def _adapted(run: RunDirectory, base: Path, adapter: Adapter, auto_class: str = "AutoModelForCausalLM", **options: Any) -> Any:
+    """The base with peft's own layers, filled from the run's newest checkpoint."""
+    model: Any = getattr(transformers, auto_class).from_pretrained(base, **options)
+    adapters.Injected(model, adapter, repeated_layers)
+    kept = {name.removeprefix("model."): value for name, value in state(run).items() if name.startswith("model.")}
+    for raw in [name for name, _ in model.named_parameters() if adapters.plain(name) in kept]:
+        owner, _, key = raw.rpartition(".")
+        setattr(model.get_submodule(owner), key, torch.nn.Parameter(kept.pop(adapters.plain(raw))))
+    assert not kept
+    return model
+
+
+def test_the_merged_model_is_the_adapted_one(whole: RunDirectory, model: Path, tmp_path: Path) -> None:
+    """In fp32, tokenizer and all; and it is not the base."""
+    done = export(whole, tmp_path / "merged", max_shard_bytes=30_000)
+    assert len(done.files) > 1
+    merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, _logits(_adapted(whole, model, Adapter(rank=4, alpha=8))), rtol=1e-5, atol=1e-5)
+    assert (merged - _logits(AutoModelForCausalLM.from_pretrained(model))).abs().max() > 0.1
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size == AutoTokenizer.from_pretrained(model).vocab_size
+
+
+def test_the_adapter_alone_is_loaded_by_peft(whole: RunDirectory, model: Path, tmp_path: Path) -> None:
+    export(whole, tmp_path / "adapter", adapter=True)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
+    export(whole, tmp_path / "merged")
+    merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(_logits(loaded), merged, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_merged_in_fp32(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """`keep` is what the base was trained in; fp32 keeps what rounding would take away."""
+    adapter = Adapter(rank=4, train_also=("model.norm.*",))
+    plan = _plan(model, data, 2, precision="bf16")
+    run = new_run(tmp_path / "run", plan.model_copy(update={"model": plan.model.model_copy(update={"adapter": adapter})}))
+    finish(run, 2)
+    export(run, tmp_path / "kept")
+    export(run, tmp_path / "wide", dtype="float32")
+    kept, wide = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("kept", "wide"))
+    assert {parameter.dtype for parameter in kept.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).float()
+    base.save_pretrained(tmp_path / "rounded")
+    torch.testing.assert_close(_logits(wide), _logits(_adapted(run, tmp_path / "rounded", adapter)), rtol=1e-5, atol=1e-5)
+    export(run, tmp_path / "adapter", adapter=True)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "rounded"), tmp_path / "adapter")
+    torch.testing.assert_close(_logits(loaded), _logits(wide), rtol=1e-5, atol=1e-5)
+
+
+def test_gpt2_is_merged_the_other_way_round(tmp_path: Path, data: dict[str, Any]) -> None:
+    directory = model_directory(tmp_path / "gpt2", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    plan = plan_for(directory, data, 1, 3, attention="sdpa", model__adapter={"rank": 2, "targets": ("c_attn", "mlp.c_proj")})
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 1)
+    export(run, tmp_path / "merged")
+    export(run, tmp_path / "adapter", adapter=True)
+    merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "adapter")
+    torch.testing.assert_close(_logits(loaded), merged, rtol=1e-5, atol=1e-5)
+    assert (merged - _logits(AutoModelForCausalLM.from_pretrained(directory))).abs().max() > 1e-3
+
+
+def test_an_export_that_cannot_be_is_refused(whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    adapter = Adapter(rank=2, targets=("q_proj",), train_also=("model.layers.0.self_attn.q_proj.weight",))
+    run = new_run(tmp_path / "run", plan_for(model, data, 1, 1, model__adapter=adapter.model_dump()))
+    finish(run, 1)
+    export(run, tmp_path / "merged")
+    merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, _logits(_adapted(run, model, adapter)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigurationError, match=r"--adapter.*self_attn.q_proj': peft keeps whole modules.*lora_A"):
+        export(run, tmp_path / "out", adapter=True)
+    plain = new_run(tmp_path / "plain", plan_for(model, data, 1, 1))
+    finish(plain, 1)
+    with pytest.raises(ConfigurationError, match=r"--adapter.*this run trains the model's own weights; leave it out"):
+        export(plain, tmp_path / "out", adapter=True)
+    gone = Plan.read(run.plan_file)
+    replan(run, gone.model_copy(update={"model": gone.model.model_copy(update={"name": str(tmp_path / "gone")})}))
+    with pytest.raises(ConfigurationError, match=r"model.name.*the weights beside which it was trained cannot be read"):
+        export(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_evaluate_measures_the_base_and_the_adapted_model(world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any]) -> None:
+    request = Request(_plan(model, data, world_size), whole.path, None, None)
+    result = evaluate_locally(request, Watcher())
+    assert result["before"]["loss"] == pytest.approx(evaluations(whole)[0]["loss"], rel=1e-5)
+    assert result["after"]["loss"] == pytest.approx(evaluations(whole)[8]["loss"], rel=1e-5)
+
+
+def test_a_classifier_is_exported_with_its_head(tmp_path: Path) -> None:
+    """Its head is new, so that peft's directory has to bring it as well."""
+    directory = model_directory(tmp_path / "bert", "bert", "AutoModel", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts(40))]
+    data = {"train": write_rows(tmp_path / "rows.jsonl", rows), "text": "text", "label": "label", "max_length": 64, "num_workers": 1}
+    options = {"task": "sequence-classification", "attention": "sdpa", "model__adapter": {"rank": 2}}
+    plan = plan_for(directory, data, 2, 3, model__task="sequence-classification", **options)
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 2)
+    export(run, tmp_path / "merged")
+    export(run, tmp_path / "adapter", adapter=True)
+    kind = transformers.AutoModelForSequenceClassification
+    merged = kind.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == {0: "a", 1: "b"}
+    loaded = PeftModel.from_pretrained(kind.from_pretrained(directory, num_labels=2), tmp_path / "adapter")
+    torch.testing.assert_close(_logits(loaded), _logits(merged), rtol=1e-5, atol=1e-5)
+    assert torch.equal(merged.classifier.weight, state(run)["model.classifier.weight"])
