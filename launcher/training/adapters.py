@@ -6,13 +6,11 @@ reads a model's files, nor does anybody who reads a checkpoint: `plain` gives ev
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import hashlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,8 +45,11 @@ def is_matrix(name: str) -> bool:
 
 def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[str]:
     """The names of the linear layers that get an adapter. Raises ConfigurationError for a pattern that matches none."""
+    # The loss multiplies with the head's weight itself: what stood beside it would never be asked.
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head}
+    if problems := adapter.unmatched(linear, [name for name, _ in named_parameters(model)]):
+        raise ConfigurationError(problems)
     if adapter.targets == "all-linear":
         repeated = {id(module) for layer in layers(model) for module in layer.modules()}
         found = [name for name, module in linear.items() if id(module) in repeated]
@@ -56,50 +57,19 @@ def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[st
             reason = f"the repeated layers of {type(model).__name__} hold no linear layer"
             raise ConfigurationError(Problem("model.adapter.targets", adapter.targets, reason))
         return found
-    problems = [
-        Problem("model.adapter.targets", pattern, f"matches no linear layer that can have one; {_near(pattern, linear)}")
-        for pattern in adapter.targets
-        if not any(_ends_as(name, pattern) for name in linear)
-    ]
-    if problems:
-        raise ConfigurationError(problems)
-    return [name for name in linear if any(_ends_as(name, pattern) for pattern in adapter.targets)]
-
-
-def _ends_as(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-
-
-def _near(pattern: str, names: Iterable[str]) -> str:
-    """Names like the pattern: of the layers, or of what they end in."""
-    known = list(names)
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in known))
-    found = difflib.get_close_matches(pattern, known if "." in pattern else ends, n=3, cutoff=0.0)
-    return f"the nearest are {', '.join(found)}" if found else "the model has none"
+    return [name for name in linear if adapter.takes(name)]
 
 
 def trained(model: nn.Module, adapter: Adapter, new: tuple[str, ...]) -> None:
-    """Let the adapters, new parameters and those of `train_also` train, and nothing else. Raises ConfigurationError."""
-    parameters = dict(named_parameters(model))
-    problems = [
-        Problem("model.adapter.train_also", pattern, f"matches no parameter; {_near(pattern + '.', parameters)}")
-        for pattern in adapter.train_also
-        if not fnmatch.filter(parameters, pattern)
-    ]
-    if problems:
-        raise ConfigurationError(problems)
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(is_matrix(name) or name in new or _matches(name, adapter.train_also))
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    """Let the adapters, new parameters and those of `train_also` train, and nothing else."""
+    for name, parameter in named_parameters(model):
+        parameter.requires_grad_(adapter.trains(name) or name in new)
 
 
 def narrow(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
     """Of a model without numbers: what will not train gets the dtype of the computation, in which its files are then read."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not _matches(name, adapter.train_also):
+        if parameter.is_floating_point() and not adapter.trains_also(name):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import ConfigurationError
@@ -21,6 +22,7 @@ from launcher.training import adapters
 from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.foreign_names import expected
 from launcher.training.model import flops_per_token, repeated_layers
+from launcher.training.tracing.plan import trace
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import (
@@ -372,3 +374,24 @@ def test_a_classifier_is_exported_with_its_head(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(kind.from_pretrained(directory, num_labels=2), tmp_path / "adapter")
     torch.testing.assert_close(_logits(loaded), _logits(merged), rtol=1e-5, atol=1e-5)
     assert torch.equal(merged.classifier.weight, state(run)["model.classifier.weight"])
+
+
+def test_a_trace_is_refused(llama: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"--trace.*does not know adapters"):
+        trace(plan_of(llama, 1, model__adapter=LORA))
+
+
+def test_one_rank_in_half_precision_shares_nothing(llama: Path) -> None:
+    """Not even a root unit, where nothing outside of the layers trains."""
+    plan = plan_of(llama, 1, batch=_batch(1, 6), precision="bf16", model__adapter={"rank": 4})
+    [one] = on_ranks(1, steps, plan, Causal)
+    two, _ = on_ranks(2, steps, plan_of(llama, 2, batch=_batch(2, 6), precision="bf16", model__adapter={"rank": 4}), Causal)
+    torch.testing.assert_close(torch.tensor(one["curve"]), torch.tensor(two["curve"]), rtol=2e-2, atol=0)
+    [kept] = on_ranks(1, _gathered, plan)
+    assert kept == {"lora"}
+
+
+def _gathered(plan: Any) -> set[str]:
+    """Of which parameters FSDP keeps shards."""
+    model = _engine(plan).model
+    return {"lora" if adapters.is_matrix(name) else name for name, one in adapters.named_parameters(model) if isinstance(one, DTensor)}

@@ -76,12 +76,14 @@ class ZeroStep:
         """Bytes of parameters, optimizer state and standing buffers between two steps."""
         cut, part = self.cut, self._part(self.trained)
         frozen = self.total - self.trained
+        # Of what is frozen a rank keeps an fp32 part for the checkpoint, but beside an adapter, whose checkpoint has none of it.
+        stored = 0 if any(weight.narrow for weight in self.weights) else 4
         optimizer = 4 * cut.state_copies * part
         if cut.stage < 3:
-            return {PARAMETERS: cut.itemsize * self.total + 4 * part + 4 * self._part(frozen), OPTIMIZER: optimizer}
+            return {PARAMETERS: cut.itemsize * self.total + 4 * part + stored * self._part(frozen), OPTIMIZER: optimizer}
         shards = 0 if cut.itemsize == 4 else cut.itemsize * part
         small = sum(weight.num_elements for weight in self.weights if weight.num_elements <= cut.persistence)
-        parameters = 4 * part + shards + (4 + cut.itemsize) * self._part(frozen) + cut.itemsize * small
+        parameters = 4 * part + shards + (stored + cut.itemsize) * self._part(frozen) + cut.itemsize * small
         return {PARAMETERS: parameters, OPTIMIZER: optimizer, GRADIENTS: 4 * part, MESSAGES: cut.reduce_bucket * 4}
 
     def gradient_mode(self) -> dict[str, bool]:
@@ -190,13 +192,22 @@ class ZeroStep:
         coordinator = Coordinator(trace, cut.prefetch_bucket, cut.max_live, cut.max_live, cut.ranks, cut.gloo, external)
         return coordinator.go()
 
+    def _held(self, segment: Segment) -> int:
+        """Bytes of a layer's gathered matrices beside adapters, which products keep for the backward pass though ZeRO lets go of them."""
+        if segment.kind != "layer" or self.cut.recomputes:
+            return 0
+        return self.cut.itemsize * sum(w.num_elements for w in self.layers[segment.layer].weights if w.narrow and len(w.shape) >= 2)
+
     def _stage_3(self, segments: list[Segment]) -> None:
         cut, time = self.cut, self.time
         whole = self._whole(segments)
         for _ in range(cut.accumulation):
+            held = 0
             for segment in segments:
-                time.parts[GATHERED] = cut.itemsize * whole.get((segment.kind, segment.layer, segment.backward), 0)
+                held -= self._held(segment) if segment.backward else 0
+                time.parts[GATHERED] = cut.itemsize * whole.get((segment.kind, segment.layer, segment.backward), 0) + held
                 self._go_through(segment)
+                held += 0 if segment.backward else self._held(segment)
             large = self.filled if self.filled > cut.reduce_bucket else 0
             time.touch(MESSAGES, self._sending() + cut.itemsize * large, "sending gradients")
             self.filled = 0

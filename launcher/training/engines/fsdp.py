@@ -57,6 +57,9 @@ class FsdpEngine:
         where: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
         if self._plan.offload == "parameters":
             where["offload_policy"] = CPUOffloadPolicy(pin_memory=self._plan.mesh.device == "cuda")
+        if self._plan.model.adapter is not None and self._plan.mesh.world_size == 1 and self._plan.offload != "parameters":
+            # They are in the computation's precision already, and there is nobody to share them with: gathering would only copy them.
+            where["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
         for layer in layers:
             fully_shard(layer, reshard_after_forward=self._plan.mesh.reshard_after_forward, **where)
         fully_shard(model, reshard_after_forward=False, **where)
