@@ -31,13 +31,16 @@ def export(
     checkpoint: Checkpoint = None,
     dtype: Annotated[ExportDtype, typer.Option("--dtype", help="Of the parameters; `keep` leaves them as trained.")] = ExportDtype.keep,
     max_shard: Annotated[float, typer.Option("--max-shard", metavar="GB", min=0.001, help="Largest file, in GB.")] = 5.0,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Only the adapter that the run trains, as a directory that peft loads.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's model as Hugging Face safetensors."""
+    """Write a run's model as Hugging Face safetensors; one with an adapter has it added to its weights."""
     from launcher.runs.layout import RunDirectory
     from launcher.training.checkpoint.export import export as write
 
-    done = write(RunDirectory.find(run), out, checkpoint, dtype.value, int(max_shard * 1e9))
+    done = write(RunDirectory.find(run), out, checkpoint, dtype.value, int(max_shard * 1e9), adapter)
     for stored in done.rejected:
         typer.echo(f"{stored.name} is not whole and was passed over: {'; '.join(stored.problems)}", err=True)
     if as_json:

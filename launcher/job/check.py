@@ -34,6 +34,7 @@ def findings(job: Job) -> Iterator[Finding]:
     """Everything in a job that contradicts itself."""
     yield from _sources(job)
     yield from _causal_lm(job) if job.model.task == "causal-lm" else _classification(job)
+    yield from _adapter(job)
     yield from _training(job)
     yield from _evaluation(job)
     yield from _machine(job)
@@ -95,6 +96,22 @@ def _classification(job: Job) -> Iterator[Finding]:
     if data.packing:
         reason = "only causal-lm packs; classification batches are sorted by length and padded, so set it to false"
         yield _finding("data.packing", True, reason, "model.task")
+
+
+def _adapter(job: Job) -> Iterator[Finding]:
+    model = job.model
+    if model.adapter is None:
+        return
+    if model.freeze:
+        reason = "an adapter leaves all weights as they are but those of model.adapter.train_also; leave freeze out"
+        yield _finding("model.freeze", list(model.freeze), reason, "model.adapter")
+    if model.weights == "random":
+        reason = "an adapter is trained beside weights that were learned; write pretrained, or leave model.adapter out"
+        yield _finding("model.weights", model.weights, reason, "model.adapter")
+    if model.compile:
+        yield _finding(
+            "model.compile", True, "layers with adapters are not compiled; write false, or leave model.adapter out", "model.adapter"
+        )
 
 
 def _training(job: Job) -> Iterator[Finding]:

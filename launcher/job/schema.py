@@ -7,10 +7,15 @@ Checks of one value stand here; checks across values stand in `launcher.job.chec
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import re
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from launcher.errors import Problem
 
 Auto = Literal["auto"]
 TaskName = Literal["causal-lm", "sequence-classification"]
@@ -72,6 +77,54 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 NodeCount = Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
 
 
+class Adapter(Section):
+    """Train small matrices beside the model's own weights, which stay as they are (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rows of A and columns of B: what is added to a weight is B A."""
+    alpha: float = Field(default=32.0, gt=0)
+    """What is added counts alpha / rank times."""
+    dropout: Fraction = 0.0
+    """Of what goes into A."""
+    targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
+    """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches a pattern, as `q_proj`."""
+    train_also: tuple[Line, ...] = ()
+    """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so in any case."""
+
+    def takes(self, layer: str) -> bool:
+        """Whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the layers."""
+        if self.targets == "all-linear":
+            return True
+        return any(fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}") for pattern in self.targets)
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained: an adapter's matrix, or one of `train_also`."""
+        return name.endswith((".lora_A.weight", ".lora_B.weight")) or self.trains_also(name)
+
+    def trains_also(self, name: str) -> bool:
+        """Whether a parameter of the model's own is trained in full."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.train_also)
+
+    def unmatched(self, layers: Iterable[str], parameters: Iterable[str]) -> list[Problem]:
+        """Every pattern that matches nothing of a model, with the names most like it; `layers` are the linear ones that can have one."""
+        layers, parameters = list(layers), list(parameters)
+        ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+        problems = []
+        for pattern in () if self.targets == "all-linear" else self.targets:
+            if not any(self.model_copy(update={"targets": (pattern,)}).takes(name) for name in layers):
+                reason = f"matches no linear layer that can have one; {_nearest(pattern, layers if '.' in pattern else ends)}"
+                problems.append(Problem("model.adapter.targets", pattern, reason))
+        for pattern in self.train_also:
+            if not fnmatch.filter(parameters, pattern):
+                problems.append(Problem("model.adapter.train_also", pattern, f"matches no parameter; {_nearest(pattern, parameters)}"))
+        return problems
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    found = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    return f"the nearest are {', '.join(found)}" if found else "the model has none"
+
+
 class Model(Section):
     """Which model, and what it is to do."""
 
@@ -87,6 +140,8 @@ class Model(Section):
     """`random` makes up new weights from the model's config."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameter names that are not trained, as `model.embed_tokens.*`."""
+    adapter: Adapter | None = None
+    """Train small matrices beside the weights (LoRA) in place of the weights."""
     compile: bool = False
     """Compile each repeated layer with torch.compile."""
     trust_remote_code: bool = False
@@ -344,7 +399,7 @@ class Job(Section):
     batch: Batch = Batch()
     training: Training = Training()
     precision: Precision | Auto = "auto"
-    """Of the computation; parameters and optimizer state are fp32 in any case."""
+    """Of the computation; parameters that train and their optimizer state are fp32 in any case."""
     memory: Memory = Memory()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()

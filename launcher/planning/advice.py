@@ -93,7 +93,14 @@ def _smaller_pass(plan: Plan) -> str:
 
 def _setting(plan: Plan, shape: ModelShape) -> Setting:
     gathered = plan.mesh.shard > 1 and not plan.mesh.reshard_after_forward
-    return Setting(shape, plan.precision, STATE_BYTES[plan.training.optimizer], plan.mesh.shard, gathered)
+    return Setting(
+        shape,
+        plan.precision,
+        STATE_BYTES[plan.training.optimizer],
+        plan.mesh.shard,
+        gathered,
+        plan.model.adapter.rank if plan.model.adapter else 0,
+    )
 
 
 def _needed(plan: Plan, setting: Setting) -> int:

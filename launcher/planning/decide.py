@@ -164,7 +164,9 @@ def _memory(decider: Decider, mesh: Mesh, precision: Precision, placed: Layout) 
     setting = None
     if shape is not None and memory:
         gathered = mesh.shard > 1 and not mesh.reshard_after_forward
-        setting = Setting(shape, precision, STATE_BYTES[job.training.optimizer], mesh.shard, gathered)
+        setting = Setting(
+            shape, precision, STATE_BYTES[job.training.optimizer], mesh.shard, gathered, job.model.adapter.rank if job.model.adapter else 0
+        )
     way = job.memory.activation_checkpointing
     if way == "auto":
         if not memory:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from launcher.job.schema import ActivationCheckpointing, Offload
 from launcher.planning.batch import divisors
-from launcher.planning.footprint.families import program_of
+from launcher.planning.footprint.families import WITH_ADAPTERS, program_of
 from launcher.planning.forecast import USABLE, Forecast, forecast, least_bytes, read_config
 from launcher.planning.gpus import GpuType
 from launcher.planning.memory import gib
@@ -76,7 +76,8 @@ def known(plan: Plan) -> bool:
 
     config = read_config(locate(plan.model.name))
     try:
-        return config is not None and program_of(config, task=plan.task) is not None
+        knows = plan.model.adapter is None or (config or {}).get("model_type") in WITH_ADAPTERS
+        return config is not None and knows and program_of(config, task=plan.task) is not None
     except KeyError:
         return False
 

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import NetworkName
 from launcher.planning.footprint.estimate import Estimator, Footprint, batch_of, estimator, read_config
-from launcher.planning.footprint.families import KNOWN, Program, nearest
+from launcher.planning.footprint.families import KNOWN, WITH_ADAPTERS, Program, nearest
 from launcher.planning.gpus import GpuType, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import kind_of, rates_for
@@ -127,6 +127,8 @@ def why_not(plan: Plan) -> str:
     if config is None:
         return f"no config.json of {plan.model.name} on this machine; fetch the model, or name its directory"
     kind = str(config.get("model_type"))
+    if plan.model.adapter is not None and kind not in WITH_ADAPTERS:
+        return f"the formulas know adapters beside {', '.join(WITH_ADAPTERS)}, and this is a {kind} model"
     if kind in KNOWN:
         return f"the formulas have {kind} for other tasks than {plan.task}"
     return f"the formulas do not know the architecture {kind}; the nearest they know is {nearest(kind)}"

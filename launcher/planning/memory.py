@@ -32,6 +32,8 @@ class Setting:
     """Ranks that one copy of the model is cut over."""
     gathered: bool
     """Whole parameters stay on each rank after the forward pass."""
+    adapter_rank: int = 0
+    """Of adapters that train in place of the weights; 0 without them."""
 
     @property
     def _bytes(self) -> int:
@@ -42,6 +44,11 @@ class Setting:
         parameters, layers = self.shape.num_parameters, self.shape.num_layers
         whole = 1.0 if self.gathered else min(1.0, 2 / layers)
         gathered = parameters * whole * self._bytes if self.shard > 1 or self.precision != "fp32" else 0
+        if self.adapter_rank:
+            # Beside each matrix of a layer rank x (inputs + outputs): at most four of attention and three behind it.
+            inner = self.shape.hidden_size + self.shape.intermediate_size
+            beside = self.adapter_rank * layers * (4 * 2 * self.shape.hidden_size + 3 * inner)
+            return int((parameters * self._bytes + beside * self.num_state_bytes) / self.shard + gathered)
         return int(parameters * self.num_state_bytes / self.shard + gathered)
 
     def of_token(self, checkpointing: ActivationCheckpointing) -> int:

@@ -66,12 +66,13 @@ def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], g
     itemsize = 4 if plan.precision == "fp32" else 2
     rate = gpu.full_rate if itemsize == 4 else gpu.half_rate
     again = 4 / 3 if plan.activation_checkpointing == "full" else 1.0
-    in_layers = [2 * matrix_elements(unit) * tokens * 3 for unit in layers]
-    outside = 2 * root.largest * tokens * 3
+    in_layers = [2 * _passes(unit) * tokens for unit in layers]
+    repeated = [2 * matrix_elements(unit) * tokens for unit in layers] if plan.activation_checkpointing == "full" else []
+    outside = 2 * root.largest * tokens * (2 if any(weight.narrow for weight in root.weights) else 3)
     attention = [6 * attention_width(unit) * plan.data.max_length * tokens for unit in layers]
     flops = sum(in_layers) + outside + sum(attention)
     moved = (1 + READS) * sum(segment.traffic for segment in segments)
-    products = (again * (sum(in_layers) + sum(attention)) + outside) / (rate * gpu.matrix_share)
+    products = (sum(in_layers) + sum(repeated) + again * sum(attention) + outside) / (rate * gpu.matrix_share)
     pass_seconds = products + moved / (gpu.bandwidth * MEMORY_SHARE)
     called = sum(segment.num_made for segment in segments) * gpu.operator_seconds.get(plan.activation_checkpointing, 0.0)
     # A GPU computes while the next operators are called; a CPU does one after the other.
@@ -91,6 +92,11 @@ def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], g
 def matrix_elements(unit: Unit) -> float:
     """Of the matrices that one token is multiplied with: of experts, those that are chosen."""
     return sum(weight.num_elements * weight.used for weight in unit.weights if len(weight.shape) >= 2)
+
+
+def _passes(unit: Unit) -> int:
+    """Products with a unit's matrices, in elements: forward, for what goes in, and, where it trains beside an adapter, for the weight."""
+    return sum(weight.num_elements * (2 if weight.narrow else 3) for weight in unit.weights if len(weight.shape) >= 2)
 
 
 def attention_width(unit: Unit) -> int:

@@ -25,7 +25,8 @@ from transformers.distributed import DistributedConfig
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Mesh, Plan
-from launcher.training import attention
+from launcher.training import adapters, attention
+from launcher.training.precision import DTYPES
 
 Shard = Callable[[PreTrainedModel], None]
 
@@ -76,12 +77,16 @@ def first_line(error: BaseException) -> str:
 
 
 def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
-    """The model of the plan, its weights in fp32, cut by `shard` before a single weight is read."""
+    """The model of the plan, its weights in fp32, cut by `shard` before a single weight is read.
+
+    Beside an adapter, what does not train has the precision of the computation: no fp32 master is needed of what never changes.
+    """
     source: dict[str, Any] = {"state_dict": {}} if plan.model.weights == "random" else {}
     name = None if plan.model.weights == "random" else plan.model.name
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
     kind = model_class(auto_class, config, plan)
-    with _sharded_by(shard, plan.mesh):
+    seam = _Seam(plan, shard)
+    with seam.in_place():
         try:
             model, information = kind.from_pretrained(
                 name,
@@ -99,16 +104,37 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     device = torch.device("cpu") if plan.offload == "parameters" else _device(plan.mesh)
     if plan.mesh.world_size == 1 or device != _device(plan.mesh):
         model.to(device)
-    if plan.mesh.world_size == 1:
-        shard(model)
     if mismatched := information.get("mismatched_keys"):
         raise ConfigurationError(Problem("model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"))
     _copy_out_of_files(model)
     missing = {*information["missing_keys"], *_materialise(model, device)}
     new = tuple(name for name, _ in model.named_parameters() if name in missing)
+    _widen(model, new)
     initialise(model, new, plan.training.seed)
     freeze(model, plan.model.freeze)
+    _add_adapter(model, seam.injected, plan, new, device)
+    if plan.mesh.world_size == 1:
+        shard(model)
     return LoadedModel(model, new)
+
+
+def _add_adapter(
+    model: PreTrainedModel, injected: adapters.Injected | None, plan: Plan, new: tuple[str, ...], device: torch.device
+) -> None:
+    """The plan's adapter, with its first values; put in already where the model was cut before it was read."""
+    if plan.model.adapter is None:
+        return
+    if injected is None:
+        adapters.Injected(model, plan.model.adapter, repeated_layers)
+    else:
+        injected.put_back()
+    _materialise(model, device)
+    with torch.no_grad():
+        for name, parameter in adapters.named_parameters(model):
+            if adapters.is_matrix(name):
+                whole = adapters.first_values(name, parameter.shape, plan.training.seed)
+                local_part(parameter).copy_(cut_like(parameter, whole))
+    adapters.trained(model, plan.model.adapter, new)
 
 
 @torch.no_grad()
@@ -132,15 +158,27 @@ def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:
     """Give memory to parameters that transformers left without, a tied pair of which the files hold neither; their names."""
     left = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_meta]
     for name, parameter in left:
-        path, _, key = name.rpartition(".")
-        empty = torch.empty_like(local_part(parameter), device=device)
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            empty = DTensor.from_local(empty, mesh, placements, shape=parameter.shape, stride=parameter.stride())
-        setattr(model.get_submodule(path), key, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        _replace(model, name, parameter, torch.empty_like(local_part(parameter), device=device))
     if left:
         model.tie_weights()
     return [name for name, _ in left]
+
+
+def _widen(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    """New parameters train, so that they are fp32, whatever the rest was read in."""
+    narrow = [(name, model.get_parameter(name)) for name in names]
+    for name, parameter in narrow:
+        if parameter.dtype != torch.float32:
+            _replace(model, name, parameter, torch.empty_like(local_part(parameter), dtype=torch.float32))
+
+
+def _replace(model: PreTrainedModel, name: str, parameter: nn.Parameter, part: torch.Tensor) -> None:
+    """Put another parameter of the same shape in a parameter's place, of which `part` is this rank's."""
+    path, _, key = name.rpartition(".")
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        part = DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    setattr(model.get_submodule(path), key, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
 def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
@@ -158,30 +196,46 @@ def _device(mesh: Mesh) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if mesh.device == "cuda" else torch.device("cpu")
 
 
-@contextlib.contextmanager
-def _sharded_by(shard: Shard, mesh: Mesh) -> Iterator[None]:
-    """While inside, from_pretrained cuts the model with `shard` where it would follow its own plan.
+class _Seam:
+    """The one method that stands in from_pretrained between building the empty model and reading its weights."""
 
-    The seam is the one method that stands between building the empty model and reading its weights.
-    """
-    original = PreTrainedModel.__dict__.get("maybe_distribute_model")
+    def __init__(self, plan: Plan, shard: Shard) -> None:
+        self._plan, self._shard = plan, shard
+        self.injected: adapters.Injected | None = None
 
-    def distribute(cls: type, model: PreTrainedModel, distributed_config: Any, mesh_manager: Any) -> PreTrainedModel:
-        if mesh_manager is not None:
-            model._is_distributed_loading_by_transformers = True
-            model._mesh_manager = mesh_manager
-            model._device_mesh = mesh_manager.get_mesh(("pp", "fsdp", "tp"))
-            shard(model)
-        return model
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While inside, from_pretrained cuts the model with `shard` where it would follow its own plan."""
+        original = PreTrainedModel.__dict__.get("maybe_distribute_model")
 
-    PreTrainedModel.maybe_distribute_model = classmethod(distribute)
-    try:
-        yield
-    finally:
-        if original is None:
-            del PreTrainedModel.maybe_distribute_model
-        else:
-            PreTrainedModel.maybe_distribute_model = original
+        def distribute(cls: type, model: PreTrainedModel, distributed_config: Any, mesh_manager: Any) -> PreTrainedModel:
+            self._prepare(model, mesh_manager)
+            return model
+
+        PreTrainedModel.maybe_distribute_model = classmethod(distribute)
+        try:
+            yield
+        finally:
+            if original is None:
+                del PreTrainedModel.maybe_distribute_model
+            else:
+                PreTrainedModel.maybe_distribute_model = original
+
+    def _prepare(self, model: PreTrainedModel, mesh_manager: Any) -> None:
+        """The cut takes adapters in with the layers that they stand beside; while files are read the tree is as it was without them."""
+        adapter = self._plan.model.adapter
+        if adapter is not None:
+            adapters.narrow(model, adapter, DTYPES[self._plan.precision])
+        if mesh_manager is None:
+            return
+        model._is_distributed_loading_by_transformers = True
+        model._mesh_manager = mesh_manager
+        model._device_mesh = mesh_manager.get_mesh(("pp", "fsdp", "tp"))
+        if adapter is not None:
+            self.injected = adapters.Injected(model, adapter, repeated_layers)
+        self._shard(model)
+        if self.injected is not None:
+            self.injected.take_out()
 
 
 def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -272,15 +326,18 @@ def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     """Floating-point operations of one token, forward and backward, of samples of `length` tokens.
 
     6 for each matrix parameter (Kaplan et al. 2020, arXiv 2001.08361, table 1, forward 2 and backward 4) but for experts that are
-    not chosen, and for attention
-    12 x layers x hidden x length, halved as causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    not chosen, and for attention 12 x layers x hidden x length, halved as causal (Chowdhery et al. 2022, arXiv 2204.02311,
+    appendix B). Beside an adapter a matrix that does not train takes 4: there is no gradient of its own to make.
     """
     tied = getattr(config, "tie_word_embeddings", False)
     embeddings = 0 if tied else whole_shape(model.get_input_embeddings().weight).numel()
     shapes = [whole_shape(parameter) for parameter in model.parameters()]
     matrices = sum(shape.numel() * used_share(config, tuple(shape)) for shape in shapes if len(shape) >= 2) - embeddings
     layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
-    return 6.0 * matrices + 6.0 * layers * hidden * length
+    beside = any(adapters.is_matrix(name) for name, _ in adapters.named_parameters(model))
+    still = [whole_shape(parameter) for parameter in model.parameters() if beside and not parameter.requires_grad]
+    spared = 2.0 * max(0, sum(shape.numel() for shape in still if len(shape) >= 2) - embeddings)
+    return 6.0 * matrices - spared + 6.0 * layers * hidden * length
 
 
 def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from launcher.job.schema import Training
+from launcher.training import adapters
 from launcher.training.model import whole_shape
 
 Optimizer = torch.optim.Optimizer
@@ -55,7 +56,7 @@ def first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's tensors by name: `optimizer.<parameter>.<key>`, and `optimizer.step` once, since all parameters share it."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in adapters.named_parameters(model):
         for key, value in optimizer.state.get(parameter, {}).items():
             if key != "step":
                 tensors[f"optimizer.{name}.{key}"] = value

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What the computation runs in, by the plan's word."""
 _GROWTH_INTERVAL = 2000
 _LARGEST, _SMALLEST = 2.0**24, 1.0
 

@@ -85,7 +85,7 @@ def traced(case: Case, plan: Plan) -> Program:
     from transformers import AutoConfig
 
     from launcher.training import attention
-    from launcher.training.engines.fsdp import DTYPES
+    from launcher.training.precision import DTYPES
     from launcher.training.tracing.program import Traced
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import TASKS
@@ -114,7 +114,7 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
             else:
                 world = _world(world, case.world_size)
                 request = Request(case.plan(directory), case.kind, case.lengths, case.targets, explains=explains)
-                results = _settled(world, on_rank, request)
+                results = settled(world, on_rank, request)
                 row["measured"] = max(result["peaks"]["steady step"] for result in results)
                 if kept is not None:
                     with open(kept, "a") as file:
@@ -130,7 +130,7 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
     return rows
 
 
-def _settled(world: World, on_rank: Any, request: Any) -> list[dict[str, Any]]:
+def settled(world: World, on_rank: Any, request: Any) -> list[dict[str, Any]]:
     """Measured again where memory seems to stay after a step: gloo's threads released it, which the profiler does not see."""
     tries = []
     for _ in range(3):

@@ -38,7 +38,7 @@ def main() -> None:
             said = forecast_of(case, Path(scratch) / str(number))
             assert said.speed is not None
             rate = said.speed.tokens_per_second / case.num_gpus
-            if case.ran and case.source != TITAN_H100:
+            if case.ran and case.source != TITAN_H100 and case.speed_compares:
                 ratios[case.gpu].append(rate / case.tokens_per_second)
             rows.append(row(case, said.footprint.highest.total / 2**30, said.fits, rate))
             raw.append(

@@ -14,7 +14,7 @@ from launcher.cli.main import available
 
 ROOT = Path(__file__).parents[2] / "launcher"
 FILES = sorted(ROOT.rglob("*.py"))
-HEAVY = {"torch", "transformers", "datasets", "accelerate", "deepspeed", "safetensors", "sklearn", "scipy", "pandas", "tokenizers"}
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "safetensors", "sklearn", "scipy", "pandas", "tokenizers"}
 SLOW_TO_START = HEAVY | {"numpy", "psutil", "rich", "pydantic"}
 COMMAND_FILES = sorted(
     {ROOT / "cli" / f"{command.module}.py" for command in available().values()} | {ROOT / "cli/app.py", ROOT / "cli/main.py"}

@@ -13,7 +13,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.check import METRICS
 from launcher.job.load import load
 from launcher.job.paths import SUFFIXES
-from launcher.job.schema import Interval, Job
+from launcher.job.schema import Adapter, Interval, Job
 
 CAUSAL: dict[str, Any] = {"name": "run", "model": {"name": "org/model"}, "data": {"train": {"path": "train.jsonl"}, "text": "body"}}
 CLASSES: dict[str, Any] = {
@@ -215,6 +215,7 @@ def test_missing_keys_say_what_they_are(folder: Path) -> None:
     assert found["model"].reason == "is missing: Which model, and what it is to do."
 
 
+ADAPTER = "model.adapter.rank=8"
 CONTRADICTIONS = [
     (CAUSAL, ["data.text=null"], "data", "exactly one of text, prompt + completion, or messages; there is none"),
     (CAUSAL, ["data.messages=turns"], "data", "text and messages"),
@@ -248,6 +249,14 @@ CONTRADICTIONS = [
     (CAUSAL, ["cluster.gpus_per_node=2", "cluster.ranks_per_node=4"], "cluster.ranks_per_node", "each GPU has one rank"),
     (CAUSAL, ["cluster.profile=site"], "cluster.profile", "no profile of that name"),
     (CAUSAL, ['cluster.partition="a\\nb"'], "cluster.partition", "on one line"),
+    (CAUSAL, [ADAPTER, "model.freeze=['*.bias']"], "model.freeze", "leave freeze out"),
+    (CAUSAL, [ADAPTER, "model.weights=random"], "model.weights", "write pretrained"),
+    (CAUSAL, [ADAPTER, "model.compile=true"], "model.compile", "layers with adapters are not compiled"),
+    (CAUSAL, ["model.adapter.rank=0"], "model.adapter.rank", "at least 1"),
+    (CAUSAL, ["model.adapter.alpha=0"], "model.adapter.alpha", "above 0"),
+    (CAUSAL, ["model.adapter.dropout=1"], "model.adapter.dropout", "below 1"),
+    (CAUSAL, ["model.adapter.targets=all"], "model.adapter.targets", "all-linear"),
+    (CAUSAL, ["model.adapter.targets=[]"], "model.adapter.targets", "all-linear"),
     (CAUSAL, ["parallel.engine=zero"], "parallel.engine", "fsdp or deepspeed"),
     (CAUSAL, ["parallel.shard=stage3"], "parallel.shard", "one of full, gradients, optimizer, none"),
     (CAUSAL, ["memory.offload=optimiser"], "memory.offload", "the nearest is optimizer"),
@@ -270,6 +279,14 @@ def test_contradiction_is_the_only_problem(folder: Path, content: Any, overrides
     found = problems(folder, content, *overrides)
     assert list(found) == [key]
     assert said in found[key].reason
+
+
+def test_an_adapter_has_defaults_and_may_be_a_list_of_patterns(folder: Path) -> None:
+    made = load(write(folder, CAUSAL), ["model.adapter={}"]).model.adapter
+    assert made == Adapter(rank=16, alpha=32.0, dropout=0.0, targets="all-linear", train_also=())
+    patterns = load(write(folder, CAUSAL), ["model.adapter.targets=[q_proj, model.layers.0.*]", "model.adapter.train_also=[model.norm.*]"])
+    assert patterns.model.adapter == Adapter(targets=("q_proj", "model.layers.0.*"), train_also=("model.norm.*",))
+    assert load(write(folder, CAUSAL)).model.adapter is None
 
 
 def test_everything_at_once(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
+from launcher.planning.fitting import known
 from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.coordinator import GLOO_THREADS, Coordinator, Module, Tracer
 from launcher.planning.footprint.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
@@ -130,6 +131,60 @@ def test_frozen_parameters_have_neither_gradient_nor_state() -> None:
     all_trained, frozen = footprint(), footprint(model__freeze=("model.layers.*",))
     assert frozen.phase("loading").peak < 0.5 * all_trained.phase("loading").peak
     assert frozen.highest.total < all_trained.highest.total
+
+
+def test_beside_an_adapter_the_weights_are_two_bytes_and_what_trains_sixteen() -> None:
+    """By hand: of Llama 3.1 8B, rank 16 beside seven matrices of each layer (peft prints 41,943,040 trainable parameters)."""
+    weights, hidden, keys, wide = 8_030_261_248, 4096, 1024, 14336
+    trained = 32 * 16 * (2 * (hidden + hidden) + 2 * (hidden + keys) + 3 * (hidden + wide))
+    assert trained == 41_943_040
+    one = footprint(world=1, model__adapter={})
+    assert one.phase("loading").peak == 2 * weights + 12 * trained
+    assert footprint(model__adapter={}).phase("loading").peak == (2 * weights + 12 * trained) // 8
+    full = footprint(world=1, model__adapter={"train_also": ("lm_head.*",)})
+    assert full.phase("loading").peak == one.phase("loading").peak + 10 * 128256 * hidden
+
+
+def test_on_one_rank_nothing_is_gathered_of_what_does_not_train() -> None:
+    beside, whole = (footprint(world=1, lengths=(256,), **options).phase("evaluating") for options in ({"model__adapter": {}}, {}))
+    assert beside.parts.get("gathered layers", 0) < 100 << 20
+    assert whole.parts["gathered layers"] > 2 * 2 * 128256 * 4096  # the embeddings and the head
+
+
+def test_an_adapter_keeps_what_goes_into_it() -> None:
+    """The inputs of 7 adapted matrices, as if their own weights trained; of two matrices in attention one input alone, and less."""
+    some = footprint(world=1, model__adapter={"targets": ("q_proj", "v_proj")}).phase("steady step").peak
+    every = footprint(world=1, model__adapter={}).phase("steady step").peak
+    assert some < every
+    assert footprint(world=1, model__adapter={"rank": 64}).phase("steady step").peak > every
+    assert footprint(world=1, model__adapter={"dropout": 0.1}).phase("steady step").peak > every
+
+
+def test_layers_that_a_pattern_tells_apart_are_all_gone_through() -> None:
+    first = footprint(world=1, model__adapter={"targets": ("model.layers.0.*",)}).phase("steady step").peak
+    last = footprint(world=1, model__adapter={"targets": ("model.layers.31.*",)}).phase("steady step").peak
+    assert last < first
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"targets": ("q_prj",)}, r"model.adapter.targets.*nearest are q_proj"),
+        ({"targets": ("lm_head",)}, r"model.adapter.targets.*matches no linear layer that can have one"),
+        ({"train_also": ("lm_haed.*",)}, r"model.adapter.train_also.*nearest are lm_head.weight"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_before_a_start(adapter: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        footprint(model__adapter=adapter)
+
+
+def test_adapters_beside_other_models_are_not_known(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BERT), encoding="utf-8")
+    plan = plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa", model__adapter={})
+    assert forecast(plan, 1 << 30) is None and not known(plan)
+    assert why_not(plan) == "the formulas know adapters beside llama, mistral, qwen2, qwen3, gpt2, and this is a bert model"
+    assert known(plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa"))
 
 
 def test_an_evaluation_keeps_nothing_for_a_backward_pass() -> None:

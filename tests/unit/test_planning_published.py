@@ -15,8 +15,10 @@ def test_what_ran_fits_and_what_ran_out_of_memory_does_not(case: Published, tmp_
     said = forecast_of(case, tmp_path)
     assert said.fits == case.ran
     if case.memory_gib:
-        # Their loss holds all logits, ours a part; their recomputation keeps less.
-        assert 0.75 * case.memory_gib < said.footprint.highest.total / 2**30 < case.memory_gib
+        # Their loss holds all logits, ours a part; their recomputation keeps less. torchtune's figures are of compiled layers, and
+        # without the context, for which 1 GiB is assumed here.
+        least, most = (0.75, 1.0) if case.adapter is None else (1.0, 1.2)
+        assert least * case.memory_gib < said.footprint.highest.total / 2**30 < most * case.memory_gib
 
 
 @pytest.mark.parametrize("gpu", ["a100-80gb", "h100-80gb"])
@@ -24,7 +26,7 @@ def test_the_speed_lies_near_what_was_published(gpu: str, tmp_path: Path) -> Non
     """But for H100s that were held to 500 W and have other memory: slower than the table's."""
     ratios = []
     for number, case in enumerate(CASES):
-        if case.gpu == gpu and case.ran and case.source != TITAN_H100:
+        if case.gpu == gpu and case.ran and case.source != TITAN_H100 and case.speed_compares:
             said = forecast_of(case, tmp_path / str(number)).speed
             assert said is not None
             ratios.append(said.tokens_per_second / case.num_gpus / case.tokens_per_second)

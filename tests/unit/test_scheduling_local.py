@@ -237,5 +237,16 @@ def test_what_is_learned_may_not(changed: dict[str, Any], key: str) -> None:
     assert [problem.key for problem in caught.value.problems] == [key]
 
 
+def test_an_adapter_may_not_change() -> None:
+    began = plan(model__adapter={"rank": 8})
+    assert changes(began, Plan.model_validate_json(began.to_json())) == []
+    for changed, key in ({"rank": 4}, "rank"), ({"rank": 8, "targets": ["q_proj"]}, "targets"):
+        with pytest.raises(ConfigurationError, match="when the run began") as caught:
+            check(began, plan(model__adapter=changed))
+        assert [problem.key for problem in caught.value.problems] == [f"model.adapter.{key}"]
+    with pytest.raises(ConfigurationError, match="when the run began"):
+        check(began, plan())
+
+
 def test_equal_plans_have_no_changes() -> None:
     assert changes(plan(), plan()) == []

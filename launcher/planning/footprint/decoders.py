@@ -8,7 +8,7 @@ from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.attention import fused, plain, rotate
 from launcher.planning.footprint.loss import cross_entropy
 from launcher.planning.footprint.program import Context, ShadowProgram, Unit, Weight, of_stack
-from launcher.planning.footprint.shadow import Shadow, Storage, checkpoint, node_of
+from launcher.planning.footprint.shadow import Parameter, Shadow, Storage, checkpoint, node_of
 
 
 class Llama(ShadowProgram):
@@ -82,20 +82,20 @@ class Llama(ShadowProgram):
         weights = {name: context.parameter(f"model.layers.{index}.{name}", count(shape)) for name, shape in self.layer_weights(index)}
         residual = hidden
         hidden = ops.rms_norm(hidden, self.hidden, weights["input_layernorm.weight"])
-        hidden = self.attention(context, hidden, weights, cosine, sine)
+        hidden = self.attention(context, index, hidden, weights, cosine, sine)
         hidden = ops.add(residual, hidden)
         residual = hidden
         hidden = ops.rms_norm(hidden, self.hidden, weights["post_attention_layernorm.weight"])
-        hidden = self.feed_forward(hidden, weights)
+        hidden = self.feed_forward(context, index, hidden, weights)
         return ops.add(residual, hidden)
 
-    def attention(self, context: Context, hidden: Shadow, weights: dict[str, Any], cosine: Shadow, sine: Shadow) -> Shadow:
+    def attention(self, context: Context, index: int, hidden: Shadow, weights: dict[str, Any], cosine: Shadow, sine: Shadow) -> Shadow:
         queries, keys = self.heads * self.head, self.groups * self.head
+        names = f"model.layers.{index}.self_attn."
 
         def projected(name: str, width: int) -> Shadow:
-            made = ops.linear(
-                hidden, self.hidden, width, weights[f"self_attn.{name}_proj.weight"], weights.get(f"self_attn.{name}_proj.bias")
-            )
+            parameters = weights[f"self_attn.{name}_proj.weight"], weights.get(f"self_attn.{name}_proj.bias")
+            made = adapted(context, f"{names}{name}_proj", hidden, self.hidden, width, *parameters)
             norm = weights.get(f"self_attn.{name}_norm.weight")
             return made if norm is None else ops.rms_norm(made, norm.num_elements, norm)
 
@@ -105,16 +105,34 @@ class Llama(ShadowProgram):
         query = rotated
         del rotated
         mixed = packed(context, query, key, value, self.heads)
-        return ops.linear(mixed, queries, self.hidden, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
+        parameters = weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias")
+        return adapted(context, f"{names}o_proj", mixed, queries, self.hidden, *parameters)
 
-    def feed_forward(self, hidden: Shadow, weights: dict[str, Any]) -> Shadow:
-        gate = ops.linear(hidden, self.hidden, self.wide, weights["mlp.gate_proj.weight"])
+    def feed_forward(self, context: Context, index: int, hidden: Shadow, weights: dict[str, Any]) -> Shadow:
+        names = f"model.layers.{index}.mlp."
+        gate = adapted(context, f"{names}gate_proj", hidden, self.hidden, self.wide, weights["mlp.gate_proj.weight"])
         active = ops.pointwise(gate)
         del gate
-        up = ops.linear(hidden, self.hidden, self.wide, weights["mlp.up_proj.weight"])
+        up = adapted(context, f"{names}up_proj", hidden, self.hidden, self.wide, weights["mlp.up_proj.weight"])
         both = ops.multiply(active, up)
         del active, up
-        return ops.linear(both, self.wide, self.hidden, weights["mlp.down_proj.weight"])
+        return adapted(context, f"{names}down_proj", both, self.wide, self.hidden, weights["mlp.down_proj.weight"])
+
+
+def adapted(context: Context, name: str, x: Shadow, num_in: int, num_out: int, weight: Parameter, bias: Parameter | None = None) -> Shadow:
+    """A linear layer as `ops.linear` has it; beside an adapter its input is kept for A, and what A makes for B."""
+    made, adapter = ops.linear(x, num_in, num_out, weight, bias), context.setting.adapter
+    if adapter is None or not adapter.takes(name):
+        return made
+    down, up = (context.parameter(f"{name}.lora_{key}.weight", adapter.rank * size) for key, size in (("A", num_in), ("B", num_out)))
+    dropped = ops.dropout(x, adapter.dropout if context.setting.training else 0.0, context.setting.cuda)
+    inner = ops.linear(dropped, num_in, adapter.rank, down)
+    del dropped
+    outer = ops.linear(inner, adapter.rank, num_out, up)
+    del inner
+    scaled = ops.scale(outer)
+    del outer
+    return ops.add(made, scaled)
 
 
 def packed(context: Context, query: Shadow, key: Shadow, value: Shadow, heads: int, drop: float = 0.0) -> Shadow:
@@ -198,7 +216,12 @@ class Gpt2(ShadowProgram):
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
         layers = [
-            Unit(tuple(Weight(f"transformer.h.{i}.{name}", shape, turned=len(shape) == 1) for name, shape in self.layer_weights()))
+            Unit(
+                tuple(
+                    Weight(f"transformer.h.{i}.{name}", shape, turned=len(shape) == 1, input_first=len(shape) == 2)
+                    for name, shape in self.layer_weights()
+                )
+            )
             for i in range(self.num_layers)
         ]
         root = [Weight(self.embeddings, (self.vocabulary, self.hidden)), Weight("transformer.wpe.weight", (self.positions, self.hidden))]
@@ -226,20 +249,23 @@ class Gpt2(ShadowProgram):
     def layer(self, context: Context, index: int, hidden: Shadow) -> Shadow:
         """[tokens, hidden] -> [tokens, hidden]."""
         cuda, width = context.setting.cuda, self.hidden
+        names = f"transformer.h.{index}."
         weights = {name: context.parameter(f"transformer.h.{index}.{name}", count(shape)) for name, shape in self.layer_weights()}
         residual = hidden
         hidden = ops.layer_norm(hidden, width, weights["ln_1.weight"], weights["ln_1.bias"])
-        three = ops.linear(hidden, width, 3 * width, weights["attn.c_attn.weight"], weights["attn.c_attn.bias"])
+        three = adapted(
+            context, f"{names}attn.c_attn", hidden, width, 3 * width, weights["attn.c_attn.weight"], weights["attn.c_attn.bias"]
+        )
         query, key, value = split(three, 3)
         mixed = packed(context, query, key, value, self.heads, self.drop["attn"])
         del three, query, key, value
-        mixed = ops.linear(mixed, width, width, weights["attn.c_proj.weight"], weights["attn.c_proj.bias"])
+        mixed = adapted(context, f"{names}attn.c_proj", mixed, width, width, weights["attn.c_proj.weight"], weights["attn.c_proj.bias"])
         mixed = ops.dropout(mixed, self.drop["resid"], cuda)
         hidden = ops.add(mixed, residual)
         del mixed
         residual = hidden
         hidden = ops.layer_norm(hidden, width, weights["ln_2.weight"], weights["ln_2.bias"])
-        hidden = ops.linear(hidden, width, self.wide, weights["mlp.c_fc.weight"], weights["mlp.c_fc.bias"])
+        hidden = adapted(context, f"{names}mlp.c_fc", hidden, width, self.wide, weights["mlp.c_fc.weight"], weights["mlp.c_fc.bias"])
         hidden = new_gelu(hidden)
-        hidden = ops.linear(hidden, self.wide, width, weights["mlp.c_proj.weight"], weights["mlp.c_proj.bias"])
+        hidden = adapted(context, f"{names}mlp.c_proj", hidden, self.wide, width, weights["mlp.c_proj.weight"], weights["mlp.c_proj.bias"])
         return ops.add(residual, ops.dropout(hidden, self.drop["resid"], cuda))

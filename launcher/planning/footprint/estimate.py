@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.footprint.families import Program, frozen, program_of
+from launcher.planning.footprint.families import WITH_ADAPTERS, Program, adapted, frozen, program_of
 from launcher.planning.footprint.fsdp import Cut, FsdpStep
 from launcher.planning.footprint.program import Batch, Segment, Setting
 from launcher.planning.footprint.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
@@ -82,7 +82,7 @@ def estimator(plan: Plan, config: dict[str, Any], batch: Batch | None = None, nu
     """As `estimate`, with what it is made from."""
     task = plan.task if plan.task in ("causal-lm", "sequence-classification") else None
     program = _program(json.dumps(config, sort_keys=True), num_labels, task)
-    if program is None:
+    if program is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
         return None
     return Estimator(plan, program, batch or batch_of(plan))
 
@@ -102,12 +102,14 @@ class Estimator:
 
     def __init__(self, plan: Plan, program: Program, batch: Batch) -> None:
         self.plan, self.program = plan, program
-        self.units = frozen(program.units(), plan.model.freeze)
+        self.adapter = plan.model.adapter
+        units = program.units()
+        self.units = frozen(units, plan.model.freeze) if self.adapter is None else adapted(units, self.adapter)
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
         self.setting = Setting(
             batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task,
-            frozen=plan.model.freeze, half=plan.precision == "fp16",
+            frozen=plan.model.freeze, adapter=self.adapter, half=plan.precision == "fp16",
         )  # fmt: skip
         self.copies = STATE_COPIES[plan.training.optimizer] if plan.training.optimizer != "sgd" or plan.training.momentum else 0
 
@@ -172,9 +174,9 @@ class Estimator:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of a whole checkpoint: parameters and the optimizer's state in fp32."""
+        """Of a whole checkpoint: parameters and the optimizer's state in fp32; beside an adapter of what trains alone."""
         root, layers = self.units
-        parameters = sum(unit.num_elements() for unit in (root, *layers))
+        parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
         return 4 * (parameters + self.copies * trained)
 
@@ -203,6 +205,7 @@ class Estimator:
             recomputes=plan.activation_checkpointing != "none",
             plain=plan.mesh.world_size == 1 and plan.precision == "fp32" and plan.offload == "none",
             offloads=self._offloads,
+            leaves_frozen=self.adapter is not None and plan.mesh.world_size == 1 and plan.offload != "parameters",
         )
 
     def _sharded_gradient_bytes(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.decoders import Llama, split
-from launcher.planning.footprint.program import Unit, Weight
+from launcher.planning.footprint.program import Context, Unit, Weight
 from launcher.planning.footprint.shadow import Parameter, Shadow, Storage, new, node_of
 
 
@@ -77,9 +77,9 @@ class Mixture(Llama):
             Unit(tuple(Weight(w.name, w.shape, used=share) if len(w.shape) == 3 else w for w in layer.weights)) for layer in layers
         ]
 
-    def feed_forward(self, hidden: Shadow, weights: dict[str, Any]) -> Shadow:
+    def feed_forward(self, context: Context, index: int, hidden: Shadow, weights: dict[str, Any]) -> Shadow:
         if "mlp.gate.weight" not in weights:
-            return super().feed_forward(hidden, weights)
+            return super().feed_forward(context, index, hidden, weights)
         shared = self._shared_expert(hidden, weights) if self.shared else None
         scores, chosen = self._routed(hidden, weights["mlp.gate.weight"])
         result = self._mixed(hidden, scores, weights)

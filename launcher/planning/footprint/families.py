@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from launcher.errors import ConfigurationError
+from launcher.job.schema import Adapter
 from launcher.planning.footprint.decoders import Gpt2, Llama
 from launcher.planning.footprint.encoders import Bert
 from launcher.planning.footprint.experts import Mixture
-from launcher.planning.footprint.program import Segment, Setting, Unit, matches
+from launcher.planning.footprint.program import Segment, Setting, Unit, Weight, matches
 from launcher.planning.footprint.t5 import T5
 from launcher.planning.footprint.translators import Bart
 from launcher.planning.footprint.vision import Vit
@@ -24,6 +27,8 @@ class Program(Protocol):
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+WITH_ADAPTERS = (*DECODERS, "gpt2")
+"""Beside which the formulas know adapters."""
 ENCODERS = ("bert", "roberta")
 TRANSLATORS = ("t5", "mt5", "umt5")
 KNOWN = (*DECODERS, "gpt2", *MIXTURES, *ENCODERS, "vit", "bart", *TRANSLATORS)
@@ -50,6 +55,37 @@ def program_of(config: dict[str, Any], num_labels: int = 2, task: str | None = N
 def nearest(kind: str) -> str:
     """The known architecture whose name is most like this one."""
     return next(iter(difflib.get_close_matches(kind, KNOWN, 1, 0.0)), KNOWN[0])
+
+
+def adapted(units: tuple[Unit, list[Unit]], adapter: Adapter) -> tuple[Unit, list[Unit]]:
+    """The units with an adapter's two matrices after each linear layer of a repeated layer that has one, and the rest not trained.
+
+    Raises ConfigurationError for a pattern that matches none of them.
+    """
+    root, layers = units
+    linear = [weight.name.removesuffix(".weight") for unit in layers for weight in unit.weights if is_linear(weight)]
+    if problems := adapter.unmatched(linear, [weight.name for unit in (root, *layers) for weight in unit.weights]):
+        raise ConfigurationError(problems)
+    return _beside(root, adapter, ()), [_beside(layer, adapter, linear) for layer in layers]
+
+
+def is_linear(weight: Weight) -> bool:
+    """Of a repeated layer's weights."""
+    return len(weight.shape) == 2 and weight.name.endswith(".weight")
+
+
+def _beside(unit: Unit, adapter: Adapter, linear: Sequence[str]) -> Unit:
+    names, found = set(linear), list[Weight]()
+    for index, weight in enumerate(unit.weights):
+        learned = adapter.trains(weight.name)
+        found.append(replace(weight, trains=learned, narrow=not learned))
+        module = weight.name.rpartition(".")[0]
+        last = index + 1 == len(unit.weights) or unit.weights[index + 1].name.rpartition(".")[0] != module
+        if last and module in names and adapter.takes(module):
+            matrix = next(one for one in unit.weights if one.name == f"{module}.weight")
+            num_out, num_in = reversed(matrix.shape) if matrix.input_first else matrix.shape
+            found += [Weight(f"{module}.lora_A.weight", (adapter.rank, num_in)), Weight(f"{module}.lora_B.weight", (num_out, adapter.rank))]
+    return replace(unit, weights=tuple(found))
 
 
 def frozen(units: tuple[Unit, list[Unit]], patterns: tuple[str, ...]) -> tuple[Unit, list[Unit]]:

@@ -25,6 +25,8 @@ class Cut:
     recomputes: bool = False
     plain: bool = False
     """Not FSDP at all: one rank in fp32."""
+    leaves_frozen: bool = False
+    """What does not train is not FSDP's: one rank, in the precision of the computation already."""
     offloads: bool = False
     """Parameters, gradients and optimizer state wait in the host's memory."""
 
@@ -47,11 +49,12 @@ class FsdpStep:
     def states(self) -> dict[str, int]:
         """Bytes of parameters and optimizer state of the largest rank."""
         parameters = sum(unit.shard(self.cut.ranks) for unit in self.units)
+        narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
-        return {PARAMETERS: 4 * parameters, OPTIMIZER: 4 * self.cut.state_copies * trained}
+        return {PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow, OPTIMIZER: 4 * self.cut.state_copies * trained}
 
     def _whole(self, unit: Unit) -> int:
-        return unit.shard(self.cut.ranks) * self.cut.ranks * self.cut.itemsize
+        return unit.shard(self.cut.ranks, trained=self.cut.leaves_frozen) * self.cut.ranks * self.cut.itemsize
 
     def _gather(self, unit: Unit) -> int:
         """The message: cast, sent, received; the bytes that remain of it."""
@@ -59,15 +62,20 @@ class FsdpStep:
         if cut.ranks == 1:
             return 0
         received = self._whole(unit)
-        cast = 0 if cut.itemsize == 4 else unit.shard(cut.ranks) * cut.itemsize
+        cast = 0 if cut.itemsize == 4 else (unit.shard(cut.ranks) - unit.narrow_shard(cut.ranks)) * cut.itemsize
         self.time.touch(MESSAGES, cast + received * (2 if cut.gloo else 1), "gathering")
         self.time.up(MESSAGES, received, "gathering")
         return received
 
     def _copy_out(self, unit: Unit) -> None:
         if self.cut.ranks == 1:
-            self.time.touch(GATHERED, self._whole(unit) + unit.largest * self.cut.itemsize * (self.cut.itemsize != 4), "gathering")
+            self.time.touch(GATHERED, self._whole(unit) + self._cast_last(unit), "gathering")
         self.time.up(GATHERED, self._whole(unit), "gathering")
+
+    def _cast_last(self, unit: Unit) -> int:
+        """On one rank each parameter is copied from a cast of it, which what is kept in the computation's precision does not take."""
+        wide = max((weight.num_elements for weight in unit.weights if not weight.narrow), default=0)
+        return wide * self.cut.itemsize * (self.cut.itemsize != 4)
 
     def forward_gather(self, unit: Unit) -> None:
         received = self._gather(unit)

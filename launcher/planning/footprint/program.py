@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from launcher.job.schema import Adapter
 from launcher.planning.footprint.shadow import Meter, Parameter, Shadow, Storage, backward, new
 
 MOST_LAYERS = 4
@@ -25,8 +26,12 @@ class Weight:
     trains: bool = True
     turned: bool = True
     """Of a layer's matrix: multiplied with as a turned view of it, as by `torch.nn.Linear`."""
+    input_first: bool = False
+    """A linear layer's, [in, out], as GPT-2 has it."""
     used: float = 1.0
     """The share of it that one token is multiplied with: of experts, those that are chosen."""
+    narrow: bool = False
+    """Kept in the precision of the computation, and not in fp32."""
 
     @property
     def num_elements(self) -> int:
@@ -58,6 +63,10 @@ class Unit:
         if (ranks, trained) not in self._known:
             self._known[ranks, trained] = sum(weight.shard(ranks) for weight in self.weights if weight.trains or not trained)
         return self._known[ranks, trained]
+
+    def narrow_shard(self, ranks: int) -> int:
+        """Of the largest rank's part, elements that are kept in the precision of the computation."""
+        return sum(weight.shard(ranks) for weight in self.weights if weight.narrow)
 
     @property
     def last_trained(self) -> int:
@@ -100,6 +109,7 @@ class Setting:
     task: str
     training: bool = True
     frozen: tuple[str, ...] = ()
+    adapter: Adapter | None = None
     accumulates: bool = False
     """Gradients of an earlier micro-batch are there already, and these are added to them; or they leave as soon as they are made."""
     widens: bool = False
@@ -166,7 +176,8 @@ class Context:
     def parameter(self, name: str, num_elements: int) -> Parameter:
         """The parameter of a name; tied ones share it."""
         if name not in self.parameters:
-            made = Parameter(num_elements, trains=self.setting.training and not matches(name, self.setting.frozen))
+            setting = self.setting
+            made = Parameter(num_elements, trains=setting.training and trains(name, setting.frozen, setting.adapter))
             made.gradient = Storage(self.meter, 0) if self.setting.accumulates else None
             self.parameters[name] = made
         return self.parameters[name]
@@ -190,6 +201,11 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
+def trains(name: str, frozen: Sequence[str], adapter: Adapter | None) -> bool:
+    """Whether a parameter is trained."""
+    return not matches(name, frozen) if adapter is None else adapter.trains(name)
+
+
 def run(setting: Setting, model: Callable[[Context], Shadow]) -> list[Segment]:
     """Go through a model's forward pass and, where it trains, its backward pass; its blocks in their order."""
     context = Context(setting)
@@ -205,9 +221,15 @@ def run(setting: Setting, model: Callable[[Context], Shadow]) -> list[Segment]:
 
 def of_stack(context: Context, num_layers: int, first: int = 0) -> list[int]:
     """The layers of a stack that are gone through: the first ones and the last, by their numbers in the model; all, where they differ."""
-    if num_layers <= MOST_LAYERS or context.setting.frozen:
+    if num_layers <= MOST_LAYERS or context.setting.frozen or _differ(context.setting.adapter):
         return list(range(first, first + num_layers))
     return [*range(first, first + MOST_LAYERS - 1), first + num_layers - 1]
+
+
+def _differ(adapter: Adapter | None) -> bool:
+    """Whether an adapter's patterns may tell one layer of a stack from another: they name a number."""
+    patterns = () if adapter is None else adapter.train_also + (() if adapter.targets == "all-linear" else adapter.targets)
+    return any(character.isdigit() or character in "?[" for pattern in patterns for character in pattern)
 
 
 def spread(segments: list[Segment]) -> list[Segment]:

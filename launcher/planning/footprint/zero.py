@@ -90,14 +90,16 @@ class ZeroStep:
         """Bytes of parameters, optimizer state and standing buffers between two steps."""
         cut, part = self.cut, self._part(self.trained)
         frozen = self.total - self.trained
+        # Of what is frozen a rank keeps an fp32 part for the checkpoint, but beside an adapter, whose checkpoint has none of it.
+        stored = 0 if any(weight.narrow for weight in self.weights) else 4
         optimizer = 4 * cut.state_copies * part
         if cut.offloads_optimizer:
             return self._left_on_the_device()
         if cut.stage < 3:
-            return {PARAMETERS: cut.itemsize * self.total + 4 * part + 4 * self._part(frozen), OPTIMIZER: optimizer}
+            return {PARAMETERS: cut.itemsize * self.total + 4 * part + stored * self._part(frozen), OPTIMIZER: optimizer}
         shards = 0 if cut.itemsize == 4 else cut.itemsize * part
         small = sum(weight.num_elements for weight in self.weights if weight.num_elements <= cut.persistence)
-        parameters = 4 * part + shards + (4 + cut.itemsize) * self._part(frozen) + cut.itemsize * small
+        parameters = 4 * part + shards + (stored + cut.itemsize) * self._part(frozen) + cut.itemsize * small
         return {PARAMETERS: parameters, OPTIMIZER: optimizer, GRADIENTS: 4 * part, MESSAGES: cut.reduce_bucket * 4}
 
     def _left_on_the_device(self) -> dict[str, int]:

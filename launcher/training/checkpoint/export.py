@@ -6,56 +6,24 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, cast
 
 import torch
 from typing_extensions import Buffer
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem, StorageError
-from launcher.runs.checkpoints import Stored, look, newest_valid, verify
+from launcher.planning.plan import Plan
+from launcher.runs.checkpoints import Stored as StoredCheckpoint
+from launcher.runs.checkpoints import look, newest_valid, verify
 from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import sync_directory
 from launcher.training.checkpoint.reader import CheckpointReader
+from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Alone, Entry, ExportDtype, Merged, Stored, Weights
 
-ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
-
-_PREFIX = "model."
-_SLICE_BYTES = 64 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the exported model."""
-
-    stored_name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return self.stored_name.removeprefix(_PREFIX)
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+_OF_A_MODEL = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -67,30 +35,41 @@ class Exported:
     num_tensors: int
     num_bytes: int
     files: tuple[str, ...]
-    rejected: tuple[Stored, ...] = ()
+    rejected: tuple[StoredCheckpoint, ...] = ()
 
 
 def export(
-    run: RunDirectory, out: Path, step: int | None = None, dtype: ExportDtype = "keep", max_shard_bytes: int = 5_000_000_000
+    run: RunDirectory,
+    out: Path,
+    step: int | None = None,
+    dtype: ExportDtype = "keep",
+    max_shard_bytes: int = 5_000_000_000,
+    adapter: bool = False,
 ) -> Exported:
     """Write the model of the newest whole checkpoint, or of `step`'s, as safetensors with config and tokenizer.
 
-    Raises ConfigurationError where `out` is in use, CheckpointError where there is no whole checkpoint, StorageError where the
-    disk does not take it. `out` appears at once and whole, or not at all.
+    Of a run that trains adapters: the model with them added to its weights, or with `adapter` a directory that peft loads.
+    Raises ConfigurationError where `out` is in use, or there is no such adapter, CheckpointError where there is no whole checkpoint,
+    StorageError where the disk does not take it. `out` appears at once and whole, or not at all.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(Problem("--out", str(out), "exists and is not an empty directory; name a new one"))
     chosen, rejected = choose(run, step)
     model_files = _model_files(run)
-    reader = CheckpointReader(chosen.directory)
-    shards = _shards(_entries(reader, dtype), max_shard_bytes)
+    weights = _weights(run, CheckpointReader(chosen.directory), dtype, adapter)
+    # peft reads one file.
+    shards = [weights.entries()] if adapter else _shards(weights.entries(), max_shard_bytes)
     temporary = out.with_name(f".{out.name}.export-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        files = _write_shards(temporary, reader, shards)
+        files = _write_shards(temporary, weights, shards, "adapter_model" if adapter else "model")
         for source in model_files:
-            shutil.copyfile(source, temporary / source.name)
-        _set_dtype(temporary / "config.json", shards)
+            if not adapter or source.name not in _OF_A_MODEL:
+                shutil.copyfile(source, temporary / source.name)
+        if isinstance(weights, Alone):
+            weights.write_settings(temporary)
+        else:
+            _set_dtype(temporary / "config.json", shards)
         sync_directory(temporary)
         temporary.rename(out)
     except OSError as error:
@@ -101,7 +80,7 @@ def export(
     return Exported(out, chosen.step, len(entries), sum(entry.num_bytes for entry in entries), tuple(files), rejected)
 
 
-def choose(run: RunDirectory, step: int | None) -> tuple[Stored, tuple[Stored, ...]]:
+def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple[StoredCheckpoint, ...]]:
     """A whole checkpoint: the newest, or `step`'s; and those passed over. Raises CheckpointError."""
     if step is None:
         choice = newest_valid(run)
@@ -124,19 +103,17 @@ def _model_files(run: RunDirectory) -> list[Path]:
     return [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES)]
 
 
-def _entries(reader: CheckpointReader, dtype: ExportDtype) -> list[Entry]:
-    entries = []
-    for name in reader.names:
-        if name.startswith(_PREFIX):
-            described = reader.describe(name)
-            stored = described.properties.dtype
-            target = getattr(torch, dtype) if dtype != "keep" and stored.is_floating_point else stored
-            if target not in _SAFETENSORS_NAMES:
-                raise ConfigurationError(Problem(name, str(target), "safetensors has no such dtype"))
-            entries.append(Entry(name, tuple(described.size), target))
-    if not entries:
-        raise CheckpointError(f"{reader.directory} holds no tensor of a model")
-    return entries
+def _weights(run: RunDirectory, reader: CheckpointReader, dtype: ExportDtype, alone: bool) -> Weights:
+    """The checkpoint's tensors; of a run that trains adapters the whole model's, or with `alone` the adapters'."""
+    plan = Plan.read(run.plan_file) if run.plan_file.is_file() else None
+    stored = Stored(reader, dtype)
+    if plan is None or plan.model.adapter is None:
+        if alone:
+            reason = "was asked for, and this run trains the model's own weights; leave it out"
+            raise ConfigurationError(Problem("--adapter", run.path.name, reason))
+        return stored
+    kind: type[Alone] | type[Merged] = Alone if alone else Merged
+    return kind(plan, plan.model.adapter, stored, run.path / "model")
 
 
 def _shards(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
@@ -152,12 +129,12 @@ def _shards(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
     return [sorted(shard, key=lambda entry: (-entry.dtype.itemsize, entry.name)) for shard in shards]
 
 
-def _write_shards(directory: Path, reader: CheckpointReader, shards: list[list[Entry]]) -> list[str]:
+def _write_shards(directory: Path, weights: Weights, shards: list[list[Entry]], stem: str) -> list[str]:
     count = len(shards)
-    names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [f"{stem}.safetensors"] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for name, shard in zip(names, shards, strict=True):
         with open(directory / name, "wb") as file:
-            _write_safetensors(file, reader, shard)
+            _write_safetensors(file, weights, shard)
             file.flush()
             os.fsync(file.fileno())
     if count == 1:
@@ -170,31 +147,21 @@ def _write_shards(directory: Path, reader: CheckpointReader, shards: list[list[E
     return names
 
 
-def _write_safetensors(file: BinaryIO, reader: CheckpointReader, entries: list[Entry]) -> None:
+def _write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) -> None:
     """The format by hand, as the library's own writer needs all tensors of a file in memory at once."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
         begin, end = end, end + entry.num_bytes
-        header[entry.name] = {"dtype": _SAFETENSORS_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+        header[entry.name] = {"dtype": SAFETENSORS_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for entry in entries:
-        for piece in _pieces(reader, entry.stored_name):
+        for piece in weights.pieces(entry.name):
             converted = piece.to(entry.dtype).contiguous().view(-1).view(torch.uint8)
             file.write(memoryview(cast(Buffer, converted.numpy())))
-
-
-def _pieces(reader: CheckpointReader, name: str) -> Iterator[torch.Tensor]:
-    """A tensor's elements in row-major order, in flat slices: straight from the file where it is cut along its first dimension."""
-    described = reader.describe(name)
-    chunks = sorted((chunk for chunk in described.chunks if chunk.sizes.numel()), key=lambda chunk: tuple(chunk.offsets))
-    by_rows = all(chunk.sizes[1:] == described.size[1:] for chunk in chunks)
-    wholes = (reader.piece(name, chunk) for chunk in chunks) if by_rows else iter([reader.read(name)])
-    for whole in wholes:
-        yield from whole.reshape(-1).split(_SLICE_BYTES // whole.element_size())
 
 
 def _set_dtype(config_file: Path, shards: list[list[Entry]]) -> None:

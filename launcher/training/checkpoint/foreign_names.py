@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.training import model as models
 from launcher.training import tasks
@@ -34,8 +34,11 @@ class Expected:
 def expected(plan: Plan, foreign: Foreign) -> Expected:
     """Made from the model's config alone, no weight of it in memory. A new head is as wide as the checkpoint's.
 
-    Raises ConfigurationError where there is no such model.
+    Raises ConfigurationError where there is no such model, and where the run trains adapters beside it.
     """
+    if plan.model.adapter is not None:
+        reason = "a checkpoint of another system is of a whole model, and this run trains adapters; leave model.adapter out"
+        raise ConfigurationError(Problem("model.adapter", f"rank {plan.model.adapter.rank}", reason))
     config = models.read_config(plan)
     task = tasks.build(plan, models.read_tokenizer(plan))
     if plan.task == "sequence-classification":

@@ -20,14 +20,15 @@ from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
+from launcher.training import adapters
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
-from launcher.training.engines.fsdp import DTYPES
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.whole import cut_rows, gathered, replaced_one_by_one
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.heads import Batch, Output
+from launcher.training.precision import DTYPES
 from launcher.training.tasks.task import Task
 
 
@@ -71,9 +72,9 @@ class DeepSpeedEngine:
         partitioner = self._deepspeed.zero.Init(config_dict_or_path=self._ds_config) if self._plan.zero.stage == 3 else None
         masters: dict[str, torch.Tensor] = {}
         for name, old, new in replaced_one_by_one(self.model):
-            if not new.requires_grad:
+            if not new.requires_grad and self._plan.model.adapter is None:
                 self._frozen[name] = _flat_part(new.data, self._plan)
-            elif dtype != torch.float32:
+            elif new.requires_grad and dtype != torch.float32:
                 masters[name] = old.detach()
             new.data = new.data.to(dtype)
             if partitioner is not None:
@@ -130,15 +131,17 @@ class DeepSpeedEngine:
     def tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         states: dict[str, torch.Tensor] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in adapters.named_parameters(self.model):
             if name in self._frozen:
                 tensors[f"model.{name}"] = _shard(parameter, self._frozen_piece(name, parameter), "param")
                 continue
+            if not parameter.requires_grad:
+                continue  # beside an adapter: the model's own files keep it
             piece = self._stage.piece(parameter)
             tensors[f"model.{name}"] = _shard(parameter, piece, "param")
             for key in optimizers.moments(self._plan.training):
                 states[f"optimizer.{name}.{key}"] = _shard(parameter, piece, key)
-        tensors |= {f"model.{name}": buffer for name, buffer in models.persistent_buffers(self.model)}
+        tensors |= {f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)}
         if steps := self._stage.steps():
             states["optimizer.step"] = steps[0]
         return tensors | states

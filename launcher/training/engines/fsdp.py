@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
+from launcher.training import adapters
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.heads import Batch, Output
+from launcher.training.precision import DTYPES
 from launcher.training.tasks.task import Task
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DEFERRED_GRADIENT_BYTES = 4 << 30
 """Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it, memory is worth more."""
 
@@ -56,6 +57,9 @@ class FsdpEngine:
         where: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
         if self._plan.offload == "parameters":
             where["offload_policy"] = CPUOffloadPolicy(pin_memory=self._plan.mesh.device == "cuda")
+        if self._plan.model.adapter is not None and self._plan.mesh.world_size == 1 and self._plan.offload != "parameters":
+            # They are in the computation's precision already, and there is nobody to share them with: gathering would only copy them.
+            where["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
         for layer in layers:
             fully_shard(layer, reshard_after_forward=self._plan.mesh.reshard_after_forward, **where)
         fully_shard(model, reshard_after_forward=False, **where)
@@ -93,8 +97,11 @@ class FsdpEngine:
     def tensors(self) -> dict[str, torch.Tensor]:
         # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that FSDP frees later.
         self._reshard()
-        parameters = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-        buffers = {f"model.{name}": buffer for name, buffer in models.persistent_buffers(self.model)}
+        named = adapters.named_parameters(self.model)
+        # Beside an adapter what does not train is the model's own files' to keep.
+        keeps_all = self._plan.model.adapter is None
+        parameters = {f"model.{name}": parameter.detach() for name, parameter in named if keeps_all or parameter.requires_grad}
+        buffers = {f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)}
         states = optimizers.state_tensors(self.model, self._optimizer) if self._optimizer else {}
         return parameters | buffers | states
 

@@ -6,19 +6,24 @@ from typing import Any
 
 import torch
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.planning.footprint.program import Batch, Setting
 from launcher.planning.plan import Plan
 from launcher.training import model as models
 from launcher.training import tasks
-from launcher.training.engines.fsdp import DTYPES
+from launcher.training.precision import DTYPES
 from launcher.training.tracing.program import Traced
 
 
 def trace(plan: Plan) -> Traced:
     """What the planner asks for where it goes by the model's real class.
 
-    Raises ConfigurationError for a model that is not there, that cannot do the task, or that has no repeated layers.
+    Raises ConfigurationError for a plan with an adapter, and for a model that is not there, that cannot do the task, or that has no
+    repeated layers.
     """
+    if plan.model.adapter is not None:
+        reason = "a trace does not know adapters; leave it out, and the formulas say what they know"
+        raise ConfigurationError(Problem("--trace", plan.model.name, reason))
     # The kernel of flash-attn runs on a GPU alone; PyTorch's own keeps the same.
     here = plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
     config = models.read_config(here)

@@ -1,0 +1,193 @@
+"""Where an export takes its tensors from: a checkpoint as it is, one with its adapters added to their base, or the adapters alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from launcher.errors import CheckpointError, ConfigurationError, Problem
+from launcher.job.schema import Adapter
+from launcher.planning.plan import Plan
+from launcher.training import adapters, tasks
+from launcher.training import model as models
+from launcher.training.checkpoint.reader import CheckpointReader
+from launcher.training.precision import DTYPES
+
+ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_PREFIX = "model."
+_PEFT_PREFIX = "base_model.model."
+_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+_SLICE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Weights(Protocol):
+    """Tensors by name, and of each its elements in row-major order, in flat slices."""
+
+    def entries(self) -> list[Entry]: ...
+    def pieces(self, name: str) -> Iterator[torch.Tensor]: ...
+
+
+def _entry(name: str, shape: tuple[int, ...], stored: torch.dtype, asked: ExportDtype) -> Entry:
+    dtype = getattr(torch, asked) if asked != "keep" and stored.is_floating_point else stored
+    if dtype not in SAFETENSORS_NAMES:
+        raise ConfigurationError(Problem(name, str(dtype), "safetensors has no such dtype"))
+    return Entry(name, shape, dtype)
+
+
+def _slices(whole: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield from whole.reshape(-1).split(_SLICE_BYTES // whole.element_size())
+
+
+class Stored:
+    """The model in a checkpoint, as it is."""
+
+    def __init__(self, reader: CheckpointReader, dtype: ExportDtype) -> None:
+        self.reader, self.dtype = reader, dtype
+
+    @property
+    def names(self) -> list[str]:
+        """Of the model's tensors. Raises CheckpointError where there are none."""
+        found = [name.removeprefix(_PREFIX) for name in self.reader.names if name.startswith(_PREFIX)]
+        if not found:
+            raise CheckpointError(f"{self.reader.directory} holds no tensor of a model")
+        return found
+
+    def entries(self) -> list[Entry]:
+        described = {name: self.reader.describe(_PREFIX + name) for name in self.names}
+        return [_entry(name, tuple(found.size), found.properties.dtype, self.dtype) for name, found in described.items()]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.reader.read(_PREFIX + name)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Straight from the file where the tensor is cut along its first dimension."""
+        described = self.reader.describe(_PREFIX + name)
+        chunks = sorted((chunk for chunk in described.chunks if chunk.sizes.numel()), key=lambda chunk: tuple(chunk.offsets))
+        by_rows = all(chunk.sizes[1:] == described.size[1:] for chunk in chunks)
+        wholes = (self.reader.piece(_PREFIX + name, chunk) for chunk in chunks) if by_rows else iter([self.read(name)])
+        for whole in wholes:
+            yield from _slices(whole)
+
+
+class Merged:
+    """The base with B A alpha / rank added to each weight that has an adapter, in fp32, one tensor at a time.
+
+    The base comes from its own files in the precision that it was trained beside: through a memory map where that is the files' own.
+    `keep` is that precision as well.
+    """
+
+    def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
+        self.adapter, self.stored = adapter, stored
+        self.kept = DTYPES[plan.precision]
+        model = _base(plan, model_files, self.kept)
+        self.turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        self.base: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(models.persistent_buffers(model))
+        self.trained = set(stored.names)
+
+    def entries(self) -> list[Entry]:
+        dtypes = {name: self.kept if tensor.is_floating_point() else tensor.dtype for name, tensor in self.base.items()}
+        return [_entry(name, tuple(tensor.shape), dtypes[name], self.stored.dtype) for name, tensor in self.base.items()]
+
+    @torch.no_grad()
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        module, _, key = name.rpartition(".")
+        if key != "weight" or f"{module}.lora_A.weight" not in self.trained:
+            return self.stored.pieces(name) if name in self.trained else _slices(self.base[name].detach())
+        own = self.stored.read(name) if name in self.trained else self.base[name].detach()
+        product = self.stored.read(f"{module}.lora_B.weight") @ self.stored.read(f"{module}.lora_A.weight")
+        added = product.t() if name in self.turned else product
+        return _slices(own.float().add(added, alpha=self.adapter.alpha / self.adapter.rank))
+
+
+def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
+    """The model that the run began with, on the CPU."""
+    where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
+    config = models.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
+    kind = models.model_class(tasks.unbound(plan).auto_class, config, plan)
+    noise = logging.getLogger("transformers.modeling_utils")
+    level = noise.level
+    noise.setLevel(logging.ERROR)  # a head that its files lack is in the checkpoint
+    try:
+        return kind.from_pretrained(plan.model.name, config=config, dtype=dtype, revision=plan.model.revision or "main")
+    except (OSError, ValueError, ImportError) as error:
+        reason = f"the weights beside which it was trained cannot be read: {models.first_line(error)}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+    finally:
+        noise.setLevel(level)
+
+
+class Alone:
+    """The adapters and what was trained beside them, under the names that peft reads."""
+
+    def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
+        self.plan, self.adapter, self.stored = plan, adapter, stored
+        self.modules = _whole_modules(plan, stored, model_files)
+
+    def entries(self) -> list[Entry]:
+        return [
+            Entry(_PEFT_PREFIX + entry.name, entry.shape, entry.dtype)
+            for entry in self.stored.entries()
+            if adapters.is_matrix(entry.name) or entry.name.rpartition(".")[0] in self.modules
+        ]
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        return self.stored.pieces(name.removeprefix(_PEFT_PREFIX))
+
+    def write_settings(self, directory: Path) -> None:
+        """adapter_config.json, by peft."""
+        names = [name.removesuffix(".lora_A.weight") for name in self.stored.names if name.endswith(".lora_A.weight")]
+        model = self.plan.model
+        more = {"task_type": _PEFT_TASKS[self.plan.task], "base_model_name_or_path": model.name, "revision": model.revision}
+        settings = adapters.settings(self.adapter, names, modules_to_save=self.modules or None, inference_mode=True, **more)
+        settings.save_pretrained(directory)
+
+
+def _whole_modules(plan: Plan, stored: Stored, model_files: Path) -> list[str]:
+    """The modules that were trained in full. Raises ConfigurationError for one of which only a part was: peft keeps whole ones alone."""
+    where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
+    config = models.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
+    with torch.device("meta"):
+        model: nn.Module = tasks.unbound(plan).auto_class.from_config(config, trust_remote_code=plan.model.trust_remote_code)
+    parameters, trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}, set(stored.names)
+    found = sorted({name.rpartition(".")[0] for name in trained & parameters})
+    for module in found:
+        inside = {name for name in parameters if name.startswith(f"{module}.")}
+        rest = sorted(inside - trained) or sorted(name for name in trained if name.startswith(f"{module}.lora_"))
+        if rest:
+            reason = f"peft keeps whole modules, and of this one {rest[0]} was trained otherwise; leave --adapter out for the whole model"
+            raise ConfigurationError(Problem("--adapter", module, reason))
+    return found
