@@ -32,11 +32,11 @@ def export(
     dtype: Annotated[ExportDtype, typer.Option("--dtype", help="Of the parameters; `keep` leaves them as trained.")] = ExportDtype.keep,
     max_shard: Annotated[float, typer.Option("--max-shard", metavar="GB", min=0.001, help="Largest file, in GB.")] = 5.0,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Only the adapter that the run trains, as a directory that peft loads.")
+        bool, typer.Option("--adapter", help="The adapter alone, as a directory that peft loads; left out, it is added to the weights.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's model as Hugging Face safetensors; one with an adapter has it added to its weights."""
+    """Write a run's model as Hugging Face safetensors."""
     from launcher.runs.layout import RunDirectory
     from launcher.training.checkpoint.export import export as write
 

@@ -94,9 +94,9 @@ def matrix_elements(unit: Unit) -> float:
     return sum(weight.num_elements * weight.used for weight in unit.weights if len(weight.shape) >= 2)
 
 
-def _passes(unit: Unit) -> int:
+def _passes(unit: Unit) -> float:
     """Products with a unit's matrices, in elements: forward, for what goes in, and, where it trains beside an adapter, for the weight."""
-    return sum(weight.num_elements * (2 if weight.narrow else 3) for weight in unit.weights if len(weight.shape) >= 2)
+    return sum(weight.num_elements * weight.used * (2 if weight.narrow else 3) for weight in unit.weights if len(weight.shape) >= 2)
 
 
 def attention_width(unit: Unit) -> int:
