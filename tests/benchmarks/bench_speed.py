@@ -64,7 +64,7 @@ def main() -> None:
     """Run every side --rounds times in turns, and write the medians."""
     options = parse()
     found = conditions("torch", "transformers")
-    rate = matrix_rate(options.precision)
+    rate = {kind: matrix_rate(kind) for kind in sorted({options.precision, "fp32"})}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.sides}
     with tempfile.TemporaryDirectory() as scratch:
         data = prompts_and_completions(options.data, Path(scratch) / "rows.jsonl", options.rows)
@@ -166,7 +166,7 @@ def launcher_command(side: Side, options: argparse.Namespace, data: Path, scratc
         },
         "training": {"max_steps": options.steps, "learning_rate": 2e-5, "schedule": "linear", "warmup": 0},
         "precision": options.precision,
-        "checkpoint": {"every": "1d"},
+        "checkpoint": {"every": "1d", "async": False},  # the peer saves nothing, and keeps no copy to save in the background
         "cluster": {"gpus_per_node": 0, "ranks_per_node": NUM_RANKS},
         "trackers": [],
     }
@@ -190,7 +190,7 @@ def launcher_rate(run: Path, warmup: int) -> dict[str, Any]:
     return {"num_tokens": num_tokens, "seconds": seconds, "tokens_per_second": num_tokens / seconds, "flops_per_token": flops}
 
 
-def describe(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace, found: dict[str, Any], rate: float) -> str:
+def describe(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace, found: dict[str, Any], rate: dict[str, float]) -> str:
     """The section: conditions, a row for each side, the ratios."""
     middle = {
         name: {key: median(one[key] for one in runs) for key in ("tokens_per_second", "resident", "anonymous")}
@@ -205,7 +205,8 @@ def describe(results: dict[str, list[dict[str, Any]]], options: argparse.Namespa
         sentence(found),
         f"{options.rounds} rounds in turns, {options.steps} steps of which the first {options.warmup} are warm-up; {NUM_RANKS} ranks x "
         f"{options.micro_batch} samples (packs) x {options.accumulation} accumulated, {options.precision}."
-        + (f" launcher takes the same global batch {options.launcher_micro_batch} at a time." if options.launcher_micro_batch else ""),
+        + (f" launcher takes the same global batch {options.launcher_micro_batch} at a time." if options.launcher_micro_batch else "")
+        + (f" launcher with {', '.join(options.set)}." if options.set else ""),
         "",
         table(["", "tokens/s, median", "each round", "resident", "anonymous"], rows),
     ]
@@ -220,8 +221,8 @@ def describe(results: dict[str, list[dict[str, Any]]], options: argparse.Namespa
     for name in ("launcher", "launcher-packed"):
         if name in middle:
             flops = results[name][0]["flops_per_token"] * middle[name]["tokens_per_second"]
-            share = f"{flops / rate:.0%} of this machine's {rate / 1e9:.1f} in matrix products"
-            lines.append(f"- {SIDES[name].name}: {flops / 1e9:.1f} GFLOP/s, {share}.")
+            shares = [f"{flops / one:.0%} of this machine's {one / 1e9:.1f} in {kind} matrix products" for kind, one in rate.items()]
+            lines.append(f"- {SIDES[name].name}: {flops / 1e9:.1f} GFLOP/s, {' and '.join(shares)}.")
     return "\n".join(lines)
 
 
