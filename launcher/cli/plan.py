@@ -66,6 +66,8 @@ def plan(
     sought = deadline is not None or max_gpus is not None
     if sought or scale is not None or (gpu is not None and ("," in gpu or price)):
         _alone(trace)
+        if sought and scale is not None:
+            _one_question(scale)
         if sought:
             rows = outlook.in_time(wanted, deadline, max_gpus or _MOST, gpu, network)
         elif scale is not None:
@@ -103,6 +105,14 @@ def plan(
 
     parts = [bars(made), compared(made, seen.forecast, seen.why_not) if trace else "", speed_lines(made), advice(made)]
     typer.echo("\n".join(filter(None, parts)))
+
+
+def _one_question(scale: str) -> None:
+    """Raises ConfigurationError, as it was asked for the fewest GPUs and for every number of them."""
+    from launcher.errors import ConfigurationError, Problem
+
+    reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest; leave one of them out"
+    raise ConfigurationError(Problem("--scale", scale, reason))
 
 
 def _alone(trace: bool) -> None:

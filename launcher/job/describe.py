@@ -74,7 +74,7 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return expected(kept[0], metadata) if len(kept) == 1 else ", or ".join(expected(part) for part in kept)
     if origin is tuple:
         if parts[-1] is Ellipsis:
-            inner = parts[0]
+            inner = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
             return "a list of texts" if inner is str else f"a list of {' | '.join(choices(inner))}"
         return f"a list of {len(parts)}: each {expected(parts[0])}"
     return _PLAIN.get(annotation, "a section of keys") + limits(metadata)

@@ -48,7 +48,8 @@ def groups(job: Job, first: Plan) -> list[list[Alternative]]:
 
     Of a group the fastest is taken; a later group only where nothing of the earlier ones fits.
     """
-    other: list[EngineName] = ["deepspeed"] if job.parallel.engine == "auto" and first.engine == "fsdp" else []
+    open_still = job.parallel.engine == "auto" and job.parallel.shard != "none" and first.engine == "fsdp"  # DeepSpeed always cuts
+    other: list[EngineName] = ["deepspeed"] if open_still else []
     engines: list[EngineName] = [first.engine, *other]
     found = [[Alternative(engine, first.offload)] for engine in engines]
     if job.memory.offload == "auto" and first.mesh.device == "cuda":

@@ -102,7 +102,7 @@ def _hardware(job: Job, local: bool) -> Hardware:
     kind = gpu_type(cluster.gpu, "cluster.gpu")
     if local or cluster.gpus_per_node in ("auto", 0):
         return here
-    return as_hardware(kind, int(cluster.gpus_per_node), here.num_cores, here.memory_bytes)
+    return as_hardware(kind, int(cluster.gpus_per_node), here.num_cores)  # what is free on a login node says nothing of it
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, Problem
 from launcher.job import profile
 from launcher.job.schema import Job, node_range
 from launcher.planning.alternatives import Offloading
-from launcher.planning.forecast import USABLE, Forecast, forecast
+from launcher.planning.forecast import USABLE, Forecast, forecast, why_not
 from launcher.planning.gpus import on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import rates_for
@@ -37,10 +37,18 @@ class Fewest:
     offloads: bool = False
     fitting: list[tuple[int, Attempt]] = field(default_factory=list)
     """Those that fit, whatever else was wrong with them."""
-    unknown: bool = False
-    """Of one of them there is no forecast."""
+    unknown: Plan | None = None
+    """One of which there is no forecast."""
+    error: ConfigurationError | None = None
+    """What was wrong with the first that is not possible."""
     reasons: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     """Why the others would not do, and which."""
+
+    def hopeless(self) -> ConfigurationError | None:
+        """What is wrong with all of them, where it is not that they do not fit or end too late."""
+        if self.unknown is not None:
+            return ConfigurationError(Problem("model.name", self.unknown.model.name, why_not(self.unknown)))
+        return self.error if self.reasons and all(why == "not possible" for why, _ in self.reasons) else None
 
     def refused(self, unit: str) -> tuple[Refused, ...]:
         """The others, by why."""
@@ -72,10 +80,11 @@ def fewest(
             try:
                 tried = attempt(count, offloading)
             except ConfigurationError as error:
+                found.error = found.error or error
                 found.reasons.setdefault(("not possible", _clause(error)), []).append(count)
                 continue
             if tried.forecast is None:
-                found.unknown = True
+                found.unknown = tried.plan
                 return found
             wrong = _wrong(tried.forecast, seconds)
             if wrong is None or wrong[0] == "too late":
@@ -83,7 +92,7 @@ def fewest(
             if wrong is None:
                 found.taken = (count, tried)
                 return found
-            if wrong is not None and count not in (numbers := found.reasons.setdefault(wrong, [])):
+            if count not in (numbers := found.reasons.setdefault(wrong, [])):
                 numbers.append(count)
         impossible = {count for (why, _), numbers in found.reasons.items() if why == "not possible" for count in numbers}
         counts = [count for count in counts if count not in impossible]

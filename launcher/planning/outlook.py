@@ -202,6 +202,8 @@ def _fewest(job: Job, gpu: GpuType, most: int, seconds: float | None, deadline: 
     tried = fewest(_numbers(job, most), attempt, seconds, passes(job))
     late = [Row(gpu.key, one.plan, one.forecast) for _, one in tried.fitting]
     if tried.taken is None:
+        if (error := tried.hopeless()) is not None:
+            raise error
         return None, late
     number, one = tried.taken
     row = Row(gpu.key, one.plan, one.forecast)

@@ -128,7 +128,11 @@ def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute:
     ranks = mesh.shard if plan.zero is None else mesh.world_size
     total, trained = (sum(unit.num_elements(trained=only) for unit in (root, *layers)) for only in (False, True))
     gathers, reduces = _counts(plan, trained)
-    moved = _moved(plan, total / ranks, trained / ranks, itemsize, gathers, reduces) if offloads(plan) else 0.0
+    # ZeRO's parameters are there in the computation's precision, FSDP's in fp32, but those that stay as they are beside an adapter.
+    weights = [weight for unit in (root, *layers) for weight in unit.weights]
+    wide = 4 if plan.zero is None else itemsize
+    kept = sum(weight.num_elements * (itemsize if weight.narrow else wide) for weight in weights)
+    moved = _moved(plan, kept / ranks, trained / ranks, itemsize, gathers, reduces) if offloads(plan) else 0.0
     seconds = moved / (gpu.host_link * LINK_SHARE)
     if mesh.world_size > 1:
         within = min(mesh.ranks_per_node, mesh.world_size)
@@ -149,13 +153,13 @@ def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute:
 
 
 def _moved(plan: Plan, parameters: float, trained: float, itemsize: int, gathers: float, reduces: int) -> float:
-    """Bytes of a step between a rank and the host's memory, for its part of all parameters and of those that train.
+    """Bytes of a step between a rank and the host's memory, for its part of all parameters, in bytes, and the number of those that train.
 
     FSDP copies fp32 shards to the device before it casts and gathers them, and fp32 gradients back. ZeRO adds gradients up in the
     host's memory and copies parameters in the computation's precision (Ren et al. 2021, arXiv 2101.06840, section 4.1).
     """
     accumulation = plan.batch.accumulation_steps
     if plan.zero is None:
-        return 4 * (gathers * accumulation * parameters + reduces * trained)
+        return gathers * accumulation * parameters + 4 * reduces * trained
     gradients = 4 * accumulation * trained
-    return gradients + itemsize * (gathers * accumulation * parameters if plan.offload == "parameters" else trained)
+    return gradients + (gathers * accumulation * parameters if plan.offload == "parameters" else itemsize * trained)

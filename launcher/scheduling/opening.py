@@ -175,9 +175,10 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
         updates["precision"] = stored.precision
     if job.memory.activation_checkpointing == "auto":
         updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
-    same = node_range(job.cluster.nodes)[1] == stored.mesh.nodes and _ranks(job, nproc, stored) in (None, stored.mesh.ranks_per_node)
-    if same:
-        updates |= _as_placed(job.model_copy(update=updates), stored)
+    fewest, most = node_range(job.cluster.nodes)
+    if fewest <= stored.mesh.nodes <= most and _ranks(job, nproc, stored) in (None, stored.mesh.ranks_per_node):
+        # Of a range another number of nodes may be taken this time, over which as many copies need not divide.
+        updates |= _as_placed(job.model_copy(update=updates), stored, copies=fewest == most)
     job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
     plan = decide(job, num_ranks, local=local)
     if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
@@ -191,8 +192,8 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
     )
 
 
-def _as_placed(job: Job, stored: Plan) -> dict[str, object]:
-    """Engine, cut and offloading as they were, where nothing is asked for now that contradicts them."""
+def _as_placed(job: Job, stored: Plan, copies: bool) -> dict[str, object]:
+    """Engine, cut, offloading and, with `copies`, how many copies, as they were, where nothing is asked for now that contradicts them."""
     parallel, memory = job.parallel, job.memory
     if parallel.engine not in ("auto", stored.engine) or (stored.engine == "fsdp" and only_deepspeed(job)):
         return {}
@@ -200,7 +201,7 @@ def _as_placed(job: Job, stored: Plan) -> dict[str, object]:
     updates: dict[str, object] = {}
     if parallel.shard == "auto" and "replicate" not in parallel.model_fields_set:
         cut = {"engine": stored.engine, "shard": stored.sharding}
-        cut |= {"replicate": stored.mesh.replicate} if stored.engine == "fsdp" and stored.sharding != "none" else {}
+        cut |= {"replicate": stored.mesh.replicate} if copies and stored.engine == "fsdp" and stored.sharding != "none" else {}
         updates["parallel"] = parallel.model_copy(update=cut)
     if memory.offload == "auto" and parallel.shard in ("auto", stored.sharding):
         updates["memory"] = memory.model_copy(update={"offload": stored.offload, "offload_to": stored.offload_to})

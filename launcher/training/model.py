@@ -336,7 +336,7 @@ def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
     beside = any(adapters.is_matrix(name) for name, _ in adapters.named_parameters(model))
     still = [whole_shape(parameter) for parameter in model.parameters() if beside and not parameter.requires_grad]
-    spared = 2.0 * max(0, sum(shape.numel() for shape in still if len(shape) >= 2) - embeddings)
+    spared = 2.0 * max(0, sum(shape.numel() * used_share(config, tuple(shape)) for shape in still if len(shape) >= 2) - embeddings)
     return 6.0 * matrices - spared + 6.0 * layers * hidden * length
 
 

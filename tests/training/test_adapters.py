@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Adapter
@@ -184,6 +184,18 @@ def test_work_of_a_token_spares_the_gradients_that_nobody_makes(llama: Path) -> 
     adapters.trained(model, adapter, ())
     added = 3 * 4 * (48 + 48)
     assert flops_per_token(model, model.config, 100) == before - 2 * matrices + 6 * added
+
+
+def test_work_of_a_token_beside_a_mixture_counts_chosen_experts_alone() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config: Any = AutoConfig.for_model("mixtral", **sizes, vocab_size=32, num_local_experts=8, num_experts_per_tok=1)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    before = flops_per_token(model, config, 8)
+    adapter = Adapter(rank=2, targets=("q_proj",))
+    adapters.Injected(model, adapter, repeated_layers)
+    adapters.trained(model, adapter, ())
+    assert 0.5 * before < flops_per_token(model, config, 8) < before
 
 
 @pytest.fixture(scope="module")

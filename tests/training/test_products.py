@@ -87,3 +87,26 @@ def test_the_same_numbers(dtype: torch.dtype) -> None:
         error = (own.double() - wide.double()).norm() / own.double().norm()
         limit = 0.0 if name == "fp32" else 0.01 if name == "attention" else 2e-4
         assert error <= limit, f"{name}: {float(error):.1e}"
+
+
+def _refused() -> list[str]:
+    products._install()
+    half, wide = torch.ones(4, 300, dtype=torch.bfloat16), torch.ones(300, 5)
+    found = []
+    for work in (
+        lambda: half @ wide,
+        lambda: half @ torch.ones(301, 5, dtype=torch.bfloat16),
+        lambda: torch.addmm(torch.ones(5), half, wide.to(torch.bfloat16)),
+        lambda: torch.bmm(half[None], wide.to(torch.bfloat16).expand(2, 300, 5)),
+    ):
+        try:
+            found.append(str(work().dtype))
+        except RuntimeError as error:
+            found.append(f"refused: {error}")
+    return found
+
+
+@pytest.mark.distributed
+def test_operands_that_do_not_go_together_are_refused_as_ever() -> None:
+    for said in on_ranks(1, _refused)[0]:
+        assert said.startswith("refused: "), said

@@ -240,3 +240,31 @@ def test_the_nearest_that_fit_offload_only_where_the_job_says_not_to(tmp_path: P
             assert made is not None and not made.fits
             advised.append([words for words, _ in fitting.nearest_that_fit(made, None, 8) if "offload" in words])
         assert advised[0] == [] and [words.split()[1] for words in advised[1]] == kinds
+
+
+def test_what_is_not_to_be_cut_is_not_handed_to_an_engine_that_cuts(tmp_path: Path) -> None:
+    made = decide(small(tmp_path, parallel={"shard": "none"}), None, machine(1.2), local=False)
+    assert (made.engine, made.sharding) == ("fsdp", "none")
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer", "parameters"])
+def test_an_adapter_needs_little_beside_a_model_that_stays_as_it_is(offload: str, tmp_path: Path) -> None:
+    parallel = {"engine": "deepspeed", "shard": "full"}
+    whole, beside = (
+        forecast(decide(small(tmp_path, parallel=parallel, memory={"offload": offload}, model=model), None, machine(80), local=False), 0)
+        for model in ({}, {"adapter": {"rank": 8}})
+    )
+    assert whole is not None and beside is not None
+    for phase, other in zip(whole.footprint.phases, beside.footprint.phases, strict=True):
+        # Its own matrices are small, and so always whole, and there is a pass through them.
+        assert other.total <= 1.1 * phase.total, phase.name
+
+
+def test_a_plan_for_elsewhere_does_not_go_by_what_is_free_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = small(tmp_path, cluster={"gpu": "a100-40gb", "gpus_per_node": NUM_GPUS})
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | SEVENTY))
+    made = []
+    for memory in (1, 4096):
+        monkeypatch.setattr(Hardware, "detect", lambda memory=memory: Hardware(4, memory * GIB))
+        made.append(decide(job, None, local=False))
+    assert key(made[0]) == key(made[1]) == key(look(job).plan)

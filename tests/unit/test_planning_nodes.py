@@ -160,3 +160,52 @@ def test_the_command_says_why_it_is_that_many(tmp_path: Path, capsys: pytest.Cap
     assert f"h200: cluster.nodes = {row['mesh']['nodes']}: {row['gpus']} GPUs: the fewest that fit" in said[0]
     assert "Looked at and not taken" in said[0] and "4 GPUs" in said[0]
     assert row["forecast"]["fits"] and row["cost"] == pytest.approx(3 * row["gpus"] * row["hours"]) and row["refused"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "config", "said"),
+    [
+        ({"model": {"adapter": {"targets": ["q_prj"]}}}, {}, "'q_prj': matches no linear layer that can have one; the nearest are q_proj"),
+        ({}, {"model_type": "mamba"}, "the formulas do not know the architecture mamba"),
+        ({"parallel": {"engine": "deepspeed", "replicate": 2}}, {}, "parallel.replicate"),
+    ],
+)
+def test_what_is_wrong_with_every_number_is_said_itself(
+    sections: dict[str, Any], config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, cluster={"nodes": 1}, **sections)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | config))
+    with pytest.raises(ConfigurationError) as caught:
+        in_time(job, None, 16, "h100-80gb")
+    assert said in str(caught.value)
+
+
+def test_every_number_and_the_fewest_are_two_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_of(tmp_path, data={"train": {"path": str(tmp_path / "train.jsonl")}})
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    with pytest.raises(SystemExit) as left:
+        main(["plan", str(tmp_path / "job.yaml"), "--scale", "8..64", "--max-gpus", "32"])
+    assert left.value.code == ConfigurationError.exit_code
+    assert "--scale = '8..64': shows every number" in capsys.readouterr().err
+
+
+def test_going_on_in_a_range_keeps_engine_and_cut_and_never_copies_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = job_of(tmp_path, cluster={"nodes": "1-4", "gpu": None, "gpus_per_node": 0, "ranks_per_node": 2}, batch={"global_batch_size": 24})
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | small | {"num_key_value_heads": 2}))
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    run, plan = open_run(tmp_path / "job.yaml", [], None, tmp_path / "run", local=False)
+    wide = {"nodes": 4, "world_size": 8, "replicate": 4, "shard": 2}
+    batch = {"data_parallel_size": 8, "micro_batch_size": 1, "accumulation_steps": 3}
+    older = plan.model_copy(update={"mesh": plan.mesh.model_copy(update=wide), "batch": plan.batch.model_copy(update=batch)})
+    run.plan_file.write_text(older.to_json())
+    again = open_run(tmp_path / "job.yaml", ["checkpoint.keep_last=5"], None, tmp_path / "run", local=False)[1]
+    assert again.mesh.shard > 1 and (again.engine, again.sharding) == ("fsdp", "full")
+    asked = ["parallel.engine=deepspeed", "parallel.shard=gradients"]
+    zero = open_run(tmp_path / "job.yaml", asked, None, tmp_path / "other", local=False)[1]
+    run.plan_file.write_text(zero.to_json())
+    kept = open_run(tmp_path / "job.yaml", ["checkpoint.keep_last=6"], None, tmp_path / "run", local=False)[1]
+    assert (kept.engine, kept.sharding) == ("deepspeed", "gradients")

@@ -163,7 +163,8 @@ class Estimator:
         if zero is None or not self.cuda or self.plan.offload != "optimizer":
             return 0
         root, layers = self.units
-        return 4 * -(-sum(unit.num_elements() for unit in (root, *layers)) // self.plan.mesh.world_size)
+        weights = [weight for unit in (root, *layers) for weight in unit.weights]
+        return -(-sum(weight.num_elements * (self.itemsize if weight.narrow else 4) for weight in weights) // self.plan.mesh.world_size)
 
     def _phase(self, name: str, time: Timeline, host: int) -> Phase:
         parts = {kind: size for kind, size in time.at_peak.items() if size > 0}

@@ -90,8 +90,7 @@ class ZeroStep:
         """Bytes of parameters, optimizer state and standing buffers between two steps."""
         cut, part = self.cut, self._part(self.trained)
         frozen = self.total - self.trained
-        # Of what is frozen a rank keeps an fp32 part for the checkpoint, but beside an adapter, whose checkpoint has none of it.
-        stored = 0 if any(weight.narrow for weight in self.weights) else 4
+        stored = self._stored()
         optimizer = 4 * cut.state_copies * part
         if cut.offloads_optimizer:
             return self._left_on_the_device()
@@ -102,14 +101,18 @@ class ZeroStep:
         parameters = 4 * part + shards + (stored + cut.itemsize) * self._part(frozen) + cut.itemsize * small
         return {PARAMETERS: parameters, OPTIMIZER: optimizer, GRADIENTS: 4 * part, MESSAGES: cut.reduce_bucket * 4}
 
+    def _stored(self) -> int:
+        """Bytes of a frozen element that a rank keeps in fp32 for the checkpoint; beside an adapter, whose checkpoint has none of it, 0."""
+        return 0 if any(weight.narrow for weight in self.weights) else 4
+
     def _left_on_the_device(self) -> dict[str, int]:
         """What the host's memory does not take: parameters in the computation's precision, frozen ones, the bucket of gradients."""
-        cut, frozen = self.cut, self._part(self.total - self.trained)
+        cut, frozen, stored = self.cut, self._part(self.total - self.trained), self._stored()
         if cut.stage < 3:
-            return {PARAMETERS: cut.itemsize * self.total + 4 * frozen}
+            return {PARAMETERS: cut.itemsize * self.total + stored * frozen}
         small = sum(weight.num_elements for weight in self.weights if weight.num_elements <= cut.persistence)
         shards = 0 if cut.offloads_parameters else cut.itemsize * (self._part(self.trained) + frozen)
-        return {PARAMETERS: shards + 4 * frozen + cut.itemsize * small, MESSAGES: cut.reduce_bucket * 4}
+        return {PARAMETERS: shards + stored * frozen + cut.itemsize * small, MESSAGES: cut.reduce_bucket * 4}
 
     def gradient_mode(self) -> dict[str, bool]:
         """How a gradient is kept during the backward pass, as `Setting` says it."""
