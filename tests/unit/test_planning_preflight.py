@@ -61,8 +61,10 @@ def test_what_cannot_fit_here_is_refused_and_leaves_nothing(job: Path) -> None:
 
 def test_the_gpus_that_a_job_names_decide_for_a_cluster(job: Path) -> None:
     assert look(job, *ON_GPUS).fits
+    small = ("cluster.gpus_per_node=1", "cluster.gpu=rtx4090", "precision=bf16")
     with pytest.raises(OutOfMemoryError, match="of a rank"):
-        look(job, "cluster.gpus_per_node=1", "cluster.gpu=rtx4090", "precision=bf16")
+        look(job, *small, "memory.offload=none")
+    assert look(job, *small).plan.offload == "parameters", "the host's memory, of which 1 TiB is assumed elsewhere, holds it"
     assert look(job, "cluster.gpus_per_node=1", "precision=bf16").memory_bytes == 0, "of GPUs without a name nothing is known"
     with pytest.raises(ConfigurationError, match=r"cluster\.gpu.*h100-80gb"):
         look(job, "cluster.gpus_per_node=1", "cluster.gpu=h100")
@@ -71,7 +73,7 @@ def test_the_gpus_that_a_job_names_decide_for_a_cluster(job: Path) -> None:
 def test_what_is_submitted_is_looked_at_too(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handing_over, "find_sbatch", lambda: None)
     with pytest.raises(OutOfMemoryError):
-        handing_over.hand_over(job, ["cluster.gpus_per_node=1", "cluster.gpu=rtx4090"], None, None)
+        handing_over.hand_over(job, ["cluster.gpus_per_node=1", "cluster.gpu=rtx4090", "memory.offload=none"], None, None)
     assert not (job.parent / "runs").exists()
 
 
