@@ -93,7 +93,7 @@ def _room(job: Job, hardware: Hardware, first: Plan, memory: int) -> Room:
         most=max(1, TOKENS_PER_PASS[first.mesh.device] // job.data.max_length),
         micro=None if job.batch.micro_batch_size == "auto" else job.batch.micro_batch_size,
         gpu=rates and on_network(rates, job.cluster.network),
-        host_bytes=hardware.memory_bytes,
+        host_memory_bytes=hardware.memory_bytes,
     )
 
 
@@ -155,7 +155,7 @@ def _placed(job: Job, first: Plan, alternative: Alternative, choice: Choice) -> 
         where = "" if alternative.offload == first.offload else " even with offloading"
         values["parallel.engine"] = (alternative.engine, f"no plan of {_NAMES[first.engine]} fits{where}; this does")
     if first.mesh.device == "cuda" and job.memory.offload == "auto":
-        needed = gib(fitting.host_bytes(choice.forecast))
+        needed = gib(choice.forecast.host_bytes)
         offloaded = f"nothing fits the GPUs without; takes {needed} of each node's own memory, and the way there and back every step"
         values["memory.offload"] = (alternative.offload, "all of it fits the GPUs" if alternative.offload == "none" else offloaded)
     return values

@@ -27,27 +27,12 @@ class Room:
     micro: int | None = None
     """One that is asked for."""
     gpu: GpuType | None = None
-    host_bytes: int = 0
+    host_memory_bytes: int = 0
     """Of a node's own memory, for what is offloaded; 0 where it is not known."""
-
-    def holds(self, made: Forecast) -> bool:
-        """Whether the device and the host have what the plan needs of them."""
-        return made.fits and (not self.host_bytes or made.plan.offload == "none" or host_bytes(made) <= self.host_bytes * USABLE["cpu"])
 
     def usable(self, plan: Plan) -> int:
         """Bytes of a rank's device that a plan may fill."""
         return int(self.memory_bytes * USABLE[plan.mesh.device])
-
-    def lack(self, made: Forecast) -> str:
-        """What the plan needs and is not there."""
-        if not made.fits:
-            return f"{gib(made.footprint.highest.total)} of the {gib(self.usable(made.plan))} of a rank"
-        return f"{gib(host_bytes(made))} of the {gib(int(self.host_bytes * USABLE['cpu']))} of the host's memory"
-
-
-def host_bytes(made: Forecast) -> int:
-    """Bytes that the ranks of a node need together of the host's memory."""
-    return max(phase.host for phase in made.footprint.phases) * made.plan.mesh.ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -115,7 +100,7 @@ def choose(plan: Plan, room: Room, ways: tuple[ActivationCheckpointing, ...], re
             failed.append(smallest)
     if failed:
         words = " or ".join(made.plan.activation_checkpointing for made in failed)
-        lack = room.lack(min(failed, key=lambda made: made.footprint.highest.total))
+        lack = min(failed, key=lambda made: made.footprint.highest.total).lack
         refused.append(Refused(what=f"{cut_of(plan)}, recompute {words}", why="does not fit", reason=f"{lack} at the least"))
     if not found:
         return None
@@ -141,8 +126,8 @@ def _largest(plan: Plan, room: Room, way: ActivationCheckpointing, sizes: list[i
     best: Forecast | None = None
     low, high, middle = 0, len(sizes) - 1, 0
     while low <= high:
-        made = forecast(with_batch(plan, sizes[middle], way), room.memory_bytes, room.gpu)
-        if made is not None and room.holds(made):
+        made = forecast(with_batch(plan, sizes[middle], way), room.memory_bytes, room.gpu, host_memory_bytes=room.host_memory_bytes)
+        if made is not None and made.fits:
             best, high = made, middle - 1
         else:
             failed, low = made, middle + 1
@@ -154,7 +139,7 @@ def nearest_that_fit(made: Forecast, gpu: GpuType | None = None, most: int = 4) 
     """Changes of a plan that does not fit after which it does, the smallest first, each with its forecast."""
     found = []
     for words, changed in _changes(made.plan):
-        other = forecast(changed, made.memory_bytes, gpu)
+        other = forecast(changed, made.memory_bytes, gpu, host_memory_bytes=made.host_memory_bytes)
         if other is not None and other.fits:
             found.append((words, other))
         if len(found) == most:

@@ -39,11 +39,35 @@ class Forecast:
     speed: Speed | None = None
     traced: bool = False
     """From the model's real class and not from the formulas."""
+    host_memory_bytes: int = 0
+    """Of a node's own memory, for what is offloaded; 0 where it is not known."""
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits; True where the memory is not known."""
+        """Whether every phase fits the device and what is offloaded the host; True where the memory is not known."""
+        return self.fits_device and self.fits_host
+
+    @property
+    def fits_device(self) -> bool:
         return not self.memory_bytes or self.footprint.highest.total <= self.memory_bytes * USABLE[self.plan.mesh.device]
+
+    @property
+    def fits_host(self) -> bool:
+        known = self.host_memory_bytes and self.plan.offload != "none"
+        return not known or self.host_bytes <= self.host_memory_bytes * USABLE["cpu"]
+
+    @property
+    def host_bytes(self) -> int:
+        """What the ranks of a node need together of its own memory."""
+        return max(phase.host for phase in self.footprint.phases) * self.plan.mesh.ranks_per_node
+
+    @property
+    def lack(self) -> str:
+        """What the plan needs of a memory that has less."""
+        if not self.fits_device:
+            usable = int(self.memory_bytes * USABLE[self.plan.mesh.device])
+            return f"{gib(self.footprint.highest.total)} of the {gib(usable)} of a rank"
+        return f"{gib(self.host_bytes)} of the {gib(int(self.host_memory_bytes * USABLE['cpu']))} of the host's memory"
 
     def line(self) -> str:
         """The one-line summary that `run` and `submit` print."""
@@ -82,7 +106,12 @@ def locate(name: str) -> str:
 
 
 def forecast(
-    plan: Plan, memory_bytes: int, gpu: GpuType | None = None, correction: float = 1.0, trace: Trace | None = None
+    plan: Plan,
+    memory_bytes: int,
+    gpu: GpuType | None = None,
+    correction: float = 1.0,
+    trace: Trace | None = None,
+    host_memory_bytes: int = 0,
 ) -> Forecast | None:
     """The forecast of a plan; None where its model's config cannot be read or its architecture is not known to the formulas.
 
@@ -93,7 +122,7 @@ def forecast(
     if made is None:
         return None
     rate = speed(plan, made.units, made.segments(), gpu, correction) if gpu is not None else None
-    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace is not None)
+    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace is not None, host_memory_bytes)
 
 
 def least_bytes(plan: Plan) -> int:
@@ -107,7 +136,8 @@ def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = 
     machine = Machine.read()
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     rates = rates_for(plan, hardware, machine)
-    return forecast(plan, memory, rates and on_network(rates, network), machine.correction(kind_of(plan)), trace)
+    correction = machine.correction(kind_of(plan))
+    return forecast(plan, memory, rates and on_network(rates, network), correction, trace, hardware.memory_bytes)
 
 
 def _estimator(plan: Plan, trace: Trace | None = None) -> Estimator | None:

@@ -10,12 +10,11 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job import profile
 from launcher.job.schema import Job, node_range
 from launcher.planning.alternatives import Offloading
-from launcher.planning.forecast import USABLE, Forecast, forecast, why_not
+from launcher.planning.forecast import Forecast, forecast, why_not
 from launcher.planning.gpus import on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import rates_for
-from launcher.planning.memory import gib
-from launcher.planning.plan import Decision, Plan, Refused
+from launcher.planning.plan import Decision, Plan, Refused, Why
 
 _NAMED = 8
 """Numbers that are written out of those that are refused for one reason."""
@@ -41,7 +40,7 @@ class Fewest:
     """One of which there is no forecast."""
     error: ConfigurationError | None = None
     """What was wrong with the first that is not possible."""
-    reasons: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    reasons: dict[tuple[Why, str], list[int]] = field(default_factory=dict)
     """Why the others would not do, and which."""
 
     def hopeless(self) -> ConfigurationError | None:
@@ -52,11 +51,9 @@ class Fewest:
 
     def refused(self, unit: str) -> tuple[Refused, ...]:
         """The others, by why."""
-        kinds = {"does not fit": "does not fit", "too late": "too late"}
-        return tuple(
-            Refused(what=_names(numbers, unit), why=kinds.get(why, "not possible"), reason=reason)  # type: ignore[arg-type]
-            for (why, reason), numbers in self.reasons.items()
-        )
+        taken = self.taken and self.taken[0]  # what did not fit without offloading may be taken with it
+        others = {key: [number for number in numbers if number != taken] for key, numbers in self.reasons.items()}
+        return tuple(Refused(what=_names(numbers, unit), why=why, reason=reason) for (why, reason), numbers in others.items() if numbers)
 
 
 def _names(numbers: list[int], unit: str) -> str:
@@ -104,11 +101,10 @@ def _clause(error: ConfigurationError) -> str:
     return "the batch cannot be cut over so many ranks" if problem.key == "batch.global_batch_size" else f"{problem.key}: {problem.reason}"
 
 
-def _wrong(made: Forecast, seconds: float | None) -> tuple[str, str] | None:
+def _wrong(made: Forecast, seconds: float | None) -> tuple[Why, str] | None:
     """Why a plan will not do; None where it will."""
     if not made.fits:
-        usable = int(made.memory_bytes * USABLE[made.plan.mesh.device])
-        return "does not fit", f"{gib(made.footprint.highest.total)} of the {gib(usable)} of a rank"
+        return "does not fit", made.lack
     if seconds is None:
         return None
     needed = made.speed.step * made.plan.length.value if made.speed and made.plan.length.unit == "steps" else float("inf")
@@ -131,8 +127,7 @@ def within(job: Job, hardware: Hardware, made_of: Callable[[Job, Offloading], Pl
     def attempt(count: int, moves: Offloading) -> Attempt:
         plan = made_of(_on(job, count), moves)
         memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-        rates = rates_for(plan, hardware)
-        return Attempt(plan, forecast(plan, memory, rates and on_network(rates, job.cluster.network)) if memory else None)
+        return Attempt(plan, _forecast(job, plan, hardware, memory) if memory else None)
 
     found = fewest(counts, attempt, None, passes(job, offloading))
     span = f"{low}-{high}"
@@ -148,6 +143,11 @@ def within(job: Job, hardware: Hardware, made_of: Callable[[Job, Offloading], Pl
         return _settled(job, plan, found, f"the most of {span} that the batch can be cut over: {known}")
     # None of them divides: what is wrong with the most of them is said.
     return made_of(_on(job, high), offloading)
+
+
+def _forecast(job: Job, plan: Plan, hardware: Hardware, memory: int) -> Forecast | None:
+    rates = rates_for(plan, hardware)
+    return forecast(plan, memory, rates and on_network(rates, job.cluster.network), host_memory_bytes=hardware.memory_bytes)
 
 
 def _on(job: Job, count: int) -> Job:

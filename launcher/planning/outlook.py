@@ -123,7 +123,7 @@ def _on(job: Job, gpu: GpuType, num_gpus: int | None = None, offloading: Offload
     )
     hardware = as_hardware(gpu, per_node)
     plan = decide(changed, None, hardware, local=False, offloading=offloading)
-    return Row(gpu.key, plan, forecast(plan, gpu.memory_bytes, gpu))
+    return Row(gpu.key, plan, forecast(plan, gpu.memory_bytes, gpu, host_memory_bytes=hardware.memory_bytes))
 
 
 def compare(job: Job, gpus: str, network: str | None = None) -> list[Row]:

@@ -43,12 +43,15 @@ class Decision(Frozen):
     reason: str
 
 
+Why = Literal["does not fit", "slower", "too late", "not possible"]
+
+
 class Refused(Frozen):
     """A plan that was looked at and not taken."""
 
     what: str
     """In what it differs: engine and cut, recomputation, nodes."""
-    why: Literal["does not fit", "slower", "too late", "not possible"]
+    why: Why
     reason: str
 
 

@@ -48,11 +48,13 @@ def _check_memory(made: Forecast) -> None:
         return
     from launcher.planning.fitting import nearest_that_fit
 
+    found = nearest_that_fit(made, None)
+    nearest = f"the nearest that fits: {found[0][0]}" if found else "nothing near it fits"
+    if made.fits_device:
+        raise OutOfMemoryError(f"with memory.offload {made.plan.offload} this plan needs {made.lack}; {nearest}; {_FORCE}")
     highest = made.footprint.highest
     largest = max(highest.parts, key=lambda kind: highest.parts[kind])
     usable = gib(int(made.memory_bytes * USABLE[made.plan.mesh.device]))
-    found = nearest_that_fit(made, None)
-    nearest = f"the nearest that fits: {found[0][0]}" if found else "nothing near it fits"
     raise OutOfMemoryError(
         f"this plan needs {gib(highest.total)} of a rank ({highest.name}; most of it {largest}, {gib(highest.parts[largest])}), "
         f"and {usable} of {gib(made.memory_bytes)} can be used; {nearest} (`launcher plan` shows more); {_FORCE}"

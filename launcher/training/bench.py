@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from launcher.errors import StorageError
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Rates
 from launcher.training import products
+from launcher.training.precision import DTYPES
 
 Report = Callable[[str], None]
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MESSAGE_BYTES = tuple(1 << power for power in (12, 16, 20, 24, 26))
 _SECONDS = 0.5
 """For each figure, after one round that is not counted."""
@@ -54,7 +54,7 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
     matrix = {}
-    for precision, dtype in PRECISIONS.items():
+    for precision, dtype in DTYPES.items():
         if device.type == "cpu":
             products.widen(dtype)  # as ranks do
         report(f"matrix products in {precision}")

@@ -13,6 +13,7 @@ from torch import distributed
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.training import products
+from launcher.training.precision import DTYPES
 
 
 def start_process_group(plan: Plan) -> torch.device:
@@ -28,8 +29,7 @@ def start_process_group(plan: Plan) -> torch.device:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(plan.mesh.threads_per_rank)
-        if plan.precision != "fp32":
-            products.widen(torch.bfloat16 if plan.precision == "bf16" else torch.float16)
+        products.widen(DTYPES[plan.precision])
         distributed.init_process_group("gloo", timeout=timedelta(minutes=30))
     if distributed.get_world_size() != plan.mesh.world_size:
         reason = f"the plan is for {plan.mesh.world_size} ranks, {distributed.get_world_size()} started"

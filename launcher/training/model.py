@@ -315,31 +315,6 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
         raise ConfigurationError(Problem("model.freeze", list(patterns), "freezes every parameter, so that nothing is left to train"))
 
 
-def used_share(config: Any, shape: tuple[int, ...]) -> float:
-    """Of a parameter of this shape, what one token is multiplied with: of all experts in one tensor, those that are chosen."""
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return chosen / experts if experts and chosen and len(shape) == 3 and shape[0] == experts else 1.0
-
-
-def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
-    """Floating-point operations of one token, forward and backward, of samples of `length` tokens.
-
-    6 for each matrix parameter (Kaplan et al. 2020, arXiv 2001.08361, table 1, forward 2 and backward 4) but for experts that are
-    not chosen, and for attention 12 x layers x hidden x length, halved as causal (Chowdhery et al. 2022, arXiv 2204.02311,
-    appendix B). Beside an adapter a matrix that does not train takes 4: there is no gradient of its own to make.
-    """
-    tied = getattr(config, "tie_word_embeddings", False)
-    embeddings = 0 if tied else whole_shape(model.get_input_embeddings().weight).numel()
-    shapes = [whole_shape(parameter) for parameter in model.parameters()]
-    matrices = sum(shape.numel() * used_share(config, tuple(shape)) for shape in shapes if len(shape) >= 2) - embeddings
-    layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
-    beside = any(adapters.is_matrix(name) for name, _ in adapters.named_parameters(model))
-    still = [whole_shape(parameter) for parameter in model.parameters() if beside and not parameter.requires_grad]
-    spared = 2.0 * max(0, sum(shape.numel() * used_share(config, tuple(shape)) for shape in still if len(shape) >= 2) - embeddings)
-    return 6.0 * matrices - spared + 6.0 * layers * hidden * length
-
-
 def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The buffers that a checkpoint holds, by name."""
     kept = set(model.state_dict(keep_vars=True).keys())

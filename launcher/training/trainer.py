@@ -17,7 +17,7 @@ from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import last_record, newest_checkpoint
-from launcher.training import engines
+from launcher.training import engines, operations
 from launcher.training import model as models
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
@@ -287,7 +287,7 @@ class Trainer:
             total_steps=self.num_steps,
             num_parameters=sum(models.whole_shape(parameter).numel() for parameter in parameters),
             num_trainable=sum(models.whole_shape(parameter).numel() for parameter in parameters if parameter.requires_grad),
-            flops_per_token=models.flops_per_token(self.engine.model, self.material.config, int(length)),
+            flops_per_token=operations.flops_per_token(self.engine.model, self.material.config, int(length)),
             new_parameters=list(self.engine.new_parameters),
         )
 

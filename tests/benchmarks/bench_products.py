@@ -16,6 +16,7 @@ from _report import conditions, sentence, table, write
 from torch.nn import functional
 
 from launcher.training import products
+from launcher.training.precision import DTYPES
 
 PREFACE = """# Half precision on a processor without units for it
 
@@ -64,9 +65,9 @@ def main() -> None:
     torch.manual_seed(0)
     found = conditions("torch")
     sides: dict[str, Times] = {"fp32": rates(torch.float32)}
-    sides |= {f"{name}, PyTorch": rates(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))}
-    wanted = [name for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if products.widen(dtype)]
-    sides |= {f"{name}, by fp32": rates(getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[name])) for name in wanted}
+    half = {name: dtype for name, dtype in DTYPES.items() if name != "fp32"}
+    sides |= {f"{name}, PyTorch": rates(dtype) for name, dtype in half.items()}
+    sides |= {f"{name}, by fp32": rates(dtype) for name, dtype in half.items() if products.widen(dtype)}
     figures: dict[str, Any] = {"conditions": found, "rates": sides}
     print(write("products", f"{found['processor']}, {found['date']}", f"{sentence(found)}\n\n{describe(sides)}", figures, PREFACE))
 

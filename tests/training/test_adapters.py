@@ -21,7 +21,8 @@ from launcher.scheduling.supervisor import Watcher
 from launcher.training import adapters
 from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.foreign_names import expected
-from launcher.training.model import flops_per_token, repeated_layers
+from launcher.training.model import repeated_layers
+from launcher.training.operations import flops_per_token
 from launcher.training.tracing.plan import trace
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks

@@ -29,7 +29,7 @@ def test_units_of_a_processor(dtype: torch.dtype, capabilities: dict[str, Any], 
     assert products.has_units(dtype, capabilities) is expected
 
 
-@pytest.mark.parametrize(("precision", "asked"), [("bf16", [torch.bfloat16]), ("fp16", [torch.float16]), ("fp32", [])])
+@pytest.mark.parametrize(("precision", "asked"), [("bf16", [torch.bfloat16]), ("fp16", [torch.float16]), ("fp32", [torch.float32])])
 def test_a_rank_on_a_cpu_asks_for_them(precision: str, asked: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     """The process group itself is left out: this is one process."""
     from tests.training.plans import plan_of
@@ -40,6 +40,11 @@ def test_a_rank_on_a_cpu_asks_for_them(precision: str, asked: list[torch.dtype],
     monkeypatch.setattr(devices.distributed, "get_world_size", lambda: 1)
     devices.start_process_group(plan_of("anywhere", 1, precision=precision))
     assert seen == asked
+
+
+def test_fp32_is_left_as_it_is() -> None:
+    assert products.widen(torch.float32) is False
+    assert not products._installed
 
 
 def _both_ways(dtype: torch.dtype) -> list[tuple[str, torch.Tensor, torch.Tensor]]:

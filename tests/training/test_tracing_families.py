@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.planning.footprint.estimate import Estimator, estimator, read_config
-from launcher.training import model as models
+from launcher.training import operations
 from tests.benchmarks.bench_memory import traced
 from tests.benchmarks.memory_cases import draw
 
@@ -45,5 +45,5 @@ def test_the_operations_of_a_token_are_those_of_the_chosen_experts(tmp_path: Pat
         config = AutoConfig.for_model("mixtral", **sizes, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=chosen)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        found.append(models.flops_per_token(model, config, 0))
+        found.append(operations.flops_per_token(model, config, 0))
     assert found[1] - found[0] == 6 * 3 * 6 * (3 * 64 * 32)

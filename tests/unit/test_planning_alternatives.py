@@ -16,7 +16,6 @@ from launcher.planning import fitting
 from launcher.planning.alternatives import groups
 from launcher.planning.batch import divisors
 from launcher.planning.decide import plan as decide
-from launcher.planning.fitting import Room, host_bytes
 from launcher.planning.forecast import USABLE, Forecast, forecast, least_bytes
 from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Gpu, Hardware
@@ -76,7 +75,7 @@ def _fitting(job: Job, hardware: Hardware, engine: str, offload: str, shard: str
         for micro in divisors(SAMPLES // NUM_GPUS):
             made = forecast(fitting.with_batch(plan, micro, way), memory, gpu_type("h100-80gb"))
             assert made is not None
-            if made.fits and (offload == "none" or host_bytes(made) <= hardware.memory_bytes * USABLE["cpu"]):
+            if made.fits and (offload == "none" or made.host_bytes <= hardware.memory_bytes * USABLE["cpu"]):
                 found.append(made)
     return found
 
@@ -226,8 +225,10 @@ def test_a_host_without_the_memory_for_it_is_no_place(tmp_path: Path) -> None:
     made = decide(job, None, hardware, local=False)
     assert made.offload == "none"
     assert any("of the host's memory" in refused.reason for refused in made.refused)
-    offloaded = forecast(decide(pinned(job, offload="parameters"), None, machine(4), local=False), 4 * GIB)
-    assert offloaded is not None and Room(4 * GIB, 8, host_bytes=0).holds(offloaded) == offloaded.fits
+    plan = decide(pinned(job, offload="parameters"), None, machine(4), local=False)
+    unknown, told = (forecast(plan, 4 * GIB, host_memory_bytes=size * GIB) for size in (0, 8))
+    assert unknown is not None and unknown.fits
+    assert told is not None and told.fits_device and not told.fits and told.lack.endswith("of the 7.2 GiB of the host's memory")
 
 
 def test_the_nearest_that_fit_offload_only_where_the_job_says_not_to(tmp_path: Path) -> None:

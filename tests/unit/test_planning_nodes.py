@@ -32,6 +32,16 @@ def seventy(directory: Path, nodes: str | int, gpu: str = "a100-40gb", batch: in
     return job
 
 
+def range_of_cpu_nodes(directory: Path) -> None:
+    """A job file of a tiny model on one to four nodes of two CPU ranks."""
+    cluster = {"nodes": "1-4", "gpu": None, "gpus_per_node": 0, "ranks_per_node": 2}
+    job = job_of(directory, cluster=cluster, batch={"global_batch_size": 24})
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    (directory / "config.json").write_text(json.dumps(LLAMA | small | {"num_key_value_heads": 2}))
+    (directory / "train.jsonl").write_text('{"text": "a"}\n')
+    (directory / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+
+
 def fits(plan: Plan, gpu: str) -> bool:
     kind = gpu_type(gpu)
     made = forecast(plan, kind.memory_bytes, kind)
@@ -99,11 +109,7 @@ def test_a_site_counts_the_most(tmp_path: Path) -> None:
 
 def test_a_run_that_was_planned_for_the_fewest_takes_what_slurm_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    job = job_of(tmp_path, cluster={"nodes": "1-4", "gpu": None, "gpus_per_node": 0, "ranks_per_node": 2}, batch={"global_batch_size": 24})
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | small | {"num_key_value_heads": 2}))
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    range_of_cpu_nodes(tmp_path)
     run, plan = open_run(tmp_path / "job.yaml", [], None, tmp_path / "run", local=False)
     assert (plan.mesh.nodes, plan.slurm.nodes) == (1, "1-4")
     assert fit_to_nodes(RunDirectory(run.path), 3).mesh.nodes == 3
@@ -192,11 +198,7 @@ def test_every_number_and_the_fewest_are_two_questions(tmp_path: Path, capsys: p
 
 def test_going_on_in_a_range_keeps_engine_and_cut_and_never_copies_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    job = job_of(tmp_path, cluster={"nodes": "1-4", "gpu": None, "gpus_per_node": 0, "ranks_per_node": 2}, batch={"global_batch_size": 24})
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | small | {"num_key_value_heads": 2}))
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    range_of_cpu_nodes(tmp_path)
     run, plan = open_run(tmp_path / "job.yaml", [], None, tmp_path / "run", local=False)
     wide = {"nodes": 4, "world_size": 8, "replicate": 4, "shard": 2}
     batch = {"data_parallel_size": 8, "micro_batch_size": 1, "accumulation_steps": 3}

@@ -14,7 +14,7 @@ import yaml
 from launcher.errors import ConfigurationError, OutOfMemoryError, StorageError
 from launcher.job.load import load
 from launcher.planning.decide import plan as decide
-from launcher.planning.hardware import Hardware
+from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.preflight import preflight
 from launcher.scheduling.opening import expectation, open_run
 from launcher.scheduling.slurm import handing_over
@@ -98,3 +98,11 @@ def test_a_time_limit_in_which_nothing_can_be_done(job: Path) -> None:
 def test_a_model_that_nothing_is_known_of_is_not_judged(job: Path) -> None:
     (job.parent / "model" / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1}))
     assert look(job, local=True) is None
+
+
+def test_what_is_offloaded_has_to_fit_the_host(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu("NVIDIA H100 80GB HBM3", 80 << 30, 9.0)
+    monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(16, 32 << 30, gpus=(gpu,))))
+    words = r"with memory\.offload parameters this plan needs .* GiB of the 28\.8 GiB of the host's memory; .*--force"
+    with pytest.raises(OutOfMemoryError, match=words):
+        look(job, "memory.offload=parameters", "parallel.engine=fsdp", local=True)

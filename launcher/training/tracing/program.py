@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.footprint.program import MOST_LAYERS, Context, Segment, Setting, Unit, Weight, matches, spread
 from launcher.training import model as models
+from launcher.training import operations
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.tracing.counting import Counting
 
@@ -199,7 +200,7 @@ def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[
     straight = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     for name, parameter in model.named_parameters():
         shape, turned = tuple(parameter.shape), id(parameter) not in straight
-        share = models.used_share(model.config.get_text_config(), shape)
+        share = operations.used_share(model.config.get_text_config(), shape)
         found[of.get(id(parameter), -1)].append(Weight(name, shape, turned=turned, used=share))
     names = [name for name, _ in model.named_parameters()]
     first = names.index(found[0][0].name)
