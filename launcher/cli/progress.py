@@ -146,14 +146,15 @@ def metrics_line(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items())
 
 
-def _compared(measured: dict[str, float], expected: dict[str, float]) -> str | None:
+def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
     """Measured beside foreseen, after the first steps."""
     parts = []
     if rate := expected.get("tokens_per_second"):
         parts.append(f"{measured['tokens_per_second']:,.0f} tokens/s ({rate:,.0f} were expected)")
-    if memory := expected.get("memory_bytes"):
-        parts.append(f"{size(measured['memory_bytes'])} of memory beside the bare process ({size(memory)} were expected)")
-    return ", ".join(parts) or None
+    if phases := expected.get("phases"):
+        memory = ", ".join(f"{name} {size(measured['phases'][name])} ({size(foreseen)})" for name, foreseen in phases.items())
+        parts.append(f"memory beside the bare process, expected in brackets: {memory}")
+    return "; ".join(parts) or None
 
 
 def notice(record: dict[str, Any]) -> str | None:

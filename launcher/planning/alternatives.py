@@ -10,12 +10,14 @@ from launcher.errors import ConfigurationError
 from launcher.job.schema import EngineName, Job, Offload
 from launcher.planning import fitting, search
 from launcher.planning.fitting import Choice, Room
+from launcher.planning.forecast import Trace
 from launcher.planning.gpus import on_network
 from launcher.planning.hardware import Hardware
-from launcher.planning.measured import rates_for
+from launcher.planning.measured import rates_for, slack_kind
 from launcher.planning.memory import TOKENS_PER_PASS, gib
 from launcher.planning.plan import Decision, Plan, Refused
 from launcher.planning.search import Found
+from launcher.runs.machine import Machine
 
 Offloading = Literal["never", "where needed", "only"]
 """What may be offloaded that the job leaves open: nothing; something where nothing fits without; something, as nothing fits without."""
@@ -57,15 +59,24 @@ def groups(job: Job, first: Plan) -> list[list[Alternative]]:
     return found
 
 
-def best(job: Job, hardware: Hardware, first: Plan, made_of: Callable[[Job], Plan], offloading: Offloading = "where needed") -> Plan:
-    """The plan that is taken of all that the job leaves open, or `first` where nothing fits or the formulas do not know the model.
+def best(
+    job: Job,
+    hardware: Hardware,
+    first: Plan,
+    made_of: Callable[[Job], Plan],
+    offloading: Offloading = "where needed",
+    trace: Trace | None = None,
+) -> Plan:
+    """The plan that is taken of all that the job leaves open, or `first` where nothing fits or nothing is known of the model.
 
-    `first` is the plan as the simple rule has it; `made_of` makes it of a job that asks for another engine.
+    `first` is the plan as the simple rule has it; `made_of` makes it of a job that asks for another engine. `trace` goes by the model's
+    real class where the formulas do not know it.
     """
     memory = hardware.rank_memory(first.mesh.device, first.mesh.ranks_per_node)
-    if not memory or not fitting.known(first):
+    knows = fitting.known(first)
+    if not memory or not (knows or trace):
         return first
-    room = _room(job, hardware, first, memory)
+    room = _room(job, hardware, first, memory, None if knows else trace)
     if _nothing_open(job, first):
         return first
     refused: list[Refused] = []
@@ -86,14 +97,17 @@ def best(job: Job, hardware: Hardware, first: Plan, made_of: Callable[[Job], Pla
     return first.model_copy(update={"refused": tuple(refused)})
 
 
-def _room(job: Job, hardware: Hardware, first: Plan, memory: int) -> Room:
-    rates = rates_for(first, hardware)
+def _room(job: Job, hardware: Hardware, first: Plan, memory: int, trace: Trace | None) -> Room:
+    machine = Machine.read()
+    rates = rates_for(first, hardware, machine)
     return Room(
         memory_bytes=memory,
         most=max(1, TOKENS_PER_PASS[first.mesh.device] // job.data.max_length),
         micro=None if job.batch.micro_batch_size == "auto" else job.batch.micro_batch_size,
         gpu=rates and on_network(rates, job.cluster.network),
         host_memory_bytes=hardware.memory_bytes,
+        trace=trace,
+        slack_of=lambda plan: machine.slack(slack_kind(plan, hardware)),
     )
 
 

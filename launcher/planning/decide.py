@@ -22,16 +22,23 @@ from launcher.planning.sharding import STAGES, Layout
 
 if TYPE_CHECKING:
     from launcher.planning.alternatives import Offloading
+    from launcher.planning.forecast import Trace
 
 _FLASH = "write sdpa or auto, which have no padding either"
 
 
 def plan(
-    job: Job, nproc: int | None = None, hardware: Hardware | None = None, local: bool = True, offloading: Offloading = "where needed"
+    job: Job,
+    nproc: int | None = None,
+    hardware: Hardware | None = None,
+    local: bool = True,
+    offloading: Offloading = "where needed",
+    trace: Trace | None = None,
 ) -> Plan:
     """Decide everything that `job` leaves open, for `nproc` ranks where that is given.
 
-    Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse.
+    Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse. With `trace` a model that the formulas
+    do not know is judged by its real class.
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide, packages that are missing.
     """
     from launcher.planning.alternatives import best
@@ -41,12 +48,12 @@ def plan(
     if low < high and not local:
         from launcher.planning.nodes import within
 
-        return within(job, found, lambda pinned, moves: plan(pinned, nproc, found, local, moves), offloading)
+        return within(job, found, lambda pinned, moves: plan(pinned, nproc, found, local, moves, trace), offloading, trace)
 
     def made_of(pinned: Job) -> Plan:
         return _made(pinned, nproc, found, local)
 
-    return best(job, found, made_of(job), made_of, offloading)
+    return best(job, found, made_of(job), made_of, offloading, trace)
 
 
 def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:

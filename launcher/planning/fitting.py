@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from launcher.job.schema import ActivationCheckpointing, Offload
 from launcher.planning.batch import divisors
 from launcher.planning.footprint.families import WITH_ADAPTERS, program_of
-from launcher.planning.forecast import USABLE, Forecast, forecast, least_bytes, read_config
+from launcher.planning.forecast import USABLE, Forecast, Trace, forecast, least_bytes, read_config
 from launcher.planning.gpus import GpuType
 from launcher.planning.memory import gib
 from launcher.planning.plan import BatchPlan, Plan, Refused
@@ -29,6 +29,20 @@ class Room:
     gpu: GpuType | None = None
     host_memory_bytes: int = 0
     """Of a node's own memory, for what is offloaded; 0 where it is not known."""
+    trace: Trace | None = None
+    """Goes by the model's real class in the place of the formulas."""
+    slack_of: Callable[[Plan], float | None] = lambda _: None
+    """What runs on this machine have shown of the allocator; None where none did."""
+
+    @property
+    def source(self) -> str:
+        return "the trace" if self.trace else "the formulas"
+
+    def forecast(self, plan: Plan) -> Forecast | None:
+        """Of a plan in this room."""
+        return forecast(
+            plan, self.memory_bytes, self.gpu, 1.0, self.trace, host_memory_bytes=self.host_memory_bytes, slack=self.slack_of(plan)
+        )
 
     def usable(self, plan: Plan) -> int:
         """Bytes of a rank's device that a plan may fill."""
@@ -83,7 +97,7 @@ def choose(plan: Plan, room: Room, ways: tuple[ActivationCheckpointing, ...], re
     per_rank = plan.batch.micro_batch_size * plan.batch.accumulation_steps
     sizes = [room.micro] if room.micro is not None else sorted((n for n in divisors(per_rank) if n <= max(1, room.most)), reverse=True)
     refused = [] if refused is None else refused
-    usable, least = room.usable(plan), least_bytes(plan)
+    usable, least = room.usable(plan), least_bytes(plan, room.trace)
     if least > usable:
         reason = f"{gib(least)} of the {gib(usable)} of a rank whatever a pass takes"
         refused.append(Refused(what=cut_of(plan), why="does not fit", reason=reason))
@@ -110,7 +124,7 @@ def choose(plan: Plan, room: Room, ways: tuple[ActivationCheckpointing, ...], re
             what = f"{cut_of(plan)}, recompute {made.plan.activation_checkpointing}, {made.plan.batch.micro_batch_size} a pass"
             refused.append(Refused(what=what, why="slower", reason=f"{step / shortest:.2f}x the step"))
     needed = best.footprint.highest
-    reason = f"{gib(needed.total)} of the {gib(usable)} that can be used of a rank, by the formulas ({needed.name}: {needed.where})"
+    reason = f"{gib(needed.total)} of the {gib(usable)} that can be used of a rank, by {room.source} ({needed.name}: {needed.where})"
     largest = best.plan.batch.micro_batch_size == sizes[0]
     limit = f"more than {room.most} are no faster" if largest else f"more would not fit into {gib(usable)}"
     return Choice(best.plan.activation_checkpointing, best.plan.batch, reason, limit, best)
@@ -126,7 +140,7 @@ def _largest(plan: Plan, room: Room, way: ActivationCheckpointing, sizes: list[i
     best: Forecast | None = None
     low, high, middle = 0, len(sizes) - 1, 0
     while low <= high:
-        made = forecast(with_batch(plan, sizes[middle], way), room.memory_bytes, room.gpu, host_memory_bytes=room.host_memory_bytes)
+        made = room.forecast(with_batch(plan, sizes[middle], way))
         if made is not None and made.fits:
             best, high = made, middle - 1
         else:
@@ -139,7 +153,7 @@ def nearest_that_fit(made: Forecast, gpu: GpuType | None = None, most: int = 4) 
     """Changes of a plan that does not fit after which it does, the smallest first, each with its forecast."""
     found = []
     for words, changed in _changes(made.plan):
-        other = forecast(changed, made.memory_bytes, gpu, host_memory_bytes=made.host_memory_bytes)
+        other = forecast(changed, made.memory_bytes, gpu, trace=made.trace, host_memory_bytes=made.host_memory_bytes, slack=made.slack)
         if other is not None and other.fits:
             found.append((words, other))
         if len(found) == most:

@@ -14,7 +14,7 @@ from launcher.planning.footprint.estimate import Estimator, Footprint, batch_of,
 from launcher.planning.footprint.families import KNOWN, WITH_ADAPTERS, Program, nearest
 from launcher.planning.gpus import GpuType, on_network
 from launcher.planning.hardware import Hardware
-from launcher.planning.measured import kind_of, rates_for
+from launcher.planning.measured import kind_of, rates_for, slack_kind
 from launcher.planning.memory import gib
 from launcher.planning.plan import Plan
 from launcher.planning.speed import Speed, speed
@@ -37,10 +37,18 @@ class Forecast:
     checkpoint_bytes: int
     """Of one checkpoint on the disk."""
     speed: Speed | None = None
-    traced: bool = False
-    """From the model's real class and not from the formulas."""
+    trace: Trace | None = None
+    """By the model's real class and not by the formulas."""
     host_memory_bytes: int = 0
     """Of a node's own memory, for what is offloaded; 0 where it is not known."""
+    slack: float | None = None
+    """As runs on this machine had it, of what comes and goes; None where it is assumed."""
+    slack_kind: str = ""
+    """Under what name a run of the plan keeps its own."""
+
+    @property
+    def traced(self) -> bool:
+        return self.trace is not None
 
     @property
     def fits(self) -> bool:
@@ -73,6 +81,7 @@ class Forecast:
         """The one-line summary that `run` and `submit` print."""
         highest = self.footprint.highest
         memory = f"{gib(highest.total)} of a rank's {gib(self.memory_bytes)}" if self.memory_bytes else f"{gib(highest.total)} a rank"
+        memory += f" with the {gib(highest.slack)} of slack that runs here had" if self.slack else ""
         learnt = f", x{self.speed.correction:.2f} a step as runs here took" if self.speed and self.speed.correction != 1 else ""
         rate = f", about {self.speed.tokens_per_second:,.0f} tokens/s ({self.speed.utilisation:.0%} MFU{learnt})" if self.speed else ""
         return f"{memory} at the highest ({highest.name}){rate}"
@@ -85,6 +94,7 @@ class Forecast:
         }
         content: dict[str, Any] = {"fits": self.fits, "memory_bytes": self.memory_bytes, "phases": phases}
         content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind_of(self.plan), "traced": self.traced}
+        content |= {"slack": self.slack, "slack_kind": self.slack_kind}
         if self.speed:
             s = self.speed
             content["speed"] = {
@@ -112,22 +122,24 @@ def forecast(
     correction: float = 1.0,
     trace: Trace | None = None,
     host_memory_bytes: int = 0,
+    slack: float | None = None,
+    slack_kind: str = "",
 ) -> Forecast | None:
     """The forecast of a plan; None where its model's config cannot be read or its architecture is not known to the formulas.
 
     correction: what a step takes of what the speed model says, as runs on the same machine have shown. trace: go by the model's real
-    class in place of the formulas.
+    class in place of the formulas. slack: the share of what comes and goes that is kept beside it, as runs on the same machine have shown.
     """
-    made = _estimator(plan, trace)
+    made = _estimator(plan, trace, slack)
     if made is None:
         return None
     rate = speed(plan, made.units, made.segments(), gpu, correction) if gpu is not None else None
-    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace is not None, host_memory_bytes)
+    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace, host_memory_bytes, slack, slack_kind)
 
 
-def least_bytes(plan: Plan) -> int:
+def least_bytes(plan: Plan, trace: Trace | None = None) -> int:
     """Bytes that a rank's device needs whatever a pass takes, as `Estimator.least` has it; 0 where the formulas do not know the model."""
-    made = _estimator(plan)
+    made = _estimator(plan, trace)
     return made.least() if made is not None else 0
 
 
@@ -136,16 +148,16 @@ def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = 
     machine = Machine.read()
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     rates = rates_for(plan, hardware, machine)
-    correction = machine.correction(kind_of(plan))
-    return forecast(plan, memory, rates and on_network(rates, network), correction, trace, hardware.memory_bytes)
+    correction, kind = machine.correction(kind_of(plan)), slack_kind(plan, hardware)
+    return forecast(plan, memory, rates and on_network(rates, network), correction, trace, hardware.memory_bytes, machine.slack(kind), kind)
 
 
-def _estimator(plan: Plan, trace: Trace | None = None) -> Estimator | None:
+def _estimator(plan: Plan, trace: Trace | None = None, slack: float | None = None) -> Estimator | None:
     if trace is not None:
-        return Estimator(plan, trace(plan), batch_of(plan))
+        return Estimator(plan, trace(plan), batch_of(plan), slack)
     config = read_config(locate(plan.model.name))
     try:
-        return None if config is None else estimator(plan, config)
+        return None if config is None else estimator(plan, config, slack=slack)
     except KeyError as error:
         reason = f"its config.json has no {error.args[0]}, which a {config and config.get('model_type')} model needs"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None

@@ -16,6 +16,11 @@ def kind_of(plan: Plan) -> str:
     return kind if plan.offload == "none" else f"{kind} {plan.offload} offloaded"
 
 
+def slack_kind(plan: Plan, hardware: Hardware) -> str:
+    """Runs that are alike in what their allocator keeps beside what lives: those of one device, or an engine never tried would look leaner."""
+    return device_of(plan, hardware)
+
+
 def device_of(plan: Plan, hardware: Hardware) -> str:
     """The name under which rates of the plan's device are kept."""
     return hardware.gpus[0].name if plan.mesh.device == "cuda" and hardware.gpus else "cpu"

@@ -10,11 +10,13 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job import profile
 from launcher.job.schema import Job, node_range
 from launcher.planning.alternatives import Offloading
-from launcher.planning.forecast import Forecast, forecast, why_not
+from launcher.planning.fitting import known
+from launcher.planning.forecast import Forecast, Trace, forecast, why_not
 from launcher.planning.gpus import on_network
 from launcher.planning.hardware import Hardware
-from launcher.planning.measured import rates_for
+from launcher.planning.measured import rates_for, slack_kind
 from launcher.planning.plan import Decision, Plan, Refused, Why
+from launcher.runs.machine import Machine
 
 _NAMED = 8
 """Numbers that are written out of those that are refused for one reason."""
@@ -116,7 +118,13 @@ def passes(job: Job, offloading: Offloading = "where needed") -> tuple[Offloadin
     return ("never", "only") if job.memory.offload == "auto" and offloading == "where needed" else (offloading,)
 
 
-def within(job: Job, hardware: Hardware, made_of: Callable[[Job, Offloading], Plan], offloading: Offloading = "where needed") -> Plan:
+def within(
+    job: Job,
+    hardware: Hardware,
+    made_of: Callable[[Job, Offloading], Plan],
+    offloading: Offloading = "where needed",
+    trace: Trace | None = None,
+) -> Plan:
     """The plan for the fewest nodes of the job's range that fit; for the most where that cannot be judged, or where none fits.
 
     Raises ConfigurationError where no number of nodes in it will do, and for what a site's profile refuses of the most.
@@ -127,7 +135,7 @@ def within(job: Job, hardware: Hardware, made_of: Callable[[Job, Offloading], Pl
     def attempt(count: int, moves: Offloading) -> Attempt:
         plan = made_of(_on(job, count), moves)
         memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-        return Attempt(plan, _forecast(job, plan, hardware, memory) if memory else None)
+        return Attempt(plan, _forecast(job, plan, hardware, memory, None if known(plan) else trace) if memory else None)
 
     found = fewest(counts, attempt, None, passes(job, offloading))
     span = f"{low}-{high}"
@@ -139,15 +147,16 @@ def within(job: Job, hardware: Hardware, made_of: Callable[[Job, Offloading], Pl
             plan = made_of(_on(job, count), offloading)
         except ConfigurationError:
             continue
-        known = "whether fewer hold it is not known" if found.unknown else "none of them fits"
-        return _settled(job, plan, found, f"the most of {span} that the batch can be cut over: {known}")
+        why = "whether fewer hold it is not known" if found.unknown else "none of them fits"
+        return _settled(job, plan, found, f"the most of {span} that the batch can be cut over: {why}")
     # None of them divides: what is wrong with the most of them is said.
     return made_of(_on(job, high), offloading)
 
 
-def _forecast(job: Job, plan: Plan, hardware: Hardware, memory: int) -> Forecast | None:
-    rates = rates_for(plan, hardware)
-    return forecast(plan, memory, rates and on_network(rates, job.cluster.network), host_memory_bytes=hardware.memory_bytes)
+def _forecast(job: Job, plan: Plan, hardware: Hardware, memory: int, trace: Trace | None) -> Forecast | None:
+    rates, slack = rates_for(plan, hardware), Machine.read().slack(slack_kind(plan, hardware))
+    network = rates and on_network(rates, job.cluster.network)
+    return forecast(plan, memory, network, trace=trace, host_memory_bytes=hardware.memory_bytes, slack=slack)
 
 
 def _on(job: Job, count: int) -> Job:

@@ -87,12 +87,12 @@ def look(job: Job, nproc: int | None = None, gpu: str | None = None, network: st
     gpu = gpu or job.cluster.gpu
     if gpu is not None:
         kind = on_network(gpu_type(gpu), job.cluster.network)
-        made = _on(job, kind)
+        made = _on(job, kind, trace=trace)
         plan, found = made.plan, made.forecast
         traced = forecast(plan, kind.memory_bytes, kind, trace=trace) if trace else None
     else:
         hardware = Hardware.detect()
-        plan = decide(job, nproc, hardware)
+        plan = decide(job, nproc, hardware, trace=trace)
         found = forecast_here(plan, hardware, job.cluster.network)
         traced = forecast_here(plan, hardware, job.cluster.network, trace) if trace else None
     return Outlook(plan, found, None if found else why_not(plan), traced)
@@ -112,7 +112,7 @@ def _per_node(job: Job) -> int:
     return PER_NODE if asked in ("auto", 0) else int(asked)
 
 
-def _on(job: Job, gpu: GpuType, num_gpus: int | None = None, offloading: Offloading = "where needed") -> Row:
+def _on(job: Job, gpu: GpuType, num_gpus: int | None = None, offloading: Offloading = "where needed", trace: Trace | None = None) -> Row:
     cluster, per_node = job.cluster, _per_node(job)
     nodes = cluster.nodes
     if num_gpus is not None:
@@ -122,7 +122,7 @@ def _on(job: Job, gpu: GpuType, num_gpus: int | None = None, offloading: Offload
         update={"cluster": cluster.model_copy(update={"gpus_per_node": per_node, "ranks_per_node": "auto", "nodes": nodes})}
     )
     hardware = as_hardware(gpu, per_node)
-    plan = decide(changed, None, hardware, local=False, offloading=offloading)
+    plan = decide(changed, None, hardware, local=False, offloading=offloading, trace=trace)
     return Row(gpu.key, plan, forecast(plan, gpu.memory_bytes, gpu, host_memory_bytes=hardware.memory_bytes))
 
 

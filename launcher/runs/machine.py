@@ -52,13 +52,15 @@ class Machine:
     rates: tuple[Rates, ...] = ()
     ratios: dict[str, list[float]] = field(default_factory=dict)
     """Seconds of a step as measured over those foreseen, by kind of run; the newest last."""
+    slacks: dict[str, list[float]] = field(default_factory=dict)
+    """Memory as measured less what was foreseen to live, as a share of what comes and goes, by kind of run; the newest last."""
 
     @classmethod
     def read(cls) -> Machine:
         """This machine's; empty where nothing was measured, or the file cannot be read."""
         try:
             content = json.loads(path().read_text(encoding="utf-8"))
-            return cls(tuple(Rates(**rates) for rates in content["rates"]), content["ratios"])
+            return cls(tuple(Rates(**rates) for rates in content["rates"]), content["ratios"], content.get("slacks", {}))
         except (OSError, ValueError, KeyError, TypeError):
             return cls()
 
@@ -86,6 +88,14 @@ class Machine:
     def with_ratio(self, kind: str, ratio: float) -> Machine:
         """With one more comparison of a run of that kind."""
         return replace(self, ratios={**self.ratios, kind: [*self.ratios.get(kind, []), round(ratio, 4)][-_KEPT:]})
+
+    def with_slack(self, kind: str, share: float) -> Machine:
+        """With one more run's slack of that kind."""
+        return replace(self, slacks={**self.slacks, kind: [*self.slacks.get(kind, []), round(share, 4)][-_KEPT:]})
+
+    def slack(self, kind: str) -> float | None:
+        """The most of the last runs of that kind, as too little would be found out by a failure; None where there was none."""
+        return max(self.slacks.get(kind, ()), default=None)
 
     def correction(self, kind: str) -> float:
         """The middle of the comparisons of that kind; 1 where there are none."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import distributed
 
@@ -46,6 +49,32 @@ def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this rank has had so far: allocated on a GPU, resident on a CPU."""
+    return max(_before_laps.get(device, 0), _peak_of_lap(device))
+
+
+def lap_memory(device: torch.device) -> tuple[int, int]:
+    """The most memory since the last call, and what there is now; the next call's peak begins from there."""
+    peak, now = _peak_of_lap(device), memory_bytes(device)
+    _before_laps[device] = max(_before_laps.get(device, 0), peak)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # Linux takes the resident size of this moment for the highest so far. Where it may not be told to, a peak is of all laps.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak, now
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What this rank has now: allocated on a GPU, resident on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+
+
+_before_laps: dict[torch.device, int] = {}
+"""The highest of the laps that are over."""
+
+
+def _peak_of_lap(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 from typing import Any
 
-import psutil
 import torch
 
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.machine import Machine
-from launcher.training.devices import peak_memory_bytes
+from launcher.training.devices import lap_memory
 
 NUM_STEPS = 3
 """After so many steps of an attempt; the first, in which much happens once, does not count for the speed."""
+BETWEEN = "between steps"
+_LEAST = 256 << 20
+"""Bytes: of a run that takes less, libraries that are loaded meanwhile are most of what was not foreseen."""
 
 
 class Foreseen:
@@ -23,17 +26,34 @@ class Foreseen:
 
     def __init__(self, run: RunDirectory, device: torch.device) -> None:
         self._run, self._device = run, device
-        self._bare = psutil.Process().memory_info().rss if device.type == "cpu" else 0
+        _, now = lap_memory(device)
+        self._bare = now if device.type == "cpu" else 0
         self._rates: list[float] = []
+        self._phases: dict[str, int] = {}
+        self._saved = False
+
+    def ended(self, phase: str) -> None:
+        """A phase before or between the first steps is over: take note of its highest moment."""
+        if len(self._rates) >= NUM_STEPS:
+            return
+        peak, now = lap_memory(self._device)
+        self._phases[phase] = max(self._phases.get(phase, 0), peak - self._bare, 0)
+        self._phases[BETWEEN] = max(0, now - self._bare)
+
+    def saves(self) -> None:
+        """What is kept for a save is from now on beside what a step needs."""
+        self._saved = True
 
     def note(self, num_tokens: int, seconds: float) -> dict[str, Any] | None:
         """Take note of a step of all ranks; what came of the comparison after the last one that counts, else None."""
+        self.ended("steady step" if self._rates else "first step")
         self._rates.append(num_tokens / seconds)
         if len(self._rates) != NUM_STEPS:
             return None
         measured = {
             "tokens_per_second": round(statistics.median(self._rates[1:]), 2),
-            "memory_bytes": max(0, peak_memory_bytes(self._device) - self._bare),
+            "memory_bytes": max(self._phases.values()),
+            "phases": self._phases,
         }
         expected = self._expected()
         content: dict[str, Any] = {"measured": measured, "expected": expected}
@@ -45,16 +65,33 @@ class Foreseen:
         """By the forecast, of the same kind as what is measured; empty where there was none."""
         try:
             forecast = json.loads(self._run.forecast_file.read_text(encoding="utf-8"))
-            phases = forecast["phases"]
-            found = {"memory_bytes": max(phases[name]["live"] for name in ("loading", "steady step"))}
+            live = {name: phase["live"] for name, phase in forecast["phases"].items()}
+            live[BETWEEN] = live["loading"]
+            phases = {name: live[name] for name in self._phases}
+            found = {"memory_bytes": max(phases.values()), "phases": phases}
+            machine = Machine.read()
             if speed := forecast.get("speed"):
                 found["tokens_per_second"] = round(speed["tokens_per_second"], 2)
-                self._learn(forecast["kind"], speed)
+                machine = machine.with_ratio(forecast["kind"], self._ratio(speed))
+            self._with_slack(machine, forecast).write()
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return found
 
-    def _learn(self, kind: str, speed: dict[str, float]) -> None:
+    def _ratio(self, speed: dict[str, float]) -> float:
         """What a step took of what the speed model alone had said."""
         bare_rate = speed["tokens_per_second"] * speed["correction"]
-        Machine.read().with_ratio(kind, bare_rate / statistics.median(self._rates[1:])).write()
+        return bare_rate / statistics.median(self._rates[1:])
+
+    def _with_slack(self, machine: Machine, forecast: dict[str, Any]) -> Machine:
+        """With the share of what comes and goes in a step that was there beside what was foreseen to live."""
+        phase = forecast["phases"]["steady step"]
+        moving = phase["live"] - sum(phase["parts"].get(kind, 0) for kind in ("parameters", "optimizer state"))
+        if phase["live"] < _LEAST or moving <= 0 or self._saved or _keeps_freed_memory():
+            return machine
+        return machine.with_slack(forecast["slack_kind"], max(0.0, (self._phases["steady step"] - phase["live"]) / moving))
+
+
+def _keeps_freed_memory() -> bool:
+    """Whether the C library was told to keep what is freed, as ranks on a CPU are where there is room: that is no slack of the plan's."""
+    return os.environ.get("MALLOC_TRIM_THRESHOLD_", "0").isdigit() and int(os.environ.get("MALLOC_TRIM_THRESHOLD_", "0")) >= 1 << 30

@@ -22,6 +22,14 @@ class Recorder:
         self._trackers = Trackers(plan, run.path / "trackers")
         self._foreseen = Foreseen(run, device)
 
+    def loaded(self) -> None:
+        """The model and its state are there."""
+        self._foreseen.ended("loading")
+
+    def saves(self) -> None:
+        """A checkpoint is about to be made."""
+        self._foreseen.saves()
+
     def step(self, step: int, batch: StepBatch, loss: float, gradient_norm: float, learning_rate: float, seconds: float) -> None:
         """One optimizer step of all ranks, which took so many seconds."""
         record = {
@@ -44,6 +52,7 @@ class Recorder:
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """One evaluation."""
+        self._foreseen.ended("evaluating")
         self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
         self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
         self._trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, step)

@@ -226,6 +226,8 @@ class Trainer:
     def _save(self, wait: bool = False) -> None:
         """Save; `wait` until it is committed, and raise where it cannot be."""
         self.saving.done(self.state.step, time.monotonic())
+        if self.recorder:
+            self.recorder.saves()
         extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps, **self.early_end.state()}
         # Metrics of an older state would rank this one among the best by what it is not.
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
@@ -279,6 +281,8 @@ class Trainer:
         distributed.barrier()
 
     def _announce(self) -> None:
+        if self.recorder:
+            self.recorder.loaded()
         parameters = list(self.engine.model.parameters())
         length = self.material.train.num_tokens / max(1, self.material.train.num_samples)
         self.event(

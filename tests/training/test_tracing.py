@@ -15,9 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
+from launcher.job.schema import Job
+from launcher.planning.decide import plan as decide
+from launcher.planning.fitting import nearest_that_fit, with_batch
 from launcher.planning.footprint.coordinator import GLOO_THREADS
 from launcher.planning.footprint.estimate import Estimator, estimator, read_config
 from launcher.planning.footprint.program import Batch, Segment, Setting
+from launcher.planning.forecast import USABLE, forecast
+from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.training import attention, heads
 from launcher.training.tracing.plan import causal, trace
@@ -218,3 +223,36 @@ def test_a_model_that_cannot_do_the_task(tmp_path: Path) -> None:
 
 def test_gloo_has_as_many_threads_as_the_planner_counts() -> None:
     assert distributed.ProcessGroupGloo._Options()._threads == GLOO_THREADS
+
+
+def test_with_a_trace_an_unknown_architecture_is_decided_by_it(tmp_path: Path) -> None:
+    """In much memory nothing is recomputed, in little the leanest; each fits by the trace, and says where that comes from."""
+    plan_for(tmp_path, "olmo2")
+    data = {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 256}
+    content = {"name": "a", "model": {"name": str(tmp_path), "weights": "random"}, "data": data, "precision": "fp32"}
+    job = Job.model_validate({**content, "batch": {"global_batch_size": 4}, "training": {"max_steps": 9}})
+    roomy = decide(job, 1, Hardware(2, 1 << 34), trace=trace)
+    least = forecast(with_batch(roomy, 1, "full"), 0, trace=trace)
+    assert least is not None
+    lean = Hardware(2, int(1.05 * least.footprint.highest.total / USABLE["cpu"]))
+    tight = decide(job, 1, lean, trace=trace)
+    assert (roomy.activation_checkpointing, tight.activation_checkpointing, tight.batch.micro_batch_size) == ("none", "full", 1)
+    for plan in (roomy, tight):
+        (reason,) = [d.reason for d in plan.decisions if d.key == "memory.activation_checkpointing"]
+        assert "by the trace" in reason
+    made = forecast(tight, lean.memory_bytes, trace=trace)
+    assert made is not None and made.fits and made.traced
+    assert decide(job, 1, lean).refused == (), "without a trace nothing was looked at"
+    assert nearest_that_fit(replace(made, plan=with_batch(roomy, 4, "none"))), "advice goes by the trace too"
+
+
+def test_what_the_formulas_know_is_decided_by_them_with_a_trace_too(tmp_path: Path) -> None:
+    plan_for(tmp_path)
+    data = {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 256}
+    content = {"name": "a", "model": {"name": str(tmp_path), "weights": "random"}, "data": data, "precision": "fp32"}
+    job = Job.model_validate({**content, "batch": {"global_batch_size": 4}, "training": {"max_steps": 9}})
+
+    def never(_: Plan) -> Traced:
+        raise AssertionError("a trace takes seconds, and the formulas know this")
+
+    assert decide(job, 1, Hardware(2, 1 << 34), trace=never) == decide(job, 1, Hardware(2, 1 << 34))

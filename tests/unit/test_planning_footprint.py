@@ -252,9 +252,9 @@ def test_of_messages_under_way_as_many_are_there_twice_as_gloo_has_threads() -> 
     assert most["stem", 2, False] == 3 * 100 + GLOO_THREADS * 100
 
 
-def test_autograd_keeps_what_a_product_is_turned_from() -> None:
+def test_autograd_keeps_a_view_that_is_multiplied_with() -> None:
     """Let go of in the forward pass, fetched again in the backward pass: there twice until the product's backward is over."""
-    weight, other = Weight("a.weight", (10, 10)), Weight("b.weight", (10, 10))
+    weight, other = Weight("a.weight", (10, 10), viewed=True), Weight("b.weight", (10, 10))
     there, back = ("layer", 0, False), ("layer", 0, True)
     for keeps, kept in ((True, 100), (False, 0)):
         trace = [Module((weight,), there, keeps=keeps), Module((other,), ("tail", 0, False)), Module((weight,), back)]

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.progress import notice
+from launcher.job.schema import Job
+from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import forecast, forecast_here
 from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.measured import kind_of, rates_for
+from launcher.planning.measured import kind_of, rates_for, slack_kind
 from launcher.planning.speed import LATENCY
 from launcher.runs.machine import Machine, Rates, path
-from tests.unit.test_planning_footprint import plan_for
+from tests.unit.test_planning_footprint import LLAMA, plan_for
 
 CPU = Rates("cpu", "2026-11-23", {"fp32": 100e9, "bf16": 10e9, "fp16": 1e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9)
 HERE = Hardware(4, 256 << 30)
@@ -52,6 +54,53 @@ def test_the_last_runs_correct_the_next() -> None:
         machine = machine.with_ratio("kind", ratio)
     assert len(machine.ratios["kind"]) == 10 and machine.correction("kind") == pytest.approx(1.1)
     assert machine.correction("another") == 1.0
+
+
+def test_slack_that_runs_had_is_in_the_next_forecast_and_is_said(tmp_path: Path) -> None:
+    plan = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
+    kind = slack_kind(plan, HERE)
+    assert Machine.read().slack(kind) is None
+    first = forecast_here(plan, HERE)
+    machine = Machine()
+    for share in (0.1, 0.5, 0.2):
+        machine = machine.with_slack(kind, share)
+    machine.write()
+    second = forecast_here(plan, HERE)
+    assert first is not None and second is not None
+    assert (first.slack, second.slack) == (None, 0.5) and second.to_dict()["slack_kind"] == kind
+    bare, phase = (made.footprint.phase("steady step") for made in (first, second))
+    moving = bare.peak - bare.parts["parameters"] - bare.parts["optimizer state"]
+    assert bare.slack == 0 and phase.peak == bare.peak and phase.total == bare.total + int(0.5 * moving)
+    assert "of slack that runs here had" in second.line() and "slack" not in first.line()
+    on_gpus = forecast(plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"device": "cuda"})}), 0, slack=0.0)
+    assert on_gpus is not None and on_gpus.footprint.phase("steady step").slack == 0, "measured, and not what is assumed"
+
+
+def test_a_plan_leaves_room_for_the_slack_that_runs_had(tmp_path: Path) -> None:
+    """The same job in the same memory recomputes more once it is known that ranks here have twice what comes and goes."""
+    sizes = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 8, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | sizes))
+    data = {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 512}
+    content = {"name": "a", "model": {"name": str(tmp_path), "weights": "random"}, "data": data, "precision": "fp32"}
+    job = Job.model_validate({**content, "batch": {"global_batch_size": 8, "micro_batch_size": 8}, "training": {"max_steps": 9}})
+    roomy = decide(job, 1, HERE)
+    made = forecast(roomy, 0)
+    assert made is not None and roomy.activation_checkpointing == "none"
+    tight = Hardware(4, int(made.footprint.highest.total / 0.9) + (1 << 20))
+    assert decide(job, 1, tight).activation_checkpointing == "none"
+    Machine().with_slack(slack_kind(roomy, tight), 1.0).write()
+    leaner = decide(job, 1, tight)
+    assert leaner.activation_checkpointing != "none"
+    said = forecast_here(leaner, tight)
+    assert said is not None and said.fits and said.slack == 1.0
+
+
+def test_files_of_before_slack_was_measured_are_read(tmp_path: Path) -> None:
+    Machine((CPU,), {"a": [1.0]}).write()
+    content = json.loads(path().read_text())
+    del content["slacks"]
+    path().write_text(json.dumps(content))
+    assert Machine.read() == Machine((CPU,), {"a": [1.0]})
 
 
 def test_ranks_on_a_cpu_share_what_was_measured(tmp_path: Path) -> None:
@@ -127,7 +176,11 @@ def test_a_forecast_of_speed_on_a_cpu_comes_with_its_rates_and_is_corrected(tmp_
 
 
 def test_measured_beside_expected_for_people() -> None:
-    measured = {"tokens_per_second": 900.0, "memory_bytes": 2e9}
-    event = {"event": "compared", "measured": measured, "expected": {"tokens_per_second": 1000.0, "memory_bytes": 1e9}}
-    assert notice(event) == "900 tokens/s (1,000 were expected), 2 GB of memory beside the bare process (1 GB were expected)"
+    measured = {"tokens_per_second": 900.0, "memory_bytes": 3e9, "phases": {"loading": 2e9, "evaluating": 3e9}}
+    expected = {"tokens_per_second": 1000.0, "memory_bytes": 1e9, "phases": {"loading": 1e9, "evaluating": 1e9}}
+    event = {"event": "compared", "measured": measured, "expected": expected}
+    assert notice(event) == (
+        "900 tokens/s (1,000 were expected); memory beside the bare process, expected in brackets: loading 2 GB (1 GB), "
+        "evaluating 3 GB (1 GB)"
+    )
     assert notice({**event, "expected": {}}) is None

@@ -59,8 +59,8 @@ class Coordinator:
     flying: dict[str, Message] = field(default_factory=dict)
     """What brings a parameter whose module has not come yet."""
     kept: dict[str, int] = field(default_factory=dict)
-    """Elements of what was let go of in the forward pass, and is still there: of a product, autograd saves the matrix as a turned view,
-    which DeepSpeed's emptying of the parameter does not reach."""
+    """Elements of what was let go of in the forward pass, and is still there: where a matrix is multiplied with as a view of it, autograd
+    saves that view, which DeepSpeed's emptying of the parameter does not reach."""
     num_available: int = 0
     most: dict[Key, int] = field(default_factory=dict)
 
@@ -146,7 +146,7 @@ class Coordinator:
                 self.kept.pop(weight.name, None)
             if weight.name in going and weight.name in self.whole and weight.name not in self.flying:
                 self.num_available -= self.whole.pop(weight.name)
-                if module.keeps and weight.turned:
+                if module.keeps and weight.viewed:
                     self.kept[weight.name] = weight.num_elements
 
     def __post_init__(self) -> None:

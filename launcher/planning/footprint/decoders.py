@@ -216,12 +216,7 @@ class Gpt2(ShadowProgram):
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
         layers = [
-            Unit(
-                tuple(
-                    Weight(f"transformer.h.{i}.{name}", shape, turned=len(shape) == 1, input_first=len(shape) == 2)
-                    for name, shape in self.layer_weights()
-                )
-            )
+            Unit(tuple(Weight(f"transformer.h.{i}.{name}", shape, input_first=len(shape) == 2) for name, shape in self.layer_weights()))
             for i in range(self.num_layers)
         ]
         root = [Weight(self.embeddings, (self.vocabulary, self.hidden)), Weight("transformer.wpe.weight", (self.positions, self.hidden))]

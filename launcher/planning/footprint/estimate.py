@@ -39,9 +39,14 @@ class Phase:
     """Bytes in the host's memory, where that is another one."""
 
     @property
+    def slack(self) -> int:
+        """Bytes that the allocator keeps beside what lives."""
+        return self.parts.get(SLACK, 0)
+
+    @property
     def total(self) -> int:
         """Bytes that the device has to have."""
-        return self.peak + self.parts.get(CONTEXT, 0) + self.parts.get(SLACK, 0)
+        return self.peak + self.parts.get(CONTEXT, 0) + self.slack
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,15 @@ def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num
     return None if made is None else made.footprint()
 
 
-def estimator(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2) -> Estimator | None:
+def estimator(
+    plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2, slack: float | None = None
+) -> Estimator | None:
     """As `estimate`, with what it is made from."""
     task = plan.task if plan.task in ("causal-lm", "sequence-classification") else None
     program = _program(json.dumps(config, sort_keys=True), num_labels, task)
     if program is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
         return None
-    return Estimator(plan, program, batch or batch_of(plan))
+    return Estimator(plan, program, batch or batch_of(plan), slack)
 
 
 @functools.lru_cache(maxsize=8)
@@ -100,13 +107,15 @@ def batch_of(plan: Plan) -> Batch:
 class Estimator:
     """A plan, the program of its model, and one micro-batch."""
 
-    def __init__(self, plan: Plan, program: Program, batch: Batch) -> None:
+    def __init__(self, plan: Plan, program: Program, batch: Batch, slack: float | None = None) -> None:
+        """`slack` is the allocator's share of what comes and goes, where it was measured."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
         units = program.units()
         self.units = frozen(units, plan.model.freeze) if self.adapter is None else adapted(units, self.adapter)
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
+        self.slack = slack if slack is not None else CUDA_SLACK if self.cuda else 0.0
         self.setting = Setting(
             batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task,
             frozen=plan.model.freeze, adapter=self.adapter, half=plan.precision == "fp16",
@@ -168,9 +177,11 @@ class Estimator:
 
     def _phase(self, name: str, time: Timeline, host: int) -> Phase:
         parts = {kind: size for kind, size in time.at_peak.items() if size > 0}
+        moving = time.peak - sum(size for kind, size in parts.items() if kind in (PARAMETERS, OPTIMIZER))
+        if slack := int(self.slack * moving):
+            parts[SLACK] = slack
         if self.cuda:
-            moving = time.peak - sum(size for kind, size in parts.items() if kind in (PARAMETERS, OPTIMIZER))
-            parts |= {SLACK: int(CUDA_SLACK * moving), CONTEXT: CUDA_CONTEXT}
+            parts[CONTEXT] = CUDA_CONTEXT
         return Phase(name, time.peak, time.where, parts, host)
 
     @property

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.decoders import Llama, split
 from launcher.planning.footprint.program import Context, Unit, Weight
 from launcher.planning.footprint.shadow import Parameter, Shadow, Storage, new, node_of
+
+
+def _viewed(weight: Weight, share: float) -> Weight:
+    """Experts, of which a token goes through a share, and their router are no linear layers."""
+    if len(weight.shape) == 3:
+        return replace(weight, used=share, viewed=True)
+    return replace(weight, viewed=True) if weight.name.endswith("mlp.gate.weight") else weight
 
 
 class Mixture(Llama):
@@ -73,9 +81,7 @@ class Mixture(Llama):
         """What is outside of the layers, and each layer."""
         root, layers = super().units()
         share = self.chosen / self.experts
-        return root, [
-            Unit(tuple(Weight(w.name, w.shape, used=share) if len(w.shape) == 3 else w for w in layer.weights)) for layer in layers
-        ]
+        return root, [Unit(tuple(_viewed(weight, share) for weight in layer.weights)) for layer in layers]
 
     def feed_forward(self, context: Context, index: int, hidden: Shadow, weights: dict[str, Any]) -> Shadow:
         if "mlp.gate.weight" not in weights:

@@ -24,8 +24,9 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     trains: bool = True
-    turned: bool = True
-    """Of a layer's matrix: multiplied with as a turned view of it, as by `torch.nn.Linear`."""
+    viewed: bool = False
+    """Multiplied with as a view of it, which autograd keeps, as experts and their router are; not by `torch.nn.Linear`, which the engine
+    of ZeRO's third stage has compute otherwise."""
     input_first: bool = False
     """A linear layer's, [in, out], as GPT-2 has it."""
     used: float = 1.0
@@ -154,6 +155,9 @@ class Context:
     _level: int = 0
     _written: int = 0
     _num_made: int = 0
+
+    def __post_init__(self) -> None:
+        self.meter.packs = not self.setting.cuda and self.setting.itemsize == 2
 
     def begin(self, kind: str, layer: int = -1, is_backward: bool = False) -> None:
         """Close the block so far and begin another."""

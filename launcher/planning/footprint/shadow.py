@@ -34,6 +34,8 @@ class Meter:
         """Called with the elements of each gradient as it is made, and the bytes that stay of it."""
         self.widens = False
         """Gradients are kept in fp32, whatever they are computed in."""
+        self.packs = False
+        """Products copy what they multiply, a block at a time, as a CPU's do in half precision."""
 
     def add(self, num_bytes: int) -> None:
         self.live += num_bytes

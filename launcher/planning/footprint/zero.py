@@ -160,7 +160,9 @@ class ZeroStep:
         """Bytes that come and go while what fills the bucket is sent."""
         cut = self.cut
         if cut.stage == 3:
-            return 4 * (2 if cut.gloo else 1) * self.filled
+            # One fp32 gradient alone is sent as it lies, where it can be cut evenly; gloo takes a copy of what it sends.
+            alone = self.filled > cut.reduce_bucket and cut.itemsize == 4 and self.filled % cut.ranks == 0
+            return 4 * (cut.gloo + (not alone)) * self.filled
         if cut.stage == 1:
             return 0
         wide = 4 * (cut.itemsize != 4)
@@ -211,7 +213,9 @@ class ZeroStep:
         if cut.stage == 1:
             time.parts[GRADIENTS] = 4 * self.trained + copied
             time.touch(MESSAGES, buffer + batch[ACTIVATIONS], "sending gradients")
-            time.touch(TEMPORARIES, 8 * piece * cut.gloo, "norm of the gradients")
+            # All but one of the whole gradients are gone with their copying, where they were copied, and all of them where not.
+            time.parts[GRADIENTS] = copied + wide * 4 * max((weight.num_elements for weight in self.weights if weight.trains), default=0)
+            time.touch(TEMPORARIES, wide * buffer + 8 * piece * cut.gloo, "norm of the gradients")
         time.parts = dict(base)
         time.touch(GRADIENTS, part if wide else part + copied, "optimizer")
         time.touch(GRADIENTS, copied + 8 * piece * cut.gloo, "norm of the gradients")
@@ -245,7 +249,7 @@ class ZeroStep:
         """`_whole`, gone through once for all micro-batches: it depends on the order of the blocks and not on their sizes."""
         cut = self.cut
         settings = (cut.ranks, cut.prefetch_bucket, cut.persistence, cut.max_live, cut.gloo, cut.recomputes, cut.speaks)
-        weights = tuple((weight.name, weight.shape, weight.turned) for unit in (self.root, *self.layers) for weight in unit.weights)
+        weights = tuple((weight.name, weight.shape, weight.viewed) for unit in (self.root, *self.layers) for weight in unit.weights)
         key = (settings, weights, tuple((segment.kind, segment.layer, segment.backward) for segment in segments))
         if key not in _KNOWN:
             if len(_KNOWN) >= _MOST_KNOWN:

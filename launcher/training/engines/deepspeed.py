@@ -24,6 +24,7 @@ from launcher.training import adapters
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
+from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.whole import cut_rows, gathered, replaced_one_by_one
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
@@ -44,6 +45,8 @@ class DeepSpeedEngine:
         loaded = models.load(plan, task.auto_class, config, self._cut)
         self.model: PreTrainedModel = loaded.model
         self.new_parameters = loaded.new_parameters
+        if plan.zero.stage == 3:
+            keep_parameters_not_matrices(self.model)
         for layer in models.repeated_layers(self.model):
             checkpoint_activations(layer, plan.activation_checkpointing)
         self._frozen: dict[str, torch.Tensor] = {}

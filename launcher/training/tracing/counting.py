@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from launcher.planning.footprint.operators import packed_bytes
 from launcher.planning.footprint.program import Batch
 from launcher.planning.footprint.shadow import Meter
 
@@ -113,6 +114,10 @@ def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
     """What a kernel takes and gives back within one operator, which no dispatch mode sees (torch 2.13): bytes beyond its results."""
     if function is _aten.logsumexp.default:
         return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
+    if function in (_aten.mm.default, _aten.addmm.default) and not cuda and result.itemsize == 2:
+        first = args[-2]
+        turned = first.stride(0) == 1 and first.shape[1] > 1  # of a weight's gradient, over whose rows is summed
+        return packed_bytes(first.shape[1], first.shape[0]) if turned else 0
     if torch.Tag.pointwise in function.tags and not cuda and isinstance(result, torch.Tensor):
         # A CPU works on copies in one precision of what comes in another.
         leaves = pytree.tree_leaves(args)

@@ -16,7 +16,7 @@ from launcher.training.tracing.program import Traced
 
 
 def trace(plan: Plan) -> Traced:
-    """What the planner asks for where it goes by the model's real class.
+    """What the planner asks for where it goes by the model's real class; built once for all plans that differ in what an engine does.
 
     Raises ConfigurationError for a plan with an adapter, and for a model that is not there, that cannot do the task, or that has no
     repeated layers.
@@ -24,6 +24,18 @@ def trace(plan: Plan) -> Traced:
     if plan.model.adapter is not None:
         reason = "a trace does not know adapters; leave it out, and the formulas say what they know"
         raise ConfigurationError(Problem("--trace", plan.model.name, reason))
+    key = (plan.model.model_dump_json(), plan.task, plan.attention, plan.precision, plan.data.problem)
+    if key not in _BUILT:
+        _BUILT.clear()
+        _BUILT[key] = _built(plan)
+    return _BUILT[key]
+
+
+_BUILT: dict[tuple[str | None, ...], Traced] = {}
+"""The one that was asked for last: a search asks for many plans of one model."""
+
+
+def _built(plan: Plan) -> Traced:
     # The kernel of flash-attn runs on a GPU alone; PyTorch's own keeps the same.
     here = plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
     config = models.read_config(here)

@@ -197,11 +197,12 @@ def _first_tensor(tree: Any) -> torch.Tensor | None:
 def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[Unit]]:
     of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
     found: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
-    straight = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
+    whole = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
+    plain = {id(parameter) for module in model.modules() if isinstance(module, whole) for parameter in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
-        shape, turned = tuple(parameter.shape), id(parameter) not in straight
+        shape, viewed = tuple(parameter.shape), parameter.dim() > 1 and id(parameter) not in plain
         share = operations.used_share(model.config.get_text_config(), shape)
-        found[of.get(id(parameter), -1)].append(Weight(name, shape, turned=turned, used=share))
+        found[of.get(id(parameter), -1)].append(Weight(name, shape, viewed=viewed, used=share))
     names = [name for name, _ in model.named_parameters()]
     first = names.index(found[0][0].name)
     num_first = sum(names.index(weight.name) < first for weight in found[-1])
