@@ -54,9 +54,13 @@ def speed_lines(made: Forecast) -> str:
         f"  a step       {s.step:.2f} s: {parts}",
         f"  rate         {s.tokens_per_second:,.0f} tokens/s, {s.utilisation:.0%} of the GPUs' peak (MFU)",
     ]
-    if made.plan.length.unit == "steps":
-        hours = s.step * made.plan.length.value / 3600
-        lines.append(f"  to the end   {hours:.2f} h, {hours * made.plan.mesh.world_size:,.1f} GPU-hours")
+    if d := made.duration:
+        hours = d.total / 3600
+        saves = f"{d.num_saves} checkpoint{'s' * (d.num_saves > 1)} of {gib(made.checkpoint_bytes)}"
+        lines += [
+            f"  waiting      {d.data * d.num_steps:.1f} s for data, {d.saving:.1f} s for {saves}: {1 - d.num_steps * d.step / d.total:.1%}",
+            f"  to the end   {hours:.2f} h, {hours * made.plan.mesh.world_size:,.1f} GPU-hours",
+        ]
     return "\n".join(["", "Speed, were every sample as long as it may be:", *lines])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import NetworkName
+from launcher.planning.duration import Duration, duration
 from launcher.planning.footprint.estimate import Estimator, Footprint, batch_of, estimator, read_config
 from launcher.planning.footprint.families import KNOWN, WITH_ADAPTERS, Program, nearest
 from launcher.planning.gpus import GpuType, on_network
@@ -43,6 +44,8 @@ class Forecast:
     """Of a node's own memory, for what is offloaded; 0 where it is not known."""
     slack: float | None = None
     """As runs on this machine had it, of what comes and goes; None where it is assumed."""
+    duration: Duration | None = None
+    """Of the whole job; None where its number of steps or the speed is not known."""
     slack_kind: str = ""
     """Under what name a run of the plan keeps its own."""
 
@@ -102,6 +105,11 @@ class Forecast:
                 "tokens_per_second": s.tokens_per_second, "mfu": s.utilisation, "compute_seconds": s.compute,
                 "communication_seconds": s.communication, "exposed_seconds": s.exposed, "optimizer_seconds": s.optimizer,
             }  # fmt: skip
+        if d := self.duration:
+            content["duration"] = {
+                "seconds": d.total, "steps": d.num_steps, "data_seconds": d.data * d.num_steps, "saves": d.num_saves,
+                "saving_seconds": d.saving, "gpu_hours": d.total * self.plan.mesh.world_size / 3600,
+            }  # fmt: skip
         return content
 
 
@@ -124,17 +132,20 @@ def forecast(
     host_memory_bytes: int = 0,
     slack: float | None = None,
     slack_kind: str = "",
+    disk_rate: float | None = None,
 ) -> Forecast | None:
     """The forecast of a plan; None where its model's config cannot be read or its architecture is not known to the formulas.
 
     correction: what a step takes of what the speed model says, as runs on the same machine have shown. trace: go by the model's real
     class in place of the formulas. slack: the share of what comes and goes that is kept beside it, as runs on the same machine have shown.
+    disk_rate: bytes a second of a node's disk, where it was measured.
     """
     made = _estimator(plan, trace, slack)
     if made is None:
         return None
     rate = speed(plan, made.units, made.segments(), gpu, correction) if gpu is not None else None
-    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace, host_memory_bytes, slack, slack_kind)
+    lasts = duration(plan, rate, made.checkpoint_bytes, gpu, disk_rate) if rate is not None and gpu is not None else None
+    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace, host_memory_bytes, slack, lasts, slack_kind)
 
 
 def least_bytes(plan: Plan, trace: Trace | None = None) -> int:
@@ -149,7 +160,8 @@ def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = 
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     rates = rates_for(plan, hardware, machine)
     correction, kind = machine.correction(kind_of(plan)), slack_kind(plan, hardware)
-    return forecast(plan, memory, rates and on_network(rates, network), correction, trace, hardware.memory_bytes, machine.slack(kind), kind)
+    gpu, slack = rates and on_network(rates, network), machine.slack(kind)
+    return forecast(plan, memory, gpu, correction, trace, hardware.memory_bytes, slack, kind, machine.disk_rate())
 
 
 def _estimator(plan: Plan, trace: Trace | None = None, slack: float | None = None) -> Estimator | None:

@@ -17,7 +17,7 @@ def kind_of(plan: Plan) -> str:
 
 
 def slack_kind(plan: Plan, hardware: Hardware) -> str:
-    """Runs that are alike in what their allocator keeps beside what lives: those of one device, or an engine never tried would look leaner."""
+    """Runs that are alike in what their allocator keeps beside what lives: all of a device, or an engine never tried would look leaner."""
     return device_of(plan, hardware)
 
 

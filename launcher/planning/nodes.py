@@ -109,7 +109,7 @@ def _wrong(made: Forecast, seconds: float | None) -> tuple[Why, str] | None:
         return "does not fit", made.lack
     if seconds is None:
         return None
-    needed = made.speed.step * made.plan.length.value if made.speed and made.plan.length.unit == "steps" else float("inf")
+    needed = made.duration.total if made.duration else float("inf")
     return None if needed <= seconds else ("too late", f"{needed / 3600:.2f} h")
 
 

@@ -45,9 +45,8 @@ class Row:
     @property
     def hours(self) -> float | None:
         """To the end of training; None where the job says epochs, or nothing is known of the speed."""
-        if self.forecast is None or self.forecast.speed is None or self.plan.length.unit != "steps":
-            return None
-        return self.forecast.speed.step * self.plan.length.value / 3600
+        lasts = self.forecast and self.forecast.duration
+        return lasts.total / 3600 if lasts else None
 
     @property
     def cost(self) -> float | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
 from launcher.job.schema import Job
+from launcher.planning.duration import DISK_RATE
 from launcher.planning.forecast import USABLE, Forecast, forecast, forecast_here
 from launcher.planning.gpus import gpu_type, on_network
 from launcher.planning.hardware import Hardware
@@ -15,8 +16,6 @@ from launcher.planning.plan import Plan
 from launcher.runs.machine import Machine
 
 _FORCE = "--force starts it all the same"
-_DISK_RATE = 2e9
-"""Bytes a second that one node reads and writes, where nothing was measured: what a single NVMe drive does, and few shared disks exceed."""
 
 
 def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = False) -> Forecast | None:
@@ -80,7 +79,7 @@ def _check_time(made: Forecast) -> None:
         return
     step = made.speed.step if made.speed else 0.0
     measured = Machine.read().disk_rate()
-    disk = 2 * made.checkpoint_bytes / ((measured or _DISK_RATE) * made.plan.mesh.nodes)
+    disk = 2 * made.checkpoint_bytes / ((measured or DISK_RATE) * made.plan.mesh.nodes)
     if step + disk > 60 * limit:
         reason = f"loading and saving take {disk:.0f} s at the least, a step {step:.0f} s: nothing would ever be done; {_FORCE}"
         raise ConfigurationError(Problem("cluster.time_limit", 60.0 * limit, reason))

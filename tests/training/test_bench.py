@@ -111,7 +111,7 @@ def test_a_peak_is_of_its_lap_and_the_highest_is_remembered() -> None:
         "held = torch.ones(100 * mib)\ndel held\nhigh, now = lap_memory(cpu)\n"
         "assert high - bare > 390 * mib and now - bare < 50 * mib, (high, now, bare)\n"
         "held = torch.ones(25 * mib)\npeak, now = lap_memory(cpu)\n"
-        "assert 90 * mib < peak - bare < 150 * mib and now - bare > 90 * mib, (peak, now, bare)\n"
+        "assert 90 * mib < peak - bare < 250 * mib and now - bare > 90 * mib, (peak, now, bare)\n"
         "assert peak_memory_bytes(cpu) == high\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)

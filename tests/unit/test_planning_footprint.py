@@ -14,7 +14,7 @@ import pytest
 from launcher.errors import ConfigurationError
 from launcher.planning.fitting import known
 from launcher.planning.footprint import operators as ops
-from launcher.planning.footprint.coordinator import GLOO_THREADS, Coordinator, Module, Tracer
+from launcher.planning.footprint.coordinator import END, GLOO_THREADS, Coordinator, Module, Tracer
 from launcher.planning.footprint.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
 from launcher.planning.footprint.families import KNOWN, nearest, program_of
 from launcher.planning.footprint.loss import CHUNK_ELEMENTS
@@ -239,9 +239,17 @@ def test_a_message_stays_until_the_last_of_its_parameters_is_called_for() -> Non
     first, second, other = (Weight(f"{name}.weight", (10, 10)) for name in ("a", "b", "c"))
     trace = [Module((other,), ("stem", 0, False)), *(Module((weight,), ("layer", n, False)) for n, weight in enumerate((first, second)))]
     most = Coordinator(trace, 200, 10_000, 0, gloo=False).go()
-    assert most == {("stem", 0, False): 100 + 200, ("layer", 0, False): 200 + 200, ("layer", 1, False): 100}
+    assert most == {("stem", 0, False): 100 + 200, ("layer", 0, False): 200 + 200, ("layer", 1, False): 100, END: 0}
     doubled = Coordinator(trace, 200, 10_000, 0, gloo=True).go()
     assert doubled["stem", 0, False] == 100 + 2 * 200 and doubled["layer", 0, False] == 200 + 200
+
+
+def test_what_is_never_let_go_of_is_there_when_the_last_gradients_are_sent() -> None:
+    """A table of words, whose input no gradient goes to, and a message that was gone by then."""
+    words, other = Weight("words.weight", (20, 10)), Weight("a.weight", (10, 10))
+    back = [Module((other,), ("layer", 0, True)), Module((words,), ("stem", 0, True), leaves=False)]
+    most = Coordinator([Module((words,), ("stem", 0, False)), *back], 100, 10_000, 0, gloo=True).go()
+    assert most[END] == most["stem", 0, True] == 200 < most["layer", 0, True]
 
 
 def test_of_messages_under_way_as_many_are_there_twice_as_gloo_has_threads() -> None:

@@ -13,6 +13,8 @@ from itertools import groupby
 from launcher.planning.footprint.program import Segment, Unit, Weight
 
 Key = tuple[str, int, bool]
+END: Key = ("end", -1, True)
+"""Where nothing is fetched any more: what the last gradients are sent beside."""
 
 GLOO_THREADS = 2
 """Threads of a gloo process group (`ProcessGroupGloo.Options`), each at one message at a time; a test holds it equal."""
@@ -65,18 +67,27 @@ class Coordinator:
     most: dict[Key, int] = field(default_factory=dict)
 
     def go(self) -> dict[Key, int]:
-        """The most elements that are held during each block, in a micro-batch whose trace is known; it begins with nothing whole."""
+        """The most elements that are held during each block, in a micro-batch whose trace is known, and those at its end.
+
+        It begins with nothing whole.
+        """
         self._fetched = dict[str, int]()
         self._queue = deque((weight, step) for step, module in enumerate(self.trace) for weight in module.weights)
         for step, module in enumerate(self.trace):
             self._fetch(module, step)
             if module.leaves:
                 self._release(module, step + 1)
+        self.most[END] = self._held()
         return self.most
 
+    def _messages(self) -> list[Message]:
+        return list({id(message): message for message in self.flying.values()}.values())
+
+    def _held(self) -> int:
+        return sum(self.whole.values()) + sum(self.kept.values()) + sum(message.total for message in self._messages())
+
     def _note(self, key: Key) -> None:
-        messages = {id(message): message for message in self.flying.values()}.values()
-        held = sum(self.whole.values()) + sum(self.kept.values()) + sum(message.total for message in messages)
+        messages, held = self._messages(), self._held()
         if self.gloo:
             # A thread of gloo gathers into a buffer of its own. How long that takes is up to the other ranks, which may be behind: the
             # largest messages that the threads can be at are counted twice. NCCL gathers in place.

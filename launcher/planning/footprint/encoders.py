@@ -105,7 +105,7 @@ class Bert(ShadowProgram):
         embedded = hidden  # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
         for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
-            hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x), hidden)
+            hidden = checkpoint(context.meter, setting.checkpointing, lambda x, _, i=index: self.layer(context, i, x), hidden, mask)
         context.begin("tail")
         del embedded
         result = self.head(context, hidden)

@@ -63,8 +63,9 @@ class Bart(ShadowProgram):
         for index in of_stack(context, self.num_layers["encoder"]):
             context.begin("layer", index)
             encoded = checkpoint(
-                context.meter, setting.checkpointing, lambda x, i=index: self._encode(context, i, x, batch, sources), encoded
-            )
+                context.meter, setting.checkpointing,
+                lambda x, _, i=index: self._encode(context, i, x, batch, sources), encoded, mask,
+            )  # fmt: skip
         del mask
         context.begin("bridge")
         hidden = self._embedded(context, "decoder", batch, targets, weights)
@@ -74,7 +75,7 @@ class Bart(ShadowProgram):
             context.begin("layer", index)
             hidden = checkpoint(
                 context.meter, setting.checkpointing,
-                lambda x, y, i=index - first: self._decode(context, i, x, y, batch, targets, sources), hidden, encoded,
+                lambda x, y, _, i=index - first: self._decode(context, i, x, y, batch, targets, sources), hidden, encoded, mask,
             )  # fmt: skip
         del mask
         context.begin("tail")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from launcher.planning.footprint.coordinator import Coordinator, Tracer
+from launcher.planning.footprint.coordinator import END, Coordinator, Tracer
 from launcher.planning.footprint.program import Segment, Unit, Weight
 from launcher.planning.footprint.timeline import (
     ACTIVATIONS,
@@ -242,6 +242,7 @@ class ZeroStep:
                 time.parts[GATHERED] = cut.itemsize * whole.get((segment.kind, segment.layer, segment.backward), 0)
                 self._go_through(segment)
             large = self.filled if self.filled > cut.reduce_bucket else 0
+            time.parts[GATHERED] = cut.itemsize * whole[END]
             time.touch(MESSAGES, self._sending() + cut.itemsize * large, "sending gradients")
             self.filled = 0
 

@@ -1,0 +1,101 @@
+"""How long a job takes to its end: every term by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cli.forecast import speed_lines
+from launcher.job.schema import Interval
+from launcher.planning.duration import DISK_RATE, TOKEN_BYTES, TOKEN_SECONDS, duration
+from launcher.planning.forecast import forecast, forecast_here
+from launcher.planning.gpus import gpu_type
+from launcher.planning.hardware import Hardware
+from launcher.planning.plan import Length, Plan
+from launcher.planning.speed import LINK_SHARE, MEMORY_SHARE, Speed
+from launcher.runs.machine import Machine, Rates, path
+from tests.unit.test_planning_footprint import plan_for
+
+H100 = gpu_type("h100-80gb")
+RATE = Speed(1.5, 0.2, 0.3, 0.2, 1 << 20, 1e15, 1e15)
+"""A step of two seconds."""
+SIZE = 96 * 10**9
+
+
+def planned(directory: Path, every: Interval, num_steps: int = 1000, asynchronous: bool = True, **changes: Any) -> Plan:
+    plan = plan_for(directory, **changes)
+    checkpoint = plan.checkpoint.model_copy(update={"every": every, "asynchronous": asynchronous})
+    return plan.model_copy(update={"checkpoint": checkpoint, "length": Length(value=num_steps, unit="steps")})
+
+
+def test_steps_data_and_a_save_that_is_waited_for(tmp_path: Path) -> None:
+    plan = planned(tmp_path, Interval(value=300, unit="steps"), asynchronous=False)
+    made = duration(plan, RATE, SIZE, H100)
+    data = (1 << 20) * TOKEN_BYTES / DISK_RATE + (1 << 20) / 8 * TOKEN_SECONDS
+    assert made is not None and made.data == pytest.approx(data) and made.step == RATE.step == 2.0
+    assert (made.num_saves, made.save) == (4, pytest.approx(SIZE / DISK_RATE)), "after 300, 600, 900, and at the end"
+    assert made.total == pytest.approx(1000 * (2.0 + data) + 4 * SIZE / DISK_RATE)
+    assert duration(plan.model_copy(update={"length": Length(value=3, unit="epochs")}), RATE, SIZE, H100) is None
+
+
+def test_a_save_in_the_background_stops_training_for_its_copy_alone(tmp_path: Path) -> None:
+    made = duration(planned(tmp_path, Interval(value=300, unit="steps")), RATE, SIZE, H100)
+    copied = SIZE / 8 / (H100.host_link * LINK_SHARE)
+    assert made is not None and made.save == pytest.approx(copied) and made.saving == pytest.approx(3 * copied + SIZE / DISK_RATE)
+    on_cpu = duration(planned(tmp_path, Interval(value=300, unit="steps"), mesh__device="cpu"), RATE, SIZE, H100)
+    assert on_cpu is not None and on_cpu.save == pytest.approx(2 * SIZE / 8 / (H100.bandwidth * MEMORY_SHARE))
+
+
+def test_saves_that_come_faster_than_they_are_written_are_waited_for(tmp_path: Path) -> None:
+    made = duration(planned(tmp_path, Interval(value=10, unit="steps")), RATE, SIZE, H100)
+    assert made is not None and made.save == pytest.approx(
+        SIZE / 8 / (H100.host_link * LINK_SHARE) + SIZE / DISK_RATE - 10 * (2 + made.data)
+    )
+    faster = duration(planned(tmp_path, Interval(value=10, unit="steps")), RATE, SIZE, H100, disk_rate=50e9)
+    assert faster is not None and faster.save < 0.4 < made.save and faster.data < made.data
+
+
+@pytest.mark.parametrize(("every", "saves"), [((900, "seconds"), 3), ((5, "seconds"), 500), ((1, "epochs"), 1), ((5000, "steps"), 1)])
+def test_how_often_is_said_in_steps_time_or_epochs(every: tuple[float, Any], saves: int, tmp_path: Path) -> None:
+    made = duration(planned(tmp_path, Interval(value=every[0], unit=every[1])), RATE, SIZE, H100)
+    assert made is not None and made.num_saves == saves, "a time has 449 steps in 900 s, and two in 5"
+
+
+def test_nodes_read_and_write_their_own_parts(tmp_path: Path) -> None:
+    one = planned(tmp_path, Interval(value=300, unit="steps"))
+    four = one.model_copy(update={"mesh": one.mesh.model_copy(update={"nodes": 4, "world_size": 32})})
+    here, there = (duration(plan, RATE, SIZE, H100) for plan in (one, four))
+    assert here is not None and there is not None
+    assert there.data == pytest.approx(here.data / 4) and there.last_save == pytest.approx(here.last_save / 4)
+    assert there.save == pytest.approx(here.save / 4)
+
+
+def test_people_and_machines_are_told(tmp_path: Path) -> None:
+    plan = planned(tmp_path, Interval(value=100, unit="steps"), batch__micro_batch_size=1)
+    made = forecast(plan, 80 << 30, H100)
+    assert made is not None and made.duration is not None and made.speed is not None
+    said = made.to_dict()["duration"]
+    assert said["seconds"] == made.duration.total > 1000 * made.speed.step and said["saves"] == 10
+    assert said["gpu_hours"] == pytest.approx(8 * said["seconds"] / 3600)
+    lines = speed_lines(made)
+    assert "s for data, " in lines and "s for 10 checkpoints of " in lines and f"{said['gpu_hours']:,.1f} GPU-hours" in lines
+    assert forecast(plan, 80 << 30) is not None and forecast(plan, 80 << 30).duration is None  # type: ignore[union-attr]
+    epochs = forecast(plan.model_copy(update={"length": Length(value=1, unit="epochs")}), 80 << 30, H100)
+    assert epochs is not None and epochs.duration is None and "duration" not in epochs.to_dict() and "GPU-hours" not in speed_lines(epochs)
+
+
+def test_the_disk_is_the_one_that_was_measured(tmp_path: Path) -> None:
+    plan = planned(tmp_path, Interval(value=100, unit="steps"), mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
+    path().unlink(missing_ok=True)
+    rates = Rates("cpu", "2026-11-23", {"fp32": 100e9}, 20e9, link=2e9)
+    found = []
+    for known in (rates, replace(rates, disk_write=0.5e9, disk_read=3e9)):
+        Machine((known,)).write()
+        made = forecast_here(plan, Hardware(4, 256 << 30))
+        assert made is not None and made.duration is not None
+        found.append(made.duration.last_save)
+    path().unlink()
+    assert found[1] == pytest.approx(found[0] * DISK_RATE / 0.5e9)
