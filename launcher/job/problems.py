@@ -35,6 +35,7 @@ def _refuse_in(section: Any, prefix: str, known: set[str], problems: list[Proble
     for key, value in list(section.items() if isinstance(section, dict) else enumerate(section)):
         path = f"{prefix}{key}"
         secret_key = path not in known and isinstance(key, str) and bool(_SECRET_KEY.search(key)) and not isinstance(value, dict)
+        secret_key &= isinstance(value, str) or not path.startswith("model.config.")  # pad_token_id is a number
         if secret_key or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             problems.append(Problem(path, None, _SECRET_REASON))
             section[key] = None

@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -134,6 +134,8 @@ class Model(Section):
     """What the model learns to do."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    config: dict[str, Any] | None = None
+    """What a config.json would say (`model_type`, sizes): to plan for a model that is not here, or to begin with random weights."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention implementation."""
     weights: Literal["pretrained", "random"] = "pretrained"

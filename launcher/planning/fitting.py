@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from launcher.job.schema import ActivationCheckpointing, Offload
 from launcher.planning.batch import divisors
 from launcher.planning.footprint.families import WITH_ADAPTERS, program_of
-from launcher.planning.forecast import USABLE, Forecast, Trace, forecast, least_bytes, read_config
+from launcher.planning.forecast import USABLE, Forecast, Trace, forecast, least_bytes
 from launcher.planning.gpus import GpuType
 from launcher.planning.memory import gib
+from launcher.planning.model_config import config_of
 from launcher.planning.plan import BatchPlan, Plan, Refused
 
 WAYS: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
@@ -71,9 +72,7 @@ def cut_of(plan: Plan) -> str:
 
 def known(plan: Plan) -> bool:
     """Whether the formulas know the plan's model and task."""
-    from launcher.planning.forecast import locate
-
-    config = read_config(locate(plan.model.name))
+    config = config_of(plan.model)
     try:
         knows = plan.model.adapter is None or (config or {}).get("model_type") in WITH_ADAPTERS
         return config is not None and knows and program_of(config, task=plan.task) is not None

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import NetworkName
 from launcher.planning.duration import Duration, duration
-from launcher.planning.footprint.estimate import Estimator, Footprint, batch_of, estimator, read_config
+from launcher.planning.footprint.estimate import Estimator, Footprint, batch_of, estimator
 from launcher.planning.footprint.families import KNOWN, WITH_ADAPTERS, Program, nearest
 from launcher.planning.gpus import GpuType, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import kind_of, rates_for, slack_kind
 from launcher.planning.memory import gib
+from launcher.planning.model_config import config_of
 from launcher.planning.plan import Plan
 from launcher.planning.speed import Speed, speed
 from launcher.runs.machine import Machine
@@ -113,16 +112,6 @@ class Forecast:
         return content
 
 
-def locate(name: str) -> str:
-    """The directory of a model: as it is named, or where the hub's cache holds it."""
-    if (Path(name) / "config.json").exists() or "/" not in name:
-        return name
-    root = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    folder = root / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
-    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1].parent) if found else name
-
-
 def forecast(
     plan: Plan,
     memory_bytes: int,
@@ -167,19 +156,22 @@ def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = 
 def _estimator(plan: Plan, trace: Trace | None = None, slack: float | None = None) -> Estimator | None:
     if trace is not None:
         return Estimator(plan, trace(plan), batch_of(plan), slack)
-    config = read_config(locate(plan.model.name))
+    config = config_of(plan.model)
     try:
         return None if config is None else estimator(plan, config, slack=slack)
     except KeyError as error:
-        reason = f"its config.json has no {error.args[0]}, which a {config and config.get('model_type')} model needs"
-        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+        key, value, where = "model.name", plan.model.name, "its config.json"
+        if plan.model.config is not None:
+            key, value, where = "model.config", str(plan.model.config.get("model_type")), "it"
+        reason = f"{where} has no {error.args[0]}, which a {config and config.get('model_type')} model needs"
+        raise ConfigurationError(Problem(key, value, reason)) from None
 
 
 def why_not(plan: Plan) -> str:
     """Why there is no forecast, in one clause."""
-    config = read_config(locate(plan.model.name))
+    config = config_of(plan.model)
     if config is None:
-        return f"no config.json of {plan.model.name} on this machine; fetch the model, or name its directory"
+        return f"no config.json of {plan.model.name} on this machine; fetch it, name its directory, or write model.config"
     kind = str(config.get("model_type"))
     if plan.model.adapter is not None and kind not in WITH_ADAPTERS:
         return f"the formulas know adapters beside {', '.join(WITH_ADAPTERS)}, and this is a {kind} model"

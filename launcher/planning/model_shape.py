@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import Model
+from launcher.planning.model_config import config_of, locate
 
 _NAMES = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -35,12 +36,9 @@ class ModelShape:
 
     @classmethod
     def read(cls, model: Model) -> ModelShape | None:
-        """The shape of a model that lies in a local directory; None where it cannot be known before it is fetched."""
-        try:
-            config = json.loads((Path(model.name) / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(config, dict):
+        """The shape of a model that is here, or whose sizes the job says; None where it cannot be known before it is fetched."""
+        config = config_of(model)
+        if config is None:
             return None
         sizes = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
         found = {key: next((sizes[name] for name in names if isinstance(sizes.get(name), int)), 0) for key, names in _NAMES.items()}
@@ -48,7 +46,8 @@ class ModelShape:
         if not hidden or not layers:
             return None
         intermediate = _chosen_width(sizes) or found["intermediate_size"] or 4 * hidden
-        counted = 0 if model.weights == "random" else stored_parameters(Path(model.name))
+        made_up = model.weights == "random" or model.config is not None
+        counted = 0 if made_up else stored_parameters(Path(locate(model.name)))
         layer = _layer(sizes, hidden, intermediate)
         embeddings = found["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
         # Positions that are computed take no parameters: what looks like more than all that is not layers is no table.

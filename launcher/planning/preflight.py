@@ -23,6 +23,7 @@ def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = 
 
     Raises OutOfMemoryError, StorageError or ConfigurationError where it cannot run, unless `force`.
     """
+    _check_sizes(plan)
     if plan.script:
         return None
     made = _forecast(job, plan, local)
@@ -32,6 +33,13 @@ def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = 
     _check_disk(made, directory)
     _check_time(made)
     return made
+
+
+def _check_sizes(plan: Plan) -> None:
+    """Raises ConfigurationError where a model is to be loaded whose sizes stand in the job file: its own files say what it is."""
+    if plan.model.config is not None and plan.model.weights == "pretrained":
+        reason = "stands for a model that is not here yet; leave it out where its weights are loaded, or write model.weights: random"
+        raise ConfigurationError(Problem("model.config", None, reason))
 
 
 def _forecast(job: Job, plan: Plan, local: bool) -> Forecast | None:

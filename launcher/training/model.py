@@ -42,6 +42,8 @@ class LoadedModel:
 
 def read_config(plan: Plan) -> Any:
     """The model's config, with the names that decide which attention it runs."""
+    if plan.model.config is not None:
+        return _made_up(plan)
     try:
         return AutoConfig.from_pretrained(
             plan.model.name,
@@ -51,6 +53,16 @@ def read_config(plan: Plan) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
+
+
+def _made_up(plan: Plan) -> Any:
+    """The config that the job file writes out."""
+    sizes = dict(plan.model.config or {})
+    kind = sizes.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(str(kind), attn_implementation=attention.register(plan.attention), **sizes)
+    except Exception as error:  # transformers checks sizes in classes of its own, each with its own kind of error
+        raise ConfigurationError(Problem("model.config", kind, first_line(error))) from None
 
 
 def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
 
-from launcher.planning.footprint.estimate import Estimator, estimate, read_config
+from launcher.planning.footprint.estimate import Estimator, estimate
 from launcher.planning.footprint.families import Program
+from launcher.planning.model_config import read_config
 from launcher.planning.plan import Plan
 from tests.benchmarks.memory_cases import POOLS, Case, draw
 from tests.benchmarks.memory_pool import World

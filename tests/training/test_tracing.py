@@ -19,10 +19,11 @@ from launcher.job.schema import Job
 from launcher.planning.decide import plan as decide
 from launcher.planning.fitting import nearest_that_fit, with_batch
 from launcher.planning.footprint.coordinator import GLOO_THREADS
-from launcher.planning.footprint.estimate import Estimator, estimator, read_config
+from launcher.planning.footprint.estimate import Estimator, estimator
 from launcher.planning.footprint.program import Batch, Segment, Setting
 from launcher.planning.forecast import USABLE, forecast
 from launcher.planning.hardware import Hardware
+from launcher.planning.model_config import read_config
 from launcher.planning.plan import Plan
 from launcher.training import attention, heads
 from launcher.training.tracing.plan import causal, trace
@@ -258,3 +259,18 @@ def test_what_the_formulas_know_is_decided_by_them_with_a_trace_too(tmp_path: Pa
         raise AssertionError("a trace takes seconds, and the formulas know this")
 
     assert decide(job, 1, Hardware(2, 1 << 34), trace=never) == decide(job, 1, Hardware(2, 1 << 34))
+
+
+def test_sizes_in_the_job_file_are_a_model_as_good_as_a_directory(tmp_path: Path) -> None:
+    """Its class is built from them alone; sizes that transformers does not take are told in one line."""
+    plan = plan_for(tmp_path)
+    config = read_config(str(tmp_path))
+    elsewhere = plan.model_copy(update={"model": plan.model.model_copy(update={"name": "not/here", "config": config})})
+    assert trace(elsewhere).units() == trace(plan).units()
+    assert trace(elsewhere).blocks(setting_of(plan)) == trace(plan).blocks(setting_of(plan))
+    for wrong in ({"model_type": "no_such"}, {"hidden_size": 64}, {"model_type": "llama", "hidden_size": "wide"}):
+        told = plan.model_copy(update={"model": plan.model.model_copy(update={"name": "not/here", "config": wrong})})
+        with pytest.raises(ConfigurationError) as refused:
+            trace(told)
+        (problem,) = refused.value.problems
+        assert problem.key == "model.config" and "\n" not in problem.reason

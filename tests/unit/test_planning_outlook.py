@@ -13,9 +13,10 @@ from launcher.cli.plan import explained, scaling_plots
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planning.fitting import nearest_that_fit, with_batch
-from launcher.planning.forecast import forecast, locate
+from launcher.planning.forecast import forecast
 from launcher.planning.gpus import TABLE, gpu_type, seen
 from launcher.planning.hardware import Gpu, Hardware
+from launcher.planning.model_config import locate
 from launcher.planning.outlook import compare, in_time, look, priced, scaled
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 

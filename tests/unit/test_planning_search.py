@@ -99,7 +99,8 @@ def test_copies_gather_within_their_node(tmp_path: Path) -> None:
     assert made.forecast is not None and made.forecast.speed is not None
     plan, gpu = made.plan, on_network(gpu_type("h100-80gb"), "ethernet25")
     one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"replicate": 1, "shard": 32})})
-    from launcher.planning.footprint.estimate import estimator, read_config
+    from launcher.planning.footprint.estimate import estimator
+    from launcher.planning.model_config import read_config
 
     config = read_config(str(tmp_path))
     assert config is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from launcher.planning.footprint.families import WITH_ADAPTERS, Program, adapted, frozen, program_of
@@ -62,15 +61,6 @@ class Footprint:
 
     def phase(self, name: str) -> Phase:
         return next(phase for phase in self.phases if phase.name == name)
-
-
-def read_config(directory: str) -> dict[str, Any] | None:
-    """A model's config.json; None where there is none that can be read. Of a model of several kinds, its language model."""
-    try:
-        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
 
 
 def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2) -> Footprint | None:
@@ -269,4 +259,4 @@ class Estimator:
         return engine.time
 
 
-__all__ = ["Estimator", "Footprint", "Phase", "batch_of", "estimate", "estimator", "read_config"]
+__all__ = ["Estimator", "Footprint", "Phase", "batch_of", "estimate", "estimator"]
