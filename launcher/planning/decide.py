@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigurationError
@@ -104,12 +104,14 @@ def _hardware(job: Job, local: bool) -> Hardware:
     """This machine; for a plan that runs elsewhere with the GPUs that the job names, as many as it says."""
     here = Hardware.detect()
     cluster = job.cluster
-    if cluster.gpu is None:
+    kind = gpu_type(cluster.gpu, "cluster.gpu") if cluster.gpu is not None else None
+    if local:
         return here
-    kind = gpu_type(cluster.gpu, "cluster.gpu")
-    if local or cluster.gpus_per_node in ("auto", 0):
-        return here
-    return as_hardware(kind, int(cluster.gpus_per_node), here.num_cores)  # what is free on a login node says nothing of it
+    memory = slurm.node_memory(cluster)
+    if kind is None or cluster.gpus_per_node in ("auto", 0):
+        return here if memory is None else replace(here, memory_bytes=memory)
+    # What is free on a login node says nothing of it.
+    return as_hardware(kind, int(cluster.gpus_per_node), here.num_cores, memory)
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:

@@ -153,7 +153,7 @@ def _stem(gpu: GpuType) -> str:
     return gpu.key.split("-")[0]
 
 
-def as_hardware(gpu: GpuType, per_node: int, cores: int = 64, memory_bytes: int = 1 << 40) -> Hardware:
-    """A node of such GPUs that is not here. Cores and host memory are guesses where nothing is known."""
+def as_hardware(gpu: GpuType, per_node: int, cores: int = 64, memory_bytes: int | None = None) -> Hardware:
+    """A node of such GPUs that is not here. Cores and host memory are guesses where nothing is known: 1 TiB."""
     one = Gpu(gpu.name, gpu.memory_bytes, gpu.capability)
-    return Hardware(cores, memory_bytes, frozenset(), (one,) * per_node)
+    return Hardware(cores, memory_bytes or 1 << 40, frozenset(), (one,) * per_node)

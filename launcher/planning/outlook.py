@@ -15,6 +15,7 @@ from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
 from launcher.planning.nodes import Attempt, fewest, passes
 from launcher.planning.plan import Decision, Plan
+from launcher.planning.slurm import node_memory
 
 PER_NODE = 8
 """GPUs of a node where the job does not say."""
@@ -120,7 +121,7 @@ def _on(job: Job, gpu: GpuType, num_gpus: int | None = None, offloading: Offload
     changed = job.model_copy(
         update={"cluster": cluster.model_copy(update={"gpus_per_node": per_node, "ranks_per_node": "auto", "nodes": nodes})}
     )
-    hardware = as_hardware(gpu, per_node)
+    hardware = as_hardware(gpu, per_node, memory_bytes=node_memory(cluster))
     plan = decide(changed, None, hardware, local=False, offloading=offloading, trace=trace)
     return Row(gpu.key, plan, forecast(plan, gpu.memory_bytes, gpu, host_memory_bytes=hardware.memory_bytes))
 

@@ -13,6 +13,7 @@ from launcher.planning.gpus import gpu_type, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
 from launcher.planning.plan import Plan
+from launcher.planning.slurm import node_memory
 from launcher.runs.machine import Machine
 
 _FORCE = "--force starts it all the same"
@@ -47,7 +48,10 @@ def _forecast(job: Job, plan: Plan, local: bool) -> Forecast | None:
     if local:
         return forecast_here(plan, Hardware.detect(), job.cluster.network)
     gpu = gpu_type(job.cluster.gpu, "cluster.gpu") if job.cluster.gpu is not None and plan.mesh.device == "cuda" else None
-    return forecast(plan, gpu.memory_bytes if gpu else 0, gpu and on_network(gpu, job.cluster.network))
+    host = node_memory(job.cluster) or 0
+    if plan.mesh.device == "cpu":
+        return forecast(plan, host // plan.mesh.ranks_per_node)
+    return forecast(plan, gpu.memory_bytes if gpu else 0, gpu and on_network(gpu, job.cluster.network), host_memory_bytes=host)
 
 
 def _check_memory(made: Forecast) -> None:

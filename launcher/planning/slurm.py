@@ -5,12 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.job import profile
-from launcher.job.schema import node_range
+from launcher.job.schema import Cluster, node_range
 from launcher.planning.decider import Decider
 from launcher.planning.plan import Slurm
 
 _BY_NAME = ("partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist", "mem", "dependency", "begin", "comment")
 _MAIL = {"mail_user": "mail-user", "mail_type": "mail-type"}
+
+
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def node_memory(cluster: Cluster) -> int | None:
+    """Bytes of a node's memory by `cluster.mem`, in MiB where it names no unit; None where it does not say, or says all of it (0)."""
+    text = (cluster.mem or "").strip().upper().removesuffix("B")
+    number, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, _UNITS["M"])
+    return int(number) * unit or None if number.isdigit() else None
 
 
 def request(decider: Decider, num_gpus: int) -> Slurm:

@@ -13,9 +13,11 @@ import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, StorageError
 from launcher.job.load import load
+from launcher.job.schema import Cluster
 from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.preflight import preflight
+from launcher.planning.slurm import node_memory
 from launcher.scheduling.opening import expectation, open_run
 from launcher.scheduling.slurm import handing_over
 from tests.unit.test_planning_footprint import LLAMA
@@ -106,3 +108,45 @@ def test_what_is_offloaded_has_to_fit_the_host(job: Path, monkeypatch: pytest.Mo
     words = r"with memory\.offload parameters this plan needs .* GiB of the 28\.8 GiB of the host's memory; .*--force"
     with pytest.raises(OutOfMemoryError, match=words):
         look(job, "memory.offload=parameters", "parallel.engine=fsdp", local=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("200G", 200 << 30),
+        ("512000", 512000 << 20),
+        ("1T", 1 << 40),
+        ("64gb", 64 << 30),
+        ("800K", 800 << 10),
+        ("0", None),
+        ("much", None),
+        (None, None),
+    ],
+)
+def test_what_slurm_is_asked_for_of_a_nodes_memory(text: str | None, expected: int | None) -> None:
+    assert node_memory(Cluster(mem=text)) == expected
+
+
+def test_the_memory_that_slurm_is_asked_for_decides_for_cpu_nodes(job: Path) -> None:
+    """Eight billion parameters in fp32 on four nodes of eight ranks: more than this machine has."""
+    nodes = ["cluster.nodes=4", "cluster.gpus_per_node=0", "cluster.ranks_per_node=8", "precision=fp32"]
+    assert look(job, *nodes).memory_bytes == 0, "without it nothing is judged"
+    roomy = look(job, *nodes, "cluster.mem=256G")
+    assert roomy.memory_bytes == 32 << 30 and roomy.fits
+    with pytest.raises(OutOfMemoryError, match=r"7\.2 GiB of 8\.0 GiB"):
+        look(job, *nodes, "cluster.mem=64G")
+
+
+def test_the_memory_that_slurm_is_asked_for_has_to_hold_what_is_offloaded(job: Path) -> None:
+    asked = [*ON_GPUS, "cluster.gpus_per_node=1", "memory.offload=parameters"]
+    assert look(job, *asked).fits, "what is not said is not judged"
+    assert look(job, *asked, "cluster.mem=512G").host_memory_bytes == 512 << 30
+    with pytest.raises(OutOfMemoryError, match="of the host's memory"):
+        look(job, *asked, "cluster.mem=64G")
+
+
+def test_what_offloading_may_take_elsewhere_is_what_slurm_is_asked_for(job: Path) -> None:
+    """On one H100 an 8B model needs its states in the host's memory, which 64 GiB cannot hold and the assumed 1 TiB can."""
+    asked = [*ON_GPUS, "cluster.gpus_per_node=1"]
+    plans = [decide(load(job, [*asked, *more]), None, local=False) for more in ([], ["cluster.mem=64G"])]
+    assert [plan.offload != "none" for plan in plans] == [True, False]
