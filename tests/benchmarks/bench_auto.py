@@ -36,14 +36,14 @@ from launcher.runs.machine import Machine
 from tests.benchmarks.memory_pool import World
 
 RANKS, NUM_STEPS = 2, 2
-AGAIN, ROUNDS = 3, 4
+AGAIN, ROUNDS = 3, 3
 """The fastest that are run again beside the chosen one, and how often."""
 PREFACE = """# Plans that the planner picks, against all that fit
 
 `tests/benchmarks/bench_auto.py`: random jobs (decoders, 2 ranks of the CPU, fp32) with a random limit of memory a rank, between what the
 leanest plan needs and what the plan without recomputation needs; `parallel.engine: fsdp`. What `auto` chose is run beside every other
-recomputation, micro-batch and cut that fits, in two rounds, of each two steps after the first. Then the three fastest of them and the
-chosen one are run again, in turns, four times: a plan's time is the median of those steps, and "fastest" is the fastest of these.
+recomputation, micro-batch and cut that fits, two steps of each after the first. Then the three fastest of them and the
+chosen one are run again, in turns, three times: a plan's time is the median of those steps, and "fastest" is the fastest of these.
 """
 
 
@@ -148,7 +148,7 @@ def one(world: World, number: int, r: random.Random, scratch: Path) -> dict[str,
     plans = all_plans(job, chosen, limit)
     keys = [(p.sharding, p.activation_checkpointing, p.batch.micro_batch_size) for p in plans]
     own = keys.index((chosen.sharding, chosen.activation_checkpointing, chosen.batch.micro_batch_size))
-    times = [max(both) for both in zip(*world.call(run_plans, plans, 2), strict=True)]
+    times = [max(both) for both in zip(*world.call(run_plans, plans, 1), strict=True)]
     measured = max(world.call(peak, chosen))
     slowest = max(times)
     again = sorted({own, *sorted(range(len(plans)), key=times.__getitem__)[:AGAIN]})

@@ -91,6 +91,9 @@ class FsdpStep:
         """After a unit's backward pass: its gradients leave, or wait for the next micro-batch."""
         cut, time = self.cut, self.time
         trained = unit.num_elements(trained=True)
+        if cut.gloo and cut.defers and cut.itemsize != 4 and not self.first_gradients:
+            # They are added up before the unit is let go of, on a CPU from copies in fp32.
+            time.touch(TEMPORARIES, 4 * unit.largest_trained, "adding up gradients")
         if not last and cut.defers and trained:
             self._wait(unit, trained)
             return

@@ -74,6 +74,11 @@ class Unit:
         """Elements of the last parameter that trains."""
         return next((weight.num_elements for weight in reversed(self.weights) if weight.trains), 0)
 
+    @property
+    def largest_trained(self) -> int:
+        """Elements of the largest parameter that trains."""
+        return max((weight.num_elements for weight in self.weights if weight.trains), default=0)
+
     def largest_shard(self, ranks: int) -> int:
         """Elements of the largest part of a parameter that trains."""
         return max((weight.shard(ranks) for weight in self.weights if weight.trains), default=0)

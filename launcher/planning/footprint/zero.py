@@ -58,6 +58,8 @@ class ZeroStep:
         self.time = Timeline()
         self.filled = 0
         """Elements in the bucket of gradients."""
+        self.several = False
+        """Whether it has more than one gradient."""
         self.unopened = self.sent = self.open_after = 0
         """Bytes of a rank's own part of the gradients that are not there yet; elements sent, and after how many of them it is."""
 
@@ -145,6 +147,7 @@ class ZeroStep:
                 waiting = self.cut.itemsize * self.filled if self.filled > self.cut.reduce_bucket else 0
                 time.touch(MESSAGES, level + self._sending() + (waiting if self.cut.stage > 1 else 0), "sending gradients")
                 self.filled = 0
+            self.several = self.filled > 0
             self.filled += num_elements
         time.touch(kind, segment.rest, where)
         leave(time, segment)
@@ -169,8 +172,8 @@ class ZeroStep:
         if self.filled > cut.reduce_bucket:
             # One parameter that is larger than the bucket goes to one rank after another, in fp32 as it lies.
             return (wide and wide + cut.itemsize) * min(self.filled, max(cut.reduce_bucket, self._part(self.trained)))
-        # What goes to several ranks is put together in one message first; on one rank it lies together.
-        return (wide + (cut.itemsize if cut.ranks > 1 else 0)) * self.filled
+        # It is put together in one message first, on one rank where it is of both groups, of those that decay and of the others.
+        return (wide + (cut.itemsize if cut.ranks > 1 or self.several else 0)) * self.filled
 
     def _stages_1_and_2(self, first: list[Segment], more: list[Segment]) -> None:
         """The rank that needs most: one whose gradients come first, one whose come last, or one that touches most parameters."""
@@ -190,7 +193,7 @@ class ZeroStep:
         copied = part if wide else 4 * touching
         if cut.offloads_optimizer:
             # Of a rank's own part one parameter at a time is on the device, on its way to the host's memory.
-            part = copied = 4 * max((weight.num_elements for weight in self.weights if weight.trains), default=0)
+            part = copied = 4 * max(unit.largest_trained for unit in (self.root, *self.layers))
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
         for number in range(cut.accumulation):
             time.parts |= dict.fromkeys((ACTIVATIONS, LOSS), 0)  # of the micro-batch before, which is gone
@@ -214,7 +217,7 @@ class ZeroStep:
             time.parts[GRADIENTS] = 4 * self.trained + copied
             time.touch(MESSAGES, buffer + batch[ACTIVATIONS], "sending gradients")
             # All but one of the whole gradients are gone with their copying, where they were copied, and all of them where not.
-            time.parts[GRADIENTS] = copied + wide * 4 * max((weight.num_elements for weight in self.weights if weight.trains), default=0)
+            time.parts[GRADIENTS] = copied + wide * 4 * max(unit.largest_trained for unit in (self.root, *self.layers))
             time.touch(TEMPORARIES, wide * buffer + 8 * piece * cut.gloo, "norm of the gradients")
         time.parts = dict(base)
         time.touch(GRADIENTS, part if wide else part + copied, "optimizer")
