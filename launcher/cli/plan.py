@@ -83,7 +83,7 @@ def plan(
             if scale is not None:
                 typer.echo(scaling_plots(rows))
         return
-    seen = outlook.look(wanted, nproc, gpu, network, _tracing() if trace else None)
+    seen = outlook.look(wanted, nproc, gpu, network, tracing() if trace else None)
     if explain is not None:
         typer.echo(explained(seen.plan, explain))
         return
@@ -124,7 +124,7 @@ def _alone(trace: bool) -> None:
         raise ConfigurationError(Problem("--trace", None, reason))
 
 
-def _tracing() -> Trace:
+def tracing() -> Trace:
     """The trainer's side of a trace; importing it takes seconds, which a line on a terminal explains."""
     import gc
 

@@ -10,7 +10,7 @@ import typer
 from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
-from launcher.cli.plan import AsJson, NumRanks
+from launcher.cli.plan import AsJson, NumRanks, tracing
 
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one below runs/.")]
 RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")]
 Force = Annotated[bool, typer.Option("--force", help="Begin it though the plan says that it cannot fit.")]
+Judged = Annotated[bool, typer.Option("--trace", help="Judge a model that the formulas do not know by its real class (imports torch).")]
 StopAt = Annotated[int | None, typer.Option("--stop-at", min=1, metavar="STEP", help="Save and leave after this step, with exit code 75.")]
 
 
@@ -35,6 +36,7 @@ def run(
     run_dir: RunPath = None,
     stop_at: StopAt = None,
     force: Force = False,
+    trace: Judged = False,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -44,7 +46,7 @@ def run(
     from launcher.scheduling.script import script_command
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
-    opened, plan = open_run(job, overrides, nproc, run_dir, command, force=force)
+    opened, plan = open_run(job, overrides, nproc, run_dir, command, force=force, trace=tracing() if trace else None)
     if opened.last_attempt() == 0 and not as_json:
         typer.echo("\n".join(filter(None, [table(plan), expectation(opened)])) + "\n", err=True)
     _attempt(opened, plan, stop_at, as_json)

@@ -9,8 +9,8 @@ import typer
 from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
-from launcher.cli.plan import AsJson
-from launcher.cli.run import Force, Run, RunPath, ScriptFile
+from launcher.cli.plan import AsJson, tracing
+from launcher.cli.run import Force, Judged, Run, RunPath, ScriptFile
 
 After = Annotated[
     list[str], typer.Option("--after", metavar="RUN", help="Start only when this run has finished; may be given several times.")
@@ -26,6 +26,7 @@ def submit(
     after: After = [],  # noqa: B006
     dry_run: DryRun = False,
     force: Force = False,
+    trace: Judged = False,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -38,10 +39,10 @@ def submit(
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     if dry_run:
-        typer.echo(handing_over.preview(job, overrides, run_dir, command), nl=False)
+        typer.echo(handing_over.preview(job, overrides, run_dir, command, tracing() if trace else None), nl=False)
         return
     try:
-        run, plan, job_id = handing_over.hand_over(job, overrides, run_dir, command, after, force)
+        run, plan, job_id = handing_over.hand_over(job, overrides, run_dir, command, after, force, tracing() if trace else None)
     except SchedulerError as error:
         raise handing_over.explain(error) from None
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from launcher.errors import ConfigurationError
@@ -66,17 +66,19 @@ def best(
     made_of: Callable[[Job], Plan],
     offloading: Offloading = "where needed",
     trace: Trace | None = None,
+    local: bool = True,
 ) -> Plan:
     """The plan that is taken of all that the job leaves open, or `first` where nothing fits or nothing is known of the model.
 
     `first` is the plan as the simple rule has it; `made_of` makes it of a job that asks for another engine. `trace` goes by the model's
-    real class where the formulas do not know it.
+    real class where the formulas do not know it. Not `local`: what runs on this machine have shown says nothing of where it will run.
     """
     memory = hardware.rank_memory(first.mesh.device, first.mesh.ranks_per_node)
     knows = fitting.known(first)
     if not memory or not (knows or trace):
         return first
-    room = _room(job, hardware, first, memory, None if knows else trace)
+    room = _room(job, hardware, first, memory, local)
+    room = room if knows else replace(room, trace=trace)
     if _nothing_open(job, first):
         return first
     refused: list[Refused] = []
@@ -97,7 +99,7 @@ def best(
     return first.model_copy(update={"refused": tuple(refused)})
 
 
-def _room(job: Job, hardware: Hardware, first: Plan, memory: int, trace: Trace | None) -> Room:
+def _room(job: Job, hardware: Hardware, first: Plan, memory: int, local: bool) -> Room:
     machine = Machine.read()
     rates = rates_for(first, hardware, machine)
     return Room(
@@ -106,8 +108,7 @@ def _room(job: Job, hardware: Hardware, first: Plan, memory: int, trace: Trace |
         micro=None if job.batch.micro_batch_size == "auto" else job.batch.micro_batch_size,
         gpu=rates and on_network(rates, job.cluster.network),
         host_memory_bytes=hardware.memory_bytes,
-        trace=trace,
-        slack_of=lambda plan: machine.slack(slack_kind(plan, hardware)),
+        slack=machine.slack(slack_kind(first, hardware)) if local else None,
     )
 
 

@@ -53,7 +53,7 @@ def plan(
     def made_of(pinned: Job) -> Plan:
         return _made(pinned, nproc, found, local)
 
-    return best(job, found, made_of(job), made_of, offloading, trace)
+    return best(job, found, made_of(job), made_of, offloading, trace, local)
 
 
 def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:

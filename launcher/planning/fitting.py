@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launcher.job.schema import ActivationCheckpointing, Offload
@@ -32,7 +32,7 @@ class Room:
     """Of a node's own memory, for what is offloaded; 0 where it is not known."""
     trace: Trace | None = None
     """Goes by the model's real class in the place of the formulas."""
-    slack_of: Callable[[Plan], float | None] = lambda _: None
+    slack: float | None = None
     """What runs on this machine have shown of the allocator; None where none did."""
 
     @property
@@ -41,9 +41,7 @@ class Room:
 
     def forecast(self, plan: Plan) -> Forecast | None:
         """Of a plan in this room."""
-        return forecast(
-            plan, self.memory_bytes, self.gpu, 1.0, self.trace, host_memory_bytes=self.host_memory_bytes, slack=self.slack_of(plan)
-        )
+        return forecast(plan, self.memory_bytes, self.gpu, 1.0, self.trace, self.host_memory_bytes, self.slack)
 
     def usable(self, plan: Plan) -> int:
         """Bytes of a rank's device that a plan may fill."""

@@ -14,9 +14,8 @@ from launcher.planning.fitting import known
 from launcher.planning.forecast import Forecast, Trace, forecast, why_not
 from launcher.planning.gpus import on_network
 from launcher.planning.hardware import Hardware
-from launcher.planning.measured import rates_for, slack_kind
+from launcher.planning.measured import rates_for
 from launcher.planning.plan import Decision, Plan, Refused, Why
-from launcher.runs.machine import Machine
 
 _NAMED = 8
 """Numbers that are written out of those that are refused for one reason."""
@@ -154,9 +153,8 @@ def within(
 
 
 def _forecast(job: Job, plan: Plan, hardware: Hardware, memory: int, trace: Trace | None) -> Forecast | None:
-    rates, slack = rates_for(plan, hardware), Machine.read().slack(slack_kind(plan, hardware))
-    network = rates and on_network(rates, job.cluster.network)
-    return forecast(plan, memory, network, trace=trace, host_memory_bytes=hardware.memory_bytes, slack=slack)
+    rates = rates_for(plan, hardware)
+    return forecast(plan, memory, rates and on_network(rates, job.cluster.network), trace=trace, host_memory_bytes=hardware.memory_bytes)
 
 
 def _on(job: Job, count: int) -> Job:

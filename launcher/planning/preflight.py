@@ -8,7 +8,8 @@ from pathlib import Path
 from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
 from launcher.job.schema import Job
 from launcher.planning.duration import DISK_RATE
-from launcher.planning.forecast import USABLE, Forecast, forecast, forecast_here
+from launcher.planning.fitting import known, nearest_that_fit
+from launcher.planning.forecast import USABLE, Forecast, Trace, forecast, forecast_here
 from launcher.planning.gpus import gpu_type, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
@@ -19,15 +20,16 @@ from launcher.runs.machine import Machine
 _FORCE = "--force starts it all the same"
 
 
-def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = False) -> Forecast | None:
+def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = False, trace: Trace | None = None) -> Forecast | None:
     """The forecast of a plan that is to start now in `directory`; None where nothing is known of its model.
 
+    `trace` goes by the model's real class where the formulas do not know it.
     Raises OutOfMemoryError, StorageError or ConfigurationError where it cannot run, unless `force`.
     """
     _check_sizes(plan)
     if plan.script:
         return None
-    made = _forecast(job, plan, local)
+    made = _forecast(job, plan, local, trace if trace is not None and not known(plan) else None)
     if made is None or force:
         return made
     _check_memory(made)
@@ -43,22 +45,21 @@ def _check_sizes(plan: Plan) -> None:
         raise ConfigurationError(Problem("model.config", None, reason))
 
 
-def _forecast(job: Job, plan: Plan, local: bool) -> Forecast | None:
+def _forecast(job: Job, plan: Plan, local: bool, trace: Trace | None) -> Forecast | None:
     """On this machine, or on the GPUs that the job names; of other machines the memory is not known."""
     if local:
-        return forecast_here(plan, Hardware.detect(), job.cluster.network)
+        return forecast_here(plan, Hardware.detect(), job.cluster.network, trace)
     gpu = gpu_type(job.cluster.gpu, "cluster.gpu") if job.cluster.gpu is not None and plan.mesh.device == "cuda" else None
     host = node_memory(job.cluster) or 0
     if plan.mesh.device == "cpu":
-        return forecast(plan, host // plan.mesh.ranks_per_node)
-    return forecast(plan, gpu.memory_bytes if gpu else 0, gpu and on_network(gpu, job.cluster.network), host_memory_bytes=host)
+        return forecast(plan, host // plan.mesh.ranks_per_node, trace=trace)
+    network = gpu and on_network(gpu, job.cluster.network)
+    return forecast(plan, gpu.memory_bytes if gpu else 0, network, trace=trace, host_memory_bytes=host)
 
 
 def _check_memory(made: Forecast) -> None:
     if made.fits:
         return
-    from launcher.planning.fitting import nearest_that_fit
-
     found = nearest_that_fit(made, None)
     nearest = f"the nearest that fits: {found[0][0]}" if found else "nothing near it fits"
     if made.fits_device:

@@ -24,6 +24,6 @@ def variables(run: RunDirectory) -> dict[str, str]:
     """Of the environment of ranks on a CPU: ROOMY where the forecast says that there is room, LEAN where there is not, or nobody knows."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         forecast = json.loads(run.forecast_file.read_text(encoding="utf-8"))
-        highest = max(phase["bytes"] for phase in forecast["phases"].values())
+        highest = max(phase["live"] for phase in forecast["phases"].values())
         return dict(ROOMY if 0 < _TIMES * highest <= forecast["memory_bytes"] else LEAN)
     return dict(LEAN)

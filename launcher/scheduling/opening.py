@@ -16,6 +16,7 @@ from launcher.job.script import load as load_for_script
 from launcher.job.script import without_placeholders
 from launcher.planning.changes import Change, check
 from launcher.planning.decide import plan as decide
+from launcher.planning.forecast import Forecast, Trace
 from launcher.planning.plan import Plan
 from launcher.planning.preflight import preflight
 from launcher.planning.script import plan as decide_script
@@ -36,11 +37,12 @@ def open_run(
     script: tuple[str, ...] | None = None,
     local: bool = True,
     force: bool = False,
+    trace: Trace | None = None,
 ) -> tuple[RunDirectory, Plan]:
     """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one goes on.
 
     `script` is a script of the user's own with its arguments; then a job file may be missing. Not `local`: it will run on other machines.
-    `force`: begin it though it cannot fit.
+    `force`: begin it though it cannot fit. `trace` judges a model that the formulas do not know, where the run is a new one.
 
     Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that would make it another run;
     RunInUseError where the run is under way; OutOfMemoryError or StorageError where a new run cannot fit.
@@ -52,15 +54,22 @@ def open_run(
         return run, _go_on(run, job, nproc, local)
     if run.path.exists() and (not run.path.is_dir() or any(path.name != ".lock" for path in run.path.iterdir())):
         raise ConfigurationError(Problem("--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"))
-    plan = decide_for(job, nproc, script, local)
-    made = preflight(job, plan, run.path, local, force)
+    plan = decide_for(job, nproc, script, local, trace)
+    made = preflight(job, plan, run.path, local, force, trace)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
-        if made is not None:
-            write_atomically(run.forecast_file, json.dumps({"line": made.line(), **made.to_dict()}, indent=2) + "\n")
+        _write_forecast(run, plan, made)
         _write(run, job, plan)
         event(run.events_file, "planned", world_size=plan.mesh.world_size, digest=plan.digest())
     return run, plan
+
+
+def _write_forecast(run: RunDirectory, plan: Plan, made: Forecast | None) -> None:
+    """What the run is expected to need and to do, with the plan that it is of; of another plan it would be wrong."""
+    if made is None:
+        run.forecast_file.unlink(missing_ok=True)
+        return
+    write_atomically(run.forecast_file, json.dumps({"line": made.line(), "digest": plan.digest(), **made.to_dict()}, indent=2) + "\n")
 
 
 def expectation(run: RunDirectory) -> str:
@@ -91,6 +100,7 @@ def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
     job = load_job(run.job_file, [], stored.script)
     plan = _most_nodes(job, stored, range(min(num_nodes, high), low - 1, -1))
     found = check(stored, plan)
+    _write_forecast(run, plan, preflight(job, plan, run.path, local=False, force=True))
     _write(run, job, plan)
     event(run.events_file, "plan_changed", changes=[{"key": c.key, "before": c.before, "after": c.after} for c in found])
     return plan
@@ -110,9 +120,9 @@ def _most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
     raise first
 
 
-def decide_for(job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool) -> Plan:
+def decide_for(job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool, trace: Trace | None = None) -> Plan:
     """The plan of a job, or of a script of the user's own."""
-    return decide_script(job, script, nproc, local=local) if script else decide(job, nproc, local=local)
+    return decide_script(job, script, nproc, local=local) if script else decide(job, nproc, local=local, trace=trace)
 
 
 def load_job(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
@@ -142,6 +152,7 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
         plan = _decide_again(job, nproc, stored, local)
         _refuse_quiet_fallback(job, stored, plan)
         found = check(stored, plan)
+        _write_forecast(run, plan, preflight(job, plan, run.path, local, force=True))
         _write(run, job, plan)
         if found:
             event(run.events_file, "plan_changed", changes=[{"key": c.key, "before": c.before, "after": c.after} for c in found])

@@ -7,7 +7,7 @@ import os
 import resource
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -52,17 +52,33 @@ def peak_memory_bytes(device: torch.device) -> int:
     return max(_before_laps.get(device, 0), _peak_of_lap(device))
 
 
-def lap_memory(device: torch.device) -> tuple[int, int]:
-    """The most memory since the last call, and what there is now; the next call's peak begins from there."""
+class Lap(NamedTuple):
+    """Bytes of this rank in a stretch of its work."""
+
+    peak: int
+    """The most there was: of tensors on a GPU, resident on a CPU."""
+    now: int
+    """At the end."""
+    held: int
+    """The most that was taken from the device: on a GPU with what the allocator keeps in reserve."""
+    is_fresh: bool
+    """Whether the next lap begins anew; where the system does not let it, its figures are of all laps."""
+
+
+def lap_memory(device: torch.device) -> Lap:
+    """What there was since the last call; the next call's figures begin from here."""
     peak, now = _peak_of_lap(device), memory_bytes(device)
     _before_laps[device] = max(_before_laps.get(device, 0), peak)
     if device.type == "cuda":
+        held = torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        # Linux takes the resident size of this moment for the highest so far. Where it may not be told to, a peak is of all laps.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return peak, now
+        return Lap(peak, now, held, True)
+    try:
+        # Linux then takes the resident size of this moment for the highest so far.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return Lap(peak, now, peak, False)
+    return Lap(peak, now, peak, True)
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -77,4 +93,9 @@ _before_laps: dict[torch.device, int] = {}
 def _peak_of_lap(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Not getrusage: there counts what this process had before it became Python, a copy of the one that started it.
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,11 +15,14 @@ import torch
 from launcher.errors import StorageError
 from launcher.planning.forecast import forecast_here
 from launcher.planning.hardware import Hardware
+from launcher.planning.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, path
 from launcher.training import foreseen
 from launcher.training.bench import MESSAGE_BYTES, copy_rate, file_rates
+from launcher.training.devices import Lap
+from tests.training.plans import plan_of
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
 
 
@@ -56,7 +59,7 @@ def test_a_run_compares_itself_with_its_forecast_and_the_next_plan_learns(tmp_pa
     Machine((Rates("cpu", "2026-11-23", {"fp32": 50e9}, 10e9),)).write()
     expected = forecast_here(plan, Hardware(2, 8 << 30))
     assert expected is not None and expected.speed is not None
-    run.forecast_file.write_text(json.dumps(expected.to_dict()))
+    run.forecast_file.write_text(json.dumps({"digest": plan.digest()} | expected.to_dict()))
     finish(run, 1)
     (compared,) = [record for record in read(run.events_file) if record["event"] == "compared"]
     assert json.loads((run.path / "measured.json").read_text()) == {key: compared[key] for key in ("measured", "expected")}
@@ -72,46 +75,94 @@ def test_a_run_compares_itself_with_its_forecast_and_the_next_plan_learns(tmp_pa
     assert again is not None and again.speed is not None and again.speed.step == pytest.approx(expected.speed.step * ratio, rel=1e-3)
 
 
-def _noted(run: RunDirectory, peaks: list[int], monkeypatch: pytest.MonkeyPatch, saves: bool = False) -> dict[str, Any] | None:
+MIB = 1 << 20
+PEAKS = [size * MIB for size in (400, 300, 3700, 3600, 3580)]
+"""Of loading, evaluating, and three steps."""
+
+
+def _forecast(run: RunDirectory, plan: Plan, **changes: Any) -> None:
+    """A run whose steady step was foreseen at 3,500 MiB, of which 3,200 come and go."""
+    run.plan_file.write_text(plan.to_json())
+    parts = {"parameters": 100 * MIB, "optimizer state": 200 * MIB, "activations kept": 3200 * MIB}
+    sizes = {"loading": 300, "evaluating": 350, "first step": 3500, "steady step": 3500}
+    phases = {name: {"live": size * MIB, "parts": parts if name == "steady step" else {}} for name, size in sizes.items()}
+    content = {"digest": plan.digest(), "kind": "a", "slack_kind": "cpu", "phases": phases} | changes
+    run.forecast_file.write_text(json.dumps(content))
+
+
+def _noted(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, saves: bool = False, fresh: bool = True, reserve: int = 0) -> dict[str, Any]:
     """What comes of a rank whose phases peak so, always 100 MiB above the bare process between them; no memory is measured."""
-    laps = iter([(0, 50 << 20), *((peak, 150 << 20) for peak in peaks)])
+    first = Lap(0, 50 * MIB, 0, fresh)
+    laps = iter([first, *(Lap(peak, 150 * MIB, peak + reserve, fresh) for peak in PEAKS)])
     monkeypatch.setattr(foreseen, "lap_memory", lambda _: next(laps))
+    path().unlink(missing_ok=True)
     noted = foreseen.Foreseen(run, torch.device("cpu"))
     noted.ended("loading")
     noted.ended("evaluating")
     if saves:
         noted.saves()
-    return [noted.note(100, 1.0) for _ in range(4)][2]
+    found = [noted.note(100, 1.0) for _ in range(4)][2]
+    assert found is not None
+    return found
 
 
 def test_what_a_step_took_beside_what_lived_is_learnt_as_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mib = 1 << 20
-    path().unlink(missing_ok=True)
-    run = RunDirectory(tmp_path)
-    parts = {"parameters": 100 * mib, "optimizer state": 200 * mib, "activations kept": 200 * mib}
-    phases = {name: {"live": size * mib, "parts": {}} for name, size in (("loading", 300), ("evaluating", 350), ("first step", 500))}
-    forecast = {"kind": "a", "slack_kind": "cpu", "phases": phases | {"steady step": {"live": 500 * mib, "parts": parts}}}
-    run.forecast_file.write_text(json.dumps(forecast))
-    peaks = [size * mib for size in (400, 300, 700, 600, 580)]
-    for variable, saves, learnt in (("0", False, [0.25]), ("0", True, [0.25]), (str(2 << 30), False, [0.25]), ("x", False, [0.25, 0.25])):
+    run, plan = RunDirectory(tmp_path), plan_of("anywhere", 1)
+    _forecast(run, plan)
+    found = _noted(run, monkeypatch)
+    assert Machine.read().slacks == {"cpu": [round((3550 - 3500) / 3200, 4)]}
+    of_phases = {"loading": 350, "evaluating": 250, "first step": 3650, "steady step": 3550, "between steps": 100}
+    assert found["measured"]["phases"] == {name: size * MIB for name, size in of_phases.items()}
+    assert found["expected"]["phases"]["between steps"] == 300 * MIB and found["measured"]["memory_bytes"] == 3650 * MIB
+    _noted(run, monkeypatch, reserve=320 * MIB)
+    assert Machine.read().slacks == {"cpu": [round((3870 - 3500) / 3200, 4)]}, "with what the allocator keeps in reserve"
+    _noted(run, monkeypatch, reserve=9000 * MIB)
+    assert Machine.read().slacks == {"cpu": [1.0]}, "one run does not shut out all others"
+
+
+def test_what_says_nothing_of_the_allocator_is_not_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, plan = RunDirectory(tmp_path), plan_of("anywhere", 1)
+    _forecast(run, plan)
+    for saves, fresh in ((True, True), (False, False)):
+        assert _noted(run, monkeypatch, saves, fresh)["expected"] and not Machine.read().slacks, (saves, fresh)
+    for variable, learns in ((str(2 << 30), False), ("x", True), ("131072", True)):
         monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", variable)
-        found = _noted(run, peaks, monkeypatch, saves)
-        assert Machine.read().slacks == {"cpu": learnt}, (variable, saves)
-    assert found is not None
-    of_phases = {"loading": 350, "evaluating": 250, "first step": 650, "steady step": 550, "between steps": 100}
-    assert found["measured"]["phases"] == {name: size * mib for name, size in of_phases.items()}
-    assert found["expected"]["phases"]["between steps"] == 300 * mib and found["measured"]["memory_bytes"] == 650 * mib
+        _noted(run, monkeypatch)
+        assert bool(Machine.read().slacks) is learns, variable
+    speed = {"tokens_per_second": 200.0, "correction": 1.0, "step_seconds": 0.5}
+    parts = {"live": 3500 * MIB, "parts": {"parameters": 3000 * MIB}}
+    small = dict.fromkeys(("loading", "evaluating", "first step", "steady step"), parts)
+    for changes in ({"slack_kind": ""}, {"slack_kind": None}, {"phases": small}):
+        _forecast(run, plan, speed=speed, **changes)
+        _noted(run, monkeypatch)
+        assert Machine.read() == Machine((), {"a": [2.0]}), f"{changes}: the speed is learnt all the same"
+
+
+def test_what_was_foreseen_of_another_plan_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    _forecast(run, plan_of("anywhere", 1))
+    run.plan_file.write_text(plan_of("anywhere", 2).to_json())
+    assert _noted(run, monkeypatch)["expected"] == {} and Machine.read() == Machine()
+
+
+def test_waiting_for_data_that_was_foreseen_is_not_learnt_as_slowness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 tokens in a second where 0.5 s were foreseen, and 0.1 s of waiting beside them."""
+    run, plan = RunDirectory(tmp_path), plan_of("anywhere", 1)
+    speed = {"tokens_per_second": 200.0, "correction": 1.0, "step_seconds": 0.5}
+    _forecast(run, plan, speed=speed, duration={"data_seconds": 1.0, "steps": 10})
+    _noted(run, monkeypatch)
+    assert Machine.read().ratios == {"a": [pytest.approx((1.0 - 0.1) / 0.5)]}
 
 
 def test_a_peak_is_of_its_lap_and_the_highest_is_remembered() -> None:
     """In a process of its own: how high this one has been is not known."""
     program = (
         "import torch\nfrom launcher.training.devices import lap_memory, peak_memory_bytes\n"
-        "cpu, mib = torch.device('cpu'), 1 << 20\n_, bare = lap_memory(cpu)\n"
-        "held = torch.ones(100 * mib)\ndel held\nhigh, now = lap_memory(cpu)\n"
-        "assert high - bare > 390 * mib and now - bare < 50 * mib, (high, now, bare)\n"
-        "held = torch.ones(25 * mib)\npeak, now = lap_memory(cpu)\n"
-        "assert 90 * mib < peak - bare < 250 * mib and now - bare > 90 * mib, (peak, now, bare)\n"
-        "assert peak_memory_bytes(cpu) == high\n"
+        "cpu, mib = torch.device('cpu'), 1 << 20\nbare = lap_memory(cpu).now\n"
+        "held = torch.ones(100 * mib)\ndel held\nfirst = lap_memory(cpu)\n"
+        "assert first.peak - bare > 390 * mib and first.now - bare < 50 * mib and first.is_fresh, (first, bare)\n"
+        "held = torch.ones(25 * mib)\nlap = lap_memory(cpu)\n"
+        "assert 90 * mib < lap.peak - bare < 250 * mib and lap.now - bare > 90 * mib and lap.held == lap.peak, (lap, bare)\n"
+        "assert peak_memory_bytes(cpu) == first.peak\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)

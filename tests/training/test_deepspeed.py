@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
+from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.layout import RunDirectory
+from launcher.training import attention
 from launcher.training.checkpoint.export import export
+from launcher.training.engines import build
 from launcher.training.engines.operators import build_operators
 from launcher.training.engines.whole import cut_rows
 from tests.training.plans import deepspeed, plan_of
@@ -226,3 +230,19 @@ def poisoned(rank: int, stop: Any) -> None:
         return accumulate(self, batch)
 
     Trainer._accumulate = with_poison  # type: ignore[method-assign]
+
+
+def linear_layers(plan: Plan) -> set[str]:
+    """By which forward pass the linear layers of a rank's model compute."""
+    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    engine = build(plan, Causal, config, deepspeed_config(plan))  # type: ignore[arg-type]
+    return {module.forward.__module__ for module in engine.model.modules() if type(module) is torch.nn.Linear}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_only_the_third_stage_has_linear_layers_let_go_of_their_matrix(stage: int, directory: Path) -> None:
+    """The numbers are the same either way, so that nothing else would show it."""
+    (found,) = on_ranks(1, linear_layers, plan_of(_save(directory, "llama"), 1, batch=_batch(1, 12), **deepspeed(stage)))
+    theirs = torch.nn.Linear.forward.__module__
+    # DeepSpeed wraps what is called in functions of its own; which of ours lies below decides.
+    assert (theirs in found) is (stage == 2) and ("launcher.training.engines.linear" in found) is (stage == 3)

@@ -274,3 +274,14 @@ def test_sizes_in_the_job_file_are_a_model_as_good_as_a_directory(tmp_path: Path
             trace(told)
         (problem,) = refused.value.problems
         assert problem.key == "model.config" and "\n" not in problem.reason
+
+
+def test_linear_layers_that_compute_otherwise_keep_what_zero_lets_go_of(tmp_path: Path) -> None:
+    """Falcon's are of a class of their own, which multiplies with a view: neither the engine nor the trace takes them for plain ones."""
+    AutoConfig.for_model("falcon", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=500).save_pretrained(tmp_path)
+    falcon = trace(plan_of(tmp_path, 1, attention="eager", model__weights="random", batch__micro_batch_size=3))
+    llama_directory = tmp_path / "llama"
+    llama_directory.mkdir()
+    plain = trace(plan_for(llama_directory))
+    viewed = [{weight.viewed for weight in one.units()[1][0].weights if len(weight.shape) == 2} for one in (falcon, plain)]
+    assert viewed == [{True}, {False}]

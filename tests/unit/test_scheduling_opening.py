@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.errors import ConfigurationError, RunInUseError
+from launcher.errors import ConfigurationError, OutOfMemoryError, RunInUseError
 from launcher.planning import decide, hardware
+from launcher.planning.footprint.decoders import Llama
+from launcher.planning.footprint.families import Program
 from launcher.planning.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling import opening
-from launcher.scheduling.opening import open_run, reopen
+from launcher.scheduling.opening import expectation, open_run, reopen
+
+SMALL: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 131, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -159,3 +166,41 @@ def test_gpus_that_are_gone_are_no_reason_for_the_cpu(job: Path, monkeypatch: py
     with pytest.raises(ConfigurationError, match=r"cluster\.gpus_per_node=0"):
         reopen(run, [], None)
     assert reopen(run, ["cluster.gpus_per_node=0"], None).mesh.device == "cpu"
+
+
+def test_a_run_that_goes_on_elsewise_is_foreseen_anew(job: Path) -> None:
+    """What was foreseen of one rank says nothing of two; of a plan that nothing is known of, nothing stays."""
+    (job.parent / "model" / "config.json").write_text(json.dumps(SMALL))
+    run, plan = open_run(job, [], 1, None)
+    first = json.loads(run.forecast_file.read_text())
+    assert first["digest"] == plan.digest() and expectation(run) == first["line"]
+    open_run(job, [], None, None)
+    assert json.loads(run.forecast_file.read_text()) == first, "the same plan, the same word"
+    changed = open_run(job, [], 2, None)[1]
+    second = json.loads(run.forecast_file.read_text())
+    assert second["digest"] == changed.digest() != plan.digest() and second["phases"] != first["phases"]
+    (job.parent / "model" / "config.json").write_text(json.dumps(SMALL | {"model_type": "unheard"}))
+    open_run(job, [], 1, None)
+    assert not run.forecast_file.exists() and expectation(run) == ""
+
+
+def test_with_a_trace_a_run_is_what_the_plan_with_a_trace_shows(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the formulas know the model it is not asked for; where not, decisions, forecast and refusal are by it."""
+    asked: list[str] = []
+
+    def trace(plan: Plan) -> Program:
+        asked.append(plan.activation_checkpointing)
+        return Llama(SMALL)
+
+    (job.parent / "model" / "config.json").write_text(json.dumps(SMALL))
+    open_run(job, [], 1, Path("known"), trace=trace)
+    assert asked == []
+    (job.parent / "model" / "config.json").write_text(json.dumps(SMALL | {"model_type": "unheard"}))
+    assert not open_run(job, [], 1, Path("unknown"))[0].forecast_file.exists()
+    run, plan = open_run(job, [], 1, Path("traced"), trace=trace)
+    assert asked and json.loads(run.forecast_file.read_text())["traced"] is True
+    (reason,) = [d.reason for d in plan.decisions if d.key == "memory.activation_checkpointing"]
+    assert "by the trace" in reason
+    monkeypatch.setattr(hardware.Hardware, "detect", classmethod(lambda cls: hardware.Hardware(2, 1 << 18)))
+    with pytest.raises(OutOfMemoryError, match="--force"):
+        open_run(job, [], 1, Path("large"), trace=trace)

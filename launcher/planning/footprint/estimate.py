@@ -18,6 +18,7 @@ DEFERRED_GRADIENT_BYTES = 4 << 30
 """`_DEFERRED_GRADIENT_BYTES` of the FSDP engine, which a test holds equal."""
 PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
+STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
 CUDA_SLACK = 0.05
@@ -98,14 +99,14 @@ class Estimator:
     """A plan, the program of its model, and one micro-batch."""
 
     def __init__(self, plan: Plan, program: Program, batch: Batch, slack: float | None = None) -> None:
-        """`slack` is the allocator's share of what comes and goes, where it was measured."""
+        """`slack` is the allocator's share of what comes and goes, where it was measured; where more is assumed, that counts."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
         units = program.units()
         self.units = frozen(units, plan.model.freeze) if self.adapter is None else adapted(units, self.adapter)
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
-        self.slack = slack if slack is not None else CUDA_SLACK if self.cuda else 0.0
+        self.slack = max(slack or 0.0, CUDA_SLACK if self.cuda else 0.0)
         self.setting = Setting(
             batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task,
             frozen=plan.model.freeze, adapter=self.adapter, half=plan.precision == "fp16",
@@ -121,9 +122,7 @@ class Estimator:
         loading = Timeline(dict(loaded), sum(loaded.values()), "every parameter and its state", dict(loaded))
         saving = Timeline(dict(states), resident, "a copy, written while training goes on", dict(states))
         if not self.cuda and self.plan.checkpoint.asynchronous:
-            saving = Timeline(
-                {}, steady.peak + staged, f"a copy of the state; {steady.where}", steady.at_peak | {"staged checkpoint": staged}
-            )
+            saving = Timeline({}, steady.peak + staged, f"a copy of the state; {steady.where}", steady.at_peak | {STAGED: staged})
         evaluating = self._evaluation()
         made = [("loading", loading), ("first step", steady), ("steady step", steady), ("evaluating", evaluating)]
         phases = [self._phase(name, time, host) for name, time in [*made, ("saving", saving), ("resuming", loading)]]
@@ -167,7 +166,7 @@ class Estimator:
 
     def _phase(self, name: str, time: Timeline, host: int) -> Phase:
         parts = {kind: size for kind, size in time.at_peak.items() if size > 0}
-        moving = time.peak - sum(size for kind, size in parts.items() if kind in (PARAMETERS, OPTIMIZER))
+        moving = time.peak - sum(size for kind, size in parts.items() if kind in (PARAMETERS, OPTIMIZER, STAGED))
         if slack := int(self.slack * moving):
             parts[SLACK] = slack
         if self.cuda:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError, LauncherError, Problem, SchedulerError
 from launcher.job.schema import Job
+from launcher.planning.forecast import Trace
 from launcher.planning.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
@@ -18,13 +19,15 @@ from launcher.scheduling.slurm.record import JobRecord, is_live
 from launcher.scheduling.slurm.submission import dry_run, queue, refuse_second, submit
 
 
-def preview(job_file: Path | None, overrides: list[str], directory: Path | None, script: tuple[str, ...] | None) -> str:
+def preview(
+    job_file: Path | None, overrides: list[str], directory: Path | None, script: tuple[str, ...] | None, trace: Trace | None = None
+) -> str:
     """The script that would be submitted. Writes nothing, and asks Slurm nothing."""
     job = opening.load_job(job_file, overrides, script)
     _check(job)
     run = RunDirectory((directory or Path("runs") / job.name).absolute())
     _check_path(run)
-    plan = opening.decide_for(job, None, script, local=False)
+    plan = opening.decide_for(job, None, script, local=False, trace=trace)
     return dry_run(run, plan, sys.executable, run.path / "code" / "launcher")
 
 
@@ -35,6 +38,7 @@ def hand_over(
     script: tuple[str, ...] | None,
     after: Sequence[str] = (),
     force: bool = False,
+    trace: Trace | None = None,
 ) -> tuple[RunDirectory, Plan, str]:
     """Make, or go on with, a run, and submit it; with the number of its Slurm job. `after` are runs that must be over first.
 
@@ -46,7 +50,7 @@ def hand_over(
     _check_path(run)
     find_sbatch()
     refuse_second(run)
-    run, plan = opening.open_run(job_file, overrides, None, run.path, script, local=False, force=force)
+    run, plan = opening.open_run(job_file, overrides, None, run.path, script, local=False, force=force, trace=trace)
     return run, plan, _submit(run, plan, after)
 
 

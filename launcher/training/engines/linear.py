@@ -18,12 +18,17 @@ from torch.autograd.function import once_differentiable
 def keep_parameters_not_matrices(model: nn.Module) -> None:
     """Have the linear layers of a model compute by `_Linear`; those with a forward pass of their own are left as they are."""
     for module in model.modules():
-        if type(module).forward is nn.Linear.forward:
+        if is_plain(module):
             module.forward = types.MethodType(_forward, module)
 
 
-def _forward(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    output: torch.Tensor = _Linear.apply(hidden, self.weight, self.bias)
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear layer that computes as `torch.nn.Linear` does."""
+    return type(module).forward is nn.Linear.forward
+
+
+def _forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = _Linear.apply(input, self.weight, self.bias)
     return output
 
 

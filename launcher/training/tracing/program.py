@@ -24,6 +24,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planning.footprint.program import MOST_LAYERS, Context, Segment, Setting, Unit, Weight, matches, spread
 from launcher.training import model as models
 from launcher.training import operations
+from launcher.training.engines.linear import is_plain
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.tracing.counting import Counting
 
@@ -197,8 +198,9 @@ def _first_tensor(tree: Any) -> torch.Tensor | None:
 def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[Unit]]:
     of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
     found: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
-    whole = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
-    plain = {id(parameter) for module in model.modules() if isinstance(module, whole) for parameter in module.parameters(recurse=False)}
+    whole = (nn.Embedding, nn.Conv2d, Conv1D)
+    plainly = [module for module in model.modules() if is_plain(module) or isinstance(module, whole)]
+    plain = {id(parameter) for module in plainly for parameter in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         shape, viewed = tuple(parameter.shape), parameter.dim() > 1 and id(parameter) not in plain
         share = operations.used_share(model.config.get_text_config(), shape)
