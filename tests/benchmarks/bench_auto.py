@@ -139,11 +139,15 @@ def peak(plan: Plan) -> int:
     return int(measure(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size))["peaks"]["steady step"])
 
 
-def one(world: World, number: int, r: random.Random, scratch: Path) -> dict[str, Any]:
-    """A job, its plan, and all the others."""
+def drawn(number: int, r: random.Random, scratch: Path) -> tuple[Job, int]:
+    """A job, and the memory of a rank that it has."""
     job = job_of(r, scratch / str(number))
     lean, rich = needs(job)
-    limit = int(r.uniform(lean * 1.02, max(lean * 1.05, rich * 1.1)) / USABLE["cpu"])
+    return job, int(r.uniform(lean * 1.02, max(lean * 1.05, rich * 1.1)) / USABLE["cpu"])
+
+
+def one(world: World, number: int, job: Job, limit: int) -> dict[str, Any]:
+    """A job's plan, and all the others."""
     chosen = decide(job, RANKS, Hardware(2, limit * RANKS))
     plans = all_plans(job, chosen, limit)
     keys = [(p.sharding, p.activation_checkpointing, p.batch.micro_batch_size) for p in plans]
@@ -169,19 +173,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=120, help="begin no further job after so long")
+    parser.add_argument("--keep", type=Path, default=None, help="JSON lines of jobs run before, which are not run again")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
     if Machine.read().of("cpu") is None:
         sys.exit("run `launcher bench` first: nothing is known of this machine's speed")
     found, generator, rows = conditions("torch", "transformers"), random.Random(options.seed), []
+    kept = options.keep.read_text().splitlines() if options.keep and options.keep.exists() else []
+    before = {row["number"]: row for row in map(json.loads, kept)}
     world = World(RANKS)
     with tempfile.TemporaryDirectory() as scratch:
         begun = time.monotonic()
         for number in range(options.count):
             if time.monotonic() - begun > 60 * options.minutes:
                 break
-            rows.append(one(world, number, generator, Path(scratch)))
+            job, limit = drawn(number, generator, Path(scratch))
+            rows.append(before[number] if number in before else one(world, number, job, limit))
             print(json.dumps(rows[-1]), flush=True)
+            if options.keep and number not in before:
+                with open(options.keep, "a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
     world.close()
     if not options.dry:
         title = f"Seed {options.seed}, {len(rows)} jobs"
