@@ -146,8 +146,17 @@ def drawn(number: int, r: random.Random, scratch: Path) -> tuple[Job, int]:
     return job, int(r.uniform(lean * 1.02, max(lean * 1.05, rich * 1.1)) / USABLE["cpu"])
 
 
-def one(world: World, number: int, job: Job, limit: int) -> dict[str, Any]:
-    """A job's plan, and all the others."""
+def one(number: int, job: Job, limit: int) -> dict[str, Any]:
+    """A job's plan, and all the others, on ranks of their own: each plan leaves gloo groups behind, whose threads slow the next ones."""
+    world = World(RANKS)
+    try:
+        return compared(world, number, job, limit)
+    finally:
+        world.close()
+
+
+def compared(world: World, number: int, job: Job, limit: int) -> dict[str, Any]:
+    """The chosen plan beside those that fit too."""
     chosen = decide(job, RANKS, Hardware(2, limit * RANKS))
     plans = all_plans(job, chosen, limit)
     keys = [(p.sharding, p.activation_checkpointing, p.batch.micro_batch_size) for p in plans]
@@ -181,19 +190,17 @@ def main() -> None:
     found, generator, rows = conditions("torch", "transformers"), random.Random(options.seed), []
     kept = options.keep.read_text().splitlines() if options.keep and options.keep.exists() else []
     before = {row["number"]: row for row in map(json.loads, kept)}
-    world = World(RANKS)
     with tempfile.TemporaryDirectory() as scratch:
         begun = time.monotonic()
         for number in range(options.count):
             if time.monotonic() - begun > 60 * options.minutes:
                 break
             job, limit = drawn(number, generator, Path(scratch))
-            rows.append(before[number] if number in before else one(world, number, job, limit))
+            rows.append(before[number] if number in before else one(number, job, limit))
             print(json.dumps(rows[-1]), flush=True)
             if options.keep and number not in before:
                 with open(options.keep, "a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
-    world.close()
     if not options.dry:
         title = f"Seed {options.seed}, {len(rows)} jobs"
         print(write("auto", title, describe(rows, sentence(found)), {"conditions": found, "rows": rows}, PREFACE))

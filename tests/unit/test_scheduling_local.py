@@ -74,9 +74,9 @@ def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(run: RunDirecto
 @pytest.mark.parametrize(
     ("forecast", "kept"),
     [
-        ('{"memory_bytes": 3000, "phases": {"a": {"bytes": 10}, "b": {"bytes": 1000}}}', True),
-        ('{"memory_bytes": 2999, "phases": {"a": {"bytes": 10}, "b": {"bytes": 1000}}}', False),
-        ('{"memory_bytes": 0, "phases": {"b": {"bytes": 1000}}}', False),
+        ('{"memory_bytes": 3000, "phases": {"a": {"live": 10}, "b": {"live": 1000}}}', True),
+        ('{"memory_bytes": 2999, "phases": {"a": {"live": 10}, "b": {"live": 1000}}}', False),
+        ('{"memory_bytes": 0, "phases": {"b": {"live": 1000}}}', False),
         ('{"memory_bytes": 3000, "phases": {}}', False),
         ("{", False),
     ],
