@@ -19,13 +19,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
 
-from launcher.job.schema import Job
+from launcher.job.schema import EngineName, Job
 from launcher.planning import fitting, search
 from launcher.planning.batch import divisors
 from launcher.planning.decide import plan as decide
@@ -36,18 +36,20 @@ from launcher.runs.machine import Machine
 from tests.benchmarks.memory_pool import World
 
 RANKS, NUM_STEPS = 2, 2
+ENGINES: dict[str, tuple[EngineName, ...]] = {"fsdp": ("fsdp",), "auto": ("fsdp", "deepspeed")}
 AGAIN, ROUNDS = 3, 3
 """The fastest that are run again beside the chosen one, and how often."""
 PREFACE = """# Plans that the planner picks, against all that fit
 
 `tests/benchmarks/bench_auto.py`: random jobs (decoders, 2 ranks of the CPU, fp32) with a random limit of memory a rank, between what the
-leanest plan needs and what the plan without recomputation needs; `parallel.engine: fsdp`. What `auto` chose is run beside every other
-recomputation, micro-batch and cut that fits, two steps of each after the first. Then the three fastest of them and the
-chosen one are run again, in turns, three times: a plan's time is the median of those steps, and "fastest" is the fastest of these.
+leanest plan of FSDP needs and what its plan without recomputation needs. What `auto` chose is run beside every other recomputation,
+micro-batch and cut that fits, two steps of each after the first. Then the three fastest of them and the chosen one are run again, in
+turns, three times: a plan's time is the median of those steps, and "fastest" is the fastest of these. With `parallel.engine: auto` the
+others are FSDP's and those of ZeRO-1, 2 and 3.
 """
 
 
-def job_of(r: random.Random, directory: Path) -> Job:
+def job_of(r: random.Random, directory: Path, engine: EngineName | Literal["auto"]) -> Job:
     """A random job; its model's config is written to `directory`."""
     from transformers import AutoConfig
 
@@ -66,7 +68,7 @@ def job_of(r: random.Random, directory: Path) -> Job:
         "batch": {"global_batch_size": RANKS * r.choice((2, 4))},
         "training": {"max_steps": 10},
         "precision": "fp32",
-        "parallel": {"engine": "fsdp"},
+        "parallel": {"engine": engine},
     }
     return Job.model_validate(content)
 
@@ -74,21 +76,34 @@ def job_of(r: random.Random, directory: Path) -> Job:
 def all_plans(job: Job, made: Plan, limit: int) -> list[Plan]:
     """Every plan that the job leaves room for and that fits by the formulas."""
     per_rank, found = made.batch.micro_batch_size * made.batch.accumulation_steps, []
-    least = made.model_copy(
-        update={"sharding": "full", "mesh": made.mesh.model_copy(update={"replicate": 1, "shard": RANKS, "reshard_after_forward": True})}
-    )
-    for variant in search.variants(job, least):
-        for way in fitting.WAYS:
+    for variant in (variant for engine in ENGINES[job.parallel.engine] for variant in _variants(job, engine)):
+        for way in search.ways_of(job, variant):
             for micro in divisors(per_rank):
-                plan = fitting.with_batch(variant.plan, micro, way)
+                plan = fitting.with_batch(variant, micro, way)
                 said = forecast(plan, limit)
                 if said is not None and said.fits:
                     found.append(plan)
     return found
 
 
+def _variants(job: Job, engine: EngineName) -> list[Plan]:
+    """Every cut of an engine."""
+    pinned = job.model_copy(update={"parallel": job.parallel.model_copy(update={"engine": engine})})
+    made = decide(pinned, RANKS, Hardware(2, 1 << 40))
+    mesh = made.mesh.model_copy(update={"replicate": 1, "shard": RANKS, "reshard_after_forward": True})
+    zero = made.zero and made.zero.model_copy(update={"stage": 3})
+    least = made.model_copy(update={"sharding": "full", "mesh": mesh, "zero": zero})
+    return [variant.plan for variant in search.variants(pinned, least)]
+
+
+def key_of(plan: Plan) -> tuple[str, str, int]:
+    """Cut, recomputation and micro-batch."""
+    cut = f"ZeRO-{plan.zero.stage}" if plan.zero else f"FSDP {plan.sharding}"
+    return cut, plan.activation_checkpointing, plan.batch.micro_batch_size
+
+
 def needs(job: Job) -> tuple[int, int]:
-    """Bytes of a rank that the leanest plan needs, and the one that keeps everything."""
+    """Bytes of a rank that FSDP's leanest plan needs, and the one that keeps everything."""
     made = decide(job, RANKS, Hardware(2, 1 << 40))
     per_rank = made.batch.micro_batch_size * made.batch.accumulation_steps
     sizes = []
@@ -112,12 +127,13 @@ def run_plans(plans: list[Plan], rounds: int) -> list[float]:
 def _timed(plan: Plan) -> list[float]:
     from transformers import AutoConfig
 
+    from launcher.render.deepspeed import config as deepspeed_config
     from launcher.training import attention, engines
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import Causal
 
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
-    engine = engines.build(plan, Causal(), config, {})  # type: ignore[arg-type]
+    engine = engines.build(plan, Causal(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]
     batch = Causal.batch(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size), config)
     found = []
     for _ in range(NUM_STEPS + 1):
@@ -139,9 +155,9 @@ def peak(plan: Plan) -> int:
     return int(measure(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size))["peaks"]["steady step"])
 
 
-def drawn(number: int, r: random.Random, scratch: Path) -> tuple[Job, int]:
+def drawn(number: int, r: random.Random, scratch: Path, engine: EngineName | Literal["auto"]) -> tuple[Job, int]:
     """A job, and the memory of a rank that it has."""
-    job = job_of(r, scratch / str(number))
+    job = job_of(r, scratch / str(number), engine)
     lean, rich = needs(job)
     return job, int(r.uniform(lean * 1.02, max(lean * 1.05, rich * 1.1)) / USABLE["cpu"])
 
@@ -159,8 +175,8 @@ def compared(world: World, number: int, job: Job, limit: int) -> dict[str, Any]:
     """The chosen plan beside those that fit too."""
     chosen = decide(job, RANKS, Hardware(2, limit * RANKS))
     plans = all_plans(job, chosen, limit)
-    keys = [(p.sharding, p.activation_checkpointing, p.batch.micro_batch_size) for p in plans]
-    own = keys.index((chosen.sharding, chosen.activation_checkpointing, chosen.batch.micro_batch_size))
+    keys = [key_of(plan) for plan in plans]
+    own = keys.index(key_of(chosen))
     times = [max(both) for both in zip(*world.call(run_plans, plans, 1), strict=True)]
     measured = max(world.call(peak, chosen))
     slowest = max(times)
@@ -169,7 +185,7 @@ def compared(world: World, number: int, job: Job, limit: int) -> dict[str, Any]:
         times[index] = max(both)
     best = min(again, key=times.__getitem__)
     return {
-        "number": number, "model": f"{job.model.name.rpartition('/')[2]}", "limit": limit, "measured": measured,
+        "number": number, "engine": job.parallel.engine, "limit": limit, "measured": measured,
         "fits": measured <= limit, "chosen": keys[own], "fastest": keys[best], "plans": len(plans),
         "seconds": times[own], "best": times[best], "ratio": times[own] / times[best], "slowest": slowest / times[best],
         "all": {" ".join(map(str, key)): round(seconds, 4) for key, seconds in zip(keys, times, strict=True)},
@@ -181,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--engine", choices=ENGINES, default="fsdp", help="what the jobs ask for")
     parser.add_argument("--minutes", type=float, default=120, help="begin no further job after so long")
     parser.add_argument("--keep", type=Path, default=None, help="JSON lines of jobs run before, which are not run again")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
@@ -195,14 +212,14 @@ def main() -> None:
         for number in range(options.count):
             if time.monotonic() - begun > 60 * options.minutes:
                 break
-            job, limit = drawn(number, generator, Path(scratch))
+            job, limit = drawn(number, generator, Path(scratch), options.engine)
             rows.append(before[number] if number in before else one(number, job, limit))
             print(json.dumps(rows[-1]), flush=True)
             if options.keep and number not in before:
                 with open(options.keep, "a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     if not options.dry:
-        title = f"Seed {options.seed}, {len(rows)} jobs"
+        title = f"Seed {options.seed}, {len(rows)} jobs, engine {options.engine}"
         print(write("auto", title, describe(rows, sentence(found)), {"conditions": found, "rows": rows}, PREFACE))
 
 
