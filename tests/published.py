@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.job.schema import ActivationCheckpointing
+from launcher.job.schema import ActivationCheckpointing, Offload
 from launcher.planning.forecast import Forecast, forecast
 from launcher.planning.gpus import gpu_type
 from launcher.planning.plan import Plan
@@ -22,6 +22,7 @@ TITAN_H100 = "torchtitan docs/performance.md at eaea6f6: H100 96 GB, 500 W, 2.4 
 TITAN_LARGE = "torchtitan docs/performance.md, 2024: 405B on 128 H100 94 GB, FSDP2 alone: out of memory"
 FMS = "foundation-model-stack/fms-fsdp README.md at 0d31998: 128 A100 80 GB"
 TORCHTUNE = "torchtune README.md at 0031bfb, 2024, with recipes/configs/llama3_1/8B_lora_single_device.yaml and 70B_lora.yaml there"
+LAMBDA = "LambdaLabsML/distributed-training-guide 05-training-llama-405b/README.md at 1fbe39a: offloaded to the hosts; GB of 1e9 bytes"
 MOSAIC = "mosaicml/llm-foundry scripts/train/benchmarking/README.md at 061f2c7"
 
 
@@ -46,6 +47,8 @@ class Published:
     adapter: tuple[int, tuple[str, ...]] | None = None
     """Rank, and the layers that have one."""
 
+    offload: Offload = "none"
+
     @property
     def ran(self) -> bool:
         return self.tokens_per_second > 0
@@ -57,14 +60,16 @@ class Published:
 
     @property
     def speed_compares(self) -> bool:
-        """torchtune compiles its layers, and by its figures an RTX 4090 would run LoRA at nine tenths of its peak rate."""
-        return self.adapter is None
+        """torchtune compiles its layers, and by its figures an RTX 4090 would run LoRA at nine tenths of its peak rate. The hosts of
+        what was offloaded are not described."""
+        return self.adapter is None and self.offload == "none"
 
     @property
     def name(self) -> str:
         cut = f" ({self.replicate} copies)" if self.replicate > 1 else ""
         beside = "" if self.adapter is None else f", rank {self.adapter[0]} beside {' '.join(self.adapter[1])}"
-        return f"{self.model}, {self.num_gpus} {self.gpu}{cut}, {self.micro_batch} x {self.length}, {self.way}{beside}"
+        moved = "" if self.offload == "none" else f", {self.offload} offloaded"
+        return f"{self.model}, {self.num_gpus} {self.gpu}{cut}, {self.micro_batch} x {self.length}, {self.way}{beside}{moved}"
 
 
 def _llama(hidden: int, layers: int, heads: int, key_value_heads: int, inner: int, words: int) -> dict[str, Any]:
@@ -108,6 +113,7 @@ CASES = (
     Published("Llama 3 8B", H, 8, 8192, 2, "selective", TITAN_H100, 5762, memory_gib=82.4),
     Published("Llama 3 8B", H, 128, 8192, 2, "selective", TITAN_H100, 5605, memory_gib=67.0),
     Published("Llama 3.1 405B", H, 128, 8192, 2, "full", TITAN_LARGE),
+    Published("Llama 3.1 405B", H, 64, 4096, 1, "full", LAMBDA, 4096 / 30, memory_gib=52.9e9 / 2**30, offload="parameters"),
     Published("Llama 2 7B", A, 128, 4096, 2, "none", FMS, 3760, replicate=16),
     Published("Llama 2 13B", A, 128, 4096, 1, "none", FMS, 1700, replicate=16),
     Published("Llama 34B", A, 128, 4096, 8, "full", FMS, 772),
@@ -155,7 +161,7 @@ def plan_of_case(case: Published, directory: Path) -> Plan:
         changes["model__adapter"] = {"rank": case.adapter[0], "targets": case.adapter[1]}
     return plan_of(
         directory, case.num_gpus,
-        precision="bf16", activation_checkpointing=case.way, data__max_length=case.length, **changes,
+        precision="bf16", activation_checkpointing=case.way, offload=case.offload, data__max_length=case.length, **changes,
     )  # fmt: skip
 
 

@@ -45,15 +45,17 @@ class Alternative:
         return _NAMES[self.engine] + ("" if self.offload == "none" else f", {self.offload} offloaded")
 
 
-def groups(job: Job, first: Plan) -> list[list[Alternative]]:
+def groups(job: Job, first: Plan, side_by_side: bool = False) -> list[list[Alternative]]:
     """What the job leaves open of engine and offloading: FSDP before DeepSpeed, and nothing offloaded before anything.
 
-    Of a group the fastest is taken; a later group only where nothing of the earlier ones fits.
+    Of a group the fastest is taken; a later group only where nothing of the earlier ones fits. `side_by_side` are engines of which both
+    were measured here.
     """
     open_still = job.parallel.engine == "auto" and job.parallel.shard != "none" and first.engine == "fsdp"  # DeepSpeed always cuts
     other: list[EngineName] = ["deepspeed"] if open_still else []
     engines: list[EngineName] = [first.engine, *other]
     found = [[Alternative(engine, first.offload)] for engine in engines]
+    found = [[one for group in found for one in group]] if side_by_side else found
     if job.memory.offload == "auto" and first.mesh.device == "cuda":
         found += [[Alternative(engine, offload) for offload in _MOVES[engine]] for engine in engines]
     return found
@@ -67,11 +69,13 @@ def best(
     offloading: Offloading = "where needed",
     trace: Trace | None = None,
     local: bool = True,
+    by_speed: bool = True,
 ) -> Plan:
     """The plan that is taken of all that the job leaves open, or `first` where nothing fits or nothing is known of the model.
 
     `first` is the plan as the simple rule has it; `made_of` makes it of a job that asks for another engine. `trace` goes by the model's
-    real class where the formulas do not know it. Not `local`: what runs on this machine have shown says nothing of where it will run.
+    real class where the formulas do not know it. `by_speed`: of engines that were both measured the faster one is taken. Not `local`: what
+    runs on this machine have shown says nothing of where it will run.
     """
     memory = hardware.rank_memory(first.mesh.device, first.mesh.ranks_per_node)
     knows = fitting.known(first)
@@ -82,7 +86,7 @@ def best(
     if _nothing_open(job, first):
         return first
     refused: list[Refused] = []
-    for group in groups(job, first):
+    for group in groups(job, first, by_speed and local and _both_measured(first, room)):
         moves = group[0].offload != first.offload
         if offloading == ("never" if moves else "only"):
             continue
@@ -93,9 +97,11 @@ def best(
             if one.choice is not None:
                 found.append((alternative, one))
         if found:
-            alternative, one = min(found, key=lambda pair: pair[1].step)
+            # Another engine than the first has to be worth it.
+            alternative, one = min(found, key=lambda pair: pair[1].step * (search.WORTH if pair[0].engine == first.engine else 1.0))
             refused += [_slower(other, result, one) for other, result in found if result is not one]
-            return _settled(job, first, alternative, one, refused)
+            beside = next((result.step / one.step for other, result in found if other.engine == first.engine and one.step), None)
+            return _settled(job, first, alternative, one, refused, beside)
     return first.model_copy(update={"refused": tuple(refused)})
 
 
@@ -110,6 +116,14 @@ def _room(job: Job, hardware: Hardware, first: Plan, memory: int, local: bool) -
         host_memory_bytes=hardware.memory_bytes,
         slack=machine.slack(slack_kind(first, hardware)) if local else None,
     )
+
+
+def _both_measured(first: Plan, room: Room) -> bool:
+    """Whether the speed model has both engines' own messages for it: between the ranks of one CPU."""
+    if room.gpu is None or first.mesh.device != "cpu" or first.mesh.world_size == 1:
+        return False
+    measured = [{name.partition(" ")[0] for name in kinds} for kinds in room.gpu.engine_seconds.values()]
+    return bool(measured) and all(engines == set(_NAMES) for engines in measured)
 
 
 def _nothing_open(job: Job, first: Plan) -> bool:
@@ -131,11 +145,15 @@ def _look(job: Job, alternative: Alternative, first: Plan, made_of: Callable[[Jo
 
 def _slower(alternative: Alternative, result: Found, taken: Found) -> Refused:
     reason = f"{result.step / taken.step:.2f}x the step" if taken.step else "moves more"
+    reason += ", not worth another engine" if result.step < taken.step else ""
     return Refused(what=alternative.words, why="slower", reason=reason)
 
 
-def _settled(job: Job, first: Plan, alternative: Alternative, found: Found, refused: list[Refused]) -> Plan:
-    """The plan with what was decided by the formulas in the place of what the simple rule had decided."""
+def _settled(job: Job, first: Plan, alternative: Alternative, found: Found, refused: list[Refused], beside: float | None = None) -> Plan:
+    """The plan with what was decided by the formulas in the place of what the simple rule had decided.
+
+    `beside` is the step of the first engine, where it fits too, over this one's.
+    """
     assert found.choice is not None
     choice, made = found.choice, found.choice.forecast.plan
     decisions = {decision.key: decision for decision in first.decisions}
@@ -143,7 +161,7 @@ def _settled(job: Job, first: Plan, alternative: Alternative, found: Found, refu
     if made.engine != first.engine:
         decisions = {key: decision for key, decision in decisions.items() if key.startswith("cluster.")}
     decisions |= {decision.key: decision for decision in made.decisions}
-    values = _by_formulas(choice) | _placed(job, first, alternative, choice)
+    values = _by_formulas(choice) | _placed(job, first, alternative, choice, beside)
     asked = {
         "memory.activation_checkpointing": job.memory.activation_checkpointing,
         "batch.micro_batch_size": job.batch.micro_batch_size,
@@ -163,12 +181,13 @@ def _by_formulas(choice: Choice) -> dict[str, tuple[str | int, str]]:
     }
 
 
-def _placed(job: Job, first: Plan, alternative: Alternative, choice: Choice) -> dict[str, tuple[str | int, str]]:
+def _placed(job: Job, first: Plan, alternative: Alternative, choice: Choice, beside: float | None) -> dict[str, tuple[str | int, str]]:
     """Why this engine and why something is offloaded, where the first thought of was neither."""
     values: dict[str, tuple[str | int, str]] = {}
     if alternative.engine != first.engine:
         where = "" if alternative.offload == first.offload else " even with offloading"
-        values["parallel.engine"] = (alternative.engine, f"no plan of {_NAMES[first.engine]} fits{where}; this does")
+        gain = f"{beside:.2f}x as fast as {_NAMES[first.engine]}, by what `launcher bench` measured of both" if beside else ""
+        values["parallel.engine"] = (alternative.engine, gain or f"no plan of {_NAMES[first.engine]} fits{where}; this does")
     if first.mesh.device == "cuda" and job.memory.offload == "auto":
         needed = gib(choice.forecast.host_bytes)
         offloaded = f"nothing fits the GPUs without; takes {needed} of each node's own memory, and the way there and back every step"

@@ -34,11 +34,12 @@ def plan(
     local: bool = True,
     offloading: Offloading = "where needed",
     trace: Trace | None = None,
+    by_speed: bool = True,
 ) -> Plan:
     """Decide everything that `job` leaves open, for `nproc` ranks where that is given.
 
     Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse. With `trace` a model that the formulas
-    do not know is judged by its real class.
+    do not know is judged by its real class. Without `by_speed` FSDP goes before DeepSpeed, whatever both were measured to take here.
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide, packages that are missing.
     """
     from launcher.planning.alternatives import best
@@ -53,7 +54,7 @@ def plan(
     def made_of(pinned: Job) -> Plan:
         return _made(pinned, nproc, found, local)
 
-    return best(job, found, made_of(job), made_of, offloading, trace, local)
+    return best(job, found, made_of(job), made_of, offloading, trace, local, by_speed)
 
 
 def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:

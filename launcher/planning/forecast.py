@@ -14,7 +14,7 @@ from launcher.planning.footprint.families import KNOWN, WITH_ADAPTERS, Program, 
 from launcher.planning.gpus import GpuType, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import kind_of, rates_for, slack_kind
-from launcher.planning.memory import gib
+from launcher.planning.memory import gib, keeps_freed
 from launcher.planning.model_config import config_of
 from launcher.planning.plan import Plan
 from launcher.planning.speed import Speed, speed
@@ -132,9 +132,11 @@ def forecast(
     made = _estimator(plan, trace, slack)
     if made is None:
         return None
-    rate = speed(plan, made.units, made.segments(), gpu, correction) if gpu is not None else None
+    footprint = made.footprint()
+    roomy = keeps_freed(max(phase.peak for phase in footprint.phases), memory_bytes)
+    rate = speed(plan, made.units, made.segments(), gpu, correction, roomy) if gpu is not None else None
     lasts = duration(plan, rate, made.checkpoint_bytes, gpu, disk_rate) if rate is not None and gpu is not None else None
-    return Forecast(plan, made.footprint(), memory_bytes, made.checkpoint_bytes, rate, trace, host_memory_bytes, slack, lasts, slack_kind)
+    return Forecast(plan, footprint, memory_bytes, made.checkpoint_bytes, rate, trace, host_memory_bytes, slack, lasts, slack_kind)
 
 
 def least_bytes(plan: Plan, trace: Trace | None = None) -> int:

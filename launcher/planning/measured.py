@@ -51,9 +51,16 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
         source=f"launcher bench, {known.when}",
         operator_seconds=operator_seconds(known),
         message_seconds=known.message,
+        engine_seconds=_shared(known, plan.mesh.ranks_per_node),
         host_link=min(ways) if ways else table.host_link if table else PCIE_4,
         host_bandwidth=host.bandwidth if host else HOST_BANDWIDTH,
     )
+
+
+def _shared(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, float]]]:
+    """What messages cost where more ranks share the CPU than it was measured with."""
+    more = max(1.0, num_ranks / rates.num_ranks)
+    return {way: {name: (each, more * per_byte) for name, (each, per_byte) in kinds.items()} for way, kinds in rates.engines.items()}
 
 
 def operator_seconds(rates: Rates) -> dict[str, float]:

@@ -14,6 +14,8 @@ USABLE = 0.8
 """The share of a device's memory that is counted on; the rest is for the framework, fragmentation and what we do not count."""
 STATE_BYTES = {"adamw": 16, "adam": 16, "sgd": 12}
 """Of each parameter: fp32 weight, fp32 gradient and the optimizer's moments."""
+ROOMY_TIMES = 3
+"""What a CPU rank that keeps what it frees may hold, in the sizes of its tensors at their highest, and some more."""
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
 """Tokens beyond which a larger pass is no faster, so that memory is not taken for nothing."""
 _ORDER: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
@@ -87,6 +89,11 @@ def micro_batch_limit(
     room = int(memory_bytes * USABLE) - setting.states()
     fitting = max(1, room // max(1, setting.of_token(way) * num_tokens))
     return (fast, reason) if fast <= fitting else (fitting, f"more would not fit into {gib(memory_bytes)}")
+
+
+def keeps_freed(live: int, memory_bytes: int) -> bool:
+    """Whether there is room for ranks of a CPU to keep what they free; `live` are the bytes of a rank's tensors at their highest."""
+    return 0 < ROOMY_TIMES * live <= memory_bytes
 
 
 def gib(num_bytes: int) -> str:

@@ -33,7 +33,8 @@ def plan(job: Job, script: tuple[str, ...], nproc: int | None = None, hardware: 
             "precision": "fp32" if job.precision == "auto" else job.precision,
         }
     )
-    decided = decide(neutral, nproc, hardware, local)
+    # What the script computes is not known, and its engine's messages are its own.
+    decided = decide(neutral, nproc, hardware, local, by_speed=False)
     ours = tuple(decision for decision in decided.decisions if decision.key.startswith(_OURS))
     if job.precision == "auto":
         ours += (Decision(key="precision", value="fp32", reason="unless the script itself asks for another"),)

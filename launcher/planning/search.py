@@ -60,7 +60,7 @@ def _cuts(job: Job, made: Plan) -> list[Variant]:
                 words.append(f"a copy on each of the {replicate} nodes, so that only gradients cross the network")
             if sharding != made.sharding:
                 changed["parallel.shard"] = sharding
-                words.append("parameters stay whole between forward and backward")
+                words.append("parameters stay whole from the first pass to the end of the step")
             cut = mesh.model_copy(
                 update={"replicate": replicate, "shard": mesh.world_size // replicate, "reshard_after_forward": sharding == "full"}
             )

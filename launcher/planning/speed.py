@@ -54,11 +54,13 @@ class Speed:
         return self.model_flops / self.step / self.peak_rate
 
 
-def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, correction: float = 1.0) -> Speed:
+def speed(
+    plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], gpu: GpuType, correction: float = 1.0, roomy: bool = False
+) -> Speed:
     """The speed of a plan on such GPUs.
 
-    `segments` are the blocks of one micro-batch (bytes they write: `Segment.traffic`). Attention's operations and those of matrices are
-    counted as in Chowdhery et al. 2022, arXiv 2204.02311, appendix B.
+    `roomy`: ranks of a CPU keep what they free. `segments` are the blocks of one micro-batch (bytes they write: `Segment.traffic`).
+    Attention's operations and those of matrices are counted as in Chowdhery et al. 2022, arXiv 2204.02311, appendix B.
     """
     root, layers = units
     mesh, batch = plan.mesh, plan.batch
@@ -78,15 +80,21 @@ def speed(plan: Plan, units: tuple[Unit, list[Unit]], segments: list[Segment], g
     # A GPU computes while the next operators are called; a CPU does one after the other.
     pass_seconds = max(pass_seconds, called) if mesh.device == "cuda" else pass_seconds + called
     compute = pass_seconds * batch.accumulation_steps
-    communication, exposed = _messages(plan, units, gpu, compute, itemsize)
-    state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / (mesh.shard if plan.zero is None else mesh.world_size)
-    # Offloaded, it is the processors that step, and the ranks of a node share their memory.
-    rate_of_state = gpu.host_bandwidth / mesh.ranks_per_node if offloads(plan) else gpu.bandwidth
-    optimizer = 28 * state / (rate_of_state * MEMORY_SHARE)
+    communication, exposed = _messages(plan, units, gpu, compute, roomy)
     return Speed(
-        compute, communication, exposed, optimizer, tokens * batch.accumulation_steps * mesh.world_size,
+        compute, communication, exposed, optimizer_seconds(plan, units, gpu), tokens * batch.accumulation_steps * mesh.world_size,
         flops * batch.accumulation_steps * mesh.world_size, rate * mesh.world_size, correction,
     )  # fmt: skip
+
+
+def optimizer_seconds(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType) -> float:
+    """Of a rank's part: parameter, gradient and moments are read and written."""
+    root, layers = units
+    mesh = plan.mesh
+    state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / (mesh.shard if plan.zero is None else mesh.world_size)
+    # Offloaded, it is the processors that step, and the ranks of a node share their memory.
+    rate = gpu.host_bandwidth / mesh.ranks_per_node if offloads(plan) else gpu.bandwidth
+    return 28 * state / (rate * MEMORY_SHARE)
 
 
 def matrix_elements(unit: Unit) -> float:
@@ -111,39 +119,42 @@ def offloads(plan: Plan) -> bool:
     return plan.offload != "none" and plan.mesh.device == "cuda"
 
 
-def _counts(plan: Plan, trained: int) -> tuple[float, int]:
-    """How often a micro-batch gathers the parameters, and how often a step sends the gradients."""
+@dataclass(frozen=True)
+class _Counts:
+    """How often something is sent in a step."""
+
+    layers: int
+    """Parameters of a layer are gathered."""
+    root: int
+    """Those outside of the layers."""
+    gradients: int
+
+
+def _counts(plan: Plan, trained: float) -> _Counts:
+    """FSDP leaves whole from pass to pass what is whole at the height of each."""
     accumulation = plan.batch.accumulation_steps
     if plan.zero is None:
-        return {"full": 2, "gradients": 1}.get(plan.sharding, 1), 1 if 4 * trained <= 4 << 30 else accumulation
+        return _Counts(2 * accumulation if plan.sharding == "full" else 1, 1, 1 if 4 * trained <= 4 << 30 else accumulation)
     if plan.zero.stage == 3:
-        return 2, accumulation
-    return 1 / accumulation, 1 if plan.zero.stage == 1 else accumulation
+        return _Counts(2 * accumulation, 2 * accumulation, accumulation)
+    return _Counts(1, 1, 1 if plan.zero.stage == 1 else accumulation)
 
 
-def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute: float, itemsize: int) -> tuple[float, float]:
+def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute: float, roomy: bool) -> tuple[float, float]:
     """Seconds of all messages, to other ranks and to the host's memory, and of those that computation does not hide."""
     root, layers = units
-    mesh, batch = plan.mesh, plan.batch
+    mesh = plan.mesh
     ranks = mesh.shard if plan.zero is None else mesh.world_size
-    total, trained = (sum(unit.num_elements(trained=only) for unit in (root, *layers)) for only in (False, True))
-    gathers, reduces = _counts(plan, trained)
-    # ZeRO's parameters are there in the computation's precision, FSDP's in fp32, but those that stay as they are beside an adapter.
-    weights = [weight for unit in (root, *layers) for weight in unit.weights]
-    wide = 4 if plan.zero is None else itemsize
-    kept = sum(weight.num_elements * (itemsize if weight.narrow else wide) for weight in weights)
-    moved = _moved(plan, kept / ranks, trained / ranks, itemsize, gathers, reduces) if offloads(plan) else 0.0
-    seconds = moved / (gpu.host_link * LINK_SHARE)
+    trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
+    seconds = _moved(plan, units) / (gpu.host_link * LINK_SHARE) if offloads(plan) else 0.0
     if mesh.world_size > 1:
         within = min(mesh.ranks_per_node, mesh.world_size)
         between = min(gpu.link, gpu.network * within)
-        share = (ranks - 1) / ranks
-        sent = (gathers * batch.accumulation_steps * itemsize * total + 4 * reduces * trained) * share
+        num_messages, received = messages(plan, units)
         # Copies add up their gradients, each rank its part of them; the copies stand on different nodes where there are several.
         copied = 8 * trained / ranks * (mesh.replicate - 1) / mesh.replicate
-        num_messages = (len(layers) + 1) * (gathers * batch.accumulation_steps + reduces * (2 if mesh.replicate > 1 else 1))
-        each = LATENCY * log2(mesh.world_size) if gpu.message_seconds is None else gpu.message_seconds
-        seconds += sent / ((gpu.link if ranks <= within else between) * LINK_SHARE) + num_messages * each
+        each, per_byte = _costs(plan, gpu, gpu.link if ranks <= within else between, roomy)
+        seconds += received * per_byte + num_messages * each
         seconds += copied / ((gpu.link if mesh.world_size <= within else between) * LINK_SHARE)
     if mesh.device == "cpu":
         return seconds, seconds  # the same cores compute and send
@@ -152,14 +163,46 @@ def _messages(plan: Plan, units: tuple[Unit, list[Unit]], gpu: GpuType, compute:
     return seconds, max(bare, seconds - compute)
 
 
-def _moved(plan: Plan, parameters: float, trained: float, itemsize: int, gathers: float, reduces: int) -> float:
-    """Bytes of a step between a rank and the host's memory, for its part of all parameters, in bytes, and the number of those that train.
+def messages(plan: Plan, units: tuple[Unit, list[Unit]]) -> tuple[int, float]:
+    """Messages of a step among the ranks that share the parameters, and the bytes that a rank receives with them."""
+    root, layers = units
+    mesh, itemsize = plan.mesh, 4 if plan.precision == "fp32" else 2
+    ranks = mesh.shard if plan.zero is None else mesh.world_size
+    trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
+    counts = _counts(plan, trained)
+    gathered = counts.layers * sum(unit.num_elements() for unit in layers) + counts.root * root.num_elements()
+    number = counts.layers * len(layers) + counts.root + counts.gradients * (len(layers) + 1) * (2 if mesh.replicate > 1 else 1)
+    return number, (itemsize * gathered + 4 * counts.gradients * trained) * (ranks - 1) / ranks
+
+
+def _costs(plan: Plan, gpu: GpuType, link: float, roomy: bool) -> tuple[float, float]:
+    """Seconds of a message, and of each byte that a rank receives: as measured of that engine on one CPU, or by the link."""
+    measured = gpu.engine_seconds.get("roomy" if roomy else "lean", {}).get(f"{plan.engine} {plan.sharding}")
+    if measured is not None and plan.mesh.nodes == 1:
+        return measured
+    each = LATENCY * log2(plan.mesh.world_size) if gpu.message_seconds is None else gpu.message_seconds
+    return each, 1 / (link * LINK_SHARE)
+
+
+def _moved(plan: Plan, units: tuple[Unit, list[Unit]]) -> float:
+    """Bytes of a step between a rank and the host's memory, for its part of all parameters.
 
     FSDP copies fp32 shards to the device before it casts and gathers them, and fp32 gradients back. ZeRO adds gradients up in the
     host's memory and copies parameters in the computation's precision (Ren et al. 2021, arXiv 2101.06840, section 4.1).
     """
-    accumulation = plan.batch.accumulation_steps
+    root, layers = units
+    itemsize = 4 if plan.precision == "fp32" else 2
+    ranks = plan.mesh.shard if plan.zero is None else plan.mesh.world_size
+    trained = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks
+    counts = _counts(plan, trained * ranks)
+    # ZeRO's parameters are there in the computation's precision, FSDP's in fp32, but those that stay as they are beside an adapter.
+    wide = 4 if plan.zero is None else itemsize
+
+    def kept(unit: Unit) -> float:
+        return sum(weight.num_elements * (itemsize if weight.narrow else wide) for weight in unit.weights) / ranks
+
+    fetched = counts.layers * sum(map(kept, layers)) + counts.root * kept(root)
     if plan.zero is None:
-        return gathers * accumulation * parameters + 4 * reduces * trained
-    gradients = 4 * accumulation * trained
-    return gradients + (gathers * accumulation * parameters if plan.offload == "parameters" else itemsize * trained)
+        return fetched + 4 * counts.gradients * trained
+    gradients = 4 * plan.batch.accumulation_steps * trained
+    return gradients + (fetched if plan.offload == "parameters" else itemsize * trained)

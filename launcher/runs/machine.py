@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from launcher.runs.layout import write_atomically
 
@@ -43,6 +44,11 @@ class Rates:
     to_host: float | None = None
     disk_write: float | None = None
     disk_read: float | None = None
+    engines: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    """Seconds of each message beside its bytes, and of each byte that a rank receives, among ranks of this CPU: by whether they give back
+    what they free (`lean`) or keep it (`roomy`), and by engine and sharding."""
+    num_ranks: int = 1
+    """Among which messages were measured."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class Machine:
         """This machine's; empty where nothing was measured, or the file cannot be read."""
         try:
             content = json.loads(path().read_text(encoding="utf-8"))
-            return cls(tuple(Rates(**rates) for rates in content["rates"]), content["ratios"], content.get("slacks", {}))
-        except (OSError, ValueError, KeyError, TypeError):
+            return cls(tuple(_rates(**rates) for rates in content["rates"]), content["ratios"], content.get("slacks", {}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
 
     def write(self) -> None:
@@ -82,8 +88,10 @@ class Machine:
         return min(known, default=None)
 
     def with_rates(self, rates: Rates) -> Machine:
-        """With newer figures of a device in the place of older ones."""
-        return replace(self, rates=(*(other for other in self.rates if other.device != rates.device), rates))
+        """With newer figures of a device in the place of older ones, and without what runs have shown of forecasts by those."""
+        kind = "cpu " if rates.device == "cpu" else "cuda "
+        ratios = {name: found for name, found in self.ratios.items() if not name.startswith(kind)}
+        return replace(self, rates=(*(other for other in self.rates if other.device != rates.device), rates), ratios=ratios)
 
     def with_ratio(self, kind: str, ratio: float) -> Machine:
         """With one more comparison of a run of that kind."""
@@ -100,6 +108,11 @@ class Machine:
     def correction(self, kind: str) -> float:
         """The middle of the comparisons of that kind; 1 where there are none."""
         return statistics.median(self.ratios.get(kind) or [1.0])
+
+
+def _rates(engines: Mapping[str, Mapping[str, list[float]]] | None = None, **others: Any) -> Rates:
+    made = {way: {name: (each, per_byte) for name, (each, per_byte) in kinds.items()} for way, kinds in (engines or {}).items()}
+    return Rates(**others, engines=made)
 
 
 def path(environment: Mapping[str, str] = os.environ) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 
+from launcher.planning.memory import keeps_freed
 from launcher.runs.layout import RunDirectory
 
 LEAN = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
@@ -16,8 +17,6 @@ ROOMY = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(2
 """Blocks below 4 MiB stay, for all threads alike: the system has to zero each page that it gives, a third of a step's time with LEAN.
 
 The same model without recomputation, 2 passes a step: 21.6 s at 2.65 GB with this, 27.4 s at 1.3 GB with LEAN (docs/log.md)."""
-_TIMES = 3
-"""What a rank holds with ROOMY, in the sizes of its tensors at their highest, and some more."""
 
 
 def variables(run: RunDirectory) -> dict[str, str]:
@@ -25,5 +24,5 @@ def variables(run: RunDirectory) -> dict[str, str]:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         forecast = json.loads(run.forecast_file.read_text(encoding="utf-8"))
         highest = max(phase["live"] for phase in forecast["phases"].values())
-        return dict(ROOMY if 0 < _TIMES * highest <= forecast["memory_bytes"] else LEAN)
+        return dict(ROOMY if keeps_freed(highest, forecast["memory_bytes"]) else LEAN)
     return dict(LEAN)

@@ -214,6 +214,8 @@ def _as_placed(job: Job, stored: Plan, copies: bool) -> dict[str, object]:
         cut = {"engine": stored.engine, "shard": stored.sharding}
         cut |= {"replicate": stored.mesh.replicate} if copies and stored.engine == "fsdp" and stored.sharding != "none" else {}
         updates["parallel"] = parallel.model_copy(update=cut)
+    elif parallel.engine == "auto" and stored.sharding != "none":
+        updates["parallel"] = parallel.model_copy(update={"engine": stored.engine})
     if memory.offload == "auto" and parallel.shard in ("auto", stored.sharding):
         updates["memory"] = memory.model_copy(update={"offload": stored.offload, "offload_to": stored.offload_to})
     return updates

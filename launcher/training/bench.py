@@ -8,8 +8,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing import util
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import distributed, multiprocessing, nn
@@ -73,6 +75,7 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
     to_device, to_host = transfer_rates(device) if device.type == "cuda" else (None, None)
     link = max((message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None)
     rates = Rates(name, time.strftime("%Y-%m-%d"), matrix, bandwidth, link, reference, each, to_device, to_host, written, read)
+    rates = replace(rates, num_ranks=num_ranks)
     return Bench(rates, num_ranks, messages)
 
 
@@ -198,7 +201,14 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> No
     each = unit_seconds(where)
     if rank == 0:
         torch.save((rows, each), result)
-    distributed.destroy_process_group()
+    leave()
+
+
+def leave() -> NoReturn:
+    """End this rank, with all others: gloo's threads, of which some still run, would now and then abort an orderly end."""
+    distributed.barrier()
+    util._exit_function()  # type: ignore[attr-defined]
+    os._exit(0)
 
 
 def unit_seconds(device: torch.device, num_units: int = 8) -> float:

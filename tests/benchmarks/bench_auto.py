@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
 import sys
@@ -33,6 +34,7 @@ from launcher.planning.forecast import USABLE, forecast
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs.machine import Machine
+from launcher.scheduling.allocator import LEAN
 from tests.benchmarks.memory_pool import World
 
 RANKS, NUM_STEPS = 2, 2
@@ -164,21 +166,22 @@ def drawn(number: int, r: random.Random, scratch: Path, engine: EngineName | Lit
 
 def one(number: int, job: Job, limit: int) -> dict[str, Any]:
     """A job's plan, and all the others, on ranks of their own: each plan leaves gloo groups behind, whose threads slow the next ones."""
-    world = World(RANKS)
+    world, patient = World(RANKS, times=True), World(RANKS)
     try:
-        return compared(world, number, job, limit)
+        return compared(world, patient, number, job, limit)
     finally:
         world.close()
+        patient.close()
 
 
-def compared(world: World, number: int, job: Job, limit: int) -> dict[str, Any]:
-    """The chosen plan beside those that fit too."""
+def compared(world: World, patient: World, number: int, job: Job, limit: int) -> dict[str, Any]:
+    """The chosen plan beside those that fit too: times in one world, memory in the other."""
     chosen = decide(job, RANKS, Hardware(2, limit * RANKS))
     plans = all_plans(job, chosen, limit)
     keys = [key_of(plan) for plan in plans]
     own = keys.index(key_of(chosen))
     times = [max(both) for both in zip(*world.call(run_plans, plans, 1), strict=True)]
-    measured = max(world.call(peak, chosen))
+    measured = max(patient.call(peak, chosen))
     slowest = max(times)
     again = sorted({own, *sorted(range(len(plans)), key=times.__getitem__)[:AGAIN]})
     for index, both in zip(again, zip(*world.call(run_plans, [plans[i] for i in again], ROUNDS), strict=True), strict=True):
@@ -204,6 +207,7 @@ def main() -> None:
     options = parser.parse_args()
     if Machine.read().of("cpu") is None:
         sys.exit("run `launcher bench` first: nothing is known of this machine's speed")
+    os.environ.update(LEAN)  # as launcher starts ranks in little memory
     found, generator, rows = conditions("torch", "transformers"), random.Random(options.seed), []
     kept = options.keep.read_text().splitlines() if options.keep and options.keep.exists() else []
     before = {row["number"]: row for row in map(json.loads, kept)}

@@ -20,7 +20,8 @@ from tests.published import CASES, TITAN_H100, ZERO, ZERO_STATES, Published, for
 
 PREFACE = """# The planner against published runs
 
-`python -m tests.benchmarks.bench_published`: FSDP alone, dense decoders, bf16 with fp32 states, as others have run them. Their codes are
+`python -m tests.benchmarks.bench_published`: FSDP alone, dense decoders, bf16 with fp32 states, adapters and offloading among
+them, as others have run them. Their codes are
 not launcher: other attention, other losses, other recomputation. MPT is planned as GPT-2, which keeps more between operators where nothing
 is recomputed (those memory figures are in brackets: no verdict of them counts). torchtitan's H100 were held to 500 W and have a memory of
 2.4 TB/s in place of 3.35.
@@ -68,7 +69,7 @@ def main() -> None:
 
 def row(case: Published, gib: float, fits: bool, rate: float) -> list[str]:
     """A run's line of the table."""
-    memory = f"{gib:.1f}" + (f" ({case.memory_gib} published)" if case.memory_gib else "")
+    memory = f"{gib:.1f}" + (f" ({case.memory_gib:.1f} published)" if case.memory_gib else "")
     verdict = "fits" if fits else "does not fit"
     if not case.memory_compares:
         memory, verdict = f"[{memory}]", "-"

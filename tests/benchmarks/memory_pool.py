@@ -19,16 +19,16 @@ def _serve(*arguments: Any) -> None:
 
 
 class World:
-    """`world_size` ranks of one gloo group."""
+    """`world_size` ranks of one gloo group, to measure memory or `times`."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, times: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs, times), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

@@ -47,14 +47,18 @@ class Request:
     """Also say which tensors were live at the peak."""
 
 
-def serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
-    """Join the process group once, then do what comes through the pipe until None does."""
+def serve(rank: int, world_size: int, port: int, pipe: Connection, times: bool) -> None:
+    """Join the process group once, then do what comes through the pipe until None does.
+
+    Where `times` is measured nothing waits for gloo's threads; where memory is, each collective does.
+    """
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    _let_threads_finish()
+    if not times:
+        _let_threads_finish()
     while (request := pipe.recv()) is not None:
         function, arguments = request
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,17 @@ import pytest
 import torch
 
 from launcher.errors import StorageError
+from launcher.planning import reference
 from launcher.planning.forecast import forecast_here
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
+from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, path
 from launcher.training import foreseen
 from launcher.training.bench import MESSAGE_BYTES, copy_rate, file_rates
+from launcher.training.bench_engines import extra_seconds
 from launcher.training.devices import Lap
 from tests.training.plans import plan_of
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
@@ -37,11 +41,23 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     # What is computed again is called again, and selective checkpointing looks at every operator in Python.
     assert 0 < found["reference"]["none"] < found["reference"]["full"] < found["reference"]["selective"]
     assert 0 < found["message"] < 1
+    cuts = {f"fsdp {cut}" for cut in ("full", "gradients")} | {f"deepspeed {cut}" for cut in ("optimizer", "gradients", "full")}
+    assert {way: set(costs) for way, costs in found["engines"].items()} == {"lean": cuts, "roomy": cuts}
+    assert all(0 <= each < 1 and 0 < byte < 1e-6 for costs in found["engines"].values() for each, byte in costs.values())
     kinds = [(message["kind"], message["num_bytes"]) for message in found["messages"]]
     assert kinds == [(kind, size) for size in MESSAGE_BYTES for kind in ("all-gather", "all-reduce")]
     (kept,) = (tmp_path / "state" / "launcher" / "machines").glob("*.json")
     assert json.loads(kept.read_text())["rates"][0]["matrix"] == found["matrix"]
     assert not [path for path in tmp_path.iterdir() if path.name != "state"], "the files it wrote are gone"
+
+
+def test_an_engine_that_does_not_run_here_is_named() -> None:
+    plans = reference.plans(1, "deepspeed")["deepspeed full"]
+    broken = deepspeed_config(plans[0]) | {"zero_optimization": {"stage": 9}}
+    told: list[str] = []
+    assert extra_seconds("deepspeed", {"deepspeed full": ((plans[0], broken),)}, 1, told.append) == {}
+    (line,) = told
+    assert re.match(r"deepspeed does not run here, and is left out: .*Error: .*ZeroConfig", line), line
 
 
 def test_a_place_that_takes_no_files(tmp_path: Path) -> None:

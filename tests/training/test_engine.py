@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
+from launcher.planning.speed import _counts
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention, heads
-from launcher.training.engines import build
+from launcher.training.engines import build, fsdp
 from launcher.training.model import repeated_layers
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
@@ -132,6 +133,52 @@ def test_hybrid_and_kept_parameters_equal_full_sharding(mesh: dict[str, Any], di
     changes = {f"mesh__{key}": value for key, value in mesh.items()}
     result, *_ = on_ranks(4, steps, plan_of(path, 4, batch=_batch(4, 3), **changes), Causal)
     _check(plain, result, 1e-5)
+
+
+def gatherings(plan: Plan, defers: bool) -> list[int]:
+    """How often parameters are gathered in each of two steps."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    _send_gradients(defers)
+    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    engine, original = build(plan, Causal(), config, {}), groups.foreach_all_gather  # type: ignore[arg-type]
+    found: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        found[-1] += 1
+        return original(*arguments, **options)
+
+    groups.foreach_all_gather = counted
+    for step in range(2):
+        found.append(0)
+        for index in range(plan.batch.accumulation_steps):
+            engine.micro_step(packed_batch(_samples(step)[:2]), 1.0, index == plan.batch.accumulation_steps - 1)
+        engine.apply(1e-3, 1.0)
+    return found
+
+
+def _send_gradients(defers: bool) -> None:
+    """Once a step, or of every micro-batch, as FSDP does with a large model's."""
+    fsdp._DEFERRED_GRADIENT_BYTES = 4 << 30 if defers else 0
+
+
+def steps_that_send(plan: Plan, defers: bool) -> dict[str, Any]:
+    _send_gradients(defers)
+    return steps(plan, Causal)
+
+
+@pytest.mark.parametrize("defers", [True, False])
+@pytest.mark.parametrize(("sharding", "times"), [("full", 3 * 2 * 3 + 1), ("gradients", 3 + 1)])
+def test_what_is_whole_between_the_passes_is_gathered_once_a_step(sharding: str, times: int, defers: bool, directory: Path) -> None:
+    """Of three layers, let go of twice in each of three passes or kept; the planner counts the same, and the numbers are one rank's."""
+    path = _save(directory, "llama")
+    changes = {"sharding": sharding, "mesh__reshard_after_forward": sharding == "full"}
+    plan = plan_of(path, 2, batch=_batch(2, 2), **changes)
+    assert on_ranks(2, gatherings, plan, defers)[0] == [times, times]
+    counts = _counts(plan, 1)
+    assert counts.layers * 3 + counts.root == times
+    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    _check(plain, on_ranks(2, steps_that_send, plan, defers)[0], 1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

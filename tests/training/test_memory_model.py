@@ -9,22 +9,23 @@ import pytest
 from tests.benchmarks.bench_memory import line, measure, summary
 from tests.benchmarks.memory_cases import draw
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.very_slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 COUNT = 8
 
 
-def test_new_configurations_are_predicted() -> None:
-    """Drawn anew each time; the seed is in the failure's text.
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.very_slow)])
+def test_new_configurations_are_predicted(world_size: int) -> None:
+    """Drawn anew each time; the seed is in the failure's text. With two ranks, what gloo's threads hold hangs on what else runs here.
 
-    Of the 130 in docs/benchmarks/memory.md one in twenty is off by more than 8%, and one by more than 3% downwards: of eight, three
-    of the former come together once in two hundred times by chance, and the latter is allowed for.
+    Of the 390 in docs/benchmarks/memory.md one is off by more than 8% and none by more than 3% downwards: one of eight is allowed for.
     """
     seed = random.SystemRandom().randrange(1 << 30)
-    cases = [case for case in draw(seed, 4 * COUNT) if case.world_size == 2][:COUNT]
+    cases = [case for case in draw(seed, 16 * COUNT) if case.world_size == world_size][:COUNT]
+    assert len(cases) == COUNT
     rows = measure(cases, budget=600)
     errors = summary(rows)
     told = f"seed {seed}\n" + "\n".join(map(line, rows))
     assert errors["median"] <= 0.03, told
     assert errors["most under"] >= -0.05, told
-    assert sum(abs(row["error"]) > 0.08 for row in rows) <= 2, told
+    assert sum(abs(row["error"]) > 0.08 for row in rows) <= 1, told
     assert sum(row["error"] < -0.03 for row in rows) <= 1, told

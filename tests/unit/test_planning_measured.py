@@ -11,13 +11,15 @@ import pytest
 
 from launcher.cli.progress import notice
 from launcher.job.schema import Job
+from launcher.planning import model_config
 from launcher.planning.decide import plan as decide
 from launcher.planning.footprint.estimate import CUDA_SLACK
+from launcher.planning.footprint.families import program_of
 from launcher.planning.forecast import forecast, forecast_here
 from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.measured import kind_of, rates_for, slack_kind
-from launcher.planning.speed import LATENCY
+from launcher.planning.speed import LATENCY, messages
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
@@ -38,8 +40,9 @@ def test_what_was_measured_is_kept_and_read_again() -> None:
     newer = Rates("cpu", "2026-11-24", {"fp32": 1.0}, 1.0)
     assert found.with_rates(newer).rates == (newer,)
     assert found.disk_rate() == 0.5e9
-    path().write_text("{")
-    assert Machine.read() == Machine()
+    for broken in ("{", '{"rates": [{"engines": {"lean": [1, 2]}}], "ratios": {}}'):
+        path().write_text(broken)
+        assert Machine.read() == Machine()
 
 
 def test_a_state_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +138,44 @@ def test_the_calling_of_operators_and_of_messages_counts_where_it_was_measured(t
     assert 0 < more["none"] < more["full"] < more["selective"]
     # 32 layers in place of the reference model's four, and the same stem and head.
     assert 6 * 0.004 < more["none"] < 8 * 0.004
-    messages = 33 * 3
+    messages = 32 * 3 + 2  # what stands outside of the layers stays whole
     bare = messages * (0.002 - LATENCY * log2(plan.mesh.world_size))
     assert steps[True, "none"].communication - steps[False, "none"].communication == pytest.approx(bare)
+
+
+def test_an_engine_counts_with_its_own_messages_where_they_were_measured(tmp_path: Path) -> None:
+    """On the ranks of one CPU, by whether they have room to keep what they free; of several nodes the network decides."""
+    engines = {
+        "lean": {"fsdp full": (0.002, 4e-9), "fsdp gradients": (0.001, 5e-9)},
+        "roomy": {"fsdp full": (0.001, 2e-9), "fsdp gradients": (0.001, 3e-9)},
+    }
+    plan = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
+    config = model_config.config_of(plan.model)
+    assert config is not None
+    program = program_of(config)
+    assert program is not None
+    known = replace(CPU, engines=engines, num_ranks=plan.mesh.world_size // 2)
+    Machine((known,)).write()
+    assert Machine.read().rates == (known,)
+    for sharding in ("full", "gradients"):
+        for way, memory in (("lean", HERE.memory_bytes), ("roomy", 1 << 50)):
+            made = forecast_here(plan.model_copy(update={"sharding": sharding}), Hardware(4, memory))
+            assert made is not None and made.speed is not None
+            number, received = messages(made.plan, program.units())
+            each, per_byte = engines[way][f"fsdp {sharding}"]
+            # Twice as many ranks as were measured share the memory.
+            assert made.speed.communication == pytest.approx(number * each + received * per_byte * 2), (sharding, way)
+    nodes = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"nodes": 2, "ranks_per_node": plan.mesh.world_size // 2})})
+    over, within = (forecast_here(one, HERE) for one in (nodes, plan))
+    assert over is not None and within is not None and over.speed and within.speed
+    assert over.speed.communication != pytest.approx(within.speed.communication)
+
+
+def test_what_runs_have_shown_goes_with_the_figures_that_it_was_shown_of() -> None:
+    machine = Machine((CPU,), {"cpu fsdp full fp32 none": [1.6], "cuda fsdp full bf16 none": [1.1]}, {"cpu": [0.1]})
+    newer = machine.with_rates(replace(CPU, when="2026-11-24"))
+    assert newer.ratios == {"cuda fsdp full bf16 none": [1.1]} and newer.slacks == {"cpu": [0.1]}
+    assert machine.with_rates(replace(CPU, device="NVIDIA H100 80GB HBM3")).ratios == {"cpu fsdp full fp32 none": [1.6]}
 
 
 def test_a_gpu_computes_while_operators_are_called(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ class FsdpStep:
         self.sent = 0
         """Bytes of the gradients that were sent last."""
         self.first_gradients = True
+        self.is_whole = False
+        """The units that stay whole between the passes of a step are so already."""
 
     def states(self) -> dict[str, int]:
         """Bytes of parameters and optimizer state of the largest rank."""
@@ -77,7 +79,13 @@ class FsdpStep:
         wide = max((weight.num_elements for weight in unit.weights if not weight.narrow), default=0)
         return wide * self.cut.itemsize * (self.cut.itemsize != 4)
 
+    def _stays(self, unit: Unit) -> bool:
+        """Whole at the height of every pass, it is left so from one to the next, and gathered once a step."""
+        return unit is self.root or not self.cut.reshard
+
     def forward_gather(self, unit: Unit) -> None:
+        if self.is_whole and self._stays(unit):
+            return
         received = self._gather(unit)
         self.time.down(MESSAGES, self.held)
         self._copy_out(unit)
@@ -97,7 +105,7 @@ class FsdpStep:
         if not last and cut.defers and trained:
             self._wait(unit, trained)
             return
-        time.down(GATHERED, self._whole(unit))
+        self._let_go_of(unit, last)
         if not trained:
             return
         own = trained * cut.itemsize
@@ -118,9 +126,13 @@ class FsdpStep:
         if (not cut.defers and not self.first_gradients) or cut.offloads:
             time.down(GRADIENTS, padded * 4)
 
+    def _let_go_of(self, unit: Unit, last: bool) -> None:
+        if last or not self._stays(unit):
+            self.time.down(GATHERED, self._whole(unit))
+
     def _wait(self, unit: Unit, trained: int) -> None:
         """Gradients stay whole, in fp32, until the last micro-batch."""
-        self.time.down(GATHERED, self._whole(unit))
+        self._let_go_of(unit, last=False)
         if self.cut.itemsize == 4:
             return
         own = trained * self.cut.itemsize
@@ -163,18 +175,19 @@ class FsdpStep:
         self.reduce(self.root, last)
         if first is not None and first >= 0:
             self.reduce(layers[first], last)
-            if not cut.reshard:
+            if not cut.reshard and last:
                 time.down(GATHERED, sum(self._whole(unit) for unit in layers[:first]))
         time.down(MESSAGES, self.sent)
         self.sent = 0
         self.first_gradients = False
+        self.is_whole = not last
 
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
         """A steady step of all micro-batches. `more` are the blocks where gradients are there already."""
         self.time.parts = {} if self.cut.offloads else self.states()
         self.time.peak = 0
         self.time.touch(TEMPORARIES, 0, "between steps")
-        self.first_gradients = True
+        self.first_gradients, self.is_whole = True, False
         for number in range(self.cut.accumulation):
             segments = first if number == 0 else more
             if self.cut.plain:

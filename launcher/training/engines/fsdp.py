@@ -66,8 +66,11 @@ class FsdpEngine:
         _assert_units(model, layers)
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
-        if isinstance(self.model, FSDPModule) and self._defers:
-            self.model.set_requires_gradient_sync(last)
+        if isinstance(self.model, FSDPModule):
+            if self._defers:
+                self.model.set_requires_gradient_sync(last)
+            # What is whole at the height of every pass stays so until the next one: it is gathered once a step.
+            self.model.set_reshard_after_backward(last, recurse=not self._plan.mesh.reshard_after_forward)
         output: Output = self.model(batch)
         (output.loss_sum * (factor * self._plan.batch.data_parallel_size)).backward()
         return output

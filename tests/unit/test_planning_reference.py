@@ -1,0 +1,46 @@
+"""What is learnt of an engine from two steps that are little else than messages."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from launcher.planning import reference
+from launcher.planning.footprint.decoders import Llama
+from launcher.planning.hardware import Hardware
+from launcher.planning.measured import rates_for
+from launcher.planning.speed import messages, optimizer_seconds
+from launcher.runs.machine import Machine, Rates
+
+CPU = Rates("cpu", "2026-11-24", {"fp32": 100e9}, 20e9)
+KINDS = ("fsdp full", "fsdp gradients", "deepspeed optimizer", "deepspeed gradients", "deepspeed full")
+
+
+@pytest.fixture(autouse=True)
+def _deepspeed_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+def test_there_is_a_step_of_each_engine_and_cut() -> None:
+    found = reference.plans(2, "fsdp") | reference.plans(2, "deepspeed")
+    assert tuple(found) == KINDS
+    for name, both in found.items():
+        for plan in both:
+            assert f"{plan.engine} {plan.sharding}" == name
+            assert (plan.mesh.world_size, plan.mesh.device, plan.batch.accumulation_steps) == (2, "cpu", 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_costs_come_out_of_the_steps_that_they_make(kind: str) -> None:
+    both = reference.plans(2, kind.partition(" ")[0])[kind]
+    rates = rates_for(both[0], Hardware(2, 1 << 40), Machine((CPU,)))
+    assert rates is not None
+    seconds = []
+    for plan, sizes in zip(both, (reference.SMALL, reference.LARGE), strict=True):
+        units = Llama(sizes).units()
+        number, received = messages(plan, units)
+        seconds.append(0.002 * number + 3e-9 * received + optimizer_seconds(plan, units, rates))
+    each, per_byte = reference.costs(both, (seconds[0], seconds[1]), rates)
+    assert (each, per_byte) == (pytest.approx(0.002), pytest.approx(3e-9))
+    assert reference.costs(both, (0.0, 0.0), rates) == (0.0, 0.0), "noise is nothing less than nothing"
