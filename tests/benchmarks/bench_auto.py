@@ -44,10 +44,11 @@ AGAIN, ROUNDS = 3, 3
 PREFACE = """# Plans that the planner picks, against all that fit
 
 `tests/benchmarks/bench_auto.py`: random jobs (decoders, 2 ranks of the CPU, fp32) with a random limit of memory a rank, between what the
-leanest plan of FSDP needs and what its plan without recomputation needs. What `auto` chose is run beside every other recomputation,
-micro-batch and cut that fits, two steps of each after the first. Then the three fastest of them and the chosen one are run again, in
-turns, three times: a plan's time is the median of those steps, and "fastest" is the fastest of these. With `parallel.engine: auto` the
-others are FSDP's and those of ZeRO-1, 2 and 3.
+engine and cut that is taken where memory is plenty needs at the least, and what it needs without recomputation. What `auto` chose is run
+beside every other recomputation, micro-batch and cut that fits, two steps of each after the first. Then the three fastest of them and the
+chosen one are run again, in turns, three times: a plan's time is the median of those steps, and "fastest" is the fastest of these. With
+`parallel.engine: auto` the others are FSDP's and those of ZeRO-1, 2 and 3. The ranks give back what they free, as launcher's do where
+memory is little.
 """
 
 
@@ -105,7 +106,7 @@ def key_of(plan: Plan) -> tuple[str, str, int]:
 
 
 def needs(job: Job) -> tuple[int, int]:
-    """Bytes of a rank that FSDP's leanest plan needs, and the one that keeps everything."""
+    """Bytes of a rank of the cut that is taken where memory is plenty: at the least, and where everything is kept."""
     made = decide(job, RANKS, Hardware(2, 1 << 40))
     per_rank = made.batch.micro_batch_size * made.batch.accumulation_steps
     sizes = []
@@ -164,14 +165,13 @@ def drawn(number: int, r: random.Random, scratch: Path, engine: EngineName | Lit
     return job, int(r.uniform(lean * 1.02, max(lean * 1.05, rich * 1.1)) / USABLE["cpu"])
 
 
-def one(number: int, job: Job, limit: int) -> dict[str, Any]:
+def one(patient: World, number: int, job: Job, limit: int) -> dict[str, Any]:
     """A job's plan, and all the others, on ranks of their own: each plan leaves gloo groups behind, whose threads slow the next ones."""
-    world, patient = World(RANKS, times=True), World(RANKS)
+    world = World(RANKS, times=True)
     try:
         return compared(world, patient, number, job, limit)
     finally:
         world.close()
-        patient.close()
 
 
 def compared(world: World, patient: World, number: int, job: Job, limit: int) -> dict[str, Any]:
@@ -211,17 +211,19 @@ def main() -> None:
     found, generator, rows = conditions("torch", "transformers"), random.Random(options.seed), []
     kept = options.keep.read_text().splitlines() if options.keep and options.keep.exists() else []
     before = {row["number"]: row for row in map(json.loads, kept)}
+    patient = World(RANKS)
     with tempfile.TemporaryDirectory() as scratch:
         begun = time.monotonic()
         for number in range(options.count):
             if time.monotonic() - begun > 60 * options.minutes:
                 break
             job, limit = drawn(number, generator, Path(scratch), options.engine)
-            rows.append(before[number] if number in before else one(number, job, limit))
+            rows.append(before[number] if number in before else one(patient, number, job, limit))
             print(json.dumps(rows[-1]), flush=True)
             if options.keep and number not in before:
                 with open(options.keep, "a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
+    patient.close()
     if not options.dry:
         title = f"Seed {options.seed}, {len(rows)} jobs, engine {options.engine}"
         print(write("auto", title, describe(rows, sentence(found)), {"conditions": found, "rows": rows}, PREFACE))
