@@ -33,16 +33,16 @@ def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> 
     machine = Machine.read()
     machine.with_rates(found.rates).write()
     if found.rates.device == "cpu" and ranks > 1:
-        found = replace(found, rates=replace(found.rates, engines=_engines(found.rates, ranks)))
+        found = replace(found, rates=replace(found.rates, engines=_engines(found.rates)))
         machine.with_rates(found.rates).write()
     if as_json:
-        print_json({**asdict(found.rates), "num_ranks": found.num_ranks, "messages": [asdict(message) for message in found.messages]})
+        print_json({**asdict(found.rates), "messages": [asdict(message) for message in found.messages]})
         return
     print_table(["what", "rate"], _rows(found))
     typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
 
 
-def _engines(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, float]]]:
+def _engines(rates: Rates) -> dict[str, dict[str, tuple[float, float]]]:
     """What each engine that is here takes for a message and for a byte, by what ranks do with the memory that they free."""
     from launcher.scheduling.allocator import LEAN, ROOMY
 
@@ -50,11 +50,11 @@ def _engines(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, f
     given, found = set(os.environ), {}
     for way, variables in (("lean", LEAN), ("roomy", ROOMY)):
         os.environ.update({name: value for name, value in variables.items() if name not in given})
-        found[way] = {name: costs for engine in here for name, costs in _costs(engine, way, rates, num_ranks).items()}
+        found[way] = {name: costs for engine in here for name, costs in _costs(engine, way, rates).items()}
     return found
 
 
-def _costs(engine: str, way: str, rates: Rates, num_ranks: int) -> dict[str, tuple[float, float]]:
+def _costs(engine: str, way: str, rates: Rates) -> dict[str, tuple[float, float]]:
     from launcher.planning import reference
     from launcher.planning.hardware import Hardware
     from launcher.planning.measured import rates_for
@@ -63,11 +63,11 @@ def _costs(engine: str, way: str, rates: Rates, num_ranks: int) -> dict[str, tup
     from launcher.training.bench_engines import extra_seconds
 
     typer.echo(f"measuring steps of {engine}, {_WAYS[way]} ...", err=True)
-    plans = reference.plans(num_ranks, engine)
+    plans = reference.plans(rates.num_ranks, engine)
     steps = {name: tuple((plan, config(plan) if plan.zero else {}) for plan in both) for name, both in plans.items()}
     found = {}
-    for name, (small, large) in extra_seconds(engine, steps, num_ranks, lambda line: typer.echo(line, err=True)).items():
-        known = rates_for(plans[name][0], Hardware(num_ranks, 1 << 40), Machine((rates,)))
+    for name, (small, large) in extra_seconds(engine, steps, rates.num_ranks, lambda line: typer.echo(line, err=True)).items():
+        known = rates_for(plans[name][0], Hardware(rates.num_ranks, 1 << 40), Machine((rates,)))
         assert known is not None  # of a CPU whose products were measured
         found[name] = reference.costs(plans[name], (small, large), known)
     return found
@@ -78,13 +78,13 @@ def _rows(found: Bench) -> list[list[str]]:
     rows = [[f"matrix products, {precision}, {rates.device}", f"{rate / 1e9:,.1f} GFLOP/s"] for precision, rate in rates.matrix.items()]
     rows.append(["memory, read and written", _bytes(rates.bandwidth)])
     for message in found.messages:
-        rows.append([f"{message.kind} of {message.num_bytes >> 10:,} KiB, {found.num_ranks} ranks", _bytes(message.bytes_per_second)])
+        rows.append([f"{message.kind} of {message.num_bytes >> 10:,} KiB, {rates.num_ranks} ranks", _bytes(message.bytes_per_second)])
     rows += [[f"calling operators, step of a tiny model, recomputing {way}", f"{1e3 * s:.1f} ms"] for way, s in rates.reference.items()]
     if rates.message is not None:
-        rows.append([f"FSDP, each message beside its bytes, {found.num_ranks} ranks", f"{1e3 * rates.message:.2f} ms"])
+        rows.append([f"FSDP, each message beside its bytes, {rates.num_ranks} ranks", f"{1e3 * rates.message:.2f} ms"])
     for way, kinds in rates.engines.items():
         for name, (each, per_byte) in kinds.items():
-            what = f"a message, and 1 MiB received: {name}, {found.num_ranks} ranks, {_WAYS[way]}"
+            what = f"a message, and 1 MiB received: {name}, {rates.num_ranks} ranks, {_WAYS[way]}"
             rows.append([what, f"{1e3 * each:.2f} ms, {1e3 * 2**20 * per_byte:.2f} ms"])
     named = {"to the GPU": rates.to_device, "from the GPU": rates.to_host, "disk, written": rates.disk_write, "disk, read": rates.disk_read}
     return rows + [[name, _bytes(rate)] for name, rate in named.items() if rate is not None]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import util
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed, multiprocessing, nn
@@ -47,7 +47,6 @@ class Bench:
     """All figures of one machine."""
 
     rates: Rates
-    num_ranks: int
     messages: tuple[Message, ...]
 
 
@@ -76,7 +75,7 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
     link = max((message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None)
     rates = Rates(name, time.strftime("%Y-%m-%d"), matrix, bandwidth, link, reference, each, to_device, to_host, written, read)
     rates = replace(rates, num_ranks=num_ranks)
-    return Bench(rates, num_ranks, messages)
+    return Bench(rates, messages)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, budget: float = _SECONDS) -> float:
@@ -130,16 +129,20 @@ def reference_seconds(way: str, device: torch.device) -> float:
     model = AutoModelForCausalLM.from_config(config).to(device).train()
     for layer in model.model.layers:
         checkpoint_activations(layer, way)
-    positions = torch.arange(REFERENCE_LENGTH, device=device)
-    ends = torch.tensor([0, REFERENCE_LENGTH], dtype=torch.int32, device=device)
-    batch = {"input_ids": positions[None], "position_ids": positions[None], "targets": positions, "cu_seq_lens": ends}
+    batch = reference_batch(REFERENCE_LENGTH, device)
 
     def step() -> None:
-        output = heads.causal_lm(model, {**batch, "max_length": REFERENCE_LENGTH})
-        output.loss_sum.backward()
+        heads.causal_lm(model, batch).loss_sum.backward()
         model.zero_grad(set_to_none=True)
 
     return seconds_of(step, device)
+
+
+def reference_batch(length: int, device: torch.device) -> dict[str, Any]:
+    """One sample."""
+    positions = torch.arange(length, device=device)
+    ends = torch.tensor([0, length], dtype=torch.int32, device=device)
+    return {"input_ids": positions[None], "position_ids": positions[None], "targets": positions, "cu_seq_lens": ends, "max_length": length}
 
 
 def transfer_rates(device: torch.device) -> tuple[float, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import socket
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from transformers.utils import logging
 from launcher.planning.plan import Plan
 from launcher.training import engines, heads
 from launcher.training import model as models
-from launcher.training.bench import Report, leave
+from launcher.training.bench import Report, leave, reference_batch
 
 Steps = dict[str, tuple[tuple[Plan, dict[str, Any]], ...]]
 """By name, plans with DeepSpeed's configuration, empty for FSDP."""
@@ -45,11 +44,8 @@ def extra_seconds(engine: str, steps: Steps, num_ranks: int, report: Report) -> 
     """
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         result = Path(folder) / "result.pt"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         try:
-            multiprocessing.start_processes(_rank, (num_ranks, port, steps, str(result)), num_ranks, start_method="spawn")
+            multiprocessing.start_processes(_rank, (num_ranks, folder, steps, str(result)), num_ranks, start_method="spawn")
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             raised = [line for line in str(error).splitlines() if _RAISED.match(line)]
             report(f"{engine} does not run here, and is left out: {' '.join(raised[-1:]) or models.first_line(error)}")
@@ -58,13 +54,12 @@ def extra_seconds(engine: str, steps: Steps, num_ranks: int, report: Report) -> 
     return found
 
 
-def _rank(rank: int, num_ranks: int, port: int, steps: Steps, result: str) -> None:
+def _rank(rank: int, num_ranks: int, folder: str, steps: Steps, result: str) -> None:
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), DS_ACCELERATOR="cpu")
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
     found = {name: tuple(_extra(plan, ds_config) for plan, ds_config in both) for name, both in steps.items()}
     if rank == 0:
         torch.save(found, result)
@@ -72,7 +67,7 @@ def _rank(rank: int, num_ranks: int, port: int, steps: Steps, result: str) -> No
 
 
 def _extra(plan: Plan, ds_config: dict[str, Any]) -> float:
-    config, batch = models.read_config(plan), _batch(plan.data.max_length)
+    config, batch = models.read_config(plan), reference_batch(plan.data.max_length, torch.device("cpu"))
     without = _bare_seconds(config, batch)
     taken = _engine_seconds(plan, config, ds_config, batch)
     gc.collect()
@@ -99,12 +94,6 @@ def _engine_seconds(plan: Plan, config: Any, ds_config: dict[str, Any], batch: d
         engine.apply(1e-4, 1.0)
 
     return _middle(step)
-
-
-def _batch(length: int) -> dict[str, Any]:
-    positions = torch.arange(length)
-    ends = torch.tensor([0, length], dtype=torch.int32)
-    return {"input_ids": positions[None], "position_ids": positions[None], "targets": positions, "cu_seq_lens": ends, "max_length": length}
 
 
 def _middle(work: Callable[[], None]) -> float:
