@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,14 +46,11 @@ def _engines(rates: Rates) -> dict[str, dict[str, tuple[float, float]]]:
     from launcher.scheduling.allocator import LEAN, ROOMY
 
     here = ("fsdp", "deepspeed") if find_spec("deepspeed") else ("fsdp",)
-    given, found = set(os.environ), {}
-    for way, variables in (("lean", LEAN), ("roomy", ROOMY)):
-        os.environ.update({name: value for name, value in variables.items() if name not in given})
-        found[way] = {name: costs for engine in here for name, costs in _costs(engine, way, rates).items()}
-    return found
+    ways = {"lean": LEAN, "roomy": ROOMY}
+    return {way: {name: costs for engine in here for name, costs in _costs(engine, way, ways[way], rates).items()} for way in ways}
 
 
-def _costs(engine: str, way: str, rates: Rates) -> dict[str, tuple[float, float]]:
+def _costs(engine: str, way: str, allocator: dict[str, str], rates: Rates) -> dict[str, tuple[float, float]]:
     from launcher.planning import reference
     from launcher.planning.hardware import Hardware
     from launcher.planning.measured import rates_for
@@ -65,8 +61,9 @@ def _costs(engine: str, way: str, rates: Rates) -> dict[str, tuple[float, float]
     typer.echo(f"measuring steps of {engine}, {_WAYS[way]} ...", err=True)
     plans = reference.plans(rates.num_ranks, engine)
     steps = {name: tuple((plan, config(plan) if plan.zero else {}) for plan in both) for name, both in plans.items()}
+    taken = extra_seconds(engine, steps, rates.num_ranks, allocator, lambda line: typer.echo(line, err=True))
     found = {}
-    for name, (small, large) in extra_seconds(engine, steps, rates.num_ranks, lambda line: typer.echo(line, err=True)).items():
+    for name, (small, large) in taken.items():
         known = rates_for(plans[name][0], Hardware(rates.num_ranks, 1 << 40), Machine((rates,)))
         assert known is not None  # of a CPU whose products were measured
         found[name] = reference.costs(plans[name], (small, large), known)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import re
-import statistics
-import tempfile
 import time
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from launcher.planning.plan import Plan
 from launcher.training import engines, heads
 from launcher.training import model as models
-from launcher.training.bench import Report, leave, reference_batch
+from launcher.training.bench import Report, reference_batch
+from launcher.training.fresh import in_fresh_ranks
 
 Steps = dict[str, tuple[tuple[Plan, dict[str, Any]], ...]]
 """By name, plans with DeepSpeed's configuration, empty for FSDP."""
-_ROUNDS = 9
+_ROUNDS, _FIRST = 12, 3
+"""Steps that are counted, and those before them, in which the rank's memory grows."""
 _RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
 """The line of a traceback that says what was raised."""
 
@@ -37,41 +32,27 @@ class _Reference:
     forward = staticmethod(heads.causal_lm)
 
 
-def extra_seconds(engine: str, steps: Steps, num_ranks: int, report: Report) -> dict[str, tuple[float, ...]]:
+def extra_seconds(engine: str, steps: Steps, num_ranks: int, allocator: Mapping[str, str], report: Report) -> dict[str, tuple[float, ...]]:
     """Of a step of each plan, of `num_ranks` ranks of this CPU, beyond the same passes without any engine, as rank 0 sees it.
 
-    Nothing of an engine that does not run here; why is reported.
+    `allocator` is how the ranks' C library keeps memory. Nothing of an engine that does not run here; why is reported.
     """
-    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
-        result = Path(folder) / "result.pt"
+    found = {}
+    for name, both in steps.items():
         try:
-            multiprocessing.start_processes(_rank, (num_ranks, folder, steps, str(result)), num_ranks, start_method="spawn")
+            found[name] = tuple(in_fresh_ranks(extra, one, num_ranks, allocator) for one in both)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             raised = [line for line in str(error).splitlines() if _RAISED.match(line)]
             report(f"{engine} does not run here, and is left out: {' '.join(raised[-1:]) or models.first_line(error)}")
             return {}
-        found: dict[str, tuple[float, ...]] = torch.load(result, weights_only=True)
     return found
 
 
-def _rank(rank: int, num_ranks: int, folder: str, steps: Steps, result: str) -> None:
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), DS_ACCELERATOR="cpu")
-    torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
-    found = {name: tuple(_extra(plan, ds_config) for plan, ds_config in both) for name, both in steps.items()}
-    if rank == 0:
-        torch.save(found, result)
-    leave()
-
-
-def _extra(plan: Plan, ds_config: dict[str, Any]) -> float:
+def extra(plan: Plan, ds_config: dict[str, Any]) -> float:
+    """What a rank of a plan takes for a step beyond its passes."""
     config, batch = models.read_config(plan), reference_batch(plan.data.max_length, torch.device("cpu"))
     without = _bare_seconds(config, batch)
-    taken = _engine_seconds(plan, config, ds_config, batch)
-    gc.collect()
-    return taken - without
+    return _engine_seconds(plan, config, ds_config, batch) - without
 
 
 def _bare_seconds(config: Any, batch: dict[str, Any]) -> float:
@@ -81,7 +62,7 @@ def _bare_seconds(config: Any, batch: dict[str, Any]) -> float:
         heads.causal_lm(model, batch).loss_sum.backward()
         model.zero_grad(set_to_none=True)
 
-    return _middle(passes)
+    return _least(passes)
 
 
 def _engine_seconds(plan: Plan, config: Any, ds_config: dict[str, Any], batch: dict[str, Any]) -> float:
@@ -93,15 +74,15 @@ def _engine_seconds(plan: Plan, config: Any, ds_config: dict[str, Any], batch: d
         engine.squared_gradient_norm()
         engine.apply(1e-4, 1.0)
 
-    return _middle(step)
+    return _least(step)
 
 
-def _middle(work: Callable[[], None]) -> float:
-    work()
+def _least(work: Callable[[], None]) -> float:
+    """Seconds of the fastest round: what else a machine does only ever adds to it."""
     taken = []
-    for _ in range(_ROUNDS):
+    for _ in range(_FIRST + _ROUNDS):
         distributed.barrier()
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return min(taken[_FIRST:])

@@ -3,22 +3,21 @@
     launcher bench && python -m tests.benchmarks.bench_auto --seed 3 --count 30
 
 For each job the planner decides with that much memory a rank. Then every recomputation, micro-batch and cut that the formulas let fit is
-run for a few steps on real gloo ranks. The fastest of many noisy figures is mostly a lucky one: so the three fastest and the chosen one
-are run again, in turns, and only that counts. The peak of live tensor bytes of the chosen one is measured in a run of its own. Writes
-docs/benchmarks/auto.md. The speed model counts with what `launcher bench` has measured of this machine.
+run for a few steps on real gloo ranks, and the fastest of them again beside the chosen one. The peak of live tensor bytes of the chosen one
+is measured in a run of its own. Writes docs/benchmarks/auto.md. The speed model counts with what `launcher bench` has measured of this
+machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,23 +31,27 @@ from launcher.planning.batch import divisors
 from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import USABLE, forecast
 from launcher.planning.hardware import Hardware
+from launcher.planning.measured import rates_for
+from launcher.planning.memory import keeps_freed
 from launcher.planning.plan import Plan
 from launcher.runs.machine import Machine
-from launcher.scheduling.allocator import LEAN
+from launcher.scheduling.allocator import LEAN, ROOMY
 from tests.benchmarks.memory_pool import World
 
-RANKS, NUM_STEPS = 2, 2
+RANKS, NUM_FIRST, NUM_STEPS = 2, 1, 3
 ENGINES: dict[str, tuple[EngineName, ...]] = {"fsdp": ("fsdp",), "auto": ("fsdp", "deepspeed")}
-AGAIN, ROUNDS = 3, 3
+AGAIN, ROUNDS = 3, 4
 """The fastest that are run again beside the chosen one, and how often."""
+HOPELESS = 1.6
+"""A plan whose step takes so many times the fastest so far is run no further."""
 PREFACE = """# Plans that the planner picks, against all that fit
 
 `tests/benchmarks/bench_auto.py`: random jobs (decoders, 2 ranks of the CPU, fp32) with a random limit of memory a rank, between what the
 engine and cut that is taken where memory is plenty needs at the least, and what it needs without recomputation. What `auto` chose is run
-beside every other recomputation, micro-batch and cut that fits, two steps of each after the first. Then the three fastest of them and the
-chosen one are run again, in turns, three times: a plan's time is the median of those steps, and "fastest" is the fastest of these. With
-`parallel.engine: auto` the others are FSDP's and those of ZeRO-1, 2 and 3. The ranks give back what they free, as launcher's do where
-memory is little.
+beside every other recomputation, micro-batch and cut that fits, in any order, each in ranks of its own that are started as launcher starts
+them: three steps after the first. Then the three fastest of them and the chosen one are run again, in turns, four times. A plan's time is
+the fastest of its steps, as neighbours on the machine only ever add to it (the same plan's steps differ by up to a half here), and
+"fastest" is the fastest of those plans. With `parallel.engine: auto` the others are FSDP's and those of ZeRO-1, 2 and 3.
 """
 
 
@@ -117,38 +120,44 @@ def needs(job: Job) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def run_plans(plans: list[Plan], rounds: int) -> list[float]:
-    """Seconds of a step of each plan on this rank, the median, in rounds of which every other one goes backwards."""
-    seconds: list[list[float]] = [[] for _ in plans]
-    order = list(range(len(plans)))
-    for turn in range(rounds):
-        for number in order[:: -1 if turn % 2 else 1]:
-            seconds[number] += _timed(plans[number])
-    return [statistics.median(one) for one in seconds]
+def seconds_of(plan: Plan, limit: int, hopeless: float = inf) -> float:
+    """Of the fastest of a few steps of a plan, on ranks of their own that are started as a run's are; of the first where it is hopeless."""
+    from launcher.render.deepspeed import config as deepspeed_config
+    from launcher.training.fresh import in_fresh_ranks
+
+    said = forecast(plan, limit)
+    assert said is not None
+    allocator = ROOMY if keeps_freed(max(phase.peak for phase in said.footprint.phases), limit) else LEAN
+    ds_config = deepspeed_config(plan) if plan.engine == "deepspeed" else {}
+    return min(in_fresh_ranks(steps, (plan, ds_config, hopeless), RANKS, allocator))
 
 
-def _timed(plan: Plan) -> list[float]:
+def steps(plan: Plan, ds_config: dict[str, Any], hopeless: float) -> list[float]:
+    """Seconds of the steps that count, on the rank that took longer."""
+    import torch
+    from torch import distributed
     from transformers import AutoConfig
 
-    from launcher.render.deepspeed import config as deepspeed_config
     from launcher.training import attention, engines
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import Causal
 
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
-    engine = engines.build(plan, Causal(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]
+    engine = engines.build(plan, Causal(), config, ds_config)  # type: ignore[arg-type]
     batch = Causal.batch(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size), config)
-    found = []
-    for _ in range(NUM_STEPS + 1):
+    found: list[float] = []
+    for _ in range(NUM_FIRST + NUM_STEPS):
         begun = time.perf_counter()
         for index in range(plan.batch.accumulation_steps):
             engine.micro_step(batch, 1e-3, index == plan.batch.accumulation_steps - 1)
         engine.squared_gradient_norm()
         engine.apply(1e-4, 0.5)
-        found.append(time.perf_counter() - begun)
-    del engine
-    gc.collect()
-    return found[1:]
+        taken = torch.tensor(time.perf_counter() - begun)
+        distributed.all_reduce(taken, distributed.ReduceOp.MAX)
+        found.append(float(taken))
+        if len(found) > NUM_FIRST and found[-1] > hopeless:
+            break
+    return found[NUM_FIRST:]
 
 
 def peak(plan: Plan) -> int:
@@ -165,34 +174,40 @@ def drawn(number: int, r: random.Random, scratch: Path, engine: EngineName | Lit
     return job, int(r.uniform(lean * 1.02, max(lean * 1.05, rich * 1.1)) / USABLE["cpu"])
 
 
-def one(patient: World, number: int, job: Job, limit: int) -> dict[str, Any]:
-    """A job's plan, and all the others, on ranks of their own: each plan leaves gloo groups behind, whose threads slow the next ones."""
-    world = World(RANKS, times=True)
-    try:
-        return compared(world, patient, number, job, limit)
-    finally:
-        world.close()
-
-
-def compared(world: World, patient: World, number: int, job: Job, limit: int) -> dict[str, Any]:
-    """The chosen plan beside those that fit too: times in one world, memory in the other."""
+def compared(patient: World, number: int, job: Job, limit: int, order: random.Random) -> dict[str, Any]:
+    """The chosen plan beside those that fit too, each in ranks of its own, in any order; memory in ranks that wait for gloo's threads."""
     chosen = decide(job, RANKS, Hardware(2, limit * RANKS))
     plans = all_plans(job, chosen, limit)
     keys = [key_of(plan) for plan in plans]
     own = keys.index(key_of(chosen))
-    times = [max(both) for both in zip(*world.call(run_plans, plans, 1), strict=True)]
+    times = [inf] * len(plans)
+    for index in order.sample(range(len(plans)), len(plans)):
+        times[index] = seconds_of(plans[index], limit, HOPELESS * min(times))
     measured = max(patient.call(peak, chosen))
     slowest = max(times)
-    again = sorted({own, *sorted(range(len(plans)), key=times.__getitem__)[:AGAIN]})
-    for index, both in zip(again, zip(*world.call(run_plans, [plans[i] for i in again], ROUNDS), strict=True), strict=True):
-        times[index] = max(both)
-    best = min(again, key=times.__getitem__)
+    finalists = sorted({own, *sorted(range(len(plans)), key=times.__getitem__)[:AGAIN]})
+    again: dict[int, list[float]] = {index: [] for index in finalists}
+    for _ in range(ROUNDS):
+        for index in order.sample(finalists, len(finalists)):
+            again[index].append(seconds_of(plans[index], limit))
+    finals = {index: min(times[index], *found) for index, found in again.items()}
+    best = min(finals, key=finals.__getitem__)
+    names = [" ".join(map(str, key)) for key in keys]
     return {
         "number": number, "engine": job.parallel.engine, "limit": limit, "measured": measured,
         "fits": measured <= limit, "chosen": keys[own], "fastest": keys[best], "plans": len(plans),
-        "seconds": times[own], "best": times[best], "ratio": times[own] / times[best], "slowest": slowest / times[best],
-        "all": {" ".join(map(str, key)): round(seconds, 4) for key, seconds in zip(keys, times, strict=True)},
+        "seconds": finals[own], "best": finals[best], "ratio": finals[own] / finals[best], "slowest": slowest / finals[best],
+        "once": {name: round(seconds, 4) for name, seconds in zip(names, times, strict=True)},
+        "again": {names[index]: [round(one, 4) for one in found] for index, found in again.items()},
+        "planned": {name: round(planned(plan, limit), 4) for name, plan in zip(names, plans, strict=True)},
     }  # fmt: skip
+
+
+def planned(plan: Plan, limit: int) -> float:
+    """Seconds of a step by the speed model."""
+    said = forecast(plan, limit, rates_for(plan, Hardware(2, limit * RANKS)))
+    assert said is not None and said.speed is not None
+    return said.speed.step
 
 
 def main() -> None:
@@ -207,7 +222,6 @@ def main() -> None:
     options = parser.parse_args()
     if Machine.read().of("cpu") is None:
         sys.exit("run `launcher bench` first: nothing is known of this machine's speed")
-    os.environ.update(LEAN)  # as launcher starts ranks in little memory
     found, generator, rows = conditions("torch", "transformers"), random.Random(options.seed), []
     kept = options.keep.read_text().splitlines() if options.keep and options.keep.exists() else []
     before = {row["number"]: row for row in map(json.loads, kept)}
@@ -218,7 +232,7 @@ def main() -> None:
             if time.monotonic() - begun > 60 * options.minutes:
                 break
             job, limit = drawn(number, generator, Path(scratch), options.engine)
-            rows.append(before[number] if number in before else one(patient, number, job, limit))
+            rows.append(before[number] if number in before else compared(patient, number, job, limit, random.Random(number)))
             print(json.dumps(rows[-1]), flush=True)
             if options.keep and number not in before:
                 with open(options.keep, "a") as file:

@@ -22,6 +22,7 @@ from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, path
+from launcher.scheduling.allocator import LEAN
 from launcher.training import foreseen
 from launcher.training.bench import MESSAGE_BYTES, copy_rate, file_rates
 from launcher.training.bench_engines import extra_seconds
@@ -30,10 +31,11 @@ from tests.training.plans import plan_of
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
 
 
+@pytest.mark.timeout(900)  # it takes 100 s by itself, and several times that beside other tests
 def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     command = [sys.executable, "-m", "launcher.cli.main", "bench", "--nproc", "2", "--disk", str(tmp_path), "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["matrix"]) == {"fp32", "bf16", "fp16"} and all(rate > 1e6 for rate in found["matrix"].values())
@@ -55,7 +57,7 @@ def test_an_engine_that_does_not_run_here_is_named() -> None:
     plans = reference.plans(1, "deepspeed")["deepspeed full"]
     broken = deepspeed_config(plans[0]) | {"zero_optimization": {"stage": 9}}
     told: list[str] = []
-    assert extra_seconds("deepspeed", {"deepspeed full": ((plans[0], broken),)}, 1, told.append) == {}
+    assert extra_seconds("deepspeed", {"deepspeed full": ((plans[0], broken),)}, 1, LEAN, told.append) == {}
     (line,) = told
     assert re.match(r"deepspeed does not run here, and is left out: .*Error: .*ZeroConfig", line), line
 

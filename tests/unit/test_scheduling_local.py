@@ -66,7 +66,7 @@ def test_ranks_get_the_threads_of_the_plan(run: RunDirectory) -> None:
 
 def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    assert environment(run, plan(), 1)["MALLOC_MMAP_THRESHOLD_"] == "1048576"
+    assert environment(run, plan(), 1)["MALLOC_MMAP_THRESHOLD_"] == "2097152"
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
     assert environment(run, plan(), 1)["MALLOC_MMAP_THRESHOLD_"] == "4096"
 

@@ -1,0 +1,75 @@
+"""Ranks of this CPU that begin anew for each measurement, as those of a job do.
+
+What ran before in a process slows what comes after: an engine leaves its process groups behind, with gloo's threads, and memory in pieces.
+A process that has imported everything once is copied for each rank instead, which takes a moment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from multiprocessing import util
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import distributed
+from torch import multiprocessing as ranks_of
+from transformers.utils import logging
+
+_OPTIONS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
+"""What glibc's mallopt calls that which it reads from the environment when a process starts (mallopt(3), malloc.h)."""
+
+
+def in_fresh_ranks(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int, allocator: Mapping[str, str]) -> Any:
+    """What `work` returns on rank 0, of plain values and tensors, where it runs on as many ranks of one gloo group.
+
+    `work` is a function of a module; `allocator` has the variables of glibc's that ranks would be started with. Raises
+    ProcessRaisedException with the traceback of a rank that fails, and ProcessExitedException.
+    """
+    multiprocessing.set_forkserver_preload([__name__, "launcher.training.fresh_imports", work.__module__])
+    # DeepSpeed asks for it while it is imported, once for all ranks.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
+        started = (num_ranks, folder, dict(allocator), work, arguments)
+        ranks_of.start_processes(_rank, started, num_ranks, start_method="forkserver")
+        return torch.load(Path(folder) / "result.pt", weights_only=True)
+
+
+def _rank(
+    rank: int, num_ranks: int, folder: str, allocator: Mapping[str, str], work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    _allocate_by(allocator)
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
+    found = work(*arguments)
+    if rank == 0:
+        torch.save(found, Path(folder) / "result.pt")
+    leave()
+
+
+def _allocate_by(allocator: Mapping[str, str]) -> None:
+    """What the user has set stays; other C libraries have no such function; PyTorch's own is read at the first tensor."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for name, value in allocator.items():
+        if name in os.environ:
+            continue
+        if name not in _OPTIONS:
+            os.environ[name] = value
+        elif mallopt is not None:
+            mallopt(_OPTIONS[name], int(value))
+
+
+def leave() -> NoReturn:
+    """End this rank, with all others: gloo's threads, of which some still run, would now and then abort an orderly end."""
+    distributed.barrier()
+    util._exit_function()  # type: ignore[attr-defined]
+    os._exit(0)

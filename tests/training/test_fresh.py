@@ -1,0 +1,80 @@
+"""Ranks that begin anew: what they return, how they fail, and that their C library does as it is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from launcher.scheduling.allocator import LEAN, ROOMY
+from launcher.training import fresh
+from launcher.training.fresh import in_fresh_ranks
+
+
+def sum_of_ranks(factor: int) -> list[int]:
+    total = torch.tensor(factor * (distributed.get_rank() + 1))
+    distributed.all_reduce(total)
+    return [int(total), distributed.get_rank(), os.getpid()]
+
+
+def break_on(rank: int) -> None:
+    if distributed.get_rank() == rank:
+        raise RuntimeError("no such luck")
+    distributed.barrier()
+
+
+def faults_of_a_tensor(num_bytes: int) -> int:
+    """Page faults of a tensor that is made after another of its size was freed."""
+    torch.ones(num_bytes // 4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(num_bytes // 4)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+def test_rank_0_answers_and_no_process_serves_twice() -> None:
+    first, second = (in_fresh_ranks(sum_of_ranks, (factor,), 2, {}) for factor in (1, 10))
+    assert (first[:2], second[:2]) == ([3, 0], [30, 0])
+    assert first[2] != second[2]
+
+
+def test_a_rank_that_fails_is_heard_of() -> None:
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="no such luck"):
+        in_fresh_ranks(break_on, (1,), 2, {})
+
+
+def test_ranks_keep_memory_or_give_it_back_as_told() -> None:
+    num_bytes = 3 << 20  # LEAN gives it back, ROOMY keeps it
+    without_huge_pages = {name: value for name, value in LEAN.items() if name.startswith("MALLOC")}
+    given_back, kept = (in_fresh_ranks(faults_of_a_tensor, (num_bytes,), 1, way) for way in (without_huge_pages, ROOMY))
+    assert given_back >= num_bytes // 4096 > 10 * kept
+
+
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    class Library:
+        mallopt = staticmethod(lambda option, value: told.append((option, value)))
+
+    monkeypatch.setattr(fresh.ctypes, "CDLL", lambda name: Library)
+    for name in ROOMY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
+    fresh._allocate_by(ROOMY)
+    assert told == [(-3, 4 << 20), (-1, 2 << 30)]
+    assert os.environ.pop("THP_MEM_ALLOC_ENABLE") == "1"
+    monkeypatch.setattr(fresh.ctypes, "CDLL", lambda name: object())  # another C library
+    fresh._allocate_by(LEAN)
+    assert os.environ["MALLOC_ARENA_MAX"] == "8"
+
+
+def test_every_variable_of_glibc_has_its_number() -> None:
+    text = open("/usr/include/malloc.h").read() if os.path.exists("/usr/include/malloc.h") else ""
+    if not text:
+        pytest.skip("glibc's headers are not here")
+    known = {f"MALLOC_{name}_": int(number) for name, number in re.findall(r"#define M_(\w+)\s+(-\d+)", text)}
+    known["MALLOC_ARENA_MAX"] = known.pop("MALLOC_ARENA_MAX_")
+    assert {name: known[name] for name in fresh._OPTIONS} == fresh._OPTIONS
