@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_allocator --rounds 2
 
-A model as wide as SmolLM2-135M, of 6 layers with random weights, FSDP on two ranks, fp32, 256 tokens: each way in fresh ranks, all ways in turns, every
-other round backwards. Writes docs/benchmarks/allocator.md.
+A model as wide as SmolLM2-135M, of 6 layers with random weights, FSDP on two ranks, fp32, 256 tokens: each way in fresh ranks, all ways
+in turns, every other round backwards. Writes docs/benchmarks/allocator.md.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ WAYS = {
 }
 PREFACE = """# Memory of ranks on a CPU: what giving it back costs
 
-`tests/benchmarks/bench_allocator.py`: a model as wide as SmolLM2-135M, of 6 layers with random weights, FSDP on 2 ranks of the CPU, fp32, 256 tokens a
-pass, 2 passes a step. "Given back": glibc returns blocks from 2 MiB on when they are freed; "kept": those below 4 MiB stay with the rank,
-and what is given back goes later (`launcher/scheduling/allocator.py`). "Huge pages": PyTorch asks the system for pages of 2 MiB under tensors of 2 MiB and more, which does
-something where `/sys/kernel/mm/transparent_hugepage/enabled` says `madvise`. Each way runs in fresh ranks, all ways in turns. A page fault
-is one page that the system had to find and zero.
+`tests/benchmarks/bench_allocator.py`: a model as wide as SmolLM2-135M, of 6 layers with random weights, FSDP on 2 ranks of the CPU,
+fp32, 256 tokens a pass, 2 passes a step. "Given back": glibc returns blocks from 2 MiB on when they are freed; "kept": those below 4 MiB
+stay with the rank, and what is given back goes later (`launcher/scheduling/allocator.py`). "Huge pages": PyTorch asks the system for
+pages of 2 MiB under tensors of 2 MiB and more, which does something where `/sys/kernel/mm/transparent_hugepage/enabled` says `madvise`.
+Each way runs in fresh ranks, all ways in turns. A page fault is one page that the system had to find and zero.
 """
 
 
@@ -104,9 +104,8 @@ def _table(raw: dict[str, list[Any]]) -> str:
         seconds = statistics.median(step[0] for one in rounds for step in one[:-1])
         first = statistics.median(step[0] for one in raw[f"{recomputing}, {next(iter(WAYS))}"] for step in one[:-1])
         faults = statistics.median(step[1] for one in rounds for step in one[:-1])
-        rows.append([
-            recomputing, way, f"{seconds:.2f} s", f"{seconds / first:.2f}", f"{faults:,.0f}", f"{max(one[-1][0] for one in rounds) / 2**30:.2f} GiB",
-        ])  # fmt: skip
+        highest = max(one[-1][0] for one in rounds) / 2**30
+        rows.append([recomputing, way, f"{seconds:.2f} s", f"{seconds / first:.2f}", f"{faults:,.0f}", f"{highest:.2f} GiB"])
     return table(["recomputation", "freed memory is", "a step, median", "x the first", "page faults", "rank 0's peak, resident"], rows)
 
 

@@ -68,7 +68,10 @@ def by_hand(cluster: Cluster, material: Material, name: str) -> dict[str, float]
         f"--rdzv-endpoint={cluster.address('n1')}:29511",
         *("--rdzv-id=hand", "-m", "launcher.training.entry", str(run.path), "--attempt", "1"),
     ]
-    lines = [f"export PYTHONPATH={shlex.quote(str(ROOT))} OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=2097152 THP_MEM_ALLOC_ENABLE=1", f"srun {shlex.join(torchrun)}"]
+    lines = [
+        f"export PYTHONPATH={shlex.quote(str(ROOT))} OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=2097152 THP_MEM_ALLOC_ENABLE=1",
+        f"srun {shlex.join(torchrun)}",
+    ]
     job = cluster.submit("\n".join(lines), "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
     accepted = time.time()
     first = first_step_time(run)

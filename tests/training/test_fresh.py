@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,9 +73,10 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_variable_of_glibc_has_its_number() -> None:
-    text = open("/usr/include/malloc.h").read() if os.path.exists("/usr/include/malloc.h") else ""
-    if not text:
+    header = Path("/usr/include/malloc.h")
+    if not header.exists():
         pytest.skip("glibc's headers are not here")
+    text = header.read_text()
     known = {f"MALLOC_{name}_": int(number) for name, number in re.findall(r"#define M_(\w+)\s+(-\d+)", text)}
     known["MALLOC_ARENA_MAX"] = known.pop("MALLOC_ARENA_MAX_")
     assert {name: known[name] for name in fresh._OPTIONS} == fresh._OPTIONS
