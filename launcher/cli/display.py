@@ -13,11 +13,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launcher.cli.progress import Progress, duration, metrics_line, notice, peak_flops
+from launcher.cli.progress import Progress, metrics_line, notice, peak_flops
 from launcher.planning.plan import Plan
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
 from launcher.runs.tail import Tail
+from launcher.runs.words import duration
 from launcher.scheduling.local import shown
 from launcher.scheduling.supervisor import Watcher
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.planning.memory import gib
+from launcher.runs.words import duration
 
 if TYPE_CHECKING:
     from launcher.planning.forecast import Forecast
@@ -48,20 +49,37 @@ def speed_lines(made: Forecast) -> str:
     s = made.speed
     if s is None:
         return ""
-    messages = f"{s.communication:.2f} s of messages ({s.exposed:.2f} s of them waited for)"
-    parts = f"{s.compute:.2f} s computing, {messages}, {s.optimizer:.3f} s optimizer"
+    messages = f"{_seconds(s.communication)} of messages ({_seconds(s.exposed)} of them waited for)"
+    parts = f"{_seconds(s.compute)} computing, {messages}, {_seconds(s.optimizer)} optimizer"
     lines = [
-        f"  a step       {s.step:.2f} s: {parts}",
+        f"  a step       {_seconds(s.step)}: {parts}",
         f"  rate         {s.tokens_per_second:,.0f} tokens/s, {s.utilisation:.0%} of the GPUs' peak (MFU)",
     ]
     if d := made.duration:
-        hours = d.total / 3600
-        saves = f"{d.num_saves} checkpoint{'s' * (d.num_saves > 1)} of {gib(made.checkpoint_bytes)}"
+        saves = f"{d.saving:.1f} s for {_several(d.num_saves, 'checkpoint')} of {gib(made.checkpoint_bytes)}"
+        evaluations = f", {d.evaluating:.1f} s for {_several(d.num_evaluations, 'evaluation')}" if d.num_evaluations else ""
+        waiting = f"{d.data * d.num_steps:.1f} s for data, {saves}{evaluations}"
         lines += [
-            f"  waiting      {d.data * d.num_steps:.1f} s for data, {d.saving:.1f} s for {saves}: {1 - d.num_steps * d.step / d.total:.1%}",
-            f"  to the end   {hours:.2f} h, {hours * made.plan.mesh.world_size:,.1f} GPU-hours",
+            f"  waiting      {waiting}: {1 - d.num_steps * d.step / d.total:.1%}",
+            f"  to the end   {duration(d.total)}, {d.total / 3600 * made.plan.mesh.world_size:,.1f} GPU-hours, for {d.num_steps:,} steps",
         ]
-    return "\n".join(["", "Speed, were every sample as long as it may be:", *lines])
+    if made.items:
+        lines.insert(0, f"  an epoch     {made.items.words()}")
+    return "\n".join(["", _of_which_samples(made), *lines])
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _several(number: int, name: str) -> str:
+    return f"{number:,} {name}{'s' * (number > 1)}"
+
+
+def _of_which_samples(made: Forecast) -> str:
+    if made.padded is None or made.items is None:
+        return "Speed, were every sample as long as it may be:"
+    return f"Speed, of samples of {made.items.mean:.0f} tokens, padded to {made.padded:.0f}:"
 
 
 def advice(made: Forecast) -> str:

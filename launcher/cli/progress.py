@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.cli.output import size
+from launcher.runs.words import duration
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -128,17 +129,6 @@ class Progress:
         if self.saved_step is not None:
             found.append(f"saved at step {self.saved_step}")
         return found
-
-
-def duration(seconds: float) -> str:
-    """`4 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def metrics_line(metrics: dict[str, float]) -> str:

@@ -85,7 +85,7 @@ def logs(
 
 def describe(seen: dict[str, Any]) -> str:
     """A status for people, one fact a line."""
-    from launcher.cli.progress import duration
+    from launcher.runs.words import duration
 
     slurm = seen.get("slurm", {})
     failure, age = seen["failure"], seen["checkpoint_age_seconds"]

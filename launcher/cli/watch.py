@@ -171,6 +171,6 @@ def events(records: list[dict[str, Any]]) -> Text:
 
 
 def _ago(seconds: float) -> str:
-    from launcher.cli.progress import duration
+    from launcher.runs.words import duration
 
     return duration(seconds)

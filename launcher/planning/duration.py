@@ -1,9 +1,11 @@
-"""How long a job takes to its end: its steps, what they wait for data, and what training waits for its checkpoints."""
+"""How long a job takes to its end: its steps, what they wait for data, its evaluations, and what training waits for its checkpoints."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.job.schema import Interval
+from launcher.planning.epochs import Items
 from launcher.planning.gpus import GpuType
 from launcher.planning.plan import Plan
 from launcher.planning.speed import LINK_SHARE, MEMORY_SHARE, Speed
@@ -30,42 +32,80 @@ class Duration:
     """That training waits for one checkpoint on the way."""
     last_save: float
     """The one at the end, which is waited for."""
+    num_evaluations: int = 0
+    """With those before the first step and after the last; 0 as well where it is not known how many rows are held out."""
+    evaluation: float = 0.0
+    """Of one of them."""
 
     @property
     def saving(self) -> float:
         return self.save * (self.num_saves - 1) + self.last_save
 
     @property
+    def evaluating(self) -> float:
+        return self.evaluation * self.num_evaluations
+
+    @property
     def total(self) -> float:
-        return self.num_steps * (self.step + self.data) + self.saving
+        return self.num_steps * (self.step + self.data) + self.evaluating + self.saving
 
 
-def duration(plan: Plan, rate: Speed, checkpoint_bytes: int, gpu: GpuType, disk_rate: float | None = None) -> Duration | None:
-    """From the first step to the last save; None for epochs, as the number of steps in one is not known yet.
+def duration(
+    plan: Plan,
+    rate: Speed,
+    checkpoint_bytes: int,
+    gpu: GpuType,
+    disk_rate: float | None = None,
+    items: Items | None = None,
+    held_out: Items | None = None,
+) -> Duration | None:
+    """From the first evaluation to the last save; None for epochs where `items`, what one of them takes, is not known.
 
-    disk_rate: bytes a second of one node's disk, where it was measured. Each node reads and writes its own part. Evaluations are not in it.
+    disk_rate: bytes a second of one node's disk, where it was measured. Each node reads and writes its own part. held_out: what an
+    evaluation goes through.
     """
-    if plan.length.unit != "steps":
+    num_steps = _num_steps(plan, items)
+    if num_steps is None:
         return None
     nodes, disk = plan.mesh.nodes, disk_rate or DISK_RATE
     of_node = rate.tokens / nodes
     data = of_node * TOKEN_BYTES / disk + of_node / plan.mesh.ranks_per_node * TOKEN_SECONDS
     written = checkpoint_bytes / nodes / disk
-    num_steps, step = int(plan.length.value), rate.step + data
-    every = _steps_between_saves(plan, step)
+    step = rate.step + data
+    every = _steps_between(plan.checkpoint.every, plan, step, items) or num_steps
     waits = written
     if plan.checkpoint.asynchronous:
         # What goes on is stopped for the copy, and where a save is still being written when the next one comes.
         waits = _copy_seconds(plan, checkpoint_bytes, gpu) + max(0.0, written - every * step)
-    return Duration(num_steps, rate.step, data, max(1, -(-num_steps // every)), waits, written)
+    evaluations = _num_evaluations(plan, num_steps, step, items) if held_out is not None else 0
+    evaluation = _evaluation_seconds(plan, rate, held_out) if held_out is not None else 0.0
+    return Duration(num_steps, rate.step, data, max(1, -(-num_steps // every)), waits, written, evaluations, evaluation)
 
 
-def _steps_between_saves(plan: Plan, step: float) -> int:
-    """Of a plan whose length is in steps; epochs, whose length is not known, are taken to be longer than the job."""
-    every = plan.checkpoint.every
-    if every.unit == "epochs":
+def _num_steps(plan: Plan, items: Items | None) -> int | None:
+    """As the trainer has it: whole steps, the last of them with what is left."""
+    if plan.length.unit == "steps":
         return int(plan.length.value)
+    return None if items is None else -(-max(1, round(plan.length.value * items.num_items)) // plan.batch.global_batch_size)
+
+
+def _steps_between(every: Interval, plan: Plan, step: float, items: Items | None) -> int | None:
+    """None for epochs whose length is not known: they are taken to be longer than the job."""
+    if every.unit == "epochs":
+        return None if items is None else max(1, round(every.value * items.num_items / plan.batch.global_batch_size))
     return max(1, int(every.value if every.unit == "steps" else every.value / step))
+
+
+def _num_evaluations(plan: Plan, num_steps: int, step: float, items: Items | None) -> int:
+    """Before the first step, after the last, and between them."""
+    between = plan.evaluate_every and _steps_between(plan.evaluate_every, plan, step, items)
+    return 2 + ((num_steps - 1) // between if between else 0)
+
+
+def _evaluation_seconds(plan: Plan, rate: Speed, held_out: Items) -> float:
+    """A forward pass is a third of a step's computing, of a recomputed one a quarter, and a third of its messages."""
+    forward = rate.compute / (4 if plan.activation_checkpointing == "full" else 3) + rate.exposed / 3
+    return forward * rate.correction * held_out.num_items / plan.batch.global_batch_size
 
 
 def _copy_seconds(plan: Plan, checkpoint_bytes: int, gpu: GpuType) -> float:

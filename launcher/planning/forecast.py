@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import NetworkName
 from launcher.planning.duration import Duration, duration
+from launcher.planning.epochs import Items, evaluation_items, training_items
 from launcher.planning.footprint.estimate import Estimator, Footprint, batch_of, estimator
 from launcher.planning.footprint.families import KNOWN, WITH_ADAPTERS, Program, nearest
 from launcher.planning.gpus import GpuType, on_network
@@ -18,6 +19,7 @@ from launcher.planning.memory import gib, keeps_freed
 from launcher.planning.model_config import config_of
 from launcher.planning.plan import Plan
 from launcher.planning.speed import Speed, speed
+from launcher.runs import words
 from launcher.runs.machine import Machine
 
 Trace = Callable[[Plan], Program]
@@ -47,6 +49,10 @@ class Forecast:
     """Of the whole job; None where its number of steps or the speed is not known."""
     slack_kind: str = ""
     """Under what name a run of the plan keeps its own."""
+    items: Items | None = None
+    """What was seen of the training data; None where that is not in files here."""
+    padded: float | None = None
+    """Tokens of a sample with its padding, for which the speed is; None where every sample is taken to be as long as it may be."""
 
     @property
     def traced(self) -> bool:
@@ -86,7 +92,8 @@ class Forecast:
         memory += f" with the {gib(highest.slack)} of slack that runs here had" if self.slack else ""
         learnt = f", x{self.speed.correction:.2f} a step as runs here took" if self.speed and self.speed.correction != 1 else ""
         rate = f", about {self.speed.tokens_per_second:,.0f} tokens/s ({self.speed.utilisation:.0%} MFU{learnt})" if self.speed else ""
-        return f"{memory} at the highest ({highest.name}){rate}"
+        end = f", {words.duration(self.duration.total)} to the end" if self.duration else ""
+        return f"{memory} at the highest ({highest.name}){rate}{end}"
 
     def to_dict(self) -> dict[str, Any]:
         """For machines; sizes in bytes, times in seconds."""
@@ -107,8 +114,11 @@ class Forecast:
         if d := self.duration:
             content["duration"] = {
                 "seconds": d.total, "steps": d.num_steps, "data_seconds": d.data * d.num_steps, "saves": d.num_saves,
-                "saving_seconds": d.saving, "gpu_hours": d.total * self.plan.mesh.world_size / 3600,
+                "saving_seconds": d.saving, "evaluations": d.num_evaluations, "evaluating_seconds": d.evaluating,
+                "gpu_hours": d.total * self.plan.mesh.world_size / 3600,
             }  # fmt: skip
+        if self.items:
+            content["epoch"] = {"items": self.items.num_items, "rows": self.items.num_rows, "mean_tokens": self.items.mean}
         return content
 
 
@@ -134,9 +144,25 @@ def forecast(
         return None
     footprint = made.footprint()
     roomy = keeps_freed(max(phase.peak for phase in footprint.phases), memory_bytes)
-    rate = speed(plan, made.units, made.segments(), gpu, correction, roomy) if gpu is not None else None
-    lasts = duration(plan, rate, made.checkpoint_bytes, gpu, disk_rate) if rate is not None and gpu is not None else None
-    return Forecast(plan, footprint, memory_bytes, made.checkpoint_bytes, rate, trace, host_memory_bytes, slack, lasts, slack_kind)
+    said = Forecast(plan, footprint, memory_bytes, made.checkpoint_bytes, None, trace, host_memory_bytes, slack, None, slack_kind)
+    return said if gpu is None else _timed(said, made, gpu, correction, roomy, disk_rate)
+
+
+def _timed(said: Forecast, made: Estimator, gpu: GpuType, correction: float, roomy: bool, disk_rate: float | None) -> Forecast:
+    """The forecast with its speed and duration: for samples as long as they are, where they are padded and were looked at."""
+    plan, items = said.plan, training_items(said.plan)
+    padded = items.padded(plan.batch) if items is not None and not items.packed and said.trace is None else None
+    if padded is None or items is None:
+        rate = speed(plan, made.units, made.segments(), gpu, correction, roomy)
+    else:
+        shorter = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": max(1, round(padded))})})
+        typical = _estimator(shorter)
+        assert typical is not None  # of the same model
+        rate = speed(shorter, typical.units, typical.segments(), gpu, correction, roomy)
+        real = items.mean / max(1, round(padded))
+        rate = replace(rate, tokens=round(rate.tokens * real), model_flops=rate.model_flops * real)
+    lasts = duration(plan, rate, said.checkpoint_bytes, gpu, disk_rate, items, evaluation_items(plan))
+    return replace(said, speed=rate, duration=lasts, items=items, padded=padded)
 
 
 def least_bytes(plan: Plan, trace: Trace | None = None) -> int:

@@ -9,6 +9,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, node_range, parse_seconds
 from launcher.planning.alternatives import Offloading
 from launcher.planning.decide import plan as decide
+from launcher.planning.epochs import one_pass
 from launcher.planning.forecast import Forecast, Trace, forecast, forecast_here, why_not
 from launcher.planning.gpus import NETWORKS, GpuType, as_hardware, gpu_type, on_network, seen
 from launcher.planning.hardware import Hardware
@@ -45,7 +46,7 @@ class Row:
 
     @property
     def hours(self) -> float | None:
-        """To the end of training; None where the job says epochs, or nothing is known of the speed."""
+        """To the end of training; None where it is not known how many steps an epoch has, or how fast they are."""
         lasts = self.forecast and self.forecast.duration
         return lasts.total / 3600 if lasts else None
 
@@ -180,8 +181,9 @@ def _seconds(job: Job, deadline: str) -> float:
     seconds = parse_seconds(deadline)
     if not isinstance(seconds, float):
         raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
-    if job.training.max_steps is None:
-        raise ConfigurationError(Problem("--deadline", deadline, "needs training.max_steps: how many steps an epoch has is not known yet"))
+    if job.training.max_steps is None and one_pass(job.data.train, job.data, job.model.name, job.model.task) is None:
+        reason = "needs training.max_steps, or training data in files that are here: how many steps an epoch has is not known"
+        raise ConfigurationError(Problem("--deadline", deadline, reason))
     return seconds
 
 
@@ -209,7 +211,9 @@ def _fewest(job: Job, gpu: GpuType, most: int, seconds: float | None, deadline: 
     row = Row(gpu.key, one.plan, one.forecast)
     ends = "" if row.hours is None or deadline is None else f" and end within {deadline} ({row.hours:.2f} h)"
     offloaded = "; without offloading none does" if one.plan.offload != "none" and tried.offloads else ""
-    decision = Decision(key="cluster.nodes", value=one.plan.mesh.nodes, reason=f"{number} GPUs: the fewest that fit{ends}{offloaded}")
+    decision = Decision(
+        key="cluster.nodes", value=one.plan.mesh.nodes, reason=f"{number} GPU{'s' * (number > 1)}: the fewest that fit{ends}{offloaded}"
+    )
     decisions = (decision, *(other for other in one.plan.decisions if other.key != decision.key))
     plan = one.plan.model_copy(update={"decisions": decisions, "refused": (*tried.refused("GPU"), *one.plan.refused)})
     return replace(row, plan=plan), late

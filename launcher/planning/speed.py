@@ -32,7 +32,7 @@ class Speed:
     """What of them nothing runs beside."""
     optimizer: float
     tokens: int
-    """Of a global batch, were every sample as long as it may be."""
+    """Of a global batch: of samples as long as they may be, or as those were that were looked at, without their padding."""
     model_flops: float
     """Operations of a global batch that a model needs, without recomputation."""
     peak_rate: float

@@ -17,6 +17,7 @@ import pytest
 
 from launcher.errors import DataError, OutOfMemoryError, StorageError
 from launcher.job.schema import Data
+from launcher.planning.epochs import one_pass
 from launcher.training import tasks
 from launcher.training.data import encode
 from launcher.training.data.dataset import Dataset
@@ -333,3 +334,16 @@ def test_classes_come_from_the_training_rows_and_stay_with_the_cache(tmp_path: P
     task = tasks.build(plan, tokenizer, labels=["z", "c"])
     given = prepare(held_out, "evaluation", plan, task, tokenizer)
     assert [int(given.item(i)[0]["label"][0]) for i in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize("settings", [{"packing": True, "max_length": 64}, {"max_length": 48, "too_long": "drop"}, {"max_length": 32}])
+def test_the_planner_foresees_what_is_prepared(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"text": " ".join(["word"] * (3 + (7 * number) % 40)) if number % 20 else " "} for number in range(3000)]
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = text_data(tmp_path, rows, **settings)
+    seen = one_pass(data.train, data, str(tmp_path / "model"), "causal-lm")
+    dataset = made(data, tokenizer=tokenizer)
+    assert seen is not None and seen.by_tokenizer and seen.num_rows == 3000
+    assert seen.num_items == pytest.approx(dataset.num_items, rel=0.05)
+    assert seen.mean == pytest.approx(dataset.num_tokens / dataset.num_samples, rel=0.05)

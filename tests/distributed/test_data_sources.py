@@ -8,8 +8,8 @@ import pytest
 
 from launcher.errors import DataError
 from launcher.job.schema import Source
+from launcher.sources.rows import RowProblem, text_of
 from launcher.training.data.dataset import DataReport
-from launcher.training.data.rows import RowProblem, text_of
 from launcher.training.data.sources import BLOCK, open_source, refuse_change
 from tests.distributed.data_world import SHARED, jsonl
 

@@ -9,9 +9,9 @@ import torch
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Data, Source
+from launcher.sources.rows import RowProblem
 from launcher.training import tasks
 from launcher.training.data.dataset import Sample
-from launcher.training.data.rows import RowProblem
 from launcher.training.tasks.task import Task
 from tests.distributed.data_world import MARKED, byte_tokenizer, plan_of
 

@@ -10,9 +10,9 @@ import torch
 
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.schema import Data, Source
+from launcher.sources.rows import Row, RowProblem
 from launcher.training import tasks
 from launcher.training.data.dataset import Sample
-from launcher.training.data.rows import Row, RowProblem
 from launcher.training.tasks.sequence_classification import SequenceClassification
 from tests.distributed.data_world import byte_tokenizer, plan_of, word_tokenizer
 

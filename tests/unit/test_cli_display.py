@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from launcher.cli.display import Display, summary
-from launcher.cli.progress import Progress, duration, notice, peak_flops
+from launcher.cli.progress import Progress, notice, peak_flops
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
+from launcher.runs.words import duration
 from tests.training.plans import plan_of
 
 

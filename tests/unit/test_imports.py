@@ -23,11 +23,12 @@ FLOORS = {
     "errors": set(),
     "job": {"errors"},
     "runs": {"errors"},
-    "planning": {"errors", "job", "runs"},
+    "sources": {"errors", "job", "runs"},
+    "planning": {"errors", "job", "runs", "sources"},
     "render": {"errors", "job", "runs", "planning"},
     "importing": {"errors", "job", "runs", "planning", "render"},
     "scheduling": {"errors", "job", "runs", "planning", "render"},
-    "training": {"errors", "job", "runs", "planning"},
+    "training": {"errors", "job", "runs", "sources", "planning"},
     "cli": {"errors", "job", "runs", "planning", "render", "importing", "scheduling", "training"},
 }
 """What each package may import, besides itself."""

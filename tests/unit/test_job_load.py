@@ -362,7 +362,7 @@ def test_metrics_are_those_that_are_measured() -> None:
 
 
 def test_suffixes_are_those_that_are_read() -> None:
-    from launcher.training.data.readers import READERS
+    from launcher.sources.readers import READERS
 
     assert set(READERS) == set(SUFFIXES)
 

@@ -11,6 +11,7 @@ import pytest
 from launcher.cli.forecast import speed_lines
 from launcher.job.schema import Interval
 from launcher.planning.duration import DISK_RATE, TOKEN_BYTES, TOKEN_SECONDS, duration
+from launcher.planning.epochs import Items
 from launcher.planning.forecast import forecast, forecast_here
 from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Hardware
@@ -39,6 +40,30 @@ def test_steps_data_and_a_save_that_is_waited_for(tmp_path: Path) -> None:
     assert (made.num_saves, made.save) == (4, pytest.approx(SIZE / DISK_RATE)), "after 300, 600, 900, and at the end"
     assert made.total == pytest.approx(1000 * (2.0 + data) + 4 * SIZE / DISK_RATE)
     assert duration(plan.model_copy(update={"length": Length(value=3, unit="epochs")}), RATE, SIZE, H100) is None
+
+
+def test_epochs_and_evaluations_of_data_that_were_looked_at(tmp_path: Path) -> None:
+    plan = planned(tmp_path, Interval(value=1, unit="epochs"))
+    size = plan.batch.global_batch_size
+    items, held_out = Items(100 * size + 1, 1, (8,), True, False), Items(5 * size, 1, (8,), True, False)
+    plan = plan.model_copy(update={"length": Length(value=3, unit="epochs"), "evaluate_every": Interval(value=0.5, unit="epochs")})
+    made = duration(plan, RATE, SIZE, H100, None, items, held_out)
+    assert made is not None and (made.num_steps, made.num_saves) == (301, 4), "of the last step a few samples; every 100 steps, and the end"
+    assert made.num_evaluations == 2 + 6, "before, after, and every 50 steps"
+    forward = RATE.compute / 3 + RATE.exposed / 3
+    assert made.evaluation == pytest.approx(5 * forward) and made.evaluating == pytest.approx(40 * forward)
+    assert made.total == pytest.approx(301 * (made.step + made.data) + made.evaluating + made.saving)
+    recomputed = duration(plan.model_copy(update={"activation_checkpointing": "full"}), RATE, SIZE, H100, None, items, held_out)
+    assert recomputed is not None and recomputed.evaluation == pytest.approx(5 * (RATE.compute / 4 + RATE.exposed / 3))
+    alone = duration(plan.model_copy(update={"evaluate_every": None}), RATE, SIZE, H100, None, items, held_out)
+    assert alone is not None and alone.num_evaluations == 2
+    slower = duration(plan, replace(RATE, correction=2.0), SIZE, H100, None, items, held_out)
+    assert slower is not None and slower.evaluation == pytest.approx(2 * made.evaluation)
+    steps = plan.model_copy(update={"length": Length(value=100, unit="steps"), "evaluate_every": Interval(value=40, unit="steps")})
+    assert (found := duration(steps, RATE, SIZE, H100, None, None, held_out)) is not None and (found.num_saves, found.num_evaluations) == (
+        1,
+        4,
+    )
 
 
 def test_a_save_in_the_background_stops_training_for_its_copy_alone(tmp_path: Path) -> None:
@@ -85,6 +110,29 @@ def test_people_and_machines_are_told(tmp_path: Path) -> None:
     assert forecast(plan, 80 << 30) is not None and forecast(plan, 80 << 30).duration is None  # type: ignore[union-attr]
     epochs = forecast(plan.model_copy(update={"length": Length(value=1, unit="epochs")}), 80 << 30, H100)
     assert epochs is not None and epochs.duration is None and "duration" not in epochs.to_dict() and "GPU-hours" not in speed_lines(epochs)
+
+
+def test_a_step_is_of_samples_as_long_as_those_looked_at(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "some twenty characters"}\n' * 500)
+    plan = planned(tmp_path, Interval(value=100, unit="steps"), batch__micro_batch_size=1, batch__global_batch_size=8)
+    unseen = forecast(plan, 80 << 30, H100)
+    data = plan.data.model_copy(update={"train": plan.data.train.model_copy(update={"path": str(rows)})})
+    plan = plan.model_copy(update={"data": data, "length": Length(value=2, unit="epochs")})
+    seen = forecast(plan, 80 << 30, H100)
+    assert unseen is not None and unseen.speed is not None and unseen.padded is None and unseen.footprint == seen.footprint  # type: ignore[union-attr]
+    assert seen is not None and seen.speed is not None and seen.duration is not None and seen.items is not None
+    assert seen.padded == seen.items.mean == 7 and seen.speed.compute < unseen.speed.compute / 5
+    assert (
+        seen.speed.tokens == 7 * plan.batch.global_batch_size and unseen.speed.tokens == plan.data.max_length * plan.batch.global_batch_size
+    )
+    assert seen.duration.num_steps == -(-1000 // plan.batch.global_batch_size)
+    assert seen.to_dict()["epoch"] == {"items": 500, "rows": 500, "mean_tokens": 7.0} and "epoch" not in unseen.to_dict()
+    lines = speed_lines(seen)
+    assert "of samples of 7 tokens, padded to 7" in lines and "about 500 samples of 500 rows" in lines
+    assert "to the end" in seen.line() and "were every sample as long" in speed_lines(unseen)
+    packed = forecast(plan.model_copy(update={"data": data.model_copy(update={"packing": True})}), 80 << 30, H100)
+    assert packed is not None and packed.speed == unseen.speed and packed.padded is None, "packs are full"
 
 
 def test_the_disk_is_the_one_that_was_measured(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from launcher.cli.forecast import advice, bars, picture, speed_lines
 from launcher.cli.plan import explained, scaling_plots
 from launcher.errors import ConfigurationError
-from launcher.job.schema import Job
+from launcher.job.schema import Job, Source
 from launcher.planning.fitting import nearest_that_fit, with_batch
 from launcher.planning.forecast import forecast
 from launcher.planning.gpus import TABLE, gpu_type, seen
@@ -142,6 +142,15 @@ def test_the_fewest_gpus_that_end_in_time_and_what_they_cost(job: Job) -> None:
 def test_deadlines_that_cannot_be_kept(job: Job, deadline: str, changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         in_time(changed(job, **changes), deadline, 64, "h100-80gb")
+
+
+def test_a_deadline_of_epochs_whose_data_are_here(job: Job, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "some words"}\n' * 64_000)
+    epochs = changed(job, training={"max_steps": None, "epochs": 1.0}, data={"train": Source(path=str(rows))})
+    [row] = in_time(epochs, "24h", 64, "h100-80gb")
+    assert row.hours is not None and row.forecast is not None and row.forecast.duration is not None
+    assert row.forecast.duration.num_steps == 1000 and 0 < row.hours < 24
 
 
 def test_prices_that_are_none(job: Job) -> None:

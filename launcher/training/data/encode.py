@@ -19,8 +19,8 @@ import numpy as np
 
 from launcher.errors import OutOfMemoryError
 from launcher.runs.processes import die_with_parent
+from launcher.sources.rows import TOO_LONG, Row, RowProblem
 from launcher.training.data.packing import Packs, gather_sums
-from launcher.training.data.rows import TOO_LONG, Row, RowProblem
 from launcher.training.data.sources import Rows
 from launcher.training.tasks.task import Encoded, Task
 

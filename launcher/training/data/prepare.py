@@ -18,10 +18,10 @@ import xxhash
 from launcher.errors import DataError, StorageError
 from launcher.job.schema import Source
 from launcher.planning.plan import Plan
+from launcher.sources.rows import TOO_LONG
 from launcher.training.data.dataset import META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
 from launcher.training.data.packing import one_each, pack
-from launcher.training.data.rows import TOO_LONG
 from launcher.training.data.sources import Rows, hash_file, open_source
 from launcher.training.tasks.task import Task
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import glob
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +14,11 @@ import xxhash
 from launcher.errors import DataError
 from launcher.job.schema import Source
 from launcher.runs.layout import write_atomically
+from launcher.sources.files import find_files
+from launcher.sources.readers import READERS, num_parquet_rows
+from launcher.sources.rows import Row
 from launcher.training.data.dataset import DataReport
-from launcher.training.data.readers import READERS, hub_rows, load_hub, num_parquet_rows
-from launcher.training.data.rows import Row
+from launcher.training.data.hub import hub_rows, load_hub
 
 BLOCK = 1 << 20
 
@@ -72,22 +72,6 @@ def open_source(source: Source, columns: Sequence[str]) -> Rows:
     files = tuple(hash_file(path) for path in paths)
     expected = sum(num_parquet_rows(p) if p.suffix.lower() == ".parquet" else f.num_lines for p, f in zip(paths, files, strict=True))
     return Rows(source, tuple(columns), files, _digest(files), _limited(expected, source))
-
-
-def find_files(pattern: str) -> list[Path]:
-    """The files a path or a pattern means, sorted by name. Raises DataError where there are none that can be read."""
-    known = ", ".join(sorted(READERS))
-    exact = Path(pattern)
-    if exact.is_dir():
-        raise DataError(f"{pattern} is a directory; name its files by a pattern such as {pattern.rstrip('/')}/*.jsonl")
-    paths = [exact] if exact.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-    if not paths:
-        near = difflib.get_close_matches(exact.name, [p.name for p in exact.parent.glob("*")], n=1) if exact.parent.is_dir() else []
-        raise DataError(f"{pattern}: no such file" + (f"; did you mean {exact.parent / near[0]}?" if near else ""))
-    for path in paths:
-        if path.suffix.lower() not in READERS:
-            raise DataError(f"{path}: no reader for {path.suffix or 'a name without an ending'!r}; there are readers for {known}")
-    return paths
 
 
 def hash_file(path: Path) -> SourceFile:

@@ -11,8 +11,8 @@ import torch
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Data
+from launcher.sources.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
 from launcher.training.data.dataset import Sample
-from launcher.training.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
 from launcher.training.tasks import chat
 from launcher.training.tasks.chat import Segment
 from launcher.training.tasks.task import IGNORE, Encoded, Task

@@ -6,7 +6,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.training.data.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, RowProblem
+from launcher.sources.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, RowProblem
 
 
 class Segment(NamedTuple):

@@ -11,9 +11,9 @@ import torch
 
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.schema import Data
+from launcher.sources.rows import BAD_LABEL, MISSING, TOO_LONG, Row, RowProblem, text_of
 from launcher.training import metrics as measure
 from launcher.training.data.dataset import Sample
-from launcher.training.data.rows import BAD_LABEL, MISSING, TOO_LONG, Row, RowProblem, text_of
 from launcher.training.tasks.task import Encoded, Task
 
 HF_PROBLEM = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}

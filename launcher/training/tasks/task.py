@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from launcher.job.schema import Data
-from launcher.training.data.rows import Row, RowProblem
+from launcher.sources.rows import Row, RowProblem
 
 if TYPE_CHECKING:
     import torch

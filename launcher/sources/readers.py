@@ -6,13 +6,12 @@ import csv
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.job.schema import Source
-from launcher.training.data.rows import EMPTY, NOT_UTF8, UNREADABLE, RowProblem
+from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, RowProblem
 
 Values = dict[str, Any] | RowProblem
 Read = Iterator[tuple[int, Values]]
@@ -21,9 +20,14 @@ Read = Iterator[tuple[int, Values]]
 def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
     """One JSON object a line; lines of white space are not rows."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line := line.removeprefix(b"\xef\xbb\xbf").strip():
-                yield number, _json_object(line)
+        yield from json_rows(file)
+
+
+def json_rows(lines: Iterable[bytes]) -> Read:
+    """The rows of some lines of JSON."""
+    for number, line in enumerate(lines, start=1):
+        if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+            yield number, _json_object(line)
 
 
 def _json_object(line: bytes) -> Values:
@@ -132,13 +136,18 @@ def read_text(path: Path, columns: Sequence[str]) -> Read:
     if len(columns) != 1:
         raise DataError(f"{path}: a text file has one column, and {', '.join(map(repr, columns))} are asked for; use .jsonl, .csv or .tsv")
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                yield number, RowProblem(NOT_UTF8, f"byte {error.start} of the line")
-                continue
-            yield number, {columns[0]: text} if text.strip() else RowProblem(EMPTY, "a line without text")
+        yield from text_rows(file, columns[0])
+
+
+def text_rows(lines: Iterable[bytes], column: str) -> Read:
+    """The rows of some lines of text."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            yield number, RowProblem(NOT_UTF8, f"byte {error.start} of the line")
+            continue
+        yield number, {column: text} if text.strip() else RowProblem(EMPTY, "a line without text")
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Read:
@@ -189,32 +198,3 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Read]] = {
     ".parquet": read_parquet,
     ".txt": read_text,
 }
-
-
-def load_hub(source: Source) -> Any:
-    """A split of a data set on the hub, or from its local cache. Raises DataError with the hub's own reason."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(source.name, source.subset, split=source.split)
-    except Exception as error:
-        where = source.name if source.subset is None else f"{source.name} ({source.subset})"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{where}, split {source.split!r}, cannot be loaded: {reason}") from error
-
-
-def hub_rows(source: Source, columns: Sequence[str]) -> Read:
-    """The rows of a hub data set, its class numbers as class names."""
-    from datasets import ClassLabel
-
-    loaded = load_hub(source)
-    for column in columns:
-        if column not in loaded.column_names:
-            raise no_column(source.name, column, loaded.column_names)
-    chosen = loaded.select_columns(list(dict.fromkeys(columns)))
-    names = {name: feature for name, feature in chosen.features.items() if isinstance(feature, ClassLabel)}
-    for number, row in enumerate(chosen, start=1):
-        for name, feature in names.items():
-            if isinstance(row[name], int) and row[name] >= 0:
-                row[name] = feature.int2str(row[name])
-        yield number, row

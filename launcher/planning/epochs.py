@@ -1,0 +1,102 @@
+"""How many items an epoch has and how long they are, from a look at the data files before anything is prepared."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from pathlib import Path
+
+from launcher.job.schema import Data, Source
+from launcher.planning.lengths import CHARACTERS, columns_of, lengths
+from launcher.planning.plan import BatchPlan, Plan
+from launcher.sources.sample import sample
+
+
+@dataclass(frozen=True)
+class Items:
+    """What one pass over the data takes, as far as a look at some rows tells."""
+
+    num_items: int
+    """Samples, or packs."""
+    num_rows: int
+    lengths: tuple[int, ...]
+    """Tokens of the samples that were looked at, as they would be trained."""
+    by_tokenizer: bool
+    """Whether the model's own tokenizer counted them."""
+    packed: bool
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a sample."""
+        return sum(self.lengths) / len(self.lengths)
+
+    def padded(self, batch: BatchPlan) -> float:
+        """Tokens of a sample with its padding, where a global batch is dealt by length into micro-batches."""
+        shuffled = random.Random(0).sample(self.lengths, len(self.lengths))
+        size, micro = min(batch.global_batch_size, len(shuffled)), batch.micro_batch_size
+        total = count = 0
+        for start in range(0, len(shuffled) - size + 1, size):
+            dealt = sorted(shuffled[start : start + size], reverse=True)
+            total += sum(dealt[first] * len(dealt[first : first + micro]) for first in range(0, size, micro))
+            count += size
+        return total / count
+
+    def words(self) -> str:
+        """What there is, and what that rests on."""
+        kind = "packs" if self.packed else "samples"
+        how = "by the model's tokenizer" if self.by_tokenizer else f"at {CHARACTERS} characters a token"
+        return f"about {self.num_items:,} {kind} of {self.num_rows:,} rows, {how} ({len(self.lengths):,} rows looked at)"
+
+
+def training_items(plan: Plan) -> Items | None:
+    """One pass over the training data; None as for `one_pass`, and where a script brings its own."""
+    return None if plan.script else one_pass(plan.data.train, plan.data, plan.model.name, plan.task)
+
+
+def evaluation_items(plan: Plan) -> Items | None:
+    """One pass over the rows held out; None where there are none, or as for the training data."""
+    source = plan.data.evaluation
+    return None if plan.script or source is None else one_pass(source, plan.data, plan.model.name, plan.task)
+
+
+def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
+    """One pass over a source; None where it is not in files here, or where they cannot be read."""
+    try:
+        changed = Path(source.path).stat().st_mtime_ns if source.path else 0
+    except OSError:  # a pattern, or nothing
+        changed = 0
+    return _looked(source, data, model, task, changed)
+
+
+@lru_cache(maxsize=8)
+def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | None:
+    """A search asks for the same again and again; `changed` lets what was seen of an older file be forgotten."""
+    # With the label too: that tells a header from a first row.
+    label = (data.label or "label",) if task == "sequence-classification" else ()
+    seen = sample(source, (*columns_of(data), *label))
+    if seen is None or not seen.rows:
+        return None
+    found, by_tokenizer = lengths(seen.rows, data, model, task)
+    if not found:
+        return None
+    scale, packed = seen.num_rows / len(seen.rows), data.packing and task == "causal-lm"
+    number = ceil(scale * fewest_packs(found, data.max_length)) if packed else round(scale * len(found))
+    return Items(max(1, number), seen.num_rows, found, by_tokenizer, packed)
+
+
+def fewest_packs(found: Sequence[int], capacity: int) -> float:
+    """Packs of `capacity` that samples of these lengths need at the least, which the packing comes close to.
+
+    The bound L2 of Martello and Toth 1990 (Knapsack Problems, section 8.3), but not rounded up, as the samples stand for many more.
+    """
+    best = 0.0
+    for small in {0, *(length for length in found if length <= capacity // 2)}:
+        alone = [length for length in found if length > capacity - small]
+        halves = [length for length in found if capacity - small >= length > capacity / 2]
+        rest = sum(length for length in found if capacity / 2 >= length >= small)
+        over = max(0.0, (rest - (len(halves) * capacity - sum(halves))) / capacity)
+        best = max(best, len(alone) + len(halves) + over)
+    return best

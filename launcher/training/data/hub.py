@@ -1,0 +1,39 @@
+"""Rows of data sets on the hub, or in its local cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.errors import DataError
+from launcher.job.schema import Source
+from launcher.sources.readers import Read, no_column
+
+
+def load_hub(source: Source) -> Any:
+    """A split of a data set on the hub, or from its local cache. Raises DataError with the hub's own reason."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.name, source.subset, split=source.split)
+    except Exception as error:
+        where = source.name if source.subset is None else f"{source.name} ({source.subset})"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{where}, split {source.split!r}, cannot be loaded: {reason}") from error
+
+
+def hub_rows(source: Source, columns: Sequence[str]) -> Read:
+    """The rows of a hub data set, its class numbers as class names."""
+    from datasets import ClassLabel
+
+    loaded = load_hub(source)
+    for column in columns:
+        if column not in loaded.column_names:
+            raise no_column(source.name, column, loaded.column_names)
+    chosen = loaded.select_columns(list(dict.fromkeys(columns)))
+    names = {name: feature for name, feature in chosen.features.items() if isinstance(feature, ClassLabel)}
+    for number, row in enumerate(chosen, start=1):
+        for name, feature in names.items():
+            if isinstance(row[name], int) and row[name] >= 0:
+                row[name] = feature.int2str(row[name])
+        yield number, row
