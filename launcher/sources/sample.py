@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +25,7 @@ _PLACES = 16
 _LINE_BYTES = 1024
 """Of a line, where lines are not counted: how many are looked at rests on it, and no more."""
 _MOST_READ = 16384
-"""Rows of a file of other formats that are read at most, of which every so-and-so-many is kept."""
+"""Rows of a file of other formats that are read at most; of these some are taken."""
 _BLOCK = 1 << 20
 
 
@@ -64,12 +65,13 @@ def _of_file(path: Path, columns: Sequence[str], most: int) -> tuple[int, list[d
         return counted or round(size * len(lines) / sum(map(len, lines))), [values for _, values in found]
     if kind == ".json" and size > _COUNTED_BYTES:
         raise DataError(f"{path} would have to be read as a whole")
-    read = READERS[kind](path, columns)
-    if kind == ".json" or size <= _WHOLE_BYTES:
-        rows = [values for _, values in read]
-        return len(rows), rows[:: max(1, len(rows) // most)]
-    count = num_parquet_rows(path) if kind == ".parquet" else _num_lines(path) - 1
-    return count, [values for _, values in islice(read, 0, _MOST_READ, max(1, min(count, _MOST_READ) // most))]
+    whole = kind == ".json" or size <= _WHOLE_BYTES
+    rows = [values for _, values in islice(READERS[kind](path, columns), None if whole else _MOST_READ)]
+    # Any of them, as every tenth may have something in common.
+    chosen = random.Random(0).sample(rows, min(most, len(rows)))
+    if whole:
+        return len(rows), chosen
+    return num_parquet_rows(path) if kind == ".parquet" else _num_lines(path) - 1, chosen
 
 
 def _lines_all_over(path: Path, size: int, num_bytes: int) -> Iterator[bytes]:

@@ -336,14 +336,22 @@ def test_classes_come_from_the_training_rows_and_stay_with_the_cache(tmp_path: P
     assert [int(given.item(i)[0]["label"][0]) for i in range(2)] == [1, 0]
 
 
-@pytest.mark.parametrize("settings", [{"packing": True, "max_length": 64}, {"max_length": 48, "too_long": "drop"}, {"max_length": 32}])
-def test_the_planner_foresees_what_is_prepared(settings: dict[str, Any], tmp_path: Path) -> None:
-    rows = [{"text": " ".join(["word"] * (3 + (7 * number) % 40)) if number % 20 else " "} for number in range(3000)]
-    tokenizer = word_tokenizer()
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("causal-lm", {"packing": True, "max_length": 256}),
+        ("causal-lm", {"max_length": 150, "too_long": "drop"}),
+        ("causal-lm", {"max_length": 100}),
+        ("sequence-classification", {"max_length": 32, "label": "label"}),
+    ],
+)
+def test_the_planner_foresees_what_is_prepared(task: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    texts = [" ".join(["word"] * (3 + (7 * number) % 40)) if number % 20 else " " for number in range(3000)]
+    tokenizer = TOKENIZER if task == "causal-lm" else word_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
-    data = text_data(tmp_path, rows, **settings)
-    seen = one_pass(data.train, data, str(tmp_path / "model"), "causal-lm")
-    dataset = made(data, tokenizer=tokenizer)
+    data = text_data(tmp_path, [{"text": text, "label": number % 3} for number, text in enumerate(texts)], **settings)
+    seen = one_pass(data.train, data, str(tmp_path / "model"), task)
+    dataset = made(data, tokenizer=tokenizer, task=task)
     assert seen is not None and seen.by_tokenizer and seen.num_rows == 3000
     assert seen.num_items == pytest.approx(dataset.num_items, rel=0.05)
     assert seen.mean == pytest.approx(dataset.num_tokens / dataset.num_samples, rel=0.05)
