@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launcher.cli.progress import Progress, metrics_line, notice, peak_flops
+from launcher.cli.progress import Progress, metrics_line, notice
 from launcher.planning.plan import Plan
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
@@ -140,11 +140,11 @@ def _peak(plan: Plan) -> float | None:
     """The rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs that are not in the table."""
     if plan.mesh.device != "cuda" or plan.precision == "fp32":
         return None
-    from launcher.planning.hardware import find_gpus
+    from launcher.planning.gpus import seen
+    from launcher.planning.hardware import Hardware
 
-    gpus, _ = find_gpus()
-    one = peak_flops(gpus[0].name) if gpus else None
-    return one * plan.mesh.world_size if one else None
+    one = seen(Hardware.detect())
+    return one.half_rate * plan.mesh.world_size if one else None
 
 
 def summary(run: RunDirectory, path: str) -> str:

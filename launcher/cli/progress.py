@@ -9,29 +9,7 @@ from typing import Any
 from launcher.cli.output import size
 from launcher.runs.words import duration
 
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A40": 150e12,
-    "A30": 165e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "V100": 125e12,
-}
-"""Dense bf16 or fp16 operations a second of one device, by a part of its name: the more special name first. From data sheets."""
 _REMEMBERED_STEPS = 50
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The peak rate of a device by its name; None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -78,6 +79,9 @@ TABLE = (
         f"{_NV}/h100 (datasheet, PCIe; product brief PB-11133)",
         host_link=PCIE_5,
     ),
+    GpuType(
+        "h100-nvl", "NVIDIA H100 NVL", _gb(94), 835e12, 60e12, 3.9e12, 300e9, 25e9, 9.0, f"{_NV}/h100 (datasheet, NVL)", host_link=PCIE_5
+    ),
     GpuType("h200", "NVIDIA H200", _gb(141), 989e12, 67e12, 4.8e12, 450e9, 50e9, 9.0, f"{_NV}/h200 (datasheet, SXM)", host_link=PCIE_5),
     GpuType(
         "b200",
@@ -96,6 +100,25 @@ TABLE = (
         "gb200", "NVIDIA GB200", _gb(186), 2500e12, 80e12, 8.0e12, 900e9, 50e9, 10.0, f"{_NV}/gb200-nvl72 (a 72nd of it)", host_link=225e9
     ),
     GpuType("l40s", "NVIDIA L40S", 48 << 30, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9, 8.9, f"{_NV}/l40s (datasheet; PCIe 4.0 x16)"),
+    GpuType("l4", "NVIDIA L4", 24 << 30, 121e12, 30.3e12, 0.3e12, 32e9, 12.5e9, 8.9, f"{_NV}/l4 (datasheet; PCIe 4.0 x16)"),
+    GpuType("a10", "NVIDIA A10", 24 << 30, 125e12, 31.2e12, 0.6e12, 32e9, 12.5e9, 8.6, f"{_NV}/products/a10-gpu (datasheet; PCIe 4.0 x16)"),
+    GpuType(
+        "a30", "NVIDIA A30", 24 << 30, 165e12, 10.3e12, 0.933e12, 32e9, 12.5e9, 8.0, f"{_NV}/products/a30-gpu (datasheet; PCIe 4.0 x16)"
+    ),
+    GpuType("a40", "NVIDIA A40", 48 << 30, 149.7e12, 37.4e12, 0.696e12, 32e9, 12.5e9, 8.6, f"{_NV}/a40 (datasheet; PCIe 4.0 x16)"),
+    GpuType("v100-32gb", "NVIDIA V100", 32 << 30, 125e12, 15.7e12, 0.9e12, 150e9, 12.5e9, 7.0, f"{_NV}/v100 (datasheet, SXM2; fp16 alone)"),
+    GpuType(
+        "rtx3090",
+        "NVIDIA GeForce RTX 3090",
+        24 << 30,
+        71e12,
+        35.6e12,
+        0.936e12,
+        32e9,
+        12.5e9,
+        8.6,
+        "NVIDIA Ampere GA102 architecture whitepaper, appendix A (PCIe 4.0 x16)",
+    ),
     GpuType(
         "rtx4090",
         "NVIDIA GeForce RTX 4090",
@@ -143,17 +166,16 @@ def seen(hardware: Hardware) -> GpuType | None:
     """The table's entry for the GPUs of this machine, by their name; None where there is none."""
     if not hardware.gpus:
         return None
-    name, memory = hardware.gpus[0].name.lower().replace(" ", ""), hardware.gpus[0].memory_bytes
-    fitting = [gpu for gpu in TABLE if _stem(gpu) in name]
-    longest = max((len(_stem(gpu)) for gpu in fitting), default=0)  # a GB200 is no B200
+    name, memory = hardware.gpus[0].name.lower(), hardware.gpus[0].memory_bytes
+    alike = [gpu for gpu in TABLE if _is_named(gpu, name)]
     pcie = "pcie" in name
-    nearest = [gpu for gpu in fitting if len(_stem(gpu)) == longest]
-    return min(nearest, key=lambda gpu: (abs(gpu.memory_bytes - memory) >> 33, ("pcie" in gpu.key) != pcie), default=None)
+    return min(alike, key=lambda gpu: (abs(gpu.memory_bytes - memory) >> 33, ("pcie" in gpu.key) != pcie), default=None)
 
 
-def _stem(gpu: GpuType) -> str:
-    """What every maker's name of it has in it."""
-    return gpu.key.split("-")[0]
+def _is_named(gpu: GpuType, name: str) -> bool:
+    """Whether a maker's name says that GPU, as a word: a GB200 is no B200, and an L40 no L4."""
+    word = re.sub(r"(?<=[a-z])(?=\d)", r"\\s*", gpu.key.split("-")[0])
+    return re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", name) is not None
 
 
 def as_hardware(gpu: GpuType, per_node: int, cores: int = 64, memory_bytes: int | None = None) -> Hardware:
