@@ -101,10 +101,8 @@ TABLE = (
     ),
     GpuType("l40s", "NVIDIA L40S", 48 << 30, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9, 8.9, f"{_NV}/l40s (datasheet; PCIe 4.0 x16)"),
     GpuType("l4", "NVIDIA L4", 24 << 30, 121e12, 30.3e12, 0.3e12, 32e9, 12.5e9, 8.9, f"{_NV}/l4 (datasheet; PCIe 4.0 x16)"),
-    GpuType("a10", "NVIDIA A10", 24 << 30, 125e12, 31.2e12, 0.6e12, 32e9, 12.5e9, 8.6, f"{_NV}/products/a10-gpu (datasheet; PCIe 4.0 x16)"),
-    GpuType(
-        "a30", "NVIDIA A30", 24 << 30, 165e12, 10.3e12, 0.933e12, 32e9, 12.5e9, 8.0, f"{_NV}/products/a30-gpu (datasheet; PCIe 4.0 x16)"
-    ),
+    GpuType("a10", "NVIDIA A10", 24 << 30, 125e12, 31.2e12, 0.6e12, 32e9, 12.5e9, 8.6, f"{_NV}/a10-gpu (datasheet; PCIe 4.0 x16)"),
+    GpuType("a30", "NVIDIA A30", 24 << 30, 165e12, 10.3e12, 0.933e12, 32e9, 12.5e9, 8.0, f"{_NV}/a30-gpu (datasheet; PCIe 4.0 x16)"),
     GpuType("a40", "NVIDIA A40", 48 << 30, 149.7e12, 37.4e12, 0.696e12, 32e9, 12.5e9, 8.6, f"{_NV}/a40 (datasheet; PCIe 4.0 x16)"),
     GpuType("v100-32gb", "NVIDIA V100", 32 << 30, 125e12, 15.7e12, 0.9e12, 150e9, 12.5e9, 7.0, f"{_NV}/v100 (datasheet, SXM2; fp16 alone)"),
     GpuType(
@@ -157,7 +155,9 @@ def gpu_type(key: str, where: str = "--gpu") -> GpuType:
     """The GPU of that name, which stands at `where`. Raises ConfigurationError with the nearest names."""
     found = BY_KEY.get(key.strip().lower())
     if found is None:
-        near = difflib.get_close_matches(key.lower(), BY_KEY, 3, 0.3) or list(BY_KEY)
+        given = key.strip().lower()
+        alike = [name for name in BY_KEY if given and given in name]
+        near = alike or difflib.get_close_matches(given, BY_KEY, 3, 0.3) or list(BY_KEY)
         raise ConfigurationError(Problem(where, key, f"is not in the table; the nearest: {', '.join(near)}"))
     return found
 
