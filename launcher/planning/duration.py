@@ -8,7 +8,7 @@ from launcher.job.schema import Interval
 from launcher.planning.epochs import Items
 from launcher.planning.gpus import GpuType
 from launcher.planning.plan import Plan
-from launcher.planning.speed import LINK_SHARE, MEMORY_SHARE, Speed
+from launcher.planning.speed import Speed
 
 DISK_RATE = 2e9
 """Bytes a second that one node reads and writes, where nothing was measured: what a single NVMe drive does, and few shared disks exceed."""
@@ -78,7 +78,7 @@ def duration(
         # What goes on is stopped for the copy, and where a save is still being written when the next one comes.
         waits = _copy_seconds(plan, checkpoint_bytes, gpu) + max(0.0, written - every * step)
     evaluations = _num_evaluations(plan, num_steps, step, items) if held_out is not None else 0
-    evaluation = _evaluation_seconds(plan, rate, held_out) if held_out is not None else 0.0
+    evaluation = rate.evaluation * rate.correction * held_out.num_items / plan.batch.global_batch_size if held_out is not None else 0.0
     return Duration(num_steps, rate.step, data, max(1, -(-num_steps // every)), waits, written, evaluations, evaluation)
 
 
@@ -102,15 +102,9 @@ def _num_evaluations(plan: Plan, num_steps: int, step: float, items: Items | Non
     return 2 + ((num_steps - 1) // between if between else 0)
 
 
-def _evaluation_seconds(plan: Plan, rate: Speed, held_out: Items) -> float:
-    """A forward pass is a third of a step's computing, of a recomputed one a quarter, and a third of its messages."""
-    forward = rate.compute / (4 if plan.activation_checkpointing == "full" else 3) + rate.exposed / 3
-    return forward * rate.correction * held_out.num_items / plan.batch.global_batch_size
-
-
 def _copy_seconds(plan: Plan, checkpoint_bytes: int, gpu: GpuType) -> float:
     """A rank's share into the host's memory."""
     share = checkpoint_bytes / plan.mesh.world_size
     if plan.mesh.device == "cuda":
-        return share / (gpu.host_link * LINK_SHARE)
-    return 2 * share / (gpu.bandwidth * MEMORY_SHARE)
+        return share / (gpu.host_link * gpu.link_share)
+    return 2 * share / (gpu.bandwidth * gpu.memory_share)

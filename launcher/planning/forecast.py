@@ -53,6 +53,8 @@ class Forecast:
     """What was seen of the training data; None where that is not in files here."""
     padded: float | None = None
     """Tokens of a sample with its padding, for which the speed is; None where every sample is taken to be as long as it may be."""
+    gpu: GpuType | None = None
+    """With whose rates the speed was foreseen."""
 
     @property
     def traced(self) -> bool:
@@ -102,7 +104,7 @@ class Forecast:
             for phase in self.footprint.phases
         }
         content: dict[str, Any] = {"fits": self.fits, "memory_bytes": self.memory_bytes, "phases": phases}
-        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind_of(self.plan), "traced": self.traced}
+        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind_of(self.plan, self.gpu), "traced": self.traced}
         content |= {"slack": self.slack, "slack_kind": self.slack_kind}
         if self.speed:
             s = self.speed
@@ -151,18 +153,19 @@ def forecast(
 def _timed(said: Forecast, made: Estimator, gpu: GpuType, correction: float, roomy: bool, disk_rate: float | None) -> Forecast:
     """The forecast with its speed and duration: for samples as long as they are, where they are padded and were looked at."""
     plan, items = said.plan, training_items(said.plan)
-    padded = items.padded(plan.batch) if items is not None and not items.packed and said.trace is None else None
-    if padded is None or items is None:
-        rate = speed(plan, made.units, made.segments(), gpu, correction, roomy)
+    if items is None or items.packed:
+        padded, rate = None, speed(plan, made.units, made.segments(), gpu, correction, roomy)
     else:
-        shorter = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": max(1, round(padded))})})
-        typical = _estimator(shorter)
+        # Causal language models get their samples end to end, whether they are packed or not.
+        padded = items.mean if plan.task == "causal-lm" else items.padded(plan.batch)
+        length = max(1, round(padded))
+        shorter = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
+        typical = _estimator(shorter, said.trace)
         assert typical is not None  # of the same model
         rate = speed(shorter, typical.units, typical.segments(), gpu, correction, roomy)
-        real = items.mean / max(1, round(padded))
-        rate = replace(rate, tokens=round(rate.tokens * real), model_flops=rate.model_flops * real)
+        rate = replace(rate, tokens=round(rate.tokens * items.mean / length), model_flops=rate.model_flops * items.mean / length)
     lasts = duration(plan, rate, said.checkpoint_bytes, gpu, disk_rate, items, evaluation_items(plan))
-    return replace(said, speed=rate, duration=lasts, items=items, padded=padded)
+    return replace(said, speed=rate, duration=lasts, items=items, padded=padded, gpu=gpu)
 
 
 def least_bytes(plan: Plan, trace: Trace | None = None) -> int:
@@ -176,7 +179,7 @@ def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = 
     machine = Machine.read()
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     rates = rates_for(plan, hardware, machine)
-    correction, kind = machine.correction(kind_of(plan)), slack_kind(plan, hardware)
+    correction, kind = machine.correction(kind_of(plan, rates)), slack_kind(plan, hardware)
     gpu, slack = rates and on_network(rates, network), machine.slack(kind)
     return forecast(plan, memory, gpu, correction, trace, hardware.memory_bytes, slack, kind, machine.disk_rate())
 

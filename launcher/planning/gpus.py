@@ -13,6 +13,11 @@ from launcher.planning.hardware import Gpu, Hardware
 
 PCIE_4, PCIE_5 = 32e9, 64e9
 """Bytes a second one way of a slot with 16 lanes, as the makers round them."""
+MEMORY_SHARE = 0.8
+"""Of a memory's rate that operators reach that do little else than read and write. Assumed; with it and the shares of the matrix rates
+published runs come out (docs/benchmarks/published.md)."""
+LINK_SHARE = 0.75
+"""Of a link's rate that large collectives reach. Assumed."""
 HOST_BANDWIDTH = 200e9
 """Bytes a second of a node's own memory. Assumed: eight channels of DDR4-3200 have 205e9."""
 
@@ -40,6 +45,8 @@ class GpuType:
     matrix_share: float = 0.6
     """Of the matrix rate that large products reach in training. The H100's is fitted to published runs, the A100's too (see
     docs/benchmarks/published.md); of the others it is assumed."""
+    memory_share: float = MEMORY_SHARE
+    link_share: float = LINK_SHARE
     operator_seconds: Mapping[str, float] = field(default_factory=dict)
     """Of calling one operator, by what is recomputed, where it was measured."""
     message_seconds: float | None = None

@@ -10,10 +10,24 @@ from launcher.planning.plan import Plan
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
 
 
-def kind_of(plan: Plan) -> str:
-    """Runs that are alike in what the speed model may be wrong about."""
+MEASURED = "measured"
+"""What rates are called that `launcher bench` found."""
+_MATRIX_SHARE, _MEMORY_SHARE = 0.85, 0.9
+"""Of what `launcher bench` measures of a GPU, what training reaches: the shares of the data sheet's rates (0.6 and 0.8) over what large
+products and copies reach of them, 70% and 90%. Assumed: no GPU was at hand."""
+
+
+def kind_of(plan: Plan, rates: GpuType | None = None) -> str:
+    """Runs that are alike in what the speed model may be wrong about, foreseen by `rates`."""
     kind = f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
-    return kind if plan.offload == "none" else f"{kind} {plan.offload} offloaded"
+    parts = {
+        f"{plan.offload} offloaded": plan.offload != "none",
+        "adapter": plan.model.adapter is not None,
+        "frozen": bool(plan.model.freeze),
+        f"{plan.mesh.nodes} nodes": plan.mesh.nodes > 1,
+        "by the table": rates is not None and rates.key != MEASURED,
+    }
+    return " ".join([kind, *(name for name, applies in parts.items() if applies)])
 
 
 def slack_kind(plan: Plan, hardware: Hardware) -> str:
@@ -39,7 +53,7 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
     ways = [rate for rate in (known.to_device, known.to_host) if rate]
     host = (machine or Machine.read()).of("cpu")
     return GpuType(
-        key="measured",
+        key=MEASURED,
         name=known.device,
         memory_bytes=hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node),
         half_rate=known.matrix.get("fp16" if plan.precision == "fp16" else "bf16", known.matrix["fp32"]) / share,
@@ -49,12 +63,20 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
         network=table.network if table else link,
         capability=table.capability if table else 0.0,
         source=f"launcher bench, {known.when}",
+        **_shares(plan, known.link is not None),
         operator_seconds=operator_seconds(known),
         message_seconds=known.message,
         engine_seconds=_shared(known, plan.mesh.ranks_per_node),
         host_link=min(ways) if ways else table.host_link if table else PCIE_4,
         host_bandwidth=host.bandwidth if host else HOST_BANDWIDTH,
     )
+
+
+def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
+    """What of measured rates a step reaches; a CPU's small products reach less of the large ones' rate, as a GPU's do of the data sheet's."""
+    if plan.mesh.device == "cpu":
+        return {}
+    return {"matrix_share": _MATRIX_SHARE, "memory_share": _MEMORY_SHARE, **({"link_share": 1.0} if link_known else {})}
 
 
 def _shared(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, float]]]:

@@ -9,8 +9,9 @@ from launcher.planning import decide
 from launcher.planning.footprint.decoders import Llama
 from launcher.planning.gpus import GpuType
 from launcher.planning.hardware import Hardware
+from launcher.planning.messages import traffic
 from launcher.planning.plan import Plan
-from launcher.planning.speed import messages, optimizer_seconds
+from launcher.planning.speed import optimizer_seconds
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH
 
 SMALL = REFERENCE
@@ -42,7 +43,7 @@ def _plan(num_ranks: int, sizes: dict[str, Any], engine: str, cut: str) -> Plan:
 def costs(both: tuple[Plan, Plan], seconds: tuple[float, float], rates: GpuType) -> tuple[float, float]:
     """Seconds of a message and of a byte received, from what each of the two steps takes longer than its computing alone."""
     known = [Llama(sizes).units() for sizes in (SMALL, LARGE)]
-    (number, few), (_, many) = (messages(plan, units) for plan, units in zip(both, known, strict=True))
+    small, large = (traffic(plan, units) for plan, units in zip(both, known, strict=True))
     short, long = (s - optimizer_seconds(plan, units, rates) for s, plan, units in zip(seconds, both, known, strict=True))
-    per_byte = max(0.0, (long - short) / (many - few))
-    return max(0.0, (short - few * per_byte) / number), per_byte
+    per_byte = max(0.0, (long - short) / (large.received - small.received))
+    return max(0.0, (short - small.received * per_byte) / small.num_messages), per_byte
