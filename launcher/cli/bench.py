@@ -29,11 +29,11 @@ def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> 
 
     ranks = nproc or len(find_gpus()[0]) or 2
     found = measure(ranks, disk.absolute(), lambda what: typer.echo(f"measuring {what} ...", err=True))
-    machine = Machine.read()
-    machine.with_rates(found.rates).write()
+    Machine.read().with_rates(found.rates).write()
     if found.rates.device == "cpu" and ranks > 1:
         found = replace(found, rates=replace(found.rates, engines=_engines(found.rates)))
-        machine.with_rates(found.rates).write()
+        # Runs may have written theirs meanwhile.
+        Machine.read().with_rates(found.rates).write()
     if as_json:
         print_json({**asdict(found.rates), "messages": [asdict(message) for message in found.messages]})
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import ceil
 
 from launcher.job.schema import Interval
 from launcher.planning.epochs import Items
@@ -72,14 +74,17 @@ def duration(
     data = of_node * TOKEN_BYTES / disk + of_node / plan.mesh.ranks_per_node * TOKEN_SECONDS
     written = checkpoint_bytes / nodes / disk
     step = rate.step + data
-    every = _steps_between(plan.checkpoint.every, plan, step, items) or num_steps
+    evaluated = _evaluated(plan, num_steps, step, items)
+    saved = {num_steps, *_due(plan.checkpoint.every, plan, num_steps, step, items), *(evaluated if plan.checkpoint.keep_best else ())}
     waits = written
     if plan.checkpoint.asynchronous:
         # What goes on is stopped for the copy, and where a save is still being written when the next one comes.
-        waits = _copy_seconds(plan, checkpoint_bytes, gpu) + max(0.0, written - every * step)
-    evaluations = _num_evaluations(plan, num_steps, step, items) if held_out is not None else 0
-    evaluation = rate.evaluation * rate.correction * held_out.num_items / plan.batch.global_batch_size if held_out is not None else 0.0
-    return Duration(num_steps, rate.step, data, max(1, -(-num_steps // every)), waits, written, evaluations, evaluation)
+        waits = _copy_seconds(plan, checkpoint_bytes, gpu) + max(0.0, written - num_steps / len(saved) * step)
+    made = Duration(num_steps, rate.step, data, len(saved), waits, written)
+    if held_out is None:
+        return made
+    evaluation = rate.evaluation * rate.correction * held_out.num_items / plan.batch.global_batch_size
+    return replace(made, num_evaluations=len(evaluated), evaluation=evaluation)
 
 
 def _num_steps(plan: Plan, items: Items | None) -> int | None:
@@ -89,17 +94,20 @@ def _num_steps(plan: Plan, items: Items | None) -> int | None:
     return None if items is None else -(-max(1, round(plan.length.value * items.num_items)) // plan.batch.global_batch_size)
 
 
-def _steps_between(every: Interval, plan: Plan, step: float, items: Items | None) -> int | None:
-    """None for epochs whose length is not known: they are taken to be longer than the job."""
-    if every.unit == "epochs":
-        return None if items is None else max(1, round(every.value * items.num_items / plan.batch.global_batch_size))
-    return max(1, int(every.value if every.unit == "steps" else every.value / step))
+def _due(every: Interval | None, plan: Plan, num_steps: int, step: float, items: Items | None) -> Iterable[int]:
+    """The steps before the end after which something that happens every so often is due; of epochs whose length is not known none."""
+    if every is None or (every.unit == "epochs" and items is None):
+        return ()
+    if every.unit == "epochs" and items is not None:
+        period = every.value * items.num_items / plan.batch.global_batch_size
+        return (ceil(period * number - 1e-9) for number in range(1, ceil(num_steps / period)))
+    period = int(every.value) if every.unit == "steps" else max(1, ceil(every.value / step))
+    return range(period, num_steps, period)
 
 
-def _num_evaluations(plan: Plan, num_steps: int, step: float, items: Items | None) -> int:
-    """Before the first step, after the last, and between them."""
-    between = plan.evaluate_every and _steps_between(plan.evaluate_every, plan, step, items)
-    return 2 + ((num_steps - 1) // between if between else 0)
+def _evaluated(plan: Plan, num_steps: int, step: float, items: Items | None) -> set[int]:
+    """The steps after which held-out rows are gone through: none, all, and what is due between."""
+    return set() if plan.data.evaluation is None else {0, num_steps, *_due(plan.evaluate_every, plan, num_steps, step, items)}
 
 
 def _copy_seconds(plan: Plan, checkpoint_bytes: int, gpu: GpuType) -> float:

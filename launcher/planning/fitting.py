@@ -1,11 +1,10 @@
-"""Choosing what a job leaves open so that it fits and is fast, and the nearest plans that fit where this one does not."""
+"""Choosing what a job leaves open so that it fits and is fast."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.job.schema import ActivationCheckpointing, Offload
+from launcher.job.schema import ActivationCheckpointing
 from launcher.planning.batch import divisors
 from launcher.planning.footprint.families import WITH_ADAPTERS, program_of
 from launcher.planning.forecast import USABLE, Forecast, Trace, forecast, least_bytes
@@ -14,6 +13,8 @@ from launcher.planning.memory import gib
 from launcher.planning.model_config import config_of
 from launcher.planning.plan import BatchPlan, Plan, Refused
 
+NEARLY = 0.98
+"""A smaller micro-batch has to take at most this share of the step of a larger one."""
 WAYS: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
 
 
@@ -102,7 +103,7 @@ def choose(plan: Plan, room: Room, ways: tuple[ActivationCheckpointing, ...], re
     failed: list[Forecast] = []
     found: list[tuple[float, Forecast]] = []
     for number, way in enumerate(ways):
-        made, smallest = _largest(plan, room, way, sizes)
+        made, smallest = _best(plan, room, way, sizes)
         if made is not None:
             found.append((made.speed.step if made.speed else float(number), made))
             if made.speed is None:
@@ -122,9 +123,33 @@ def choose(plan: Plan, room: Room, ways: tuple[ActivationCheckpointing, ...], re
             refused.append(Refused(what=what, why="slower", reason=f"{step / shortest:.2f}x the step"))
     needed = best.footprint.highest
     reason = f"{gib(needed.total)} of the {gib(usable)} that can be used of a rank, by {room.source} ({needed.name}: {needed.where})"
-    largest = best.plan.batch.micro_batch_size == sizes[0]
-    limit = f"more than {room.most} are no faster" if largest else f"more would not fit into {gib(usable)}"
+    limit = _why_no_more(best, room, sizes)
     return Choice(best.plan.activation_checkpointing, best.plan.batch, reason, limit, best)
+
+
+def _why_no_more(best: Forecast, room: Room, sizes: list[int]) -> str:
+    taken = best.plan.batch.micro_batch_size
+    if taken == sizes[0]:
+        return f"more than {room.most} are no faster"
+    larger = room.forecast(with_batch(best.plan, sizes[sizes.index(taken) - 1]))
+    if larger is not None and larger.fits and larger.speed and best.speed:
+        return f"{larger.plan.batch.micro_batch_size} take {larger.speed.step / best.speed.step:.2f}x the step"
+    return f"more would not fit into {gib(room.usable(best.plan))}"
+
+
+def _best(plan: Plan, room: Room, way: ActivationCheckpointing, sizes: list[int]) -> tuple[Forecast | None, Forecast | None]:
+    """The micro-batch that takes the least time of those that fit, and one that was seen not to fit: the smallest that was looked at.
+
+    Of those that are nearly as fast it is the largest: kernels like it, which the speed model does not know.
+    """
+    best, failed = _largest(plan, room, way, sizes)
+    if best is None or best.speed is None:
+        return best, failed
+    for size in sizes[sizes.index(best.plan.batch.micro_batch_size) + 1 :]:
+        smaller = room.forecast(with_batch(plan, size, way))
+        if smaller is not None and smaller.fits and smaller.speed and smaller.speed.step < NEARLY * best.speed.step:
+            best = smaller
+    return best, failed
 
 
 def _largest(plan: Plan, room: Room, way: ActivationCheckpointing, sizes: list[int]) -> tuple[Forecast | None, Forecast | None]:
@@ -144,49 +169,3 @@ def _largest(plan: Plan, room: Room, way: ActivationCheckpointing, sizes: list[i
             failed, low = made, middle + 1
         middle = (low + high) // 2
     return best, failed
-
-
-def nearest_that_fit(made: Forecast, gpu: GpuType | None = None, most: int = 4) -> list[tuple[str, Forecast]]:
-    """Changes of a plan that does not fit after which it does, the smallest first, each with its forecast."""
-    found = []
-    for words, changed in _changes(made.plan):
-        other = forecast(changed, made.memory_bytes, gpu, trace=made.trace, host_memory_bytes=made.host_memory_bytes, slack=made.slack)
-        if other is not None and other.fits:
-            found.append((words, other))
-        if len(found) == most:
-            break
-    return found
-
-
-def _changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    small = with_batch(plan, 1)
-    if plan.batch.micro_batch_size > 1:
-        yield "batch.micro_batch_size: 1", small
-    if plan.activation_checkpointing != "full":
-        yield "memory.activation_checkpointing: full", with_batch(plan, plan.batch.micro_batch_size, "full")
-        if plan.batch.micro_batch_size > 1:
-            yield "batch.micro_batch_size: 1, memory.activation_checkpointing: full", with_batch(plan, 1, "full")
-    least = with_batch(plan, 1, "full")
-    # Where the job leaves it open, offloading was looked at already.
-    asked = all(decision.key != "memory.offload" for decision in plan.decisions)
-    if plan.mesh.device == "cuda" and plan.offload == "none" and asked:
-        kinds: tuple[Offload, ...] = ("parameters",) if plan.zero is None else ("optimizer", "parameters")
-        for kind in kinds if plan.zero is None or plan.zero.stage == 3 else kinds[:1]:
-            yield f"memory.offload: {kind} (slower: it crosses PCIe every step)", least.model_copy(update={"offload": kind})
-    for factor in (2, 4, 8, 16, 32, 64):
-        if plan.batch.global_batch_size % (plan.mesh.world_size * factor):
-            break
-        yield f"cluster.nodes: {plan.mesh.nodes * factor} ({plan.mesh.world_size * factor} ranks)", _on_more(least, factor)
-    for length in (plan.data.max_length // 2, plan.data.max_length // 4):
-        if length >= 8:
-            yield f"data.max_length: {length}", least.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
-
-
-def _on_more(plan: Plan, factor: int) -> Plan:
-    mesh, batch = plan.mesh, plan.batch
-    wider = mesh.model_copy(
-        update={"nodes": mesh.nodes * factor, "world_size": mesh.world_size * factor, "shard": mesh.shard * factor if mesh.shard > 1 else 1}
-    )
-    steps = batch.global_batch_size // wider.world_size // batch.micro_batch_size
-    cut = batch.model_copy(update={"data_parallel_size": wider.world_size, "accumulation_steps": max(1, steps)})
-    return plan.model_copy(update={"mesh": wider, "batch": cut})

@@ -9,7 +9,6 @@ from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
 
-
 MEASURED = "measured"
 """What rates are called that `launcher bench` found."""
 _MATRIX_SHARE, _MEMORY_SHARE = 0.85, 0.9
@@ -73,7 +72,7 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
 
 
 def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
-    """What of measured rates a step reaches; a CPU's small products reach less of the large ones' rate, as a GPU's do of the data sheet's."""
+    """What of measured rates a step reaches. Of a CPU it is what is assumed of a data sheet: its products are smaller than those measured."""
     if plan.mesh.device == "cpu":
         return {}
     return {"matrix_share": _MATRIX_SHARE, "memory_share": _MEMORY_SHARE, **({"link_share": 1.0} if link_known else {})}

@@ -40,18 +40,40 @@ def traffic(plan: Plan, units: Units) -> Traffic:
     trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
     times = _Times.of(plan, trained)
     if zero is not None and zero.stage < 3:
-        gathered: float = trained
-        number = len(layers) + 1
+        number, gathered = len(layers) + 1, float(trained)
     else:
-        back = passing_back(units)
-        passes = [times.layer + times.layer_back * goes for goes in back]
-        gathered = sum(count * unit.num_elements() for count, unit in zip(passes, layers, strict=True)) + times.root * root.num_elements()
-        number = sum(passes) + times.root
+        gatherings = _gatherings(plan, units, times)
+        number = sum(gatherings) + times.root
+        gathered = sum(count * unit.num_elements() for count, unit in zip(gatherings, layers, strict=True))
+        gathered += times.root * root.num_elements() - (0.0 if zero is None else times.layer * _stays(plan, units))
     number += times.gradients * (len(layers) + 1) * (2 if mesh.replicate > 1 else 1)
     reduced = (8 if zero is not None and zero.stage < 3 else 4) * times.gradients * trained
     # Copies add up their gradients, each rank its part of them.
     copied = 8 * times.gradients * trained / ranks * (mesh.replicate - 1) / mesh.replicate
     return Traffic(number, (_itemsize(plan) * gathered + reduced) * (ranks - 1) / ranks, copied)
+
+
+def _gatherings(plan: Plan, units: Units, times: _Times) -> list[int]:
+    """How often each layer is gathered in a step: backward where that goes through it, and by FSDP, which looks ahead, one more."""
+    back = passing_back(units)
+    if plan.zero is None and True in back:
+        back[max(0, back.index(True) - 1)] = True
+    return [times.layer + times.layer_back * goes for goes in back]
+
+
+def _stays(plan: Plan, units: Units) -> int:
+    """Elements that ZeRO-3 does not gather again for a backward pass: the last ones, as they are used again soon, and a table of words
+    that the pass does not come to."""
+    root, layers = units
+    assert plan.zero is not None
+    first, last = root.weights[: root.num_first], root.weights[root.num_first :]
+    unused = 0 if any(weight.trains for weight in first) else sum(weight.num_elements for weight in first)
+    kept, reach = 0, plan.zero.max_live_parameters if plan.zero.prefetch_bucket_size else 0
+    for weight in reversed([weight for weights in (*(unit.weights for unit in layers), last) for weight in weights]):
+        if kept >= reach:
+            break
+        kept += weight.num_elements
+    return kept + unused
 
 
 def evaluation_traffic(plan: Plan, units: Units) -> Traffic:

@@ -106,8 +106,9 @@ def fastest(job: Job, made: Plan, room: Room) -> Found:
     refused: list[Refused] = []
     best = choose(first.plan, room, ways_of(job, first.plan), refused)
     begun = best.forecast.speed if best else None
-    # Other cuts send less and need more memory: they gain what is waited for at most.
-    if best is not None and (begun is None or begun.exposed * begun.correction < (1 - WORTH) * begun.step):
+    # Other cuts send less and need more memory: they gain what is waited for at most, and what is not computed again.
+    least = best is not None and (begun is None or begun.exposed * begun.correction < (1 - WORTH) * begun.step)
+    if least and not (best and best.way == "full" and begun and _recompute_less(job, first, others)):
         return Found(best, (), tuple(refused))
     decided: tuple[Decision, ...] = ()
     shortest = begun.step * WORTH if begun else float("inf")
@@ -127,6 +128,11 @@ def fastest(job: Job, made: Plan, room: Room) -> Found:
         elif begun and rate:
             refused.append(Refused(what=cut_of(variant.plan), why="slower", reason=_beside(rate.step, begun.step, shortest)))
     return Found(best, decided, tuple(refused))
+
+
+def _recompute_less(job: Job, first: Variant, others: list[Variant]) -> bool:
+    """Whether another cut may compute less again than the first one ever can, as ZeRO-3 cannot keep some of it."""
+    return any(set(ways_of(job, other.plan)) - set(ways_of(job, first.plan)) for other in others)
 
 
 def _beside(seconds: float, least_memory: float, shortest: float) -> str:

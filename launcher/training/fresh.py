@@ -6,12 +6,13 @@ A process that has imported everything once is copied for each rank instead, whi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,12 +33,22 @@ def in_fresh_ranks(work: Callable[..., Any], arguments: tuple[Any, ...], num_ran
     ProcessRaisedException with the traceback of a rank that fails, and ProcessExitedException.
     """
     multiprocessing.set_forkserver_preload([__name__, "launcher.training.fresh_imports", work.__module__])
-    # DeepSpeed asks for it while it is imported, once for all ranks.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder, _accelerator("cpu"):
         started = (num_ranks, folder, dict(allocator), work, arguments)
         ranks_of.start_processes(_rank, started, num_ranks, start_method="forkserver")
         return torch.load(Path(folder) / "result.pt", weights_only=True)
+
+
+@contextlib.contextmanager
+def _accelerator(name: str) -> Iterator[None]:
+    """DeepSpeed asks for it while it is imported, once for all ranks; what this process starts later is none of theirs."""
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = before or name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DS_ACCELERATOR"]
 
 
 def _rank(

@@ -24,7 +24,8 @@ def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     not chosen, and for attention 12 x layers x hidden x length, halved as causal (Chowdhery et al. 2022, arXiv 2204.02311,
     appendix B). Beside an adapter a matrix that does not train takes 4: there is no gradient of its own to make.
     """
-    tied = getattr(config, "tie_word_embeddings", False)
+    # A table that is the head too is multiplied with; a classifier of texts has no such head, whatever its config says.
+    tied = getattr(config, "tie_word_embeddings", False) and model.get_output_embeddings() is not None
     embeddings = 0 if tied else models.whole_shape(model.get_input_embeddings().weight).numel()
     shapes = [models.whole_shape(parameter) for parameter in model.parameters()]
     matrices = sum(shape.numel() * used_share(config, tuple(shape)) for shape in shapes if len(shape) >= 2) - embeddings

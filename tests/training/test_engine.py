@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from launcher.errors import ConfigurationError
+from launcher.planning.messages import _Times
 from launcher.planning.plan import Plan
-from launcher.planning.speed import _counts
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention, heads
 from launcher.training.engines import build, fsdp
@@ -175,8 +175,8 @@ def test_what_is_whole_between_the_passes_is_gathered_once_a_step(sharding: str,
     changes = {"sharding": sharding, "mesh__reshard_after_forward": sharding == "full"}
     plan = plan_of(path, 2, batch=_batch(2, 2), **changes)
     assert on_ranks(2, gatherings, plan, defers)[0] == [times, times]
-    counts = _counts(plan, 1)
-    assert counts.layers * 3 + counts.root == times
+    foreseen = _Times.of(plan, 1)
+    assert (foreseen.layer + foreseen.layer_back) * 3 + foreseen.root == times
     plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     _check(plain, on_ranks(2, steps_that_send, plan, defers)[0], 1e-5)
 

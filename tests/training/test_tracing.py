@@ -17,13 +17,14 @@ from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planning.decide import plan as decide
-from launcher.planning.fitting import nearest_that_fit, with_batch
+from launcher.planning.fitting import with_batch
 from launcher.planning.footprint.coordinator import GLOO_THREADS
 from launcher.planning.footprint.estimate import Estimator, estimator
 from launcher.planning.footprint.program import Batch, Segment, Setting
 from launcher.planning.forecast import USABLE, forecast
 from launcher.planning.hardware import Hardware
 from launcher.planning.model_config import read_config
+from launcher.planning.nearest import nearest_that_fit
 from launcher.planning.plan import Plan
 from launcher.training import attention, heads
 from launcher.training.tracing.plan import causal, trace

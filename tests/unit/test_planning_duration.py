@@ -13,15 +13,15 @@ from launcher.job.schema import Interval
 from launcher.planning.duration import DISK_RATE, TOKEN_BYTES, TOKEN_SECONDS, duration
 from launcher.planning.epochs import Items
 from launcher.planning.forecast import forecast, forecast_here
-from launcher.planning.gpus import gpu_type
+from launcher.planning.gpus import LINK_SHARE, MEMORY_SHARE, gpu_type
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Length, Plan
-from launcher.planning.speed import LINK_SHARE, MEMORY_SHARE, Speed
+from launcher.planning.speed import Speed
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import plan_for
 
 H100 = gpu_type("h100-80gb")
-RATE = Speed(1.5, 0.2, 0.3, 0.2, 1 << 20, 1e15, 1e15)
+RATE = Speed(1.5, 0.2, 0.3, 0.2, 1 << 20, 1e15, 1e15, evaluation=0.6)
 """A step of two seconds."""
 SIZE = 96 * 10**9
 
@@ -46,24 +46,23 @@ def test_epochs_and_evaluations_of_data_that_were_looked_at(tmp_path: Path) -> N
     plan = planned(tmp_path, Interval(value=1, unit="epochs"))
     size = plan.batch.global_batch_size
     items, held_out = Items(100 * size + 1, 1, (8,), True, False), Items(5 * size, 1, (8,), True, False)
-    plan = plan.model_copy(update={"length": Length(value=3, unit="epochs"), "evaluate_every": Interval(value=0.5, unit="epochs")})
+    changes: dict[str, Any] = {"length": Length(value=3, unit="epochs"), "evaluate_every": Interval(value=0.5, unit="epochs")}
+    plan = plan.model_copy(update={**changes, "data": plan.data.model_copy(update={"evaluation": plan.data.train})})
     made = duration(plan, RATE, SIZE, H100, None, items, held_out)
-    assert made is not None and (made.num_steps, made.num_saves) == (301, 4), "of the last step a few samples; every 100 steps, and the end"
-    assert made.num_evaluations == 2 + 6, "before, after, and every 50 steps"
-    forward = RATE.compute / 3 + RATE.exposed / 3
-    assert made.evaluation == pytest.approx(5 * forward) and made.evaluating == pytest.approx(40 * forward)
+    assert made is not None and (made.num_steps, made.num_saves) == (301, 3), "after 101, 201, and the last, of a few samples"
+    assert made.num_evaluations == 2 + 5, "before, after, and after 51, 101, ... 251"
+    assert made.evaluation == pytest.approx(5 * 0.6) and made.evaluating == pytest.approx(35 * 0.6)
     assert made.total == pytest.approx(301 * (made.step + made.data) + made.evaluating + made.saving)
-    recomputed = duration(plan.model_copy(update={"activation_checkpointing": "full"}), RATE, SIZE, H100, None, items, held_out)
-    assert recomputed is not None and recomputed.evaluation == pytest.approx(5 * (RATE.compute / 4 + RATE.exposed / 3))
+    best = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update={"keep_best": 1})})
+    kept = duration(best, RATE, SIZE, H100, None, items, held_out)
+    assert kept is not None and (kept.num_saves, kept.num_evaluations) == (7, 7), "every evaluation is saved, the first one too"
     alone = duration(plan.model_copy(update={"evaluate_every": None}), RATE, SIZE, H100, None, items, held_out)
     assert alone is not None and alone.num_evaluations == 2
     slower = duration(plan, replace(RATE, correction=2.0), SIZE, H100, None, items, held_out)
     assert slower is not None and slower.evaluation == pytest.approx(2 * made.evaluation)
     steps = plan.model_copy(update={"length": Length(value=100, unit="steps"), "evaluate_every": Interval(value=40, unit="steps")})
-    assert (found := duration(steps, RATE, SIZE, H100, None, None, held_out)) is not None and (found.num_saves, found.num_evaluations) == (
-        1,
-        4,
-    )
+    by_steps = duration(steps, RATE, SIZE, H100, None, None, held_out)
+    assert by_steps is not None and (by_steps.num_saves, by_steps.num_evaluations) == (1, 4)
 
 
 def test_a_save_in_the_background_stops_training_for_its_copy_alone(tmp_path: Path) -> None:
@@ -83,10 +82,10 @@ def test_saves_that_come_faster_than_they_are_written_are_waited_for(tmp_path: P
     assert faster is not None and faster.save < 0.4 < made.save and faster.data < made.data
 
 
-@pytest.mark.parametrize(("every", "saves"), [((900, "seconds"), 3), ((5, "seconds"), 500), ((1, "epochs"), 1), ((5000, "steps"), 1)])
+@pytest.mark.parametrize(("every", "saves"), [((900, "seconds"), 3), ((5, "seconds"), 334), ((1, "epochs"), 1), ((5000, "steps"), 1)])
 def test_how_often_is_said_in_steps_time_or_epochs(every: tuple[float, Any], saves: int, tmp_path: Path) -> None:
     made = duration(planned(tmp_path, Interval(value=every[0], unit=every[1])), RATE, SIZE, H100)
-    assert made is not None and made.num_saves == saves, "a time has 449 steps in 900 s, and two in 5"
+    assert made is not None and made.num_saves == saves, "a time is over after 450 steps of 900 s, and after three of 5"
 
 
 def test_nodes_read_and_write_their_own_parts(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from launcher.planning.footprint.program import Batch
 from launcher.planning.forecast import forecast, why_not
 from launcher.planning.gpus import BY_KEY
 from launcher.planning.model_shape import ModelShape
-from launcher.planning.speed import matrix_elements
+from launcher.planning.operations import matrix_elements
 from tests.training.plans import plan_of
 
 MIXTRAL: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.progress import notice
-from launcher.job.schema import Job
+from launcher.job.schema import Adapter, Job
 from launcher.planning import model_config
 from launcher.planning.decide import plan as decide
 from launcher.planning.footprint.estimate import CUDA_SLACK
@@ -18,8 +18,8 @@ from launcher.planning.footprint.families import program_of
 from launcher.planning.forecast import forecast, forecast_here
 from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.measured import kind_of, rates_for, slack_kind
-from launcher.planning.speed import LATENCY, messages
+from launcher.planning.measured import MEASURED, kind_of, rates_for, slack_kind
+from launcher.planning.messages import LATENCY, traffic
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
@@ -161,10 +161,10 @@ def test_an_engine_counts_with_its_own_messages_where_they_were_measured(tmp_pat
         for way, memory in (("lean", HERE.memory_bytes), ("roomy", 1 << 50)):
             made = forecast_here(plan.model_copy(update={"sharding": sharding}), Hardware(4, memory))
             assert made is not None and made.speed is not None
-            number, received = messages(made.plan, program.units())
+            sent = traffic(made.plan, program.units())
             each, per_byte = engines[way][f"fsdp {sharding}"]
             # Twice as many ranks as were measured share the memory.
-            assert made.speed.communication == pytest.approx(number * each + received * per_byte * 2), (sharding, way)
+            assert made.speed.communication == pytest.approx(sent.num_messages * each + sent.received * per_byte * 2), (sharding, way)
     nodes = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"nodes": 2, "ranks_per_node": plan.mesh.world_size // 2})})
     over, within = (forecast_here(one, HERE) for one in (nodes, plan))
     assert over is not None and within is not None and over.speed and within.speed
@@ -205,8 +205,32 @@ def test_the_way_to_the_host_is_the_slower_of_both_where_it_was_measured(tmp_pat
     assert unknown is not None and (unknown.host_link, unknown.host_bandwidth) == (table.host_link, table.host_bandwidth)
     found = rates_for(plan, here, Machine((replace(bare, to_device=55e9, to_host=40e9), CPU)))
     assert found is not None and (found.host_link, found.host_bandwidth) == (40e9, CPU.bandwidth)
-    moved = plan.model_copy(update={"offload": "parameters"})
-    assert kind_of(moved) != kind_of(plan), "what offloading costs does not correct what runs without"
+
+
+def test_what_one_kind_of_run_costs_does_not_correct_another(tmp_path: Path) -> None:
+    plan = plan_for(tmp_path)
+    others = [
+        plan.model_copy(update={"offload": "parameters"}),
+        plan.model_copy(update={"model": plan.model.model_copy(update={"freeze": ("model.*",)})}),
+        plan.model_copy(update={"model": plan.model.model_copy(update={"adapter": Adapter()})}),
+        plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"nodes": 2})}),
+    ]
+    table = gpu_type("h100-80gb")
+    kinds = [*map(kind_of, [plan, *others]), kind_of(plan, table)]
+    assert len(set(kinds)) == len(kinds) and kind_of(plan, replace(table, key=MEASURED)) == kind_of(plan)
+
+
+def test_measured_rates_have_shares_of_their_own(tmp_path: Path) -> None:
+    """What is measured of a GPU is what products reach already, of a data sheet's figure no product ever does."""
+    here = Hardware(8, 1 << 40, gpus=(Gpu("NVIDIA A100-SXM4-80GB", 80 << 30, 8.0),))
+    own = Rates("NVIDIA A100-SXM4-80GB", "2026-11-26", {"fp32": 19e12, "bf16": 250e12}, 1.8e12)
+    found, table = rates_for(plan_for(tmp_path), here, Machine((own,))), gpu_type("a100-80gb")
+    assert found is not None
+    assert found.half_rate * found.matrix_share == pytest.approx(table.half_rate * table.matrix_share, rel=0.05)
+    assert found.bandwidth * found.memory_share == pytest.approx(table.bandwidth * table.memory_share, rel=0.05)
+    assert found.link_share == table.link_share, "the table's link"
+    linked = rates_for(plan_for(tmp_path), here, Machine((replace(own, link=200e9),)))
+    assert linked is not None and linked.link * linked.link_share == 200e9
 
 
 def test_a_forecast_of_speed_on_a_cpu_comes_with_its_rates_and_is_corrected(tmp_path: Path) -> None:

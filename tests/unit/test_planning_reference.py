@@ -10,7 +10,8 @@ from launcher.planning import reference
 from launcher.planning.footprint.decoders import Llama
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import rates_for
-from launcher.planning.speed import messages, optimizer_seconds
+from launcher.planning.messages import traffic
+from launcher.planning.speed import optimizer_seconds
 from launcher.runs.machine import Machine, Rates
 
 CPU = Rates("cpu", "2026-11-24", {"fp32": 100e9}, 20e9)
@@ -39,8 +40,8 @@ def test_the_costs_come_out_of_the_steps_that_they_make(kind: str) -> None:
     seconds = []
     for plan, sizes in zip(both, (reference.SMALL, reference.LARGE), strict=True):
         units = Llama(sizes).units()
-        number, received = messages(plan, units)
-        seconds.append(0.002 * number + 3e-9 * received + optimizer_seconds(plan, units, rates))
+        sent = traffic(plan, units)
+        seconds.append(0.002 * sent.num_messages + 3e-9 * sent.received + optimizer_seconds(plan, units, rates))
     each, per_byte = reference.costs(both, (seconds[0], seconds[1]), rates)
     assert (each, per_byte) == (pytest.approx(0.002), pytest.approx(3e-9))
     assert reference.costs(both, (0.0, 0.0), rates) == (0.0, 0.0), "noise is nothing less than nothing"
