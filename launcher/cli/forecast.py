@@ -9,6 +9,7 @@ from launcher.runs.words import duration
 
 if TYPE_CHECKING:
     from launcher.planning.forecast import Forecast
+    from launcher.planning.plan import Plan
 
 WIDTH = 48
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
@@ -49,23 +50,33 @@ def speed_lines(made: Forecast) -> str:
     s = made.speed
     if s is None:
         return ""
+    on_cpu = made.plan.mesh.device == "cpu"
     messages = f"{_seconds(s.communication)} of messages ({_seconds(s.exposed)} of them waited for)"
     parts = f"{_seconds(s.compute)} computing, {messages}, {_seconds(s.optimizer)} optimizer"
-    lines = [
-        f"  a step       {_seconds(s.step)}: {parts}",
-        f"  rate         {s.tokens_per_second:,.0f} tokens/s, {s.utilisation:.0%} of the GPUs' peak (MFU)",
-    ]
+    learnt = f", x{s.correction:.2f} as runs here took" if s.correction != 1 else ""
+    share = f"{s.utilisation:.0%} of the " + ("processors' measured rate" if on_cpu else "GPUs' peak (MFU)")
+    lines = [f"  a step       {_seconds(s.step)}: {parts}{learnt}", f"  rate         {s.tokens_per_second:,.0f} tokens/s, {share}"]
     if d := made.duration:
         saves = f"{d.saving:.1f} s for {_several(d.num_saves, 'checkpoint')} of {gib(made.checkpoint_bytes)}"
         evaluations = f", {d.evaluating:.1f} s for {_several(d.num_evaluations, 'evaluation')}" if d.num_evaluations else ""
         waiting = f"{d.data * d.num_steps:.1f} s for data, {saves}{evaluations}"
+        hours = f"{d.total / 3600 * made.plan.mesh.world_size:,.1f} {'rank' if on_cpu else 'GPU'}-hours"
         lines += [
             f"  waiting      {waiting}: {1 - d.num_steps * d.step / d.total:.1%}",
-            f"  to the end   {duration(d.total)}, {d.total / 3600 * made.plan.mesh.world_size:,.1f} GPU-hours, for {d.num_steps:,} steps",
+            f"  to the end   {duration(d.total)}, {hours}, for {d.num_steps:,} steps",
         ]
     if made.items:
         lines.insert(0, f"  an epoch     {made.items.words()}")
+    elif why_not := no_epoch(made.plan):
+        lines.insert(0, f"  an epoch     is not known: {why_not}")
     return "\n".join(["", _of_which_samples(made), *lines])
+
+
+def no_epoch(plan: Plan) -> str | None:
+    """Why it is not known how much an epoch has, in one clause; None where it is, and where a script brings its own data."""
+    from launcher.planning.epochs import why_no_epoch
+
+    return None if plan.script else why_no_epoch(plan.data.train, plan.data, plan.model.name, plan.task)
 
 
 def _seconds(seconds: float) -> str:
@@ -82,15 +93,13 @@ def _of_which_samples(made: Forecast) -> str:
     return f"Speed, of samples of {made.items.mean:.0f} tokens, padded to {made.padded:.0f}:"
 
 
-def advice(made: Forecast) -> str:
-    """Where a plan does not fit: the nearest that do, and what each costs."""
+def advice(made: Forecast, per_node: int | None = None) -> str:
+    """Where a plan does not fit: the nearest that do, and what each costs. `per_node`: GPUs that a node has, where that is known."""
     if made.fits:
         return ""
-    from launcher.planning.fitting import nearest_that_fit
-    from launcher.planning.gpus import BY_KEY
+    from launcher.planning.nearest import PER_NODE, nearest_that_fit
 
-    gpu = next((kind for kind in BY_KEY.values() if made.memory_bytes == kind.memory_bytes), None) if made.speed else None
-    found = nearest_that_fit(made, gpu)
+    found = nearest_that_fit(made, per_node=PER_NODE if per_node is None else per_node)
     if not found:
         return "\nNothing near it fits: take a smaller model, other GPUs, or DeepSpeed with memory.offload_to on NVMe."
     lines = [f"  {words}: {other.line()}" for words, other in found]

@@ -12,9 +12,11 @@ import typer
 from launcher.cli.job import JobFile, Overrides
 
 if TYPE_CHECKING:
+    from launcher.job.schema import Job
     from launcher.planning.forecast import Trace
-    from launcher.planning.outlook import Row
-    from launcher.planning.plan import Plan
+    from launcher.planning.outlook import Outlook
+    from launcher.planning.plan import Decision, Plan, Refused
+    from launcher.planning.rows import Row
 
 NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -58,53 +60,87 @@ def plan(
     trace: Traced = False,
 ) -> None:
     """Show what will run: every decision with its reason."""
-    from launcher.cli.output import print_json
     from launcher.job.load import load
-    from launcher.planning import outlook
+    from launcher.planning.outlook import look
+    from launcher.planning.rows import priced
 
     wanted = load(job, overrides)
-    sought = deadline is not None or max_gpus is not None
-    if sought or scale is not None or (gpu is not None and ("," in gpu or price)):
-        _alone(trace)
-        if sought and scale is not None:
-            _one_question(scale)
-        if sought:
-            rows = outlook.in_time(wanted, deadline, max_gpus or _MOST, gpu, network)
-        elif scale is not None:
-            rows = outlook.scaled(wanted, scale, gpu, network)
-        else:
-            rows = outlook.compare(wanted, gpu or "", network)
-        rows = outlook.priced(rows, price)
-        if as_json:
-            print_json({"plans": [row.to_dict() for row in rows]})
-        else:
-            _compared(rows)
-            typer.echo("\n".join(_why_so_many(rows)) if sought else "", nl=sought)
-            if scale is not None:
-                typer.echo(scaling_plots(rows))
+    sought = (deadline, max_gpus or _MOST) if deadline is not None or max_gpus is not None else None
+    if sought or scale is not None or price or (gpu is not None and "," in gpu):
+        drawn = None if picture is None else str(picture)
+        _refuse_of_one_plan({"--nproc": nproc, "--explain": explain, "--picture": drawn}, trace)
+        rows, left_out = _several(wanted, gpu, network, scale, sought)
+        _show(priced(rows, price), left_out, sought is not None, as_json)
         return
-    seen = outlook.look(wanted, nproc, gpu, network, tracing() if trace else None)
+    seen = look(wanted, nproc, gpu, network, tracing() if trace else None)
+    if picture is not None:
+        _draw(picture, seen)
     if explain is not None:
-        typer.echo(explained(seen.plan, explain))
-        return
-    made = seen.traced or seen.forecast
-    if picture is not None and made is not None:
-        from launcher.cli.forecast import picture as drawn
+        _explain(seen.plan, explain, as_json)
+    elif as_json:
+        _print_as_json(seen, trace)
+    else:
+        _print(seen, trace)
 
-        picture.write_text(drawn(made), encoding="utf-8")
-    if as_json:
-        forecasts = {"forecast": seen.forecast, "traced": seen.traced} if trace else {"forecast": seen.forecast}
-        content = {name: one.to_dict() if one else None for name, one in forecasts.items()}
-        print_json(json.loads(seen.plan.to_json()) | content | {"no_forecast": seen.why_not})
+
+def _several(
+    job: Job, gpu: str | None, network: str | None, scale: str | None, sought: tuple[str | None, int] | None
+) -> tuple[list[Row], list[Refused] | None]:
+    """Plans beside each other, and the numbers of a scale that are left out; `sought` are a deadline and the most GPUs."""
+    from launcher.planning import fewest_gpus, outlook
+
+    if sought is not None and scale is not None:
+        _one_question(scale)
+    if sought is not None:
+        return fewest_gpus.in_time(job, *sought, gpu, network), None
+    if scale is None:
+        return outlook.compare(job, gpu, network), None
+    left_out: list[Refused] = []
+    return outlook.scaled(job, scale, gpu, network, left_out), left_out
+
+
+def _show(rows: list[Row], left_out: list[Refused] | None, sought: bool, as_json: bool) -> None:
+    from launcher.cli.comparing import show
+    from launcher.cli.output import print_json
+
+    if not as_json:
+        show(rows, sought, left_out)
         return
+    beside = {} if left_out is None else {"left_out": [one.model_dump(mode="json") for one in left_out]}
+    print_json({"plans": [row.to_dict() for row in rows]} | beside)
+
+
+def _print(seen: Outlook, trace: bool) -> None:
+    from launcher.cli.forecast import advice, bars, compared, speed_lines
+
+    made = seen.traced or seen.forecast
     typer.echo(table(seen.plan))
     if made is None:
         typer.echo(f"\nNo forecast of memory: {seen.why_not}. `launcher plan --trace` goes by the model's own class.")
         return
-    from launcher.cli.forecast import advice, bars, compared, speed_lines
+    traced = compared(made, seen.forecast, seen.why_not) if trace else ""
+    typer.echo("\n".join(filter(None, [bars(made), traced, speed_lines(made), advice(made, seen.per_node)])))
 
-    parts = [bars(made), compared(made, seen.forecast, seen.why_not) if trace else "", speed_lines(made), advice(made)]
-    typer.echo("\n".join(filter(None, parts)))
+
+def _print_as_json(seen: Outlook, trace: bool) -> None:
+    from launcher.cli.forecast import no_epoch
+    from launcher.cli.output import print_json
+
+    forecasts = {"forecast": seen.forecast, "traced": seen.traced} if trace else {"forecast": seen.forecast}
+    content = {name: one.to_dict() if one else None for name, one in forecasts.items()}
+    print_json(json.loads(seen.plan.to_json()) | content | {"no_forecast": seen.why_not, "no_epoch": no_epoch(seen.plan)})
+
+
+def _draw(file: Path, seen: Outlook) -> None:
+    """Raises ConfigurationError where there is no forecast to draw."""
+    from launcher.cli.forecast import picture
+    from launcher.errors import ConfigurationError, Problem
+
+    made = seen.traced or seen.forecast
+    if made is None:
+        reason = f"there is no forecast to draw, as {seen.why_not}; `launcher plan --trace` goes by the model's own class"
+        raise ConfigurationError(Problem("--picture", str(file), reason))
+    file.write_text(picture(made), encoding="utf-8")
 
 
 def _one_question(scale: str) -> None:
@@ -115,13 +151,15 @@ def _one_question(scale: str) -> None:
     raise ConfigurationError(Problem("--scale", scale, reason))
 
 
-def _alone(trace: bool) -> None:
-    """Raises ConfigurationError for a trace of several plans at once."""
+def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool) -> None:
+    """Raises ConfigurationError for options that are of one plan, where several are asked for."""
     from launcher.errors import ConfigurationError, Problem
 
-    if trace:
-        reason = "traces one plan; leave out --scale, --deadline, --price and all but one GPU, or leave out --trace"
-        raise ConfigurationError(Problem("--trace", None, reason))
+    reason = "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU, or leave it out"
+    found = [Problem(key, value, reason) for key, value in options.items() if value is not None]
+    found += [Problem("--trace", None, reason)] if trace else []
+    if found:
+        raise ConfigurationError(found)
 
 
 def tracing() -> Trace:
@@ -138,8 +176,24 @@ def tracing() -> Trace:
     return trace
 
 
+def _explain(plan: Plan, key: str, as_json: bool) -> None:
+    from launcher.cli.output import print_json
+
+    if not as_json:
+        typer.echo(explained(plan, key))
+        return
+    refused = plan.refused if key.startswith(_SEARCHED) else ()
+    print_json(_decision(plan, key).model_dump(mode="json") | {"refused": [one.model_dump(mode="json") for one in refused]})
+
+
 def explained(plan: Plan, key: str) -> str:
     """Why a key of the plan has its value. Raises ConfigurationError with the nearest keys for one that was not decided here."""
+    found = _decision(plan, key)
+    lines = [f"{found.key} = {found.value}: {found.reason}"]
+    return "\n".join(lines + (not_taken(plan) if key.startswith(_SEARCHED) else []))
+
+
+def _decision(plan: Plan, key: str) -> Decision:
     import difflib
 
     from launcher.errors import ConfigurationError, Problem
@@ -148,40 +202,9 @@ def explained(plan: Plan, key: str) -> str:
     if found is None:
         keys = [decision.key for decision in plan.decisions]
         near = difflib.get_close_matches(key, keys, 3, 0.3) or keys[:3]
-        raise ConfigurationError(
-            Problem("--explain", key, f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}")
-        )
-    lines = [f"{found.key} = {found.value}: {found.reason}"]
-    return "\n".join(lines + (not_taken(plan) if key.startswith(_SEARCHED) else []))
-
-
-def _compared(rows: list[Row]) -> None:
-    from launcher.cli.output import print_table
-
-    header = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
-    print_table(header, [row.cells() for row in rows])
-
-
-def _why_so_many(rows: list[Row]) -> list[str]:
-    """Of each kind of GPU why it is that number of them."""
-    lines = []
-    for row in rows:
-        lines += ["", f"{row.gpu}: {explained(row.plan, 'cluster.nodes')}"]
-    return lines
-
-
-def scaling_plots(rows: list[Row]) -> str:
-    """Speed and memory over the number of GPUs, one above the other; empty where there is nothing to join by a line."""
-    import shutil
-
-    from launcher.cli.output import line_plot
-
-    known = [(row.plan.mesh.world_size, row.forecast) for row in rows if row.forecast is not None]
-    speeds = [(float(ranks), made.speed.tokens_per_second) for ranks, made in known if made.speed]
-    memory = [(float(ranks), made.footprint.highest.total / 2**30) for ranks, made in known]
-    width = min(shutil.get_terminal_size().columns, 90)
-    drawn = [(speeds, "tokens/s over GPUs"), (memory, "GiB of a GPU over GPUs")]
-    return "\n".join(line_plot(points, width, 13, logarithmic=True, ylabel=name) for points, name in drawn if len(points) > 1)
+        reason = f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}"
+        raise ConfigurationError(Problem("--explain", key, reason))
+    return found
 
 
 def table(plan: Plan) -> str:

@@ -9,10 +9,8 @@ from launcher.job.schema import ActivationCheckpointing
 from launcher.planning.batch import divisors
 from launcher.planning.fitting import with_batch
 from launcher.planning.forecast import USABLE as SHARE
-from launcher.planning.forecast import Forecast, forecast
-from launcher.planning.gpus import GpuType
+from launcher.planning.forecast import Forecast, forecast_here
 from launcher.planning.hardware import Hardware
-from launcher.planning.measured import rates_for
 from launcher.planning.memory import STATE_BYTES, USABLE, Setting, gib
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Plan
@@ -50,16 +48,17 @@ def less_memory(plan: Plan, hardware: Hardware, peak: int = 0) -> Advice:
 def _by_the_formulas(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
     """None where the formulas do not know the model, or know of no pass that would have fitted."""
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-    made = forecast(plan, memory, rates_for(plan, hardware)) if memory else None
+    made = forecast_here(plan, hardware) if memory else None
     if made is None:
         return None
     expected = made.footprint.highest
     # What was seen and not foreseen counts for every other plan too.
     unforeseen = max(0, peak - expected.total)
+    usable = memory * SHARE[plan.mesh.device] - unforeseen
     fitting = [
-        (way, other)
-        for way, other in _passes(made, rates_for(plan, hardware))
-        if other.footprint.highest.total < expected.total and other.footprint.highest.total + unforeseen <= memory * SHARE[plan.mesh.device]
+        (options, other)
+        for options, other in _passes(plan, hardware)
+        if other.footprint.highest.total < expected.total and other.footprint.highest.total <= usable and other.fits_host
     ]
     if not fitting:
         return None
@@ -69,9 +68,8 @@ def _by_the_formulas(plan: Plan, hardware: Hardware, peak: int) -> Advice | None
     return Advice(options, f"the plan expected {gib(expected.total)} at the highest ({expected.name}: {expected.where}){measured}; {then}")
 
 
-def _passes(made: Forecast, gpu: GpuType | None) -> Iterator[tuple[str, Forecast]]:
+def _passes(plan: Plan, hardware: Hardware) -> Iterator[tuple[str, Forecast]]:
     """Smaller passes, those that cost least first: fewer samples at a time, then more recomputation, then both."""
-    plan = made.plan
     per_rank = plan.batch.micro_batch_size * plan.batch.accumulation_steps
     sizes = [size for size in sorted(divisors(per_rank), reverse=True) if size <= plan.batch.micro_batch_size]
     ways: list[ActivationCheckpointing] = list(dict.fromkeys((plan.activation_checkpointing, "full")))
@@ -79,7 +77,7 @@ def _passes(made: Forecast, gpu: GpuType | None) -> Iterator[tuple[str, Forecast
         for size in sizes:
             options = [f"--set batch.micro_batch_size={size}"] if size != plan.batch.micro_batch_size else []
             options += [f"--set memory.activation_checkpointing={way}"] if way != plan.activation_checkpointing else []
-            other = forecast(with_batch(plan, size, way), made.memory_bytes, gpu)
+            other = forecast_here(with_batch(plan, size, way), hardware)
             if options and other is not None:
                 yield " ".join(options), other
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigurationError
-from launcher.job.schema import ActivationCheckpointing, Checkpoint, Job, Precision, node_range
+from launcher.job.schema import ActivationCheckpointing, Checkpoint, Cluster, Job, Precision, node_range
 from launcher.planning import slurm
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
-from launcher.planning.gpus import as_hardware, gpu_type
+from launcher.planning.gpus import GpuType, as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import STATE_BYTES, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from launcher.planning.forecast import Trace
 
 _FLASH = "write sdpa or auto, which have no padding either"
+CORES_OF_A_GPU = 8
+"""Cores of a node that is not here, for each of its GPUs. Assumed; Slurm is asked for them."""
+NODE_MEMORY = 1 << 40
+"""Bytes of the memory of a node with GPUs that is not here. Assumed."""
 
 
 def plan(
@@ -103,16 +107,18 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
 
 def _hardware(job: Job, local: bool) -> Hardware:
     """This machine; for a plan that runs elsewhere with the GPUs that the job names, as many as it says."""
-    here = Hardware.detect()
     cluster = job.cluster
     kind = gpu_type(cluster.gpu, "cluster.gpu") if cluster.gpu is not None else None
-    if local:
-        return here
-    memory = slurm.node_memory(cluster)
-    if kind is None or cluster.gpus_per_node in ("auto", 0):
-        return here if memory is None else replace(here, memory_bytes=memory)
-    # What is free on a login node says nothing of it.
-    return as_hardware(kind, int(cluster.gpus_per_node), here.num_cores, memory)
+    if not local and kind is not None and cluster.gpus_per_node not in ("auto", 0):
+        return elsewhere(cluster, kind, int(cluster.gpus_per_node))
+    here, memory = Hardware.detect(), slurm.node_memory(cluster)
+    return here if local or memory is None else replace(here, memory_bytes=memory)
+
+
+def elsewhere(cluster: Cluster, gpu: GpuType, per_node: int) -> Hardware:
+    """A node of such GPUs that is not here; what a login node has says nothing of it."""
+    cores = cluster.cpus_per_node or CORES_OF_A_GPU * per_node
+    return as_hardware(gpu, per_node, cores, slurm.node_memory(cluster) or NODE_MEMORY)
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:

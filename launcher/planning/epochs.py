@@ -9,10 +9,12 @@ from functools import lru_cache
 from math import ceil
 from pathlib import Path
 
+from launcher.errors import DataError
 from launcher.job.schema import Data, Source
-from launcher.planning.lengths import CHARACTERS, columns_of, lengths
+from launcher.planning.lengths import CHARACTERS, columns_of, lengths, why_unusable
+from launcher.planning.model_config import locate
 from launcher.planning.plan import BatchPlan, Plan
-from launcher.sources.sample import sample
+from launcher.sources.sample import look
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,49 @@ class Items:
 
 def training_items(plan: Plan) -> Items | None:
     """One pass over the training data; None as for `one_pass`, and where a script brings its own."""
-    return None if plan.script else one_pass(plan.data.train, plan.data, plan.model.name, plan.task)
+    return None if plan.script else one_pass(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
 
 
 def evaluation_items(plan: Plan) -> Items | None:
     """One pass over the rows held out; None where there are none, or as for the training data."""
     source = plan.data.evaluation
-    return None if plan.script or source is None else one_pass(source, plan.data, plan.model.name, plan.task)
+    return None if plan.script or source is None else one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
 
 
 def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
     """One pass over a source; None where it is not in files here, or where they cannot be read."""
+    found = _looked(source, data, model, task, _changed(source))
+    return found if isinstance(found, Items) else None
+
+
+def why_no_epoch(source: Source, data: Data, model: str, task: str) -> str | None:
+    """Why nothing is known of one pass over a source, in one clause; None where it is known."""
+    found = _looked(source, data, model, task, _changed(source))
+    return found if isinstance(found, str) else None
+
+
+def _changed(source: Source) -> int:
     try:
-        changed = Path(source.path).stat().st_mtime_ns if source.path else 0
+        return Path(source.path).stat().st_mtime_ns if source.path else 0
     except OSError:  # a pattern, or nothing
-        changed = 0
-    return _looked(source, data, model, task, changed)
+        return 0
 
 
 @lru_cache(maxsize=8)
-def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | None:
-    """A search asks for the same again and again; `changed` lets what was seen of an older file be forgotten."""
+def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | str:
+    """What there is, or why it is not known. A search asks for the same again and again; `changed` lets what was seen of an older file
+    be forgotten."""
     # With the label too: that tells a header from a first row.
     label = (data.label or "label",) if task == "sequence-classification" else ()
-    seen = sample(source, (*columns_of(data), *label))
-    if seen is None or not seen.rows:
-        return None
+    try:
+        seen = look(source, (*columns_of(data), *label))
+    except DataError as error:
+        return str(error)
+    if not seen.rows:
+        return f"{source.path} has no rows"
     found, by_tokenizer = lengths(seen.rows, data, model, task)
     if not found:
-        return None
+        return f"{source.path}: no row that was looked at can be used, the first for: {why_unusable(seen.rows, data, task)}"
     scale, packed = seen.num_rows / len(seen.rows), data.packing and task == "causal-lm"
     number = ceil(scale * fewest_packs(found, data.max_length)) if packed else round(scale * len(found))
     return Items(max(1, number), seen.num_rows, found, by_tokenizer, packed)

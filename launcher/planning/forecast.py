@@ -208,4 +208,4 @@ def why_not(plan: Plan) -> str:
         return f"the formulas know adapters beside {', '.join(WITH_ADAPTERS)}, and this is a {kind} model"
     if kind in KNOWN:
         return f"the formulas have {kind} for other tasks than {plan.task}"
-    return f"the formulas do not know the architecture {kind}; the nearest they know is {nearest(kind)}"
+    return f"the formulas do not know the architecture {kind}; the nearest they know is {nearest(kind, plan.task)}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import Data
 from launcher.planning.model_config import locate
-from launcher.sources.rows import RowProblem
+from launcher.sources.rows import BAD_LABEL, BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
 
 CHARACTERS = 4
 """Of a token of English, where the model has no tokenizer.json here: a rule of thumb."""
@@ -30,7 +31,7 @@ def columns_of(data: Data) -> tuple[str, ...]:
 def lengths(rows: Sequence[dict[str, Any] | RowProblem], data: Data, model: str, task: str) -> tuple[tuple[int, ...], bool]:
     """Tokens of the sample that each row becomes, without those that become none; and whether the model's tokenizer counted them."""
     columns = columns_of(data)
-    found = [texts for row in rows if (texts := _texts(row, data, columns)) is not None]
+    found = [texts for row in rows if not isinstance(texts := _texts(row, data, columns, task), RowProblem)]
     tokenizer = _tokenizer(model)
     flat = [text[: _LONGEST * data.max_length] for texts in found for text in texts]
     counts = iter([len(text) // CHARACTERS + 1 for text in flat] if tokenizer is None else _tokens(flat, tokenizer))
@@ -41,17 +42,80 @@ def lengths(rows: Sequence[dict[str, Any] | RowProblem], data: Data, model: str,
     return tuple(min(length, limit) for length in whole if data.too_long == "cut" or length <= limit), tokenizer is not None
 
 
-def _texts(row: dict[str, Any] | RowProblem, data: Data, columns: tuple[str, ...]) -> list[str] | None:
-    """The texts of a row; None where it cannot be used."""
+def why_unusable(rows: Sequence[dict[str, Any] | RowProblem], data: Data, task: str) -> RowProblem:
+    """Why the first of some rows that become no sample is none."""
+    columns = columns_of(data)
+    problems = (texts for row in rows if isinstance(texts := _texts(row, data, columns, task), RowProblem))
+    return next(problems, RowProblem(TOO_LONG, f"more tokens than max_length = {data.max_length:,}"))
+
+
+def _texts(row: dict[str, Any] | RowProblem, data: Data, columns: tuple[str, ...], task: str) -> list[str] | RowProblem:
+    """The texts of a row, by the rules of the trainer's tasks, or why it has none."""
     if isinstance(row, RowProblem):
-        return None
-    values = [row.get(column) for column in columns]
-    if data.messages is not None:
-        turns = values[0] if isinstance(values[0], list) else []
-        values = [turn.get("content") if isinstance(turn, dict) else None for turn in turns]
-    texts = [str(value) if isinstance(value, (int, float)) else value for value in values]
-    used = [text for text in texts if isinstance(text, str)]
-    return used if used and len(used) == len(texts) and any(text.strip() for text in used) else None
+        return row
+    try:
+        if data.messages is not None:
+            return _of_messages(row, data.messages)
+        texts = [text_of(row, column) for column in columns]
+        if task == "sequence-classification":
+            _check_label(row, data)
+    except RowProblem as problem:
+        return problem
+    return texts
+
+
+def _of_messages(row: dict[str, Any], column: str) -> list[str]:
+    """What a template gets as text, message by message. Raises RowProblem where nothing can be learned."""
+    messages = row.get(column)
+    if messages is None:
+        raise RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, row)) or 'nothing'}")
+    if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
+        raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
+    if not messages:
+        raise RowProblem(EMPTY, f"{column!r} has no messages")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise RowProblem(NOTHING_TO_LEARN, "no message has the role 'assistant'")
+    texts = [_of_content(message.get("content")) for message in messages]
+    for text in texts:
+        check_encodable(text, column)
+    return texts
+
+
+def _of_content(content: Any) -> str:
+    """The text of a message: as it is, or of its parts; none of what a template makes something else of."""
+    if isinstance(content, list):
+        return "".join(_of_content(part.get("text") if isinstance(part, dict) else part) for part in content)
+    if isinstance(content, (int, float)):
+        return str(content)
+    return content if isinstance(content, str) else ""
+
+
+def _check_label(row: dict[str, Any], data: Data) -> None:
+    """Raise RowProblem where the label is missing, or is none of the kind that the problem has."""
+    column = data.label or "label"
+    value = row.get(column)
+    if value is None:
+        raise RowProblem(MISSING, f"no {column!r}")
+    if data.problem == "regression":
+        good = _is_finite(value)
+    elif data.problem == "multi-label" and isinstance(value, (str, list, tuple)):
+        good = isinstance(value, str) or all(map(_is_name, value))
+    else:
+        good = _is_name(value)
+    if not good:
+        raise RowProblem(BAD_LABEL, f"{column!r} is {value!r}")
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it can be a class's name."""
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _tokenizer(model: str) -> Any:

@@ -72,7 +72,7 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
 
 
 def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
-    """What of measured rates a step reaches. Of a CPU it is what is assumed of a data sheet: its products are smaller than those measured."""
+    """What of measured rates a step reaches. Of a CPU it is the share of a data sheet: its products are smaller than those measured."""
     if plan.mesh.device == "cpu":
         return {}
     return {"matrix_share": _MATRIX_SHARE, "memory_share": _MEMORY_SHARE, **({"link_share": 1.0} if link_known else {})}

@@ -7,17 +7,38 @@ import os
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Model
+from launcher.planning.model_sizes import wrong_sizes
 
 
-def locate(name: str) -> str:
-    """The directory of a model: as it is named, or where the hub's cache holds it."""
-    if (Path(name) / "config.json").exists() or "/" not in name:
+def locate(name: str, revision: str | None = None) -> str:
+    """The directory of a model: as it is named, or where the hub's cache holds it, in that revision where one is named.
+
+    Without one it is the main branch, else what was fetched last.
+    """
+    if (Path(name) / "config.json").exists():
         return name
-    root = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    folder = root / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
-    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1].parent) if found else name
+    folder = _hub_cache() / f"models--{name.replace('/', '--')}"
+    found = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
+    commit = _commit(folder, revision or "main")
+    taken = [path for path in found if path.parent.name == commit] or (found if revision is None else [])
+    return str(taken[-1].parent) if taken else name
+
+
+def _hub_cache() -> Path:
+    """The folder that huggingface_hub keeps models in, by the same variables and in the same order."""
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(folder)).expanduser()
+
+
+def _commit(folder: Path, revision: str) -> str:
+    """What a branch or a tag stood for when it was fetched; what is neither is taken for a commit."""
+    try:
+        return (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return revision
 
 
 def read_config(directory: str) -> dict[str, Any] | None:
@@ -30,5 +51,16 @@ def read_config(directory: str) -> dict[str, Any] | None:
 
 
 def config_of(model: Model) -> dict[str, Any] | None:
-    """What the job file says the model is, else what its own file says; None where that is not here."""
-    return model.config if model.config is not None else read_config(locate(model.name))
+    """What the job file says the model is, else what its own file says; None where that is not here.
+
+    Raises ConfigurationError for sizes that cannot be, all of them at once.
+    """
+    directory = locate(model.name, model.revision) if model.config is None else ""
+    config = read_config(directory) if model.config is None else model.config
+    wrong = wrong_sizes(config or {})
+    if wrong and model.config is None:
+        path = Path(directory) / "config.json"
+        raise ConfigurationError([Problem("model.name", model.name, f"in {path}, {problem}") for problem in wrong])
+    if wrong:
+        raise ConfigurationError([Problem(f"model.config.{problem.key}", problem.value, problem.reason) for problem in wrong])
+    return config

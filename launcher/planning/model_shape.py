@@ -47,7 +47,7 @@ class ModelShape:
             return None
         intermediate = _chosen_width(sizes) or found["intermediate_size"] or 4 * hidden
         made_up = model.weights == "random" or model.config is not None
-        counted = 0 if made_up else stored_parameters(Path(locate(model.name)))
+        counted = 0 if made_up else stored_parameters(Path(locate(model.name, model.revision)))
         layer = _layer(sizes, hidden, intermediate)
         embeddings = found["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
         # Positions that are computed take no parameters: what looks like more than all that is not layers is no table.
@@ -58,12 +58,18 @@ class ModelShape:
 
 def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:
     """Parameters of one layer of a transformer by its config, with a gate where the activation is SiLU."""
-    heads = config.get("num_attention_heads") or 1
-    share = (config.get("num_key_value_heads") or heads) / heads
+    heads = _whole(config, "num_attention_heads") or 1
+    share = (_whole(config, "num_key_value_heads") or heads) / heads
     attention = hidden * hidden * (2 + 2 * share)
     wide = intermediate * (_num_experts(config) or 1) // (config["num_experts_per_tok"] if _chosen_width(config) else 1)
     feed_forward = hidden * wide * (3 if "silu" in str(config.get("hidden_act", "")) else 2)
     return int(attention + feed_forward)
+
+
+def _whole(config: dict[str, Any], name: str) -> int:
+    """A size, or 0 where there is none: of an architecture that is not known it may be anything."""
+    value = config.get(name)
+    return value if isinstance(value, int) else 0
 
 
 def _num_experts(config: dict[str, Any]) -> int:

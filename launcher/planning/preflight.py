@@ -7,12 +7,14 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
 from launcher.job.schema import Job
+from launcher.planning.decide import NODE_MEMORY
 from launcher.planning.duration import DISK_RATE
-from launcher.planning.fitting import known, nearest_that_fit
+from launcher.planning.fitting import known
 from launcher.planning.forecast import USABLE, Forecast, Trace, forecast, forecast_here
 from launcher.planning.gpus import gpu_type, on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import gib
+from launcher.planning.nearest import PER_NODE, nearest_that_fit
 from launcher.planning.plan import Plan
 from launcher.planning.slurm import node_memory
 from launcher.runs.machine import Machine
@@ -29,10 +31,12 @@ def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = 
     _check_sizes(plan)
     if plan.script:
         return None
-    made = _forecast(job, plan, local, trace if trace is not None and not known(plan) else None)
+    here = Hardware.detect() if local else None
+    made = _forecast(job, plan, here, trace if trace is not None and not known(plan) else None)
     if made is None or force:
         return made
-    _check_memory(made)
+    assumed = here is None and node_memory(job.cluster) is None
+    _check_memory(made, PER_NODE if here is None else len(here.gpus), assumed)
     _check_disk(made, directory)
     _check_time(made)
     return made
@@ -45,25 +49,28 @@ def _check_sizes(plan: Plan) -> None:
         raise ConfigurationError(Problem("model.config", None, reason))
 
 
-def _forecast(job: Job, plan: Plan, local: bool, trace: Trace | None) -> Forecast | None:
-    """On this machine, or on the GPUs that the job names; of other machines the memory is not known."""
-    if local:
-        return forecast_here(plan, Hardware.detect(), job.cluster.network, trace)
+def _forecast(job: Job, plan: Plan, here: Hardware | None, trace: Trace | None) -> Forecast | None:
+    """On this machine, or on the GPUs that the job names; of other GPUs, and of CPU nodes of which it does not say it, the memory is not
+    known."""
+    if here is not None:
+        return forecast_here(plan, here, job.cluster.network, trace)
     gpu = gpu_type(job.cluster.gpu, "cluster.gpu") if job.cluster.gpu is not None and plan.mesh.device == "cuda" else None
-    host = node_memory(job.cluster) or 0
+    host = node_memory(job.cluster)
     if plan.mesh.device == "cpu":
-        return forecast(plan, host // plan.mesh.ranks_per_node, trace=trace)
+        return forecast(plan, (host or 0) // plan.mesh.ranks_per_node, trace=trace)
     network = gpu and on_network(gpu, job.cluster.network)
-    return forecast(plan, gpu.memory_bytes if gpu else 0, network, trace=trace, host_memory_bytes=host)
+    return forecast(plan, gpu.memory_bytes if gpu else 0, network, trace=trace, host_memory_bytes=host or NODE_MEMORY)
 
 
-def _check_memory(made: Forecast) -> None:
+def _check_memory(made: Forecast, per_node: int, assumed: bool) -> None:
+    """`assumed`: nothing says how much memory the nodes have."""
     if made.fits:
         return
-    found = nearest_that_fit(made, None)
+    found = nearest_that_fit(made, 1, per_node)
     nearest = f"the nearest that fits: {found[0][0]}" if found else "nothing near it fits"
     if made.fits_device:
-        raise OutOfMemoryError(f"with memory.offload {made.plan.offload} this plan needs {made.lack}; {nearest}; {_FORCE}")
+        lack = f"{made.lack} (of a node {gib(NODE_MEMORY)} are assumed; cluster.mem says what it has)" if assumed else made.lack
+        raise OutOfMemoryError(f"with memory.offload {made.plan.offload} this plan needs {lack}; {nearest}; {_FORCE}")
     highest = made.footprint.highest
     largest = max(highest.parts, key=lambda kind: highest.parts[kind])
     usable = gib(int(made.memory_bytes * USABLE[made.plan.mesh.device]))

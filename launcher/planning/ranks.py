@@ -61,9 +61,9 @@ def _num_gpus(decider: Decider) -> int:
         return decider.decide("cluster.gpus_per_node", seen, note)
     if decider.local and asked > seen:
         why = f" ({decider.hardware.gpu_note})" if decider.hardware.gpu_note else ""
-        decider.refuse(
-            "cluster.gpus_per_node", asked, f"{seen} seen on this machine{why}; write {seen}{'' if seen else ' to train on the CPU'}"
-        )
+        here = f"write {seen}{'' if seen else ' to train on the CPU'}"
+        elsewhere = "to plan for GPUs that are not here, name them: `launcher plan --gpu NAME`, or cluster.gpu"
+        decider.refuse("cluster.gpus_per_node", asked, f"{seen} seen on this machine{why}; {here}; {elsewhere}")
     return asked
 
 

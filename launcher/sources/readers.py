@@ -7,14 +7,17 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, RowProblem
+from launcher.sources.rows import BAD_VALUE, EMPTY, NOT_UTF8, UNREADABLE, RowProblem
 
 Values = dict[str, Any] | RowProblem
 Read = Iterator[tuple[int, Values]]
+PARQUET_BATCH = 1024
+"""Rows that are decoded at once."""
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
@@ -55,6 +58,8 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
             yield from read_json_lines(path, columns)
             return
         raise DataError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # an integer of too many digits, lists too deep in each other
+        raise DataError(f"{path} is no JSON that can be read: {error}") from None
     rows = whole
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -72,40 +77,53 @@ def read_csv(path: Path, columns: Sequence[str]) -> Read:
 
 def read_tsv(path: Path, columns: Sequence[str]) -> Read:
     """Tab-separated values, as IANA registers them: no quoting, so that a stray quotation mark is only a character."""
-    yield from _read_table(path, columns, _PlainTabs)
+    yield from _read_table(path, columns, PlainTabs)
 
 
-class _PlainTabs(csv.excel_tab):
+class PlainTabs(csv.excel_tab):
+    """Tabs between fields, and no quoting."""
+
     quoting = csv.QUOTE_NONE
     quotechar = None
 
 
 def _read_table(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) -> Read:
-    csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, dialect, strict=True)
-        header: list[str] | None = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                if "unexpected end of data" in str(error):
-                    raise DataError(f"{path}: the quotation mark opened in the row of line {line} is never closed") from None
-                yield line, RowProblem(UNREADABLE, str(error))
-                continue
-            if fields is None:
-                return
-            if not fields:
-                continue
-            if header is None:
-                header = _header(path, fields, columns)
-                if header == fields:
-                    continue
-            yield line, _table_row(header, fields)
+        yield from table_rows(file, path, columns, dialect)
 
 
-def _header(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
+def table_rows(
+    lines: Iterable[str], path: Path, columns: Sequence[str], dialect: type[csv.Dialect], header: list[str] | None = None
+) -> Read:
+    """The rows of some lines of a table; the first has the names of the columns, or they are given as `header`."""
+    reader = table_reader(lines, dialect, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise DataError(f"{path}: the quotation mark opened in the row of line {line} is never closed") from None
+            yield line, RowProblem(UNREADABLE, str(error))
+            continue
+        if fields is None:
+            return
+        if not fields:
+            continue
+        if header is None:
+            header = names_of_columns(path, fields, columns)
+            if header == fields:
+                continue
+        yield line, _table_row(header, fields)
+
+
+def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool) -> Any:
+    """Python's own, for fields of any length."""
+    csv.field_size_limit(sys.maxsize)
+    return csv.reader(lines, dialect, strict=strict)
+
+
+def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
     """The names of the columns: the first line where it has all that are asked for; else numbers, where numbers are asked for."""
     missing = [column for column in columns if column not in first]
     if not missing:
@@ -133,10 +151,16 @@ def no_column(path: object, column: str, have: Sequence[str], hint: str = "") ->
 
 def read_text(path: Path, columns: Sequence[str]) -> Read:
     """One sample a line, under the name of the one column asked for."""
+    column = only_column(path, columns)
+    with open(path, "rb") as file:
+        yield from text_rows(file, column)
+
+
+def only_column(path: Path, columns: Sequence[str]) -> str:
+    """The one column asked of a text file. Raises DataError where there are more."""
     if len(columns) != 1:
         raise DataError(f"{path}: a text file has one column, and {', '.join(map(repr, columns))} are asked for; use .jsonl, .csv or .tsv")
-    with open(path, "rb") as file:
-        yield from text_rows(file, columns[0])
+    return columns[0]
 
 
 def text_rows(lines: Iterable[bytes], column: str) -> Read:
@@ -152,34 +176,57 @@ def text_rows(lines: Iterable[bytes], column: str) -> Read:
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Read:
     """Parquet, batch by batch, only the columns asked for."""
-    file = _parquet(path)
-    names = file.schema_arrow.names
-    for column in columns:
-        if column not in names:
-            raise no_column(path, column, names)
+    import pyarrow
+
+    file = open_parquet(path, columns)
     number = 0
     try:
-        for batch in file.iter_batches(batch_size=1024, columns=list(dict.fromkeys(columns))):
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=list(dict.fromkeys(columns))):
             for index in range(batch.num_rows):
                 number += 1
-                yield number, _arrow_row(batch, index)
-    except OSError as error:
+                yield number, arrow_row(batch, index)
+    except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read after row {number:,}: {error}") from None
 
 
-def _arrow_row(batch: Any, index: int) -> Values:
+def arrow_row(batch: Any, index: int) -> Values:
+    """One row of a batch; a value that Python cannot hold makes it one that cannot be used."""
     try:
         return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
     except UnicodeDecodeError as error:
         return RowProblem(NOT_UTF8, f"byte {error.start} of the value")
+    except (ValueError, OverflowError) as error:
+        return RowProblem(BAD_VALUE, str(error))
+
+
+def open_parquet(path: Path, columns: Sequence[str]) -> Any:
+    """A Parquet file that has these columns, once each. Raises DataError for any other."""
+    file = _parquet(path)
+    with whole_parquet(path):
+        names = file.schema_arrow.names
+    for column in columns:
+        if column not in names:
+            raise no_column(path, column, names)
+        if names.count(column) > 1:
+            raise DataError(f"{path} has {names.count(column)} columns {column!r}, and it cannot be told which is meant")
+    return file
 
 
 def _parquet(path: Path) -> Any:
-    import pyarrow
     import pyarrow.parquet as parquet
 
+    with whole_parquet(path):
+        # A group of rows is then read as far as it is asked for, and not at once.
+        return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+
+@contextmanager
+def whole_parquet(path: Path) -> Iterator[None]:
+    """What pyarrow raises at a file that it cannot read, as a DataError."""
+    import pyarrow
+
     try:
-        return parquet.ParquetFile(path)
+        yield
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is not a whole Parquet file: {error}") from None
 

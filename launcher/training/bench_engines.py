@@ -19,7 +19,7 @@ from launcher.training.fresh import in_fresh_ranks
 
 Steps = dict[str, tuple[tuple[Plan, dict[str, Any]], ...]]
 """By name, plans with DeepSpeed's configuration, empty for FSDP."""
-_ROUNDS, _FIRST = 12, 3
+_ROUNDS, _FIRST = 24, 3
 """Steps that are counted, and those before them, in which the rank's memory grows."""
 _RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
 """The line of a traceback that says what was raised."""

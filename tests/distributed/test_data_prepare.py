@@ -355,3 +355,46 @@ def test_the_planner_foresees_what_is_prepared(task: str, settings: dict[str, An
     assert seen is not None and seen.by_tokenizer and seen.num_rows == 3000
     assert seen.num_items == pytest.approx(dataset.num_items, rel=0.05)
     assert seen.mean == pytest.approx(dataset.num_tokens / dataset.num_samples, rel=0.05)
+
+
+CHAT = [
+    {"m": [{"role": "user", "content": "a dog ran"}, {"role": "assistant", "content": "in the park ?"}]},
+    {"m": [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}, {"role": "assistant", "content": "sat on the mat ."}]},
+    {"m": [{"role": "user", "content": "one two"}, {"role": "assistant", "content": None}]},
+    {"m": [{"role": "user", "content": "no answer"}]},
+    {"m": [{"role": "user", "content": "a \ud800"}, {"role": "assistant", "content": "yes"}]},
+    {"m": []},
+]
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% elif m['content'] %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = [{"text": "fine", "label": "a"}, {"text": "too", "label": "b"}, {"text": " ", "label": "a"}, {"text": "a \ud800", "label": "a"}]
+PAIR = [{"q": "the cat", "a": "sat"}, {"q": "the cat", "a": " "}, {"q": "", "a": "sat"}, {"q": "the cat"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "settings"),
+    [
+        (CHAT, "causal-lm", {"messages": "m"}),
+        (PAIR, "causal-lm", {"prompt": "q", "completion": "a"}),
+        (TEXT, "causal-lm", {"text": "text"}),
+        ([*TEXT, {"text": "x"}, {"text": "x", "label": None}, {"text": "x", "label": ""}], "sequence-classification", {"text": "text"}),
+        (
+            [{"text": "x", "label": n} for n in ("1.5", 2, "nan", None)],
+            "sequence-classification",
+            {"text": "text", "problem": "regression"},
+        ),
+    ],
+)
+def test_the_planner_leaves_out_what_the_trainer_does(rows: list[Any], task: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(PARTS) if task == "causal-lm" else word_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = Data(train=jsonl(tmp_path / "a.jsonl", rows), **settings)
+    seen = one_pass(data.train, data, str(tmp_path / "model"), task)
+    dataset = made(data, tokenizer=tokenizer, task=task)
+    assert seen is not None and (seen.num_items, seen.num_rows) == (dataset.num_samples, len(rows))
+    # How many tokens a chat's marks are is a rule of thumb.
+    assert seen.mean == pytest.approx(dataset.num_tokens / dataset.num_samples, rel=0.3 if "messages" in settings else 1e-6)

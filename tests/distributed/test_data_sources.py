@@ -57,6 +57,24 @@ def test_parquet(tmp_path: Path) -> None:
         read(write(tmp_path / "b.parquet", whole[:-20]))
 
 
+def test_parquet_values_that_python_cannot_hold_are_bad_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([0, 2**60], pyarrow.timestamp("ms"))}), tmp_path / "a.parquet")
+    assert reasons(read(tmp_path / "a.parquet", ("text",))) == [None, "value that cannot be used"]
+
+
+def test_a_parquet_column_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table([["a"], ["b"], ["c"]], names=["text", "text", "label"]), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", ("label",)) == [{"label": "c"}]
+    with pytest.raises(DataError, match="has 2 columns 'text'"):
+        read(tmp_path / "a.parquet", ("text",))
+
+
 def test_parquet_bytes_that_are_not_utf8_are_one_bad_row(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
@@ -115,7 +133,7 @@ def test_a_quote_that_never_closes_is_refused_with_its_line(tmp_path: Path) -> N
         read(write(tmp_path / "a.csv", 'text,label\nx,a\n"y,b\nz,c\n'))
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": 1', "3", b"[\xff]"])
+@pytest.mark.parametrize("content", ["{", '{"a": 1', "3", b"[\xff]", "[" * 100_000 + "]" * 100_000, '[{"text": ' + "1" * 5000 + "}]"])
 def test_json_that_is_no_list_of_rows_is_refused(tmp_path: Path, content: str | bytes) -> None:
     with pytest.raises(DataError, match=r"a\.json"):
         read(write(tmp_path / "a.json", content))

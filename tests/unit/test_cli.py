@@ -165,7 +165,88 @@ def test_plan_table_and_json(job: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert call("plan", "job.yaml", "--nproc", "2", "--set", "cluster.gpus_per_node=0", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["mesh"]["world_size"] == 2
+    assert "no row that was looked at can be used" in plan["no_epoch"] and "'body'" in plan["no_epoch"]
     assert all(decision["key"] in table and decision["reason"] in table for decision in plan["decisions"])
+
+
+LLAMA = "{model_type: llama, hidden_size: 64, num_hidden_layers: 2, intermediate_size: 128, num_attention_heads: 4, vocab_size: 100}"
+
+
+@pytest.fixture
+def planned(job: Path) -> list[str]:
+    """A plan of a tiny model on GPUs that are not here."""
+    job.write_text(GOOD.replace("{name: org/model}", f"{{name: org/model, weights: random, config: {LLAMA}}}"))
+    with job.open("a") as file:
+        file.write("training: {max_steps: 10}\nbatch: {global_batch_size: 96}\ncluster: {gpu: h100-80gb, gpus_per_node: 8}\n")
+    return ["plan", "job.yaml"]
+
+
+ONE_PLAN = "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU, or leave it out"
+
+
+@pytest.mark.parametrize("several", [["--gpu", "l4,h200"], ["--scale", "8..16"], ["--max-gpus", "8"], ["--deadline", "1d"]])
+@pytest.mark.parametrize("option", [["--picture", "memory.svg"], ["--explain", "parallel.engine"], ["--nproc", "2"], ["--trace"]])
+def test_options_of_one_plan_are_refused_beside_several(
+    several: list[str], option: list[str], planned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*planned, *several, *option) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {option[0]}") and ONE_PLAN in said and all(value in said for value in option[1:])
+    assert not Path("memory.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--price", "h100-80gb=nan"], "--price = 'h100-80gb=nan': is no price"),
+        (["--price", "foo=2"], "--price = 'foo': is not in the table"),
+        (["--price", "l40s=2"], "--price = 'l40s': is of a GPU that is not planned for; there are h100-80gb"),
+        (["--set", "cluster.gpu=bar"], "cluster.gpu = 'bar': is not in the table"),
+        (["--scale", "8..²"], "--scale = '8..²': is no span"),
+        (["--nproc", "2"], "--nproc = 2: is of this machine"),
+        (["--set", "model.config=null", "--picture", "a.svg"], "--picture = 'a.svg': there is no forecast to draw, as no config.json of"),
+    ],
+)
+def test_what_plan_cannot_do_is_refused_by_name(
+    options: list[str], said: str, planned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*planned, *options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_one_key_is_explained_as_json(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*planned, "--explain", "parallel.engine", "--json", "--picture", "memory.svg") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["key"], content["value"]) == ("parallel.engine", "fsdp") and content["reason"] and "refused" in content
+    assert Path("memory.svg").read_text().startswith("<svg")
+    assert call(*planned, "--explain", "precision", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["refused"] == []
+
+
+def test_the_price_of_the_gpu_that_the_job_names(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*planned, "--price", "h100-80gb=3", "--json") == 0
+    [row] = json.loads(capsys.readouterr().out)["plans"]
+    assert row["cost"] == pytest.approx(3 * 8 * row["hours"])
+
+
+def test_numbers_that_a_scale_leaves_out_are_said(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*planned, "--scale", "12..48", "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    [left_out] = content["left_out"]
+    assert [row["gpus"] for row in content["plans"]] == [24, 48] and left_out["what"] == "12 GPUs"
+    assert call(*planned, "--scale", "12..48") == 0
+    assert f"Left out:\n  12 GPUs: {left_out['reason']}\n" in capsys.readouterr().out
+
+
+def test_a_kind_of_gpu_that_will_not_do_is_in_the_table(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    large = LLAMA.replace("64", "4096").replace("layers: 2", "layers: 32").replace("128", "14336")
+    asked = [*planned, "--set", f"model.config={large}", "--set", "memory.offload=none", "--gpu", "l4,h200", "--max-gpus", "2"]
+    assert call(*asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["l4", "h200"] and " no " in lines[1] and " yes " in lines[2]
+    assert any(line.startswith("l4: no plan on up to 2 GPUs fits; nothing fits on so few: on 2 x l4 ") for line in lines)
+    assert call(*asked, "--json") == 0
+    assert [row["why_not"] is None for row in json.loads(capsys.readouterr().out)["plans"]] == [False, True]
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

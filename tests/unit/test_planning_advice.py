@@ -12,13 +12,18 @@ import pytest
 
 from launcher.planning import hardware as hardware_module
 from launcher.planning.advice import less_memory
+from launcher.planning.fitting import with_batch
+from launcher.planning.forecast import forecast
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.plan import Plan
+from launcher.runs.machine import Machine, path
 from tests.training.plans import plan_of
+from tests.unit.test_planning_footprint import LLAMA
 
 GIB = 1 << 30
 LAYERS, HIDDEN = 16, 1024
 CONFIG = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": 4096, "vocab_size": 1000, "hidden_act": "silu"}
+SMALL = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 8, "vocab_size": 1000}
 CAPPED = Hardware(4, 64 * GIB, process_bytes=2 * GIB)
 """The state of the model, 16 layers of 16.8 million parameters, takes 4 GiB."""
 
@@ -149,3 +154,31 @@ def test_the_limit_of_a_process_is_a_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     assert hardware_module.process_limit() == 5 * GIB
     limits[resource.RLIMIT_DATA] = resource.RLIM_INFINITY
     assert hardware_module.process_limit() == 0
+
+
+def test_what_runs_here_have_shown_counts_after_out_of_memory_too(tmp_path: Path) -> None:
+    """By the bare formulas half a pass would do; with what the allocator was seen to keep beside it, a quarter."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | SMALL))
+    plan = on(tmp_path, 1, 16, 16, activation_checkpointing="full", data__max_length=512)
+    needs = {}
+    for slack in (None, 1.0):
+        for micro in (8, 4):
+            made = forecast(with_batch(plan, micro), 0, slack=slack)
+            assert made is not None
+            needs[slack, micro] = made.footprint.highest.total
+    room = Hardware(4, int(max(needs[None, 8], needs[1.0, 4]) / 0.9) + (1 << 20))
+    assert needs[1.0, 8] > room.memory_bytes * 0.9
+    assert less_memory(plan, room).options == "--set batch.micro_batch_size=8"
+    Machine().with_slack("cpu", 1.0).write()
+    advice = less_memory(plan, room)
+    path().unlink()
+    assert advice.options == "--set batch.micro_batch_size=4"
+
+
+def test_what_is_offloaded_has_to_fit_the_host_after_out_of_memory_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | SMALL))
+    gpus = (Gpu("NVIDIA H100 80GB HBM3", 2 * GIB, 9.0),)
+    plan = on(tmp_path, 1, 64, 64, activation_checkpointing="full", data__max_length=4096, offload="parameters", mesh__device="cuda")
+    roomy, tight = (less_memory(plan, Hardware(4, memory, gpus=gpus)) for memory in (64 * GIB, GIB // 16))
+    assert roomy.options.startswith("--set batch.micro_batch_size=") and "with this it is" in roomy.reason
+    assert "with this it is" not in tight.reason

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.job.schema import Data, Source
-from launcher.planning.epochs import Items, evaluation_items, fewest_packs, one_pass, training_items
+from launcher.planning.epochs import Items, evaluation_items, fewest_packs, one_pass, training_items, why_no_epoch
 from launcher.planning.lengths import CHARACTERS, MARKS, columns_of, lengths
 from launcher.planning.plan import BatchPlan
+from launcher.sources.readers import READERS
 from launcher.sources.rows import RowProblem
-from launcher.sources.sample import sample
+from launcher.sources.sample import Sample, sample
 from launcher.training.data.packing import pack
 from tests.unit.test_planning_footprint import plan_for
 
@@ -53,24 +56,165 @@ def written(directory: Path, kind: str, texts: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".txt", ".csv", ".tsv", ".json", ".parquet"])
+KINDS = [".jsonl", ".txt", ".csv", ".tsv", ".json", ".parquet"]
+
+
+def texts_of(seen: Sample) -> list[str]:
+    return [row["text"] for row in seen.rows if not isinstance(row, RowProblem)]
+
+
+def mean_length(texts: list[str]) -> float:
+    return float(np.mean([len(text) for text in texts]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [300, 30_000])
 def test_rows_are_counted_and_looked_at_all_over(kind: str, count: int, tmp_path: Path) -> None:
     texts = ["word " * (1 + 20 * number // count) + str(number) for number in range(count)]
     seen = sample(Source(path=str(written(tmp_path, kind, texts))), ("text",), 256)
     assert seen is not None and seen.num_rows == count
-    assert 128 <= len(seen.rows) <= 600
-    found = [row["text"] for row in seen.rows if not isinstance(row, RowProblem)]
+    assert 200 <= len(seen.rows) <= 256
+    found = texts_of(seen)
     assert set(found) <= set(texts) and len(set(found)) == len(found)
-    if count == 300 or kind in (".jsonl", ".txt", ".json"):  # of others the first rows alone are read
-        assert np.mean([len(text) for text in found]) == pytest.approx(np.mean([len(text) for text in texts]), rel=0.1)
+    assert mean_length(found) == pytest.approx(mean_length(texts), rel=0.1)
+
+
+DIALOGUE = ['and said "no"\n', 'it was "yes"', '"', "", "a line\nand another", ', "perhaps"', '"so, it"\nis', '",']
+
+
+def dialogues(count: int) -> list[str]:
+    """Texts of ever more lines, with line ends, commas and quotation marks at their begins, at their ends and between."""
+    drawn = random.Random(0)
+    return [f"{number} " + "\n".join(drawn.choice(DIALOGUE) for _ in range(1 + 20 * number // count)) for number in range(count)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_rows_of_csv_are_not_lines(whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = dialogues(12_000)
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *((text, number % 2) for number, text in enumerate(texts))])
+    assert (tmp_path / "a.csv").stat().st_size > 1 << 20
+    if not whole:
+        monkeypatch.setattr("launcher.sources.sample._WHOLE_CSV_BYTES", 1 << 16)
+    seen = sample(Source(path=str(tmp_path / "a.csv")), ("text", "label"))
+    assert seen is not None and 700 < len(seen.rows) <= 1024
+    assert seen.num_rows == (12_000 if whole else pytest.approx(12_000, rel=0.1))
+    found = texts_of(seen)
+    assert len(found) == len(seen.rows) and set(found) <= set(texts)
+    assert mean_length(found) == pytest.approx(mean_length(texts), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+@pytest.mark.parametrize("header", [True, False])
+def test_a_header_is_no_row_and_a_first_row_is_one(kind: str, header: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.sources.sample._WHOLE_CSV_BYTES", 1 << 16)
+    mark = "," if kind == ".csv" else "\t"
+    lines = [f"{number} {'word ' * 20}{mark}1" for number in range(20_000)]
+    (tmp_path / f"a{kind}").write_text("\n".join([f"text{mark}label"] * header + lines))
+    columns = ("text", "label") if header else ("0", "1")
+    seen = sample(Source(path=str(tmp_path / f"a{kind}")), columns)
+    assert seen is not None and seen.num_rows == 20_000
+    assert all(isinstance(row, dict) and row[columns[1]] == "1" for row in seen.rows)
+
+
+@pytest.mark.parametrize("group", [30_000, 500])
+def test_groups_of_parquet_are_looked_at_all_over_the_file(group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["word " * (1 + 40 * number // 30_000) + str(number) for number in range(30_000)]
+    table = pyarrow.table({"text": texts, "other": ["x" * 100] * 30_000})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=group)
+    source = Source(path=str(tmp_path / "a.parquet"))
+    seen = sample(source, ("text",))
+    assert seen is not None and seen.num_rows == 30_000 and 900 < len(seen.rows) <= 1024
+    assert mean_length(texts_of(seen)) == pytest.approx(mean_length(texts), rel=0.1)
+    part = sample(source.model_copy(update={"limit": 3000}), ("text",))
+    assert part is not None and part.num_rows == 3000 and set(texts_of(part)) <= set(texts[:3000])
+    monkeypatch.setattr("launcher.sources.groups._BYTES_OF_ROW", 1 << 6)
+    little = sample(source, ("text",))
+    assert little is not None and little.num_rows == 30_000 and 900 < len(little.rows) <= 1024
+    if group == 30_000:
+        assert set(texts_of(little)) <= set(texts[:5000]), "of a group that is large for what may be decoded, the first rows"
 
 
 def test_of_a_very_large_file_the_number_of_rows_is_by_their_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 1 << 20)
+    monkeypatch.setattr("launcher.sources.sample._JSON_BYTES", 1 << 20)
     seen = sample(Source(path=str(written(tmp_path, ".jsonl", ["some words " * 9] * 20_000))), ("text",))
     assert seen is not None and seen.num_rows == pytest.approx(20_000, rel=0.01)
     assert sample(Source(path=str(written(tmp_path, ".json", ["some words " * 9] * 20_000))), ("text",)) is None, "it is one value"
+
+
+def test_the_lines_of_all_files_together_are_counted_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        jsonl(tmp_path / f"part-{number}.jsonl", ["word " * (1 + row % 20) for row in range(20_000)])
+    source = Source(path=str(tmp_path / "part-*.jsonl"))
+    size = (tmp_path / "part-0.jsonl").stat().st_size
+    monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 4 * size)
+    counted = sample(source, ("text",))
+    assert counted is not None and counted.num_rows == 80_000
+    monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 4 * size - 1)
+    monkeypatch.setattr("launcher.sources.sample._num_lines", lambda path: pytest.fail(f"{path} is counted"))
+    estimated = sample(source, ("text",))
+    assert estimated is not None and estimated.num_rows == pytest.approx(80_000, rel=0.05)
+
+
+def test_files_have_their_share_of_the_rows_looked_at(tmp_path: Path) -> None:
+    jsonl(tmp_path / "long.jsonl", ["x" * 10_000] * 200)
+    jsonl(tmp_path / "short.jsonl", ["y" * 100] * 20_000)
+    seen = sample(Source(path=str(tmp_path / "*.jsonl")), ("text",))
+    assert seen is not None and seen.num_rows == 20_200
+    assert sum(text[0] == "x" for text in texts_of(seen)) == pytest.approx(10, abs=3)
+
+
+def test_a_limit_in_more_files_than_are_looked_at(tmp_path: Path) -> None:
+    for number in range(1100):
+        jsonl(tmp_path / f"part-{number:04}.jsonl", [f"{number:04}"] * 10)
+    for limit in (5, 1024, 1025, 5000, 10_990, 11_000, 20_000, None):
+        seen = sample(Source(path=str(tmp_path / "part-*.jsonl"), limit=limit), ("text",))
+        assert seen is not None and seen.num_rows == min(limit or 11_000, 11_000)
+        assert len(seen.rows) <= min(1024, seen.num_rows)
+        assert max(int(text) for text in texts_of(seen)) <= (limit or 11_000) // 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [100, 5000])
+def test_of_a_limit_only_what_it_reaches_is_looked_at(kind: str, limit: int, tmp_path: Path) -> None:
+    texts = ["word " * (1 + 20 * number // 30_000) + str(number) for number in range(30_000)]
+    seen = sample(Source(path=str(written(tmp_path, kind, texts)), limit=limit), ("text",))
+    assert seen is not None and seen.num_rows == limit and min(limit, 900) <= len(seen.rows) <= min(limit, 1024)
+    found = [int(text.split()[-1]) for text in texts_of(seen)]
+    assert max(found) < 1.3 * limit, "where it ends in the file is by the rows' mean length"
+    assert set(found) == set(range(100)) or limit > 100
+
+
+@pytest.mark.parametrize("limit", [100, 1100])
+def test_rows_behind_a_limit_are_not_read(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = jsonl(tmp_path / "a.jsonl", ["word " * 20] * 20_000), READERS[".jsonl"]
+    numbers: list[int] = []
+
+    def counted(path: Path, columns: Any) -> Any:
+        for number, values in read(path, columns):
+            numbers.append(number)
+            yield number, values
+
+    monkeypatch.setitem(READERS, ".jsonl", counted)
+    seen = sample(Source(path=str(path), limit=limit), ("text",))
+    assert seen is not None and seen.num_rows == limit
+    assert max(numbers) <= limit
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".txt"])
+@pytest.mark.parametrize("count", [1, 3, 36])
+@pytest.mark.parametrize("counted", [True, False])
+def test_lines_longer_than_a_place(kind: str, count: int, counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not counted:
+        monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 0)
+    lines = [f"{number:02}" + "x" * (1 << 20) for number in range(count)]
+    path = tmp_path / f"a{kind}"
+    path.write_text("\n".join(json.dumps({"text": line}) if kind == ".jsonl" else line for line in lines))
+    seen = sample(Source(path=str(path)), ("text",))
+    assert seen is not None and seen.num_rows == count
+    found = texts_of(seen)
+    assert set(found) <= set(lines) and len(set(found)) == len(found) >= min(count, 3), "of 36 MiB some"
 
 
 def test_several_files_and_a_limit(tmp_path: Path) -> None:
@@ -80,7 +224,73 @@ def test_several_files_and_a_limit(tmp_path: Path) -> None:
     assert seen is not None and seen.num_rows == 300
     limited = sample(Source(path=str(tmp_path / "part-*.jsonl"), limit=150), ("text",))
     assert limited is not None and limited.num_rows == 150
-    assert {row["text"][0] for row in limited.rows if isinstance(row, dict)} == {"0", "1"}, "of the files that the limit reaches"
+    assert texts_of(limited) == [f"0 {row}" for row in range(100)] + [f"1 {row}" for row in range(50)]
+
+
+def odd_json(path: Path, text: str) -> None:
+    path.write_text('[{"text": ' + text + "}]")
+
+
+def odd_parquet(path: Path) -> None:
+    """Whole, but for a page of it."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["some words " * 99] * 999}), path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[100:2000] = bytes(1900)
+    path.write_bytes(content)
+
+
+ODD = {
+    "deep.json": (lambda path: odd_json(path, "[" * 100_000 + "]" * 100_000), "no JSON that can be read: maximum recursion depth"),
+    "digits.json": (lambda path: odd_json(path, "1" * 5000), "no JSON that can be read: Exceeds the limit"),
+    "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and no more"), "not a whole Parquet file"),
+    "page.parquet": (odd_parquet, "not a whole Parquet file"),
+    "twice.parquet": (
+        lambda path: pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path),
+        "has 2 columns 'text'",
+    ),
+    "open.csv": (lambda path: path.write_text('text\nx\n"y\n'), "of line 3 is never closed"),
+    "wrong.csv": (lambda path: path.write_text("texts\nx\n"), "has no column 'text'; it has 'texts'; did you mean 'texts'"),
+    "wrong.jsonl": (
+        lambda path: path.write_text('{"texts": "x"}\n'),
+        ": no row that was looked at can be used, the first for: missing key: no 'text'; the row has 'texts'",
+    ),
+    "long.jsonl": (lambda path: jsonl(path, ["x" * 1000]), "the first for: too long: more tokens than max_length = 64"),
+    "empty.jsonl": (lambda path: path.write_text(""), "has no rows"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_why_nothing_is_known_of_an_epoch_names_the_file_and_the_reason(name: str, tmp_path: Path) -> None:
+    make, reason = ODD[name]
+    make(tmp_path / name)
+    data = data_of(tmp_path / name, too_long="drop")
+    assert one_pass(data.train, data, str(tmp_path), "causal-lm") is None
+    said = why_no_epoch(data.train, data, str(tmp_path), "causal-lm")
+    assert said is not None and str(tmp_path / name) in said and reason in said
+
+
+def test_of_what_is_known_there_is_no_reason_and_of_the_hub_one(tmp_path: Path) -> None:
+    data = data_of(jsonl(tmp_path / "a.jsonl", TEXTS))
+    assert why_no_epoch(data.train, data, str(tmp_path), "causal-lm") is None
+    assert why_no_epoch(Source(name="org/data"), data, str(tmp_path), "causal-lm") == "data on the hub are not looked at"
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("launcher.sources.sample._num_lines", refuse)
+    data = data_of(jsonl(tmp_path / "refused.jsonl", TEXTS))
+    assert why_no_epoch(data.train, data, str(tmp_path), "causal-lm") == f"{data.train.path} cannot be read: Permission denied"
+
+
+def test_a_mistake_of_ours_is_not_taken_for_an_odd_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(path: Path, columns: Any) -> Any:
+        raise NameError("not defined")
+
+    monkeypatch.setitem(READERS, ".jsonl", mistaken)
+    with pytest.raises(NameError):
+        sample(Source(path=str(jsonl(tmp_path / "a.jsonl", TEXTS))), ("text",))
 
 
 @pytest.mark.parametrize("source", [{"path": "nowhere.jsonl"}, {"path": "no-*.jsonl"}, {"name": "org/data"}, {"path": "broken.parquet"}])
@@ -99,8 +309,8 @@ def test_what_is_not_here_or_cannot_be_read_says_nothing(source: dict[str, str],
         ({"max_length": 8}, [{"text": "x" * 100}, {"text": "x"}], (8, 2)),
         ({"max_length": 8, "too_long": "drop"}, [{"text": "x" * 100}, {"text": "x"}], (2,)),
         ({"text": None, "prompt": "q", "completion": "a"}, [{"q": "x" * 7, "a": "x" * 3}], (2 + 1 + 1,)),
-        ({"text": None, "messages": "m"}, [{"m": [{"role": "user", "content": "x" * 7}, {"content": "xxx"}]}], (2 + 1 + 2 * MARKS + 1,)),
-        ({"text": None, "messages": "m"}, [{"m": [{"role": "user"}]}, {"m": "text"}, {"m": []}], ()),
+        ({"text": None, "prompt": "q", "completion": "a"}, [{"q": "x", "a": " "}, {"q": "", "a": "x"}, {"q": "x"}], ()),
+        ({}, [{"text": "a \ud800"}, {"text": True}, {"text": ["x"]}, {"text": "xxx"}], (2,)),
     ],
 )
 def test_rows_become_lengths(keys: dict[str, Any], rows: list[Any], expected: tuple[int, ...], tmp_path: Path) -> None:
@@ -108,11 +318,57 @@ def test_rows_become_lengths(keys: dict[str, Any], rows: list[Any], expected: tu
     assert found == (expected, False)
 
 
+def turns(*contents: Any, roles: str = "user assistant") -> dict[str, Any]:
+    return {"m": [{"role": role, "content": content} for role, content in zip(roles.split(), contents, strict=True)]}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (turns("x" * 7, "xxx"), 2 + 1),
+        (turns("x" * 7, None), 2 + 1),
+        (turns([{"type": "text", "text": "x" * 7}, {"type": "image"}, "x" * 8], "xxx"), 4 + 1),
+        ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "tool_calls": []}]}, 1 + 1),
+        (turns("x" * 7, "xxx", roles="user system"), None),
+        (turns("x \ud800", "xxx"), None),
+        (turns([{"type": "text", "text": "\ud800"}], "xxx"), None),
+        ({"m": [{"content": "xxx"}, {"role": "assistant", "content": "xxx"}]}, None),
+        ({"m": "text"}, None),
+        ({"m": []}, None),
+        ({"n": []}, None),
+    ],
+)
+def test_chats_become_lengths(row: dict[str, Any], expected: int | None, tmp_path: Path) -> None:
+    data = data_of(tmp_path / "a.jsonl", text=None, messages="m")
+    found = lengths([row], data, str(tmp_path), "causal-lm")[0]
+    assert found == (() if expected is None else (expected + 2 * MARKS + 1,))
+
+
+LABELS = ["a", " ", "", 1, 1.0, 1.5, True, None, ["a", 1], ["a", None], [], "1.5", "nan", "a, b", 10**400]
+
+
+@pytest.mark.parametrize(
+    ("problem", "used"),
+    [
+        ("single-label", ["a", 1, 1.0, True, "1.5", "nan", "a, b", 10**400]),
+        ("multi-label", ["a", " ", "", 1, 1.0, True, ["a", 1], [], "1.5", "nan", "a, b", 10**400]),
+        ("regression", [1, 1.0, 1.5, True, "1.5"]),
+    ],
+)
+def test_rows_without_a_label_that_can_be_used_do_not_count(problem: str, used: list[Any], tmp_path: Path) -> None:
+    data = data_of(tmp_path / "a.jsonl", label="y", problem=problem)
+    alone = [label for label in LABELS if lengths([{"text": "xxx", "y": label}], data, str(tmp_path), "sequence-classification")[0]]
+    assert list(map(repr, alone)) == list(map(repr, used))
+    assert lengths([{"text": "xxx"}], data, str(tmp_path), "sequence-classification")[0] == ()
+    assert lengths([{"text": "xxx"}], data, str(tmp_path), "causal-lm")[0] == (2,)
+
+
 def test_a_classifiers_texts_stand_between_marks(tmp_path: Path) -> None:
     pair = data_of(tmp_path / "a.jsonl", text=("a", "b"))
     assert columns_of(pair) == ("a", "b")
-    assert lengths([{"a": "xxx", "b": "xxx"}], pair, str(tmp_path), "sequence-classification")[0] == (1 + 1 + 3,)
-    assert lengths([{"text": "xxx"}], data_of(tmp_path / "a.jsonl"), str(tmp_path), "sequence-classification")[0] == (1 + 2,)
+    rows = [{"a": "xxx", "b": "xxx", "label": 1}, {"a": "xxx", "b": " ", "label": 1}]
+    assert lengths(rows, pair, str(tmp_path), "sequence-classification")[0] == (1 + 1 + 3,)
+    assert lengths([{"text": "xxx", "label": 1}], data_of(tmp_path / "a.jsonl"), str(tmp_path), "sequence-classification")[0] == (1 + 2,)
 
 
 def test_the_models_own_tokenizer_counts_where_it_is_here(tmp_path: Path) -> None:
@@ -124,7 +380,8 @@ def test_the_models_own_tokenizer_counts_where_it_is_here(tmp_path: Path) -> Non
     words.save(str(tmp_path / "tokenizer.json"))
     data = data_of(tmp_path / "a.jsonl")
     assert lengths([{"text": "four words are here"}], data, str(tmp_path), "causal-lm") == ((5,), True)
-    assert lengths([{"text": "four words are here"}], data, str(tmp_path), "sequence-classification") == ((4,), True), "it adds none"
+    labelled = [{"text": "four words are here", "label": 1}, {"text": "a \ud800", "label": 1}]
+    assert lengths(labelled, data, str(tmp_path), "sequence-classification") == ((4,), True), "it adds none"
     (tmp_path / "tokenizer.json").write_text("{}")
     assert lengths([{"text": "xxx"}], data, str(tmp_path), "causal-lm") == ((2,), False)
 

@@ -18,6 +18,7 @@ from launcher.planning.gpus import BY_KEY
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.operations import matrix_elements
 from tests.training.plans import plan_of
+from tests.unit.test_planning_footprint import LLAMA
 
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral",
@@ -191,3 +192,16 @@ def test_more_ranks_than_experts_hold_no_less_of_each() -> None:
 
     assert states(8) == 12 * 46_702_792_704 // 8
     assert states(16) > 0.95 * states(8)
+
+
+def test_an_unknown_architecture_with_odd_sizes_is_only_unknown(tmp_path: Path) -> None:
+    odd = {"model_type": "novel", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": [4, 8], "num_key_value_heads": "two"}
+    shape = ModelShape.read(Model(name=str(tmp_path), config={**odd, "id2label": {0: "a", "b": "c"}}))
+    assert shape is not None and shape.layer_parameters > 0
+    made = plan_of(tmp_path, 1).model_copy(update={"model": Model(name="llama", config=LLAMA | {"id2label": {0: "a", "b": "c"}})})
+    assert forecast(made, 80 << 30) is not None, "keys of several kinds are of no concern"
+
+
+def test_the_nearest_architecture_does_the_same_task(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3"}))
+    assert "the nearest they know is gpt2" in why_not(plan_of(tmp_path, 1))

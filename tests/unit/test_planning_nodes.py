@@ -13,10 +13,11 @@ from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planning.decide import plan as decide
+from launcher.planning.fewest_gpus import in_time
 from launcher.planning.forecast import forecast
 from launcher.planning.gpus import as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
-from launcher.planning.outlook import in_time, look, scaled
+from launcher.planning.outlook import look, scaled
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.opening import fit_to_nodes, open_run

@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.forecast import advice, bars, picture, speed_lines
-from launcher.cli.plan import explained, scaling_plots
+from launcher.cli.comparing import scaling_plots
+from launcher.cli.forecast import advice, bars, no_epoch, picture, speed_lines
+from launcher.cli.plan import explained
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job, Source
-from launcher.planning.fitting import nearest_that_fit, with_batch
+from launcher.planning.decide import plan as decide
+from launcher.planning.fewest_gpus import in_time
+from launcher.planning.fitting import with_batch
+from launcher.planning.footprint.families import Program, program_of
 from launcher.planning.forecast import forecast
 from launcher.planning.gpus import TABLE, gpu_type, seen
 from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.model_config import locate
-from launcher.planning.outlook import compare, in_time, look, priced, scaled
+from launcher.planning.model_config import config_of, locate
+from launcher.planning.nearest import nearest_that_fit
+from launcher.planning.outlook import compare, look, scaled
+from launcher.planning.plan import Plan, Refused
+from launcher.planning.rows import priced
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
 
@@ -120,13 +127,35 @@ def test_several_gpus_and_several_numbers_of_them(job: Job) -> None:
     [
         ("eight", "h100-80gb", None, "write 8..1024"),
         ("8..4", "h100-80gb", None, "write 8..1024"),
-        ("128..256", "h100-80gb", None, "the most is 64 GPUs"),
+        ("8..²", "h100-80gb", None, "write 8..1024"),
+        ("128..256", "h100-80gb", None, "128, 256 GPUs: .* cannot be cut over so many; the nearest that work: 64"),
+        ("12..100", "h100-80gb", None, "12 GPUs: no whole number of nodes of 8 GPUs; 24, 48, 96 GPUs: .*; the nearest that work: 8 or 16"),
+        ("8..16", "h100-80gb,l40s", None, "one kind of GPU; write h100-80gb"),
         ("8..16", "h100-80gb", "carrier-pigeon", "there are ib400"),
     ],
 )
 def test_spans_and_networks_that_are_none(job: Job, span: str, gpu: str, network: str | None, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         scaled(job, span, gpu, network)
+
+
+def test_numbers_that_are_not_possible_are_left_out_of_a_scale_and_said(job: Job) -> None:
+    """Twelve GPUs are no nodes of eight, and two cannot be four copies: the others stay."""
+    left_out: list[Refused] = []
+    wide = changed(job, batch={"global_batch_size": 96})
+    assert [row.plan.mesh.world_size for row in scaled(wide, "12..96", "h100-80gb", left_out=left_out)] == [24, 48, 96]
+    assert [(one.what, one.why) for one in left_out] == [("12 GPUs", "not possible")] and "nodes of 8" in left_out[0].reason
+    left_out = []
+    copies = changed(job, parallel={"replicate": 4})
+    assert [row.plan.mesh.world_size for row in scaled(copies, "1..16", "h200", left_out=left_out)] == [4, 8, 16]
+    assert {one.what for one in left_out} == {"1 GPU", "2 GPUs"} and all("parallel.replicate" in one.reason for one in left_out)
+    with pytest.raises(ConfigurationError, match=r"1 GPU: parallel\.replicate: .*; the nearest that work: 4"):
+        scaled(copies, "1..2", "h200")
+
+
+def test_what_is_wrong_with_every_number_of_a_scale_is_said_itself(job: Job) -> None:
+    with pytest.raises(ConfigurationError, match=r"^parallel\.replicate = 2: ZeRO cuts over all ranks"):
+        scaled(changed(job, parallel={"replicate": 2, "engine": "deepspeed"}), "8..16", "h200")
 
 
 def test_the_fewest_gpus_that_end_in_time_and_what_they_cost(job: Job) -> None:
@@ -142,14 +171,44 @@ def test_the_fewest_gpus_that_end_in_time_and_what_they_cost(job: Job) -> None:
     ("deadline", "changes", "text"),
     [
         ("soon", {}, "write 90min, 24h or 2d"),
-        ("1s", {}, "the nearest is .* h on 64 x h100-80gb"),
-        ("24h", {"training": {"max_steps": None, "epochs": 1.0}}, "needs training.max_steps"),
-        ("24h", {"data": {"max_length": 10_000_000}}, "nothing fits on so few"),
+        ("1s", {}, r"no plan on up to 64 GPUs ends in time; the nearest is \d+ s on 64 x h100-80gb"),
+        ("24h", {"training": {"max_steps": None, "epochs": 1.0}}, r"needs training.max_steps, as .* is not known: .*train\.jsonl"),
+        ("24h", {"data": {"max_length": 10_000_000}}, "nothing fits on so few: on 64 x h100-80gb FSDP full, 1 x 64.* GiB of the 76.0 GiB"),
+        ("24h", {"cluster": {"nodes": "10-12"}}, "--max-gpus = 64: cluster.nodes 10-12 begins with 80 GPUs; write so many or more"),
+        ("24h", {"cluster": {"nodes": "5-7"}}, "cannot be cut over 40 to 56 GPUs.*global_batch_size 40 or 80, cluster.nodes 4 or 8"),
     ],
 )
 def test_deadlines_that_cannot_be_kept(job: Job, deadline: str, changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         in_time(changed(job, **changes), deadline, 64, "h100-80gb")
+
+
+def test_a_kind_of_gpu_that_will_not_do_is_a_row_with_the_nearest(job: Job) -> None:
+    kept = changed(job, memory={"offload": "none"})
+    fast, small = in_time(kept, None, 4, "h100-80gb,rtx4090")
+    assert fast.why_not is None and fast.cells()[4] == "yes" and fast.to_dict()["why_not"] is None
+    assert (small.gpu, small.cells()[4]) == ("rtx4090", "no") and small.to_dict()["why_not"] == small.why_not
+    assert small.why_not is not None and "nothing fits on so few: on 4 x rtx4090 FSDP" in small.why_not
+    assert "the nearest that fits: memory.offload: parameters" in small.why_not
+    hours = fast.hours
+    assert hours is not None
+    [late] = [row for row in in_time(job, f"{2400 * hours:.0f}s", 4, "h200,l40s") if row.gpu == "l40s"]
+    assert late.why_not is not None and "ends in time; the nearest is" in late.why_not and late.cells()[4] == "no"
+    with pytest.raises(ConfigurationError) as caught:
+        in_time(kept, None, 1, "rtx4090,l40s")
+    assert [problem.key for problem in caught.value.problems] == ["--max-gpus"] * 2 and "1 x l40s" in str(caught.value)
+
+
+def test_a_plan_that_the_job_sets_is_named_with_what_it_needs_at_the_least(job: Job) -> None:
+    """Nothing was looked at beside it."""
+    asked = changed(
+        job,
+        memory={"offload": "none", "activation_checkpointing": "none"},
+        batch={"micro_batch_size": 4},
+        parallel={"engine": "fsdp", "shard": "full"},
+    )
+    with pytest.raises(ConfigurationError, match=r"on 2 x l40s .* GiB of the 45.6 GiB of a rank at the least; the nearest that fits: "):
+        in_time(asked, None, 2, "l40s")
 
 
 def test_a_deadline_of_epochs_whose_data_are_here(job: Job, tmp_path: Path) -> None:
@@ -161,9 +220,79 @@ def test_a_deadline_of_epochs_whose_data_are_here(job: Job, tmp_path: Path) -> N
     assert row.forecast.duration.num_steps == 1000 and 0 < row.hours < 24
 
 
-def test_prices_that_are_none(job: Job) -> None:
+@pytest.mark.parametrize("amount", ["", "=", "=nan", "=inf", "=-1", "=much"])
+def test_prices_that_are_none(amount: str) -> None:
     with pytest.raises(ConfigurationError, match="write NAME=AMOUNT"):
-        priced([], ["h100-80gb"])
+        priced([], [f"h100-80gb{amount}"])
+
+
+def test_prices_of_other_gpus(job: Job) -> None:
+    rows = compare(changed(job, cluster={"gpu": "h100-80gb"}), None)
+    assert [row.price for row in priced(rows, ["h100-80gb=0"])] == [0.0]
+    with pytest.raises(ConfigurationError, match="--price = 'l40s': is of a GPU that is not planned for; there are h100-80gb"):
+        priced(rows, ["l40s=1"])
+    with pytest.raises(ConfigurationError, match="--price = 'h100': is not in the table; the nearest: h100-80gb"):
+        priced(rows, ["h100=1"])
+
+
+def test_a_name_is_blamed_where_it_stands(job: Job) -> None:
+    named = changed(job, cluster={"gpu": "h100"})
+    for asked in (look, lambda job: scaled(job, "8..16", None), lambda job: in_time(job, None, 8, None), lambda job: compare(job, None)):
+        with pytest.raises(ConfigurationError, match=r"^cluster.gpu = 'h100': is not in the table; the nearest: h100-80gb"):
+            asked(named)
+    with pytest.raises(ConfigurationError, match=r"^--gpu = 'h1': "):
+        look(named, gpu="h1")
+
+
+def test_ranks_of_this_machine_are_none_of_gpus_elsewhere(job: Job) -> None:
+    with pytest.raises(ConfigurationError, match=r"--nproc = 2: .*--gpu h200 of others; .*--set cluster\.gpus_per_node=2"):
+        look(job, 2, "h200")
+    with pytest.raises(ConfigurationError, match=r"--nproc = 2: .*cluster\.gpu h200 of others; .*--set cluster\.gpu=null"):
+        look(changed(job, cluster={"gpu": "h200"}), 2)
+
+
+def by_formulas(plan: Plan) -> Program:
+    """In the place of a trace, which needs torch."""
+    config = config_of(plan.model)
+    assert config is not None
+    program = program_of(config, task=plan.task)
+    assert program is not None
+    return program
+
+
+def test_a_trace_is_held_to_the_hosts_memory_too(job: Job) -> None:
+    asked = changed(job, memory={"offload": "parameters"}, cluster={"mem": "64G", "gpus_per_node": 1})
+    made = look(asked, gpu="h100-80gb", trace=by_formulas)
+    assert made.forecast is not None and made.traced is not None and made.forecast.host_memory_bytes == 64 << 30
+    assert (made.traced.fits, made.traced.lack) == (made.forecast.fits, made.forecast.lack) and not made.traced.fits
+
+
+@pytest.mark.parametrize("asked", [{}, {"cpus_per_node": 24}, {"mem": "256G"}, {"nodes": "1-4"}])
+def test_a_plan_of_a_cluster_is_the_one_that_is_submitted(asked: dict[str, Any], job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the login node has says nothing of the nodes."""
+    monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(3, 1 << 33)))
+    wanted = changed(job, cluster={"gpu": "a100-40gb", "gpus_per_node": 4} | asked)
+    shown, submitted = look(wanted).plan, decide(wanted, None, local=False)
+    assert shown == submitted
+    assert shown.mesh.threads_per_rank == asked.get("cpus_per_node", 32) // 4
+
+
+def test_without_gpus_the_way_to_plan_for_some_is_said(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(2, 1 << 34)))
+    with pytest.raises(ConfigurationError, match=r"0 seen on this machine; write 0 .*`launcher plan --gpu NAME`, or cluster\.gpu"):
+        look(changed(job, cluster={"nodes": 2}))
+
+
+def test_of_a_cpu_the_rate_is_its_own_and_hours_are_of_ranks(tmp_path: Path) -> None:
+    on_cpu = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
+    for plan, correction in ((on_cpu, 1.3), (plan_for(tmp_path, batch__micro_batch_size=1), 1.0)):
+        made = forecast(plan, 80 << 30, gpu_type("h100-80gb"), correction)
+        assert made is not None and made.speed is not None
+        lines = speed_lines(made)
+        cpu = plan is on_cpu
+        assert ("of the processors' measured rate" in lines, "rank-hours" in lines) == (cpu, cpu)
+        assert ("of the GPUs' peak (MFU)" in lines, "GPU-hours" in lines) == (not cpu, not cpu)
+        assert ("optimizer, x1.30 as runs here took\n" in lines) is cpu and ("as runs here took" in lines) is cpu
 
 
 def test_a_scale_without_a_gpu_asks_for_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,13 +307,27 @@ def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
     )
     made = forecast(plan, 24 << 30, gpu_type("rtx4090"))
     assert made is not None and not made.fits
-    found = nearest_that_fit(made, gpu_type("rtx4090"))
+    found = nearest_that_fit(made)
     assert found and all(other.fits for _, other in found)
     assert "The nearest plans that fit" in advice(made)
     assert "does NOT fit" in bars(made) and "MFU" in speed_lines(made)
     assert picture(made).startswith("<svg") and "optimizer state" in picture(made)
     hopeless = forecast(plan, 1 << 20)
     assert hopeless is not None and "Nothing near it fits" in advice(hopeless)
+
+
+def test_why_an_epoch_is_not_known_is_said_in_its_place(tmp_path: Path) -> None:
+    kind, plan = gpu_type("h100-80gb"), plan_for(tmp_path, batch__micro_batch_size=1)
+    lines = []
+    for path in (tmp_path / "none.jsonl", tmp_path / "rows.jsonl"):
+        (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 100)
+        data = plan.data.model_copy(update={"train": Source(path=str(path))})
+        made = forecast(plan.model_copy(update={"data": data}), kind.memory_bytes, kind)
+        assert made is not None
+        lines.append(next(line for line in speed_lines(made).splitlines() if line.startswith("  an epoch ")))
+        assert (no_epoch(made.plan) is None) is (path.name == "rows.jsonl")
+    assert "100 samples of 100 rows" in lines[1]
+    assert "is not known: " in lines[0] and "none.jsonl" in lines[0]
 
 
 def test_scaling_is_drawn(job: Job) -> None:
@@ -210,5 +353,7 @@ def test_a_model_in_the_hubs_cache_is_found(tmp_path: Path, monkeypatch: pytest.
     snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert locate("org/name") == str(snapshot) and locate("org/other") == "org/other"

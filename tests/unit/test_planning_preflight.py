@@ -14,12 +14,14 @@ import yaml
 from launcher.errors import ConfigurationError, OutOfMemoryError, StorageError
 from launcher.job.load import load
 from launcher.job.schema import Cluster
+from launcher.planning import outlook
 from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.preflight import preflight
 from launcher.planning.slurm import node_memory
 from launcher.scheduling.opening import expectation, open_run
 from launcher.scheduling.slurm import handing_over
+from tests.unit.test_planning_alternatives import SEVENTY
 from tests.unit.test_planning_footprint import LLAMA
 
 Usage = namedtuple("Usage", "total used free")
@@ -139,10 +141,29 @@ def test_the_memory_that_slurm_is_asked_for_decides_for_cpu_nodes(job: Path) -> 
 
 def test_the_memory_that_slurm_is_asked_for_has_to_hold_what_is_offloaded(job: Path) -> None:
     asked = [*ON_GPUS, "cluster.gpus_per_node=1", "memory.offload=parameters"]
-    assert look(job, *asked).fits, "what is not said is not judged"
+    assert look(job, *asked).host_memory_bytes == 1 << 40, "what is not said is assumed"
     assert look(job, *asked, "cluster.mem=512G").host_memory_bytes == 512 << 30
     with pytest.raises(OutOfMemoryError, match="of the host's memory"):
         look(job, *asked, "cluster.mem=64G")
+
+
+def test_what_is_assumed_of_a_node_elsewhere_is_so_in_both(job: Path) -> None:
+    """Seventy billion parameters with gradients and moments are more than 90% of 1 TiB: the plan and the start say the same."""
+    (job.parent / "model" / "config.json").write_text(json.dumps(LLAMA | SEVENTY))
+    asked = [*ON_GPUS, "cluster.gpus_per_node=4", "memory.offload=parameters", "parallel.engine=fsdp"]
+    shown = outlook.look(load(job, asked)).forecast
+    assert shown is not None and shown.fits_device and not shown.fits and shown.host_memory_bytes == 1 << 40
+    words = r"of a node 1024\.0 GiB are assumed; cluster\.mem says what it has\); the nearest that fits: cluster\.nodes: 2 \(8 ranks\)"
+    with pytest.raises(OutOfMemoryError, match=words):
+        look(job, *asked)
+    assert look(job, *asked, "cluster.mem=2T").fits and look(job, *asked, force=True).lack == shown.lack
+
+
+def test_the_way_out_of_too_little_memory_names_all_that_it_changes(job: Path) -> None:
+    asked = [*ON_GPUS, "cluster.gpus_per_node=1", "memory.offload=none", "memory.activation_checkpointing=none"]
+    way = "the nearest that fits: memory.offload: parameters, parallel.shard: full, batch.micro_batch_size: 1"
+    with pytest.raises(OutOfMemoryError, match=way):
+        look(job, *asked, "batch.micro_batch_size=16", "data.max_length=8192")
 
 
 def test_what_offloading_may_take_elsewhere_is_what_slurm_is_asked_for(job: Path) -> None:

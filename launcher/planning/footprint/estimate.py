@@ -79,7 +79,7 @@ def estimator(
 ) -> Estimator | None:
     """As `estimate`, with what it is made from."""
     task = plan.task if plan.task in ("causal-lm", "sequence-classification") else None
-    program = _program(json.dumps(config, sort_keys=True), num_labels, task)
+    program = _program(json.dumps(config, default=str), num_labels, task)
     if program is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
         return None
     return Estimator(plan, program, batch or batch_of(plan), slack)

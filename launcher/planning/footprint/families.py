@@ -52,9 +52,11 @@ def program_of(config: dict[str, Any], num_labels: int = 2, task: str | None = N
     return Bart(config) if kind == "bart" else None
 
 
-def nearest(kind: str) -> str:
-    """The known architecture whose name is most like this one."""
-    return next(iter(difflib.get_close_matches(kind, KNOWN, 1, 0.0)), KNOWN[0])
+def nearest(kind: str, task: str | None = None) -> str:
+    """The known architecture whose name is most like this one; with a task, of those that the formulas have for it."""
+    of_task = {"causal-lm": (*DECODERS, "gpt2", *MIXTURES), "sequence-classification": ENCODERS}
+    known = of_task.get(task or "", KNOWN)
+    return next(iter(difflib.get_close_matches(kind, known, 1, 0.0)), known[0])
 
 
 def adapted(units: tuple[Unit, list[Unit]], adapter: Adapter) -> tuple[Unit, list[Unit]]:
