@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.planning.footprint.decoders import Llama
 from launcher.planning.footprint.program import Batch, Setting
-from launcher.planning.gpus import HOST_BANDWIDTH, PCIE_4, GpuType, seen
+from launcher.planning.gpus import HOST_BANDWIDTH, LINK_SHARE, PCIE_4, GpuType, seen
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
@@ -14,6 +14,10 @@ MEASURED = "measured"
 _MATRIX_SHARE, _MEMORY_SHARE = 0.85, 0.9
 """Of what `launcher bench` measures of a GPU, what training reaches: the shares of the data sheet's rates (0.6 and 0.8) over what large
 products and copies reach of them, 70% and 90%. Assumed: no GPU was at hand."""
+_CPU_MATRIX_SHARE, _CPU_MEMORY_SHARE, _CALLING, _WAITING = 0.95, 0.35, 1.8, 1.5
+"""Of what `launcher bench` measures of a CPU: a layer's products reach nearly all of the rate, operators a third of a large copy's; they
+are called less fast where ranks do more between them, and ranks that send wait for each other. Fitted to 171 plans of six jobs on two
+ranks (seed 7 of tests/benchmarks/bench_auto.py); docs/benchmarks/auto.md is of another seed."""
 
 
 def kind_of(plan: Plan, rates: GpuType | None = None) -> str:
@@ -64,7 +68,7 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
         source=f"launcher bench, {known.when}",
         **_shares(plan, known.link is not None),
         operator_seconds=operator_seconds(known),
-        message_seconds=known.message,
+        message_seconds=known.message and known.message * (_WAITING if plan.mesh.device == "cpu" else 1.0),
         engine_seconds=_shared(known, plan.mesh.ranks_per_node),
         host_link=min(ways) if ways else table.host_link if table else PCIE_4,
         host_bandwidth=host.bandwidth if host else HOST_BANDWIDTH,
@@ -72,16 +76,19 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
 
 
 def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
-    """What of measured rates a step reaches. Of a CPU it is the share of a data sheet: its products are smaller than those measured."""
+    """What of measured rates a step reaches."""
     if plan.mesh.device == "cpu":
-        return {}
+        return {"matrix_share": _CPU_MATRIX_SHARE, "memory_share": _CPU_MEMORY_SHARE, "link_share": LINK_SHARE / _WAITING}
     return {"matrix_share": _MATRIX_SHARE, "memory_share": _MEMORY_SHARE, **({"link_share": 1.0} if link_known else {})}
 
 
 def _shared(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """What messages cost where more ranks share the CPU than it was measured with."""
+    """What messages cost in a step, and where more ranks share the CPU than it was measured with."""
     more = max(1.0, num_ranks / rates.num_ranks)
-    return {way: {name: (each, more * per_byte) for name, (each, per_byte) in kinds.items()} for way, kinds in rates.engines.items()}
+    return {
+        way: {name: (_WAITING * each, _WAITING * more * per_byte) for name, (each, per_byte) in kinds.items()}
+        for way, kinds in rates.engines.items()
+    }
 
 
 def operator_seconds(rates: Rates) -> dict[str, float]:
@@ -90,5 +97,6 @@ def operator_seconds(rates: Rates) -> dict[str, float]:
     found = {}
     for way, seconds in rates.reference.items():
         setting = Setting(Batch((REFERENCE_LENGTH,)), 4, way, "packed", rates.device != "cpu", "causal-lm")
-        found[way] = seconds / sum(segment.num_made for segment in program.blocks(setting))
+        calling = _CALLING if rates.device == "cpu" else 1.0
+        found[way] = calling * seconds / sum(segment.num_made for segment in program.blocks(setting))
     return found

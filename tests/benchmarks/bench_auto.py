@@ -38,7 +38,8 @@ from launcher.runs.machine import Machine
 from launcher.scheduling.allocator import LEAN, ROOMY
 from tests.benchmarks.memory_pool import World
 
-RANKS, NUM_FIRST, NUM_STEPS = 2, 1, 3
+RANKS, NUM_FIRST, NUM_STEPS, NUM_AGAIN = 2, 1, 3, 8
+"""Steps that are not counted, those that are, and those of the fastest when they are run again."""
 ENGINES: dict[str, tuple[EngineName, ...]] = {"fsdp": ("fsdp",), "auto": ("fsdp", "deepspeed")}
 AGAIN, ROUNDS = 3, 4
 """The fastest that are run again beside the chosen one, and how often."""
@@ -49,9 +50,9 @@ PREFACE = """# Plans that the planner picks, against all that fit
 `tests/benchmarks/bench_auto.py`: random jobs (decoders, 2 ranks of the CPU, fp32) with a random limit of memory a rank, between what the
 engine and cut that is taken where memory is plenty needs at the least, and what it needs without recomputation. What `auto` chose is run
 beside every other recomputation, micro-batch and cut that fits, in any order, each in ranks of its own that are started as launcher starts
-them: three steps after the first. Then the three fastest of them and the chosen one are run again, in turns, four times. A plan's time is
-the fastest of its steps, as neighbours on the machine only ever add to it (the same plan's steps differ by up to a half here), and
-"fastest" is the fastest of those plans. With `parallel.engine: auto` the others are FSDP's and those of ZeRO-1, 2 and 3.
+them: three steps after the first. Then the three fastest of them and the chosen one are run again, in turns, four times, eight steps
+each. A plan's time is the fastest of its steps, as neighbours on the machine only ever add to it (the same plan's steps differ by up to
+a half here), and "fastest" is the fastest of those plans. With `parallel.engine: auto` the others are FSDP's and those of ZeRO-1, 2 and 3.
 """
 
 
@@ -120,7 +121,7 @@ def needs(job: Job) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def seconds_of(plan: Plan, limit: int, hopeless: float = inf) -> float:
+def seconds_of(plan: Plan, limit: int, num_steps: int, hopeless: float = inf) -> float:
     """Of the fastest of a few steps of a plan, on ranks of their own that are started as a run's are; of the first where it is hopeless."""
     from launcher.render.deepspeed import config as deepspeed_config
     from launcher.training.fresh import in_fresh_ranks
@@ -129,10 +130,10 @@ def seconds_of(plan: Plan, limit: int, hopeless: float = inf) -> float:
     assert said is not None
     allocator = ROOMY if keeps_freed(max(phase.peak for phase in said.footprint.phases), limit) else LEAN
     ds_config = deepspeed_config(plan) if plan.engine == "deepspeed" else {}
-    return min(in_fresh_ranks(steps, (plan, ds_config, hopeless), RANKS, allocator))
+    return min(in_fresh_ranks(steps, (plan, ds_config, num_steps, hopeless), RANKS, allocator))
 
 
-def steps(plan: Plan, ds_config: dict[str, Any], hopeless: float) -> list[float]:
+def steps(plan: Plan, ds_config: dict[str, Any], num_steps: int, hopeless: float) -> list[float]:
     """Seconds of the steps that count, on the rank that took longer."""
     import torch
     from torch import distributed
@@ -146,7 +147,7 @@ def steps(plan: Plan, ds_config: dict[str, Any], hopeless: float) -> list[float]
     engine = engines.build(plan, Causal(), config, ds_config)  # type: ignore[arg-type]
     batch = Causal.batch(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size), config)
     found: list[float] = []
-    for _ in range(NUM_FIRST + NUM_STEPS):
+    for _ in range(NUM_FIRST + num_steps):
         begun = time.perf_counter()
         for index in range(plan.batch.accumulation_steps):
             engine.micro_step(batch, 1e-3, index == plan.batch.accumulation_steps - 1)
@@ -182,14 +183,14 @@ def compared(patient: World, number: int, job: Job, limit: int, order: random.Ra
     own = keys.index(key_of(chosen))
     times = [inf] * len(plans)
     for index in order.sample(range(len(plans)), len(plans)):
-        times[index] = seconds_of(plans[index], limit, HOPELESS * min(times))
+        times[index] = seconds_of(plans[index], limit, NUM_STEPS, HOPELESS * min(times))
     measured = max(patient.call(peak, chosen))
     slowest = max(times)
     finalists = sorted({own, *sorted(range(len(plans)), key=times.__getitem__)[:AGAIN]})
     again: dict[int, list[float]] = {index: [] for index in finalists}
     for _ in range(ROUNDS):
         for index in order.sample(finalists, len(finalists)):
-            again[index].append(seconds_of(plans[index], limit))
+            again[index].append(seconds_of(plans[index], limit, NUM_AGAIN))
     finals = {index: min(times[index], *found) for index, found in again.items()}
     best = min(finals, key=finals.__getitem__)
     names = [" ".join(map(str, key)) for key in keys]
