@@ -93,9 +93,13 @@ class Forecast:
         memory = f"{gib(highest.total)} of a rank's {gib(self.memory_bytes)}" if self.memory_bytes else f"{gib(highest.total)} a rank"
         memory += f" with the {gib(highest.slack)} of slack that runs here had" if self.slack else ""
         learnt = f", x{self.speed.correction:.2f} a step as runs here took" if self.speed and self.speed.correction != 1 else ""
-        rate = f", about {self.speed.tokens_per_second:,.0f} tokens/s ({self.speed.utilisation:.0%} MFU{learnt})" if self.speed else ""
+        rate = f", about {self.speed.tokens_per_second:,.0f} tokens/s ({self._share()}{learnt})" if self.speed else ""
         end = f", {words.duration(self.duration.total)} to the end" if self.duration else ""
         return f"{memory} at the highest ({highest.name}){rate}{end}"
+
+    def _share(self) -> str:
+        assert self.speed is not None
+        return f"{self.speed.utilisation:.0%} {'MFU' if self.plan.mesh.device == 'cuda' else 'of the measured rate'}"
 
     def to_dict(self) -> dict[str, Any]:
         """For machines; sizes in bytes, times in seconds."""

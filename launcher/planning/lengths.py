@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.job.schema import Data
 from launcher.planning.model_config import locate
-from launcher.sources.rows import BAD_LABEL, BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
+from launcher.sources.rows import BAD_LABEL, MISSING, TOO_LONG, RowProblem, check_encodable, messages_of, text_of
 
 CHARACTERS = 4
 """Of a token of English, where the model has no tokenizer.json here: a rule of thumb."""
@@ -66,16 +66,7 @@ def _texts(row: dict[str, Any] | RowProblem, data: Data, columns: tuple[str, ...
 
 def _of_messages(row: dict[str, Any], column: str) -> list[str]:
     """What a template gets as text, message by message. Raises RowProblem where nothing can be learned."""
-    messages = row.get(column)
-    if messages is None:
-        raise RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, row)) or 'nothing'}")
-    if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
-        raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
-    if not messages:
-        raise RowProblem(EMPTY, f"{column!r} has no messages")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowProblem(NOTHING_TO_LEARN, "no message has the role 'assistant'")
-    texts = [_of_content(message.get("content")) for message in messages]
+    texts = [_of_content(message.get("content")) for message in messages_of(row, column)]
     for text in texts:
         check_encodable(text, column)
     return texts

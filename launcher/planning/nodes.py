@@ -16,6 +16,7 @@ from launcher.planning.gpus import on_network
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import rates_for
 from launcher.planning.plan import Decision, Plan, Refused, Why
+from launcher.runs import words
 
 _NAMED = 8
 """Numbers that are written out of those that are refused for one reason."""
@@ -109,7 +110,7 @@ def _wrong(made: Forecast, seconds: float | None) -> tuple[Why, str] | None:
     if seconds is None:
         return None
     needed = made.duration.total if made.duration else float("inf")
-    return None if needed <= seconds else ("too late", f"{needed / 3600:.2f} h")
+    return None if needed <= seconds else ("too late", words.duration(needed))
 
 
 def passes(job: Job, offloading: Offloading = "where needed") -> tuple[Offloading, ...]:

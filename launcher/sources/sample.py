@@ -45,14 +45,6 @@ class Sample:
     """Any of them, no more than there are: of each file its share."""
 
 
-def sample(source: Source, columns: Sequence[str], most: int = 1024) -> Sample | None:
-    """As `look`; None where that raises."""
-    try:
-        return look(source, columns, most)
-    except DataError:
-        return None
-
-
 def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
     """The number of rows of local files, and at most so many of them. Raises DataError where they are not here, or cannot be read.
 

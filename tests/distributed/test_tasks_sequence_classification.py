@@ -99,6 +99,7 @@ def test_too_long(policy: str) -> None:
         ("multi-label", [None], "not the name of a class"),
         ("regression", "much", "'much' is not a number"),
         ("regression", "nan", "is not a number"),
+        ("regression", 10**400, "is not a number"),
         ("regression", None, "missing key"),
         ("regression", [1], "is not a number"),
     ],

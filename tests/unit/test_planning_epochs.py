@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.errors import DataError
 from launcher.job.schema import Data, Source
 from launcher.planning.epochs import Items, evaluation_items, fewest_packs, one_pass, training_items, why_no_epoch
 from launcher.planning.lengths import CHARACTERS, MARKS, columns_of, lengths
 from launcher.planning.plan import BatchPlan
 from launcher.sources.readers import READERS
 from launcher.sources.rows import RowProblem
-from launcher.sources.sample import Sample, sample
+from launcher.sources.sample import Sample, look
 from launcher.training.data.packing import pack
 from tests.unit.test_planning_footprint import plan_for
 
 TEXTS = ["x" * (4 * number - 1) for number in range(1, 41)]
 """Of 1 to 40 tokens at four characters each."""
+
+
+def sample(source: Source, columns: Sequence[str], most: int = 1024) -> Sample | None:
+    """What is seen of a source; None where that is refused."""
+    try:
+        return look(source, columns, most)
+    except DataError:
+        return None
 
 
 def data_of(path: Path, **keys: Any) -> Data:

@@ -6,7 +6,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.sources.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, RowProblem
+from launcher.sources.rows import BAD_VALUE, RowProblem, messages_of
 
 
 class Segment(NamedTuple):
@@ -39,17 +39,8 @@ def segments(row: dict[str, Any], column: str, tokenizer: Any) -> list[Segment]:
 
 
 def _messages(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    messages = row.get(column)
-    if messages is None:
-        raise RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, row)) or 'nothing'}")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
-    if not messages:
-        raise RowProblem(EMPTY, f"{column!r} has no messages")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowProblem(NOTHING_TO_LEARN, "no message has the role 'assistant'")
     # Parquet and hub data sets give every key of every message, with None where it is absent.
-    return [{key: value for key, value in message.items() if value is not None or key == "content"} for message in messages]
+    return [{key: value for key, value in message.items() if value is not None or key == "content"} for message in messages_of(row, column)]
 
 
 def _marks_turns(tokenizer: Any) -> bool:

@@ -207,7 +207,7 @@ def _number(value: Any, column: str) -> float:
         raise RowProblem(MISSING, f"no {column!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise RowProblem(BAD_LABEL, f"{value!r} is not a number")
