@@ -40,10 +40,15 @@ def _plan(num_ranks: int, sizes: dict[str, Any], engine: str, cut: str) -> Plan:
     return decide.plan(Job.model_validate(content), num_ranks, Hardware(num_ranks, 1 << 40))
 
 
-def costs(both: tuple[Plan, Plan], seconds: tuple[float, float], rates: GpuType) -> tuple[float, float]:
-    """Seconds of a message and of a byte received, from what each of the two steps takes longer than its computing alone."""
+def costs(both: tuple[Plan, Plan], seconds: tuple[float, float], rates: GpuType) -> tuple[float, float] | None:
+    """Seconds of a message and of a byte received, from what each of the two steps takes longer than its computing alone.
+
+    None where the step of more bytes took no longer: other work on the machine was more than what is looked for.
+    """
     known = [Llama(sizes).units() for sizes in (SMALL, LARGE)]
     small, large = (traffic(plan, units) for plan, units in zip(both, known, strict=True))
     short, long = (s - optimizer_seconds(plan, units, rates) for s, plan, units in zip(seconds, both, known, strict=True))
-    per_byte = max(0.0, (long - short) / (large.received - small.received))
+    per_byte = (long - short) / (large.received - small.received)
+    if per_byte <= 0:
+        return None
     return max(0.0, (short - small.received * per_byte) / small.num_messages), per_byte

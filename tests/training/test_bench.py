@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.cli.bench import _costs
 from launcher.errors import StorageError
 from launcher.planning import reference
 from launcher.planning.forecast import forecast_here
@@ -21,7 +22,7 @@ from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
-from launcher.runs.machine import Machine, path
+from launcher.runs.machine import Machine, Rates, path
 from launcher.scheduling.allocator import LEAN
 from launcher.training import foreseen
 from launcher.training.bench import MESSAGE_BYTES, copy_rate, file_rates
@@ -31,11 +32,11 @@ from tests.training.plans import plan_of
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
 
 
-@pytest.mark.timeout(900)  # it takes 100 s by itself, and several times that beside other tests
+@pytest.mark.timeout(1500)  # it takes 100 s by itself, and several times that beside other tests
 def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     command = [sys.executable, "-m", "launcher.cli.main", "bench", "--nproc", "2", "--disk", str(tmp_path), "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["matrix"]) == {"fp32", "bf16", "fp16"} and all(rate > 1e6 for rate in found["matrix"].values())
@@ -44,7 +45,9 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     assert 0 < found["reference"]["none"] < found["reference"]["full"] < found["reference"]["selective"]
     assert 0 < found["message"] < 1
     cuts = {f"fsdp {cut}" for cut in ("full", "gradients")} | {f"deepspeed {cut}" for cut in ("optimizer", "gradients", "full")}
-    assert {way: set(costs) for way, costs in found["engines"].items()} == {"lean": cuts, "roomy": cuts}
+    # Beside other tests what a byte costs may not be seen; what is not seen is named, and not taken for nothing.
+    assert set(found["engines"]) == {"lean", "roomy"} and all(cuts >= set(costs) for costs in found["engines"].values())
+    assert ("measure again on a quiet machine" in done.stderr) is any(cuts > set(costs) for costs in found["engines"].values())
     assert all(0 <= each < 1 and 0 < byte < 1e-6 for costs in found["engines"].values() for each, byte in costs.values())
     kinds = [(message["kind"], message["num_bytes"]) for message in found["messages"]]
     assert kinds == [(kind, size) for size in MESSAGE_BYTES for kind in ("all-gather", "all-reduce")]
@@ -62,6 +65,25 @@ def test_an_engine_that_does_not_run_here_is_named() -> None:
     assert re.match(r"deepspeed does not run here, and is left out: .*Error: .*ZeroConfig", line), line
 
 
+@pytest.mark.parametrize("quiet_from", [1, 3, 4])
+def test_what_other_work_hides_is_measured_again_and_then_named(
+    quiet_from: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mock in the place of the ranks: their second cut takes less for more bytes until the machine is quiet."""
+    asked: list[list[str]] = []
+
+    def measured(engine: str, steps: dict[str, Any], *others: Any) -> dict[str, tuple[float, float]]:
+        asked.append(list(steps))
+        noisy = len(asked) < quiet_from
+        return {name: (0.2, 0.1) if noisy and name == "fsdp gradients" else (0.1, 0.3) for name in steps}
+
+    monkeypatch.setattr("launcher.training.bench_engines.extra_seconds", measured)
+    found = _costs("fsdp", "lean", LEAN, Rates("cpu", "2026-11-26", {"fp32": 1e11}, 2e10, num_ranks=2))
+    assert set(found) == {"fsdp full", "fsdp gradients"} - ({"fsdp gradients"} if quiet_from > 3 else set())
+    assert asked == [["fsdp full", "fsdp gradients"], *[["fsdp gradients"]] * min(2, quiet_from - 1)]
+    assert ("fsdp gradients; measure again on a quiet machine" in capsys.readouterr().err) is (quiet_from > 3)
+
+
 def test_a_place_that_takes_no_files(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="--disk"):
         file_rates(tmp_path / "nowhere")
@@ -72,7 +94,6 @@ def test_a_run_compares_itself_with_its_forecast_and_the_next_plan_learns(tmp_pa
     model, data = model_directory(tmp_path / "model"), causal_data(tmp_path / "data")
     plan = plan_for(model, data, num_steps=5)
     run = new_run(tmp_path / "run", plan)
-    from launcher.runs.machine import Rates
 
     Machine((Rates("cpu", "2026-11-23", {"fp32": 50e9}, 10e9),)).write()
     expected = forecast_here(plan, Hardware(2, 8 << 30))
