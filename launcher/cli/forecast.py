@@ -9,7 +9,6 @@ from launcher.runs.words import duration
 
 if TYPE_CHECKING:
     from launcher.planning.forecast import Forecast
-    from launcher.planning.plan import Plan
 
 WIDTH = 48
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
@@ -47,6 +46,8 @@ def compared(traced: Forecast, formulas: Forecast | None, why_not: str | None) -
 
 def speed_lines(made: Forecast) -> str:
     """Step time and rates, where they are known."""
+    from launcher.planning.epochs import why_no_items
+
     s = made.speed
     if s is None:
         return ""
@@ -67,16 +68,9 @@ def speed_lines(made: Forecast) -> str:
         ]
     if made.items:
         lines.insert(0, f"  an epoch     {made.items.words()}")
-    elif why_not := no_epoch(made.plan):
+    elif why_not := why_no_items(made.plan):
         lines.insert(0, f"  an epoch     is not known: {why_not}")
     return "\n".join(["", _of_which_samples(made), *lines])
-
-
-def no_epoch(plan: Plan) -> str | None:
-    """Why it is not known how much an epoch has, in one clause; None where it is, and where a script brings its own data."""
-    from launcher.planning.epochs import why_no_epoch
-
-    return None if plan.script else why_no_epoch(plan.data.train, plan.data, plan.model.name, plan.task)
 
 
 def _seconds(seconds: float) -> str:
@@ -90,7 +84,8 @@ def _several(number: int, name: str) -> str:
 def _of_which_samples(made: Forecast) -> str:
     if made.padded is None or made.items is None:
         return "Speed, were every sample as long as it may be:"
-    return f"Speed, of samples of {made.items.mean:.0f} tokens, padded to {made.padded:.0f}:"
+    padding = f", padded to {made.padded:.0f}" if made.padded > made.items.mean else ""
+    return f"Speed, of samples of {made.items.mean:.0f} tokens{padding}:"
 
 
 def advice(made: Forecast, per_node: int | None = None) -> str:

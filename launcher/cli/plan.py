@@ -123,12 +123,12 @@ def _print(seen: Outlook, trace: bool) -> None:
 
 
 def _print_as_json(seen: Outlook, trace: bool) -> None:
-    from launcher.cli.forecast import no_epoch
     from launcher.cli.output import print_json
+    from launcher.planning.epochs import why_no_items
 
     forecasts = {"forecast": seen.forecast, "traced": seen.traced} if trace else {"forecast": seen.forecast}
     content = {name: one.to_dict() if one else None for name, one in forecasts.items()}
-    print_json(json.loads(seen.plan.to_json()) | content | {"no_forecast": seen.why_not, "no_epoch": no_epoch(seen.plan)})
+    print_json(json.loads(seen.plan.to_json()) | content | {"no_forecast": seen.why_not, "no_epoch": why_no_items(seen.plan)})
 
 
 def _draw(file: Path, seen: Outlook) -> None:

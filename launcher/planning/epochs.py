@@ -64,6 +64,11 @@ def evaluation_items(plan: Plan) -> Items | None:
     return None if plan.script or source is None else one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
 
 
+def why_no_items(plan: Plan) -> str | None:
+    """Why nothing is known of a pass over the training data, in one clause; None where it is, and where a script brings its own."""
+    return None if plan.script else why_no_epoch(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+
+
 def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
     """One pass over a source; None where it is not in files here, or where they cannot be read."""
     found = _looked(source, data, model, task, _changed(source))

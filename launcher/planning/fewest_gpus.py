@@ -11,6 +11,7 @@ from launcher.planning.batch import divisors, multiples_around, nearest
 from launcher.planning.epochs import why_no_epoch
 from launcher.planning.forecast import Forecast
 from launcher.planning.gpus import GpuType
+from launcher.planning.model_config import locate
 from launcher.planning.nearest import least, nearest_that_fit
 from launcher.planning.nodes import Attempt, Fewest, fewest, passes
 from launcher.planning.plan import Decision
@@ -40,7 +41,8 @@ def _seconds(job: Job, deadline: str) -> float:
     seconds = parse_seconds(deadline)
     if not isinstance(seconds, float):
         raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
-    unknown = job.training.max_steps is None and why_no_epoch(job.data.train, job.data, job.model.name, job.model.task)
+    model = locate(job.model.name, job.model.revision)
+    unknown = job.training.max_steps is None and why_no_epoch(job.data.train, job.data, model, job.model.task)
     if unknown:
         reason = f"needs training.max_steps, as how many steps an epoch has is not known: {unknown}"
         raise ConfigurationError(Problem("--deadline", deadline, reason))

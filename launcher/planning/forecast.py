@@ -55,6 +55,8 @@ class Forecast:
     """Tokens of a sample with its padding, for which the speed is; None where every sample is taken to be as long as it may be."""
     gpu: GpuType | None = None
     """With whose rates the speed was foreseen."""
+    disk_rate: float | None = None
+    """Bytes a second of a node's disk, where it was measured."""
 
     @property
     def traced(self) -> bool:
@@ -169,7 +171,7 @@ def _timed(said: Forecast, made: Estimator, gpu: GpuType, correction: float, roo
         rate = speed(shorter, typical.units, typical.segments(), gpu, correction, roomy)
         rate = replace(rate, tokens=round(rate.tokens * items.mean / length), model_flops=rate.model_flops * items.mean / length)
     lasts = duration(plan, rate, said.checkpoint_bytes, gpu, disk_rate, items, evaluation_items(plan))
-    return replace(said, speed=rate, duration=lasts, items=items, padded=padded, gpu=gpu)
+    return replace(said, speed=rate, duration=lasts, items=items, padded=padded, gpu=gpu, disk_rate=disk_rate)
 
 
 def least_bytes(plan: Plan, trace: Trace | None = None) -> int:

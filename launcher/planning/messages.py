@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import log2
 
+from launcher.planning.footprint.estimate import DEFERRED_GRADIENT_BYTES
 from launcher.planning.footprint.program import Unit
 from launcher.planning.gpus import GpuType
 from launcher.planning.operations import Units, passing_back
@@ -12,8 +13,6 @@ from launcher.planning.plan import Plan
 
 LATENCY = 20e-6
 """Seconds of one message between two ranks, for each doubling of their number. Assumed."""
-_DEFERRED = 4 << 30
-"""Bytes of gradients up to which FSDP sends once a step (launcher/training/engines/fsdp.py)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class _Times:
         """FSDP leaves whole from pass to pass what is whole at the height of each."""
         passes = plan.batch.accumulation_steps
         if plan.zero is None:
-            sent = 1 if 4 * trained <= _DEFERRED else passes
+            sent = 1 if 4 * trained <= DEFERRED_GRADIENT_BYTES else passes
             return cls(passes, passes, 1, sent) if plan.sharding == "full" else cls(1, 0, 1, sent)
         if plan.zero.stage == 3:
             return cls(passes, passes, 2 * passes, passes)

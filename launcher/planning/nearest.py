@@ -87,13 +87,8 @@ def _in_its_place(made: Forecast, plan: Plan) -> Forecast | None:
     """The forecast of another plan where this one is to run: its memory, rates, disk, and what runs there have shown."""
     correction = made.speed.correction if made.speed else 1.0
     return forecast(
-        plan, made.memory_bytes, made.gpu, correction, made.trace, made.host_memory_bytes, made.slack, made.slack_kind, _disk_rate(made)
+        plan, made.memory_bytes, made.gpu, correction, made.trace, made.host_memory_bytes, made.slack, made.slack_kind, made.disk_rate
     )
-
-
-def _disk_rate(made: Forecast) -> float | None:
-    """Bytes a second of a node's disk, by the save at the end of the job."""
-    return made.checkpoint_bytes / made.plan.mesh.nodes / made.duration.last_save if made.duration else None
 
 
 def _fitting(made: Forecast, plan: Plan) -> Forecast | None:

@@ -107,9 +107,8 @@ def fastest(job: Job, made: Plan, room: Room) -> Found:
     best = choose(first.plan, room, ways_of(job, first.plan), refused)
     begun = best.forecast.speed if best else None
     # Other cuts send less and need more memory: they gain what is waited for at most, and what is not computed again.
-    least = best is not None and (begun is None or begun.exposed * begun.correction < (1 - WORTH) * begun.step)
-    if least and not (best and best.way == "full" and begun and _recompute_less(job, first, others)):
-        return Found(best, (), tuple(refused))
+    if best is not None and (begun is None or begun.exposed * begun.correction < (1 - WORTH) * begun.step):
+        others = _recompute_less(job, first, others) if begun and best.way == "full" else []
     decided: tuple[Decision, ...] = ()
     shortest = begun.step * WORTH if begun else float("inf")
     for variant in others:
@@ -130,9 +129,9 @@ def fastest(job: Job, made: Plan, room: Room) -> Found:
     return Found(best, decided, tuple(refused))
 
 
-def _recompute_less(job: Job, first: Variant, others: list[Variant]) -> bool:
-    """Whether another cut may compute less again than the first one ever can, as ZeRO-3 cannot keep some of it."""
-    return any(set(ways_of(job, other.plan)) - set(ways_of(job, first.plan)) for other in others)
+def _recompute_less(job: Job, first: Variant, others: list[Variant]) -> list[Variant]:
+    """The cuts that may compute less again than the first one ever can, as ZeRO-3 cannot keep some of it."""
+    return [other for other in others if set(ways_of(job, other.plan)) - set(ways_of(job, first.plan))]
 
 
 def _beside(seconds: float, least_memory: float, shortest: float) -> str:

@@ -41,11 +41,11 @@ class Received(TorchDispatchMode):
         name, namespace = func._schema.name.split("::")[1], func._schema.name.split("::")[0]
         if namespace == "c10d" and ("gather" in name or "reduce" in name):
             sizes = [tensor.nbytes for tensor in torch.utils._pytree.tree_leaves(args) if isinstance(tensor, torch.Tensor)]
-            # The larger side of a gathering or a scattering is all of it; an all-reduce has its tensors alone.
-            whole = sum(sizes) if "allreduce" in name else sum(sizes) - min(sum(sizes) / 2, sum(sizes) / 3)
-            turns = 2 if "allreduce" in name else 1
+            # A gathering or a scattering has the whole and this rank's part of it; an all-reduce its tensors alone.
+            ranks, adds = distributed.get_world_size(), "allreduce" in name
+            whole = sum(sizes) if adds else sum(sizes) * ranks / (ranks + 1)
             if whole > SMALL:
-                self.num_bytes += turns * whole * (1 - 1 / distributed.get_world_size())
+                self.num_bytes += (2 if adds else 1) * whole * (1 - 1 / ranks)
         return func(*args, **(kwargs or {}))
 
 

@@ -128,7 +128,7 @@ def test_a_step_is_of_samples_as_long_as_those_looked_at(tmp_path: Path) -> None
     assert seen.duration.num_steps == -(-1000 // plan.batch.global_batch_size)
     assert seen.to_dict()["epoch"] == {"items": 500, "rows": 500, "mean_tokens": 7.0} and "epoch" not in unseen.to_dict()
     lines = speed_lines(seen)
-    assert "of samples of 7 tokens, padded to 7" in lines and "about 500 samples of 500 rows" in lines
+    assert "of samples of 7 tokens:" in lines and "about 500 samples of 500 rows" in lines
     assert "to the end" in seen.line() and "were every sample as long" in speed_lines(unseen)
     packed = forecast(plan.model_copy(update={"data": data.model_copy(update={"packing": True})}), 80 << 30, H100)
     assert packed is not None and packed.speed == unseen.speed and packed.padded is None, "packs are full"

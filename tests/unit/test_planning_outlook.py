@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from launcher.cli.comparing import scaling_plots
-from launcher.cli.forecast import advice, bars, no_epoch, picture, speed_lines
+from launcher.cli.forecast import advice, bars, picture, speed_lines
 from launcher.cli.plan import explained
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job, Source
 from launcher.planning.decide import plan as decide
+from launcher.planning.epochs import why_no_items
 from launcher.planning.fewest_gpus import in_time
 from launcher.planning.fitting import with_batch
 from launcher.planning.footprint.families import Program, program_of
@@ -325,7 +326,7 @@ def test_why_an_epoch_is_not_known_is_said_in_its_place(tmp_path: Path) -> None:
         made = forecast(plan.model_copy(update={"data": data}), kind.memory_bytes, kind)
         assert made is not None
         lines.append(next(line for line in speed_lines(made).splitlines() if line.startswith("  an epoch ")))
-        assert (no_epoch(made.plan) is None) is (path.name == "rows.jsonl")
+        assert (why_no_items(made.plan) is None) is (path.name == "rows.jsonl")
     assert "100 samples of 100 rows" in lines[1]
     assert "is not known: " in lines[0] and "none.jsonl" in lines[0]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher.cli.forecast import speed_lines
 from launcher.job.schema import Job
 from launcher.planning.decide import plan as decide
 from launcher.planning.fitting import NEARLY, with_batch
@@ -134,6 +135,8 @@ def test_a_smaller_micro_batch_is_taken_where_it_pads_less(tmp_path: Path) -> No
     Machine((Rates("cpu", "2026-11-26", {"fp32": 50e9}, 2e10, 2e9),)).write()
     here = Hardware(2, 64 << 30)
     plan = decide(Job.model_validate(content), 2, here)
+    said = forecast_here(with_batch(plan, 16), here)
+    assert said is not None and f"of {said.items.mean:.0f} tokens, padded to " in speed_lines(said)  # type: ignore[union-attr]
     steps = {}
     for micro in (1, 2, 4, 8, 16, 32):
         made = forecast_here(with_batch(plan, micro), here)
