@@ -31,7 +31,7 @@ def show(run: RunDirectory, terminal: bool) -> str:
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=100, no_color=True, highlight=False)
     display = Display(plan_of(Path("none"), 2), console, line_seconds=0)
-    event(run.events_file, "evaluated", step=99, metrics={"loss": 77.0})
+    event(run.events_file, "evaluated", step=99, metrics={"loss": 7531.0})
     display.begin(run, 2)
     event(run.events_file, "phase", phase="preparing", done=5, total=10, unit="rows")
     display.tick()
@@ -53,7 +53,7 @@ def test_plain_lines_where_there_is_no_terminal(run: RunDirectory) -> None:
     assert "measured after step 0: loss 3.0000, accuracy 0.5000" in text
     assert "step 2 of 4  loss 0.5000  learning rate 1.00e-03  1,234 tokens/s  1.00 GiB  4 s left" in text
     assert "warning: the save of step 2 failed, training goes on: disk full" in text
-    assert "77" not in text, "what happened before this attempt is not shown"
+    assert "7531" not in text, "what happened before this attempt is not shown"
     assert "MFU" not in text, "the rate of a CPU is not known"
 
 
