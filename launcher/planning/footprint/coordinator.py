@@ -5,10 +5,11 @@ It fetches what a module needs, then what by the trace of the step before comes 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from launcher.planning.footprint.program import Segment, Unit, Weight
 
@@ -56,13 +57,15 @@ class Coordinator:
     max_reuse: int
     gloo: bool
     external: frozenset[str] = frozenset()
-    whole: dict[str, int] = field(default_factory=dict)
-    """Elements by name of what is there."""
+    whole: set[str] = field(default_factory=set)
+    """Names of what is there."""
     flying: dict[str, Message] = field(default_factory=dict)
     """What brings a parameter whose module has not come yet."""
-    kept: dict[str, int] = field(default_factory=dict)
-    """Elements of what was let go of in the forward pass, and is still there: where a matrix is multiplied with as a view of it, autograd
-    saves that view, which DeepSpeed's emptying of the parameter does not reach."""
+    kept: set[str] = field(default_factory=set)
+    """What was let go of in the forward pass, and is still there: where a matrix is multiplied with as a view of it, autograd saves that
+    view, which DeepSpeed's emptying of the parameter does not reach."""
+    held: int = 0
+    """Elements of all three, kept as they come and go: summed at each of a large model's messages they took most of a plan's time."""
     num_available: int = 0
     most: dict[Key, int] = field(default_factory=dict)
 
@@ -77,27 +80,23 @@ class Coordinator:
             self._fetch(module, step)
             if module.leaves:
                 self._release(module, step + 1)
-        self.most[END] = self._held()
+        self.most[END] = self.held
         return self.most
 
-    def _messages(self) -> list[Message]:
-        return list({id(message): message for message in self.flying.values()}.values())
-
-    def _held(self) -> int:
-        return sum(self.whole.values()) + sum(self.kept.values()) + sum(message.total for message in self._messages())
-
     def _note(self, key: Key) -> None:
-        messages, held = self._messages(), self._held()
-        if self.gloo:
+        held = self.held
+        if self.gloo and self.flying:
             # A thread of gloo gathers into a buffer of its own. How long that takes is up to the other ranks, which may be behind: the
             # largest messages that the threads can be at are counted twice. NCCL gathers in place.
-            held += sum(sorted((message.total for message in messages if not message.arrived), reverse=True)[:GLOO_THREADS])
+            on_the_way = {id(message): message.total for message in self.flying.values() if not message.arrived}
+            held += sum(sorted(on_the_way.values(), reverse=True)[:GLOO_THREADS])
         self.most[key] = max(self.most.get(key, 0), held)
 
     def _gather(self, weights: list[Weight], key: Key) -> None:
         total = sum(weight.num_elements for weight in weights)
         message = Message(total, {weight.name for weight in weights})
         self.flying |= dict.fromkeys(message.awaited, message)
+        self.held += total
         self.num_available += total
         self._note(key)
 
@@ -123,13 +122,16 @@ class Coordinator:
             return
         if not message.arrived:
             message.arrived = True
-            alone = len(message.awaited) == 1
-            self.whole |= {name: self._sizes[name] for name in message.awaited}
-            if alone:
+            self.whole |= message.awaited
+            self.held += sum(self._sizes[name] for name in message.awaited)
+            if len(message.awaited) == 1:
+                self.held -= message.total
                 message.total = 0
             self._note(key)
         message.awaited.discard(weight.name)
         del self.flying[weight.name]
+        if not message.awaited:
+            self.held -= message.total
 
     def _ahead(self, key: Key) -> None:
         room, wanted, total = min(self.max_live - self.num_available, self.prefetch), list[Weight](), 0
@@ -143,25 +145,35 @@ class Coordinator:
             self._gather(wanted, key)
 
     def _release(self, module: Module, step: int) -> None:
-        going = {weight.name for weight in module.weights if self._fetched.get(weight.name, -1) <= step} - self.external
-        passed = 0
-        for later in self.trace[step:]:
-            if passed >= self.max_reuse or not going:
-                break
-            passed += later.small
-            for weight in later.weights:
-                going.discard(weight.name)
-                passed += weight.num_elements
         for weight in module.weights:
-            if module.key[2]:
-                self.kept.pop(weight.name, None)
-            if weight.name in going and weight.name in self.whole and weight.name not in self.flying:
-                self.num_available -= self.whole.pop(weight.name)
-                if module.keeps and weight.viewed:
-                    self.kept[weight.name] = weight.num_elements
+            name = weight.name
+            if module.key[2] and name in self.kept:
+                self.kept.remove(name)
+                self.held -= weight.num_elements
+            done = self._fetched.get(name, -1) <= step and name not in self.external and not self._used_soon(name, step)
+            if done and name in self.whole and name not in self.flying:
+                self.whole.remove(name)
+                self.num_available -= weight.num_elements
+                if module.keeps and weight.viewed and name not in self.kept:
+                    self.kept.add(name)
+                else:
+                    self.held -= weight.num_elements
+
+    def _used_soon(self, name: str, step: int) -> bool:
+        """Whether it is used from this step on before so many elements of others have been."""
+        uses = self._uses[name]
+        index = bisect_left(uses, step)
+        return index < len(uses) and self._passed[uses[index]] - self._passed[step] < self.max_reuse
 
     def __post_init__(self) -> None:
         self._sizes = {weight.name: weight.num_elements for module in self.trace for weight in module.weights}
+        self._uses: dict[str, list[int]] = {}
+        for step, module in enumerate(self.trace):
+            for weight in module.weights:
+                self._uses.setdefault(weight.name, []).append(step)
+        own = (module.small + sum(weight.num_elements for weight in module.weights) for module in self.trace)
+        self._passed = [0, *accumulate(own)]
+        """Elements that are used before each step."""
 
 
 class Tracer:

@@ -7,9 +7,10 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.job.schema import Adapter
 from launcher.planning.footprint.families import WITH_ADAPTERS, Program, adapted, frozen, program_of
 from launcher.planning.footprint.fsdp import Cut, FsdpStep
-from launcher.planning.footprint.program import Batch, Segment, Setting
+from launcher.planning.footprint.program import Batch, Segment, Setting, Unit
 from launcher.planning.footprint.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
 from launcher.planning.footprint.zero import ZeroCut, ZeroStep
 from launcher.planning.plan import Plan
@@ -90,6 +91,12 @@ def _program(config: str, num_labels: int, task: str | None) -> Program | None:
     return program_of(json.loads(config), num_labels, task)
 
 
+@functools.lru_cache(maxsize=8)
+def _units(program: Program, freeze: tuple[str, ...], adapter: Adapter | None) -> tuple[Unit, list[Unit]]:
+    """Once for all plans of a model: a unit remembers its sums, too."""
+    return frozen(program.units(), freeze) if adapter is None else adapted(program.units(), adapter)
+
+
 def batch_of(plan: Plan) -> Batch:
     """One micro-batch of a rank where every sample is as long as the plan lets it be."""
     return Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.attention != "packed")
@@ -102,8 +109,7 @@ class Estimator:
         """`slack` is the allocator's share of what comes and goes, where it was measured; where more is assumed, that counts."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
-        units = program.units()
-        self.units = frozen(units, plan.model.freeze) if self.adapter is None else adapted(units, self.adapter)
+        self.units = _units(program, plan.model.freeze, self.adapter)
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
         self.slack = max(slack or 0.0, CUDA_SLACK if self.cuda else 0.0)

@@ -34,7 +34,7 @@ class Weight:
     narrow: bool = False
     """Kept in the precision of the computation, and not in fp32."""
 
-    @property
+    @functools.cached_property
     def num_elements(self) -> int:
         return prod(self.shape)
 
