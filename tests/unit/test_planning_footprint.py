@@ -14,11 +14,10 @@ import pytest
 from launcher.errors import ConfigurationError
 from launcher.planning.fitting import known
 from launcher.planning.footprint import operators as ops
-from launcher.planning.footprint.coordinator import END, GLOO_THREADS, Coordinator, Module, Tracer
 from launcher.planning.footprint.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
 from launcher.planning.footprint.families import KNOWN, nearest, program_of
 from launcher.planning.footprint.loss import CHUNK_ELEMENTS
-from launcher.planning.footprint.program import Batch, Segment, Unit, Weight
+from launcher.planning.footprint.program import Batch
 from launcher.planning.footprint.shadow import Meter, Parameter, Shadow, Storage, backward, checkpoint, new
 from launcher.planning.forecast import forecast, why_not
 from launcher.planning.plan import Plan
@@ -222,63 +221,6 @@ def test_unknown_architectures_and_configs_without_sizes(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(ConfigurationError, match="has no num_hidden_layers"):
         forecast(plan, 0)
-
-
-def test_the_coordinator_fetches_ahead_and_lets_go() -> None:
-    """Ten modules of 100 elements: with a reach of one, two are whole at a time; with no limit all stay."""
-    weights = [Weight(f"m{number}.weight", (10, 10)) for number in range(10)]
-    order = [*weights, *reversed(weights)]
-    trace = [Module((weight,), ("layer", number % 10, number >= 10)) for number, weight in enumerate(order)]
-    narrow = Coordinator(trace, 100, 200, 0, gloo=False).go()
-    wide = Coordinator(trace, 100, 10_000, 10_000, gloo=False).go()
-    assert max(narrow.values()) <= 500 < max(wide.values())
-
-
-def test_a_message_stays_until_the_last_of_its_parameters_is_called_for() -> None:
-    """Two parameters of 100 in one message of 200, each copied out of it at the first: the buffer goes when the second's module comes."""
-    first, second, other = (Weight(f"{name}.weight", (10, 10)) for name in ("a", "b", "c"))
-    trace = [Module((other,), ("stem", 0, False)), *(Module((weight,), ("layer", n, False)) for n, weight in enumerate((first, second)))]
-    most = Coordinator(trace, 200, 10_000, 0, gloo=False).go()
-    assert most == {("stem", 0, False): 100 + 200, ("layer", 0, False): 200 + 200, ("layer", 1, False): 100, END: 0}
-    doubled = Coordinator(trace, 200, 10_000, 0, gloo=True).go()
-    assert doubled["stem", 0, False] == 100 + 2 * 200 and doubled["layer", 0, False] == 200 + 200
-
-
-def test_what_is_never_let_go_of_is_there_when_the_last_gradients_are_sent() -> None:
-    """A table of words, whose input no gradient goes to, and a message that was gone by then."""
-    words, other = Weight("words.weight", (20, 10)), Weight("a.weight", (10, 10))
-    back = [Module((other,), ("layer", 0, True)), Module((words,), ("stem", 0, True), leaves=False)]
-    most = Coordinator([Module((words,), ("stem", 0, False)), *back], 100, 10_000, 0, gloo=True).go()
-    assert most[END] == most["stem", 0, True] == 200 < most["layer", 0, True]
-
-
-def test_of_messages_under_way_as_many_are_there_twice_as_gloo_has_threads() -> None:
-    """Three single messages of 100 are on their way at once."""
-    weights = [Weight(f"{name}.weight", (10, 10)) for name in "abcd"]
-    trace = [Module((), ("stem", n, False)) for n in range(3)] + [Module((weight,), ("layer", 0, False)) for weight in weights[:3]]
-    most = Coordinator(trace, 100, 300, 0, gloo=True).go()
-    assert most["stem", 2, False] == 3 * 100 + GLOO_THREADS * 100
-
-
-def test_autograd_keeps_a_view_that_is_multiplied_with() -> None:
-    """Let go of in the forward pass, fetched again in the backward pass: there twice until the product's backward is over."""
-    weight, other = Weight("a.weight", (10, 10), viewed=True), Weight("b.weight", (10, 10))
-    there, back = ("layer", 0, False), ("layer", 0, True)
-    for keeps, kept in ((True, 100), (False, 0)):
-        trace = [Module((weight,), there, keeps=keeps), Module((other,), ("tail", 0, False)), Module((weight,), back)]
-        most = Coordinator(trace, 1, 10_000, 0, gloo=False).go()
-        assert most["tail", 0, False] == kept + 100 + 100 and most[back] == kept + 100
-
-
-def test_modules_are_called_behind_those_that_they_are_in() -> None:
-    """The whole model with its head first, each path's outer modules once, lists of layers never."""
-    words, norm = Weight("model.words.weight", (50, 10)), Weight("model.norm.weight", (10,))
-    layer = Unit(tuple(Weight(f"model.layers.0.{name}.weight", (10, 10)) for name in ("attention.query", "attention.key", "mlp.up")))
-    segments = [Segment(kind, number, False) for kind, number in (("stem", -1), ("layer", 0), ("tail", -1))]
-    trace = Tracer(Unit((words, norm), 1), [layer], 10, words).trace(segments, recomputes=False)
-    names = [[weight.name.removeprefix("model.").removesuffix(".weight") for weight in module.weights] for module in trace]
-    inner = [[], [], ["layers.0.attention.query"], ["layers.0.attention.key"], [], ["layers.0.mlp.up"]]
-    assert names == [["words"], [], ["words"], *inner, []] and trace[-1].small == 10
 
 
 def test_a_model_of_405_billion_parameters_is_planned_without_torch_in_little_memory(tmp_path: Path) -> None:
