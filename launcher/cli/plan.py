@@ -207,6 +207,9 @@ def _decision(plan: Plan, key: str) -> Decision:
     return found
 
 
+_LAYOUTS = {"packed": "end to end without padding", "padded": "padded to the longest of a pass", "single": "one a pass"}
+
+
 def table(plan: Plan) -> str:
     """The plan for people: what it comes to, then each decision with its reason."""
     mesh, batch = plan.mesh, plan.batch
@@ -217,7 +220,8 @@ def table(plan: Plan) -> str:
         "length": f"{plan.length.value:g} {plan.length.unit}",
         "ranks": f"{ranks}, {mesh.threads_per_rank} threads each",
         "batch": f"{cut} (micro-batch x accumulation x ranks)",
-        "compute": f"{plan.precision}, {plan.attention} attention, activation checkpointing {plan.activation_checkpointing}",
+        "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
+        "compute": f"{plan.precision}, activation checkpointing {plan.activation_checkpointing}",
     }
     if plan.script:
         known = {"run": plan.name, "script": shlex.join(plan.script), "ranks": facts["ranks"]}

@@ -16,15 +16,15 @@ from launcher.planning.gpus import GpuType, as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import STATE_BYTES, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Attention, Length, Mesh, Plan, Zero
+from launcher.planning.plan import Length, Mesh, Plan, Zero
 from launcher.planning.ranks import mesh as arrange
+from launcher.planning.sample_layout import choose_way
 from launcher.planning.sharding import STAGES, Layout
 
 if TYPE_CHECKING:
     from launcher.planning.alternatives import Offloading
     from launcher.planning.forecast import Trace
 
-_FLASH = "write sdpa or auto, which have no padding either"
 CORES_OF_A_GPU = 8
 """Cores of a node that is not here, for each of its GPUs. Assumed; Slurm is asked for them."""
 NODE_MEMORY = 1 << 40
@@ -66,7 +66,7 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
     decider = Decider(job, hardware, nproc, local)
     mesh, placed = arrange(decider)
     precision = _precision(decider, mesh)
-    attention = _attention(decider, mesh)
+    way = choose_way(decider, mesh.device)
     trackers = _trackers(decider)
     num_workers = _num_workers(decider)
     asked = slurm.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
@@ -89,14 +89,16 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
         slurm=asked,
         precision=precision,
         activation_checkpointing=checkpointing,
-        attention=attention,
+        attention=way.attention,
+        layout=way.layout,
+        head=way.head,
         num_data_workers=num_workers,
         trackers=trackers,
         grace_seconds=job.cluster.grace,
         length=length,
         batch=batch,
         mesh=mesh,
-        model=job.model.model_copy(update={"attention": "sdpa" if attention == "packed" else attention}),
+        model=job.model.model_copy(update={"attention": "sdpa" if way.attention == "packed" else way.attention}),
         data=job.data.model_copy(update={"num_workers": num_workers}),
         training=job.training.model_copy(update={"epochs": length.value} if length.unit == "epochs" else {}),
         checkpoint=_checkpoint(decider, placed),
@@ -134,21 +136,6 @@ def _precision(decider: Decider, mesh: Mesh) -> Precision:
     if flags:
         return decider.decide("precision", "bf16", f"this processor multiplies bf16 in hardware ({flags[0]})")
     return decider.decide("precision", "fp32", "this processor has no bf16 units: it would make the products in fp32 and round them")
-
-
-def _attention(decider: Decider, mesh: Mesh) -> Attention:
-    model = decider.job.model
-    if model.attention == "flash_attention_2":
-        if mesh.device == "cpu":
-            decider.refuse("model.attention", model.attention, f"needs a GPU, and this runs on the CPU; {_FLASH}")
-        elif importlib.util.find_spec("flash_attn") is None and decider.local:
-            decider.refuse("model.attention", model.attention, f"the package flash-attn is not installed; {_FLASH}")
-        return model.attention
-    if model.task == "causal-lm" and model.attention in ("auto", "sdpa"):
-        return decider.decide("model.attention", "packed", "samples stand one after another without padding, and never see each other")
-    if model.attention == "auto":
-        return decider.decide("model.attention", "sdpa", "PyTorch's own fused attention")
-    return model.attention
 
 
 def _trackers(decider: Decider) -> tuple[str, ...]:

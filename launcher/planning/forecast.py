@@ -162,8 +162,7 @@ def _timed(said: Forecast, made: Estimator, gpu: GpuType, correction: float, roo
     if items is None or items.packed:
         padded, rate = None, speed(plan, made.units, made.segments(), gpu, correction, roomy)
     else:
-        # Causal language models get their samples end to end, whether they are packed or not.
-        padded = items.mean if plan.task == "causal-lm" else items.padded(plan.batch)
+        padded = items.mean if plan.layout == "packed" else items.padded(plan.batch)
         length = max(1, round(padded))
         shorter = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
         typical = _estimator(shorter, said.trace)

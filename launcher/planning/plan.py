@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from launcher.job.schema import (
     ActivationCheckpointing,
@@ -33,6 +33,10 @@ class Frozen(BaseModel):
 
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "packed"]
+SampleLayout = Literal["packed", "padded", "single"]
+"""How samples share a pass: joined end to end, padded on the right, or not at all."""
+Head = Literal["chunked", "model", "forward"]
+"""Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its whole forward."""
 
 
 class Decision(Frozen):
@@ -142,6 +146,8 @@ class Plan(Frozen):
     precision: Precision
     activation_checkpointing: ActivationCheckpointing
     attention: Attention
+    layout: SampleLayout
+    head: Head = "chunked"
     num_data_workers: int
     trackers: tuple[str, ...]
     grace_seconds: float
@@ -158,6 +164,14 @@ class Plan(Frozen):
     """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and training are then its own."""
     decisions: tuple[Decision, ...] = ()
     refused: tuple[Refused, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_plans(cls, values: Any) -> Any:
+        """Plans of before 2026-12 had one layout for each task."""
+        if isinstance(values, dict) and "layout" not in values:
+            return values | {"layout": "packed" if values.get("task") == "causal-lm" else "padded"}
+        return values
 
     def to_json(self) -> str:
         """Text for plan.json; what does not apply is left out, so that nothing in it is null."""

@@ -40,7 +40,7 @@ def evaluate(
     micro = plan.batch.micro_batch_size
     cut = BatchPlan(global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size)
     batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, rank, dataset.num_items)
-    totals = np.zeros(3)
+    totals = np.zeros(4)
     collected: list[tuple[np.ndarray, np.ndarray]] = []
     for step in range(batches.num_steps):
         if stopping():
@@ -49,7 +49,8 @@ def evaluate(
         batch = task.collate(step_batch.micro_batches[0])
         output = engine.evaluate(to_device(batch, plan.mesh.device))
         share = step_batch.num_supervised / size
-        totals += [float(output.loss_sum), float(output.num_correct), share]
+        router = 0.0 if output.router_loss_sum is None else float(output.router_loss_sum)
+        totals += [float(output.loss_sum), float(output.num_correct), share, router]
         if output.predictions is not None:
             real = batch["weights"].numpy() > 0
             collected.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
@@ -64,8 +65,8 @@ def _combine(task: Task, totals: np.ndarray, collected: list[tuple[np.ndarray, n
     distributed.all_gather_object(gathered, (summed, collected))
     result: list[Any] = [None]
     if distributed.get_rank() == 0:
-        loss_sum, num_correct, num_supervised = torch.stack([sums for sums, _ in gathered]).sum(dim=0).tolist()
-        named = {"loss_sum": loss_sum, "num_correct": num_correct, "num_supervised": num_supervised}
+        sums = torch.stack([sums for sums, _ in gathered]).sum(dim=0).tolist()
+        named = dict(zip(("loss_sum", "num_correct", "num_supervised", "router_loss_sum"), sums, strict=True))
         pieces = [piece for _, part in gathered for piece in part]
         predictions = np.concatenate([piece[0] for piece in pieces]) if pieces else None
         labels = np.concatenate([piece[1] for piece in pieces]) if pieces else None

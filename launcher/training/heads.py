@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from launcher.training.loss import LogitTransform, chunked_cross_entropy
+from launcher.planning.plan import Head
+from launcher.training.loss import IGNORED, CrossEntropy, LogitTransform, chunk_length, chunked_cross_entropy, supervised_only
 
 Batch = dict[str, Any]
 
@@ -22,35 +30,36 @@ class Output(NamedTuple):
     """Scalar."""
     predictions: torch.Tensor | None = None
     """[samples, outputs] for tasks whose metrics need them."""
+    router_loss_sum: torch.Tensor | None = None
+    """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
 
 
-def causal_lm(model: PreTrainedModel, batch: Batch) -> Output:
-    """`input_ids`, `position_ids` [1, tokens], `targets` [tokens], `cu_seq_lens` [samples + 1], `max_length` -> Output."""
-    hidden = model.base_model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        use_cache=False,
-        cu_seq_lens_q=batch["cu_seq_lens"],
-        cu_seq_lens_k=batch["cu_seq_lens"],
-        max_length_q=batch["max_length"],
-        max_length_k=batch["max_length"],
-    ).last_hidden_state
-    head = model.get_output_embeddings()
-    loss = chunked_cross_entropy(
-        hidden.flatten(0, 1),
-        head.weight,
-        batch["targets"],
-        bias=head.bias,
-        transform=LogitTransform.of(model.config.get_text_config()),
-        count_correct=not torch.is_grad_enabled(),
-    )
-    return Output(loss.loss_sum, loss.num_correct)
+def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> Output:
+    """Return the summed loss of a collated micro-batch: cross entropy, and the routers' loss where the config asks for it.
+
+    Packed: `input_ids`, `position_ids` [1, tokens], `cu_seq_lens` [samples + 1], `max_length`. Padded: `input_ids`, `attention_mask`
+    [samples, longest]. Both: `targets`, the next token or -100, flat over all positions, and `lengths` of the samples.
+    """
+    routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+    inputs = _inputs(batch) | ({"output_router_logits": True} if routes else {})
+    if head == "forward":
+        with _remembered(decoder_of(model)) as seen:
+            logits = own_forward(model, inputs).logits
+        outputs, entropy = seen[-1] if routes else None, _cross_entropy(logits.flatten(0, 1), batch["targets"])
+    else:
+        decoder = decoder_of(model)
+        outputs = decoder(**_accepted(type(decoder), inputs))
+        entropy = _ENTROPIES[head](model, outputs, batch["targets"])
+    if not routes:
+        return Output(entropy.loss_sum, entropy.num_correct)
+    router = _router_loss(model, outputs, batch)
+    return Output(entropy.loss_sum + router, entropy.num_correct, None, router.detach())
 
 
-def sequence_classification(model: PreTrainedModel, batch: Batch, problem: str, forward: Any = None) -> Output:
+def sequence_classification(model: PreTrainedModel, batch: Batch, problem: str) -> Output:
     """Padded `input_ids` [samples, tokens] ..., `labels`, `weights` [samples] -> Output with fp32 predictions."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights")}
-    logits = (forward or type(model).forward.__get__(model))(**inputs).logits.float()
+    logits = own_forward(model, inputs).logits.float()
     labels, weights = batch["labels"], batch["weights"]
     if problem == "single-label":
         losses = functional.cross_entropy(logits, labels.view(-1), reduction="none")
@@ -62,3 +71,129 @@ def sequence_classification(model: PreTrainedModel, batch: Batch, problem: str, 
         losses = functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
         correct = torch.zeros_like(losses)
     return Output((losses * weights).sum(), (correct * weights).sum().detach(), logits.detach())
+
+
+def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
+    """Return what the model's own class makes of `inputs`, of which those are left out that it does not know."""
+    forward = model_class_of(model).forward
+    return forward(model, **_accepted(model_class_of(model), inputs))
+
+
+def model_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return the model's class as it was before sharding put one of its own in front."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a causal LM whose `last_hidden_state` goes into its head: what its own forward calls first."""
+    base = model.base_model
+    return base if base is not model else model.get_decoder()
+
+
+def _inputs(batch: Batch) -> Batch:
+    """What a decoder is called with: names of lengths as transformers' FlashAttentionKwargs have them."""
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch} | {"use_cache": False}
+    if "cu_seq_lens" in batch:
+        inputs |= {"cu_seq_lens_q": batch["cu_seq_lens"], "cu_seq_lens_k": batch["cu_seq_lens"]}
+        inputs |= {"max_length_q": batch["max_length"], "max_length_k": batch["max_length"]}
+    return inputs
+
+
+def _accepted(kind: type[nn.Module], inputs: Batch) -> Batch:
+    names = _parameters(kind.forward)
+    return inputs if names is None else {key: value for key, value in inputs.items() if key in names}
+
+
+@lru_cache(maxsize=32)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str] | None:
+    """The names that a forward takes; None where it takes any."""
+    parameters = inspect.signature(forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if takes_any else frozenset(parameters)
+
+
+def _chunked(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
+    """Through the output matrix, by our own cross entropy."""
+    head = model.get_output_embeddings()
+    return chunked_cross_entropy(
+        outputs.last_hidden_state.flatten(0, 1),
+        head.weight,
+        targets,
+        bias=head.bias,
+        transform=LogitTransform.of(model.config.get_text_config()),
+        count_correct=not torch.is_grad_enabled(),
+    )
+
+
+def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
+    """Through all that the model's own forward does after its decoder, a few hundred positions at a time, each computed again backward."""
+    hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
+    loss_sum = num_correct = torch.zeros((), device=hidden.device)
+
+    def of(part: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with _answering(decoder_of(model), outputs, last_hidden_state=part[None]):
+            logits = own_forward(model, {"input_ids": target[None], "use_cache": False}).logits
+        return tuple(_cross_entropy(logits[0], target))  # type: ignore[return-value]
+
+    step = chunk_length(model.config.get_text_config().vocab_size)
+    for begin in range(0, hidden.shape[0], step):
+        part, target = hidden[begin : begin + step], targets[begin : begin + step]
+        loss, correct = checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
+        loss_sum, num_correct = loss_sum + loss, num_correct + correct
+    return CrossEntropy(loss_sum, num_correct)
+
+
+_ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {"chunked": _chunked, "model": _by_own_head}
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
+    """Of logits [tokens, vocabulary] that are all there."""
+    loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return CrossEntropy(loss_sum, (logits.argmax(dim=-1) == targets).sum().float().detach())
+
+
+@contextlib.contextmanager
+def _remembered(module: nn.Module) -> Iterator[list[Any]]:
+    """While inside, what the module gives back is added to a list."""
+    seen: list[Any] = []
+    hook = module.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _answering(decoder: nn.Module, outputs: Any, **changes: Any) -> Iterator[None]:
+    """While inside, the decoder gives back `outputs` with these changes in place of computing anything."""
+    answer = type(outputs)(**{**outputs, **changes})
+    before = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: answer
+    try:
+        yield
+    finally:
+        if before is None:
+            del decoder.forward
+        else:
+            decoder.forward = before
+
+
+def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Tensor:
+    """The routers' auxiliary loss of each sample alone, as the model's own forward has it, times its supervised tokens.
+
+    So the step's loss is the mean of `model(sample, labels).loss` by supervised tokens, however samples share a pass.
+    """
+    lengths, (rows, width) = batch["lengths"], batch["input_ids"].shape
+    begins = [0, *itertools.accumulate(lengths)] if rows == 1 else range(0, rows * width, width)
+    flat = [logits.flatten(0, -2) for logits in outputs.router_logits]
+    total = torch.zeros((), device=flat[0].device)
+    for begin, length in zip(begins, lengths, strict=False):
+        own = tuple(logits[begin : begin + length] for logits in flat)
+        sample = {"input_ids": batch["input_ids"].flatten()[None, :1], "use_cache": False, "output_router_logits": True}
+        with _answering(decoder_of(model), outputs, router_logits=own, last_hidden_state=outputs.last_hidden_state[:1, :1]):
+            balance = own_forward(model, sample).aux_loss
+        total = total + balance * (batch["targets"][begin : begin + length] != IGNORED).sum()
+    coefficient = getattr(model, "router_aux_loss_coef", None)
+    return total.float() * (model.config.get_text_config().router_aux_loss_coef if coefficient is None else coefficient)

@@ -60,12 +60,23 @@ def chunked_cross_entropy(
 
     Targets of -100 are not supervised and cost nothing. `num_correct` is counted only where asked for; it costs a pass over the logits.
     """
-    supervised = targets != IGNORED
-    if not bool(supervised.all()):
-        index = supervised.nonzero().squeeze(1)
-        hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
+    hidden, targets = supervised_only(hidden, targets)
     loss_sum, num_correct = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, transform, count_correct)
     return CrossEntropy(loss_sum, num_correct)
+
+
+def supervised_only(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of `hidden` [tokens, hidden] and the `targets` [tokens] that are supervised."""
+    supervised = targets != IGNORED
+    if bool(supervised.all()):
+        return hidden, targets
+    index = supervised.nonzero().squeeze(1)
+    return hidden.index_select(0, index), targets.index_select(0, index)
+
+
+def chunk_length(vocabulary: int) -> int:
+    """Return the positions whose logits are held at a time."""
+    return max(128, _CHUNK_ELEMENTS // vocabulary)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -85,7 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
-        chunk = max(128, _CHUNK_ELEMENTS // weight.shape[0])
+        chunk = chunk_length(weight.shape[0])
         for begin in range(0, hidden.shape[0], chunk):
             part, target = (hidden[begin : begin + chunk], targets[begin : begin + chunk].unsqueeze(1))
             raw = part @ weight.t() if bias is None else torch.addmm(bias, part, weight.t())

@@ -5,6 +5,7 @@ It runs in a scratch run directory with a plan and a request, so that it is supe
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 from pathlib import Path
@@ -23,6 +24,7 @@ from launcher.training.data.prepare import prepare
 from launcher.training.devices import start_process_group
 from launcher.training.engines.fsdp import FsdpEngine
 from launcher.training.evaluation import evaluate
+from launcher.training.loss_check import check_loss
 from launcher.training.signals import StopRequest
 from launcher.training.trainer import phase_report
 
@@ -30,6 +32,7 @@ from launcher.training.trainer import phase_report
 def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Evaluate what request.json names and write evaluation.json: {"before": {metric: value}, "after": {metric: value}}."""
     request = json.loads((scratch.path / "request.json").read_text(encoding="utf-8"))
+    plan = models.settled(plan)
     tokenizer = models.read_tokenizer(plan)
     task = tasks.build(plan, tokenizer)
     if plan.data.evaluation is None:
@@ -43,6 +46,7 @@ def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, 
         config = models.read_config(measured)
         task.configure(config)
         engine = FsdpEngine(measured, task, config, trains=False)
+        check_loss(engine, task, dataset, measured, functools.partial(_event, scratch))
         if name == "after" and request["run"]:
             _load(Path(request["run"]), plan, engine, request["step"])
         report = phase_report(scratch, "evaluating", "batches") if distributed.get_rank() == 0 else _silent
@@ -60,6 +64,11 @@ def _load(run: Path, plan: Plan, engine: FsdpEngine, step: int | None) -> None:
     if checkpointer.load(engine.tensors(), step) is None:
         raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
     engine.loaded()
+
+
+def _event(scratch: RunDirectory, name: str, **fields: Any) -> None:
+    if distributed.get_rank() == 0:
+        events.event(scratch.events_file, name, **fields)
 
 
 def _silent(done: int, total: int) -> Any:

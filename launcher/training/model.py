@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.distributed import DistributedConfig
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.planning import model_support
 from launcher.planning.plan import Mesh, Plan
 from launcher.training import adapters, attention
 from launcher.training.precision import DTYPES
@@ -53,6 +54,24 @@ def read_config(plan: Plan) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan with attention, layout and head as the model's architecture needs them, where the planner had no config to go by.
+
+    Raises ConfigurationError for a model that cannot be trained truly, and where there is none by that name.
+    """
+    config = read_config(plan.model_copy(update={"attention": "eager"}))
+    remote = plan.model.trust_remote_code and hasattr(config, "auto_map")
+    known = model_support.support(plan.task, {"model_type": config.model_type} | ({"auto_map": {}} if remote else {}), remote)
+    planned = model_support.Way(plan.layout, plan.attention, plan.head)
+    if known is model_support.UNTRIED[plan.task] or planned in known.ways or plan.attention == "flash_attention_2":
+        return plan
+    asked = plan.model.attention
+    ways = model_support.fitting(known, "auto" if asked == "sdpa" else asked) or list(known.ways)
+    if not ways:
+        raise ConfigurationError(Problem("model.name", plan.model.name, known.refused))
+    return plan.model_copy(update=ways[0]._asdict())
 
 
 def _made_up(plan: Plan) -> Any:

@@ -27,6 +27,7 @@ from launcher.training.devices import peak_memory_bytes, start_process_group, to
 from launcher.training.ending import EarlyEnd
 from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
+from launcher.training.loss_check import check_loss
 from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
 from launcher.training.recording import Recorder
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every rank."""
+    plan = models.settled(plan)
     material = Material.prepare(run, plan)
     build_operators(plan, phase_report(run, "building operators", "operators"))
     device = start_process_group(plan)
@@ -93,6 +95,8 @@ class Trainer:
         self.engine = engines.build(plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {})
         if self.rank == 0:
             material.save_model_files(run, self.engine.model)
+        self.event("phase", phase="checking the loss")
+        check_loss(self.engine, self.task, material.train, plan, self.event)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)

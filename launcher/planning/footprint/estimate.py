@@ -99,7 +99,7 @@ def _units(program: Program, freeze: tuple[str, ...], adapter: Adapter | None) -
 
 def batch_of(plan: Plan) -> Batch:
     """One micro-batch of a rank where every sample is as long as the plan lets it be."""
-    return Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.attention != "packed")
+    return Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.layout != "packed")
 
 
 class Estimator:

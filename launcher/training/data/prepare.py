@@ -71,7 +71,7 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
     settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
     classes = task.labels if role == "evaluation" or task.labels_given else None
     parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
-    parts += [settings, task.name, classes, tokenizer_digest(tokenizer)]
+    parts += [settings, task.name, task.layout, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -31,4 +31,5 @@ def unbound(plan: Plan, labels: list[str] | None = None) -> Task:
         raise ConfigurationError(Problem("model.task", plan.task, f"no such task; there are {', '.join(TASKS)}"))
     module, attribute = TASKS[plan.task]
     task: Task = getattr(importlib.import_module(module), attribute)(plan.data, labels)
+    task.layout, task.head = plan.layout, plan.head
     return task

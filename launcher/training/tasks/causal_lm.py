@@ -26,12 +26,13 @@ class CausalLM(Task):
     """
 
     name = "causal-lm"
-    padding_free = True
+    layout = "packed"
 
     def __init__(self, data: Data, labels: list[str] | None = None) -> None:
         super().__init__(data, labels)
         self._first: list[int] = []
         self._end: int | None = None
+        self._pad = 0
 
     @property
     def auto_class(self) -> Any:
@@ -49,6 +50,7 @@ class CausalLM(Task):
 
     def bind(self, tokenizer: Any) -> None:
         """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a template for chat."""
+        self._pad = tokenizer.pad_token_id or 0  # of padding nothing is learned or seen: any token will do
         if self.data.messages is not None:
             chat.check(tokenizer)
             return
@@ -104,10 +106,15 @@ class CausalLM(Task):
         return Encoded({"input_ids": ids, "targets": targets}, num_supervised, cut=length > len(ids))
 
     def collate(self, items: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-        """All samples end to end: `input_ids` and `position_ids` int64 [1, T], the latter from 0 in every sample, `targets` int64 [T],
-        `cu_seq_lens` int32 [num_samples + 1], where samples begin and end, and `max_length`, the longest sample."""
+        """Packed: all samples end to end, `input_ids` and `position_ids` int64 [1, T], the latter from 0 in every sample, `cu_seq_lens`
+        int32 [num_samples + 1], where samples begin and end, and `max_length`, the longest sample. Else one row a sample, padded on the
+        right: `input_ids` int64 [B, L] and, where they differ in length, `attention_mask` int64 [B, L].
+
+        Both: `targets` int64 [T] or [B x L], and `lengths` of the samples."""
         samples = [sample for item in items for sample in item]
         lengths = np.array([sample.length for sample in samples], dtype=np.int64)
+        if self.layout != "packed":
+            return self._padded(samples, lengths)
         ends = np.cumsum(lengths)
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         return {
@@ -116,19 +123,35 @@ class CausalLM(Task):
             "targets": torch.from_numpy(np.concatenate([s["targets"] for s in samples]).astype(np.int64)),
             "cu_seq_lens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
             "max_length": int(lengths.max()),
+            "lengths": lengths.tolist(),
         }
+
+    def _padded(self, samples: Sequence[Sample], lengths: np.ndarray) -> dict[str, Any]:
+        real = np.arange(lengths.max()) < lengths[:, None]
+        input_ids = np.full(real.shape, self._pad, dtype=np.int64)
+        targets = np.full(real.shape, IGNORE, dtype=np.int64)
+        input_ids[real] = np.concatenate([sample["input_ids"] for sample in samples])
+        targets[real] = np.concatenate([sample["targets"] for sample in samples])
+        # Without padding there is nothing to mask, and fused attention has a faster way.
+        mask = {} if real.all() else {"attention_mask": torch.from_numpy(real.astype(np.int64))}
+        batch = {"input_ids": torch.from_numpy(input_ids), "targets": torch.from_numpy(targets.reshape(-1)), "lengths": lengths.tolist()}
+        return batch | mask
 
     def configure(self, config: Any) -> None:
         """A causal language model needs nothing but its own config."""
 
     def forward(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
-        """Summed cross entropy of the supervised tokens."""
+        """Summed loss of the supervised tokens."""
         from launcher.training import heads
 
-        return heads.causal_lm(model, batch)
+        return heads.causal_lm(model, batch, self.head)
 
     def metrics(self, totals: dict[str, float], predictions: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
-        """`loss` and `perplexity` per supervised token, and `accuracy`, the share of them predicted."""
+        """`loss` and `perplexity` per supervised token, and `accuracy`, the share of them predicted.
+
+        The routers' loss of a mixture of experts is part of `loss`, as it is of transformers' own, and not of `perplexity`.
+        """
         num_tokens = max(totals["num_supervised"], 1)
-        loss = totals["loss_sum"] / num_tokens
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "accuracy": totals["num_correct"] / num_tokens}
+        loss, entropy = totals["loss_sum"] / num_tokens, (totals["loss_sum"] - totals["router_loss_sum"]) / num_tokens
+        perplexity = math.exp(entropy) if entropy < 700 else math.inf
+        return {"loss": loss, "perplexity": perplexity, "accuracy": totals["num_correct"] / num_tokens}

@@ -23,7 +23,7 @@ class SequenceClassification(Task):
     """A text, or a pair of texts, to a class, several classes, or a number."""
 
     name = "sequence-classification"
-    padding_free = False
+    layout = "padded"
 
     def __init__(self, data: Data, labels: list[str] | None = None) -> None:
         super().__init__(data, labels)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from launcher.job.schema import Data
+from launcher.planning.plan import Head, SampleLayout
 from launcher.sources.rows import Row, RowProblem
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class Task(ABC):
     """The contract between the data, the trainer and what is being learned."""
 
     name: ClassVar[str]
-    padding_free: ClassVar[bool]
-    """Whether `collate` joins samples end to end instead of padding them."""
+    layout: SampleLayout
+    """How `collate` has samples share a pass: by the plan, else as most models of the task can."""
+    head: Head = "chunked"
+    """Where the loss of a causal LM comes from."""
     labels: list[str] | None = None
     """The names of the classes in the order of their ids, where the task has classes and they are known."""
 
@@ -62,6 +65,11 @@ class Task(ABC):
     def needs_labels(self) -> bool:
         """Whether rows can only be encoded once the classes are known."""
         return False
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether `collate` joins samples end to end instead of padding them."""
+        return self.layout == "packed"
 
     @property
     def packs(self) -> bool:
@@ -104,6 +112,6 @@ class Task(ABC):
     def metrics(self, totals: dict[str, float], predictions: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
         """Metrics of an evaluation; `loss` is always among them.
 
-        `totals` has loss_sum, num_supervised and num_correct over all rows; predictions and labels are as `forward` and `collate`
-        gave them, one row per sample, without filler; None for tasks that need totals only.
+        `totals` has loss_sum, num_supervised, num_correct and router_loss_sum over all rows; predictions and labels are as `forward`
+        and `collate` gave them, one row per sample, without filler; None for tasks that need totals only.
         """

@@ -24,7 +24,7 @@ def trace(plan: Plan) -> Traced:
     if plan.model.adapter is not None:
         reason = "a trace does not know adapters; leave it out, and the formulas say what they know"
         raise ConfigurationError(Problem("--trace", plan.model.name, reason))
-    key = (plan.model.model_dump_json(), plan.task, plan.attention, plan.precision, plan.data.problem)
+    key = (plan.model.model_dump_json(), plan.task, plan.attention, plan.layout, plan.head, plan.precision, plan.data.problem)
     if key not in _BUILT:
         _BUILT.clear()
         _BUILT[key] = _built(plan)
@@ -42,7 +42,8 @@ def _built(plan: Plan) -> Traced:
     task = tasks.unbound(plan, None if plan.data.problem == "regression" else ["0", "1"])
     task.configure(config)
     models.model_class(task.auto_class, config, plan)
-    make_batch, options = causal if task.padding_free else classified, {"trust_remote_code": plan.model.trust_remote_code}
+    padded = classified if plan.task == "sequence-classification" else causal_padded
+    make_batch, options = causal if task.padding_free else padded, {"trust_remote_code": plan.model.trust_remote_code}
     return Traced(config, task.auto_class, task.forward, make_batch, DTYPES[plan.precision], **options)
 
 
@@ -56,7 +57,18 @@ def causal(setting: Setting, config: Any) -> dict[str, Any]:
         "targets": torch.zeros(num_tokens, dtype=torch.int64),
         "cu_seq_lens": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
         "max_length": max(setting.batch.lengths),
+        "lengths": list(setting.batch.lengths),
     }
+
+
+def causal_padded(setting: Setting, config: Any) -> dict[str, Any]:
+    """Samples padded to the longest, as the causal task collates those that cannot be joined."""
+    batch: Batch = setting.batch
+    shape = (len(batch.lengths), max(batch.lengths))
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
+    if len(set(batch.lengths)) > 1:
+        inputs["attention_mask"] = torch.zeros(shape, dtype=torch.int64)
+    return inputs | {"targets": torch.zeros(shape[0] * shape[1], dtype=torch.int64), "lengths": list(batch.lengths)}
 
 
 def classified(setting: Setting, config: Any) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""What each architecture can do with several samples in a pass: read from a table that was made by comparing losses.
+
+`tests/families/sweep.py` makes the table: for every `model_type` of transformers a tiny model, whose loss over samples that share a
+pass is held against that of transformers' own class for each sample alone. docs/models.md shows it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launcher.planning.plan import Attention, Head, SampleLayout
+
+TABLE = Path(__file__).with_name("model_support.json")
+
+
+class Way(NamedTuple):
+    """One way to have samples share a pass that gives transformers' own loss."""
+
+    layout: SampleLayout
+    attention: Attention
+    head: Head = "chunked"
+
+
+@dataclass(frozen=True)
+class Support:
+    """What is known of one `model_type` and task."""
+
+    ways: tuple[Way, ...]
+    """The first is taken where the job asks for nothing else; none where the job is refused."""
+    refused: str = ""
+    """Why there is none, in one line."""
+
+
+UNKNOWN: dict[str, Support] = {
+    "causal-lm": Support(
+        (Way("packed", "packed"), Way("packed", "sdpa"), Way("packed", "eager"), Way("padded", "sdpa"), Way("padded", "eager"))
+    ),
+    "sequence-classification": Support((Way("padded", "sdpa"), Way("padded", "eager"))),
+}
+"""Where the config is not here yet: as most models can. The ranks look again when they have read it."""
+UNTRIED: dict[str, Support] = {
+    "causal-lm": Support((Way("padded", "eager", "model"), Way("padded", "sdpa", "model"), Way("packed", "packed", "model"))),
+    "sequence-classification": Support((Way("padded", "eager"), Way("padded", "sdpa"))),
+}
+"""Of an architecture that the table does not have: what most classes can; the ranks hold it to the class's own loss after loading."""
+
+
+@lru_cache(maxsize=1)
+def read_table() -> dict[str, Any]:
+    """Return the table: `versions`, `types` (every model_type of that transformers), and what is known by task and model_type."""
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table
+
+
+def support(task: str, config: dict[str, Any] | None, trust_remote_code: bool = False) -> Support:
+    """Return what is known of a model by its config.json: `UNKNOWN` without one, `UNTRIED` for what the table does not have."""
+    if config is None:
+        return UNKNOWN[task]
+    table, kind = read_table(), str(config.get("model_type"))
+    if trust_remote_code and "auto_map" in config:
+        return UNTRIED[task]
+    entry = table[task].get(kind)
+    if entry is not None:
+        ways = tuple(Way(*way.split()) for way in entry.get("ways", ()))
+        return Support(ways, entry.get("refused", ""))
+    if kind not in table["types"]:
+        return UNTRIED[task]
+    others = [name for name in UNKNOWN if table[name].get(kind, {}).get("ways")]
+    can = f"; it can do {' and '.join(others)}" if others else ""
+    return Support((), f"a {kind} model cannot do {task}{can}")
+
+
+def fitting(known: Support, attention: str) -> list[Way]:
+    """Return the ways that a job's `model.attention` allows; `packed` is PyTorch's own fused attention sample by sample, so `sdpa` too."""
+    if attention == "auto":
+        return list(known.ways)
+    if attention == "flash_attention_2":
+        # Its kernel takes samples end to end by their lengths; it needs a class that asks transformers' registry of attentions.
+        return [Way(way.layout, "flash_attention_2", way.head) for way in known.ways if way.attention in ("packed", "sdpa")][:1]
+    names = ("packed", "sdpa") if attention == "sdpa" else (attention,)
+    return [way for way in known.ways if way.attention in names]

@@ -1,0 +1,72 @@
+"""How samples share a pass, by what the model's architecture can do: joined end to end, padded, or the job is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from launcher.job.script import OWN
+from launcher.planning.decider import Decider
+from launcher.planning.model_config import config_of
+from launcher.planning.model_support import UNKNOWN, UNTRIED, Support, Way, fitting, support
+
+_FLASH = "write sdpa or auto, which have no padding either"
+
+
+def choose_way(decider: Decider, device: str) -> Way:
+    """Decide attention, layout and head together; what cannot give transformers' own loss is refused with what to write instead."""
+    job, model = decider.job, decider.job.model
+    if job.data.train.name == OWN:  # a script brings its own model and data
+        return Way("packed", "eager")
+    if model.attention == "flash_attention_2":
+        _check_flash(decider, device)
+    config = config_of(model)
+    known = support(model.task, config, model.trust_remote_code)
+    if not known.ways:
+        decider.refuse("model.name", model.name, known.refused)
+        return UNKNOWN[model.task].ways[0]
+    ways = fitting(known, model.attention)
+    if not ways:
+        can = ", ".join(dict.fromkeys("sdpa" if way.attention == "packed" else way.attention for way in known.ways))
+        kind = (config or {}).get("model_type")
+        decider.refuse("model.attention", model.attention, f"a {kind} model's loss would not be its own with it; write {can} or auto")
+        return known.ways[0]
+    if job.data.packing:
+        ways = [way for way in ways if way.layout == "packed"]
+        if not ways:
+            kind = (config or {}).get("model_type")
+            reason = f"samples of a {kind} model cannot stand in one row without seeing each other; write false"
+            decider.refuse("data.packing", True, reason)
+            return known.ways[0]
+    _write_down(decider, ways[0], known)
+    return ways[0]
+
+
+def _write_down(decider: Decider, way: Way, known: Support) -> None:
+    task, asked = decider.job.model.task, decider.job.model.attention
+    proof = "its loss was held to transformers' own"
+    if known is UNKNOWN[task]:
+        proof = "the model's config is not here: looked at again once it is"
+    elif known is UNTRIED[task]:
+        proof = "an architecture that launcher has not tried: held to its own loss after loading"
+    if way.attention == "packed":
+        decider.decide("model.attention", "packed", f"samples stand one after another without padding, and never see each other; {proof}")
+    elif asked == "auto":
+        fused = "PyTorch's own fused attention" if way.attention == "sdpa" else "written out, as fused attention gives another loss"
+        decider.decide("model.attention", way.attention, f"{fused if known is not UNTRIED[task] else 'written out'}; {proof}")
+    if task == "causal-lm" and way.layout == "padded":
+        decider.decide("layout", "padded", "one sample a row: joined end to end they would see each other in this architecture")
+    if way.head != "chunked":
+        whose = (
+            "the model's own head, some hundred positions at a time"
+            if way.head == "model"
+            else "the model's own forward, all logits at once"
+        )
+        decider.decide("head", way.head, f"{whose}: it does more than multiply with the output matrix")
+
+
+def _check_flash(decider: Decider, device: str) -> None:
+    asked = decider.job.model.attention
+    if device == "cpu":
+        decider.refuse("model.attention", asked, f"needs a GPU, and this runs on the CPU; {_FLASH}")
+    elif importlib.util.find_spec("flash_attn") is None and decider.local:
+        decider.refuse("model.attention", asked, f"the package flash-attn is not installed; {_FLASH}")

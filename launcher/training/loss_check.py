@@ -1,0 +1,164 @@
+"""Two short rows through the engine as it stands, held to the model's own class for each row alone, right after loading.
+
+The planner's table says what every architecture can do with several samples in a pass; this finds what no table has: code that came
+with a model, a config with a value that no tiny model had, a newer transformers, a fault of our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import distributed
+from transformers import PreTrainedModel
+
+from launcher.errors import ConfigurationError, DataError, Problem
+from launcher.planning.model_support import Way
+from launcher.planning.plan import Plan
+from launcher.training import attention, heads
+from launcher.training.data.dataset import Dataset, Sample
+from launcher.training.devices import to_device
+from launcher.training.engines.engine import Engine
+from launcher.training.tasks.task import IGNORE, Task
+
+LENGTHS = (11, 7)
+"""Tokens of the two rows: the longer one first, so that what it leaves behind would show in the other."""
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 1.5e-2}
+"""The largest difference that rounding explains, relative to what is compared."""
+_FALLBACKS = (
+    Way("padded", "sdpa", "chunked"), Way("padded", "eager", "chunked"),
+    Way("padded", "sdpa", "model"), Way("padded", "eager", "model"), Way("padded", "eager", "forward"),
+)  # fmt: skip
+Event = Callable[..., None]
+
+
+def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event) -> None:
+    """Hold the plan's way of computing the loss to the model's own; where they differ, go over to a way that is right, on all ranks.
+
+    Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next token as their target.
+    """
+    began = time.monotonic()
+    rows = _rows(dataset)
+    own = _own(engine, task, rows, plan)
+    planned = Way(task.layout, plan.attention, task.head)
+    first = found = _ours(engine, task, rows, plan, planned)
+    way = planned
+    for way in (planned, *_fallbacks(task, planned)):
+        found = found if way == planned else _ours(engine, task, rows, plan, way)
+        if found is not None and _differ(found, own) <= TOLERANCE[plan.precision]:
+            break
+    else:
+        reason = f"two rows in one pass have {_number(first)}, and each alone by its own class {_number(own)}"
+        raise ConfigurationError(
+            Problem(
+                "model.name",
+                plan.model.name,
+                f"{reason}: launcher cannot train it truly; write batch.micro_batch_size: 1, or another model",
+            )
+        )
+    numbers = {"ours": _number(first), "own": _number(own), "seconds": round(time.monotonic() - began, 2)}
+    if way == planned:
+        event("checked", **numbers)
+    else:
+        event("layout", planned=" ".join(planned), taken=" ".join(way), **numbers)
+
+
+def _fallbacks(task: Task, planned: Way) -> list[Way]:
+    return [way for way in _FALLBACKS if way != planned and (task.name == "causal-lm" or way.head == "chunked")]
+
+
+def _rows(dataset: Dataset) -> list[Sample]:
+    """Two samples of the data, cut short; their last token stays the last. Raises DataError where a target is not the next token."""
+    samples = [sample for index in range(min(2, dataset.num_items)) for sample in dataset.item(index)]
+    rows = []
+    for length, sample in zip(LENGTHS, (*samples, *samples), strict=False):
+        arrays = dict(sample)
+        if "targets" in arrays:
+            _check_targets(arrays["input_ids"], arrays["targets"])
+        kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
+        arrays |= {name: array[kept] for name, array in arrays.items() if len(array) == sample.length}
+        if "targets" in arrays:
+            arrays["targets"] = np.append(arrays["input_ids"][1:], IGNORE).astype(np.int32)
+        rows.append(Sample(arrays, sample.id))
+    return rows
+
+
+def _check_targets(ids: np.ndarray, targets: np.ndarray) -> None:
+    learned = targets[:-1] != IGNORE
+    if targets[-1] != IGNORE or not np.array_equal(targets[:-1][learned], ids[1:][learned]):
+        raise DataError("a prepared sample's targets are not its next tokens; remove the cache of prepared data and run again")
+
+
+def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: Way) -> torch.Tensor | None:
+    """What the engine makes of both rows in one pass; None where the model's code cannot do it that way, which is so on all ranks."""
+    task.layout, task.head = way.layout, way.head
+    _attend(engine.model, way.attention)
+    try:
+        output = engine.evaluate(to_device(task.collate([[row] for row in rows]), plan.mesh.device))
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
+        return None
+    return output.loss_sum.reshape(1) if output.predictions is None else output.predictions
+
+
+def _own(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan) -> torch.Tensor:
+    """What the model's own class makes of each row alone: its summed loss, or a classifier's logits [rows, outputs]."""
+    name = engine.model.config._attn_implementation
+    _attend(engine.model, "eager")
+    with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
+        outputs = [engine.evaluate(to_device(_plain(row), plan.mesh.device)) for row in rows]
+    _attend(engine.model, name)
+    if task.name == "causal-lm":
+        return torch.stack([output.loss_sum for output in outputs]).sum().reshape(1)
+    return torch.cat([output.predictions for output in outputs if output.predictions is not None])
+
+
+def _plain(row: Sample) -> heads.Batch:
+    """One row as transformers' documentation has it: tokens, and for a causal LM the same tokens as labels."""
+    names = ("input_ids", "token_type_ids")
+    batch = {name: torch.from_numpy(row[name].astype(np.int64))[None] for name in names if name in row}
+    return batch | ({"labels": batch["input_ids"]} if "targets" in row else {})
+
+
+def _alone(model: PreTrainedModel, batch: heads.Batch) -> heads.Output:
+    output = heads.own_forward(model, batch | {"use_cache": False})
+    if "labels" not in batch:
+        return heads.Output(output.logits.sum().float(), output.logits.sum().float(), output.logits.float())
+    loss = output.loss.float() * (batch["labels"].shape[1] - 1)
+    return heads.Output(loss, loss)
+
+
+@contextlib.contextmanager
+def _forward(model: PreTrainedModel, function: Callable[..., heads.Output]) -> Iterator[None]:
+    """While inside, `function` runs where the task's loss would, inside the engine's hooks."""
+    before = model.forward
+    model.forward = functools.partial(function, model)
+    try:
+        yield
+    finally:
+        model.forward = before
+
+
+def _attend(model: PreTrainedModel, name: str) -> None:
+    """Switch the model's attention. A class with attention of its own stays as it is."""
+    wanted = attention.register(name)
+    if model.config._attn_implementation != wanted:
+        with contextlib.suppress(ValueError):
+            model.set_attn_implementation(wanted)
+
+
+def _differ(ours: torch.Tensor, own: torch.Tensor) -> float:
+    """The largest difference, relative to the larger of what is compared, on any rank."""
+    relative = (ours.float() - own.float()).abs().max() / own.float().abs().max().clamp_min(1e-6)
+    relative = torch.nan_to_num(relative, nan=torch.inf)
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(relative, distributed.ReduceOp.MAX)
+    return float(relative)
+
+
+def _number(values: torch.Tensor | None) -> str:
+    """The number that people compare: a loss, or the first of a classifier's logits."""
+    return "none" if values is None else " ".join(f"{value:.4f}" for value in values.flatten()[:4].tolist())
