@@ -94,26 +94,34 @@ def _check_targets(ids: np.ndarray, targets: np.ndarray) -> None:
 
 
 def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: Way) -> torch.Tensor | None:
-    """What the engine makes of both rows in one pass; None where the model's code cannot do it that way, which is so on all ranks."""
+    """What the engine makes of both rows in one pass, or in two where the run has one sample a pass; None where the model's code cannot do
+    it that way, which is so on all ranks."""
     task.layout, task.head = way.layout, way.head
+    passes = [[row] for row in rows] if plan.batch.micro_batch_size == 1 and not plan.data.packing else [rows]
     _attend(engine.model, way.attention)
     try:
-        output = engine.evaluate(to_device(task.collate([[row] for row in rows]), plan.mesh.device))
+        outputs = [engine.evaluate(to_device(task.collate([[row] for row in shared]), plan.mesh.device)) for shared in passes]
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
         return None
-    return output.loss_sum.reshape(1) if output.predictions is None else output.predictions
+    return _values(outputs, rows)
 
 
 def _own(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan) -> torch.Tensor:
-    """What the model's own class makes of each row alone: its summed loss, or a classifier's logits [rows, outputs]."""
+    """What the model's own class makes of each row alone."""
     name = engine.model.config._attn_implementation
     _attend(engine.model, "eager")
     with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
         outputs = [engine.evaluate(to_device(_plain(row), plan.mesh.device)) for row in rows]
     _attend(engine.model, name)
-    if task.name == "causal-lm":
-        return torch.stack([output.loss_sum for output in outputs]).sum().reshape(1)
-    return torch.cat([output.predictions for output in outputs if output.predictions is not None])
+    return _values(outputs, rows)
+
+
+def _values(outputs: Sequence[heads.Output], rows: Sequence[Sample]) -> torch.Tensor:
+    """What is compared: the loss of a token, or a classifier's outputs [rows, outputs]."""
+    predictions = [output.predictions for output in outputs if output.predictions is not None]
+    if predictions:
+        return torch.cat(predictions)
+    return torch.stack([output.loss_sum for output in outputs]).sum().reshape(1) / sum(row.length - 1 for row in rows)
 
 
 def _plain(row: Sample) -> heads.Batch:

@@ -1,0 +1,178 @@
+"""The check after loading passes what is right, goes over to a way that is where one is, and stops what is not."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.errors import ConfigurationError, DataError
+from launcher.planning.plan import Plan
+from launcher.render.deepspeed import config as deepspeed_config
+from launcher.training import attention, engines, loss_check, tasks
+from launcher.training import model as models
+from launcher.training.data.dataset import Sample
+from launcher.training.data.prepare import prepare
+from launcher.training.loss import LogitTransform
+from launcher.training.tasks.causal_lm import CausalLM
+from launcher.training.tasks.sequence_classification import SequenceClassification
+from tests.training.plans import deepspeed, plan_of
+from tests.training.ranks import on_ranks
+from tests.training.runs import batch_of, model_directory, texts, write_rows
+
+pytestmark = pytest.mark.distributed
+Fault = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]:
+    """Load the plan's model under its engine, put the fault in, and check; what was said and which way was taken."""
+    config, tokenizer = models.read_config(plan), models.read_tokenizer(plan)
+    task = tasks.build(plan, tokenizer)
+    dataset = prepare(plan.data.train, "train", plan, task, tokenizer)
+    task.configure(config)
+    engine = engines.build(plan, task, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
+    said: list[tuple[str, dict[str, Any]]] = []
+    with fault():
+        try:
+            loss_check.check_loss(engine, task, dataset, plan, lambda name, **fields: said.append((name, fields)))
+        except (ConfigurationError, DataError) as error:
+            return {"error": str(error)}
+    return {"said": said, "way": (task.layout, engine.model.config._attn_implementation, task.head)}
+
+
+@contextlib.contextmanager
+def leak() -> Iterator[None]:
+    """Samples of a row see those before them."""
+    right = attention.packed_attention
+    wrong = lambda *arguments, **options: right(*arguments, **(options | {"cu_seq_lens_q": None}))  # noqa: E731
+    with mock.patch.object(attention, "packed_attention", wrong):
+        attention.register("packed")
+        yield
+    attention.register("packed")
+
+
+@contextlib.contextmanager
+def wrong_mask() -> Iterator[None]:
+    """Tokens see those after them."""
+    fused = torch.nn.functional.scaled_dot_product_attention
+    with mock.patch.object(attention.functional, "scaled_dot_product_attention", lambda *a, **k: fused(*a, **(k | {"is_causal": False}))):
+        yield
+
+
+def lost_multiplier() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(LogitTransform, "of", classmethod(lambda cls, config: LogitTransform()))
+
+
+@contextlib.contextmanager
+def shifted_label() -> Iterator[None]:
+    """Every token is to predict itself."""
+    right = CausalLM.collate
+
+    def wrong(self: CausalLM, items: Any) -> dict[str, Any]:
+        batch = right(self, items)
+        return batch | {"targets": batch["input_ids"].flatten().clone()}
+
+    with mock.patch.object(CausalLM, "collate", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def wrong_padding() -> Iterator[None]:
+    """A classifier's rows are padded with what its config does not know as padding."""
+    right = SequenceClassification.collate
+
+    def wrong(self: SequenceClassification, items: Any) -> dict[str, Any]:
+        self._pad = 77
+        return right(self, items)
+
+    with mock.patch.object(SequenceClassification, "collate", wrong):
+        yield
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Any]:
+    return {"train": write_rows(tmp_path / "train.jsonl", [{"text": text} for text in texts(20)]), "text": "text", "max_length": 64}
+
+
+def plan_with(model: Path, data: dict[str, Any], world_size: int = 1, **changes: Any) -> Plan:
+    return plan_of(model, world_size, data=data, batch=batch_of(world_size, 2), **changes)
+
+
+def one_rank(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]:
+    [result] = on_ranks(1, checked, plan, fault)
+    return dict(result)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_right_way_stays(tmp_path: Path, data: dict[str, Any], precision: str) -> None:
+    result = one_rank(plan_with(model_directory(tmp_path / "model"), data, precision=precision))
+    [(name, numbers)] = result["said"]
+    assert name == "checked"
+    assert result["way"] == ("packed", attention.PACKED, "chunked")
+    assert float(numbers["ours"]) == pytest.approx(float(numbers["own"]), rel=loss_check.TOLERANCE[precision])
+
+
+@pytest.mark.parametrize(
+    ("family", "fault", "way"),
+    [
+        ("llama", leak, ("padded", "sdpa", "chunked")),
+        ("llama", wrong_mask, ("padded", "sdpa", "chunked")),
+        ("granite", lost_multiplier, ("padded", "sdpa", "model")),
+    ],
+)
+def test_a_fault_with_a_way_around_it(tmp_path: Path, data: dict[str, Any], family: str, fault: Fault, way: tuple[str, ...]) -> None:
+    result = one_rank(plan_with(model_directory(tmp_path / "model", family), data), fault)
+    [(name, fields)] = result["said"]
+    assert name == "layout"
+    assert fields["planned"] == "packed packed chunked"
+    assert fields["taken"] == " ".join(way)
+    assert fields["ours"] != fields["own"]
+    assert result["way"] == way
+
+
+def test_a_leak_in_half_precision(tmp_path: Path, data: dict[str, Any]) -> None:
+    result = one_rank(plan_with(model_directory(tmp_path / "model"), data, precision="bf16"), leak)
+    assert result["said"][0][0] == "layout"
+
+
+def test_labels_that_are_shifted_stop_the_run_with_both_numbers(tmp_path: Path, data: dict[str, Any]) -> None:
+    error = one_rank(plan_with(model_directory(tmp_path / "model"), data), shifted_label)["error"]
+    assert "model.name" in error
+    assert "in one pass" in error
+    ours, own = re.findall(r"\d+\.\d{4}", error)
+    assert ours != own
+
+
+def test_targets_that_are_not_the_next_tokens() -> None:
+    ids = np.array([3, 4, 5, 6], dtype=np.int32)
+    dataset = mock.Mock(num_items=1, item=lambda index: [Sample({"input_ids": ids, "targets": ids}, 0)])
+    with pytest.raises(DataError, match="next tokens"):
+        loss_check._rows(dataset)
+
+
+def test_a_classifier_padded_with_another_token_than_its_configs(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": text[:2]} for text in texts(20)]
+    data = {"train": write_rows(tmp_path / "rows.jsonl", rows), "text": "text", "label": "label", "max_length": 64}
+    model = model_directory(
+        tmp_path / "model", "gpt2", "AutoModelForSequenceClassification", num_labels=len({row["label"] for row in rows})
+    )
+    plan = plan_with(model, data, task="sequence-classification", model__task="sequence-classification", attention="sdpa", layout="padded")
+    assert one_rank(plan)["said"][0][0] == "checked"
+    error = one_rank(plan, wrong_padding)["error"]
+    assert "in one pass" in error
+
+
+@pytest.mark.parametrize("engine", [{}, deepspeed(3), deepspeed(2)])
+def test_sharded(tmp_path: Path, data: dict[str, Any], engine: dict[str, Any]) -> None:
+    plan = plan_with(model_directory(tmp_path / "model"), data, 2, **engine)
+    for result in on_ranks(2, checked, plan):
+        assert result["said"][0][0] == "checked"
+    for result in on_ranks(2, checked, plan, leak):
+        assert result["said"][0][1]["taken"] == "padded sdpa chunked"
