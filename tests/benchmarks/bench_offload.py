@@ -21,10 +21,10 @@ from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention
 from launcher.training.engines import build
 from launcher.training.engines.operators import build_operators
+from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.test_engine import Causal
-from tests.training.test_heads import packed_batch
 from tests.training.tiny import model_of
 
 NUM_STEPS = 4

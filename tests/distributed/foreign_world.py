@@ -15,8 +15,8 @@ from launcher.runs.layout import RunDirectory
 from launcher.training import attention, libraries
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines import build
+from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.test_engine import Causal
-from tests.training.test_heads import packed_batch
 
 LEARNING_RATE = 1e-2
 

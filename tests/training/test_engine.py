@@ -17,9 +17,9 @@ from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention, heads
 from launcher.training.engines import build, fsdp
 from launcher.training.model import repeated_layers
+from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
-from tests.training.test_heads import packed_batch
 from tests.training.tiny import ENCODERS, FAMILIES, MIXTURES, config_of, model_of
 from tests.training.wholes import whole
 

@@ -1,4 +1,4 @@
-"""Samples packed into one row give what the model itself gives for each of them alone, for every family of models."""
+"""Samples that share a pass give what the model's own class gives for each of them alone, in every layout and by every head."""
 
 from __future__ import annotations
 
@@ -6,25 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
-from launcher.errors import ConfigurationError
 from launcher.training import attention, heads
+from tests.training.batches import batch_of_samples, loss_alone
 from tests.training.tiny import FAMILIES, MIXTURES, model_of
 
 LENGTHS = (11, 3, 1, 17)
-
-
-def packed_batch(samples: list[torch.Tensor]) -> dict[str, Any]:
-    bounds = torch.tensor([0, *torch.tensor([len(sample) for sample in samples]).cumsum(0).tolist()], dtype=torch.int32)
-    targets = [torch.cat([sample[1:], torch.tensor([-100])]) for sample in samples]
-    return {
-        "input_ids": torch.cat(samples)[None],
-        "position_ids": torch.cat([torch.arange(len(sample)) for sample in samples])[None],
-        "targets": torch.cat(targets),
-        "cu_seq_lens": bounds,
-        "max_length": max(len(sample) for sample in samples),
-    }
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma2": {"attn_logit_softcapping": 10.0, "final_logit_softcapping": 5.0},
+    **{family: {"output_router_logits": True, "router_aux_loss_coef": 0.1} for family in MIXTURES},
+}
 
 
 @pytest.fixture
@@ -33,32 +24,75 @@ def samples() -> list[torch.Tensor]:
     return [torch.randint(3, 131, (length,), generator=generator) for length in LENGTHS]
 
 
-@pytest.mark.parametrize("implementation", ["packed", "sdpa", "eager"])
-@pytest.mark.parametrize("family", sorted(FAMILIES | MIXTURES))
-def test_packed_loss_equals_the_models_own(family: str, implementation: str, samples: list[torch.Tensor]) -> None:
-    if (family, implementation) == ("gemma2", "sdpa"):
-        pytest.skip("transformers refuses sdpa for Gemma 2")
-    model = model_of(family, attn_implementation=attention.register(implementation)).train()
+def check(family: str, implementation: str, layout: str, head: str, samples: list[torch.Tensor], router: bool = False) -> None:
+    """Loss and every gradient are the model's own."""
+    changes = CHANGES.get(family, {})
+    model = model_of(family, attn_implementation=attention.register(implementation), **changes).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    reference = model_of(family, attn_implementation="eager").eval()
-    expected = torch.zeros(())
-    for sample in samples:
-        logits = reference(input_ids=sample[None], use_cache=False).logits[0]
-        if len(sample) > 1:
-            expected = expected + functional.cross_entropy(logits[:-1], sample[1:], reduction="sum")
+    reference = model_of(family, attn_implementation="eager", **changes).eval()
+    expected = loss_alone(reference, samples)
     expected.backward()
-
-    output = heads.causal_lm(model, packed_batch(samples))
+    output = heads.causal_lm(model, batch_of_samples(samples, layout), head)  # type: ignore[arg-type]
     output.loss_sum.backward()
     torch.testing.assert_close(output.loss_sum, expected, rtol=1e-5, atol=0)
+    assert (output.router_loss_sum is not None and output.router_loss_sum > 0) == router
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_soft_capped_attention_is_refused(samples: list[torch.Tensor]) -> None:
-    model = model_of("gemma2", attn_logit_softcapping=50.0, attn_implementation=attention.register("packed"))
-    with pytest.raises(ConfigurationError, match="attention: eager"):
-        heads.causal_lm(model, packed_batch(samples))
+@pytest.mark.parametrize("implementation", ["packed", "sdpa", "eager"])
+@pytest.mark.parametrize("family", sorted(FAMILIES | MIXTURES))
+def test_packed_loss_equals_the_models_own(family: str, implementation: str, samples: list[torch.Tensor]) -> None:
+    if (family, implementation) == ("gemma2", "sdpa"):
+        pytest.skip("transformers refuses sdpa for Gemma 2")
+    check(family, implementation, "packed", "chunked", samples, family in MIXTURES)
+
+
+@pytest.mark.parametrize("head", ["chunked", "model", "forward"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "mixtral"])
+def test_every_head_in_every_layout(family: str, layout: str, head: str, samples: list[torch.Tensor]) -> None:
+    check(family, "packed" if layout == "packed" else "eager", layout, head, samples, family in MIXTURES)
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation", "layout", "head"),
+    [
+        ("gpt_oss", "packed", "packed", "chunked"),
+        ("lfm2", "sdpa", "padded", "chunked"),
+        ("falcon_h1", "sdpa", "padded", "model"),
+        ("stablelm", "sdpa", "padded", "chunked"),
+        ("gpt_neo", "eager", "padded", "chunked"),
+        ("bloom", "eager", "padded", "chunked"),
+    ],
+)
+def test_what_cannot_be_joined_or_chunked_plainly(
+    family: str, implementation: str, layout: str, head: str, samples: list[torch.Tensor]
+) -> None:
+    check(family, implementation, layout, head, samples)
+
+
+def test_state_between_tokens_leaks_where_samples_are_joined(samples: list[torch.Tensor]) -> None:
+    """The comparison can fail."""
+    with pytest.raises(AssertionError, match="not close"):
+        check("lfm2", "packed", "packed", "chunked", samples)
+
+
+def test_a_lost_multiplier_is_another_loss(samples: list[torch.Tensor]) -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        check("falcon_h1", "sdpa", "padded", "chunked", samples)
+
+
+def test_sinks_and_soft_caps_beside_a_window() -> None:
+    """The scores that are written out see what the fused kernel sees."""
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(1, heads_, 20, 8, generator=generator) for heads_ in (4, 2, 2))
+    bounds = torch.tensor([0, 13, 20])
+    fused, _ = attention.packed_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, sliding_window=5)
+    written, _ = attention.packed_attention(
+        torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, sliding_window=5, s_aux=torch.full((4,), -1e9), softcap=1e4
+    )
+    torch.testing.assert_close(written, fused, rtol=1e-4, atol=1e-5)

@@ -19,10 +19,10 @@ from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention
 from launcher.training.engines import build
+from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.test_engine import Causal, _batch
-from tests.training.test_heads import packed_batch
 
 pytestmark = pytest.mark.distributed
 SIZES = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192}
