@@ -19,6 +19,8 @@ ALLOWED = (
     "precision",
     "activation_checkpointing",
     "attention",
+    "layout",
+    "head",
     "num_data_workers",
     "trackers",
     "grace_seconds",

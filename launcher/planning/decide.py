@@ -18,7 +18,7 @@ from launcher.planning.memory import STATE_BYTES, Setting, choose_checkpointing,
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Length, Mesh, Plan, Zero
 from launcher.planning.ranks import mesh as arrange
-from launcher.planning.sample_layout import choose_way
+from launcher.planning.sample_layout import choose_way, one_a_pass
 from launcher.planning.sharding import STAGES, Layout
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def plan(
     """
     from launcher.planning.alternatives import best
 
+    job = one_a_pass(job)
     found = hardware or _hardware(job, local)
     low, high = node_range(job.cluster.nodes)
     if low < high and not local:

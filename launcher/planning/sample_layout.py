@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from launcher.job.schema import Job
 from launcher.job.script import OWN
 from launcher.planning.decider import Decider
 from launcher.planning.model_config import config_of
@@ -37,8 +38,22 @@ def choose_way(decider: Decider, device: str) -> Way:
             reason = f"samples of a {kind} model cannot stand in one row without seeing each other; write false"
             decider.refuse("data.packing", True, reason)
             return known.ways[0]
+    if ways[0].layout == "single" and job.batch.micro_batch_size != 1:
+        kind = (config or {}).get("model_type")
+        reason = f"several samples of a {kind} model in one pass have another loss than each alone; write 1"
+        decider.refuse("batch.micro_batch_size", job.batch.micro_batch_size, reason)
     _write_down(decider, ways[0], known)
     return ways[0]
+
+
+def one_a_pass(job: Job) -> Job:
+    """The job with one sample a pass where its model can do no other, and the job leaves that open."""
+    if job.batch.micro_batch_size != "auto" or job.data.train.name == OWN:
+        return job
+    ways = fitting(support(job.model.task, config_of(job.model), job.model.trust_remote_code), job.model.attention)
+    if not ways or ways[0].layout != "single":
+        return job
+    return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_batch_size": 1})})
 
 
 def _write_down(decider: Decider, way: Way, known: Support) -> None:
@@ -55,6 +70,8 @@ def _write_down(decider: Decider, way: Way, known: Support) -> None:
         decider.decide("model.attention", way.attention, f"{fused if known is not UNTRIED[task] else 'written out'}; {proof}")
     if task == "causal-lm" and way.layout == "padded":
         decider.decide("layout", "padded", "one sample a row: joined end to end they would see each other in this architecture")
+    if way.layout == "single":
+        decider.decide("layout", "single", "one sample a pass: with others in it its loss would be another one in this architecture")
     if way.head != "chunked":
         whose = (
             "the model's own head, some hundred positions at a time"

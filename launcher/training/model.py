@@ -27,6 +27,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planning import model_support
 from launcher.planning.plan import Mesh, Plan
 from launcher.training import adapters, attention
+from launcher.training.buffers import restore_buffers
 from launcher.training.precision import DTYPES
 
 Shard = Callable[[PreTrainedModel], None]
@@ -71,6 +72,9 @@ def settled(plan: Plan) -> Plan:
     ways = model_support.fitting(known, "auto" if asked == "sdpa" else asked) or list(known.ways)
     if not ways:
         raise ConfigurationError(Problem("model.name", plan.model.name, known.refused))
+    if ways[0].layout == "single" and plan.batch.micro_batch_size > 1:
+        reason = f"several samples of a {config.model_type} model in one pass have another loss than each alone; write 1"
+        raise ConfigurationError(Problem("batch.micro_batch_size", plan.batch.micro_batch_size, reason))
     return plan.model_copy(update=ways[0]._asdict())
 
 
@@ -138,6 +142,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     if mismatched := information.get("mismatched_keys"):
         raise ConfigurationError(Problem("model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"))
     _copy_out_of_files(model)
+    restore_buffers(model, kind, config, plan)
     missing = {*information["missing_keys"], *_materialise(model, device)}
     new = tuple(name for name, _ in model.named_parameters() if name in missing)
     _widen(model, new)

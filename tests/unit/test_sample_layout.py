@@ -1,0 +1,114 @@
+"""How samples share a pass: by the architecture, never refused later, and refused at once where no way gives the model's own loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import ConfigurationError
+from launcher.planning import model_support
+from launcher.planning.decide import plan
+from launcher.planning.hardware import Hardware
+from launcher.planning.model_support import UNTRIED, Way, read_table, support
+from launcher.planning.plan import Plan
+from tests.unit.test_planning_decide import CPU, H100, job
+
+TASKS = ("causal-lm", "sequence-classification")
+
+
+def planned(kind: str, hardware: Hardware = CPU, **changes: Any) -> Plan:
+    """The plan of a model with nothing but a type: for tasks that it can do, all that its layout needs."""
+    return plan(job(model__config={"model_type": kind}, **changes), hardware=hardware)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("llama", ("packed", "packed", "chunked")),
+        ("gemma2", ("packed", "packed", "chunked")),
+        ("gpt_oss", ("packed", "packed", "chunked")),
+        ("lfm2", ("padded", "sdpa", "chunked")),
+        ("falcon_h1", ("padded", "sdpa", "model")),
+        ("bloom", ("padded", "eager", "chunked")),
+    ],
+)
+def test_auto_takes_a_way_that_is_right(kind: str, way: tuple[str, str, str]) -> None:
+    made = planned(kind)
+    assert (made.layout, made.attention, made.head) == way
+    assert Way(*way) in support("causal-lm", {"model_type": kind}).ways
+
+
+def test_every_entry_of_the_table_has_a_way_or_a_reason() -> None:
+    table = read_table()
+    for task in TASKS:
+        for kind, entry in table[task].items():
+            known = support(task, {"model_type": kind})
+            assert bool(known.ways) != bool(known.refused), (task, kind)
+            assert "\n" not in known.refused
+            assert kind in table["types"]
+            assert entry
+
+
+def test_an_attention_with_which_the_loss_would_be_another_is_refused_with_those_that_can() -> None:
+    assert planned("llama", model__attention="eager").attention == "eager"
+    with pytest.raises(ConfigurationError, match=r"model\.attention = 'sdpa': a bloom model.*write eager or auto"):
+        planned("bloom", model__attention="sdpa")
+
+
+def test_packing_is_refused_where_samples_would_see_each_other() -> None:
+    assert planned("llama", data__packing=True).layout == "packed"
+    with pytest.raises(ConfigurationError, match=r"data\.packing = True: samples of a lfm2 model .* write false"):
+        planned("lfm2", data__packing=True)
+
+
+def test_a_model_that_cannot_do_the_task_is_refused_with_what_it_can() -> None:
+    with pytest.raises(ConfigurationError, match="a vit model cannot do causal-lm"):
+        planned("vit")
+    with pytest.raises(ConfigurationError, match="cannot do causal-lm; it can do sequence-classification"):
+        planned("distilbert")
+
+
+def test_what_the_table_does_not_have_is_held_to_its_own_loss_after_loading() -> None:
+    made = planned("of_next_year")
+    assert (made.layout, made.attention, made.head) == UNTRIED["causal-lm"].ways[0]
+    assert "after loading" in next(decision.reason for decision in made.decisions if decision.key == "model.attention")
+    assert support("causal-lm", {"model_type": "llama", "auto_map": {}}, trust_remote_code=True) is UNTRIED["causal-lm"]
+
+
+def test_a_config_that_is_not_here_is_looked_at_again() -> None:
+    made = plan(job(), hardware=CPU)
+    assert (made.layout, made.attention, made.head) == ("packed", "packed", "chunked")
+    assert "not here" in next(decision.reason for decision in made.decisions if decision.key == "model.attention")
+
+
+@pytest.fixture
+def one_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"types": ["alone"], "causal-lm": {"alone": {"ways": ["single sdpa"]}}, "sequence-classification": {}}
+    monkeypatch.setattr(model_support, "read_table", lambda: table)
+
+
+@pytest.mark.usefixtures("one_a_pass")
+def test_one_sample_a_pass() -> None:
+    made = planned("alone")
+    assert (made.layout, made.batch.micro_batch_size) == ("single", 1)
+    with pytest.raises(ConfigurationError, match=r"batch\.micro_batch_size = 4: .* write 1"):
+        planned("alone", batch__micro_batch_size=4)
+
+
+def test_flash_attention_goes_with_classes_that_ask_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert planned("llama", H100, model__attention="flash_attention_2").attention == "flash_attention_2"
+    with pytest.raises(ConfigurationError, match="write eager or auto"):
+        planned("bloom", H100, model__attention="flash_attention_2")
+
+
+def test_plans_of_before_have_the_layout_of_their_task(tmp_path: Path) -> None:
+    made = json.loads(planned("llama").to_json())
+    del made["layout"], made["head"]
+    (tmp_path / "plan.json").write_text(json.dumps(made))
+    assert Plan.read(tmp_path / "plan.json").layout == "packed"
+    (tmp_path / "plan.json").write_text(json.dumps(made | {"task": "sequence-classification"}))
+    assert Plan.read(tmp_path / "plan.json").layout == "padded"
