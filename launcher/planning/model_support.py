@@ -64,6 +64,9 @@ def support(task: str, config: dict[str, Any] | None, trust_remote_code: bool = 
     if trust_remote_code and "auto_map" in config:
         return UNTRIED[task]
     entry = table[task].get(kind)
+    if entry is not None and "encoder" in entry and not config.get("is_decoder"):
+        reason = "is an encoder, whose tokens see those that come after; with is_decoder: true in its config it is a causal LM"
+        return Support((), f"a {kind} model {reason}")
     if entry is not None:
         ways = tuple(Way(*way.split()) for way in entry.get("ways", ()))
         return Support(ways, entry.get("refused", ""))

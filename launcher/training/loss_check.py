@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import distributed
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, DataError, Problem
@@ -132,11 +133,15 @@ def _plain(row: Sample) -> heads.Batch:
 
 
 def _alone(model: PreTrainedModel, batch: heads.Batch) -> heads.Output:
-    output = heads.own_forward(model, batch | {"use_cache": False})
+    output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
+    logits = output.logits.float()
     if "labels" not in batch:
-        return heads.Output(output.logits.sum().float(), output.logits.sum().float(), output.logits.float())
-    loss = output.loss.float() * (batch["labels"].shape[1] - 1)
-    return heads.Output(loss, loss)
+        return heads.Output(logits.sum(), logits.sum(), logits)
+    loss = output.loss.float()
+    # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of saying each token again.
+    if torch.isclose(loss, functional.cross_entropy(logits[0], ids), rtol=1e-4):
+        loss = functional.cross_entropy(logits[0, :-1], ids[1:])
+    return heads.Output(loss * (len(ids) - 1), loss)
 
 
 @contextlib.contextmanager

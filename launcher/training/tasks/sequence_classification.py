@@ -28,7 +28,6 @@ class SequenceClassification(Task):
     def __init__(self, data: Data, labels: list[str] | None = None) -> None:
         super().__init__(data, labels)
         self._pad: int | None = None
-        self._left = False
 
     @property
     def auto_class(self) -> Any:
@@ -58,7 +57,6 @@ class SequenceClassification(Task):
         if self._pad is None:
             reason = "its tokenizer has neither a padding nor an end token, and batches of texts need one to pad with"
             raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
-        self._left = tokenizer.padding_side == "left"
 
     def fit(self, rows: Iterable[Row]) -> None:
         """Take the classes from the rows, in the order of their numbers where all are numbers, else by name.
@@ -138,7 +136,8 @@ class SequenceClassification(Task):
         samples = [sample for item in items for sample in item]
         lengths = np.array([sample.length for sample in samples])
         columns = np.arange(lengths.max())
-        mask = columns >= (lengths.max() - lengths)[:, None] if self._left else columns < lengths[:, None]
+        # On the right whatever the tokenizer does for generation: learned positions begin at the first column.
+        mask = columns < lengths[:, None]
         batch: dict[str, Any] = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
         for name, fill in (("input_ids", self._pad), ("token_type_ids", 0)):
             if name in samples[0]:
