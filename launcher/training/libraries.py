@@ -1,48 +1,58 @@
-"""What Accelerate and DeepSpeed need to shard where they would not, put in when a script imports them.
+"""What Accelerate, DeepSpeed and the Trainer need to shard, and to save a whole model, where they would not; put in when a script imports them.
 
-Tried with accelerate 1.15 and deepspeed 0.19.8.
+Tried with accelerate 1.15, deepspeed 0.19.8 and transformers 5.23.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 Change = Callable[[ModuleType], None]
 
 
-def prepare(device: str) -> None:
-    """Have each module changed as it is imported. Nothing is imported here: a script may set variables before it does."""
-    changes: dict[str, Change] = {"accelerate.utils.fsdp_utils": _leave_embeddings_to_accelerate}
+def prepare(device: str, more: Mapping[str, Change]) -> None:
+    """Have each module changed as it is imported, by our changes and by `more`.
+
+    Nothing is imported here: a script may set variables before it does.
+    """
+    ours: dict[str, Change] = {
+        "accelerate.utils.fsdp_utils": _leave_embeddings_to_accelerate,
+        "deepspeed.runtime.engine": _gather_on_save,
+        "transformers.trainer": _save_whole,
+    }
     if device == "cpu":
-        changes |= {"accelerate.state": _choose_gloo, "deepspeed.ops": _build_nothing}
+        ours |= {"accelerate.state": _choose_gloo, "deepspeed.ops": _build_nothing}
+    changes = {name: [change for change in (ours.get(name), more.get(name)) if change] for name in {*ours, *more}}
     sys.meta_path.insert(0, _Finder(changes))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds some modules as everybody else does, and changes each after it was executed."""
 
-    def __init__(self, changes: dict[str, Change]) -> None:
+    def __init__(self, changes: dict[str, list[Change]]) -> None:
         self._changes = changes
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        change = self._changes.pop(name, None)
-        if change is None:
+        changes = self._changes.pop(name, None)
+        if changes is None:
             return None
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, change)
+            spec.loader = _Loader(spec.loader, changes)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any, change: Change) -> None:
-        self._loader, self._change = loader, change
+    def __init__(self, loader: Any, changes: list[Change]) -> None:
+        self._loader, self._changes = loader, changes
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self._loader.create_module(spec)
@@ -50,7 +60,8 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        self._change(module)
+        for change in self._changes:
+            change(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -95,3 +106,43 @@ def _choose_gloo(state: ModuleType) -> None:
 def _build_nothing(operators: ModuleType) -> None:
     """Have DeepSpeed compile no operator for collectives in shared memory: minutes of compiling, for what gloo does."""
     operators.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _gather_on_save(engine: ModuleType) -> None:
+    """Have ZeRO-3 hand out whole weights, whatever its configuration says of it.
+
+    With `stage3_gather_16bit_weights_on_model_save: false`, which is DeepSpeed's default, the Trainer saves no weights that load, and Accelerate
+    raises an error.
+    """
+    engine.DeepSpeedEngine.zero_gather_16bit_weights_on_model_save = lambda self: True
+
+
+def _save_whole(trainers: ModuleType) -> None:
+    """Have `save_model` write a whole model under FSDP.
+
+    With a sharded state dict, which checkpoints to resume from keep, the Trainer's `save_model` writes nothing at all. And it refuses
+    `save_only_model` with one: without an optimizer to save, nothing speaks against a whole one.
+    """
+    from torch.distributed.fsdp import StateDictType
+
+    trainer = trainers.Trainer
+    save, create = trainer.save_model, trainer.create_accelerator_and_postprocess
+
+    @functools.wraps(save)
+    def save_model(self: Any, *arguments: Any, **named: Any) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return save(self, *arguments, **named)
+        before, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            return save(self, *arguments, **named)
+        finally:
+            plugin.state_dict_type = before
+
+    @functools.wraps(create)
+    def create_accelerator_and_postprocess(self: Any) -> None:
+        if self.args.save_only_model:
+            os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+        create(self)
+
+    trainer.save_model, trainer.create_accelerator_and_postprocess = save_model, create_accelerator_and_postprocess

@@ -27,6 +27,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import STOP_SIGNALS, die_with_parent, heed
 from launcher.training import libraries
 from launcher.training.rank import Rank, leave
+from launcher.training.script_engine import Seen
 
 _SECONDS_TO_HEAR = 10.0
 
@@ -101,7 +102,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     stop = Stop(rank.run).install()
     rank.begin()
     try:
-        libraries.prepare(Plan.read(rank.run.plan_file).mesh.device)
+        plan = Plan.read(rank.run.plan_file)
+        libraries.prepare(plan.mesh.device, Seen(rank.run, plan, rank.number).changes())
         execute(options.script)
     except BaseException as error:  # whatever it was, the parent must hear of it
         stop.hear_all()
