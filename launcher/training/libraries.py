@@ -1,15 +1,13 @@
-"""What Accelerate, DeepSpeed and the Trainer need to shard, and to save a whole model, where they would not; put in when a script imports them.
+"""What Accelerate and DeepSpeed need to shard where they would not, put in when a script imports them.
 
-Tried with accelerate 1.15, deepspeed 0.19.8 and transformers 5.23.
+Tried with accelerate 1.15 and deepspeed 0.19.8.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -18,19 +16,17 @@ from typing import Any
 Change = Callable[[ModuleType], None]
 
 
-def prepare(device: str, more: Mapping[str, Change]) -> None:
-    """Have each module changed as it is imported, by our changes and by `more`.
+def prepare(device: str, *more: Mapping[str, Change]) -> None:
+    """Have each module changed as it is imported, by the changes made here and by `more`.
 
     Nothing is imported here: a script may set variables before it does.
     """
-    ours: dict[str, Change] = {
-        "accelerate.utils.fsdp_utils": _leave_embeddings_to_accelerate,
-        "deepspeed.runtime.engine": _gather_on_save,
-        "transformers.trainer": _save_whole,
-    }
+    ours: dict[str, Change] = {"accelerate.utils.fsdp_utils": _leave_embeddings_to_accelerate}
     if device == "cpu":
         ours |= {"accelerate.state": _choose_gloo, "deepspeed.ops": _build_nothing}
-    changes = {name: [change for change in (ours.get(name), more.get(name)) if change] for name in {*ours, *more}}
+    changes: dict[str, list[Change]] = {}
+    for name, change in (item for some in (ours, *more) for item in some.items()):
+        changes.setdefault(name, []).append(change)
     sys.meta_path.insert(0, _Finder(changes))
 
 
@@ -106,43 +102,3 @@ def _choose_gloo(state: ModuleType) -> None:
 def _build_nothing(operators: ModuleType) -> None:
     """Have DeepSpeed compile no operator for collectives in shared memory: minutes of compiling, for what gloo does."""
     operators.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _gather_on_save(engine: ModuleType) -> None:
-    """Have ZeRO-3 hand out whole weights, whatever its configuration says of it.
-
-    With `stage3_gather_16bit_weights_on_model_save: false`, which is DeepSpeed's default, the Trainer saves no weights that load, and Accelerate
-    raises an error.
-    """
-    engine.DeepSpeedEngine.zero_gather_16bit_weights_on_model_save = lambda self: True
-
-
-def _save_whole(trainers: ModuleType) -> None:
-    """Have `save_model` write a whole model under FSDP.
-
-    With a sharded state dict, which checkpoints to resume from keep, the Trainer's `save_model` writes nothing at all. And it refuses
-    `save_only_model` with one: without an optimizer to save, nothing speaks against a whole one.
-    """
-    from torch.distributed.fsdp import StateDictType
-
-    trainer = trainers.Trainer
-    save, create = trainer.save_model, trainer.create_accelerator_and_postprocess
-
-    @functools.wraps(save)
-    def save_model(self: Any, *arguments: Any, **named: Any) -> None:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None:
-            return save(self, *arguments, **named)
-        before, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
-        try:
-            return save(self, *arguments, **named)
-        finally:
-            plugin.state_dict_type = before
-
-    @functools.wraps(create)
-    def create_accelerator_and_postprocess(self: Any) -> None:
-        if self.args.save_only_model:
-            os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
-        create(self)
-
-    trainer.save_model, trainer.create_accelerator_and_postprocess = save_model, create_accelerator_and_postprocess

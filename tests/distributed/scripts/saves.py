@@ -18,6 +18,7 @@ class Ours:
 
     model: str
     out: str
+    alone: bool = False
 
 
 def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -28,7 +29,9 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
     with gathered:
-        return {name: getattr(value, "full_tensor", lambda value=value: value)().detach().clone() for name, value in model.named_parameters()}
+        return {
+            name: getattr(value, "full_tensor", lambda value=value: value)().detach().clone() for name, value in model.named_parameters()
+        }
 
 
 def main() -> None:
@@ -39,7 +42,11 @@ def main() -> None:
     trainer = Trainer(model=model, args=options, train_dataset=rows)
     trainer.train(resume_from_checkpoint=os.environ.get("RESUME_FROM"))
     trained = whole(trainer.model)
-    trainer.save_model(ours.out)
+    if not ours.alone:
+        trainer.save_model(ours.out)
+    elif trainer.is_world_process_zero():
+        trainer.save_model(ours.out)
+        trainer.save_model(f"{ours.out}-again")
     if trainer.is_world_process_zero():
         torch.save(trained, f"{ours.out}.pt")
         with open(f"{ours.out}.json", "w") as file:
