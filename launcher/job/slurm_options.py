@@ -1,6 +1,6 @@
 """What Slurm takes once only: options of sbatch that exclude each other, those with a key of their own, and those that launcher decides.
 
-From the manuals of sbatch and srun (22.05 to 25.05).
+From the manual of sbatch. Slurm 22.05 takes `hint` beside `threads-per-core`, `exclusive` beside `oversubscribe`, and goes by one of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EXCLUSIVE = (
     frozenset({"nodelist", "nodefile"}),
     frozenset({"exclusive", "oversubscribe"}),
 )
-"""Sets of options of which sbatch takes one."""
+"""Sets of options of which one can count."""
 
 KEYS = {
     **{name: f"cluster.{name}" for name in ("nodes", "partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist")},

@@ -41,7 +41,8 @@ class Saving:
         if store is None:
             return
         if self._leads:
-            store.set("launcher/through", "")
+            with contextlib.suppress(RuntimeError):
+                store.set("launcher/through", "")
         trainer = None if self._leads else self._trainer
         while trainer is not None:
             if _is_said(store, name := f"launcher/save-{self._saves}"):

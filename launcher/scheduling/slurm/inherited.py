@@ -24,7 +24,9 @@ _BEGINNINGS_OF_RANKS = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PARALLELISM_CO
 _TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR", "XDG_RUNTIME_DIR")
 _NAMED_OTHERWISE = {"mem": "MEM_PER_NODE", "time": "TIMELIMIT", "array": "ARRAY_INX"}
 _ALWAYS = {"array", "wait", "no-requeue", "requeue", "error"}
+"""What would make another job of a run than the one that was planned, or have sbatch wait for its end."""
 _ASKED_TOGETHER = (*EXCLUSIVE, {"gres", "gpus-per-node", "gpus", "gpus-per-task"}, {"cpus-per-task", "cpus-per-gpu", "tres-per-task"})
+"""Sets of options of which one in the script answers for all."""
 
 
 def environment(environ: Mapping[str, str], written: Iterable[str]) -> dict[str, str]:
