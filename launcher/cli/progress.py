@@ -137,6 +137,9 @@ def notice(record: dict[str, Any]) -> str | None:
             return f"warning: the save of step {step} failed, training goes on: {record.get('reason')}"
         case "skipped":
             return f"warning: step {step} was skipped: {record.get('reason')}"
+        case "other_engine":
+            found, planned = record.get("found"), record.get("planned")
+            return f"warning: the script trains on {found}, and the plan is {planned}: what the plan says of memory and speed does not hold"
         case "early_stopping":
             return f"{record.get('metric')} is no longer getting better (best {record.get('best')}): ending after step {step}"
         case "layout":

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launcher.errors import Problem
-from launcher.job.schema import Job, Source
+from launcher.job import slurm_options
+from launcher.job.schema import Cluster, Job, Source
 
 METRICS = {
     "causal-lm": ("loss", "perplexity", "accuracy"),
@@ -38,6 +39,7 @@ def findings(job: Job) -> Iterator[Finding]:
     yield from _training(job)
     yield from _evaluation(job)
     yield from _machine(job)
+    yield from _slurm(job.cluster)
 
 
 def _sources(job: Job) -> Iterator[Finding]:
@@ -179,3 +181,24 @@ def _machine(job: Job) -> Iterator[Finding]:
     if cluster.gpus_per_node not in (0, "auto") and cluster.ranks_per_node not in ("auto", cluster.gpus_per_node):
         reason = f"each GPU has one rank, and there are {cluster.gpus_per_node}; write {cluster.gpus_per_node} or leave it out"
         yield _finding("cluster.ranks_per_node", cluster.ranks_per_node, reason, "cluster.gpus_per_node")
+
+
+def _slurm(cluster: Cluster) -> Iterator[Finding]:
+    """Options of sbatch that are said twice, that exclude each other, or that are not the job's to give."""
+    given = {name: value for name, value in cluster.sbatch.items() if slurm_options.is_asked(value)}
+    for name, value in given.items():
+        option, key = slurm_options.long_name(name), f"cluster.sbatch.{name}"
+        if option in slurm_options.KEYS:
+            yield _finding(key, value, f"has a key of its own, which the plan goes by; write it as {slurm_options.KEYS[option]}")
+        elif option in slurm_options.DECIDED:
+            yield _finding(key, value, f"is not the job's to give: {slurm_options.DECIDED[option]}; leave it out")
+        elif option != name:
+            yield _finding(key, value, f"options stand here by their long names; write {option}")
+        elif option == "gres" and any(part.split(":")[0].strip().removeprefix("gres/") == "gpu" for part in str(value).split(",")):
+            reason = "GPUs have keys of their own, which the plan goes by; write cluster.gpus_per_node (and gpu_type), and the rest here"
+            yield _finding(key, value, reason, "cluster.gpus_per_node")
+    asked = slurm_options.named(cluster.model_dump(exclude={"sbatch"}))
+    for number, (name, value) in enumerate(given.items()):
+        there = {option: f"cluster.{option}" for option in asked} | {option: f"cluster.sbatch.{option}" for option in list(given)[:number]}
+        for other in sorted({*slurm_options.rivals([name]), *({name} & asked - slurm_options.KEYS.keys())} & there.keys()):
+            yield _finding(f"cluster.sbatch.{name}", value, f"Slurm takes this or {there[other]}, not both; leave one out", there[other])

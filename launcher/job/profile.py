@@ -4,7 +4,7 @@
     limits:
       main: {max_nodes: 8, max_time: 2d, gpus_per_node: 8, cpus_per_node: 96}
 
-`cluster` holds keys of a job file's `cluster`; what the job file says goes before it.
+`cluster` holds keys of a job file's `cluster`; what the job file says goes before it, and before every option of Slurm that excludes it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.job import slurm_options
 from launcher.job.schema import Cluster, Seconds, Section
 
 _MERGED = ("environment", "sbatch")
@@ -97,6 +98,8 @@ def apply(content: dict[str, Any], folder: Path) -> list[Problem]:
     except ConfigurationError as error:
         del cluster["profile"]
         return error.problems
+    said = slurm_options.named(cluster)
+    asked = slurm_options.without(asked, slurm_options.rivals(said) | ({"exclusive"} & said))
     merged = {**asked, **cluster, "profile": str(path)}
     for key in _MERGED:
         if isinstance(asked.get(key), dict) and isinstance(cluster.get(key), dict):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError
-from launcher.job import check, paths
+from launcher.job import check, paths, profile
 from launcher.job.load import override, read, validate, without
 from launcher.job.problems import refused
 from launcher.job.schema import Data, Job, Source
@@ -23,6 +23,7 @@ def load(path: Path | None, overrides: list[str], script: Path) -> Job:
     """The job in the file at `path`, or an empty one, for `script`. Raises ConfigurationError with every problem found."""
     content = {} if path is None else read(path)
     problems = override(content, overrides) + refused(content)
+    problems += profile.apply(content, Path.cwd() if path is None else path.resolve().parent)
     content.setdefault("name", _name(script))
     _fill(content)
     job, found = validate(content)

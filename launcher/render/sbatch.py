@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from launcher.planning.plan import Container, Plan
 from launcher.render.place import AFTER, NODE, PREPARE, Place, quoted, variables
 
@@ -10,6 +12,25 @@ SIGNAL_SECONDS = 30
 save takes longer."""
 PATIENT = ["sh", "-c", "trap '' USR2; exec \"$@\"", "sh"]
 """Before a command that is to heed that signal: until it can, it must not die of it. Signals that a process ignores it hands on."""
+
+_OF_AN_ALLOCATION = {
+    "SLURM_MEM_PER_CPU": "mem-per-cpu",
+    "SLURM_MEM_PER_GPU": "mem-per-gpu",
+    "SLURM_MEM_PER_NODE": "mem",
+    "SLURM_CPUS_PER_GPU": "cpus-per-gpu",
+    "SLURM_GPUS": "gpus",
+    "SLURM_GPUS_PER_NODE": "gpus-per-node",
+    "SLURM_GPUS_PER_TASK": "gpus-per-task",
+    "SLURM_GPUS_PER_SOCKET": "gpus-per-socket",
+    "SLURM_GPU_BIND": "gpu-bind",
+    "SLURM_NTASKS_PER_GPU": "ntasks-per-gpu",
+    "SLURM_NTASKS_PER_CORE": "ntasks-per-core",
+    "SLURM_NTASKS_PER_SOCKET": "ntasks-per-socket",
+    "SLURM_TRES_PER_TASK": "tres-per-task",
+}
+"""What srun takes for its options, by the option of sbatch that has Slurm set it. Of another job, where this one sets no such option."""
+_OF_A_STEP = ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND", "PMI")
+"""The beginnings of what only a step of another job can have left: cores that this one may not have, and the way to that step."""
 
 
 def script(plan: Plan, place: Place) -> str:
@@ -39,7 +60,10 @@ def options(plan: Plan) -> dict[str, str]:
         )
     if slurm.time_limit_minutes is not None:
         asked["time"] = str(slurm.time_limit_minutes)
-    return asked | {"open-mode": "append", "requeue" if slurm.requeue else "no-requeue": "", **slurm.options}
+    more = dict(slurm.options)
+    if "gres" in asked and "gres" in more:
+        more["gres"] = f"{asked['gres']},{more['gres']}"  # as a GPU beside a local disk
+    return asked | {"open-mode": "append", "requeue" if slurm.requeue else "no-requeue": "", **more}
 
 
 def before(plan: Plan, place: Place) -> list[str]:
@@ -57,6 +81,8 @@ def before(plan: Plan, place: Place) -> list[str]:
         # A request to go on has Slurm end this shell: whoever makes it must not die of that.
         f"after() {{ trap '' TERM; exec {after}; }}",
         "trap 'after $?' EXIT",
+        "# Of a job that this one was submitted from, what srun would go by. What memory and GPUs this job has, srun knows from Slurm.",
+        *_forgotten(options(plan)),
         "unset LAUNCHER_PARENT",
         *_exports(exported),
         *(
@@ -65,6 +91,12 @@ def before(plan: Plan, place: Place) -> list[str]:
             else []
         ),
     ]
+
+
+def _forgotten(asked: Collection[str]) -> list[str]:
+    names = [name for name, option in _OF_AN_ALLOCATION.items() if option not in asked]
+    beginnings = [f"${{!{name}*}}" for name in _OF_A_STEP if name != "SLURM_MEM_BIND" or "mem-bind" not in asked]
+    return [f"unset {' '.join(names)}", f"unset {' '.join(beginnings)}"]
 
 
 def _exports(exported: dict[str, str]) -> list[str]:
@@ -76,9 +108,12 @@ def _exports(exported: dict[str, str]) -> list[str]:
 
 
 def srun_options(plan: Plan, place: Place) -> list[str]:
-    """One task on each node, none of which ends the others: the first node does that, and knows why."""
+    """One task on each node, none of which ends the others: the first node does that, and knows why.
+
+    It gets what the script has exported, even where the script itself began with an empty environment (sbatch --export=NONE).
+    """
     cores = plan.slurm.cpus_per_node or plan.mesh.ranks_per_node * plan.mesh.threads_per_rank
-    given = ["--ntasks-per-node=1", f"--cpus-per-task={cores}", "--kill-on-bad-exit=0", "--wait=0"]
+    given = ["--ntasks-per-node=1", f"--cpus-per-task={cores}", "--export=ALL", "--kill-on-bad-exit=0", "--wait=0"]
     container = plan.slurm.container
     if container is None or container.runtime != "pyxis":
         return given

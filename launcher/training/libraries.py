@@ -9,40 +9,46 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 Change = Callable[[ModuleType], None]
 
 
-def prepare(device: str) -> None:
-    """Have each module changed as it is imported. Nothing is imported here: a script may set variables before it does."""
-    changes: dict[str, Change] = {"accelerate.utils.fsdp_utils": _leave_embeddings_to_accelerate}
+def prepare(device: str, *more: Mapping[str, Change]) -> None:
+    """Have each module changed as it is imported, by the changes made here and by `more`.
+
+    Nothing is imported here: a script may set variables before it does.
+    """
+    ours: dict[str, Change] = {"accelerate.utils.fsdp_utils": _leave_embeddings_to_accelerate}
     if device == "cpu":
-        changes |= {"accelerate.state": _choose_gloo, "deepspeed.ops": _build_nothing}
+        ours |= {"accelerate.state": _choose_gloo, "deepspeed.ops": _build_nothing}
+    changes: dict[str, list[Change]] = {}
+    for name, change in (item for some in (ours, *more) for item in some.items()):
+        changes.setdefault(name, []).append(change)
     sys.meta_path.insert(0, _Finder(changes))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds some modules as everybody else does, and changes each after it was executed."""
 
-    def __init__(self, changes: dict[str, Change]) -> None:
+    def __init__(self, changes: dict[str, list[Change]]) -> None:
         self._changes = changes
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        change = self._changes.pop(name, None)
-        if change is None:
+        changes = self._changes.pop(name, None)
+        if changes is None:
             return None
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, change)
+            spec.loader = _Loader(spec.loader, changes)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any, change: Change) -> None:
-        self._loader, self._change = loader, change
+    def __init__(self, loader: Any, changes: list[Change]) -> None:
+        self._loader, self._changes = loader, changes
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self._loader.create_module(spec)
@@ -50,7 +56,8 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        self._change(module)
+        for change in self._changes:
+            change(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

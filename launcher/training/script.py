@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -27,6 +28,8 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import STOP_SIGNALS, die_with_parent, heed
 from launcher.training import libraries
 from launcher.training.rank import Rank, leave
+from launcher.training.script_engine import Seen
+from launcher.training.script_saving import Saving
 
 _SECONDS_TO_HEAR = 10.0
 
@@ -101,8 +104,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     stop = Stop(rank.run).install()
     rank.begin()
     try:
-        libraries.prepare(Plan.read(rank.run.plan_file).mesh.device)
-        execute(options.script)
+        plan = Plan.read(rank.run.plan_file)
+        saving = Saving(rank.number)
+        libraries.prepare(plan.mesh.device, Seen(rank.run, plan, rank.number).changes(), saving.changes())
+        execute(options.script, saving.finish)
     except BaseException as error:  # whatever it was, the parent must hear of it
         stop.hear_all()
         if stop.requested and _comes_of_stopping(error):
@@ -120,8 +125,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return argparse.Namespace(**vars(parser.parse_args(ours)), script=script)
 
 
-def execute(script: list[str]) -> None:
-    """Run a script with its arguments as Python itself would: its folder first on the path, and all that it leaves for its exit done."""
+def execute(script: list[str], then: Callable[[], None]) -> None:
+    """Run a script with its arguments as Python itself would: its folder first on the path, and all that it leaves for its exit done.
+
+    `then` is called between the script's last line and that.
+    """
     sys.argv[:] = script
     sys.path[0] = str(Path(script[0]).parent)
     try:
@@ -129,6 +137,7 @@ def execute(script: list[str]) -> None:
     except SystemExit as leaving:
         if leaving.code not in (None, 0):
             raise
+    then()
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
 

@@ -31,6 +31,41 @@ _LONGEST_DIRECTORY = 75
 # What a job never leaves again.
 _ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 _FIELD = re.compile(r"([A-Z][\w/:]*)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)", re.DOTALL)
+# What a shell sees that is itself in a job: a step (srun --pty bash) of a job by --mem-per-cpu, with GPUs and cores of another node.
+INSIDE_A_JOB = {
+    "SLURM_JOB_ID": "999999",
+    "SLURM_JOBID": "999999",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_NODELIST": "n[7-8]",
+    "SLURM_NODELIST": "n[7-8]",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "7",
+    "SLURM_NPROCS": "7",
+    "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_PROCID": "6",
+    "SLURM_NODEID": "1",
+    "SLURM_ARRAY_JOB_ID": "999990",
+    "SLURM_ARRAY_TASK_ID": "9",
+    "SLURM_RESTART_COUNT": "3",
+    "SLURM_MEM_PER_CPU": "100",
+    "SLURM_CPUS_PER_TASK": "7",
+    "SRUN_CPUS_PER_TASK": "7",
+    "SLURM_TRES_PER_TASK": "cpu=7",
+    "SLURM_GPUS_PER_NODE": "3",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0xF000",
+    "SLURM_CPU_BIND_TYPE": "mask_cpu:",
+    "SLURM_CPU_BIND_LIST": "0xF000",
+    "SLURM_CPU_BIND_VERBOSE": "quiet",
+    "SLURM_EXPORT_ENV": "NONE",
+    "SLURM_DISTRIBUTION": "cyclic",
+    "SLURM_UMASK": "0777",
+    "PMI_RANK": "6",
+    "PMI_SIZE": "7",
+    "CUDA_VISIBLE_DEVICES": "5",
+    "ROCR_VISIBLE_DEVICES": "5",
+    "TMPDIR": "/tmp/slurm-job.999999",
+}
 
 
 def missing(accounting: bool = False) -> str | None:
@@ -124,7 +159,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process on the login node needs: this process's own environment without another Slurm's variables."""
+        """What Slurm's own commands need on the login node: this process's own environment without another Slurm's variables."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         return {**inherited, "SLURM_CONF": str(self.settings.slurm_conf)}
 

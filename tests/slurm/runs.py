@@ -14,7 +14,7 @@ import yaml
 
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import INSIDE_A_JOB, Cluster
 from tests.training.runs import causal_data, model_directory
 
 NUM_STEPS = 24
@@ -52,6 +52,8 @@ class Material:
     def launcher(self, *arguments: object, cluster: Cluster | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """A command of ours, as on the login node, below the folder. `code` is what it must leave with; None for any."""
         environment = self.environment(cluster)
+        if cluster is not None and arguments[0] in ("submit", "sweep"):
+            environment |= INSIDE_A_JOB  # whatever is tested of a run, it was handed over from inside another job
         command = [sys.executable, "-m", "launcher.cli.main", *map(str, arguments)]
         done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=200)
         assert code is None or done.returncode == code, done.stdout + done.stderr

@@ -74,6 +74,15 @@ def test_without_a_job_the_run_has_the_scripts_name(tmp_path: Path, file: str, n
     assert load_job(None, [], tmp_path / file).name == name
 
 
+def test_a_script_is_submitted_by_the_sites_profile(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("cluster: {account: physics, mem: 200G}\n")
+    (tmp_path / "job.yaml").write_text("cluster: {profile: ./site.yaml, gpus_per_node: 0, sbatch: {mem-per-cpu: 4G}}\n")
+    options = plan(load_job(tmp_path / "job.yaml", [], script), (str(script),), 2, HERE).slurm.options
+    assert options == {"account": "physics", "mem-per-cpu": "4G"}
+    with pytest.raises(ConfigurationError, match="no profile of that name"):
+        load_job(None, ["cluster.profile=nowhere"], script)
+
+
 def test_a_job_may_leave_out_what_the_script_brings(script: Path, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("parallel: {engine: deepspeed}\ncluster: {gpus_per_node: 0}\n")
     job = load_job(tmp_path / "job.yaml", ["name=other"], script)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launcher.errors import ControllerUnreachableError, SchedulerError
 
@@ -18,13 +18,15 @@ _UNREACHABLE = (
 _PREFIXES = ("sbatch: error: ", "squeue: error: ", "scontrol: error: ", "scancel: error: ", "sacct: error: ", "sinfo: error: ")
 
 
-def call(command: Sequence[str], seconds: float = 30.0) -> str:
-    """What a command of Slurm prints.
+def call(command: Sequence[str], seconds: float = 30.0, environment: Mapping[str, str] | None = None) -> str:
+    """What a command of Slurm prints. `environment` is another than one's own.
 
     Raises ControllerUnreachableError where the controller did not answer, else SchedulerError with what Slurm said.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, errors="replace")
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, errors="replace"
+        )
     except FileNotFoundError:
         raise SchedulerError(f"{command[0]} is not on this machine: call this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from launcher.planning.plan import Plan
 from launcher.render import sbatch
 from launcher.render.place import Place
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.slurm import client
+from launcher.scheduling.slurm import client, inherited
 from launcher.scheduling.slurm.node import NodeTask
 from launcher.scheduling.slurm.queue import queue
 from launcher.scheduling.slurm.record import JobRecord, folder, is_live
@@ -55,9 +57,12 @@ class Executor(submitit.SlurmExecutor):
 def _sbatch(script: Path) -> str:
     """Submit a script, and give the job's number. After an answer that never came the queue is asked before anything is tried again."""
     until = time.monotonic() + _SECONDS_TO_FIND_OUT
+    written = re.findall(r"^#SBATCH --([a-z0-9-]+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+    variables = inherited.environment(os.environ, written)
     while True:
         try:
-            return Executor._get_job_id_from_submission_command(client.call(["sbatch", str(script)], seconds=60.0))
+            said = client.call(["sbatch", str(script)], seconds=60.0, environment=variables)
+            return Executor._get_job_id_from_submission_command(said)
         except ControllerUnreachableError:
             if time.monotonic() > until:
                 raise
