@@ -18,8 +18,8 @@ from _report import ROOT, conditions, sentence, table, write
 
 PREFACE = """# The check after loading
 
-`tests/benchmarks/bench_loss_check.py`: `launcher.training.loss_check.check_loss` on a Llama of the size of Llama 3.2 1B with made-up weights, as every
-run does it once before its first step. `first` is what a run pays; `again` is the median of four more.
+`tests/benchmarks/bench_loss_check.py`: `launcher.training.loss_check.check_loss` on a Llama of the size of Llama 3.2 1B with made-up
+weights, as every run does it once before its first step. `first` is what a run pays; `again` is the median of four more.
 """
 MODEL = {
     "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,

@@ -32,7 +32,6 @@ class CausalLM(Task):
         super().__init__(data, labels)
         self._first: list[int] = []
         self._end: int | None = None
-        self._pad = 0
 
     @property
     def auto_class(self) -> Any:
@@ -50,7 +49,6 @@ class CausalLM(Task):
 
     def bind(self, tokenizer: Any) -> None:
         """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a template for chat."""
-        self._pad = tokenizer.pad_token_id or 0  # of padding nothing is learned or seen: any token will do
         if self.data.messages is not None:
             chat.check(tokenizer)
             return
@@ -128,7 +126,8 @@ class CausalLM(Task):
 
     def _padded(self, samples: Sequence[Sample], lengths: np.ndarray) -> dict[str, Any]:
         real = np.arange(lengths.max()) < lengths[:, None]
-        input_ids = np.full(real.shape, self._pad, dtype=np.int64)
+        # Of padding nothing is seen or learned, so that any token will do: the first is in every vocabulary.
+        input_ids = np.zeros(real.shape, dtype=np.int64)
         targets = np.full(real.shape, IGNORE, dtype=np.int64)
         input_ids[real] = np.concatenate([sample["input_ids"] for sample in samples])
         targets[real] = np.concatenate([sample["targets"] for sample in samples])
