@@ -64,7 +64,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
                 content["model"]["name"] if content["model"]["name"] == MODEL else None,
                 "the model's directory or its name on the hub",
             ),
-            ("data.train", TRAIN if content["data"]["train"] == {"path": TRAIN} else None, "the rows to learn from"),
+            ("data.train", TRAIN if content["data"]["train"].get("path") == TRAIN else None, "the rows to learn from"),
             ("data", _columns(content["data"]), "which columns are what: text, or prompt and completion, or messages, or text and label"),
         )
         if value is not None

@@ -10,6 +10,7 @@ from typing import Any
 from launcher.errors import Problem
 from launcher.importing.files import WINNERS
 from launcher.importing.reading import Fact, Reading, Remark
+from launcher.job.schema import Adapter, Data, Training
 
 JOB_KEYS = {
     "engine": "parallel.engine",
@@ -41,8 +42,8 @@ class Merged:
         return self.facts[key].value if key in self.facts else None
 
     def values(self) -> dict[str, Any]:
-        """Plan key -> value."""
-        return {key: fact.value for key, fact in self.facts.items()}
+        """Plan key -> value, of what a file says itself."""
+        return {key: fact.value for key, fact in self.facts.items() if not fact.is_default}
 
 
 def merge(readings: list[Reading]) -> Merged:
@@ -51,18 +52,65 @@ def merge(readings: list[Reading]) -> Merged:
     by_rank = list(WINNERS.values())
     ordered = sorted(readings, key=lambda reading: reading.rank)
     engine = next((fact.value for reading in ordered for fact in reading.facts if fact.key == "engine"), None)
+    defaults: list[tuple[Reading, Fact]] = []
     for reading in ordered:
         merged.remarks += reading.all_remarks()
         merged.problems += reading.problems
         for fact in _of_engine(reading, engine, merged):
+            if fact.is_default:
+                defaults.append((reading, fact))
+                continue
             first = merged.facts.setdefault(fact.key, fact)
             if not _same(first.value, fact.value):
                 winner = next(other.rank for other in readings if other.source == first.source)
                 reason = by_rank[winner] if first.source != fact.source else "it comes first"
                 text = f"{first.said} in {first.source} says {first.value}, which won: {reason}"
                 merged.remarks.append(Remark("conflict", fact.source, fact.said, fact.value, text))
+    _take_defaults(defaults, merged)
     _agree(merged)
     return merged
+
+
+def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None:
+    """Fill what no file says with what the tools take there: the Trainer's and its like before the engines'.
+
+    Clipping is DeepSpeed's own wherever it runs: neither Accelerate nor the Trainer clips then (transformers 5.23, accelerate 1.15).
+    """
+    said = set(merged.facts)
+    for reading, fact in sorted(defaults, key=lambda pair: _ENGINES_LAST[pair[0].rank]):
+        if fact.key == "training.clip_norm" and fact.said == "gradient_clipping":
+            first = merged.facts.get(fact.key)
+            if first is not None and not _same(first.value, fact.value):
+                text = f"{fact.source} leaves gradient_clipping out: DeepSpeed then clips at {fact.value}, whatever is said here"
+                merged.remarks.append(Remark("conflict", first.source, first.said, first.value, text))
+            merged.facts[fact.key] = fact
+        elif fact.key.startswith("batch.") and "batch.global_batch_size" in said:
+            continue
+        elif fact.key == "training.epochs" and "training.max_steps" in said:
+            continue
+        else:
+            merged.facts.setdefault(fact.key, fact)
+    for reading in {id(reading): reading for reading, _ in defaults}.values():
+        own = [fact for fact in merged.facts.values() if fact.is_default and fact.source == reading.source and _differs(fact)]
+        if own:
+            names, values = ", ".join(fact.said for fact in own), ", ".join(str(fact.value) for fact in own)
+            text = f"left out there: what {reading.tool} then takes, written out since launcher's own defaults are others"
+            merged.remarks.append(Remark("default", reading.source, names, values, text))
+
+
+_ENGINES_LAST = {0: 0, 1: 2, 2: 1, 3: 3}
+"""A command line and the Trainer's arguments say how a script trains; DeepSpeed's file and Accelerate's follow."""
+
+
+def _differs(fact: Fact) -> bool:
+    """Whether launcher's own default is another."""
+    section, _, key = fact.key.partition(".")
+    if section == "model" and key.startswith("adapter."):
+        section, key = "adapter", key.removeprefix("adapter.")
+    model = {"training": Training, "data": Data, "adapter": Adapter}.get(section)
+    if model is None or key not in model.model_fields:
+        return (fact.key, fact.value) not in (("precision", "auto"), ("batch.accumulation_steps", 1))
+    return not _same(fact.value, model.model_fields[key].default)
 
 
 def _of_engine(reading: Reading, engine: str | None, merged: Merged) -> list[Fact]:
@@ -89,6 +137,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _agree(merged: Merged) -> None:
     """global = micro x accumulation x ranks: what is missing is filled in, what does not fit is said."""
+    _count_ranks(merged)
     total, micro, steps, ranks = (merged.value(key) for key in _BATCH)
     if total and micro and not ranks:
         passes = micro * (steps or 1)
@@ -120,6 +169,18 @@ def _agree(merged: Merged) -> None:
         merged.problems.append(Problem(f"{fact.source}: {fact.said}", ranks, reason))
 
 
+def _count_ranks(merged: Merged) -> None:
+    """Ranks of all nodes, where a file says those of one."""
+    each = merged.facts.get("mesh.ranks_per_node")
+    if each is None:
+        return
+    nodes = merged.value("mesh.nodes") or 1
+    total = merged.facts.setdefault("mesh.world_size", Fact("mesh.world_size", each.value * nodes, each.source, each.said))
+    if total.value != each.value * nodes:
+        text = f"{total.said} in {total.source} says {total.value} ranks, which won; {each.value} on each of {nodes} nodes would be others"
+        merged.remarks.append(Remark("conflict", each.source, each.said, each.value, text))
+
+
 def _near(value: int, unit: int) -> int:
     return max(unit, round(value / unit) * unit)
 
@@ -134,7 +195,7 @@ def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
     """The job file's content; what no file says and every job needs is a placeholder."""
     content: dict[str, Any] = {part: {} for part in _PARTS}
     facts = dict(merged.facts)
-    for key in ("batch.accumulation_steps", "mesh.nodes", "mesh.world_size", "mesh.device"):
+    for key in ("batch.accumulation_steps", "mesh.nodes", "mesh.world_size", "mesh.ranks_per_node", "mesh.device"):
         facts.pop(key, None)
     if merged.value("offload") in (None, "none"):
         facts.pop("offload_to", None)
@@ -142,16 +203,20 @@ def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
         path = JOB_KEYS.get(key, key)
         if path.startswith(("zero.", "mesh.")) or fact.value == _NOTHING.get(path):
             continue
+        if fact.is_default and not _differs(fact) and not path.startswith("model.adapter."):
+            continue
         *parents, last = path.split(".")
         section = content
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = list(fact.value) if isinstance(fact.value, tuple) else fact.value
-    content["cluster"] = _cluster(merged)
+    content["cluster"] = {**_cluster(merged), **content["cluster"]}
     name = str(content["name"] or PurePath(sources[0]).stem if sources else "imported")
     content["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:100] or "imported"
     content["model"] = {"name": MODEL, **content["model"]}
-    content["data"].setdefault("train", {"path": TRAIN})
+    train = content["data"].setdefault("train", {})
+    if not train.keys() & {"path", "name"}:
+        train["path"] = TRAIN
     return {part: content[part] for part in _PARTS if content[part]}
 
 
