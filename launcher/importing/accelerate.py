@@ -103,7 +103,8 @@ def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> No
     """FSDP1's words and FSDP2's; the prefix `fsdp_` may be left out."""
     fsdp = {key.removeprefix("fsdp_"): value for key, value in fsdp.items()}
     prefix = "fsdp_config.fsdp_"
-    version = reading.count(fsdp, "version", prefix) or 1
+    is_second = isinstance(fsdp.get("reshard_after_forward"), bool)  # only FSDP2 takes true or false there
+    version = reading.count(fsdp, "version", prefix) or (2 if is_second else 1)
     if version > 2:
         reading.refuse(f"{prefix}version", version, "write 1 or 2")
     reading.say("engine", "fsdp", "distributed_type")

@@ -84,8 +84,13 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     made = {_RENAMED.get(key, key): value for key, value in content.items()}
     _schedule(content, made)
     made |= {"bf16": "auto" if content.get("bf16") in ("auto", "full") else content.get("bf16", content.get("bfloat16"))}
-    if content.get("fsdp_config") and not content.get("fsdp"):
-        made["fsdp"] = True
+    if content.get("gradient_checkpointing") in ("offload", "offload_disk"):
+        made["gradient_checkpointing"] = True
+        text = "recomputed from activations that are kept off the GPU; launcher recomputes from those on it: the same is learned"
+        reading.remark("ignored", "gradient_checkpointing", content["gradient_checkpointing"], text)
+    if isinstance(config := content.get("fsdp_config"), dict):
+        made["fsdp"] = content.get("fsdp") or True
+        made["fsdp_config"] = {"fsdp_version": content.get("fsdp_version"), **config}
     own = {
         "datasets", "test_datasets", "chat_template", "chat_template_jinja", "rl", "sample_packing", "excess_length_strategy", "adapter",
         "fsdp_version", "bfloat16", "float32", "float16", "cosine_min_lr_ratio", "wandb_project", "use_wandb", "use_mlflow", "tf32", *lora.QUANTISED,

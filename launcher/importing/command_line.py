@@ -161,7 +161,13 @@ def _read(training: Training, reading: Reading) -> None:
         {"accelerate-launch": starting.of_accelerate, "torchrun": starting.of_torchrun, "deepspeed": starting.of_deepspeed}[starter](
             flags, reading
         )
-    if starter != "axolotl" and starter != "llamafactory-cli" and words:
+    if starter == "axolotl" and "--" in words:  # what the launcher under it gets
+        flags, _ = starting.flags_of(words[words.index("--") + 1 :])
+        words = words[: words.index("--")]
+        way = starting.of_torchrun if "torchrun" in words else starting.of_accelerate
+        way(flags, reading)
+        words = [word for word in words if word not in ("--launcher", "torchrun", "accelerate")]
+    if starter not in ("axolotl", "llamafactory-cli") and words:
         script, words = words[0], words[1:]
     if script in _STARTING_MODULES:
         starter = _STARTING_MODULES[script]

@@ -24,6 +24,11 @@ ADAPTER = lora.Names(
     variants=("use_dora", "lora_target_parameters"),
     details=("lora_task_type", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
+_OTHER_LOSSES = (
+    "beta", "max_prompt_length", "max_completion_length", "num_generations", "desirable_weight", "precompute_ref_log_probs",
+    "reward_model_path", "missing_eos_penalty", "simpo_gamma", "cpo_alpha", "stepwise_aggregation",
+)  # fmt: skip
+"""Keys of DPO, ORPO, KTO, GRPO and their like (TRL 1.16): SFT has none of them."""
 _DATA = {"dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split", "dataset_test_split"}
 _MIXTURES = ("dataset_mixer", "dataset_mixture", "datasets")
 _TEMPLATE = "launcher writes a chat by the tokenizer's own template; where this is another, put it into the model's tokenizer_config.json"
@@ -43,21 +48,29 @@ _LEARNED = {
 
 
 def read(content: dict[str, Any], reading: Reading) -> set[str]:
-    """Say what TRL's own keys say; the keys that were read."""
+    """Say what TRL's own keys say; the keys that were read. Those of its other trainers are a problem of the reading."""
+    if (other := next((key for key in _OTHER_LOSSES if content.get(key) not in (None, "", [])), None)) is not None:
+        text = "is of a trainer that learns by another loss than cross entropy, which is all launcher has; the nearest is SFT"
+        reading.refuse(other, content[other], text)
     _adapter(content, bool(reading.flag(content, "use_peft")), reading)
     mixed = _mixture(content, reading)
     named = data_set(content, reading, evaluates=_evaluates(content))
     _loss(content, mixed, reading)
     _packing(content, reading)
     for key, (neutral, text) in _LEARNED.items():
-        if (value := content.get(key, neutral)) not in (neutral, None, "", {}, []):
+        if (value := content.get(key, neutral)) not in (neutral, None, "", {}, [], f"<{key.upper()}>"):
             reading.remark("cannot be said", key, brief(value), text)
     if "max_length" in content and content["max_length"] is None and content.get("max_seq_length") is None:
         reading.leave_open("data.max_length")
         reading.remark("cannot be said", "max_length", None, "nothing is cut there; launcher's data.max_length must be a number: write it")
     learned = {"completion_only_loss", "assistant_only_loss", "loss_type", "packing", "packing_strategy", "use_peft", "dataset_splits"}
     read_keys = {*ADAPTER.all(), *lora.QUANTISED, *_MIXTURES, *_LEARNED, *learned, *named}
-    return read_keys | ({"dataset_text_field"} if reading.says("data.messages") else set())
+    if reading.says("data.messages") or content.get("completion_only_loss") is not None:
+        return read_keys | {"dataset_text_field"}
+    if content.get("dataset_text_field") is not None:
+        text = "the column, where the rows are texts; TRL finds chats, and prompts with completions, by their own columns"
+        reading.remark("chosen", "dataset_text_field", brief(content["dataset_text_field"]), text)
+    return read_keys
 
 
 def adapter_of_a_script(content: dict[str, Any], reading: Reading) -> set[str]:

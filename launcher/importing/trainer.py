@@ -38,7 +38,7 @@ MARKS = {
 }  # fmt: skip
 """Names that the Trainer gave: a script with one of them has the Trainer's defaults for the others."""
 READ = {
-    "num_train_epochs", "max_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs",
     "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "seed",
     "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
     "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config", "deepspeed", "trust_remote_code", "torch_dtype", "dtype",
@@ -48,7 +48,7 @@ READ = {
 
 def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> None:
     """Say what TrainingArguments, and the usual arguments of a script beside them, say; TRL's too where they are TRL's."""
-    if is_sft or sft.MARKS & content.keys():
+    if is_sft or sft.MARKS & content.keys() or "max_prompt_length" in content:
         return arguments(content, reading, sft.DEFAULTS, sft.read(content, reading))
     adapter = sft.adapter_of_a_script(content, reading)
     named = sft.data_set(content, reading)
@@ -76,6 +76,7 @@ def arguments(content: dict[str, Any], reading: Reading, defaults: Defaults | No
         defaults.apply(reading)
     optimizers.warmup(reading)
     _epochs(reading)
+    _accumulation(reading)
     trainer_keys.rest(content, READ | read_elsewhere, reading)
 
 
@@ -107,12 +108,13 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
 
 
 def _length(content: dict[str, Any], reading: Reading) -> None:
-    steps = None if str(content.get("max_steps")) in ("-1", "-1.0", "0") else reading.count(content, "max_steps")
+    counted = "max_train_steps" if content.get("max_train_steps") is not None else "max_steps"
+    steps = None if str(content.get(counted)) in ("-1", "-1.0", "0") else reading.count(content, counted)
     epochs = reading.number(content, "num_train_epochs")
     if steps is not None:
-        reading.say("training.max_steps", steps, "max_steps")
+        reading.say("training.max_steps", steps, counted)
         if epochs is not None:
-            reading.remark("ignored", "num_train_epochs", epochs, "max_steps is there too, and the Trainer goes by it")
+            reading.remark("ignored", "num_train_epochs", epochs, f"{counted} is there too, and goes before it")
     elif epochs:
         reading.say("training.epochs", epochs, "num_train_epochs")
     said = "warmup_steps" if "warmup_steps" in content else "num_warmup_steps"
@@ -133,6 +135,15 @@ def _epochs(reading: Reading) -> None:
     if fact is not None and float(fact.value) > 1:
         text = "an epoch of the Trainer's ends with a smaller batch where its rows do not divide; launcher's batches go on into the next"
         reading.remark("changes meaning", fact.said, fact.value, text)
+
+
+def _accumulation(reading: Reading) -> None:
+    """What the Trainer makes of the micro-batches of a classifier (transformers 5.23: `model_accepts_loss_kwargs` of its own classes)."""
+    fact = next((fact for fact in reading.facts if fact.key == "batch.accumulation_steps"), None)
+    if fact is not None and fact.value > 1:
+        text = "of a language model the same; of a classifier the Trainer adds up the micro-batches' means, so that losses and gradients are "
+        text += f"{fact.value} times launcher's: training.clip_norm and epsilon divided by {fact.value} make AdamW the same"
+        reading.remark("cannot be said", fact.said, fact.value, text)
 
 
 def _optimizer(content: dict[str, Any], reading: Reading, defaults: Defaults | None) -> None:

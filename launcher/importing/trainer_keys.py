@@ -50,7 +50,6 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "train_sampling_strategy": ("random", "launcher draws batches by seed alone"),
     "average_tokens_across_devices": (True, "every token of the global batch counts the same in launcher, whatever its rank"),
     "resume_from_checkpoint": (None, "a new run begins anew; `launcher checkpoint import` takes such a checkpoint in"),
-    "accelerator_config": (None, "launcher cuts the global batch by itself"),
     "parallelism_config": (None, "launcher has data parallelism and sharding: parallel.shard, parallel.replicate"),
     "tokenizer_name": (None, "launcher takes the tokenizer that lies with the model"),
     "config_name": (None, "launcher takes the config that lies with the model; model.config makes another one"),
@@ -65,8 +64,17 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
 
 
 def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
-    """Say of each key that is not read whether it does nothing, or would change what is computed. What is unknown may change it."""
-    kept = {key: value for key, value in content.items() if key not in read and value not in (None, "", [], {})}
+    """Say of each key that is not read whether it does nothing, or would change what is computed. What is unknown may change it.
+
+    A secret that TrainingArguments leave out of their JSON stands there as `<HUB_TOKEN>`.
+    """
+    kept = {key: value for key, value in content.items() if key not in read and value not in (None, "", [], {}, f"<{key.upper()}>")}
+    options = kept.pop("accelerator_config", None)
+    if not isinstance(options, dict) and options is not None:
+        reading.remark("cannot be said", "accelerator_config", brief(options), "a file of its own kind, which is not read")
+    elif options is not None and options.get("split_batches"):
+        text = "per_device_train_batch_size is then the batch of all ranks; write batch.global_batch_size"
+        reading.remark("cannot be said", "accelerator_config.split_batches", True, text)
     for key, value in kept.items():
         neutral, text = NEUTRAL.get(key, (None, "launcher knows no such key, and it may change what is computed; left out"))
         if key in REPORTS or key in PLACES or (key in NEUTRAL and _same(value, neutral)):
@@ -76,7 +84,7 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
         (REPORTS, "what is reported, saved and pushed; nothing of it changes what is learned"),
         (PLACES, "how and in which order it is computed; the same is learned"),
     ):
-        if found := sorted(key for key in kept if key in keys):
+        if found := sorted(key for key, value in kept.items() if key in keys and value is not False):
             reading.remark("ignored", ", ".join(found), None, text)
 
 
