@@ -55,7 +55,7 @@ def read_script(text: str, reading: Reading) -> None:
     except ValueError as error:
         return reading.refuse("command line", None, f"cannot be split into words: {error}")
     for name, default in script.chosen.items():
-        reading.remark("chosen", f"${{{name}}}", default[:40], "the script's own default, which its environment may change")
+        reading.remark("chosen", name, default[:40], "the script's own default, which its environment may change")
     _read_commands(script, reading)
     if directives := {key: value for words in script.directives for key, value in slurm.options(words)[0].items()}:
         slurm.read(directives, reading)
@@ -120,7 +120,7 @@ def _training(words: list[str]) -> Training | None:
         if starter in _BY_NAME:
             if rest[:1] and rest[0] in _BY_NAME[starter]:
                 return Training("accelerate-launch" if starter == "accelerate" else starter, rest[1:], words[:index], 2)
-        elif starter and rest and (starter != "trl" or not rest[0].startswith("-")):
+        elif starter and rest and (starter != "trl" or rest[0] == "sft" or _OTHER_LOSSES.search(rest[0])):
             return Training(starter, rest, words[:index], 2)
     return None
 
@@ -169,10 +169,9 @@ def _read(training: Training, reading: Reading) -> None:
         words = [word for word in words if word not in ("--launcher", "torchrun", "accelerate")]
     if starter not in ("axolotl", "llamafactory-cli") and words:
         script, words = words[0], words[1:]
-    if script in _STARTING_MODULES:
-        starter = _STARTING_MODULES[script]
+    starter = _STARTING_MODULES.get(script, starter)
     stem = PurePath(script).stem
-    if (method := _OTHER_LOSSES.search(stem)) is not None:
+    if _OTHER_LOSSES.search(stem) is not None:
         text = "learns by another loss than cross entropy, which is all launcher has"
         return reading.refuse("script", script, f"{text}; the nearest is supervised fine-tuning" if method else text)
     if script and not is_sft:
@@ -182,30 +181,45 @@ def _read(training: Training, reading: Reading) -> None:
 
 
 def _arguments(words: list[str], is_sft: bool, starter: str, script: str, reading: Reading) -> None:
+    """Say what a script's arguments say; beside a file that they name they stand in place of its keys."""
     named, positional = _split(words)
-    for word in [*positional, *(str(named.pop(key)) for key in ("config", "config_yaml") if str(named.get(key)).endswith((".yaml", ".yml", ".json")))]:
-        if word.endswith((".yaml", ".yml", ".json")) and "$" not in word:
-            reading.follow.append(word)
-        elif "=" in word and starter == "llamafactory-cli":
-            key, _, value = word.partition("=")
+    file = ""
+    for word in [*positional, *(str(named.pop(key)) for key in ("config", "config_yaml") if _is_file(str(named.get(key))))]:
+        key, equals, value = word.partition("=")
+        if equals and starter == "llamafactory-cli":
             named[key] = value
         elif "$" in word:
-            text = "the shell fills this in; nothing is executed here, so whatever stands in it is not read"
+            text = "the shell fills this in; nothing is executed here, so what stands in it is not read: import the file that it names too"
             reading.remark("fill in", "(an argument)", word[:60], text)
+            reading.is_partial = True
+        elif _is_file(word) and not file:
+            file = word
         else:
             reading.remark("cannot be said", "(an argument)", word[:60], "launcher knows no argument without a name")
     content = starting.without_variables(named, reading)
-    if not content and reading.follow:
-        return
-    if starter == "llamafactory-cli" or {"finetuning_type", "cutoff_len", "template"} & content.keys():
-        llama_factory.read(content, reading) if content else None
-    elif starter == "axolotl":
-        axolotl.read(content, reading) if content else None
+    reading.is_partial |= not {"config", "config_yaml"}.isdisjoint(reading.unknown)
+    if file:
+        reading.follow.append(file)
+        reading.overrides[file] = (content, is_sft)
     else:
-        trainer.read(content, reading, is_sft)
+        read_arguments(content, is_sft, starter, reading)
         if script and not reading.tool:
             text = "its own defaults are not known here: where no argument says them, launcher's stand (launcher validate shows the job)"
             reading.remark("fill in", "script", script, text)
+
+
+def read_arguments(content: dict[str, Any], is_sft: bool, starter: str, reading: Reading) -> None:
+    """Say what arguments by name say, as the tool reads them that they are for."""
+    if starter == "llamafactory-cli" or {"finetuning_type", "cutoff_len", "template"} & content.keys():
+        llama_factory.read(content, reading)
+    elif starter == "axolotl" or "base_model" in content:
+        axolotl.read(content, reading)
+    else:
+        trainer.read(content, reading, is_sft)
+
+
+def _is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml", ".json")) and "$" not in word
 
 
 def _split(words: list[str]) -> tuple[dict[str, Any], list[str]]:

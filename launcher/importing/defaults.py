@@ -22,6 +22,8 @@ class Defaults:
     def apply(self, reading: Reading) -> None:
         """Say each default whose key the file does not say. With a number of steps there are no epochs."""
         reading.tool = self.tool
+        if reading.is_partial:
+            return
         for key, (said, value) in self.values.items():
             if key == "training.epochs" and reading.says("training.max_steps"):
                 continue

@@ -11,7 +11,7 @@ import yaml
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.importing import accelerate, axolotl, command_line, deepspeed, llama_factory, sft, trainer
-from launcher.importing.reading import Reading
+from launcher.importing.reading import Reading, brief
 from launcher.job import paths
 from launcher.job.load import parse
 
@@ -90,8 +90,8 @@ def read(path: Path) -> Reading:
     return read_content(content_of(path), str(path))
 
 
-def read_content(content: Any, source: str) -> Reading:
-    """What values or a text say; `source` names them."""
+def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
+    """What values or a text say; `source` names them, and `is_sft` says that TRL's SFTTrainer reads them."""
     kind = kind_of(content)
     if kind is None:
         found = "empty" if content in (None, {}) else "no mapping of keys" if not isinstance(content, dict) else "of another kind"
@@ -112,6 +112,9 @@ def read_content(content: Any, source: str) -> Reading:
         "llama-factory": llama_factory.read,
         "axolotl": axolotl.read,
     }
+    if kind == "trainer" and is_sft:
+        trainer.read({str(key): value for key, value in content.items()}, reading, is_sft=True)
+        return reading
     readers[kind]({str(key): value for key, value in content.items()}, reading)
     return reading
 
@@ -122,14 +125,33 @@ def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
     for reading in readings:
         for name in reading.follow:
             folder = folders.get(reading.source, Path())
+            overrides, is_sft = reading.overrides.get(name, ({}, False))
             found = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
             if found is None:
                 reading.remark("fill in", "(a file that it names)", name, "is not here; import it together with this one")
-            elif found.resolve() not in known:
+                if name in reading.overrides:
+                    reading.is_partial = True
+                    command_line.read_arguments(overrides, is_sft, "", reading)
+                else:
+                    reading.lacks_engine = True
+            elif found.resolve() not in known or overrides:
                 known.add(found.resolve())
-                more = read(found)
+                readings[:] = [other for other in readings if not overrides or Path(other.source).resolve() != found.resolve()]
+                more = _overridden(found, overrides, is_sft)
                 folders[more.source] = found.parent
                 readings.append(more)
+
+
+def _overridden(path: Path, overrides: dict[str, Any], is_sft: bool) -> Reading:
+    """What a file says with other values for some of its keys."""
+    content = content_of(path)
+    if not overrides or not isinstance(content, dict):
+        return read_content(content, str(path), is_sft)
+    reading = read_content({**content, **overrides}, str(path), is_sft)
+    for key, value in overrides.items():
+        if key in content and content[key] != value:
+            reading.remark("conflict", key, brief(content[key]), f"the command line says {brief(value)}, which won: it overrides the file")
+    return reading
 
 
 def rank_of(kind: Kind) -> int:

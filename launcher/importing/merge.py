@@ -49,7 +49,7 @@ class Merged:
 def merge(readings: list[Reading]) -> Merged:
     """One value for each key; where files differ, the reason why one won. Batch and ranks are made to agree."""
     merged = Merged()
-    by_rank = list(WINNERS.values())
+    by_rank, ranks = list(WINNERS.values()), {reading.source: reading.rank for reading in readings}
     ordered = sorted(readings, key=lambda reading: reading.rank)
     engine = next((fact.value for reading in ordered for fact in reading.facts if fact.key == "engine"), None)
     defaults: list[tuple[Reading, Fact]] = []
@@ -62,12 +62,13 @@ def merge(readings: list[Reading]) -> Merged:
                 continue
             first = merged.facts.setdefault(fact.key, fact)
             if not _same(first.value, fact.value):
-                winner = next(other.rank for other in readings if other.source == first.source)
-                reason = by_rank[winner] if first.source != fact.source else "it comes first"
+                winner = ranks[first.source]
+                reason = by_rank[winner] if winner != reading.rank else "it comes first"
                 text = f"{first.said} in {first.source} says {first.value}, which won: {reason}"
                 merged.remarks.append(Remark("conflict", fact.source, fact.said, fact.value, text))
-    _take_defaults(defaults, merged)
-    _agree(merged)
+    is_open = any(reading.lacks_engine for reading in readings)
+    _take_defaults([pair for pair in defaults if not is_open or pair[1].key not in ("precision", "training.clip_norm")], merged)
+    _agree(merged, set().union(*(reading.unknown for reading in readings)))
     return merged
 
 
@@ -135,8 +136,11 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _agree(merged: Merged) -> None:
-    """global = micro x accumulation x ranks: what is missing is filled in, what does not fit is said."""
+def _agree(merged: Merged, unknown: set[str]) -> None:
+    """global = micro x accumulation x ranks: what is missing is filled in, what does not fit is said.
+
+    Nothing is made of numbers that the shell alone knows, which are `unknown`.
+    """
     _count_ranks(merged)
     total, micro, steps, ranks = (merged.value(key) for key in _BATCH)
     if total and micro and not ranks:
@@ -147,6 +151,9 @@ def _agree(merged: Merged) -> None:
             merged.problems.append(Problem(f"{fact.source}: {fact.said}", total, reason))
         elif steps:
             _fill(merged, "mesh.world_size", total // passes, f"{total} / ({micro} x {steps})")
+    elif micro and not total and not unknown.isdisjoint(("gradient_accumulation_steps", "per_device_train_batch_size")):
+        text = "stays open: write batch.global_batch_size, which is micro-batch x accumulation x ranks"
+        merged.remarks.append(Remark("fill in", merged.facts[_BATCH[1]].source, "gradient_accumulation_steps", "(the shell's)", text))
     elif micro and ranks and not total:
         _fill(merged, _BATCH[0], micro * (steps or 1) * ranks, f"{micro} x {steps or 1} x {ranks} (micro-batch x accumulation x ranks)")
     elif total and micro and ranks and steps and micro * steps * ranks != total:

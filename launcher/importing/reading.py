@@ -57,13 +57,21 @@ class Reading:
     """Whose defaults stand where it leaves a key out."""
     left_open: set[str] = field(default_factory=set)
     """Keys of the job that it leaves to others."""
+    is_partial: bool = False
+    """Another file, which is not here, says the rest: nothing that is not said is known to be left out."""
+    lacks_engine: bool = False
+    """A file of Accelerate's or DeepSpeed's that it names is not here: precision may stand there."""
+    unknown: set[str] = field(default_factory=set)
+    """Its own keys whose values the shell alone knows."""
+    overrides: dict[str, tuple[dict[str, Any], bool]] = field(default_factory=dict)
+    """Of a file that it names: what is said in place of the file's keys, and whether TRL reads it."""
 
     def say(self, key: str, value: Any, said: str) -> None:
         self.facts.append(Fact(key, value, self.source, self._spelled(said)))
 
     def default(self, key: str, value: Any, said: str) -> None:
         """Say what the tool takes where the file leaves `said` out; nothing where the key has been said."""
-        if not self.says(key) and key not in self.left_open:
+        if not self.says(key) and key not in self.left_open and self.unknown.isdisjoint(said.split(", ")):
             self.facts.append(Fact(key, value, self.source, self._spelled(said), is_default=True))
 
     def say_once(self, key: str, value: Any, said: str) -> None:
@@ -174,7 +182,7 @@ def as_number(value: Any) -> float | None:
 
 def brief(value: Any) -> str:
     """A value of any kind in few characters; what is nested is not shown."""
-    return "{...}" if isinstance(value, dict) else "[...]" if isinstance(value, (list, tuple)) else str(value)[:40]
+    return "{...}" if isinstance(value, dict) else "[...]" if isinstance(value, (list, tuple)) else " ".join(str(value).split())[:40]
 
 
 def _kind(value: Any) -> str:

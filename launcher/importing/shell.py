@@ -39,7 +39,7 @@ class Script:
     directives: list[list[str]] = field(default_factory=list)
     """The words of each `#SBATCH` line."""
     chosen: dict[str, str] = field(default_factory=dict)
-    """Variables of which the script's own default was taken, as `${LR:-1e-5}`."""
+    """What stood for a variable with a default of the script's own, as `${LR:-1e-5}`."""
     _variables: dict[str, str] = field(default_factory=dict)
     _depth: int = 0
 
@@ -267,7 +267,7 @@ class _Expander:
         value = self._value(name, within)
         if value is None and match[2]:
             value = self.expand(match[3].strip("'\""), (*within, name))
-            self.script.chosen[f"{name}{match[2]}"] = match[3]
+            self.script.chosen[match[0]] = value
         return match.end(), self._kept(match[0]) if value is None else value
 
     def _value(self, name: str, within: tuple[str, ...]) -> str | None:

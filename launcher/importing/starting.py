@@ -13,7 +13,7 @@ _SWITCHES = {
     "standalone", "no_ssh", "force_multi", "enable_cpu_affinity", "use_mps_device", "use_parallelism_config", "no_local_rank",
     "run_path", "enable_elastic_training", "save_pid", "bind_cores_to_rank", "q", "tpu_cluster", "no_tpu_cluster", "dynamo_use_fullgraph",
     "dynamo_use_dynamic", "dynamo_use_regional_compilation", "no_ssh_check", "enable_each_rank_log", "virtual_local_rank",
-    "tpu_use_sudo", "downcast_bf16", "fp8_use_autocast_during_eval", "h", "help", "u",
+    "tpu_use_sudo", "downcast_bf16", "use_env", "fp8_use_autocast_during_eval", "h", "help", "u",
 }  # fmt: skip
 """Flags of the launchers that take no value."""
 _STARTING = {
@@ -57,7 +57,9 @@ def without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str, 
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         if key in PLACES and ("$" in text or "`" in text):
             reading.remark("ignored", f"--{key}", text[:60], "launcher finds its own addresses and ports, and Slurm's nodes")
+            reading.unknown.add(key)
         elif "$" in text or "`" in text:
+            reading.unknown.add(key)
             reading.remark(
                 "fill in", f"--{key}", text[:60], "the shell fills this in; nothing is executed here, so write the value yourself"
             )
@@ -68,6 +70,7 @@ def without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str, 
 
 def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
     """`accelerate launch` flags are the keys of its YAML, in other places."""
+    reading.lacks_engine |= "$" in str(flags.get("config_file", ""))
     flags = without_variables(flags, reading)
     content: dict[str, Any] = {}
     if (file := flags.pop("config_file", None)) is not None:

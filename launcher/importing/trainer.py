@@ -41,7 +41,7 @@ READ = {
     "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs",
     "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "seed",
     "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
-    "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config", "deepspeed", "trust_remote_code", "torch_dtype", "dtype",
+    "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config", "deepspeed", "deepspeed_config", "trust_remote_code", "torch_dtype", "dtype",
     *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS,
 }  # fmt: skip
 
@@ -52,7 +52,7 @@ def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> Non
         return arguments(content, reading, sft.DEFAULTS, sft.read(content, reading))
     adapter = sft.adapter_of_a_script(content, reading)
     named = sft.data_set(content, reading)
-    arguments(content, reading, TRAINER if MARKS & content.keys() else None, adapter | named)
+    arguments(content, reading, TRAINER if MARKS & (content.keys() | reading.unknown) else None, adapter | named)
     return None
 
 
@@ -76,7 +76,8 @@ def arguments(content: dict[str, Any], reading: Reading, defaults: Defaults | No
         defaults.apply(reading)
     optimizers.warmup(reading)
     _epochs(reading)
-    _accumulation(reading)
+    if defaults is TRAINER:
+        _accumulation(reading)
     trainer_keys.rest(content, READ | read_elsewhere, reading)
 
 
@@ -223,7 +224,7 @@ def _saving(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _engine(content: dict[str, Any], reading: Reading) -> None:
-    deepspeed = content.get("deepspeed")
+    deepspeed = content.get("deepspeed") or content.get("deepspeed_config")
     if isinstance(deepspeed, str) and deepspeed:
         reading.follow.append(deepspeed)
     elif isinstance(deepspeed, dict):
