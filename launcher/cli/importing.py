@@ -17,7 +17,8 @@ def import_(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE...", help="A file of DeepSpeed, Accelerate, the Trainer, TRL, LLaMA-Factory or axolotl, or a script; a command line after --."
+            metavar="FILE...",
+            help="A file of DeepSpeed, Accelerate, the Trainer, TRL, LLaMA-Factory or axolotl, or a script; a command line after --.",
         ),
     ] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option("--out", metavar="JOB", help="The job file to write; printed where it is left out.")] = None,

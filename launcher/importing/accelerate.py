@@ -195,7 +195,12 @@ def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
             zero[f"offload_{part}"] = {"device": device, **({} if path in (None, "none") else {"nvme_path": path})}
     keys = ("gradient_accumulation_steps", "gradient_clipping")
     # Accelerate's own file for DeepSpeed says `auto` of what is left out, and clips at 1, or where the Trainer does.
-    made = {"bf16": {"enabled": "auto"}, "gradient_clipping": "auto", "zero_optimization": zero, **{key: section[key] for key in keys if section.get(key) is not None}}
+    made = {
+        "bf16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "zero_optimization": zero,
+        **{key: section[key] for key in keys if section.get(key) is not None},
+    }
     inner = Reading(reading.source)
     deepspeed.read(made, inner)
     reading.facts += [fact for fact in inner.facts if fact.key != "engine"]

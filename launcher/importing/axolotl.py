@@ -93,8 +93,8 @@ def read(content: dict[str, Any], reading: Reading) -> None:
         made["fsdp_config"] = {"fsdp_version": content.get("fsdp_version"), **config}
     own = {
         "datasets", "test_datasets", "chat_template", "chat_template_jinja", "rl", "sample_packing", "excess_length_strategy", "adapter",
-        "fsdp_version", "bfloat16", "float32", "float16", "cosine_min_lr_ratio", "wandb_project", "use_wandb", "use_mlflow", "tf32", *lora.QUANTISED,
-        *ADAPTER.all(), *_ATTENTION, *_NOTHING, *_CHANGES,
+        "fsdp_version", "bfloat16", "float32", "float16", "cosine_min_lr_ratio", "wandb_project", "use_wandb", "use_mlflow", "tf32",
+        *lora.QUANTISED, *ADAPTER.all(), *_ATTENTION, *_NOTHING, *_CHANGES,
     }  # fmt: skip
     trainer.arguments(made, reading, defaults.AXOLOTL, own)
     fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
@@ -153,15 +153,19 @@ def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> N
         for name, found in (("subset", entry.get("name")), ("split", entry.get("split"))):
             if found and kind == "name":
                 reading.say(f"{key}.{name}", str(found), f"{said}.{name}")
-    kind = entry.get("type")
-    if kind == "chat_template":
+    way = entry.get("type")
+    if way == "chat_template":
         reading.say("data.messages", str(entry.get("field_messages") or "messages"), f"{said}.field_messages")
-    elif kind == "completion":
+    elif way == "completion":
         reading.say("data.text", str(entry.get("field") or "text"), f"{said}.field")
     else:
-        text = "axolotl's own way to write a row; launcher takes columns as they are: data.text, data.prompt and data.completion, data.messages"
-        reading.remark("cannot be said", f"{said}.type", brief(kind), text)
-    neutral = {"roles_to_train": (["assistant"], ["assistant", "gpt"], None), "train_on_eos": ("turn", None), "train_on_eot": ("turn", None)}
+        text = "axolotl's own way to write a row; launcher takes columns as they are, by data.text, data.prompt and completion, or messages"
+        reading.remark("cannot be said", f"{said}.type", brief(way), text)
+    neutral = {
+        "roles_to_train": (["assistant"], ["assistant", "gpt"], None),
+        "train_on_eos": ("turn", None),
+        "train_on_eot": ("turn", None),
+    }
     known = {"path", "type", "name", "split", "data_files", "ds_type", "field_messages", "field", "trust_remote_code", *neutral}
     for name, value in entry.items():
         if (name not in known and value not in (None, "", [], {}, False)) or (name in neutral and value not in neutral[name]):
@@ -190,7 +194,11 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
     for said, attention in _ATTENTION.items():
         if reading.flag(content, said):
             reading.say("model.attention", attention, said)
-    trackers = {"wandb": ("wandb_project", "use_wandb"), "mlflow": ("mlflow_tracking_uri", "use_mlflow"), "tensorboard": ("use_tensorboard",)}
+    trackers = {
+        "wandb": ("wandb_project", "use_wandb"),
+        "mlflow": ("mlflow_tracking_uri", "use_mlflow"),
+        "tensorboard": ("use_tensorboard",),
+    }
     if found := [name for name, keys in trackers.items() if any(content.get(key) for key in keys)]:
         reading.say("trackers", found, "use_*")
     for key, (neutral, text) in _CHANGES.items():

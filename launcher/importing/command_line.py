@@ -172,8 +172,8 @@ def _read(training: Training, reading: Reading) -> None:
     starter = _STARTING_MODULES.get(script, starter)
     stem = PurePath(script).stem
     if _OTHER_LOSSES.search(stem) is not None:
-        text = "learns by another loss than cross entropy, which is all launcher has"
-        return reading.refuse("script", script, f"{text}; the nearest is supervised fine-tuning" if method else text)
+        text = "learns by another loss than cross entropy, which is all launcher has; the nearest is supervised fine-tuning"
+        return reading.refuse("script", script, text)
     if script and not is_sft:
         reading.remark("ignored", "script", script, "launcher brings its own loop; `launcher run --script` would start yours")
     _arguments(words, is_sft or re.search(r"(?:^|_)sft$", stem) is not None, starter, script, reading)

@@ -95,7 +95,9 @@ def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
     kind = kind_of(content)
     if kind is None:
         found = "empty" if content in (None, {}) else "no mapping of keys" if not isinstance(content, dict) else "of another kind"
-        words = "a DeepSpeed JSON, an Accelerate YAML, TrainingArguments as JSON or YAML, a file of TRL, alignment-handbook, LLaMA-Factory or "
+        words = (
+            "a DeepSpeed JSON, an Accelerate YAML, TrainingArguments as JSON or YAML, a file of TRL, alignment-handbook, LLaMA-Factory or "
+        )
         words += "axolotl, or a script with a command line"
         raise ConfigurationError(Problem("FILE", source, f"is {found}; write {words}"))
     if kind in ("job", "plan"):

@@ -74,7 +74,9 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
     if kind == "lora":
         lora.read(content, ADAPTER, defaults.LLAMA_FACTORY_ADAPTER, reading)
         if "finetuning_type" not in content:
-            reading.remark("changes meaning", "finetuning_type", "lora", "left out, and LLaMA-Factory then trains an adapter: model.adapter")
+            reading.remark(
+                "changes meaning", "finetuning_type", "lora", "left out, and LLaMA-Factory then trains an adapter: model.adapter"
+            )
     else:
         lora.unused(content, ADAPTER, f"finetuning_type is {kind}, which reads none of them", reading)
     if kind not in ("lora", "full"):
@@ -99,7 +101,9 @@ def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:
     if (length := reading.count(content, "cutoff_len", least=8)) is not None:
         length -= 1 if packs else 0
         reading.say("data.max_length", length, "cutoff_len")
-    text = "of a row that is too long both prompt and answer are cut there; launcher keeps its beginning, or by data.too_long: drop leaves it"
+    text = (
+        "of a row that is too long both prompt and answer are cut there; launcher keeps its beginning, or by data.too_long: drop leaves it"
+    )
     reading.remark("cannot be said", "cutoff_len", length if length is not None else 2048, text + " out. Shorter rows are the same")
     template = reading.word(content, "template")
     if template is not None and stage == "sft":

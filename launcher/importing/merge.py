@@ -10,7 +10,7 @@ from typing import Any
 from launcher.errors import Problem
 from launcher.importing.files import WINNERS
 from launcher.importing.reading import Fact, Reading, Remark
-from launcher.job.schema import Adapter, Data, Training
+from launcher.job.schema import Adapter, Data, Section, Training
 
 JOB_KEYS = {
     "engine": "parallel.engine",
@@ -85,20 +85,23 @@ def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None
                 text = f"{fact.source} leaves gradient_clipping out: DeepSpeed then clips at {fact.value}, whatever is said here"
                 merged.remarks.append(Remark("conflict", first.source, first.said, first.value, text))
             merged.facts[fact.key] = fact
-        elif fact.key.startswith("batch.") and "batch.global_batch_size" in said:
-            continue
-        elif fact.key == "training.epochs" and "training.max_steps" in said:
-            continue
-        else:
+        elif _OTHERWISE.get(fact.key) not in said:
             merged.facts.setdefault(fact.key, fact)
-    for reading in {id(reading): reading for reading, _ in defaults}.values():
-        own = [fact for fact in merged.facts.values() if fact.is_default and fact.source == reading.source and _differs(fact)]
+    tools = {reading.source: reading.tool for reading, _ in defaults}
+    for source, tool in tools.items():
+        own = [fact for fact in merged.facts.values() if fact.is_default and fact.source == source and _differs(fact)]
         if own:
             names, values = ", ".join(fact.said for fact in own), ", ".join(str(fact.value) for fact in own)
-            text = f"left out there: what {reading.tool} then takes, written out since launcher's own defaults are others"
-            merged.remarks.append(Remark("default", reading.source, names, values, text))
+            text = f"left out there: what {tool} then takes, written out since launcher's own defaults are others"
+            merged.remarks.append(Remark("default", source, names, values, text))
 
 
+_OTHERWISE = {
+    "batch.micro_batch_size": "batch.global_batch_size",
+    "batch.accumulation_steps": "batch.global_batch_size",
+    "training.epochs": "training.max_steps",
+}
+"""A default of the first is of no use where the second is said."""
 _ENGINES_LAST = {0: 0, 1: 2, 2: 1, 3: 3}
 """A command line and the Trainer's arguments say how a script trains; DeepSpeed's file and Accelerate's follow."""
 
@@ -108,7 +111,8 @@ def _differs(fact: Fact) -> bool:
     section, _, key = fact.key.partition(".")
     if section == "model" and key.startswith("adapter."):
         section, key = "adapter", key.removeprefix("adapter.")
-    model = {"training": Training, "data": Data, "adapter": Adapter}.get(section)
+    sections: dict[str, type[Section]] = {"training": Training, "data": Data, "adapter": Adapter}
+    model = sections.get(section)
     if model is None or key not in model.model_fields:
         return (fact.key, fact.value) not in (("precision", "auto"), ("batch.accumulation_steps", 1))
     return not _same(fact.value, model.model_fields[key].default)

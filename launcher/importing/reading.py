@@ -10,7 +10,9 @@ from typing import Any, Literal
 from launcher.errors import Problem
 
 Kind = Literal["conflict", "changes meaning", "cannot be said", "default", "ignored", "chosen", "fill in"]
-_SECRET = re.compile(r"(?<!eos_)(?<!pad_)(?<!bos_)(?<!unk_)token(?!i[sz]|s\b|s_)|secret|passw|credential|api_?key|access_?key", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(?<!eos_)(?<!pad_)(?<!bos_)(?<!unk_)token(?!i[sz]|s\b|s_)|secret|passw|credential|api_?key|access_?key", re.IGNORECASE
+)
 _LARGEST = 10**12
 
 

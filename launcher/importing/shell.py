@@ -69,7 +69,7 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
     """Each logical line, with quotes closed and continuations joined, and the here-document that follows it."""
     lines = iter(re.sub(r"\\\r?\n", " ", text).splitlines())
     for line in lines:
-        while (still := _open(line)):
+        while still := _open(line):
             following = next(lines, None)
             if following is None:
                 raise ValueError(f"a quote or bracket is left open in {line.strip()[:60]!r}")
@@ -195,11 +195,13 @@ def _forget(names: list[str], script: Script) -> None:
         script._variables.pop(name, None)
 
 
+_CODED = {sign: chr(0xE100 + ord(sign)) for sign in map(chr, range(128))}
+"""Characters that mean something to a shell -> those of the private use area, at which no word breaks."""
+_PLAIN = {code: sign for sign, code in _CODED.items()}
+
+
 class _Expander:
     """Variables filled in; what the shell alone knows is put behind marks that no word breaks at."""
-
-    _CODED = {sign: chr(0xE100 + ord(sign)) for sign in map(chr, range(128))}
-    _PLAIN = {code: sign for sign, code in _CODED.items()}
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -207,10 +209,10 @@ class _Expander:
     @classmethod
     def restored(cls, word: str) -> str:
         """A word as it was written."""
-        return "".join(cls._PLAIN.get(sign, sign) for sign in word)
+        return "".join(_PLAIN.get(sign, sign) for sign in word)
 
     def _kept(self, text: str) -> str:
-        return "".join(self._CODED.get(sign, sign) for sign in text)
+        return "".join(_CODED.get(sign, sign) for sign in text)
 
     def expand(self, text: str, within: tuple[str, ...] = ()) -> str:
         """The text with its known variables filled in, comments left out; quotes stay for the lexer."""
@@ -218,7 +220,7 @@ class _Expander:
         quote, index = "", 0
         while index < len(text):
             sign = text[index]
-            if quote == "'" or sign == "'" and not quote:
+            if quote == "'" or (sign == "'" and not quote):
                 quote = "" if quote else "'"
                 end = index if not quote else text.find("'", index + 1)
                 end = len(text) - 1 if end < 0 else end

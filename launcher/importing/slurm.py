@@ -15,8 +15,8 @@ _LONG = {
 }  # fmt: skip
 """sbatch's short options; srun has the same, but for -K, -l, -u and -W."""
 _SWITCHES = {
-    "exclusive", "requeue", "no-requeue", "hold", "no-kill", "overcommit", "oversubscribe", "quiet", "verbose", "parsable", "wait-all-nodes",
-    "contiguous", "spread-job", "use-min-nodes", "ignore-pbs", "reboot", "label", "unbuffered", "kill-on-bad-exit", "overlap", "exact",
+    "exclusive", "requeue", "no-requeue", "hold", "no-kill", "overcommit", "oversubscribe", "quiet", "verbose", "parsable",
+    "wait-all-nodes", "contiguous", "spread-job", "use-min-nodes", "ignore-pbs", "reboot", "label", "unbuffered", "kill-on-bad-exit", "overlap", "exact",
     "whole", "pty", "l", "u", "K",
 }  # fmt: skip
 """Options that stand without a value, or with one behind `=`."""
@@ -26,8 +26,8 @@ _SAME = {
     "mail-user": "mail_user", "mail-type": "mail_type",
 }  # fmt: skip
 _OWN = {
-    "output", "error", "open-mode", "signal", "ntasks", "ntasks-per-node", "input", "export", "quiet", "verbose", "parsable", "get-user-env",
-    "chdir", "cpus-per-task", "gpu-bind", "cpu-bind", "distribution", "kill-on-bad-exit", "wait", "no-kill", "gpus-per-task",
+    "output", "error", "open-mode", "signal", "ntasks", "ntasks-per-node", "input", "export", "quiet", "verbose", "parsable",
+    "get-user-env", "chdir", "cpus-per-task", "gpu-bind", "cpu-bind", "distribution", "kill-on-bad-exit", "wait", "no-kill", "gpus-per-task",
     "ntasks-per-gpu", "tasks-per-node", "threads-per-core",
 }  # fmt: skip
 """What launcher's own script says: one task a node, logs in the run directory, a signal before the end."""
@@ -56,7 +56,9 @@ def read(given: dict[str, str], reading: Reading) -> None:
     """Say what sbatch's options say of the cluster."""
     said = {name: f"#SBATCH --{name}" for name in given}
     for name in [name for name, value in given.items() if "$" in value or "`" in value]:
-        reading.remark("fill in", said[name], given.pop(name)[:40], "the shell fills this in; nothing is executed here, so write it yourself")
+        reading.remark(
+            "fill in", said[name], given.pop(name)[:40], "the shell fills this in; nothing is executed here, so write it yourself"
+        )
     nodes = _nodes(given, reading)
     gpus(given, nodes, reading)
     if "job-name" in given:

@@ -101,9 +101,8 @@ def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
             content["dynamo_config"] = {"dynamo_backend": value}
         elif key not in ("module", "m", "no_python", "quiet"):
             content[key] = value
-    if (steps := deepspeed.get("gradient_accumulation_steps")) is not None and content.get("distributed_type") != "DEEPSPEED":
-        if (count := reading.count({"gradient_accumulation_steps": steps}, "gradient_accumulation_steps")) is not None:
-            reading.say("batch.accumulation_steps", count, "gradient_accumulation_steps")
+    if content.get("distributed_type") != "DEEPSPEED" and (steps := reading.count(deepspeed, "gradient_accumulation_steps")) is not None:
+        reading.say("batch.accumulation_steps", steps, "gradient_accumulation_steps")
     if "distributed_type" not in content and (fsdp or deepspeed) and file is None:
         content["distributed_type"] = "NO"
     content |= {
@@ -157,7 +156,9 @@ def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
             flags.setdefault("num_gpus", str(min(counts)))
         else:
             reading.remark("fill in", f"--{said}", flags[said], "names no slots: write cluster.gpus_per_node")
-    _counted({key: value for key, value in flags.items() if key not in ("include", "exclude")}, "num_nodes", "num_gpus", "deepspeed", reading)
+    _counted(
+        {key: value for key, value in flags.items() if key not in ("include", "exclude")}, "num_nodes", "num_gpus", "deepspeed", reading
+    )
 
 
 def _filter(text: str) -> dict[str, list[str]]:

@@ -38,11 +38,11 @@ MARKS = {
 }  # fmt: skip
 """Names that the Trainer gave: a script with one of them has the Trainer's defaults for the others."""
 READ = {
-    "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs",
-    "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "seed",
+    "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "seed",
     "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
-    "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config", "deepspeed", "deepspeed_config", "trust_remote_code", "torch_dtype", "dtype",
-    *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS,
+    "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config", "deepspeed", "deepspeed_config", "trust_remote_code",
+    "torch_dtype", "dtype", *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS,
 }  # fmt: skip
 
 
@@ -142,7 +142,9 @@ def _accumulation(reading: Reading) -> None:
     """What the Trainer makes of the micro-batches of a classifier (transformers 5.23: `model_accepts_loss_kwargs` of its own classes)."""
     fact = next((fact for fact in reading.facts if fact.key == "batch.accumulation_steps"), None)
     if fact is not None and fact.value > 1:
-        text = "of a language model the same; of a classifier the Trainer adds up the micro-batches' means, so that losses and gradients are "
+        text = (
+            "of a language model the same; of a classifier the Trainer adds up the micro-batches' means, so that losses and gradients are "
+        )
         text += f"{fact.value} times launcher's: training.clip_norm and epsilon divided by {fact.value} make AdamW the same"
         reading.remark("cannot be said", fact.said, fact.value, text)
 

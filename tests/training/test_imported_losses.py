@@ -68,7 +68,10 @@ def losses_of_launcher(folder: Path, content: dict[str, Any], model: Path, rows:
     if "label" in rows[0]:
         content["model"]["task"], content["data"] = "sequence-classification", content["data"] | {"text": "text", "label": "label"}
     elif "prompt" in rows[0]:
-        content["data"] = {key: value for key, value in content["data"].items() if key != "text"} | {"prompt": "prompt", "completion": "completion"}
+        content["data"] = {key: value for key, value in content["data"].items() if key != "text"} | {
+            "prompt": "prompt",
+            "completion": "completion",
+        }
     else:
         content["data"] |= {"text": "text"}
     content |= {"trackers": [], "cluster": {"gpus_per_node": 0, "ranks_per_node": 1}}
@@ -194,7 +197,9 @@ def test_a_loop_of_accelerates(decoder: Path, tmp_path: Path) -> None:
     configuration = tmp_path / "accelerate.yaml"
     configuration.write_text("distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\nmixed_precision: 'no'\n", encoding="utf-8")
     line = f"accelerate launch --config_file {configuration} run.py --per_device_train_batch_size 3 --gradient_accumulation_steps 2 "
-    line += "--learning_rate 5e-3 --weight_decay 0.1 --max_train_steps 10 --lr_scheduler_type linear --num_warmup_steps 0 --max_grad_norm 1.0"
+    line += (
+        "--learning_rate 5e-3 --weight_decay 0.1 --max_train_steps 10 --lr_scheduler_type linear --num_warmup_steps 0 --max_grad_norm 1.0"
+    )
     rows, tokenizer = rows_for("text"), AutoTokenizer.from_pretrained(decoder)
     ours = losses_of_launcher(tmp_path, import_files([], line.split()).content, decoder, rows)
 
@@ -230,7 +235,14 @@ SFT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "an adapter scaled by the root": (
         "text",
         {"learning_rate": 2e-2},
-        {"use_peft": True, "lora_dropout": 0.0, "lora_r": 4, "lora_alpha": 6, "lora_target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+        {
+            "use_peft": True,
+            "lora_dropout": 0.0,
+            "lora_r": 4,
+            "lora_alpha": 6,
+            "lora_target_modules": ["q_proj", "down_proj"],
+            "use_rslora": True,
+        },
     ),
 }
 
