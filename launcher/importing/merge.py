@@ -78,7 +78,7 @@ def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None
     Clipping is DeepSpeed's own wherever it runs: neither Accelerate nor the Trainer clips then (transformers 5.23, accelerate 1.15).
     """
     said = set(merged.facts)
-    for reading, fact in sorted(defaults, key=lambda pair: _ENGINES_LAST[pair[0].rank]):
+    for _, fact in sorted(defaults, key=lambda pair: _ENGINES_LAST[pair[0].rank]):
         if fact.key == "training.clip_norm" and fact.said == "gradient_clipping":
             first = merged.facts.get(fact.key)
             if first is not None and not _same(first.value, fact.value):

@@ -163,7 +163,7 @@ def _command(words: list[str], script: Script, body: str, level: int) -> None:
 def _inner(words: list[str], body: str) -> str | None:
     """The text that a command hands to a shell: behind `bash -c`, `eval`, or in its here-document."""
     if words[0] == "eval":
-        return " ".join(words[1:])
+        return shlex.join(words[1:]) if len(words) > 2 and " " not in words[1] else " ".join(words[1:])
     for index, word in enumerate(words[:-1]):
         if PurePath(word).name not in SHELLS:
             continue
@@ -235,7 +235,11 @@ class _Expander:
                 index += 1
             elif sign in "$`":
                 length, value = self._reference(text[index:], within)
-                made.append(re.sub(r'(["\\])', r"\\\1", value) if quote else value)
+                whole = (
+                    text[index - 1 : index] == '"' == text[index + length : index + length + 1] and "[@]" in text[index : index + length]
+                )
+                # "${A[@]}" is each of its words; anything else in double quotes is part of one.
+                made.append(f'"{value}"' if quote and whole else re.sub(r'(["\\])', r"\\\1", value) if quote else value)
                 index += length
             elif not quote and sign == "#" and (index == 0 or text[index - 1] in " \t\n;"):
                 end = text.find("\n", index)

@@ -16,7 +16,8 @@ _LONG = {
 """sbatch's short options; srun has the same, but for -K, -l, -u and -W."""
 _SWITCHES = {
     "exclusive", "requeue", "no-requeue", "hold", "no-kill", "overcommit", "oversubscribe", "quiet", "verbose", "parsable",
-    "wait-all-nodes", "contiguous", "spread-job", "use-min-nodes", "ignore-pbs", "reboot", "label", "unbuffered", "kill-on-bad-exit", "overlap", "exact",
+    "wait-all-nodes", "contiguous", "spread-job", "use-min-nodes", "ignore-pbs", "reboot", "label", "unbuffered", "kill-on-bad-exit",
+    "overlap", "exact",
     "whole", "pty", "l", "u", "K",
 }  # fmt: skip
 """Options that stand without a value, or with one behind `=`."""
@@ -27,7 +28,8 @@ _SAME = {
 }  # fmt: skip
 _OWN = {
     "output", "error", "open-mode", "signal", "ntasks", "ntasks-per-node", "input", "export", "quiet", "verbose", "parsable",
-    "get-user-env", "chdir", "cpus-per-task", "gpu-bind", "cpu-bind", "distribution", "kill-on-bad-exit", "wait", "no-kill", "gpus-per-task",
+    "get-user-env", "chdir", "cpus-per-task", "gpu-bind", "cpu-bind", "distribution", "kill-on-bad-exit", "wait", "no-kill",
+    "gpus-per-task",
     "ntasks-per-gpu", "tasks-per-node", "threads-per-core",
 }  # fmt: skip
 """What launcher's own script says: one task a node, logs in the run directory, a signal before the end."""

@@ -39,10 +39,10 @@ MARKS = {
 """Names that the Trainer gave: a script with one of them has the Trainer's defaults for the others."""
 READ = {
     "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "seed",
-    "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
-    "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config", "deepspeed", "deepspeed_config", "trust_remote_code",
-    "torch_dtype", "dtype", *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS,
+    "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16", "gradient_checkpointing",
+    "activation_checkpointing", "seed", "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps",
+    "load_best_model_at_end", "metric_for_best_model", "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config",
+    "deepspeed", "deepspeed_config", "trust_remote_code", "torch_dtype", "dtype", *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS,
 }  # fmt: skip
 
 
