@@ -80,7 +80,7 @@ def test_no_text_ends_in_a_traceback(text: str) -> None:
 TRAINS: list[tuple[str, dict[str, Any]]] = [
     ('srun bash -c "torchrun --nnodes 2 --nproc_per_node 4 t.py --max_steps 3"', {"cluster": {"nodes": 2, "gpus_per_node": 4}}),
     ('export L="accelerate launch \\\n --num_processes 4 \\\n "\nS="t.py --max_steps 3"\nsrun $L $S', {"cluster": {"gpus_per_node": 4}}),
-    ("module load python/3.11\npip install deepspeed\npython prepare.py --n 3\ntorchrun --nproc_per_node=2 t.py", {"cluster": {"gpus_per_node": 2}}),
+    ("module load python\npip install deepspeed\npython prepare.py\ntorchrun --nproc_per_node=2 t.py", {"cluster": {"gpus_per_node": 2}}),
     ("echo python train.py\npython prepare.py\npython t.py --max_steps 3", {"training": {"max_steps": 3}}),
     ("python -m venv env\npython -m t --max_steps 3", {"training": {"max_steps": 3}}),
     ("CUDA_VISIBLE_DEVICES=0 nohup uv run torchrun --nproc_per_node=2 t.py", {"cluster": {"gpus_per_node": 2}}),

@@ -30,7 +30,7 @@ LLAMA_FACTORY = {
     "lr_scheduler_type": "cosine", "bf16": True, "val_size": 0.1,
 }  # fmt: skip
 AXOLOTL = {
-    "base_model": "org/small", "load_in_8bit": False, "datasets": [{"path": "data/chats.jsonl", "type": "chat_template"}], "val_set_size": 0,
+    "base_model": "org/small", "load_in_8bit": False, "datasets": [{"path": "data/c.jsonl", "type": "chat_template"}], "val_set_size": 0,
     "sequence_len": 4096, "sample_packing": True, "adapter": "lora", "lora_r": 32, "lora_alpha": 16, "lora_target_linear": True,
     "micro_batch_size": 2, "gradient_accumulation_steps": 4, "num_epochs": 4, "learning_rate": 2.0e-4, "optimizer": "adamw_torch",
     "bf16": "auto", "tf32": False, "output_dir": "out", "weight_decay": 0.1, "lora_modules_to_save": ["embed_tokens", "lm_head"],
@@ -70,7 +70,7 @@ def test_axolotl(tmp_path: Path) -> None:
         "adapter": {"rank": 32, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear", "train_also": ["*embed_tokens.*", "*lm_head.*"]},
     }
     assert made.content["data"] == {
-        "train": {"path": "data/chats.jsonl"},
+        "train": {"path": "data/c.jsonl"},
         "messages": "messages",
         "packing": True,
         "max_length": 4096,
