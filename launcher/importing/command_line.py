@@ -54,7 +54,7 @@ def read_script(text: str, reading: Reading) -> None:
         script = shell.parse(text)
     except ValueError as error:
         return reading.refuse("command line", None, f"cannot be split into words: {error}")
-    for name, default in script.chosen.items():
+    for name, default in script.variables.chosen.items():
         reading.remark("chosen", name, default[:40], "the script's own default, which its environment may change")
     _read_commands(script, reading)
     if directives := {key: value for words in script.directives for key, value in slurm.options(words)[0].items()}:
@@ -215,7 +215,9 @@ def read_arguments(content: dict[str, Any], is_sft: bool, starter: str, reading:
     elif starter == "axolotl" or "base_model" in content:
         axolotl.read(content, reading)
     else:
-        trainer.read(content, reading, is_sft)
+        # transformers' own parser has `--no_NAME` for what is true by default.
+        off = {key.removeprefix("no_"): False for key in content if key.startswith("no_") and content[key] is True and key != "no_cuda"}
+        trainer.read({key: value for key, value in content.items() if key.removeprefix("no_") not in off} | off, reading, is_sft)
 
 
 def _is_file(word: str) -> bool:

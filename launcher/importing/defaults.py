@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.importing.reading import Reading
+from launcher.importing.reading import Fact, Reading
+from launcher.job.schema import Adapter, Data, Section, Training
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,16 @@ class AdapterDefaults:
 TRL_ADAPTER = AdapterDefaults(16, 32.0, 0.05, None)  # dataclass ModelConfig
 LLAMA_FACTORY_ADAPTER = AdapterDefaults(8, None, 0.0, "all")  # hparams/finetuning_args.py; alpha is twice the rank
 AXOLOTL_ADAPTER = AdapterDefaults(None, None, 0.0, None)  # utils/schemas/peft.py
+
+
+def differs(fact: Fact) -> bool:
+    """Return whether launcher's own default for what a fact says is another value."""
+    section, _, key = fact.key.partition(".")
+    if section == "model" and key.startswith("adapter."):
+        section, key = "adapter", key.removeprefix("adapter.")
+    sections: dict[str, type[Section]] = {"training": Training, "data": Data, "adapter": Adapter}
+    model = sections.get(section)
+    if model is None or key not in model.model_fields:
+        return (fact.key, fact.value) not in (("precision", "auto"), ("batch.accumulation_steps", 1))
+    own = model.model_fields[key].default
+    return bool(fact.value != (list(own) if isinstance(own, tuple) else own))

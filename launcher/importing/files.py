@@ -76,7 +76,7 @@ def kind_of(content: Any) -> Kind | None:
         return "axolotl"
     if keys & {"finetuning_type", "cutoff_len", "lora_target"} or ("dataset" in keys and keys & llama_factory.MARKS):
         return "llama-factory"
-    if keys & {"distributed_type", "compute_environment", "fsdp_config", "deepspeed_config", "num_machines"} and "output_dir" not in keys:
+    if keys & {"distributed_type", "compute_environment", "fsdp_config", "deepspeed_config", "num_machines"} and not keys & trainer.MARKS:
         return "accelerate"
     if keys & {"zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer"}:
         return "deepspeed"

@@ -8,9 +8,9 @@ from pathlib import PurePath
 from typing import Any
 
 from launcher.errors import Problem
+from launcher.importing.defaults import differs
 from launcher.importing.files import WINNERS
 from launcher.importing.reading import Fact, Reading, Remark
-from launcher.job.schema import Adapter, Data, Section, Training
 
 JOB_KEYS = {
     "engine": "parallel.engine",
@@ -66,10 +66,20 @@ def merge(readings: list[Reading]) -> Merged:
                 reason = by_rank[winner] if winner != reading.rank else "it comes first"
                 text = f"{first.said} in {first.source} says {first.value}, which won: {reason}"
                 merged.remarks.append(Remark("conflict", fact.source, fact.said, fact.value, text))
+    _end_once(merged)
     is_open = any(reading.lacks_engine for reading in readings)
     _take_defaults([pair for pair in defaults if not is_open or pair[1].key not in ("precision", "training.clip_norm")], merged)
     _agree(merged, set().union(*(reading.unknown for reading in readings)))
     return merged
+
+
+def _end_once(merged: Merged) -> None:
+    """Epochs go before the length of DeepSpeed's schedule: it says when the rate has fallen, not when the run ends."""
+    fact = merged.facts.get("training.max_steps")
+    if fact is not None and fact.said.startswith("scheduler.") and "training.epochs" in merged.facts:
+        del merged.facts["training.max_steps"]
+        text = "launcher's schedule ends with the run, whose epochs are said; taken: the epochs"
+        merged.remarks.append(Remark("cannot be said", fact.source, fact.said, fact.value, text))
 
 
 def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None:
@@ -89,7 +99,7 @@ def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None
             merged.facts.setdefault(fact.key, fact)
     tools = {reading.source: reading.tool for reading, _ in defaults}
     for source, tool in tools.items():
-        own = [fact for fact in merged.facts.values() if fact.is_default and fact.source == source and _differs(fact)]
+        own = [fact for fact in merged.facts.values() if fact.is_default and fact.source == source and differs(fact)]
         if own:
             names, values = ", ".join(fact.said for fact in own), ", ".join(str(fact.value) for fact in own)
             text = f"left out there: what {tool} then takes, written out since launcher's own defaults are others"
@@ -104,18 +114,6 @@ _OTHERWISE = {
 """A default of the first is of no use where the second is said."""
 _ENGINES_LAST = {0: 0, 1: 2, 2: 1, 3: 3}
 """A command line and the Trainer's arguments say how a script trains; DeepSpeed's file and Accelerate's follow."""
-
-
-def _differs(fact: Fact) -> bool:
-    """Whether launcher's own default is another."""
-    section, _, key = fact.key.partition(".")
-    if section == "model" and key.startswith("adapter."):
-        section, key = "adapter", key.removeprefix("adapter.")
-    sections: dict[str, type[Section]] = {"training": Training, "data": Data, "adapter": Adapter}
-    model = sections.get(section)
-    if model is None or key not in model.model_fields:
-        return (fact.key, fact.value) not in (("precision", "auto"), ("batch.accumulation_steps", 1))
-    return not _same(fact.value, model.model_fields[key].default)
 
 
 def _of_engine(reading: Reading, engine: str | None, merged: Merged) -> list[Fact]:
@@ -214,7 +212,7 @@ def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
         path = JOB_KEYS.get(key, key)
         if path.startswith(("zero.", "mesh.")) or fact.value == _NOTHING.get(path):
             continue
-        if fact.is_default and not _differs(fact) and not path.startswith("model.adapter."):
+        if fact.is_default and not differs(fact) and not path.startswith("model.adapter."):
             continue
         *parents, last = path.split(".")
         section = content

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePath
+
+from launcher.importing.variables import Variables, restored
 
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _HEREDOC = re.compile(r"(?<!<)<<(-?)\s*(['\"]?)([A-Za-z_]\w*)\2(?!<)")
@@ -18,16 +18,8 @@ _OPENING, _CLOSING = ("if", "for", "while", "until", "case", "select", "{"), ("f
 _KEYWORDS = ("then", "else", "elif", "do", "!", "time", *_OPENING)
 _DECLARING = ("export", "declare", "typeset", "local", "readonly")
 SHELLS = ("bash", "sh", "zsh", "dash", "ksh")
-_OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.floordiv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
 _DEEPEST = 8
-"""Shells in shells, and variables in variables, that are followed."""
+"""Shells in shells that are followed."""
 
 
 @dataclass
@@ -38,20 +30,27 @@ class Script:
     """The words of each command, in order; what only the shell knows stands in them as it is written, as `$SLURM_NNODES`."""
     directives: list[list[str]] = field(default_factory=list)
     """The words of each `#SBATCH` line."""
-    chosen: dict[str, str] = field(default_factory=dict)
-    """What stood for a variable with a default of the script's own, as `${LR:-1e-5}`."""
-    _variables: dict[str, str] = field(default_factory=dict)
-    _depth: int = 0
+    variables: Variables = field(default_factory=Variables)
+    depth: int = 0
+    """Conditions and loops that are open at this place."""
 
 
 def parse(text: str) -> Script:
     """Read a script. Raises ValueError where a quote is left open."""
     script = Script()
-    for line in text.splitlines():
-        if line.startswith("#SBATCH"):
-            script.directives.append(shlex.split(line[len("#SBATCH") :], comments=True))
+    _read_directives(text, script)
     _run(text, script, 0)
     return script
+
+
+def _read_directives(text: str, script: Script) -> None:
+    """Keep the `#SBATCH` lines: those before the first command, as Slurm reads them."""
+    for line in text.splitlines():
+        if line.startswith("#SBATCH"):
+            words = shlex.split(script.variables.expand(line[len("#SBATCH") :]))
+            script.directives.append([restored(word) for word in words])
+        elif line.strip() and not line.startswith("#"):
+            return
 
 
 def take(words: list[str], script: Script) -> None:
@@ -61,7 +60,7 @@ def take(words: list[str], script: Script) -> None:
 
 def _run(text: str, script: Script, level: int) -> None:
     for line, body in _lines(text):
-        for words in _commands(_Expander(script).expand(line)):
+        for words in _commands(script.variables.expand(line)):
             _command([word for word in words if word], script, body, level)
 
 
@@ -131,9 +130,9 @@ def _commands(line: str) -> Iterator[list[str]]:
 
 
 def _command(words: list[str], script: Script, body: str, level: int) -> None:
-    words = [_Expander.restored(word) for word in words]
+    words = [restored(word) for word in words]
     while words and words[0] in (*_KEYWORDS, *_CLOSING):
-        script._depth += (words[0] in _OPENING) - (words[0] in _CLOSING)
+        script.depth += (words[0] in _OPENING) - (words[0] in _CLOSING)
         if words[0] in ("for", "select", "case"):
             _forget(words[1:2], script)
             return
@@ -151,6 +150,8 @@ def _command(words: list[str], script: Script, body: str, level: int) -> None:
         return
     if words[0] in ("read", "mapfile") and body:
         _assign(f"{words[-1]}={body}", script)
+    elif PurePath(words[0]).name == "sbatch" and level < _DEEPEST:
+        _submitted(words, script, body, level)
     elif level < _DEEPEST and (inner := _inner(words, body)) is not None:
         first = len(script.commands)
         _run(inner, script, level + 1)
@@ -158,6 +159,22 @@ def _command(words: list[str], script: Script, body: str, level: int) -> None:
         script.commands[first:] = [[*wrapper, *command] for command in script.commands[first:]]
     else:
         script.commands.append(words)
+
+
+def _submitted(words: list[str], script: Script, body: str, level: int) -> None:
+    """Take what `sbatch` is given: options, and the command behind `--wrap`, or the script in its here-document."""
+    wraps = [index for index, word in enumerate(words) if word.partition("=")[0] == "--wrap"]
+    if not wraps and not body:
+        script.commands.append(words)
+        return
+    wrapped = body
+    if wraps:
+        _, equals, text = words[wraps[0]].partition("=")
+        end = wraps[0] + (1 if equals else 2)
+        wrapped, words = text if equals else " ".join(words[end - 1 : end]), [*words[: wraps[0]], *words[end:]]
+    _read_directives(wrapped, script)
+    script.directives.append(words[1:])  # before the lines of the script, as for Slurm
+    _run(wrapped, script, level + 1)
 
 
 def _inner(words: list[str], body: str) -> str | None:
@@ -181,129 +198,16 @@ def _assign(word: str, script: Script) -> None:
     if match is None:
         return
     name, adds, value = match.groups()
-    if script._depth > 0 and script._variables.get(name) != value:
-        script._variables.pop(name, None)
+    known = script.variables.values
+    if script.depth > 0 and known.get(name) != value:
+        known.pop(name, None)
     elif adds:
-        joint = " " if "[" not in name and script._variables.get(name) and not value.startswith(" ") else ""
-        script._variables[name] = f"{script._variables.get(name, '')}{joint}{value}"
+        joint = " " if known.get(name) and not value.startswith(" ") else ""
+        known[name] = f"{known.get(name, '')}{joint}{value}"
     else:
-        script._variables[name] = value
+        known[name] = value
 
 
 def _forget(names: list[str], script: Script) -> None:
     for name in names:
-        script._variables.pop(name, None)
-
-
-_CODED = {sign: chr(0xE100 + ord(sign)) for sign in map(chr, range(128))}
-"""Characters that mean something to a shell -> those of the private use area, at which no word breaks."""
-_PLAIN = {code: sign for sign, code in _CODED.items()}
-
-
-class _Expander:
-    """Variables filled in; what the shell alone knows is put behind marks that no word breaks at."""
-
-    def __init__(self, script: Script) -> None:
-        self.script = script
-
-    @classmethod
-    def restored(cls, word: str) -> str:
-        """A word as it was written."""
-        return "".join(_PLAIN.get(sign, sign) for sign in word)
-
-    def _kept(self, text: str) -> str:
-        return "".join(_CODED.get(sign, sign) for sign in text)
-
-    def expand(self, text: str, within: tuple[str, ...] = ()) -> str:
-        """The text with its known variables filled in, comments left out; quotes stay for the lexer."""
-        made: list[str] = []
-        quote, index = "", 0
-        while index < len(text):
-            sign = text[index]
-            if quote == "'" or (sign == "'" and not quote):
-                quote = "" if quote else "'"
-                end = index if not quote else text.find("'", index + 1)
-                end = len(text) - 1 if end < 0 else end
-                made.append(text[index : end + 1])
-                quote, index = "", end + 1
-            elif sign == "\\":
-                made.append(text[index : index + 2])
-                index += 2
-            elif sign == '"':
-                quote = "" if quote else '"'
-                made.append(sign)
-                index += 1
-            elif sign in "$`":
-                length, value = self._reference(text[index:], within)
-                whole = (
-                    text[index - 1 : index] == '"' == text[index + length : index + length + 1] and "[@]" in text[index : index + length]
-                )
-                # "${A[@]}" is each of its words; anything else in double quotes is part of one.
-                made.append(f'"{value}"' if quote and whole else re.sub(r'(["\\])', r"\\\1", value) if quote else value)
-                index += length
-            elif not quote and sign == "#" and (index == 0 or text[index - 1] in " \t\n;"):
-                end = text.find("\n", index)
-                index = len(text) if end < 0 else end
-            elif not quote and sign.isdigit() and text[index + 1 : index + 2] in ("<", ">") and (index == 0 or text[index - 1].isspace()):
-                index += 1  # the number of a stream, as in 2>&1
-            else:
-                made.append(";" if sign == "\n" and not quote and not within else sign)
-                index += 1
-        return "".join(made)
-
-    def _reference(self, text: str, within: tuple[str, ...]) -> tuple[int, str]:
-        """How long what begins with `$` or a backtick is, and what stands for it."""
-        if text.startswith("$(("):
-            end = text.find("))")
-            whole = text[: end + 2] if end >= 0 else text
-            return len(whole), self._sum(whole[3:-2], within) or self._kept(whole)
-        if text.startswith("$("):
-            end = _closing(text, 1)
-            return end, self._kept(text[:end])
-        if text.startswith("`"):
-            end = text.find("`", 1)
-            end = len(text) if end < 0 else end + 1
-            return end, self._kept(text[:end])
-        match = re.match(r"\$(?:\{([A-Za-z_]\w*)(?:\[[@*]\])?(?:(:?[-=])([^{}]*))?\}|([A-Za-z_]\w*))", text)
-        if match is None:
-            match = re.match(r"\$(?:\{[^}]*\}|[\w@*#?!$-])?", text)
-            assert match is not None
-            return match.end(), self._kept(match[0])
-        name = match[1] or match[4]
-        value = self._value(name, within)
-        if value is None and match[2]:
-            value = self.expand(match[3].strip("'\""), (*within, name))
-            self.script.chosen[match[0]] = value
-        return match.end(), self._kept(match[0]) if value is None else value
-
-    def _value(self, name: str, within: tuple[str, ...]) -> str | None:
-        value = self.script._variables.get(name)
-        if value is None or name in within or len(within) > _DEEPEST:
-            return None
-        return self.expand(value, (*within, name))
-
-    def _sum(self, text: str, within: tuple[str, ...]) -> str | None:
-        """An arithmetic expression of numbers that are all known."""
-        known = re.sub(r"\$?\{?([A-Za-z_]\w*)\}?", lambda match: self._value(match[1], within) or "?", text)
-        try:
-            return str(_evaluate(ast.parse(known.strip(), mode="eval").body))
-        except (SyntaxError, ValueError, ZeroDivisionError):
-            return None
-
-
-def _evaluate(node: ast.expr) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return int(_OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right)))
-    raise ValueError("no plain arithmetic")
-
-
-def _closing(text: str, opening: int) -> int:
-    """Where the bracket at `opening` is closed, one past it; the end where it is not."""
-    depth = 0
-    for index in range(opening, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if depth == 0:
-            return index + 1
-    return len(text)
+        script.variables.values.pop(name, None)

@@ -48,7 +48,7 @@ READ = {
 
 def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> None:
     """Say what TrainingArguments, and the usual arguments of a script beside them, say; TRL's too where they are TRL's."""
-    if is_sft or sft.MARKS & content.keys() or "max_prompt_length" in content:
+    if is_sft or sft.MARKS & content.keys() or {"dataset_name", "max_length"} <= content.keys() or "max_prompt_length" in content:
         return arguments(content, reading, sft.DEFAULTS, sft.read(content, reading))
     adapter = sft.adapter_of_a_script(content, reading)
     named = sft.data_set(content, reading)

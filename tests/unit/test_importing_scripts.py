@@ -138,6 +138,23 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     assert "seed" not in made.content["training"]  # not left out there: the shell knows it
 
 
+def test_slurm_reads_no_directive_behind_a_command(tmp_path: Path) -> None:
+    made = imported(tmp_path, "#!/bin/sh\n\n# why\n#SBATCH -p a\ncd x\n#SBATCH -p b\ntorchrun t.py\n")
+    assert made.content["cluster"] == {"partition": "a"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "N=2\nsbatch --partition=gpu <<EOF\n#!/bin/sh\n#SBATCH --nodes=$N\nsrun torchrun --nproc_per_node 4 t.py\nEOF",
+        "sbatch -p gpu -N 2 --wrap 'srun torchrun --nproc_per_node 4 t.py'",
+        'sbatch -p gpu -N 2 --wrap="torchrun --nproc_per_node 4 t.py"',
+    ],
+)
+def test_what_is_handed_to_sbatch_on_the_spot(text: str, tmp_path: Path) -> None:
+    assert imported(tmp_path, text).content["cluster"] == {"nodes": 2, "gpus_per_node": 4, "partition": "gpu"}
+
+
 def test_slurms_numbers_and_those_of_the_command_can_conflict(tmp_path: Path) -> None:
     made = imported(tmp_path, "#!/bin/sh\n#SBATCH --gpus-per-node=8\ntorchrun --nproc_per_node 4 t.py\n", "job")
     assert made.content["cluster"] == {"gpus_per_node": 4, "gpu_option": "gpus-per-node"}

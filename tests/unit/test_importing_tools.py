@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launcher.errors import ConfigurationError
-from launcher.importing import sft, trainer, trainer_keys
+from launcher.importing import axolotl, files, llama_factory, sft, trainer, trainer_keys
 from launcher.importing.job import Imported, import_files
+from launcher.importing.merge import job_content, merge
 
 
 def imported(folder: Path, content: dict[str, Any], name: str = "a.yaml") -> Imported:
@@ -251,6 +254,40 @@ def test_another_loss_and_what_is_no_value_are_refused(content: dict[str, Any], 
     with pytest.raises(ConfigurationError) as caught:
         imported(tmp_path, content)
     assert text in str(caught.value)
+
+
+def test_epochs_go_before_the_length_of_deepspeeds_schedule(tmp_path: Path) -> None:
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 100, "warmup_num_steps": 10, "warmup_type": "linear"}}
+    made = imported(tmp_path, {"output_dir": "o", "num_train_epochs": 2, "deepspeed": {"scheduler": scheduler}})
+    assert made.content["training"]["epochs"] == 2.0 and "max_steps" not in made.content["training"]
+    assert "scheduler.params.total_num_steps" in said(made, "cannot be said")
+
+
+KEYS = sorted({
+    *axolotl.MARKS, *axolotl.ADAPTER.all(), *llama_factory.MARKS, *llama_factory.ADAPTER.all(), *sft.MARKS, *sft.ADAPTER.all(),
+    *trainer.READ, *trainer_keys.NEUTRAL, "datasets", "test_datasets", "dataset_name", "rl", "path", "type", "id", "weight", "columns",
+    "split", "name", "field_messages", "data_files", "min_lr", "power", "accelerator_config", "chat_template", "loss_type",
+})  # fmt: skip
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=6),
+    st.sampled_from(["auto", "lora", "qlora", "chat_template", "cosine", "constant", "1e-4", "all", "bfloat16", "epoch", "a,b"]),
+)
+NESTED = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4), max_leaves=8
+)
+MARKED = st.sampled_from([{"base_model": "m", "adapter": "lora"}, {"finetuning_type": "lora"}, {"use_peft": True}, {"output_dir": "o"}])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), NESTED, max_size=12), MARKED)
+def test_no_content_ends_in_a_traceback(content: dict[str, Any], marked: dict[str, Any]) -> None:
+    merged = merge([files.read_content(content | marked, "fuzz.yaml")])
+    if not merged.problems:
+        assert job_content(merged, ["fuzz.yaml"])["name"]
 
 
 def test_no_key_is_told_in_two_ways() -> None:
