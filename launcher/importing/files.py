@@ -11,7 +11,7 @@ import yaml
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.importing import accelerate, axolotl, command_line, deepspeed, llama_factory, sft, trainer
-from launcher.importing.reading import Reading, brief
+from launcher.importing.reading import Reading, as_number, brief
 from launcher.job import paths
 from launcher.job.load import parse
 
@@ -124,7 +124,8 @@ def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
 def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
     """Read the files that those already read name, where they are there; else say what is missing."""
     known = {Path(reading.source).resolve() for reading in readings}
-    for reading in readings:
+    queue = list(readings)
+    for reading in queue:
         for name in reading.follow:
             folder = folders.get(reading.source, Path())
             overrides, is_sft = reading.overrides.get(name, ({}, False))
@@ -142,6 +143,7 @@ def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
                 more = _overridden(found, overrides, is_sft)
                 folders[more.source] = found.parent
                 readings.append(more)
+                queue.append(more)
 
 
 def _overridden(path: Path, overrides: dict[str, Any], is_sft: bool) -> Reading:
@@ -151,7 +153,7 @@ def _overridden(path: Path, overrides: dict[str, Any], is_sft: bool) -> Reading:
         return read_content(content, str(path), is_sft)
     reading = read_content({**content, **overrides}, str(path), is_sft)
     for key, value in overrides.items():
-        if key in content and content[key] != value:
+        if key in content and str(content[key]) != str(value) and as_number(content[key]) != as_number(value):
             reading.remark("conflict", key, brief(content[key]), f"the command line says {brief(value)}, which won: it overrides the file")
     return reading
 

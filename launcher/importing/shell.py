@@ -66,29 +66,39 @@ def _run(text: str, script: Script, level: int) -> None:
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
     """Each logical line, with quotes closed and continuations joined, and the here-document that follows it."""
-    lines = iter(re.sub(r"\\\r?\n", " ", text).splitlines())
-    for line in lines:
+    lines = text.splitlines()
+    index = 0
+    while index < len(lines):
+        line, index = lines[index], index + 1
         while still := _open(line):
-            following = next(lines, None)
-            if following is None:
-                raise ValueError(f"a quote or bracket is left open in {line.strip()[:60]!r}")
-            line = f"{line}\n{following}" if still != "(" else re.sub(r"(^|\s)#.*$", "", line) + f" {following}"
-        body: list[str] = []
-        if (heredoc := _HEREDOC.search(line)) is not None:
-            for following in lines:
-                if (following.lstrip("\t") if heredoc[1] else following) == heredoc[3]:
+            if index == len(lines):
+                if still == "\\":
                     break
-                body.append(following)
-            line = line[: heredoc.start()] + line[heredoc.end() :]
-        yield line, "\n".join(body)
+                raise ValueError(f"a quote or bracket is left open in {line.strip()[:60]!r}")
+            if still == "\\":
+                line = f"{line[:-1]} {lines[index]}"
+            elif still == "(":
+                line = re.sub(r"(^|\s)#.*$", "", line) + f" {lines[index]}"
+            else:
+                line = f"{line}\n{lines[index]}"
+            index += 1
+        body, heredoc = "", _HEREDOC.search(line)
+        if heredoc is not None:
+            ends = [at for at in range(index, len(lines)) if (lines[at].lstrip("\t") if heredoc[1] else lines[at]) == heredoc[3]]
+            if ends:
+                body, index = "\n".join(lines[index : ends[0]]), ends[0] + 1
+                line = line[: heredoc.start()] + line[heredoc.end() :]
+        yield line, body
 
 
 def _open(line: str) -> str:
-    """The quote, or the bracket of an array, that is still open at the end; empty where none is."""
+    """The quote, or the bracket of an array, that is still open at the end, or the backslash that joins the next line; empty for none."""
     quote, index = "", 0
     while index < len(line):
         sign = line[index]
         if sign == "\\" and quote != "'":
+            if index == len(line) - 1:
+                return sign
             index += 1
         elif quote:
             quote = "" if sign == quote else quote
@@ -106,10 +116,14 @@ def _commands(line: str) -> Iterator[list[str]]:
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|()<>")
     lexer.whitespace_split, lexer.commenters = True, ""
     words: list[str] = []
-    skip = False
+    skip, within = False, 0
     array: list[str] | None = None
     for token in lexer:
-        if array is not None:
+        is_process = set(token) <= set("<>&|()") and "(" in token and not set(token).isdisjoint("<>")
+        if within or is_process:  # >(tee log)
+            within = max(0, within + token.count("(") - token.count(")")) if set(token) <= set("<>&|();") else within
+            skip = False
+        elif array is not None:
             if token.startswith(")"):
                 words[-1] += " ".join(map(shlex.quote, array))
                 array = None
@@ -148,7 +162,9 @@ def _command(words: list[str], script: Script, body: str, level: int) -> None:
         words = words[1:]
     if not words:
         return
-    if words[0] in ("read", "mapfile") and body:
+    if words[0] == "unset":
+        _forget(words[1:], script)
+    elif words[0] in ("read", "mapfile") and body:
         _assign(f"{words[-1]}={body}", script)
     elif PurePath(words[0]).name == "sbatch" and level < _DEEPEST:
         _submitted(words, script, body, level)
@@ -178,7 +194,9 @@ def _submitted(words: list[str], script: Script, body: str, level: int) -> None:
 
 
 def _inner(words: list[str], body: str) -> str | None:
-    """The text that a command hands to a shell: behind `bash -c`, `eval`, or in its here-document."""
+    """The text that a command hands to a shell: behind `bash -c`, `eval` or `ssh HOST`, or in its here-document."""
+    if PurePath(words[0]).name in ("ssh", "pdsh", "clush") and " " in words[-1]:
+        return words[-1]
     if words[0] == "eval":
         return shlex.join(words[1:]) if len(words) > 2 and " " not in words[1] else " ".join(words[1:])
     for index, word in enumerate(words[:-1]):

@@ -45,12 +45,11 @@ class Variables:
         quote, index = "", 0
         while index < len(text):
             sign = text[index]
-            if quote == "'" or (sign == "'" and not quote):
-                quote = "" if quote else "'"
-                end = index if not quote else text.find("'", index + 1)
-                end = len(text) - 1 if end < 0 else end
-                made.append(text[index : end + 1])
-                quote, index = "", end + 1
+            if sign == "'" and not quote:
+                end = text.find("'", index + 1)
+                end = len(text) if end < 0 else end + 1
+                made.append(text[index:end])
+                index = end
             elif sign == "\\":
                 made.append(text[index : index + 2])
                 index += 2

@@ -53,6 +53,12 @@ WORDS: list[tuple[str, list[str]]] = [
     ("P=$P:x\nrun $P", ["run", "$P:x"]),
     ("run \"it's\" 'a\"b'", ["run", "it's", 'a"b']),
     ("X='a\nb'\nrun \"$X\"", ["run", "a\nb"]),
+    ("# a comment goes on no further \\\nrun a", ["run", "a"]),
+    ("run --a 1 \\\n  # --b 2 \\\n  --c 3", ["run", "--a", "1"]),  # what follows the comment is another command
+    ("run --a 1 > >(tee log) 2> >(tee errors >&2)", ["run", "--a", "1"]),
+    ("N=1\nunset N\nrun $N", ["run", "$N"]),
+    ("echo 'no <<EOF here'\nrun a", ["run", "a"]),
+    ("ssh host 'cd x && run a'", ["run", "a"]),
 ]
 
 
