@@ -25,7 +25,7 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a job file of a DeepSpeed, Accelerate or Trainer configuration."""
+    """Make a job file of another tool's configuration or script."""
     from dataclasses import asdict
 
     from launcher.importing.job import import_files

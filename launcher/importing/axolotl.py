@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.importing import defaults, lora, sft, trainer
 from launcher.importing.reading import Reading, as_number, brief
+from launcher.importing.trainer_keys import HELD_OUT
 
 MARKS = {"micro_batch_size", "sequence_len", "adapter", "num_epochs", "datasets", "val_set_size", "lora_target_linear", "sample_packing"}
 """Keys that stand beside `base_model`."""
@@ -41,15 +42,15 @@ _NOTHING = {
     "is_falcon_derived_model", "is_qwen_derived_model", "strict", "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory",
     "shuffle_merged_datasets", "shuffle_before_merging_datasets", "eval_sample_packing", "eval_sequence_len", "eval_batch_size",
     "pad_to_sequence_len", "sample_packing_group_size", "sample_packing_bin_size", "xformers_attention", "flash_attn_cross_entropy",
-    "flash_attn_fuse_mlp", "save_first_step", "local_rank", "ddp", "gc_steps", "hf_use_auth_token", "saves_per_epoch", "evals_per_epoch",
+    "flash_attn_fuse_mlp", "save_first_step", "local_rank", "ddp", "gc_steps", "hf_use_auth_token",
     "use_tensorboard", "mlflow_experiment_name", "mlflow_tracking_uri", "wandb_run_id", "auto_resume_from_checkpoints", "debug",
     "chunked_cross_entropy", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
-    "liger_fused_linear_cross_entropy", "save_strategy_once", "dataset_num_proc", "low_cpu_mem_usage",
+    "liger_fused_linear_cross_entropy", "dataset_num_proc", "low_cpu_mem_usage",
 }  # fmt: skip
 """Where and how fast, and what is reported."""
 _CHANGES: dict[str, tuple[Any, str]] = {
     "train_on_inputs": (False, "launcher learns completions, or what the assistant says; a column of whole texts is learned whole"),
-    "val_set_size": (0, sft.trainer_held_out()),
+    "val_set_size": (0, HELD_OUT),
     "early_stopping_patience": (None, "training.early_stopping.patience with data.evaluation"),
     "unfrozen_parameters": (None, "launcher freezes by names: model.freeze"),
     "special_tokens": (None, "launcher takes the tokenizer as it lies with the model; set them there"),
@@ -94,6 +95,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     own = {
         "datasets", "test_datasets", "chat_template", "chat_template_jinja", "rl", "sample_packing", "excess_length_strategy", "adapter",
         "fsdp_version", "bfloat16", "float32", "float16", "cosine_min_lr_ratio", "wandb_project", "use_wandb", "use_mlflow", "tf32",
+        "saves_per_epoch", "evals_per_epoch",
         *lora.QUANTISED, *ADAPTER.all(), *_ATTENTION, *_NOTHING, *_CHANGES,
     }  # fmt: skip
     trainer.arguments(made, reading, defaults.AXOLOTL, own)
@@ -121,10 +123,8 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
         lora.unused(content, ADAPTER, "without an adapter axolotl reads none of them", reading)
         if kind is not None:
             reading.remark("cannot be said", "adapter", kind, "launcher has lora; taken: the whole model trains")
-    quantised = [key for key in lora.QUANTISED if content.get(key)] or (["adapter"] if kind == "qlora" else [])
-    for key in quantised:
-        text = "launcher quantises no model; taken: the same training over the model in the plan's precision"
-        reading.remark("cannot be said", key, brief(content[key]), text)
+    told = any(content.get(key) for key in lora.QUANTISED)
+    lora.quantised(content, ("adapter",) if kind == "qlora" and not told else lora.QUANTISED, reading)
     if kind is None and content.get("bf16") in (True, "true", "full", "auto", None):
         text = "the weights themselves are kept and updated in bf16 there; launcher keeps what trains in fp32, and computes in bf16"
         reading.remark("cannot be said", "bf16", brief(content.get("bf16", "auto")), text)
@@ -207,6 +207,11 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
             continue
         if value not in (neutral, None, False, "", [], {}):
             reading.remark("cannot be said", key, brief(value), text)
+    for said, key in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluate_every")):
+        if (times := reading.count(content, said, least=0)) == 1:
+            reading.say(key, "epoch", said)
+        elif times:
+            reading.remark("changes meaning", said, times, "launcher takes steps, a time or whole epochs; left out")
     if content.get("tf32") in (True, "true"):
         reading.remark("cannot be said", "tf32", True, "launcher leaves the products of fp32 as PyTorch has them")
     if found := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):

@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.importing import defaults, lora, trainer
 from launcher.importing.reading import Reading, brief
+from launcher.importing.trainer_keys import HELD_OUT
 
 MARKS = {"finetuning_type", "cutoff_len", "lora_target", "mask_history", "neat_packing", "dataset_dir", "template", "stage"}
 ADAPTER = lora.Names(
@@ -36,7 +37,7 @@ _CHANGES: dict[str, tuple[Any, str]] = {
     "tokenized_path": (None, "launcher tokenises by itself"),
     "rope_scaling": (None, "launcher takes the model's config as it lies; set it there"),
     "resize_vocab": (False, "launcher takes tokenizer and embeddings as they lie with the model"),
-    "val_size": (0, "launcher takes no share of the training rows: write it to a file of its own and name that under data.evaluation"),
+    "val_size": (0, HELD_OUT),
 }
 """Keys that change what is learned: the value at which they do nothing, and what is nearest."""
 
@@ -82,10 +83,7 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
     if kind not in ("lora", "full"):
         text = "launcher trains the whole model, an adapter, or all but what model.freeze names; taken: the whole model"
         reading.remark("cannot be said", "finetuning_type", kind, text)
-    for key in lora.QUANTISED:
-        if content.get(key):
-            text = "launcher quantises no model; taken: the same training over the model in the plan's precision"
-            reading.remark("cannot be said", key, brief(content[key]), text)
+    lora.quantised(content, lora.QUANTISED, reading)
 
 
 def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:

@@ -90,6 +90,14 @@ def unused(content: dict[str, Any], names: Names, why: str, reading: Reading) ->
         reading.remark("ignored", ", ".join(found), None, why)
 
 
+def quantised(content: dict[str, Any], keys: tuple[str, ...], reading: Reading) -> None:
+    """Say of each key that quantises the model that launcher does not."""
+    for key in keys:
+        if content.get(key) not in (None, False, "false", "False", 0):
+            text = "launcher quantises no model; taken: the same training over the model in the plan's precision"
+            reading.remark("cannot be said", key, brief(content[key]), text)
+
+
 def words_of(value: Any) -> list[str]:
     """The words of a list, or of a text with commas or spaces between them."""
     entries = value if isinstance(value, (list, tuple)) else [] if value in (None, False) else [value]

@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.importing import defaults, lora
 from launcher.importing.reading import Reading, brief
+from launcher.importing.trainer_keys import HELD_OUT
 from launcher.job.paths import SUFFIXES
 
 DEFAULTS = defaults.TRL
@@ -94,10 +95,7 @@ def _adapter(content: dict[str, Any], has_adapter: bool, reading: Reading) -> No
         lora.read(content, ADAPTER, defaults.TRL_ADAPTER, reading)
     else:
         lora.unused(content, ADAPTER, "without use_peft TRL reads none of them", reading)
-    for key in lora.QUANTISED:
-        if content.get(key) not in (None, False, "false", 0):
-            text = "launcher quantises no model; taken: the same training over the model in the plan's precision"
-            reading.remark("cannot be said", key, brief(content[key]), text)
+    lora.quantised(content, lora.QUANTISED, reading)
 
 
 def _evaluates(content: dict[str, Any]) -> bool:
@@ -158,14 +156,9 @@ def _mixture(content: dict[str, Any], reading: Reading) -> list[str]:
         text = "a share of its rows, drawn at random; launcher takes all, or by data.train.limit the first so many"
         reading.remark("cannot be said", f"{key}.weight", first["weight"], text)
     for said, value in more.items():
-        reading.remark("cannot be said", f"{key}.{said}", brief(value), trainer_held_out())
+        reading.remark("cannot be said", f"{key}.{said}", brief(value), HELD_OUT)
     columns = first.get("columns")
     return [str(column) for column in columns] if isinstance(columns, list) else []
-
-
-def trainer_held_out() -> str:
-    """What is nearest to holding out a share of the rows."""
-    return "launcher takes no share of the training rows: write it to a file of its own and name that under data.evaluation"
 
 
 def _entries(value: Any, splits: Any, reading: Reading) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -80,8 +80,7 @@ def read(given: dict[str, str], reading: Reading) -> None:
         reading.say("cluster.requeue", False, said["no-requeue"])
     cores = as_number(given.get("cpus-per-task"))
     if cores:
-        tasks = as_number(given.get("ntasks-per-node", given.get("tasks-per-node"))) or 1
-        reading.say("cluster.cpus_per_node", int(cores * tasks), said["cpus-per-task"])
+        reading.say("cluster.cpus_per_node", int(cores) * _tasks(given, nodes), said["cpus-per-task"])
     if "array" in given:
         text = "one job here; `launcher sweep` makes an array of jobs that differ in keys"
         reading.remark("cannot be said", said["array"], given["array"], text)
@@ -92,6 +91,13 @@ def read(given: dict[str, str], reading: Reading) -> None:
     if own := [said[name] for name in given if name in _OWN and name not in ("cpus-per-task", *_GPUS)]:
         text = "launcher's own script says it: one task a node, logs in the run directory, a signal in time to save"
         reading.remark("ignored", ", ".join(own), None, text)
+
+
+def _tasks(given: dict[str, str], nodes: int | None) -> int:
+    """Tasks of each node."""
+    each = as_number(given.get("ntasks-per-node", given.get("tasks-per-node")))
+    total = as_number(given.get("ntasks"))
+    return max(1, int(each or (total or 1) // (nodes or 1)))
 
 
 def _nodes(given: dict[str, str], reading: Reading) -> int | None:
@@ -124,7 +130,7 @@ def gpus(given: dict[str, str], nodes: int | None, reading: Reading, prefix: str
         if name == "gpus":
             number = number // (nodes or 1)
         elif name == "gpus-per-task":
-            number *= int(as_number(given.get("ntasks-per-node", given.get("tasks-per-node"))) or 1)
+            number *= _tasks(given, nodes)
         if number:
             reading.say("mesh.ranks_per_node", number, prefix + name)
             reading.say("mesh.device", "cuda", prefix + name)

@@ -18,6 +18,7 @@ _COUNTS = {
     "per_device_train_batch_size": "batch.micro_batch_size",
     "gradient_accumulation_steps": "batch.accumulation_steps",
     "save_total_limit": "checkpoint.keep_last",
+    "max_train_samples": "data.train.limit",
 }
 _WORDS = {
     "model_name_or_path": "model.name",

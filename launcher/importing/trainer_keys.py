@@ -34,7 +34,7 @@ PLACES = {
     "shuffle_dataset", "padding_free", "pad_to_multiple_of", "pad_token", "eval_packing", "lazy_preprocess",
 }  # fmt: skip
 """Where and how fast it is computed, and the order of the rows, which is launcher's own: rounding apart, the same is learned."""
-_HELD_OUT = "launcher takes no share of the training rows: write it to a file of its own and name that under data.evaluation"
+HELD_OUT = "launcher takes no share of the training rows: write it to a file of its own and name that under data.evaluation"
 NEUTRAL: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0, "launcher has plain cross entropy"),
     "neftune_noise_alpha": (None, "launcher adds no noise to embeddings"),
@@ -56,9 +56,9 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "config_overrides": (None, "model.config makes another config, with weights: random"),
     "load_in_4bit": (False, "launcher quantises no model; taken: the model in the plan's precision"),
     "load_in_8bit": (False, "launcher quantises no model; taken: the model in the plan's precision"),
-    "validation_split_percentage": (None, _HELD_OUT),
-    "val_size": (0, _HELD_OUT),
-    "val_set_size": (0, _HELD_OUT),
+    "validation_split_percentage": (None, HELD_OUT),
+    "val_size": (0, HELD_OUT),
+    "val_set_size": (0, HELD_OUT),
 }
 """Keys that change what is learned: the value at which they do nothing, and what is nearest in launcher."""
 

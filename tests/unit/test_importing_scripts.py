@@ -144,6 +144,23 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     assert "seed" not in made.content["training"]  # not left out there: the shell knows it
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("--gpus=16 -N 2", {"nodes": 2, "gpus_per_node": 8}),
+        ("--gpus-per-task=1 --ntasks=8 --nodes=2", {"nodes": 2, "gpus_per_node": 4}),
+        ("--gpus-per-task=2 --ntasks-per-node=4", {"gpus_per_node": 8}),
+        ("--gpus-per-node=h100:8 -N2", {"nodes": 2, "gpus_per_node": 8, "gpu_type": "h100"}),
+        ("--nodes=2-4 --gres=gpu:8", {"nodes": "2-4", "gpus_per_node": 8}),
+        ("--gres=gpu:a100:4(S:0-1)", {"gpus_per_node": 4, "gpu_type": "a100"}),
+        ("-c 8 --ntasks-per-node=4", {"cpus_per_node": 32}),
+    ],
+)
+def test_ways_to_ask_slurm_for_gpus_and_cores(lines: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    cluster = imported(tmp_path, f"#!/bin/sh\n#SBATCH {lines}\nsrun python t.py --max_steps 1\n").content["cluster"]
+    assert {key: cluster[key] for key in expected} == expected
+
+
 def test_slurm_reads_no_directive_behind_a_command(tmp_path: Path) -> None:
     made = imported(tmp_path, "#!/bin/sh\n\n# why\n#SBATCH -p a\ncd x\n#SBATCH -p b\ntorchrun t.py\n")
     assert made.content["cluster"] == {"partition": "a"}

@@ -218,6 +218,8 @@ SAID: list[tuple[dict[str, Any], tuple[str, ...], Any]] = [
     ({"output_dir": "o", "lr_scheduler_type": "polynomial"}, ("training", "minimum_learning_rate"), 1e-7),
     ({"output_dir": "o", "lr_scheduler_type": "constant", "warmup_steps": 9}, ("training", "warmup"), 0.0),
     ({"output_dir": "o", "model_max_length": 2048}, ("data", "max_length"), 2048),
+    ({"output_dir": "o", "max_train_samples": 90}, ("data", "train", "limit"), 90),
+    (AXOLOTL | {"saves_per_epoch": 1}, ("checkpoint", "every"), "epoch"),
     (
         {"packing": False, "dataset_name": "org/d", "dataset_config": "main", "eval_strategy": "steps", "output_dir": "o"},
         ("data", "evaluation"),
