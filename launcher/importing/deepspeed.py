@@ -91,6 +91,8 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     elif "gradient_clipping" not in content:
         # Neither Accelerate nor the Trainer clips by itself where DeepSpeed runs, so that no max_grad_norm changes this.
         reading.default("training.clip_norm", DEEPSPEED_CLIPPING, "gradient_clipping")
+        text = "left out there: DeepSpeed 0.19.8 then clips at this norm; older versions clipped nothing, which is training.clip_norm: 0"
+        reading.remark("default", "gradient_clipping", DEEPSPEED_CLIPPING, text)
     _precision(content, reading)
     _zero(reading.section(content, "zero_optimization"), "zero_optimization" in content, reading)
     optimizers.deepspeed(content, reading)

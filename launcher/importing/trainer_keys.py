@@ -63,6 +63,21 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
 """Keys that change what is learned: the value at which they do nothing, and what is nearest in launcher."""
 
 
+_NEAREST = {
+    "lr": "training.learning_rate", "batch_size": "batch.global_batch_size", "train_batch_size": "batch.global_batch_size",
+    "bs": "batch.global_batch_size", "epochs": "training.epochs", "num_epochs": "training.epochs", "wd": "training.weight_decay",
+    "steps": "training.max_steps", "train_steps": "training.max_steps", "num_steps": "training.max_steps", "warmup": "training.warmup",
+    "scheduler": "training.schedule", "optimizer": "training.optimizer", "momentum": "training.momentum", "betas": "training.betas",
+    "clip_grad": "training.clip_norm", "grad_clip": "training.clip_norm", "max_norm": "training.clip_norm",
+    "grad_accum": "batch.global_batch_size", "accumulation_steps": "batch.global_batch_size", "max_len": "data.max_length",
+    "seq_len": "data.max_length", "seq_length": "data.max_length", "sequence_length": "data.max_length", "context_length": "data.max_length",
+    "model": "model.name", "model_name": "model.name", "model_path": "model.name", "data": "data.train.path", "data_path": "data.train.path",
+    "dataset": "data.train.name", "train_data": "data.train.path", "dataset_path": "data.train.path", "eval_data": "data.evaluation.path",
+    "text_column": "data.text", "max_samples": "data.train.limit", "dropout": "the model's config",
+}  # fmt: skip
+"""Names that scripts give as they like -> the key of a job that they most often mean."""
+
+
 def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
     """Say of each key that is not read whether it does nothing, or would change what is computed. What is unknown may change it.
 
@@ -76,7 +91,10 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
         text = "per_device_train_batch_size is then the batch of all ranks; write batch.global_batch_size"
         reading.remark("cannot be said", "accelerator_config.split_batches", True, text)
     for key, value in kept.items():
-        neutral, text = NEUTRAL.get(key, (None, "launcher knows no such key, and it may change what is computed; left out"))
+        unknown = "launcher knows no such key, and it may change what is computed; left out"
+        if key in _NEAREST:
+            unknown = f"a name of the script's own, and left out; where it means what it seems to, write {_NEAREST[key]}"
+        neutral, text = NEUTRAL.get(key, (None, unknown))
         if key in REPORTS or key in PLACES or (key in NEUTRAL and _same(value, neutral)):
             continue
         reading.remark("cannot be said", key, brief(value), text)

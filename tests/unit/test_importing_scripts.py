@@ -244,6 +244,13 @@ def test_of_a_file_that_is_not_here_nothing_is_known_to_be_left_out(tmp_path: Pa
     assert made.content["training"] == {"learning_rate": 1e-5}
 
 
+def test_a_scripts_own_names_are_left_out_with_the_nearest_key(tmp_path: Path) -> None:
+    made = imported(tmp_path, "torchrun --nproc_per_node 2 t.py --lr 3e-4 --epochs 2 --batch-size 8")
+    assert "training" not in made.content and "batch" not in made.content
+    found = {remark.said: remark.text for remark in made.remarks if remark.kind == "cannot be said"}
+    assert found.keys() == {"lr", "epochs", "batch_size"} and "training.learning_rate" in found["lr"]
+
+
 def test_two_trainings_are_two_jobs(tmp_path: Path) -> None:
     made = imported(tmp_path, "torchrun --nproc_per_node 2 a.py\ntorchrun --nproc_per_node 4 b.py\n")
     assert made.content["cluster"] == {"gpus_per_node": 2}

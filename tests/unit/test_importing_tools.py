@@ -130,6 +130,7 @@ def test_a_default_gives_way_to_whatever_another_file_says(tmp_path: Path) -> No
     assert made.content["training"]["schedule"] == "linear"  # the Trainer's own, where DeepSpeed's file has no scheduler
     assert "clip_norm" not in made.content["training"]  # DeepSpeed's 1.0 is launcher's too
     assert "max_grad_norm" in said(made, "conflict")
+    assert "gradient_clipping" in said(made, "default")  # older versions of DeepSpeed had another
 
 
 CANNOT: list[tuple[dict[str, Any], str]] = [
