@@ -94,12 +94,14 @@ class AdapterDefaults:
 
     rank: int | None
     alpha: float | None
+    """As a number, or, where `is_twice`, as twice the rank."""
     dropout: float
     targets: str | None
+    is_twice: bool = False
 
 
 TRL_ADAPTER = AdapterDefaults(16, 32.0, 0.05, None)  # dataclass ModelConfig
-LLAMA_FACTORY_ADAPTER = AdapterDefaults(8, None, 0.0, "all")  # hparams/finetuning_args.py; alpha is twice the rank
+LLAMA_FACTORY_ADAPTER = AdapterDefaults(8, None, 0.0, "all", is_twice=True)  # hparams/finetuning_args.py; alpha is twice the rank
 AXOLOTL_ADAPTER = AdapterDefaults(None, None, 0.0, None)  # utils/schemas/peft.py
 
 

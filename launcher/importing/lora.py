@@ -42,7 +42,7 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
     elif rank is not None:
         reading.say("model.adapter.rank", rank, names.rank)
     stabilised = bool(reading.flag(content, names.stabilised))
-    made = alpha if alpha is not None else defaults.alpha if defaults.alpha is not None else 2.0 * rank if rank else None
+    made = alpha if alpha is not None else 2.0 * rank if defaults.is_twice and rank is not None else defaults.alpha
     if made is not None and stabilised and rank:
         text = f"what is added counts alpha / sqrt(rank) times there; alpha = {made:g} x sqrt({rank}) is the same here"
         reading.remark("changes meaning", names.stabilised, True, text)

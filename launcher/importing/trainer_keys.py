@@ -70,10 +70,11 @@ _NEAREST = {
     "scheduler": "training.schedule", "optimizer": "training.optimizer", "momentum": "training.momentum", "betas": "training.betas",
     "clip_grad": "training.clip_norm", "grad_clip": "training.clip_norm", "max_norm": "training.clip_norm",
     "grad_accum": "batch.global_batch_size", "accumulation_steps": "batch.global_batch_size", "max_len": "data.max_length",
-    "seq_len": "data.max_length", "seq_length": "data.max_length", "sequence_length": "data.max_length", "context_length": "data.max_length",
-    "model": "model.name", "model_name": "model.name", "model_path": "model.name", "data": "data.train.path", "data_path": "data.train.path",
-    "dataset": "data.train.name", "train_data": "data.train.path", "dataset_path": "data.train.path", "eval_data": "data.evaluation.path",
-    "text_column": "data.text", "max_samples": "data.train.limit", "dropout": "the model's config",
+    "seq_len": "data.max_length", "seq_length": "data.max_length", "sequence_length": "data.max_length",
+    "context_length": "data.max_length", "model": "model.name", "model_name": "model.name", "model_path": "model.name",
+    "data": "data.train.path", "data_path": "data.train.path", "dataset": "data.train.name", "train_data": "data.train.path",
+    "dataset_path": "data.train.path", "eval_data": "data.evaluation.path", "text_column": "data.text", "max_samples": "data.train.limit",
+    "dropout": "the model's config",
 }  # fmt: skip
 """Names that scripts give as they like -> the key of a job that they most often mean."""
 

@@ -57,6 +57,12 @@ def test_llama_factory(tmp_path: Path) -> None:
     assert "dataset" in said(made, "fill in")
 
 
+def test_of_an_adapter_nothing_is_made_up(tmp_path: Path) -> None:
+    made = imported(tmp_path, {"output_dir": "o", "lora_r": 4, "lora_target_modules": "q_proj"})
+    assert made.content["model"]["adapter"] == {"rank": 4, "dropout": 0.0, "targets": ["q_proj"]}
+    assert "lora_alpha" in said(made, "fill in")
+
+
 def test_llama_factory_trains_an_adapter_unless_told(tmp_path: Path) -> None:
     made = imported(tmp_path, {"model_name_or_path": "m", "dataset": "a", "template": "qwen", "output_dir": "o"})
     assert made.content["model"]["adapter"] == {"rank": 8, "alpha": 16.0, "targets": "all-linear", "dropout": 0.0}
