@@ -59,14 +59,14 @@ def read_script(text: str, reading: Reading) -> None:
     _read_commands(script, reading)
     if directives := {key: value for words in script.directives for key, value in slurm.options(words)[0].items()}:
         slurm.read(directives, reading)
-    if reading.says("mesh.ranks_per_node"):
-        reading.remarks = [_counted_by_slurm(remark) for remark in reading.remarks]
+    reading.remarks = [_counted_by_slurm(remark, reading) for remark in reading.remarks]
     return None
 
 
-def _counted_by_slurm(remark: Remark) -> Remark:
+def _counted_by_slurm(remark: Remark, reading: Reading) -> Remark:
     """What the shell would fill in of numbers that `#SBATCH` lines say as well."""
-    if remark.kind != "fill in" or remark.said.removeprefix("--") not in starting.COUNTS:
+    key = starting.COUNTS.get(remark.said.removeprefix("--"))
+    if remark.kind != "fill in" or key is None or not reading.says(key):
         return remark
     return replace(remark, kind="changes meaning", text="the shell fills this in; taken: the nodes and GPUs that are asked of Slurm")
 

@@ -153,9 +153,9 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
             merged.problems.append(Problem(f"{fact.source}: {fact.said}", total, reason))
         elif steps:
             _fill(merged, "mesh.world_size", total // passes, f"{total} / ({micro} x {steps})")
-    elif micro and not total and not unknown.isdisjoint(("gradient_accumulation_steps", "per_device_train_batch_size")):
-        text = "stays open: write batch.global_batch_size, which is micro-batch x accumulation x ranks"
-        merged.remarks.append(Remark("fill in", merged.facts[_BATCH[1]].source, "gradient_accumulation_steps", "(the shell's)", text))
+    elif micro and not total and (of_shell := _shells_numbers(merged, unknown)):
+        text = "the shell's: batch.global_batch_size stays open, write it. It is micro-batch x accumulation x ranks"
+        merged.remarks.append(Remark("fill in", merged.facts[_BATCH[1]].source, "batch.global_batch_size", ", ".join(of_shell), text))
     elif micro and ranks and not total:
         _fill(merged, _BATCH[0], micro * (steps or 1) * ranks, f"{micro} x {steps or 1} x {ranks} (micro-batch x accumulation x ranks)")
     elif total and micro and ranks and steps and micro * steps * ranks != total:
@@ -176,6 +176,13 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
         fact = merged.facts["mesh.world_size"]
         reason = f"does not divide over {nodes} nodes; the nearest that does: {_near(ranks, nodes)}"
         merged.problems.append(Problem(f"{fact.source}: {fact.said}", ranks, reason))
+
+
+def _shells_numbers(merged: Merged, unknown: set[str]) -> list[str]:
+    """The numbers without which nothing can be made of a micro-batch, where the shell alone knows them."""
+    of_batch = ["gradient_accumulation_steps", "per_device_train_batch_size"]
+    of_nodes = [] if "mesh.nodes" in merged.facts else ["num_machines", "nnodes", "num_nodes"]
+    return [name for name in (*of_batch, *of_nodes) if name in unknown]
 
 
 def _count_ranks(merged: Merged) -> None:

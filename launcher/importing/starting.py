@@ -27,8 +27,11 @@ PLACES = {
     "master_addr", "master_port", "local_addr", "gpu_ids", "output_dir", "logging_dir", "run_name", "cache_dir", "local_rank", "log_dir",
 }  # fmt: skip
 """Arguments that say where, and change nothing of what is computed."""
-COUNTS = ("num_processes", "num_machines", "nnodes", "nproc_per_node", "num_nodes", "num_gpus")
-"""Arguments that say how many nodes and ranks, which `#SBATCH` lines say too."""
+COUNTS = {
+    **dict.fromkeys(("num_machines", "nnodes", "num_nodes"), "mesh.nodes"),
+    **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus"), "mesh.ranks_per_node"),
+}
+"""Arguments that say how many nodes and ranks -> where it is kept what `#SBATCH` lines say of them."""
 _SHORT = {"H": "hostfile", "i": "include", "e": "exclude", "r": "redirects", "t": "tee"}
 
 

@@ -205,6 +205,9 @@ def test_the_shells_own_numbers_make_no_batch(tmp_path: Path) -> None:
     made = imported(tmp_path, text)
     assert made.content["batch"] == {"micro_batch_size": 4}
     assert remarked(made)["--gradient_accumulation_steps"] == "fill in"
+    made = imported(tmp_path, "torchrun --nnodes $N --nproc_per_node 2 t.py --output_dir o --per_device_train_batch_size 4")
+    assert made.content["batch"] == {"micro_batch_size": 4} and made.content["cluster"] == {"gpus_per_node": 2}
+    assert remarked(made)["--nnodes"] == "fill in"
 
 
 def test_a_file_of_hosts(tmp_path: Path) -> None:
