@@ -17,14 +17,15 @@ def import_(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE...", help="DeepSpeed JSON, Accelerate YAML, TrainingArguments JSON, a script; a command line stands after --."
+            metavar="FILE...",
+            help="A file of DeepSpeed, Accelerate, the Trainer, TRL, LLaMA-Factory or axolotl, or a script; a command line after --.",
         ),
     ] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option("--out", metavar="JOB", help="The job file to write; printed where it is left out.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a job file of a DeepSpeed, Accelerate or Trainer configuration."""
+    """Make a job file of another tool's configuration or script."""
     from dataclasses import asdict
 
     from launcher.importing.job import import_files
@@ -43,7 +44,7 @@ def import_(
         return print_json({"job": made.content, "remarks": [asdict(remark) for remark in made.remarks]})
     if out is None:
         typer.echo(made.text)
-    for kind in ("conflict", "changes meaning", "cannot be said", "chosen", "ignored", "fill in"):
+    for kind in ("conflict", "cannot be said", "changes meaning", "default", "chosen", "ignored", "fill in"):
         found = [remark for remark in made.remarks if remark.kind == kind]
         if found:
             typer.echo(f"{kind}:", err=out is None)
@@ -59,9 +60,12 @@ def import_(
     return None
 
 
+_PROGRAMS = ("accelerate", "accelerate-launch", "torchrun", "deepspeed", "llamafactory-cli", "axolotl", "trl", "srun", "bash", "sh", "env")
+
+
 def _parted(files: list[str]) -> tuple[list[Path], list[str]]:
     """Files, and the words of a command line, which begin at the program's name."""
     for index, word in enumerate(files):
-        if Path(word).name in ("accelerate", "torchrun", "deepspeed", "srun") or Path(word).name.startswith("python"):
+        if Path(word).name in _PROGRAMS or Path(word).name.startswith("python"):
             return [Path(name) for name in files[:index]], files[index:]
     return [Path(name) for name in files], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.importing.defaults import ACCELERATE
 from launcher.importing.reading import Reading, brief
 
 _STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
@@ -55,14 +56,16 @@ _FSDP_ALWAYS = {
 }
 
 
-def read(content: dict[str, Any], reading: Reading) -> None:
-    """Say what an Accelerate YAML says."""
+def read(content: dict[str, Any], reading: Reading, has_own_precision: bool = False) -> None:
+    """Say what an Accelerate YAML says; `has_own_precision` where it stands in a file that says the precision by keys of its own."""
     kind = (reading.word(content, "distributed_type") or "NO").upper()
     if brief(content.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         value = content["compute_environment"]
         reading.remark("cannot be said", "compute_environment", brief(value), "launcher runs on machines of its own or under Slurm")
     _engine(kind, content, reading)
     places(content, reading, kind)
+    if not has_own_precision:
+        ACCELERATE.apply(reading)
 
 
 def places(content: dict[str, Any], reading: Reading, kind: str = "") -> None:
@@ -100,7 +103,8 @@ def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> No
     """FSDP1's words and FSDP2's; the prefix `fsdp_` may be left out."""
     fsdp = {key.removeprefix("fsdp_"): value for key, value in fsdp.items()}
     prefix = "fsdp_config.fsdp_"
-    version = reading.count(fsdp, "version", prefix) or 1
+    is_second = isinstance(fsdp.get("reshard_after_forward"), bool)  # only FSDP2 takes true or false there
+    version = reading.count(fsdp, "version", prefix) or (2 if is_second else 1)
     if version > 2:
         reading.refuse(f"{prefix}version", version, "write 1 or 2")
     reading.say("engine", "fsdp", "distributed_type")
@@ -190,7 +194,13 @@ def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
             path = section.get(f"offload_{part}_nvme_path")
             zero[f"offload_{part}"] = {"device": device, **({} if path in (None, "none") else {"nvme_path": path})}
     keys = ("gradient_accumulation_steps", "gradient_clipping")
-    made = {"bf16": {"enabled": "auto"}, "zero_optimization": zero, **{key: section[key] for key in keys if section.get(key) is not None}}
+    # Accelerate's own file for DeepSpeed says `auto` of what is left out, and clips at 1, or where the Trainer does.
+    made = {
+        "bf16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "zero_optimization": zero,
+        **{key: section[key] for key in keys if section.get(key) is not None},
+    }
     inner = Reading(reading.source)
     deepspeed.read(made, inner)
     reading.facts += [fact for fact in inner.facts if fact.key != "engine"]

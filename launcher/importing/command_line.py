@@ -1,190 +1,243 @@
-"""A command line (`accelerate launch`, `torchrun`, `deepspeed`, `python`) taken apart; nothing of it is executed."""
+"""A command line (`accelerate launch`, `torchrun`, `deepspeed`, `python` and their like) taken apart; nothing of it is executed."""
 
 from __future__ import annotations
 
 import re
-import shlex
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from launcher.importing import accelerate, trainer
-from launcher.importing.reading import Reading
+from launcher.importing import axolotl, llama_factory, shell, slurm, starting, trainer
+from launcher.importing.reading import Reading, Remark
 
-_SWITCHES = {
-    "multi_gpu", "use_fsdp", "use_deepspeed", "use_megatron_lm", "cpu", "tpu", "module", "m", "no_python", "debug", "quiet", "same_network",
-    "standalone", "no_ssh", "force_multi", "enable_cpu_affinity", "use_mps_device", "use_parallelism_config", "no_local_rank",
-    "run_path", "enable_elastic_training", "save_pid", "bind_cores_to_rank", "q", "tpu_cluster", "dynamo_use_fullgraph",
-    "dynamo_use_dynamic", "dynamo_use_regional_compilation",
+STARTERS = ("accelerate-launch", "accelerate", "torchrun", "deepspeed", "llamafactory-cli", "axolotl", "trl", "python")
+_NO_WRAPPERS = {
+    "echo", "printf", "which", "type", "module", "ml", "pip", "pip3", "source", ".", "cd", "ls", "git", "apt", "apt-get", "grep", "kill",
+    "pkill", "killall", "rm", "mkdir", "cp", "mv", "ln", "find", "test", "[", "[[", "set", "alias", "trap", "wait", "sleep", "cat", "tee",
+    "hash", "command", "unset", "scontrol", "curl", "wget", "sed", "awk", "chmod", "pyenv", "brew",
 }  # fmt: skip
-"""Flags of the launchers that take no value."""
-_TORCHRUN = {
-    "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "max_restarts", "monitor_interval", "start_method",
-    "role", "log_dir", "node_rank", "master_addr", "master_port", "local_addr", "redirects", "tee", "hostfile", "include", "exclude",
-    "num_nodes", "num_gpus", "num_cpu_threads_per_process", "launcher", "launcher_args", "deepspeed_multinode_launcher",
-}  # fmt: skip
-_STARTERS = ("accelerate", "torchrun", "deepspeed", "python", "accelerate-launch")
+"""Programs that start no other, whatever words follow."""
+_WITH_RUN = ("conda", "mamba", "micromamba", "uv", "poetry", "pixi", "pdm", "hatch", "docker", "podman")
+"""Programs that start another by `run` or `exec` alone."""
+_BY_NAME = {"accelerate": ("launch",), "llamafactory-cli": ("train",), "axolotl": ("train",)}
+"""Programs whose first word says that they train. TRL's is the method."""
+_STARTING_MODULES = {
+    "torch.distributed.run": "torchrun",
+    "torch.distributed.launch": "torchrun",
+    "accelerate.commands.launch": "accelerate-launch",
+    "axolotl.cli.train": "axolotl",
+    "llamafactory.cli": "llamafactory-cli",
+}
+_OTHER_MODULES = ("pip", "venv", "ensurepip", "http.server", "json.tool", "ipykernel", "site", "build", "pytest")
+_OTHER_LOSSES = re.compile(r"(?:^|_)(dpo|orpo|kto|ppo|grpo|rloo|reward|reward_modeling|rm|gkd|cpo|simpo|xpo)$", re.IGNORECASE)
 
 
-def split(text: str, reading: Reading) -> list[str]:
-    """The words of the first line of a script that starts a training; empty, with a problem, where there is none."""
-    joined = re.sub(r"\\\r?\n", " ", text)
-    for line in joined.splitlines():
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            if any(starter in line for starter in _STARTERS):
-                reading.refuse("command line", line.strip(), f"cannot be split into words: {error}")
-                return []
-            continue
-        words = words[_begin(words) :] if words else []
-        if words and _starter(words):
-            return words
-    reading.refuse("command line", None, f"no line here starts a training; one begins with {', '.join(_STARTERS)}")
-    return []
+@dataclass(frozen=True)
+class Training:
+    """A command that starts a training."""
+
+    starter: str
+    words: list[str]
+    """What follows the program: its flags, the script, the script's arguments."""
+    before: list[str]
+    """What stands before it, as `srun -N 2`."""
+    rank: int
+    """How sure that is: 2 a launcher, 1 Python with a Trainer's arguments, 0 Python."""
+
+    def __str__(self) -> str:
+        return " ".join([self.starter, *self.words])[:80]
 
 
-def _begin(words: list[str]) -> int:
-    """Where the program is, behind `srun ...`, `exec` and assignments."""
-    for index, word in enumerate(words):
-        if _starter([word]):
-            return index
-    return 0
+def read_script(text: str, reading: Reading) -> None:
+    """Say what a script says: its `#SBATCH` lines, and the one command in it that starts a training."""
+    try:
+        script = shell.parse(text)
+    except ValueError as error:
+        return reading.refuse("command line", None, f"cannot be split into words: {error}")
+    for name, default in script.variables.chosen.items():
+        reading.remark("chosen", name, default[:40], "the script's own default, which its environment may change")
+    _read_commands(script, reading)
+    if directives := {key: value for words in script.directives for key, value in slurm.options(words)[0].items()}:
+        slurm.read(directives, reading)
+    reading.remarks = [_counted_by_slurm(remark, reading) for remark in reading.remarks]
+    return None
 
 
-def _starter(words: list[str]) -> str:
-    name = PurePath(words[0]).name
-    return next(
-        (starter for starter in ("accelerate-launch", *_STARTERS) if name == starter or re.fullmatch(rf"{starter}[\d.]*", name)), ""
-    )
+def _counted_by_slurm(remark: Remark, reading: Reading) -> Remark:
+    """What the shell would fill in of numbers that `#SBATCH` lines say as well."""
+    key = starting.COUNTS.get(remark.said.removeprefix("--"))
+    if remark.kind != "fill in" or key is None or not reading.says(key):
+        return remark
+    return replace(remark, kind="changes meaning", text="the shell fills this in; taken: the nodes and GPUs that are asked of Slurm")
 
 
 def read(words: list[str], reading: Reading) -> None:
-    """Say what a command line says: the launcher's flags, then the script's."""
-    if not words:
-        return
-    starter, rest = _starter(words), words[1:]
-    if starter == "accelerate" and rest[:1] == ["launch"]:
-        starter, rest = "accelerate-launch", rest[1:]
-    if starter == "python":
-        rest = rest[1:] if rest[:1] == ["-u"] else rest
-        if rest[:2] == ["-m", "torch.distributed.run"] or rest[:2] == ["-m", "torch.distributed.launch"]:
-            starter, rest = "torchrun", rest[2:]
-        elif rest[:2] == ["-m", "accelerate.commands.launch"]:
-            starter, rest = "accelerate-launch", rest[2:]
-    flags, script = _launcher_flags(rest, starter)
-    if starter == "accelerate-launch":
-        _accelerate(flags, reading)
-    elif starter in ("torchrun", "deepspeed"):
-        _ranks(flags, starter, reading)
-    if script:
-        reading.remark("ignored", "script", script[0], "launcher brings its own loop; `launcher run --script` would start yours")
-        trainer.read(_without_variables(_script_arguments(script[1:]), reading), reading)
+    """Say what a command line says, written in words."""
+    script = shell.Script()
+    shell.take(words, script)
+    _read_commands(script, reading)
 
 
-def _launcher_flags(words: list[str], starter: str) -> tuple[dict[str, Any], list[str]]:
-    """The launcher's own flags, and what follows: the script and its arguments."""
-    flags: dict[str, Any] = {}
+def _read_commands(script: shell.Script, reading: Reading) -> None:
+    found = [training for words in script.commands if (training := _training(words)) is not None]
+    best = max((training.rank for training in found), default=0)
+    found = [training for training in found if training.rank == best]
+    if not found:
+        return reading.refuse("command line", None, _nothing(script))
+    for other in found[1:]:
+        text = f"starts a training too, and one job is one training; taken: {found[0]}"
+        reading.remark("cannot be said", "command", str(other), text)
+    _read(found[0], reading)
+    for index, word in enumerate(found[0].before):
+        if PurePath(word).name == "srun":
+            slurm.of_srun(found[0].before[index + 1 :], reading)
+    return None
+
+
+def _nothing(script: shell.Script) -> str:
+    """Why no command of a script is taken."""
+    starters = f"one begins with {', '.join(STARTERS)}"
+    for words in script.commands:
+        variable = next((word for word in words if word.startswith("$")), None)
+        if PurePath(words[0]).name in ("srun", "eval", "exec", "mpirun") and variable is not None:
+            text = f"`{' '.join(words)[:60]}` runs what is in {variable}, which the script does not set"
+            return f"{text}; write the command after --: launcher import -- torchrun ..."
+        called = next((word for word in words[:6] if word.endswith((".sh", ".sbatch", ".slurm"))), None)
+        if called is not None and PurePath(words[0]).name not in _NO_WRAPPERS:
+            return f"no line here starts a training, but {called} is called: import that"
+    return f"no line here starts a training; {starters}"
+
+
+def _training(words: list[str]) -> Training | None:
+    """The training that a command starts, behind srun and its like; None where it starts none."""
+    program = PurePath(words[0]).name
+    if program in _NO_WRAPPERS or (program in _WITH_RUN and not {"run", "exec"} & set(words[1:4])):
+        return None
+    for index, word in enumerate(words):
+        starter, rest = _starter(word), words[index + 1 :]
+        if starter == "python":
+            return _of_python(rest, words[:index])
+        if starter in _BY_NAME:
+            if rest[:1] and rest[0] in _BY_NAME[starter]:
+                return Training("accelerate-launch" if starter == "accelerate" else starter, rest[1:], words[:index], 2)
+        elif starter and rest and (starter != "trl" or rest[0] == "sft" or _OTHER_LOSSES.search(rest[0])):
+            return Training(starter, rest, words[:index], 2)
+    return None
+
+
+def _starter(word: str) -> str:
+    name = PurePath(word).name
+    return next((starter for starter in STARTERS if name == starter or re.fullmatch(rf"{starter}[\d.]*", name)), "")
+
+
+def _of_python(words: list[str], before: list[str]) -> Training | None:
+    """`python -m MODULE` and `python SCRIPT`, where they may be a training."""
     index = 0
-    while index < len(words) and words[index].startswith("-") and len(words[index]) > 1:
-        name, equals, value = words[index].lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        if equals:
-            flags[name] = value
-        elif name in _SWITCHES or (starter == "python" and name != "m"):
-            flags[name] = True
-        elif index + 1 < len(words):
-            index += 1
-            flags[name] = words[index]
-        index += 1
-    return flags, words[index:]
+    while index < len(words) and words[index].startswith("-") and words[index] not in ("-m", "-c"):
+        index += 2 if words[index] in ("-W", "-X") else 1
+    target = words[index : index + 2]
+    if target[:1] == ["-m"] and len(target) == 2:
+        if target[1] in _STARTING_MODULES:
+            rest = words[index + 2 :]
+            starter = _STARTING_MODULES[target[1]]
+            return Training(starter, rest[1:] if starter == "llamafactory-cli" and rest[:1] == ["train"] else rest, before, 2)
+        if target[1].partition(".")[0] in _OTHER_MODULES or target[1] in _OTHER_MODULES:
+            return None
+        words = words[index + 1 :]
+    elif not target or target[0] == "-c" or not re.search(r"\.py$|\$", target[0]):
+        return None
+    else:
+        words = words[index:]
+    known = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return Training("python", words, before, 1 if known & (trainer.MARKS | trainer.READ | {"config"}) else 0)
 
 
-def _script_arguments(words: list[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value`, `--name` (true), `--name a b` (a list); words that belong to no name are left out."""
-    found: dict[str, Any] = {}
+def _read(training: Training, reading: Reading) -> None:
+    """Say what the launcher's flags say, then the script's arguments and the files that they name."""
+    starter, words = training.starter, training.words
+    script, is_sft = "", starter == "trl"
+    if starter in ("accelerate-launch", "torchrun", "deepspeed"):
+        flags, words = starting.flags_of(words)
+        {"accelerate-launch": starting.of_accelerate, "torchrun": starting.of_torchrun, "deepspeed": starting.of_deepspeed}[starter](
+            flags, reading
+        )
+    if starter == "axolotl" and "--" in words:  # what the launcher under it gets
+        flags, _ = starting.flags_of(words[words.index("--") + 1 :])
+        words = words[: words.index("--")]
+        way = starting.of_torchrun if "torchrun" in words else starting.of_accelerate
+        way(flags, reading)
+        words = [word for word in words if word not in ("--launcher", "torchrun", "accelerate")]
+    if starter not in ("axolotl", "llamafactory-cli") and words:
+        script, words = words[0], words[1:]
+    starter = _STARTING_MODULES.get(script, starter)
+    stem = PurePath(script).stem
+    if _OTHER_LOSSES.search(stem) is not None:
+        text = "learns by another loss than cross entropy, which is all launcher has; the nearest is supervised fine-tuning"
+        return reading.refuse("script", script, text)
+    if script and not is_sft:
+        reading.remark("ignored", "script", script, "launcher brings its own loop; `launcher run --script` would start yours")
+    _arguments(words, is_sft or re.search(r"(?:^|_)sft$", stem) is not None, starter, script, reading)
+    return None
+
+
+def _arguments(words: list[str], is_sft: bool, starter: str, script: str, reading: Reading) -> None:
+    """Say what a script's arguments say; beside a file that they name they stand in place of its keys."""
+    named, positional = _split(words)
+    file = ""
+    for word in [*positional, *(str(named.pop(key)) for key in ("config", "config_yaml") if _is_file(str(named.get(key))))]:
+        key, equals, value = word.partition("=")
+        if equals and starter == "llamafactory-cli":
+            named[key] = value
+        elif "$" in word:
+            text = "the shell fills this in; nothing is executed here, so what stands in it is not read: import the file that it names too"
+            reading.remark("fill in", "(an argument)", word[:60], text)
+            reading.is_partial = True
+        elif _is_file(word) and not file:
+            file = word
+        else:
+            reading.remark("cannot be said", "(an argument)", word[:60], "launcher knows no argument without a name")
+    content = starting.without_variables(named, reading)
+    reading.is_partial |= not {"config", "config_yaml"}.isdisjoint(reading.unknown)
+    if file:
+        reading.follow.append(file)
+        reading.overrides[file] = (content, is_sft)
+    else:
+        read_arguments(content, is_sft, starter, reading)
+        if script and not reading.tool:
+            text = "its own defaults are not known here: where no argument says them, launcher's stand (launcher validate shows the job)"
+            reading.remark("fill in", "script", script, text)
+
+
+def read_arguments(content: dict[str, Any], is_sft: bool, starter: str, reading: Reading) -> None:
+    """Say what arguments by name say, as the tool reads them that they are for."""
+    if starter == "llamafactory-cli" or {"finetuning_type", "cutoff_len", "template"} & content.keys():
+        llama_factory.read(content, reading)
+    elif starter == "axolotl" or "base_model" in content:
+        axolotl.read(content, reading)
+    else:
+        # transformers' own parser has `--no_NAME` for what is true by default.
+        off = {key.removeprefix("no_"): False for key in content if key.startswith("no_") and content[key] is True and key != "no_cuda"}
+        trainer.read({key: value for key, value in content.items() if key.removeprefix("no_") not in off} | off, reading, is_sft)
+
+
+def _is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml", ".json")) and "$" not in word
+
+
+def _split(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`--name value`, `--name=value`, `--name` (true), `--name a b` (a list); and the words before the first name."""
+    named: dict[str, Any] = {}
+    positional: list[str] = []
     name = ""
     for word in words:
         if re.match(r"--?[A-Za-z]", word):
             name, equals, value = word.lstrip("-").partition("=")
             name = name.replace("-", "_")
-            found[name] = value if equals else True
+            named[name] = value if equals else True
             name = "" if equals else name
         elif name:
-            before = found[name]
-            found[name] = word if before is True else [*before, word] if isinstance(before, list) else [before, word]
-    return found
-
-
-def _without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """Values that the shell would have filled in are not known here."""
-    kept = {}
-    for key, value in arguments.items():
-        text = " ".join(value) if isinstance(value, list) else str(value)
-        if "$" in text or "`" in text:
-            reading.remark(
-                "fill in", f"--{key}", text[:40], "the shell fills this in; nothing is executed here, so write the value yourself"
-            )
+            before = named[name]
+            named[name] = word if before is True else [*before, word] if isinstance(before, list) else [before, word]
         else:
-            kept[key] = value
-    return kept
-
-
-def _accelerate(flags: dict[str, Any], reading: Reading) -> None:
-    """`accelerate launch` flags are the keys of its YAML, in other places."""
-    flags = _without_variables(flags, reading)
-    content: dict[str, Any] = {}
-    if (file := flags.pop("config_file", None)) is not None:
-        reading.follow.append(str(file))
-    for switch, kind in (
-        ("use_fsdp", "FSDP"),
-        ("use_deepspeed", "DEEPSPEED"),
-        ("use_megatron_lm", "MEGATRON_LM"),
-        ("multi_gpu", "MULTI_GPU"),
-    ):
-        if flags.pop(switch, None):
-            content["distributed_type"] = kind
-    if flags.pop("cpu", None):
-        content["use_cpu"] = True
-    fsdp, deepspeed, parallel = {}, {}, {}
-    for key, value in flags.items():
-        if key.startswith("fsdp_"):
-            fsdp[key] = value
-        elif key in ("zero_stage", "gradient_accumulation_steps", "gradient_clipping") or key.startswith(
-            ("offload_", "deepspeed_", "zero3_")
-        ):
-            deepspeed[key] = value
-        elif key.startswith("parallelism_config_"):
-            parallel[key] = value
-        elif key == "dynamo_backend":
-            content["dynamo_config"] = {"dynamo_backend": value}
-        elif key not in ("module", "m", "no_python", "quiet", *_TORCHRUN):
-            content[key] = value
-    if "distributed_type" not in content and (fsdp or deepspeed) and file is None:
-        content["distributed_type"] = "NO"
-    content |= {
-        name: made for name, made in (("fsdp_config", fsdp), ("deepspeed_config", deepspeed), ("parallelism_config", parallel)) if made
-    }
-    if "distributed_type" in content:
-        accelerate.read(content, reading)
-    else:
-        accelerate.places(content, reading)
-
-
-def _ranks(flags: dict[str, Any], starter: str, reading: Reading) -> None:
-    """torchrun's and deepspeed's own flags: how many nodes and ranks."""
-    flags = _without_variables(flags, reading)
-    per_node, several = ("nproc_per_node", "nnodes") if starter == "torchrun" else ("num_gpus", "num_nodes")
-    if ":" in str(flags.get(several, "")):
-        reading.remark("cannot be said", several, flags[several], "launcher has a fixed number of nodes; taken: the largest")
-        flags[several] = str(flags[several]).rpartition(":")[2]
-    if flags.get(per_node) in ("gpu", "auto", "cpu"):
-        reading.remark("changes meaning", per_node, flags.pop(per_node), "left to `launcher plan`, which counts the GPUs")
-    nodes = reading.count(flags, several)
-    ranks = reading.count(flags, per_node)
-    if nodes is not None:
-        reading.say("mesh.nodes", nodes, several)
-    if ranks is not None:
-        reading.say("mesh.world_size", ranks * (nodes or 1), per_node)
-    if rest := [key for key in flags if key not in (per_node, several)]:
-        text = f"how {starter} starts processes; launcher finds its own ports, and Slurm's nodes"
-        reading.remark("ignored", ", ".join(rest), None, text)
+            positional.append(word)
+    return named, positional

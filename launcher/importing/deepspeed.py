@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.importing import optimizers
+from launcher.importing.defaults import DEEPSPEED_CLIPPING
 from launcher.importing.reading import Reading, as_number, brief
 
 _STAGES = {0: "none", 1: "optimizer", 2: "gradients", 3: "full"}
@@ -87,6 +88,11 @@ def read(content: dict[str, Any], reading: Reading) -> None:
             reading.say(key, count, said)
     if (clip := reading.number(content, "gradient_clipping")) is not None:
         reading.say("training.clip_norm", clip, "gradient_clipping")
+    elif "gradient_clipping" not in content:
+        # Neither Accelerate nor the Trainer clips by itself where DeepSpeed runs, so that no max_grad_norm changes this.
+        reading.default("training.clip_norm", DEEPSPEED_CLIPPING, "gradient_clipping")
+        text = "left out there: DeepSpeed 0.19.8 then clips at this norm; older versions clipped nothing, which is training.clip_norm: 0"
+        reading.remark("default", "gradient_clipping", DEEPSPEED_CLIPPING, text)
     _precision(content, reading)
     _zero(reading.section(content, "zero_optimization"), "zero_optimization" in content, reading)
     optimizers.deepspeed(content, reading)

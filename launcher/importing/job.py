@@ -13,6 +13,7 @@ from launcher.importing import command_line, files
 from launcher.importing.merge import JOB_KEYS, MODEL, TRAIN, job_content, merge
 from launcher.importing.reading import Reading, Remark
 from launcher.job.load import validate, without
+from launcher.job.schema import Training
 
 COMMAND = "command line"
 
@@ -64,13 +65,22 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
                 content["model"]["name"] if content["model"]["name"] == MODEL else None,
                 "the model's directory or its name on the hub",
             ),
-            ("data.train", TRAIN if content["data"]["train"] == {"path": TRAIN} else None, "the rows to learn from"),
+            ("data.train", TRAIN if content["data"]["train"].get("path") == TRAIN else None, "the rows to learn from"),
             ("data", _columns(content["data"]), "which columns are what: text, or prompt and completion, or messages, or text and label"),
         )
         if value is not None
     ]
-    remarks = (*merged.remarks, *placeholders)
+    remarks = (*merged.remarks, *placeholders, *_left_to_launcher(merged.facts))
     return Imported(content, _text(content, readings), remarks)
+
+
+def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
+    """What no file says of a training: launcher's own defaults, which are hardly those of the script."""
+    names = {key: Training.model_fields[key].default for key in ("learning_rate", "schedule", "warmup")}
+    left = [f"{key} {value}" for key, value in names.items() if f"training.{key}" not in facts]
+    left += [] if {"training.epochs", "training.max_steps"} & facts.keys() else ["epochs 1"]
+    text = "no file says these: launcher's own defaults stand, so write what the source has"
+    return [Remark("fill in", "(no file)", "training", ", ".join(left), text)] if left else []
 
 
 def _columns(data: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from launcher.errors import Problem
+from launcher.importing.defaults import differs
 from launcher.importing.files import WINNERS
 from launcher.importing.reading import Fact, Reading, Remark
 
@@ -41,28 +42,78 @@ class Merged:
         return self.facts[key].value if key in self.facts else None
 
     def values(self) -> dict[str, Any]:
-        """Plan key -> value."""
-        return {key: fact.value for key, fact in self.facts.items()}
+        """Plan key -> value, of what a file says itself."""
+        return {key: fact.value for key, fact in self.facts.items() if not fact.is_default}
 
 
 def merge(readings: list[Reading]) -> Merged:
     """One value for each key; where files differ, the reason why one won. Batch and ranks are made to agree."""
     merged = Merged()
-    by_rank = list(WINNERS.values())
+    by_rank, ranks = list(WINNERS.values()), {reading.source: reading.rank for reading in readings}
     ordered = sorted(readings, key=lambda reading: reading.rank)
     engine = next((fact.value for reading in ordered for fact in reading.facts if fact.key == "engine"), None)
+    defaults: list[tuple[Reading, Fact]] = []
     for reading in ordered:
         merged.remarks += reading.all_remarks()
         merged.problems += reading.problems
         for fact in _of_engine(reading, engine, merged):
+            if fact.is_default:
+                defaults.append((reading, fact))
+                continue
             first = merged.facts.setdefault(fact.key, fact)
             if not _same(first.value, fact.value):
-                winner = next(other.rank for other in readings if other.source == first.source)
-                reason = by_rank[winner] if first.source != fact.source else "it comes first"
+                winner = ranks[first.source]
+                reason = by_rank[winner] if winner != reading.rank else "it comes first"
                 text = f"{first.said} in {first.source} says {first.value}, which won: {reason}"
                 merged.remarks.append(Remark("conflict", fact.source, fact.said, fact.value, text))
-    _agree(merged)
+    _end_once(merged)
+    is_open = any(reading.lacks_engine for reading in readings)
+    _take_defaults([pair for pair in defaults if not is_open or pair[1].key not in ("precision", "training.clip_norm")], merged)
+    _agree(merged, set().union(*(reading.unknown for reading in readings)))
     return merged
+
+
+def _end_once(merged: Merged) -> None:
+    """Epochs go before the length of DeepSpeed's schedule: it says when the rate has fallen, not when the run ends."""
+    fact = merged.facts.get("training.max_steps")
+    if fact is not None and fact.said.startswith("scheduler.") and "training.epochs" in merged.facts:
+        del merged.facts["training.max_steps"]
+        text = "launcher's schedule ends with the run, whose epochs are said; taken: the epochs"
+        merged.remarks.append(Remark("cannot be said", fact.source, fact.said, fact.value, text))
+
+
+def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None:
+    """Fill what no file says with what the tools take there: the Trainer's and its like before the engines'.
+
+    Clipping is DeepSpeed's own wherever it runs: neither Accelerate nor the Trainer clips then (transformers 5.23, accelerate 1.15).
+    """
+    said = set(merged.facts)
+    for _, fact in sorted(defaults, key=lambda pair: _ENGINES_LAST[pair[0].rank]):
+        if fact.key == "training.clip_norm" and fact.said == "gradient_clipping":
+            first = merged.facts.get(fact.key)
+            if first is not None and not _same(first.value, fact.value):
+                text = f"{fact.source} leaves gradient_clipping out: DeepSpeed then clips at {fact.value}, whatever is said here"
+                merged.remarks.append(Remark("conflict", first.source, first.said, first.value, text))
+            merged.facts[fact.key] = fact
+        elif _OTHERWISE.get(fact.key) not in said:
+            merged.facts.setdefault(fact.key, fact)
+    tools = {reading.source: reading.tool for reading, _ in defaults}
+    for source, tool in tools.items():
+        own = [fact for fact in merged.facts.values() if fact.is_default and fact.source == source and differs(fact)]
+        if own:
+            names, values = ", ".join(fact.said for fact in own), ", ".join(str(fact.value) for fact in own)
+            text = f"left out there: what {tool} then takes, written out since launcher's own defaults are others"
+            merged.remarks.append(Remark("default", source, names, values, text))
+
+
+_OTHERWISE = {
+    "batch.micro_batch_size": "batch.global_batch_size",
+    "batch.accumulation_steps": "batch.global_batch_size",
+    "training.epochs": "training.max_steps",
+}
+"""A default of the first is of no use where the second is said."""
+_ENGINES_LAST = {0: 0, 1: 2, 2: 1, 3: 3}
+"""A command line and the Trainer's arguments say how a script trains; DeepSpeed's file and Accelerate's follow."""
 
 
 def _of_engine(reading: Reading, engine: str | None, merged: Merged) -> list[Fact]:
@@ -87,8 +138,12 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _agree(merged: Merged) -> None:
-    """global = micro x accumulation x ranks: what is missing is filled in, what does not fit is said."""
+def _agree(merged: Merged, unknown: set[str]) -> None:
+    """global = micro x accumulation x ranks: what is missing is filled in, what does not fit is said.
+
+    Nothing is made of numbers that the shell alone knows, which are `unknown`.
+    """
+    _count_ranks(merged)
     total, micro, steps, ranks = (merged.value(key) for key in _BATCH)
     if total and micro and not ranks:
         passes = micro * (steps or 1)
@@ -98,6 +153,9 @@ def _agree(merged: Merged) -> None:
             merged.problems.append(Problem(f"{fact.source}: {fact.said}", total, reason))
         elif steps:
             _fill(merged, "mesh.world_size", total // passes, f"{total} / ({micro} x {steps})")
+    elif micro and not total and (of_shell := _shells_numbers(merged, unknown)):
+        text = "the shell's: batch.global_batch_size stays open, write it. It is micro-batch x accumulation x ranks"
+        merged.remarks.append(Remark("fill in", merged.facts[_BATCH[1]].source, "batch.global_batch_size", ", ".join(of_shell), text))
     elif micro and ranks and not total:
         _fill(merged, _BATCH[0], micro * (steps or 1) * ranks, f"{micro} x {steps or 1} x {ranks} (micro-batch x accumulation x ranks)")
     elif total and micro and ranks and steps and micro * steps * ranks != total:
@@ -120,6 +178,25 @@ def _agree(merged: Merged) -> None:
         merged.problems.append(Problem(f"{fact.source}: {fact.said}", ranks, reason))
 
 
+def _shells_numbers(merged: Merged, unknown: set[str]) -> list[str]:
+    """The numbers without which nothing can be made of a micro-batch, where the shell alone knows them."""
+    of_batch = ["gradient_accumulation_steps", "per_device_train_batch_size"]
+    of_nodes = [] if "mesh.nodes" in merged.facts else ["num_machines", "nnodes", "num_nodes"]
+    return [name for name in (*of_batch, *of_nodes) if name in unknown]
+
+
+def _count_ranks(merged: Merged) -> None:
+    """Ranks of all nodes, where a file says those of one."""
+    each = merged.facts.get("mesh.ranks_per_node")
+    if each is None:
+        return
+    nodes = merged.value("mesh.nodes") or 1
+    total = merged.facts.setdefault("mesh.world_size", Fact("mesh.world_size", each.value * nodes, each.source, each.said))
+    if total.value != each.value * nodes:
+        text = f"{total.said} in {total.source} says {total.value} ranks, which won; {each.value} on each of {nodes} nodes would be others"
+        merged.remarks.append(Remark("conflict", each.source, each.said, each.value, text))
+
+
 def _near(value: int, unit: int) -> int:
     return max(unit, round(value / unit) * unit)
 
@@ -134,7 +211,7 @@ def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
     """The job file's content; what no file says and every job needs is a placeholder."""
     content: dict[str, Any] = {part: {} for part in _PARTS}
     facts = dict(merged.facts)
-    for key in ("batch.accumulation_steps", "mesh.nodes", "mesh.world_size", "mesh.device"):
+    for key in ("batch.accumulation_steps", "mesh.nodes", "mesh.world_size", "mesh.ranks_per_node", "mesh.device"):
         facts.pop(key, None)
     if merged.value("offload") in (None, "none"):
         facts.pop("offload_to", None)
@@ -142,16 +219,20 @@ def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
         path = JOB_KEYS.get(key, key)
         if path.startswith(("zero.", "mesh.")) or fact.value == _NOTHING.get(path):
             continue
+        if fact.is_default and not differs(fact) and not path.startswith("model.adapter."):
+            continue
         *parents, last = path.split(".")
         section = content
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = list(fact.value) if isinstance(fact.value, tuple) else fact.value
-    content["cluster"] = _cluster(merged)
+    content["cluster"] = {**_cluster(merged), **content["cluster"]}
     name = str(content["name"] or PurePath(sources[0]).stem if sources else "imported")
     content["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:100] or "imported"
     content["model"] = {"name": MODEL, **content["model"]}
-    content["data"].setdefault("train", {"path": TRAIN})
+    train = content["data"].setdefault("train", {})
+    if not train.keys() & {"path", "name"}:
+        train["path"] = TRAIN
     return {part: content[part] for part in _PARTS if content[part]}
 
 

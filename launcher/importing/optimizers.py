@@ -4,49 +4,100 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing.reading import Reading
+from launcher.importing.defaults import DEEPSPEED
+from launcher.importing.reading import Reading, as_number, brief
 
 _SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
     "cosine_with_min_lr": "cosine",
+    "cosine_with_restarts": "cosine",
+    "polynomial": "linear",
     "constant": "constant",
     "constant_with_warmup": "constant",
     "inverse_sqrt": "inverse-sqrt",
-    "WarmupLR": "constant",
-    "WarmupDecayLR": "linear",
-    "WarmupCosineLR": "cosine",
 }
-_NEAREST_SCHEDULE = {"cosine_with_restarts": "cosine", "polynomial": "linear", "OneCycle": "cosine", "LRRangeTest": "linear"}
-_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused", "adamw")
+"""What transformers computes by these names is what launcher computes by those, with the keyword arguments of `_NEUTRAL`."""
+_NEUTRAL: dict[str, dict[str, float]] = {
+    "cosine": {"num_cycles": 0.5},
+    "cosine_with_min_lr": {"num_cycles": 0.5},
+    "cosine_with_restarts": {"num_cycles": 1},
+    "polynomial": {"power": 1},
+}
+"""transformers, optimization.py: the defaults at which a schedule has no turn that launcher's lacks."""
+_NEAREST_SCHEDULE = {"cosine_warmup_with_min_lr": "cosine", "reduce_lr_on_plateau": "constant", "greedy": "constant", "rex": "cosine"}
+_POLYNOMIAL_END = 1e-07
+"""transformers, get_polynomial_decay_schedule_with_warmup: lr_end."""
+_DEEPSPEED_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+_NEAREST_DEEPSPEED_SCHEDULE = {"OneCycle": "cosine", "LRRangeTest": "linear"}
+_ADAMW = (
+    "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused", "adamw",
+    "paged_adamw_32bit", "paged_adamw",
+)  # fmt: skip
+"""AdamW with fp32 states, wherever they are computed or kept."""
 
 
-def schedule(name: str, said: str, reading: Reading) -> None:
-    """Say a schedule, or the nearest there is."""
+def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Reading) -> None:
+    """Say a schedule of the Trainer's with its keyword arguments, or the nearest there is."""
     found = _SCHEDULES.get(name)
     if found is None:
         found = _NEAREST_SCHEDULE.get(name, "linear")
         reading.remark("cannot be said", said, name, f"launcher has linear, cosine, constant and inverse-sqrt; taken: {found}")
+    options = dict(options)
+    rate = reading.said_value("training.learning_rate")
+    least, share = as_number(options.pop("min_lr", None)), as_number(options.pop("min_lr_rate", None))
+    if name == "polynomial":
+        least = as_number(options.pop("lr_end", _POLYNOMIAL_END))
+    if share is not None and rate is not None:
+        least = share * rate
+    if least is not None:
+        reading.say("training.minimum_learning_rate", least, "lr_scheduler_kwargs" if name != "polynomial" else said)
+    elif share is not None:
+        reading.remark("fill in", "lr_scheduler_kwargs", share, "a share of the learning rate: write training.minimum_learning_rate")
+    for key, value in options.items():
+        if as_number(value) != _NEUTRAL.get(name, {}).get(key):
+            text = f"launcher's {found} has no such key; left out"
+            reading.remark("cannot be said", f"lr_scheduler_kwargs.{key}", brief(value), text)
+    if name == "constant" and reading.said_value("training.warmup"):
+        reading.facts = [fact for fact in reading.facts if fact.key != "training.warmup"]
+        reading.remark("ignored", "warmup_steps, warmup_ratio", None, "the Trainer's `constant` does not warm up")
+        reading.say("training.warmup", 0.0, said)
+    if name == "inverse_sqrt" and not reading.said_value("training.warmup"):
+        text = "without a warm-up transformers falls as if 10,000 steps had gone, which is hardly at all; taken: constant"
+        reading.remark("cannot be said", said, name, text)
+        found = "constant"
     reading.say("training.schedule", found, said)
 
 
+def warmup(reading: Reading) -> None:
+    """Say how a warm-up differs, where there is one."""
+    fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
+    if fact is not None and fact.value:
+        text = "of W steps of warm-up step k (from 0) has k/W of the learning rate there and (k + 1)/W here; every later step has the same"
+        reading.remark("cannot be said", fact.said, fact.value, text)
+
+
 def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
-    """Say the Trainer's `optim`, or the nearest there is."""
-    if name in _ADAMW or name == "sgd":
-        reading.say("training.optimizer", "sgd" if name == "sgd" else "adamw", said)
+    """Say the Trainer's `optim`, or the nearest there is. Its SGD has no momentum."""
+    if name == "sgd":
+        reading.say("training.optimizer", "sgd", said)
+        reading.say("training.momentum", 0.0, said)
         return
-    reading.remark("cannot be said", said, name, "launcher has adamw, adam and sgd with fp32 states; taken: adamw")
+    if name not in _ADAMW:
+        reading.remark("cannot be said", said, name, "launcher has adamw, adam and sgd with fp32 states; taken: adamw")
     reading.say("training.optimizer", "adamw", said)
 
 
 def deepspeed(content: dict[str, Any], reading: Reading) -> None:
-    """Say what the optimizer and scheduler sections of a DeepSpeed file say."""
+    """Say what the optimizer and scheduler sections of a DeepSpeed file say, and what they leave out."""
     optimizer, scheduler = reading.section(content, "optimizer"), reading.section(content, "scheduler")
     params = reading.section(optimizer, "params", "optimizer.")
     if optimizer:
         _deepspeed_optimizer(optimizer, params, reading)
     if scheduler:
         _deepspeed_scheduler(scheduler, reading)
+    if optimizer:
+        DEEPSPEED.apply(reading)
     if optimizer or scheduler:
         text = "stands under training in the job file; the rendered ds_config.json has no such section, as the optimizer is handed over"
         names = ", ".join(name for name, there in (("optimizer", optimizer), ("scheduler", scheduler)) if there)
@@ -75,7 +126,19 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
     ):
         if (value := reading.number(params, said, prefix)) is not None:
             reading.say(key, value, prefix + said)
+        elif said in params:
+            reading.leave_open(key)
+    if reading.said_value("training.optimizer") == "sgd":
+        reading.default("training.momentum", 0.0, prefix + "momentum")  # torch.optim.SGD
+    if reading.said_value("training.weight_decay"):
+        text = "DeepSpeed's own optimizer decays biases and norms too; launcher decays matrices alone"
+        reading.remark("cannot be said", prefix + "weight_decay", reading.said_value("training.weight_decay"), text)
     betas(params.get("betas"), "optimizer.params.betas", reading)
+    known = {"lr", "weight_decay", "eps", "momentum", "betas", "adam_w_mode", "torch_adam", "bias_correction", "nesterov", "dampening"}
+    neutral = {"bias_correction": True, "nesterov": False, "dampening": 0}
+    for key, value in params.items():
+        if key not in known or (key in neutral and value not in (neutral[key], "auto")):
+            reading.remark("cannot be said", prefix + key, brief(value), "launcher has no key for it; left out")
 
 
 def betas(value: Any, said: str, reading: Reading) -> None:
@@ -84,6 +147,7 @@ def betas(value: Any, said: str, reading: Reading) -> None:
         return
     if value == "auto":
         reading.open.append(said)
+        reading.leave_open("training.betas")
         return
     pair = {str(index): entry for index, entry in enumerate(value)} if isinstance(value, (list, tuple)) else {}
     numbers = [reading.number(pair, index, f"{said}.") for index in pair]
@@ -94,17 +158,32 @@ def betas(value: Any, said: str, reading: Reading) -> None:
 
 
 def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
+    """DeepSpeed 0.19.8, runtime/lr_schedules.py, for what each means and has where it is left out."""
     kind, prefix = reading.word(scheduler, "type", "scheduler."), "scheduler.params."
     params = reading.section(scheduler, "params", "scheduler.")
     if kind is not None:
-        schedule(kind, "scheduler.type", reading)
-    if kind in ("WarmupLR", "WarmupDecayLR") and params.get("warmup_type", "log") == "log":
-        reading.remark("changes meaning", "scheduler.params.warmup_type", "log", "launcher warms up in a straight line")
+        found = _DEEPSPEED_SCHEDULES.get(kind) or _NEAREST_DEEPSPEED_SCHEDULE.get(kind, "linear")
+        if kind not in _DEEPSPEED_SCHEDULES:
+            reading.remark("cannot be said", "scheduler.type", kind, f"launcher has linear, cosine and constant; taken: {found}")
+        reading.say("training.schedule", found, "scheduler.type")
+    if kind not in _DEEPSPEED_SCHEDULES:
+        return
     if (steps := reading.count(params, "warmup_num_steps", prefix, 0)) is not None:
         reading.say("training.warmup", steps, prefix + "warmup_num_steps")
-    if (steps := reading.count(params, "total_num_steps", prefix)) is not None:
-        reading.say("training.max_steps", steps, prefix + "total_num_steps")
+    elif "warmup_num_steps" not in params:
+        reading.default("training.warmup", 1000.0, prefix + "warmup_num_steps")
+    if (total := reading.count(params, "total_num_steps", prefix)) is not None:
+        reading.say("training.max_steps", total, prefix + "total_num_steps")
     if rate := reading.number(params, "warmup_max_lr", prefix):
         reading.say("training.learning_rate", rate, prefix + "warmup_max_lr")
-    if least := reading.number(params, "warmup_min_lr", prefix):
-        reading.remark("cannot be said", prefix + "warmup_min_lr", least, "launcher warms up from 0")
+    elif kind == "WarmupDecayLR" and "warmup_max_lr" not in params:
+        reading.default("training.learning_rate", 0.001, prefix + "warmup_max_lr")
+    if kind == "WarmupCosineLR" and (rate := reading.said_value("training.learning_rate")):
+        end = as_number(params.get("cos_min_ratio", 0.0001))
+        reading.say("training.minimum_learning_rate", rate * (0.0001 if end is None else end), prefix + "cos_min_ratio")
+    for key in ("warmup_min_lr", "warmup_min_ratio"):
+        if least := reading.number(params, key, prefix):
+            reading.remark("cannot be said", prefix + key, least, "launcher warms up from 0")
+    shape = "linear" if params.get("warmup_type", "log") == "linear" else "logarithmic"
+    text = f"DeepSpeed's warm-up is {shape}, and its first two steps have the least rate; launcher's is linear, and two steps ahead"
+    reading.remark("cannot be said", prefix + "warmup_type", params.get("warmup_type", "log"), text)

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from launcher.errors import Problem
 
-Kind = Literal["conflict", "changes meaning", "cannot be said", "ignored", "chosen", "fill in"]
-_SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key", re.IGNORECASE)
+Kind = Literal["conflict", "changes meaning", "cannot be said", "default", "ignored", "chosen", "fill in"]
+_SECRET = re.compile(
+    r"(?<!eos_)(?<!pad_)(?<!bos_)(?<!unk_)token(?!i[sz]|s\b|s_)|secret|passw|credential|api_?key|access_?key", re.IGNORECASE
+)
 _LARGEST = 10**12
 
 
@@ -22,6 +24,8 @@ class Fact:
     value: Any
     source: str
     said: str
+    is_default: bool = False
+    """Left out there: it is what the tool that reads the file then takes. Whatever any file says goes before it."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,59 @@ class Reading:
     """Keys that are `auto`."""
     follow: list[str] = field(default_factory=list)
     """Other files that this one names."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Keys that are read under another tool's name for them -> as the file spells them."""
+    tool: str = ""
+    """Whose defaults stand where it leaves a key out."""
+    left_open: set[str] = field(default_factory=set)
+    """Keys of the job that it leaves to others."""
+    is_partial: bool = False
+    """Another file, which is not here, says the rest: nothing that is not said is known to be left out."""
+    lacks_engine: bool = False
+    """A file of Accelerate's or DeepSpeed's that it names is not here: precision may stand there."""
+    unknown: set[str] = field(default_factory=set)
+    """Its own keys whose values the shell alone knows."""
+    overrides: dict[str, tuple[dict[str, Any], bool]] = field(default_factory=dict)
+    """Of a file that it names: what is said in place of the file's keys, and whether TRL reads it."""
 
     def say(self, key: str, value: Any, said: str) -> None:
-        self.facts.append(Fact(key, value, self.source, said))
+        self.facts.append(Fact(key, value, self.source, self._spelled(said)))
+
+    def default(self, key: str, value: Any, said: str) -> None:
+        """Say what the tool takes where the file leaves `said` out; nothing where the key has been said."""
+        if not self.says(key) and key not in self.left_open and self.unknown.isdisjoint(said.split(", ")):
+            self.facts.append(Fact(key, value, self.source, self._spelled(said), is_default=True))
+
+    def say_once(self, key: str, value: Any, said: str) -> None:
+        """Say a value, unless another key of the file has said one before."""
+        if not self.says(key):
+            self.say(key, value, said)
+
+    def says(self, key: str) -> bool:
+        """Whether the file has said something of a key."""
+        return any(fact.key == key for fact in self.facts)
+
+    def said_value(self, key: str) -> Any:
+        """What it said first; None where it said nothing."""
+        return next((fact.value for fact in self.facts if fact.key == key), None)
+
+    def leave_open(self, key: str) -> None:
+        """Take no default for a key of the job: the file leaves it to others, by `auto`."""
+        self.left_open.add(key)
 
     def remark(self, kind: Kind, said: str, value: Any, text: str) -> None:
-        """Write down what there is to know; a value that may be a secret is not kept."""
+        """Write down what there is to know of a key; a value that may be a secret is not kept."""
+        said = self._spelled(said)
         shown = "(not shown)" if _SECRET.search(said) and value is not None else value
         self.remarks.append(Remark(kind, self.source, said, shown, text))
 
     def refuse(self, said: str, value: Any, reason: str) -> None:
+        said = self._spelled(said)
         shown = None if _SECRET.search(said) or isinstance(value, (dict, list)) else value
         self.problems.append(Problem(f"{self.source}: {said}", _short(shown), reason))
+
+    def _spelled(self, said: str) -> str:
+        return ", ".join(self.names.get(name, name) for name in said.split(", "))
 
     def section(self, content: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
         """The mapping at a key; empty where there is none. Another type is a problem."""
@@ -139,7 +184,7 @@ def as_number(value: Any) -> float | None:
 
 def brief(value: Any) -> str:
     """A value of any kind in few characters; what is nested is not shown."""
-    return "{...}" if isinstance(value, dict) else "[...]" if isinstance(value, (list, tuple)) else str(value)[:40]
+    return "{...}" if isinstance(value, dict) else "[...]" if isinstance(value, (list, tuple)) else " ".join(str(value).split())[:40]
 
 
 def _kind(value: Any) -> str:

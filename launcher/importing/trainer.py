@@ -1,10 +1,11 @@
-"""The Hugging Face Trainer's arguments, saved as JSON or written on a command line."""
+"""The Hugging Face Trainer's arguments, saved as JSON or YAML or written on a command line."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing import accelerate, optimizers
+from launcher.importing import accelerate, optimizers, sft, trainer_keys
+from launcher.importing.defaults import TRAINER, Defaults
 from launcher.importing.reading import Reading, brief
 
 _NUMBERS = {
@@ -17,47 +18,47 @@ _COUNTS = {
     "per_device_train_batch_size": "batch.micro_batch_size",
     "gradient_accumulation_steps": "batch.accumulation_steps",
     "save_total_limit": "checkpoint.keep_last",
+    "max_train_samples": "data.train.limit",
 }
 _WORDS = {
     "model_name_or_path": "model.name",
     "model_revision": "model.revision",
     "attn_implementation": "model.attention",
-    "dataset_name": "data.train.name",
-    "dataset_config_name": "data.train.subset",
     "train_file": "data.train.path",
     "validation_file": "data.evaluation.path",
     "dataset_text_field": "data.text",
     "run_name": "name",
 }
-_LENGTHS = ("max_seq_length", "max_length", "block_size", "max_source_length")
+_LENGTHS = ("max_seq_length", "max_length", "model_max_length", "block_size", "max_source_length")
 _ATTENTION = ("sdpa", "eager", "flash_attention_2")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-_CHANGES_NUMBERS = {
-    "label_smoothing_factor": 0,
-    "neftune_noise_alpha": None,
-    "auto_find_batch_size": False,
-    "optim_args": None,
-    "lr_scheduler_kwargs": None,
-    "use_liger_kernel": False,
-    "use_peft": False,
-    "use_lora": False,
-    "load_in_4bit": False,
-    "load_in_8bit": False,
-    "data_seed": None,
-    "tf32": None,
-    "optim_target_modules": None,
-}
-"""Keys that change what is learned, and the value at which they do nothing."""
-_READ = {
-    "num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "optim", "adam_beta1", "adam_beta2", "adafactor",
-    "bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "seed", "save_strategy", "save_steps", "eval_strategy",
-    "evaluation_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model", "report_to", "torch_compile", "use_cpu",
-    "no_cuda", "fsdp", "fsdp_config", "deepspeed", "packing", *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS, *_CHANGES_NUMBERS,
+MARKS = {
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "lr_scheduler_type",
+    "gradient_accumulation_steps", "warmup_ratio", "max_grad_norm", "save_total_limit", "evaluation_strategy", "eval_strategy",
+    "save_strategy", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "label_smoothing_factor",
+}  # fmt: skip
+"""Names that the Trainer gave: a script with one of them has the Trainer's defaults for the others."""
+READ = {
+    "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16", "gradient_checkpointing",
+    "activation_checkpointing", "seed", "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps",
+    "load_best_model_at_end", "metric_for_best_model", "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config",
+    "deepspeed", "deepspeed_config", "trust_remote_code", "torch_dtype", "dtype", *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS,
 }  # fmt: skip
 
 
-def read(content: dict[str, Any], reading: Reading) -> None:
-    """Say what TrainingArguments (and the usual arguments of a script beside them) say."""
+def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> None:
+    """Say what TrainingArguments, and the usual arguments of a script beside them, say; TRL's too where they are TRL's."""
+    if is_sft or sft.MARKS & content.keys() or {"dataset_name", "max_length"} <= content.keys() or "max_prompt_length" in content:
+        return arguments(content, reading, sft.DEFAULTS, sft.read(content, reading))
+    adapter = sft.adapter_of_a_script(content, reading)
+    named = sft.data_set(content, reading)
+    arguments(content, reading, TRAINER if MARKS & (content.keys() | reading.unknown) else None, adapter | named)
+    return None
+
+
+def arguments(content: dict[str, Any], reading: Reading, defaults: Defaults | None, read_elsewhere: set[str]) -> None:
+    """Say what the Trainer's own arguments say, and what they leave out; `read_elsewhere` are the keys that were read before."""
     for said, key in _NUMBERS.items():
         if (number := reading.number(content, said)) is not None:
             reading.say(key, number, said)
@@ -66,78 +67,117 @@ def read(content: dict[str, Any], reading: Reading) -> None:
             reading.say(key, count, said)
     if (seed := reading.count(content, "seed", least=0)) is not None:
         reading.say("training.seed", seed, "seed")
-    _words(content, reading)
+    _words(content, reading, read_elsewhere)
     _length(content, reading)
-    _optimizer(content, reading)
+    _optimizer(content, reading, defaults)
     _precision(content, reading)
     _saving(content, reading)
     _engine(content, reading)
-    _rest(content, reading)
+    if defaults is not None:
+        defaults.apply(reading)
+    optimizers.warmup(reading)
+    _epochs(reading)
+    if defaults is TRAINER:
+        _accumulation(reading)
+    trainer_keys.rest(content, READ | read_elsewhere, reading)
 
 
-def _words(content: dict[str, Any], reading: Reading) -> None:
+def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) -> None:
     for said, key in _WORDS.items():
-        word = reading.word(content, said)
-        if word is None or (key == "model.attention" and word not in _ATTENTION):
-            if word is not None:
+        word = None if said in read_elsewhere else reading.word(content, said)
+        if word is not None and key == "model.attention" and word not in _ATTENTION:
+            if word != "auto":
                 reading.remark("cannot be said", said, word, f"launcher has {', '.join(_ATTENTION)}; left to `launcher plan`")
-            continue
-        reading.say(key, word, said)
+        elif word is not None:
+            reading.say(key, word, said)
     for said in _LENGTHS:
         if (length := reading.count(content, said, least=8)) is not None:
             reading.say("data.max_length", length, said)
-    if (packs := reading.flag(content, "packing")) is not None:
-        reading.say("data.packing", packs, "packing")
+            if said == "block_size":
+                text = "scripts with a block_size join all texts and cut them every so many tokens; launcher keeps rows apart"
+                reading.remark("cannot be said", said, length, text)
+    if reading.flag(content, "trust_remote_code"):
+        reading.say("model.trust_remote_code", True, "trust_remote_code")
+        reading.remark("chosen", "trust_remote_code", True, "as it is there: code that comes with the model runs, so read it first")
     reports = content.get("report_to")
     listed = [brief(name) for name in ([reports] if isinstance(reports, str) else reports if isinstance(reports, list) else [])]
     known = [name for name in listed if name in _TRACKERS]
     if known:
         reading.say("trackers", known, "report_to")
     if other := [name for name in listed if name not in (*_TRACKERS, "none", "all")]:
-        reading.remark("cannot be said", "report_to", ", ".join(other), f"launcher has {', '.join(_TRACKERS)}, and always metrics.jsonl")
+        text = f"launcher has {', '.join(_TRACKERS)}, and always metrics.jsonl; nothing that is learned changes by it"
+        reading.remark("ignored", "report_to", ", ".join(other), text)
 
 
 def _length(content: dict[str, Any], reading: Reading) -> None:
-    steps = None if str(content.get("max_steps")) in ("-1", "-1.0", "0") else reading.count(content, "max_steps")
+    counted = "max_train_steps" if content.get("max_train_steps") is not None else "max_steps"
+    steps = None if str(content.get(counted)) in ("-1", "-1.0", "0") else reading.count(content, counted)
     epochs = reading.number(content, "num_train_epochs")
     if steps is not None:
-        reading.say("training.max_steps", steps, "max_steps")
+        reading.say("training.max_steps", steps, counted)
         if epochs is not None:
-            reading.remark("ignored", "num_train_epochs", epochs, "max_steps is there too, and the Trainer goes by it")
+            reading.remark("ignored", "num_train_epochs", epochs, f"{counted} is there too, and goes before it")
     elif epochs:
         reading.say("training.epochs", epochs, "num_train_epochs")
-    steps_of_warmup = reading.number(content, "warmup_steps")
+    said = "warmup_steps" if "warmup_steps" in content else "num_warmup_steps"
+    steps_of_warmup = reading.number(content, said)
     ratio = reading.number(content, "warmup_ratio")
     if ratio is not None and ratio >= 1:
         reading.refuse("warmup_ratio", ratio, "is a share of all steps, below 1")
     if steps_of_warmup:
-        reading.say("training.warmup", steps_of_warmup, "warmup_steps")
+        reading.say("training.warmup", steps_of_warmup, said)
         if ratio:
-            reading.remark("ignored", "warmup_ratio", ratio, "warmup_steps is there too, and the Trainer goes by it")
+            reading.remark("ignored", "warmup_ratio", ratio, f"{said} is there too, and the Trainer goes by it")
     elif ratio is not None or steps_of_warmup is not None:
-        reading.say("training.warmup", ratio or 0.0, "warmup_ratio" if ratio is not None else "warmup_steps")
+        reading.say("training.warmup", ratio or 0.0, "warmup_ratio" if ratio is not None else said)
 
 
-def _optimizer(content: dict[str, Any], reading: Reading) -> None:
-    if (name := reading.word(content, "lr_scheduler_type")) is not None:
-        optimizers.schedule(name.rpartition(".")[2].lower(), "lr_scheduler_type", reading)
+def _epochs(reading: Reading) -> None:
+    fact = next((fact for fact in reading.facts if fact.key == "training.epochs"), None)
+    if fact is not None and float(fact.value) > 1:
+        text = "an epoch of the Trainer's ends with a smaller batch where its rows do not divide; launcher's batches go on into the next"
+        reading.remark("changes meaning", fact.said, fact.value, text)
+
+
+def _accumulation(reading: Reading) -> None:
+    """What the Trainer makes of the micro-batches of a classifier (transformers 5.23: `model_accepts_loss_kwargs` of its own classes)."""
+    fact = next((fact for fact in reading.facts if fact.key == "batch.accumulation_steps"), None)
+    if fact is not None and fact.value > 1:
+        text = (
+            "of a language model the same; of a classifier the Trainer adds up the micro-batches' means, so that losses and gradients are "
+        )
+        text += f"{fact.value} times launcher's: training.clip_norm and epsilon divided by {fact.value} make AdamW the same"
+        reading.remark("cannot be said", fact.said, fact.value, text)
+
+
+def _optimizer(content: dict[str, Any], reading: Reading, defaults: Defaults | None) -> None:
+    name = reading.word(content, "lr_scheduler_type")
+    options = reading.section(content, "lr_scheduler_kwargs")
+    if name is None and options and defaults is not None:
+        name = str(defaults.values["training.schedule"][1])
+    if name is not None:
+        optimizers.trainer_schedule(name.rpartition(".")[2].lower(), options, "lr_scheduler_type", reading)
+    elif options:
+        reading.remark("cannot be said", "lr_scheduler_kwargs", "{...}", "no lr_scheduler_type says which schedule they are of")
     if reading.flag(content, "adafactor"):
         optimizers.trainer_optimizer("adafactor", "adafactor", reading)
     elif (name := reading.word(content, "optim")) is not None:
         optimizers.trainer_optimizer(name.rpartition(".")[2].lower(), "optim", reading)
-    if "adam_beta1" in content or "adam_beta2" in content:
-        pair = [content.get("adam_beta1", 0.9), content.get("adam_beta2", 0.999)]
+    if content.get("adam_beta1") is not None or content.get("adam_beta2") is not None:
+        pair = [0.9 if content.get("adam_beta1") is None else content["adam_beta1"]]
+        pair += [0.999 if content.get("adam_beta2") is None else content["adam_beta2"]]
         optimizers.betas(pair, "adam_beta1, adam_beta2", reading)
 
 
 def _precision(content: dict[str, Any], reading: Reading) -> None:
-    bf16, fp16 = reading.flag(content, "bf16"), reading.flag(content, "fp16")
+    bf16, fp16 = (None if content.get(key) == "auto" else reading.flag(content, key) for key in ("bf16", "fp16"))
     if bf16 and fp16:
         reading.refuse("fp16", True, "bf16 is true too, and a model computes in one; the Trainer refuses it as well")
     elif bf16 or fp16:
         reading.say("precision", "bf16" if bf16 else "fp16", "bf16" if bf16 else "fp16")
-    elif bf16 is False or fp16 is False:
-        reading.say("precision", "fp32", "bf16, fp16: neither is true")
+    _kept_in(content, reading)
+    if bf16 is False and not fp16:
+        reading.say_once("precision", "fp32", "bf16, fp16: neither is true")
     for said in ("gradient_checkpointing", "activation_checkpointing"):
         if (recomputes := reading.flag(content, said)) is not None:
             reading.say("activation_checkpointing", "full" if recomputes else "none", said)
@@ -146,6 +186,22 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
         reading.remark("changes meaning", "torch_compile", True, "launcher compiles each repeated layer by itself")
     if reading.flag(content, "use_cpu") or reading.flag(content, "no_cuda"):
         reading.say("mesh.device", "cpu", "use_cpu" if "use_cpu" in content else "no_cuda")
+
+
+def _kept_in(content: dict[str, Any], reading: Reading) -> None:
+    """What the weights are kept in there: launcher keeps what trains in fp32, and what does not in the plan's precision."""
+    for said in ("torch_dtype", "dtype"):
+        kept = (reading.word(content, said) or "auto").rpartition(".")[2]
+        if kept in ("auto", "float32"):
+            continue
+        short = {"bfloat16": "bf16", "float16": "fp16"}.get(kept)
+        if short is not None:
+            reading.say_once("precision", short, said)
+        if short is not None and any(fact.key.startswith("model.adapter.") for fact in reading.facts):
+            reading.remark("ignored", said, kept, "beside an adapter the model is kept in the plan's precision in any case")
+        else:
+            text = "the weights themselves are kept and updated in it there; launcher keeps what trains in fp32, and computes in precision"
+            reading.remark("cannot be said", said, kept, text)
 
 
 def _saving(content: dict[str, Any], reading: Reading) -> None:
@@ -157,10 +213,10 @@ def _saving(content: dict[str, Any], reading: Reading) -> None:
             reading.say(key, "epoch", strategy)
         elif number is not None and (way in ("steps", "") and (way or strategy == "save_strategy")):
             if number < 1:
-                reading.remark("cannot be said", steps, number, "a share of all steps; launcher takes steps, a time or epochs")
+                reading.remark("changes meaning", steps, number, "a share of all steps; launcher takes steps, a time or epochs: left out")
             else:
                 reading.say(key, int(number), steps)
-        elif way == "no" and strategy == "save_strategy":
+        elif way in ("no", "false") and strategy == "save_strategy":
             reading.remark("changes meaning", strategy, "no", "launcher saves at the end in any case, and every 15 minutes unless told")
     if reading.flag(content, "load_best_model_at_end"):
         reading.say("checkpoint.keep_best", 1, "load_best_model_at_end")
@@ -171,7 +227,7 @@ def _saving(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _engine(content: dict[str, Any], reading: Reading) -> None:
-    deepspeed = content.get("deepspeed")
+    deepspeed = content.get("deepspeed") or content.get("deepspeed_config")
     if isinstance(deepspeed, str) and deepspeed:
         reading.follow.append(deepspeed)
     elif isinstance(deepspeed, dict):
@@ -193,15 +249,4 @@ def _engine(content: dict[str, Any], reading: Reading) -> None:
             made["fsdp_offload_params"] = True
         elif word not in ("auto_wrap", "True", "true"):
             reading.refuse("fsdp", word, "write full_shard, shard_grad_op, no_shard, hybrid_shard, offload or auto_wrap")
-    accelerate.read({"distributed_type": "FSDP", "fsdp_config": made}, reading)
-
-
-def _rest(content: dict[str, Any], reading: Reading) -> None:
-    for key, neutral in _CHANGES_NUMBERS.items():
-        value = content.get(key, neutral)
-        if value not in (neutral, None, "", {}, []):
-            reading.remark("cannot be said", key, brief(value), "launcher has no key for it, and it changes what is learned; left out")
-    rest = sorted(key for key, value in content.items() if key not in _READ and value not in (None, "", [], {}))
-    if rest:
-        text = "how the Trainer reports, reads and pushes: launcher has no such keys, or ways of its own; left out"
-        reading.remark("ignored", ", ".join(rest), None, text)
+    accelerate.read({"distributed_type": "FSDP", "fsdp_config": made}, reading, has_own_precision=True)

@@ -236,7 +236,7 @@ def test_training_arguments(tmp_path: Path) -> None:
         ({"max_steps": 100, "num_train_epochs": 3}, "max_steps", 100),
         ({"warmup_steps": 50, "warmup_ratio": 0.1}, "warmup", 50),
         ({"warmup_steps": 0.06}, "warmup", 0.06),
-        ({"lr_scheduler_type": "SchedulerType.INVERSE_SQRT"}, "schedule", "inverse-sqrt"),
+        ({"lr_scheduler_type": "SchedulerType.INVERSE_SQRT", "warmup_steps": 10}, "schedule", "inverse-sqrt"),
         ({"lr_scheduler_type": "constant_with_warmup"}, "schedule", "constant"),
         ({"lr_scheduler_type": "cosine_with_restarts"}, "schedule", "cosine"),
         ({"optim": "paged_adamw_8bit"}, "optimizer", "adamw"),
@@ -253,10 +253,10 @@ def test_names_and_precedence_of_the_trainer(arguments: dict[str, Any], key: str
     ("optimizer", "expected"),
     [
         ({"type": "Adam", "params": {"lr": 1e-4}}, {"optimizer": "adamw", "learning_rate": 1e-4}),
-        ({"type": "Adam", "params": {"adam_w_mode": False}}, {"optimizer": "adam"}),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, {"optimizer": "adam", "learning_rate": 0.001}),
         (
             {"type": "OneBitAdam", "params": {"betas": [0.8, 0.99], "eps": 1e-6}},
-            {"optimizer": "adamw", "betas": [0.8, 0.99], "epsilon": 1e-6},
+            {"optimizer": "adamw", "betas": [0.8, 0.99], "epsilon": 1e-6, "learning_rate": 0.001},
         ),
     ],
 )

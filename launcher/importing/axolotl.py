@@ -1,0 +1,218 @@
+"""axolotl's YAML: the Trainer's arguments by other names, with keys of its own. Read from version 0.18.0 (src/axolotl/utils/schemas)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.importing import defaults, lora, sft, trainer
+from launcher.importing.reading import Reading, as_number, brief
+from launcher.importing.trainer_keys import HELD_OUT
+
+MARKS = {"micro_batch_size", "sequence_len", "adapter", "num_epochs", "datasets", "val_set_size", "lora_target_linear", "sample_packing"}
+"""Keys that stand beside `base_model`."""
+ADAPTER = lora.Names(
+    rank="lora_r",
+    targets="lora_target_modules",
+    also="lora_modules_to_save",
+    stabilised="peft_use_rslora",
+    variants=(
+        "peft_use_dora", "lora_target_parameters", "lora_rank_pattern", "lora_alpha_pattern", "peft_layers_to_transform",
+        "peft_layer_replication", "peft_init_lora_weights", "peft_trainable_token_indices", "loraplus_lr_ratio", "peft", "relora",
+    ),
+    details=(
+        "lora_target_linear", "lora_fan_in_fan_out", "peft_layers_pattern", "peft_ensure_weight_tying", "peft_autocast_adapter_dtype",
+        "loraplus_lr_embedding", "lora_on_cpu", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel",
+        "qlora_sharded_model_loading", "bnb_config_kwargs",
+    ),
+)  # fmt: skip
+_RENAMED = {
+    "base_model": "model_name_or_path",
+    "revision_of_model": "model_revision",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "sequence_len": "max_length",
+    "wandb_name": "run_name",
+}
+"""axolotl's name -> the Trainer's."""
+_ATTENTION = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
+_NOTHING = {
+    "model_type", "tokenizer_type", "processor_type", "tokenizer_use_fast", "is_llama_derived_model", "is_mistral_derived_model",
+    "is_falcon_derived_model", "is_qwen_derived_model", "strict", "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory",
+    "shuffle_merged_datasets", "shuffle_before_merging_datasets", "eval_sample_packing", "eval_sequence_len", "eval_batch_size",
+    "pad_to_sequence_len", "sample_packing_group_size", "sample_packing_bin_size", "xformers_attention", "flash_attn_cross_entropy",
+    "flash_attn_fuse_mlp", "save_first_step", "local_rank", "ddp", "gc_steps", "hf_use_auth_token",
+    "use_tensorboard", "mlflow_experiment_name", "mlflow_tracking_uri", "wandb_run_id", "auto_resume_from_checkpoints", "debug",
+    "chunked_cross_entropy", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
+    "liger_fused_linear_cross_entropy", "dataset_num_proc", "low_cpu_mem_usage",
+}  # fmt: skip
+"""Where and how fast, and what is reported."""
+_CHANGES: dict[str, tuple[Any, str]] = {
+    "train_on_inputs": (False, "launcher learns completions, or what the assistant says; a column of whole texts is learned whole"),
+    "val_set_size": (0, HELD_OUT),
+    "early_stopping_patience": (None, "training.early_stopping.patience with data.evaluation"),
+    "unfrozen_parameters": (None, "launcher freezes by names: model.freeze"),
+    "special_tokens": (None, "launcher takes the tokenizer as it lies with the model; set them there"),
+    "tokens": (None, "launcher takes tokenizer and embeddings as they lie with the model"),
+    "lora_model_dir": (None, "launcher begins with a new adapter; merge this one into the model first"),
+    "base_model_config": (None, "launcher takes the config that lies with the model"),
+    "tokenizer_config": (None, "launcher takes the tokenizer that lies with the model"),
+    "plugins": (None, "launcher loads no plugin"),
+    "curriculum_sampling": (None, "launcher shuffles by training.seed"),
+    "dataset_exact_deduplication": (None, "launcher learns rows as often as they stand there"),
+    "pretraining_dataset": (None, "launcher reads whole data sets: write it as data.train"),
+    "rope_scaling": (None, "launcher takes the model's config as it lies; set it there"),
+    "reward_model": (None, "launcher trains causal-lm and sequence-classification"),
+    "lr_groups": (None, "launcher has one learning rate"),
+    "embedding_lr": (None, "launcher has one learning rate"),
+    "cosine_constant_lr_ratio": (None, "launcher's cosine falls to the last step"),
+    "min_sample_len": (2, "launcher leaves no row out for being short"),
+    "batch_size": (None, "write gradient_accumulation_steps, or batch.global_batch_size"),
+}
+"""Keys that change what is learned: the value at which they do nothing, and what is nearest."""
+
+
+def read(content: dict[str, Any], reading: Reading) -> None:
+    """Say what an axolotl file says."""
+    reading.names |= {theirs: own for own, theirs in _RENAMED.items() if own in content or theirs not in content}
+    if (kind := content.get("rl")) not in (None, False, ""):
+        reading.refuse("rl", brief(kind), "learns by another loss than cross entropy, which is all launcher has; leave it out for SFT")
+    _adapter(content, reading)
+    _data(content, reading)
+    _tokens(content, reading)
+    _remarks(content, reading)
+    made = {_RENAMED.get(key, key): value for key, value in content.items()}
+    _schedule(content, made)
+    made |= {"bf16": "auto" if content.get("bf16") in ("auto", "full") else content.get("bf16", content.get("bfloat16"))}
+    if content.get("gradient_checkpointing") in ("offload", "offload_disk"):
+        made["gradient_checkpointing"] = True
+        text = "recomputed from activations that are kept off the GPU; launcher recomputes from those on it: the same is learned"
+        reading.remark("ignored", "gradient_checkpointing", content["gradient_checkpointing"], text)
+    if isinstance(config := content.get("fsdp_config"), dict):
+        made["fsdp"] = content.get("fsdp") or True
+        made["fsdp_config"] = {"fsdp_version": content.get("fsdp_version"), **config}
+    own = {
+        "datasets", "test_datasets", "chat_template", "chat_template_jinja", "rl", "sample_packing", "excess_length_strategy", "adapter",
+        "fsdp_version", "bfloat16", "float32", "float16", "cosine_min_lr_ratio", "wandb_project", "use_wandb", "use_mlflow", "tf32",
+        "saves_per_epoch", "evals_per_epoch",
+        *lora.QUANTISED, *ADAPTER.all(), *_ATTENTION, *_NOTHING, *_CHANGES,
+    }  # fmt: skip
+    trainer.arguments(made, reading, defaults.AXOLOTL, own)
+    fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
+    if fact is not None and fact.is_default:
+        text = "left out, axolotl warms up over 3% of the steps, rounded down, and at most 100; here over 3%, rounded up"
+        reading.remark("cannot be said", "warmup_ratio", fact.value, text)
+
+
+def _schedule(content: dict[str, Any], made: dict[str, Any]) -> None:
+    """`cosine_min_lr_ratio` as the Trainer's cosine_with_min_lr has it."""
+    ratio = as_number(content.get("cosine_min_lr_ratio"))
+    if ratio and str(content.get("lr_scheduler", "cosine")) == "cosine":
+        made["lr_scheduler_type"], made["lr_scheduler_kwargs"] = "cosine_with_min_lr", {"min_lr_rate": ratio}
+
+
+def _adapter(content: dict[str, Any], reading: Reading) -> None:
+    kind = reading.word(content, "adapter")
+    if kind in ("lora", "qlora"):
+        linear = bool(reading.flag(content, "lora_target_linear"))
+        found = {**content, "lora_target_modules": "all-linear"} if linear else content
+        reading.names |= {"lora_target_modules": "lora_target_linear"} if linear else {}
+        lora.read(found, ADAPTER, defaults.AXOLOTL_ADAPTER, reading)
+    else:
+        lora.unused(content, ADAPTER, "without an adapter axolotl reads none of them", reading)
+        if kind is not None:
+            reading.remark("cannot be said", "adapter", kind, "launcher has lora; taken: the whole model trains")
+    told = any(content.get(key) for key in lora.QUANTISED)
+    lora.quantised(content, ("adapter",) if kind == "qlora" and not told else lora.QUANTISED, reading)
+    if kind is None and content.get("bf16") in (True, "true", "full", "auto", None):
+        text = "the weights themselves are kept and updated in bf16 there; launcher keeps what trains in fp32, and computes in bf16"
+        reading.remark("cannot be said", "bf16", brief(content.get("bf16", "auto")), text)
+
+
+def _data(content: dict[str, Any], reading: Reading) -> None:
+    for said, key in (("datasets", "data.train"), ("test_datasets", "data.evaluation")):
+        listed = content.get(said)
+        entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        if listed and not entries:
+            reading.remark("cannot be said", said, brief(listed), f"cannot be read as data sets; write {key} yourself")
+        if len(entries) > 1:
+            text = f"launcher reads one data set; taken: {entries[0].get('path')}. Write the rows of all to one file, and name that"
+            reading.remark("cannot be said", said, ", ".join(str(entry.get("path")) for entry in entries)[:120], text)
+        if entries:
+            _data_set({str(name): value for name, value in entries[0].items()}, said, key, reading)
+
+
+def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> None:
+    """One entry of `datasets`: where the rows are, and which columns are what."""
+    files = lora.words_of(entry.get("data_files"))
+    path = files[0] if len(files) == 1 else reading.word(entry, "path", f"{said}.")
+    if path is not None:
+        kind, value = sft.source(path)
+        reading.say(f"{key}.{kind}", value, f"{said}.path")
+        for name, found in (("subset", entry.get("name")), ("split", entry.get("split"))):
+            if found and kind == "name":
+                reading.say(f"{key}.{name}", str(found), f"{said}.{name}")
+    way = entry.get("type")
+    if way == "chat_template":
+        reading.say("data.messages", str(entry.get("field_messages") or "messages"), f"{said}.field_messages")
+    elif way == "completion":
+        reading.say("data.text", str(entry.get("field") or "text"), f"{said}.field")
+    else:
+        text = "axolotl's own way to write a row; launcher takes columns as they are, by data.text, data.prompt and completion, or messages"
+        reading.remark("cannot be said", f"{said}.type", brief(way), text)
+    neutral = {
+        "roles_to_train": (["assistant"], ["assistant", "gpt"], None),
+        "train_on_eos": ("turn", None),
+        "train_on_eot": ("turn", None),
+    }
+    known = {"path", "type", "name", "split", "data_files", "ds_type", "field_messages", "field", "trust_remote_code", *neutral}
+    for name, value in entry.items():
+        if (name not in known and value not in (None, "", [], {}, False)) or (name in neutral and value not in neutral[name]):
+            text = "launcher has no key for it; it learns what messages with role and content say, and the assistant's turns of them"
+            reading.remark("cannot be said", f"{said}.{name}", brief(value), text)
+
+
+def _tokens(content: dict[str, Any], reading: Reading) -> None:
+    """Length, packing and template."""
+    if (packs := reading.flag(content, "sample_packing")) is not None:
+        reading.say("data.packing", packs, "sample_packing")
+    strategy = reading.word(content, "excess_length_strategy")
+    if strategy is not None:
+        found = {"drop": "drop", "truncate": "cut", "raise": "refuse"}.get(strategy.lower())
+        if found is None:
+            reading.refuse("excess_length_strategy", strategy, "write drop, truncate or raise")
+        else:
+            reading.say("data.too_long", found, "excess_length_strategy")
+    template = reading.word(content, "chat_template")
+    if content.get("chat_template_jinja") or template not in (None, "tokenizer_default"):
+        text = "launcher writes a chat by the tokenizer's own template; it is the same only where the model's own is this one. Put it into "
+        reading.remark("cannot be said", "chat_template", brief(template or "jinja"), text + "the model's tokenizer_config.json")
+
+
+def _remarks(content: dict[str, Any], reading: Reading) -> None:
+    for said, attention in _ATTENTION.items():
+        if reading.flag(content, said):
+            reading.say("model.attention", attention, said)
+    trackers = {
+        "wandb": ("wandb_project", "use_wandb"),
+        "mlflow": ("mlflow_tracking_uri", "use_mlflow"),
+        "tensorboard": ("use_tensorboard",),
+    }
+    if found := [name for name, keys in trackers.items() if any(content.get(key) for key in keys)]:
+        reading.say("trackers", found, "use_*")
+    for key, (neutral, text) in _CHANGES.items():
+        value = content.get(key, neutral)
+        if key == "special_tokens" and isinstance(value, dict) and set(value) <= {"pad_token"}:
+            continue
+        if value not in (neutral, None, False, "", [], {}):
+            reading.remark("cannot be said", key, brief(value), text)
+    for said, key in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluate_every")):
+        if (times := reading.count(content, said, least=0)) == 1:
+            reading.say(key, "epoch", said)
+        elif times:
+            reading.remark("changes meaning", said, times, "launcher takes steps, a time or whole epochs; left out")
+    if content.get("tf32") in (True, "true"):
+        reading.remark("cannot be said", "tf32", True, "launcher leaves the products of fp32 as PyTorch has them")
+    if found := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):
+        reading.remark("ignored", ", ".join(found), None, "how it is computed, reported and saved; the same is learned")

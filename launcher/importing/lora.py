@@ -1,0 +1,104 @@
+"""Low-rank adapters by the names that TRL, LLaMA-Factory, axolotl and scripts of one's own give them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.importing.defaults import AdapterDefaults
+from launcher.importing.reading import Reading, brief
+
+QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_bit")
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a tool spells an adapter's keys."""
+
+    rank: str
+    targets: str
+    also: str
+    stabilised: str
+    alpha: str = "lora_alpha"
+    dropout: str = "lora_dropout"
+    variants: tuple[str, ...] = ()
+    """Keys of other kinds of adapters: true, or anything but None, makes one that launcher lacks."""
+    details: tuple[str, ...] = ()
+    """Keys that say something of an adapter only beside one of `variants`."""
+
+    def all(self) -> set[str]:
+        """Every key by its name."""
+        own = {self.rank, self.alpha, self.dropout, self.targets, self.also, self.stabilised}
+        return own | set(self.variants) | set(self.details)
+
+
+def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, reading: Reading) -> None:
+    """Say the adapter that these keys make, with the tool's defaults for those left out."""
+    rank, alpha = reading.count(content, names.rank), reading.number(content, names.alpha)
+    if rank is None and defaults.rank is not None:
+        rank = defaults.rank
+        reading.default("model.adapter.rank", rank, names.rank)
+    elif rank is not None:
+        reading.say("model.adapter.rank", rank, names.rank)
+    stabilised = bool(reading.flag(content, names.stabilised))
+    made = alpha if alpha is not None else 2.0 * rank if defaults.is_twice and rank is not None else defaults.alpha
+    if made is not None and stabilised and rank:
+        text = f"what is added counts alpha / sqrt(rank) times there; alpha = {made:g} x sqrt({rank}) is the same here"
+        reading.remark("changes meaning", names.stabilised, True, text)
+        made *= math.sqrt(rank)
+    if made is not None:
+        (reading.default if alpha is None else reading.say)("model.adapter.alpha", made, names.alpha)
+    for said, value in ((names.rank, rank), (names.alpha, made)):
+        if value is None:
+            text = "is missing; launcher's own stands under model.adapter"
+            reading.remark("fill in", said, "(nothing)", text)
+    dropout = reading.number(content, names.dropout)
+    (reading.default if dropout is None else reading.say)(
+        "model.adapter.dropout", defaults.dropout if dropout is None else dropout, names.dropout
+    )
+    _targets(content.get(names.targets), names, defaults, reading)
+    if also := words_of(content.get(names.also)):
+        reading.say("model.adapter.train_also", [f"*{name}.*" for name in also], names.also)
+    for key in names.variants:
+        value = content.get(key)
+        if value not in (None, False, "", [], {}, "false", "False", 0):
+            text = "another kind of adapter than LoRA's B A x alpha / rank; taken: LoRA without it"
+            reading.remark("cannot be said", key, brief(value), text)
+
+
+def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Reading) -> None:
+    said = words_of(value)
+    if not said and defaults.targets is not None:
+        return reading.default("model.adapter.targets", "all-linear", names.targets)
+    if not said:
+        reading.default("model.adapter.targets", ["q_proj", "v_proj"], names.targets)
+        text = "left out: peft then goes by the model's family; these are those of Llama, Mistral, Qwen and Gemma, others have others"
+        return reading.remark("fill in", names.targets, "(nothing)", text)
+    if any(name in ("all", "all-linear") for name in said):
+        return reading.say("model.adapter.targets", "all-linear", names.targets)
+    if isinstance(value, str) and any(sign in value for sign in "\\^$*+()[]|?"):
+        text = "a regular expression; launcher has patterns of names, as q_proj or layers.3.*: taken: all-linear"
+        reading.remark("cannot be said", names.targets, value, text)
+        return reading.say("model.adapter.targets", "all-linear", names.targets)
+    return reading.say("model.adapter.targets", said, names.targets)
+
+
+def unused(content: dict[str, Any], names: Names, why: str, reading: Reading) -> None:
+    """Say of an adapter's keys that the tool reads none of them."""
+    if found := sorted(key for key in names.all() if content.get(key) not in (None, False, "", [], {})):
+        reading.remark("ignored", ", ".join(found), None, why)
+
+
+def quantised(content: dict[str, Any], keys: tuple[str, ...], reading: Reading) -> None:
+    """Say of each key that quantises the model that launcher does not."""
+    for key in keys:
+        if content.get(key) not in (None, False, "false", "False", 0):
+            text = "launcher quantises no model; taken: the same training over the model in the plan's precision"
+            reading.remark("cannot be said", key, brief(content[key]), text)
+
+
+def words_of(value: Any) -> list[str]:
+    """The words of a list, or of a text with commas or spaces between them."""
+    entries = value if isinstance(value, (list, tuple)) else [] if value in (None, False) else [value]
+    return [word for entry in entries for word in str(entry).replace(",", " ").split()]
