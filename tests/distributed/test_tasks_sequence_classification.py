@@ -96,7 +96,7 @@ def test_too_long(policy: str) -> None:
         ("single-label", " ", "not the name of a class"),
         ("single-label", 0.5, "not the name of a class"),
         ("multi-label", ["no", "maybe"], "'maybe' is not among"),
-        ("multi-label", [None], "not the name of a class"),
+        ("multi-label", [None], "missing key: a label is missing in the list"),
         ("regression", "much", "'much' is not a number"),
         ("regression", "nan", "is not a number"),
         ("regression", 10**400, "is not a number"),
