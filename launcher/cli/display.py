@@ -17,6 +17,7 @@ from launcher.cli.progress import Progress, metrics_line, notice
 from launcher.planning.plan import Plan
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
+from launcher.runs.prepared import line, newest
 from launcher.runs.tail import Tail
 from launcher.runs.words import duration
 from launcher.scheduling.local import shown
@@ -157,6 +158,7 @@ def summary(run: RunDirectory, path: str) -> str:
         tokens = sum(record.get("num_tokens", 0) for record in records.values())
         took = _seconds_in_attempts(run)
         lines.append(f"  tokens      {tokens:,} in {duration(took)}, over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}")
+    lines += [f"  rows        {line(record)}" for record in newest(read(run.events_file)).values()]
     measured = [record for record in read(run.events_file) if record.get("event") == "evaluated"]
     if measured:
         before, after = measured[0], measured[-1]

@@ -190,8 +190,9 @@ class Data(Section):
     """Put several samples into one row of max_length; they never see each other."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What to do with a sample of more than max_length tokens."""
-    unusable: Literal["drop", "refuse"] = "drop"
-    """What to do with a row that has a missing key, no text, or bytes that are not UTF-8."""
+    unusable: Literal["drop-few", "drop", "refuse"] = "drop-few"
+    """What to do with rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves them out, and stops where more
+    than half of all rows would be dropped; `drop` goes on even then; `refuse` stops at the first."""
     num_workers: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Processes that tokenise."""
 

@@ -12,6 +12,9 @@ from launcher.errors import ConfigurationError, Problem, by_failure_class
 from launcher.job.load import load
 from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
+from launcher.runs import failure as failures
+from launcher.runs import prepared
+from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.scheduling import local
 from launcher.scheduling.supervisor import Watcher
@@ -51,14 +54,15 @@ def evaluate_locally(request: Request, watcher: Watcher) -> dict[str, Any]:
         code = local.run(scratch, request.plan, watcher, entry="launcher.training.measure")
         if code != 0:
             _raise(scratch, code)
+        for record in read(scratch.events_file):
+            for said in prepared.lines(record):
+                watcher.say(said)
         result: dict[str, Any] = json.loads((scratch.path / "evaluation.json").read_text(encoding="utf-8"))
         return result
 
 
 def _raise(scratch: RunDirectory, code: int) -> None:
-    from launcher.runs.failure import read
-
-    failure = read(scratch.attempt(scratch.last_attempt()) / "failure.json")
+    failure = failures.read(scratch.attempt(scratch.last_attempt()) / "failure.json")
     if failure is None:
         raise KeyboardInterrupt
     raise by_failure_class(failure.failure_class)(f"rank {failure.rank}: {failure.cause}")

@@ -267,7 +267,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_shown(tmp_path: Path
     assert [example["line"] for example in report.examples] == [2, 3, 4, 5, 6, 7]
     assert report.examples[0]["file"] == str(tmp_path / "a.jsonl")
     assert "2 of 8 rows" in report.summary()
-    assert "1 dropped (not UTF-8)" in report.summary()
+    assert "6 dropped (2 missing key, 1 empty, 1 not UTF-8, 1 not readable, 1 value that cannot be used)" in report.summary()
     assert json.loads(json.dumps(report.to_dict()))["dropped"] == report.dropped
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from launcher.runs import prepared
+
 META = "meta.json"
 
 
@@ -63,7 +65,7 @@ class DataReport:
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows left out, by reason."""
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """The first few rows cut or left out: file, line, reason, detail."""
+    """The first few rows cut or left out, and the first for each reason: file, line, reason, detail, whether it was cut."""
     num_items: int = 0
     num_tokens: int = 0
     num_supervised: int = 0
@@ -88,13 +90,7 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for people."""
-        parts = [f"{self.rows_used:,} of {self.rows_read:,} rows, {self.num_tokens:,} tokens"]
-        if self.fill is not None:
-            parts.append(f"{self.num_items:,} packs {self.fill:.1%} full")
-        if self.num_cut:
-            parts.append(f"{self.num_cut:,} cut")
-        parts += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
-        return f"{self.role}: " + ", ".join(parts)
+        return prepared.line(self.to_dict())
 
 
 class CacheProblem(Exception):
