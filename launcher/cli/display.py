@@ -34,9 +34,13 @@ _PHASES_SAID = ("preparing", "building operators", "loading", "saving", "exporti
 class Display(Watcher):
     """Follows events.jsonl and metrics.jsonl of an attempt, and shows them on stderr."""
 
-    def __init__(self, plan: Plan, console: Console | None = None, line_seconds: float = _LINE_SECONDS) -> None:
+    def __init__(
+        self, plan: Plan | None = None, console: Console | None = None, line_seconds: float = _LINE_SECONDS, quiet: bool = False
+    ) -> None:
+        """Of a run by its `plan`. With `quiet` nothing is said that stays, as of work that no run is made for."""
         self.console = console or Console(file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None)
-        self.progress = Progress(peak=_peak(plan))
+        self.progress = Progress(peak=_peak(plan) if plan else None)
+        self._quiet = quiet
         self._line_seconds = line_seconds
         self._live: Live | None = None
         self._tails: tuple[Tail, Tail] | None = None
@@ -64,7 +68,8 @@ class Display(Watcher):
 
     def say(self, line: str) -> None:
         """One line that stays, above the live display where there is one."""
-        self.console.print(Text(line), soft_wrap=True)
+        if not self._quiet:
+            self.console.print(Text(line), soft_wrap=True)
 
     def end(self) -> None:
         """Show the last of it, and leave the terminal as it was."""

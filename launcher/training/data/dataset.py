@@ -158,6 +158,29 @@ class Dataset:
         """Tokens of each item, int64 [num_items]."""
         return self._item_lengths
 
+    @property
+    def sample_lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 [num_samples], in the order of the rows."""
+        return np.diff(next(offsets for name, _, offsets in self._columns if name == "input_ids"))
+
+    def column(self, name: str) -> np.ndarray | None:
+        """One column of all samples, end to end; None where samples have no such column."""
+        return next((flat for own, flat, _ in self._columns if own == name), None)
+
+    def first_ids(self, count: int) -> list[int]:
+        """The row numbers of the first samples."""
+        found: list[int] = self._sample_ids[:count].tolist()
+        return found
+
+    def find(self, id: int) -> tuple[int, Sample] | None:
+        """The sample of a row, and how many others are in its item; None where the row is not used."""
+        [found] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
+        if found is None:
+            return None
+        place = int(np.flatnonzero(self._item_samples == found)[0])
+        item = self.item(int(np.searchsorted(self._item_offsets, place, side="right")) - 1)
+        return len(item) - 1, next(sample for sample in item if sample.id == id)
+
     def item(self, index: int) -> list[Sample]:
         """The samples of an item: a pack's, or a single one. The arrays are read-only views of the files."""
         return self.items(np.array([index]))[0]
