@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import Any
 
 from rich.bar import Bar
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -47,16 +49,18 @@ def _show_left_out(seen: dict[str, Any], console: Console) -> None:
         fits = (one for one in seen["examples"] if bool(one.get("cut")) == is_cut and (is_cut or one["reason"] == reason))
         console.print(Text(f"  {count:>9,}  {count / seen['rows_read']:>6.1%}  {reason}"))
         if (example := next(fits, None)) is not None:
-            console.print(Text(f"{'':21}first: {prepared.place(example)}", style="dim"), soft_wrap=True)
-            console.print(Text(f"{'':21}{_plain(example['detail'])}", style="dim"), soft_wrap=True)
+            where = f"{PurePath(example['file']).name}, line {example['line']:,}"
+            console.print(Padding(Text(f"first: {where}: {_plain(example['detail'])}", style="dim"), (0, 0, 0, 21)))
 
 
 def _show_lengths(seen: dict[str, Any], console: Console) -> None:
     found = seen["lengths"]
-    console.print(Text("\nLengths in tokens", style="bold"))
-    console.print(_bars([(f"{low}-{high - 1}" if high - low > 1 else str(low), count) for low, high, count in found["bins"]]))
+    console.print(Text(f"\nLengths in tokens (max_length {seen['max_length']:,})", style="bold"))
+    least, most = round(found["shortest"]), round(found["longest"])
+    ends = [(max(low, least), min(high - 1, most), count) for low, high, count in found["bins"]]
+    console.print(_bars([(f"{low:,}-{high:,}" if low < high else f"{low:,}", count) for low, high, count in ends]))
     middle = f"median {found['median']:,.0f}, mean {found['mean']:,.1f}, 95% up to {found['quantile_95']:,.0f}"
-    console.print(f"  shortest {found['shortest']:,.0f}, {middle}, longest {found['longest']:,.0f}; max_length {seen['max_length']:,}")
+    console.print(f"  shortest {found['shortest']:,.0f}, {middle}, longest {found['longest']:,.0f}")
     if seen["fill"] is not None:
         console.print(
             f"  {seen['num_items']:,} packs of {seen['max_length']:,}: {seen['fill']:.1%} full, the emptiest {seen['emptiest']:.1%}"
@@ -123,13 +127,13 @@ def _legend(coloured: bool, learns: bool) -> Text:
 
 
 def _heading(sample: dict[str, Any]) -> str:
-    facts = [f"row {sample['row']:,}", prepared.place(sample)]
+    facts = [f"row {sample['row']:,}", f"{PurePath(sample['file']).name}, line {sample['line']:,}"]
     if "pieces" in sample:
         facts.append(f"{sample['num_tokens']:,} tokens" + (f", {sample['num_learned']:,} learned" if sample["num_learned"] else ""))
         if sample["cut"]:
             facts.append("cut")
         if sample["num_beside"]:
-            facts.append(f"with {sample['num_beside']} others in its pack")
+            facts.append(f"1 of {sample['num_beside'] + 1} in its pack")
         if (label := sample["label"]) is not None:
             facts.append(f"label: {', '.join(label) or 'none'}" if isinstance(label, list) else f"label: {label:g}")
     return _plain(" | ".join(facts))
@@ -162,6 +166,7 @@ def _tokens(tokens: list[dict[str, Any]], coloured: bool) -> Table:
     for _ in range(3):
         table.add_column(justify="right", no_wrap=True)
     table.add_column()
+    table.add_row("", "place", "id", "token", style="dim")
     for number, token in enumerate(tokens):
         # Bytes that are no whole character have no text of their own.
         text = token["token"] if "\ufffd" in token["text"] else repr(token["text"])

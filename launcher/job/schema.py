@@ -154,13 +154,14 @@ class Source(Section):
     """Where rows come from."""
 
     path: str | None = None
-    """A local file (.json .jsonl .csv .tsv .parquet .txt), relative to the job file; or a pattern of several."""
+    """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt) or a directory that `save_to_disk` of `datasets` wrote, relative to the
+    job file; or a pattern of several files."""
     name: str | None = None
     """A data set's name on the hub, instead of a path."""
     subset: str | None = None
     """The configuration of a hub data set."""
     split: str = "train"
-    """The split of a hub data set."""
+    """The split of a hub data set, or of a directory that `save_to_disk` wrote with several."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many rows."""
 

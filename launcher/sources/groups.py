@@ -65,4 +65,4 @@ def look_in_table(part: Part, columns: Sequence[str], wanted: int) -> Seen:
     num_rows = min(table.num_rows, part.first or table.num_rows)
     names = names_of_classes(features_of(table.schema))
     picked = sorted(random.Random(0).sample(range(num_rows), min(wanted, num_rows)))
-    return Seen(num_rows, [with_names(arrow_row(table.slice(number, 1).combine_chunks(), 0), names) for number in picked])
+    return Seen(num_rows, [with_names(arrow_row(table.slice(number, 1), 0), names) for number in picked])
