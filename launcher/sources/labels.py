@@ -7,7 +7,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from launcher.sources.rows import BAD_LABEL, MISSING, RowProblem, is_missing
+from launcher.sources.rows import BAD_LABEL, MISSING, RowProblem, is_missing, missing
 from launcher.sources.written import list_in
 
 _WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
@@ -71,5 +71,5 @@ def number_of(values: dict[str, Any], column: str) -> float:
 def _present(values: dict[str, Any], column: str) -> Any:
     value = values.get(column)
     if is_missing(value):
-        raise RowProblem(MISSING, f"no {column!r}" if value is None else f"{column!r} is NaN, a missing value")
+        raise missing(values, column)
     return value

@@ -61,7 +61,7 @@ def text_of(values: dict[str, Any], column: str) -> str:
     """The text in `column`; a number is written out, 42.0 as 42. Raises RowProblem where there is none."""
     value = values.get(column)
     if is_missing(value):
-        raise _no(values, column)
+        raise missing(values, column)
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         value = _written(value, column)
     if not isinstance(value, str):
@@ -72,9 +72,10 @@ def text_of(values: dict[str, Any], column: str) -> str:
     return value
 
 
-def _no(values: dict[str, Any], column: str) -> RowProblem:
-    if values.get(column) is not None:
-        return RowProblem(MISSING, f"{column!r} is NaN, a missing value")
+def missing(values: dict[str, Any], column: str) -> RowProblem:
+    """Why there is nothing in a column of a row."""
+    if column in values:
+        return RowProblem(MISSING, f"{column!r} is {'null' if values[column] is None else 'NaN, a missing value'}")
     return RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, values)) or 'nothing'}")
 
 
@@ -99,7 +100,7 @@ def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
     """The messages of the chat in `column`, a list or the text of one. Raises RowProblem where there are none, or none to be learned."""
     messages = values.get(column)
     if is_missing(messages):
-        raise _no(values, column)
+        raise missing(values, column)
     if isinstance(messages, str):
         messages = list_in(messages)
     if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
