@@ -62,9 +62,7 @@ def _show_lengths(seen: dict[str, Any], console: Console) -> None:
     middle = f"median {found['median']:,.0f}, mean {found['mean']:,.1f}, 95% up to {found['quantile_95']:,.0f}"
     console.print(f"  shortest {found['shortest']:,.0f}, {middle}, longest {found['longest']:,.0f}")
     if seen["fill"] is not None:
-        console.print(
-            f"  {seen['num_items']:,} packs of {seen['max_length']:,}: {seen['fill']:.1%} full, the emptiest {seen['emptiest']:.1%}"
-        )
+        console.print(f"  {prepared.packs(seen)} of {seen['max_length']:,}: {seen['fill']:.1%} full, the emptiest {seen['emptiest']:.1%}")
 
 
 def _show_balance(balance: dict[str, Any] | None, console: Console) -> None:

@@ -20,8 +20,13 @@ def line(record: dict[str, Any]) -> str:
         parts.append(f"{record['num_cut']:,} cut")
     parts.append(f"{record['num_tokens']:,} tokens")
     if record.get("fill") is not None:
-        parts.append(f"{record['num_items']:,} packs {record['fill']:.1%} full")
+        parts.append(f"{packs(record)} {record['fill']:.1%} full")
     return f"{record['role']}: " + ", ".join(parts)
+
+
+def packs(record: dict[str, Any]) -> str:
+    """How many packs there are."""
+    return f"{record['num_items']:,} pack" + "s" * (record["num_items"] != 1)
 
 
 def warning(record: dict[str, Any]) -> str | None:

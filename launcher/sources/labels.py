@@ -7,7 +7,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from launcher.sources.rows import BAD_LABEL, MISSING, RowProblem, is_missing, missing
+from launcher.sources.rows import BAD_LABEL, MISSING, WRITTEN_MISSING, RowProblem, is_missing, missing
 from launcher.sources.written import list_in
 
 _WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
@@ -28,6 +28,8 @@ def class_name(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     name = value.strip() if isinstance(value, str) else ""
+    if name in WRITTEN_MISSING:
+        raise RowProblem(MISSING, f"a label is {name!r}, as a missing value is written")
     if not name:
         raise RowProblem(BAD_LABEL, f"{value!r} is not the name of a class")
     if name.lower() in ("true", "false"):
@@ -44,9 +46,13 @@ def class_names(values: dict[str, Any], column: str, problem: str) -> list[str]:
         if found is not None:
             raise RowProblem(BAD_LABEL, f"{value!r} is not the name of a class, but a list; several at once are data.problem: multi-label")
         return [class_name(value)]
-    if found is not None:
-        return [class_name(part) for part in found]
-    return _parts(value) if isinstance(value, str) else [class_name(value)]
+    if found is None:
+        return _parts(value) if isinstance(value, str) else [class_name(value)]
+    names = [class_name(part) for part in found]
+    if len(names) > len(set(names)) and (set(names) <= {"0", "1"} or set(names) <= {"false", "true"}):
+        reason = f"{value!r} says of each class whether the row has it; a list of the names of those that it has is read"
+        raise RowProblem(BAD_LABEL, reason)
+    return names
 
 
 def _parts(text: str) -> list[str]:

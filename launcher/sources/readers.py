@@ -12,11 +12,7 @@ from typing import Any
 
 from launcher.errors import DataError
 from launcher.sources.arrow import no_column, num_arrow_rows, num_parquet_rows, read_arrow, read_parquet
-from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, Read, RowProblem, Values
-
-MISSING_CELLS = {"nan", "NaN", "<NA>", "NaT", "#N/A"}
-"""What pandas, numpy and spreadsheets write into a cell without a value. JSON and Parquet have a null of their own, so that there these
-are text; words that people write too (None, null, NA) are text everywhere."""
+from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, WRITTEN_MISSING, Read, RowProblem, Values
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
@@ -138,7 +134,7 @@ def _table_row(header: list[str], fields: list[str]) -> Values:
     for name, value in zip(header, fields, strict=False):
         if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
             return RowProblem(NOT_UTF8, f"column {name!r}")
-    return {name: math.nan if value in MISSING_CELLS else value for name, value in zip(header, fields, strict=False)}
+    return {name: math.nan if value in WRITTEN_MISSING else value for name, value in zip(header, fields, strict=False)}
 
 
 def read_text(path: Path, columns: Sequence[str]) -> Read:

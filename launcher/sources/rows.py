@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from launcher.sources.written import list_in
 
+WRITTEN_MISSING = {"nan", "NaN", "<NA>", "NaT", "#N/A"}
+"""What pandas, numpy and spreadsheets write where there is no value: in a cell of a table, and as a label anywhere. As text in JSON and
+Parquet, which have a null of their own, it is text. Words that people write too (None, null, NA) are text everywhere."""
 _EXACT = 2.0**53
 """Up to here every integer is a float."""
 
@@ -102,7 +105,7 @@ def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
     if is_missing(messages):
         raise missing(values, column)
     if isinstance(messages, str):
-        messages = list_in(messages)
+        messages = list_in(messages) if messages.strip() else []
     if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
         raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
     if not messages:

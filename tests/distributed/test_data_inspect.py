@@ -12,6 +12,7 @@ import yaml
 
 from launcher.cli import main as cli
 from launcher.errors import ConfigurationError, DataError
+from launcher.job.load import load
 from launcher.job.schema import Data
 from launcher.planning.plan import Plan
 from launcher.runs.events import read
@@ -139,6 +140,14 @@ def test_an_evaluation_that_is_not_there(tmp_path: Path) -> None:
         looking.look(job, "evaluation", 3, None, False, None)  # type: ignore[arg-type]
 
 
+def test_a_job_for_a_cluster_is_looked_at_here(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", PAIRS)
+    job = {"name": "a", "model": {"name": "org/model"}, "data": {"train": {"path": "a.jsonl"}, "prompt": "q", "completion": "a"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"cluster": {"nodes": 2, "gpus_per_node": 8}}))
+    plan = looking._here(load(tmp_path / "job.yaml", []))
+    assert (plan.mesh.world_size, plan.mesh.ranks_per_node, plan.mesh.device) == (1, 1, "cpu")
+
+
 def test_most_rows_dropped_are_refused_unless_it_is_written_out(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     plan, _ = ready(tmp_path, [*PAIRS[:2], *BAD], prompt="q", completion="a")
@@ -161,7 +170,7 @@ def test_half_is_not_most_and_too_long_rows_count(tmp_path: Path) -> None:
     plan, _ = ready(tmp_path, [PAIRS[0], long], prompt="q", completion="a", max_length=32, too_long="drop")
     Material.prepare(RunDirectory(tmp_path), plan)
     plan, _ = ready(tmp_path, [PAIRS[0], long, long], prompt="q", completion="a", max_length=32, too_long="drop")
-    with pytest.raises(DataError, match="would be dropped: 2 too long"):
+    with pytest.raises(DataError, match=r"would be dropped: 2 too long; .*write a larger data\.max_length, or write data\.unusable: drop"):
         Material.prepare(RunDirectory(tmp_path / "other"), plan)
 
 

@@ -156,6 +156,19 @@ def test_the_second_call_maps_what_the_first_made(tmp_path: Path, monkeypatch: p
     assert [file["path"] for file in third.report.files] == [str(tmp_path / "moved.jsonl")]
 
 
+def test_the_first_row_that_is_dropped_is_named_where_it_lies_now(tmp_path: Path) -> None:
+    made(text_data(tmp_path, BAD_ROWS))
+    moved = made(Data(train=jsonl(tmp_path / "moved.jsonl", BAD_ROWS), text="text"))
+    assert moved.report.cached and {example["file"] for example in moved.report.examples} == {str(tmp_path / "moved.jsonl")}
+
+
+def test_each_reason_has_an_example_however_many_rows_there_are(tmp_path: Path) -> None:
+    rows = [{"text": "long " * 50}] * 12 + [{"text": "long " * 50}, {"text": ""}, {"text": "fine"}]
+    report = made(text_data(tmp_path, rows, max_length=16)).report
+    assert len(report.examples) == 11 and [example["cut"] for example in report.examples] == [True] * 10 + [False]
+    assert (report.examples[-1]["reason"], report.examples[-1]["line"]) == ("empty", 14)
+
+
 def test_whatever_changes_the_samples_changes_the_cache(tmp_path: Path) -> None:
     made(text_data(tmp_path))
     variants: list[dict[str, Any]] = [{"max_length": 8}, {"packing": True}, {"too_long": "drop"}, {"unusable": "refuse"}]

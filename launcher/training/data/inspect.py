@@ -144,7 +144,9 @@ def _label(sample: Sample, dataset: Dataset) -> Any:
 
 def _pieces(ids: list[int], learned: list[bool], tokenizer: Any) -> Iterator[dict[str, Any]]:
     """Runs of tokens that are learned or not, special or not, with their text; all of them together are the text of the whole."""
-    special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = set(tokenizer.all_special_ids) | {
+        number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+    }
     marks = [(is_learned, token in special) for token, is_learned in zip(ids, learned, strict=True)]
     end, before = 0, ""
     for (is_learned, is_special), run in itertools.groupby(marks):

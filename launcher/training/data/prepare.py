@@ -57,6 +57,8 @@ def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, 
     if dataset.report.labels is not None:
         task.labels = dataset.report.labels
     # The same contents may lie elsewhere by now: say where they were found this time.
+    moved = {old["path"]: new.path for old, new in zip(dataset.report.files, rows.files, strict=False)}
+    dataset.report.examples = [{**one, "file": moved.get(one["file"], one["file"])} for one in dataset.report.examples]
     dataset.report.files = [file.to_dict() for file in rows.files]
     dataset.report.cache = str(directory)
     return dataset
@@ -68,7 +70,12 @@ def refuse_mostly_dropped(report: DataReport, plan: Plan) -> None:
         return
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
     share = f"{report.num_dropped:,} of {report.rows_read:,} rows ({report.num_dropped / report.rows_read:.1%}) would be dropped: {reasons}"
-    hint = f"mend the rows or the names of the columns, or write data.unusable: drop to use the other {report.rows_used:,}"
+    cure = (
+        "write a larger data.max_length"
+        if 2 * report.dropped.get(TOO_LONG, 0) > report.num_dropped
+        else "mend the rows or the columns' names"
+    )
+    hint = f"{cure}, or write data.unusable: drop to use the other {report.rows_used:,}"
     raise DataError(f"{report.role} data: {share}; {prepared.first_dropped(report.to_dict())}; {hint}")
 
 
@@ -163,7 +170,7 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     began = time.monotonic()
     if role == "train" and task.needs_labels and not task.labels_given:
         task.fit(rows)
-    report = DataReport(role, rows.digest, labels=task.labels)
+    report = DataReport(role, rows.digest, labels=task.labels, files=[{"path": file.path, "bytes": file.bytes} for file in rows.files])
     writer = Writer(directory)
     for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
         report.rows_read += chunk.num_rows
