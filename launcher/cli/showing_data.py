@@ -30,8 +30,8 @@ def show(seen: dict[str, Any], console: Console, whole: bool) -> None:
     console.print(Text(prepared.line(seen), style="bold"))
     for file in seen["files"]:
         console.print(Text(f"  {file['path']}"), soft_wrap=True)
-    if said := prepared.warning(seen):
-        console.print(Text(said, style="yellow"))
+    if said := seen["refused"] or prepared.warning(seen):
+        console.print(Text(_plain(said), style="yellow"))
     _show_left_out(seen, console)
     _show_lengths(seen, console)
     _show_balance(seen["balance"], console)
@@ -101,7 +101,7 @@ def _bars(rows: list[tuple[str, int]], most: int = 0) -> Table:
 def _show_samples(seen: dict[str, Any], console: Console, whole: bool) -> None:
     if not seen["samples"]:
         return
-    coloured = console.is_terminal and not console.no_color
+    coloured = console.color_system is not None and not console.no_color
     learns = any(piece["learned"] for sample in seen["samples"] for piece in sample.get("pieces", ()))
     console.print(Text("\nSamples", style="bold").append_text(_legend(coloured, learns)))
     for sample in seen["samples"]:

@@ -91,10 +91,16 @@ def num_parquet_rows(path: Path) -> int:
 
 def read_arrow(path: Path, columns: Sequence[str]) -> Read:
     """Arrow, as `save_to_disk` writes it: only the columns asked for, the numbers of classes as their names."""
+    import pyarrow
+
     table = open_arrow(path, columns)
     names = names_of_classes(features_of(table.schema))
     number = 0
     for batch in table.to_batches(max_chunksize=PARQUET_BATCH):
+        try:
+            batch.validate(full=True)  # a damaged file would have what is behind the mapped memory read
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{path} cannot be read after row {number:,}: {error}") from None
         for index in range(batch.num_rows):
             number += 1
             yield number, with_names(arrow_row(batch, index), names)

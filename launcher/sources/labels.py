@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -36,6 +37,17 @@ def class_name(value: Any) -> str:
         return name.lower()
     whole = _WHOLE.fullmatch(name)
     return str(int(whole[1])) if whole else name
+
+
+def ids_of(labels: Iterable[str]) -> dict[str, int]:
+    """The numbers of classes by their names as `class_name` gives them; a model may bring labels that are written otherwise, as 'True'."""
+    ids: dict[str, int] = {}
+    for number, label in enumerate(labels):
+        try:
+            ids.setdefault(class_name(label), number)
+        except RowProblem:  # a name that no row can have
+            ids.setdefault(label, number)
+    return ids
 
 
 def class_names(values: dict[str, Any], column: str, problem: str) -> list[str]:

@@ -21,7 +21,9 @@ def main() -> None:
     for entry in [*seen["files"], *seen["examples"], *seen["samples"]]:
         name = "path" if "path" in entry else "file"
         entry[name] = Path(entry[name]).name
-    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, highlight=False, markup=False)
+    console = Console(
+        record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False, markup=False
+    )
     show(seen, console, whole=False)
     console.save_svg(sys.argv[2], title=sys.argv[3])
 

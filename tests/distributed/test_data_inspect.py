@@ -157,7 +157,9 @@ def test_most_rows_dropped_are_refused_unless_it_is_written_out(tmp_path: Path) 
     with pytest.raises(DataError, match=reason + r".*write data\.unusable: drop to use the other 2"):
         Material.prepare(run, plan)
     assert not list(read(run.events_file)) or all(record["event"] != "prepared" for record in read(run.events_file))
-    assert inspected(plan, tmp_path)["num_dropped"] == 3, "it can still be looked at"
+    seen = inspected(plan, tmp_path)
+    assert seen["num_dropped"] == 3, "it can still be looked at"
+    assert seen["refused"].startswith("a run is refused: train data: 3 of 5 rows")
     asked = plan.model_copy(update={"data": plan.data.model_copy(update={"unusable": "drop"})})
     material = Material.prepare(run, asked)
     assert material.train.report.cached and material.train.num_samples == 2, "what was refused needs not be made again"

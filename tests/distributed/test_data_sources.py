@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,19 @@ def test_arrow_with_a_footer_is_read_too(tmp_path: Path) -> None:
     with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write_table(table)
     assert read(tmp_path / "a.arrow") == ROWS
+
+
+def test_an_arrow_file_whose_places_are_wrong_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": ["one", "two"]})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    places, wrong = (struct.pack("<3i", 0, second, 6) for second in (3, 1 << 20))
+    content = (tmp_path / "a.arrow").read_bytes()
+    assert content.count(places) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(places, wrong))
+    with pytest.raises(DataError, match=r"a\.arrow cannot be read after row 0"):
+        read(tmp_path / "a.arrow", ("text",))
 
 
 def test_a_directory_of_save_to_disk_that_is_not_whole(saved: Path) -> None:

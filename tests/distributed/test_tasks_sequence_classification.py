@@ -133,6 +133,16 @@ def test_a_bar_keeps_commas_within_names() -> None:
     assert task.labels == ["w", "x, y", "z"]
 
 
+def test_a_models_own_names_are_those_of_the_rows_however_both_are_written() -> None:
+    task = task_of(["False", "True", "2.0", "nan"])
+    assert [task.encode({"text": "the cat", "label": label}, TOKENIZER)["label"].tolist() for label in (True, "false", 2)] == [
+        [1],
+        [0],
+        [2],
+    ]
+    assert task.labels == ["False", "True", "2.0", "nan"]
+
+
 def test_a_number() -> None:
     arrays = task_of(problem="regression").encode({"text": "the cat", "label": "2.5"}, TOKENIZER)
     assert arrays["label"].tolist() == [2.5]

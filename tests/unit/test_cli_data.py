@@ -31,7 +31,7 @@ def seen(*samples: dict[str, Any], dropped: dict[str, int] | None = None, **more
         "bins": [[0, 32, 600], [32, 64, 300], [64, 96, 1]],
     }
     made = record(dropped or {}) | {"files": [{"path": "/data/a.jsonl", "bytes": 9}], "lengths": bins, "max_length": 64, "balance": None}
-    return made | {"num_dropped": sum((dropped or {}).values()), "emptiest": None, "samples": list(samples)} | more
+    return made | {"num_dropped": sum((dropped or {}).values()), "emptiest": None, "refused": None, "samples": list(samples)} | more
 
 
 def shown(content: dict[str, Any], terminal: bool = False, whole: bool = False, **settings: Any) -> str:
@@ -109,6 +109,11 @@ def test_a_row_that_is_not_used_says_why() -> None:
     text = shown(seen(unused))
     assert "row 5 | a.jsonl, line 5\n" in text and "not used: empty ('text' has no text)" in text
     assert "Samples" not in shown(seen())
+
+
+def test_that_a_run_would_be_refused_stands_at_the_top() -> None:
+    text = shown(seen(dropped={"empty": 600}, refused="a run is refused: train data: 600 of 1,000 rows would be dropped"))
+    assert text.splitlines()[2].startswith("a run is refused: train data: 600 of 1,000 rows") and "warning" not in text
 
 
 def test_nothing_dropped_and_nothing_cut_has_no_table() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.schema import Source
 from launcher.planning.plan import Plan
 from launcher.runs import events
@@ -50,6 +50,7 @@ def _described(dataset: Dataset, material: Material, plan: Plan, request: dict[s
     return {
         **dataset.report.to_dict(),
         "num_dropped": dataset.report.num_dropped,
+        "refused": _refused(dataset, plan),
         "too_long": plan.data.too_long,
         "max_length": plan.data.max_length,
         "lengths": {**spread(lengths), "quantile_95": float(np.quantile(lengths, 0.95))},
@@ -57,6 +58,15 @@ def _described(dataset: Dataset, material: Material, plan: Plan, request: dict[s
         "balance": _balance(dataset, plan),
         "samples": list(_samples(source, dataset, material, request)),
     }
+
+
+def _refused(dataset: Dataset, plan: Plan) -> str | None:
+    """Why a run would not begin; None where it would."""
+    try:
+        refuse_mostly_dropped(dataset.report, plan)
+    except DataError as error:
+        return f"a run is refused: {error}"
+    return None
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:

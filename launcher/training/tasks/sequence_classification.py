@@ -10,7 +10,7 @@ import torch
 
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.schema import Data
-from launcher.sources.labels import class_name, class_names, number_of
+from launcher.sources.labels import class_names, ids_of, number_of
 from launcher.sources.rows import BAD_LABEL, TOO_LONG, Row, RowProblem, text_of
 from launcher.training import metrics as measure
 from launcher.training.data.dataset import Sample
@@ -79,7 +79,7 @@ class SequenceClassification(Task):
 
     def encode_batch(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Encoded | RowProblem]:
         """What the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32 [num_labels] or float32 [1]."""
-        ids = {class_name(name): number for number, name in enumerate(self.labels or ())}
+        ids = ids_of(self.labels or ())
         prepared = [self._texts_and_label(row, ids) for row in rows]
         texts = [row[0] for row in prepared if not isinstance(row, RowProblem)]
         whole = iter(_tokenise(tokenizer, texts, None))
