@@ -53,14 +53,9 @@ def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> 
     if path.is_dir() and (splits := saved_splits(path)) is not None:
         problems += _split(source, key, splits)
     elif path.is_dir():
-        problems.append(
-            Problem(
-                key,
-                source.path,
-                f"a directory that save_to_disk did not write; name a file or a pattern, as {source.path.rstrip('/')}/*.jsonl",
-            )
-        )
-    elif "split" in source.model_fields_set:
+        pattern = f"{source.path.rstrip('/')}/*.jsonl"
+        problems.append(Problem(key, source.path, f"a directory that save_to_disk did not write; name a file or a pattern, as {pattern}"))
+    elif "split" in source.model_fields_set and (path.exists() or glob.has_magic(str(path))):
         reason = "files have no splits, only a data set on the hub and a directory of save_to_disk; leave it out"
         problems.append(Problem(key.replace(".path", ".split"), source.split, reason))
     elif not path.exists() and glob.has_magic(str(path)):

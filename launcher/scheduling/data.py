@@ -27,9 +27,8 @@ def look(job: Job, role: str, num_rows: int, row: int | None, tokens: bool, watc
 
 def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:
     """Prepare all data of a job, for `run` to find; what became of each data set."""
-    found: list[dict[str, Any]] = ask(_here(job), MODULE, {"roles": ["train", "evaluation"], "show": False}, "data.json", watcher)[
-        "datasets"
-    ]
+    request = {"roles": ["train", "evaluation"], "show": False}
+    found: list[dict[str, Any]] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
     return found
 
 

@@ -91,19 +91,24 @@ def num_parquet_rows(path: Path) -> int:
 
 def read_arrow(path: Path, columns: Sequence[str]) -> Read:
     """Arrow, as `save_to_disk` writes it: only the columns asked for, the numbers of classes as their names."""
-    import pyarrow
-
     table = open_arrow(path, columns)
     names = names_of_classes(features_of(table.schema))
     number = 0
     for batch in table.to_batches(max_chunksize=PARQUET_BATCH):
-        try:
-            batch.validate(full=True)  # a damaged file would have what is behind the mapped memory read
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path} cannot be read after row {number:,}: {error}") from None
+        refuse_damaged(path, batch, number)
         for index in range(batch.num_rows):
             number += 1
             yield number, with_names(arrow_row(batch, index), names)
+
+
+def refuse_damaged(path: Path, rows: Any, before: int) -> None:
+    """Raise DataError where these rows, which stand behind so many others, would have memory read that is not the file's."""
+    import pyarrow
+
+    try:
+        rows.validate(full=True)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read after row {before:,}: {error}") from None
 
 
 def open_arrow(path: Path, columns: Sequence[str]) -> Any:

@@ -15,6 +15,7 @@ from launcher.sources.arrow import (
     names_of_classes,
     open_arrow,
     open_parquet,
+    refuse_damaged,
     whole_parquet,
     with_names,
 )
@@ -65,4 +66,9 @@ def look_in_table(part: Part, columns: Sequence[str], wanted: int) -> Seen:
     num_rows = min(table.num_rows, part.first or table.num_rows)
     names = names_of_classes(features_of(table.schema))
     picked = sorted(random.Random(0).sample(range(num_rows), min(wanted, num_rows)))
-    return Seen(num_rows, [with_names(arrow_row(table.slice(number, 1), 0), names) for number in picked])
+    rows = []
+    for number in picked:
+        row = table.slice(number, 1)
+        refuse_damaged(part.path, row, number)
+        rows.append(with_names(arrow_row(row, 0), names))
+    return Seen(num_rows, rows)

@@ -10,6 +10,7 @@ import pytest
 from launcher.errors import DataError
 from launcher.job.schema import Source
 from launcher.sources.rows import RowProblem, text_of
+from launcher.sources.sample import look
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.sources import BLOCK, open_source, refuse_change
 from tests.distributed.data_world import SHARED, jsonl
@@ -242,8 +243,9 @@ def test_an_arrow_file_whose_places_are_wrong_is_refused(tmp_path: Path) -> None
     content = (tmp_path / "a.arrow").read_bytes()
     assert content.count(places) == 1
     (tmp_path / "a.arrow").write_bytes(content.replace(places, wrong))
-    with pytest.raises(DataError, match=r"a\.arrow cannot be read after row 0"):
-        read(tmp_path / "a.arrow", ("text",))
+    for way in (read, lambda path, columns: look(Source(path=str(path)), columns)):
+        with pytest.raises(DataError, match=r"a\.arrow cannot be read after row 0"):
+            way(tmp_path / "a.arrow", ("text",))
 
 
 def test_a_directory_of_save_to_disk_that_is_not_whole(saved: Path) -> None:

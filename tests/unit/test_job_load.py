@@ -269,6 +269,7 @@ CONTRADICTIONS = [
     (CAUSAL, ["data.train.path=notes*"], "data.train.path", "not of a kind that is read"),
     (CAUSAL, ["data.train.path=."], "data.train.path", "a directory"),
     (CAUSAL, ["data.train.split=test"], "data.train.split", "files have no splits"),
+    (CAUSAL, ["data.train={path: savd, split: test}"], "data.train.path", "the nearest there is saved"),
     (CAUSAL, ["data.train={path: dict, split: dev}"], "data.train.split", "has the splits train, test"),
     (CAUSAL, ["data.evaluation={path: dict}"], "data.evaluation.split", "name the split of dict that is held out: train, test"),
     (CAUSAL, ["data.train={path: saved, split: train}"], "data.train.split", "one data set without splits"),
