@@ -17,6 +17,7 @@ from launcher.cli.progress import Progress, metrics_line, notice
 from launcher.planning.plan import Plan
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
+from launcher.runs.prepared import line, newest
 from launcher.runs.tail import Tail
 from launcher.runs.words import duration
 from launcher.scheduling.local import shown
@@ -33,9 +34,13 @@ _PHASES_SAID = ("preparing", "building operators", "loading", "saving", "exporti
 class Display(Watcher):
     """Follows events.jsonl and metrics.jsonl of an attempt, and shows them on stderr."""
 
-    def __init__(self, plan: Plan, console: Console | None = None, line_seconds: float = _LINE_SECONDS) -> None:
+    def __init__(
+        self, plan: Plan | None = None, console: Console | None = None, line_seconds: float = _LINE_SECONDS, quiet: bool = False
+    ) -> None:
+        """Of a run by its `plan`. With `quiet` nothing is said that stays, as of work that no run is made for."""
         self.console = console or Console(file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None)
-        self.progress = Progress(peak=_peak(plan))
+        self.progress = Progress(peak=_peak(plan) if plan else None)
+        self._quiet = quiet
         self._line_seconds = line_seconds
         self._live: Live | None = None
         self._tails: tuple[Tail, Tail] | None = None
@@ -63,7 +68,8 @@ class Display(Watcher):
 
     def say(self, line: str) -> None:
         """One line that stays, above the live display where there is one."""
-        self.console.print(Text(line), soft_wrap=True)
+        if not self._quiet:
+            self.console.print(Text(line), soft_wrap=True)
 
     def end(self) -> None:
         """Show the last of it, and leave the terminal as it was."""
@@ -157,6 +163,7 @@ def summary(run: RunDirectory, path: str) -> str:
         tokens = sum(record.get("num_tokens", 0) for record in records.values())
         took = _seconds_in_attempts(run)
         lines.append(f"  tokens      {tokens:,} in {duration(took)}, over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}")
+    lines += [f"  rows        {line(record)}" for record in newest(read(run.events_file)).values()]
     measured = [record for record in read(run.events_file) if record.get("event") == "evaluated"]
     if measured:
         before, after = measured[0], measured[-1]

@@ -41,6 +41,7 @@ COMMANDS = {
     "render": Command("render", "render", "Write the plan as DeepSpeed, Accelerate, torchrun and Slurm read it."),
     "diff": Command("render", "diff", "Show how two plans, jobs or engines' configurations differ."),
     "import": Command("importing", "import_", "Make a job file of another tool's configuration or script."),
+    "data": Command("data", "app", "Show what a job will see of its data, and tokenise it ahead of time."),
     "run": Command("run", "run", "Run a job on this machine; a run that stopped goes on where it was."),
     "submit": Command("submit", "submit", "Hand a job to Slurm; a run that stopped goes on where it was."),
     "cancel": Command("submit", "cancel", "End a run's Slurm job; the ranks save first, if there is time."),

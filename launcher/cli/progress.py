@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.cli.output import size
+from launcher.runs.prepared import lines
 from launcher.runs.words import duration
 
 _REMEMBERED_STEPS = 50
@@ -149,6 +150,8 @@ def notice(record: dict[str, Any]) -> str | None:
             return f"measured after step {step}: {metrics_line(record.get('metrics', {}))}"
         case "compared":
             return _compared(record["measured"], record["expected"])
+        case "prepared":
+            return "\n".join(lines(record))
         case "training":
             parameters = f"{record.get('num_parameters', 0):,} parameters"
             return f"training {parameters}, from step {record.get('first_step')} to {record.get('total_steps')}"

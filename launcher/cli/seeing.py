@@ -85,6 +85,7 @@ def logs(
 
 def describe(seen: dict[str, Any]) -> str:
     """A status for people, one fact a line."""
+    from launcher.runs.prepared import line
     from launcher.runs.words import duration
 
     slurm = seen.get("slurm", {})
@@ -98,6 +99,7 @@ def describe(seen: dict[str, Any]) -> str:
         "nodes": ", ".join(seen["nodes"]) or None,
         "process": seen["process"],
         "attempts": str(seen["attempts"]),
+        **{role: line({"role": role, **rows}).partition(": ")[2] for role, rows in seen["data"].items()},
         "step": f"{seen['step']}{of}",
         "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
         "speed": None if seen["tokens_per_second"] is None else f"{seen['tokens_per_second']:.0f} tokens/s",

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 from pathlib import Path
 
 from launcher.errors import Problem
 from launcher.job.schema import Data, Job, Model, Source
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 """Kinds of files that rows are read from."""
+
+
+def saved_splits(directory: Path) -> list[str] | None:
+    """The splits in a directory that `save_to_disk` wrote; none of a single data set's; None where it is no such directory."""
+    if (directory / "state.json").is_file():
+        return []
+    try:
+        splits = json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [str(split) for split in splits] if isinstance(splits, list) else None
 
 
 def nearest_file(path: Path) -> str:
@@ -38,8 +50,14 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
 def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> Source:
     assert source.path is not None
     path = folder / Path(source.path).expanduser()
-    if path.is_dir():
-        problems.append(Problem(key, source.path, f"a directory; name a file or a pattern, as {source.path.rstrip('/')}/*.jsonl"))
+    if path.is_dir() and (splits := saved_splits(path)) is not None:
+        problems += _split(source, key, splits)
+    elif path.is_dir():
+        pattern = f"{source.path.rstrip('/')}/*.jsonl"
+        problems.append(Problem(key, source.path, f"a directory that save_to_disk did not write; name a file or a pattern, as {pattern}"))
+    elif "split" in source.model_fields_set and (path.exists() or glob.has_magic(str(path))):
+        reason = "files have no splits, only a data set on the hub and a directory of save_to_disk; leave it out"
+        problems.append(Problem(key.replace(".path", ".split"), source.split, reason))
     elif not path.exists() and glob.has_magic(str(path)):
         found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
         if not found:
@@ -50,6 +68,18 @@ def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> 
     elif path.suffix.lower() not in SUFFIXES:
         problems.append(_unreadable(key, source.path, path))
     return source.model_copy(update={"path": str(path)})
+
+
+def _split(source: Source, key: str, splits: list[str]) -> list[Problem]:
+    """A problem where the split that is meant is not there, or where it is not said which rows are the ones held out."""
+    key, named = key.replace(".path", ".split"), "split" in source.model_fields_set
+    if not splits:
+        return [Problem(key, source.split, f"{source.path} is one data set without splits; leave it out")] if named else []
+    if source.split not in splits:
+        return [Problem(key, source.split, f"{source.path} has the splits {', '.join(splits)}; write one of them")]
+    if not named and "evaluation" in key:
+        return [Problem(key, None, f"name the split of {source.path} that is held out: {', '.join(splits)}")]
+    return []
 
 
 def _unreadable(key: str, value: str, file: Path) -> Problem:

@@ -154,13 +154,14 @@ class Source(Section):
     """Where rows come from."""
 
     path: str | None = None
-    """A local file (.json .jsonl .csv .tsv .parquet .txt), relative to the job file; or a pattern of several."""
+    """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt) or a directory that `save_to_disk` of `datasets` wrote, relative to the
+    job file; or a pattern of several files."""
     name: str | None = None
     """A data set's name on the hub, instead of a path."""
     subset: str | None = None
     """The configuration of a hub data set."""
     split: str = "train"
-    """The split of a hub data set."""
+    """The split of a hub data set, or of a directory that `save_to_disk` wrote with several."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many rows."""
 
@@ -190,8 +191,9 @@ class Data(Section):
     """Put several samples into one row of max_length; they never see each other."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What to do with a sample of more than max_length tokens."""
-    unusable: Literal["drop", "refuse"] = "drop"
-    """What to do with a row that has a missing key, no text, or bytes that are not UTF-8."""
+    unusable: Literal["drop-few", "drop", "refuse"] = "drop-few"
+    """What to do with rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves them out, and stops where more
+    than half of all rows would be dropped; `drop` goes on even then; `refuse` stops at the first."""
     num_workers: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Processes that tokenise."""
 

@@ -34,6 +34,7 @@ ALLOWED = (
     "model.compile",
     "model.trust_remote_code",
     "data.num_workers",
+    "data.unusable",
     "training.epochs",
     "training.max_steps",
     "training.evaluate_every",

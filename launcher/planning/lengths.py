@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import Data
 from launcher.planning.model_config import locate
-from launcher.sources.rows import BAD_LABEL, MISSING, TOO_LONG, RowProblem, check_encodable, messages_of, text_of
+from launcher.sources.labels import class_names, number_of
+from launcher.sources.rows import TOO_LONG, RowProblem, check_encodable, messages_of, text_of
 
 CHARACTERS = 4
 """Of a token of English, where the model has no tokenizer.json here: a rule of thumb."""
@@ -84,29 +84,10 @@ def _of_content(content: Any) -> str:
 def _check_label(row: dict[str, Any], data: Data) -> None:
     """Raise RowProblem where the label is missing, or is none of the kind that the problem has."""
     column = data.label or "label"
-    value = row.get(column)
-    if value is None:
-        raise RowProblem(MISSING, f"no {column!r}")
     if data.problem == "regression":
-        good = _is_finite(value)
-    elif data.problem == "multi-label" and isinstance(value, (str, list, tuple)):
-        good = isinstance(value, str) or all(map(_is_name, value))
+        number_of(row, column)
     else:
-        good = _is_name(value)
-    if not good:
-        raise RowProblem(BAD_LABEL, f"{column!r} is {value!r}")
-
-
-def _is_name(value: Any) -> bool:
-    """Whether it can be a class's name."""
-    return bool(value.strip()) if isinstance(value, str) else isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError, OverflowError):
-        return False
+        class_names(row, column, data.problem)
 
 
 def _tokenizer(model: str) -> Any:

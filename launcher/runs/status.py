@@ -9,10 +9,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.runs import prepared
 from launcher.runs.events import read
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 from launcher.runs.processes import alive, started_at
@@ -55,6 +56,8 @@ class Status:
     """Its Slurm job."""
     nodes: tuple[str, ...] = ()
     """Those of the newest attempt, under Slurm."""
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of each data set by its role: rows read, used, dropped (by reason) and cut, tokens; empty before it is prepared."""
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -89,6 +92,7 @@ def read_status(run: RunDirectory) -> Status:
         last_word=_last_word(last, state),
         job=last.get("submitted", {}).get("job"),
         nodes=tuple(last.get("started", {}).get("nodes", ())),
+        data={role: prepared.numbers(record) for role, record in prepared.newest(events).items()},
     )
 
 

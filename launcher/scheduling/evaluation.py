@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConfigurationError, Problem, by_failure_class
+from launcher.errors import ConfigurationError, Problem
 from launcher.job.load import load
 from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
-from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.scheduling import local
+from launcher.runs.layout import RunDirectory
+from launcher.scheduling.scratch import ask
 from launcher.scheduling.supervisor import Watcher
 
 
@@ -43,22 +41,5 @@ class Request:
 
 def evaluate_locally(request: Request, watcher: Watcher) -> dict[str, Any]:
     """{"before": metrics, "after": metrics}. Raises the failure's own class where the ranks failed."""
-    with tempfile.TemporaryDirectory(prefix="launcher-evaluate-") as directory:
-        scratch = RunDirectory(Path(directory))
-        write_atomically(scratch.plan_file, request.plan.to_json())
-        asked = {"run": None if request.run is None else str(request.run), "model": request.model, "step": request.step}
-        write_atomically(scratch.path / "request.json", json.dumps(asked))
-        code = local.run(scratch, request.plan, watcher, entry="launcher.training.measure")
-        if code != 0:
-            _raise(scratch, code)
-        result: dict[str, Any] = json.loads((scratch.path / "evaluation.json").read_text(encoding="utf-8"))
-        return result
-
-
-def _raise(scratch: RunDirectory, code: int) -> None:
-    from launcher.runs.failure import read
-
-    failure = read(scratch.attempt(scratch.last_attempt()) / "failure.json")
-    if failure is None:
-        raise KeyboardInterrupt
-    raise by_failure_class(failure.failure_class)(f"rank {failure.rank}: {failure.cause}")
+    asked = {"run": None if request.run is None else str(request.run), "model": request.model, "step": request.step}
+    return ask(request.plan, "launcher.training.measure", asked, "evaluation.json", watcher)

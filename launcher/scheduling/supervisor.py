@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from launcher.runs.events import event
 from launcher.runs.failure import SIGNS_OF_FAILURE, write_grace
@@ -166,7 +166,11 @@ class Supervisor:
 
     def _note_events(self) -> None:
         for record in self._tail.records():
-            self._events.setdefault(record.get("event", ""), time.monotonic())
+            self._note(record)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        """Take in one event of this attempt."""
+        self._events.setdefault(record.get("event", ""), time.monotonic())
 
     def _say_stopping(self) -> None:
         assert self.signals.first is not None

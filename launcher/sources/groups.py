@@ -1,4 +1,4 @@
-"""Rows from all over a Parquet file."""
+"""Rows from all over a Parquet or an Arrow file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ from itertools import accumulate
 from math import ceil
 from typing import Any
 
+from launcher.sources.arrow import (
+    PARQUET_BATCH,
+    arrow_row,
+    features_of,
+    names_of_classes,
+    open_arrow,
+    open_parquet,
+    refuse_damaged,
+    whole_parquet,
+    with_names,
+)
 from launcher.sources.parts import Part, Seen, places_for
-from launcher.sources.readers import PARQUET_BATCH, Values, arrow_row, open_parquet, whole_parquet
+from launcher.sources.rows import Values
 
 _BYTES_OF_ROW = 1 << 17
 """Decoded at most for each row wanted: 0.3 s for 1,024 of them, at 400 MiB/s."""
@@ -47,3 +58,17 @@ def _some_of(file: Any, group: int, columns: Sequence[str], have: int, wanted: i
     picked = set(random.Random(group).sample(range(num_rows), min(wanted, num_rows)))
     rows = ((batch, index) for batch in batches for index in range(batch.num_rows))
     return [arrow_row(batch, index) for number, (batch, index) in enumerate(rows) if number in picked]
+
+
+def look_in_table(part: Part, columns: Sequence[str], wanted: int) -> Seen:
+    """How many rows an Arrow file has, and so many of them, any. Raises DataError where it cannot be read."""
+    table = open_arrow(part.path, columns)
+    num_rows = min(table.num_rows, part.first or table.num_rows)
+    names = names_of_classes(features_of(table.schema))
+    picked = sorted(random.Random(0).sample(range(num_rows), min(wanted, num_rows)))
+    rows = []
+    for number in picked:
+        row = table.slice(number, 1)
+        refuse_damaged(part.path, row, number)
+        rows.append(with_names(arrow_row(row, 0), names))
+    return Seen(num_rows, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.sources.readers import Values
+from launcher.sources.rows import Values
 
 LINE_BYTES = 1024
 """Of a line, where lines are not counted: how much is read at first rests on it, and no more."""
@@ -21,7 +21,7 @@ class Part:
     path: Path
     size: int
     counted: int | None
-    """Its lines, or the rows of Parquet; None where they are not counted."""
+    """Its lines, or the rows of Parquet and Arrow; None where they are not counted."""
     first: int | None = None
     """So many of its rows, where a limit ends in it."""
     share: float = 1.0

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from launcher.errors import DataError
 from launcher.sources.parts import LINE_BYTES, Part, Seen, places_for
-from launcher.sources.readers import PlainTabs, Read, Values, json_rows, names_of_columns, only_column, table_reader, table_rows, text_rows
+from launcher.sources.readers import PlainTabs, json_rows, names_of_columns, only_column, table_reader, table_rows, text_rows
+from launcher.sources.rows import Read, Values
 
 LINES = (".jsonl", ".ndjson", ".txt", ".tsv", ".csv")
 """Formats in which a row is a line; of .csv one row may be several, by line ends between quotation marks."""

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.sources.rows import BAD_VALUE, EMPTY, NOT_UTF8, UNREADABLE, RowProblem
-
-Values = dict[str, Any] | RowProblem
-Read = Iterator[tuple[int, Values]]
-PARQUET_BATCH = 1024
-"""Rows that are decoded at once."""
+from launcher.sources.arrow import no_column, num_arrow_rows, num_parquet_rows, read_arrow, read_parquet
+from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, WRITTEN_MISSING, Read, RowProblem, Values
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
@@ -139,14 +134,7 @@ def _table_row(header: list[str], fields: list[str]) -> Values:
     for name, value in zip(header, fields, strict=False):
         if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
             return RowProblem(NOT_UTF8, f"column {name!r}")
-    return dict(zip(header, fields, strict=False))
-
-
-def no_column(path: object, column: str, have: Sequence[str], hint: str = "") -> DataError:
-    """The error for a column that a whole file lacks."""
-    near = difflib.get_close_matches(column, have, n=1)
-    shown = ", ".join(repr(name[:40]) for name in have[:12])
-    return DataError(f"{path} has no column {column!r}; it has {shown}" + (f"; did you mean {near[0]!r}?" if near else hint))
+    return {name: math.nan if value in WRITTEN_MISSING else value for name, value in zip(header, fields, strict=False)}
 
 
 def read_text(path: Path, columns: Sequence[str]) -> Read:
@@ -174,68 +162,6 @@ def text_rows(lines: Iterable[bytes], column: str) -> Read:
         yield number, {column: text} if text.strip() else RowProblem(EMPTY, "a line without text")
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> Read:
-    """Parquet, batch by batch, only the columns asked for."""
-    import pyarrow
-
-    file = open_parquet(path, columns)
-    number = 0
-    try:
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=list(dict.fromkeys(columns))):
-            for index in range(batch.num_rows):
-                number += 1
-                yield number, arrow_row(batch, index)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read after row {number:,}: {error}") from None
-
-
-def arrow_row(batch: Any, index: int) -> Values:
-    """One row of a batch; a value that Python cannot hold makes it one that cannot be used."""
-    try:
-        return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-    except UnicodeDecodeError as error:
-        return RowProblem(NOT_UTF8, f"byte {error.start} of the value")
-    except (ValueError, OverflowError) as error:
-        return RowProblem(BAD_VALUE, str(error))
-
-
-def open_parquet(path: Path, columns: Sequence[str]) -> Any:
-    """A Parquet file that has these columns, once each. Raises DataError for any other."""
-    file = _parquet(path)
-    with whole_parquet(path):
-        names = file.schema_arrow.names
-    for column in columns:
-        if column not in names:
-            raise no_column(path, column, names)
-        if names.count(column) > 1:
-            raise DataError(f"{path} has {names.count(column)} columns {column!r}, and it cannot be told which is meant")
-    return file
-
-
-def _parquet(path: Path) -> Any:
-    import pyarrow.parquet as parquet
-
-    with whole_parquet(path):
-        # A group of rows is then read as far as it is asked for, and not at once.
-        return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-
-
-@contextmanager
-def whole_parquet(path: Path) -> Iterator[None]:
-    """What pyarrow raises at a file that it cannot read, as a DataError."""
-    import pyarrow
-
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is not a whole Parquet file: {error}") from None
-
-
-def num_parquet_rows(path: Path) -> int:
-    """From the file's footer. Raises DataError where there is none."""
-    return int(_parquet(path).metadata.num_rows)
-
-
 READERS: dict[str, Callable[[Path, Sequence[str]], Read]] = {
     ".json": read_json,
     ".jsonl": read_json_lines,
@@ -243,5 +169,9 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Read]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": read_text,
 }
+
+COUNTED: dict[str, Callable[[Path], int]] = {".parquet": num_parquet_rows, ".arrow": num_arrow_rows}
+"""Formats that say how many rows they have."""

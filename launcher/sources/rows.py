@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any, NamedTuple
+
+from launcher.sources.written import list_in
+
+WRITTEN_MISSING = {"nan", "NaN", "<NA>", "NaT", "#N/A"}
+"""What pandas, numpy and spreadsheets write where there is no value: in a cell of a table, and as a label anywhere. As text in JSON and
+Parquet, which have a null of their own, it is text. Words that people write too (None, null, NA) are text everywhere."""
+_EXACT = 2.0**53
+"""Up to here every integer is a float."""
 
 
 class RowProblem(Exception):
@@ -38,20 +49,44 @@ class Row(NamedTuple):
     values: dict[str, Any] | RowProblem
 
 
-def text_of(values: dict[str, Any], column: str, may_be_empty: bool = False) -> str:
-    """The text in `column`; a number is written out. Raises RowProblem where there is none."""
+Values = dict[str, Any] | RowProblem
+"""A row by column, or why it could not be read."""
+Read = Iterator[tuple[int, Values]]
+"""The rows of a file, each with its line."""
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: null, or NaN, as pandas has it where a cell is empty."""
+    return value is None or (isinstance(value, (float, Decimal)) and math.isnan(value))
+
+
+def text_of(values: dict[str, Any], column: str) -> str:
+    """The text in `column`; a number is written out, 42.0 as 42. Raises RowProblem where there is none."""
     value = values.get(column)
-    if value is None:
-        have = ", ".join(map(repr, values)) or "nothing"
-        raise RowProblem(MISSING, f"no {column!r}; the row has {have}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
+    if is_missing(value):
+        raise missing(values, column)
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        value = _written(value, column)
     if not isinstance(value, str):
         raise RowProblem(BAD_VALUE, f"{column!r} is a {type(value).__name__}, not text")
-    if not may_be_empty and not value.strip():
+    if not value.strip():
         raise RowProblem(EMPTY, f"{column!r} has no text")
     check_encodable(value, column)
     return value
+
+
+def missing(values: dict[str, Any], column: str) -> RowProblem:
+    """Why there is nothing in a column of a row."""
+    if column in values:
+        return RowProblem(MISSING, f"{column!r} is {'null' if values[column] is None else 'NaN, a missing value'}")
+    return RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, values)) or 'nothing'}")
+
+
+def _written(number: int | float | Decimal, column: str) -> str:
+    """A number as text: a whole float as an integer, which it was before another row's missing value made the column one of floats."""
+    if isinstance(number, float) and not math.isfinite(number):
+        raise RowProblem(BAD_VALUE, f"{column!r} is {number}, not text")
+    return str(int(number) if isinstance(number, float) and number.is_integer() and abs(number) < _EXACT else number)
 
 
 def check_encodable(text: str, column: str) -> None:
@@ -65,14 +100,27 @@ def check_encodable(text: str, column: str) -> None:
 
 
 def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages of the chat in `column`. Raises RowProblem where there are none, or none that can be learned."""
+    """The messages of the chat in `column`, a list or the text of one. Raises RowProblem where there are none, or none to be learned."""
     messages = values.get(column)
-    if messages is None:
-        raise RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, values)) or 'nothing'}")
+    if is_missing(messages):
+        raise missing(values, column)
+    if isinstance(messages, str):
+        messages = list_in(messages) if messages.strip() else []
     if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
         raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
     if not messages:
         raise RowProblem(EMPTY, f"{column!r} has no messages")
     if not any(message["role"] == "assistant" for message in messages):
         raise RowProblem(NOTHING_TO_LEARN, "no message has the role 'assistant'")
-    return messages
+    found = [{key: None if is_missing(value) else value for key, value in message.items()} for message in messages]
+    for number, message in enumerate(messages, start=1):
+        if _holds_nan(message.get("content")) and not found[number - 1].get("tool_calls"):
+            raise RowProblem(MISSING, f"the content of message {number} of {column!r} is NaN, a missing value")
+    return found
+
+
+def _holds_nan(content: Any) -> bool:
+    """Whether a message's content, or a part of it, is NaN: a template would write that out as text."""
+    if isinstance(content, list):
+        return any(_holds_nan(value) for part in content for value in (part.values() if isinstance(part, dict) else [part]))
+    return content is not None and is_missing(content)

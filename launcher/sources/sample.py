@@ -12,10 +12,11 @@ from pathlib import Path
 from launcher.errors import DataError
 from launcher.job.schema import Source
 from launcher.sources.files import find_files
-from launcher.sources.groups import look_in_groups
+from launcher.sources.groups import look_in_groups, look_in_table
 from launcher.sources.parts import Part, Seen
 from launcher.sources.places import LINES, look_in_places
-from launcher.sources.readers import READERS, Read, Values, num_parquet_rows
+from launcher.sources.readers import COUNTED, READERS
+from launcher.sources.rows import Read, Values
 
 _COUNTED_BYTES = 1 << 28
 """Files of lines up to this size, all together, have their lines counted; of larger ones the rows looked at say how long one is."""
@@ -53,7 +54,7 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
     if source.path is None:
         raise DataError("data on the hub are not looked at")
     try:
-        paths = find_files(source.path)
+        paths = find_files(source.path, source.split)
         if source.limit is not None and source.limit <= most:
             rows = tuple(islice(_in_order(paths, columns), source.limit))
             return Sample(len(rows), rows)
@@ -88,8 +89,8 @@ def _parts(paths: Sequence[Path]) -> list[Part]:
 
 def _counted(path: Path, lines_too: bool) -> int | None:
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        return num_parquet_rows(path)
+    if kind in COUNTED:
+        return COUNTED[kind](path)
     return _num_lines(path) if kind in LINES and lines_too else None
 
 
@@ -118,6 +119,8 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
 
 
 def _of_part(part: Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
+    if part.kind == ".arrow":
+        return look_in_table(part, columns, wanted)
     if part.kind == ".parquet":
         return look_in_groups(part, columns, wanted, phase)
     if part.kind in LINES and not whole and (seen := look_in_places(part, columns, wanted, phase)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.planning.plan import Plan
-from launcher.runs import events
+from launcher.runs import events, prepared
 from launcher.runs.layout import RunDirectory
 from launcher.training import model as models
 from launcher.training import tasks
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.prepare import prepare
+from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
 from launcher.training.tasks.task import Task
 
@@ -34,6 +35,21 @@ class Material:
 
     @classmethod
     def prepare(cls, run: RunDirectory, plan: Plan) -> Material:
+        """What a run trains on, said in its events before the first step. Raises DataError where the data is not what the run began with,
+        or where most rows would be dropped."""
+        material = cls.of(run, plan)
+        for dataset in material.datasets:
+            refuse_mostly_dropped(dataset.report, plan)
+            refuse_change(run.path / f"data-{dataset.report.role}.json", dataset.report)
+        if os.environ.get("RANK", "0") == "0":
+            for dataset in material.datasets:
+                said = dataset.report.to_dict()
+                events.event(run.events_file, "prepared", **said)
+                print(*prepared.lines({"event": "prepared", **said}), sep="\n", file=sys.stderr)
+        return material
+
+    @classmethod
+    def of(cls, run: RunDirectory, plan: Plan) -> Material:
         """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
         config = models.read_config(plan)
         tokenizer = models.read_tokenizer(plan)
@@ -43,13 +59,12 @@ class Material:
         if plan.data.evaluation is not None:
             evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
         task.configure(config)
-        refuse_change(run.path / "data-train.json", train.report)
-        if evaluation is not None:
-            refuse_change(run.path / "data-evaluation.json", evaluation.report)
-        if os.environ.get("RANK", "0") == "0":
-            for dataset in filter(None, (train, evaluation)):
-                events.event(run.events_file, "prepared", **dataset.report.to_dict())
         return cls(config, tokenizer, task, train, evaluation)
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """What is trained on, and what is measured on where there is such a thing."""
+        return (self.train,) if self.evaluation is None else (self.train, self.evaluation)
 
     def save_model_files(self, run: RunDirectory, model: PreTrainedModel) -> None:
         """Write RUN/model once: config, tokenizer and generation config. For one rank to call."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.training import entry, tasks
 from launcher.training import model as models
 from launcher.training.checkpoint.checkpointer import Checkpointer
-from launcher.training.data.prepare import prepare
+from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.devices import start_process_group
 from launcher.training.engines.fsdp import FsdpEngine
 from launcher.training.evaluation import evaluate
@@ -38,6 +39,9 @@ def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, 
     if plan.data.evaluation is None:
         raise ConfigurationError(Problem("data.evaluation", None, "nothing to measure on; name held-out rows in the job file"))
     dataset = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(scratch, "preparing", "rows"))
+    refuse_mostly_dropped(dataset.report, plan)
+    if os.environ.get("RANK", "0") == "0":
+        events.event(scratch.events_file, "prepared", **dataset.report.to_dict())
     start_process_group(plan)
     result = {}
     for name in ("before", "after"):

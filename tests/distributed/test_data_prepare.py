@@ -156,6 +156,19 @@ def test_the_second_call_maps_what_the_first_made(tmp_path: Path, monkeypatch: p
     assert [file["path"] for file in third.report.files] == [str(tmp_path / "moved.jsonl")]
 
 
+def test_the_first_row_that_is_dropped_is_named_where_it_lies_now(tmp_path: Path) -> None:
+    made(text_data(tmp_path, BAD_ROWS))
+    moved = made(Data(train=jsonl(tmp_path / "moved.jsonl", BAD_ROWS), text="text"))
+    assert moved.report.cached and {example["file"] for example in moved.report.examples} == {str(tmp_path / "moved.jsonl")}
+
+
+def test_each_reason_has_an_example_however_many_rows_there_are(tmp_path: Path) -> None:
+    rows = [{"text": "long " * 50}] * 12 + [{"text": "long " * 50}, {"text": ""}, {"text": "fine"}]
+    report = made(text_data(tmp_path, rows, max_length=16)).report
+    assert len(report.examples) == 11 and [example["cut"] for example in report.examples] == [True] * 10 + [False]
+    assert (report.examples[-1]["reason"], report.examples[-1]["line"]) == ("empty", 14)
+
+
 def test_whatever_changes_the_samples_changes_the_cache(tmp_path: Path) -> None:
     made(text_data(tmp_path))
     variants: list[dict[str, Any]] = [{"max_length": 8}, {"packing": True}, {"too_long": "drop"}, {"unusable": "refuse"}]
@@ -267,7 +280,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_shown(tmp_path: Path
     assert [example["line"] for example in report.examples] == [2, 3, 4, 5, 6, 7]
     assert report.examples[0]["file"] == str(tmp_path / "a.jsonl")
     assert "2 of 8 rows" in report.summary()
-    assert "1 dropped (not UTF-8)" in report.summary()
+    assert "6 dropped (2 missing key, 1 empty, 1 not UTF-8, 1 not readable, 1 value that cannot be used)" in report.summary()
     assert json.loads(json.dumps(report.to_dict()))["dropped"] == report.dropped
 
 

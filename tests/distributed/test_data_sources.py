@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from launcher.errors import DataError
 from launcher.job.schema import Source
 from launcher.sources.rows import RowProblem, text_of
+from launcher.sources.sample import look
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.sources import BLOCK, open_source, refuse_change
 from tests.distributed.data_world import SHARED, jsonl
@@ -187,6 +189,81 @@ def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.num_rows_expected == 2
     with pytest.raises(DataError, match="no column 'txt'"):
         list(open_source(Source(name="some/thing"), ("txt",)))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Any:
+    """A data set with classes, saved alone and as two splits."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "several": datasets.Sequence(datasets.ClassLabel(names=["x", "y"])),
+        }
+    )
+    rows = {"text": [f"row {n}" for n in range(6)], "label": [1, 0, -1, 1, 0, 1], "several": [[1, 0], [], [1], [0], [0], [1]]}
+    loaded = datasets.Dataset.from_dict(rows, features=features)
+    loaded.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"train": loaded, "test": loaded.select([4, 1])}).save_to_disk(tmp_path / "dict")
+    return tmp_path
+
+
+def test_what_save_to_disk_wrote(saved: Path) -> None:
+    rows = open_source(Source(path=str(saved / "one")), ("text", "label", "several"))
+    assert len(rows.files) == 2 and rows.num_rows_expected == 6
+    assert [row.values for row in rows][:3] == [
+        {"text": "row 0", "label": "yes", "several": ["y", "x"]},
+        {"text": "row 1", "label": "no", "several": []},
+        {"text": "row 2", "label": None, "several": ["y"]},
+    ]
+    assert [row.line for row in rows] == [1, 2, 3, 1, 2, 3]
+    assert read(saved / "dict", split="test") == [{"text": "row 4", "label": "no"}, {"text": "row 1", "label": "no"}]
+    assert read(saved / "one", limit=2) == read(saved / "dict", limit=2)
+    with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
+        read(saved / "dict", split="dev")
+    with pytest.raises(DataError, match=r"no column 'txt'; it has .*did you mean 'text'"):
+        read(saved / "one", ("txt",))
+
+
+def test_arrow_with_a_footer_is_read_too(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    assert read(tmp_path / "a.arrow") == ROWS
+
+
+def test_an_arrow_file_whose_places_are_wrong_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": ["one", "two"]})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    places, wrong = (struct.pack("<3i", 0, second, 6) for second in (3, 1 << 20))
+    content = (tmp_path / "a.arrow").read_bytes()
+    assert content.count(places) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(places, wrong))
+    for way in (read, lambda path, columns: look(Source(path=str(path)), columns)):
+        with pytest.raises(DataError, match=r"a\.arrow cannot be read after row 0"):
+            way(tmp_path / "a.arrow", ("text",))
+
+
+def test_a_directory_of_save_to_disk_that_is_not_whole(saved: Path) -> None:
+    data = next((saved / "one").glob("*.arrow"))
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="not a whole Arrow file"):
+        read(saved / "one")
+    data.unlink()
+    with pytest.raises(DataError, match=rf"lacks {data.name}"):
+        read(saved / "one")
+    state = saved / "one" / "state.json"
+    state.write_text(json.dumps({"_data_files": [], "_indices_files": [{"filename": "indices.arrow"}]}))
+    with pytest.raises(DataError, match="a list of rows beside them"):
+        read(saved / "one")
+    state.write_text("{}")
+    with pytest.raises(DataError, match=r"state\.json is not what save_to_disk writes"):
+        read(saved / "one")
 
 
 def test_a_lone_surrogate_is_not_utf8() -> None:

@@ -96,7 +96,7 @@ def test_too_long(policy: str) -> None:
         ("single-label", " ", "not the name of a class"),
         ("single-label", 0.5, "not the name of a class"),
         ("multi-label", ["no", "maybe"], "'maybe' is not among"),
-        ("multi-label", [None], "not the name of a class"),
+        ("multi-label", [None], "missing key: a label is missing in the list"),
         ("regression", "much", "'much' is not a number"),
         ("regression", "nan", "is not a number"),
         ("regression", 10**400, "is not a number"),
@@ -131,6 +131,16 @@ def test_a_bar_keeps_commas_within_names() -> None:
     task = task_of(problem="multi-label")
     task.fit(rows_of("x, y|z", ["w"]))
     assert task.labels == ["w", "x, y", "z"]
+
+
+def test_a_models_own_names_are_those_of_the_rows_however_both_are_written() -> None:
+    task = task_of(["False", "True", "2.0", "nan"])
+    assert [task.encode({"text": "the cat", "label": label}, TOKENIZER)["label"].tolist() for label in (True, "false", 2)] == [
+        [1],
+        [0],
+        [2],
+    ]
+    assert task.labels == ["False", "True", "2.0", "nan"]
 
 
 def test_a_number() -> None:

@@ -65,6 +65,16 @@ def test_one_live_display_on_a_terminal(run: RunDirectory) -> None:
     assert text.count("measured after step 0:") == 0
 
 
+def test_a_quiet_display_has_a_bar_and_no_lines(run: RunDirectory) -> None:
+    file = io.StringIO()
+    display = Display(console=Console(file=file, force_terminal=True, width=100, highlight=False), quiet=True)
+    display.begin(run, 1)
+    event(run.events_file, "phase", phase="preparing", done=5, total=10, unit="rows")
+    display.tick()
+    display.end()
+    assert "5 of 10 rows" in file.getvalue() and "attempt" not in file.getvalue()
+
+
 def test_a_display_without_anything_to_show_ends_quietly(run: RunDirectory) -> None:
     display = Display(plan_of(Path("none"), 2), Console(file=io.StringIO()))
     display.tick()

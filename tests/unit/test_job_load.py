@@ -28,6 +28,9 @@ EVALUATED = ["data.evaluation={path: test.jsonl}"]
 def folder(tmp_path: Path) -> Path:
     for name in ("train.jsonl", "test.jsonl", "part-0.csv", "part-1.csv", "notes.docx"):
         (tmp_path / name).write_text("{}\n")
+    for name, content in (("saved/state", "{}"), ("dict/dataset_dict", '{"splits": ["train", "test"]}'), ("broken/dataset_dict", "[]")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(content)
     return tmp_path
 
 
@@ -265,6 +268,12 @@ CONTRADICTIONS = [
     (CAUSAL, ["data.train.path=notes.docx"], "data.train.path", "not of a kind that is read"),
     (CAUSAL, ["data.train.path=notes*"], "data.train.path", "not of a kind that is read"),
     (CAUSAL, ["data.train.path=."], "data.train.path", "a directory"),
+    (CAUSAL, ["data.train.split=test"], "data.train.split", "files have no splits"),
+    (CAUSAL, ["data.train={path: savd, split: test}"], "data.train.path", "the nearest there is saved"),
+    (CAUSAL, ["data.train={path: dict, split: dev}"], "data.train.split", "has the splits train, test"),
+    (CAUSAL, ["data.evaluation={path: dict}"], "data.evaluation.split", "name the split of dict that is held out: train, test"),
+    (CAUSAL, ["data.train={path: saved, split: train}"], "data.train.split", "one data set without splits"),
+    (CAUSAL, ["data.train={path: broken}"], "data.train.path", "a directory that save_to_disk did not write"),
     (CAUSAL, ["data.evaluation.path=no/test.jsonl"], "data.evaluation.path", "is not there either"),
     (CAUSAL, ["model.name=./nothing"], "model.name", "no such directory"),
     (CAUSAL, ["model.name=./"], "model.name", "without a config.json"),
@@ -359,6 +368,12 @@ def test_metrics_are_those_that_are_measured() -> None:
     }
     for kind, values in measured.items():
         assert {"loss", *values} == set(METRICS[kind])
+
+
+@pytest.mark.parametrize("overrides", [["data.train.path=saved"], ["data.train.path=dict"], ["data.evaluation={path: dict, split: test}"]])
+def test_a_directory_of_save_to_disk_is_a_source(overrides: list[str], folder: Path) -> None:
+    job = load(write(folder, CAUSAL), overrides)
+    assert str(folder) in str((job.data.evaluation or job.data.train).path)
 
 
 def test_suffixes_are_those_that_are_read() -> None:

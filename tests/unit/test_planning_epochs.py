@@ -360,8 +360,8 @@ LABELS = ["a", " ", "", 1, 1.0, 1.5, True, None, ["a", 1], ["a", None], [], "1.5
 @pytest.mark.parametrize(
     ("problem", "used"),
     [
-        ("single-label", ["a", 1, 1.0, True, "1.5", "nan", "a, b", 10**400]),
-        ("multi-label", ["a", " ", "", 1, 1.0, True, ["a", 1], [], "1.5", "nan", "a, b", 10**400]),
+        ("single-label", ["a", 1, 1.0, True, "1.5", "a, b", 10**400]),
+        ("multi-label", ["a", " ", "", 1, 1.0, True, ["a", 1], [], "1.5", "a, b", 10**400]),
         ("regression", [1, 1.0, 1.5, True, "1.5"]),
     ],
 )

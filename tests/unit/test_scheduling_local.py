@@ -212,6 +212,7 @@ def test_signals_are_caught_and_given_back() -> None:
         ({"length": {"value": 20, "unit": "steps"}}, {"length.value"}),
         ({"checkpoint": {"keep_last": 9}}, {"checkpoint.keep_last"}),
         ({"training__max_steps": 9}, {"training.max_steps"}),
+        ({"data__unusable": "drop"}, {"data.unusable"}),
     ],
 )
 def test_how_it_runs_may_change(changed: dict[str, Any], keys: set[str]) -> None:

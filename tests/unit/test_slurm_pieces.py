@@ -348,6 +348,23 @@ def test_of_what_slurm_leaves_after_sigterm_some_is_for_going_on(until_killed: f
     assert supervisor.grace() == given
 
 
+@pytest.mark.parametrize(("node", "says"), [("0", True), ("1", False)])
+def test_what_became_of_the_rows_stands_in_the_jobs_output(
+    node: str, says: bool, run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.attempts.mkdir(parents=True)
+    allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": node})
+    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), Signals(), Clock("17"), allocation)
+    example = {"file": "a.jsonl", "line": 5, "reason": "empty", "detail": "'text' has no text", "cut": False}
+    rows = {"rows_read": 10, "rows_used": 9, "dropped": {"empty": 1}, "num_cut": 0, "num_tokens": 90, "examples": [example]}
+    event(run.events_file, "prepared", role="train", **rows)
+    supervisor._note_events()
+    said = (
+        "train: 9 of 10 rows used, 1 dropped (1 empty), 90 tokens\nwarning: train: 1 of 10 rows (10.0%) are dropped; the first is a.jsonl, "
+    )
+    assert capsys.readouterr().err == (said + "line 5: empty ('text' has no text)\n" if says else "")
+
+
 def test_that_the_time_is_over_is_decided_once(run: RunDirectory) -> None:
     """A quick save makes the moment later; the ranks have been told by then."""
     run.attempts.mkdir(parents=True)

@@ -10,8 +10,10 @@ import contextlib
 import signal
 import subprocess
 import time
+from typing import Any
 
 from launcher.planning.plan import Plan
+from launcher.runs import prepared
 from launcher.runs.failure import write_grace
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import HEARTBEAT
@@ -58,6 +60,12 @@ class NodeSupervisor(Supervisor):
     def _look(self, agent: subprocess.Popen[bytes]) -> None:
         self._heed_the_clock()
         super()._look(agent)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        """What Slurm keeps of the job's output says what became of the rows, as the display of `launcher run` does."""
+        super()._note(record)
+        for said in prepared.lines(record) if self._node == 0 else ():
+            self.watcher.say(said)
 
     def _heed_the_clock(self) -> None:
         """Slurm's signal comes up to a minute early, and by then half of a short job may be left: who knows the end decides by it."""

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from launcher.runs import prepared
+
 META = "meta.json"
 
 
@@ -63,7 +65,7 @@ class DataReport:
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows left out, by reason."""
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """The first few rows cut or left out: file, line, reason, detail."""
+    """The first few rows cut or left out, and the first for each reason: file, line, reason, detail, whether it was cut."""
     num_items: int = 0
     num_tokens: int = 0
     num_supervised: int = 0
@@ -88,13 +90,7 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for people."""
-        parts = [f"{self.rows_used:,} of {self.rows_read:,} rows, {self.num_tokens:,} tokens"]
-        if self.fill is not None:
-            parts.append(f"{self.num_items:,} packs {self.fill:.1%} full")
-        if self.num_cut:
-            parts.append(f"{self.num_cut:,} cut")
-        parts += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
-        return f"{self.role}: " + ", ".join(parts)
+        return prepared.line(self.to_dict())
 
 
 class CacheProblem(Exception):
@@ -161,6 +157,29 @@ class Dataset:
     def item_lengths(self) -> np.ndarray:
         """Tokens of each item, int64 [num_items]."""
         return self._item_lengths
+
+    @property
+    def sample_lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 [num_samples], in the order of the rows."""
+        return np.diff(next(offsets for name, _, offsets in self._columns if name == "input_ids"))
+
+    def column(self, name: str) -> np.ndarray | None:
+        """One column of all samples, end to end; None where samples have no such column."""
+        return next((flat for own, flat, _ in self._columns if own == name), None)
+
+    def first_ids(self, count: int) -> list[int]:
+        """The row numbers of the first samples."""
+        found: list[int] = self._sample_ids[:count].tolist()
+        return found
+
+    def find(self, id: int) -> tuple[int, Sample] | None:
+        """The sample of a row, and how many others are in its item; None where the row is not used."""
+        [found] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
+        if found is None:
+            return None
+        place = int(np.flatnonzero(self._item_samples == found)[0])
+        item = self.item(int(np.searchsorted(self._item_offsets, place, side="right")) - 1)
+        return len(item) - 1, next(sample for sample in item if sample.id == id)
 
     def item(self, index: int) -> list[Sample]:
         """The samples of an item: a pack's, or a single one. The arrays are read-only views of the files."""

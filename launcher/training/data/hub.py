@@ -7,7 +7,8 @@ from typing import Any
 
 from launcher.errors import DataError
 from launcher.job.schema import Source
-from launcher.sources.readers import Read, no_column
+from launcher.sources.arrow import names_of_classes, no_column, with_names
+from launcher.sources.rows import Read
 
 
 def load_hub(source: Source) -> Any:
@@ -24,16 +25,11 @@ def load_hub(source: Source) -> Any:
 
 def hub_rows(source: Source, columns: Sequence[str]) -> Read:
     """The rows of a hub data set, its class numbers as class names."""
-    from datasets import ClassLabel
-
     loaded = load_hub(source)
     for column in columns:
         if column not in loaded.column_names:
             raise no_column(source.name, column, loaded.column_names)
     chosen = loaded.select_columns(list(dict.fromkeys(columns)))
-    names = {name: feature for name, feature in chosen.features.items() if isinstance(feature, ClassLabel)}
+    names = names_of_classes(chosen.features.to_dict())
     for number, row in enumerate(chosen, start=1):
-        for name, feature in names.items():
-            if isinstance(row[name], int) and row[name] >= 0:
-                row[name] = feature.int2str(row[name])
-        yield number, row
+        yield number, with_names(row, names)

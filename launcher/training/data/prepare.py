@@ -18,6 +18,7 @@ import xxhash
 from launcher.errors import DataError, StorageError
 from launcher.job.schema import Source
 from launcher.planning.plan import Plan
+from launcher.runs import prepared
 from launcher.sources.rows import TOO_LONG
 from launcher.training.data.dataset import META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
@@ -25,7 +26,7 @@ from launcher.training.data.packing import one_each, pack
 from launcher.training.data.sources import Rows, hash_file, open_source
 from launcher.training.tasks.task import Task
 
-FORMAT = 2
+FORMAT = 3
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
 Role = Literal["train", "evaluation"]
@@ -56,9 +57,26 @@ def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, 
     if dataset.report.labels is not None:
         task.labels = dataset.report.labels
     # The same contents may lie elsewhere by now: say where they were found this time.
+    moved = {old["path"]: new.path for old, new in zip(dataset.report.files, rows.files, strict=False)}
+    dataset.report.examples = [{**one, "file": moved.get(one["file"], one["file"])} for one in dataset.report.examples]
     dataset.report.files = [file.to_dict() for file in rows.files]
     dataset.report.cache = str(directory)
     return dataset
+
+
+def refuse_mostly_dropped(report: DataReport, plan: Plan) -> None:
+    """Raise DataError where more than half of the rows are dropped and the job does not say that they may be."""
+    if plan.data.unusable == "drop" or 2 * report.num_dropped <= report.rows_read:
+        return
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+    share = f"{report.num_dropped:,} of {report.rows_read:,} rows ({report.num_dropped / report.rows_read:.1%}) would be dropped: {reasons}"
+    cure = (
+        "write a larger data.max_length"
+        if 2 * report.dropped.get(TOO_LONG, 0) > report.num_dropped
+        else "mend the rows or the columns' names"
+    )
+    hint = f"{cure}, or write data.unusable: drop to use the other {report.rows_used:,}"
+    raise DataError(f"{report.role} data: {share}; {prepared.first_dropped(report.to_dict())}; {hint}")
 
 
 def cache_root() -> Path:
@@ -69,6 +87,8 @@ def cache_root() -> Path:
 def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
     """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task, classes, tokenizer."""
     settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
+    # The two give the same samples, and differ in what is then said of them.
+    settings["unusable"] = settings["unusable"].replace("drop-few", "drop")
     classes = task.labels if role == "evaluation" or task.labels_given else None
     parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
     parts += [settings, task.name, task.layout, classes, tokenizer_digest(tokenizer)]
@@ -150,7 +170,7 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     began = time.monotonic()
     if role == "train" and task.needs_labels and not task.labels_given:
         task.fit(rows)
-    report = DataReport(role, rows.digest, labels=task.labels)
+    report = DataReport(role, rows.digest, labels=task.labels, files=[{"path": file.path, "bytes": file.bytes} for file in rows.files])
     writer = Writer(directory)
     for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
         report.rows_read += chunk.num_rows
@@ -179,14 +199,14 @@ def _count_problems(report: DataReport, problems: list[dict[str, Any]], plan: Pl
         key = "data.too_long" if problem["reason"] == TOO_LONG else "data.unusable"
         policy = plan.data.too_long if problem["reason"] == TOO_LONG else plan.data.unusable
         if policy == "refuse":
-            where = f"{problem['file']}, line {problem['line']}"
-            raise DataError(f"{where}: {problem['reason']} ({problem['detail']}), and {key} is 'refuse'; mend the row, or set {key}=drop")
-        if policy == "cut":
+            raise DataError(f"{prepared.place(problem)}: {prepared.why(problem)}, and {key} is 'refuse'; mend the row, or set {key}=drop")
+        cut, first = policy == "cut", not any(example["reason"] == problem["reason"] for example in report.examples)
+        if cut:
             report.num_cut += 1
         else:
             report.dropped[problem["reason"]] = report.dropped.get(problem["reason"], 0) + 1
-        if len(report.examples) < NUM_EXAMPLES:
-            report.examples.append(problem)
+        if first or len(report.examples) < NUM_EXAMPLES:
+            report.examples.append({**problem, "cut": cut})
 
 
 def _refuse_change_while_reading(rows: Rows) -> None:
@@ -201,5 +221,5 @@ def _where(source: Source) -> str:
 
 def _shown(report: DataReport) -> str:
     lines = [f"  {count:,} {reason}" for reason, count in report.dropped.items()]
-    lines += [f"  {e['file']}, line {e['line']}: {e['reason']} ({e['detail']})" for e in report.examples[:3]]
+    lines += [f"  {prepared.place(example)}: {prepared.why(example)}" for example in report.examples[:5]]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from launcher.errors import DataError
 from launcher.job.schema import Source
 from launcher.runs.layout import write_atomically
 from launcher.sources.files import find_files
-from launcher.sources.readers import READERS, num_parquet_rows
+from launcher.sources.readers import COUNTED, READERS
 from launcher.sources.rows import Row
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.hub import hub_rows, load_hub
@@ -68,10 +68,15 @@ def open_source(source: Source, columns: Sequence[str]) -> Rows:
     """Find and hash a source. Raises DataError where there is no such file, or no reader for it."""
     if source.path is None:
         return _open_hub(source, tuple(columns))
-    paths = find_files(source.path)
+    paths = find_files(source.path, source.split)
     files = tuple(hash_file(path) for path in paths)
-    expected = sum(num_parquet_rows(p) if p.suffix.lower() == ".parquet" else f.num_lines for p, f in zip(paths, files, strict=True))
+    expected = sum(_num_rows(path, file) for path, file in zip(paths, files, strict=True))
     return Rows(source, tuple(columns), files, _digest(files), _limited(expected, source))
+
+
+def _num_rows(path: Path, file: SourceFile) -> int:
+    kind = path.suffix.lower()
+    return COUNTED[kind](path) if kind in COUNTED else file.num_lines
 
 
 def hash_file(path: Path) -> SourceFile:

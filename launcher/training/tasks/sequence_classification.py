@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.schema import Data
-from launcher.sources.rows import BAD_LABEL, MISSING, TOO_LONG, Row, RowProblem, text_of
+from launcher.sources.labels import class_names, ids_of, number_of
+from launcher.sources.rows import BAD_LABEL, TOO_LONG, Row, RowProblem, text_of
 from launcher.training import metrics as measure
 from launcher.training.data.dataset import Sample
 from launcher.training.tasks.task import Encoded, Task
@@ -67,7 +67,7 @@ class SequenceClassification(Task):
         for row in rows:
             if not isinstance(row.values, RowProblem):
                 try:
-                    found.update(self._names(row.values))
+                    found.update(class_names(row.values, self._label_column, self.data.problem))
                 except RowProblem:
                     continue
         if len(found) < 2:
@@ -75,21 +75,9 @@ class SequenceClassification(Task):
             raise DataError(f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier needs at least two classes")
         self.labels = sorted(found, key=int) if all(_is_whole_number(name) for name in found) else sorted(found)
 
-    def _names(self, values: dict[str, Any]) -> list[str]:
-        """The names of the row's classes. Raises RowProblem."""
-        value = values.get(self._label_column)
-        if value is None:
-            raise RowProblem(MISSING, f"no {self._label_column!r}")
-        if self.data.problem == "single-label":
-            return [_name(value)]
-        if isinstance(value, str):
-            parts = value.split("|" if "|" in value else ",")
-            return [part.strip() for part in parts if part.strip()]
-        return [_name(part) for part in value] if isinstance(value, (list, tuple)) else [_name(value)]
-
     def encode_batch(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Encoded | RowProblem]:
         """What the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32 [num_labels] or float32 [1]."""
-        ids = {name: number for number, name in enumerate(self.labels or ())}
+        ids = ids_of(self.labels or ())
         prepared = [self._texts_and_label(row, ids) for row in rows]
         texts = [row[0] for row in prepared if not isinstance(row, RowProblem)]
         whole = iter(_tokenise(tokenizer, texts, None))
@@ -106,8 +94,8 @@ class SequenceClassification(Task):
 
     def _label(self, row: dict[str, Any], ids: dict[str, int]) -> np.ndarray:
         if self.data.problem == "regression":
-            return np.array([_number(row.get(self._label_column), self._label_column)], dtype=np.float32)
-        names = self._names(row)
+            return np.array([number_of(row, self._label_column)], dtype=np.float32)
+        names = class_names(row, self._label_column, self.data.problem)
         for name in names:
             if name not in ids:
                 raise RowProblem(BAD_LABEL, f"{name!r} is not among the {len(ids)} classes of the training rows")
@@ -186,28 +174,5 @@ def _tokenise(tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int 
     return [{name: encoded[name][number] for name in encoded} for number in range(len(texts))]
 
 
-def _name(value: Any) -> str:
-    """A class's name: text as it is without the space around it, 3 and 3.0 as '3'. Raises RowProblem for what is no name."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, (str, int)) and str(value).strip():
-        return str(value).strip()
-    raise RowProblem(BAD_LABEL, f"{value!r} is not the name of a class")
-
-
 def _is_whole_number(name: str) -> bool:
     return name.removeprefix("-").isdecimal() and str(int(name)) == name
-
-
-def _number(value: Any, column: str) -> float:
-    if value is None:
-        raise RowProblem(MISSING, f"no {column!r}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowProblem(BAD_LABEL, f"{value!r} is not a number")
-    return number

@@ -1,0 +1,78 @@
+"""launcher data inspect, prepare: what a job will see, before it runs."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.cli.job import JobFile, Overrides
+from launcher.cli.output import print_json
+from launcher.cli.plan import AsJson
+
+if TYPE_CHECKING:
+    from launcher.scheduling.supervisor import Watcher
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class Role(enum.StrEnum):
+    """Which of a job's data sets."""
+
+    train = "train"
+    evaluation = "evaluation"
+
+
+RoleOption = Annotated[Role, typer.Option("--role", help="The rows to learn from, or those held out.")]
+NumRows = Annotated[int, typer.Option("--rows", min=0, metavar="N", help="How many samples to show, from the first.")]
+OneRow = Annotated[int | None, typer.Option("--row", min=1, metavar="K", help="Show this row alone, counted from 1, used or not.")]
+Tokens = Annotated[bool, typer.Option("--tokens", help="Show samples token by token, with their numbers.")]
+
+
+@app.command()
+def inspect(
+    job: JobFile,
+    role: RoleOption = Role.train,
+    rows: NumRows = 3,
+    row: OneRow = None,
+    tokens: Tokens = False,
+    as_json: AsJson = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Show what will be seen: samples with the learned part marked, lengths, labels, packs, and rows that are dropped."""
+    from rich.console import Console
+
+    from launcher.cli.showing_data import show
+    from launcher.job.load import load
+    from launcher.scheduling.data import look
+
+    seen = look(load(job, overrides), role.value, rows, row, tokens, _watcher())
+    if as_json:
+        print_json(seen)
+    else:
+        show(seen, Console(highlight=False, markup=False), whole=row is not None)
+
+
+@app.command()
+def prepare(job: JobFile, as_json: AsJson = False, overrides: Overrides = []) -> None:  # noqa: B006
+    """Tokenise and pack a job's data into the cache, where its runs find it."""
+    from launcher.job.load import load
+    from launcher.runs.prepared import lines
+    from launcher.scheduling.data import fill_cache
+
+    reports = fill_cache(load(job, overrides), _watcher())
+    if as_json:
+        print_json({"datasets": reports})
+        return
+    for report in reports:
+        typer.echo("\n".join(lines({"event": "prepared", **report})))
+        how = "there already" if report["cached"] else f"made in {report['seconds']:.1f} s"
+        typer.echo(f"  {how}: {report['cache']}")
+
+
+def _watcher() -> Watcher:
+    """A bar while rows are tokenised, and nothing of the attempt that a run would have."""
+    from launcher.cli.display import Display
+
+    return Display(quiet=True)

@@ -1,0 +1,76 @@
+"""What became of the rows of a data set, in words: from the event `prepared`, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+WARNED_SHARE = 0.01
+"""Of the rows that were read: more dropped than this is a warning."""
+_KEPT = ("rows_read", "rows_used", "num_dropped", "dropped", "num_cut", "num_items", "num_tokens", "fill", "cached")
+
+
+def line(record: dict[str, Any]) -> str:
+    """How many rows of how many are used, dropped (by reason) and cut: one line."""
+    parts = [f"{record['rows_used']:,} of {record['rows_read']:,} rows used"]
+    if dropped := record.get("dropped"):
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1]))
+        parts.append(f"{sum(dropped.values()):,} dropped ({reasons})")
+    if record.get("num_cut"):
+        parts.append(f"{record['num_cut']:,} cut")
+    parts.append(f"{record['num_tokens']:,} tokens")
+    if record.get("fill") is not None:
+        parts.append(f"{packs(record)} {record['fill']:.1%} full")
+    return f"{record['role']}: " + ", ".join(parts)
+
+
+def packs(record: dict[str, Any]) -> str:
+    """How many packs there are."""
+    return f"{record['num_items']:,} pack" + "s" * (record["num_items"] != 1)
+
+
+def warning(record: dict[str, Any]) -> str | None:
+    """What is to be said where more than 1% of the rows are dropped, with the first of them; None where not."""
+    number, rows = num_dropped(record), record["rows_read"]
+    if number <= WARNED_SHARE * rows:
+        return None
+    return f"warning: {record['role']}: {number:,} of {rows:,} rows ({number / rows:.1%}) are dropped; {first_dropped(record)}"
+
+
+def first_dropped(record: dict[str, Any]) -> str:
+    """The first row that is left out, and why."""
+    example = next((example for example in record.get("examples", ()) if not example.get("cut")), None)
+    return f"the first is {place(example)}: {why(example)}" if example else "no example was kept"
+
+
+def place(example: dict[str, Any]) -> str:
+    """Where a row stands: the line of its file, or the row's number where the format has no lines."""
+    return f"{example['file']}, line {example['line']}"
+
+
+def why(example: dict[str, Any]) -> str:
+    """What is wrong with a row."""
+    return f"{example['reason']} ({example['detail']})" if example.get("detail") else str(example["reason"])
+
+
+def num_dropped(record: dict[str, Any]) -> int:
+    """Rows left out, whatever the reason."""
+    return sum(record.get("dropped", {}).values())
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """All that such an event says to people; nothing of any other event."""
+    if record.get("event") != "prepared":
+        return []
+    return [said for said in (line(record), warning(record)) if said]
+
+
+def newest(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The newest such event of each role."""
+    return {record["role"]: record for record in records if record.get("event") == "prepared"}
+
+
+def numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of an event that a status carries."""
+    whole = {"num_dropped": num_dropped(record)} | record
+    return {name: whole[name] for name in _KEPT if name in whole}

@@ -1,0 +1,182 @@
+"""What a job's data looks like once it is prepared: what `launcher data` runs, in a scratch run directory with a plan and a request."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from launcher.errors import ConfigurationError, DataError, Problem
+from launcher.job.schema import Source
+from launcher.planning.plan import Plan
+from launcher.runs import events
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.sources.rows import Row, RowProblem
+from launcher.training import entry
+from launcher.training import model as models
+from launcher.training.data.dataset import Dataset, Sample
+from launcher.training.data.prepare import refuse_mostly_dropped
+from launcher.training.data.sources import open_source
+from launcher.training.material import Material
+from launcher.training.signals import StopRequest
+from launcher.training.tasks.task import IGNORE
+
+_BINS = 12
+_ROUND = (1, 2, 5)
+"""Times a power of ten: how wide a bin may be."""
+
+
+def inspect(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
+    """Prepare what request.json names, and write data.json: {"datasets": [what became of each, with samples where they are asked for]}."""
+    request = json.loads((scratch.path / "request.json").read_text(encoding="utf-8"))
+    if "evaluation" not in request["roles"]:
+        plan = plan.model_copy(update={"data": plan.data.model_copy(update={"evaluation": None})})
+    plan = models.settled(plan)
+    material = Material.of(scratch, plan)
+    wanted = [dataset for dataset in material.datasets if dataset.report.role in request["roles"]]
+    if not request["show"]:
+        for dataset in wanted:
+            refuse_mostly_dropped(dataset.report, plan)
+    found = [_described(dataset, material, plan, request) if request["show"] else dataset.report.to_dict() for dataset in wanted]
+    write_atomically(scratch.path / "data.json", json.dumps({"datasets": found}) + "\n")
+    events.event(scratch.events_file, "finished", step=0, metrics={})
+
+
+def _described(dataset: Dataset, material: Material, plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
+    source = plan.data.train if dataset.report.role == "train" else plan.data.evaluation
+    assert source is not None
+    lengths = dataset.sample_lengths
+    return {
+        **dataset.report.to_dict(),
+        "num_dropped": dataset.report.num_dropped,
+        "refused": _refused(dataset, plan),
+        "too_long": plan.data.too_long,
+        "max_length": plan.data.max_length,
+        "lengths": {**spread(lengths), "quantile_95": float(np.quantile(lengths, 0.95))},
+        "emptiest": float(dataset.item_lengths.min() / plan.data.max_length) if dataset.report.fill is not None else None,
+        "balance": _balance(dataset, plan),
+        "samples": list(_samples(source, dataset, material, request)),
+    }
+
+
+def _refused(dataset: Dataset, plan: Plan) -> str | None:
+    """Why a run would not begin; None where it would."""
+    try:
+        refuse_mostly_dropped(dataset.report, plan)
+    except DataError as error:
+        return f"a run is refused: {error}"
+    return None
+
+
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """Of numbers: the least, median, mean and greatest, and how many are in each of at most 12 bins of equal, round width.
+
+    A bin is [low, high, count], and holds what is from `low` up to but not `high`; where all are whole numbers, so are its ends.
+    """
+    low, high = float(values.min()), float(values.max())
+    whole = np.issubdtype(values.dtype, np.integer)
+    least = max((high - low) / (_BINS - 1), 1.0 if whole else 1e-9)
+    tens = 10.0 ** np.floor(np.log10(least))
+    width = next(step * tens for step in (*_ROUND, 10) if step * tens >= least)
+    first = np.floor(low / width)
+    counts = np.bincount((np.floor(values / width) - first).astype(np.int64))
+    ends = [float((first + number) * width) for number in range(len(counts) + 1)]
+    edges = [round(end) for end in ends] if whole else ends
+    bins = [[edges[number], edges[number + 1], int(count)] for number, count in enumerate(counts)]
+    return {"shortest": low, "median": float(np.median(values)), "mean": float(values.mean()), "longest": high, "bins": bins}
+
+
+def _balance(dataset: Dataset, plan: Plan) -> dict[str, Any] | None:
+    """How many samples have each class, in the order of the classes; of a regression how the numbers are spread."""
+    flat = dataset.column("label")
+    if flat is None:
+        return None
+    names = dataset.report.labels
+    if names is None:
+        return {"numbers": spread(flat.astype(np.float64))}
+    if plan.data.problem == "multi-label":
+        counts = flat.reshape(-1, len(names)).sum(axis=0)
+    else:
+        counts = np.bincount(flat, minlength=len(names))
+    return {"classes": {name: int(count) for name, count in zip(names, counts.tolist(), strict=True)}}
+
+
+def _samples(source: Source, dataset: Dataset, material: Material, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The first samples, or one row's, or why it has none. Raises ConfigurationError where there is no such row."""
+    ids = dataset.first_ids(request["num_rows"]) if request["row"] is None else [request["row"] - 1]
+    rows = iter(open_source(source, material.task.columns))
+    at = 0
+    for wanted in ids:
+        row = next(itertools.islice(rows, wanted - at, None), None)
+        at = wanted + 1
+        if row is None:
+            reason = f"the {dataset.report.role} data has {dataset.report.rows_read:,} rows"
+            raise ConfigurationError(Problem("--row", request["row"], reason))
+        yield {"row": wanted + 1, "file": row.file, "line": row.line, **_sample(row, dataset, material, request["tokens"])}
+
+
+def _sample(row: Row, dataset: Dataset, material: Material, with_tokens: bool) -> dict[str, Any]:
+    """What became of a row: tokens and the label as they lie in the prepared data."""
+    found = dataset.find(row.id)
+    encoded = row.values if isinstance(row.values, RowProblem) else material.task.encode_batch([row.values], material.tokenizer)[0]
+    if isinstance(encoded, RowProblem) or found is None:
+        problem = encoded if isinstance(encoded, RowProblem) else RowProblem("not used")
+        return {"reason": problem.reason, "detail": problem.detail}
+    beside, sample = found
+    ids, learned = sample["input_ids"].tolist(), _learned(sample)
+    shown: dict[str, Any] = {"num_tokens": len(ids), "num_learned": sum(learned), "cut": encoded.cut, "num_beside": beside}
+    shown["label"] = _label(sample, dataset)
+    shown["pieces"] = list(_pieces(ids, learned, material.tokenizer))
+    if with_tokens:
+        shown["tokens"] = [_token(token, is_learned, material.tokenizer) for token, is_learned in zip(ids, learned, strict=True)]
+    return shown
+
+
+def _learned(sample: Sample) -> list[bool]:
+    """Of each token, whether it is a target, which stands at the place of the token before it."""
+    if "targets" not in sample:
+        return [False] * sample.length
+    return [False, *(sample["targets"][:-1] != IGNORE).tolist()]
+
+
+def _label(sample: Sample, dataset: Dataset) -> Any:
+    """The names of the classes, or the number; None where the tokens are what is learned."""
+    if "label" not in sample:
+        return None
+    label, names = sample["label"], dataset.report.labels
+    if names is None:
+        return float(label[0])
+    if np.issubdtype(label.dtype, np.integer):
+        return [names[int(label[0])]]
+    return [name for name, has in zip(names, label.tolist(), strict=True) if has]
+
+
+def _pieces(ids: list[int], learned: list[bool], tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Runs of tokens that are learned or not, special or not, with their text; all of them together are the text of the whole."""
+    special = set(tokenizer.all_special_ids) | {
+        number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+    }
+    marks = [(is_learned, token in special) for token, is_learned in zip(ids, learned, strict=True)]
+    end, before = 0, ""
+    for (is_learned, is_special), run in itertools.groupby(marks):
+        start, end = end, end + len(list(run))
+        until = _text(ids[:end], tokenizer)
+        # A run by itself would lose the space that some tokenizers write before a word, unless a character is cut in two.
+        text = until[len(before) :] if until.startswith(before) else _text(ids[start:end], tokenizer)
+        before = until
+        yield {"text": text, "learned": is_learned, "special": is_special}
+
+
+def _token(token: int, learned: bool, tokenizer: Any) -> dict[str, Any]:
+    return {"id": token, "token": tokenizer.convert_ids_to_tokens(token), "text": _text([token], tokenizer), "learned": learned}
+
+
+def _text(ids: list[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+if __name__ == "__main__":
+    entry.main(train=inspect)
