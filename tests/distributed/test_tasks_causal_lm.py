@@ -184,8 +184,8 @@ def test_collating_joins_samples_end_to_end() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch["targets"].tolist() == [2, 3, -100, -100, -100, -100]
     assert batch["cu_seq_lens"].tolist() == [0, 3, 4, 6]
-    assert batch["max_length"] == 3
-    assert {name: value.dtype for name, value in batch.items() if name != "max_length"} == {
+    assert (batch["max_length"], batch["lengths"]) == (3, [3, 1, 2])
+    assert {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)} == {
         "input_ids": torch.int64,
         "position_ids": torch.int64,
         "targets": torch.int64,
@@ -193,8 +193,26 @@ def test_collating_joins_samples_end_to_end() -> None:
     }
 
 
+def test_collating_pads_on_the_right_where_samples_cannot_be_joined() -> None:
+    def sample(*ids: int) -> Sample:
+        array = np.array(ids, dtype=np.int32)
+        return Sample({"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}, id=0)
+
+    task = task_of(TEXT)
+    task.layout = "padded"
+    batch = task.collate([[sample(1, 2, 3), sample(4)], [sample(5, 6).as_filler()]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert batch["targets"].tolist() == [2, 3, -100, -100, -100, -100, -100, -100, -100]
+    assert batch["lengths"] == [3, 1, 2]
+    assert "position_ids" not in batch and "cu_seq_lens" not in batch
+    assert "attention_mask" not in task.collate([[sample(1, 2)], [sample(3, 4)]])
+
+
 def test_metrics() -> None:
     task = task_of(TEXT)
-    found = task.metrics({"loss_sum": 20.0, "num_supervised": 10, "num_correct": 4}, None, None)
-    assert found == {"loss": 2.0, "perplexity": math.exp(2.0), "accuracy": 0.4}
-    assert task.metrics({"loss_sum": 1e6, "num_supervised": 1, "num_correct": 0}, None, None)["perplexity"] == math.inf
+    totals = {"loss_sum": 20.0, "num_supervised": 10, "num_correct": 4, "router_loss_sum": 0.0}
+    assert task.metrics(totals, None, None) == {"loss": 2.0, "perplexity": math.exp(2.0), "accuracy": 0.4}
+    assert task.metrics(totals | {"loss_sum": 1e6}, None, None)["perplexity"] == math.inf
+    # The routers' loss is part of the loss, and says nothing of how well tokens are foreseen.
+    assert task.metrics(totals | {"router_loss_sum": 5.0}, None, None)["perplexity"] == math.exp(1.5)

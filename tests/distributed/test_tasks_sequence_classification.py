@@ -156,12 +156,13 @@ def sample(ids: list[int], label: list[Any], types: list[int] | None = None) -> 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collating_pads_to_the_longest(side: str) -> None:
+    """On the right, whichever side the tokenizer pads on to generate: learned positions begin at the first column."""
     task = task_of(["no", "yes"], tokenizer=word_tokenizer(side))
     pad = TOKENIZER.pad_token_id
     batch = task.collate([[sample([5, 6, 7], [1], [0, 0, 1])], [sample([8], [0], [1]).as_filler()]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad] if side == "right" else [pad, pad, 8]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0] if side == "right" else [0, 0, 1]]
-    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0] if side == "right" else [0, 0, 1]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [1, 0]
     assert batch["labels"].dtype == torch.int64
     assert batch["weights"].tolist() == [1, 0]
