@@ -1,0 +1,73 @@
+"""What single families need besides the table of `tiny`; `...` leaves an attribute at its default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
+_INDEXED = {"layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"], "num_hidden_layers": 3}
+_GEMMA_SHARED = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
+_QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention", "linear_attention"], "num_hidden_layers": 3, "indexer_n_heads": 2,
+    "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 6, "indexer_compress_ratio": 2, "hc_lowrank": 8,
+    "ple_layer_ids": [1], "ple_embed_dim": 64, "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "split_ngram_parts": 1,
+}  # fmt: skip
+_REFORMER = {
+    "attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32], "local_attn_chunk_length": 8,
+    "lsh_attn_chunk_length": 8, "num_buckets": 4, "hash_seed": 0, "feed_forward_size": 96, "num_hidden_layers": ...,
+}  # fmt: skip
+_XMOD = {"default_language": "en_XX"}
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {**_SLIDING, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }},
+    "canine": {"num_hash_buckets": 64, "downsampling_rate": 4, "upsampling_kernel_size": 4, "local_transformer_stride": 16},
+    "ctrl": {},
+    "dots1": _SLIDING,
+    "dots3_note_text": _INDEXED,
+    "dots3_note": {"text_config": _INDEXED},
+    "flint": {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "mlp_only_layers": [0]},
+    "gemma3n_text": {**_GEMMA_SHARED, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "intermediate_size": [96] * 4},
+    "gemma4": {"text_config": _GEMMA_SHARED},
+    "gemma4_text": _GEMMA_SHARED,
+    "gemma4_unified": {"text_config": _GEMMA_SHARED},
+    "gemma4_unified_text": _GEMMA_SHARED,
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 3, "expert_layer_offset": 1},
+    "laguna": {**_SLIDING, "num_attention_heads_per_layer": [4, 4]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
+    "luke": {"entity_vocab_size": 16},
+    "mamba2": {"head_dim": 32},
+    "mellum": _SLIDING,
+    "mllama": {},
+    "nemotron": {},
+    "perceiver": {"num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},
+    "qwen2": _SLIDING,
+    "qwen2_moe": {**_SLIDING, "mlp_only_layers": [0]},
+    "qwen3": _SLIDING,
+    "qwen3_moe": {"mlp_only_layers": [0]},
+    "qwen3_next": {"mlp_only_layers": [0]},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": _REFORMER,
+    "roc_bert": {"pronunciation_vocab_size": 131, "shape_vocab_size": 131},
+    "smollm3": _SLIDING,
+    "t5": {"decoder_start_token_id": 0},
+    "xmod": _XMOD,
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_hidden_size": ..., "attention_head_dim": ..., "num_key_value_heads": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
+}  # fmt: skip
+TASK: dict[tuple[str, str], dict[str, Any]] = {}
