@@ -1,0 +1,304 @@
+"""How samples may share a pass, family by family: every way held against the model's own loss of each sample alone.
+
+    python -m tests.families.sweep [--out FILE] [--processes N] [--limit SECONDS] [model_type ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional
+from transformers.models.auto import modeling_auto
+
+from launcher.training.attention import register
+from launcher.training.loss import IGNORED
+from tests.families import tiny
+from tests.families.classifiers import classification_of
+from tests.families.heads import HEADS, Auxiliary, Pass, call
+from tests.families.layouts import LAYOUTS, samples, single
+
+RAW = Path(__file__).with_name("raw.json")
+ATTENTIONS = ("packed", "sdpa", "eager")
+CANDIDATES = [(layout, attention) for layout in LAYOUTS for attention in ATTENTIONS if (layout, attention) != ("padded", "packed")]
+LOSS, GRADIENT, NEAR = 1e-5, 1e-4, 1e-2
+_STATE = re.compile(r"Mamba|Mixer|ShortConv|Gated?Delta|Lightning|Recurrent|Rwkv|xLSTM|KimiDelta|DeltaAttention|DeltaNet|Conv1d|Rglru")
+
+
+@dataclass
+class Numbers:
+    """What a way of training says: the summed loss and the norm of its gradient."""
+
+    loss: float
+    gradient: float
+
+    def against(self, right: Numbers) -> tuple[float, float]:
+        """Relative distances of loss and gradient."""
+        return abs(self.loss / right.loss - 1), abs(self.gradient / right.gradient - 1)
+
+
+@dataclass
+class Family:
+    """The models of one type with equal weights, by attention and precision, and what is right for them."""
+
+    model_type: str
+    models: dict[tuple[str, torch.dtype], Any] = field(default_factory=dict)
+
+    def model(self, attention: str, dtype: torch.dtype = torch.float32) -> Any:
+        """The model with this attention; what refuses to be built says so each time."""
+        if (attention, dtype) not in self.models:
+            model = tiny.model_of(self.model_type, tiny.CAUSAL_LM, register(attention), dropout=0.0)
+            self.models[attention, dtype] = model.train().to(dtype)
+        return self.models[attention, dtype]
+
+    def reference_attention(self) -> str:
+        """Eager, or fused where the class refuses eager."""
+        try:
+            self.model("eager")
+        except (ValueError, ImportError, NotImplementedError):
+            return "sdpa"
+        return "eager"
+
+
+def measured(model: Any, total: Any) -> Numbers:
+    """Go backward from a sum and read both numbers; leaves no gradients."""
+    total.backward()
+    squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return Numbers(float(total.detach()), float(torch.stack(squares).sum().sqrt()))
+
+
+def own_loss(model: Any, ids: list[torch.Tensor]) -> Any:
+    """The loss that the model itself gives each sample alone, weighted by supervised tokens."""
+    total: Any = 0.0
+    for one in single(ids):
+        labels = one.inputs["input_ids"]
+        total = total + call(model, {**one.inputs, "labels": labels}).loss * (labels.shape[1] - 1)
+    return total
+
+
+def of_logits(model: Any, ids: list[torch.Tensor], auxiliary: Auxiliary) -> Any:
+    """The same from the logits of each sample alone."""
+    return sum(HEADS["forward"](model, one, auxiliary) for one in single(ids))
+
+
+def causal_lm(model_type: str) -> dict[str, Any]:
+    """Try every candidate on one type and say which are right."""
+    began = time.monotonic()
+    family, ids = Family(model_type), samples()
+    reference = family.reference_attention()
+    model = family.model(reference)
+    found: dict[str, Any] = {"class": type(model).__name__, "layout": None, "attention": None, "head": None, "reference": reference}
+    found |= facts(family, model, ids)
+    auxiliary = Auxiliary(model, ids[2])
+    found["aux"] = bool(auxiliary.coefficient)
+    right = {torch.float32: measured(model, own_loss(model, ids))}
+    plain = measured(model, of_logits(model, ids, auxiliary))
+    own = {torch.float32: True}
+    found["own_loss_is_cross_entropy"] = own[torch.float32] = _close(plain.against(right[torch.float32]))
+    if not own[torch.float32]:
+        found["own_loss"], found["cross_entropy"] = right[torch.float32].loss, plain.loss
+        right[torch.float32] = plain
+    found["eval_differs"] = _differs(model, ids, own_loss)
+    found["tried"] = {}
+    for layout, attention in CANDIDATES:
+        for head in HEADS:
+            name = f"{layout}/{attention}/{head}"
+            if layout == "padded-positions" and _is_ok(found["tried"].get(f"padded/{attention}/{head}")):
+                continue
+            found["tried"][name] = verdict(family, reference, auxiliary, ids, right, (layout, attention, head))
+    best = next((name for name, said in found["tried"].items() if _is_ok(said)), None)
+    if best is not None:
+        found["layout"], found["attention"], found["head"] = best.split("/")
+    found["reason"] = None if best else "no candidate is right"
+    return found | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def verdict(family: Family, reference: str, auxiliary: Auxiliary, ids: Any, right: Any, candidate: tuple[str, str, str]) -> str:
+    """`ok`, or by how much this candidate is wrong, or with which message it fails."""
+    layout, attention, head = candidate
+
+    def numbers(dtype: torch.dtype) -> Numbers:
+        model = family.model(attention, dtype)
+        total = sum(HEADS[head](model, one, auxiliary) for one in LAYOUTS[layout](ids))
+        return measured(model, total)
+
+    try:
+        wrong = numbers(torch.float32).against(right[torch.float32])
+    except Exception as error:
+        return _message(error)
+    if _close(wrong):
+        return "ok"
+    if max(wrong) < NEAR:
+        try:
+            if torch.float64 not in right:
+                model = family.model(reference, torch.float64)
+                right[torch.float64] = measured(model, of_logits(model, ids, auxiliary))
+            exact = numbers(torch.float64).against(right[torch.float64])
+            return f"{'ok' if _close(exact) else 'wrong'}: float32 {_figures(wrong)}; float64 {_figures(exact)}"
+        except Exception as error:
+            return f"near: {_figures(wrong)}; float64 fails: {_message(error)}"
+    return f"wrong: {_figures(wrong)}"
+
+
+def facts(family: Family, model: Any, ids: list[torch.Tensor]) -> dict[str, Any]:
+    """What the class reads, whether a later token changes earlier ones, and how long a sample may be."""
+    sample = ids[2]
+    with torch.no_grad():
+        plain = _logits(model, sample)
+        other = sample.clone()
+        other[-10:] = (other[-10:] - 5 + 31) % (tiny.VOCABULARY - 5) + 5
+        causal = _same(_logits(model, other)[:-10], plain[:-10])
+        found = {"causal": causal, "state": bool({type(m).__name__ for m in model.modules() if _STATE.search(type(m).__name__)})}
+        mask = torch.ones(1, len(sample), dtype=torch.long)
+        mask[:, :5] = 0
+        positions = 2 * torch.arange(len(sample))[None] % tiny.MAX_POSITIONS
+        found["reads_mask"] = _reads(lambda: _same(_logits(model, sample, attention_mask=mask)[10:], plain[10:]))
+        found["reads_positions"] = _reads(lambda: _same(_logits(model, sample, position_ids=positions), plain))
+        found |= _longest(model)
+    return found
+
+
+def _longest(model: Any) -> dict[str, Any]:
+    config = model.config.get_text_config(decoder=True)
+    names = [*("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "model_max_length", "context_length")]
+    name = next((each for each in names if each in vars(config) or each in (config.attribute_map or {})), None)
+    if name is None:
+        return {"max_position": None, "hard_limit": False}
+    try:
+        _logits(model, torch.randint(5, tiny.VOCABULARY, (getattr(config, name) + 16,)))
+    except Exception as error:
+        return {"max_position": name, "hard_limit": True, "beyond": _message(error)}
+    return {"max_position": name, "hard_limit": False}
+
+
+def _logits(model: Any, sample: torch.Tensor, **more: Any) -> torch.Tensor:
+    return call(model, {"input_ids": sample[None], "use_cache": False, **more}).logits[0].float()
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return bool((left - right).abs().max() < 1e-4 * right.abs().max())
+
+
+def _reads(same: Callable[[], bool]) -> bool | str:
+    try:
+        return not same()
+    except Exception as error:
+        return _message(error)
+
+
+def _differs(model: Any, ids: list[torch.Tensor], loss: Callable[..., Any]) -> bool:
+    with torch.no_grad():
+        training = float(loss(model, ids))
+        model.eval()
+        evaluating = float(loss(model, ids))
+        model.train()
+    return abs(evaluating / training - 1) > LOSS
+
+
+def _close(wrong: tuple[float, float]) -> bool:
+    return wrong[0] < LOSS and wrong[1] < GRADIENT
+
+
+def _figures(wrong: tuple[float, float]) -> str:
+    return f"loss {wrong[0]:.1e}, gradient {wrong[1]:.1e}"
+
+
+def _is_ok(said: str | None) -> bool:
+    return said is not None and said.startswith("ok")
+
+
+def _message(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({Path(last.filename).name}:{last.lineno})"
+
+
+TASKS = {tiny.CAUSAL_LM: causal_lm, tiny.SEQUENCE_CLASSIFICATION: classification_of}
+NAMES = {
+    tiny.CAUSAL_LM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    tiny.SEQUENCE_CLASSIFICATION: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+
+
+def _child(task: str, model_type: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    try:
+        pipe.send(TASKS[task](model_type))
+    except Exception as error:
+        pipe.send({"class": str(NAMES[task][model_type]), "reason": f"cannot be built or run alone: {_message(error)}"})
+
+
+def run(jobs: list[tuple[str, str]], processes: int, limit: float, done: Callable[[str, str, dict[str, Any]], None]) -> None:
+    """One process for each, forked from this one, so that none can stop the others."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(reversed(jobs)), {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            task, model_type = waiting.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            child = context.Process(target=_child, args=(task, model_type, theirs))
+            child.start()
+            theirs.close()
+            running[ours] = (child, task, model_type, time.monotonic() + limit)
+        ready = multiprocessing.connection.wait(list(running), timeout=1.0)
+        for ours in list(running):
+            child, task, model_type, until = running[ours]
+            if ours in ready:
+                try:
+                    found = ours.recv()
+                except EOFError:
+                    child.join()
+                    found = {"reason": f"the process ended with {child.exitcode}"}
+            elif time.monotonic() > until:
+                child.kill()
+                found = {"reason": f"not done within {limit:.0f} s"}
+            else:
+                continue
+            child.join()
+            del running[ours]
+            done(task, model_type, found)
+
+
+def main() -> None:
+    """Sweep the types asked for, or all, and write what was found."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--task", choices=list(TASKS))
+    parser.add_argument("--out", type=Path, default=RAW)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=180.0)
+    options = parser.parse_args()
+    jobs = [
+        (task, name) for task in TASKS for name in NAMES[task] if (options.task or task) == task and name in (options.types or NAMES[task])
+    ]
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    kept["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__}
+    began = time.monotonic()
+
+    def done(task: str, model_type: str, found: dict[str, Any]) -> None:
+        kept.setdefault(task, {})[model_type] = found
+        kept["missing"] = {each: sorted(set(NAMES[each]) - set(kept.get(each, {}))) for each in TASKS}
+        kept["seconds"] = round(time.monotonic() - began)
+        for each in TASKS:
+            kept[each] = dict(sorted(kept.get(each, {}).items()))
+        options.out.write_text(json.dumps(kept, indent=1) + "\n")
+        print(task, model_type, found.get("layout"), found.get("attention"), found.get("head"), found.get("reason"), flush=True)
+
+    run(jobs, options.processes, options.limit, done)
+
+
+if __name__ == "__main__":
+    main()
