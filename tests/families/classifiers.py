@@ -58,7 +58,8 @@ def classification_of(model_type: str) -> dict[str, Any]:
 
     def model_of(attention: str, dtype: torch.dtype) -> Any:
         if (attention, dtype) not in models:
-            model = tiny.model_of(model_type, tiny.SEQUENCE_CLASSIFICATION, attention, dropout=0.0)
+            experts = "eager" if dtype == torch.float64 else None
+            model = tiny.model_of(model_type, tiny.SEQUENCE_CLASSIFICATION, attention, dropout=0.0, experts=experts)
             models[attention, dtype] = model.train().to(dtype)
         return models[attention, dtype]
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
-_INDEXED = {"layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"], "num_hidden_layers": 3}
+_DOTS3 = {
+    "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"], "num_hidden_layers": 3,
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 24, "swa_kv_lora_rank": 16, "swa_head_dim": 24,
+    "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+}  # fmt: skip
 _GEMMA_SHARED = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     "num_hidden_layers": 4,
@@ -28,10 +32,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }},
     "canine": {"num_hash_buckets": 64, "downsampling_rate": 4, "upsampling_kernel_size": 4, "local_transformer_stride": 16},
-    "ctrl": {},
     "dots1": _SLIDING,
-    "dots3_note_text": _INDEXED,
-    "dots3_note": {"text_config": _INDEXED},
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {
+        "text_config": _DOTS3, "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 16},
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+        "ffn_config": {"moe_top_k": 2, "moe_loss_weight": 0.1, "ffn_hidden_size": 48, "hidden_size": 64},
+    },
+    "esm": {"mask_token_id": 4},
+    "esmc": {"num_key_value_heads": 4},
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16, "visual_embed": False},
+    "lilt": {"hidden_size": 48, "num_attention_heads": 4},
+    "longcat_flash": {"head_dim": 8},
+    "blt": {"global_config": {"hidden_size": 128, "num_key_value_heads": 4, "num_attention_heads": 4}, "encoder_hash_byte_group_vocab": 100,
+            "local_attention_window_len": 9},
     "flint": {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "mlp_only_layers": [0]},
     "gemma3n_text": {**_GEMMA_SHARED, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "intermediate_size": [96] * 4},
     "gemma4": {"text_config": _GEMMA_SHARED},
@@ -48,8 +65,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 16},
     "mamba2": {"head_dim": 32},
     "mellum": _SLIDING,
-    "mllama": {},
-    "nemotron": {},
     "perceiver": {"num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},
     "qwen2": _SLIDING,
     "qwen2_moe": {**_SLIDING, "mlp_only_layers": [0]},

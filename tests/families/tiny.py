@@ -23,7 +23,7 @@ MAX_POSITIONS = 64
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END, "sep_token_id": END,
     "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "emb_dim": 64, "embedding_size": 64, "embedding_dim": 64, "word_embed_proj_dim": 64,
-    "attention_hidden_size": 64, "lru_width": 64, "input_embedding_size": 64, "output_embedding_size": 48, "cross_attention_hidden_size": 64,
+    "attention_hidden_size": 64, "hidden_size_global": 128, "lru_width": 64, "input_embedding_size": 64, "output_embedding_size": 48, "cross_attention_hidden_size": 64,
     "intermediate_size": 96, "d_ff": 96, "dff": 96, "ffn_dim": 96, "dim_ff": 96, "ffn_hidden_size": 96, "hidden_dim": 96, "d_inner": 96,
     "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "feed_forward_size": 96, "intermediate_size_mlp": 96, "dense_intermediate_size": 96,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "num_encoder_layers": 2,
@@ -50,7 +50,7 @@ SMALL: dict[str, Any] = {
     "time_step_rank": 4, "n_mamba_heads": 2, "mamba_d_ssm": 128, "use_mamba_kernels": False,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_head_dim": 16,
     "linear_num_heads": 4, "block_size": 8, "laurel_rank": 8,
-    "index_head_dim": 16, "index_n_heads": 2, "index_topk": 6, "index_block_size": 8, "index_topk_blocks": 2,
+    "index_head_dim": 16, "index_n_heads": 16, "index_topk": 6, "index_block_size": 8, "index_topk_blocks": 2,
     "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "decoder_vocab_size": VOCABULARY,
     "type_vocab_size": 2, "num_nextn_predict_layers": 0, "num_kv_shared_layers": 0, "pretraining_tp": 1,
     "image_size": 28, "patch_size": 14, "adapter_rank": 8, "n_layers_per_attn_res_block": 2, "rel_extent": 64, "d_rel": 8,
@@ -59,7 +59,7 @@ SMALL: dict[str, Any] = {
     "logits_soft_cap": 5.0, "output_logit_soft_cap": 5.0, "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
     "attention_multiplier": 0.3, "key_multiplier": 0.8, "attention_out_multiplier": 0.9, "attention_in_multiplier": 1.1, "ssm_in_multiplier": 1.2,
     "ssm_out_multiplier": 0.8, "logits_mup_width_multiplier": 3.0,
-    "output_router_logits": True, "router_aux_loss_coef": 0.1, "aux_loss_coef": 0.1, "z_loss_coefficient": 0.1,
+    "output_router_logits": True, "router_aux_loss_coef": 0.1, "aux_loss_coef": 0.1,
 }  # fmt: skip
 """Attribute -> value, for every config that has the attribute with a value of its own."""
 
@@ -96,12 +96,23 @@ def set_dropout(config: PreTrainedConfig, rate: float) -> None:
 
 
 def model_of(
-    model_type: str, task: str, attention: str | None = None, seed: int = 0, *, dropout: float | None = None, config: PreTrainedConfig | None = None
+    model_type: str,
+    task: str,
+    attention: str | None = None,
+    seed: int = 0,
+    *,
+    dropout: float | None = None,
+    config: PreTrainedConfig | None = None,
+    experts: str | None = None,
 ) -> PreTrainedModel:
-    """Make a tiny model of this type in fp32 on the CPU; equal seeds give equal weights, whatever the attention."""
+    """Make a tiny model of this type in fp32 on the CPU; equal seeds give equal weights, whatever the attention.
+
+    `experts` is the way in which transformers runs the experts of a mixture, `eager` where float64 is wanted; None leaves its default.
+    """
     config = config_of(model_type, task, dropout) if config is None else config
     torch.manual_seed(seed)
-    model = _AUTO[task].from_config(config, attn_implementation=attention, dtype=torch.float32)
+    more = {} if experts is None else {"experts_implementation": experts}
+    model = _AUTO[task].from_config(config, attn_implementation=attention, dtype=torch.float32, **more)
     redraw(model, seed)
     return model
 
