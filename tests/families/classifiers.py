@@ -11,7 +11,14 @@ from torch.nn import functional
 from tests.families import tiny
 
 LENGTHS = (2, 3, 40, 7, 13, 9, 10, 33, 4, 21, 5, 17, 6, 28, 11, 40)
-CANDIDATES = [("padded", "sdpa"), ("padded", "eager"), ("padded-left", "sdpa"), ("padded-left", "eager"), ("single", "sdpa"), ("single", "eager")]
+CANDIDATES = [
+    ("padded", "sdpa"),
+    ("padded", "eager"),
+    ("padded-left", "sdpa"),
+    ("padded-left", "eager"),
+    ("single", "sdpa"),
+    ("single", "eager"),
+]
 LOSS, GRADIENT, NEAR = 1e-5, 1e-4, 1e-2
 
 

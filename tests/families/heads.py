@@ -114,9 +114,7 @@ def own_head(model: PreTrainedModel, one: Pass, auxiliary: Auxiliary) -> Any:
             targets = one.targets[:, begin : begin + CHUNK]
             if logits.shape[:2] != targets.shape:
                 raise ValueError(f"logits of {tuple(logits.shape[:2])} positions where {tuple(targets.shape)} hidden states went in")
-            total = total + functional.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
+            total = total + functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
             begin += CHUNK
             base.forward = lambda *_, begin=begin, **__: _part(kept[0], begin)
     finally:
@@ -128,9 +126,7 @@ def own_head(model: PreTrainedModel, one: Pass, auxiliary: Auxiliary) -> Any:
 def base_of(model: PreTrainedModel, one: Pass) -> torch.nn.Module:
     """Find the module that the model's own forward calls first: what makes the hidden states."""
     seen: list[torch.nn.Module] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda module, _: seen.append(module)) for module in model.modules() if module is not model
-    ]
+    hooks = [module.register_forward_pre_hook(lambda module, _: seen.append(module)) for module in model.modules() if module is not model]
     try:
         with torch.no_grad():
             call(model, one.inputs)

@@ -1,6 +1,6 @@
 """How samples may share a pass, family by family: every way held against the model's own loss of each sample alone.
 
-    python -m tests.families.sweep [--out FILE] [--processes N] [--limit SECONDS] [model_type ...]
+python -m tests.families.sweep [--out FILE] [--processes N] [--limit SECONDS] [model_type ...]
 """
 
 from __future__ import annotations
