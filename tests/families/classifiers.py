@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from tests.families import tiny
+from tests.families.numbers import NEAR, close, figures, is_ok, measured, message
 
 LENGTHS = (2, 3, 40, 7, 13, 9, 10, 33, 4, 21, 5, 17, 6, 28, 11, 40)
 CANDIDATES = [
@@ -19,7 +20,6 @@ CANDIDATES = [
     ("single", "sdpa"),
     ("single", "eager"),
 ]
-LOSS, GRADIENT, NEAR = 1e-5, 1e-4, 1e-2
 
 
 def samples(shortest: int, multiple: int = 1) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -45,7 +45,7 @@ def batch(ids: list[torch.Tensor], pad: int, left: bool = False) -> dict[str, to
 
 def total(model: Any, ids: list[torch.Tensor], labels: torch.Tensor, layout: str) -> Any:
     """The summed loss under a layout."""
-    pad = model.config.get_text_config().pad_token_id
+    pad = getattr(model.config.get_text_config(), "pad_token_id", tiny.PAD)
     if layout == "alone":
         return sum(model(**batch([each], pad), labels=label[None]).loss for each, label in zip(ids, labels, strict=True))
     if layout == "single":
@@ -58,8 +58,6 @@ def total(model: Any, ids: list[torch.Tensor], labels: torch.Tensor, layout: str
 
 def classification_of(model_type: str) -> dict[str, Any]:
     """Try every candidate on one type and say which are right."""
-    from tests.families.sweep import _close, _figures, _is_ok, _message, measured
-
     began = time.monotonic()
     models: dict[Any, Any] = {}
 
@@ -89,27 +87,27 @@ def classification_of(model_type: str) -> dict[str, Any]:
         assert last is not None
         raise last
     if last is not None:
-        found["note"] = f"samples of {shortest} tokens or more, multiples of {multiple}: {_message(last)}"
+        found["note"] = f"samples of {shortest} tokens or more, multiples of {multiple}: {message(last)}"
     again = measured(model, total(model, ids, labels, "alone"))
-    if not _close(again.against(right[torch.float32])):
-        found["note"] = f"not the same twice: {_figures(again.against(right[torch.float32]))}"
+    if not close(again.against(right[torch.float32])):
+        found["note"] = f"not the same twice: {figures(again.against(right[torch.float32]))}"
     found["tried"] = {}
     for layout, attention in CANDIDATES:
         try:
             model = model_of(attention, torch.float32)
             wrong = measured(model, total(model, ids, labels, layout)).against(right[torch.float32])
-            said = "ok" if _close(wrong) else f"wrong: {_figures(wrong)}"
+            said = "ok" if close(wrong) else f"wrong: {figures(wrong)}"
             if said != "ok" and max(wrong) < NEAR:
                 if torch.float64 not in right:
                     exact = model_of(reference, torch.float64)
                     right[torch.float64] = measured(exact, total(exact, ids, labels, "alone"))
                 exact = model_of(attention, torch.float64)
                 precise = measured(exact, total(exact, ids, labels, layout)).against(right[torch.float64])
-                said = f"{'ok' if _close(precise) else 'wrong'}: float32 {_figures(wrong)}; float64 {_figures(precise)}"
+                said = f"{'ok' if close(precise) else 'wrong'}: float32 {figures(wrong)}; float64 {figures(precise)}"
         except Exception as error:
-            said = _message(error)
+            said = message(error)
         found["tried"][f"{layout}/{attention}"] = said
-    best = next((name for name, said in found["tried"].items() if _is_ok(said)), None)
+    best = next((name for name, said in found["tried"].items() if is_ok(said)), None)
     if best is not None:
         found["layout"], found["attention"] = best.split("/")
     else:

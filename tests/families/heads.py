@@ -21,7 +21,7 @@ OPTIONAL = ("use_cache", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_
 
 @dataclass
 class Pass:
-    """One forward pass: its inputs, the target of every position [rows, tokens], and where each sample's tokens lie in the flattened rows."""
+    """One forward pass: its inputs, every position's target [rows, tokens], where each sample's tokens lie in the flattened rows."""
 
     inputs: dict[str, Any]
     targets: torch.Tensor
@@ -41,7 +41,8 @@ class Auxiliary:
 
     def __init__(self, model: PreTrainedModel, sample: torch.Tensor) -> None:
         self.coefficient = 0.0
-        self._function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        module: Any = sys.modules[type(model).__module__]
+        self._function: Any = getattr(module, "load_balancing_loss_func", None)
         if self._function is None:
             return
         calls = []
@@ -53,12 +54,12 @@ class Auxiliary:
             calls[-1]["value"] = own(*args, **kwargs)
             return calls[-1]["value"]
 
-        setattr(sys.modules[type(model).__module__], "load_balancing_loss_func", spy)
+        module.load_balancing_loss_func = spy
         try:
             with torch.no_grad():
                 out = model(input_ids=sample[None], labels=sample[None], use_cache=False)
         finally:
-            setattr(sys.modules[type(model).__module__], "load_balancing_loss_func", own)
+            module.load_balancing_loss_func = own
         if calls and torch.is_tensor(calls[0]["value"]):
             rest = out.loss - functional.cross_entropy(out.logits[0, :-1].float(), sample[1:])
             self.coefficient = round(float(rest / calls[0]["value"]), 4)

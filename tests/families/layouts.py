@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,7 @@ def packed(ids: list[torch.Tensor]) -> Iterator[Pass]:
         "cu_seq_lens_q": bounds.int(), "cu_seq_lens_k": bounds.int(), "max_length_q": longest, "max_length_k": longest,
     }  # fmt: skip
     targets = torch.cat([_targets(each) for each in ids])[None]
-    yield Pass(inputs, targets, [torch.arange(begin, end) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)])
+    yield Pass(inputs, targets, [torch.arange(begin, end) for begin, end in itertools.pairwise(bounds)])
 
 
 def padded(ids: list[torch.Tensor], positions: bool = False) -> Iterator[Pass]:

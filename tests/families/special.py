@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+VOCABULARY = 131
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 _DOTS3 = {
     "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"], "num_hidden_layers": 3,
@@ -28,9 +31,7 @@ _XMOD = {"default_language": "en_XX"}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {**_SLIDING, "rope_parameters": {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
-    }},
+    "cohere_compass_text": {**_SLIDING, "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
     "canine": {"num_hash_buckets": 64, "downsampling_rate": 4, "upsampling_kernel_size": 4, "local_transformer_stride": 16},
     "dots1": _SLIDING,
     "dots3_note_text": _DOTS3,
@@ -39,10 +40,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
     },
     "dbrx": {
-        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"moe_top_k": 2, "moe_loss_weight": 0.1, "ffn_hidden_size": 48, "hidden_size": 64},
     },
-    "esm": {"mask_token_id": 4},
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 4},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16, "visual_embed": False},
     "lilt": {"hidden_size": 48, "num_attention_heads": 4},
@@ -55,7 +56,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA_SHARED,
     "gemma4_unified": {"text_config": _GEMMA_SHARED},
     "gemma4_unified_text": _GEMMA_SHARED,
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 3, "expert_layer_offset": 1},
@@ -65,7 +65,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 16},
     "mamba2": {"head_dim": 32},
     "mellum": _SLIDING,
-    "perceiver": {"num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},
+    "perceiver": {
+        "num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4,
+    },
     "qwen2": _SLIDING,
     "qwen2_moe": {**_SLIDING, "mlp_only_layers": [0]},
     "qwen3": _SLIDING,
@@ -75,7 +77,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": _REFORMER,
-    "roc_bert": {"pronunciation_vocab_size": 131, "shape_vocab_size": 131},
+    "roc_bert": {"pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY},
     "smollm3": _SLIDING,
     "t5": {"decoder_start_token_id": 0},
     "xmod": _XMOD,
@@ -86,3 +88,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
 }  # fmt: skip
 TASK: dict[tuple[str, str], dict[str, Any]] = {}
+
+UNABLE: dict[tuple[str, str], str] = {
+    ("causal-lm", "gemma3n"): "its image encoder needs timm; gemma3n_text is the same without it",
+    ("causal-lm", "gemma4_assistant"): "drafts tokens from another model's keys and values: not trained on text alone",
+    ("causal-lm", "gemma4_unified_assistant"): "drafts tokens from another model's keys and values: not trained on text alone",
+    ("causal-lm", "git"): "its loss leaves out as many logits as an image has patches, although there is no image",
+    ("causal-lm", "musicgen"): "AutoModelForCausalLM gives the decoder the whole config, and it wants its own (musicgen_decoder)",
+    (
+        "causal-lm",
+        "musicgen_melody",
+    ): "AutoModelForCausalLM gives the decoder the whole config, and it wants its own (musicgen_melody_decoder)",
+    ("causal-lm", "reformer"): "trains only on samples of exactly the length that axial_pos_shape multiplies to",
+    ("sequence-classification", "reformer"): "trains only on samples of exactly the length that axial_pos_shape multiplies to",
+    ("sequence-classification", "layoutlmv2"): "needs detectron2 and an image of each page",
+}
+"""Why a family has no tiny model, or none whose loss can be had of text alone."""

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import re
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,32 +19,22 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import functional
+from transformers import AttentionInterface
 from transformers.models.auto import modeling_auto
 
-from launcher.training.attention import register
-from launcher.training.loss import IGNORED
+from launcher.training.attention import PACKED, packed_attention, register
 from tests.families import tiny
 from tests.families.classifiers import classification_of
-from tests.families.heads import HEADS, Auxiliary, Pass, call
-from tests.families.layouts import LAYOUTS, samples, single
+from tests.families.heads import HEADS, Auxiliary, call
+from tests.families.layouts import LAYOUTS, packed, samples, single
+from tests.families.numbers import LOSS, NEAR, Numbers, close, figures, is_ok, measured, message
+from tests.families.special import UNABLE
 
 RAW = Path(__file__).with_name("raw.json")
 ATTENTIONS = ("packed", "sdpa", "eager")
 CANDIDATES = [(layout, attention) for layout in LAYOUTS for attention in ATTENTIONS if "padded" not in layout or attention != "packed"]
-LOSS, GRADIENT, NEAR = 1e-5, 1e-4, 1e-2
-_STATE = re.compile(r"Mamba|Mixer|ShortConv|Gated?Delta|Lightning|Recurrent|Rwkv|xLSTM|KimiDelta|DeltaAttention|DeltaNet|Rglru")
-
-
-@dataclass
-class Numbers:
-    """What a way of training says: the summed loss and the norm of its gradient."""
-
-    loss: float
-    gradient: float
-
-    def against(self, right: Numbers) -> tuple[float, float]:
-        """Relative distances of loss and gradient."""
-        return abs(self.loss / right.loss - 1), abs(self.gradient / right.gradient - 1)
+_STATE = re.compile(r"Mamba|Mixer|ShortConv|Gated?Delta|Lightning|Recurrent|Rwkv|xLSTM|KimiDelta|DeltaAttention|DeltaNet|Rglru|^Conv1d$")
+_EYES = re.compile("vision|audio|image")
 
 
 @dataclass
@@ -70,14 +59,6 @@ class Family:
         except (ValueError, ImportError, NotImplementedError):
             return "sdpa"
         return "eager"
-
-
-def measured(model: Any, total: Any) -> Numbers:
-    """Go backward from a sum and read both numbers; leaves no gradients."""
-    total.backward()
-    squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if parameter.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return Numbers(float(total.detach()), float(torch.stack(squares).sum().sqrt()))
 
 
 def own_loss(model: Any, ids: list[torch.Tensor]) -> Any:
@@ -107,19 +88,21 @@ def causal_lm(model_type: str) -> dict[str, Any]:
     right = {torch.float32: measured(model, own_loss(model, ids))}
     plain = measured(model, of_logits(model, ids, auxiliary))
     own = {torch.float32: True}
-    found["own_loss_is_cross_entropy"] = own[torch.float32] = _close(plain.against(right[torch.float32]))
+    found["own_loss_is_cross_entropy"] = own[torch.float32] = close(plain.against(right[torch.float32]))
     if not own[torch.float32]:
         found["own_loss"], found["cross_entropy"] = right[torch.float32].loss, plain.loss
+        found["own_loss_is_unshifted"] = bool(abs(_unshifted(model, ids) / right[torch.float32].loss - 1) < LOSS)
         right[torch.float32] = plain
     found["eval_differs"] = _differs(model, ids, own_loss)
+    found["leak"] = leak(model, ids, auxiliary)
     found["tried"] = {}
     for layout, attention in CANDIDATES:
         for head in HEADS:
-            if layout in ("padded-positions", "single") and any(_is_ok(said) for said in found["tried"].values()):
+            if layout in ("padded-positions", "single") and any(is_ok(said) for said in found["tried"].values()):
                 continue
             name = f"{layout}/{attention}/{head}"
             found["tried"][name] = verdict(family, reference, auxiliary, ids, right, (layout, attention, head))
-    best = next((name for name, said in found["tried"].items() if _is_ok(said)), None)
+    best = next((name for name, said in found["tried"].items() if is_ok(said)), None)
     if best is not None:
         found["layout"], found["attention"], found["head"] = best.split("/")
     found["reason"] = None if best else "no candidate is right"
@@ -138,8 +121,8 @@ def verdict(family: Family, reference: str, auxiliary: Auxiliary, ids: Any, righ
     try:
         wrong = numbers(torch.float32).against(right[torch.float32])
     except Exception as error:
-        return _message(error)
-    if _close(wrong):
+        return message(error)
+    if close(wrong):
         return "ok"
     if max(wrong) < NEAR:
         try:
@@ -147,10 +130,49 @@ def verdict(family: Family, reference: str, auxiliary: Auxiliary, ids: Any, righ
                 model = family.model(reference, torch.float64)
                 right[torch.float64] = measured(model, of_logits(model, ids, auxiliary))
             exact = numbers(torch.float64).against(right[torch.float64])
-            return f"{'ok' if _close(exact) else 'wrong'}: float32 {_figures(wrong)}; float64 {_figures(exact)}"
+            return f"{'ok' if close(exact) else 'wrong'}: float32 {figures(wrong)}; float64 {figures(exact)}"
         except Exception as error:
-            return f"near: {_figures(wrong)}; float64 fails: {_message(error)}"
-    return f"wrong: {_figures(wrong)}"
+            return f"near: {figures(wrong)}; float64 fails: {message(error)}"
+    return f"wrong: {figures(wrong)}"
+
+
+def leak(model: Any, ids: list[torch.Tensor], auxiliary: Auxiliary) -> str:
+    """How far two samples in one row move the numbers where nothing tells them apart: far more than what counts as right."""
+    pair = [ids[7], ids[13]]
+    together = next(packed(pair))
+    together.inputs = {"input_ids": together.inputs["input_ids"], "use_cache": False}
+    try:
+        wrong = measured(model, HEADS["forward"](model, together, auxiliary))
+        return figures(wrong.against(measured(model, of_logits(model, pair, auxiliary))))
+    except Exception as error:
+        return message(error)
+
+
+def _unshifted(model: Any, ids: list[torch.Tensor]) -> float:
+    """What the loss would be if each position were asked for its own token."""
+    with torch.no_grad():
+        means = [(functional.cross_entropy(_logits(model, each), each), len(each) - 1) for each in ids]
+    return float(sum(mean * weight for mean, weight in means))
+
+
+def told_apart(family: Family, ids: list[torch.Tensor]) -> str:
+    """What reaches launcher's packed attention of where samples begin: `all`, or what is lost on the way."""
+    calls: list[bool] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs.get("cu_seq_lens_q") is not None)
+        return packed_attention(*args, **kwargs)
+
+    try:
+        model = family.model("packed")
+        AttentionInterface.register(PACKED, spy)
+        with torch.no_grad():
+            call(model, next(LAYOUTS["packed"](ids)).inputs)
+    except Exception as error:
+        return message(error)
+    finally:
+        register("packed")
+    return "never called" if not calls else "all" if all(calls) else f"cu_seq_lens lost in {calls.count(False)} of {len(calls)} calls"
 
 
 def facts(family: Family, model: Any, ids: list[torch.Tensor]) -> dict[str, Any]:
@@ -161,14 +183,32 @@ def facts(family: Family, model: Any, ids: list[torch.Tensor]) -> dict[str, Any]
         other = sample.clone()
         other[-10:] = (other[-10:] - 5 + 31) % (tiny.VOCABULARY - 5) + 5
         causal = _same(_logits(model, other)[:-10], plain[:-10])
-        found = {"causal": causal, "state": bool({type(m).__name__ for m in model.modules() if _STATE.search(type(m).__name__)})}
+        found = {
+            "causal": causal,
+            "state": any(_STATE.search(type(each).__name__) for name, each in model.named_modules() if not _EYES.search(name)),
+        }
         mask = torch.ones(1, len(sample), dtype=torch.long)
         mask[:, :5] = 0
         positions = 2 * torch.arange(len(sample))[None] % tiny.MAX_POSITIONS
         found["reads_mask"] = _reads(lambda: _same(_logits(model, sample, attention_mask=mask)[10:], plain[10:]))
         found["reads_positions"] = _reads(lambda: _same(_logits(model, sample, position_ids=positions), plain))
         found |= _longest(model)
+    found["packed_attention"] = told_apart(family, ids)
+    if getattr(model.config, "is_decoder", False):
+        found["causal_without_is_decoder"] = _causal_encoder(family.model_type, sample, other)
     return found
+
+
+def _causal_encoder(model_type: str, sample: torch.Tensor, other: torch.Tensor) -> bool | str:
+    """Whether the class is causal as a checkpoint of an encoder has it: with is_decoder false."""
+    config = tiny.config_of(model_type, tiny.CAUSAL_LM, 0.0)
+    config.is_decoder = False
+    try:
+        model = tiny.model_of(model_type, tiny.CAUSAL_LM, "eager", config=config)
+        with torch.no_grad():
+            return _same(_logits(model, other)[:-10], _logits(model, sample)[:-10])
+    except Exception as error:
+        return message(error)
 
 
 def _longest(model: Any) -> dict[str, Any]:
@@ -180,7 +220,7 @@ def _longest(model: Any) -> dict[str, Any]:
     try:
         _logits(model, torch.randint(5, tiny.VOCABULARY, (getattr(config, name) + 16,)))
     except Exception as error:
-        return {"max_position": name, "hard_limit": True, "beyond": _message(error)}
+        return {"max_position": name, "hard_limit": True, "beyond": message(error)}
     return {"max_position": name, "hard_limit": False}
 
 
@@ -196,7 +236,7 @@ def _reads(same: Callable[[], bool]) -> bool | str:
     try:
         return not same()
     except Exception as error:
-        return _message(error)
+        return message(error)
 
 
 def _differs(model: Any, ids: list[torch.Tensor], loss: Callable[..., Any]) -> bool:
@@ -206,23 +246,6 @@ def _differs(model: Any, ids: list[torch.Tensor], loss: Callable[..., Any]) -> b
         evaluating = float(loss(model, ids))
         model.train()
     return abs(evaluating / training - 1) > LOSS
-
-
-def _close(wrong: tuple[float, float]) -> bool:
-    return wrong[0] < LOSS and wrong[1] < GRADIENT
-
-
-def _figures(wrong: tuple[float, float]) -> str:
-    return f"loss {wrong[0]:.1e}, gradient {wrong[1]:.1e}"
-
-
-def _is_ok(said: str | None) -> bool:
-    return said is not None and said.startswith("ok")
-
-
-def _message(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({Path(last.filename).name}:{last.lineno})"
 
 
 TASKS = {tiny.CAUSAL_LM: causal_lm, tiny.SEQUENCE_CLASSIFICATION: classification_of}
@@ -239,13 +262,17 @@ def _child(task: str, model_type: str, pipe: Any) -> None:
     try:
         pipe.send(TASKS[task](model_type))
     except Exception as error:
-        pipe.send({"class": str(NAMES[task][model_type]), "reason": f"cannot be built or run alone: {_message(error)}"})
+        why = UNABLE.get((task, model_type), "cannot be built or run alone")
+        pipe.send(
+            {"class": str(NAMES[task][model_type]), "layout": None, "attention": None, "head": None, "reason": f"{why}: {message(error)}"}
+        )
 
 
 def run(jobs: list[tuple[str, str]], processes: int, limit: float, done: Callable[[str, str, dict[str, Any]], None]) -> None:
     """One process for each, forked from this one, so that none can stop the others."""
     context = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(jobs)), {}
+    waiting = list(reversed(jobs))
+    running: dict[Any, tuple[Any, str, str, float]] = {}
     while waiting or running:
         while waiting and len(running) < processes:
             task, model_type = waiting.pop()
@@ -280,7 +307,7 @@ def main() -> None:
     parser.add_argument("--task", choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=RAW)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=180.0)
+    parser.add_argument("--limit", type=float, default=240.0)
     options = parser.parse_args()
     jobs = [
         (task, name) for task in TASKS for name in NAMES[task] if (options.task or task) == task and name in (options.types or NAMES[task])

@@ -10,20 +10,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.families.special import SPECIAL, TASK
+from tests.families.special import SPECIAL, TASK, VOCABULARY
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
 _AUTO = {CAUSAL_LM: AutoModelForCausalLM, SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification}
 
-VOCABULARY = 131
 PAD, BEGIN, END = 1, 2, 3
 WINDOW = 9
 MAX_POSITIONS = 64
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END, "sep_token_id": END,
-    "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "emb_dim": 64, "embedding_size": 64, "embedding_dim": 64, "word_embed_proj_dim": 64,
-    "attention_hidden_size": 64, "hidden_size_global": 128, "lru_width": 64, "input_embedding_size": 64, "output_embedding_size": 48, "cross_attention_hidden_size": 64,
+    "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "emb_dim": 64, "embedding_size": 64, "embedding_dim": 64,
+    "word_embed_proj_dim": 64,
+    "attention_hidden_size": 64, "hidden_size_global": 128, "lru_width": 64, "input_embedding_size": 64, "output_embedding_size": 48,
+    "cross_attention_hidden_size": 64,
     "intermediate_size": 96, "d_ff": 96, "dff": 96, "ffn_dim": 96, "dim_ff": 96, "ffn_hidden_size": 96, "hidden_dim": 96, "d_inner": 96,
     "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "feed_forward_size": 96, "intermediate_size_mlp": 96, "dense_intermediate_size": 96,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "num_encoder_layers": 2,
@@ -31,21 +32,27 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "attention_heads": 4, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "swa_num_attention_heads": 4,
     "num_key_value_heads": 2, "num_kv_heads": 2, "swa_num_key_value_heads": 2, "num_query_groups": 2,
-    "head_dim": 16, "dim_head": 16, "attention_head_size": 16, "d_kv": 16, "d_head": 16, "kv_channels": 16, "swa_head_dim": 16, "global_head_dim": 16,
-    "rotary_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "qk_head_dim": 24, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 24,
+    "head_dim": 16, "dim_head": 16, "attention_head_size": 16, "d_kv": 16, "d_head": 16, "kv_channels": 16, "swa_head_dim": 16,
+    "global_head_dim": 16,
+    "rotary_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "qk_head_dim": 24, "v_head_dim": 16, "kv_lora_rank": 16,
+    "q_lora_rank": 24,
     "attention_head_dim": 16, "o_lora_rank": 16, "o_groups": 2,
     "max_position_embeddings": MAX_POSITIONS, "n_positions": MAX_POSITIONS, "n_ctx": MAX_POSITIONS, "max_seq_len": MAX_POSITIONS,
-    "model_max_length": MAX_POSITIONS, "max_target_positions": MAX_POSITIONS, "max_source_positions": MAX_POSITIONS, "context_length": MAX_POSITIONS,
+    "model_max_length": MAX_POSITIONS, "max_target_positions": MAX_POSITIONS, "max_source_positions": MAX_POSITIONS,
+    "context_length": MAX_POSITIONS,
     "original_max_position_embeddings": MAX_POSITIONS,
-    "sliding_window": WINDOW, "sliding_window_size": WINDOW, "attention_window_size": WINDOW, "window_size": WINDOW, "local_attention": 2 * WINDOW,
+    "sliding_window": WINDOW, "sliding_window_size": WINDOW, "attention_window_size": WINDOW, "window_size": WINDOW,
+    "local_attention": 2 * WINDOW,
     "attention_chunk_size": WINDOW, "keep_window_size": WINDOW, "use_sliding_window": True, "max_window_layers": 1,
-    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "num_experts_per_token": 2,
+    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 2, "num_expert_group": 2, "topk_group": 1, "n_shared_experts": 1,
     "num_shared_experts": 1, "moe_num_shared_experts": 1, "moe_intermediate_size": 48, "expert_ffn_hidden_size": 48,
     "shared_expert_intermediate_size": 48, "shared_experts_intermediate_size": 48, "shared_intermediate_size": 48,
     "moe_shared_expert_intermediate_size": 48, "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1,
     "moe_layer_end_index": 1, "interleave_moe_layer_step": 1, "zero_expert_num": 2, "router_hidden_size": 32,
-    "mamba_d_state": 16, "state_size": 16, "ssm_state_size": 16, "mamba_n_heads": 4, "mamba_num_heads": 4, "mamba_d_head": 32, "mamba_head_dim": 32,
+    "mamba_d_state": 16, "state_size": 16, "ssm_state_size": 16, "mamba_n_heads": 4, "mamba_num_heads": 4, "mamba_d_head": 32,
+    "mamba_head_dim": 32,
     "mamba_headdim": 32, "mamba_n_groups": 1, "mamba_ngroups": 1, "n_groups": 1, "mamba_chunk_size": 8, "chunk_size": 8, "mamba_dt_rank": 4,
     "time_step_rank": 4, "n_mamba_heads": 2, "mamba_d_ssm": 128, "use_mamba_kernels": False,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_head_dim": 16,
@@ -57,7 +64,8 @@ SMALL: dict[str, Any] = {
     # What a head or a layer may do to its numbers, at a value that matters.
     "lm_head_multiplier": 0.3, "logits_scaling": 4.0, "logit_scale": 0.25, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 10.0,
     "logits_soft_cap": 5.0, "output_logit_soft_cap": 5.0, "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
-    "attention_multiplier": 0.3, "key_multiplier": 0.8, "attention_out_multiplier": 0.9, "attention_in_multiplier": 1.1, "ssm_in_multiplier": 1.2,
+    "attention_multiplier": 0.3, "key_multiplier": 0.8, "attention_out_multiplier": 0.9, "attention_in_multiplier": 1.1,
+    "ssm_in_multiplier": 1.2,
     "ssm_out_multiplier": 0.8, "logits_mup_width_multiplier": 3.0,
     "output_router_logits": True, "router_aux_loss_coef": 0.1, "aux_loss_coef": 0.1,
 }  # fmt: skip
