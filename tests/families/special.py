@@ -18,6 +18,7 @@ _GEMMA_SHARED = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
 }
+_GEMMA4 = {**_GEMMA_SHARED, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
 _QWEN4 = {
     "layer_types": ["linear_attention", "indexed_attention", "linear_attention"], "num_hidden_layers": 3, "indexer_n_heads": 2,
     "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 6, "indexer_compress_ratio": 2, "hc_lowrank": 8,
@@ -33,6 +34,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {**_SLIDING, "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
     "canine": {"num_hash_buckets": 64, "downsampling_rate": 4, "upsampling_kernel_size": 4, "local_transformer_stride": 16},
+    "doge": {"is_moe": True, "num_experts": 16},
     "dots1": _SLIDING,
     "dots3_note_text": _DOTS3,
     "dots3_note": {
@@ -52,12 +54,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "local_attention_window_len": 9},
     "flint": {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "mlp_only_layers": [0]},
     "gemma3n_text": {**_GEMMA_SHARED, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "intermediate_size": [96] * 4},
-    "gemma4": {"text_config": _GEMMA_SHARED},
-    "gemma4_text": _GEMMA_SHARED,
+    "gemma4": {"text_config": _GEMMA4},
+    "gemma4_text": _GEMMA4,
     "gemma4_unified": {"text_config": _GEMMA_SHARED},
     "gemma4_unified_text": _GEMMA_SHARED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"position_embedding_type": "rope", "layer_types": ["linear_attention", "full_attention"]},
+    "inkling_text": {"vocab_size": VOCABULARY + 5, "unpadded_vocab_size": VOCABULARY},
+    "inkling2_text": {"vocab_size": VOCABULARY + 5, "unpadded_vocab_size": VOCABULARY},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 3, "expert_layer_offset": 1},
     "laguna": {**_SLIDING, "num_attention_heads_per_layer": [4, 4]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -65,6 +69,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 16},
     "mamba2": {"head_dim": 32},
     "mellum": _SLIDING,
+    "phimoe": {"lm_head_bias": True},
     "perceiver": {
         "num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4,
     },
@@ -85,9 +90,58 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "attention_hidden_size": ..., "attention_head_dim": ..., "num_key_value_heads": 4,
     },
-    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
+    "zaya": {"lm_head_bias": True, "num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
 }  # fmt: skip
-TASK: dict[tuple[str, str], dict[str, Any]] = {}
+
+VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("causal-lm", "bamba+z_loss"): {"z_loss_coefficient": 0.1},
+    ("causal-lm", "deepseek_v2+no_query_lora"): {"q_lora_rank": None},
+    ("causal-lm", "falcon+alibi"): {"alibi": True},
+    ("causal-lm", "falcon+new"): {"new_decoder_architecture": True},
+    ("causal-lm", "gpt2+scaled"): {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    ("causal-lm", "gpt_bigcode+many_heads"): {"multi_query": False},
+    ("causal-lm", "gemma3_text+bidirectional"): {"use_bidirectional_attention": True},
+    ("causal-lm", "gpt_neox+sequential"): {"use_parallel_residual": False},
+    ("causal-lm", "llama+yarn"): {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    },
+    ("causal-lm", "llama+dynamic"): {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        "max_position_embeddings": 16,
+    },
+    ("causal-lm", "mistral+no_window"): {"sliding_window": None},
+    ("causal-lm", "mpt+learned"): {"attn_config": {"alibi": False}},
+    ("causal-lm", "opt+projected"): {"word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    ("causal-lm", "phi3+longrope"): {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 16,
+            "factor": 4.0,
+        },
+        "original_max_position_embeddings": 16,
+    },
+    ("causal-lm", "phi3+no_window"): {"sliding_window": None},
+    ("causal-lm", "phimoe+no_window"): {"sliding_window": None},
+    ("causal-lm", "qwen2_moe+no_window"): {"use_sliding_window": False, "layer_types": ["full_attention", "full_attention"]},
+    ("causal-lm", "qwen2+no_window"): {"use_sliding_window": False, "layer_types": ["full_attention", "full_attention"]},
+    ("causal-lm", "smollm3+no_window"): {"use_sliding_window": False, "layer_types": ["full_attention", "full_attention"]},
+    ("causal-lm", "stablelm+parallel"): {"use_parallel_residual": True, "qk_layernorm": True},
+    ("causal-lm", "starcoder2+no_window"): {"sliding_window": None},
+    ("causal-lm", "xlm+causal"): {"causal": True},
+    ("causal-lm", "doge+dense"): {"is_moe": False},
+    ("causal-lm", "doge+whole"): {"is_moe": False, "keep_window_size": 2048},
+    ("causal-lm", "doge+no_window"): {"is_moe": False, "sliding_window": None, "keep_window_size": 2048},
+    ("causal-lm", "gemma4_text+dense"): {"enable_moe_block": False, "num_kv_shared_layers": 0},
+    ("causal-lm", "zaya+no_window"): {"layer_types": ["hybrid", "hybrid"]},
+    ("causal-lm", "granitemoehybrid+attention"): {"layer_types": ["full_attention", "full_attention"]},
+    ("sequence-classification", "phi3+no_window"): {"sliding_window": None},
+    ("sequence-classification", "deberta-v2+relative"): {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+    ("sequence-classification", "deberta+relative"): {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+}
+"""`model_type+name`: what else a config of this type may say that bears on how samples may share a pass."""
 
 UNABLE: dict[tuple[str, str], str] = {
     ("causal-lm", "gemma3n"): "its image encoder needs timm; gemma3n_text is the same without it",

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.families.special import SPECIAL, TASK, VOCABULARY
+from tests.families.special import SPECIAL, VARIANTS, VOCABULARY
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
 _AUTO = {CAUSAL_LM: AutoModelForCausalLM, SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification}
@@ -82,8 +82,10 @@ _DROPOUTS = ("dropout", "drop", "pdrop", "layerdrop", "jitter_noise")
 
 
 def config_of(model_type: str, task: str, dropout: float | None = None) -> PreTrainedConfig:
-    """Make the config of a tiny model of this type; `dropout` sets every rate of dropout (None leaves the defaults)."""
-    special = {**SPECIAL.get(model_type, {}), **TASK.get((task, model_type), {})}
+    """Make the config of a tiny model of this type, or `type+variant`; `dropout` sets every rate of dropout (None leaves the defaults)."""
+    variant = VARIANTS.get((task, model_type), {})
+    model_type = model_type.partition("+")[0]
+    special = SPECIAL.get(model_type, {}) | variant
     if task == CAUSAL_LM and "is_decoder" in _fields(CONFIG_MAPPING[model_type]):
         special = {"is_decoder": True, **special}
     config = _build(CONFIG_MAPPING[model_type], special)
