@@ -63,18 +63,21 @@ class Auxiliary:
         if calls and torch.is_tensor(calls[0]["value"]):
             rest = out.loss - functional.cross_entropy(out.logits[0, :-1].float(), sample[1:])
             self.coefficient = round(float(rest / calls[0]["value"]), 4)
-            self._arguments = calls[0]["num_experts"], calls[0]["top_k"]
+            own_arguments = ("gate_logits", "attention_mask", "value")
+            self._arguments = {name: value for name, value in calls[0].items() if name not in own_arguments}
 
     def of(self, router_logits: Any, one: Pass) -> torch.Tensor | float:
         """Sum over the samples of a pass."""
         if not self.coefficient:
             return 0.0
+        if len(one.places) == 1:
+            return self.coefficient * (len(one.places[0]) - 1) * self._function(router_logits, **self._arguments)
         flat = [each.flatten(0, -2) for each in router_logits]
         total: Any = 0.0
         for place in one.places:
             weight = len(place) - 1
             if weight:
-                total = total + weight * self._function(tuple(each[place] for each in flat), *self._arguments)
+                total = total + weight * self._function(tuple(each[place] for each in flat), **self._arguments)
         return self.coefficient * total
 
 

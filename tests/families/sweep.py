@@ -31,9 +31,13 @@ from tests.families.numbers import LOSS, NEAR, Numbers, close, figures, is_ok, m
 from tests.families.special import UNABLE, VARIANTS
 
 RAW = Path(__file__).with_name("raw.json")
-ATTENTIONS = ("packed", "sdpa", "eager")
-CANDIDATES = [(layout, attention) for layout in LAYOUTS for attention in ATTENTIONS if "padded" not in layout or attention != "packed"]
+CANDIDATES = [
+    *(("packed", attention) for attention in ("packed", "sdpa", "eager")),
+    *((layout, attention) for layout in ("padded", "padded-positions", "single") for attention in ("sdpa", "eager")),
+]
+"""The fastest first: the first that is right is a family's own."""
 _STATE = re.compile(r"Mamba|Mixer|ShortConv|Gated?Delta|Lightning|Recurrent|Rwkv|xLSTM|KimiDelta|DeltaAttention|DeltaNet|Rglru|^Conv1d$")
+_PACKAGES = ("flash-linear-attention",)
 _EYES = re.compile("vision|audio|image")
 
 
@@ -105,8 +109,25 @@ def causal_lm(model_type: str) -> dict[str, Any]:
     best = next((name for name, said in found["tried"].items() if is_ok(said)), None)
     if best is not None:
         found["layout"], found["attention"], found["head"] = best.split("/")
-    found["reason"] = None if best else "no candidate is right"
+    found["reason"] = "; ".join(_reasons(found)) or None
+    found["needs"] = next((each for each in _PACKAGES if any(each in said for said in found["tried"].values())), None)
     return found | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _reasons(found: dict[str, Any]) -> list[str]:
+    """What to know of a family beside its way."""
+    return [
+        text
+        for text, holds in {
+            "no candidate is right": found["layout"] is None,
+            "not causal: a later token changes earlier logits": not found["causal"],
+            "its own loss asks each position for its own token": found.get("own_loss_is_unshifted", False),
+            "its own loss is more than cross entropy and the router's": not found["own_loss_is_cross_entropy"]
+            and not found.get("own_loss_is_unshifted"),
+            "causal only with is_decoder": found.get("causal_without_is_decoder") is False,
+        }.items()
+        if holds
+    ]
 
 
 def verdict(family: Family, reference: str, auxiliary: Auxiliary, ids: Any, right: Any, candidate: tuple[str, str, str]) -> str:
