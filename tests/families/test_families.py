@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.families import tiny
+from tests.families.causal import causal_lm
 from tests.families.special import UNABLE, VARIANTS
-from tests.families.sweep import NAMES, RAW, TASKS, causal_lm
+from tests.families.sweep import NAMES, RAW, TASKS
 from tests.families.tiny import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
 
