@@ -33,6 +33,7 @@ _XMOD = {"default_language": "en_XX"}
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {**_SLIDING, "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+    "cohere2_moe": {"mlp_layer_types": ["dense", "sparse"]},
     "canine": {"num_hash_buckets": 64, "downsampling_rate": 4, "upsampling_kernel_size": 4, "local_transformer_stride": 16},
     "deepseek_v4": {
         "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"], "num_hidden_layers": 3,
@@ -77,7 +78,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 16},
     "mamba2": {"head_dim": 32},
     "mellum": _SLIDING,
-    "minimax_m3_vl_text": {"index_n_heads": 2, "layer_types": ["full_attention", "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse"]},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse"], "index_n_heads": 2,
+    },
+    "ministral": _SLIDING,
     "phimoe": {"lm_head_bias": True},
     "perceiver": {
         "num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4,
