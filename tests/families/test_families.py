@@ -1,0 +1,62 @@
+"""The tiny models are what they are said to be, and the sweep can tell right from wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.families import tiny
+from tests.families.causal import causal_lm
+from tests.families.special import UNABLE, VARIANTS
+from tests.families.sweep import NAMES, RAW, TASKS
+from tests.families.tiny import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe", "lfm2", "bert"])
+def test_equal_seeds_give_equal_weights_and_others_do_not(model_type: str) -> None:
+    weights = [
+        torch.cat([each.detach().flatten() for each in tiny.model_of(model_type, CAUSAL_LM, attention, seed).parameters()])
+        for attention, seed in (("eager", 0), (None, 0), ("eager", 1))
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_every_kind_of_layer_appears() -> None:
+    config = tiny.config_of("exaone_moe", CAUSAL_LM)
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    assert config.mlp_layer_types == ["dense", "sparse"]
+    assert config.sliding_window == tiny.WINDOW
+    assert tiny.config_of("nemotron_h", CAUSAL_LM).layers_block_type == ["linear_attention", "moe", "full_attention", "mlp"]
+
+
+def test_dropout_can_be_set_everywhere() -> None:
+    config = tiny.config_of("bert", SEQUENCE_CLASSIFICATION, dropout=0.0)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.0)
+    assert tiny.config_of("bert", SEQUENCE_CLASSIFICATION).hidden_dropout_prob == 0.1
+
+
+def test_a_variant_is_its_type_with_something_else_said() -> None:
+    plain, variant = tiny.config_of("falcon", CAUSAL_LM), tiny.config_of("falcon+alibi", CAUSAL_LM)
+    assert (plain.alibi, variant.alibi, variant.hidden_size) == (False, True, plain.hidden_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "best"), [("llama", "packed"), ("lfm2", "padded"), ("phi3+longrope", "single")])
+def test_the_sweep_tells_which_layouts_are_right(model_type: str, best: str) -> None:
+    found = causal_lm(model_type)
+    assert found["layout"] == best
+    assert found["own_loss_is_cross_entropy"]
+    if best != "packed":
+        assert found["tried"]["packed/eager/forward"].startswith("wrong")
+
+
+def test_the_numbers_are_there_for_every_type() -> None:
+    raw = json.loads(RAW.read_text())
+    for task in TASKS:
+        known = set(NAMES[task]) | {name for of, name in VARIANTS if of == task}
+        assert set(raw[task]) == known
+        unknown = {name for name, found in raw[task].items() if found["layout"] is None}
+        assert unknown == {name for of, name in UNABLE if of == task}
