@@ -50,9 +50,11 @@ def packed_attention(
     """Causal attention within each sample of one row.
 
     `query` is [1, heads, tokens, head_dim]; `key` and `value` may have fewer heads. Returns [1, tokens, heads, head_dim].
+    Raises ValueError where the model's class keeps to itself where samples begin.
     """
-    num_tokens = query.shape[2]
-    bounds = [0, num_tokens] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    if cu_seq_lens_q is None:
+        raise ValueError("the model's class does not hand on to its attention where samples begin")
+    bounds = cu_seq_lens_q.tolist()
     grouped = key.shape[1] != query.shape[1]
     parts = []
     for begin, end in itertools.pairwise(bounds):

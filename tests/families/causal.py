@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from launcher.training import heads
 from tests.families.facts import Family, facts, logits_of
-from tests.families.heads import HEADS, Auxiliary, call
-from tests.families.layouts import LAYOUTS, packed, samples, single
+from tests.families.layouts import packed, samples, single
 from tests.families.numbers import LOSS, NEAR, Numbers, close, figures, is_ok, measured, message
+from tests.families.own import Auxiliary, call, forward
+from tests.training.batches import batch_of_samples
 
 CANDIDATES = [
     *(("packed", attention) for attention in ("packed", "sdpa", "eager")),
-    *((layout, attention) for layout in ("padded", "padded-positions", "single") for attention in ("sdpa", "eager")),
+    *((layout, attention) for layout in ("padded", "single") for attention in ("sdpa", "eager")),
 ]
 """The fastest first: the first that is right is a family's own."""
+HEADS = ("chunked", "model", "forward")
+"""The cheapest first."""
 _PACKAGES = ("flash-linear-attention",)
 
 
@@ -44,7 +48,7 @@ def causal_lm(model_type: str) -> dict[str, Any]:
     found["tried"] = {}
     for layout, attention in CANDIDATES:
         for head in HEADS:
-            if layout in ("padded-positions", "single") and any(is_ok(said) for said in found["tried"].values()):
+            if layout == "single" and any(is_ok(said) for said in found["tried"].values()):
                 continue
             name = f"{layout}/{attention}/{head}"
             found["tried"][name] = verdict(family, reference, auxiliary, ids, right, (layout, attention, head))
@@ -72,14 +76,15 @@ def _reasons(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def verdict(family: Family, reference: str, auxiliary: Auxiliary, ids: Any, right: Any, candidate: tuple[str, str, str]) -> str:
+def verdict(family: Family, reference: str, auxiliary: Auxiliary, ids: Any, right: Any, candidate: Any) -> str:
     """`ok`, or by how much this candidate is wrong, or with which message it fails."""
     layout, attention, head = candidate
 
     def numbers(dtype: torch.dtype) -> Numbers:
         model = family.model(attention, dtype)
-        total = sum(HEADS[head](model, one, auxiliary) for one in LAYOUTS[layout](ids))
-        return measured(model, total)
+        passes = [[one] for one in ids] if layout == "single" else [ids]
+        outputs = [heads.causal_lm(model, batch_of_samples(shared, layout), head) for shared in passes]
+        return measured(model, sum(output.loss_sum for output in outputs))
 
     try:
         wrong = numbers(torch.float32).against(right[torch.float32])
@@ -110,7 +115,7 @@ def own_loss(model: Any, ids: list[torch.Tensor]) -> Any:
 
 def of_logits(model: Any, ids: list[torch.Tensor], auxiliary: Auxiliary) -> Any:
     """The same from the logits of each sample alone."""
-    return sum(HEADS["forward"](model, one, auxiliary) for one in single(ids))
+    return sum(forward(model, one, auxiliary) for one in single(ids))
 
 
 def leak(model: Any, ids: list[torch.Tensor], auxiliary: Auxiliary) -> str:
@@ -119,7 +124,7 @@ def leak(model: Any, ids: list[torch.Tensor], auxiliary: Auxiliary) -> str:
     together = next(packed(pair))
     together.inputs = {"input_ids": together.inputs["input_ids"], "use_cache": False}
     try:
-        wrong = measured(model, HEADS["forward"](model, together, auxiliary))
+        wrong = measured(model, forward(model, together, auxiliary))
         return figures(wrong.against(measured(model, of_logits(model, pair, auxiliary))))
     except Exception as error:
         return message(error)

@@ -12,9 +12,9 @@ from transformers import AttentionInterface
 
 from launcher.training.attention import PACKED, packed_attention, register
 from tests.families import tiny
-from tests.families.heads import call
 from tests.families.layouts import LAYOUTS
 from tests.families.numbers import message
+from tests.families.own import call
 
 _STATE = re.compile(r"Mamba|Mixer|ShortConv|Gated?Delta|Lightning|Recurrent|Rwkv|xLSTM|KimiDelta|DeltaAttention|DeltaNet|Rglru|^Conv1d$")
 _EYES = re.compile("vision|audio|image")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from launcher.training.loss import IGNORED
-from tests.families.heads import Pass
+from tests.families.own import Pass
 from tests.families.tiny import PAD, VOCABULARY
 
 LENGTHS = (1, 2, 40, 7, 13, 9, 10, 33, 3, 21, 1, 17, 5, 28, 11, 40)

@@ -51,7 +51,7 @@ def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]
 def leak() -> Iterator[None]:
     """Samples of a row see those before them."""
     right = attention.packed_attention
-    wrong = lambda *arguments, **options: right(*arguments, **(options | {"cu_seq_lens_q": None}))  # noqa: E731
+    wrong = lambda *arguments, **options: right(*arguments, **(options | {"cu_seq_lens_q": options["cu_seq_lens_q"][[0, -1]]}))  # noqa: E731
     with mock.patch.object(attention, "packed_attention", wrong):
         attention.register("packed")
         yield
@@ -135,6 +135,12 @@ def test_a_fault_with_a_way_around_it(tmp_path: Path, data: dict[str, Any], fami
     assert fields["taken"] == " ".join(way)
     assert fields["ours"] != fields["own"]
     assert result["way"] == way
+
+
+def test_a_class_that_keeps_to_itself_where_samples_begin(tmp_path: Path, data: dict[str, Any]) -> None:
+    result = one_rank(plan_with(model_directory(tmp_path / "model", "stablelm"), data))
+    [(name, fields)] = result["said"]
+    assert (name, fields["ours"], fields["taken"]) == ("layout", "none", "padded sdpa chunked")
 
 
 def test_a_leak_in_half_precision(tmp_path: Path, data: dict[str, Any]) -> None:

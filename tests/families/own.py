@@ -1,10 +1,9 @@
-"""Ways from a batch to its summed loss, to be held against what a model says of each sample alone."""
+"""What a model says of its own accord: its whole forward, and what its class adds to the loss."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from launcher.training.loss import IGNORED, LogitTransform, chunked_cross_entropy
+from launcher.training.loss import IGNORED
 
-CHUNK = 50
-"""Positions whose logits exist at a time under `model`: few, so that tiny batches have several chunks."""
 OPTIONAL = ("use_cache", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -86,69 +83,3 @@ def forward(model: PreTrainedModel, one: Pass, auxiliary: Auxiliary) -> Any:
     out = call(model, one.inputs)
     loss = functional.cross_entropy(out.logits.flatten(0, 1).float(), one.targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss + auxiliary.of(out.get("router_logits"), one)
-
-
-def chunked(model: PreTrainedModel, one: Pass, auxiliary: Auxiliary) -> Any:
-    """Multiply hidden states by the output matrix as today: with the scale and the soft cap of the config, and nothing else."""
-    out = call(model.base_model, one.inputs)
-    head = model.get_output_embeddings()
-    loss = chunked_cross_entropy(
-        out.last_hidden_state.flatten(0, 1), head.weight, one.targets.flatten(), bias=head.bias,
-        transform=LogitTransform.of(model.config.get_text_config()),
-    )  # fmt: skip
-    return loss.loss_sum + auxiliary.of(out.get("router_logits"), one)
-
-
-def own_head(model: PreTrainedModel, one: Pass, auxiliary: Auxiliary) -> Any:
-    """Run the model's own forward once, and then again for each chunk with its base model giving back that chunk of hidden states."""
-    base = base_of(model, one)
-    real = base.forward
-    kept: list[Any] = []
-
-    def first(*args: Any, **kwargs: Any) -> Any:
-        kept.append(real(*args, **kwargs))
-        return _part(kept[0], 0)
-
-    total: Any = 0.0
-    try:
-        base.forward = first
-        begin, length = 0, one.targets.shape[1]
-        while begin < length:
-            logits = call(model, one.inputs).logits
-            targets = one.targets[:, begin : begin + CHUNK]
-            if logits.shape[:2] != targets.shape:
-                raise ValueError(f"logits of {tuple(logits.shape[:2])} positions where {tuple(targets.shape)} hidden states went in")
-            total = total + functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-            begin += CHUNK
-            base.forward = lambda *_, begin=begin, **__: _part(kept[0], begin)
-    finally:
-        del base.forward
-    routers = kept[0].get("router_logits") if hasattr(kept[0], "get") else None
-    return total + auxiliary.of(routers, one)
-
-
-def base_of(model: PreTrainedModel, one: Pass) -> torch.nn.Module:
-    """Find the module that the model's own forward calls first: what makes the hidden states."""
-    seen: list[torch.nn.Module] = []
-    hooks = [module.register_forward_pre_hook(lambda module, _: seen.append(module)) for module in model.modules() if module is not model]
-    try:
-        with torch.no_grad():
-            call(model, one.inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen[0]
-
-
-def _part(out: Any, begin: int) -> Any:
-    """The base model's output with only some of its hidden states, and without what routers said."""
-    if isinstance(out, tuple):
-        return (out[0][:, begin : begin + CHUNK], *out[1:])
-    values = dict(out)
-    values.pop("router_logits", None)
-    name = next(iter(values))
-    values[name] = values[name][:, begin : begin + CHUNK]
-    return type(out)(**values)
-
-
-HEADS: dict[str, Callable[[PreTrainedModel, Pass, Auxiliary], Any]] = {"chunked": chunked, "model": own_head, "forward": forward}
