@@ -144,6 +144,9 @@ class Model(Section):
     """Patterns of parameter names that are not trained, as `model.embed_tokens.*`."""
     adapter: Adapter | None = None
     """Train small matrices beside the weights (LoRA) in place of the weights."""
+    resize_embeddings: bool | None = None
+    """Where the tokenizer has tokens that the model has no row for: `true` adds rows, the mean of the old ones; `false` leaves the model as
+    it is and refuses rows of data with such a token. Left out, such a tokenizer is refused."""
     compile: bool = False
     """Compile each repeated layer with torch.compile."""
     trust_remote_code: bool = False

@@ -38,6 +38,7 @@ class Material:
         config = models.read_config(plan)
         tokenizer = models.read_tokenizer(plan)
         task = tasks.build(plan, tokenizer)
+        task.adopt(config)
         train = prepare(plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
         evaluation = None
         if plan.data.evaluation is not None:
@@ -49,6 +50,8 @@ class Material:
         if os.environ.get("RANK", "0") == "0":
             for dataset in filter(None, (train, evaluation)):
                 events.event(run.events_file, "prepared", **dataset.report.to_dict())
+                for text in dataset.report.remarks:
+                    events.event(run.events_file, "noted", text=text)
         return cls(config, tokenizer, task, train, evaluation)
 
     def save_model_files(self, run: RunDirectory, model: PreTrainedModel) -> None:

@@ -22,11 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Mesh, Plan
 from launcher.training import adapters, attention
 from launcher.training.precision import DTYPES
+from launcher.training.reading import Changes
 
 Shard = Callable[[PreTrainedModel], None]
 
@@ -51,7 +53,7 @@ def read_config(plan: Plan) -> Any:
             trust_remote_code=plan.model.trust_remote_code,
             attn_implementation=attention.register(plan.attention),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
 
 
@@ -98,7 +100,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
     kind = model_class(auto_class, config, plan)
     seam = _Seam(plan, shard)
-    with seam.in_place():
+    with seam.in_place(), Changes.of(plan, kind, config).in_place():
         try:
             model, information = kind.from_pretrained(
                 name,
@@ -195,13 +197,17 @@ def _replace(model: PreTrainedModel, name: str, parameter: nn.Parameter, part: t
 
 def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
     """What the Auto class `loader` would make of a config. Raises ConfigurationError for a model that cannot do the plan's task."""
-    if plan.model.trust_remote_code and hasattr(config, "auto_map"):
-        return loader
+    reference = (getattr(config, "auto_map", None) or {}).get(loader.__name__)
     try:
+        if plan.model.trust_remote_code and reference:
+            return get_class_from_dynamic_module(reference, plan.model.name, revision=plan.model.revision)
         return loader._model_mapping[type(config)]
     except KeyError:
         reason = f"a {config.model_type} model cannot do {plan.task}"
         raise ConfigurationError(Problem("model.task", plan.task, reason)) from None
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        reason = f"its own code ({reference}) cannot be used: {first_line(error)}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
 
 
 def _device(mesh: Mesh) -> torch.device:

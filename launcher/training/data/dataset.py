@@ -72,6 +72,8 @@ class DataReport:
     fill: float | None = None
     """Share of the packs' room that holds tokens; None without packing."""
     labels: list[str] | None = None
+    remarks: list[str] = field(default_factory=list)
+    """What the task has to say of how the rows and the model go together."""
     seconds: float = 0.0
     """What preparing took, when it was done."""
     cached: bool = False

@@ -70,6 +70,7 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
     """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task, classes, tokenizer."""
     settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
     classes = task.labels if role == "evaluation" or task.labels_given else None
+    classes = classes if task.own_labels is None else {"rows": classes, "model": task.own_labels}
     parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
     parts += [settings, task.name, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
@@ -150,7 +151,8 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     began = time.monotonic()
     if role == "train" and task.needs_labels and not task.labels_given:
         task.fit(rows)
-    report = DataReport(role, rows.digest, labels=task.labels)
+    remarks = task.remarks if role == "train" else []
+    report = DataReport(role, rows.digest, labels=task.labels, remarks=remarks)
     writer = Writer(directory)
     for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
         report.rows_read += chunk.num_rows
