@@ -26,9 +26,9 @@ from launcher.training.data.sources import open_source
 from launcher.training.devices import start_process_group
 from launcher.training.engines.fsdp import FsdpEngine
 from launcher.training.evaluation import evaluate
+from launcher.training.material import phase_report, refuse_tokens
 from launcher.training.signals import StopRequest
 from launcher.training.tasks.task import Task
-from launcher.training.trainer import phase_report
 
 
 def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
@@ -86,6 +86,7 @@ def _material(scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None) ->
         task.refuse_unknown(open_source(source, task.columns))
     dataset = prepare(source, "evaluation", plan, task, tokenizer, phase_report(scratch, "preparing", "rows"))
     task.configure(config)
+    refuse_tokens(dataset, "data.evaluation", tokenizer, config)
     return plan, config, task, dataset
 
 

@@ -43,9 +43,15 @@ class LoadedModel:
 
 
 def read_config(plan: Plan) -> Any:
-    """The model's config, with the names that decide which attention it runs."""
-    if plan.model.config is not None:
-        return _made_up(plan)
+    """The model's config, with the names that decide which attention it runs, and a row for each token where the plan adds them."""
+    config = _made_up(plan) if plan.model.config is not None else _in_files(plan)
+    if plan.model.resize_embeddings:
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, num_ids(read_tokenizer(plan)))
+    return config
+
+
+def _in_files(plan: Plan) -> Any:
     try:
         return AutoConfig.from_pretrained(
             plan.model.name,
@@ -78,6 +84,11 @@ def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id of a tokenizer's tokens: ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def architecture(model: PreTrainedModel) -> str:

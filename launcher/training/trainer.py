@@ -92,7 +92,7 @@ class Trainer:
         self.recorder = Recorder(run, plan, device, self.journal) if self.rank == 0 else None
         self.engine = engines.build(plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {})
         if self.rank == 0:
-            material.save_model_files(run, self.engine.model)
+            material.save_model_files(run, plan, self.engine.model)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)

@@ -178,6 +178,10 @@ class Dataset:
         counts = self._item_offsets[indices + 1] - self._item_offsets[indices]
         return [list(islice(whole, count)) for count in counts.tolist()]
 
+    def highest_token(self) -> int:
+        """The highest token id of any sample; reads all of them."""
+        return int(next(flat for name, flat, _ in self._columns if name == "input_ids").max())
+
     def length(self, index: int) -> int:
         """Tokens of an item."""
         return int(self._item_lengths[index])
