@@ -77,6 +77,10 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 NodeCount = Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
 
 
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Names of the matrix that makes logits."""
+
+
 class Adapter(Section):
     """Train small matrices beside the model's own weights, which stay as they are (LoRA, arXiv 2106.09685)."""
 
@@ -116,7 +120,10 @@ class Adapter(Section):
                 problems.append(Problem("model.adapter.targets", pattern, reason))
         for pattern in self.train_also:
             if not fnmatch.filter(parameters, pattern):
-                problems.append(Problem("model.adapter.train_also", pattern, f"matches no parameter; {_nearest(pattern, parameters)}"))
+                reason = f"matches no parameter; {_nearest(pattern, parameters)}"
+                if any(fnmatch.fnmatchcase(head, pattern) for head in _HEADS):
+                    reason += "; a head that is tied to the embedding has the embedding's name, and is trained with it"
+                problems.append(Problem("model.adapter.train_also", pattern, reason))
         return problems
 
 

@@ -254,6 +254,7 @@ class _Seam:
         """The cut takes adapters in with the layers that they stand beside; while files are read the tree is as it was without them."""
         adapter = self._plan.model.adapter
         if adapter is not None:
+            model.tie_weights()  # what is tied is one parameter, with one name, on any number of ranks
             adapters.narrow(model, adapter, DTYPES[self._plan.precision])
         if mesh_manager is None:
             return
