@@ -14,6 +14,7 @@ _OF_A_TABLE = {
     """,
     "n_positions": "codegen ctrl gpt-sw3 gpt2 gpt_bigcode gptj openai-gpt",
     "max_target_positions": "whisper",
+    "max_seq_len": "mpt",
 }
 """Model types whose positions are rows of a table, learned or computed once, by the key that says how many. Read in transformers 5.23."""
 _BEHIND_PADDING = frozenset(

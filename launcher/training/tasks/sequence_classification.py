@@ -196,6 +196,8 @@ class SequenceClassification(Task):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
         config.problem_type = HF_PROBLEM[self.data.problem]
+        if self._pad is None:
+            return  # no tokenizer: the model is looked at, and no batch is made
         if _counts_positions_from_padding(config):
             # Another padding token would move every position of the model; filler is masked, so that it may as well be the model's.
             self._pad = config.pad_token_id
