@@ -94,6 +94,9 @@ class Adapter(Section):
     """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches a pattern, as `q_proj`."""
     train_also: tuple[Line, ...] = ()
     """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so in any case."""
+    weights: Line | None = None
+    """A directory with an adapter of the same sizes to go on from, as `launcher export --adapter` or peft writes it. `model.name` may name it
+    in place of its base: then its sizes are those of the run."""
 
     def takes(self, layer: str) -> bool:
         """Whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the layers."""
@@ -118,7 +121,8 @@ class Adapter(Section):
             if not any(self.model_copy(update={"targets": (pattern,)}).takes(name) for name in layers):
                 reason = f"matches no linear layer that can have one; {_nearest(pattern, layers if '.' in pattern else ends)}"
                 problems.append(Problem("model.adapter.targets", pattern, reason))
-        for pattern in self.train_also:
+        # What an adapter's directory names is held against the model when the weights are read, tied names too.
+        for pattern in self.train_also if self.weights is None else ():
             if not fnmatch.filter(parameters, pattern):
                 reason = f"matches no parameter; {_nearest(pattern, parameters)}"
                 if any(fnmatch.fnmatchcase(head, pattern) for head in _HEADS):

@@ -155,10 +155,9 @@ def _add_adapter(
         injected.put_back()
     _materialise(model, device)
     with torch.no_grad():
-        for name, parameter in adapters.named_parameters(model):
-            if adapters.is_matrix(name):
-                whole = adapters.first_values(name, parameter.shape, plan.training.seed)
-                local_part(parameter).copy_(cut_like(parameter, whole))
+        for name, whole in adapters.beginning(model, plan.model.adapter, plan.training.seed):
+            parameter = model.get_parameter(name)
+            local_part(parameter).copy_(cut_like(parameter, whole))
     adapters.trained(model, plan.model.adapter, new)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.schema import Data, Source
@@ -166,7 +167,7 @@ def test_collated_labels_of_each_problem() -> None:
 
 
 def test_the_config_is_told() -> None:
-    config = SimpleNamespace(pad_token_id=None)
+    config = LlamaConfig(pad_token_id=7)
     task_of(["no", "yes"]).configure(config)
     assert config.num_labels == 2
     assert config.id2label == {0: "no", 1: "yes"}
@@ -179,7 +180,7 @@ def test_the_config_is_told() -> None:
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token_or_is_refused() -> None:
     tokenizer = byte_tokenizer()
-    config = SimpleNamespace(pad_token_id=None)
+    config = LlamaConfig(pad_token_id=None)
     task_of(["no", "yes"], tokenizer=tokenizer).configure(config)
     assert config.pad_token_id == tokenizer.eos_token_id
     tokenizer.eos_token = None
