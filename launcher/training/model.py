@@ -28,6 +28,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Mesh, Plan
 from launcher.training import adapters, attention
 from launcher.training.precision import DTYPES
+from launcher.training.model_files import own_code
 from launcher.training.reading import Changes
 
 Shard = Callable[[PreTrainedModel], None]
@@ -53,12 +54,13 @@ def read_config(plan: Plan) -> Any:
 
 def _in_files(plan: Plan) -> Any:
     try:
-        return AutoConfig.from_pretrained(
-            plan.model.name,
-            revision=plan.model.revision,
-            trust_remote_code=plan.model.trust_remote_code,
-            attn_implementation=attention.register(plan.attention),
-        )
+        with own_code(plan):
+            return AutoConfig.from_pretrained(
+                plan.model.name,
+                revision=plan.model.revision,
+                trust_remote_code=plan.model.trust_remote_code,
+                attn_implementation=attention.register(plan.attention),
+            )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
 
@@ -76,9 +78,10 @@ def _made_up(plan: Plan) -> Any:
 def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     """The model's tokenizer; one without a padding token pads with its end of text."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
-        )
+        with own_code(plan):
+            tokenizer = AutoTokenizer.from_pretrained(
+                plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise ConfigurationError(Problem("model.name", plan.model.name, f"no tokenizer: {first_line(error)}")) from None
     if tokenizer.pad_token is None:
@@ -210,7 +213,8 @@ def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
     reference = (getattr(config, "auto_map", None) or {}).get(loader.__name__)
     try:
         if plan.model.trust_remote_code and reference:
-            return get_class_from_dynamic_module(reference, plan.model.name, revision=plan.model.revision)
+            with own_code(plan):
+                return get_class_from_dynamic_module(reference, plan.model.name, revision=plan.model.revision)
         return loader._model_mapping[type(config)]
     except KeyError:
         reason = f"a {config.model_type} model cannot do {plan.task}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from transformers.utils.hub import HF_MODULES_CACHE
 
 from launcher.planning.plan import Plan
 
@@ -42,6 +45,25 @@ def kept(directory: Path) -> Iterator[Path]:
         hidden = any(part.startswith((".", "_")) for part in inside.parts[:-1])
         if path.is_file() and not hidden and (path.suffix == ".py" or inside.parts[0] == _TEMPLATES):
             yield inside
+
+
+@contextlib.contextmanager
+def own_code(plan: Plan) -> Iterator[None]:
+    """While inside, this process alone of its machine copies a model's code to where transformers imports it from, and imports it.
+
+    The ranks of a machine share that folder, and transformers does not keep one from importing what another has half written.
+    """
+    if not plan.model.trust_remote_code:
+        yield
+        return
+    import filelock
+
+    folder = Path(HF_MODULES_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".launcher.lock"):
+        # What another rank has written since this one looked.
+        importlib.invalidate_caches()
+        yield
 
 
 def copy(directory: Path, target: Path) -> None:
