@@ -28,7 +28,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]:
-    """Return the model that a job means which names this directory: the adapter's base, and the adapter's settings with where its weights are.
+    """Return the model that a job means which names this directory: the adapter's base, and its settings with where its weights are.
 
     A problem for everything in the adapter, and in the job, that cannot be gone on with; they name `key`, where the directory is written.
     """

@@ -68,7 +68,9 @@ def _model(model: Model, folder: Path, problems: list[Problem]) -> Model:
     if model.adapter is not None and model.adapter.weights is not None:
         path = folder / Path(model.adapter.weights).expanduser()
         if not adapter_directory.is_adapter(path):
-            problems.append(Problem("model.adapter.weights", model.adapter.weights, f"holds no adapter: no {adapter_directory.SETTINGS} there"))
+            problems.append(
+                Problem("model.adapter.weights", model.adapter.weights, f"holds no adapter: no {adapter_directory.SETTINGS} there")
+            )
             return model
         model, found = adapter_directory.read(path, model, "model.adapter.weights")
         problems += found

@@ -95,8 +95,8 @@ class Adapter(Section):
     train_also: tuple[Line, ...] = ()
     """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so in any case."""
     weights: Line | None = None
-    """A directory with an adapter of the same sizes to go on from, as `launcher export --adapter` or peft writes it. `model.name` may name it
-    in place of its base: then its sizes are those of the run."""
+    """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes are those of the run.
+    `model.name` may name it in place of its base."""
 
     def takes(self, layer: str) -> bool:
         """Whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the layers."""

@@ -8,8 +8,8 @@ from launcher.planning.model_sizes import is_size
 
 _OF_A_TABLE = {
     "max_position_embeddings": """
-        albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small canine convbert data2vec-text deberta
-        deberta-v2 distilbert electra ernie flaubert fnet git gpt_neo layoutlm layoutlmv2 luke marian mbart megatron-bert mobilebert mra mvp
+        albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small canine convbert deberta
+        deberta-v2 distilbert electra ernie flaubert fnet git gpt_neo layoutlm layoutlmv2 marian mbart megatron-bert mobilebert mra mvp
         nomic_bert nystromformer opt pegasus perceiver plbart prophetnet rembert roc_bert roformer squeezebert tapas trocr xlm yoso
     """,
     "n_positions": "codegen ctrl gpt-sw3 gpt2 gpt_bigcode gptj openai-gpt",
@@ -18,8 +18,7 @@ _OF_A_TABLE = {
 }
 """Model types whose positions are rows of a table, learned or computed once, by the key that says how many. Read in transformers 5.23."""
 _BEHIND_PADDING = frozenset(
-    """camembert data2vec-text esm ibert jina_embeddings_v3 layoutlmv3 lilt longformer luke markuplm mpnet roberta roberta-prelayernorm
-    xlm-roberta xlm-roberta-xl xmod""".split()
+    ["camembert", "data2vec-text", "esm", "ibert", "jina_embeddings_v3", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"]
 )
 """Those that count from the row behind the padding token's: RoBERTa's 514 rows hold 512 positions."""
 _KEYS = {kind: key for key, kinds in _OF_A_TABLE.items() for kind in kinds.split()}
@@ -47,13 +46,14 @@ def held(config: dict[str, Any]) -> tuple[int, str] | None:
 
 
 def trained(config: dict[str, Any]) -> tuple[int, str] | None:
-    """Return how many positions a model with rotary embeddings was made for, scaling included, and how its config says so; None if unknown."""
+    """Return how many positions a rotary model was made for, scaling included, and how its config says so; None where it does not."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     number = text.get("max_position_embeddings")
     if held(text) is not None or not is_size(number):
         return None
     scaling = text.get("rope_scaling") or text.get("rope_parameters")
-    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    scaling = scaling if isinstance(scaling, dict) else {}
+    factor = scaling.get("factor")
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor <= 1:
         return number, f"max_position_embeddings {number}"
     # A factor stretches what was there before; where that is not written down, it is what max_position_embeddings says.

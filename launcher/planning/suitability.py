@@ -1,4 +1,4 @@
-"""Whether a job's rows can go through its model at all: their length, and their tokens. Known from the model's files, before it is loaded."""
+"""Whether a job's rows can go through its model at all, by their length and their tokens: known from its files, before it is loaded."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Material:
         return cls(config, tokenizer, task, train, evaluation)
 
     def save_model_files(self, run: RunDirectory, plan: Plan, model: PreTrainedModel) -> None:
-        """Write RUN/model once: what the model's directory holds beside weights, with the config, tokenizer and generation config of this run.
+        """Write RUN/model once: what the model's directory holds beside weights, with this run's config, tokenizer and generation config.
 
         For one rank to call.
         """

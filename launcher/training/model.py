@@ -27,8 +27,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Mesh, Plan
 from launcher.training import adapters, attention
-from launcher.training.precision import DTYPES
 from launcher.training.model_files import own_code
+from launcher.training.precision import DTYPES
 from launcher.training.reading import Changes
 
 Shard = Callable[[PreTrainedModel], None]

@@ -71,9 +71,7 @@ def _other_head(plan: Plan, config: Any) -> bool:
     """Return whether the files' head, if there is any, is for other classes, or for the same in another order."""
     if plan.task != "sequence-classification":
         return False
-    stored = AutoConfig.from_pretrained(
-        plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
-    )
+    stored = AutoConfig.from_pretrained(plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code)
     own = classes.of_model(stored)
     return own is None or not classes.same(own, [config.id2label[number] for number in range(config.num_labels)])
 

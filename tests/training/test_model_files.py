@@ -21,7 +21,7 @@ from launcher.training import model as models
 from launcher.training import model_files
 from launcher.training.checkpoint.export import export
 from tests.training.plans import plan_of
-from tests.training.runs import causal_data, evaluations, finish, model_directory, named, new_run, plan_for, texts, tokenizer, write_rows
+from tests.training.runs import causal_data, evaluations, finish, model_directory, new_run, plan_for, texts, tokenizer, write_rows
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 1, "head_dim": 16}
@@ -76,7 +76,9 @@ def test_code_that_is_not_trusted_or_cannot_be_used_is_refused(tmp_path: Path) -
     plan = plan_of(directory, model__trust_remote_code=True)
     config = models.read_config(plan)
     (directory / "modeling_tiny.py").write_text("import a_module_that_is_not_there\n")
-    with pytest.raises(ConfigurationError, match=r"its own code \(modeling_tiny.TinyForCausalLM\) cannot be used: .*a_module_that_is_not_there"):
+    with pytest.raises(
+        ConfigurationError, match=r"its own code \(modeling_tiny.TinyForCausalLM\) cannot be used: .*a_module_that_is_not_there"
+    ):
         models.model_class(AutoModelForCausalLM, config, plan)
     with pytest.raises(ConfigurationError, match="a tiny-own model cannot do causal-lm"):
         models.model_class(AutoModelForSequenceClassification, config, plan)
@@ -196,7 +198,9 @@ def test_evaluate_goes_by_the_classes_of_the_model_itself(tmp_path: Path) -> Non
     said = {}
     for name, labels in (("job", ["no", "yes"]), ("other", ["YES", "NO"])):
         order = {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
-        path = model_directory(tmp_path / name, "llama", "AutoModelForSequenceClassification", seed=len(said), num_labels=2, **order, **SMALL)
+        path = model_directory(
+            tmp_path / name, "llama", "AutoModelForSequenceClassification", seed=len(said), num_labels=2, **order, **SMALL
+        )
         model, words = AutoModelForSequenceClassification.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
         with torch.no_grad():
             ids = [int(model(input_ids=torch.tensor([words(text)["input_ids"]])).logits[0].argmax()) for text in lines]
@@ -209,13 +213,3 @@ def test_evaluate_goes_by_the_classes_of_the_model_itself(tmp_path: Path) -> Non
     result = evaluate_locally(Request(plan, None, str(tmp_path / "other"), None), Watcher())
     agreed = sum(first == second for first, second in zip(said["job"], said["other"], strict=True)) / len(lines)
     assert result["after"]["accuracy"] == 1.0 and result["before"]["accuracy"] == pytest.approx(agreed)
-    run = new_run(tmp_path / "run", plan)
-    finish(run, 1)
-    assert not named(run, "noted")
-    assert evaluate_locally(Request(plan, run.path, None, None), Watcher())["after"] == pytest.approx(evaluations(run)[1])
-    write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "w1", "label": "perhaps"}])
-    with pytest.raises(ConfigurationError, match=r"1 classes that the model does not know \('perhaps'\); its own are 'YES', 'NO'"):
-        evaluate_locally(Request(plan, None, str(tmp_path / "other"), None), Watcher())
-    base = model_directory(tmp_path / "base", "llama", "AutoModel", **SMALL)
-    with pytest.raises(ConfigurationError, match="the model has no classification head"):
-        evaluate_locally(Request(plan, None, str(base), None), Watcher())

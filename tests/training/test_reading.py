@@ -21,18 +21,7 @@ from launcher.training.material import Material
 from launcher.training.reading import Changes, _Grown
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
-from tests.training.runs import (
-    evaluations,
-    finish,
-    model_directory,
-    named,
-    new_run,
-    plan_for,
-    state,
-    texts,
-    tokenizer,
-    write_rows,
-)
+from tests.training.runs import evaluations, finish, model_directory, named, new_run, plan_for, state, texts, tokenizer, write_rows
 from tests.training.tiny import model_of
 
 NUM_TOKENS = 124
@@ -132,7 +121,7 @@ def test_an_adapter_beside_new_rows_is_merged_and_not_exported_alone(tmp_path: P
     stored = AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight
     assert torch.equal(merged[:NUM_TOKENS], stored)
     torch.testing.assert_close(merged[125], stored.mean(dim=0), rtol=1e-5, atol=1e-7)
-    with pytest.raises(ConfigurationError, match="the run has 127 rows for tokens and its base 124: .* leave --adapter out"):
+    with pytest.raises(ConfigurationError, match=r"the run has 127 rows for tokens and its base 124: .* leave --adapter out"):
         export(run, tmp_path / "alone", adapter=True)
 
 
@@ -207,7 +196,9 @@ def test_a_classifier_says_of_rows_what_it_says(spelt: list[Any], tmp_path: Path
     own = spelt if spelt[0] == "LABEL_0" else ["neutral", "entailment", "contradiction"]
     path = classifier(tmp_path / "model", own)
     lines = list(texts(40))
-    run = _one_run(tmp_path, path, [{"text": text, "label": spelt[number]} for text, number in zip(lines, _predicted(path, lines), strict=True)])
+    run = _one_run(
+        tmp_path, path, [{"text": text, "label": spelt[number]} for text, number in zip(lines, _predicted(path, lines), strict=True)]
+    )
     assert evaluations(run)[0]["accuracy"] == 1.0
     noted = [record["text"] for record in named(run, "noted")]
     assert noted == (["the labels are numbers, and are taken for the ids of the model's classes: 0 is 'neutral', 1 is 'entailment', 2 is "

@@ -153,7 +153,9 @@ def test_tokens_of_images_need_no_row(tmp_path: Path) -> None:
 
 
 def test_tokens_wherever_they_are_written_down(tmp_path: Path) -> None:
-    directory = model(tmp_path, added=("<|x|>",), pad_token="<pad>", bos_token={"content": "<s>"}, added_tokens_decoder={"9": {"content": "y"}})
+    directory = model(
+        tmp_path, added=("<|x|>",), pad_token="<pad>", bos_token={"content": "<s>"}, added_tokens_decoder={"9": {"content": "y"}}
+    )
     (tmp_path / "added_tokens.json").write_text('{"z": 11}')
     found = read_vocabulary(str(directory))
     assert found is not None and found.num_ids == 13 and found.names == {6: "<|x|>", 9: "y", 11: "z", 12: "<pad>"}
@@ -172,7 +174,9 @@ def adapter(folder: Path, base: Path | str, **settings: Any) -> Path:
     """An adapter's directory, its file with a header alone."""
     folder.mkdir()
     content = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(content | {"base_model_name_or_path": str(base), "lora_dropout": 0.1} | settings))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(content | {"base_model_name_or_path": str(base), "lora_dropout": 0.1} | settings)
+    )
     header = {f"base_model.model.{name}.weight": {} for name in ("model.layers.0.q_proj.lora_A", "model.norm")}
     text = json.dumps(header).encode()
     (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)

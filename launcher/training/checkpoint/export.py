@@ -20,8 +20,8 @@ from launcher.runs.checkpoints import look, newest_valid, verify
 from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import sync_directory
 from launcher.training.checkpoint.reader import CheckpointReader
-from launcher.training.model_files import kept
 from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Alone, Entry, ExportDtype, Merged, Stored, Weights
+from launcher.training.model_files import kept
 
 _OF_A_MODEL = ("config.json", "generation_config.json")
 

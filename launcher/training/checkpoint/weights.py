@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem

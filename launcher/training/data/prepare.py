@@ -69,8 +69,9 @@ def cache_root() -> Path:
 def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
     """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task, classes, tokenizer."""
     settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
-    classes = task.labels if role == "evaluation" or task.labels_given else None
-    classes = classes if task.own_labels is None else {"rows": classes, "model": task.own_labels}
+    classes: Any = task.labels if role == "evaluation" or task.labels_given else None
+    if task.own_labels is not None:  # which label is which class hangs on them
+        classes = {"rows": classes, "model": task.own_labels}
     parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
     parts += [settings, task.name, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
