@@ -19,9 +19,16 @@ Overrides = Annotated[
 def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
     """Check a job file and say everything that is wrong with it."""
     from launcher.job.load import load
+    from launcher.planning.suitability import check
 
     loaded = load(job, overrides)
+    try:
+        remarks = check(loaded)
+    except ConfigurationError as error:
+        raise ConfigurationError(error.problems, str(job)) from None
     typer.echo(f"{job}: {loaded.name} is a valid job ({loaded.model.task})")
+    for remark in remarks:
+        typer.echo(f"note: {remark}")
 
 
 def schema() -> None:

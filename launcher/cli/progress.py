@@ -132,6 +132,8 @@ def notice(record: dict[str, Any]) -> str | None:
     match record.get("event"):
         case "resumed":
             return f"going on from the checkpoint of step {step}"
+        case "noted":
+            return f"note: {record.get('text')}"
         case "rejected":
             return f"warning: checkpoint {record.get('checkpoint')} was not used: {record.get('reason')}"
         case "save_failed":

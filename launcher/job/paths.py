@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from launcher.errors import Problem
+from launcher.job import adapter_directory
 from launcher.job.schema import Data, Job, Model, Source
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
@@ -90,8 +91,29 @@ def _unreadable(key: str, value: str, file: Path) -> Problem:
 
 def _model(model: Model, folder: Path, problems: list[Problem]) -> Model:
     path = folder / Path(model.name).expanduser()
+    if adapter_directory.is_adapter(path):
+        model, found = adapter_directory.read(path, model, "model.name")
+        problems += found
+        return model if found else _base(model, folder, problems)
+    if model.adapter is not None and model.adapter.weights is not None:
+        path = folder / Path(model.adapter.weights).expanduser()
+        if not adapter_directory.is_adapter(path):
+            problems.append(
+                Problem("model.adapter.weights", model.adapter.weights, f"holds no adapter: no {adapter_directory.SETTINGS} there")
+            )
+            return model
+        model, found = adapter_directory.read(path, model, "model.adapter.weights")
+        problems += found
+    return _base(model, folder, problems)
+
+
+def _base(model: Model, folder: Path, problems: list[Problem]) -> Model:
+    path = folder / Path(model.name).expanduser()
     meant_as_path = model.name.startswith((".", "/", "~")) or model.name.count("/") > 1
     if path.is_dir():
+        if (path / "config.json").is_file() and (path / adapter_directory.SETTINGS).is_file():
+            reason = "holds a model and an adapter of peft: which of both is meant? Name a directory with one of them"
+            problems.append(Problem("model.name", model.name, reason))
         if any(path.glob("config.json")) or any(path.glob("*.gguf")):
             return model.model_copy(update={"name": str(path.resolve())})
         if meant_as_path:

@@ -77,6 +77,10 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 NodeCount = Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
 
 
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Names of the matrix that makes logits."""
+
+
 class Adapter(Section):
     """Train small matrices beside the model's own weights, which stay as they are (LoRA, arXiv 2106.09685)."""
 
@@ -90,6 +94,9 @@ class Adapter(Section):
     """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches a pattern, as `q_proj`."""
     train_also: tuple[Line, ...] = ()
     """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so in any case."""
+    weights: Line | None = None
+    """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes are those of the run.
+    `model.name` may name it in place of its base."""
 
     def takes(self, layer: str) -> bool:
         """Whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the layers."""
@@ -114,9 +121,13 @@ class Adapter(Section):
             if not any(self.model_copy(update={"targets": (pattern,)}).takes(name) for name in layers):
                 reason = f"matches no linear layer that can have one; {_nearest(pattern, layers if '.' in pattern else ends)}"
                 problems.append(Problem("model.adapter.targets", pattern, reason))
-        for pattern in self.train_also:
+        # What an adapter's directory names is held against the model when the weights are read, tied names too.
+        for pattern in self.train_also if self.weights is None else ():
             if not fnmatch.filter(parameters, pattern):
-                problems.append(Problem("model.adapter.train_also", pattern, f"matches no parameter; {_nearest(pattern, parameters)}"))
+                reason = f"matches no parameter; {_nearest(pattern, parameters)}"
+                if any(fnmatch.fnmatchcase(head, pattern) for head in _HEADS):
+                    reason += "; a head that is tied to the embedding has the embedding's name, and is trained with it"
+                problems.append(Problem("model.adapter.train_also", pattern, reason))
         return problems
 
 
@@ -144,6 +155,9 @@ class Model(Section):
     """Patterns of parameter names that are not trained, as `model.embed_tokens.*`."""
     adapter: Adapter | None = None
     """Train small matrices beside the weights (LoRA) in place of the weights."""
+    resize_embeddings: bool | None = None
+    """Where the tokenizer has tokens that the model has no row for: `true` adds rows, the mean of the old ones; `false` leaves the model as
+    it is and refuses rows of data with such a token. Left out, such a tokenizer is refused."""
     compile: bool = False
     """Compile each repeated layer with torch.compile."""
     trust_remote_code: bool = False

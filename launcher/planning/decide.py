@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import ActivationCheckpointing, Checkpoint, Cluster, Job, Precision, node_range
-from launcher.planning import slurm
+from launcher.planning import slurm, suitability
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
@@ -65,6 +65,7 @@ def plan(
 def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
     """The plan by the simple rule: one engine, one cut."""
     decider = Decider(job, hardware, nproc, local)
+    decider.take(suitability.look(job))
     mesh, placed = arrange(decider)
     precision = _precision(decider, mesh)
     way = choose_way(decider, mesh.device)

@@ -9,6 +9,7 @@ from launcher.errors import Problem
 from launcher.job.schema import Job
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Decision
+from launcher.planning.suitability import Findings
 
 Value = TypeVar("Value", bound=str | int | float | bool)
 
@@ -29,6 +30,13 @@ class Decider:
         """Write a decision down and return its value."""
         self.decisions.append(Decision(key=key, value=value, reason=reason))
         return value
+
+    def take(self, found: Findings) -> None:
+        """Write down what speaks against the job, and what is worth knowing beside the decisions."""
+        self.problems += found.problems
+        for remark in found.remarks:
+            assert isinstance(remark.value, (str, int, float, bool))
+            self.decide(remark.key, remark.value, remark.reason)
 
     def refuse(self, key: str, value: object, reason: str) -> None:
         """Write a problem down; `plan` raises them all together."""

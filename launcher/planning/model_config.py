@@ -9,7 +9,8 @@ from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Model
-from launcher.planning.model_sizes import wrong_sizes
+from launcher.planning.model_sizes import is_size, wrong_sizes
+from launcher.planning.vocabulary import read_vocabulary
 
 
 def locate(name: str, revision: str | None = None) -> str:
@@ -53,6 +54,7 @@ def read_config(directory: str) -> dict[str, Any] | None:
 def config_of(model: Model) -> dict[str, Any] | None:
     """What the job file says the model is, else what its own file says; None where that is not here.
 
+    With `resize_embeddings` it has a row for each token of the tokenizer.
     Raises ConfigurationError for sizes that cannot be, all of them at once.
     """
     directory = locate(model.name, model.revision) if model.config is None else ""
@@ -63,4 +65,22 @@ def config_of(model: Model) -> dict[str, Any] | None:
         raise ConfigurationError([Problem("model.name", model.name, f"in {path}, {problem}") for problem in wrong])
     if wrong:
         raise ConfigurationError([Problem(f"model.config.{problem.key}", problem.value, problem.reason) for problem in wrong])
-    return config
+    return _resized(config, model) if config is not None and model.resize_embeddings else config
+
+
+def num_embeddings(config: dict[str, Any]) -> int | None:
+    """How many tokens a model's embedding has rows for, by its config; None where that does not say."""
+    number = _of_text(config).get("vocab_size", config.get("vocab_size"))
+    return number if is_size(number) else None
+
+
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
+
+
+def _resized(config: dict[str, Any], model: Model) -> dict[str, Any]:
+    vocabulary, number = read_vocabulary(locate(model.name, model.revision)), num_embeddings(config)
+    if vocabulary is None or number is None or vocabulary.num_ids <= number:
+        return config
+    text = {**_of_text(config), "vocab_size": vocabulary.num_ids}
+    return {**config, "text_config": text} if isinstance(config.get("text_config"), dict) else text

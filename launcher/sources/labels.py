@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
 from launcher.sources.rows import BAD_LABEL, MISSING, WRITTEN_MISSING, RowProblem, is_missing, missing
 from launcher.sources.written import list_in
 
-_WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
+WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
 """A whole number as a column of floats has it, which a column of integers becomes by one missing value."""
 
 
@@ -35,19 +34,8 @@ def class_name(value: Any) -> str:
         raise RowProblem(BAD_LABEL, f"{value!r} is not the name of a class")
     if name.lower() in ("true", "false"):
         return name.lower()
-    whole = _WHOLE.fullmatch(name)
+    whole = WHOLE.fullmatch(name)
     return str(int(whole[1])) if whole else name
-
-
-def ids_of(labels: Iterable[str]) -> dict[str, int]:
-    """The numbers of classes by their names as `class_name` gives them; a model may bring labels that are written otherwise, as 'True'."""
-    ids: dict[str, int] = {}
-    for number, label in enumerate(labels):
-        try:
-            ids.setdefault(class_name(label), number)
-        except RowProblem:  # a name that no row can have
-            ids.setdefault(label, number)
-    return ids
 
 
 def class_names(values: dict[str, Any], column: str, problem: str) -> list[str]:

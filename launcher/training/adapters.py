@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Adapter
+
+WEIGHTS = "adapter_model.safetensors"
+"""The file of an adapter's directory that holds its values."""
+_PEFT_PREFIX = "base_model.model."
 
 NAME = "default"
 """peft's name of the one adapter that a model has here."""
@@ -81,6 +86,33 @@ def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
     return whole
+
+
+def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The values that training begins with, fp32 and whole, by the name that the parameter has in the model with adapters.
+
+    Of a new adapter its first ones; of one that is gone on with those in its file, of what is trained beside it too. Raises
+    ConfigurationError where the file is not of these layers and sizes.
+    """
+    if adapter.weights is None:
+        for name, parameter in model.named_parameters():
+            if is_matrix(plain(name)):
+                yield name, first_values(plain(name), parameter.shape, seed)
+        return
+    from safetensors import safe_open
+
+    with safe_open(Path(adapter.weights) / WEIGHTS, "pt") as file:
+        stored = {name.removeprefix(_PEFT_PREFIX): name for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        wanted = {plain(name): (name, parameter) for name, parameter in model.named_parameters() if adapter.trains(plain(name))}
+        aliases = {plain(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+        missing, strange = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys() - aliases)
+        shapes = [name for name, (_, one) in wanted.items() if name in stored and file.get_slice(stored[name]).get_shape() != [*one.shape]]
+        for names, what in ((missing, "lacks"), (strange, "has, and the model does not,"), (shapes, "has in another size")):
+            if names:
+                reason = f"the adapter is not of this model: it {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+                raise ConfigurationError(Problem("model.adapter.weights", adapter.weights, reason))
+        for name, (there, _) in wanted.items():
+            yield there, file.get_tensor(stored[name]).float()
 
 
 def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:

@@ -50,9 +50,9 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
         decoder = decoder_of(model)
         outputs = decoder(**_accepted(type(decoder), inputs))
         entropy = _ENTROPIES[head](model, outputs, batch["targets"])
-    if not routes:
+    router = _router_loss(model, outputs, batch) if routes else None
+    if router is None:
         return Output(entropy.loss_sum, entropy.num_correct)
-    router = _router_loss(model, outputs, batch)
     return Output(entropy.loss_sum + router, entropy.num_correct, None, router.detach())
 
 
@@ -180,11 +180,14 @@ def _answering(decoder: nn.Module, outputs: Any, **changes: Any) -> Iterator[Non
             decoder.forward = before
 
 
-def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Tensor:
+def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Tensor | None:
     """The routers' auxiliary loss of each sample alone, as the model's own forward has it, times its supervised tokens.
 
-    So the step's loss is the mean of `model(sample, labels).loss` by supervised tokens, however samples share a pass.
+    So the step's loss is the mean of `model(sample, labels).loss` by supervised tokens, however samples share a pass. None for a class
+    that has the key in its config and no such loss (DeepSeek-V2).
     """
+    if not getattr(outputs, "router_logits", None):
+        return None
     lengths, (rows, width) = batch["lengths"], batch["input_ids"].shape
     begins = [0, *itertools.accumulate(lengths)] if rows == 1 else range(0, rows * width, width)
     flat = [logits.flatten(0, -2) for logits in outputs.router_logits]
@@ -193,7 +196,9 @@ def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Te
         own = tuple(logits[begin : begin + length] for logits in flat)
         sample = {"input_ids": batch["input_ids"].flatten()[None, :1], "use_cache": False, "output_router_logits": True}
         with _answering(decoder_of(model), outputs, router_logits=own, last_hidden_state=outputs.last_hidden_state[:1, :1]):
-            balance = own_forward(model, sample).aux_loss
+            balance = own_forward(model, sample).get("aux_loss")
+        if not isinstance(balance, torch.Tensor):
+            return None
         total = total + balance * (batch["targets"][begin : begin + length] != IGNORED).sum()
     coefficient = getattr(model, "router_aux_loss_coef", None)
     return total.float() * (model.config.get_text_config().router_aux_loss_coef if coefficient is None else coefficient)

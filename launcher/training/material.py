@@ -12,11 +12,12 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.runs import events, prepared
 from launcher.runs.layout import RunDirectory
 from launcher.training import model as models
-from launcher.training import tasks
+from launcher.training import model_files, tasks
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
@@ -46,6 +47,8 @@ class Material:
                 said = dataset.report.to_dict()
                 events.event(run.events_file, "prepared", **said)
                 print(*prepared.lines({"event": "prepared", **said}), sep="\n", file=sys.stderr)
+                for text in dataset.report.remarks:
+                    events.event(run.events_file, "noted", text=text)
         return material
 
     @classmethod
@@ -54,11 +57,14 @@ class Material:
         config = models.read_config(plan)
         tokenizer = models.read_tokenizer(plan)
         task = tasks.build(plan, tokenizer)
+        task.adopt(config)
         train = prepare(plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
         evaluation = None
         if plan.data.evaluation is not None:
             evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
         task.configure(config)
+        for role, dataset in (("train", train), ("evaluation", evaluation)):
+            refuse_tokens(dataset, f"data.{role}", tokenizer, config)
         return cls(config, tokenizer, task, train, evaluation)
 
     @property
@@ -66,20 +72,37 @@ class Material:
         """What is trained on, and what is measured on where there is such a thing."""
         return (self.train,) if self.evaluation is None else (self.train, self.evaluation)
 
-    def save_model_files(self, run: RunDirectory, model: PreTrainedModel) -> None:
-        """Write RUN/model once: config, tokenizer and generation config. For one rank to call."""
+    def save_model_files(self, run: RunDirectory, plan: Plan, model: PreTrainedModel) -> None:
+        """Write RUN/model once: what the model's directory holds beside weights, with this run's config, tokenizer and generation config.
+
+        For one rank to call.
+        """
         target = run.path / "model"
         if target.exists():
             return
         # Written aside: killed half-way, it would be taken for whole by the next attempt.
         directory = target.with_name(f".model-{secrets.token_hex(4)}")
+        if (source := model_files.directory_of(plan)) is not None:
+            model_files.copy(source, directory)
         self.tokenizer.save_pretrained(directory)
         generation: GenerationConfig | None = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(directory)
         self.config.architectures = [models.architecture(model)]
         self.config.save_pretrained(directory)
+        model_files.name_own_code(directory, plan)
         directory.rename(target)
+
+
+def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Raise ConfigurationError where rows have a token for which the model's embedding has no row."""
+    num_rows = config.get_text_config().vocab_size
+    # To read every sample takes a while: only where the tokenizer has such tokens.
+    if dataset is None or models.num_ids(tokenizer) <= num_rows or (highest := dataset.highest_token()) < num_rows:
+        return
+    token = tokenizer.convert_ids_to_tokens(highest)
+    reason = f"has the token {token!r} ({highest}), and the embedding has {num_rows:,} rows; write model.resize_embeddings: true"
+    raise ConfigurationError(Problem(key, None, reason))
 
 
 def phase_report(run: RunDirectory, phase: str, unit: str) -> Any:

@@ -15,44 +15,41 @@ from typing import Any
 from torch import distributed
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Model
 from launcher.planning.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.training import entry, tasks
 from launcher.training import model as models
 from launcher.training.checkpoint.checkpointer import Checkpointer
+from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
+from launcher.training.data.sources import open_source
 from launcher.training.devices import start_process_group
 from launcher.training.engines.fsdp import FsdpEngine
 from launcher.training.evaluation import evaluate
 from launcher.training.loss_check import check_loss
+from launcher.training.material import phase_report, refuse_tokens
 from launcher.training.signals import StopRequest
-from launcher.training.trainer import phase_report
+from launcher.training.tasks.task import Task
 
 
 def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Evaluate what request.json names and write evaluation.json: {"before": {metric: value}, "after": {metric: value}}."""
     request = json.loads((scratch.path / "request.json").read_text(encoding="utf-8"))
-    plan = models.settled(plan)
-    tokenizer = models.read_tokenizer(plan)
-    task = tasks.build(plan, tokenizer)
     if plan.data.evaluation is None:
         raise ConfigurationError(Problem("data.evaluation", None, "nothing to measure on; name held-out rows in the job file"))
-    dataset = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(scratch, "preparing", "rows"))
-    refuse_mostly_dropped(dataset.report, plan)
-    if os.environ.get("RANK", "0") == "0":
-        events.event(scratch.events_file, "prepared", **dataset.report.to_dict())
+    run = Path(request["run"]) if request["run"] else None
+    after = _as_it_stands(plan, request["model"]) if request["model"] else plan
+    # Before the ranks know each other, who would wait in vain for whoever tokenises.
+    prepared = {"before": _material(scratch, plan, plan, run), "after": _material(scratch, after, plan, run)}
     start_process_group(plan)
     result = {}
-    for name in ("before", "after"):
-        changed = plan.model_copy(update={"model": plan.model.model_copy(update={"name": request["model"]})})
-        measured = changed if name == "after" and request["model"] else plan
-        config = models.read_config(measured)
-        task.configure(config)
+    for name, (measured, config, task, dataset) in prepared.items():
         engine = FsdpEngine(measured, task, config, trains=False)
         check_loss(engine, task, dataset, measured, functools.partial(_event, scratch))
-        if name == "after" and request["run"]:
-            _load(Path(request["run"]), plan, engine, request["step"])
+        if name == "after" and run is not None:
+            _load(run, plan, engine, request["step"])
         report = phase_report(scratch, "evaluating", "batches") if distributed.get_rank() == 0 else _silent
         result[name] = evaluate(engine, task, dataset, measured, report)
         del engine
@@ -61,6 +58,44 @@ def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, 
         write_atomically(scratch.path / "evaluation.json", json.dumps(result) + "\n")
         events.event(scratch.events_file, "finished", step=0, metrics=result["after"])
     distributed.barrier()
+
+
+def _as_it_stands(plan: Plan, model: str) -> Plan:
+    """The plan for a model's directory: what the job does to the model that it trains is done to that one alone."""
+    asked = plan.model
+    as_it_is = Model(name=model, task=asked.task, attention=asked.attention, trust_remote_code=asked.trust_remote_code)
+    return plan.model_copy(update={"model": as_it_is})
+
+
+def _material(scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None) -> tuple[Plan, Any, Task, Dataset]:
+    """The plan with its model's config, its task and its rows. Classes are those of the run, or of a model that stands for itself.
+
+    Of the model that the job begins with they are those that it would be trained for.
+    """
+    source = plan.data.evaluation
+    assert source is not None
+    begins, plan = plan is job, models.settled(plan)
+    config = models.read_config(plan)
+    try:
+        tokenizer = models.read_tokenizer(plan)
+    except ConfigurationError:  # a directory with nothing but weights; the job's model says how texts are read
+        if begins:
+            raise
+        tokenizer = models.read_tokenizer(job)
+    task = tasks.build(plan, tokenizer)
+    if run is not None and (run / "model" / "config.json").is_file():
+        task.adopt(models.read_config(_as_it_stands(plan, str(run / "model"))), as_it_stands=True)
+    else:
+        task.adopt(config, as_it_stands=not begins)
+    if task.labels_given:
+        task.refuse_unknown(open_source(source, task.columns))
+    dataset = prepare(source, "evaluation", plan, task, tokenizer, phase_report(scratch, "preparing", "rows"))
+    refuse_mostly_dropped(dataset.report, plan)
+    if begins and os.environ.get("RANK", "0") == "0":
+        events.event(scratch.events_file, "prepared", **dataset.report.to_dict())
+    task.configure(config)
+    refuse_tokens(dataset, "data.evaluation", tokenizer, config)
+    return plan, config, task, dataset
 
 
 def _load(run: Path, plan: Plan, engine: FsdpEngine, step: int | None) -> None:

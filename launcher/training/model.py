@@ -22,13 +22,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning import model_support
 from launcher.planning.plan import Mesh, Plan
 from launcher.training import adapters, attention
 from launcher.training.buffers import restore_buffers
+from launcher.training.model_files import own_code
 from launcher.training.precision import DTYPES
+from launcher.training.reading import Changes
 
 Shard = Callable[[PreTrainedModel], None]
 
@@ -43,17 +46,24 @@ class LoadedModel:
 
 
 def read_config(plan: Plan) -> Any:
-    """The model's config, with the names that decide which attention it runs."""
-    if plan.model.config is not None:
-        return _made_up(plan)
+    """The model's config, with the names that decide which attention it runs, and a row for each token where the plan adds them."""
+    config = _made_up(plan) if plan.model.config is not None else _in_files(plan)
+    if plan.model.resize_embeddings:
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, num_ids(read_tokenizer(plan)))
+    return config
+
+
+def _in_files(plan: Plan) -> Any:
     try:
-        return AutoConfig.from_pretrained(
-            plan.model.name,
-            revision=plan.model.revision,
-            trust_remote_code=plan.model.trust_remote_code,
-            attn_implementation=attention.register(plan.attention),
-        )
-    except (OSError, ValueError) as error:
+        with own_code(plan):
+            return AutoConfig.from_pretrained(
+                plan.model.name,
+                revision=plan.model.revision,
+                trust_remote_code=plan.model.trust_remote_code,
+                attn_implementation=attention.register(plan.attention),
+            )
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
 
 
@@ -91,14 +101,20 @@ def _made_up(plan: Plan) -> Any:
 def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     """The model's tokenizer; one without a padding token pads with its end of text."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
-        )
+        with own_code(plan):
+            tokenizer = AutoTokenizer.from_pretrained(
+                plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise ConfigurationError(Problem("model.name", plan.model.name, f"no tokenizer: {first_line(error)}")) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id of a tokenizer's tokens: ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def architecture(model: PreTrainedModel) -> str:
@@ -121,7 +137,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
     kind = model_class(auto_class, config, plan)
     seam = _Seam(plan, shard)
-    with seam.in_place():
+    with seam.in_place(), Changes.of(plan, kind, config).in_place():
         try:
             model, information = kind.from_pretrained(
                 name,
@@ -166,10 +182,9 @@ def _add_adapter(
         injected.put_back()
     _materialise(model, device)
     with torch.no_grad():
-        for name, parameter in adapters.named_parameters(model):
-            if adapters.is_matrix(name):
-                whole = adapters.first_values(name, parameter.shape, plan.training.seed)
-                local_part(parameter).copy_(cut_like(parameter, whole))
+        for name, whole in adapters.beginning(model, plan.model.adapter, plan.training.seed):
+            parameter = model.get_parameter(name)
+            local_part(parameter).copy_(cut_like(parameter, whole))
     adapters.trained(model, plan.model.adapter, new)
 
 
@@ -219,13 +234,18 @@ def _replace(model: PreTrainedModel, name: str, parameter: nn.Parameter, part: t
 
 def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
     """What the Auto class `loader` would make of a config. Raises ConfigurationError for a model that cannot do the plan's task."""
-    if plan.model.trust_remote_code and hasattr(config, "auto_map"):
-        return loader
+    reference = (getattr(config, "auto_map", None) or {}).get(loader.__name__)
     try:
+        if plan.model.trust_remote_code and reference:
+            with own_code(plan):
+                return get_class_from_dynamic_module(reference, plan.model.name, revision=plan.model.revision)
         return loader._model_mapping[type(config)]
     except KeyError:
         reason = f"a {config.model_type} model cannot do {plan.task}"
         raise ConfigurationError(Problem("model.task", plan.task, reason)) from None
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        reason = f"its own code ({reference}) cannot be used: {first_line(error)}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
 
 
 def _device(mesh: Mesh) -> torch.device:
@@ -261,6 +281,7 @@ class _Seam:
         """The cut takes adapters in with the layers that they stand beside; while files are read the tree is as it was without them."""
         adapter = self._plan.model.adapter
         if adapter is not None:
+            model.tie_weights()  # what is tied is one parameter, with one name, on any number of ranks
             adapters.narrow(model, adapter, DTYPES[self._plan.precision])
         if mesh_manager is None:
             return

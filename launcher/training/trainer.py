@@ -94,7 +94,7 @@ class Trainer:
         self.recorder = Recorder(run, plan, device, self.journal) if self.rank == 0 else None
         self.engine = engines.build(plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {})
         if self.rank == 0:
-            material.save_model_files(run, self.engine.model)
+            material.save_model_files(run, plan, self.engine.model)
         self.event("phase", phase="checking the loss")
         check_loss(self.engine, self.task, material.train, plan, self.event)
         self.state = State()

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, LlamaConfig, RobertaConfig
 
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.schema import Data, Source
@@ -177,7 +177,7 @@ def test_collated_labels_of_each_problem() -> None:
 
 
 def test_the_config_is_told() -> None:
-    config = SimpleNamespace(pad_token_id=None)
+    config = LlamaConfig(pad_token_id=7)
     task_of(["no", "yes"]).configure(config)
     assert config.num_labels == 2
     assert config.id2label == {0: "no", 1: "yes"}
@@ -190,12 +190,107 @@ def test_the_config_is_told() -> None:
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token_or_is_refused() -> None:
     tokenizer = byte_tokenizer()
-    config = SimpleNamespace(pad_token_id=None)
+    config = LlamaConfig(pad_token_id=None)
     task_of(["no", "yes"], tokenizer=tokenizer).configure(config)
     assert config.pad_token_id == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ConfigurationError, match="neither a padding nor an end token"):
         task_of(["no", "yes"], tokenizer=tokenizer)
+
+
+def classifier_config(*names: str, **more: Any) -> LlamaConfig:
+    """The config of a model with a head for these classes."""
+    return LlamaConfig(**({"architectures": ["LlamaForSequenceClassification"], "id2label": dict(enumerate(names))} | more))
+
+
+@pytest.mark.parametrize(
+    ("own", "rows", "expected", "ids"),
+    [
+        (["neutral", "entailment", "contradiction"], ["contradiction", "entailment", "neutral"], True, [2, 1, 0]),
+        (["NEGATIVE", "POSITIVE"], ["positive", "Negative"], True, [1, 0]),
+        (["not_entailment", "entailment"], ["entailment", "not entailment", "not-entailment"], True, [1, 0, 0]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 0], True, [2, 0]),
+        (["LABEL_0", "LABEL_1"], ["LABEL_1", "label 0"], True, [1, 0]),
+        (["neutral", "entailment", "contradiction"], [2, 0, 1], True, [2, 0, 1]),
+        (["1", "0"], [0, 1], True, [1, 0]),
+        (["a", "b", "c"], ["c", "a"], True, [2, 0]),
+        (["a", "b", "c"], ["c"], True, [2]),
+        (["Yes", "yes", "no"], ["yes", "Yes", "no"], True, [1, 0, 2]),
+        (["a", "b"], ["b", "c"], ["b", "c"], [0, 1]),
+        (["LABEL_0", "LABEL_1"], ["neg", "pos"], ["neg", "pos"], [0, 1]),
+        (["a", "b"], [1, 2], ["1", "2"], [0, 1]),
+        (["1", "2"], [0, 1], ["0", "1"], [0, 1]),
+        (["Yes", "yes"], ["YES", "no"], ["YES", "no"], [0, 1]),
+    ],
+)  # fmt: skip
+def test_a_model_keeps_its_classes_where_the_rows_have_them(own: list[str], rows: list[Any], expected: Any, ids: list[int]) -> None:
+    task = task_of()
+    task.adopt(classifier_config(*own))
+    task.fit(rows_of(*rows))
+    assert task.labels == (own if expected is True else expected)
+    assert [task.encode({"text": "a", "label": label}, TOKENIZER)["label"].tolist() for label in rows] == [[number] for number in ids]
+    assert bool(task.remarks) == (expected is not True or (own[0] in ("neutral",) and isinstance(rows[0], int)))
+
+
+def test_several_classes_of_a_model_are_kept_too() -> None:
+    task = task_of(problem="multi-label")
+    task.adopt(classifier_config("Joy", "Anger", "Fear"))
+    task.fit(rows_of(["fear", "joy"], "anger"))
+    assert task.labels == ["Joy", "Anger", "Fear"]
+    assert task.encode({"text": "a", "label": ["fear", "joy"]}, TOKENIZER)["label"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        classifier_config("b", "a", architectures=["LlamaForCausalLM"]),
+        classifier_config("LABEL_0", "LABEL_1", architectures=None),
+        classifier_config("b", "a", architectures=["LlamaForTokenClassification"]),
+    ],
+)
+def test_a_model_without_a_head_has_no_classes(config: LlamaConfig) -> None:
+    """Whatever its id2label says, which every config has."""
+    task = task_of()
+    task.adopt(config)
+    task.fit(rows_of("b", "a"))
+    assert task.own_labels is None and task.labels == ["a", "b"] and not task.remarks
+
+
+def test_the_head_of_a_number_keeps_its_name() -> None:
+    task, config = task_of(problem="regression"), classifier_config("LABEL_0")
+    task.adopt(config)
+    task.configure(config)
+    assert config.id2label == {0: "LABEL_0"} and config.problem_type == "regression"
+    task, config = task_of(problem="regression"), classifier_config("a", "b")
+    task.adopt(config)
+    task.configure(config)
+    assert config.id2label == {0: "value"}
+
+
+def test_a_model_that_stands_is_measured_by_its_own_classes() -> None:
+    task = task_of()
+    task.adopt(classifier_config("yes", "no"), as_it_stands=True)
+    assert task.labels == ["yes", "no"] and task.labels_given
+    task.refuse_unknown(rows_of("NO", "Yes", 1))
+    with pytest.raises(
+        ConfigurationError, match=r"data\.label.*1 classes that the model does not know \('perhaps'\); its own are 'yes', 'no'"
+    ):
+        task.refuse_unknown(rows_of("no", "perhaps"))
+    with pytest.raises(ConfigurationError, match="MODEL: the model has no classification head; train it first"):
+        task_of().adopt(classifier_config("yes", "no", architectures=["LlamaModel"]), as_it_stands=True)
+    with pytest.raises(ConfigurationError, match="MODEL: the model has 2 classes, and a number is one output"):
+        task_of(problem="regression").adopt(classifier_config("yes", "no"), as_it_stands=True)
+
+
+def test_positions_counted_from_the_padding_token_stay_where_they_are() -> None:
+    """RoBERTa's first position is behind its padding token's id: filler has that, whatever the tokenizer pads with."""
+    task, config = task_of(["no", "yes"]), RobertaConfig(pad_token_id=9)
+    task.configure(config)
+    assert config.pad_token_id == 9 != TOKENIZER.pad_token_id
+    batch = task.collate([[sample([5, 6, 7], [0])], [sample([5], [1])]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 9, 9]]
+    task_of(["no", "yes"]).configure(other := BertConfig(pad_token_id=9))
+    assert other.pad_token_id != 9
 
 
 TOTALS = {"loss_sum": 6.0, "num_supervised": 4, "num_correct": 3}

@@ -46,9 +46,11 @@ def program_of(config: dict[str, Any], num_labels: int = 2, task: str | None = N
         return Gpt2(config)
     if kind in ENCODERS and task in (None, "sequence-classification"):
         return Bert(config, num_labels)
+    if task is not None:
+        return None  # of what follows, the formulas are those of translating, and of images
     if kind == "vit":
         return Vit(config, num_labels)
-    if kind in TRANSLATORS and task is None:
+    if kind in TRANSLATORS:
         return T5(config)
     return Bart(config) if kind == "bart" else None
 

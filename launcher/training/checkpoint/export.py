@@ -21,8 +21,8 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import sync_directory
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Alone, Entry, ExportDtype, Merged, Stored, Weights
+from launcher.training.model_files import kept
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
 _OF_A_MODEL = ("config.json", "generation_config.json")
 
 
@@ -55,7 +55,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(Problem("--out", str(out), "exists and is not an empty directory; name a new one"))
     chosen, rejected = choose(run, step)
-    model_files = _model_files(run)
+    directory = _model_directory(run)
     weights = _weights(run, CheckpointReader(chosen.directory), dtype, adapter)
     # peft reads one file.
     shards = [weights.entries()] if adapter else _shards(weights.entries(), max_shard_bytes)
@@ -63,9 +63,10 @@ def export(
     try:
         temporary.mkdir(parents=True)
         files = _write_shards(temporary, weights, shards, "adapter_model" if adapter else "model")
-        for source in model_files:
-            if not adapter or source.name not in _OF_A_MODEL:
-                shutil.copyfile(source, temporary / source.name)
+        for inside in kept(directory):
+            if not adapter or inside.name not in _OF_A_MODEL:
+                (temporary / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(directory / inside, temporary / inside)
         if isinstance(weights, Alone):
             weights.write_settings(temporary)
         else:
@@ -96,11 +97,11 @@ def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple
     return look(run.checkpoint(step), run.run_id()), ()
 
 
-def _model_files(run: RunDirectory) -> list[Path]:
+def _model_directory(run: RunDirectory) -> Path:
     directory = run.path / "model"
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} holds no config.json: the run never got as far as preparing its model")
-    return [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES)]
+    return directory
 
 
 def _weights(run: RunDirectory, reader: CheckpointReader, dtype: ExportDtype, alone: bool) -> Weights:

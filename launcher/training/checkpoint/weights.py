@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem
@@ -19,6 +18,7 @@ from launcher.training import adapters, tasks
 from launcher.training import model as models
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.precision import DTYPES
+from launcher.training.reading import Changes
 
 ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 SAFETENSORS_NAMES = {
@@ -142,7 +142,8 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
     level = noise.level
     noise.setLevel(logging.ERROR)  # a head that its files lack is in the checkpoint
     try:
-        return kind.from_pretrained(plan.model.name, config=config, dtype=dtype, revision=plan.model.revision or "main")
+        with Changes.of(plan, kind, config).in_place():
+            return kind.from_pretrained(plan.model.name, config=config, dtype=dtype, revision=plan.model.revision or "main")
     except (OSError, ValueError, ImportError) as error:
         reason = f"the weights beside which it was trained cannot be read: {models.first_line(error)}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
@@ -151,21 +152,24 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
 
 
 class Alone:
-    """The adapters and what was trained beside them, under the names that peft reads."""
+    """The adapters and what was trained beside them, under the names that peft reads.
+
+    Of a tied pair peft is given both modules: of one alone it would make a copy that trained, and leave the other what it was.
+    """
 
     def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
         self.plan, self.adapter, self.stored = plan, adapter, stored
-        self.modules = _whole_modules(plan, stored, model_files)
+        self._names = _whole_parameters(plan, stored, model_files)
+        self.modules = sorted({name.rpartition(".")[0] for name in self._names})
 
     def entries(self) -> list[Entry]:
-        return [
-            Entry(_PEFT_PREFIX + entry.name, entry.shape, entry.dtype)
-            for entry in self.stored.entries()
-            if adapters.is_matrix(entry.name) or entry.name.rpartition(".")[0] in self.modules
-        ]
+        described = {entry.name: entry for entry in self.stored.entries()}
+        sources = {name: name for name in described if adapters.is_matrix(name)} | self._names
+        return [Entry(_PEFT_PREFIX + name, described[source].shape, described[source].dtype) for name, source in sources.items()]
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        return self.stored.pieces(name.removeprefix(_PEFT_PREFIX))
+        name = name.removeprefix(_PEFT_PREFIX)
+        return self.stored.pieces(self._names.get(name, name))
 
     def write_settings(self, directory: Path) -> None:
         """adapter_config.json, by peft."""
@@ -176,18 +180,36 @@ class Alone:
         settings.save_pretrained(directory)
 
 
-def _whole_modules(plan: Plan, stored: Stored, model_files: Path) -> list[str]:
-    """The modules that were trained in full. Raises ConfigurationError for one of which only a part was: peft keeps whole ones alone."""
+def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str, str]:
+    """The parameters that were trained in full, by each of their names in the model, and the name that the checkpoint has each under.
+
+    Raises ConfigurationError where only a part of a module was: peft keeps whole ones alone; and where the base has fewer rows for tokens.
+    """
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = models.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
+    _refuse_new_rows(plan, config)
+    kind = models.model_class(tasks.unbound(plan).auto_class, config, plan)
     with torch.device("meta"):
-        model: nn.Module = tasks.unbound(plan).auto_class.from_config(config, trust_remote_code=plan.model.trust_remote_code)
-    parameters, trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}, set(stored.names)
-    found = sorted({name.rpartition(".")[0] for name in trained & parameters})
-    for module in found:
-        inside = {name for name in parameters if name.startswith(f"{module}.")}
-        rest = sorted(inside - trained) or sorted(name for name in trained if name.startswith(f"{module}.lora_"))
+        model = kind._from_config(config)
+    model.tie_weights()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    kept = {id(named[name]): name for name in stored.names if name in named}
+    found = {name: kept[id(parameter)] for name, parameter in named.items() if id(parameter) in kept}
+    for module in sorted({name.rpartition(".")[0] for name in found}):
+        rest = [name for name in named if name.startswith(f"{module}.") and name not in found]
+        rest = sorted(rest) or sorted(name for name in stored.names if name.startswith(f"{module}.lora_"))
         if rest:
             reason = f"peft keeps whole modules, and of this one {rest[0]} was trained otherwise; leave --adapter out for the whole model"
             raise ConfigurationError(Problem("--adapter", module, reason))
     return found
+
+
+def _refuse_new_rows(plan: Plan, config: Any) -> None:
+    """Raise ConfigurationError where the run's model has more rows for tokens than the base that peft would put the adapter beside."""
+    if not plan.model.resize_embeddings:
+        return
+    base = models.read_config(plan.model_copy(update={"model": plan.model.model_copy(update={"resize_embeddings": None})}))
+    before, after = base.get_text_config().vocab_size, config.get_text_config().vocab_size
+    if before != after:
+        reason = f"the run has {after:,} rows for tokens and its base {before:,}: the adapter does not fit the base; leave --adapter out"
+        raise ConfigurationError(Problem("--adapter", plan.model.name, reason))

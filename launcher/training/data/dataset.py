@@ -74,6 +74,8 @@ class DataReport:
     fill: float | None = None
     """Share of the packs' room that holds tokens; None without packing."""
     labels: list[str] | None = None
+    remarks: list[str] = field(default_factory=list)
+    """What the task has to say of how the rows and the model go together."""
     seconds: float = 0.0
     """What preparing took, when it was done."""
     cached: bool = False
@@ -194,6 +196,10 @@ class Dataset:
         whole = iter([Sample(dict(zip(names, arrays, strict=True)), i) for i, *arrays in zip(ids, *columns, strict=True)])
         counts = self._item_offsets[indices + 1] - self._item_offsets[indices]
         return [list(islice(whole, count)) for count in counts.tolist()]
+
+    def highest_token(self) -> int:
+        """The highest token id of any sample; reads all of them."""
+        return int(next(flat for name, flat, _ in self._columns if name == "input_ids").max())
 
     def length(self, index: int) -> int:
         """Tokens of an item."""

@@ -89,7 +89,9 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
     settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
     # The two give the same samples, and differ in what is then said of them.
     settings["unusable"] = settings["unusable"].replace("drop-few", "drop")
-    classes = task.labels if role == "evaluation" or task.labels_given else None
+    classes: Any = task.labels if role == "evaluation" or task.labels_given else None
+    if task.own_labels is not None:  # which label is which class hangs on them
+        classes = {"rows": classes, "model": task.own_labels}
     parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
     parts += [settings, task.name, task.layout, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
@@ -170,7 +172,9 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     began = time.monotonic()
     if role == "train" and task.needs_labels and not task.labels_given:
         task.fit(rows)
-    report = DataReport(role, rows.digest, labels=task.labels, files=[{"path": file.path, "bytes": file.bytes} for file in rows.files])
+    sources = [{"path": file.path, "bytes": file.bytes} for file in rows.files]
+    remarks = task.remarks if role == "train" else []
+    report = DataReport(role, rows.digest, labels=task.labels, remarks=remarks, files=sources)
     writer = Writer(directory)
     for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
         report.rows_read += chunk.num_rows

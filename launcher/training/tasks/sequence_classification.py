@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.schema import Data
-from launcher.sources.labels import class_names, ids_of, number_of
+from launcher.sources.labels import class_names, number_of
 from launcher.sources.rows import BAD_LABEL, TOO_LONG, Row, RowProblem, text_of
 from launcher.training import metrics as measure
 from launcher.training.data.dataset import Sample
+from launcher.training.tasks import classes
+from launcher.training.tasks.classes import Classes, is_number
 from launcher.training.tasks.task import Encoded, Task
 
 HF_PROBLEM = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}
@@ -58,11 +61,37 @@ class SequenceClassification(Task):
             reason = "its tokenizer has neither a padding nor an end token, and batches of texts need one to pad with"
             raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
 
-    def fit(self, rows: Iterable[Row]) -> None:
-        """Take the classes from the rows, in the order of their numbers where all are numbers, else by name.
+    def adopt(self, config: Any, as_it_stands: bool = False) -> None:
+        """Take the classes of a model that has a classification head already. Raises ConfigurationError where it stands without one."""
+        self.own_labels = classes.of_model(config)
+        if not as_it_stands:
+            return
+        num_needed = 1 if self.data.problem == "regression" else None
+        if self.own_labels is None or num_needed not in (None, len(self.own_labels)):
+            has = "no classification head" if self.own_labels is None else f"{len(self.own_labels)} classes, and a number is one output"
+            reason = f"the model has {has}; train it first, and measure the run"
+            raise ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
+        if self.needs_labels:
+            self.labels, self.labels_given = self.own_labels, True
 
-        Raises DataError where there are fewer than two.
+    def fit(self, rows: Iterable[Row]) -> None:
+        """Take the classes from the rows: the model's own in its own order, where each of the rows' classes is one of them.
+
+        Else in the order of their numbers where all are numbers, else by name. Raises DataError where there are fewer than two.
         """
+        found = self._names_in(rows)
+        if found and self.own_labels is not None:
+            own = Classes(self.own_labels, by_number=True)
+            if not (unknown := own.unknown(found)):
+                self.labels, self.remarks = self.own_labels, [_by_number(own)] if own.numbered(found) else []
+                return
+            self.remarks = [_new_head(self.own_labels, found, unknown)]
+        if len(found) < 2:
+            shown = f"only {next(iter(found))!r}" if found else "no label"
+            raise DataError(f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier needs at least two classes")
+        self.labels = sorted(found, key=int) if all(is_number(name) for name in found) else sorted(found)
+
+    def _names_in(self, rows: Iterable[Row]) -> set[str]:
         found: set[str] = set()
         for row in rows:
             if not isinstance(row.values, RowProblem):
@@ -70,14 +99,20 @@ class SequenceClassification(Task):
                     found.update(class_names(row.values, self._label_column, self.data.problem))
                 except RowProblem:
                     continue
-        if len(found) < 2:
-            shown = f"only {next(iter(found))!r}" if found else "no label"
-            raise DataError(f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier needs at least two classes")
-        self.labels = sorted(found, key=int) if all(_is_whole_number(name) for name in found) else sorted(found)
+        return found
+
+    def refuse_unknown(self, rows: Iterable[Row]) -> None:
+        """Raise ConfigurationError where rows have classes that the model does not: what it says of those rows would count for nothing."""
+        if not self.needs_labels or self.labels is None:
+            return
+        if unknown := Classes(self.labels, by_number=True).unknown(self._names_in(rows)):
+            shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, self.labels[:8]))
+            reason = f"the rows have {len(unknown)} classes that the model does not know ({shown}); its own are {own}"
+            raise ConfigurationError(Problem("data.label", self._label_column, reason))
 
     def encode_batch(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Encoded | RowProblem]:
         """What the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32 [num_labels] or float32 [1]."""
-        ids = ids_of(self.labels or ())
+        ids = Classes(self.labels or (), by_number=self.labels is not None and self.labels == self.own_labels)
         prepared = [self._texts_and_label(row, ids) for row in rows]
         texts = [row[0] for row in prepared if not isinstance(row, RowProblem)]
         whole = iter(_tokenise(tokenizer, texts, None))
@@ -86,23 +121,25 @@ class SequenceClassification(Task):
             results.append(row if isinstance(row, RowProblem) else self._encoded(next(whole), row, tokenizer))
         return results
 
-    def _texts_and_label(self, row: dict[str, Any], ids: dict[str, int]) -> tuple[tuple[str, ...], np.ndarray] | RowProblem:
+    def _texts_and_label(self, row: dict[str, Any], ids: Classes) -> tuple[tuple[str, ...], np.ndarray] | RowProblem:
         try:
             return tuple(text_of(row, column) for column in self._text_columns), self._label(row, ids)
         except RowProblem as problem:
             return problem
 
-    def _label(self, row: dict[str, Any], ids: dict[str, int]) -> np.ndarray:
+    def _label(self, row: dict[str, Any], ids: Classes) -> np.ndarray:
         if self.data.problem == "regression":
             return np.array([number_of(row, self._label_column)], dtype=np.float32)
-        names = class_names(row, self._label_column, self.data.problem)
-        for name in names:
-            if name not in ids:
-                raise RowProblem(BAD_LABEL, f"{name!r} is not among the {len(ids)} classes of the training rows")
+        found = []
+        for name in class_names(row, self._label_column, self.data.problem):
+            if (number := ids.id_of(name)) is None:
+                whose = "model" if ids.names == self.own_labels else "training rows"
+                raise RowProblem(BAD_LABEL, f"{name!r} is not among the {len(ids.names)} classes of the {whose}")
+            found.append(number)
         if self.data.problem == "single-label":
-            return np.array([ids[names[0]]], dtype=np.int64)
-        several = np.zeros(len(ids), dtype=np.float32)
-        several[[ids[name] for name in names]] = 1
+            return np.array([found[0]], dtype=np.int64)
+        several = np.zeros(len(ids.names), dtype=np.float32)
+        several[found] = 1
         return several
 
     def _encoded(self, arrays: dict[str, list[int]], row: tuple[tuple[str, ...], np.ndarray], tokenizer: Any) -> Encoded | RowProblem:
@@ -139,13 +176,20 @@ class SequenceClassification(Task):
 
     def configure(self, config: Any) -> None:
         """Write the classes, the kind of problem and the padding token into the model's config."""
-        names = self.labels if self.labels is not None else ["value"]
+        names = self.labels
+        if names is None:
+            names = self.own_labels if self.own_labels is not None and len(self.own_labels) == 1 else ["value"]
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
         config.problem_type = HF_PROBLEM[self.data.problem]
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self._pad
+        if self._pad is None:
+            return  # no tokenizer: the model is looked at, and no batch is made
+        if _counts_positions_from_padding(config):
+            # Another padding token would move every position of the model; filler is masked, so that it may as well be the model's.
+            self._pad = config.pad_token_id
+        for one in (config, config.get_text_config()):
+            one.pad_token_id = self._pad
 
     def forward(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
         """Summed loss of the samples, each weighted."""
@@ -174,5 +218,25 @@ def _tokenise(tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int 
     return [{name: encoded[name][number] for name in encoded} for number in range(len(texts))]
 
 
-def _is_whole_number(name: str) -> bool:
-    return name.removeprefix("-").isdecimal() and str(int(name)) == name
+def _by_number(own: Classes) -> str:
+    shown = ", ".join(f"{number} is {name!r}" for number, name in enumerate(own.names[:8]))
+    return f"the labels are numbers, and are taken for the ids of the model's classes: {shown}"
+
+
+def _new_head(own: list[str], found: set[str], unknown: list[str]) -> str:
+    theirs, ours = ", ".join(map(repr, own[:8])), ", ".join(map(repr, unknown[:8]))
+    return (
+        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does not have {ours}. "
+        "A new classification head is made and trained, and the model's own is not used"
+    )
+
+
+def _counts_positions_from_padding(config: Any) -> bool:
+    """Return whether the model's first position is the one behind its padding token's id, as in RoBERTa and what was made after it."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if getattr(config, "pad_token_id", None) is None or type(config) not in MODEL_MAPPING:
+        return False
+    module = sys.modules[MODEL_MAPPING[type(config)].__module__]
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+    return any(hasattr(kind, "create_position_ids_from_input_ids") for kind in kinds)

@@ -48,6 +48,10 @@ class Task(ABC):
     def __init__(self, data: Data, labels: list[str] | None = None) -> None:
         self.data = data
         self.labels = labels
+        self.own_labels: list[str] | None = None
+        """The classes of the model that training begins with, where it has any, in the order of their ids."""
+        self.remarks: list[str] = []
+        """What people are told of how the rows and the model go together, a sentence each; `fit` writes them."""
         self.labels_given = labels is not None
         """Whether the classes were given, as for a model that has them already, rather than taken from the training rows."""
 
@@ -75,6 +79,16 @@ class Task(ABC):
     def packs(self) -> bool:
         """Whether several samples share a row of max_length."""
         return self.data.packing and self.padding_free
+
+    def adopt(self, config: Any, as_it_stands: bool = False) -> None:  # noqa: B027
+        """Take from a model's own config what the task keeps to. Called before any row is encoded and before `configure`.
+
+        `as_it_stands`: the model is measured and not trained, so that nothing of it may be new; raises ConfigurationError where that
+        cannot be.
+        """
+
+    def refuse_unknown(self, rows: Iterable[Row]) -> None:  # noqa: B027
+        """Raise ConfigurationError where rows are labelled with what the model does not know."""
 
     def fit(self, rows: Iterable[Row]) -> None:  # noqa: B027
         """Learn the classes from the training rows."""

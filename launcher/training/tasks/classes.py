@@ -1,0 +1,76 @@
+"""The classes of a model that has a classification head already, and which of them a row's label names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from launcher.sources.labels import WHOLE as _WHOLE
+
+_GENERIC = re.compile(r"label[ _-]?(\d+)", re.IGNORECASE)
+"""transformers' own name of a class that nobody named: LABEL_0, LABEL_1 ..."""
+_BETWEEN = re.compile(r"[\s_-]+")
+
+
+def of_model(config: Any) -> list[str] | None:
+    """Return the names of the classes of a checkpoint with a classification head, in the order of their ids; None without such a head.
+
+    Every config of transformers has an id2label: that there is a head, the class says that it was saved from, or names of its own.
+    """
+    names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    if not names or sorted(names) != list(range(len(names))):
+        return None
+    named = any(_GENERIC.fullmatch(name) is None for name in names.values())
+    architectures = [str(name) for name in getattr(config, "architectures", None) or ()]
+    has_head = any(name.endswith("ForSequenceClassification") for name in architectures) if architectures else named
+    return [names[number] for number in range(len(names))] if has_head else None
+
+
+def is_number(name: str) -> bool:
+    """Return whether a class's name is a whole number, as `3`, `-1`, but not `03`."""
+    return name.removeprefix("-").isdecimal() and str(int(name)) == name
+
+
+def spelling(name: str) -> str:
+    """Return what the usual spellings of a class's name have in common: case, spaces, `_` and `-` aside; `LABEL_3` is `3`."""
+    plain = name.strip()
+    generic = _GENERIC.fullmatch(plain) or _WHOLE.fullmatch(plain)
+    return str(int(generic[1])) if generic else _BETWEEN.sub(" ", plain).strip().casefold()
+
+
+def same(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Return whether two heads have the same classes in the same order, however they are spelt."""
+    return [spelling(name) for name in first] == [spelling(name) for name in second]
+
+
+class Classes:
+    """Class ids by name: by the name itself, else by its spelling, else by the number that it is.
+
+    A spelling that two classes share names neither. A number names the class with that id where `by_number` is set and no class has a
+    number for a name: so rows are labelled whose labels are the model's class ids.
+    """
+
+    def __init__(self, names: Sequence[str], by_number: bool = False) -> None:
+        self.names = list(names)
+        self._exact = {name: number for number, name in enumerate(names)}
+        spelt: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            spelt.setdefault(spelling(name), []).append(number)
+        self._spelt = {text: numbers[0] for text, numbers in spelt.items() if len(numbers) == 1}
+        self._by_number = by_number and not any(is_number(text) for text in spelt)
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of the class that `name` means; None where it means none of them."""
+        found = self._exact.get(name, self._spelt.get(spelling(name)))
+        if found is None and self._by_number and name.isdecimal() and is_number(name) and int(name) < len(self.names):
+            return int(name)
+        return found
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Return those of `names` that mean none of the classes, sorted."""
+        return sorted(name for name in names if self.id_of(name) is None)
+
+    def numbered(self, names: Iterable[str]) -> bool:
+        """Return whether any of `names` is taken for a class by its number alone."""
+        return any(name not in self._exact and spelling(name) not in self._spelt and self.id_of(name) is not None for name in names)
