@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.sources.rows import BAD_VALUE, EMPTY, NOT_UTF8, UNREADABLE, RowProblem
+from launcher.sources.rows import BAD_VALUE, EMPTY, NOT_UTF8, UNREADABLE, RowProblem, required
 
 Values = dict[str, Any] | RowProblem
 Read = Iterator[tuple[int, Values]]
@@ -63,7 +63,7 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
     rows = whole
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        rows = lists[0] if len(lists) == 1 and not set(columns) & set(whole) else [whole]
+        rows = lists[0] if len(lists) == 1 and not set(required(columns)) & set(whole) else [whole]
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}, not a list of objects")
     for number, row in enumerate(rows, start=1):
@@ -125,10 +125,11 @@ def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool)
 
 def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
     """The names of the columns: the first line where it has all that are asked for; else numbers, where numbers are asked for."""
-    missing = [column for column in columns if column not in first]
+    asked = required(columns)
+    missing = [column for column in asked if column not in first]
     if not missing:
         return first
-    if all(column.isdecimal() for column in columns):
+    if all(column.isdecimal() for column in asked):
         return [str(number) for number in range(len(first))]
     raise no_column(path, missing[0], first, "; in a file without a header, name columns by number from 0, as label: '0'")
 
@@ -158,9 +159,10 @@ def read_text(path: Path, columns: Sequence[str]) -> Read:
 
 def only_column(path: Path, columns: Sequence[str]) -> str:
     """The one column asked of a text file. Raises DataError where there are more."""
-    if len(columns) != 1:
-        raise DataError(f"{path}: a text file has one column, and {', '.join(map(repr, columns))} are asked for; use .jsonl, .csv or .tsv")
-    return columns[0]
+    asked = required(columns)
+    if len(asked) != 1:
+        raise DataError(f"{path}: a text file has one column, and {', '.join(map(repr, asked))} are asked for; use .jsonl, .csv or .tsv")
+    return asked[0]
 
 
 def text_rows(lines: Iterable[bytes], column: str) -> Read:
@@ -181,7 +183,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Read:
     file = open_parquet(path, columns)
     number = 0
     try:
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=list(dict.fromkeys(columns))):
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=there(columns, file.schema_arrow.names)):
             for index in range(batch.num_rows):
                 number += 1
                 yield number, arrow_row(batch, index)
@@ -190,13 +192,26 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Read:
 
 
 def arrow_row(batch: Any, index: int) -> Values:
-    """One row of a batch; a value that Python cannot hold makes it one that cannot be used."""
+    """One row of a batch, without the nulls of objects; a value that Python cannot hold makes it one that cannot be used."""
     try:
-        return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+        return {name: without_nulls(batch.column(name)[index].as_py()) for name in batch.schema.names}
     except UnicodeDecodeError as error:
         return RowProblem(NOT_UTF8, f"byte {error.start} of the value")
     except (ValueError, OverflowError) as error:
         return RowProblem(BAD_VALUE, str(error))
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys, at any depth, that hold null: a table gives each object the keys of all objects of its column."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def there(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The columns to be read of a table with these: all that it must have, and of the others those that it has."""
+    have = set(names)
+    return list(dict.fromkeys(column for column in columns if column in have))
 
 
 def open_parquet(path: Path, columns: Sequence[str]) -> Any:
@@ -204,9 +219,10 @@ def open_parquet(path: Path, columns: Sequence[str]) -> Any:
     file = _parquet(path)
     with whole_parquet(path):
         names = file.schema_arrow.names
-    for column in columns:
+    for column in required(columns):
         if column not in names:
             raise no_column(path, column, names)
+    for column in columns:
         if names.count(column) > 1:
             raise DataError(f"{path} has {names.count(column)} columns {column!r}, and it cannot be told which is meant")
     return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 
@@ -25,6 +26,15 @@ TOO_LONG = "too long"
 BAD_LABEL = "label that cannot be used"
 BAD_VALUE = "value that cannot be used"
 NOTHING_TO_LEARN = "nothing left to learn"
+
+
+class IfThere(str):
+    """The name of a column that is read where a source has it, and not missed where it has not."""
+
+
+def required(columns: Iterable[str]) -> list[str]:
+    """The columns that a source must have, once each."""
+    return list(dict.fromkeys(column for column in columns if not isinstance(column, IfThere)))
 
 
 class Row(NamedTuple):
@@ -62,17 +72,3 @@ def check_encodable(text: str, column: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowProblem(NOT_UTF8, f"{column!r} has a lone surrogate at character {error.start}") from None
-
-
-def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages of the chat in `column`. Raises RowProblem where there are none, or none that can be learned."""
-    messages = values.get(column)
-    if messages is None:
-        raise RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, values)) or 'nothing'}")
-    if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
-        raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
-    if not messages:
-        raise RowProblem(EMPTY, f"{column!r} has no messages")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowProblem(NOTHING_TO_LEARN, "no message has the role 'assistant'")
-    return messages

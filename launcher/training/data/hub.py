@@ -7,7 +7,8 @@ from typing import Any
 
 from launcher.errors import DataError
 from launcher.job.schema import Source
-from launcher.sources.readers import Read, no_column
+from launcher.sources.readers import Read, no_column, there, without_nulls
+from launcher.sources.rows import required
 
 
 def load_hub(source: Source) -> Any:
@@ -27,13 +28,13 @@ def hub_rows(source: Source, columns: Sequence[str]) -> Read:
     from datasets import ClassLabel
 
     loaded = load_hub(source)
-    for column in columns:
+    for column in required(columns):
         if column not in loaded.column_names:
             raise no_column(source.name, column, loaded.column_names)
-    chosen = loaded.select_columns(list(dict.fromkeys(columns)))
+    chosen = loaded.select_columns(there(columns, loaded.column_names))
     names = {name: feature for name, feature in chosen.features.items() if isinstance(feature, ClassLabel)}
     for number, row in enumerate(chosen, start=1):
         for name, feature in names.items():
             if isinstance(row[name], int) and row[name] >= 0:
                 row[name] = feature.int2str(row[name])
-        yield number, row
+        yield number, {name: without_nulls(value) for name, value in row.items()}

@@ -25,7 +25,7 @@ from launcher.training.data.packing import one_each, pack
 from launcher.training.data.sources import Rows, hash_file, open_source
 from launcher.training.tasks.task import Task
 
-FORMAT = 2
+FORMAT = 3
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
 Role = Literal["train", "evaluation"]
@@ -68,10 +68,10 @@ def cache_root() -> Path:
 
 def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
     """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task, classes, tokenizer."""
-    settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
+    settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers", "date"})
     classes = task.labels if role == "evaluation" or task.labels_given else None
     parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
-    parts += [settings, task.name, classes, tokenizer_digest(tokenizer)]
+    parts += [settings, task.name, task.key, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -64,6 +64,11 @@ class Task(ABC):
         return False
 
     @property
+    def key(self) -> Any:
+        """What decides a row's sample beside the row, the settings of the job and the tokenizer, once bound; None where nothing does."""
+        return None
+
+    @property
     def packs(self) -> bool:
         """Whether several samples share a row of max_length."""
         return self.data.packing and self.padding_free

@@ -1,0 +1,307 @@
+"""Where the turns of a chat stand in the text that a template makes of it, whatever the template does around them.
+
+The chat is written twice: as it is, and with each character that a message says replaced by one that stands for it (its shadow) and
+for the message. Where the two texts differ, a message speaks; what they share is the template's own. So it is known which message stands
+where, though the template strips, moves or leaves out, or puts one message into another's turn.
+
+A turn begins where the template's generation prompt for it ends: what a model is given is not learned, and all that it would have to
+write is, with `<think>` and the marks of a call. It ends with the token that ends such turns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from launcher.sources.chats import THOUGHTS
+from launcher.sources.rows import BAD_VALUE, RowProblem
+
+Message = dict[str, Any]
+Write = Callable[[Sequence[Message], bool], str]
+"""The text of some messages, with a generation prompt or without."""
+
+_SHADOWS = 0xF0000
+"""Unicode's planes for private use begin here: 1,022 messages have 128 characters each, without the last of each plane."""
+_EACH = 128
+_MOST = 1022
+_KEPT = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\s\"'\\\x00-\x1f]+")
+"""What of a text has no shadow, as templates look for it: tags, commands as `/no_think`, white space, and what JSON escapes."""
+_WORDS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\W_]+")
+_PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|[\W_]")
+"""What stands or falls as a whole where two texts of a template are held against each other."""
+_SPEAKS = ("content", *THOUGHTS, "thought", "tool_plan")
+_NEAR = 400
+"""Pieces before a turn among which its header is looked for."""
+
+
+class Turn(NamedTuple):
+    """An assistant's turn in the text: from the first character that it must write to the last of what ends it."""
+
+    message: int
+    """Its number among the messages, from 0."""
+    start: int
+    end: int
+
+
+class Marks(NamedTuple):
+    """What a template puts around turns, seen in a chat that was made up."""
+
+    header: str
+    """What stands between a user's last word and an answer."""
+    ends: tuple[str, ...]
+    """What ends a turn, each by itself."""
+
+
+def marks_of(write: Write, added: re.Pattern[str], known: Sequence[str]) -> Marks:
+    """Learn what a template puts around turns, by having it write a chat of three messages; `known` are tokens that end a turn anyway."""
+    chat = [{"role": role, "content": _shadow("word", number, _KEPT)} for number, role in enumerate(("user", "assistant", "user"))]
+    header, found = "", list(known)
+    try:
+        header = _behind(write(chat[:1], True))
+        last = _behind(write(chat[:2], False))
+        whole = write(chat, False)
+    except Exception:  # A template may refuse these three messages; rows then go by what they show themselves.
+        return Marks(header, tuple(found))
+    places = _places(whole)
+    between = whole[places[1][1] : places[2][0]] if {1, 2} <= places.keys() else ""
+    shared = _shared(between, last)
+    if end := _last_end(shared, added):
+        found.append(end)
+    else:
+        found += _ends_apart(between, last, header, added)
+    return Marks(header, tuple(dict.fromkeys(found)))
+
+
+def _last_end(text: str, added: re.Pattern[str]) -> str:
+    tokens = added.findall(text)
+    return str(tokens[-1]) if tokens else text.strip()
+
+
+def _ends_apart(between: str, last: str, header: str, added: re.Pattern[str]) -> list[str]:
+    """The two ends of a template that ends its last turn otherwise, as gpt-oss does; a token that begins another's turn is none."""
+    inner, outer = added.match(between.lstrip()), added.match(last.lstrip())
+    if outer is None:
+        return []
+    same_for_users = inner is not None and header.lstrip().startswith(inner[0])
+    return [outer[0], inner[0]] if inner is not None and same_for_users else [outer[0]]
+
+
+def turns(messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]) -> list[Turn]:
+    """Every assistant's turn in `text`, which is what `write` makes of the messages; in order.
+
+    Raises RowProblem where it cannot be told which message says what, or where a message that says something is left out.
+    """
+    if len(messages) > _MOST:
+        raise RowProblem(BAD_VALUE, f"{len(messages):,} messages; a chat may have {_MOST:,}")
+    return _Search(messages, text, write, marks, added).turns()
+
+
+class _Search:
+    def __init__(self, messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]) -> None:
+        self._text = text
+        self._write = write
+        self._marks = marks
+        self._added = added
+        self._shadows, self._shadowed = self._find_shadows(messages)
+        self._places = _places(self._shadowed)
+
+    def _find_shadows(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        """Messages whose characters have shadows, and the text of them: as many as the template writes just as the others."""
+        everyone = {message["role"] for message in messages}
+        for kept, roles in ((_KEPT, everyone), (_KEPT, everyone - {"system", "developer"}), (_WORDS, {"assistant"})):
+            shadows = [_with_shadows(m, n, kept) if m["role"] in roles else m for n, m in enumerate(messages)]
+            try:
+                shadowed = self._write(shadows, False)
+            except Exception:  # The template looks at something that has a shadow now.
+                continue
+            if _is_shadow_of(shadowed, self._text):
+                return shadows, shadowed
+        raise RowProblem(BAD_VALUE, "what the chat template writes depends on what messages say, so that turns cannot be told")
+
+    def turns(self) -> list[Turn]:
+        found: list[Turn] = []
+        for number, message in enumerate(self._shadows):
+            if message["role"] == "assistant":
+                turn = self._turn(number, found[-1].end if found else 0)
+                found.append(turn)
+        return found
+
+    def _turn(self, number: int, after: int) -> Turn:
+        visible = number in self._places
+        if not visible and _says_something(self._shadows[number]):
+            raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
+        before, following = self._around(number)
+        gap = self._shadowed[before:following]
+        header = self._prompt(number)
+        length = _header_length(gap, self._marks.header if header is None else header)
+        start = max(before + length, after)
+        speaks = self._places[number] if visible else (start, start)
+        if visible and (start > speaks[0] or self._interrupted(number)):
+            raise RowProblem(BAD_VALUE, f"the chat template writes message {number + 1} among others, so that its turn cannot be told")
+        return Turn(number, start, max(speaks[1] + self._closing(number, speaks[1], visible, length), start))
+
+    def _around(self, number: int) -> tuple[int, int]:
+        """Where the last word before a turn ends, and where its own first word begins: the next message's, where it has none."""
+        spoken = sorted(self._places.items(), key=lambda item: item[1])
+        if number in self._places:
+            begins = self._places[number][0]
+        else:
+            begins = min((start for other, (start, _) in spoken if other > number), default=len(self._text))
+        return max((end for _, (_, end) in spoken if end <= begins), default=0), begins
+
+    def _interrupted(self, number: int) -> bool:
+        start, end = self._places[number]
+        return any(start < other < end for name, place in self._places.items() if name != number for other in place)
+
+    def _prompt(self, number: int) -> str | None:
+        """What a model is given of its turn: the end of the chat so far with a generation prompt; None where that cannot be written."""
+        try:
+            return _behind(self._write(self._shadows[:number], True)) if number else None
+        except Exception:  # As of a chat that begins with the assistant, or two of whose messages stand in one turn.
+            return None
+
+    def _closing(self, number: int, position: int, visible: bool, header: int) -> int:
+        """How much of what stands behind a turn's last word belongs to it."""
+        following = min((start for start, _ in self._places.values() if start >= position), default=len(self._text))
+        behind = self._shadowed[position:following]
+        first = self._added.search(behind)
+        if first is not None and first[0] in self._marks.ends:
+            return first.end()
+        shared = behind
+        if number + 1 < len(self._shadows):
+            try:
+                alone = _behind(self._write(self._shadows[: number + 1], False))
+            except Exception:  # The template refuses a chat that ends here.
+                alone = behind
+            shared = _shared(behind, alone if visible else alone[header:])
+        ends = [shared.find(end) + len(end) for end in self._marks.ends if end in shared]
+        if ends:
+            return min(ends)
+        tokens = list(self._added.finditer(shared))
+        return tokens[-1].end() if tokens else len(shared.rstrip())
+
+
+def _with_shadows(message: Message, number: int, kept: re.Pattern[str]) -> Message:
+    """A message whose text, thoughts and arguments of calls are shadows; names and roles stay, as templates write them elsewhere too."""
+    found = {key: _shadow(value, number, kept) if key in _SPEAKS else value for key, value in message.items()}
+    if isinstance(calls := message.get("tool_calls"), list):
+        found["tool_calls"] = [_call_with_shadows(call, number, kept) for call in calls]
+    return found
+
+
+def _call_with_shadows(call: Any, number: int, kept: re.Pattern[str]) -> Any:
+    if not isinstance(call, dict):
+        return call
+    found = {key: _shadow(value, number, kept, keys=True) if key == "arguments" else value for key, value in call.items()}
+    if isinstance(call.get("function"), dict):
+        found["function"] = _call_with_shadows(call["function"], number, kept)
+    return found
+
+
+def _shadow(value: Any, number: int, kept: re.Pattern[str], keys: bool = False) -> Any:
+    """A value whose texts are shadows: of a list of parts their `text` alone, of arguments the keys too."""
+    if isinstance(value, str):
+        return _shadow_of_text(value, number, kept)
+    if isinstance(value, list):
+        return [_shadow(inner, number, kept, keys) for inner in value]
+    if isinstance(value, dict):
+        names = {key: _shadow_of_text(key, number, kept) if keys else key for key in value}
+        return {names[key]: inner if key == "type" and not keys else _shadow(inner, number, kept, keys) for key, inner in value.items()}
+    return value
+
+
+class _Shadows(dict[int, int]):
+    """The shadows of one message, for str.translate()."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        # The last characters of each plane are none.
+        self._base = _SHADOWS + _EACH * (number if number < _MOST // 2 else number + 1)
+
+    def __missing__(self, code: int) -> int:
+        self[code] = self._base + code % _EACH
+        return self[code]
+
+
+_shadows_of = functools.lru_cache(maxsize=_MOST)(_Shadows)
+
+
+def _shadow_of_text(text: str, number: int, kept: re.Pattern[str]) -> str:
+    table, found, position = _shadows_of(number), [], 0
+    for match in kept.finditer(text):
+        found += [text[position : match.start()].translate(table), match[0]]
+        position = match.end()
+    return "".join([*found, text[position:].translate(table)])
+
+
+def _numbers(text: str) -> np.ndarray:
+    """The code points of a text, int32 [len(text)]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
+
+
+def _is_shadow_of(shadowed: str, text: str) -> bool:
+    if len(shadowed) != len(text):
+        return False
+    shadows, plain = _numbers(shadowed), _numbers(text)
+    differ = shadows != plain
+    return bool(np.all((shadows[differ] >= _SHADOWS) & (shadows[differ] % _EACH == plain[differ] % _EACH)))
+
+
+def _places(shadowed: str) -> dict[int, tuple[int, int]]:
+    """From where to where each message speaks, by its number."""
+    numbers = _numbers(shadowed)
+    positions = np.flatnonzero(numbers >= _SHADOWS)
+    slots = (numbers[positions] - _SHADOWS) // _EACH
+    messages = slots - (slots > _MOST // 2)
+    return {
+        int(message): (int(positions[messages == message][0]), int(positions[messages == message][-1]) + 1)
+        for message in np.unique(messages)
+    }
+
+
+def _behind(shadowed: str) -> str:
+    """What stands behind the last word that a message says."""
+    last = np.flatnonzero(_numbers(shadowed) >= _SHADOWS)
+    return shadowed[last[-1] + 1 :] if len(last) else shadowed
+
+
+def _says_something(shadows: Message) -> bool:
+    return any(chr(_SHADOWS) <= character for value in _texts(shadows) for character in value)
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in inner for text in _texts(part)]
+
+
+def _shared(one: str, other: str) -> str:
+    """What two texts begin with, in whole pieces."""
+    length = 0
+    for piece, same in zip(_PIECES.findall(one), _PIECES.findall(other), strict=False):
+        if piece != same:
+            break
+        length += len(piece)
+    return one[:length]
+
+
+def _header_length(gap: str, prompt: str) -> int:
+    """How much of what stands before an answer's first word the model is given: `prompt` where it stands there as it is.
+
+    Templates give more than they write later (`<think>`), or end another's turn otherwise in the middle of a chat; then it is as far as the
+    longest run of pieces that both have.
+    """
+    if gap.startswith(prompt):
+        return len(prompt)
+    shared = _shared(gap, prompt)
+    if shared == gap:
+        return len(gap)
+    pieces, given = _PIECES.findall(gap)[-_NEAR:], _PIECES.findall(prompt)[-_NEAR:]
+    match = difflib.SequenceMatcher(None, pieces, given, autojunk=False).find_longest_match()
+    return len(gap) - len("".join(pieces[match.a + match.size :])) if match.size else len(gap)
