@@ -16,7 +16,7 @@ from launcher.job.schema import Data
 from launcher.sources.chats import is_learned, is_parts, messages_of, text_of_content, tools_of
 from launcher.sources.rows import BAD_VALUE, RowProblem
 from launcher.training.tasks.encoding import Written
-from launcher.training.tasks.turns import Marks, Message, Turn, marks_of, turns
+from launcher.training.tasks.turns import Marks, Message, check_said, marks_of, turns
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Tools = list[dict[str, Any]] | None
@@ -75,21 +75,23 @@ class ChatTemplate:
             messages = [_joined(message) for message in messages]
         if not any(_calls(message) for message in messages):
             return messages
-        given, text = messages, self._try(messages, tools)
-        if text is None:
-            # As DeepSeek's template, which puts the text of arguments behind other text.
-            messages = [_with_arguments(message, _as_text) for message in given]
-            text = self._try(messages, tools)
-        elif _quoted(given, text):
-            # As most others', which make JSON of what they are given: of JSON text, JSON in quotation marks.
-            messages = [_with_arguments(message, _as_object) for message in given]
-            text = self._try(messages, tools)
-        return given if text is None or _quoted(messages, text) else messages
+        text = self._try(messages, tools)
+        # DeepSeek's template puts arguments behind other text, and so takes them as text; and it looks at a content, be there one or not.
+        # Most others make JSON of arguments: of those that are text already, JSON in quotation marks.
+        as_text = [_with_arguments(message, _as_text) for message in messages]
+        others = [as_text, _with_contents(messages), _with_contents(as_text)]
+        if text is not None:
+            others = [[_with_arguments(message, _as_object) for message in messages]] if _quoted(messages, text) else []
+        for other in others:
+            text = self._try(other, tools)
+            if text is not None and not _quoted(other, text):
+                return other
+        return messages
 
     def _try(self, messages: list[Message], tools: Tools) -> str | None:
         """What the template writes; None where it refuses."""
         try:
-            return self._write(messages, tools)
+            return self._write(tools, messages)
         except Exception:  # Whatever it raises comes again where its text is asked for.
             return None
 
@@ -109,28 +111,26 @@ class ChatTemplate:
             written = self._write_with(template, [_in_parts(chat[0])])
         except Exception:  # It wants other messages than these; rows show it.
             return False
-        return "word" in written and "type" not in written
+        return "word" in written and "'type'" not in written and '"type"' not in written
 
     def _marked(self, messages: list[Message], tools: Tools) -> Written:
-        text = self._write(messages, tools)
-        learned = [is_learned(message, number) for number, message in enumerate(messages, start=1)]
-        wanted = [learned[number] for number, message in enumerate(messages) if message["role"] == "assistant"]
+        """The chat and its learned turns: by the template's own marks where it has some, else as they are found."""
+        write, text = functools.partial(self._write, tools), self._write(tools, messages)
         template = self._tokenizer.get_chat_template(None, tools)
+        learned = {number for number, message in enumerate(messages) if is_learned(message, number + 1)}
         if not _GENERATION.search(template):
-            found = self._turns(messages, tools, text)
-            return Written(text, [(turn.start, turn.end) for turn in found if learned[turn.message]])
+            found = turns(messages, text, write, self._marks(template), self._added)
+            return Written(text, [(turn.start, turn.end) for turn in found if turn.message in learned])
+        check_said(messages, text, write)
         spans = self._generated(messages, tools, template, text)
-        if all(wanted):
-            return Written(text, spans)
-        left_out = [turn for turn in self._turns(messages, tools, text) if not learned[turn.message]]
-        return Written(text, [(start, end) for start, end in spans if not any(start < turn.end and turn.start < end for turn in left_out)])
-
-    def _turns(self, messages: list[Message], tools: Tools, text: str) -> list[Turn]:
-        marks = self._marks(self._tokenizer.get_chat_template(None, tools))
-        return turns(messages, text, lambda some, prompt: self._write(some, tools, prompt), marks, self._added)
+        if any(message["role"] == "assistant" and number not in learned for number, message in enumerate(messages)):
+            read = [turn for turn in turns(messages, text, write, self._marks(template), self._added) if turn.message not in learned]
+            spans = [(start, end) for start, end in spans if not any(start < turn.end and turn.start < end for turn in read)]
+        return Written(text, spans)
 
     def _find_marks(self, template: str) -> Marks:
-        return marks_of(lambda messages, prompt: self._write_with(template, messages, prompt), self._added, self._ends)
+        content = [{"type": "text", "text": "word"}] if self._wants_parts(template) else "word"
+        return marks_of(lambda messages, prompt: self._write_with(template, messages, prompt), content, self._added, self._ends)
 
     def _write_with(self, template: str, messages: Sequence[Message], prompt: bool = False) -> str:
         written = self._tokenizer.apply_chat_template(
@@ -150,7 +150,7 @@ class ChatTemplate:
             raise RowProblem(BAD_VALUE, "the tokenizer writes the chat otherwise than its template, so that {% generation %} cannot be used")
         return [(start, end) for start, end in spans[0]]
 
-    def _write(self, messages: Sequence[Message], tools: Tools, prompt: bool = False) -> str:
+    def _write(self, tools: Tools, messages: Sequence[Message], prompt: bool = False) -> str:
         written = self._tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt)
         return str(written)
 
@@ -227,6 +227,11 @@ def _function(call: dict[str, Any]) -> dict[str, Any]:
 
 def _arguments(messages: Sequence[Message]) -> list[Any]:
     return [_function(call).get("arguments") for message in messages for call in _calls(message)]
+
+
+def _with_contents(messages: Sequence[Message]) -> list[Message]:
+    """Messages all of which have a content, if without text."""
+    return [message if message.get("content") is not None else {**message, "content": ""} for message in messages]
 
 
 def _quoted(messages: Sequence[Message], text: str) -> bool:

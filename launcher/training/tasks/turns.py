@@ -53,28 +53,34 @@ class Marks(NamedTuple):
 
     header: str
     """What stands between a user's last word and an answer."""
+    prompt: str
+    """Of it what a generation prompt adds."""
     ends: tuple[str, ...]
     """What ends a turn, each by itself."""
 
 
-def marks_of(write: Write, added: re.Pattern[str], known: Sequence[str]) -> Marks:
-    """Learn what a template puts around turns, by having it write a chat of three messages; `known` are tokens that end a turn anyway."""
-    chat = [{"role": role, "content": _shadow("word", number, _KEPT)} for number, role in enumerate(("user", "assistant", "user"))]
-    header, found = "", list(known)
+def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence[str]) -> Marks:
+    """Learn what a template puts around turns, by having it write a chat of three messages that all say `content`; `known` are tokens that
+    end a turn anyway."""
+    chat = [_with_shadows({"role": role, "content": content}, n, _KEPT) for n, role in enumerate(("user", "assistant", "user"))]
+    header, prompt, found = "", "", list(known)
     try:
         header = _behind(write(chat[:1], True))
+        prompt = header.removeprefix(_behind(write(chat[:1], False)))
         last = _behind(write(chat[:2], False))
         whole = write(chat, False)
     except Exception:  # A template may refuse these three messages; rows then go by what they show themselves.
-        return Marks(header, tuple(found))
+        return Marks(header, prompt, tuple(found))
     places = _places(whole)
-    between = whole[places[1][1] : places[2][0]] if {1, 2} <= places.keys() else ""
+    if places.keys() != {0, 1, 2}:
+        return Marks(header, prompt, tuple(found))
+    between = whole[places[1][1] : places[2][0]]
     shared = _shared(between, last)
     if end := _last_end(shared, added):
         found.append(end)
     else:
         found += _ends_apart(between, last, header, added)
-    return Marks(header, tuple(dict.fromkeys(found)))
+    return Marks(header, prompt, tuple(dict.fromkeys(found)))
 
 
 def _last_end(text: str, added: re.Pattern[str]) -> str:
@@ -99,6 +105,15 @@ def turns(messages: Sequence[Message], text: str, write: Write, marks: Marks, ad
     if len(messages) > _MOST:
         raise RowProblem(BAD_VALUE, f"{len(messages):,} messages; a chat may have {_MOST:,}")
     return _Search(messages, text, write, marks, added).turns()
+
+
+def check_said(messages: Sequence[Message], text: str, write: Write) -> None:
+    """Raise RowProblem where a template that marks turns itself leaves out what the assistant says in one."""
+    try:
+        search = _Search(messages, text, write, Marks("", "", ()), re.compile("(?!)"))
+    except RowProblem:  # It cannot be told, and need not be.
+        return
+    search.check_said()
 
 
 class _Search:
@@ -133,17 +148,32 @@ class _Search:
 
     def _turn(self, number: int, after: int) -> Turn:
         visible = number in self._places
-        if not visible and _says_something(self._shadows[number]):
-            raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
         before, following = self._around(number)
         gap = self._shadowed[before:following]
         header = self._prompt(number)
         length = _header_length(gap, self._marks.header if header is None else header)
+        if gap.startswith(self._marks.prompt, length):
+            length += len(self._marks.prompt)  # As of Gemma 4, which gives no prompt behind a tool's answer, and writes one there later.
         start = max(before + length, after)
         speaks = self._places[number] if visible else (start, start)
         if visible and (start > speaks[0] or self._interrupted(number)):
             raise RowProblem(BAD_VALUE, f"the chat template writes message {number + 1} among others, so that its turn cannot be told")
-        return Turn(number, start, max(speaks[1] + self._closing(number, speaks[1], visible, length), start))
+        end = max(speaks[1] + self._closing(number, speaks[1], visible, length), start)
+        if not visible:
+            self._check_said(number, self._text[start:end])
+        return Turn(number, start, end)
+
+    def check_said(self) -> None:
+        for number, message in enumerate(self._shadows):
+            if message["role"] == "assistant" and number not in self._places:
+                self._check_said(number, self._text)
+
+    def _check_said(self, number: int, text: str) -> None:
+        """Raise RowProblem where a message that has no shadow in a text says more than stands there: names of calls, tags."""
+        shadows = self._shadows[number]
+        has_words = any(chr(_SHADOWS) <= character for value in _texts(shadows) for character in value)
+        if has_words or any(name not in text for name in _names(shadows)):
+            raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
 
     def _around(self, number: int) -> tuple[int, int]:
         """Where the last word before a turn ends, and where its own first word begins: the next message's, where it has none."""
@@ -169,21 +199,27 @@ class _Search:
         """How much of what stands behind a turn's last word belongs to it."""
         following = min((start for start, _ in self._places.values() if start >= position), default=len(self._text))
         behind = self._shadowed[position:following]
-        first = self._added.search(behind)
-        if first is not None and first[0] in self._marks.ends:
+        first, names = self._added.search(behind), _names(self._shadows[number])
+        if first is not None and first[0] in self._marks.ends and not any(name in behind for name in names):
             return first.end()
-        shared = behind
+        shared = rest = behind
         if number + 1 < len(self._shadows):
             try:
                 alone = _behind(self._write(self._shadows[: number + 1], False))
             except Exception:  # The template refuses a chat that ends here.
                 alone = behind
-            shared = _shared(behind, alone if visible else alone[header:])
-        ends = [shared.find(end) + len(end) for end in self._marks.ends if end in shared]
+            alone = alone if visible else alone[header:]
+            shared = _shared(behind, alone)
+            rest = alone[len(shared) :]
+        # A template may write a turn otherwise where it is the last one; of one without words the first end is its own.
+        within = shared if visible or shared.strip() else behind
+        said = max((within.rfind(name) + len(name) for name in names if name in shared), default=0)
+        ends = [within.find(end, said) + len(end) for end in self._marks.ends if end in within[said:]]
         if ends:
             return min(ends)
-        tokens = list(self._added.finditer(shared))
-        return tokens[-1].end() if tokens else len(shared.rstrip())
+        # In the middle of a chat the turn may end otherwise than at its end.
+        other = next((end for end in self._marks.ends if behind.startswith(end, len(shared))), "")
+        return len(shared) + len(other) if other and rest.startswith(self._marks.ends) else len(shared.rstrip())
 
 
 def _with_shadows(message: Message, number: int, kept: re.Pattern[str]) -> Message:
@@ -270,8 +306,11 @@ def _behind(shadowed: str) -> str:
     return shadowed[last[-1] + 1 :] if len(last) else shadowed
 
 
-def _says_something(shadows: Message) -> bool:
-    return any(chr(_SHADOWS) <= character for value in _texts(shadows) for character in value)
+def _names(message: Message) -> list[str]:
+    """Of the tools that a message calls."""
+    calls = message.get("tool_calls")
+    found = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return [call["name"] for call in found if isinstance(call, dict) and isinstance(call.get("name"), str)]
 
 
 def _texts(value: Any) -> list[str]:
@@ -295,7 +334,7 @@ def _header_length(gap: str, prompt: str) -> int:
     """How much of what stands before an answer's first word the model is given: `prompt` where it stands there as it is.
 
     Templates give more than they write later (`<think>`), or end another's turn otherwise in the middle of a chat; then it is as far as the
-    longest run of pieces that both have.
+    longest run that both have, white space aside.
     """
     if gap.startswith(prompt):
         return len(prompt)
@@ -303,5 +342,6 @@ def _header_length(gap: str, prompt: str) -> int:
     if shared == gap:
         return len(gap)
     pieces, given = _PIECES.findall(gap)[-_NEAR:], _PIECES.findall(prompt)[-_NEAR:]
-    match = difflib.SequenceMatcher(None, pieces, given, autojunk=False).find_longest_match()
-    return len(gap) - len("".join(pieces[match.a + match.size :])) if match.size else len(gap)
+    runs = difflib.SequenceMatcher(None, pieces, given, autojunk=False).get_matching_blocks()
+    best = max(runs, key=lambda run: len("".join(pieces[run.a : run.a + run.size]).strip()))
+    return len(gap) - len("".join(pieces[best.a + best.size :])) if best.size else len(gap)
