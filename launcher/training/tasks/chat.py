@@ -69,6 +69,7 @@ class ChatTemplate:
 
     def _form(self, messages: list[Message], tools: Tools) -> list[Message]:
         """The messages as they are given, or the same said otherwise for a template that takes no other form."""
+        messages = [_with_whole_parts(message) for message in messages]
         if self._wants_parts(self._tokenizer.get_chat_template(None, tools)):
             messages = [_in_parts(message) for message in messages]
         elif any(is_parts(message.get("content")) for message in messages) and not self._takes_parts(messages, tools):
@@ -204,6 +205,14 @@ def _known_ends(tokenizer: Any) -> list[str]:
     ids = ids if isinstance(ids, list) else [ids]
     found += [str(tokenizer.convert_ids_to_tokens(number)) for number in ids if isinstance(number, int) and 0 <= number < len(tokenizer)]
     return list(dict.fromkeys(found))
+
+
+def _with_whole_parts(message: Message) -> Message:
+    """A message in whose parts texts alone are parts as well."""
+    content = message.get("content")
+    if not is_parts(content) or all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return message
+    return {**message, "content": [{"type": "text", "text": text_of_content([part])} for part in content]}
 
 
 def _joined(message: Message) -> Message:

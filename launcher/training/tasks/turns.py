@@ -169,10 +169,12 @@ class _Search:
                 self._check_said(number, self._text)
 
     def _check_said(self, number: int, text: str) -> None:
-        """Raise RowProblem where a message that has no shadow in a text says more than stands there: names of calls, tags."""
-        shadows = self._shadows[number]
-        has_words = any(chr(_SHADOWS) <= character for value in _texts(shadows) for character in value)
-        if has_words or any(name not in text for name in _names(shadows)):
+        """Raise RowProblem where a message that has no shadow in a text says more than stands there: names of calls, tags. Beside calls,
+        thoughts may be left out."""
+        shadows, names = self._shadows[number], _names(self._shadows[number])
+        said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
+        has_words = any(chr(_SHADOWS) <= character for value in _texts(said) for character in value)
+        if has_words or any(name not in text for name in names):
             raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
 
     def _around(self, number: int) -> tuple[int, int]:
