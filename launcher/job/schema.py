@@ -194,7 +194,7 @@ class Data(Section):
     messages: str | None = None
     """The column of a chat's messages; the assistant's are learned."""
     tools: Tools | None = None
-    """The column of the tools that a chat may call, or a list of tools for rows that have none. Left out, it is `tools`, where rows have it."""
+    """The column of a chat's tools, or a list of tools for rows that have none. Left out, it is the column `tools`, where rows have it."""
     date: Day | None = None
     """The date that a chat template writes, where it writes one. Left out, the day of the plan, for all attempts of a run."""
     label: str | None = None

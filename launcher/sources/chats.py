@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from types import NoneType
-from typing import Any
+from typing import Any, TypeGuard
 
 from launcher.job.schema import Data
 from launcher.sources.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, IfThere, RowProblem
@@ -49,7 +49,7 @@ def _check_content(message: dict[str, Any], number: int) -> None:
         raise RowProblem(BAD_VALUE, f"the content of message {number} is a {type(content).__name__}, not text")
 
 
-def is_parts(content: Any) -> bool:
+def is_parts(content: Any) -> TypeGuard[list[Any]]:
     """Whether a content is a list of parts, as OpenAI writes them, and no other list that a tool gave."""
     if not isinstance(content, list) or not content:
         return False

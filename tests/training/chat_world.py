@@ -16,7 +16,9 @@ from launcher.training.demo.models import PACKAGES, _find
 TEMPLATES = Path(__file__).parent / "chat_templates"
 DOCS = Path(__file__).parents[2] / "docs"
 CHATML = "<|im_start|> <|im_end|> <tool_call> </tool_call> <tool_response> </tool_response> <think> </think>"
-DEEPSEEK = "<|User|> <|Assistant|> <|end_of_sentence|> <|tool_calls_begin|> <|tool_calls_end|> <|tool_call_begin|> <|tool_call_end|> <|tool_sep|>"
+DEEPSEEK = (
+    "<|User|> <|Assistant|> <|end_of_sentence|> <|tool_calls_begin|> <|tool_calls_end|> <|tool_call_begin|> <|tool_call_end|> <|tool_sep|>"
+)
 TOKENS = {
     "chatml": CHATML,
     "llama-2": "<s> </s>",
@@ -26,14 +28,16 @@ TOKENS = {
     "qwen2.5": CHATML,
     "qwen3": CHATML,
     "qwen3-thinking": CHATML,
-    "deepseek-v3": f"<|begin_of_sentence|> {DEEPSEEK} <|tool_outputs_begin|> <|tool_outputs_end|> <|tool_output_begin|> <|tool_output_end|>",
+    "deepseek-v3": f"<|begin_of_sentence|> {DEEPSEEK} <|tool_outputs_begin|> <|tool_outputs_end|>"
+    " <|tool_output_begin|> <|tool_output_end|>",
     "deepseek-r1": f"<|begin_of_sentence|> {DEEPSEEK} <think> </think>",
     "gemma-3": "<bos> <start_of_turn> <end_of_turn> <start_of_image>",
     "phi-3": "<|user|> <|assistant|> <|system|> <|end|> <|endoftext|>",
     "phi-4": "<|im_start|> <|im_sep|> <|im_end|>",
     "zephyr": "<s> </s>",
-    "command-r": "<BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|> <|START_RESPONSE|>"
-    " <|END_RESPONSE|> <|START_THINKING|> <|END_THINKING|> <|START_ACTION|> <|END_ACTION|> <|START_TOOL_RESULT|> <|END_TOOL_RESULT|>",
+    "command-r": "<BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|>"
+    " <|START_RESPONSE|> <|END_RESPONSE|> <|START_THINKING|> <|END_THINKING|> <|START_ACTION|> <|END_ACTION|>"
+    " <|START_TOOL_RESULT|> <|END_TOOL_RESULT|>",
     "gpt-oss": "<|start|> <|end|> <|message|> <|channel|> <|return|> <|call|>",
     "smollm3": CHATML,
     "granite-3": "<|start_of_role|> <|end_of_role|> <|end_of_text|> <|tool_call|>",

@@ -106,9 +106,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     # Nothing but the next turn's first token ends one; that it ends generation, the model's generation config says.
     "glm-4": turns("", "\n") | {"tools": ['weather\n{"city": "Oslo"}', "\nMild."]},
     "hermes-2-pro": turns("<|im_end|>")
-    | {
-        "tools": ['<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}\n</tool_call><|im_end|>', "Mild.<|im_end|>"],
-    },
+    | {"tools": ['<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}\n</tool_call><|im_end|>', "Mild.<|im_end|>"]},
 }
 
 
@@ -143,7 +141,7 @@ def test_tokens_are_the_templates_and_the_learned_ones_a_readers(name: str, base
         whole = tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=True, return_dict=True)["input_ids"]
         ids, targets = encoded.arrays["input_ids"].tolist(), encoded.arrays["targets"].tolist()
         assert ids == whole, kind
-        runs = itertools.groupby(range(len(ids)), key=lambda place: place > 0 and targets[place - 1] >= 0)  # noqa: B023
+        runs = itertools.groupby(range(len(ids)), key=lambda place: place > 0 and targets[place - 1] >= 0)
         found = [spelled(tokenizer, [ids[place] for place in run]) for learned, run in runs if learned]
         if base is llama:  # which puts a space behind each special token as well
             found, expected = ([text.replace(" ", "") for text in texts] for texts in (found, expected))

@@ -52,7 +52,10 @@ def test_parts_are_the_text_that_they_hold(name: str) -> None:
     tokenizer = chat_tokenizer(name)
     in_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in MULTI]
     assert learned({"messages": in_parts}, tokenizer) == learned({"messages": MULTI}, tokenizer)
-    several = [user(["Hi ", {"type": "text", "text": "there"}]), assistant([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}])]
+    several = [
+        user(["Hi ", {"type": "text", "text": "there"}]),
+        assistant([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]),
+    ]
     text, found = learned({"messages": several}, tokenizer)
     whole, expected = learned({"messages": MULTI[:2]}, tokenizer)
     assert (text.replace("Hithere", "Hi there") if name == "gemma-3" else text) == whole, "it takes parts, and strips each"
@@ -178,7 +181,9 @@ def test_thoughts_that_a_prompt_closes_are_not_learned() -> None:
 
 def test_what_ends_generation_ends_a_turn(tmp_path: Path) -> None:
     chat_tokenizer("glm-4").save_pretrained(tmp_path)
-    ends = [AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+    ends = [
+        AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")
+    ]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert learned({"messages": MULTI}, tokenizer)[1] == ["\nHello!<|user|>", "\nFine."]
@@ -261,7 +266,9 @@ def test_parquet_says_what_json_says(tmp_path: Path) -> None:
     assert prepare(several, "train", plan, CausalLM(plan.data), QWEN2).report.rows_used == 4
 
 
-@pytest.mark.parametrize(("prompt", "completion"), [("How are you?", " I am fine."), ("Answer:", " The"), ("Answer:", "The"), ("a", "▁b"), ("H", "ello")])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("How are you?", " I am fine."), ("Answer:", " The"), ("Answer:", "The"), ("a", "▁b"), ("H", "ello")]
+)
 def test_nothing_is_put_between_a_prompt_and_its_completion(prompt: str, completion: str) -> None:
     tokenizer = llama()
     data = Data(train=TRAIN, prompt="p", completion="c")

@@ -30,10 +30,13 @@ class ChatTemplate:
         self._data = data
         templates = tokenizer.chat_template
         if not templates:
-            reason = "data.messages needs a tokenizer with a chat template; take an instruction-tuned model, or data.prompt and data.completion"
+            reason = (
+                "data.messages needs a tokenizer with a chat template; take an instruction-tuned model, or data.prompt and data.completion"
+            )
             raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
         self._templates: dict[str, str] = templates if isinstance(templates, dict) else {"default": templates}
         self._check_names()
+        self._day = data.date or datetime.date.today().isoformat()
         self._writes_date = any("strftime_now" in template for template in self._templates.values())
         # White space that is a token, as Gemma has it, ends no turn.
         added = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()), key=len, reverse=True)
@@ -53,8 +56,8 @@ class ChatTemplate:
 
     @property
     def key(self) -> Any:
-        """What decides the tokens of a chat besides its row, the tokenizer and the job: the date where one is written, and ends of turns."""
-        return [self._data.date if self._writes_date else None, self._ends]
+        """What decides a chat's tokens besides its row, the tokenizer and the job: the date where one is written, and what ends turns."""
+        return [self._day if self._writes_date else None, self._ends]
 
     def written(self, row: dict[str, Any], column: str) -> Written:
         """The text of a row's chat and what of it is learned. Raises RowProblem where it has none that can be learned."""
@@ -134,9 +137,7 @@ class ChatTemplate:
         return marks_of(lambda messages, prompt: self._write_with(template, messages, prompt), content, self._added, self._ends)
 
     def _write_with(self, template: str, messages: Sequence[Message], prompt: bool = False) -> str:
-        written = self._tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
+        written = self._tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt)
         return str(written)
 
     def _generated(self, messages: list[Message], tools: Tools, template: str, text: str) -> list[tuple[int, int]]:
@@ -145,10 +146,16 @@ class ChatTemplate:
 
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         rendered, spans = render_jinja_template(
-            conversations=[given], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **self._tokenizer.special_tokens_map
+            conversations=[given],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
         )
         if rendered != [text]:
-            raise RowProblem(BAD_VALUE, "the tokenizer writes the chat otherwise than its template, so that {% generation %} cannot be used")
+            raise RowProblem(
+                BAD_VALUE, "the tokenizer writes the chat otherwise than its template, so that {% generation %} cannot be used"
+            )
         return [(start, end) for start, end in spans[0]]
 
     def _write(self, tools: Tools, messages: Sequence[Message], prompt: bool = False) -> str:
@@ -157,21 +164,21 @@ class ChatTemplate:
 
     @contextlib.contextmanager
     def _dated(self) -> Iterator[None]:
-        """The date of the run, for as long as templates write: they ask transformers' `strftime_now`, which asks `datetime` of its module."""
-        if not self._writes_date or self._data.date is None:
+        """The date of the run, for as long as a template writes: it asks transformers' `strftime_now`, which asks its module's `datetime`."""
+        if not self._writes_date:
             yield
             return
         from transformers.utils import chat_template_utils as module
 
-        clock = module.datetime  # type: ignore[attr-defined]
-        setattr(module, "datetime", _Day(datetime.datetime.fromisoformat(self._data.date)))  # noqa: B010
+        clock = module.datetime
+        setattr(module, "datetime", _Clock(datetime.datetime.fromisoformat(self._day)))  # noqa: B010
         try:
             yield
         finally:
             setattr(module, "datetime", clock)  # noqa: B010
 
 
-class _Day(NamedTuple):
+class _Clock(NamedTuple):
     """A clock that stands."""
 
     day: datetime.datetime

@@ -81,11 +81,11 @@ def continue_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[lis
     """The tokens of the second text of each pair, with no space before it that is not its own: as they follow the first's tokens in the
     text of both, or, where a token would lie across the border, as they follow a text without such a token."""
     flat = tokenise(tokenizer, [text for first, second in pairs for text in (first, first + second)])["input_ids"] if pairs else []
-    found = []
+    found: list[list[int]] = []
     for (_, second), first, both in zip(pairs, flat[::2], flat[1::2], strict=True):
         if both[: len(first)] == first:
             found.append(list(both[len(first) :]))
             continue
-        apart = (_behind(tokenizer, before, second) for before in _APART)
-        found.append(next((tokens for tokens in apart if tokens is not None), None) or list(tokenise(tokenizer, [second])["input_ids"][0]))
+        apart = [tokens for before in _APART if (tokens := _behind(tokenizer, before, second)) is not None]
+        found.append(apart[0] if apart else list(tokenise(tokenizer, [second])["input_ids"][0]))
     return found
