@@ -158,6 +158,15 @@ def test_an_assistant_that_speaks_first_or_twice_or_not_at_all() -> None:
     assert found == [f"<|channel|>final<|message|>{text}" for text in ("One.<|end|>", "Two.<|end|>", "<|end|>", '"!?"<|return|>')]
 
 
+@pytest.mark.parametrize(
+    ("one", "end"), [("'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'", "<|im_end|>"), ("m.role + ':' + m.content + '\n'", "")]
+)
+def test_a_template_without_a_generation_prompt(one: str, end: str) -> None:
+    tokenizer = byte_tokenizer(f"{{% for m in messages %}}{{{{ {one} }}}}{{% endfor %}}")
+    assert learned({"messages": MULTI}, tokenizer)[1] == [f"Hello!{end}", f"Fine.{end}"]
+    assert learned({"messages": MULTI[1:]}, tokenizer)[1] == [f"Hello!{end}", f"Fine.{end}"], "an assistant that speaks first"
+
+
 def test_turns_that_are_not_to_be_learned() -> None:
     for tokenizer in (byte_tokenizer(), QWEN3, chat_tokenizer("smollm3")):
         whole, both = learned({"messages": MULTI}, tokenizer)
@@ -188,6 +197,12 @@ def test_what_ends_generation_ends_a_turn(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert learned({"messages": MULTI}, tokenizer)[1] == ["\nHello!<|user|>", "\nFine."]
     assert learned(CHATS["tools"], tokenizer)[1] == ['weather\n{"city": "Oslo"}<|observation|>', "\nMild."]
+
+
+def test_a_model_that_is_not_here_says_nothing_of_ends() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.name_or_path = "nobody/nothing"
+    assert learned({"messages": MULTI}, tokenizer)[1] == ["Hello!<|im_end|>", "Fine.<|im_end|>"]
 
 
 def test_templates_by_name() -> None:

@@ -13,10 +13,22 @@ from typing import Any, NamedTuple
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Data
-from launcher.sources.chats import is_learned, is_parts, messages_of, text_of_content, tools_of
+from launcher.sources.chats import is_learned, is_parts, messages_of, tools_of
 from launcher.sources.rows import BAD_VALUE, RowProblem
 from launcher.training.tasks.encoding import Written
-from launcher.training.tasks.turns import Marks, Message, check_said, marks_of, turns
+from launcher.training.tasks.forms import (
+    are_quoted,
+    as_object,
+    as_text,
+    has_calls,
+    in_parts,
+    joined,
+    with_arguments,
+    with_contents,
+    with_whole_parts,
+)
+from launcher.training.tasks.shadows import Message
+from launcher.training.tasks.turns import Marks, check_said, marks_of, turns
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Tools = list[dict[str, Any]] | None
@@ -72,23 +84,23 @@ class ChatTemplate:
 
     def _form(self, messages: list[Message], tools: Tools) -> list[Message]:
         """The messages as they are given, or the same said otherwise for a template that takes no other form."""
-        messages = [_with_whole_parts(message) for message in messages]
+        messages = [with_whole_parts(message) for message in messages]
         if self._wants_parts(self._tokenizer.get_chat_template(None, tools)):
-            messages = [_in_parts(message) for message in messages]
+            messages = [in_parts(message) for message in messages]
         elif any(is_parts(message.get("content")) for message in messages) and not self._takes_parts(messages, tools):
-            messages = [_joined(message) for message in messages]
-        if not any(_calls(message) for message in messages):
+            messages = [joined(message) for message in messages]
+        if not has_calls(messages):
             return messages
         text = self._try(messages, tools)
         # DeepSeek's template puts arguments behind other text, and so takes them as text; and it looks at a content, be there one or not.
         # Most others make JSON of arguments: of those that are text already, JSON in quotation marks.
-        as_text = [_with_arguments(message, _as_text) for message in messages]
-        others = [as_text, _with_contents(messages), _with_contents(as_text)]
+        as_texts = [with_arguments(message, as_text) for message in messages]
+        others = [as_texts, with_contents(messages), with_contents(as_texts)]
         if text is not None:
-            others = [[_with_arguments(message, _as_object) for message in messages]] if _quoted(messages, text) else []
+            others = [[with_arguments(message, as_object) for message in messages]] if are_quoted(messages, text) else []
         for other in others:
             text = self._try(other, tools)
-            if text is not None and not _quoted(other, text):
+            if text is not None and not are_quoted(other, text):
                 return other
         return messages
 
@@ -101,10 +113,10 @@ class ChatTemplate:
 
     def _takes_parts(self, messages: list[Message], tools: Tools) -> bool:
         """Whether the template writes a part of text as it writes the text."""
-        joined = [_joined(message) for message in messages]
-        in_parts = [_in_parts(new) if is_parts(old.get("content")) else new for old, new in zip(messages, joined, strict=True)]
-        text = self._try(in_parts, tools)
-        return text is not None and text == self._try(joined, tools)
+        whole = [joined(message) for message in messages]
+        alone = [in_parts(new) if is_parts(old.get("content")) else new for old, new in zip(messages, whole, strict=True)]
+        text = self._try(alone, tools)
+        return text is not None and text == self._try(whole, tools)
 
     def _find_wants_parts(self, template: str) -> bool:
         """Whether the template writes parts, and nothing of a content that is text, as those of some models for pictures."""
@@ -112,7 +124,7 @@ class ChatTemplate:
         try:
             if "word" in self._write_with(template, chat):
                 return False
-            written = self._write_with(template, [_in_parts(chat[0])])
+            written = self._write_with(template, [in_parts(chat[0])])
         except Exception:  # It wants other messages than these; rows show it.
             return False
         return "word" in written and "'type'" not in written and '"type"' not in written
@@ -164,7 +176,7 @@ class ChatTemplate:
 
     @contextlib.contextmanager
     def _dated(self) -> Iterator[None]:
-        """The date of the run, for as long as a template writes: it asks transformers' `strftime_now`, which asks its module's `datetime`."""
+        """The run's date, while a template writes: it asks `strftime_now` of transformers, which asks its module's `datetime`."""
         if not self._writes_date:
             yield
             return
@@ -212,68 +224,3 @@ def _known_ends(tokenizer: Any) -> list[str]:
     ids = ids if isinstance(ids, list) else [ids]
     found += [str(tokenizer.convert_ids_to_tokens(number)) for number in ids if isinstance(number, int) and 0 <= number < len(tokenizer)]
     return list(dict.fromkeys(found))
-
-
-def _with_whole_parts(message: Message) -> Message:
-    """A message in whose parts texts alone are parts as well."""
-    content = message.get("content")
-    if not is_parts(content) or all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return message
-    return {**message, "content": [{"type": "text", "text": text_of_content([part])} for part in content]}
-
-
-def _joined(message: Message) -> Message:
-    return {**message, "content": text_of_content(message["content"])} if is_parts(message.get("content")) else message
-
-
-def _in_parts(message: Message) -> Message:
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
-
-
-def _calls(message: Message) -> list[dict[str, Any]]:
-    calls = message.get("tool_calls")
-    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-
-
-def _function(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    return function if isinstance(function, dict) else call
-
-
-def _arguments(messages: Sequence[Message]) -> list[Any]:
-    return [_function(call).get("arguments") for message in messages for call in _calls(message)]
-
-
-def _with_contents(messages: Sequence[Message]) -> list[Message]:
-    """Messages all of which have a content, if without text."""
-    return [message if message.get("content") is not None else {**message, "content": ""} for message in messages]
-
-
-def _quoted(messages: Sequence[Message], text: str) -> bool:
-    """Whether arguments that are JSON text stand in a text in quotation marks."""
-    return any(json.dumps(arguments, ensure_ascii=False) in text for arguments in _arguments(messages) if isinstance(arguments, str))
-
-
-def _with_arguments(message: Message, changed: Any) -> Message:
-    """A message whose calls have other arguments."""
-    if not _calls(message):
-        return message
-    calls = []
-    for call in _calls(message):
-        function = {**_function(call), "arguments": changed(_function(call).get("arguments"))}
-        calls.append({**call, "function": function} if isinstance(call.get("function"), dict) else function)
-    return {**message, "tool_calls": calls}
-
-
-def _as_object(arguments: Any) -> Any:
-    """Arguments that are JSON text of an object, as the object."""
-    try:
-        found = json.loads(arguments) if isinstance(arguments, str) else None
-    except (ValueError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
-
-
-def _as_text(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments

@@ -11,30 +11,29 @@ write is, with `<think>` and the marks of a call. It ends with the token that en
 from __future__ import annotations
 
 import difflib
-import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from launcher.sources.chats import THOUGHTS
 from launcher.sources.rows import BAD_VALUE, RowProblem
+from launcher.training.tasks.shadows import (
+    KEPT,
+    MOST,
+    WORDS,
+    Message,
+    behind_words,
+    has_words,
+    is_shadow_of,
+    names_of_calls,
+    places_of,
+    with_shadows,
+)
 
-Message = dict[str, Any]
 Write = Callable[[Sequence[Message], bool], str]
 """The text of some messages, with a generation prompt or without."""
 
-_SHADOWS = 0xF0000
-"""Unicode's planes for private use begin here: 1,022 messages have 128 characters each, without the last of each plane."""
-_EACH = 128
-_MOST = 1022
-_KEPT = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\s\"'\\\x00-\x1f]+")
-"""What of a text has no shadow, as templates look for it: tags, commands as `/no_think`, white space, and what JSON escapes."""
-_WORDS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\W_]+")
 _PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|[\W_]")
 """What stands or falls as a whole where two texts of a template are held against each other."""
-_SPEAKS = ("content", *THOUGHTS, "thought", "tool_plan")
 _NEAR = 400
 """Pieces before a turn among which its header is looked for."""
 
@@ -62,19 +61,22 @@ class Marks(NamedTuple):
 def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence[str]) -> Marks:
     """Learn what a template puts around turns, by having it write a chat of three messages that all say `content`; `known` are tokens that
     end a turn anyway."""
-    chat = [_with_shadows({"role": role, "content": content}, n, _KEPT) for n, role in enumerate(("user", "assistant", "user"))]
+    chat = [with_shadows({"role": role, "content": content}, n, KEPT) for n, role in enumerate(("user", "assistant", "user"))]
     header, prompt, found = "", "", list(known)
     try:
-        header = _behind(write(chat[:1], True))
-        prompt = header.removeprefix(_behind(write(chat[:1], False)))
-        last = _behind(write(chat[:2], False))
+        header = behind_words(write(chat[:1], True))
+        prompt = header.removeprefix(behind_words(write(chat[:1], False)))
+        last = behind_words(write(chat[:2], False))
         whole = write(chat, False)
     except Exception:  # A template may refuse these three messages; rows then go by what they show themselves.
         return Marks(header, prompt, tuple(found))
-    places = _places(whole)
+    places = places_of(whole)
     if places.keys() != {0, 1, 2}:
         return Marks(header, prompt, tuple(found))
-    between = whole[places[1][1] : places[2][0]]
+    ahead, between = whole[places[0][1] : places[1][0]], whole[places[1][1] : places[2][0]]
+    if not prompt and ahead.startswith(header) and (named := ahead[len(header) :].rstrip(" ")).strip():
+        # A template that knows no generation prompt: what always stands before an answer is its header.
+        header, prompt = header + named, named
     shared = _shared(between, last)
     if end := _last_end(shared, added):
         found.append(end)
@@ -102,8 +104,8 @@ def turns(messages: Sequence[Message], text: str, write: Write, marks: Marks, ad
 
     Raises RowProblem where it cannot be told which message says what, or where a message that says something is left out.
     """
-    if len(messages) > _MOST:
-        raise RowProblem(BAD_VALUE, f"{len(messages):,} messages; a chat may have {_MOST:,}")
+    if len(messages) > MOST:
+        raise RowProblem(BAD_VALUE, f"{len(messages):,} messages; a chat may have {MOST:,}")
     return _Search(messages, text, write, marks, added).turns()
 
 
@@ -123,18 +125,18 @@ class _Search:
         self._marks = marks
         self._added = added
         self._shadows, self._shadowed = self._find_shadows(messages)
-        self._places = _places(self._shadowed)
+        self._places = places_of(self._shadowed)
 
     def _find_shadows(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         """Messages whose characters have shadows, and the text of them: as many as the template writes just as the others."""
         everyone = {message["role"] for message in messages}
-        for kept, roles in ((_KEPT, everyone), (_KEPT, everyone - {"system", "developer"}), (_WORDS, {"assistant"})):
-            shadows = [_with_shadows(m, n, kept) if m["role"] in roles else m for n, m in enumerate(messages)]
+        for kept, roles in ((KEPT, everyone), (KEPT, everyone - {"system", "developer"}), (WORDS, {"assistant"})):
+            shadows = [with_shadows(m, n, kept) if m["role"] in roles else m for n, m in enumerate(messages)]
             try:
                 shadowed = self._write(shadows, False)
             except Exception:  # The template looks at something that has a shadow now.
                 continue
-            if _is_shadow_of(shadowed, self._text):
+            if is_shadow_of(shadowed, self._text):
                 return shadows, shadowed
         raise RowProblem(BAD_VALUE, "what the chat template writes depends on what messages say, so that turns cannot be told")
 
@@ -171,10 +173,9 @@ class _Search:
     def _check_said(self, number: int, text: str) -> None:
         """Raise RowProblem where a message that has no shadow in a text says more than stands there: names of calls, tags. Beside calls,
         thoughts may be left out."""
-        shadows, names = self._shadows[number], _names(self._shadows[number])
+        shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
         said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
-        has_words = any(chr(_SHADOWS) <= character for value in _texts(said) for character in value)
-        if has_words or any(name not in text for name in names):
+        if has_words(said) or any(name not in text for name in names):
             raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
 
     def _around(self, number: int) -> tuple[int, int]:
@@ -193,7 +194,7 @@ class _Search:
     def _prompt(self, number: int) -> str | None:
         """What a model is given of its turn: the end of the chat so far with a generation prompt; None where that cannot be written."""
         try:
-            return _behind(self._write(self._shadows[:number], True)) if number else None
+            return behind_words(self._write(self._shadows[:number], True)) if number else None
         except Exception:  # As of a chat that begins with the assistant, or two of whose messages stand in one turn.
             return None
 
@@ -201,13 +202,13 @@ class _Search:
         """How much of what stands behind a turn's last word belongs to it."""
         following = min((start for start, _ in self._places.values() if start >= position), default=len(self._text))
         behind = self._shadowed[position:following]
-        first, names = self._added.search(behind), _names(self._shadows[number])
+        first, names = self._added.search(behind), names_of_calls(self._shadows[number])
         if first is not None and first[0] in self._marks.ends and not any(name in behind for name in names):
             return first.end()
         shared = rest = behind
         if number + 1 < len(self._shadows):
             try:
-                alone = _behind(self._write(self._shadows[: number + 1], False))
+                alone = behind_words(self._write(self._shadows[: number + 1], False))
             except Exception:  # The template refuses a chat that ends here.
                 alone = behind
             alone = alone if visible else alone[header:]
@@ -222,104 +223,6 @@ class _Search:
         # In the middle of a chat the turn may end otherwise than at its end.
         other = next((end for end in self._marks.ends if behind.startswith(end, len(shared))), "")
         return len(shared) + len(other) if other and rest.startswith(self._marks.ends) else len(shared.rstrip())
-
-
-def _with_shadows(message: Message, number: int, kept: re.Pattern[str]) -> Message:
-    """A message whose text, thoughts and arguments of calls are shadows; names and roles stay, as templates write them elsewhere too."""
-    found = {key: _shadow(value, number, kept) if key in _SPEAKS else value for key, value in message.items()}
-    if isinstance(calls := message.get("tool_calls"), list):
-        found["tool_calls"] = [_call_with_shadows(call, number, kept) for call in calls]
-    return found
-
-
-def _call_with_shadows(call: Any, number: int, kept: re.Pattern[str]) -> Any:
-    if not isinstance(call, dict):
-        return call
-    found = {key: _shadow(value, number, kept, keys=True) if key == "arguments" else value for key, value in call.items()}
-    if isinstance(call.get("function"), dict):
-        found["function"] = _call_with_shadows(call["function"], number, kept)
-    return found
-
-
-def _shadow(value: Any, number: int, kept: re.Pattern[str], keys: bool = False) -> Any:
-    """A value whose texts are shadows: of a list of parts their `text` alone, of arguments the keys too."""
-    if isinstance(value, str):
-        return _shadow_of_text(value, number, kept)
-    if isinstance(value, list):
-        return [_shadow(inner, number, kept, keys) for inner in value]
-    if isinstance(value, dict):
-        names = {key: _shadow_of_text(key, number, kept) if keys else key for key in value}
-        return {names[key]: inner if key == "type" and not keys else _shadow(inner, number, kept, keys) for key, inner in value.items()}
-    return value
-
-
-class _Shadows(dict[int, int]):
-    """The shadows of one message, for str.translate()."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        # The last characters of each plane are none.
-        self._base = _SHADOWS + _EACH * (number if number < _MOST // 2 else number + 1)
-
-    def __missing__(self, code: int) -> int:
-        self[code] = self._base + code % _EACH
-        return self[code]
-
-
-_shadows_of = functools.lru_cache(maxsize=_MOST)(_Shadows)
-
-
-def _shadow_of_text(text: str, number: int, kept: re.Pattern[str]) -> str:
-    table, found, position = _shadows_of(number), [], 0
-    for match in kept.finditer(text):
-        found += [text[position : match.start()].translate(table), match[0]]
-        position = match.end()
-    return "".join([*found, text[position:].translate(table)])
-
-
-def _numbers(text: str) -> np.ndarray:
-    """The code points of a text, int32 [len(text)]."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
-
-
-def _is_shadow_of(shadowed: str, text: str) -> bool:
-    if len(shadowed) != len(text):
-        return False
-    shadows, plain = _numbers(shadowed), _numbers(text)
-    differ = shadows != plain
-    return bool(np.all((shadows[differ] >= _SHADOWS) & (shadows[differ] % _EACH == plain[differ] % _EACH)))
-
-
-def _places(shadowed: str) -> dict[int, tuple[int, int]]:
-    """From where to where each message speaks, by its number."""
-    numbers = _numbers(shadowed)
-    positions = np.flatnonzero(numbers >= _SHADOWS)
-    slots = (numbers[positions] - _SHADOWS) // _EACH
-    messages = slots - (slots > _MOST // 2)
-    return {
-        int(message): (int(positions[messages == message][0]), int(positions[messages == message][-1]) + 1)
-        for message in np.unique(messages)
-    }
-
-
-def _behind(shadowed: str) -> str:
-    """What stands behind the last word that a message says."""
-    last = np.flatnonzero(_numbers(shadowed) >= _SHADOWS)
-    return shadowed[last[-1] + 1 :] if len(last) else shadowed
-
-
-def _names(message: Message) -> list[str]:
-    """Of the tools that a message calls."""
-    calls = message.get("tool_calls")
-    found = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-    return [call["name"] for call in found if isinstance(call, dict) and isinstance(call.get("name"), str)]
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for part in inner for text in _texts(part)]
 
 
 def _shared(one: str, other: str) -> str:
