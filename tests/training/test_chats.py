@@ -139,6 +139,14 @@ def test_a_call_is_learned_whatever_it_says(tokenizer: Any, arguments: dict[str,
     assert found[0].endswith("<|call|>" if tokenizer is GPT_OSS else "}\n</tool_call><|im_end|>")
 
 
+@pytest.mark.parametrize("name", ["chatml", "smollm3", "zephyr"])
+@pytest.mark.parametrize("content", ["Let me look.", ""])
+def test_a_call_that_a_template_leaves_out_is_not_lost_quietly(name: str, content: str) -> None:
+    row = {"messages": [CALLS[0], assistant(content, tool_calls=[called()]), *CALLS[2:]]}
+    with pytest.raises(RowProblem, match="leaves out what message 2 says"):
+        learned(row, chat_tokenizer(name))
+
+
 def test_thoughts_and_a_call_without_words_are_both_learned() -> None:
     row = {"messages": [CALLS[0], {"role": "assistant", "thinking": "I must ask.", "tool_calls": [called()]}, CALLS[2]]}
     [found] = learned(row, GPT_OSS)[1]

@@ -161,21 +161,20 @@ class _Search:
         if visible and (start > speaks[0] or self._interrupted(number)):
             raise RowProblem(BAD_VALUE, f"the chat template writes message {number + 1} among others, so that its turn cannot be told")
         end = max(speaks[1] + self._closing(number, speaks[1], visible, length), start)
-        if not visible:
-            self._check_said(number, self._text[start:end])
+        self._check_said(number, self._text[start:end])
         return Turn(number, start, end)
 
     def check_said(self) -> None:
         for number, message in enumerate(self._shadows):
-            if message["role"] == "assistant" and number not in self._places:
+            if message["role"] == "assistant":
                 self._check_said(number, self._text)
 
     def _check_said(self, number: int, text: str) -> None:
-        """Raise RowProblem where a message that has no shadow in a text says more than stands there: names of calls, tags. Beside calls,
-        thoughts may be left out."""
+        """Raise RowProblem where a message calls what a text has not the name of, or has no shadow there at all and says more than names and
+        tags, which have none. Beside calls, thoughts may be left out."""
         shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
         said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
-        if has_words(said) or any(name not in text for name in names):
+        if (number not in self._places and has_words(said)) or any(name not in text for name in names):
             raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
 
     def _around(self, number: int) -> tuple[int, int]:
