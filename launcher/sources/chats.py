@@ -45,7 +45,11 @@ def _check_content(message: dict[str, Any], number: int) -> None:
         if (bad := next((part for part in content if _text_of_part(part) is None), None)) is not None:
             kind = bad.get("type") if isinstance(bad, dict) else type(bad).__name__
             raise RowProblem(BAD_VALUE, f"message {number} has a part of type {kind!r}, and a causal LM reads text")
-    elif not isinstance(content, (str, NoneType)) and not (isinstance(content, (dict, list)) and message["role"] != "assistant"):
+    elif (
+        not isinstance(content, (str, NoneType))
+        and content != []
+        and not (isinstance(content, (dict, list)) and message["role"] != "assistant")
+    ):
         raise RowProblem(BAD_VALUE, f"the content of message {number} is a {type(content).__name__}, not text")
 
 
@@ -70,7 +74,7 @@ def text_of_content(content: Any) -> str:
     if is_parts(content):
         return "".join(_text_of_part(part) or "" for part in content)
     if isinstance(content, (dict, list)):
-        return json.dumps(content, ensure_ascii=False) if content else ""
+        return _as_json(content) if content else ""
     return content if isinstance(content, str) else ""
 
 
@@ -107,8 +111,13 @@ def tools_of(values: dict[str, Any], data: Data) -> list[dict[str, Any]] | None:
 def texts_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Iterator[str]:
     """What a chat template is given to write: one text for the tools, if any, and one a message, with its thoughts and calls."""
     if tools:
-        yield json.dumps(tools, ensure_ascii=False)
+        yield _as_json(tools)
     for message in messages:
         thoughts = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), "")
         calls = message.get("tool_calls")
-        yield thoughts + text_of_content(message.get("content")) + (json.dumps(calls, ensure_ascii=False) if calls else "")
+        yield thoughts + text_of_content(message.get("content")) + (_as_json(calls) if calls else "")
+
+
+def _as_json(value: Any) -> str:
+    # A table may hold what JSON does not, as dates; here it counts as its text.
+    return json.dumps(value, ensure_ascii=False, default=str)

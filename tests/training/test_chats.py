@@ -159,6 +159,7 @@ def test_an_assistant_that_speaks_first_or_twice_or_not_at_all() -> None:
     assert learned({"messages": [assistant("Welcome!"), *MULTI]}, tokenizer)[1][0] == "Welcome!<|im_end|>"
     assert learned({"messages": [assistant("Welcome!"), *MULTI]}, QWEN2)[1][0] == "Welcome!<|im_end|>", "behind a system prompt of its own"
     assert learned({"messages": [assistant("Welcome!"), *MULTI]}, GPT_OSS)[1][0] == "<|channel|>final<|message|>Welcome!<|end|>"
+    assert learned({"messages": [user("Hi"), assistant([]), *MULTI]}, tokenizer)[1][0] == "<|im_end|>"
     twice = [user("Hi"), assistant("One."), assistant("Two."), assistant(""), user("..."), assistant('"!?"')]
     expected = ["One.<|im_end|>", "Two.<|im_end|>", "<|im_end|>", '"!?"<|im_end|>']
     assert learned({"messages": twice}, tokenizer)[1] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import os
 import random
@@ -344,6 +345,8 @@ def turns(*contents: Any, roles: str = "user assistant") -> dict[str, Any]:
         ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "tool_calls": [{"name": "xxxx"}]}]}, 1 + 5),
         ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "content": "x", "weight": 0}]}, None),
         (turns("x" * 7, "xxx") | {"tools": "{"}, None),
+        (turns({"day": datetime.date(2026, 2, 3)}, "xxx", roles="tool assistant"), 6 + 1),
+        (turns("xxx", []), 1 + 1),
         ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "tool_calls": []}]}, 1 + 1),
         (turns("x" * 7, "xxx", roles="user system"), None),
         (turns("x \ud800", "xxx"), None),

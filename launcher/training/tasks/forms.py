@@ -11,8 +11,10 @@ from launcher.training.tasks.shadows import Message
 
 
 def with_whole_parts(message: Message) -> Message:
-    """A message in whose parts texts alone are parts as well."""
+    """A message in whose parts texts alone are parts as well, and no parts at all are no text."""
     content = message.get("content")
+    if content == [] and message["role"] == "assistant":
+        return {**message, "content": ""}
     if not is_parts(content) or all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return message
     return {**message, "content": [{"type": "text", "text": text_of_content([part])} for part in content]}

@@ -170,8 +170,8 @@ class _Search:
                 self._check_said(number, self._text)
 
     def _check_said(self, number: int, text: str) -> None:
-        """Raise RowProblem where a message calls what a text has not the name of, or has no shadow there at all and says more than names and
-        tags, which have none. Beside calls, thoughts may be left out."""
+        """Raise RowProblem where a text lacks the name of what a message calls, or any word of one that has some. Beside calls, thoughts may
+        be left out."""
         shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
         said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
         if (number not in self._places and has_words(said)) or any(name not in text for name in names):
