@@ -176,6 +176,14 @@ def test_a_template_without_a_generation_prompt(one: str, end: str) -> None:
     assert learned({"messages": MULTI[1:]}, tokenizer)[1] == [f"Hello!{end}", f"Fine.{end}"], "an assistant that speaks first"
 
 
+@pytest.mark.parametrize("said", ["<|im_end|>", "a <|im_end|> b", "<|im_end|><|im_start|>assistant\n", '"', "</think>", " x ", "\n\n"])
+def test_what_a_template_writes_may_be_said_too(said: str) -> None:
+    row = {"messages": [user(said), assistant(said), user(said), assistant(said)]}
+    text, found = learned(row, byte_tokenizer())
+    assert "".join(found) == 2 * f"{said}<|im_end|>"
+    assert text.count("<|im_start|>user\n") == 2
+
+
 def test_turns_that_are_not_to_be_learned() -> None:
     for tokenizer in (byte_tokenizer(), QWEN3, chat_tokenizer("smollm3")):
         whole, both = learned({"messages": MULTI}, tokenizer)

@@ -130,7 +130,10 @@ class _Search:
     def _find_shadows(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         """Messages whose characters have shadows, and the text of them: as many as the template writes just as the others."""
         everyone = {message["role"] for message in messages}
-        for kept, roles in ((KEPT, everyone), (KEPT, everyone - {"system", "developer"}), (WORDS, {"assistant"})):
+        # What ends a turn, and is said in one, ends none.
+        ends = "|".join(map(re.escape, self._marks.ends)) or "(?!)"
+        first = re.compile(f"(?!{ends})(?:{KEPT.pattern})")
+        for kept, roles in ((first, everyone), (KEPT, everyone), (KEPT, everyone - {"system", "developer"}), (WORDS, {"assistant"})):
             shadows = [with_shadows(m, n, kept) if m["role"] in roles else m for n, m in enumerate(messages)]
             try:
                 shadowed = self._write(shadows, False)
@@ -170,8 +173,8 @@ class _Search:
                 self._check_said(number, self._text)
 
     def _check_said(self, number: int, text: str) -> None:
-        """Raise RowProblem where a text lacks the name of what a message calls, or any word of one that has some. Beside calls, thoughts may
-        be left out."""
+        """Raise RowProblem where a text lacks the name of what a message calls, or all words of one that has some. Beside calls, thoughts
+        may be left out."""
         shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
         said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
         if (number not in self._places and has_words(said)) or any(name not in text for name in names):
