@@ -117,7 +117,7 @@ def with_template(tokenizer: Any, name: str) -> Any:
 def spelled(tokenizer: Any, ids: list[int]) -> str:
     """The text of some tokens, to the last space."""
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    if not any("▁" in token or token.startswith("<0x") for token in tokenizer.get_vocab()):
+    if tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids("<0x0A>") or 0) != "<0x0A>":
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     return "".join(chr(int(token[3:5], 16)) if token.startswith("<0x") else token.replace("▁", " ") for token in tokens)
 

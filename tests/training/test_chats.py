@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from launcher.errors import ConfigurationError
@@ -18,6 +21,7 @@ from launcher.sources.rows import RowProblem
 from launcher.training.data.prepare import cache_key, prepare
 from launcher.training.data.sources import open_source
 from launcher.training.tasks.causal_lm import CausalLM
+from launcher.training.tasks.chat import ChatTemplate
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of
 from tests.training.chat_world import CHATS, MULTI, WEATHER, assistant, called, llama, spelled, template, user, with_template
 
@@ -122,8 +126,8 @@ def with_call(arguments: Any) -> dict[str, Any]:
 def test_arguments_are_given_as_the_template_takes_them(name: str, call: str) -> None:
     tokenizer = chat_tokenizer(name)
     arguments = {"city": "Oslo", "days": 3}
-    for given in (arguments, json.dumps(arguments)):
-        assert learned(with_call(given), tokenizer)[1][0].endswith(call)
+    for form in (arguments, json.dumps(arguments)):
+        assert learned(with_call(form), tokenizer)[1][0].endswith(call)
     assert learned(with_call({"city": None}), QWEN2)[1][0].startswith('<tool_call>\n{"name": "weather", "arguments": {"city": null}}')
 
 
@@ -182,6 +186,35 @@ def test_what_a_template_writes_may_be_said_too(said: str) -> None:
     text, found = learned(row, byte_tokenizer())
     assert "".join(found) == 2 * f"{said}<|im_end|>"
     assert text.count("<|im_start|>user\n") == 2
+
+
+FRAGMENTS = ["Hello", "1", "é", "日本", "👍", "…", "  ", "\n", "\n\n", "\t", "\u00a0", "<b>", "</b>", '"q"', "'", "\\", "{", "}", "[INST]"]
+FRAGMENTS += ["<|im_end|>", "<|eot_id|>", "</s>", "<think>", "</think>", "/no_think", "user:"]
+SAID = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8).map("".join)
+RULES: dict[str, Callable[[str, bool], str]] = {
+    "chatml": lambda said, last: f"{said}<|im_end|>",
+    "llama-3.2": lambda said, last: f"{said.strip()}<|eot_id|>",
+    "mistral-nemo": lambda said, last: f"{said}</s>",
+    "gemma-3": lambda said, last: f"{said.strip()}<end_of_turn>",
+    "gpt-oss": lambda said, last: f"<|channel|>final<|message|>{said}{'<|return|>' if last else '<|end|>'}",
+    "vicuna": lambda said, last: f" {said}</s>",
+}
+"""What is learned of a turn, by what is said in it and whether it is the last."""
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_whatever_is_said(name: str) -> None:
+    chat = ChatTemplate(chat_tokenizer(name), DATA)
+
+    @given(said=st.lists(SAID, min_size=2, max_size=6).filter(lambda said: len(said) % 2 == 0))
+    @settings(max_examples=60, deadline=None, database=None)
+    def held(said: list[str]) -> None:
+        messages = [user(text) if number % 2 == 0 else assistant(text) for number, text in enumerate(said)]
+        written = chat.written({"messages": messages}, "messages")
+        expected = [RULES[name](text, number == len(said) - 1) for number, text in enumerate(said) if number % 2]
+        assert [written.text[start:end] for start, end in written.learned] == expected
+
+    held()
 
 
 def test_turns_that_are_not_to_be_learned() -> None:
