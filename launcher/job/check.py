@@ -79,8 +79,15 @@ def _causal_lm(job: Job) -> Iterator[Finding]:
     if len(ways) != 1:
         said = f"there are {' and '.join(ways)}" if ways else "there is none"
         yield _finding("data", None, f"causal-lm reads exactly one of text, prompt + completion, or messages; {said}", *task)
+    for key in ("tools", "date") if data.messages is None else ():
+        if (value := getattr(data, key)) is not None:
+            yield _finding(f"data.{key}", _shown(value), "belongs to chats: name the column data.messages, or leave it out", *task)
     if isinstance(data.text, tuple) and len(data.text) != 1:
         yield _finding("data.text", list(data.text), "causal-lm reads one column of text; for two parts name prompt and completion", *task)
+
+
+def _shown(value: object) -> object:
+    return None if isinstance(value, tuple) else value
 
 
 def _classification(job: Job) -> Iterator[Finding]:
@@ -92,9 +99,9 @@ def _classification(job: Job) -> Iterator[Finding]:
         yield _finding("data.text", list(data.text), reason, "model.task")
     if data.label is None:
         yield _finding("data.label", None, "is missing: sequence-classification learns a label", "model.task")
-    for key in ("prompt", "completion", "messages"):
+    for key in ("prompt", "completion", "messages", "tools", "date"):
         if (value := getattr(data, key)) is not None:
-            yield _finding(f"data.{key}", value, "belongs to causal-lm; sequence-classification reads text and label", "model.task")
+            yield _finding(f"data.{key}", _shown(value), "belongs to causal-lm; sequence-classification reads text and label", "model.task")
     if data.packing:
         reason = "only causal-lm packs; classification batches are sorted by length and padded, so set it to false"
         yield _finding("data.packing", True, reason, "model.task")

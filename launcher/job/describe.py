@@ -77,6 +77,8 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if origin is tuple:
         if parts[-1] is Ellipsis:
             inner = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
+            if get_origin(inner) is dict:
+                return "a list of objects"
             return "a list of texts" if inner is str else f"a list of {' | '.join(choices(inner))}"
         return f"a list of {len(parts)}: each {expected(parts[0])}"
     return _PLAIN.get(annotation, "a section of keys") + limits(metadata)

@@ -7,13 +7,14 @@ Checks of one value stand here; checks across values stand in `launcher.job.chec
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import fnmatch
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from launcher.errors import Problem
 
@@ -53,6 +54,16 @@ def parse_seconds(text: object) -> object:
     return text
 
 
+def check_day(text: str) -> str:
+    """`2026-11-28` as it is. Raises ValueError for anything that is no day of the calendar."""
+    try:
+        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+            return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        pass
+    raise ValueError("write a day of the calendar as YEAR-MONTH-DAY, as 2026-11-28")
+
+
 def parse_interval(value: object) -> object:
     """A whole number is steps, `15min` is a time, `epoch` and `2 epochs` are epochs."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
@@ -70,6 +81,8 @@ def parse_interval(value: object) -> object:
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Every = Annotated[Interval, BeforeValidator(parse_interval)]
 Columns = str | tuple[str, ...]
+Tools = str | tuple[dict[str, Any], ...]
+Day = Annotated[str, AfterValidator(check_day)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]*$")]
@@ -195,6 +208,10 @@ class Data(Section):
     """The column of the completion: learned."""
     messages: str | None = None
     """The column of a chat's messages; the assistant's are learned."""
+    tools: Tools | None = None
+    """The column of a chat's tools, or a list of tools for rows that have none. Left out, it is the column `tools`, where rows have it."""
+    date: Day | None = None
+    """The date that a chat template writes, where it writes one. Left out, the day of the plan, for all attempts of a run."""
     label: str | None = None
     """The column of the label: a class, a list of classes, or a number for regression."""
     problem: Literal["single-label", "multi-label", "regression"] = "single-label"

@@ -8,8 +8,9 @@ from typing import Any
 
 from launcher.job.schema import Data
 from launcher.planning.model_config import locate
+from launcher.sources.chats import chat_columns, messages_of, texts_of, tools_of
 from launcher.sources.labels import class_names, number_of
-from launcher.sources.rows import TOO_LONG, RowProblem, check_encodable, messages_of, text_of
+from launcher.sources.rows import TOO_LONG, RowProblem, check_encodable, text_of
 
 CHARACTERS = 4
 """Of a token of English, where the model has no tokenizer.json here: a rule of thumb."""
@@ -22,7 +23,7 @@ _LONGEST = 16
 def columns_of(data: Data) -> tuple[str, ...]:
     """The columns of a row that become tokens."""
     if data.messages is not None:
-        return (data.messages,)
+        return chat_columns(data)
     if data.prompt is not None and data.completion is not None:
         return (data.prompt, data.completion)
     return (data.text,) if isinstance(data.text, str) else tuple(data.text or ())
@@ -55,7 +56,7 @@ def _texts(row: dict[str, Any] | RowProblem, data: Data, columns: tuple[str, ...
         return row
     try:
         if data.messages is not None:
-            return _of_messages(row, data.messages)
+            return _of_chat(row, data, data.messages)
         texts = [text_of(row, column) for column in columns]
         if task == "sequence-classification":
             _check_label(row, data)
@@ -64,21 +65,12 @@ def _texts(row: dict[str, Any] | RowProblem, data: Data, columns: tuple[str, ...
     return texts
 
 
-def _of_messages(row: dict[str, Any], column: str) -> list[str]:
-    """What a template gets as text, message by message. Raises RowProblem where nothing can be learned."""
-    texts = [_of_content(message.get("content")) for message in messages_of(row, column)]
+def _of_chat(row: dict[str, Any], data: Data, column: str) -> list[str]:
+    """What a template gets as text. Raises RowProblem where nothing can be learned."""
+    texts = list(texts_of(messages_of(row, column), tools_of(row, data)))
     for text in texts:
         check_encodable(text, column)
     return texts
-
-
-def _of_content(content: Any) -> str:
-    """The text of a message: as it is, or of its parts; none of what a template makes something else of."""
-    if isinstance(content, list):
-        return "".join(_of_content(part.get("text") if isinstance(part, dict) else part) for part in content)
-    if isinstance(content, (int, float)):
-        return str(content)
-    return content if isinstance(content, str) else ""
 
 
 def _check_label(row: dict[str, Any], data: Data) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.sources.rows import BAD_VALUE, NOT_UTF8, Read, RowProblem, Values
+from launcher.sources.rows import BAD_VALUE, NOT_UTF8, Read, RowProblem, Values, required
 
 PARQUET_BATCH = 1024
 """Rows that are decoded at once."""
@@ -30,7 +30,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Read:
     file = open_parquet(path, columns)
     number = 0
     try:
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=list(dict.fromkeys(columns))):
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=there(columns, file.schema_arrow.names)):
             for index in range(batch.num_rows):
                 number += 1
                 yield number, arrow_row(batch, index)
@@ -39,13 +39,26 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Read:
 
 
 def arrow_row(batch: Any, index: int) -> Values:
-    """One row of a batch; a value that Python cannot hold makes it one that cannot be used."""
+    """One row of a batch, without the nulls of objects; a value that Python cannot hold makes it one that cannot be used."""
     try:
-        return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+        return {name: without_nulls(batch.column(name)[index].as_py()) for name in batch.schema.names}
     except UnicodeDecodeError as error:
         return RowProblem(NOT_UTF8, f"byte {error.start} of the value")
     except (ValueError, OverflowError) as error:
         return RowProblem(BAD_VALUE, str(error))
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys, at any depth, that hold null: a table gives each object the keys of all objects of its column."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def there(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The columns to be read of a table with these: all that it must have, and of the others those that it has."""
+    have = set(names)
+    return list(dict.fromkeys(column for column in columns if column in have))
 
 
 def open_parquet(path: Path, columns: Sequence[str]) -> Any:
@@ -57,10 +70,11 @@ def open_parquet(path: Path, columns: Sequence[str]) -> Any:
 
 
 def check_columns(path: Path, columns: Sequence[str], names: list[str]) -> None:
-    """Raise DataError unless each of these columns is there once."""
-    for column in columns:
+    """Raise DataError unless each of these columns that is asked for is there, and none of them twice."""
+    for column in required(columns):
         if column not in names:
             raise no_column(path, column, names)
+    for column in columns:
         if names.count(column) > 1:
             raise DataError(f"{path} has {names.count(column)} columns {column!r}, and it cannot be told which is meant")
 
@@ -125,7 +139,7 @@ def open_arrow(path: Path, columns: Sequence[str]) -> Any:
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is not a whole Arrow file: {error}") from None
     check_columns(path, columns, table.schema.names)
-    return table.select(list(dict.fromkeys(columns)))
+    return table.select(there(columns, table.schema.names))
 
 
 def features_of(schema: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from launcher.sources.arrow import (
     open_arrow,
     open_parquet,
     refuse_damaged,
+    there,
     whole_parquet,
     with_names,
 )
@@ -50,7 +51,7 @@ def _rows_of_groups(metadata: Any, num_rows: int) -> dict[int, int]:
 def _some_of(file: Any, group: int, columns: Sequence[str], have: int, wanted: int) -> list[Values]:
     """Any of the first `have` rows of a group, as far as they are decoded."""
     batches, num_rows, num_bytes = [], 0, 0
-    for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group], columns=list(dict.fromkeys(columns))):
+    for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group], columns=there(columns, file.schema_arrow.names)):
         batches.append(batch)
         num_rows, num_bytes = min(have, num_rows + batch.num_rows), num_bytes + batch.nbytes
         if num_rows == have or num_bytes >= wanted * _BYTES_OF_ROW:

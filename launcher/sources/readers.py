@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.errors import DataError
 from launcher.sources.arrow import no_column, num_arrow_rows, num_parquet_rows, read_arrow, read_parquet
-from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, WRITTEN_MISSING, Read, RowProblem, Values
+from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, WRITTEN_MISSING, Read, RowProblem, Values, required
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
@@ -58,7 +58,7 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
     rows = whole
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        rows = lists[0] if len(lists) == 1 and not set(columns) & set(whole) else [whole]
+        rows = lists[0] if len(lists) == 1 and not set(required(columns)) & set(whole) else [whole]
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}, not a list of objects")
     for number, row in enumerate(rows, start=1):
@@ -120,10 +120,11 @@ def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool)
 
 def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
     """The names of the columns: the first line where it has all that are asked for; else numbers, where numbers are asked for."""
-    missing = [column for column in columns if column not in first]
+    asked = required(columns)
+    missing = [column for column in asked if column not in first]
     if not missing:
         return first
-    if all(column.isdecimal() for column in columns):
+    if all(column.isdecimal() for column in asked):
         return [str(number) for number in range(len(first))]
     raise no_column(path, missing[0], first, "; in a file without a header, name columns by number from 0, as label: '0'")
 
@@ -146,9 +147,10 @@ def read_text(path: Path, columns: Sequence[str]) -> Read:
 
 def only_column(path: Path, columns: Sequence[str]) -> str:
     """The one column asked of a text file. Raises DataError where there are more."""
-    if len(columns) != 1:
-        raise DataError(f"{path}: a text file has one column, and {', '.join(map(repr, columns))} are asked for; use .jsonl, .csv or .tsv")
-    return columns[0]
+    asked = required(columns)
+    if len(asked) != 1:
+        raise DataError(f"{path}: a text file has one column, and {', '.join(map(repr, asked))} are asked for; use .jsonl, .csv or .tsv")
+    return asked[0]
 
 
 def text_rows(lines: Iterable[bytes], column: str) -> Read:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
-
-from launcher.sources.written import list_in
 
 WRITTEN_MISSING = {"nan", "NaN", "<NA>", "NaT", "#N/A"}
 """What pandas, numpy and spreadsheets write where there is no value: in a cell of a table, and as a label anywhere. As text in JSON and
@@ -36,6 +34,15 @@ TOO_LONG = "too long"
 BAD_LABEL = "label that cannot be used"
 BAD_VALUE = "value that cannot be used"
 NOTHING_TO_LEARN = "nothing left to learn"
+
+
+class IfThere(str):
+    """The name of a column that is read where a source has it, and not missed where it has not."""
+
+
+def required(columns: Iterable[str]) -> list[str]:
+    """The columns that a source must have, once each."""
+    return list(dict.fromkeys(column for column in columns if not isinstance(column, IfThere)))
 
 
 class Row(NamedTuple):
@@ -97,30 +104,3 @@ def check_encodable(text: str, column: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowProblem(NOT_UTF8, f"{column!r} has a lone surrogate at character {error.start}") from None
-
-
-def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages of the chat in `column`, a list or the text of one. Raises RowProblem where there are none, or none to be learned."""
-    messages = values.get(column)
-    if is_missing(messages):
-        raise missing(values, column)
-    if isinstance(messages, str):
-        messages = list_in(messages) if messages.strip() else []
-    if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
-        raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
-    if not messages:
-        raise RowProblem(EMPTY, f"{column!r} has no messages")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowProblem(NOTHING_TO_LEARN, "no message has the role 'assistant'")
-    found = [{key: None if is_missing(value) else value for key, value in message.items()} for message in messages]
-    for number, message in enumerate(messages, start=1):
-        if _holds_nan(message.get("content")) and not found[number - 1].get("tool_calls"):
-            raise RowProblem(MISSING, f"the content of message {number} of {column!r} is NaN, a missing value")
-    return found
-
-
-def _holds_nan(content: Any) -> bool:
-    """Whether a message's content, or a part of it, is NaN: a template would write that out as text."""
-    if isinstance(content, list):
-        return any(_holds_nan(value) for part in content for value in (part.values() if isinstance(part, dict) else [part]))
-    return content is not None and is_missing(content)

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.errors import DataError
 from launcher.job.schema import Source
-from launcher.sources.rows import RowProblem, text_of
+from launcher.sources.rows import IfThere, RowProblem, text_of
 from launcher.sources.sample import look
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.sources import BLOCK, open_source, refuse_change
@@ -328,3 +328,34 @@ def test_real_files(name: str, columns: tuple[str, ...], num_rows: int) -> None:
     rows = read(SHARED / name, columns)
     assert len(rows) == num_rows
     assert not any(reasons(rows))
+
+
+def test_a_column_that_need_not_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    import pyarrow.parquet as parquet
+
+    asked = ("text", IfThere("tools"))
+    parquet.write_table(pyarrow.table({"text": ["a"], "other": ["b"]}), tmp_path / "without.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a"], "tools": ["b"]}), tmp_path / "with.parquet")
+    assert read(tmp_path / "without.parquet", asked) == [{"text": "a"}]
+    assert read(tmp_path / "with.parquet", asked) == [{"text": "a", "tools": "b"}]
+    assert [look(Source(path=str(tmp_path / "with*.parquet")), asked).num_rows] == [2]
+    assert read(write(tmp_path / "a.csv", "text,other\na,b\n"), asked) == [{"text": "a", "other": "b"}]
+    assert read(write(tmp_path / "a.txt", "a\n"), asked) == [{"text": "a"}]
+    assert read(write(tmp_path / "a.json", '{"tools": "b", "rows": [{"text": "a"}]}'), asked) == [{"text": "a"}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: datasets.Dataset.from_dict({"text": ["a"], "other": ["b"]}))
+    assert [row.values for row in open_source(Source(name="some/thing"), asked)] == [{"text": "a"}]
+
+
+def test_keys_that_a_table_adds_are_left_out_at_every_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    import pyarrow.parquet as parquet
+
+    rows: list[dict[str, Any]] = [{"m": [{"a": {"b": 1}}, {"c": [{"d": 2}, {"e": 5}]}]}, {"m": [{"a": {"f": [None, 3]}}]}, {"m": None}]
+    table = pyarrow.Table.from_pylist(rows)
+    assert table.to_pylist() != rows
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", ("m",)) == rows
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: datasets.Dataset(table))
+    assert [row.values for row in open_source(Source(name="some/thing"), ("m",))] == rows
+    assert read(jsonl(tmp_path / "a.jsonl", [{"m": {"a": None}}]).path, ("m",)) == [{"m": {"a": None}}], "which stands there"

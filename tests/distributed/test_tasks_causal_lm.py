@@ -123,10 +123,17 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     assert learned(arrays, tokenizer) == "the cat<|im_end|>(thought)a dog<|im_end|>"
 
 
-def test_a_template_whose_turns_cannot_be_told() -> None:
-    template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "depends on what messages say"),
+        ("{% for m in messages %}{{ m['content'][:3] }}{{ messages[-1]['content'][3:] }}{% endfor %}", "writes message 5 among others"),
+        ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}", "leaves out what message 3 says"),
+    ],
+)
+def test_a_template_whose_turns_cannot_be_told(template: str, message: str) -> None:
     tokenizer = byte_tokenizer(template)
-    with pytest.raises(RowProblem, match="writes message 3 differently once others follow"):
+    with pytest.raises(RowProblem, match=message):
         task_of(CHAT, tokenizer).encode({"messages": TALK}, tokenizer)
 
 
@@ -138,7 +145,15 @@ def test_a_template_whose_turns_cannot_be_told() -> None:
         ([{"content": "x"}], "not a list of messages"),
         ([], "empty"),
         (TALK[:2], "no message has the role 'assistant'"),
-        ([{"role": "assistant", "content": 3}], "the chat template cannot write"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": 3}], "the content of message 2 is a int, not text"),
+        ([{"role": "assistant", "content": {"a": "b"}}], "the content of message 1 is a dict, not text"),
+        ([{"role": "assistant", "content": [{"type": "image"}]}], "message 1 has a part of type 'image'"),
+        ([{"role": "assistant", "content": [{"type": "text", "text": 3}]}], "message 1 has a part of type 'text'"),
+        ([{"role": "assistant", "content": "x", "weight": 0.5}], "weight of message 1 is 0.5"),
+        ([{"role": "assistant", "content": "x", "train": "no"}], "train of message 1 is 'no'"),
+        ([{"role": "assistant", "content": "x", "weight": 0}], "every assistant message has weight 0 or train false"),
+        ([{"role": "assistant"}], "the chat template cannot write"),
+        ([{"role": "assistant", "content": "x"}] * 1023, "1,023 messages; a chat may have 1,022"),
         ([{"role": "assistant", "content": "\ud800"}], "not UTF-8"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from launcher.planning.epochs import Items, evaluation_items, fewest_packs, one_
 from launcher.planning.lengths import CHARACTERS, MARKS, columns_of, lengths
 from launcher.planning.plan import BatchPlan
 from launcher.sources.readers import READERS
-from launcher.sources.rows import RowProblem
+from launcher.sources.rows import RowProblem, required
 from launcher.sources.sample import Sample, look
 from launcher.training.data.packing import pack
 from tests.unit.test_planning_footprint import plan_for
@@ -337,7 +338,15 @@ def turns(*contents: Any, roles: str = "user assistant") -> dict[str, Any]:
     [
         (turns("x" * 7, "xxx"), 2 + 1),
         (turns("x" * 7, None), 2 + 1),
-        (turns([{"type": "text", "text": "x" * 7}, {"type": "image"}, "x" * 8], "xxx"), 4 + 1),
+        (turns([{"type": "text", "text": "x" * 7}, "x" * 8], "xxx"), 4 + 1),
+        (turns([{"type": "text", "text": "x" * 7}, {"type": "image"}], "xxx"), None),
+        (turns("x" * 7, {"text": "xxx"}), None),
+        ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "content": "x", "reasoning_content": "x" * 11}]}, 1 + 4),
+        ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "tool_calls": [{"name": "xxxx"}]}]}, 1 + 5),
+        ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "content": "x", "weight": 0}]}, None),
+        (turns("x" * 7, "xxx") | {"tools": "{"}, None),
+        (turns({"day": datetime.date(2026, 2, 3)}, "xxx", roles="tool assistant"), 6 + 1),
+        (turns("xxx", []), 1 + 1),
         ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "tool_calls": []}]}, 1 + 1),
         (turns("x" * 7, "xxx", roles="user system"), None),
         (turns("x \ud800", "xxx"), None),
@@ -352,6 +361,17 @@ def test_chats_become_lengths(row: dict[str, Any], expected: int | None, tmp_pat
     data = data_of(tmp_path / "a.jsonl", text=None, messages="m")
     found = lengths([row], data, str(tmp_path), "causal-lm")[0]
     assert found == (() if expected is None else (expected + 2 * MARKS + 1,))
+
+
+@pytest.mark.parametrize("keys", [{}, {"tools": ({"name": "abcdef"},)}])
+def test_tools_are_tokens_too(keys: dict[str, Any], tmp_path: Path) -> None:
+    data = data_of(tmp_path / "a.jsonl", text=None, messages="m", **keys)
+    row = turns("x" * 7, "xxx") | ({} if keys else {"tools": [{"name": "abcdef"}]})
+    text = '[{"name": "abcdef"}]'
+    assert lengths([row], data, str(tmp_path), "causal-lm")[0] == (len(text) // CHARACTERS + 1 + 2 + 1 + 3 * MARKS + 1,)
+    assert columns_of(data) == ("m", "tools")
+    assert required(columns_of(data)) == ["m"]
+    assert required(columns_of(data.model_copy(update={"tools": "t"}))) == ["m", "t"]
 
 
 LABELS = ["a", " ", "", 1, 1.0, 1.5, True, None, ["a", 1], ["a", None], [], "1.5", "nan", "a, b", 10**400]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,26 @@ def test_what_was_decided_stays_when_something_else_changes(job: Path, monkeypat
     assert Plan.read(run.plan_file) == changed
     assert events(run) == ["planned", "plan_changed"]
     assert reopen(run, [], None) == changed, "the change stays"
+
+
+def test_the_date_of_a_chat_stays(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["data.text=null", "data.messages=messages"]
+    run, plan = open_run(job, asked, None, None)
+    assert plan.data.date == datetime.date.today().isoformat()
+    assert "data.date" in {decision.key for decision in plan.decisions}
+
+    class Later(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2100, 1, 1)
+
+    monkeypatch.setattr(decide, "date", Later)
+    assert reopen(run, ["training.max_steps=9"], None).data.date == plan.data.date
+    assert open_run(job, asked, None, job.parent / "other")[1].data.date == "2100-01-01"
+    assert open_run(job, [*asked, "data.date=2026-02-28"], None, job.parent / "asked")[1].data.date == "2026-02-28"
+    with pytest.raises(ConfigurationError, match=r"data\.date.*begin another run"):
+        reopen(run, ["data.date=2026-02-28"], None)
+    assert open_run(job, [], None, job.parent / "text")[1].data.date is None, "nothing else writes one"
 
 
 def test_the_cut_that_was_chosen_stays(job: Path) -> None:

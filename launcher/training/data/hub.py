@@ -7,8 +7,8 @@ from typing import Any
 
 from launcher.errors import DataError
 from launcher.job.schema import Source
-from launcher.sources.arrow import names_of_classes, no_column, with_names
-from launcher.sources.rows import Read
+from launcher.sources.arrow import names_of_classes, no_column, there, with_names, without_nulls
+from launcher.sources.rows import Read, required
 
 
 def load_hub(source: Source) -> Any:
@@ -26,10 +26,10 @@ def load_hub(source: Source) -> Any:
 def hub_rows(source: Source, columns: Sequence[str]) -> Read:
     """The rows of a hub data set, its class numbers as class names."""
     loaded = load_hub(source)
-    for column in columns:
+    for column in required(columns):
         if column not in loaded.column_names:
             raise no_column(source.name, column, loaded.column_names)
-    chosen = loaded.select_columns(list(dict.fromkeys(columns)))
+    chosen = loaded.select_columns(there(columns, loaded.column_names))
     names = names_of_classes(chosen.features.to_dict())
     for number, row in enumerate(chosen, start=1):
-        yield number, with_names(row, names)
+        yield number, with_names({name: without_nulls(value) for name, value in row.items()}, names)

@@ -26,7 +26,7 @@ from launcher.training.data.packing import one_each, pack
 from launcher.training.data.sources import Rows, hash_file, open_source
 from launcher.training.tasks.task import Task
 
-FORMAT = 3
+FORMAT = 4
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
 Role = Literal["train", "evaluation"]
@@ -86,14 +86,14 @@ def cache_root() -> Path:
 
 def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
     """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task, classes, tokenizer."""
-    settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
+    settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers", "date"})
     # The two give the same samples, and differ in what is then said of them.
     settings["unusable"] = settings["unusable"].replace("drop-few", "drop")
     classes: Any = task.labels if role == "evaluation" or task.labels_given else None
     if task.own_labels is not None:  # which label is which class hangs on them
         classes = {"rows": classes, "model": task.own_labels}
     parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
-    parts += [settings, task.name, task.layout, classes, tokenizer_digest(tokenizer)]
+    parts += [settings, task.name, task.key, task.layout, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -11,10 +11,11 @@ import torch
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Data
+from launcher.sources.chats import chat_columns
 from launcher.sources.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
 from launcher.training.data.dataset import Sample
-from launcher.training.tasks import chat
-from launcher.training.tasks.chat import Segment
+from launcher.training.tasks.chat import ChatTemplate
+from launcher.training.tasks.encoding import Tokens, Written, continue_texts, encode_written, puts_space_before, tokenise
 from launcher.training.tasks.task import IGNORE, Encoded, Task
 
 
@@ -32,6 +33,8 @@ class CausalLM(Task):
         super().__init__(data, labels)
         self._first: list[int] = []
         self._end: int | None = None
+        self._spaced = False
+        self._chat: ChatTemplate | None = None
 
     @property
     def auto_class(self) -> Any:
@@ -42,7 +45,7 @@ class CausalLM(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         if self.data.messages is not None:
-            return (self.data.messages,)
+            return chat_columns(self.data)
         if self.data.prompt is not None and self.data.completion is not None:
             return (self.data.prompt, self.data.completion)
         return (self.data.text,) if isinstance(self.data.text, str) else tuple(self.data.text or ())
@@ -50,7 +53,7 @@ class CausalLM(Task):
     def bind(self, tokenizer: Any) -> None:
         """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a template for chat."""
         if self.data.messages is not None:
-            chat.check(tokenizer)
+            self._chat = ChatTemplate(tokenizer, self.data)
             return
         if tokenizer.eos_token_id is None:
             reason = "its tokenizer has no end-of-text token (eos_token), so that the model could not learn where a text ends"
@@ -58,46 +61,56 @@ class CausalLM(Task):
         self._end = tokenizer.eos_token_id
         begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         self._first = [tokenizer.bos_token_id] if begins else []
+        self._spaced = self.data.prompt is not None and puts_space_before(tokenizer)
+
+    @property
+    def key(self) -> Any:
+        return self._chat.key if self._chat is not None else None
 
     def encode_batch(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Encoded | RowProblem]:
         """`input_ids` and `targets`, int32 [n] each, for every row that can be used."""
-        segments = [self._segments(row, tokenizer) for row in rows]
-        texts = [segment.text for parts in segments if not isinstance(parts, RowProblem) for segment in parts if segment.ids is None]
-        encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else ())
-        return [
-            parts if isinstance(parts, RowProblem) else self._join([(next(encoded) if s.ids is None else s.ids, s.learned) for s in parts])
-            for parts in segments
-        ]
+        written = [self._written(row) for row in rows]
+        good = [one for one in written if not isinstance(one, RowProblem)]
+        encoded = iter(encode_written(tokenizer, good) if self._chat is not None else self._apart(good, tokenizer))
+        return [one if isinstance(one, RowProblem) else self._sample(next(encoded)) for one in written]
 
-    def _segments(self, row: dict[str, Any], tokenizer: Any) -> list[Segment] | RowProblem:
-        """The row as runs of text that are learned or not."""
+    def _written(self, row: dict[str, Any]) -> Written | RowProblem:
+        """The row's text and what of it is learned."""
         try:
-            if self.data.messages is not None:
-                segments = chat.segments(row, self.data.messages, tokenizer)
-            elif self.data.prompt is not None and self.data.completion is not None:
-                segments = [Segment(text_of(row, self.data.prompt), False), Segment(text_of(row, self.data.completion), True)]
+            if self._chat is not None:
+                written = self._chat.written(row, self.columns[0])
             else:
-                segments = [Segment(text_of(row, column), True) for column in self.columns]
-            for segment in segments:
-                check_encodable(segment.text, self.columns[0])
+                texts = [text_of(row, column) for column in self.columns]
+                written = Written("".join(texts), [(len("".join(texts[:-1])), len("".join(texts)))])
+            check_encodable(written.text, self.columns[0])
         except RowProblem as problem:
             return problem
-        return segments
+        return written
 
-    def _join(self, runs: list[tuple[list[int], bool]]) -> Encoded | RowProblem:
-        if self._end is not None:
-            runs = [(self._first, False), *runs, ([self._end], True)]
-        ids = np.concatenate([np.asarray(run, dtype=np.int32) for run, _ in runs]) if runs else np.empty(0, dtype=np.int32)
-        learned = np.repeat([learned for _, learned in runs], [len(run) for run, _ in runs])
-        length = len(ids)
+    def _apart(self, written: Sequence[Written], tokenizer: Any) -> list[Tokens]:
+        """Between the tokens that begin and end a text: what is read and what is learned, each by itself."""
+        assert self._end is not None
+        pairs = [(one.text[: one.learned[0][0]], one.text[one.learned[0][0] :]) for one in written]
+        flat = tokenise(tokenizer, [text for pair in pairs for text in pair])["input_ids"] if pairs else []
+        seconds = continue_texts(tokenizer, pairs) if self._spaced else flat[1::2]
+        found = []
+        for first, second in zip(flat[::2], seconds, strict=True):
+            ids = np.array([*self._first, *first, *second, self._end], dtype=np.int32)
+            found.append(Tokens(ids, np.arange(len(ids)) >= len(self._first) + len(first)))
+        return found
+
+    def _sample(self, tokens: Tokens | RowProblem) -> Encoded | RowProblem:
+        if isinstance(tokens, RowProblem):
+            return tokens
+        length = len(tokens.ids)
         if length > self.data.max_length and self.data.too_long != "cut":
             return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
-        ids, learned = ids[: self.data.max_length], learned[: self.data.max_length]
+        ids, learned = tokens.ids[: self.data.max_length], tokens.learned[: self.data.max_length]
+        if length == 0:
+            return RowProblem(EMPTY, "no tokens")
         targets = np.full(len(ids), IGNORE, dtype=np.int32)
         targets[:-1] = np.where(learned[1:], ids[1:], IGNORE)
         num_supervised = int(np.count_nonzero(learned[1:]))
-        if length == 0:
-            return RowProblem(EMPTY, "no tokens")
         if num_supervised == 0:
             detail = f"what is not learned fills max_length = {self.data.max_length:,}" if length > len(ids) else "too few tokens"
             return RowProblem(NOTHING_TO_LEARN, detail)

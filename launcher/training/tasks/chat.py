@@ -1,89 +1,226 @@
-"""A chat as runs of tokens that are learned (the assistant's turns) or only read, by the tokenizer's own template."""
+"""A chat as the tokenizer's own template writes it, and which of it is learned: what the assistant says, each turn with what ends it."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import datetime
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.sources.rows import BAD_VALUE, RowProblem, messages_of
+from launcher.job.schema import Data
+from launcher.sources.chats import is_learned, is_parts, messages_of, tools_of
+from launcher.sources.rows import BAD_VALUE, RowProblem
+from launcher.training.tasks.encoding import Written
+from launcher.training.tasks.forms import (
+    are_quoted,
+    as_object,
+    as_text,
+    has_calls,
+    in_parts,
+    joined,
+    with_arguments,
+    with_contents,
+    with_whole_parts,
+)
+from launcher.training.tasks.shadows import Message
+from launcher.training.tasks.turns import Marks, check_said, marks_of, turns
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Tools = list[dict[str, Any]] | None
 
 
-class Segment(NamedTuple):
-    """A run of text, or of tokens, that is learned as a whole or not at all."""
+class ChatTemplate:
+    """A tokenizer's chat template, bound to the settings of a job. Raises ConfigurationError where it cannot serve them."""
 
-    text: str
-    learned: bool
-    ids: list[int] | None = None
-    """The tokens where they are known; the text is then empty."""
-
-
-def check(tokenizer: Any) -> None:
-    """Raise ConfigurationError where the tokenizer has no chat template."""
-    if not tokenizer.chat_template:
-        reason = "data.messages needs a tokenizer with a chat template; take an instruction-tuned model, or data.prompt and data.completion"
-        raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
-
-
-def segments(row: dict[str, Any], column: str, tokenizer: Any) -> list[Segment]:
-    """The runs of one chat. Raises RowProblem where the row has none that can be learned."""
-    messages = _messages(row, column)
-    try:
-        if _marks_turns(tokenizer):
-            return _marked(messages, tokenizer)
-        return _found(messages, tokenizer)
-    except RowProblem:
-        raise
-    except Exception as error:  # A template is a program of the model's author: it may raise anything at messages it does not like.
-        raise RowProblem(BAD_VALUE, f"the chat template cannot write {column!r}: {error}") from None
-
-
-def _messages(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    # Parquet and hub data sets give every key of every message, with None where it is absent.
-    return [{key: value for key, value in message.items() if value is not None or key == "content"} for message in messages_of(row, column)]
-
-
-def _marks_turns(tokenizer: Any) -> bool:
-    template = tokenizer.chat_template
-    return isinstance(template, str) and "{% generation %}" in template.replace("{%-", "{%").replace("-%}", "%}")
-
-
-def _marked(messages: list[dict[str, Any]], tokenizer: Any) -> list[Segment]:
-    """By a template that says itself what the assistant generates."""
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    return [Segment("", bool(learned), [token for token, _ in run]) for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1])]
-
-
-def _found(messages: list[dict[str, Any]], tokenizer: Any) -> list[Segment]:
-    """By writing the chat up to each assistant turn: what the turn adds to that is learned, to its end token."""
-
-    def write(count: int, prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-
-    whole = write(len(messages), False)
-    found: list[Segment] = []
-    position = 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = write(number, True) if number else "", write(number + 1, False)
-        start, end = len(before), _end_of_turn(whole, before, after, tokenizer.eos_token)
-        if not whole.startswith(before) or end <= start or start < position:
-            raise RowProblem(
-                BAD_VALUE, f"the chat template writes message {number + 1} differently once others follow, so its turn cannot be told"
+    def __init__(self, tokenizer: Any, data: Data) -> None:
+        self._tokenizer = tokenizer
+        self._data = data
+        templates = tokenizer.chat_template
+        if not templates:
+            reason = (
+                "data.messages needs a tokenizer with a chat template; take an instruction-tuned model, or data.prompt and data.completion"
             )
-        found += [Segment(whole[position:start], False), Segment(whole[start:end], True)]
-        position = end
-    return [segment for segment in [*found, Segment(whole[position:], False)] if segment.text]
+            raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
+        self._templates: dict[str, str] = templates if isinstance(templates, dict) else {"default": templates}
+        self._check_names()
+        self._day = data.date or datetime.date.today().isoformat()
+        self._writes_date = any("strftime_now" in template for template in self._templates.values())
+        # White space that is a token, as Gemma has it, ends no turn.
+        added = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
+        self._ends = _known_ends(tokenizer)
+        self._marks = functools.cache(self._find_marks)
+        self._wants_parts = functools.cache(self._find_wants_parts)
+
+    def _check_names(self) -> None:
+        if not {"default", "tool_use"} & self._templates.keys():
+            names = ", ".join(map(repr, self._templates))
+            reason = f"its tokenizer has the chat templates {names}, and transformers takes 'default', or 'tool_use' for a chat with tools"
+            raise ConfigurationError(Problem("model.name", self._tokenizer.name_or_path or None, reason))
+        if self._data.tools is not None and not any("tools" in template for template in self._templates.values()):
+            value = self._data.tools if isinstance(self._data.tools, str) else None
+            raise ConfigurationError(Problem("data.tools", value, "the model's chat template writes no tools; leave it out"))
+
+    @property
+    def key(self) -> Any:
+        """What decides a chat's tokens besides its row, the tokenizer and the job: the date where one is written, and what ends turns."""
+        return [self._day if self._writes_date else None, self._ends]
+
+    def written(self, row: dict[str, Any], column: str) -> Written:
+        """The text of a row's chat and what of it is learned. Raises RowProblem where it has none that can be learned."""
+        messages, tools = messages_of(row, column), tools_of(row, self._data)
+        with self._dated():
+            try:
+                return self._marked(self._form(messages, tools), tools)
+            except RowProblem:
+                raise
+            except Exception as error:  # A template is a program of the model's author: it may raise anything at messages it does not like.
+                raise RowProblem(BAD_VALUE, f"the chat template cannot write {column!r}: {error}") from None
+
+    def _form(self, messages: list[Message], tools: Tools) -> list[Message]:
+        """The messages as they are given, or the same said otherwise for a template that takes no other form."""
+        messages = [with_whole_parts(message) for message in messages]
+        if self._wants_parts(self._tokenizer.get_chat_template(None, tools)):
+            messages = [in_parts(message) for message in messages]
+        elif any(is_parts(message.get("content")) for message in messages) and not self._takes_parts(messages, tools):
+            messages = [joined(message) for message in messages]
+        if not has_calls(messages):
+            return messages
+        text = self._try(messages, tools)
+        # DeepSeek's template puts arguments behind other text, and so takes them as text; and it looks at a content, be there one or not.
+        # Most others make JSON of arguments: of those that are text already, JSON in quotation marks.
+        as_texts = [with_arguments(message, as_text) for message in messages]
+        others = [as_texts, with_contents(messages), with_contents(as_texts)]
+        if text is not None:
+            others = [[with_arguments(message, as_object) for message in messages]] if are_quoted(messages, text) else []
+        for other in others:
+            text = self._try(other, tools)
+            if text is not None and not are_quoted(other, text):
+                return other
+        return messages
+
+    def _try(self, messages: list[Message], tools: Tools) -> str | None:
+        """What the template writes; None where it refuses."""
+        try:
+            return self._write(tools, messages)
+        except Exception:  # Whatever it raises comes again where its text is asked for.
+            return None
+
+    def _takes_parts(self, messages: list[Message], tools: Tools) -> bool:
+        """Whether the template writes a part of text as it writes the text."""
+        whole = [joined(message) for message in messages]
+        alone = [in_parts(new) if is_parts(old.get("content")) else new for old, new in zip(messages, whole, strict=True)]
+        text = self._try(alone, tools)
+        return text is not None and text == self._try(whole, tools)
+
+    def _find_wants_parts(self, template: str) -> bool:
+        """Whether the template writes parts, and nothing of a content that is text, as those of some models for pictures."""
+        chat = [{"role": "user", "content": "word"}]
+        try:
+            if "word" in self._write_with(template, chat):
+                return False
+            written = self._write_with(template, [in_parts(chat[0])])
+        except Exception:  # It wants other messages than these; rows show it.
+            return False
+        return "word" in written and "'type'" not in written and '"type"' not in written
+
+    def _marked(self, messages: list[Message], tools: Tools) -> Written:
+        """The chat and its learned turns: by the template's own marks where it has some, else as they are found."""
+        write, text = functools.partial(self._write, tools), self._write(tools, messages)
+        template = self._tokenizer.get_chat_template(None, tools)
+        learned = {number for number, message in enumerate(messages) if is_learned(message, number + 1)}
+        if not _GENERATION.search(template):
+            found = turns(messages, text, write, self._marks(template), self._added)
+            return Written(text, [(turn.start, turn.end) for turn in found if turn.message in learned])
+        check_said(messages, text, write)
+        spans = self._generated(messages, tools, template, text)
+        if any(message["role"] == "assistant" and number not in learned for number, message in enumerate(messages)):
+            read = [turn for turn in turns(messages, text, write, self._marks(template), self._added) if turn.message not in learned]
+            spans = [(start, end) for start, end in spans if not any(start < turn.end and turn.start < end for turn in read)]
+        return Written(text, spans)
+
+    def _find_marks(self, template: str) -> Marks:
+        content = [{"type": "text", "text": "word"}] if self._wants_parts(template) else "word"
+        return marks_of(lambda messages, prompt: self._write_with(template, messages, prompt), content, self._added, self._ends)
+
+    def _write_with(self, template: str, messages: Sequence[Message], prompt: bool = False) -> str:
+        written = self._tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt)
+        return str(written)
+
+    def _generated(self, messages: list[Message], tools: Tools, template: str, text: str) -> list[tuple[int, int]]:
+        """By a template that says itself what the assistant generates."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        rendered, spans = render_jinja_template(
+            conversations=[given],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        if rendered != [text]:
+            raise RowProblem(
+                BAD_VALUE, "the tokenizer writes the chat otherwise than its template, so that {% generation %} cannot be used"
+            )
+        return [(start, end) for start, end in spans[0]]
+
+    def _write(self, tools: Tools, messages: Sequence[Message], prompt: bool = False) -> str:
+        written = self._tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt)
+        return str(written)
+
+    @contextlib.contextmanager
+    def _dated(self) -> Iterator[None]:
+        """The run's date, while a template writes: it asks `strftime_now` of transformers, which asks its module's `datetime`."""
+        if not self._writes_date:
+            yield
+            return
+        from transformers.utils import chat_template_utils as module
+
+        clock = module.datetime
+        setattr(module, "datetime", _Clock(datetime.datetime.fromisoformat(self._day)))  # noqa: B010
+        try:
+            yield
+        finally:
+            setattr(module, "datetime", clock)  # noqa: B010
 
 
-def _end_of_turn(whole: str, before: str, after: str, end_token: str | None) -> int:
-    """Where the turn ends in the whole chat: with its end token where it has one, without the white space that follows."""
-    if whole.startswith(after):
-        turn = after[len(before) :]
-        if end_token and turn.rstrip().endswith(end_token):
-            return len(before) + len(turn.rstrip())
-        return len(after)
-    at = whole.find(end_token, len(before)) if end_token else -1
-    return at + len(end_token or "") if at >= 0 else -1
+class _Clock(NamedTuple):
+    """A clock that stands."""
+
+    day: datetime.datetime
+
+    def now(self) -> datetime.datetime:
+        return self.day
+
+
+def _known_ends(tokenizer: Any) -> list[str]:
+    """The tokens at which generation stops, by the tokenizer and by the model's generation config where there is one."""
+    found = [tokenizer.eos_token] if tokenizer.eos_token else []
+    path = Path(tokenizer.name_or_path or "") / "generation_config.json"
+    if tokenizer.name_or_path and not path.is_file():
+        from transformers.utils import cached_file
+
+        with contextlib.suppress(OSError):
+            path = Path(
+                cached_file(
+                    tokenizer.name_or_path,
+                    "generation_config.json",
+                    local_files_only=True,
+                    _raise_exceptions_for_missing_entries=False,
+                    _raise_exceptions_for_connection_errors=False,
+                )
+                or path
+            )
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return found
+    ids = ids if isinstance(ids, list) else [ids]
+    found += [str(tokenizer.convert_ids_to_tokens(number)) for number in ids if isinstance(number, int) and 0 <= number < len(tokenizer)]
+    return list(dict.fromkeys(found))

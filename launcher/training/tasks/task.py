@@ -71,6 +71,11 @@ class Task(ABC):
         return False
 
     @property
+    def key(self) -> Any:
+        """What decides a row's sample beside the row, the settings of the job and the tokenizer, once bound; None where nothing does."""
+        return None
+
+    @property
     def padding_free(self) -> bool:
         """Whether `collate` joins samples end to end instead of padding them."""
         return self.layout == "packed"

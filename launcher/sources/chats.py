@@ -1,0 +1,142 @@
+"""A chat as it stands in a row: its messages, its tools, and which turns are learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import NoneType
+from typing import Any, TypeGuard
+
+from launcher.job.schema import Data
+from launcher.sources.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, IfThere, RowProblem, is_missing, missing
+from launcher.sources.written import list_in
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""The keys of a message that chat templates take its thoughts from."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def chat_columns(data: Data) -> tuple[str, ...]:
+    """The columns of a chat's row: its messages, and its tools where the source has them."""
+    assert data.messages is not None
+    return data.messages, data.tools if isinstance(data.tools, str) else IfThere("tools")
+
+
+def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
+    """The messages of the chat in `column`. Raises RowProblem where there are none, or none that can be learned."""
+    messages = values.get(column)
+    if is_missing(messages):
+        raise missing(values, column)
+    if isinstance(messages, str):
+        messages = list_in(messages) if messages.strip() else []
+    if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
+        raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
+    if not messages:
+        raise RowProblem(EMPTY, f"{column!r} has no messages")
+    for number, message in enumerate(messages, start=1):
+        if _holds_nan(message.get("content")) and not message.get("tool_calls"):
+            raise RowProblem(MISSING, f"the content of message {number} of {column!r} is NaN, a missing value")
+    messages = [_without_nan(message) for message in messages]
+    for number, message in enumerate(messages, start=1):
+        _check_content(message, number)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise RowProblem(NOTHING_TO_LEARN, "no message has the role 'assistant'")
+    if not any(is_learned(message, number) for number, message in enumerate(messages, start=1)):
+        raise RowProblem(NOTHING_TO_LEARN, "every assistant message has weight 0 or train false")
+    return messages
+
+
+def _holds_nan(content: Any) -> bool:
+    """Whether a message's content, or a part of it, is NaN: a template would write that out as text."""
+    if isinstance(content, list):
+        return any(_holds_nan(value) for part in content for value in (part.values() if isinstance(part, dict) else [part]))
+    return content is not None and is_missing(content)
+
+
+def _without_nan(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose missing values are null, as JSON has them."""
+    return {key: None if is_missing(value) else value for key, value in message.items()}
+
+
+def _check_content(message: dict[str, Any], number: int) -> None:
+    content = message.get("content")
+    if is_parts(content):
+        if (bad := next((part for part in content if _text_of_part(part) is None), None)) is not None:
+            kind = bad.get("type") if isinstance(bad, dict) else type(bad).__name__
+            raise RowProblem(BAD_VALUE, f"message {number} has a part of type {kind!r}, and a causal LM reads text")
+    elif (
+        not isinstance(content, (str, NoneType))
+        and content != []
+        and not (isinstance(content, (dict, list)) and message["role"] != "assistant")
+    ):
+        raise RowProblem(BAD_VALUE, f"the content of message {number} is a {type(content).__name__}, not text")
+
+
+def is_parts(content: Any) -> TypeGuard[list[Any]]:
+    """Whether a content is a list of parts, as OpenAI writes them, and no other list that a tool gave."""
+    if not isinstance(content, list) or not content:
+        return False
+    return all(isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("type", ""), str)) for part in content) and any(
+        isinstance(part, str) or "type" in part or "text" in part for part in content
+    )
+
+
+def _text_of_part(part: Any) -> str | None:
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if part.get("type", "text") in _TEXT_PARTS else None
+    return text if isinstance(text, str) else None
+
+
+def text_of_content(content: Any) -> str:
+    """The text of a message: as it is, or of its parts; of what a tool gave else, as JSON."""
+    if is_parts(content):
+        return "".join(_text_of_part(part) or "" for part in content)
+    if isinstance(content, (dict, list)):
+        return _as_json(content) if content else ""
+    return content if isinstance(content, str) else ""
+
+
+def is_learned(message: dict[str, Any], number: int) -> bool:
+    """Whether it is an assistant's turn that is learned: neither `weight: 0` nor `train: false`. Raises RowProblem for other values."""
+    if message["role"] != "assistant":
+        return False
+    weight, train = message.get("weight"), message.get("train")
+    if weight not in (None, 0, 1):
+        raise RowProblem(BAD_VALUE, f"weight of message {number} is {weight!r}; a turn is learned or not, 1 or 0")
+    if not isinstance(train, (bool, NoneType)):
+        raise RowProblem(BAD_VALUE, f"train of message {number} is {train!r}; a turn is learned or not, true or false")
+    return weight != 0 and train is not False
+
+
+def tools_of(values: dict[str, Any], data: Data) -> list[dict[str, Any]] | None:
+    """The tools of a row, or else those of the job; None where there are none. Raises RowProblem where they are no list of objects."""
+    column = data.tools if isinstance(data.tools, str) else "tools"
+    if isinstance(data.tools, str) and column not in values:
+        raise RowProblem(MISSING, f"no {column!r}, which may be null; the row has {', '.join(map(repr, values))}")
+    tools = values.get(column)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise RowProblem(BAD_VALUE, f"{column!r} is text that is not JSON: {error}") from None
+    if tools is None or tools == []:
+        return list(data.tools) if isinstance(data.tools, tuple) and data.tools else None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowProblem(BAD_VALUE, f"{column!r} is not a list of tools, each an object")
+    return tools
+
+
+def texts_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Iterator[str]:
+    """What a chat template is given to write: one text for the tools, if any, and one a message, with its thoughts and calls."""
+    if tools:
+        yield _as_json(tools)
+    for message in messages:
+        thoughts = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), "")
+        calls = message.get("tool_calls")
+        yield thoughts + text_of_content(message.get("content")) + (_as_json(calls) if calls else "")
+
+
+def _as_json(value: Any) -> str:
+    # A table may hold what JSON does not, as dates; here it counts as its text.
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,254 @@
+"""Where the turns of a chat stand in the text that a template makes of it, whatever the template does around them.
+
+The chat is written twice: as it is, and with each character that a message says replaced by one that stands for it (its shadow) and
+for the message. Where the two texts differ, a message speaks; what they share is the template's own. So it is known which message stands
+where, though the template strips, moves or leaves out, or puts one message into another's turn.
+
+A turn begins where the template's generation prompt for it ends: what a model is given is not learned, and all that it would have to
+write is, with `<think>` and the marks of a call. It ends with the token that ends such turns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from launcher.sources.rows import BAD_VALUE, RowProblem
+from launcher.training.tasks.shadows import (
+    KEPT,
+    MOST,
+    WORDS,
+    Message,
+    behind_words,
+    has_words,
+    is_shadow_of,
+    names_of_calls,
+    places_of,
+    with_shadows,
+)
+
+Write = Callable[[Sequence[Message], bool], str]
+"""The text of some messages, with a generation prompt or without."""
+
+_PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|[\W_]")
+"""What stands or falls as a whole where two texts of a template are held against each other."""
+_NEAR = 400
+"""Pieces before a turn among which its header is looked for."""
+
+
+class Turn(NamedTuple):
+    """An assistant's turn in the text: from the first character that it must write to the last of what ends it."""
+
+    message: int
+    """Its number among the messages, from 0."""
+    start: int
+    end: int
+
+
+class Marks(NamedTuple):
+    """What a template puts around turns, seen in a chat that was made up."""
+
+    header: str
+    """What stands between a user's last word and an answer."""
+    prompt: str
+    """Of it what a generation prompt adds."""
+    ends: tuple[str, ...]
+    """What ends a turn, each by itself."""
+
+
+def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence[str]) -> Marks:
+    """Learn what a template puts around turns, by having it write a chat of three messages that all say `content`; `known` are tokens that
+    end a turn anyway."""
+    chat = [with_shadows({"role": role, "content": content}, n, KEPT) for n, role in enumerate(("user", "assistant", "user"))]
+    header, prompt, found = "", "", list(known)
+    try:
+        header = behind_words(write(chat[:1], True))
+        prompt = header.removeprefix(behind_words(write(chat[:1], False)))
+        last = behind_words(write(chat[:2], False))
+        whole = write(chat, False)
+    except Exception:  # A template may refuse these three messages; rows then go by what they show themselves.
+        return Marks(header, prompt, tuple(found))
+    places = places_of(whole)
+    if places.keys() != {0, 1, 2}:
+        return Marks(header, prompt, tuple(found))
+    ahead, between = whole[places[0][1] : places[1][0]], whole[places[1][1] : places[2][0]]
+    if not prompt and ahead.startswith(header) and (named := ahead[len(header) :].rstrip(" ")).strip():
+        # A template that knows no generation prompt: what always stands before an answer is its header.
+        header, prompt = header + named, named
+    shared = _shared(between, last)
+    if end := _last_end(shared, added):
+        found.append(end)
+    else:
+        found += _ends_apart(between, last, header, added)
+    return Marks(header, prompt, tuple(dict.fromkeys(found)))
+
+
+def _last_end(text: str, added: re.Pattern[str]) -> str:
+    tokens = added.findall(text)
+    return str(tokens[-1]) if tokens else text.strip()
+
+
+def _ends_apart(between: str, last: str, header: str, added: re.Pattern[str]) -> list[str]:
+    """The two ends of a template that ends its last turn otherwise, as gpt-oss does; a token that begins another's turn is none."""
+    inner, outer = added.match(between.lstrip()), added.match(last.lstrip())
+    if outer is None:
+        return []
+    same_for_users = inner is not None and header.lstrip().startswith(inner[0])
+    return [outer[0], inner[0]] if inner is not None and same_for_users else [outer[0]]
+
+
+def turns(messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]) -> list[Turn]:
+    """Every assistant's turn in `text`, which is what `write` makes of the messages; in order.
+
+    Raises RowProblem where it cannot be told which message says what, or where a message that says something is left out.
+    """
+    if len(messages) > MOST:
+        raise RowProblem(BAD_VALUE, f"{len(messages):,} messages; a chat may have {MOST:,}")
+    return _Search(messages, text, write, marks, added).turns()
+
+
+def check_said(messages: Sequence[Message], text: str, write: Write) -> None:
+    """Raise RowProblem where a template that marks turns itself leaves out what the assistant says in one."""
+    try:
+        search = _Search(messages, text, write, Marks("", "", ()), re.compile("(?!)"))
+    except RowProblem:  # It cannot be told, and need not be.
+        return
+    search.check_said()
+
+
+class _Search:
+    def __init__(self, messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]) -> None:
+        self._text = text
+        self._write = write
+        self._marks = marks
+        self._added = added
+        self._shadows, self._shadowed = self._find_shadows(messages)
+        self._places = places_of(self._shadowed)
+
+    def _find_shadows(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        """Messages whose characters have shadows, and the text of them: as many as the template writes just as the others."""
+        everyone = {message["role"] for message in messages}
+        # What ends a turn, and is said in one, ends none.
+        ends = "|".join(map(re.escape, self._marks.ends)) or "(?!)"
+        first = re.compile(f"(?!{ends})(?:{KEPT.pattern})")
+        for kept, roles in ((first, everyone), (KEPT, everyone), (KEPT, everyone - {"system", "developer"}), (WORDS, {"assistant"})):
+            shadows = [with_shadows(m, n, kept) if m["role"] in roles else m for n, m in enumerate(messages)]
+            try:
+                shadowed = self._write(shadows, False)
+            except Exception:  # The template looks at something that has a shadow now.
+                continue
+            if is_shadow_of(shadowed, self._text):
+                return shadows, shadowed
+        raise RowProblem(BAD_VALUE, "what the chat template writes depends on what messages say, so that turns cannot be told")
+
+    def turns(self) -> list[Turn]:
+        found: list[Turn] = []
+        for number, message in enumerate(self._shadows):
+            if message["role"] == "assistant":
+                turn = self._turn(number, found[-1].end if found else 0)
+                found.append(turn)
+        return found
+
+    def _turn(self, number: int, after: int) -> Turn:
+        visible = number in self._places
+        before, following = self._around(number)
+        gap = self._shadowed[before:following]
+        header = self._prompt(number)
+        length = _header_length(gap, self._marks.header if header is None else header)
+        if gap.startswith(self._marks.prompt, length):
+            length += len(self._marks.prompt)  # As of Gemma 4, which gives no prompt behind a tool's answer, and writes one there later.
+        start = max(before + length, after)
+        speaks = self._places[number] if visible else (start, start)
+        if visible and (start > speaks[0] or self._interrupted(number)):
+            raise RowProblem(BAD_VALUE, f"the chat template writes message {number + 1} among others, so that its turn cannot be told")
+        end = max(speaks[1] + self._closing(number, speaks[1], visible, length), start)
+        self._check_said(number, self._text[start:end])
+        return Turn(number, start, end)
+
+    def check_said(self) -> None:
+        for number, message in enumerate(self._shadows):
+            if message["role"] == "assistant":
+                self._check_said(number, self._text)
+
+    def _check_said(self, number: int, text: str) -> None:
+        """Raise RowProblem where a text lacks the name of what a message calls, or all words of one that has some. Beside calls, thoughts
+        may be left out."""
+        shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
+        said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
+        if (number not in self._places and has_words(said)) or any(name not in text for name in names):
+            raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
+
+    def _around(self, number: int) -> tuple[int, int]:
+        """Where the last word before a turn ends, and where its own first word begins: the next message's, where it has none."""
+        spoken = sorted(self._places.items(), key=lambda item: item[1])
+        if number in self._places:
+            begins = self._places[number][0]
+        else:
+            begins = min((start for other, (start, _) in spoken if other > number), default=len(self._text))
+        return max((end for _, (_, end) in spoken if end <= begins), default=0), begins
+
+    def _interrupted(self, number: int) -> bool:
+        start, end = self._places[number]
+        return any(start < other < end for name, place in self._places.items() if name != number for other in place)
+
+    def _prompt(self, number: int) -> str | None:
+        """What a model is given of its turn: the end of the chat so far with a generation prompt; None where that cannot be written."""
+        try:
+            return behind_words(self._write(self._shadows[:number], True)) if number else None
+        except Exception:  # As of a chat that begins with the assistant, or two of whose messages stand in one turn.
+            return None
+
+    def _closing(self, number: int, position: int, visible: bool, header: int) -> int:
+        """How much of what stands behind a turn's last word belongs to it."""
+        following = min((start for start, _ in self._places.values() if start >= position), default=len(self._text))
+        behind = self._shadowed[position:following]
+        first, names = self._added.search(behind), names_of_calls(self._shadows[number])
+        if first is not None and first[0] in self._marks.ends and not any(name in behind for name in names):
+            return first.end()
+        shared = rest = behind
+        if number + 1 < len(self._shadows):
+            try:
+                alone = behind_words(self._write(self._shadows[: number + 1], False))
+            except Exception:  # The template refuses a chat that ends here.
+                alone = behind
+            alone = alone if visible else alone[header:]
+            shared = _shared(behind, alone)
+            rest = alone[len(shared) :]
+        # A template may write a turn otherwise where it is the last one; of one without words the first end is its own.
+        within = shared if visible or shared.strip() else behind
+        said = max((within.rfind(name) + len(name) for name in names if name in shared), default=0)
+        ends = [within.find(end, said) + len(end) for end in self._marks.ends if end in within[said:]]
+        if ends:
+            return min(ends)
+        # In the middle of a chat the turn may end otherwise than at its end.
+        other = next((end for end in self._marks.ends if behind.startswith(end, len(shared))), "")
+        return len(shared) + len(other) if other and rest.startswith(self._marks.ends) else len(shared.rstrip())
+
+
+def _shared(one: str, other: str) -> str:
+    """What two texts begin with, in whole pieces."""
+    length = 0
+    for piece, same in zip(_PIECES.findall(one), _PIECES.findall(other), strict=False):
+        if piece != same:
+            break
+        length += len(piece)
+    return one[:length]
+
+
+def _header_length(gap: str, prompt: str) -> int:
+    """How much of what stands before an answer's first word the model is given: `prompt` where it stands there as it is.
+
+    Templates give more than they write later (`<think>`), or end another's turn otherwise in the middle of a chat; then it is as far as the
+    longest run that both have, white space aside.
+    """
+    if gap.startswith(prompt):
+        return len(prompt)
+    shared = _shared(gap, prompt)
+    if shared == gap:
+        return len(gap)
+    pieces, given = _PIECES.findall(gap)[-_NEAR:], _PIECES.findall(prompt)[-_NEAR:]
+    runs = difflib.SequenceMatcher(None, pieces, given, autojunk=False).get_matching_blocks()
+    best = max(runs, key=lambda run: len("".join(pieces[run.a : run.a + run.size]).strip()))
+    return len(gap) - len("".join(pieces[best.a + best.size :])) if best.size else len(gap)
