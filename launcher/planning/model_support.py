@@ -56,25 +56,65 @@ def read_table() -> dict[str, Any]:
     return table
 
 
-def support(task: str, config: dict[str, Any] | None, trust_remote_code: bool = False) -> Support:
-    """Return what is known of a model by its config.json: `UNKNOWN` without one, `UNTRIED` for what the table does not have."""
+def support(task: str, config: dict[str, Any] | None, trust_remote_code: bool = False, max_length: int = 0) -> Support:
+    """Return what is known of a model by its config.json, for samples of at most `max_length` tokens.
+
+    `UNKNOWN` without a config, `UNTRIED` for what the table does not have.
+    """
     if config is None:
         return UNKNOWN[task]
     table, kind = read_table(), str(config.get("model_type"))
     if trust_remote_code and "auto_map" in config:
         return UNTRIED[task]
     entry = table[task].get(kind)
-    if entry is not None and "encoder" in entry and not config.get("is_decoder"):
+    if entry is None:
+        return UNTRIED[task] if kind not in table["types"] else Support((), _cannot(table, kind, task))
+    known = Support(tuple(Way(*way.split()) for way in entry.get("ways", ())), entry.get("refused", ""))
+    return _with_values(known, entry, config, max_length) if task == "causal-lm" and known.ways else known
+
+
+def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
+    others = [name for name in UNKNOWN if table[name].get(kind, {}).get("ways")]
+    return f"a {kind} model cannot do {task}" + (f"; it can do {' and '.join(others)}" if others else "")
+
+
+def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any], max_length: int) -> Support:
+    """What values in a config change of what is known of its type. Each was tried by the sweep, as `type+variant`."""
+    kind = config["model_type"]
+    if "encoder" in entry and not config.get("is_decoder"):
         reason = "is an encoder, whose tokens see those that come after; with is_decoder: true in its config it is a causal LM"
         return Support((), f"a {kind} model {reason}")
-    if entry is not None:
-        ways = tuple(Way(*way.split()) for way in entry.get("ways", ()))
-        return Support(ways, entry.get("refused", ""))
-    if kind not in table["types"]:
-        return UNTRIED[task]
-    others = [name for name in UNKNOWN if table[name].get(kind, {}).get("ways")]
-    can = f"; it can do {' and '.join(others)}" if others else ""
-    return Support((), f"a {kind} model cannot do {task}{can}")
+    for key, reason in _REFUSED_VALUES.get(kind, {}).items():
+        if config.get(key):
+            return Support((), f"with {key}: {config[key]} in its config {reason}")
+    if kind == "falcon" and config.get("alibi"):
+        return Support(tuple(way for way in known.ways if way.attention == "eager"))
+    rope, begun = _growing_positions(config)
+    if begun and max_length > begun and rope == "dynamic":
+        reason = "its rotary frequencies hang on the longest sample so far, so that the loss of one would hang on those before it"
+        return Support((), f"{reason}; write data.max_length: {begun} at most")
+    if begun and max_length > begun:
+        return Support((Way("single", "sdpa", known.ways[0].head), Way("single", "eager", known.ways[0].head)))
+    return known
+
+
+_REFUSED_VALUES = {
+    "bamba": {"z_loss_coefficient": "its class adds to the loss what launcher does not compute; write 0 there"},
+    "doge": {"is_moe": "its router mixes the tokens of a sample, so that it is no causal LM"},
+    "gemma3_text": {"use_bidirectional_attention": "tokens see those that come after, so that it is no causal LM"},
+}
+
+
+def _growing_positions(config: dict[str, Any]) -> tuple[str, int]:
+    """The kind of rotary embedding whose frequencies change with the longest sample of a pass, and from which length on; 0 for none."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for rope in (found, *found.values()) if isinstance(found, dict) else ():
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+        if kind in ("longrope", "dynamic"):
+            keys = (rope.get("original_max_position_embeddings"), config.get("original_max_position_embeddings"))
+            begun = next((size for size in (*keys, config.get("max_position_embeddings")) if isinstance(size, int)), 0)
+            return kind, begun
+    return "", 0
 
 
 def fitting(known: Support, attention: str) -> list[Way]:

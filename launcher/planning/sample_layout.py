@@ -21,7 +21,7 @@ def choose_way(decider: Decider, device: str) -> Way:
     if model.attention == "flash_attention_2":
         _check_flash(decider, device)
     config = config_of(model)
-    known = support(model.task, config, model.trust_remote_code)
+    known = support(model.task, config, model.trust_remote_code, job.data.max_length)
     if not known.ways:
         decider.refuse("model.name", model.name, known.refused)
         return UNKNOWN[model.task].ways[0]
@@ -50,7 +50,7 @@ def one_a_pass(job: Job) -> Job:
     """The job with one sample a pass where its model can do no other, and the job leaves that open."""
     if job.batch.micro_batch_size != "auto" or job.data.train.name == OWN:
         return job
-    ways = fitting(support(job.model.task, config_of(job.model), job.model.trust_remote_code), job.model.attention)
+    ways = fitting(support(job.model.task, config_of(job.model), job.model.trust_remote_code, job.data.max_length), job.model.attention)
     if not ways or ways[0].layout != "single":
         return job
     return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_batch_size": 1})})

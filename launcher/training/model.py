@@ -73,8 +73,7 @@ def settled(plan: Plan) -> Plan:
     Raises ConfigurationError for a model that cannot be trained truly, and where there is none by that name.
     """
     config = read_config(plan.model_copy(update={"attention": "eager"}))
-    remote = plan.model.trust_remote_code and hasattr(config, "auto_map")
-    known = model_support.support(plan.task, {"model_type": config.model_type} | ({"auto_map": {}} if remote else {}), remote)
+    known = model_support.support(plan.task, config.to_dict(), plan.model.trust_remote_code, plan.data.max_length)
     planned = model_support.Way(plan.layout, plan.attention, plan.head)
     if known is model_support.UNTRIED[plan.task] or planned in known.ways or plan.attention == "flash_attention_2":
         return plan

@@ -112,3 +112,30 @@ def test_plans_of_before_have_the_layout_of_their_task(tmp_path: Path) -> None:
     assert Plan.read(tmp_path / "plan.json").layout == "packed"
     (tmp_path / "plan.json").write_text(json.dumps(made | {"task": "sequence-classification"}))
     assert Plan.read(tmp_path / "plan.json").layout == "padded"
+
+
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+
+
+def test_values_of_a_config_change_what_is_right() -> None:
+    def known(config: dict[str, Any], max_length: int = 100) -> model_support.Support:
+        return support("causal-lm", config, max_length=max_length)
+
+    assert [way.attention for way in known({"model_type": "falcon", "alibi": True}).ways] == ["eager"]
+    assert "is_decoder: true" in known({"model_type": "bert"}).refused
+    assert known({"model_type": "bert", "is_decoder": True}).ways
+    assert "z_loss_coefficient: 0.1" in known({"model_type": "bamba", "z_loss_coefficient": 0.1}).refused
+    assert known({"model_type": "bamba", "z_loss_coefficient": 0.0}).ways
+
+
+@pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
+def test_rotary_frequencies_that_follow_the_longest_sample(where: str) -> None:
+    def known(max_length: int, **rope: Any) -> model_support.Support:
+        return support("causal-lm", {"model_type": "phi3", where: LONG | rope}, max_length=max_length)
+
+    assert {way.layout for way in known(65).ways} == {"single"}
+    assert known(64).ways[0].layout == "packed"
+    assert "data.max_length: 64" in known(65, rope_type="dynamic").refused
+    assert known(65, rope_type="yarn").ways[0].layout == "packed"
+    nested = {"model_type": "gemma3_text", where: {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}}
+    assert support("causal-lm", nested, max_length=65).ways[0].layout == "single"

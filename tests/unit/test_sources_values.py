@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from launcher.job.schema import Data, Source
 from launcher.planning.lengths import lengths
+from launcher.sources.chats import messages_of
 from launcher.sources.labels import class_name, class_names, number_of
 from launcher.sources.readers import READERS
-from launcher.sources.rows import RowProblem, messages_of, text_of
+from launcher.sources.rows import RowProblem, text_of
 from launcher.sources.sample import look
 from launcher.sources.written import list_in
 

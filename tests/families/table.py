@@ -1,0 +1,127 @@
+"""What the sweep found, as the planner reads it (launcher/planning/model_support.json) and as people do (docs/models.md).
+
+python -m tests.families.table
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from launcher.planning.model_support import TABLE
+from tests.families.causal import CANDIDATES, HEADS
+from tests.families.numbers import is_ok
+from tests.families.sweep import RAW
+from tests.families.tiny import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+_NOT_ITS_OWN = "its class adds to the loss what launcher does not compute"
+_NOT_CAUSAL = "in its class tokens see those that come after them, so that it is no causal LM"
+
+
+def table_of(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the planner's table: by task and model_type the ways that are right, the fastest first, or why there is none."""
+    made: dict[str, Any] = {"versions": raw["versions"], "types": sorted(CONFIG_MAPPING_NAMES)}
+    for task, entry in ((CAUSAL_LM, _causal), (SEQUENCE_CLASSIFICATION, _classifier)):
+        made[task] = {kind: entry(found) for kind, found in sorted(raw[task].items()) if "+" not in kind}
+    return made
+
+
+def _causal(found: dict[str, Any]) -> dict[str, Any]:
+    if "tried" not in found:
+        return {"class": found["class"], "refused": _plain(found["reason"])}
+    if not found["causal"]:
+        return {"class": found["class"], "refused": _NOT_CAUSAL}
+    if not found["own_loss_is_cross_entropy"] and not found.get("own_loss_is_unshifted"):
+        return {"class": found["class"], "refused": _NOT_ITS_OWN}
+    ways = []
+    for layout, attention in CANDIDATES:
+        head = next((head for head in HEADS if is_ok(found["tried"].get(f"{layout}/{attention}/{head}"))), None)
+        if head is not None:
+            ways.append(f"{layout} {attention} {head}")
+    entry = {"class": found["class"], "ways": ways} if ways else {"class": found["class"], "refused": "no way gives its own loss"}
+    return entry | ({"encoder": True} if found.get("causal_without_is_decoder") is False else {})
+
+
+def _classifier(found: dict[str, Any]) -> dict[str, Any]:
+    right = [name.split("/") for name, said in found.get("tried", {}).items() if is_ok(said) and "left" not in name]
+    padded = [f"{layout} {attention}" for layout, attention in right if layout == "padded"]
+    ways = padded or [f"{layout} {attention}" for layout, attention in right]
+    return {"class": found["class"], "ways": ways} if ways else {"class": found["class"], "refused": _plain(found["reason"])}
+
+
+def _plain(reason: str) -> str:
+    """The first line of a reason, without the Python error behind it."""
+    return reason.partition(": ")[0] if ": " in reason else reason
+
+
+def page_of(table: dict[str, Any]) -> str:
+    """Return docs/models.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
+    lines = [
+        HEAD.format(versions=versions),
+        _section("Causal LMs", table[CAUSAL_LM]),
+        _section("Classifiers", table[SEQUENCE_CLASSIFICATION]),
+    ]
+    return "\n".join(lines)
+
+
+def _section(title: str, entries: dict[str, Any]) -> str:
+    good = {kind: entry for kind, entry in entries.items() if "ways" in entry}
+    refused = {kind: entry for kind, entry in entries.items() if "refused" in entry}
+    lines = [
+        f"## {title}",
+        "",
+        f"{len(good)} of {len(entries)} model types.",
+        "",
+        "| model_type | layout | attention | others | loss |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, entry in good.items():
+        layout, attention, *head = entry["ways"][0].split()
+        others = ", ".join(dict.fromkeys(_attention(way) for way in entry["ways"][1:] if _attention(way) != attention)) or "-"
+        note = " (with `is_decoder: true`)" if entry.get("encoder") else ""
+        lines.append(f"| `{kind}`{note} | {layout} | {attention} | {others} | {_LOSS[head[0] if head else '']} |")
+    lines += ["", "Refused by `launcher plan`:", "", "| model_type | why |", "|---|---|"]
+    lines += [f"| `{kind}` | {entry['refused']} |" for kind, entry in refused.items()]
+    return "\n".join([*lines, ""])
+
+
+def _attention(way: str) -> str:
+    layout, attention, *_ = way.split()
+    return attention if layout == "packed" or attention == "packed" else f"{attention} ({layout})"
+
+
+_LOSS = {"chunked": "chunks of the output matrix", "model": "chunks of its own head", "forward": "its own forward", "": "its own forward"}
+HEAD = """# Models
+
+Every causal LM and classifier of transformers that can be built small, and how its samples share a pass so that the
+loss is the one that the model's own class computes for each sample alone ([what the words
+mean](guide-data.md#how-samples-share-a-pass)). `attention` is what `auto` takes, `others` what else may be asked for
+with `model.attention`.
+
+Made by `python -m tests.families.sweep` and `python -m tests.families.table` with {versions}. Of each type a tiny
+model with made-up weights is built in fp32; the loss of 16 samples of 1 to 40 tokens, and the norm of its gradient,
+are held to those of each sample alone in a pass of its own, by the class's own forward (1e-5 and 1e-4, relative;
+where rounding comes near to that, in fp64). Sliding windows, soft caps, multipliers, routers' losses and every kind
+of layer of a hybrid are in these models. Three things a config can say change what is right, and the planner looks
+for them: `rope_type: longrope` or `dynamic` (one sample a pass, where samples may be longer than the positions that
+the model began with), `alibi: true` of Falcon (eager), and `is_decoder: false` of an encoder (refused as a causal
+LM). Whatever else a config says, the check after loading compares.
+
+Nothing here was run on a GPU.
+"""
+
+
+def main() -> None:
+    """Write both."""
+    table = table_of(json.loads(RAW.read_text(encoding="utf-8")))
+    TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page_of(table), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
