@@ -17,9 +17,11 @@ _OF_A_TABLE = {
     "max_seq_len": "mpt",
 }
 """Model types whose positions are rows of a table, learned or computed once, by the key that says how many. Read in transformers 5.23."""
-_BEHIND_PADDING = frozenset(
-    ["camembert", "data2vec-text", "esm", "ibert", "jina_embeddings_v3", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"]
-)
+_COUNTED_FROM_PADDING = """
+    camembert data2vec-text esm ibert jina_embeddings_v3 layoutlmv3 lilt longformer luke markuplm mpnet roberta roberta-prelayernorm
+    xlm-roberta xlm-roberta-xl xmod
+"""
+_BEHIND_PADDING = frozenset(_COUNTED_FROM_PADDING.split())
 """Those that count from the row behind the padding token's: RoBERTa's 514 rows hold 512 positions."""
 _KEYS = {kind: key for key, kinds in _OF_A_TABLE.items() for kind in kinds.split()}
 _OTHER_NAMES = {"max_position_embeddings": "n_positions", "n_positions": "max_position_embeddings"}
