@@ -41,7 +41,7 @@ def is_weights(path: Path) -> bool:
 
 
 def kept(directory: Path) -> Iterator[Path]:
-    """Yield, relative to a model's directory, what an export has of it: every file at its top but weights, named chat templates, and code."""
+    """Yield, relative to a model's directory, what an export has of it: all at its top but weights, named chat templates, and code."""
     for path in sorted(directory.iterdir()):
         if path.is_file() and not is_weights(path) and path.name not in _OF_ITSELF:
             yield path.relative_to(directory)
