@@ -78,8 +78,9 @@ def _reasons(directory: Path, found: dict[str, Any], model: Model) -> list[str]:
         reasons.append(f"its target_modules are {targets!r}, and a run goes on with a list of names alone{cure}")
     if not (directory / WEIGHTS).is_file():
         reasons.append(f"there is no {WEIGHTS}; save it again with peft")
-    if not isinstance(found.get("r"), int) or not isinstance(found.get("lora_alpha"), (int, float)):
-        reasons.append(f"its r is {found.get('r')!r} and its lora_alpha {found.get('lora_alpha')!r}, and numbers are needed")
+    rank, alpha = found.get("r"), found.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank <= 0 or alpha <= 0:
+        reasons.append(f"its r is {rank!r} and its lora_alpha {alpha!r}, and positive numbers are needed")
     if model.task != "causal-lm":
         reasons.append(f"an adapter's directory does not say which classes its head is for{cure}")
     return reasons

@@ -40,6 +40,13 @@ def read_vocabulary(directory: str) -> Vocabulary | None:
 @lru_cache(maxsize=8)
 def _read(directory: str, changed: tuple[int, ...]) -> Vocabulary | None:
     """As `read_vocabulary`; `changed` lets what was read of older files be forgotten."""
+    try:
+        return _vocabulary(directory)
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError):  # files that are none of a tokenizer; loading it says so
+        return None
+
+
+def _vocabulary(directory: str) -> Vocabulary | None:
     found = {name: _json(Path(directory) / name) for name in _FILES if name.endswith(".json")}
     settings = found["tokenizer_config.json"]
     ids = _ids(directory, found)

@@ -88,8 +88,9 @@ def model_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the part of a causal LM whose `last_hidden_state` goes into its head: what its own forward calls first."""
-    base = model.base_model
-    return base if base is not model else model.get_decoder()
+    found = next((part for part in (model.base_model, model.get_decoder()) if part is not model), None)
+    # Llama 4 names neither by the name that its class has for it.
+    return found or next(part for part in model.children() if isinstance(part, PreTrainedModel))
 
 
 def _inputs(batch: Batch) -> Batch:
@@ -200,5 +201,5 @@ def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Te
         if not isinstance(balance, torch.Tensor):
             return None
         total = total + balance * (batch["targets"][begin : begin + length] != IGNORED).sum()
-    coefficient = getattr(model, "router_aux_loss_coef", None)
-    return total.float() * (model.config.get_text_config().router_aux_loss_coef if coefficient is None else coefficient)
+    owners = ((model, "router_aux_loss_coef"), (config := model.config.get_text_config(), "router_aux_loss_coef"), (config, "aux_loss_coef"))
+    return total.float() * next(getattr(owner, name) for owner, name in owners if hasattr(owner, name))

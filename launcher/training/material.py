@@ -96,9 +96,9 @@ class Material:
 
 def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     """Raise ConfigurationError where rows have a token for which the model's embedding has no row."""
-    num_rows = config.get_text_config().vocab_size
-    # To read every sample takes a while: only where the tokenizer has such tokens.
-    if dataset is None or models.num_ids(tokenizer) <= num_rows or (highest := dataset.highest_token()) < num_rows:
+    num_rows = getattr(config.get_text_config(), "vocab_size", None)
+    # To read every sample takes a while: only where the tokenizer has such tokens. Of characters there is no table.
+    if dataset is None or num_rows is None or models.num_ids(tokenizer) <= num_rows or (highest := dataset.highest_token()) < num_rows:
         return
     token = tokenizer.convert_ids_to_tokens(highest)
     reason = f"has the token {token!r} ({highest}), and the embedding has {num_rows:,} rows; write model.resize_embeddings: true"

@@ -50,6 +50,9 @@ def read_config(plan: Plan) -> Any:
     config = _made_up(plan) if plan.model.config is not None else _in_files(plan)
     if plan.model.resize_embeddings:
         text = config.get_text_config()
+        if not hasattr(text, "vocab_size"):
+            reason = f"a {config.model_type} model has no table of tokens that could grow; leave it out"
+            raise ConfigurationError(Problem("model.resize_embeddings", True, reason))
         text.vocab_size = max(text.vocab_size, num_ids(read_tokenizer(plan)))
     return config
 

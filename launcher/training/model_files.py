@@ -18,6 +18,8 @@ from launcher.planning.plan import Plan
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz", ".index.json")
 _OF_ITSELF = ("README.md", ".gitattributes", ".gitignore", "trainer_state.json", "adapter_config.json", "all_results.json")
 """What says something of that model, or of its own training, and would be wrong of another."""
+_OF_A_MODEL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".codes", ".vocab", ".spm")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -26,7 +28,10 @@ def directory_of(plan: Plan) -> Path | None:
     path = Path(plan.model.name)
     if path.is_dir():
         return path
-    found = try_to_load_from_cache(plan.model.name, "config.json", revision=plan.model.revision)
+    try:
+        found = try_to_load_from_cache(plan.model.name, "config.json", revision=plan.model.revision)
+    except ValueError:  # no name that the hub could have
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -36,7 +41,7 @@ def is_weights(path: Path) -> bool:
 
 
 def kept(directory: Path) -> Iterator[Path]:
-    """Yield, relative to a model's directory, what goes along: every file at its top but weights, named chat templates, and all code."""
+    """Yield, relative to a model's directory, what an export has of it: all at its top but weights, named chat templates, and code."""
     for path in sorted(directory.iterdir()):
         if path.is_file() and not is_weights(path) and path.name not in _OF_ITSELF:
             yield path.relative_to(directory)
@@ -67,8 +72,10 @@ def own_code(plan: Plan) -> Iterator[None]:
 
 
 def copy(directory: Path, target: Path) -> None:
-    """Copy what goes along into a directory, which is made."""
+    """Copy what goes along with a model into a directory, which is made; whatever else somebody keeps beside the model does not."""
     for inside in kept(directory):
+        if inside.suffix not in _OF_A_MODEL and not inside.name.startswith(_LICENCES):
+            continue
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         # Of the hub's cache files are links, and what is copied is what they lead to.
         shutil.copyfile(directory / inside, target / inside)

@@ -256,6 +256,12 @@ def test_a_model_without_a_head_has_no_classes(config: LlamaConfig) -> None:
     assert task.own_labels is None and task.labels == ["a", "b"] and not task.remarks
 
 
+def test_a_class_of_the_models_own_code_may_have_any_name() -> None:
+    task, code = task_of(), {"AutoModelForSequenceClassification": "modeling.Judge"}
+    task.adopt(classifier_config("b", "a", architectures=["Judge"], auto_map=code))
+    assert task.own_labels == ["b", "a"]
+
+
 def test_the_head_of_a_number_keeps_its_name() -> None:
     task, config = task_of(problem="regression"), classifier_config("LABEL_0")
     task.adopt(config)

@@ -91,7 +91,7 @@ def test_what_lies_beside_the_weights_is_in_the_export(tmp_path: Path) -> None:
     words.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
     words.save_pretrained(directory)
     (directory / "code").mkdir()
-    for name in ("preprocessor_config.json", "LICENSE", "code/helper.py", "README.md", "training_args.bin", ".hidden"):
+    for name in ("preprocessor_config.json", "LICENSE", "code/helper.py", "README.md", "training_args.bin", "rows.jsonl"):
         (directory / name).write_text("{}")
     (directory / "code" / "notes.txt").write_text("not code")
     run = new_run(tmp_path / "run", plan_for(directory, causal_data(tmp_path / "data"), 1, 1))
@@ -99,7 +99,7 @@ def test_what_lies_beside_the_weights_is_in_the_export(tmp_path: Path) -> None:
     export(run, tmp_path / "out")
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {"preprocessor_config.json", "LICENSE", "code/helper.py", "generation_config.json", "model.safetensors"} <= found
-    assert found.isdisjoint({"README.md", "training_args.bin", "code/notes.txt"})
+    assert found.isdisjoint({"README.md", "training_args.bin", "code/notes.txt", "rows.jsonl"})
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == words.chat_template
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, CanineConfig
 
 from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
@@ -123,6 +123,12 @@ def test_an_adapter_beside_new_rows_is_merged_and_not_exported_alone(tmp_path: P
     torch.testing.assert_close(merged[125], stored.mean(dim=0), rtol=1e-5, atol=1e-7)
     with pytest.raises(ConfigurationError, match=r"the run has 127 rows for tokens and its base 124: .* leave --adapter out"):
         export(run, tmp_path / "alone", adapter=True)
+
+
+def test_a_model_without_a_table_of_tokens_cannot_grow(tmp_path: Path) -> None:
+    CanineConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="a canine model has no table of tokens that could grow; leave it out"):
+        models.read_config(plan_of(tmp_path, model__resize_embeddings=True))
 
 
 def test_rows_are_read_in_slices() -> None:

@@ -170,6 +170,14 @@ def test_tokens_wherever_they_are_written_down(tmp_path: Path) -> None:
     assert found is not None and found.num_ids == 2
 
 
+@pytest.mark.parametrize(
+    "content", [{"model": None}, {"model": {"vocab": 3}}, {"model": {"vocab": {"a": "b"}}}, {"model": {"vocab": [3]}}, {"added_tokens": 7}]
+)
+def test_files_that_are_none_of_a_tokenizer_tell_nothing(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}} | content))
+    assert read_vocabulary(str(tmp_path)) is None
+
+
 def adapter(folder: Path, base: Path | str, **settings: Any) -> Path:
     """An adapter's directory, its file with a header alone."""
     folder.mkdir()
@@ -204,6 +212,7 @@ def test_an_adapters_directory_is_its_base_with_its_sizes(by: str, tmp_path: Pat
         ({"bias": "all"}, {}, "its bias is 'all'"),
         ({"target_modules": ".*q_proj"}, {}, "its target_modules are '.*q_proj'"),
         ({"r": None}, {}, "its r is None"),
+        ({"r": 0}, {}, "its r is 0"),
         ({}, {"task": "sequence-classification"}, "does not say which classes its head is for"),
         ({}, {"adapter": {"rank": 8}}, "model.adapter.rank = 8: the adapter in .* has 4"),
         ({"base_model_name_or_path": "./gone"}, {}, "no such directory"),

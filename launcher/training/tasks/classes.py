@@ -23,7 +23,8 @@ def of_model(config: Any) -> list[str] | None:
         return None
     named = any(_GENERIC.fullmatch(name) is None for name in names.values())
     architectures = [str(name) for name in getattr(config, "architectures", None) or ()]
-    has_head = any(name.endswith("ForSequenceClassification") for name in architectures) if architectures else named
+    own_code = str((getattr(config, "auto_map", None) or {}).get("AutoModelForSequenceClassification", "")).rpartition(".")[2]
+    has_head = any(name.endswith("ForSequenceClassification") or name == own_code for name in architectures) if architectures else named
     return [names[number] for number in range(len(names))] if has_head else None
 
 
