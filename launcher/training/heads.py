@@ -201,5 +201,6 @@ def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Te
         if not isinstance(balance, torch.Tensor):
             return None
         total = total + balance * (batch["targets"][begin : begin + length] != IGNORED).sum()
-    owners = ((model, "router_aux_loss_coef"), (config := model.config.get_text_config(), "router_aux_loss_coef"), (config, "aux_loss_coef"))
+    config = model.config.get_text_config()
+    owners = ((model, "router_aux_loss_coef"), (config, "router_aux_loss_coef"), (config, "aux_loss_coef"))
     return total.float() * next(getattr(owner, name) for owner, name in owners if hasattr(owner, name))
