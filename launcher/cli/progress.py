@@ -146,7 +146,7 @@ def notice(record: dict[str, Any]) -> str | None:
         case "early_stopping":
             return f"{record.get('metric')} is no longer getting better (best {record.get('best')}): ending after step {step}"
         case "layout":
-            numbers = f"the loss of two rows in one pass was {record.get('ours')}, and {record.get('own')} by the model's own class"
+            numbers = f"a row behind another in one pass had {record.get('ours')}, and alone {record.get('own')} by the model's own class"
             return f"warning: {numbers}: going over from {record.get('planned')} to {record.get('taken')}"
         case "evaluated":
             return f"measured after step {step}: {metrics_line(record.get('metrics', {}))}"
