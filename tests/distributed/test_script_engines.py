@@ -45,15 +45,18 @@ def check_loads(directory: Path, trained: dict[str, torch.Tensor]) -> None:
         assert torch.equal(weights[name], value), name
 
 
+VERY_SLOW = [pytest.mark.slow, pytest.mark.very_slow]
+
+
 @pytest.mark.parametrize(
     ("engine", "more"),
     [
         ("fsdp", ()),
         ("zero3", ("its own configuration",)),
         ("fsdp", ("--alone", "true")),
-        pytest.param("zero3", ("--alone", "true"), marks=pytest.mark.slow),
-        pytest.param("zero3", (), marks=pytest.mark.slow),
-        pytest.param("fsdp", ("--save_only_model",), marks=pytest.mark.slow),
+        pytest.param("zero3", ("--alone", "true"), marks=VERY_SLOW),
+        pytest.param("zero3", (), marks=VERY_SLOW),
+        pytest.param("fsdp", ("--save_only_model",), marks=VERY_SLOW),
     ],
 )
 def test_what_a_trainer_saves_loads(engine: str, more: tuple[str, ...], model: Path, tmp_path: Path) -> None:
@@ -73,6 +76,7 @@ def test_what_a_trainer_saves_loads(engine: str, more: tuple[str, ...], model: P
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_a_trainer_goes_on_from_such_a_checkpoint(engine: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     through = saved(tmp_path / "through", model, engine)
@@ -88,9 +92,9 @@ def test_a_trainer_goes_on_from_such_a_checkpoint(engine: str, model: Path, tmp_
     [
         ("ddp", "fsdp", "FSDP2", "DDP (a whole copy on each rank)"),
         ("accelerate-zero", "fsdp", "FSDP2", "DeepSpeed ZeRO-2"),
-        pytest.param("alone", "fsdp", "FSDP2", "no engine (each rank trains for itself)", marks=pytest.mark.slow),
-        pytest.param("fsdp", "zero2", "DeepSpeed ZeRO-2", "FSDP2", marks=pytest.mark.slow),
-        pytest.param("judge", "fsdp", "FSDP2", None, marks=pytest.mark.slow),
+        pytest.param("alone", "fsdp", "FSDP2", "no engine (each rank trains for itself)", marks=VERY_SLOW),
+        pytest.param("fsdp", "zero2", "DeepSpeed ZeRO-2", "FSDP2", marks=VERY_SLOW),
+        pytest.param("judge", "fsdp", "FSDP2", None, marks=VERY_SLOW),
     ],
 )
 def test_another_engine_than_the_plans_is_told_of_once(kind: str, engine: str, planned: str, found: str | None, tmp_path: Path) -> None:
@@ -103,6 +107,7 @@ def test_another_engine_than_the_plans_is_told_of_once(kind: str, engine: str, p
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_arguments_of_the_trainer_that_leave_the_plan_are_told_of(model: Path, tmp_path: Path) -> None:
     saved(tmp_path, model, "fsdp", "--use_cpu")
     told = [record for record in read(RunDirectory(tmp_path / "run").events_file) if record["event"] == "other_engine"]

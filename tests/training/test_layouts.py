@@ -78,7 +78,11 @@ def plain(directory: Path) -> list[list[float]]:
     return curve
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+VERY_SLOW = [pytest.mark.slow, pytest.mark.very_slow]
+PICKED = [name if "recomputed" in name else pytest.param(name, marks=VERY_SLOW) for name in ENGINES]
+
+
+@pytest.mark.parametrize("engine", PICKED)
 @pytest.mark.parametrize(("family", "changes", "way"), CASES, ids=[case[0] for case in CASES])
 def test_two_ranks_equal_transformers_alone(
     family: str, changes: dict[str, Any], way: tuple[str, str, str], engine: str, tmp_path: Path
