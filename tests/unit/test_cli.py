@@ -268,7 +268,18 @@ def test_init_for_a_model_of_few_positions(job: Path, capsys: pytest.CaptureFixt
     model = job.parent / "encoder"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 64}')
-    flags = ["--model", "./encoder", "--task", "sequence-classification", "--train", "train.jsonl", "--column", "text=a", "--column", "label=b"]
+    flags = [
+        "--model",
+        "./encoder",
+        "--task",
+        "sequence-classification",
+        "--train",
+        "train.jsonl",
+        "--column",
+        "text=a",
+        "--column",
+        "label=b",
+    ]
     assert call("init", "--out", "few.yaml", *flags) == 0
     assert "max_length: 64\n" in (job.parent / "few.yaml").read_text()
     assert call("validate", "few.yaml") == 0

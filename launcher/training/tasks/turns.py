@@ -179,8 +179,8 @@ class _Search:
         said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
         missed = next((name for name in names if name not in text), None)
         if missed is not None:
-            reason = f"the chat template leaves out what message {number + 1} says: a call of {missed!r}. A model whose template writes calls is needed"
-            raise RowProblem(BAD_VALUE, reason)
+            what = f"the chat template leaves out what message {number + 1} says: a call of {missed!r}"
+            raise RowProblem(BAD_VALUE, f"{what}. A model whose template writes calls is needed")
         if number not in self._places and has_words(said):
             raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
 
