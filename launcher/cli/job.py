@@ -60,8 +60,20 @@ def init(
         evaluation = typer.prompt("File to measure on (empty for none)", default="", show_default=False) or None
     if ask and not columns:
         columns = _ask_columns(task)
+    columns |= _most_positions(model, out.parent)
     write(out, Answers(name or name_for(model, train), model, task, train, evaluation, tuple(columns.items())), force)
     typer.echo(f"wrote {out}; next: launcher plan {out}")
+
+
+def _most_positions(model: str, folder: Path) -> dict[str, int]:
+    """The key `max_length` for a model that has fewer positions than a job has where it names no length; none for any other."""
+    from launcher.job.schema import Data
+    from launcher.planning import positions
+    from launcher.planning.model_config import locate, read_config
+
+    path = folder / Path(model).expanduser()
+    table = positions.held(read_config(locate(str(path) if path.is_dir() else model)) or {})
+    return {"max_length": table[0]} if table is not None and table[0] < Data.model_fields["max_length"].default else {}
 
 
 def _answer(ask: bool, flag: str, given: str | None, question: str) -> str:

@@ -32,6 +32,8 @@ def show(seen: dict[str, Any], console: Console, whole: bool) -> None:
         console.print(Text(f"  {file['path']}"), soft_wrap=True)
     if said := seen["refused"] or prepared.warning(seen):
         console.print(Text(_plain(said), style="yellow"))
+    for remark in seen["remarks"]:
+        console.print(Text(_plain(remark), style="yellow"))
     _show_left_out(seen, console)
     _show_lengths(seen, console)
     _show_balance(seen["balance"], console)

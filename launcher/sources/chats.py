@@ -116,11 +116,10 @@ def tools_of(values: dict[str, Any], data: Data) -> list[dict[str, Any]] | None:
         raise RowProblem(MISSING, f"no {column!r}, which may be null; the row has {', '.join(map(repr, values))}")
     tools = values.get(column)
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise RowProblem(BAD_VALUE, f"{column!r} is text that is not JSON: {error}") from None
-    if tools is None or tools == []:
+        if (found := list_in(tools)) is None and tools.strip() not in ("", "null"):
+            raise RowProblem(BAD_VALUE, f"{column!r} is text, and no list of tools as JSON or Python writes one")
+        tools = found
+    if is_missing(tools) or tools == []:
         return list(data.tools) if isinstance(data.tools, tuple) and data.tools else None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowProblem(BAD_VALUE, f"{column!r} is not a list of tools, each an object")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,11 @@ def test_tools_of_the_row_go_before_those_of_the_job() -> None:
     job = DATA.model_copy(update={"tools": (WEATHER,)})
     with_tools = QWEN2.apply_chat_template(MULTI, tools=[WEATHER], tokenize=False)
     assert learned({"messages": MULTI}, QWEN2, job)[0] == with_tools
-    for tools in ([WEATHER], json.dumps([WEATHER])):
+    for tools in ([WEATHER], json.dumps([WEATHER]), str([WEATHER])):
         assert learned({"messages": MULTI, "tools": tools}, QWEN2)[0] == with_tools
     assert learned({"messages": MULTI, "tools": [other]}, QWEN2, job)[0] == QWEN2.apply_chat_template(MULTI, tools=[other], tokenize=False)
     without = QWEN2.apply_chat_template(MULTI, tokenize=False)
-    for row in ({}, {"tools": None}, {"tools": []}, {"tools": " "}):
+    for row in ({}, {"tools": None}, {"tools": math.nan}, {"tools": []}, {"tools": " "}, {"tools": "null"}):
         assert learned({"messages": MULTI} | row, QWEN2)[0] == without
     named = DATA.model_copy(update={"tools": "functions"})
     assert learned({"messages": MULTI, "tools": [other], "functions": [WEATHER]}, QWEN2, named)[0] == with_tools
@@ -94,7 +95,7 @@ def test_tools_of_the_row_go_before_those_of_the_job() -> None:
 @pytest.mark.parametrize(
     ("row", "tools", "message"),
     [
-        ({"tools": "{"}, None, "'tools' is text that is not JSON"),
+        ({"tools": "{"}, None, "'tools' is text, and no list of tools as JSON or Python writes one"),
         ({"tools": {"name": "x"}}, None, "'tools' is not a list of tools"),
         ({"tools": ["x"]}, None, "'tools' is not a list of tools"),
         ({"tools": [WEATHER]}, "functions", "missing key: no 'functions', which may be null; the row has 'messages', 'tools'"),
@@ -147,7 +148,7 @@ def test_a_call_is_learned_whatever_it_says(tokenizer: Any, arguments: dict[str,
 @pytest.mark.parametrize("content", ["Let me look.", ""])
 def test_a_call_that_a_template_leaves_out_is_not_lost_quietly(name: str, content: str) -> None:
     row = {"messages": [CALLS[0], assistant(content, tool_calls=[called()]), *CALLS[2:]]}
-    with pytest.raises(RowProblem, match="leaves out what message 2 says"):
+    with pytest.raises(RowProblem, match="leaves out what message 2 says: a call of 'weather'"):
         learned(row, chat_tokenizer(name))
 
 

@@ -264,6 +264,27 @@ def test_init_by_flags_makes_a_valid_job(job: Path, capsys: pytest.CaptureFixtur
     assert "model-train is a valid job" in capsys.readouterr().out
 
 
+def test_init_for_a_model_of_few_positions(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = job.parent / "encoder"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 64}')
+    flags = [
+        "--model",
+        "./encoder",
+        "--task",
+        "sequence-classification",
+        "--train",
+        "train.jsonl",
+        "--column",
+        "text=a",
+        "--column",
+        "label=b",
+    ]
+    assert call("init", "--out", "few.yaml", *flags) == 0
+    assert "max_length: 64\n" in (job.parent / "few.yaml").read_text()
+    assert call("validate", "few.yaml") == 0
+
+
 def test_init_for_a_pair(job: Path) -> None:
     flags = ["--model", "org/model", "--task", "sequence-classification", "--train", "train.jsonl", "--evaluation", "train.jsonl"]
     assert call("init", "--out", "pair.yaml", *flags, "--column", "text=premise,hypothesis", "--column", "label=label") == 0

@@ -30,7 +30,13 @@ def seen(*samples: dict[str, Any], dropped: dict[str, int] | None = None, **more
         "quantile_95": 60.0,
         "bins": [[0, 32, 600], [32, 64, 300], [64, 96, 1]],
     }
-    made = record(dropped or {}) | {"files": [{"path": "/data/a.jsonl", "bytes": 9}], "lengths": bins, "max_length": 64, "balance": None}
+    made = record(dropped or {}) | {
+        "files": [{"path": "/data/a.jsonl", "bytes": 9}],
+        "lengths": bins,
+        "max_length": 64,
+        "balance": None,
+        "remarks": [],
+    }
     return made | {"num_dropped": sum((dropped or {}).values()), "emptiest": None, "refused": None, "samples": list(samples)} | more
 
 
@@ -119,3 +125,9 @@ def test_that_a_run_would_be_refused_stands_at_the_top() -> None:
 def test_nothing_dropped_and_nothing_cut_has_no_table() -> None:
     assert "Rows dropped" not in shown(seen())
     assert CUT["cut"]
+
+
+def test_what_is_taken_for_what_is_said() -> None:
+    assert "the labels are numbers, and are taken for" in shown(
+        seen(sample(piece("x")), remarks=["the labels are numbers, and are taken for ids"])
+    )

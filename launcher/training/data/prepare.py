@@ -183,7 +183,7 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
         progress(report.rows_read, max(report.rows_read, rows.num_rows_expected))
     _refuse_change_while_reading(rows)
     if not writer.num_samples:
-        raise DataError(f"{_where(rows.source)}: none of {report.rows_read:,} rows can be used\n{_shown(report)}")
+        raise DataError(f"{_where(rows.source)}: none of {report.rows_read:,} rows can be used{_shown(report)}")
     packs = pack(writer.lengths(), plan.data.max_length) if task.packs else one_each(writer.num_samples)
     columns = writer.finish(packs)
     report.rows_used, report.num_items = writer.num_samples, len(packs.offsets) - 1
@@ -224,6 +224,8 @@ def _where(source: Source) -> str:
 
 
 def _shown(report: DataReport) -> str:
-    lines = [f"  {count:,} {reason}" for reason, count in report.dropped.items()]
-    lines += [f"  {prepared.place(example)}: {prepared.why(example)}" for example in report.examples[:5]]
-    return "\n".join(lines)
+    """How many rows were left out for each reason, and the first of each: in one line, as a failure is kept and shown."""
+    firsts = {example["reason"]: example for example in reversed(report.examples)}
+    parts = [f"{count:,} {reason}, the first at {prepared.place(firsts[reason])}" for reason, count in report.dropped.items()]
+    details = [f" ({example['detail']})" if (example := firsts[reason]).get("detail") else "" for reason in report.dropped]
+    return "".join(f"; {part}{detail}" for part, detail in zip(parts, details, strict=True))

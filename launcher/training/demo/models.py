@@ -105,7 +105,9 @@ def main(arguments: list[str]) -> int:
     """Print the directory of each model named."""
     try:
         for name in arguments or list(PACKAGES):
-            print(model_directory(name))
+            with contextlib.redirect_stdout(sys.stderr):  # what libraries say while they convert is no part of the answer
+                directory = model_directory(name)
+            print(directory)
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -177,7 +177,11 @@ class _Search:
         may be left out."""
         shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
         said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
-        if (number not in self._places and has_words(said)) or any(name not in text for name in names):
+        missed = next((name for name in names if name not in text), None)
+        if missed is not None:
+            what = f"the chat template leaves out what message {number + 1} says: a call of {missed!r}"
+            raise RowProblem(BAD_VALUE, f"{what}. A model whose template writes calls is needed")
+        if number not in self._places and has_words(said):
             raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
 
     def _around(self, number: int) -> tuple[int, int]:
