@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -29,6 +28,7 @@ from launcher.planning import model_support
 from launcher.planning.plan import Mesh, Plan
 from launcher.training import adapters, attention
 from launcher.training.buffers import restore_buffers
+from launcher.training.conversion import converted_whole, cut_like
 from launcher.training.model_files import own_code
 from launcher.training.precision import DTYPES
 from launcher.training.reading import Changes
@@ -139,7 +139,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
     kind = model_class(auto_class, config, plan)
     seam = _Seam(plan, shard)
-    with seam.in_place(), Changes.of(plan, kind, config).in_place():
+    with seam.in_place(), converted_whole(), Changes.of(plan, kind, config).in_place():
         try:
             model, information = kind.from_pretrained(
                 name,
@@ -347,14 +347,6 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
-
-
-def cut_like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """The piece of `whole` that this rank holds of `tensor`, without communication."""
-    if not isinstance(tensor, DTensor):
-        return whole
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
