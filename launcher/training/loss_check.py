@@ -44,13 +44,16 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     """
     began = time.monotonic()
     rows = _rows(dataset)
-    own = _own(engine, task, rows, plan)
+    own, size = _own(engine, task, rows, plan)
+    if not _all(bool(own.isfinite().all()), own.device):
+        reason = f"its own class makes {_number(own)} of two rows of the data in {plan.precision}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it"))
     planned = Way(task.layout, plan.attention, task.head)
     first = found = _ours(engine, task, rows, plan, planned)
     way = planned
     for way in (planned, *_fallbacks(task, planned)):
         found = found if way == planned else _ours(engine, task, rows, plan, way)
-        if found is not None and _differ(found, own) <= TOLERANCE[plan.precision]:
+        if found is not None and _differ(found, own, size) <= TOLERANCE[plan.precision]:
             break
     else:
         reason = f"two rows in one pass have {_number(first)}, and each alone by its own class {_number(own)}"
@@ -81,7 +84,8 @@ def _rows(dataset: Dataset) -> list[Sample]:
         if "targets" in arrays:
             _check_targets(arrays["input_ids"], arrays["targets"])
         kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
-        arrays |= {name: array[kept] for name, array in arrays.items() if len(array) == sample.length}
+        # A sample may have as many labels as tokens.
+        arrays |= {name: array[kept] for name, array in arrays.items() if name != "label" and len(array) == sample.length}
         if "targets" in arrays:
             arrays["targets"] = np.append(arrays["input_ids"][1:], IGNORE).astype(np.int32)
         rows.append(Sample(arrays, sample.id))
@@ -107,14 +111,16 @@ def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: W
     return _values(outputs, rows)
 
 
-def _own(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan) -> torch.Tensor:
-    """What the model's own class makes of each row alone."""
+def _own(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model's own class makes of each row alone, and the size against which rounding is seen."""
     name = engine.model.config._attn_implementation
     _attend(engine.model, "eager")
     with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
         outputs = [engine.evaluate(to_device(_plain(row), plan.mesh.device)) for row in rows]
     _attend(engine.model, name)
-    return _values(outputs, rows)
+    own = _values(outputs, rows)
+    usual = torch.stack([output.num_correct for output in outputs]).max()
+    return own, torch.maximum(own.float().abs().max(), usual.float())
 
 
 def _values(outputs: Sequence[heads.Output], rows: Sequence[Sample]) -> torch.Tensor:
@@ -133,15 +139,37 @@ def _plain(row: Sample) -> heads.Batch:
 
 
 def _alone(model: PreTrainedModel, batch: heads.Batch) -> heads.Output:
-    output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
+    """The loss or the outputs of one row; in the place of `num_correct` how large they usually are."""
+    with _size_of_outputs(model) as sizes:
+        output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
     logits = output.logits.float()
     if "labels" not in batch:
-        return heads.Output(logits.sum(), logits.sum(), logits)
+        return heads.Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
     loss = output.loss.float()
     # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of saying each token again.
     if torch.isclose(loss, functional.cross_entropy(logits[0], ids), rtol=1e-4):
         loss = functional.cross_entropy(logits[0, :-1], ids[1:])
-    return heads.Output(loss * (len(ids) - 1), loss)
+    return heads.Output(loss * (len(ids) - 1), torch.ones_like(loss))  # of what is known by heart less than rounding is left
+
+
+@contextlib.contextmanager
+def _size_of_outputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """While inside, how large a classifier's outputs usually are, by its last matrix and what goes into it, is added to a list.
+
+    A single output is a sum of many terms and by chance near zero, where rounding of the terms is no small part of it.
+    """
+    sizes: list[torch.Tensor] = []
+
+    def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        if isinstance(module, torch.nn.Linear) and module.out_features == getattr(model.config, "num_labels", 0):
+            norms = inputs[0].float().norm(dim=-1).max() * module.weight.float().norm(dim=1).max()
+            sizes.append(norms / module.in_features**0.5)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(seen)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -163,13 +191,21 @@ def _attend(model: PreTrainedModel, name: str) -> None:
             model.set_attn_implementation(wanted)
 
 
-def _differ(ours: torch.Tensor, own: torch.Tensor) -> float:
-    """The largest difference, relative to the larger of what is compared, on any rank."""
-    relative = (ours.float() - own.float()).abs().max() / own.float().abs().max().clamp_min(1e-6)
+def _differ(ours: torch.Tensor, own: torch.Tensor, size: torch.Tensor) -> float:
+    """The largest difference, relative to the size of what is compared, on any rank."""
+    relative = (ours.float() - own.float()).abs().max() / size.clamp_min(1e-6)
     relative = torch.nan_to_num(relative, nan=torch.inf)
     if distributed.get_world_size() > 1:
         distributed.all_reduce(relative, distributed.ReduceOp.MAX)
     return float(relative)
+
+
+def _all(here: bool, device: torch.device) -> bool:
+    """Whether it holds on all ranks."""
+    holds = torch.tensor(float(here), device=device)
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(holds, distributed.ReduceOp.MIN)
+    return bool(holds)
 
 
 def _number(values: torch.Tensor | None) -> str:
