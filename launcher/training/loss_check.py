@@ -21,6 +21,7 @@ from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.planning.model_support import Way
 from launcher.planning.plan import Plan
 from launcher.training import attention, heads
+from launcher.training import model as models
 from launcher.training.data.dataset import Dataset, Sample
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
@@ -43,8 +44,13 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next token as their target.
     """
     began = time.monotonic()
-    rows = _rows(dataset)
-    own, size = _own(engine, task, rows, plan)
+    rows = _rows(dataset, engine.model.config.get_text_config().eos_token_id)
+    try:
+        own, size = _own(engine, task, rows, plan)
+    except ValueError as error:
+        raise ConfigurationError(
+            Problem("model.name", plan.model.name, f"its own class refuses a row of the data: {models.first_line(error)}")
+        ) from None
     if not _all(bool(own.isfinite().all()), own.device):
         reason = f"its own class makes {_number(own)} of two rows of the data in {plan.precision}"
         raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it"))
@@ -75,8 +81,11 @@ def _fallbacks(task: Task, planned: Way) -> list[Way]:
     return [way for way in _FALLBACKS if way != planned and (task.name == "causal-lm" or way.head == "chunked")]
 
 
-def _rows(dataset: Dataset) -> list[Sample]:
-    """Two samples of the data, cut short; their last token stays the last. Raises DataError where a target is not the next token."""
+def _rows(dataset: Dataset, end: int | Sequence[int] | None) -> list[Sample]:
+    """Two samples of the data, cut short; their last token stays the last. Raises DataError where a target is not the next token.
+
+    A classifier's rows keep each `end`: BART's and T5's kin read the last, and want as many in all rows of a pass.
+    """
     samples = [sample for index in range(min(2, dataset.num_items)) for sample in dataset.item(index)]
     rows = []
     for length, sample in zip(LENGTHS, (*samples, *samples), strict=False):
@@ -84,6 +93,8 @@ def _rows(dataset: Dataset) -> list[Sample]:
         if "targets" in arrays:
             _check_targets(arrays["input_ids"], arrays["targets"])
         kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
+        if "targets" not in arrays and end is not None:
+            kept = np.union1d(kept, np.flatnonzero(np.isin(arrays["input_ids"], end)))
         # A sample may have as many labels as tokens.
         arrays |= {name: array[kept] for name, array in arrays.items() if name != "label" and len(array) == sample.length}
         if "targets" in arrays:
