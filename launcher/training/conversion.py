@@ -83,7 +83,7 @@ class _Cut(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: PreTrainedModel, **_: Any) -> dict[str, torch.Tensor]:
         named = next((pattern for pattern in input_dict if pattern in full_layer_name), "")
-        prefix, _, suffix = full_layer_name.partition(named) if named else ("", "", "")
+        prefix, suffix = full_layer_name.split(named, 1) if named else ("", "")
         results = {}
         for pattern, value in input_dict.items():
             whole = value[0] if isinstance(value, list) else value

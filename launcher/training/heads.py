@@ -43,7 +43,7 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
     routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
     inputs = _inputs(batch) | ({"output_router_logits": True} if routes else {})
     if head == "forward":
-        with _remembered(decoder_of(model)) if routes else contextlib.nullcontext([]) as seen:
+        with _remembered(decoder_of(model) if routes else model) as seen:
             logits = own_forward(model, inputs).logits
         outputs, entropy = seen[-1] if routes else None, _cross_entropy(logits.flatten(0, 1), batch["targets"])
     else:
