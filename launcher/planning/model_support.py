@@ -81,9 +81,15 @@ def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
 def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any], max_length: int) -> Support:
     """What values in a config change of what is known of its type. Each was tried by the sweep, as `type+variant`."""
     kind = config["model_type"]
+    config = {**config, **(config.get("text_config") or {})}  # of a composite it is the text part that trains
     if "encoder" in entry and not config.get("is_decoder"):
         reason = "is an encoder, whose tokens see those that come after; with is_decoder: true in its config it is a causal LM"
         return Support((), f"a {kind} model {reason}")
+    for key, values in _NOT_CAUSAL.items():
+        if (value := config.get(key)) in values:
+            return Support(
+                (), f"with {key}: {str(value).lower()} in its config tokens see those that come after, so that it is no causal LM"
+            )
     for key, reason in _REFUSED_VALUES.get(kind, {}).items():
         if config.get(key):
             return Support((), f"with {key}: {config[key]} in its config {reason}")
@@ -98,10 +104,11 @@ def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any], 
     return known
 
 
+_NOT_CAUSAL: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (True, "all"), "is_causal": (False,)}
+"""Of whatever type; Gemma's other value, `vision`, is of images."""
 _REFUSED_VALUES = {
     "bamba": {"z_loss_coefficient": "its class adds to the loss what launcher does not compute; write 0 there"},
     "doge": {"is_moe": "its router mixes the tokens of a sample, so that it is no causal LM"},
-    "gemma3_text": {"use_bidirectional_attention": "tokens see those that come after, so that it is no causal LM"},
 }
 
 

@@ -43,7 +43,7 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
     routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
     inputs = _inputs(batch) | ({"output_router_logits": True} if routes else {})
     if head == "forward":
-        with _remembered(decoder_of(model)) as seen:
+        with _remembered(decoder_of(model) if routes else model) as seen:
             logits = own_forward(model, inputs).logits
         outputs, entropy = seen[-1] if routes else None, _cross_entropy(logits.flatten(0, 1), batch["targets"])
     else:
@@ -87,10 +87,16 @@ def model_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a causal LM whose `last_hidden_state` goes into its head: what its own forward calls first."""
-    found = next((part for part in (model.base_model, model.get_decoder()) if part is not model), None)
+    """Return the part of a causal LM whose `last_hidden_state` goes into its head: what its own forward calls first.
+
+    Raises NotImplementedError where a class, as one that came with a model, does not say which part that is.
+    """
     # Llama 4 names neither by the name that its class has for it.
-    return found or next(part for part in model.children() if isinstance(part, PreTrainedModel))
+    inside = (part for part in model.children() if isinstance(part, PreTrainedModel))
+    for part in (model.base_model, model.get_decoder(), *inside):
+        if part is not model:
+            return part
+    raise NotImplementedError(f"{type(model).__name__} does not say which of its parts is the decoder")
 
 
 def _inputs(batch: Batch) -> Batch:

@@ -21,6 +21,7 @@ from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.planning.model_support import Way
 from launcher.planning.plan import Plan
 from launcher.training import attention, heads
+from launcher.training import model as models
 from launcher.training.data.dataset import Dataset, Sample
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
@@ -43,14 +44,22 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next token as their target.
     """
     began = time.monotonic()
-    rows = _rows(dataset)
-    own = _own(engine, rows, plan)
+    rows = _rows(dataset, engine.model.config.get_text_config().eos_token_id)
+    try:
+        own, size = _own(engine, rows, plan)
+    except ValueError as error:
+        raise ConfigurationError(
+            Problem("model.name", plan.model.name, f"its own class refuses a row of the data: {models.first_line(error)}")
+        ) from None
+    if not _all(bool(own.isfinite().all()), own.device):
+        reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it"))
     planned = Way(task.layout, plan.attention, task.head)
     first = found = _ours(engine, task, rows, plan, planned)
     way = planned
     for way in (planned, *_fallbacks(task, planned)):
         found = found if way == planned else _ours(engine, task, rows, plan, way)
-        if found is not None and _differ(found, own) <= TOLERANCE[plan.precision]:
+        if found is not None and _differ(found, own, size) <= TOLERANCE[plan.precision]:
             break
     else:
         reason = f"a row behind another in one pass has {_number(first)}, and alone by the model's own class {_number(own)}"
@@ -72,10 +81,11 @@ def _fallbacks(task: Task, planned: Way) -> list[Way]:
     return [way for way in _FALLBACKS if way != planned and (task.name == "causal-lm" or way.head == "chunked")]
 
 
-def _rows(dataset: Dataset) -> list[Sample]:
+def _rows(dataset: Dataset, end: int | Sequence[int] | None) -> list[Sample]:
     """Two samples of the data, cut short, of which the second counts; their last token stays the last.
 
     Raises DataError where a target is not the next token.
+    A classifier's rows keep each `end`: BART's and T5's kin read the last, and want as many in all rows of a pass.
     """
     samples = [sample for index in range(min(2, dataset.num_items)) for sample in dataset.item(index)]
     rows = []
@@ -84,7 +94,10 @@ def _rows(dataset: Dataset) -> list[Sample]:
         if "targets" in arrays:
             _check_targets(arrays["input_ids"], arrays["targets"])
         kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
-        arrays |= {name: array[kept] for name, array in arrays.items() if len(array) == sample.length}
+        if "targets" not in arrays and end is not None:
+            kept = np.union1d(kept, np.flatnonzero(np.isin(arrays["input_ids"], end)))
+        # A sample may have as many labels as tokens.
+        arrays |= {name: array[kept] for name, array in arrays.items() if name != "label" and len(array) == sample.length}
         if "targets" in arrays:
             arrays["targets"] = np.append(arrays["input_ids"][1:], IGNORE).astype(np.int32)
         rows.append(Sample(arrays, sample.id))
@@ -110,14 +123,15 @@ def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: W
     return _values(output, rows[1])
 
 
-def _own(engine: Engine, rows: Sequence[Sample], plan: Plan) -> torch.Tensor:
-    """What the model's own class makes of the second row alone."""
+def _own(engine: Engine, rows: Sequence[Sample], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model's own class makes of the second row alone, and the size against which rounding is seen."""
     name = engine.model.config._attn_implementation
     _attend(engine.model, "eager")
     with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
         output = engine.evaluate(to_device(_plain(rows[1]), plan.mesh.device))
     _attend(engine.model, name)
-    return _values(output, rows[1])
+    own = _values(output, rows[1])
+    return own, torch.maximum(own.float().abs().max(), output.num_correct.float())
 
 
 def _values(output: heads.Output, row: Sample) -> torch.Tensor:
@@ -133,16 +147,38 @@ def _plain(row: Sample) -> heads.Batch:
 
 
 def _alone(model: PreTrainedModel, batch: heads.Batch) -> heads.Output:
-    output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
+    """The loss or the outputs of one row; in the place of `num_correct` how large they usually are."""
+    with _size_of_outputs(model) as sizes:
+        output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
     logits = output.logits.float()
     if "labels" not in batch:
-        return heads.Output(logits.sum(), logits.sum(), logits)
+        return heads.Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
     entropy = functional.cross_entropy(logits[0, :-1], ids[1:])
     loss = entropy if getattr(output, "loss", None) is None else output.loss.float()
     # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of saying each token again.
     if torch.isclose(loss, functional.cross_entropy(logits[0], ids), rtol=1e-4):
         loss = entropy
-    return heads.Output(loss * (len(ids) - 1), loss)
+    return heads.Output(loss * (len(ids) - 1), torch.ones_like(loss))  # of what is known by heart less than rounding is left
+
+
+@contextlib.contextmanager
+def _size_of_outputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """While inside, how large a classifier's outputs usually are, by its last matrix and what goes into it, is added to a list.
+
+    A single output is a sum of many terms and by chance near zero, where rounding of the terms is no small part of it.
+    """
+    sizes: list[torch.Tensor] = []
+
+    def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        if isinstance(module, torch.nn.Linear) and module.out_features == getattr(model.config, "num_labels", 0):
+            norms = inputs[0].float().norm(dim=-1).max() * module.weight.float().norm(dim=1).max()
+            sizes.append(norms / module.in_features**0.5)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(seen)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -164,14 +200,21 @@ def _attend(model: PreTrainedModel, name: str) -> None:
             model.set_attn_implementation(wanted)
 
 
-def _differ(ours: torch.Tensor, own: torch.Tensor) -> float:
-    """The largest difference on any rank, relative to what is compared, or to 1 where that is less: rounding stays as it is."""
-    relative = (ours.float() - own.float()).abs().max() / own.float().abs().max().clamp_min(1.0)
-    # Weights that overflow in this precision do so in both; the trainer skips such steps, and stops after some.
-    relative = torch.nan_to_num(relative, nan=torch.inf) if bool(own.isfinite().all()) else torch.zeros_like(relative)
+def _differ(ours: torch.Tensor, own: torch.Tensor, size: torch.Tensor) -> float:
+    """The largest difference, relative to the size of what is compared, on any rank."""
+    relative = (ours.float() - own.float()).abs().max() / size.clamp_min(1e-6)
+    relative = torch.nan_to_num(relative, nan=torch.inf)
     if distributed.get_world_size() > 1:
         distributed.all_reduce(relative, distributed.ReduceOp.MAX)
     return float(relative)
+
+
+def _all(here: bool, device: torch.device) -> bool:
+    """Whether it holds on all ranks."""
+    holds = torch.tensor(float(here), device=device)
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(holds, distributed.ReduceOp.MIN)
+    return bool(holds)
 
 
 def _number(values: torch.Tensor | None) -> str:

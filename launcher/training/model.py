@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -29,6 +28,7 @@ from launcher.planning import model_support
 from launcher.planning.plan import Mesh, Plan
 from launcher.training import adapters, attention
 from launcher.training.buffers import restore_buffers
+from launcher.training.conversion import converted_whole, cut_like
 from launcher.training.model_files import own_code
 from launcher.training.precision import DTYPES
 from launcher.training.reading import Changes
@@ -77,13 +77,18 @@ def settled(plan: Plan) -> Plan:
     """
     config = read_config(plan.model_copy(update={"attention": "eager"}))
     known = model_support.support(plan.task, config.to_dict(), plan.model.trust_remote_code, plan.data.max_length)
+    if not known.ways:
+        raise ConfigurationError(Problem("model.name", plan.model.name, known.refused))
     planned = model_support.Way(plan.layout, plan.attention, plan.head)
     if known is model_support.UNTRIED[plan.task] or planned in known.ways or plan.attention == "flash_attention_2":
         return plan
     asked = plan.model.attention
     ways = model_support.fitting(known, "auto" if asked == "sdpa" else asked) or list(known.ways)
-    if not ways:
-        raise ConfigurationError(Problem("model.name", plan.model.name, known.refused))
+    if plan.data.packing:
+        ways = [way for way in ways if way.layout == "packed"]
+        if not ways:
+            reason = f"samples of a {config.model_type} model cannot stand in one row without seeing each other; write false"
+            raise ConfigurationError(Problem("data.packing", True, reason))
     if ways[0].layout == "single" and plan.batch.micro_batch_size > 1:
         reason = f"several samples of a {config.model_type} model in one pass have another loss than each alone; write 1"
         raise ConfigurationError(Problem("batch.micro_batch_size", plan.batch.micro_batch_size, reason))
@@ -139,7 +144,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
     kind = model_class(auto_class, config, plan)
     seam = _Seam(plan, shard)
-    with seam.in_place(), Changes.of(plan, kind, config).in_place():
+    with seam.in_place(), converted_whole(), Changes.of(plan, kind, config).in_place():
         try:
             model, information = kind.from_pretrained(
                 name,
@@ -347,14 +352,6 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
-
-
-def cut_like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """The piece of `whole` that this rank holds of `tensor`, without communication."""
-    if not isinstance(tensor, DTensor):
-        return whole
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:

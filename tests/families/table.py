@@ -107,10 +107,11 @@ Made by `python -m tests.families.sweep` and `python -m tests.families.table` wi
 model with made-up weights is built in fp32; the loss of 16 samples of 1 to 40 tokens, and the norm of its gradient,
 are held to those of each sample alone in a pass of its own, by the class's own forward (1e-5 and 1e-4, relative;
 where rounding comes near to that, in fp64). Sliding windows, soft caps, multipliers, routers' losses and every kind
-of layer of a hybrid are in these models. Three things a config can say change what is right, and the planner looks
+of layer of a hybrid are in these models. Four things a config can say change what is right, and the planner looks
 for them: `rope_type: longrope` or `dynamic` (one sample a pass, where samples may be longer than the positions that
-the model began with), `alibi: true` of Falcon (eager), and `is_decoder: false` of an encoder (refused as a causal
-LM). Whatever else a config says, the check after loading compares.
+the model began with), `alibi: true` of Falcon (eager), and, refused as a causal LM, `is_decoder: false` of an encoder
+and what lets tokens see those after them (`is_causal: false`, `use_bidirectional_attention: true`). Whatever else a
+config says, the check after loading compares.
 
 Nothing here was run on a GPU.
 """

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from launcher.training import attention, heads
 from tests.training.batches import batch_of_samples, loss_alone
@@ -84,6 +86,28 @@ def test_state_between_tokens_leaks_where_samples_are_joined(samples: list[torch
 def test_a_lost_multiplier_is_another_loss(samples: list[torch.Tensor]) -> None:
     with pytest.raises(AssertionError, match="not close"):
         check("falcon_h1", "sdpa", "padded", "chunked", samples)
+
+
+class WithoutADecoder(PreTrainedModel):
+    """As code that came with a model may be: no base_model_prefix, and parts that are plain modules."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.table, self.out = torch.nn.Embedding(131, 8), torch.nn.Linear(8, 131)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **_: Any) -> CausalLMOutput:
+        logits = self.out(self.table(input_ids))
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_a_class_without_a_decoder_has_its_forward(samples: list[torch.Tensor]) -> None:
+    model, batch = WithoutADecoder(LlamaConfig()), batch_of_samples(samples, "padded")
+    torch.testing.assert_close(heads.causal_lm(model, batch, "forward").loss_sum, loss_alone(model, samples))
+    with pytest.raises(NotImplementedError, match="WithoutADecoder does not say which of its parts is the decoder"):
+        heads.causal_lm(model, batch, "model")
 
 
 def test_sinks_and_soft_caps_beside_a_window() -> None:

@@ -10,15 +10,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import attention, heads
+from launcher.training import model as models
 from launcher.training.engines import build
 from tests.training.batches import batch_of_samples, loss_alone
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import batch_of
-from tests.training.tiny import model_of
+from tests.training.tiny import config_of, model_of
 
 pytestmark = pytest.mark.distributed
 LENGTHS = (9, 30, 4, 17, 25, 6, 12, 20)
@@ -94,3 +96,20 @@ def test_two_ranks_equal_transformers_alone(
     expected = torch.tensor(plain(tmp_path / "model"))
     for curve in on_ranks(2, steps, plan):
         torch.testing.assert_close(torch.tensor(curve), expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("bert", {"attention": "flash_attention_2"}, r"model\.name.*is an encoder"),
+        ("lfm2", {"data__packing": True}, r"data\.packing = True: samples of a lfm2 model .* write false"),
+    ],
+)
+def test_a_plan_made_without_the_config_is_refused_once_it_is_there(
+    family: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    for each in (family, "llama"):
+        config_of(each).save_pretrained(tmp_path / each)
+    with pytest.raises(ConfigurationError, match=said):
+        models.settled(plan_of(tmp_path / family, **changes))
+    assert models.settled(plan_of(tmp_path / "llama", **changes)).layout == "packed"

@@ -12,6 +12,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
+from transformers import AutoModelForCausalLM
 
 from launcher.errors import ConfigurationError, DataError
 from launcher.planning.plan import Plan
@@ -23,9 +25,10 @@ from launcher.training.data.prepare import prepare
 from launcher.training.loss import LogitTransform
 from launcher.training.tasks.causal_lm import CausalLM
 from launcher.training.tasks.sequence_classification import SequenceClassification
+from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
-from tests.training.runs import batch_of, model_directory, texts, write_rows
+from tests.training.runs import batch_of, model_directory, texts, tokenizer, write_rows
 
 pytestmark = pytest.mark.distributed
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -182,3 +185,57 @@ def test_sharded(tmp_path: Path, data: dict[str, Any], engine: dict[str, Any]) -
         assert result["said"][0][0] == "checked"
     for result in on_ranks(2, checked, plan, leak):
         assert result["said"][0][1]["taken"] == "padded sdpa chunked"
+
+
+def classifier_plan(
+    tmp_path: Path, rows: list[dict[str, Any]], problem: str, world_size: int = 1, text: Any = "text", **changes: Any
+) -> Plan:
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    data = {"train": source, "text": text, "label": "label", "problem": problem, "max_length": 64}
+    how = {"task": "sequence-classification", "model__task": "sequence-classification", "attention": "sdpa", "layout": "padded"}
+    return plan_with(tmp_path / "model", data, world_size, **how, **changes)
+
+
+def test_as_many_labels_as_tokens(tmp_path: Path) -> None:
+    """Rows are cut short, and their labels are not."""
+    model_directory(tmp_path / "model", "bert", "AutoModelForSequenceClassification", num_labels=14)
+    rows = [{"text": " ".join(["w1"] * 12), "label": [f"c{number % 14}"]} for number in range(28)]
+    assert one_rank(classifier_plan(tmp_path, rows, "multi-label"))["said"][0][0] == "checked"
+
+
+@pytest.mark.parametrize(("world_size", "engine"), [(1, {}), (2, deepspeed(3))], ids=["one rank", "ZeRO-3"])
+def test_an_output_that_is_near_zero_by_chance(tmp_path: Path, world_size: int, engine: dict[str, Any]) -> None:
+    """Rounding of its terms is no small part of it, and no reason for another way."""
+    sizes = {"num_labels": 1, "initializer_range": 0.02, "seed": 7}
+    model_directory(tmp_path / "model", "bert", "AutoModelForSequenceClassification", **sizes)
+    rows = [{"text": text, "label": number / 7} for number, text in enumerate(texts(20))]
+    plan = classifier_plan(tmp_path, rows, "regression", world_size, precision="bf16", **engine)
+    for result in on_ranks(world_size, checked, plan):
+        [(name, numbers)] = result["said"]
+        assert name == "checked"
+        assert abs(float(numbers["own"].split()[0])) < 1e-3
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path, data: dict[str, Any]) -> None:
+    directory = model_directory(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    model.save_pretrained(directory)
+    assert (
+        "its own class makes nan of two rows of the data in fp32: weights are not finite" in one_rank(plan_with(directory, data))["error"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_pairs_whose_ends_are_where_the_model_looks(tmp_path: Path, kind: str) -> None:
+    """Cut short, both rows have as many ends as before; a row without any is refused in the class's own words."""
+    config = tiny.config_of(kind, tiny.SEQUENCE_CLASSIFICATION, 0.0)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 1, 2, 0
+    tiny.model_of(kind, tiny.SEQUENCE_CLASSIFICATION, config=config).save_pretrained(tmp_path / "model")
+    words = tokenizer()
+    rows = [{"a": " ".join(["w1"] * length), "b": "w2 w3 w4", "label": str(length)} for length in (3, 20, 5)]
+    for pair, said in (("<s> $A </s> </s> $B </s>", "checked"), ("<s> $A $B", "refuses a row of the data: Each example must contain")):
+        special = [("<s>", 1), ("</s>", 2)]
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair=pair, special_tokens=special)
+        words.save_pretrained(tmp_path / "model")
+        assert said in str(one_rank(classifier_plan(tmp_path, rows, "single-label", text=["a", "b"])))

@@ -139,3 +139,20 @@ def test_rotary_frequencies_that_follow_the_longest_sample(where: str) -> None:
     assert known(65, rope_type="yarn").ways[0].layout == "packed"
     nested = {"model_type": "gemma3_text", where: {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}}
     assert support("causal-lm", nested, max_length=65).ways[0].layout == "single"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+        ({"model_type": "gemma3", "text_config": {"use_bidirectional_attention": True}}, "use_bidirectional_attention: true"),
+        ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, "use_bidirectional_attention: all"),
+        ({"model_type": "llama", "is_causal": False}, "is_causal: false"),
+        ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic"}}}, "longest"),
+    ],
+)
+def test_a_value_that_makes_it_another_model_is_refused_wherever_it_stands(config: dict[str, Any], said: str) -> None:
+    known = support("causal-lm", config, max_length=128)
+    assert not known.ways and said in known.refused
+    assert support("sequence-classification", {"model_type": "gemma", "use_bidirectional_attention": True}).ways
+    assert support("causal-lm", {"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}).ways
