@@ -56,6 +56,8 @@ def test_a_step_of_a_real_job_submits_the_next(cluster: Cluster, material: Mater
     assert "SLURM_MEM_PER_CPU" not in seen and seen["SLURM_MEM_PER_NODE"] == "700"
 
 
+@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("export", [None, "NONE"])
 def test_variables_that_a_user_sets_for_sbatch_go_on_working(export: str | None, cluster: Cluster, material: Material) -> None:
     """But for what the job file says itself, before which sbatch would take them; and an empty environment is filled by the script."""

@@ -30,6 +30,7 @@ def config_of(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_model_type_is_planned_or_refused(kind: str) -> None:
     content = {
