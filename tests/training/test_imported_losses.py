@@ -41,7 +41,8 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two layers, without dropout, for two classes, with its tokenizer."""
-    changes = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 2}
+    # As many positions as a job's max_length has where nobody writes one.
+    changes = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 2, "max_position_embeddings": 1024}
     return model_directory(tmp_path_factory.mktemp("encoder"), "bert", "AutoModelForSequenceClassification", **changes)
 
 
