@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def ready(tmp_path: Path, rows: list[Any], task: str = "causal-lm", tokenizer: Any = None, **settings: Any) -> tuple[Plan, Any]:
     """A plan over some rows and a model that is its tokenizer and its config alone."""
     tokenizer = tokenizer or byte_tokenizer()
-    config_of("llama" if task == "causal-lm" else "bert").save_pretrained(tmp_path / "model")
+    config_of("llama" if task == "causal-lm" else "bert", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     made = plan_of(Data(train=jsonl(tmp_path / "a.jsonl", rows), **settings), task)
     return made.model_copy(update={"model": made.model.model_copy(update={"name": str(tmp_path / "model")})}), tokenizer
@@ -231,6 +231,7 @@ def test_what_is_prepared_is_found_by_a_run_that_says_what_it_uses(job: str, tmp
     assert LINE in (tmp_path / "runs/a/attempts/0001/rank-0.log").read_text()
 
 
+@pytest.mark.very_slow
 @pytest.mark.slow
 def test_most_rows_dropped_from_command_to_command(job: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Looked at, refused, and run once it is written that they may go."""

@@ -32,6 +32,8 @@ from tests.training.plans import plan_of
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
 
 
+@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.timeout(1500)  # it takes 100 s by itself, and several times that beside other tests
 def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
