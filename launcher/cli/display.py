@@ -37,7 +37,7 @@ class Display(Watcher):
     def __init__(
         self, plan: Plan | None = None, console: Console | None = None, line_seconds: float = _LINE_SECONDS, quiet: bool = False
     ) -> None:
-        """Of a run by its `plan`. With `quiet` nothing is said that stays, as of work that no run is made for."""
+        """Show a run by its `plan`. `quiet` leaves no lines on the screen: for work without a run of its own."""
         self.console = console or Console(file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None)
         self.progress = Progress(peak=_peak(plan) if plan else None)
         self._quiet = quiet

@@ -19,7 +19,7 @@ _BAR = 34
 _CLASSES = 20
 """That are shown, the most frequent and the rarest."""
 _CHARACTERS = 4000
-"""Of a sample that are shown, but for one that is asked for by its row."""
+"""Characters of a sample that are shown; a sample asked for by its row is shown whole."""
 _LEARNED, _SPECIAL, _LEARNED_SPECIAL = "green", "magenta", "bold green"
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 """A terminal would obey these; they are shown by their numbers."""

@@ -47,7 +47,7 @@ _NOTHING = {
     "chunked_cross_entropy", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
     "liger_fused_linear_cross_entropy", "dataset_num_proc", "low_cpu_mem_usage",
 }  # fmt: skip
-"""Where and how fast, and what is reported."""
+"""Keys that change nothing of what is computed: paths, processes, reports."""
 _CHANGES: dict[str, tuple[Any, str]] = {
     "train_on_inputs": (False, "launcher learns completions, or what the assistant says; a column of whole texts is learned whole"),
     "val_set_size": (0, HELD_OUT),

@@ -38,9 +38,9 @@ class Training:
 
     starter: str
     words: list[str]
-    """What follows the program: its flags, the script, the script's arguments."""
+    """Words behind the program: its flags, the script, the script's arguments."""
     before: list[str]
-    """What stands before it, as `srun -N 2`."""
+    """Words before the program, as `srun -N 2`."""
     rank: int
     """How sure that is: 2 a launcher, 1 Python with a Trainer's arguments, 0 Python."""
 
@@ -64,7 +64,7 @@ def read_script(text: str, reading: Reading) -> None:
 
 
 def _counted_by_slurm(remark: Remark, reading: Reading) -> Remark:
-    """What the shell would fill in of numbers that `#SBATCH` lines say as well."""
+    """Numbers that the shell would fill in and `#SBATCH` lines say as well."""
     key = starting.COUNTS.get(remark.said.removeprefix("--"))
     if remark.kind != "fill in" or key is None or not reading.says(key):
         return remark

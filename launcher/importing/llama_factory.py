@@ -24,7 +24,7 @@ _NOTHING = {
     "ms_hub_token", "om_hub_token", "infer_backend", "infer_dtype", "use_kv_cache", "offload_folder", "compute_accuracy",
     "ignore_pad_token_for_loss", "include_effective_tokens_per_second", "predict_with_generate", "use_swanlab",
 }  # fmt: skip
-"""Where and how fast, and what is reported."""
+"""Keys that change nothing of what is computed: paths, processes, reports."""
 _CHANGES: dict[str, tuple[Any, str]] = {
     "train_on_prompt": (False, "launcher learns completions, or what the assistant says; a column of whole texts is learned whole"),
     "mask_history": (False, "launcher learns every turn of the assistant, not the last alone"),
