@@ -29,14 +29,14 @@ _CHANGES: dict[str, tuple[Any, str]] = {
     "train_on_prompt": (False, "launcher learns completions, or what the assistant says; a column of whole texts is learned whole"),
     "mask_history": (False, "launcher learns every turn of the assistant, not the last alone"),
     "freeze_trainable_layers": (2, "launcher freezes by names: model.freeze"),
-    "adapter_name_or_path": (None, "launcher begins with a new adapter; merge this one into the model first"),
+    "adapter_name_or_path": (None, "launcher goes on with an adapter by model.adapter.weights; name its directory there"),
     "pure_bf16": (False, "launcher keeps what trains in fp32, and computes in bf16"),
     "disable_shuffling": (False, "launcher shuffles by training.seed"),
     "early_stopping_steps": (None, "training.early_stopping with data.evaluation"),
     "streaming": (False, "launcher reads the whole data set before it begins"),
     "tokenized_path": (None, "launcher tokenises by itself"),
     "rope_scaling": (None, "launcher takes the model's config as it lies; set it there"),
-    "resize_vocab": (False, "launcher takes tokenizer and embeddings as they lie with the model"),
+    "resize_vocab": (False, "model.resize_embeddings: true makes rows for added tokens, each the mean of the old ones, and no row beyond"),
     "val_size": (0, HELD_OUT),
 }
 """Keys that change what is learned: the value at which they do nothing, and what is nearest."""

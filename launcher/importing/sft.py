@@ -42,7 +42,7 @@ _LEARNED = {
     "dataset_kwargs": (None, "launcher prepares the rows by itself"),
     "dataset_streaming": (False, "launcher reads the whole data set before it begins"),
     "formatting_func": (None, "launcher takes columns: data.text, data.prompt and data.completion, or data.messages"),
-    "router_aux_loss_coef": (None, "launcher adds no loss for the balance of experts"),
+    "router_aux_loss_coef": (None, "launcher takes it from the model's config, where output_router_logits is true; write it there"),
     "ignore_bias_buffers": (False, "launcher has no such key"),
 }
 """Keys that change what is learned: the value at which they do nothing, and what is nearest."""
