@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Attention, Head, SampleLayout
 
 TABLE = Path(__file__).with_name("model_support.json")
@@ -133,3 +134,26 @@ def fitting(known: Support, attention: str) -> list[Way]:
         return [Way(way.layout, "flash_attention_2", way.head) for way in known.ways if way.attention in ("packed", "sdpa")][:1]
     names = ("packed", "sdpa") if attention == "sdpa" else (attention,)
     return [way for way in known.ways if way.attention in names]
+
+
+def choose(known: Support, model: str, kind: str, attention: str, packing: bool, micro_batch_size: int | str) -> Way:
+    """Return the first way that what is asked for allows, of a model by its name and `model_type`.
+
+    Raises ConfigurationError where there is none, with what to write instead.
+    """
+    if not known.ways:
+        raise ConfigurationError(Problem("model.name", model, known.refused))
+    ways = fitting(known, attention)
+    if not ways:
+        can = ", ".join(dict.fromkeys("sdpa" if way.attention == "packed" else way.attention for way in known.ways))
+        reason = f"a {kind} model's loss would not be its own with it; write {can} or auto"
+        raise ConfigurationError(Problem("model.attention", attention, reason))
+    if packing:
+        ways = [way for way in ways if way.layout == "packed"]
+        if not ways:
+            reason = f"samples of a {kind} model cannot stand in one row without seeing each other; write false"
+            raise ConfigurationError(Problem("data.packing", True, reason))
+    if ways[0].layout == "single" and micro_batch_size != 1:
+        reason = f"several samples of a {kind} model in one pass have another loss than each alone; write 1"
+        raise ConfigurationError(Problem("batch.micro_batch_size", micro_batch_size, reason))
+    return ways[0]

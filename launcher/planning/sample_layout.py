@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 
+from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.job.script import OWN
 from launcher.planning.decider import Decider
 from launcher.planning.model_config import config_of
-from launcher.planning.model_support import UNKNOWN, UNTRIED, Support, Way, fitting, support
+from launcher.planning.model_support import UNKNOWN, UNTRIED, Support, Way, choose, fitting, support
 
 _FLASH = "write sdpa or auto, which have no padding either"
 
@@ -22,28 +23,15 @@ def choose_way(decider: Decider, device: str) -> Way:
         _check_flash(decider, device)
     config = config_of(model)
     known = support(model.task, config, model.trust_remote_code, job.data.max_length)
-    if not known.ways:
-        decider.refuse("model.name", model.name, known.refused)
+    try:
+        way = choose(
+            known, model.name, str((config or {}).get("model_type")), model.attention, job.data.packing, job.batch.micro_batch_size
+        )
+    except ConfigurationError as error:
+        decider.problems += error.problems
         return UNKNOWN[model.task].ways[0]
-    ways = fitting(known, model.attention)
-    if not ways:
-        can = ", ".join(dict.fromkeys("sdpa" if way.attention == "packed" else way.attention for way in known.ways))
-        kind = (config or {}).get("model_type")
-        decider.refuse("model.attention", model.attention, f"a {kind} model's loss would not be its own with it; write {can} or auto")
-        return known.ways[0]
-    if job.data.packing:
-        ways = [way for way in ways if way.layout == "packed"]
-        if not ways:
-            kind = (config or {}).get("model_type")
-            reason = f"samples of a {kind} model cannot stand in one row without seeing each other; write false"
-            decider.refuse("data.packing", True, reason)
-            return known.ways[0]
-    if ways[0].layout == "single" and job.batch.micro_batch_size != 1:
-        kind = (config or {}).get("model_type")
-        reason = f"several samples of a {kind} model in one pass have another loss than each alone; write 1"
-        decider.refuse("batch.micro_batch_size", job.batch.micro_batch_size, reason)
-    _write_down(decider, ways[0], known)
-    return ways[0]
+    _write_down(decider, way, known)
+    return way
 
 
 def one_a_pass(job: Job) -> Job:
@@ -58,27 +46,26 @@ def one_a_pass(job: Job) -> Job:
 
 def _write_down(decider: Decider, way: Way, known: Support) -> None:
     task, asked = decider.job.model.task, decider.job.model.attention
+    tried = known is not UNTRIED[task]
     proof = "its loss was held to transformers' own"
     if known is UNKNOWN[task]:
         proof = "the model's config is not here: looked at again once it is"
-    elif known is UNTRIED[task]:
+    elif not tried:
         proof = "an architecture that launcher has not tried: held to its own loss after loading"
     if way.attention == "packed":
         decider.decide("model.attention", "packed", f"samples stand one after another without padding, and never see each other; {proof}")
     elif asked == "auto":
-        fused = "PyTorch's own fused attention" if way.attention == "sdpa" else "written out, as fused attention gives another loss"
-        decider.decide("model.attention", way.attention, f"{fused if known is not UNTRIED[task] else 'written out'}; {proof}")
+        why = "PyTorch's own fused attention" if way.attention == "sdpa" else "as fused attention gives another loss"
+        decider.decide("model.attention", way.attention, f"{why if tried else 'every class has it'}; {proof}")
     if task == "causal-lm" and way.layout == "padded":
-        decider.decide("layout", "padded", "one sample a row: joined end to end they would see each other in this architecture")
+        why = "joined end to end they would see each other in this architecture" if tried else "every class can; packing: true has it tried"
+        decider.decide("layout", "padded", f"one sample a row: {why}")
     if way.layout == "single":
         decider.decide("layout", "single", "one sample a pass: with others in it its loss would be another one in this architecture")
     if way.head != "chunked":
-        whose = (
-            "the model's own head, some hundred positions at a time"
-            if way.head == "model"
-            else "the model's own forward, all logits at once"
-        )
-        decider.decide("head", way.head, f"{whose}: it does more than multiply with the output matrix")
+        whose = "some hundred positions at a time" if way.head == "model" else "all logits at once"
+        why = "does more than multiply with the output matrix" if tried else "may do more than multiply with the output matrix"
+        decider.decide("head", way.head, f"the model's own {'head' if way.head == 'model' else 'forward'}, {whose}: it {why}")
 
 
 def _check_flash(decider: Decider, device: str) -> None:

@@ -77,22 +77,13 @@ def settled(plan: Plan) -> Plan:
     """
     config = read_config(plan.model_copy(update={"attention": "eager"}))
     known = model_support.support(plan.task, config.to_dict(), plan.model.trust_remote_code, plan.data.max_length)
-    if not known.ways:
-        raise ConfigurationError(Problem("model.name", plan.model.name, known.refused))
     planned = model_support.Way(plan.layout, plan.attention, plan.head)
-    if known is model_support.UNTRIED[plan.task] or planned in known.ways or plan.attention == "flash_attention_2":
+    if known.ways and (known is model_support.UNTRIED[plan.task] or planned in known.ways or plan.attention == "flash_attention_2"):
         return plan
-    asked = plan.model.attention
-    ways = model_support.fitting(known, "auto" if asked == "sdpa" else asked) or list(known.ways)
-    if plan.data.packing:
-        ways = [way for way in ways if way.layout == "packed"]
-        if not ways:
-            reason = f"samples of a {config.model_type} model cannot stand in one row without seeing each other; write false"
-            raise ConfigurationError(Problem("data.packing", True, reason))
-    if ways[0].layout == "single" and plan.batch.micro_batch_size > 1:
-        reason = f"several samples of a {config.model_type} model in one pass have another loss than each alone; write 1"
-        raise ConfigurationError(Problem("batch.micro_batch_size", plan.batch.micro_batch_size, reason))
-    return plan.model_copy(update=ways[0]._asdict())
+    # A plan holds no `auto`: what it says of a model that was not there is what most models can.
+    asked = "auto" if plan.model.attention == "sdpa" else plan.model.attention
+    way = model_support.choose(known, plan.model.name, config.model_type, asked, plan.data.packing, plan.batch.micro_batch_size)
+    return plan.model_copy(update=way._asdict())
 
 
 def _made_up(plan: Plan) -> Any:
