@@ -85,6 +85,16 @@ def run(jobs: list[tuple[str, str]], processes: int, limit: float, done: Callabl
             done(task, model_type, found)
 
 
+def as_lines(content: dict[str, Any]) -> str:
+    """Write JSON with one line for each type, so that a change of one is a change of one line."""
+    parts = []
+    for key, value in content.items():
+        inner = value if isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()) else None
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in inner.items()) if inner else ""
+        parts.append(f" {json.dumps(key)}: " + (f"{{\n{lines}\n }}" if inner else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     """Sweep the types asked for, or all, and write what was found."""
     parser = argparse.ArgumentParser()
@@ -111,7 +121,7 @@ def main() -> None:
         kept["seconds"] = round(time.monotonic() - began)
         for each in TASKS:
             kept[each] = dict(sorted(kept.get(each, {}).items()))
-        options.out.write_text(json.dumps(kept, indent=1) + "\n")
+        options.out.write_text(as_lines(kept))
         print(task, model_type, found.get("layout"), found.get("attention"), found.get("head"), found.get("reason"), flush=True)
 
     run(jobs, options.processes, options.limit, done)

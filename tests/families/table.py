@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from launcher.planning.model_support import TABLE
 from tests.families.causal import CANDIDATES, HEADS
 from tests.families.numbers import is_ok
-from tests.families.sweep import RAW
+from tests.families.sweep import RAW, as_lines
 from tests.families.tiny import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -32,17 +32,17 @@ def table_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _causal(found: dict[str, Any]) -> dict[str, Any]:
     if "tried" not in found:
-        return {"class": found["class"], "refused": _plain(found["reason"])}
+        return {"refused": _plain(found["reason"])}
     if not found["causal"]:
-        return {"class": found["class"], "refused": _NOT_CAUSAL}
+        return {"refused": _NOT_CAUSAL}
     if not found["own_loss_is_cross_entropy"] and not found.get("own_loss_is_unshifted"):
-        return {"class": found["class"], "refused": _NOT_ITS_OWN}
+        return {"refused": _NOT_ITS_OWN}
     ways = []
     for layout, attention in CANDIDATES:
         head = next((head for head in HEADS if is_ok(found["tried"].get(f"{layout}/{attention}/{head}"))), None)
         if head is not None:
             ways.append(f"{layout} {attention} {head}")
-    entry = {"class": found["class"], "ways": ways} if ways else {"class": found["class"], "refused": "no way gives its own loss"}
+    entry: dict[str, Any] = {"ways": ways} if ways else {"refused": "no way gives its own loss"}
     return entry | ({"encoder": True} if found.get("causal_without_is_decoder") is False else {})
 
 
@@ -50,7 +50,7 @@ def _classifier(found: dict[str, Any]) -> dict[str, Any]:
     right = [name.split("/") for name, said in found.get("tried", {}).items() if is_ok(said) and "left" not in name]
     padded = [f"{layout} {attention}" for layout, attention in right if layout == "padded"]
     ways = padded or [f"{layout} {attention}" for layout, attention in right]
-    return {"class": found["class"], "ways": ways} if ways else {"class": found["class"], "refused": _plain(found["reason"])}
+    return {"ways": ways} if ways else {"refused": _plain(found["reason"])}
 
 
 def _plain(reason: str) -> str:
@@ -120,7 +120,7 @@ Nothing here was run on a GPU.
 def main() -> None:
     """Write both."""
     table = table_of(json.loads(RAW.read_text(encoding="utf-8")))
-    TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    TABLE.write_text(as_lines(table), encoding="utf-8")
     PAGE.write_text(page_of(table), encoding="utf-8")
 
 
