@@ -12,8 +12,7 @@ from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM
 
 from launcher.planning.plan import Plan
-from launcher.training import engines, heads
-from launcher.training import model as models
+from launcher.training import engines, heads, pretrained
 from launcher.training.bench import Report, reference_batch
 from launcher.training.fresh import in_fresh_ranks
 
@@ -43,14 +42,14 @@ def extra_seconds(engine: str, steps: Steps, num_ranks: int, allocator: Mapping[
             found[name] = tuple(in_fresh_ranks(extra, one, num_ranks, allocator) for one in both)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             raised = [line for line in str(error).splitlines() if _RAISED.match(line)]
-            report(f"{engine} does not run here, and is left out: {' '.join(raised[-1:]) or models.first_line(error)}")
+            report(f"{engine} does not run here, and is left out: {' '.join(raised[-1:]) or pretrained.first_line(error)}")
             return {}
     return found
 
 
 def extra(plan: Plan, ds_config: dict[str, Any]) -> float:
     """What a rank of a plan takes for a step beyond its passes."""
-    config, batch = models.read_config(plan), reference_batch(plan.data.max_length, torch.device("cpu"))
+    config, batch = pretrained.read_config(plan), reference_batch(plan.data.max_length, torch.device("cpu"))
     without = _bare_seconds(config, batch)
     return _engine_seconds(plan, config, ds_config, batch) - without
 

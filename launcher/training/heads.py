@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -81,8 +82,6 @@ def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
 
 def model_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     """Return the model's class as it was before sharding put one of its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.planning.model_support import Way
 from launcher.planning.plan import Plan
-from launcher.training import attention, heads
-from launcher.training import model as models
+from launcher.training import attention, heads, pretrained
 from launcher.training.data.dataset import Dataset, Sample
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
@@ -49,7 +48,7 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
         own, size = _own(engine, rows, plan)
     except ValueError as error:
         raise ConfigurationError(
-            Problem("model.name", plan.model.name, f"its own class refuses a row of the data: {models.first_line(error)}")
+            Problem("model.name", plan.model.name, f"its own class refuses a row of the data: {pretrained.first_line(error)}")
         ) from None
     if not _all(bool(own.isfinite().all()), own.device):
         reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"

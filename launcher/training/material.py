@@ -16,8 +16,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.runs import events, prepared
 from launcher.runs.layout import RunDirectory
-from launcher.training import model as models
-from launcher.training import model_files, tasks
+from launcher.training import heads, model_files, pretrained, tasks
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
@@ -54,8 +53,8 @@ class Material:
     @classmethod
     def of(cls, run: RunDirectory, plan: Plan) -> Material:
         """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
-        config = models.read_config(plan)
-        tokenizer = models.read_tokenizer(plan)
+        config = pretrained.read_config(plan)
+        tokenizer = pretrained.read_tokenizer(plan)
         task = tasks.build(plan, tokenizer)
         task.adopt(config)
         train = prepare(plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
@@ -88,7 +87,7 @@ class Material:
         generation: GenerationConfig | None = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(directory)
-        self.config.architectures = [models.architecture(model)]
+        self.config.architectures = [heads.model_class_of(model).__name__]
         self.config.save_pretrained(directory)
         model_files.name_own_code(directory, plan)
         directory.rename(target)
@@ -98,7 +97,7 @@ def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: PreTrainedTokeni
     """Raise ConfigurationError where rows have a token for which the model's embedding has no row."""
     num_rows = getattr(config.get_text_config(), "vocab_size", None)
     # To read every sample takes a while: only where the tokenizer has such tokens. Of characters there is no table.
-    if dataset is None or num_rows is None or models.num_ids(tokenizer) <= num_rows or (highest := dataset.highest_token()) < num_rows:
+    if dataset is None or num_rows is None or pretrained.num_ids(tokenizer) <= num_rows or (highest := dataset.highest_token()) < num_rows:
         return
     token = tokenizer.convert_ids_to_tokens(highest)
     reason = f"has the token {token!r} ({highest}), and the embedding has {num_rows:,} rows; write model.resize_embeddings: true"

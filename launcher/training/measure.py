@@ -19,8 +19,7 @@ from launcher.job.schema import Model
 from launcher.planning.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.training import entry, tasks
-from launcher.training import model as models
+from launcher.training import entry, pretrained, tasks
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
@@ -74,17 +73,17 @@ def _material(scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None) ->
     """
     source = plan.data.evaluation
     assert source is not None
-    begins, plan = plan is job, models.settled(plan)
-    config = models.read_config(plan)
+    begins, plan = plan is job, pretrained.settled(plan)
+    config = pretrained.read_config(plan)
     try:
-        tokenizer = models.read_tokenizer(plan)
+        tokenizer = pretrained.read_tokenizer(plan)
     except ConfigurationError:  # a directory with nothing but weights; the job's model says how texts are read
         if begins:
             raise
-        tokenizer = models.read_tokenizer(job)
+        tokenizer = pretrained.read_tokenizer(job)
     task = tasks.build(plan, tokenizer)
     if run is not None and (run / "model" / "config.json").is_file():
-        task.adopt(models.read_config(_as_it_stands(plan, str(run / "model"))), as_it_stands=True)
+        task.adopt(pretrained.read_config(_as_it_stands(plan, str(run / "model"))), as_it_stands=True)
     else:
         task.adopt(config, as_it_stands=not begins)
     if task.labels_given:

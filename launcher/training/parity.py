@@ -9,15 +9,14 @@ from typing import Any
 
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
-from launcher.training import entry
-from launcher.training import model as models
+from launcher.training import entry, pretrained
 from launcher.training.signals import StopRequest
 from launcher.training.trainer import Trainer, train
 
 
 def compare(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """The trainer's own loop, on a model without dropout, and without checkpoints."""
-    read_config = models.read_config
+    read_config = pretrained.read_config
 
     def without_dropout(plan: Plan) -> Any:
         config = read_config(plan)
@@ -26,7 +25,7 @@ def compare(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, s
                 setattr(config, name, 0.0)
         return config
 
-    models.read_config = without_dropout
+    pretrained.read_config = without_dropout
     Trainer._save = lambda self, wait=False: None  # type: ignore[method-assign]
     train(run, plan, attempt, stop, stop_at=stop_at)
 

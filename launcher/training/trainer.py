@@ -17,7 +17,7 @@ from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import last_record, newest_checkpoint
-from launcher.training import engines, operations
+from launcher.training import engines, operations, pretrained
 from launcher.training import model as models
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every rank."""
-    plan = models.settled(plan)
+    plan = pretrained.settled(plan)
     material = Material.prepare(run, plan)
     build_operators(plan, phase_report(run, "building operators", "operators"))
     device = start_process_group(plan)

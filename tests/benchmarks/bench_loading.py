@@ -97,6 +97,7 @@ def be_a_rank(mode: str, model: Path) -> None:
         from launcher.job.schema import Job
         from launcher.planning.decide import plan as decide
         from launcher.training import model as models
+        from launcher.training import pretrained
         from launcher.training.tasks.causal_lm import CausalLM
 
         job = Job.model_validate(
@@ -112,7 +113,7 @@ def be_a_rank(mode: str, model: Path) -> None:
         )
         plan = decide(job)
         # Loading alone is measured: the optimizer's state is made after it, and is twice the shard.
-        engine = fsdp.FsdpEngine(plan, CausalLM(plan.data), models.read_config(plan), trains=False)
+        engine = fsdp.FsdpEngine(plan, CausalLM(plan.data), pretrained.read_config(plan), trains=False)
         # A shard may still be pages of the mapped file. The first step writes them, so they are written here and count.
         with torch.no_grad():
             for parameter in engine.model.parameters():

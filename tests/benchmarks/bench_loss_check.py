@@ -36,8 +36,7 @@ def seconds(precision: str, engine: str, world_size: int) -> list[float]:
     import torch
 
     from launcher.render.deepspeed import config as deepspeed_config
-    from launcher.training import engines, loss_check, tasks
-    from launcher.training import model as models
+    from launcher.training import engines, loss_check, pretrained, tasks
     from launcher.training.data.dataset import Sample
     from tests.training.plans import deepspeed, plan_of
     from tests.training.runs import batch_of
@@ -54,7 +53,7 @@ def seconds(precision: str, engine: str, world_size: int) -> list[float]:
         **changes,
     )
     task = tasks.unbound(plan)
-    engine_ = engines.build(plan, task, models.read_config(plan), deepspeed_config(plan) if changes else {})
+    engine_ = engines.build(plan, task, pretrained.read_config(plan), deepspeed_config(plan) if changes else {})
 
     class Rows:
         num_items = 2

@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, heads
-from launcher.training import model as models
+from launcher.training import attention, heads, pretrained
 from launcher.training.engines import build
 from tests.training.batches import batch_of_samples, loss_alone
 from tests.training.plans import deepspeed, plan_of
@@ -111,5 +110,5 @@ def test_a_plan_made_without_the_config_is_refused_once_it_is_there(
     for each in (family, "llama"):
         config_of(each).save_pretrained(tmp_path / each)
     with pytest.raises(ConfigurationError, match=said):
-        models.settled(plan_of(tmp_path / family, **changes))
-    assert models.settled(plan_of(tmp_path / "llama", **changes)).layout == "packed"
+        pretrained.settled(plan_of(tmp_path / family, **changes))
+    assert pretrained.settled(plan_of(tmp_path / "llama", **changes)).layout == "packed"

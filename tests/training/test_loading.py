@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention
+from launcher.training import attention, pretrained
 from launcher.training import model as models
 from launcher.training.engines import build
 from launcher.training.model import local_part
@@ -71,4 +71,4 @@ def test_no_memory_while_loading_is_not_the_models_fault(tmp_path: Path, monkeyp
     plan = plan_of(tmp_path)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", without_memory)
     with pytest.raises(OSError, match="Cannot allocate memory"):
-        models.load(plan, Causal.auto_class, models.read_config(plan), lambda model: None)
+        models.load(plan, Causal.auto_class, pretrained.read_config(plan), lambda model: None)

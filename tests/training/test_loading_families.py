@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launcher.planning.model_support import read_table
 from launcher.training import model as models
+from launcher.training import pretrained
 from launcher.training.engines.fsdp import FsdpEngine
 from tests.families import tiny
 from tests.training.plans import plan_of
@@ -48,7 +49,7 @@ def _of_one(task: str, kind: str, directory: Path) -> list[str]:
     try:
         cutter = FsdpEngine.__new__(FsdpEngine)
         cutter._plan = plan
-        loaded = models.load(plan, AUTO[task], models.read_config(plan), cutter._shard)
+        loaded = models.load(plan, AUTO[task], pretrained.read_config(plan), cutter._shard)
     except Exception:
         return [traceback.format_exc()]
     wanted = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))

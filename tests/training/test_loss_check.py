@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM
 from launcher.errors import ConfigurationError, DataError
 from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, engines, loss_check, tasks
-from launcher.training import model as models
+from launcher.training import attention, engines, loss_check, pretrained, tasks
 from launcher.training.data.dataset import Sample
 from launcher.training.data.prepare import prepare
 from launcher.training.loss import LogitTransform
@@ -36,7 +35,7 @@ Fault = Callable[[], contextlib.AbstractContextManager[Any]]
 
 def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]:
     """Load the plan's model under its engine, put the fault in, and check; what was said and which way was taken."""
-    config, tokenizer = models.read_config(plan), models.read_tokenizer(plan)
+    config, tokenizer = pretrained.read_config(plan), pretrained.read_tokenizer(plan)
     task = tasks.build(plan, tokenizer)
     dataset = prepare(plan.data.train, "train", plan, task, tokenizer)
     task.configure(config)

@@ -17,8 +17,7 @@ from launcher.job.load import load as load_job
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.evaluation import Request, evaluate_locally
 from launcher.scheduling.supervisor import Watcher
-from launcher.training import model as models
-from launcher.training import model_files
+from launcher.training import model_files, pretrained
 from launcher.training.checkpoint.export import export
 from tests.training.plans import plan_of
 from tests.training.runs import causal_data, evaluations, finish, model_directory, new_run, plan_for, texts, tokenizer, write_rows
@@ -72,16 +71,16 @@ def test_trusted_code_runs_and_goes_along(adapter: dict[str, Any] | None, tmp_pa
 def test_code_that_is_not_trusted_or_cannot_be_used_is_refused(tmp_path: Path) -> None:
     directory = with_own_code(tmp_path / "model")
     with pytest.raises(ConfigurationError, match=r"model\.name.*custom code"):
-        models.read_config(plan_of(directory))
+        pretrained.read_config(plan_of(directory))
     plan = plan_of(directory, model__trust_remote_code=True)
-    config = models.read_config(plan)
+    config = pretrained.read_config(plan)
     (directory / "modeling_tiny.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(
         ConfigurationError, match=r"its own code \(modeling_tiny.TinyForCausalLM\) cannot be used: .*a_module_that_is_not_there"
     ):
-        models.model_class(AutoModelForCausalLM, config, plan)
+        pretrained.model_class(AutoModelForCausalLM, config, plan)
     with pytest.raises(ConfigurationError, match="a tiny-own model cannot do causal-lm"):
-        models.model_class(AutoModelForSequenceClassification, config, plan)
+        pretrained.model_class(AutoModelForSequenceClassification, config, plan)
 
 
 @pytest.mark.distributed

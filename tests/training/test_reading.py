@@ -15,7 +15,7 @@ from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training import model as models
-from launcher.training import tasks
+from launcher.training import pretrained, tasks
 from launcher.training.checkpoint.export import export
 from launcher.training.material import Material
 from launcher.training.reading import Changes, _Grown
@@ -41,7 +41,7 @@ def with_added_tokens(path: Path, family: str, auto_class: str = "AutoModelForCa
 def whole(plan: Plan, labels: list[str] | None = None) -> dict[str, torch.Tensor]:
     """The model's parameters as they are loaded, each whole."""
     task = tasks.unbound(plan, labels)
-    config = models.read_config(plan)
+    config = pretrained.read_config(plan)
     if labels is not None:
         task.configure(config)
     loaded = models.load(plan, task.auto_class, config, build_shard(plan))
@@ -128,7 +128,7 @@ def test_an_adapter_beside_new_rows_is_merged_and_not_exported_alone(tmp_path: P
 def test_a_model_without_a_table_of_tokens_cannot_grow(tmp_path: Path) -> None:
     CanineConfig().save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="a canine model has no table of tokens that could grow; leave it out"):
-        models.read_config(plan_of(tmp_path, model__resize_embeddings=True))
+        pretrained.read_config(plan_of(tmp_path, model__resize_embeddings=True))
 
 
 def test_rows_are_read_in_slices() -> None:
@@ -227,5 +227,5 @@ def test_classes_that_the_model_does_not_have_are_said(tmp_path: Path) -> None:
 def test_nothing_of_the_loading_is_changed_where_nothing_must_be(tmp_path: Path) -> None:
     path = model_directory(tmp_path, "llama")
     plan = plan_of(path)
-    config = models.read_config(plan)
-    assert Changes.of(plan, models.model_class(tasks.unbound(plan).auto_class, config, plan), config) == Changes()
+    config = pretrained.read_config(plan)
+    assert Changes.of(plan, pretrained.model_class(tasks.unbound(plan).auto_class, config, plan), config) == Changes()

@@ -12,7 +12,7 @@ import torch
 from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.training import model as models
-from launcher.training import tasks
+from launcher.training import pretrained, tasks
 from launcher.training.checkpoint.foreign import Foreign, ForeignTensor
 from launcher.training.optimizer import moments
 
@@ -39,8 +39,8 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
     if plan.model.adapter is not None:
         reason = "a checkpoint of another system is of a whole model, and this run trains adapters; leave model.adapter out"
         raise ConfigurationError(Problem("model.adapter", f"rank {plan.model.adapter.rank}", reason))
-    config = models.read_config(plan)
-    task = tasks.build(plan, models.read_tokenizer(plan))
+    config = pretrained.read_config(plan)
+    task = tasks.build(plan, pretrained.read_tokenizer(plan))
     if plan.task == "sequence-classification":
         _take_num_labels(plan, task.auto_class, config, foreign)
     model = _empty(plan, task.auto_class, config)

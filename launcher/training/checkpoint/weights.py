@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.job.schema import Adapter
 from launcher.planning.plan import Plan
-from launcher.training import adapters, tasks
+from launcher.training import adapters, pretrained, tasks
 from launcher.training import model as models
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.precision import DTYPES
@@ -136,8 +136,8 @@ class Merged:
 def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
     """The model that the run began with, on the CPU."""
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
-    config = models.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
-    kind = models.model_class(tasks.unbound(plan).auto_class, config, plan)
+    config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
+    kind = pretrained.model_class(tasks.unbound(plan).auto_class, config, plan)
     noise = logging.getLogger("transformers.modeling_utils")
     level = noise.level
     noise.setLevel(logging.ERROR)  # a head that its files lack is in the checkpoint
@@ -145,7 +145,7 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
         with Changes.of(plan, kind, config).in_place():
             return kind.from_pretrained(plan.model.name, config=config, dtype=dtype, revision=plan.model.revision or "main")
     except (OSError, ValueError, ImportError) as error:
-        reason = f"the weights beside which it was trained cannot be read: {models.first_line(error)}"
+        reason = f"the weights beside which it was trained cannot be read: {pretrained.first_line(error)}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     finally:
         noise.setLevel(level)
@@ -186,9 +186,9 @@ def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str
     Raises ConfigurationError where only a part of a module was: peft keeps whole ones alone; and where the base has fewer rows for tokens.
     """
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
-    config = models.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
+    config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
     _refuse_new_rows(plan, config)
-    kind = models.model_class(tasks.unbound(plan).auto_class, config, plan)
+    kind = pretrained.model_class(tasks.unbound(plan).auto_class, config, plan)
     with torch.device("meta"):
         model = kind._from_config(config)
     model.tie_weights()
@@ -208,7 +208,7 @@ def _refuse_new_rows(plan: Plan, config: Any) -> None:
     """Raise ConfigurationError where the run's model has more rows for tokens than the base that peft would put the adapter beside."""
     if not plan.model.resize_embeddings:
         return
-    base = models.read_config(plan.model_copy(update={"model": plan.model.model_copy(update={"resize_embeddings": None})}))
+    base = pretrained.read_config(plan.model_copy(update={"model": plan.model.model_copy(update={"resize_embeddings": None})}))
     before, after = base.get_text_config().vocab_size, config.get_text_config().vocab_size
     if before != after:
         reason = f"the run has {after:,} rows for tokens and its base {before:,}: the adapter does not fit the base; leave --adapter out"

@@ -15,8 +15,7 @@ from launcher.planning.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.sources.rows import Row, RowProblem
-from launcher.training import entry
-from launcher.training import model as models
+from launcher.training import entry, pretrained
 from launcher.training.data.dataset import Dataset, Sample
 from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import open_source
@@ -34,7 +33,7 @@ def inspect(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, 
     request = json.loads((scratch.path / "request.json").read_text(encoding="utf-8"))
     if "evaluation" not in request["roles"]:
         plan = plan.model_copy(update={"data": plan.data.model_copy(update={"evaluation": None})})
-    plan = models.settled(plan)
+    plan = pretrained.settled(plan)
     material = Material.of(scratch, plan)
     wanted = [dataset for dataset in material.datasets if dataset.report.role in request["roles"]]
     if not request["show"]:

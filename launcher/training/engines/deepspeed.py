@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
-from launcher.training import adapters
+from launcher.training import adapters, pretrained
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
@@ -182,7 +182,7 @@ def _import(plan: Plan) -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        reason = f"DeepSpeed cannot be imported: {models.first_line(error)}"
+        reason = f"DeepSpeed cannot be imported: {pretrained.first_line(error)}"
         raise ConfigurationError(Problem("parallel.engine", "deepspeed", reason)) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if plan.mesh.device == "cpu":

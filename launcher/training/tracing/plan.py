@@ -9,8 +9,7 @@ import torch
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.footprint.program import Batch, Setting
 from launcher.planning.plan import Plan
-from launcher.training import model as models
-from launcher.training import tasks
+from launcher.training import pretrained, tasks
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.program import Traced
 
@@ -38,10 +37,10 @@ _BUILT: dict[tuple[str | None, ...], Traced] = {}
 def _built(plan: Plan) -> Traced:
     # The kernel of flash-attn runs on a GPU alone; PyTorch's own keeps the same.
     here = plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
-    config = models.read_config(here)
+    config = pretrained.read_config(here)
     task = tasks.unbound(plan, None if plan.data.problem == "regression" else ["0", "1"])
     task.configure(config)
-    models.model_class(task.auto_class, config, plan)
+    pretrained.model_class(task.auto_class, config, plan)
     padded = classified if plan.task == "sequence-classification" else causal_padded
     make_batch, options = causal if task.padding_free else padded, {"trust_remote_code": plan.model.trust_remote_code}
     return Traced(config, task.auto_class, task.forward, make_batch, DTYPES[plan.precision], **options)

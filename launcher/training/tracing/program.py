@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.footprint.program import MOST_LAYERS, Context, Segment, Setting, Unit, Weight, matches, spread
 from launcher.training import model as models
-from launcher.training import operations
+from launcher.training import operations, pretrained
 from launcher.training.engines.linear import is_plain
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.tracing.counting import Counting
@@ -105,7 +105,7 @@ class Traced:
             reason = f"its code goes by the numbers in tensors ({error.func}), which a trace does not have"
             raise ConfigurationError(Problem("--trace", type(self._model).__name__, reason)) from None
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-            reason = f"its code does not run without numbers: {models.first_line(error)}"
+            reason = f"its code does not run without numbers: {pretrained.first_line(error)}"
             raise ConfigurationError(Problem("--trace", type(self._model).__name__, reason)) from None
         finally:
             masking_utils.is_tracing = before
