@@ -44,40 +44,21 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     """
     began = time.monotonic()
     rows = _rows(dataset, engine.model.config.get_text_config().eos_token_id)
-    try:
-        own, size = _own(engine, rows, plan)
-    except ValueError as error:
-        raise ConfigurationError(
-            Problem("model.name", plan.model.name, f"its own class refuses a row of the data: {pretrained.first_line(error)}")
-        ) from None
-    if not _all(bool(own.isfinite().all()), own.device):
-        reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"
-        raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it"))
-    planned = Way(task.layout, plan.attention, task.head)
+    planned = way = Way(task.layout, plan.attention, task.head)
+    own, size = _own(engine, rows, plan)
     first = found = _ours(engine, task, rows, plan, planned)
-    way = planned
-    for way in (planned, *_fallbacks(task, planned)):
-        found = found if way == planned else _ours(engine, task, rows, plan, way)
-        if found is not None and _differ(found, own, size) <= TOLERANCE[plan.precision]:
-            break
-    else:
-        reason = f"a row behind another in one pass has {_number(first)}, and alone by the model's own class {_number(own)}"
-        raise ConfigurationError(
-            Problem(
-                "model.name",
-                plan.model.name,
-                f"{reason}: launcher cannot train it truly; write batch.micro_batch_size: 1, or another model",
-            )
-        )
+    others = iter(way for way in _FALLBACKS if way != planned and (task.name == "causal-lm" or way.head == "chunked"))
+    while found is None or _differ(found, own, size) > TOLERANCE[plan.precision]:
+        if (other := next(others, None)) is None:
+            reason = f"a row behind another in one pass has {_number(first)}, and alone by the model's own class {_number(own)}"
+            cure = "launcher cannot train it truly; write batch.micro_batch_size: 1, or another model"
+            raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: {cure}"))
+        way, found = other, _ours(engine, task, rows, plan, other)
     numbers = {"ours": _number(first), "own": _number(own), "seconds": round(time.monotonic() - began, 2)}
     if way == planned:
         event("checked", **numbers)
     else:
         event("layout", planned=" ".join(planned), taken=" ".join(way), **numbers)
-
-
-def _fallbacks(task: Task, planned: Way) -> list[Way]:
-    return [way for way in _FALLBACKS if way != planned and (task.name == "causal-lm" or way.head == "chunked")]
 
 
 def _rows(dataset: Dataset, end: int | Sequence[int] | None) -> list[Sample]:
@@ -123,13 +104,23 @@ def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: W
 
 
 def _own(engine: Engine, rows: Sequence[Sample], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model's own class makes of the second row alone, and the size against which rounding is seen."""
+    """What the model's own class makes of the second row alone, and the size against which rounding is seen.
+
+    Raises ConfigurationError where the class refuses the row, or makes no numbers of it.
+    """
     name = engine.model.config._attn_implementation
     _attend(engine.model, "eager")
-    with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
-        output = engine.evaluate(to_device(_plain(rows[1]), plan.mesh.device))
+    try:
+        with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
+            output = engine.evaluate(to_device(_plain(rows[1]), plan.mesh.device))
+    except ValueError as error:
+        reason = f"its own class refuses a row of the data: {pretrained.first_line(error)}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     _attend(engine.model, name)
     own = _values(output, rows[1])
+    if not _all(bool(own.isfinite().all()), own.device):
+        reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it"))
     return own, torch.maximum(own.float().abs().max(), output.num_correct.float())
 
 
