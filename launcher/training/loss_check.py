@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.planning.model_support import Way
 from launcher.planning.plan import Plan
 from launcher.training import attention, heads, pretrained
+from launcher.training import model as models
 from launcher.training.data.dataset import Dataset, Sample
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
@@ -34,6 +35,7 @@ _FALLBACKS = (
     Way("padded", "sdpa", "chunked"), Way("padded", "eager", "chunked"),
     Way("padded", "sdpa", "model"), Way("padded", "eager", "model"), Way("padded", "eager", "forward"),
 )  # fmt: skip
+_NUMBER_OF_A_LAYER = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"}
 Event = Callable[..., None]
 
 
@@ -42,6 +44,11 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
 
     Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next token as their target.
     """
+    with shortened(engine.model):
+        _check_loss(engine, task, dataset, plan, event)
+
+
+def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event) -> None:
     began = time.monotonic()
     rows = _rows(dataset, engine.model.config.get_text_config().eos_token_id)
     planned = way = Way(task.layout, plan.attention, task.head)
@@ -59,6 +66,44 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
         event("checked", **numbers)
     else:
         event("layout", planned=" ".join(planned), taken=" ".join(way), **numbers)
+
+
+@contextlib.contextmanager
+def shortened(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, each list of layers ends where every kind of layer has been seen: what all kinds do right, all layers do.
+
+    Lists that hold parts of layers are left alone: a model counts those by itself.
+    """
+    removed, unsplit = [], set(model._no_split_modules or ())
+    for layers in (found for found in models.lists_of_layers(model) if type(found[0]).__name__ in unsplit):
+        kinds = _kinds(model, layers)
+        num_kept = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
+        removed.append((layers, list(layers)[num_kept:]))
+        del layers[num_kept:]
+    try:
+        yield
+    finally:
+        for layers, rest in removed:
+            layers.extend(rest)
+
+
+def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, ...]]:
+    """Each layer by the classes in it, their settings and its type in the config. A setting unlike all others makes a kind of its own."""
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    named = types if len(types) == len(layers) else [""] * len(layers)
+    plain = (bool, int, float, str, type(None))
+    return [
+        (
+            name,
+            *(
+                (type(module), key, value)
+                for module in layer.modules()
+                for key, value in {"": "", **vars(module)}.items()
+                if isinstance(value, plain) and key not in _NUMBER_OF_A_LAYER
+            ),
+        )
+        for name, layer in zip(named, layers, strict=True)
+    ]
 
 
 def _rows(dataset: Dataset, end: int | Sequence[int] | None) -> list[Sample]:

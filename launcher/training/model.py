@@ -199,9 +199,7 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
     They are the elements of the outermost ModuleLists whose class the model names as not to be split,
     else of all outermost ModuleLists of two or more. Raises ConfigurationError where there are none.
     """
-    lists = [module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) >= 1]
-    inner = {id(child) for outer in lists for child in outer.modules() if child is not outer}
-    outermost = [module for module in lists if id(module) not in inner]
+    outermost = lists_of_layers(model)
     unsplit = set(model._no_split_modules or ())
     named = [layer for module in outermost for layer in module if type(layer).__name__ in unsplit]
     layers = named or [layer for module in outermost if len(module) >= 2 for layer in module]
@@ -209,6 +207,13 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
         reason = f"{type(model).__name__} has no repeated layers that could be sharded one by one"
         raise ConfigurationError(Problem("model.name", model.name_or_path, reason))
     return layers
+
+
+def lists_of_layers(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost ModuleLists, without empty ones."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) >= 1]
+    inner = {id(child) for outer in lists for child in outer.modules() if child is not outer}
+    return [module for module in lists if id(module) not in inner]
 
 
 def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> None:

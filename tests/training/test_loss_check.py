@@ -22,6 +22,7 @@ from launcher.training import attention, engines, loss_check, pretrained, tasks
 from launcher.training.data.dataset import Sample
 from launcher.training.data.prepare import prepare
 from launcher.training.loss import LogitTransform
+from launcher.training.model import repeated_layers
 from launcher.training.tasks.causal_lm import CausalLM
 from launcher.training.tasks.sequence_classification import SequenceClassification
 from tests.families import tiny
@@ -46,7 +47,13 @@ def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]
             loss_check.check_loss(engine, task, dataset, plan, lambda name, **fields: said.append((name, fields)))
         except (ConfigurationError, DataError) as error:
             return {"error": str(error)}
-    return {"said": said, "way": (task.layout, engine.model.config._attn_implementation, task.head)}
+    output = engine.evaluate(task.collate([dataset.item(0)]))
+    return {
+        "said": said,
+        "way": (task.layout, engine.model.config._attn_implementation, task.head),
+        "num_layers": len(repeated_layers(engine.model)),
+        "loss": float(output.loss_sum),
+    }
 
 
 @contextlib.contextmanager
@@ -179,11 +186,41 @@ def test_a_classifier_padded_with_another_token_than_its_configs(tmp_path: Path)
 
 @pytest.mark.parametrize("engine", [{}, deepspeed(3), deepspeed(2)])
 def test_sharded(tmp_path: Path, data: dict[str, Any], engine: dict[str, Any]) -> None:
-    plan = plan_with(model_directory(tmp_path / "model"), data, 2, **engine)
+    """Five layers, of which the check passes two: all five are there again for what comes after it."""
+    plan = plan_with(model_directory(tmp_path / "model", num_hidden_layers=5), data, 2, **engine)
+    one = one_rank(plan_with(tmp_path / "model", data))
     for result in on_ranks(2, checked, plan):
         assert result["said"][0][0] == "checked"
+        assert result["num_layers"] == 5
+        assert result["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for result in on_ranks(2, checked, plan, leak):
         assert result["said"][0][1]["taken"] == "padded sdpa chunked"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "kept"),
+    [
+        ("llama", {"num_hidden_layers": 6}, 2),
+        (
+            "gemma3_text",
+            {"num_hidden_layers": 14, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2 + ["sliding_attention"] * 2},
+            6,
+        ),
+        ("qwen2_moe", {"num_hidden_layers": 9, "mlp_only_layers": [0, 1, 2], "layer_types": ["full_attention"] * 9}, 4),
+    ],
+)
+def test_the_check_passes_the_first_layers_of_every_kind(kind: str, changes: dict[str, Any], kept: int) -> None:
+    config = tiny.config_of(kind, tiny.CAUSAL_LM, 0.0)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = tiny.model_of(kind, tiny.CAUSAL_LM, config=config).eval()
+    ids = torch.arange(3, 12)[None]
+    before = model(ids).logits
+    with loss_check.shortened(model):
+        assert len(repeated_layers(model)) == kept
+        assert not torch.equal(model(ids).logits, before)
+    assert len(repeated_layers(model)) == changes["num_hidden_layers"]
+    assert torch.equal(model(ids).logits, before)
 
 
 def classifier_plan(
