@@ -16,6 +16,8 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Attention, Head, SampleLayout
 
 TABLE = Path(__file__).with_name("model_support.json")
+WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
+"""By model_type the linear layers that cannot have an adapter: their kernels take the matrix past the layer; peft (0.21) refuses."""
 
 
 class Way(NamedTuple):

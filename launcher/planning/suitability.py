@@ -9,6 +9,7 @@ from launcher.job.schema import Data, Job, Model
 from launcher.job.script import OWN
 from launcher.planning import positions
 from launcher.planning.model_config import config_of, locate, num_embeddings
+from launcher.planning.model_support import WITHOUT_ADAPTER
 from launcher.planning.vocabulary import read_vocabulary
 
 _SHOWN = 4
@@ -26,7 +27,7 @@ def look(job: Job) -> Findings:
     """Return what a job's model and its tokenizer say against its data; nothing where they are not here, and for a script's own data."""
     if job.data.train.name == OWN or job.model.name == OWN:
         return Findings()
-    found = [_lengths(job.model, job.data), _tokens(job.model)]
+    found = [_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model)]
     return Findings(tuple(one for each in found for one in each.problems), tuple(one for each in found for one in each.remarks))
 
 
@@ -64,3 +65,13 @@ def _tokens(model: Model) -> Findings:
         reason = f"{what}. It gets {vocabulary.num_ids - num_rows:,} new rows, the mean of the old ones"
         return Findings((), (Problem("model.resize_embeddings", True, reason),))
     return Findings((), (Problem("model.resize_embeddings", False, f"{what}. Data with such a token will be refused"),))
+
+
+def _adapter(model: Model) -> Findings:
+    kind = (config_of(model) or {}).get("model_type")
+    if model.adapter is None or (layer := WITHOUT_ADAPTER.get(str(kind))) is None or not model.adapter.takes(layer):
+        return Findings()
+    what = f"{layer} of a {kind} model can have no adapter, as its kernels take the matrix past the layer"
+    if model.adapter.targets == "all-linear":
+        return Findings((), (Problem("model.adapter.targets", "all-linear", f"{what}: the other linear layers get one"),))
+    return Findings((Problem("model.adapter.targets", list(model.adapter.targets), f"{what}; name others, or write all-linear"),))

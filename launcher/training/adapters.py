@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Adapter
+from launcher.planning.model_support import WITHOUT_ADAPTER
 
 WEIGHTS = "adapter_model.safetensors"
 """The file of an adapter's directory that holds its values."""
@@ -57,7 +58,8 @@ def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[st
         raise ConfigurationError(problems)
     if adapter.targets == "all-linear":
         repeated = {id(module) for layer in layers(model) for module in layer.modules()}
-        found = [name for name, module in linear.items() if id(module) in repeated]
+        without = WITHOUT_ADAPTER.get(model.config.model_type)
+        found = [name for name, module in linear.items() if id(module) in repeated and name.rpartition(".")[2] != without]
         if not found:
             reason = f"the repeated layers of {type(model).__name__} hold no linear layer"
             raise ConfigurationError(Problem("model.adapter.targets", adapter.targets, reason))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig, RobertaConfig
+from transformers import BartConfig, BertConfig, LlamaConfig, RobertaConfig, T5Config
 
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.schema import Data, Source
@@ -300,6 +300,22 @@ def test_positions_counted_from_the_padding_token_stay_where_they_are() -> None:
 
 
 TOTALS = {"loss_sum": 6.0, "num_supervised": 4, "num_correct": 3}
+
+
+@pytest.mark.parametrize("config", [BartConfig(), T5Config(), BertConfig()], ids=lambda config: config.model_type)
+def test_an_end_token_in_the_words_of_a_row(config: Any) -> None:
+    """BART's and T5's classifiers look at the last of a text, and refuse a pass of texts that have unlike numbers of them."""
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    task = task_of(["x", "y"], tokenizer)
+    task.adopt(config)
+    task.bind(tokenizer)
+    plain, other = task.encode_batch([{"text": text, "label": "x"} for text in ("the cat", "the [SEP] cat")], tokenizer)
+    assert not isinstance(plain, RowProblem)
+    assert isinstance(other, RowProblem) == (config.model_type != "bert")
+    if isinstance(other, RowProblem):
+        assert "holds '[SEP]' as a word" in str(other)
+        assert task.key is not None
 
 
 def test_metrics_of_two_classes() -> None:

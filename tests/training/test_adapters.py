@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Adapter
+from launcher.planning.model_support import WITHOUT_ADAPTER
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.evaluation import Request, evaluate_locally
@@ -24,6 +25,7 @@ from launcher.training.checkpoint.foreign_names import expected
 from launcher.training.model import repeated_layers
 from launcher.training.operations import flops_per_token
 from launcher.training.tracing.plan import trace
+from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import (
@@ -140,6 +142,16 @@ def test_other_decoders(family: str, tmp_path: Path) -> None:
     sharded, _ = on_ranks(2, steps, plan_of(tmp_path, 2, batch=_batch(2, 3), model__adapter=lora), Causal)
     torch.testing.assert_close(torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=1e-5, atol=0)
     assert all(value.abs().max() > 0 for name, value in sharded["tensors"].items() if name.endswith("lora_B.weight"))
+
+
+@pytest.mark.parametrize("kind", sorted(WITHOUT_ADAPTER))
+def test_layers_that_peft_refuses_go_without(kind: str) -> None:
+    model = tiny.model_of(kind, tiny.CAUSAL_LM)
+    names = adapters.targets(model, Adapter(), repeated_layers)
+    assert names and not any(name.endswith("out_proj") for name in names)
+    inject_adapter_in_model(adapters.settings(Adapter(), names), model)
+    with pytest.raises(ValueError, match="out_proj"):
+        inject_adapter_in_model(adapters.settings(Adapter(), ["out_proj"]), model)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

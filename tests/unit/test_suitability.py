@@ -143,6 +143,16 @@ def test_rows_may_be_left_as_they_are_where_no_text_has_such_a_token(tmp_path: P
     assert config_of(load(path).model) == LLAMA
 
 
+def test_layers_that_can_have_no_adapter(tmp_path: Path) -> None:
+    directory = model(tmp_path / "mamba", {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 6})
+    [remark] = suitability.check(load(job(tmp_path, directory, adapter={})))
+    assert "out_proj of a mamba model can have no adapter" in str(remark)
+    assert suitability.check(load(job(tmp_path, directory, adapter={"targets": ["in_proj"]}))) == []
+    with pytest.raises(ConfigurationError, match=r"model.adapter.targets.*out_proj.*name others, or write all-linear"):
+        suitability.check(load(job(tmp_path, directory, adapter={"targets": ["in_proj", "*_proj"]})))
+    assert suitability.check(load(job(tmp_path, model(tmp_path / "llama"), adapter={"targets": ["out_proj"]}))) == []
+
+
 def test_tokens_of_images_need_no_row(tmp_path: Path) -> None:
     """As of a model for text whose tokenizer knows images too."""
     path = job(tmp_path, model(tmp_path / "a", added=("<image_soft_token>",), image_token="<image_soft_token>"))

@@ -12,13 +12,15 @@ import torch
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.schema import Data
 from launcher.sources.labels import class_names, number_of
-from launcher.sources.rows import BAD_LABEL, TOO_LONG, Row, RowProblem, text_of
+from launcher.sources.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
 from launcher.training import metrics as measure
 from launcher.training.data.dataset import Sample
 from launcher.training.tasks import classes
 from launcher.training.tasks.classes import Classes, is_number
 from launcher.training.tasks.task import Encoded, Task
 
+_READS_LAST_END = {"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"}
+"""The model types whose classifiers look at the last end token of a text, and refuse a pass in which texts have unlike numbers of them."""
 HF_PROBLEM = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}
 
 
@@ -31,6 +33,13 @@ class SequenceClassification(Task):
     def __init__(self, data: Data, labels: list[str] | None = None) -> None:
         super().__init__(data, labels)
         self._pad: int | None = None
+        self._reads_last_end = False
+        self._ends: tuple[int, int] | None = None
+        """Where that counts: the end token, and how many of them a text without any in its own words has."""
+
+    @property
+    def key(self) -> Any:
+        return self._ends
 
     @property
     def auto_class(self) -> Any:
@@ -60,10 +69,14 @@ class SequenceClassification(Task):
         if self._pad is None:
             reason = "its tokenizer has neither a padding nor an end token, and batches of texts need one to pad with"
             raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
+        if self._reads_last_end and (end := tokenizer.eos_token_id) is not None:
+            [empty] = _tokenise(tokenizer, [("",) * len(self._text_columns)], None)
+            self._ends = end, empty["input_ids"].count(end)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
         """Take the classes of a model that has a classification head already. Raises ConfigurationError where it stands without one."""
         self.own_labels = classes.of_model(config)
+        self._reads_last_end = config.model_type in _READS_LAST_END
         if not as_it_stands:
             return
         num_needed = 1 if self.data.problem == "regression" else None
@@ -150,6 +163,9 @@ class SequenceClassification(Task):
             return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
         if cut:
             [arrays] = _tokenise(tokenizer, [texts], self.data.max_length)
+        if self._ends is not None and arrays["input_ids"].count(self._ends[0]) != self._ends[1]:
+            reason = f"it holds {tokenizer.eos_token!r} as a word, and the model finds the end of a text by it"
+            return RowProblem(BAD_VALUE, reason)
         kept: dict[str, np.ndarray] = {
             name: np.asarray(arrays[name], dtype=np.int32) for name in ("input_ids", "token_type_ids") if name in arrays
         }
