@@ -253,7 +253,7 @@ class Trainer:
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""
-        signals, seconds_left = zip(*self._from_all((self.stop.signal_name, self.stop.seconds_left())), strict=True)
+        signals, seconds_left = zip(*self._from_all((self.stop.asked_by, self.stop.seconds_left())), strict=True)
         self.event("stopping", signal=next(filter(None, signals), "stop-at"))
         needed = self._from_all(_seconds_of_last_save(self.run) if self.rank == 0 else 0.0)[0]
         changed = self.state.step > self.first_step
