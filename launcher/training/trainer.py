@@ -237,7 +237,7 @@ class Trainer:
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
         saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), metrics, wait=wait)
         if wait and not saved:
-            raise StorageError(f"step {self.state.step} could not be saved before leaving; the reason is in {self.run.events_file}")
+            raise StorageError(f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}")
 
     def _restore(self) -> None:
         progress = self.checkpointer.load(self.engine.tensors())
