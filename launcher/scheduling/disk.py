@@ -101,6 +101,11 @@ class Disk:
         return why if time.monotonic() - since > (GONE_SECONDS if is_gone else UNREACHABLE_SECONDS) else ""
 
     @property
+    def missing(self) -> str:
+        """What is wrong with the run directory at this moment, however short it is; empty where it is there."""
+        return self._missing[1] if self._missing else ""
+
+    @property
     def trouble(self) -> str:
         """What is wrong with the disk and may pass, for people; empty where nothing is."""
         if self.stuck_seconds > STALL_SECONDS:

@@ -78,7 +78,7 @@ def shown(path: Path) -> str:
 
 def conclude(run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen, out_of_memory_killer: bool, signals: Signals) -> int:
     """As `outcome`, whatever the run's disk does: within a bounded time, and without an error of its own."""
-    if end.forced == "gone":
+    if end.forced == "gone" or (end.lost and not end.events & {"finished", "stopped"}):
         return _gone(run, number, end, screen)
     found: list[int | BaseException] = []
 

@@ -93,7 +93,7 @@ class End:
     exits: list[dict[str, Any]] = field(default_factory=list)
     """How ranks failed and ended, as they and the agent told it without the disk."""
     lost: str = ""
-    """Why the run directory was given up, if it was."""
+    """Why the run directory was not there in the end; empty where it was."""
     place: Path | None = None
     """Where it is now, if it was renamed."""
     is_disk_stuck: bool = False
@@ -156,7 +156,6 @@ class Supervisor:
             self._say_trouble()
             forced = self._reason_to_force()
             self.screen.tick()
-        lost, place = self.disk.lost, self.disk.place_now()
         if forced:
             self._dump_stacks(forced)
             self._kill(agent)
@@ -164,8 +163,8 @@ class Supervisor:
         self._take_in(agent)
         first = self.signals.first
         name = first[0].name if first else ""
-        told = self._failures, self._exits
-        return End(agent.wait(), forced, name, set(self._events), self._grace, *told, lost, place, is_disk_stuck=not looked)
+        told = self._failures, self._exits, self.disk.missing, self.disk.place_now()
+        return End(agent.wait(), forced, name, set(self._events), self._grace, *told, is_disk_stuck=not looked)
 
     def also_read(self) -> None:
         """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""

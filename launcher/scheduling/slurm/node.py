@@ -99,7 +99,7 @@ def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         if end.forced == "superseded":
             return 0
         # When the time is up, what is left of it is for going on; nobody asks then what killed the ranks.
-        reports = [] if end.forced in ("grace", "gone") or end.is_disk_stuck else _reports(run, number, plan.mesh.nodes)
+        reports = [] if end.forced in ("grace", "gone") or end.is_disk_stuck or end.lost else _reports(run, number, plan.mesh.nodes)
         out_of_memory_killer = any([*reports, oom_kills() > killed_before])
         code = conclude(run, plan, number, end, screen, out_of_memory_killer, signals)
         within(_SECONDS_FOR_OUTCOME, lambda: write_outcome(run, number, _why(run, end, code), signal=end.signal_name, exit_code=code))

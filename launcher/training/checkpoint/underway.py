@@ -94,7 +94,7 @@ class Failing:
         """That of `step` failed."""
         self._in_a_row += 1
         if self._in_a_row > 1:
-            since = f"nothing is saved since step {self._good}" if self._good else "nothing is saved yet"
+            since = f"nothing is saved {f'since step {self._good}' if self._good else 'yet'}"
             tell(
                 say=f"warning: {self._in_a_row} saves in a row have failed, the last one at step {step} ({reason}); {since}; training goes on"
             )
