@@ -12,7 +12,7 @@ from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
 
 if TYPE_CHECKING:
-    from launcher.scheduling.supervisor import Watcher
+    from launcher.scheduling.screen import Watcher
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

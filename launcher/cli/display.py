@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from typing import Any
 
 from rich.console import Console, Group
@@ -21,7 +22,7 @@ from launcher.runs.prepared import line, newest
 from launcher.runs.tail import Tail
 from launcher.runs.words import duration
 from launcher.scheduling.local import shown
-from launcher.scheduling.supervisor import Watcher
+from launcher.scheduling.screen import Watcher
 
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 15.0
@@ -31,6 +32,13 @@ _ROWS = 4
 _PHASES_SAID = ("preparing", "building operators", "loading", "saving", "exporting")
 
 
+class _Console(Console):
+    """One that goes silent where the reader of its pipe has gone. rich's own would end the process, and the run with it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Display(Watcher):
     """Follows events.jsonl and metrics.jsonl of an attempt, and shows them on stderr."""
 
@@ -38,12 +46,15 @@ class Display(Watcher):
         self, plan: Plan | None = None, console: Console | None = None, line_seconds: float = _LINE_SECONDS, quiet: bool = False
     ) -> None:
         """Show a run by its `plan`. `quiet` leaves no lines on the screen: for work without a run of its own."""
-        self.console = console or Console(file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None)
+        self.console = console or _Console(file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None)
         self.progress = Progress(peak=_peak(plan) if plan else None)
         self._quiet = quiet
         self._line_seconds = line_seconds
         self._live: Live | None = None
         self._tails: tuple[Tail, Tail] | None = None
+        # What was read and not shown yet: one thread reads and another one shows.
+        self._events: deque[dict[str, Any]] = deque()
+        self._metrics: deque[dict[str, Any]] = deque()
         self._shown_at = 0.0
         self._line_at: float | None = None
         self._phase_said = ""
@@ -56,8 +67,14 @@ class Display(Watcher):
             self._live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
 
+    def read(self) -> None:
+        """Read what is new in both files."""
+        if self._tails:
+            for tail, records in zip(self._tails, (self._events, self._metrics), strict=True):
+                records.extend(tail.records())
+
     def tick(self) -> None:
-        """Take in what is new; show it when it is time."""
+        """Take in what was read; show it when it is time."""
         now = time.monotonic()
         if now - self._shown_at < _REFRESH_SECONDS:
             return
@@ -73,24 +90,21 @@ class Display(Watcher):
 
     def end(self) -> None:
         """Show the last of it, and leave the terminal as it was."""
-        if self._tails:
-            self._take_in(time.monotonic())
+        self._take_in(time.monotonic())
         if self._live:
             self._live.stop()
             self._live = None
 
     def _take_in(self, now: float) -> None:
-        if self._tails is None:
-            return
-        events, metrics = self._tails
-        for record in events.records():
+        while self._events:
+            record = self._events.popleft()
             self.progress.event(record)
             # On a terminal evaluations have a table of their own.
             if (line := notice(record)) and not (self._live and record["event"] == "evaluated"):
                 self.say(line)
             self._say_phase()
-        for record in metrics.records():
-            if self.progress.metric(record):
+        while self._metrics:
+            if self.progress.metric(self._metrics.popleft()):
                 self._say_step(now)
 
     def _say_phase(self) -> None:

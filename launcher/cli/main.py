@@ -13,13 +13,14 @@ prints results on stdout and everything else on stderr. `launcher/cli/job.py` is
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import os
 import sys
 from dataclasses import dataclass
 
-from launcher.errors import LauncherError, StorageError
+from launcher.errors import LauncherError
 
 SUMMARY = "One job file in, a sharded fine-tuned model out."
 
@@ -88,7 +89,8 @@ def report(error: LauncherError) -> None:
     label = "error:"
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         label = f"\x1b[31m{label}\x1b[0m"
-    print(f"{label} {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"{label} {error}", file=sys.stderr, flush=True)
 
 
 def _start_fast() -> None:
@@ -117,10 +119,13 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.filename is None:
+        from launcher.runs.failure import named
+
+        known = named(error)
+        if known is None:
             raise
-        report(StorageError(f"{error.filename}: {error.strerror}"))
-        sys.exit(StorageError.exit_code)
+        report(known)
+        sys.exit(known.exit_code)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def evaluate(
 ) -> None:
     """Measure a model before and after training, side by side."""
     from launcher.scheduling.evaluation import Request, evaluate_locally
-    from launcher.scheduling.supervisor import Watcher
+    from launcher.scheduling.screen import Watcher
 
     result = evaluate_locally(Request.of(model, job, checkpoint, nproc, overrides), Watcher())
     if as_json:

@@ -25,7 +25,7 @@ def parity(
     from launcher.job.load import load
     from launcher.planning.decide import plan as decide
     from launcher.scheduling.parity import TOLERANCE, outcomes
-    from launcher.scheduling.supervisor import Watcher
+    from launcher.scheduling.screen import Watcher
 
     tolerance = TOLERANCE[decide(load(job, overrides), nproc).precision]
     found: list[Outcome] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,15 +102,19 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     from launcher.errors import ConfigurationError, Problem
     from launcher.runs.status import read_status
     from launcher.scheduling import local
+    from launcher.scheduling.screen import mute
 
     if plan.script and stop_at is not None:
         raise ConfigurationError(Problem("--stop-at", stop_at, "only the script knows its steps; leave it out"))
     display = Display(plan)
     code = local.run(run, plan, display, stop_at)
-    if as_json:
-        print_json({**read_status(run).to_dict(), "exit_code": code})
-    elif code == 0 and plan.script:
-        typer.echo(f"finished: {local.shown(run.path)}; what the ranks printed is in {local.shown(run.attempt(run.last_attempt()))}")
-    elif code == 0:
-        typer.echo(summary(run, local.shown(run.path)))
+    # Whoever read this may have gone, and the disk with the run: the attempt's own code is what counts.
+    with contextlib.suppress(OSError):
+        if as_json:
+            print_json({**read_status(run).to_dict(), "exit_code": code})
+        elif code == 0 and plan.script:
+            typer.echo(f"finished: {local.shown(run.path)}; what the ranks printed is in {local.shown(run.attempt(run.last_attempt()))}")
+        elif code == 0:
+            typer.echo(summary(run, local.shown(run.path)))
+    mute()
     raise typer.Exit(code)

@@ -112,7 +112,7 @@ def _open(
 
 
 def _here(found: Sweep) -> int:
-    from launcher.scheduling.supervisor import Watcher
+    from launcher.scheduling.screen import Watcher
     from launcher.scheduling.sweep.running import run_here
 
     return run_here(found, Watcher())

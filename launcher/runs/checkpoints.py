@@ -208,7 +208,7 @@ def list_checkpoints(run: RunDirectory) -> list[Stored]:
         return []
     run_id = run.run_id()
     names = [path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name)]
-    return [look(path, run_id) for path in sorted(names)]
+    return [look(path, run_id) for path in sorted(names, key=lambda path: int(path.name.removeprefix("step-")))]
 
 
 def newest_valid(run: RunDirectory, num_threads: int | None = None) -> Choice:

@@ -13,14 +13,26 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import time
 import traceback
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import DataError, LauncherError, OutOfMemoryError, RankLostError, ScriptError, StorageError, by_failure_class
+from launcher.errors import (
+    ConfigurationError,
+    DataError,
+    LauncherError,
+    OutOfMemoryError,
+    Problem,
+    RankLostError,
+    ScriptError,
+    StorageError,
+    by_failure_class,
+)
 from launcher.runs.layout import write_atomically
 from launcher.runs.processes import signal_name
 
@@ -101,6 +113,16 @@ def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
     return LauncherError, False
 
 
+def named(error: OSError) -> LauncherError | None:
+    """An error of the system that no code foresaw, in words; None where nothing is known that it comes from."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return ConfigurationError(Problem("ulimit -n", limit, f"{error.strerror}; write: ulimit -n 4096"))
+    if error.filename is not None:
+        return StorageError(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return StorageError(error.strerror) if error.errno in _STORAGE_ERRORS else None
+
+
 def one_line(error: BaseException) -> str:
     """The error as one line: launcher's own text as it is, another's with the name of its type."""
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
@@ -109,10 +131,10 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_CAUSE else text[: _LONGEST_CAUSE - 1] + "…"
 
 
-def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> Failure:
-    """Write failure-rank-R.json into an attempt's directory, whole or not at all, and give back what it says."""
+def of(rank: int, error: BaseException, step: int = 0) -> Failure:
+    """How this process, as that rank, failed by an error."""
     known, consequence = classify(error)
-    failure = Failure(
+    return Failure(
         time=time.time(),
         rank=rank,
         host=os.uname().nodename,
@@ -124,6 +146,11 @@ def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> F
         traceback="".join(traceback.format_exception(error)),
         consequence=consequence,
     )
+
+
+def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> Failure:
+    """Write failure-rank-R.json into an attempt's directory, whole or not at all, and give back what it says."""
+    failure = of(rank, error, step)
     write_atomically(directory / f"failure-rank-{rank}.json", json.dumps(dataclasses.asdict(failure), indent=2) + "\n")
     return failure
 
@@ -142,24 +169,54 @@ def write_exits(directory: Path, exits: list[dict[str, Any]], node: int = 0) -> 
     write_atomically(directory / (f"exits-{node}.json" if node else "exits.json"), json.dumps(exits, indent=2) + "\n")
 
 
-def write_grace(directory: Path, seconds: float) -> None:
-    """Tell the ranks of this machine how long they have from now on."""
-    write_atomically(grace_file(directory), json.dumps({"until": time.time() + seconds}) + "\n")
+@dataclass(frozen=True)
+class Grace:
+    """How long the ranks of one machine have to save and leave, and by which signal their launcher was asked."""
+
+    until: float
+    """By this machine's clock since it booted, which all its processes share and nobody sets."""
+    signal_name: str
+
+    @classmethod
+    def of(cls, seconds: float, signal_name: str) -> Grace:
+        """So many seconds from now on."""
+        return cls(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds, signal_name)
+
+    @classmethod
+    def read(cls, path: Path) -> Grace | None:
+        """What a launcher wrote at `path`; None where there is nothing that can be read."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, directory: Path) -> None:
+        """Tell the ranks of this machine. Raises OSError."""
+        write_atomically(grace_file(directory), json.dumps(dataclasses.asdict(self)) + "\n")
+
+    @property
+    def seconds_left(self) -> float:
+        """From now on; 0 where it is over."""
+        return max(0.0, self.until - time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def grace_file(directory: Path) -> Path:
-    """Where the ranks of this machine read how long they have; by its own clock."""
+    """Where the ranks of this machine read how long they have."""
     return directory / f"grace-{os.uname().nodename}.json"
 
 
-def lost(directory: Path, out_of_memory_killer: bool = False) -> list[Failure]:
-    """The ranks that ended without a word: killed from outside, or crashed in native code."""
-    exits: list[dict[str, Any]] = []
+def lost(
+    directory: Path, out_of_memory_killer: bool = False, told: Iterable[dict[str, Any]] = (), spoken: Collection[int] = ()
+) -> list[Failure]:
+    """The ranks that ended without a word: killed from outside, or crashed in native code.
+
+    `told`: ends of ranks that the agent told without the disk; `spoken`: ranks that said themselves how they failed.
+    """
+    exits = {int(end["rank"]): end for end in told}
     for path in sorted(directory.glob(EXITS)):
         with contextlib.suppress(OSError, ValueError):
-            exits += json.loads(path.read_text(encoding="utf-8"))
-    spoke = {path.name for path in directory.glob("failure-rank-*.json")}
-    silent = [end for end in exits if end["code"] != 0 and not end["by_agent"] and f"failure-rank-{end['rank']}.json" not in spoke]
+            exits.update({int(end["rank"]): end for end in json.loads(path.read_text(encoding="utf-8"))})
+    silent = [end for rank, end in exits.items() if end["code"] != 0 and not end["by_agent"] and rank not in spoken]
     return [_lost(end, directory, out_of_memory_killer) for end in silent]
 
 
@@ -195,14 +252,18 @@ def _says_no_memory(log: Path) -> str:
     return next((line.strip()[:_LONGEST_CAUSE] for line in reversed(lines) if _NO_MEMORY.search(line)), "")
 
 
-def first(directory: Path, out_of_memory_killer: bool = False) -> Failure | None:
+def first(
+    directory: Path, out_of_memory_killer: bool = False, failures: Iterable[Failure] = (), exits: Iterable[dict[str, Any]] = ()
+) -> Failure | None:
     """The failure that all others follow from; None where nobody failed.
 
     An error that names its class, or a rank that was killed, comes before an error of unknown class (which may be how a
     lost peer looks to a library), and that before one that is known to be a consequence. Among equals the earliest.
+    `failures` and `exits` were told without the disk, and count for ranks of which nothing is written there.
     """
-    spoken = [failure for path in sorted(directory.glob("failure-rank-*.json")) if (failure := read(path))]
-    everything = spoken + lost(directory, out_of_memory_killer)
+    spoken = {failure.rank: failure for failure in failures}
+    spoken.update({failure.rank: failure for path in sorted(directory.glob("failure-rank-*.json")) if (failure := read(path))})
+    everything = [*spoken.values(), *lost(directory, out_of_memory_killer, exits, spoken)]
     return min(everything, key=lambda failure: (_rank_of_cause(failure), failure.time), default=None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -11,19 +12,58 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ConfigurationError, Problem, RunInUseError
+from launcher.errors import ConfigurationError, Problem, RunInUseError, StorageError
+from launcher.runs.aside import within
+from launcher.runs.lease import NO_LOCKS, Lease
+from launcher.runs.processes import Identity
 
-STEP_DIRECTORY = re.compile(r"^step-(\d{8})$")
+STEP_DIRECTORY = re.compile(r"^step-(\d{8,})$")
+"""Eight digits, so that names sort; more where a run has a hundred million steps."""
+_LEFTOVER = re.compile(r"^\..+\.[0-9a-f]{8}$")
+_RELEASE_SECONDS = 2.0
+"""For a disk to take the lock back; the kernel does it anyway when the process ends."""
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a crash, sees the old file or the new one and never a part."""
+    """Write `text` so that a reader, or a crash, sees the old file or the new one and never a part; durable when it returns.
+
+    Raises OSError, with the file's name, and then leaves nothing behind.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable, where the file system can. Raises OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return  # one that may be written to and not be read
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory with all above it that are missing; each is durable. Raises OSError."""
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_directory(made.parent)
 
 
 @dataclass(frozen=True)
@@ -98,8 +138,14 @@ class RunDirectory:
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 before the first."""
-        numbers = [int(p.name) for p in self.attempts.glob("[0-9][0-9][0-9][0-9]")] if self.attempts.is_dir() else []
+        numbers = [int(p.name) for p in self.attempts.glob("[0-9]*") if p.name.isdecimal()] if self.attempts.is_dir() else []
         return max(numbers, default=0)
+
+    def clear_leftovers(self) -> None:
+        """Remove the files that a crash left half written in the run directory itself. For whoever holds the lock, while no rank lives."""
+        for path in self.path.glob(".*.*"):
+            if _LEFTOVER.match(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink(missing_ok=True)
 
     def run_id(self) -> str:
         """The run's identity, made up once. Checkpoints carry it, so that another run's shard is known as such."""
@@ -114,16 +160,46 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process. Raises RunInUseError, naming the holder, where another one has it."""
-        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise RunInUseError(f"{self.path} is in use by {holder}; two at once would mix their files") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}")
-            file.flush()
+        """Hold the run for this process: by flock, or by a lease where the file system knows no locks.
+
+        Raises RunInUseError, naming the holder, where another one has it, and StorageError where the file cannot be opened.
+        """
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise StorageError(f"{self.path / '.lock'}: {error.strerror}") from None
+        lease = self._hold(descriptor)
+        with contextlib.suppress(OSError):  # on a full disk too, where there may be something to remove
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(Identity.of_this_process()).encode(), 0)
+        try:
             yield
-            file.truncate(0)
+        finally:
+            within(_RELEASE_SECONDS, lambda: _let_go(descriptor, lease))
+
+    def _hold(self, descriptor: int) -> Lease | None:
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            return Lease(self.path / ".lease")
+        except BlockingIOError:
+            who = Identity.parse(os.pread(descriptor, 1000, 0).decode(errors="replace"))
+            os.close(descriptor)
+            holder = who.name if who else "another process"
+            raise RunInUseError(f"{self.path} is in use by {holder}; two at once would mix their files") from None
+        except OSError as error:
+            os.close(descriptor)
+            raise StorageError(f"{self.path / '.lock'} cannot be locked: {error.strerror}") from None
+
+
+def _let_go(descriptor: int, lease: Lease | None) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+        if lease:
+            lease.release()
+    finally:
+        os.close(descriptor)

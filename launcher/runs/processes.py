@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -66,6 +68,67 @@ def started_at(pid: int) -> float:
         return float("inf")
     uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
     return time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def started_ticks(pid: int) -> int:
+    """When the process began, in ticks since the machine booted, which no change of the clock moves; 0 where there is no such process."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def children(pid: int) -> list[int]:
+    """The processes that have this one as their parent."""
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent_of(int(path.name)) == pid]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One process, never to be taken for a later one of the same number."""
+
+    pid: int
+    host: str
+    ticks: int | None = None
+    """`started_ticks`; None where it is not known."""
+    boot: str = ""
+    """Which boot of the machine those count from."""
+
+    @classmethod
+    def of_this_process(cls) -> Identity:
+        """Who we are."""
+        return cls(os.getpid(), os.uname().nodename, started_ticks(os.getpid()), _boot())
+
+    @classmethod
+    def parse(cls, text: str) -> Identity | None:
+        """From what `str` gives, or from its beginning alone; None for anything else."""
+        match = re.match(r"process (\d+) on ([^\s,]+)(?:, begun at tick (\d+) of boot (\S*))?", text)
+        return cls(int(match[1]), match[2], int(match[3]) if match[3] else None, match[4] or "") if match else None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"process {self.pid} on {self.host}"
+
+    def __str__(self) -> str:
+        return f"{self.name}, begun at tick {self.ticks} of boot {self.boot}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine."""
+        return self.host == os.uname().nodename
+
+    @property
+    def lives(self) -> bool:
+        """Whether that very process lives. Only for one that `is_here`; where its beginning is not known, by its number alone."""
+        if not alive(self.pid):
+            return False
+        return self.ticks is None or (self.ticks == started_ticks(self.pid) and self.boot == _boot())
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def kill_group(pid: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from launcher.runs.checkpoints import MANIFEST_NAME, Manifest, Stored, content_problems, list_checkpoints
-from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
+from launcher.runs.layout import STEP_DIRECTORY, RunDirectory, sync_directory
 
 ATTEMPT_PREFIX = ".attempt-"
 REPLACED_PREFIX = ".replaced-"
@@ -117,16 +117,10 @@ def commit(run: RunDirectory, attempt: Path, manifest: Manifest) -> Path:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,13 +15,12 @@ from typing import Any
 from launcher.runs import prepared
 from launcher.runs.events import read
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
-from launcher.runs.processes import alive, started_at
+from launcher.runs.processes import Identity, started_at
 
 HEARTBEAT = "heartbeat"
 """A file in an attempt's directory that a launcher on another machine touches for so long as it lives."""
 _SECONDS_BETWEEN_BEATS = 60.0
 """After so long without one it counts as gone; it beats every 5 s."""
-_HOLDER = re.compile(r"process (\d+) on (\S+)")
 _BLOCK = 1 << 16
 
 
@@ -148,14 +146,14 @@ def holder(run: RunDirectory) -> str | None:
         written = lock.stat().st_mtime
     except OSError:
         return None
-    match = _HOLDER.match(text)
-    if not match:
+    who = Identity.parse(text)
+    if not who:
         return None
-    pid, host = int(match[1]), match[2]
-    if host != os.uname().nodename:
-        return text if _beats(run) else None
-    # A process that began after the file was written only has the number of the one that wrote it.
-    return text if alive(pid) and started_at(pid) <= written + 2 else None
+    if not who.is_here:
+        return who.name if _beats(run) else None
+    # Without its beginning, as older versions wrote it: one that began after the file was written only has the same number.
+    known = who.ticks is not None or started_at(who.pid) <= written + 2
+    return who.name if who.lives and known else None
 
 
 def _beats(run: RunDirectory) -> bool:
@@ -171,7 +169,7 @@ def newest_checkpoint(run: RunDirectory) -> Path | None:
     if not run.checkpoints.is_dir():
         return None
     found = (path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name) and (path / "manifest.json").is_file())
-    return max(found, key=lambda path: path.name, default=None)
+    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def last_step(run: RunDirectory) -> int:

@@ -10,7 +10,7 @@ from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.scheduling.scratch import ask
-from launcher.scheduling.supervisor import Watcher
+from launcher.scheduling.screen import Watcher
 
 MODULE = "launcher.training.data.inspect"
 

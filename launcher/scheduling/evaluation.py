@@ -12,7 +12,7 @@ from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.scratch import ask
-from launcher.scheduling.supervisor import Watcher
+from launcher.scheduling.screen import Watcher
 
 
 @dataclass(frozen=True)

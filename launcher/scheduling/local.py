@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,11 +10,12 @@ import shlex
 import time
 from pathlib import Path
 
-from launcher.errors import LauncherError, OutOfMemoryError, RankLostError, Stopped
+from launcher.errors import LauncherError, OutOfMemoryError, RankLostError, Stopped, StorageError
 from launcher.planning.advice import less_memory
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
+from launcher.runs.aside import within
 from launcher.runs.beats import beats
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
@@ -21,10 +23,16 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import oom_kills, signal_name
 from launcher.runs.status import last_record, last_step
 from launcher.scheduling.command import agent_command, environment, write_command
-from launcher.scheduling.supervisor import End, Supervisor, Watcher, attempt_directory
+from launcher.scheduling.limits import raise_open_files
+from launcher.scheduling.screen import Screen, Watcher
+from launcher.scheduling.supervisor import End, Signals, Supervisor, attempt_directory
 
 FORCED_EXIT = 130
 """Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved."""
+_LONG_SECONDS = 60.0
+"""For a slow disk or terminal, at the end of an attempt."""
+_SHORT_SECONDS = 5.0
+"""The same where somebody waits for the end."""
 
 
 def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: int | None = None, entry: str | None = None) -> int:
@@ -32,40 +40,71 @@ def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: in
 
     0: finished, or it was already. 75: stopped on request, saved. 130: stopped by force. Else the failure's own.
     `entry` is the module that each rank runs, if not the trainer or the plan's script.
-    Raises RunInUseError where another process works in the run.
+    Raises RunInUseError where another process works in the run, ConfigurationError where the system allows it too little.
     """
-    watcher = watch or Watcher()
+    screen, signals = Screen(watch or Watcher()), Signals()
     with run.lock():
         if run.finished:
-            watcher.say(f"{shown(run.path)} is finished; there is nothing to do")
+            screen.say(f"{shown(run.path)} is finished; there is nothing to do")
+            screen.close(0, _LONG_SECONDS)
             return 0
+        raise_open_files(plan)
+        run.clear_leftovers()
         number, directory = attempt_directory(run)
         command, variables = agent_command(run, plan, number, stop_at, entry), environment(run, plan, number)
         write_command(directory / "command.json", command, variables)
         event(run.events_file, "started", attempt=number, world_size=plan.mesh.world_size)
         killed_before = oom_kills()
-        supervisor = Supervisor(run, number, plan.grace_seconds, watcher)
-        watcher.begin(run, number)
-        try:
-            end = supervisor.supervise(command, variables)
-        finally:
-            watcher.end()
-        return outcome(run, plan, number, end, watcher, oom_kills() > killed_before)
+        with signals.caught():
+            supervisor = Supervisor(run, number, plan.grace_seconds, screen, signals)
+            screen.begin(run, number)
+            try:
+                end = supervisor.supervise(command, variables)
+            finally:
+                screen.end()
+            code = conclude(run, plan, number, end, screen, oom_kills() > killed_before, signals)
+            screen.close(code, _SHORT_SECONDS if signals.first else _LONG_SECONDS, signals.insisted)
+        return code
 
 
 def shown(path: Path) -> str:
     """A path as people would type it: relative where it lies below the working directory, quoted where it must be."""
-    absolute, here = path.absolute(), Path.cwd()
+    try:
+        absolute, here = path.absolute(), Path.cwd()
+    except FileNotFoundError:  # the working directory is gone
+        return shlex.quote(str(path))
     return shlex.quote(str(absolute.relative_to(here) if absolute.is_relative_to(here) and absolute != here else absolute))
 
 
-def outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watcher, out_of_memory_killer: bool) -> int:
-    """Say how an attempt ended, write it down, and give the exit code."""
+def conclude(run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen, out_of_memory_killer: bool, signals: Signals) -> int:
+    """As `outcome`, whatever the run's disk does: within a bounded time, and without an error of its own."""
+    if end.forced == "gone" or (end.lost and not end.events & {"finished", "stopped"}):
+        return _gone(run, number, end, screen)
+    found: list[int | BaseException] = []
+
+    def ask() -> None:
+        try:
+            found.append(outcome(run, plan, number, end, screen, out_of_memory_killer))
+        except BaseException as error:
+            found.append(error)
+
+    is_hurried = end.is_disk_stuck or bool(end.forced)
+    within(_SHORT_SECONDS if is_hurried else _LONG_SECONDS, ask, (lambda: False) if is_hurried else signals.insisted)
+    code = found[0] if found else StorageError(f"the run directory {shown(run.path)} does not answer: its storage hangs")
+    if isinstance(code, int):
+        return code
+    if not isinstance(code, StorageError | OSError):
+        raise code
+    return _without_the_disk(run, plan, end, screen, code)
+
+
+def outcome(run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen | Watcher, out_of_memory_killer: bool) -> int:
+    """Say how an attempt ended, write it down, and give the exit code. Raises OSError where the disk does not even tell how it ended."""
     if plan.script and not end.forced:
         _speak_for_script(run, number, end)
-    if run.finished or "finished" in end.events:
+    if "finished" in end.events or run.finished:
         if end.code != 0:
-            watcher.say(f"the run finished; a process of it then ended badly (see {shown(run.attempt(number))})")
+            screen.say(f"the run finished; a process of it then ended badly (see {shown(run.attempt(number))})")
         return 0
     if "stopped" not in end.events and end.code == 0 and end.signal_name and not end.forced:
         # Stopped so early that no trainer was there to say so.
@@ -73,17 +112,60 @@ def outcome(run: RunDirectory, plan: Plan, number: int, end: End, watcher: Watch
         end.events.add("stopped")
     if "stopped" in end.events:
         said = "stopped; the script goes on from what it saved itself" if plan.script else _stopped(run)
-        watcher.say(f"{said}; go on with: launcher resume {shown(run.path)}")
+        screen.say(f"{said}; go on with: launcher resume {shown(run.path)}")
         return Stopped.exit_code
     failure = _failure(run, number, end, plan, out_of_memory_killer)
     failure = dataclasses.replace(failure, step=last_step(run))
     command, advice = going_on(run, plan, failure)
     failure = dataclasses.replace(failure, command=command, advice=advice)
-    written = dataclasses.asdict(failure)
-    write_atomically(run.attempt(number) / "failure.json", json.dumps(written, indent=2) + "\n")
-    event(run.events_file, "failed", attempt=number, failure={key: value for key, value in written.items() if key != "traceback"})
-    watcher.say(failure.line())
+    screen.say(failure.line())
+    _write_failure(run, number, failure)
     return failure.exit_code
+
+
+def _write_failure(run: RunDirectory, number: int, failure: Failure) -> None:
+    """Into failure.json and the events, as far as the disk takes it: that it is full may be what is to be written."""
+    written = dataclasses.asdict(failure)
+    with contextlib.suppress(OSError):
+        write_atomically(run.attempt(number) / "failure.json", json.dumps(written, indent=2) + "\n")
+    with contextlib.suppress(OSError):
+        event(run.events_file, "failed", attempt=number, failure={key: value for key, value in written.items() if key != "traceback"})
+
+
+def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
+    """The run directory was removed, renamed, or out of reach for long, and the ranks were ended."""
+    now, where = run, f"the run directory {shown(run.path)}"
+    if end.place is not None:
+        now = RunDirectory(end.place)
+        where, why = f"{where} was renamed to {shown(end.place)}", ""
+    else:
+        why = f": {end.lost}"
+    cause = f"{where}{why}; nothing could be saved there any more, and the ranks were ended"
+    failure = _of_the_agent(StorageError, cause)
+    screen.say(f"{failure.failure_class}: {cause}; go on with: launcher resume {shown(now.path)}{'' if end.place else ', once it is back'}")
+    if end.place is not None:
+        within(_SHORT_SECONDS, lambda: _write_failure(now, number, dataclasses.replace(failure, step=last_step(now))))
+    return failure.exit_code
+
+
+def _without_the_disk(run: RunDirectory, plan: Plan, end: End, screen: Screen, trouble: OSError | StorageError) -> int:
+    """How an attempt ended as far as it is known where the disk refuses to be read or written, or does not answer."""
+    if "finished" in end.events:
+        return 0
+    reason = trouble.strerror if isinstance(trouble, OSError) else str(trouble)
+    going_on = f"go on with: launcher resume {shown(run.path)}"
+    if "stopped" in end.events:
+        screen.say(f"stopped; nothing more could be read or written ({reason}); {going_on}")
+        return Stopped.exit_code
+    failure = _forced_failure(end, plan, run.attempts) or _told_failure(end)
+    if failure is None:
+        failure = _of_the_agent(StorageError, str(reason))
+    screen.say(f"{failure.failure_class}: {failure.cause}; nothing of it could be written down ({reason}); {going_on}")
+    return failure.exit_code
+
+
+def _told_failure(end: End) -> Failure | None:
+    return failures.first(Path(os.devnull), failures=end.failures, exits=end.exits)
 
 
 def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
@@ -109,14 +191,9 @@ def _stopped(run: RunDirectory) -> str:
 
 def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory_killer: bool) -> Failure:
     directory = run.attempt(number)
-    if end.forced == "second interrupt":
-        return _of_the_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
-    if end.forced == "grace":
-        seconds = plan.grace_seconds if end.grace_seconds is None else end.grace_seconds
-        given = f"{seconds:.0f} s of grace ({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
-        cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
-        return _of_the_agent(Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT)
-    found = failures.first(directory, out_of_memory_killer)
+    if forced := _forced_failure(end, plan, directory):
+        return forced
+    found = failures.first(directory, out_of_memory_killer, end.failures, end.exits)
     if found is not None:
         return found
     if end.code < 0:
@@ -124,6 +201,18 @@ def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory
     if end.code == 0:
         return _of_the_agent(LauncherError, "every rank ended well, but none said that the run was finished or stopped")
     return _of_the_agent(LauncherError, f"{_last_line(directory / 'agent.log')} (see {shown(directory / 'agent.log')})")
+
+
+def _forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
+    """Where the ranks did not leave in time after a stop was asked for."""
+    if end.forced == "second interrupt":
+        return _of_the_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
+    if end.forced != "grace":
+        return None
+    seconds = plan.grace_seconds if end.grace_seconds is None else end.grace_seconds
+    given = f"{seconds:.0f} s of grace ({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
+    cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
+    return _of_the_agent(Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT)
 
 
 def _of_the_agent(kind: type[LauncherError], cause: str, exit_code: int | None = None) -> Failure:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.runs.failure import write_exits
+from launcher.runs.notices import tell
 from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
 from launcher.scheduling.warm import VARIABLE, WarmProcess, attach
 
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> int:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as error:
         ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
+        tell(exits=ends)  # first without the disk, which may be full, gone or hang
         write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, int(os.environ.get(NODE_VARIABLE) or 0))
         return 1
     return 0

@@ -18,7 +18,7 @@ from launcher.runs import events
 from launcher.runs.failure import read
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.scheduling import local
-from launcher.scheduling.supervisor import Watcher
+from launcher.scheduling.screen import Watcher
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
 """Relative, of loss and gradient norm."""

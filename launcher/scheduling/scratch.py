@@ -14,7 +14,7 @@ from launcher.runs import prepared
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.scheduling import local
-from launcher.scheduling.supervisor import Watcher
+from launcher.scheduling.screen import Watcher
 
 
 def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: Watcher) -> dict[str, Any]:

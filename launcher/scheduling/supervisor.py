@@ -3,17 +3,17 @@
 A signal to the launcher becomes SIGUSR1 to each rank, as soon as the rank has said that it can take it (rank-R.json). They then have
 the job's grace to agree, save and leave. After it, or at a second Ctrl-C, everything is killed. A dead rank is the agent's to
 notice; the supervisor holds the bounds that the agent does not have.
+
+The loop waits for nothing but its own pace: what touches the run's disk is done by `Disk`, what touches a terminal by `Screen`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
+import functools
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,35 +23,26 @@ from types import FrameType
 from typing import Any, Literal
 
 from launcher.runs.events import event
-from launcher.runs.failure import SIGNS_OF_FAILURE, write_grace
-from launcher.runs.layout import RunDirectory
-from launcher.runs.processes import STOP_SIGNALS, alive, kill_group, parent_of
-from launcher.runs.tail import Tail
+from launcher.runs.failure import Failure, Grace
+from launcher.runs.layout import RunDirectory, make_directory
+from launcher.runs.notices import VARIABLE as NOTICES_VARIABLE
+from launcher.runs.notices import Notices
+from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, parent_of
+from launcher.scheduling.disk import Disk
+from launcher.scheduling.screen import Screen
 
-Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded"]
+Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "gone"]
 EXIT_SECONDS = 30.0
 """Between the last word of a run (finished, stopped) and the end of its processes."""
 FAILURE_SECONDS = 3.0
 """Between the first rank's failure and the end of all, before the agent counts as stuck."""
 _SAME_KEY_PRESS_SECONDS = 0.5
 _POLL_SECONDS = 0.1
-
-
-class Watcher:
-    """Who shows what happens. This one only prints what must be said."""
-
-    def begin(self, run: RunDirectory, attempt: int) -> None:
-        """The attempt's processes are about to start."""
-
-    def tick(self) -> None:
-        """Called some ten times a second."""
-
-    def say(self, line: str) -> None:
-        """Show one line to people."""
-        print(line, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """The attempt is over."""
+_GRACE_FILE_SECONDS = 0.5
+"""For the disk to take how long the ranks have, before they are asked without it."""
+_LAST_LOOK_SECONDS = 30.0
+_SHORT_LOOK_SECONDS = 2.0
+"""For what was written last, where everything was ended by force."""
 
 
 class Signals:
@@ -69,7 +60,9 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        # One that whoever started us has us ignore, as nohup does, stays ignored.
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS if number not in ignored}
         try:
             yield self
         finally:
@@ -96,23 +89,39 @@ class End:
     events: set[str] = field(default_factory=set)
     grace_seconds: float | None = None
     """What the ranks were given from the signal on, if one came."""
+    failures: list[Failure] = field(default_factory=list)
+    exits: list[dict[str, Any]] = field(default_factory=list)
+    """How ranks failed and ended, as they and the agent told it without the disk."""
+    lost: str = ""
+    """Why the run directory was not there in the end; empty where it was."""
+    place: Path | None = None
+    """Where it is now, if it was renamed."""
+    is_disk_stuck: bool = False
+    """Whether the run's disk did not even answer to a last look."""
 
 
 class Supervisor:
     """One attempt's processes."""
 
     agent_log = "agent.log"
+    leads = True
+    """Whether this machine's supervisor speaks for the attempt: in events, and by its heartbeat."""
 
-    def __init__(self, run: RunDirectory, attempt: int, grace_seconds: float, watcher: Watcher, signals: Signals | None = None) -> None:
+    def __init__(self, run: RunDirectory, attempt: int, grace_seconds: float, screen: Screen, signals: Signals | None = None) -> None:
         self.run, self.attempt, self.directory = run, attempt, run.attempt(attempt)
         self.grace_seconds = grace_seconds
-        self.watcher = watcher
+        self.screen = screen
         self.signals = signals or Signals()
+        self.notices = Notices()
+        self.disk = Disk(run, attempt, self.also_read, beats=self.leads)
         self._grace: float | None = None
-        self._tail = Tail(run.events_file, from_end=True)
+        self._said_stopping = False
+        self._trouble = ""
         self._events: dict[str, float] = {}
         self._asked: set[int] = set()
         self._failed_at: float | None = None
+        self._failures: list[Failure] = []
+        self._exits: list[dict[str, Any]] = []
         self._ranks: dict[int, int] = {}
 
     def supervise(self, command: list[str], variables: dict[str, str]) -> End:
@@ -123,10 +132,13 @@ class Supervisor:
                 return self._watch(agent)
             finally:
                 self._kill(agent)
+                self.disk.close()
+                self.notices.close()
 
     def _start(self, command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
         # Blocked signals stay blocked in the agent until it can take them, so none kills it while it starts.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        variables = {**variables, NOTICES_VARIABLE: self.notices.address}
         try:
             with open(self.directory / self.agent_log, "ab") as log:
                 return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -135,50 +147,84 @@ class Supervisor:
 
     def _watch(self, agent: subprocess.Popen[bytes]) -> End:
         forced: Force = ""
-        said = False
         while agent.poll() is None and not forced:
             time.sleep(_POLL_SECONDS)
-            self._look(agent)
-            if self.signals.first and not said:
-                self._say_stopping()
-                said = True
-            self._ask_ranks()
+            self.disk.look()
+            self._take_in(agent)
+            if self.signals.first:
+                self._stop_politely()
+            self._say_trouble()
             forced = self._reason_to_force()
-            self._tick()
+            self.screen.tick()
         if forced:
             self._dump_stacks(forced)
             self._kill(agent)
-        self._note_events()
+        looked = self._last_look(forced)
+        self._take_in(agent)
         first = self.signals.first
-        return End(agent.wait(), forced, first[0].name if first else "", set(self._events), self._grace)
+        name = first[0].name if first else ""
+        told = self._failures, self._exits, self.disk.missing, self.disk.place_now()
+        return End(agent.wait(), forced, name, set(self._events), self._grace, *told, is_disk_stuck=not looked)
 
-    def _look(self, agent: subprocess.Popen[bytes]) -> None:
-        """Learn which ranks there are, what was written, and whether one has failed."""
-        self._note_events()
-        for path in self.directory.glob("rank-*.json"):
-            with contextlib.suppress(ValueError, OSError, KeyError):
-                who = json.loads(path.read_text(encoding="utf-8"))
-                # Another machine's processes have numbers of their own.
-                if who["rank"] not in self._ranks and who["host"] == os.uname().nodename and parent_of(who["pid"]) == agent.pid:
-                    self._ranks[who["rank"]] = who["pid"]
-        if self._failed_at is None and any(itertools.chain.from_iterable(map(self.directory.glob, SIGNS_OF_FAILURE))):
-            self._failed_at = time.monotonic()
+    def also_read(self) -> None:
+        """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""
+        self.screen.read()
 
-    def _note_events(self) -> None:
-        for record in self._tail.records():
+    def _last_look(self, forced: Force) -> bool:
+        if forced:
+            return self.disk.last_look(_SHORT_LOOK_SECONDS, lambda: False)
+        return self.disk.last_look(_LAST_LOOK_SECONDS, self.signals.insisted)
+
+    def _take_in(self, agent: subprocess.Popen[bytes]) -> None:
+        """Learn from memory which ranks there are, what was written and told, and whether one has failed."""
+        for record in self.disk.events():
             self._note(record)
+        for rank, who in list(self.disk.ranks.items()):
+            # Another machine's processes have numbers of their own.
+            if rank not in self._ranks and who["host"] == os.uname().nodename and parent_of(who["pid"]) == agent.pid:
+                self._ranks[rank] = who["pid"]
+        for record in self.notices.records():
+            self._heed(record)
+        if self._failed_at is None and (self.disk.failed or self._failures or self._exits):
+            self._failed_at = time.monotonic()
 
     def _note(self, record: dict[str, Any]) -> None:
         """Take in one event of this attempt."""
         self._events.setdefault(record.get("event", ""), time.monotonic())
 
+    def _heed(self, record: dict[str, Any]) -> None:
+        """Take in what a rank or the agent told without the disk."""
+        with contextlib.suppress(TypeError):
+            if "say" in record:
+                self.screen.say(str(record["say"]))
+            if "failure" in record:
+                self._failures.append(Failure(**record["failure"]))
+            self._exits += record.get("exits", [])
+
+    def _stop_politely(self) -> None:
+        """Tell the ranks how long they have, then ask each once, now or when it comes up."""
+        if not self._said_stopping:
+            self._said_stopping = True
+            self._say_stopping()
+        self._ask_ranks()
+
     def _say_stopping(self) -> None:
         assert self.signals.first is not None
         name, seconds = self.signals.first[0].name, self._seconds_of_grace()
-        write_grace(self.directory, seconds)
-        event(self.run.events_file, "stopping", signal=name, grace_seconds=round(seconds, 1))
-        again = "; Ctrl-C again ends it at once, without saving" if name == "SIGINT" else ""
-        self.watcher.say(f"{name}: saving at the next step, then leaving, within {seconds:.0f} s{again}")
+        self.disk.write(functools.partial(Grace.of(seconds, name).write, self.directory))
+        if self.leads:
+            fields = {"signal": name, "grace_seconds": round(seconds, 1)}
+            self.disk.write(functools.partial(event, self.run.events_file, "stopping", **fields))
+            again = "; Ctrl-C again ends it at once, without saving" if name == "SIGINT" else ""
+            self.screen.say(f"{name}: saving at the next step, then leaving, within {seconds:.0f} s{again}")
+        self.disk.written(_GRACE_FILE_SECONDS)
+
+    def _say_trouble(self) -> None:
+        """Say once what is wrong with the disk, and once that it is over."""
+        trouble = self.disk.trouble
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self.screen.say(f"warning: the run directory {trouble or 'is there again'}")
 
     def _seconds_of_grace(self) -> float:
         """What the ranks have from the first signal on; decided when it comes."""
@@ -191,9 +237,6 @@ class Supervisor:
         return self.grace_seconds
 
     def _ask_ranks(self) -> None:
-        """Pass the stop on to each rank once, now or when it comes up."""
-        if self.signals.first is None:
-            return
         for pid in set(self._ranks.values()) - self._asked:
             self._asked.add(pid)
             with contextlib.suppress(ProcessLookupError):
@@ -208,17 +251,10 @@ class Supervisor:
             return "exit" if now - over > EXIT_SECONDS else ""
         if self._failed_at is not None and now - self._failed_at > FAILURE_SECONDS:
             return "failure"
+        if self.disk.lost:
+            return "gone"
         first = self.signals.first
         return "grace" if first and now - first[1] > self._seconds_of_grace() else ""
-
-    def _tick(self) -> None:
-        # A terminal that went away, or a bug in what is shown, is no reason to end a training run.
-        try:
-            self.watcher.tick()
-        except Exception as error:
-            self.watcher = Watcher()
-            with contextlib.suppress(Exception):
-                self.watcher.say(f"the display stopped ({type(error).__name__}: {error}); the run goes on")
 
     def _dump_stacks(self, forced: Force) -> None:
         """Have ranks that would not leave write where they are into their logs."""
@@ -231,8 +267,8 @@ class Supervisor:
 
     def _kill(self, agent: subprocess.Popen[bytes]) -> None:
         """End everything that is left of the attempt, what the ranks started included, and see it gone."""
-        self._look(agent)
-        pids = list(self._ranks.values())
+        # Ranks that have not said who they are yet are the agent's children all the same.
+        pids = {*self._ranks.values(), *(children(agent.pid) if agent.poll() is None else ())}
         for pid in pids:
             kill_group(pid)
         if agent.poll() is None:
@@ -247,5 +283,5 @@ def attempt_directory(run: RunDirectory) -> tuple[int, Path]:
     """Make the next attempt's directory and give its number."""
     number = run.last_attempt() + 1
     directory = run.attempt(number)
-    directory.mkdir(parents=True)
+    make_directory(directory)
     return number, directory

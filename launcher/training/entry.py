@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None, train: Train | None = None) -> NoRe
     stop = StopRequest().install()
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     rank = Rank(RunDirectory(options.run), options.attempt)
-    rank.begin()
     try:
+        rank.begin()
         plan = Plan.read(rank.run.plan_file)
         stop.grace_seconds, stop.grace_file = plan.grace_seconds, grace_file(rank.directory)
         (train or _trainer())(rank.run, plan, options.attempt, stop, stop_at=options.stop_at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import os
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from launcher.runs import failure
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.notices import tell
 from launcher.runs.status import last_step
 
 _SECONDS_TO_PART = 10.0
@@ -44,7 +46,8 @@ class Rank:
     def fail(self, error: BaseException) -> NoReturn:
         """Write the failure down for the launcher, and end with the exit code of its class."""
         code = failure.classify(error)[0].exit_code
-        # A full disk may take the record too; the exit code still tells the class.
+        # First without the disk, which may be full, gone or hang: the launcher then ends all within seconds.
+        tell(failure=dataclasses.asdict(failure.of(self.number, error)))
         with contextlib.suppress(Exception):
             written = failure.record(self.directory, self.number, error, last_step(self.run))
             print(written.traceback, file=sys.stderr)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
+from launcher.runs.failure import Grace
 from launcher.runs.processes import STOP_SIGNALS, heed
 
 
@@ -50,10 +49,17 @@ class StopRequest:
         """Seconds of grace that are left; infinity before anybody asked."""
         if not self.requested:
             return float("inf")
-        if self.grace_file is not None:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                return max(0.0, json.loads(self.grace_file.read_text(encoding="utf-8"))["until"] - time.time())
-        return max(0.0, self._clock + self.grace_seconds - time.monotonic())
+        given = self._given()
+        return given.seconds_left if given else max(0.0, self._clock + self.grace_seconds - time.monotonic())
+
+    @property
+    def asked_by(self) -> str:
+        """The signal that the launcher got and passed on, where it said so; else the one that came here."""
+        given = self._given()
+        return given.signal_name if given and self.requested else self.signal_name
+
+    def _given(self) -> Grace | None:
+        return None if self.grace_file is None else Grace.read(self.grace_file)
 
 
 def _default_handlers() -> None:

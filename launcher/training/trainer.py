@@ -237,7 +237,7 @@ class Trainer:
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
         saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), metrics, wait=wait)
         if wait and not saved:
-            raise StorageError(f"step {self.state.step} could not be saved before leaving; the reason is in {self.run.events_file}")
+            raise StorageError(f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}")
 
     def _restore(self) -> None:
         progress = self.checkpointer.load(self.engine.tensors())
@@ -253,7 +253,7 @@ class Trainer:
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""
-        signals, seconds_left = zip(*self._from_all((self.stop.signal_name, self.stop.seconds_left())), strict=True)
+        signals, seconds_left = zip(*self._from_all((self.stop.asked_by, self.stop.seconds_left())), strict=True)
         self.event("stopping", signal=next(filter(None, signals), "stop-at"))
         needed = self._from_all(_seconds_of_last_save(self.run) if self.rank == 0 else 0.0)[0]
         changed = self.state.step > self.first_step

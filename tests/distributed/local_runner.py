@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from launcher.cli.display import Display
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling import local, supervisor
@@ -16,10 +17,12 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--stop-at", type=int)
     parser.add_argument("--exit-seconds", type=float, default=supervisor.EXIT_SECONDS)
+    parser.add_argument("--display", action="store_true")
     options = parser.parse_args()
     supervisor.EXIT_SECONDS = options.exit_seconds
     run = RunDirectory(options.run)
-    return local.run(run, Plan.read(run.plan_file), stop_at=options.stop_at, entry="imitation")
+    plan = Plan.read(run.plan_file)
+    return local.run(run, plan, Display(plan) if options.display else None, stop_at=options.stop_at, entry="imitation")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_sigterm_to_the_agent_or_to_one_rank_is_a_polite_stop_too(tmp_path: Path
 
 
 def test_a_signal_before_the_ranks_exist_is_delivered_when_they_do(tmp_path: Path) -> None:
-    run = make_run(tmp_path, num_steps=100_000)
+    run = make_run(tmp_path, num_steps=100_000, grace=200.0)
     with launched(run) as process:
         wait_for(lambda: "started" in names(run), "the attempt")
         time.sleep(0.3)

@@ -18,7 +18,7 @@ from launcher.planning.model_support import WITHOUT_ADAPTER
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.evaluation import Request, evaluate_locally
-from launcher.scheduling.supervisor import Watcher
+from launcher.scheduling.screen import Watcher
 from launcher.training import adapters
 from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.foreign_names import expected

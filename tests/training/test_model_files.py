@@ -16,7 +16,7 @@ from launcher.errors import ConfigurationError
 from launcher.job.load import load as load_job
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.evaluation import Request, evaluate_locally
-from launcher.scheduling.supervisor import Watcher
+from launcher.scheduling.screen import Watcher
 from launcher.training import model_files, pretrained
 from launcher.training.checkpoint.export import export
 from tests.training.plans import plan_of

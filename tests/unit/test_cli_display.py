@@ -34,6 +34,7 @@ def show(run: RunDirectory, terminal: bool) -> str:
     event(run.events_file, "evaluated", step=99, metrics={"loss": 7531.0})
     display.begin(run, 2)
     event(run.events_file, "phase", phase="preparing", done=5, total=10, unit="rows")
+    display.read()
     display.tick()
     event(run.events_file, "training", first_step=0, total_steps=4, num_parameters=1000, flops_per_token=6000)
     event(run.events_file, "evaluated", step=0, metrics={"loss": 3.0, "accuracy": 0.5})
@@ -41,6 +42,7 @@ def show(run: RunDirectory, terminal: bool) -> str:
     step(run, 2, 12.0)
     event(run.events_file, "save_failed", step=2, reason="disk full")
     display._shown_at = 0.0
+    display.read()
     display.tick()
     display.end()
     return file.getvalue()
@@ -70,6 +72,7 @@ def test_a_quiet_display_has_a_bar_and_no_lines(run: RunDirectory) -> None:
     display = Display(console=Console(file=file, force_terminal=True, width=100, highlight=False), quiet=True)
     display.begin(run, 1)
     event(run.events_file, "phase", phase="preparing", done=5, total=10, unit="rows")
+    display.read()
     display.tick()
     display.end()
     assert "5 of 10 rows" in file.getvalue() and "attempt" not in file.getvalue()

@@ -24,8 +24,9 @@ from launcher.scheduling import local
 from launcher.scheduling.command import agent_command, environment
 from launcher.scheduling.evaluation import Request
 from launcher.scheduling.opening import open_run, reopen
+from launcher.scheduling.screen import Watcher
 from launcher.scheduling.script import script_command
-from launcher.scheduling.supervisor import End, Watcher
+from launcher.scheduling.supervisor import End
 
 CPU = ["cluster.gpus_per_node=0"]
 HERE = Hardware(num_cores=4, memory_bytes=8 << 30, cpu_flags=frozenset(), gpus=(), gpu_note="no driver")

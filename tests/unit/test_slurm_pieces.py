@@ -19,6 +19,7 @@ from launcher.errors import ConfigurationError, ControllerUnreachableError, RunI
 from launcher.runs.beats import Beater, beats
 from launcher.runs.events import append, event, read
 from launcher.runs.layout import RunDirectory
+from launcher.scheduling.screen import Screen, Watcher
 from launcher.scheduling.slurm import after, client, network, queue, snapshot
 from launcher.scheduling.slurm.allocation import (
     Allocation,
@@ -327,13 +328,13 @@ def test_who_follows_leaves_when_the_head_has_given_up(node: str, end: str, leav
     allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": node})
     run.attempts.mkdir(parents=True)
     number = begin_attempt(run, assignment())
-    supervisor = NodeSupervisor(run, number, plan(), Signals(), Clock("17"), allocation)
+    supervisor = NodeSupervisor(run, number, plan(), Signals(), Clock("17"), allocation, Screen(Watcher()))
     claim(run, allocation)
-    supervisor._tick()
+    supervisor.also_read()
     assert supervisor._reason_to_force() == ""
     write_outcome(run, number, end, exit_code=1)
     supervisor._looked_at = 0.0
-    supervisor._tick()
+    supervisor.also_read()
     assert supervisor._reason_to_force() == ("superseded" if leaves else "")
 
 
@@ -344,7 +345,7 @@ def test_of_what_slurm_leaves_after_sigterm_some_is_for_going_on(until_killed: f
     clock, signals = Clock("17"), Signals()
     clock.term_seconds = until_killed
     signals.received.append((signal.SIGTERM, time.monotonic()))
-    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), signals, clock, Allocation.of(VARIABLES))
+    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), signals, clock, Allocation.of(VARIABLES), Screen(Watcher()))
     assert supervisor.grace() == given
 
 
@@ -354,11 +355,14 @@ def test_what_became_of_the_rows_stands_in_the_jobs_output(
 ) -> None:
     run.attempts.mkdir(parents=True)
     allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": node})
-    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), Signals(), Clock("17"), allocation)
+    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), Signals(), Clock("17"), allocation, Screen(Watcher()))
     example = {"file": "a.jsonl", "line": 5, "reason": "empty", "detail": "'text' has no text", "cut": False}
     rows = {"rows_read": 10, "rows_used": 9, "dropped": {"empty": 1}, "num_cut": 0, "num_tokens": 90, "examples": [example]}
     event(run.events_file, "prepared", role="train", **rows)
-    supervisor._note_events()
+    assert supervisor.disk.last_look(60, lambda: False)
+    for record in supervisor.disk.events():
+        supervisor._note(record)
+    supervisor.screen.close(0, 60)
     said = (
         "train: 9 of 10 rows used, 1 dropped (1 empty), 90 tokens\nwarning: train: 1 of 10 rows (10.0%) are dropped; the first is a.jsonl, "
     )
@@ -370,7 +374,7 @@ def test_that_the_time_is_over_is_decided_once(run: RunDirectory) -> None:
     run.attempts.mkdir(parents=True)
     allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": "0"})
     clock, signals = Clock("17"), Signals()
-    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), signals, clock, allocation)
+    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), signals, clock, allocation, Screen(Watcher()))
     signals.received.append((signal.SIGUSR2, time.monotonic()))
     supervisor._heed_the_clock()
     assert signals.first, "of the end nothing is known yet: Slurm's signal counts"
@@ -380,7 +384,7 @@ def test_that_the_time_is_over_is_decided_once(run: RunDirectory) -> None:
     clock.end = time.time() + 1
     supervisor._heed_the_clock()
     assert signals.first
-    clock.end, supervisor._lead = time.time() + 3600, 0.0
+    clock.end, supervisor._lead, supervisor._lead_at = time.time() + 3600, 0.0, 1.0
     supervisor._heed_the_clock()
     assert signals.first
 

@@ -19,11 +19,14 @@ from pathlib import Path
 from launcher.errors import LauncherError, RunInUseError
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
+from launcher.runs.aside import within
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import IGNORED_VARIABLE, oom_kills
 from launcher.scheduling.command import Meeting, agent_command, environment, write_command
-from launcher.scheduling.local import outcome
+from launcher.scheduling.limits import raise_open_files
+from launcher.scheduling.local import conclude, outcome
+from launcher.scheduling.screen import Screen, Watcher
 from launcher.scheduling.slurm import network
 from launcher.scheduling.slurm.allocation import (
     Allocation,
@@ -41,12 +44,14 @@ from launcher.scheduling.slurm.queue import nodes_down
 from launcher.scheduling.slurm.record import JobRecord
 from launcher.scheduling.slurm.snapshot import as_submitted
 from launcher.scheduling.slurm.supervision import TIME_LIMIT, NodeSupervisor
-from launcher.scheduling.supervisor import End, Signals, Watcher
+from launcher.scheduling.supervisor import End, Signals
 
 _SECONDS_FOR_HEAD = 120.0
 """For the first node to begin the attempt."""
 _SECONDS_FOR_LOCK = 60.0
 """For an older attempt, on a node that Slurm has given up, to see that it is over."""
+_SECONDS_FOR_OUTCOME = 10.0
+"""For the disk and the job's output to take how it ended."""
 _SECONDS_FOR_REPORTS = 5.0
 """For the other nodes to say how they ended, after this one has."""
 
@@ -84,18 +89,21 @@ def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
     with _lock(run):
         clock = Clock(allocation.raw_job_id).start()
         try:
+            raise_open_files(Plan.read(run.plan_file))
             plan, number, meeting = _begin(run, allocation)
         except LauncherError as error:
             return _fail_to_begin(run, allocation, error)
         killed_before = oom_kills()
-        end = _supervise(run, plan, number, signals, clock, allocation, meeting)
+        screen = Screen(Watcher())
+        end = _supervise(run, plan, number, signals, clock, allocation, meeting, screen)
         if end.forced == "superseded":
             return 0
         # When the time is up, what is left of it is for going on; nobody asks then what killed the ranks.
-        reports = [] if end.forced == "grace" else _reports(run, number, plan.mesh.nodes)
+        reports = [] if end.forced in ("grace", "gone") or end.is_disk_stuck or end.lost else _reports(run, number, plan.mesh.nodes)
         out_of_memory_killer = any([*reports, oom_kills() > killed_before])
-        code = outcome(run, plan, number, end, Watcher(), out_of_memory_killer)
-        write_outcome(run, number, _why(run, end, code), signal=end.signal_name, exit_code=code)
+        code = conclude(run, plan, number, end, screen, out_of_memory_killer, signals)
+        within(_SECONDS_FOR_OUTCOME, lambda: write_outcome(run, number, _why(run, end, code), signal=end.signal_name, exit_code=code))
+        screen.close(code, _SECONDS_FOR_OUTCOME)
         return code
 
 
@@ -154,9 +162,12 @@ def _follow(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         return 0
     print(f"{os.uname().nodename}: interface {interface}, {own}", flush=True)
     meeting = Meeting(allocation.node_index, assignment.address, assignment.port, own, interface)
-    end = _supervise(run, plan, number, signals, Clock(allocation.raw_job_id), allocation, meeting)
+    screen = Screen(Watcher())
+    end = _supervise(run, plan, number, signals, Clock(allocation.raw_job_id), allocation, meeting, screen)
     report = {"host": os.uname().nodename, "code": end.code, "forced": end.forced, "out_of_memory_killer": oom_kills() > killed_before}
-    write_atomically(run.attempt(number) / f"node-{allocation.node_index}.json", json.dumps(report) + "\n")
+    path = run.attempt(number) / f"node-{allocation.node_index}.json"
+    within(_SECONDS_FOR_OUTCOME, lambda: write_atomically(path, json.dumps(report) + "\n"))
+    screen.close(0, _SECONDS_FOR_OUTCOME)
     return 0
 
 
@@ -167,14 +178,21 @@ def _names(assignment: Assignment, allocation: Allocation) -> tuple[str, ...]:
 
 
 def _supervise(
-    run: RunDirectory, plan: Plan, number: int, signals: Signals, clock: Clock, allocation: Allocation, meeting: Meeting | None
+    run: RunDirectory,
+    plan: Plan,
+    number: int,
+    signals: Signals,
+    clock: Clock,
+    allocation: Allocation,
+    meeting: Meeting | None,
+    screen: Screen,
 ) -> End:
     command = agent_command(run, as_submitted(run, plan), number, meeting=meeting)
     variables = environment(run, plan, number, meeting) | {IGNORED_VARIABLE: TIME_LIMIT.name}
     node = meeting.node if meeting else 0
     write_command(run.attempt(number) / (f"command-{node}.json" if node else "command.json"), command, variables)
     try:
-        return NodeSupervisor(run, number, plan, signals, clock, allocation).supervise(command, variables)
+        return NodeSupervisor(run, number, plan, signals, clock, allocation, screen).supervise(command, variables)
     finally:
         clock.stop()
 

@@ -6,7 +6,6 @@ then this one ends at once, without another word. And people ask of far away whe
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import time
@@ -14,18 +13,16 @@ from typing import Any
 
 from launcher.planning.plan import Plan
 from launcher.runs import prepared
-from launcher.runs.failure import write_grace
 from launcher.runs.layout import RunDirectory
-from launcher.runs.status import HEARTBEAT
+from launcher.scheduling.screen import Screen
 from launcher.scheduling.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.scheduling.slurm.clock import Clock, lead_seconds
 from launcher.scheduling.slurm.history import read_outcome
-from launcher.scheduling.supervisor import Force, Signals, Supervisor, Watcher
+from launcher.scheduling.supervisor import Force, Signals, Supervisor
 
 TIME_LIMIT = signal.SIGUSR2
 """What Slurm is asked to send before the time limit; the launcher itself takes it for that when its own clock says so."""
 _LOOK_SECONDS = 1.0
-_BEAT_SECONDS = 5.0
 _LEAD_SECONDS = 10.0
 """How often it is measured anew how long a step and a save take."""
 _MARGIN_SECONDS = 1.0
@@ -37,15 +34,17 @@ _AFTERWARDS_SECONDS = 5.0
 class NodeSupervisor(Supervisor):
     """One node's processes of an attempt. Only the first node heeds the clock: where it stops, all ranks stop."""
 
-    def __init__(self, run: RunDirectory, attempt: int, plan: Plan, signals: Signals, clock: Clock, allocation: Allocation) -> None:
-        super().__init__(run, attempt, plan.grace_seconds, Watcher(), signals)
+    def __init__(
+        self, run: RunDirectory, attempt: int, plan: Plan, signals: Signals, clock: Clock, allocation: Allocation, screen: Screen
+    ) -> None:
         self._plan, self._clock, self._allocation, self._node = plan, clock, allocation, allocation.node_index
         self._number = attempt
-        self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
-        self._looked_at = self._beat_at = 0.0
+        self._looked_at = self._lead_at = 0.0
         self._superseded = self._decided = False
-        self._lead: float | None = None
-        self._lead_at = 0.0
+        self._lead = 0.0
+        self.leads = self._node == 0
+        super().__init__(run, attempt, plan.grace_seconds, screen, signals)
+        self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
 
     def grace(self) -> float:
         """From the signal that came: Slurm kills at the job's end, or some time after SIGTERM."""
@@ -57,15 +56,15 @@ class NodeSupervisor(Supervisor):
             return self._clock.term_seconds - min(_AFTERWARDS_SECONDS, self._clock.term_seconds / 2)
         return self.grace_seconds
 
-    def _look(self, agent: subprocess.Popen[bytes]) -> None:
+    def _take_in(self, agent: subprocess.Popen[bytes]) -> None:
         self._heed_the_clock()
-        super()._look(agent)
+        super()._take_in(agent)
 
     def _note(self, record: dict[str, Any]) -> None:
         """What Slurm keeps of the job's output says what became of the rows, as the display of `launcher run` does."""
         super()._note(record)
         for said in prepared.lines(record) if self._node == 0 else ():
-            self.watcher.say(said)
+            self.screen.say(said)
 
     def _heed_the_clock(self) -> None:
         """Slurm's signal comes up to a minute early, and by then half of a short job may be left: who knows the end decides by it."""
@@ -80,16 +79,15 @@ class NodeSupervisor(Supervisor):
         if not received:
             received.append((TIME_LIMIT, time.monotonic()))
 
-    def _tick(self) -> None:
+    def also_read(self) -> None:
+        """Whether the attempt still counts, and how early the ranks must know of the end."""
+        super().also_read()
         now = time.monotonic()
-        if now - self._looked_at < _LOOK_SECONDS:
-            return
-        self._looked_at = now
-        self._superseded = is_claimed_by_another(self.run, self._allocation) or self._is_over_at_the_head()
-        if self._node == 0 and now - self._beat_at > _BEAT_SECONDS:
-            self._beat_at = now
-            with contextlib.suppress(OSError):
-                (self.directory / HEARTBEAT).touch()
+        if self.leads and (not self._lead_at or now - self._lead_at > _LEAD_SECONDS):
+            self._lead, self._lead_at = lead_seconds(self.run, self._plan), now
+        if now - self._looked_at > _LOOK_SECONDS:
+            self._looked_at = now
+            self._superseded = is_claimed_by_another(self.run, self._allocation) or self._is_over_at_the_head()
 
     def _is_over_at_the_head(self) -> bool:
         """Whether the first node has given the attempt up: Slurm's step lasts until the last node leaves, and what follows waits."""
@@ -97,17 +95,13 @@ class NodeSupervisor(Supervisor):
         return outcome is not None and outcome["end"] != "finished"
 
     def _is_near_the_end(self) -> bool:
-        now = time.monotonic()
-        if self._lead is None or now - self._lead_at > _LEAD_SECONDS:
-            self._lead, self._lead_at = lead_seconds(self.run, self._plan), now
-        return self._clock.end is not None and time.time() > self._clock.end - self._lead
+        # Before anything was read, as where the disk hangs from the beginning, the grace that the job allows.
+        lead = self._lead if self._lead_at else self._plan.grace_seconds
+        return self._clock.end is not None and time.time() > self._clock.end - lead
 
     def _reason_to_force(self) -> Force:
         return "superseded" if self._superseded else super()._reason_to_force()
 
     def _say_stopping(self) -> None:
         self._decided = True  # the ranks are told now, whatever the clock says later
-        if self._node == 0:
-            super()._say_stopping()
-        else:
-            write_grace(self.directory, self._seconds_of_grace())
+        super()._say_stopping()

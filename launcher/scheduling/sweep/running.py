@@ -11,10 +11,10 @@ from launcher.planning.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling import local
+from launcher.scheduling.screen import Watcher
 from launcher.scheduling.slurm import handing_over, snapshot
 from launcher.scheduling.slurm.record import JobRecord
 from launcher.scheduling.slurm.submission import refuse_second, submit_array
-from launcher.scheduling.supervisor import Watcher
 from launcher.scheduling.sweep.sweep import Sweep
 
 

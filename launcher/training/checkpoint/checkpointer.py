@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,10 +22,12 @@ from launcher.planning.plan import Plan
 from launcher.runs import retention
 from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, content_problems, list_checkpoints
 from launcher.runs.events import event
-from launcher.runs.layout import RunDirectory
+from launcher.runs.layout import RunDirectory, make_directory
+from launcher.runs.notices import tell
 from launcher.training.checkpoint.group import Ranks
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks
+from launcher.training.checkpoint.underway import Failing, Underway
 from launcher.training.checkpoint.writing import write_hashed
 
 Tensors = dict[str, torch.Tensor]
@@ -98,12 +99,14 @@ class Checkpointer:
         self._run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
         self._num_saves = 0
         self._layout: _Layout | None = None
-        self._thread: threading.Thread | None = None
-        self._succeeded = True
+        self._underway = Underway(rank, world_size)
+        self._failing = Failing()
+        self.problem: str | None = None
+        """Why the last save that is over failed; None where it succeeded."""
 
     def _prepare(self, read_only: bool) -> tuple[str, str]:
         if not read_only:
-            self._run.checkpoints.mkdir(parents=True, exist_ok=True)
+            make_directory(self._run.checkpoints)
             retention.remove_leftovers(self._run)
         return self._run.run_id(), secrets.token_hex(4)
 
@@ -114,7 +117,10 @@ class Checkpointer:
         waited for first. False where this save is known to have failed: always known with `wait`; otherwise `finish` tells.
         """
         begin = time.perf_counter()
-        self.finish()
+        if not self._finished():
+            if self._rank == 0:
+                self._failing.failed(progress.step, self.problem or "")
+            return False
         self._num_saves += 1
         attempt = self._run.checkpoints / f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
         asynchronous = self._settings.asynchronous and not wait
@@ -127,19 +133,25 @@ class Checkpointer:
         except Exception as error:
             blocks = functools.partial(_refuse, describe(error))
         save = _Save(progress.model_copy(deep=True), dict(metrics or {}), attempt, layout, blocks, begin)
-        if asynchronous:
-            self._thread = threading.Thread(target=self._write, args=(save,), name="checkpoint", daemon=True)
-            self._thread.start()
-            return True
-        self._write(save)
-        return self._succeeded
+        self._underway.start(functools.partial(self._write, save))
+        return asynchronous or self.finish()
 
     def finish(self) -> bool:
-        """Wait for the save under way. Whether the last one succeeded."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        return self._succeeded
+        """Wait for the save under way, as long as there is hope for it. Whether the last one succeeded."""
+        self._finished()
+        return self.problem is None
+
+    def _finished(self) -> bool:
+        """Wait for the save under way; False where it was given up, and its thread may still write."""
+        was_given_up = self._underway.is_given_up
+        reason = self._underway.wait()
+        if reason is None:
+            return True
+        self.problem = reason
+        if self._rank == 0 and not was_given_up:
+            tell(say=f"warning: a checkpoint could not be saved: {reason}; training goes on")
+            self._event(self._run.events_file, "save_failed", reason=reason)
+        return False
 
     def _planned(self, tensors: Tensors) -> _Layout:
         key = _key(tensors)
@@ -167,10 +179,14 @@ class Checkpointer:
     def _write(self, save: _Save) -> None:
         """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
         problem, files = None, {}
+        self._underway.place = f"writing {save.layout.file.name if save.layout else ''}"
         try:
             files = self._write_files(save)
         except Exception as error:
             problem = describe(error)
+        self._underway.place = ""
+        if self._underway.is_given_up:
+            problem = "it was given up"
         try:
             gathered = self._ranks.all_gather((problem, files))
             failures = _failures([reason for reason, _ in gathered])
@@ -178,7 +194,10 @@ class Checkpointer:
             reason = self._ranks.from_first(lambda: failures or self._commit(save, records))
         except Exception as error:
             reason = f"the ranks lost each other: {describe(error)}"
-        self._succeeded = reason is None
+        if self._underway.is_given_up:
+            shutil.rmtree(save.attempt, ignore_errors=True)
+            return
+        self.problem = reason
         if reason is not None and self._rank == 0:
             self._report_failure(save, reason)
 
@@ -201,6 +220,7 @@ class Checkpointer:
             retention.commit(self._run, save.attempt, manifest)
         except (OSError, TypeError, ValueError) as error:
             return describe(error)
+        self._failing.saved(manifest.step)
         seconds = round(time.perf_counter() - save.begin, 3)
         try:
             self._event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
@@ -229,6 +249,7 @@ class Checkpointer:
         retention.prune(self._run, settings.keep_last, settings.keep_best, settings.metric, known_good={step})
 
     def _report_failure(self, save: _Save, reason: str) -> None:
+        self._failing.failed(save.progress.step, reason)
         shutil.rmtree(save.attempt, ignore_errors=True)
         message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
         with contextlib.suppress(OSError):  # where these lines go may be as full
@@ -253,6 +274,7 @@ class Checkpointer:
             problems = self._verify(stored)
             if not problems and stored.manifest is not None:
                 self._read(stored, tensors)
+                self._failing.saved(stored.step)
                 return stored.manifest.progress
             rejected.append(Stored(stored.step, stored.directory, stored.manifest, tuple(problems)))
             self._report_rejection(stored, problems)
@@ -309,4 +331,5 @@ def _failures(reasons: list[str | None]) -> str:
     """All ranks' reasons as one; said once where they are the same everywhere."""
     if reasons[0] is not None and len(set(reasons)) == 1:
         return reasons[0]
-    return "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+    found = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+    return "; ".join([*found[:3], *([f"and {len(found) - 3} more ranks"] if len(found) > 3 else [])])

@@ -17,8 +17,7 @@ from launcher.errors import CheckpointError, ConfigurationError, Problem, Storag
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import Stored as StoredCheckpoint
 from launcher.runs.checkpoints import look, newest_valid, verify
-from launcher.runs.layout import RunDirectory
-from launcher.runs.retention import sync_directory
+from launcher.runs.layout import RunDirectory, sync_directory
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Alone, Entry, ExportDtype, Merged, Stored, Weights
 from launcher.training.model_files import kept

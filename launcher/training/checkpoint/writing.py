@@ -17,7 +17,7 @@ PAGE_BYTES = 4096
 
 
 def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
-    """Write a new file, hash it on the way, and make it durable. Raises OSError.
+    """Write a new file, hash it on the way, and make it durable. Raises OSError, with the file's name.
 
     One block is on its way to the disk while the next is made and hashed.
     """
@@ -36,6 +36,9 @@ def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
             if writing is not None:
                 writing.result()
         os.fsync(descriptor)
+    except OSError as error:
+        # A write's own error does not say of which file it is.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
     return FileRecord(bytes=total, xxh3_128=digest.hexdigest())

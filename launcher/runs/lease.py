@@ -1,0 +1,101 @@
+"""Holding a run where the file system knows no locks (Lustre without `-o flock`, NFS without its lock service, some FUSE).
+
+The holder makes a file that only one can make, says in it who it is, and rewrites it every few seconds. Whoever finds one takes it over
+once its holder is dead: on the same machine the kernel tells, on another one it must have been silent for long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import threading
+import time
+from pathlib import Path
+
+from launcher.runs.processes import Identity
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""What flock() says where there are no locks, and not that somebody else has it."""
+_BEAT_SECONDS = 5.0
+SILENT_SECONDS = 90.0
+"""A holder on another machine that has not written for so long is gone; by the clock of whoever waits."""
+
+
+class Lease:
+    """One such file. Raises BlockingIOError where another process holds it; else it is held until `release`."""
+
+    def __init__(self, path: Path, silent_seconds: float = SILENT_SECONDS) -> None:
+        self._path = path
+        self._holder = str(Identity.of_this_process())
+        self._over = threading.Event()
+        while not self._made():
+            found = _read(path)
+            if found is not None and not _is_dead(path, found, silent_seconds):
+                raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))
+            if found is not None:
+                self._clear_away(found)
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+
+    def release(self) -> None:
+        """Give it back. Raises OSError."""
+        self._over.set()
+        if _holder(_read(self._path) or "") == self._holder:
+            self._path.unlink(missing_ok=True)
+
+    def _made(self) -> bool:
+        # A link to a whole file: nobody ever sees one without a holder, and of two makers one wins, over NFS too.
+        made = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        try:
+            made.write_text(f"{self._holder}\n0", encoding="utf-8")
+            os.link(made, self._path)
+        except FileExistsError:
+            return False
+        finally:
+            made.unlink(missing_ok=True)
+        return True
+
+    def _clear_away(self, found: str) -> None:
+        """Remove a dead holder's file: of several that try, one; and never a living one's that has just been made in its place."""
+        doomed = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        with contextlib.suppress(FileNotFoundError):
+            self._path.rename(doomed)
+            if _read(doomed) != found:
+                with contextlib.suppress(FileExistsError):
+                    os.link(doomed, self._path)
+            doomed.unlink()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._over.wait(_BEAT_SECONDS):
+            beat += 1
+            with contextlib.suppress(OSError), open(self._path, "r+", encoding="utf-8") as file:
+                if _holder(file.read()) != self._holder:
+                    return  # somebody took it for dead
+                file.seek(0)
+                file.write(f"{self._holder}\n{beat}")
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _holder(content: str) -> str:
+    return content.split("\n")[0]
+
+
+def _is_dead(path: Path, found: str, silent_seconds: float) -> bool:
+    """Whether the holder is gone: at once for one on this machine, after a while of silence for one elsewhere."""
+    who = Identity.parse(_holder(found))
+    if who is not None and who.is_here:
+        return not who.lives
+    until = time.monotonic() + silent_seconds
+    while time.monotonic() < until:
+        time.sleep(min(1.0, silent_seconds / 10))
+        if _read(path) != found:
+            return False
+    return True

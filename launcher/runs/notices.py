@@ -1,0 +1,82 @@
+"""What ranks and agents tell their launcher without the disk: a pipe that the launcher reads, for when the disk is full, hangs, or is gone.
+
+The pipe has no name in any file system. Who writes to it opens `/proc/LAUNCHER/fd/N`, which the kernel grants to processes of the same user
+alone. One JSON object a line: {"say": line for people}, {"failure": a Failure} or {"exits": how ranks ended}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import Any
+
+VARIABLE = "LAUNCHER_NOTICES"
+_MOST_BYTES = 4096
+"""PIPE_BUF of Linux: so much is written whole or not at all, whoever else writes."""
+
+
+class Notices:
+    """The launcher's end of the pipe."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._reading, False)
+        self._rest = b""
+
+    @property
+    def address(self) -> str:
+        """What to write to, for the environment of the agent and of the ranks."""
+        return f"/proc/{os.getpid()}/fd/{self._writing}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was told since the last call. Never waits."""
+        with contextlib.suppress(BlockingIOError):
+            while new := os.read(self._reading, 1 << 16):
+                self._rest += new
+        *lines, self._rest = self._rest.split(b"\n")
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    found.append(record)
+        return found
+
+    def close(self) -> None:
+        """Give the pipe up."""
+        os.close(self._reading)
+        os.close(self._writing)
+
+
+def tell(**record: Any) -> bool:
+    """Tell the launcher; whether it could be told. Never waits and never raises; texts are cut so that it is a single write."""
+    address = os.environ.get(VARIABLE)
+    if not address:
+        return False
+    with contextlib.suppress(OSError):
+        descriptor = os.open(address, os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            os.write(descriptor, _line(record))
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    for longest in (_MOST_BYTES, 1024, 256, 64):
+        line = (json.dumps(_cut(record, longest)) + "\n").encode()
+        if len(line) <= _MOST_BYTES:
+            return line
+    return b"\n"
+
+
+def _cut(value: Any, longest: int) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= longest else value[: longest - 1] + "…"
+    if isinstance(value, dict):
+        return {key: _cut(each, longest) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_cut(each, longest) for each in value]
+    return value
