@@ -88,4 +88,4 @@ def refuse_pickles() -> None:
 
     Lists, dictionaries, texts and numbers pass; torch.compile sends such. Anything with a class raises UnpicklingError.
     """
-    distributed_c10d._unpickler = _PlainUnpickler  # type: ignore[misc, assignment]
+    distributed_c10d._unpickler = _PlainUnpickler

@@ -63,4 +63,4 @@ def of_stored(stored: Stored) -> list[Any]:
 
 def stored(run: RunDirectory, step: int, manifest: dict[str, Any] | None, problems: list[str]) -> Stored:
     """Make again what `of_stored` took apart."""
-    return Stored(step, run.checkpoint(step), manifest and Manifest.model_validate(manifest), tuple(problems))
+    return Stored(step, run.checkpoint(step), None if manifest is None else Manifest.model_validate(manifest), tuple(problems))

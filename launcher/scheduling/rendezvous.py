@@ -1,0 +1,94 @@
+"""Where the agents and ranks of an attempt meet, out of others' reach.
+
+torchrun's own ways listen on every interface, and hold a pickle that the agent reads again and again: whoever reaches the port runs code.
+On one machine nothing listens here. The agent's store is memory of its own, the ranks' one is a file without a name that is opened
+through /proc, where other users are refused. On several nodes the first one listens at the address where the others look for it, and
+the names in the store begin with the attempt's secret.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from launcher.runs import secret
+
+BACKEND = "launcher"
+"""What torchrun calls this by (--rdzv-backend)."""
+_SECONDS_TO_MEET = 600
+
+
+def register(node: int) -> None:
+    """Tell torchrun of it. `node` is this agent's number among the attempt's."""
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+    def make(parameters: Any) -> Any:
+        return _Rendezvous(parameters, node)
+
+    rendezvous_handler_registry.register(BACKEND, make)
+
+
+class _Rendezvous:
+    """What torchrun asks of a RendezvousHandler, for nodes that are known before and never change."""
+
+    def __init__(self, parameters: Any, node: int) -> None:
+        self._num_nodes, self._node, self._id = parameters.max_nodes, node, parameters.run_id
+        self._endpoint = parameters.endpoint
+
+    def get_backend(self) -> str:
+        return BACKEND
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Whether ranks are told that an agent's store is there for them."""
+        return self._num_nodes > 1
+
+    def next_rendezvous(self) -> Any:
+        """Meet. Raises OSError, and torch's DistNetworkError and DistStoreError."""
+        from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
+
+        store, address, port = self._on_one_machine() if self._num_nodes == 1 else self._on_several()
+        return RendezvousInfo(store, self._node, self._num_nodes, RendezvousStoreInfo(address, port))
+
+    def _on_one_machine(self) -> tuple[Any, str, int]:
+        from torch.distributed import HashStore
+
+        file = os.memfd_create("launcher-store")
+        os.fchmod(file, 0o600)
+        os.environ[secret.STORE_VARIABLE] = f"/proc/{os.getpid()}/fd/{file}"
+        os.environ.pop(secret.SECRET_VARIABLE, None)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            # For a script that opens a store of its own; the launcher's ranks use neither address nor port.
+            return HashStore(), "127.0.0.1", free.getsockname()[1]
+
+    def _on_several(self) -> tuple[Any, str, int]:
+        from torch.distributed import PrefixStore, TCPStore
+
+        os.environ.pop(secret.STORE_VARIABLE, None)
+        word = secret.read(Path(os.environ[secret.SECRET_VARIABLE]))
+        address, _, number = self._endpoint.rpartition(":")
+        port, timeout = int(number), timedelta(seconds=_SECONDS_TO_MEET)
+        if self._node == 0:
+            listening = socket.create_server((address, port), backlog=4096).detach()
+            store = TCPStore(address, port, self._num_nodes, True, timeout, master_listen_fd=listening)
+        else:
+            store = TCPStore(address, port, self._num_nodes, False, timeout)
+        return PrefixStore(f"{word}/agents", store), address, port
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nobody joins later."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return str(self._id)
+
+    def shutdown(self) -> bool:
+        return True
