@@ -64,7 +64,7 @@ def agent_command(
 def _rendezvous(meeting: Meeting | None) -> list[str]:
     """Addresses by number need no name service. Each of several nodes knows its place, so that rank 0 is always on the first."""
     if meeting is None:
-        return [f"--rdzv-backend={rendezvous.BACKEND}"]
+        return [f"--rdzv-backend={rendezvous.BACKEND}", f"--rdzv-endpoint={rendezvous.HERE}"]
     return [
         f"--rdzv-backend={rendezvous.BACKEND}",
         f"--rdzv-endpoint={meeting.address}:{meeting.port}",

@@ -18,6 +18,8 @@ from launcher.runs import secret
 
 BACKEND = "launcher"
 """What torchrun calls this by (--rdzv-backend)."""
+HERE = "this-machine"
+"""The endpoint where there is one node: torchrun warns of one that is empty."""
 _SECONDS_TO_MEET = 600
 
 
