@@ -2,8 +2,8 @@
 
 torchrun's own ways listen on every interface, and hold a pickle that the agent reads again and again: whoever reaches the port runs code.
 On one machine nothing listens here. The agent's store is memory of its own, the ranks' one is a file without a name that is opened
-through /proc, where other users are refused. On several nodes the first one listens at the address where the others look for it, and
-the names in the store begin with the attempt's secret.
+through /proc, where other users are refused. On several nodes the first one listens at the address where the others look for it, to
+them alone once they have come, and the names in the store begin with the attempt's secret.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher.runs import secret
+from launcher.errors import RankLostError
+from launcher.runs import doors, secret
 
 BACKEND = "launcher"
 """What torchrun calls this by (--rdzv-backend)."""
@@ -49,7 +50,7 @@ class _Rendezvous:
         return self._num_nodes > 1
 
     def next_rendezvous(self) -> Any:
-        """Meet. Raises OSError, and torch's DistNetworkError and DistStoreError."""
+        """Meet. Raises RankLostError where a stranger came too, OSError, and torch's DistNetworkError and DistStoreError."""
         from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
         store, address, port = self._on_one_machine() if self._num_nodes == 1 else self._on_several()
@@ -73,11 +74,17 @@ class _Rendezvous:
         word = secret.read(Path(os.environ[secret.SECRET_VARIABLE]))
         address, _, number = self._endpoint.rpartition(":")
         port, timeout = int(number), timedelta(seconds=_SECONDS_TO_MEET)
-        if self._node == 0:
-            listening = socket.create_server((address, port), backlog=4096).detach()
-            store = TCPStore(address, port, self._num_nodes, True, timeout, master_listen_fd=listening)
-        else:
+        if self._node > 0:
             store = TCPStore(address, port, self._num_nodes, False, timeout)
+        else:
+            listening = socket.create_server((address, port), backlog=4096).detach()
+            # It is there once every agent is: who has come by then may come again, and the ranks beside him.
+            store = TCPStore(address, port, self._num_nodes, True, timeout, master_listen_fd=listening)
+            callers = doors.callers(port)
+            if len(callers) > self._num_nodes:
+                shown = ", ".join(sorted(callers))
+                raise RankLostError(f"{len(callers)} machines came to meet for a run on {self._num_nodes} nodes: {shown}")
+            doors.admit(listening, callers)
         return PrefixStore(f"{word}/agents", store), address, port
 
     def is_closed(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlparse
 
 from launcher.runs import secret
-from launcher.training import doors
+from launcher.training import closing
 
 Found = Iterator[tuple[Any, int, int]]
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -32,7 +32,7 @@ def prepare() -> None:
 
 def changes() -> dict[str, Callable[[ModuleType], None]]:
     """The same by module, each to be changed once it is imported."""
-    return {"torch.distributed.rendezvous": _use_the_attempts_store, "torch.distributed.distributed_c10d": doors.shut_behind}
+    return {"torch.distributed.rendezvous": _use_the_attempts_store, "torch.distributed.distributed_c10d": closing.shut_behind}
 
 
 def _use_the_attempts_store(rendezvous: ModuleType) -> None:

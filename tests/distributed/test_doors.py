@@ -69,7 +69,7 @@ def test_another_user_gets_into_no_run_of_this_machine(tmp_path: Path) -> None:
         ranks = [one for one in processes if one.pid in pids(run)]
         others = [one for one in processes if one not in ranks]
         listening = ports(ranks)
-        stores = [str(path) for one in others for path in files_of(one) if "launcher-store" in os.readlink(path)]
+        stores = [str(path) for one in others for path in files_of(one) if "launcher-store" in str(path.readlink())]
         assert ports(others) == {}, "neither launcher nor agent listens"
         assert set(listening.values()) == {"127.0.0.1"} and stores
         assert not any(run.run_id() in argument for one in processes for argument in one.cmdline())
