@@ -10,6 +10,8 @@ STORE_VARIABLE = "LAUNCHER_STORE"
 """Set for the ranks of one machine: the file through which they meet."""
 SECRET_VARIABLE = "LAUNCHER_SECRET_FILE"
 """Set for the agents and ranks of several nodes: the file with the attempt's secret."""
+PREFIX_VARIABLE = "LAUNCHER_STORE_PREFIX"
+"""Set for the ranks of `launcher doctor`: what the names in their store begin with."""
 NAME = "secret"
 _NUM_BYTES = 32
 

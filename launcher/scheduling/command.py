@@ -16,7 +16,8 @@ from launcher.runs.secret import NAME as SECRET_NAME
 from launcher.runs.secret import SECRET_VARIABLE
 from launcher.scheduling import allocator, rendezvous
 from launcher.scheduling import script as scripts
-from launcher.scheduling.node_agent import ATTEMPT_VARIABLE, NODE_VARIABLE
+from launcher.scheduling.node_agent import NODE_VARIABLE
+from launcher.scheduling.rendezvous import ATTEMPT_VARIABLE
 from launcher.scheduling.warm import VARIABLE as WARM_VARIABLE
 
 ENTRY = "launcher.training.entry"

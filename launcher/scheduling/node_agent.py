@@ -26,9 +26,9 @@ from typing import Any
 from launcher.runs.failure import write_exits
 from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
 from launcher.scheduling import rendezvous
+from launcher.scheduling.rendezvous import ATTEMPT_VARIABLE
 from launcher.scheduling.warm import VARIABLE, WarmProcess, attach
 
-ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT_DIRECTORY"
 NODE_VARIABLE = "LAUNCHER_NODE"
 """Which of the attempt's nodes this is, from 0 on."""
 RUN_VARIABLE = "LAUNCHER_RUN_DIRECTORY"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from launcher.errors import RankLostError
 from launcher.runs import doors, secret
 
+ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT_DIRECTORY"
 BACKEND = "launcher"
 """What torchrun calls this by (--rdzv-backend)."""
 HERE = "this-machine"
@@ -71,13 +73,15 @@ class _Rendezvous:
         from torch.distributed import PrefixStore, TCPStore
 
         os.environ.pop(secret.STORE_VARIABLE, None)
-        word = secret.read(Path(os.environ[secret.SECRET_VARIABLE]))
+        word = secret.read(self._secret())
         address, _, number = self._endpoint.rpartition(":")
         port, timeout = int(number), timedelta(seconds=_SECONDS_TO_MEET)
         if self._node > 0:
             store = TCPStore(address, port, self._num_nodes, False, timeout)
         else:
-            listening = socket.create_server((address, port), backlog=4096).detach()
+            # A machine may know itself by a name that leads nowhere else; started by hand, no number is given.
+            bound = "" if socket.gethostbyname(address).startswith("127.") else address
+            listening = socket.create_server((bound, port), backlog=4096).detach()
             # It is there once every agent is: who has come by then may come again, and the ranks beside him.
             store = TCPStore(address, port, self._num_nodes, True, timeout, master_listen_fd=listening)
             callers = doors.callers(port)
@@ -86,6 +90,20 @@ class _Rendezvous:
                 raise RankLostError(f"{len(callers)} machines came to meet for a run on {self._num_nodes} nodes: {shown}")
             doors.admit(listening, callers)
         return PrefixStore(f"{word}/agents", store), address, port
+
+    def _secret(self) -> Path:
+        """The attempt's secret; where the agents are started by hand, the first one makes it. Raises TimeoutError."""
+        path = Path(os.environ.get(secret.SECRET_VARIABLE) or Path(os.environ[ATTEMPT_VARIABLE], secret.NAME))
+        os.environ[secret.SECRET_VARIABLE] = str(path)
+        if self._node == 0 and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            secret.make(path.parent)
+        until = time.monotonic() + _SECONDS_TO_MEET
+        while not path.exists():
+            if time.monotonic() > until:
+                raise TimeoutError(f"{path} did not come: is the first node started, and is this directory the same there?")
+            time.sleep(0.1)
+        return path
 
     def is_closed(self) -> bool:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,13 +30,19 @@ def run(cluster: Cluster, tmp_path: Path) -> Run:
     return run
 
 
-def listening(run: Run) -> list[tuple[str, int]]:
-    """Where the run's processes wait, on whichever node."""
+def listening(cluster: Cluster, run: Run) -> list[tuple[str, int]]:
+    """Where the run's processes wait, on either node."""
     path = str(run.directory.path)
-    processes = [one for one in psutil.process_iter() if path in (one.cmdline() if one.status() != psutil.STATUS_ZOMBIE else ())]
-    assert len(processes) >= 6, "an agent and two ranks a node"
-    found = [one.laddr for process in processes for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
-    return sorted({(address.ip, address.port) for address in found})
+    processes = {one.pid for one in psutil.process_iter() if one.status() != psutil.STATUS_ZOMBIE and path in one.cmdline()}
+    found = []
+    for node in ("n1", "n2"):
+        shown = subprocess.run([*cluster.nodes[node].enter("--net"), "ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+        for line in shown.splitlines():
+            if processes & {int(number) for number in re.findall(r"pid=(\d+)", line)}:
+                address, _, port = line.split()[3].rpartition(":")
+                found.append((address, int(port)))
+    assert len(found) >= 1 + 4, "a store and a rank's ports"
+    return found
 
 
 def attack(cluster: Cluster, run: Run, node: str, places: list[tuple[str, int]], flag: Path) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def attack(cluster: Cluster, run: Run, node: str, places: list[tuple[str, int]],
 
 
 def test_nobody_reaches_a_run_from_beside_its_nodes_and_nobody_runs_code_on_them(cluster: Cluster, run: Run, tmp_path: Path) -> None:
-    places, flag = listening(run), tmp_path / "flag"
+    places, flag = listening(cluster, run), tmp_path / "flag"
     own = {cluster.address(node) for node in ("n1", "n2")}
     assert {address for address, _ in places} <= own, "bound to the interface that leads to the other node"
     said = attack(cluster, run, "n3", places, flag)
