@@ -12,15 +12,20 @@ from pathlib import Path
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
-from launcher.scheduling import allocator
+from launcher.runs.secret import NAME as SECRET_NAME
+from launcher.runs.secret import SECRET_VARIABLE
+from launcher.scheduling import allocator, rendezvous
 from launcher.scheduling import script as scripts
-from launcher.scheduling.node_agent import ATTEMPT_VARIABLE, NODE_VARIABLE
+from launcher.scheduling.node_agent import NODE_VARIABLE
+from launcher.scheduling.rendezvous import ATTEMPT_VARIABLE
 from launcher.scheduling.warm import VARIABLE as WARM_VARIABLE
 
 ENTRY = "launcher.training.entry"
 _TRAINER = "launcher.training.trainer"
 """What every rank imports, which takes seconds."""
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_LOOPBACK, _IS_UP = "lo", 1
+"""The latter is IFF_UP of netdevice(7)."""
 _PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MALLOC", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
 _NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
@@ -49,7 +54,6 @@ def agent_command(
         f"--nproc-per-node={plan.mesh.ranks_per_node}",
         "--max-restarts=0",
         *_rendezvous(meeting),
-        f"--rdzv-id={run.run_id()}-{attempt}",
         "--monitor-interval=0.1",
         *("-m", entry or (scripts.ENTRY if plan.script else ENTRY), str(run.path), "--attempt", str(attempt)),
     ]
@@ -59,19 +63,22 @@ def agent_command(
 
 
 def _rendezvous(meeting: Meeting | None) -> list[str]:
-    """On one machine port 0 has the agent's store take a free port; addresses by number need no name service.
-
-    On several each node knows its place, so that rank 0 is always on the first.
-    """
+    """Addresses by number need no name service. Each of several nodes knows its place, so that rank 0 is always on the first."""
     if meeting is None:
-        return ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    where = [f"--master-addr={meeting.address}", f"--master-port={meeting.port}", f"--local-addr={meeting.own_address}"]
-    return ["--rdzv-backend=static", f"--node-rank={meeting.node}", *where]
+        return [f"--rdzv-backend={rendezvous.BACKEND}", f"--rdzv-endpoint={rendezvous.HERE}"]
+    return [
+        f"--rdzv-backend={rendezvous.BACKEND}",
+        f"--rdzv-endpoint={meeting.address}:{meeting.port}",
+        f"--local-addr={meeting.own_address}",
+    ]
 
 
 def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None) -> dict[str, str]:
     """What the agent and the ranks see."""
-    network = {} if meeting is None else dict.fromkeys(INTERFACE_VARIABLES, meeting.interface)
+    interface = loopback() if meeting is None else meeting.interface
+    network = dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}
+    if meeting is not None:
+        network[SECRET_VARIABLE] = str(run.attempt(attempt) / SECRET_NAME)
     on_cpu = allocator.variables(run) if plan.mesh.device == "cpu" else {}
     if plan.mesh.device == "cpu" and not plan.script:
         on_cpu[WARM_VARIABLE] = _TRAINER
@@ -87,6 +94,15 @@ def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | 
         **network,
         **(scripts.script_variables(run, plan, attempt) if plan.script else {}),
     }
+
+
+def loopback() -> str:
+    """The interface that leads to this machine alone, where it is up: else gloo and NCCL listen wherever the machine's name leads."""
+    try:
+        is_up = int(Path("/sys/class/net", _LOOPBACK, "flags").read_text(encoding="ascii"), 16) & _IS_UP
+    except (OSError, ValueError):
+        return ""
+    return _LOOPBACK if is_up else ""
 
 
 def public(variables: dict[str, str]) -> dict[str, str]:

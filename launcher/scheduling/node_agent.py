@@ -2,7 +2,7 @@
 
     python -m launcher.scheduling.node_agent [torchrun's own arguments]
 
-It differs from `python -m torch.distributed.run` in five things:
+It differs from `python -m torch.distributed.run` in six things:
 
 1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed -9.
 2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would end them.
@@ -10,6 +10,7 @@ It differs from `python -m torch.distributed.run` in five things:
    rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one, from outside.
 4. On a CPU the ranks are forks of one process that has imported the trainer (see warm.py).
 5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it itself.
+6. Agents and ranks meet where others cannot reach them (see rendezvous.py).
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 from launcher.runs.failure import write_exits
 from launcher.runs.notices import tell
 from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
+from launcher.scheduling import rendezvous
+from launcher.scheduling.rendezvous import ATTEMPT_VARIABLE
 from launcher.scheduling.warm import VARIABLE, WarmProcess, attach
 
-ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT_DIRECTORY"
 NODE_VARIABLE = "LAUNCHER_NODE"
 """Which of the attempt's nodes this is, from 0 on."""
 RUN_VARIABLE = "LAUNCHER_RUN_DIRECTORY"
@@ -57,12 +59,14 @@ def main(arguments: list[str]) -> int:
     if warm is not None:
         attach(SubprocessHandler, warm)
     killed = _kill_instead_of_asking(SubprocessContext)
+    node = int(os.environ.get(NODE_VARIABLE) or 0)
+    rendezvous.register(node)
     try:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as error:
         ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
         tell(exits=ends)  # first without the disk, which may be full, gone or hang
-        write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, int(os.environ.get(NODE_VARIABLE) or 0))
+        write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, node)
         return 1
     return 0
 

@@ -2,17 +2,20 @@
 
     python -m launcher.training.all_reduce BACKEND SECONDS
 
-Rank, size and where to meet are in the environment, as torch.distributed reads them.
+Rank, size and where to meet are in the environment, as torch.distributed reads them, and what the names in their
+store begin with.
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import socket
 import sys
 import time
 
 from launcher.runs.processes import die_with_parent
+from launcher.runs.secret import PREFIX_VARIABLE
 
 _NUM_ELEMENTS = 4 << 20
 _REPEATS = 3
@@ -44,12 +47,21 @@ def add_up(backend: str, seconds: int) -> dict[str, float | str]:
     import torch
     import torch.distributed as distributed
 
+    from launcher.training import closing
+
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
     before = time.perf_counter()
-    distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
-    rank, size = distributed.get_rank(), distributed.get_world_size()
+    closing.shut_behind(distributed.distributed_c10d)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = datetime.timedelta(seconds=seconds)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # By itself the store would listen on every interface.
+    listening = socket.create_server((address, port), backlog=4096).detach() if rank == 0 else None
+    store = distributed.TCPStore(address, port, size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening)
+    named = distributed.PrefixStore(os.environ[PREFIX_VARIABLE], store)
+    distributed.init_process_group(backend, store=named, rank=rank, world_size=size, timeout=timeout)
     vector = torch.full((_NUM_ELEMENTS,), float(rank + 1), device=device)
     distributed.all_reduce(vector)
     together = time.perf_counter() - before

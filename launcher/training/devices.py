@@ -15,12 +15,14 @@ from torch import distributed
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
-from launcher.training import products
+from launcher.training import exchange, meeting, products
 from launcher.training.precision import DTYPES
 
 
 def start_process_group(plan: Plan) -> torch.device:
     """Join the process group torchrun described in the environment; returns this rank's device."""
+    meeting.prepare()
+    exchange.refuse_pickles()
     if plan.mesh.device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():

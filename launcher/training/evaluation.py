@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import torch
 from torch import distributed
 
 from launcher.planning.plan import BatchPlan, Plan
+from launcher.training import exchange
 from launcher.training.data.batches import Batches
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order
@@ -60,16 +59,13 @@ def evaluate(
 
 def _combine(task: Task, totals: np.ndarray, collected: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Rank 0 computes the metrics from what all ranks counted, and tells them."""
-    summed = torch.from_numpy(totals)
-    gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, (summed, collected))
-    result: list[Any] = [None]
+    mine = [np.concatenate(pieces) for pieces in zip(*collected, strict=True)]
+    gathered = exchange.all_gather_arrays([totals, *mine])
+    metrics: dict[str, float] = {}
     if distributed.get_rank() == 0:
-        sums = torch.stack([sums for sums, _ in gathered]).sum(dim=0).tolist()
+        sums = np.sum([sums for sums, *_ in gathered], axis=0).tolist()
         named = dict(zip(("loss_sum", "num_correct", "num_supervised", "router_loss_sum"), sums, strict=True))
-        pieces = [piece for _, part in gathered for piece in part]
-        predictions = np.concatenate([piece[0] for piece in pieces]) if pieces else None
-        labels = np.concatenate([piece[1] for piece in pieces]) if pieces else None
-        result = [task.metrics(named, predictions, labels)]
-    distributed.broadcast_object_list(result, src=0)
-    return dict(result[0])
+        parts = [part for _, *part in gathered if part]
+        predictions, labels = map(np.concatenate, zip(*parts, strict=True)) if parts else (None, None)
+        metrics = task.metrics(named, predictions, labels)
+    return dict(exchange.from_first({name: float(value) for name, value in metrics.items()}))

@@ -26,7 +26,7 @@ from launcher.runs import failure
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import STOP_SIGNALS, die_with_parent, heed
-from launcher.training import libraries
+from launcher.training import libraries, meeting
 from launcher.training.rank import Rank, leave
 from launcher.training.script_engine import Seen
 from launcher.training.script_saving import Saving
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         plan = Plan.read(rank.run.plan_file)
         saving = Saving(rank.number)
-        libraries.prepare(plan.mesh.device, Seen(rank.run, plan, rank.number).changes(), saving.changes())
+        libraries.prepare(plan.mesh.device, Seen(rank.run, plan, rank.number).changes(), saving.changes(), meeting.changes())
         execute(options.script, saving.finish)
     except BaseException as error:  # whatever it was, the parent must hear of it
         stop.hear_all()

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import distributed
@@ -17,7 +17,7 @@ from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import last_record, newest_checkpoint
-from launcher.training import engines, operations, pretrained
+from launcher.training import engines, exchange, operations, pretrained
 from launcher.training import model as models
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
@@ -34,8 +34,6 @@ from launcher.training.recording import Recorder
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.tracking import Journal
-
-T = TypeVar("T")
 
 
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
@@ -253,9 +251,9 @@ class Trainer:
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""
-        signals, seconds_left = zip(*self._from_all((self.stop.asked_by, self.stop.seconds_left())), strict=True)
+        signals, seconds_left = zip(*exchange.all_gather((self.stop.asked_by, self.stop.seconds_left())), strict=True)
         self.event("stopping", signal=next(filter(None, signals), "stop-at"))
-        needed = self._from_all(_seconds_of_last_save(self.run) if self.rank == 0 else 0.0)[0]
+        needed = exchange.all_gather(_seconds_of_last_save(self.run) if self.rank == 0 else 0.0)[0]
         changed = self.state.step > self.first_step
         if changed and min(seconds_left) < needed:
             self.checkpointer.finish()
@@ -298,12 +296,6 @@ class Trainer:
             flops_per_token=operations.flops_per_token(self.engine.model, self.material.config, int(length)),
             new_parameters=list(self.engine.new_parameters),
         )
-
-    def _from_all(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
-        gathered: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(gathered, value)
-        return gathered
 
     def _agree(self, wish: bool) -> bool:
         """Whether any rank wishes it."""

@@ -1,6 +1,7 @@
 """A trainer for tests: it does no mathematics, but meets signals, faults and its end as the real one does.
 
-Its fault is named in RUN/fault.json: {kind, rank, step}. Every step is a tiny all-reduce where `gloo` is set.
+Its fault is named in RUN/fault.json: {kind, rank, step}. Every step is a tiny all-reduce where `gloo` is set. The rank
+named by `late` comes once there is a file RUN/go.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from launcher.training.signals import StopRequest
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, stop_at: int | None = None) -> None:
     fault = json.loads((run.path / "fault.json").read_text()) if (run.path / "fault.json").exists() else {}
     rank, total = int(os.environ["RANK"]), int(plan.length.value)
-    agree = _gloo() if fault.get("gloo") else None
+    while fault.get("late") == rank and not (run.path / "go").exists():
+        time.sleep(0.02)
+    agree = _gloo(plan) if fault.get("gloo") else None
     done = max(steps(run.metrics_file), default=0)
     if rank == 0:
         event(run.events_file, "training", first_step=done + 1, total_steps=total, num_parameters=10)
@@ -49,11 +52,13 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, stop_a
         run.finished_file.touch()
 
 
-def _gloo():
+def _gloo(plan: Plan):
     import torch
     import torch.distributed as distributed
 
-    distributed.init_process_group("gloo")
+    from launcher.training.devices import start_process_group
+
+    start_process_group(plan)
 
     def agree(requested: bool) -> bool:
         flag = torch.tensor(float(requested))

@@ -326,7 +326,7 @@ def test_no_path_escapes_its_quotes(name: str, kind: str, tmp_path: Path, fakes:
     write(rendered, files(plan, Place(str(run), str(rendered), str(folder / "python"))))
     script = rendered / kind
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
-    fakes["HEAD"] = "node-a"
+    fakes |= {"HEAD": "node-a", "NODE": "1"}
     done = subprocess.run(["bash", script], env=fakes, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     said = said_to(tmp_path / "said")
@@ -434,8 +434,10 @@ def test_a_python_with_a_line_break_is_refused() -> None:
         Place("/run", "/rendered", "py\nthon")
 
 
-def test_one_machine_takes_a_free_port() -> None:
-    assert "--rdzv-endpoint=127.0.0.1:0 --local-addr=127.0.0.1" in torchrun.command(plan_of({}), PLACE)
+def test_who_starts_by_hand_meets_where_others_cannot_reach_it() -> None:
+    for nodes in (1, 2):
+        said = torchrun.command(plan_of({"cluster.nodes": nodes}), PLACE)
+        assert "--rdzv-backend=launcher" in said and "--rdzv-id" not in said, "c10d unpickles what is sent to a port"
 
 
 def test_writing_replaces_and_takes_stale_files_away(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_the_command_is_torchruns_over_the_entry_point(run: RunDirectory) -> None:
     command = agent_command(run, plan(), 3, stop_at=7)
     assert command[-7:] == ["-m", "launcher.training.entry", str(run.path), "--attempt", "3", "--stop-at", "7"]
-    assert {"--nproc-per-node=2", "--rdzv-endpoint=127.0.0.1:0", "--max-restarts=0"} <= set(command)
+    assert {"--nproc-per-node=2", "--rdzv-backend=launcher", "--max-restarts=0"} <= set(command)
+    assert not [word for word in command if run.run_id() in word], "the process table is everybody's"
     assert "--stop-at" not in agent_command(run, plan(), 3)
 
 

@@ -128,7 +128,7 @@ class Examination:
         order = [index for index, node in enumerate(self.nodes) if not node.silent_at]
         gpus = min(heard[self.nodes[index].name]["num_gpus"] for index in order)
         first = self.nodes[order[0]].name
-        meeting = {"address": addresses[first] or "127.0.0.1", "port": heard[first]["port"] + 1}
+        meeting = {"address": addresses[first] or "127.0.0.1", "port": heard[first]["port"] + 1, "prefix": secrets.token_hex(16)}
         self._order(step, "prepare", nodes=order, ranks_per_node=gpus or 1, backend="nccl" if gpus else "gloo", **meeting)
         if all("problem" not in node.said("prepare") for node in self._there()) and len(self._there()) == len(order):
             self._order(step, "reduce")

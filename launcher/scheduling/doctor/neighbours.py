@@ -39,9 +39,7 @@ class Listener:
     def _answer(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection, connection.makefile("rwb") as stream:
             connection.settimeout(_SECONDS_TO_CONNECT)
-            for line in stream:
-                if line.strip() != self._word:
-                    return
+            while stream.readline(len(self._word) + 1).strip() == self._word:
                 stream.write(f"{time.time()!r}\n".encode())
                 stream.flush()
 

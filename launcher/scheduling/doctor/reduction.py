@@ -12,6 +12,7 @@ import threading
 import time
 from typing import Any
 
+from launcher.runs.secret import PREFIX_VARIABLE
 from launcher.scheduling.command import INTERFACE_VARIABLES
 
 SECONDS = 60
@@ -34,7 +35,7 @@ class Ranks:
         command = [sys.executable, "-m", _PROGRAM, message["backend"], str(SECONDS)]
         for local in range(per_node):
             place: dict[str, Any] = {"RANK": order.index(node) * per_node + local, "WORLD_SIZE": len(order) * per_node, "LOCAL_RANK": local}
-            place |= {"MASTER_ADDR": message["address"], "MASTER_PORT": message["port"]}
+            place |= {"MASTER_ADDR": message["address"], "MASTER_PORT": message["port"], PREFIX_VARIABLE: message["prefix"]}
             if interface:
                 place |= dict.fromkeys(INTERFACE_VARIABLES, interface)
             variables = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in place.items()}}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.runs import secret
 from launcher.runs.layout import RunDirectory, write_atomically
 
 FILE = "allocation.json"
@@ -115,10 +116,11 @@ def _is_refused(run: RunDirectory, allocation: Allocation) -> bool:
 
 
 def begin_attempt(run: RunDirectory, assignment: Assignment) -> int:
-    """Make the next attempt's directory with the assignment in it from the first moment on; its number."""
+    """Make the next attempt's directory with the assignment and a secret in it from the first moment on; its number."""
     run.attempts.mkdir(exist_ok=True)
     made = run.attempts / f".new-{secrets.token_hex(4)}"
     made.mkdir()
+    secret.make(made)
     write_atomically(made / FILE, json.dumps(assignment.to_dict(), indent=2) + "\n")
     while True:
         number = run.last_attempt() + 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import secrets
 import shutil
 import sys
@@ -13,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlan
@@ -24,7 +24,8 @@ from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, co
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, make_directory
 from launcher.runs.notices import tell
-from launcher.training.checkpoint.group import Ranks
+from launcher.training.checkpoint import messages
+from launcher.training.checkpoint.group import Ranks, RefusedError, describe
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks
 from launcher.training.checkpoint.underway import Failing, Underway
@@ -61,19 +62,6 @@ class _Save:
 def _key(tensors: Tensors) -> tuple[object, ...]:
     properties = ("dtype", "shape", "placements")
     return tuple((name, *(getattr(tensor, key, None) for key in properties)) for name, tensor in tensors.items())
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line, for people."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})" if error.filename else error.strerror
-    if isinstance(error, _RefusedError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-class _RefusedError(Exception):
-    """Why a save cannot be done; its text is for people as it is."""
 
 
 class Checkpointer:
@@ -158,16 +146,21 @@ class Checkpointer:
         if self._layout is not None and self._layout.key == key:
             return self._layout
         planner = TensorPlanner()
-        problem, local = None, None
+        problem, local = None, None  # the latter as JSON, of which a plan that cannot be told is a problem too
         try:
-            local = planner.local_plan(tensors, is_coordinator=self._rank == 0)
+            local = messages.of_plan(planner.local_plan(tensors, is_coordinator=self._rank == 0))
         except Exception as error:
             problem = describe(error)
         gathered = self._ranks.all_gather((problem, local))
-        plans, metadata = self._ranks.from_first(
-            lambda: global_plan(planner, [_value(rank, *entry) for rank, entry in enumerate(gathered)])
-        )
-        self._layout = _Layout(key, planner, FileLayout.of(self._rank, plans[self._rank].items), metadata)
+        metadata = b""
+
+        def decide() -> list[Any]:
+            nonlocal metadata
+            plans, metadata = global_plan(planner, [_value(rank, *entry) for rank, entry in enumerate(gathered)])
+            return [messages.of_plan(plan) for plan in plans]
+
+        mine = messages.plan(self._ranks.from_first(decide)[self._rank])
+        self._layout = _Layout(key, planner, FileLayout.of(self._rank, mine.items), metadata)
         return self._layout
 
     def _staged(self, layout: _Layout, tensors: Tensors) -> Blocks:
@@ -178,10 +171,11 @@ class Checkpointer:
 
     def _write(self, save: _Save) -> None:
         """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
-        problem, files = None, {}
+        problem: str | None = None
+        files: dict[str, Any] = {}
         self._underway.place = f"writing {save.layout.file.name if save.layout else ''}"
         try:
-            files = self._write_files(save)
+            files = messages.of_files(self._write_files(save))
         except Exception as error:
             problem = describe(error)
         self._underway.place = ""
@@ -190,7 +184,7 @@ class Checkpointer:
         try:
             gathered = self._ranks.all_gather((problem, files))
             failures = _failures([reason for reason, _ in gathered])
-            records = {name: record for _, written in gathered for name, record in written.items()}
+            records = {name: record for _, written in gathered for name, record in messages.files(written).items()}
             reason = self._ranks.from_first(lambda: failures or self._commit(save, records))
         except Exception as error:
             reason = f"the ranks lost each other: {describe(error)}"
@@ -267,7 +261,8 @@ class Checkpointer:
         asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
         """
         self.finish()
-        listed = self._ranks.from_first(lambda: list_checkpoints(self._run))
+        told = self._ranks.from_first(lambda: [messages.of_stored(stored) for stored in list_checkpoints(self._run)])
+        listed = [messages.stored(self._run, *entry) for entry in told]
         wanted = [stored for stored in reversed(listed) if step is None or stored.step == step]
         rejected: list[Stored] = []
         for stored in wanted:
@@ -318,13 +313,13 @@ class Checkpointer:
 
 
 def _refuse(reason: str) -> Iterator[memoryview]:
-    raise _RefusedError(reason)
+    raise RefusedError(reason)
 
 
-def _value(rank: int, problem: str | None, value: SavePlan | None) -> SavePlan:
-    if problem is not None or value is None:
-        raise _RefusedError(problem if rank == 0 else f"rank {rank}: {problem}")
-    return value
+def _value(rank: int, problem: str | None, value: Any) -> SavePlan:
+    if problem is not None:
+        raise RefusedError(problem if rank == 0 else f"rank {rank}: {problem}")
+    return messages.plan(value)
 
 
 def _failures(reasons: list[str | None]) -> str:

@@ -5,17 +5,38 @@ A save's background thread talks through it while the main thread trains; collec
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from launcher.errors import LauncherError, by_failure_class
+from launcher.training import exchange
+
 T = TypeVar("T")
 
 
+class RefusedError(Exception):
+    """Why a save cannot be done; its text is for people as it is."""
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, for people."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})" if error.filename else error.strerror
+    if isinstance(error, RefusedError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 class Ranks:
-    """Small objects between all ranks. With one rank nothing is sent, and no process group is needed."""
+    """Small values between all ranks, of what JSON can hold. With one rank nothing is sent, and no process group is needed.
+
+    With more, a tuple arrives as a list.
+    """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
@@ -25,23 +46,36 @@ class Ranks:
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return cast(list[T], values)
+        return [value] if self.world_size == 1 else exchange.all_gather(value, self.group)
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, on every rank. What it raises there is raised everywhere."""
-        result: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                result = [(work(), None)]
-            except Exception as error:
-                result = [(None, error)]
-        if self.world_size > 1:
-            dist.broadcast_object_list(result, src=0, group=self.group)
-        value, problem = result[0]
-        if problem is not None:
-            raise problem
-        return cast(T, value)
+        """What `work` gives on rank 0, on every rank. What it raises there is raised everywhere, of the same failure class."""
+        if self.world_size == 1:
+            return work()
+        if self.rank > 0:
+            value, problem = exchange.from_first(None, self.group)
+            if problem is not None:
+                raise _error(*problem)
+            return cast(T, value)
+        try:
+            value = work()
+        except Exception as error:
+            exchange.from_first((None, _kind_and_arguments(error)), self.group)
+            raise
+        exchange.from_first((value, None), self.group)
+        return value
+
+
+def _kind_and_arguments(error: Exception) -> tuple[str, list[Any]]:
+    if isinstance(error, LauncherError):
+        return error.failure_class, [str(error)]
+    if isinstance(error, OSError) and error.errno is not None:
+        name = None if error.filename is None else os.fsdecode(error.filename)
+        return "OSError", [error.errno, error.strerror, name]
+    return "", [describe(error)]
+
+
+def _error(kind: str, arguments: list[Any]) -> Exception:
+    if kind == "OSError":
+        return OSError(*arguments)
+    return by_failure_class(kind)(*arguments) if kind else RefusedError(*arguments)

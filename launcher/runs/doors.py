@@ -1,0 +1,120 @@
+"""Ports on which a process of a run waits, and who may still connect to them.
+
+The libraries that open them ask nobody for a name and cannot be told to stop listening. So the kernel is asked: a filter on the socket
+(socket(7), SO_ATTACH_FILTER; linux/filter.h) drops what comes from elsewhere, and disturbs no connection that is there already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import stat
+import struct
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_SO_ATTACH_FILTER = 26
+_LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_SOURCE_ADDRESS = 0xFFF00000 + 12
+"""In the header of IPv4, counted from SKF_NET_OFF."""
+_WHOLE = 0xFFFFFFFF
+_ESTABLISHED = "01"
+
+
+class Listening(NamedTuple):
+    """A TCP socket of this process that waits for connections."""
+
+    descriptor: int
+    port: int
+
+
+class Connection(NamedTuple):
+    """One end of a TCP connection, of those ends that are on this machine; addresses are (number, port)."""
+
+    near: tuple[str, int]
+    far: tuple[str, int]
+    user: int
+
+
+def listening() -> list[Listening]:
+    """Find every TCP socket on which this process waits for connections."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with _socket(int(path.name)) as one:
+            waits = one and one.family in (socket.AF_INET, socket.AF_INET6) and one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if one and waits:
+                found.append(Listening(int(path.name), one.getsockname()[1]))
+    return found
+
+
+@contextlib.contextmanager
+def _socket(descriptor: int) -> Iterator[socket.socket | None]:
+    """The socket behind a descriptor, which stays open; None for what is none."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        yield None  # closed meanwhile
+        return
+    if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+        os.close(copy)
+        yield None
+        return
+    with socket.socket(fileno=copy) as one:
+        yield one
+
+
+def admit(descriptor: int, addresses: Collection[str] = ()) -> bool:
+    """Have a listening socket take new connections from some IPv4 addresses alone, or from none.
+
+    False where the kernel has no such filters, as in some sandboxes: then the port stays as open as it was.
+    """
+    program = [struct.pack("HBBI", _LOAD_WORD, 0, 0, _SOURCE_ADDRESS)] if addresses else []
+    for address in addresses:
+        (number,) = struct.unpack("!I", socket.inet_aton(address))
+        program += [struct.pack("HBBI", _JUMP_IF_EQUAL, 0, 1, number), struct.pack("HBBI", _RETURN, 0, 0, _WHOLE)]
+    program.append(struct.pack("HBBI", _RETURN, 0, 0, 0))
+    content = ctypes.create_string_buffer(b"".join(program))
+    try:
+        with _socket(descriptor) as one:
+            if one is not None:
+                one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(program), ctypes.addressof(content)))
+            return one is not None
+    except OSError:
+        return False
+
+
+def connections() -> list[Connection]:
+    """Find all established TCP connections with an end on this machine, whoever's they are."""
+    found = []
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/net", name).read_text(encoding="ascii").splitlines()[1:]:
+                _, near, far, state, _, _, _, user, *_ = line.split()
+                if state == _ESTABLISHED:
+                    found.append(Connection(_place(near), _place(far), int(user)))
+    return found
+
+
+def _place(text: str) -> tuple[str, int]:
+    """As proc(5) writes it: words of 32 bits in the machine's own order, and the port."""
+    words, _, port = text.partition(":")
+    content = b"".join(struct.pack("=I", int(words[begin : begin + 8], 16)) for begin in range(0, len(words), 8))
+    mapped = content.startswith(bytes(10) + b"\xff\xff")
+    if len(content) == 4 or mapped:
+        return socket.inet_ntoa(content[-4:]), int(port, 16)
+    return socket.inet_ntop(socket.AF_INET6, content), int(port, 16)
+
+
+def strangers(ports: Collection[int]) -> set[int]:
+    """Users other than this process's at the far ends of connections to some ports, of those ends that are on this machine."""
+    there = connections()
+    far_ends = {(one.far, one.near) for one in there if one.near[1] in ports}
+    return {one.user for one in there if (one.near, one.far) in far_ends} - {os.getuid()}
+
+
+def callers(port: int) -> set[str]:
+    """Addresses at the far ends of connections to a port."""
+    return {one.far[0] for one in connections() if one.near[1] == port}

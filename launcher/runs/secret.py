@@ -1,0 +1,34 @@
+"""What the processes of an attempt know, and nobody else: where its ranks meet on one machine, the names in their store on several."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+STORE_VARIABLE = "LAUNCHER_STORE"
+"""Set for the ranks of one machine: the file through which they meet."""
+SECRET_VARIABLE = "LAUNCHER_SECRET_FILE"
+"""Set for the agents and ranks of several nodes: the file with the attempt's secret."""
+PREFIX_VARIABLE = "LAUNCHER_STORE_PREFIX"
+"""Set for the ranks of `launcher doctor`: what the names in their store begin with."""
+NAME = "secret"
+_NUM_BYTES = 32
+
+
+def make(directory: Path) -> None:
+    """Write a new secret into an attempt's directory, for its owner alone whatever the umask says. Raises OSError."""
+    descriptor = os.open(directory / NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        os.fchmod(descriptor, 0o600)
+        file.write(secrets.token_hex(_NUM_BYTES))
+
+
+def read(path: Path) -> str:
+    """Give the secret in a file. Raises OSError, and ValueError where it is none, or others can read it."""
+    if path.stat().st_mode & 0o077:
+        raise ValueError(f"{path} can be read by others: take their permission away, or resume the run, which makes a new one")
+    secret = path.read_text(encoding="ascii").strip()
+    if len(secret) != 2 * _NUM_BYTES:
+        raise ValueError(f"{path} is no secret of an attempt")
+    return secret

@@ -1,0 +1,71 @@
+"""How ranks find each other: as the agent says, and through what others cannot reach.
+
+A process group is made as always, with `init_process_group()`, by the launcher's own trainer and by a script's libraries alike. torch then
+looks for a store by the environment; here it is given the attempt's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import parse_qsl, urlparse
+
+from launcher.runs import secret
+from launcher.training import closing
+
+Found = Iterator[tuple[Any, int, int]]
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+
+
+def prepare() -> None:
+    """Have the process groups of this process made through the attempt's store, and leave no port open behind them."""
+    for name, change in changes().items():
+        change(importlib.import_module(name))
+
+
+def changes() -> dict[str, Callable[[ModuleType], None]]:
+    """The same by module, each to be changed once it is imported."""
+    return {"torch.distributed.rendezvous": _use_the_attempts_store, "torch.distributed.distributed_c10d": closing.shut_behind}
+
+
+def _use_the_attempts_store(rendezvous: ModuleType) -> None:
+    handlers = rendezvous._rendezvous_handlers
+    if not isinstance(handlers["env"], functools.partial):
+        given = {name: os.environ.get(name) for name in _ADDRESS}
+        handlers["env"] = functools.partial(_meet, handlers["env"], given, itertools.count())
+
+
+def _meet(
+    otherwise: Callable[..., Found],
+    given: dict[str, str | None],
+    number: Iterator[int],
+    url: str,
+    timeout: timedelta = timedelta(minutes=30),
+    **options: Any,
+) -> Found:
+    """Give store, rank and number of ranks, as torch's own handler of `env://` does, which is asked where this is not the agent's group."""
+    by_agent = os.environ.keys() & {secret.STORE_VARIABLE, secret.SECRET_VARIABLE}
+    if not by_agent or given != {name: os.environ.get(name) for name in _ADDRESS}:
+        yield from otherwise(url, timeout=timeout, **options)
+        return
+    asked = dict(parse_qsl(urlparse(url).query))
+    rank, size = (int(asked.get(name.lower(), os.environ[name])) for name in ("RANK", "WORLD_SIZE"))
+    # A group that is made after one that was destroyed must not meet what that one left behind.
+    yield _store(f"group-{next(number)}", size, timeout), rank, size
+
+
+def _store(name: str, size: int, timeout: timedelta) -> Any:
+    from torch.distributed import FileStore, PrefixStore, TCPStore
+
+    if path := os.environ.get(secret.STORE_VARIABLE):
+        return PrefixStore(name, FileStore(path, size))
+    word = secret.read(Path(os.environ[secret.SECRET_VARIABLE]))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return PrefixStore(f"{word}/ranks/{name}", TCPStore(address, port, size, False, timeout, wait_for_workers=False))

@@ -1,0 +1,99 @@
+"""Another user of the machine gets into no run: whatever a run's processes listen on, and meet by, is shut to others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher.runs.events import steps
+from tests.distributed.test_local import HERE, begun, finish, launched, make_run, pids, wait_for
+
+_WAITING = """
+import encodings.idna, os, socket, sys
+os.setgid(65534)
+os.setuid(65534)
+connection = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+connection.sendall(int(sys.argv[2]).to_bytes(8, "little"))
+print("connected", flush=True)
+sys.stdin.read()
+"""
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+def attack(ports: list[int], files: list[str], names: list[str], flag: Path, enter: list[str] | None = None) -> dict[str, Any]:
+    """What the user nobody reaches."""
+    addresses = {address.address.partition("%")[0] for of in psutil.net_if_addrs().values() for address in of}
+    addresses = {address for address in addresses if "." in address or address.count(":") != 5}
+    asked = {"ports": ports, "addresses": sorted(addresses), "files": files, "names": names, "flag": str(flag)}
+    command = [*(enter or []), sys.executable, str(HERE / "stranger.py"), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said: dict[str, Any] = json.loads(done.stdout)
+    assert said["uid"] == 65534
+    return said
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all below it."""
+    one = psutil.Process(pid)
+    return [one, *one.children(recursive=True)]
+
+
+def ports(processes: list[psutil.Process]) -> dict[int, str]:
+    """The ports on which they listen, each with its address."""
+    found = [one.laddr for process in processes for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    return {address.port: address.ip for address in found}
+
+
+def files_of(process: psutil.Process) -> list[Path]:
+    """What it has open, as paths through which it can be opened again."""
+    return list(Path(f"/proc/{process.pid}/fd").iterdir())
+
+
+@needs_root
+def test_another_user_gets_into_no_run_of_this_machine(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    flag = tmp_path / "flag"
+    run = make_run(tmp_path, {"gloo": True, "step_seconds": 0.1}, num_steps=3000)
+    with launched(run) as process:
+        wait_for(begun(run), "two steps")
+        processes = family(process.pid)
+        ranks = [one for one in processes if one.pid in pids(run)]
+        others = [one for one in processes if one not in ranks]
+        listening = ports(ranks)
+        stores = [str(path) for one in others for path in files_of(one) if "launcher-store" in str(path.readlink())]
+        assert ports(others) == {}, "neither launcher nor agent listens"
+        assert set(listening.values()) == {"127.0.0.1"} and stores
+        assert not any(run.run_id() in argument for one in processes for argument in one.cmdline())
+        done = len(steps(run.metrics_file))
+        said = attack(list(listening), stores, [f"torch.rendezvous.{run.run_id()}-1", "torch.rendezvous.none"], flag)
+        assert said["reached"] == [] and said["opened"] == []
+        wait_for(lambda: len(steps(run.metrics_file)) > done + 2, "more steps")
+        process.send_signal(signal.SIGTERM)
+        code, errors = finish(process)
+    assert code == 75, errors
+    assert not flag.exists()
+
+
+@needs_root
+def test_who_takes_a_ranks_place_while_it_waits_is_found_out(tmp_path: Path) -> None:
+    """The other rank comes late; meanwhile a stranger connects to the port on which the first waits for it."""
+    run = make_run(tmp_path, {"gloo": True, "late": 1}, num_steps=5)
+    with launched(run) as process:
+        wait_for(lambda: ports([one for one in family(process.pid) if one.pid in pids(run)]), "a rank listens")
+        (port,) = ports([one for one in family(process.pid) if one.pid in pids(run)])
+        stranger = subprocess.Popen([sys.executable, "-c", _WAITING, str(port), "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert stranger.stdout is not None and stranger.stdout.readline() == b"connected\n"
+        (run.path / "go").touch()
+        code, errors = finish(process)
+        stranger.communicate()
+    assert code == 9
+    assert "another user of this machine (uid 65534) connected" in errors
