@@ -15,10 +15,12 @@ from rich.text import Text
 
 from launcher.cli.progress import Progress, metrics_line, notice
 from launcher.planning.plan import Plan
-from launcher.runs.events import read, steps
+from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
-from launcher.runs.prepared import line, newest
+from launcher.runs.phases import current_phase
+from launcher.runs.prepared import line
 from launcher.runs.tail import Tail
+from launcher.runs.totals import Totals
 from launcher.runs.words import duration
 from launcher.scheduling.local import shown
 from launcher.scheduling.supervisor import Watcher
@@ -44,6 +46,9 @@ class Display(Watcher):
         self._line_seconds = line_seconds
         self._live: Live | None = None
         self._tails: tuple[Tail, Tail] | None = None
+        self._run: RunDirectory | None = None
+        self._phase_taken: dict[str, Any] | None = None
+        self._event_at = 0.0
         self._shown_at = 0.0
         self._line_at: float | None = None
         self._phase_said = ""
@@ -51,6 +56,7 @@ class Display(Watcher):
     def begin(self, run: RunDirectory, attempt: int) -> None:
         """Start at the files' present end, so that only this attempt is shown."""
         self._tails = Tail(run.events_file, from_end=True), Tail(run.metrics_file, from_end=True)
+        self._run, self._phase_taken = run, current_phase(run)
         self.say(f"attempt {attempt} in {shown(run.path)}")
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
@@ -83,12 +89,17 @@ class Display(Watcher):
         if self._tails is None:
             return
         events, metrics = self._tails
+        phase = current_phase(self._run) if self._run else None
         for record in events.records():
             self.progress.event(record)
+            self._event_at = record.get("time", self._event_at)
             # On a terminal evaluations have a table of their own.
             if (line := notice(record)) and not (self._live and record["event"] == "evaluated"):
                 self.say(line)
             self._say_phase()
+        if phase and phase != self._phase_taken and phase["time"] >= self._event_at:
+            self._phase_taken = phase
+            self.progress.event(phase)
         for record in metrics.records():
             if self.progress.metric(record):
                 self._say_step(now)
@@ -155,29 +166,18 @@ def _peak(plan: Plan) -> float | None:
 
 def summary(run: RunDirectory, path: str) -> str:
     """What a finished run came to, and what to do with it. `path` is how people would type the run."""
-    records = steps(run.metrics_file)
+    totals, curve = Totals(run).refresh(), Curve(run).refresh()
     lines = [f"finished: {path}"]
-    if records:
-        first, last = min(records), max(records)
-        lines.append(f"  steps       {last}, loss {records[first]['loss']:.4f} -> {records[last]['loss']:.4f}")
-        tokens = sum(record.get("num_tokens", 0) for record in records.values())
-        took = _seconds_in_attempts(run)
-        lines.append(f"  tokens      {tokens:,} in {duration(took)}, over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}")
-    lines += [f"  rows        {line(record)}" for record in newest(read(run.events_file)).values()]
-    measured = [record for record in read(run.events_file) if record.get("event") == "evaluated"]
-    if measured:
-        before, after = measured[0], measured[-1]
+    if curve.first and curve.last:
+        last = curve.last
+        lines.append(f"  steps       {last['step']}, loss {curve.first[1]:.4f} -> {last['loss']:.4f}")
+        tokens = f"{last['tokens_so_far']:,} in " if "tokens_so_far" in last else ""
+        took = duration(totals.seconds_in_attempts)
+        attempts = f"over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}"
+        lines.append(f"  {'tokens' if tokens else 'time':11} {tokens}{took}, {attempts}")
+    lines += [f"  rows        {line(record)}" for record in totals.prepared.values()]
+    if totals.evaluations:
+        before, after = totals.evaluations
         lines += [f"  before      {metrics_line(before['metrics'])}", f"  after       {metrics_line(after['metrics'])}"]
     lines += ["next:", f"  launcher evaluate {path}", f"  launcher export {path} --out DIRECTORY"]
     return "\n".join(lines)
-
-
-def _seconds_in_attempts(run: RunDirectory) -> float:
-    """Wall time of all attempts; of one that was cut short, until its last event."""
-    total, began, latest = 0.0, None, 0.0
-    for record in read(run.events_file):
-        if record.get("event") == "started":
-            total += latest - began if began is not None else 0.0
-            began = record["time"]
-        latest = record["time"]
-    return total + (latest - began if began is not None else 0.0)

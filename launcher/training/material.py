@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.runs import events, prepared
 from launcher.runs.layout import RunDirectory
+from launcher.runs.phases import PhaseReport
 from launcher.training import heads, model_files, pretrained, tasks
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
@@ -104,15 +103,6 @@ def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: PreTrainedTokeni
     raise ConfigurationError(Problem(key, None, reason))
 
 
-def phase_report(run: RunDirectory, phase: str, unit: str) -> Any:
-    """A report function that writes progress events, at most four a second."""
-    last = [0.0]
-
-    def report(done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - last[0] > 0.25:
-            last[0] = now
-            with contextlib.suppress(OSError):  # a full disk; progress is not worth more
-                events.event(run.events_file, "phase", phase=phase, done=done, total=total, unit=unit)
-
-    return report
+def phase_report(run: RunDirectory, phase: str, unit: str) -> PhaseReport:
+    """A report function for a phase of this run."""
+    return PhaseReport(run, phase, unit)

@@ -17,6 +17,7 @@ from launcher.runs import prepared
 from launcher.runs.failure import write_grace
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import HEARTBEAT
+from launcher.runs.totals import Totals
 from launcher.scheduling.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.scheduling.slurm.clock import Clock, lead_seconds
 from launcher.scheduling.slurm.history import read_outcome
@@ -45,6 +46,7 @@ class NodeSupervisor(Supervisor):
         self._looked_at = self._beat_at = 0.0
         self._superseded = self._decided = False
         self._lead: float | None = None
+        self._totals = Totals(run)
         self._lead_at = 0.0
 
     def grace(self) -> float:
@@ -99,7 +101,7 @@ class NodeSupervisor(Supervisor):
     def _is_near_the_end(self) -> bool:
         now = time.monotonic()
         if self._lead is None or now - self._lead_at > _LEAD_SECONDS:
-            self._lead, self._lead_at = lead_seconds(self.run, self._plan), now
+            self._lead, self._lead_at = lead_seconds(self.run, self._plan, self._totals), now
         return self._clock.end is not None and time.time() > self._clock.end - self._lead
 
     def _reason_to_force(self) -> Force:
