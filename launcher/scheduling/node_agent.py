@@ -2,7 +2,7 @@
 
     python -m launcher.scheduling.node_agent [torchrun's own arguments]
 
-It differs from `python -m torch.distributed.run` in five things:
+It differs from `python -m torch.distributed.run` in six things:
 
 1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed -9.
 2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would end them.
@@ -10,6 +10,7 @@ It differs from `python -m torch.distributed.run` in five things:
    rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one, from outside.
 4. On a CPU the ranks are forks of one process that has imported the trainer (see warm.py).
 5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it itself.
+6. It makes no directory for logs, which torchrun leaves below TMPDIR: each rank has its own log in the attempt's directory.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def main(arguments: list[str]) -> int:
     if warm is not None:
         attach(SubprocessHandler, warm)
     killed = _kill_instead_of_asking(SubprocessContext)
+    asked = torchrun.parse_args(arguments)
+    asked.log_dir = asked.log_dir or os.devnull
     try:
-        torchrun.run(torchrun.parse_args(arguments))
+        torchrun.run(asked)
     except ChildFailedError as error:
         ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
         write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, int(os.environ.get(NODE_VARIABLE) or 0))

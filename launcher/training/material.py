@@ -6,13 +6,14 @@ import os
 import secrets
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
-from launcher.runs import events, prepared
+from launcher.runs import cache, events, prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import PhaseReport
 from launcher.training import heads, model_files, pretrained, tasks
@@ -52,6 +53,7 @@ class Material:
     @classmethod
     def of(cls, run: RunDirectory, plan: Plan) -> Material:
         """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
+        cache.hold_until_the_end(Path(plan.model.name))
         config = pretrained.read_config(plan)
         tokenizer = pretrained.read_tokenizer(plan)
         task = tasks.build(plan, tokenizer)
