@@ -31,7 +31,7 @@ _WITHOUT_LOCKS_SECONDS = 7 * 86_400.0
 _USED, _LOCK = ".used", ".lock"
 _UNFINISHED = re.compile(r"^\.(?P<name>[0-9a-f]{32})-\w+$")
 """What a process that was killed left of an entry that it was making, or removing."""
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*$")
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*$")
 
 
 def root() -> Path:
@@ -44,7 +44,7 @@ def parse_size(text: str, option: str) -> int:
     match = _SIZE.match(text)
     if match is None:
         raise ConfigurationError(Problem(option, text, "write a size as 20GB, 1.5TB or 512MiB"))
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 _held: list[Hold] = []

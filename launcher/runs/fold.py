@@ -14,11 +14,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from launcher.runs.layout import write_atomically
 from launcher.runs.tail import Tail
 
-_BEFORE = 64
-"""Bytes before the place, by which the file is known again: a line ends with its time, or begins with it."""
+_BEFORE = 4096
+"""Bytes before the place, by which the file is known again."""
 
 
 class Fold(ABC):
@@ -62,7 +61,10 @@ class Fold(ABC):
             "checksum": zlib.crc32(state.encode()),
             "state": self.state,
         }
-        write_atomically(self._kept, json.dumps(content) + "\n")
+        # Not synced, as that can take as long as many steps: what a crash leaves of it is found out by the checksum.
+        made = self._kept.with_name(f".{self._kept.name}.new")
+        made.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        made.replace(self._kept)
 
     def _recall(self) -> tuple[int, dict[str, Any]]:
         """The place and the state that were kept. Raises ValueError where they are not of this file."""
@@ -74,10 +76,10 @@ class Fold(ABC):
             raise ValueError("of another file")
         return offset, state
 
-    def _before(self, offset: int) -> str:
-        """What stands before a place."""
+    def _before(self, offset: int) -> int:
+        """A checksum of what stands before a place."""
         if offset == 0:
-            return ""
+            return 0
         with open(self._path, "rb") as file:
             file.seek(max(0, offset - _BEFORE))
-            return file.read(min(offset, _BEFORE)).decode("latin-1")
+            return zlib.crc32(file.read(min(offset, _BEFORE)))

@@ -38,6 +38,7 @@ class _Point:
         self._seen: set[int] = set()
         self._rung = 0
         """No more than the rungs that it has been judged at."""
+        self._highest: Measured | None = None
         self.decisive: list[Measured] = []
         self.newest: Measured | None = None
 
@@ -52,10 +53,12 @@ class _Point:
                 continue
             self._seen.add(step)
             self.newest = Measured(record["time"], self._name, step, value)
-            # Before the next rung nothing is decided. What is no number is given up without having been at a rung.
-            if step >= self._rule.first * self._rule.factor**self._rung:
+            if self._highest is None or step > self._highest.step:
+                self._highest = self.newest
+            # A point is judged by its highest step: before the next rung nothing is decided, and what is no number is at no rung.
+            if self._highest.step >= self._rule.first * self._rule.factor**self._rung:
                 self.decisive.append(self.newest)
-                self._rung += not math.isnan(value)
+                self._rung += not math.isnan(self._highest.value)
 
 
 @dataclass(frozen=True)
