@@ -46,9 +46,10 @@ class Fold(ABC):
     def refresh(self) -> Self:
         """Take in what was appended since the last time."""
         for line in self._tail.lines():
-            # A line that is none of ours says nothing; it keeps nobody from the others.
-            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+            try:
                 self.take(line)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                continue  # a line that is none of ours says nothing, and keeps nobody from the others
         return self
 
     def keep(self) -> None:

@@ -31,8 +31,9 @@ class Recorder:
         self._kept_at = time.monotonic()
 
     def loaded(self) -> None:
-        """The model and its state are there."""
+        """The model and its state are there. Whatever the files of earlier attempts hold is read now, not between two steps."""
         self._foreseen.ended("loading")
+        self._keep()
 
     def saves(self) -> None:
         """A checkpoint is about to be made."""

@@ -60,10 +60,13 @@ def write_events(run: RunDirectory, events: list[dict[str, Any]]) -> None:
 
 
 def long_run(path: Path, num_steps: int, kept: bool = True, num_log_lines: int = 0) -> RunDirectory:
-    """A run of one attempt, with a plan, two checkpoints and a log; `kept`: as rank 0 keeps what its files come to."""
+    """A run of one attempt, with a plan, two checkpoints and a log; `kept`: as rank 0 keeps what its files come to.
+
+    Where a run was planned at `path`, it is this one.
+    """
     run = make_run(path)
-    run.plan_file.write_text(plan().to_json(), encoding="utf-8")
-    run.job_file.write_text("name: long\n", encoding="utf-8")
+    if not run.plan_file.exists():
+        run.plan_file.write_text(plan().to_json(), encoding="utf-8")
     run.attempt(1).mkdir(parents=True)
     (run.attempt(1) / "rank-0.log").write_text("".join(f"a line of the log, the {n}th\n" for n in range(num_log_lines)), encoding="utf-8")
     for step in (num_steps - 50, num_steps):
