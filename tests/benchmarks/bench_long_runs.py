@@ -54,7 +54,7 @@ PREFACE = """# Looking at long runs
 `tests/benchmarks/bench_long_runs.py`: a run of 1,000,000 steps (metrics.jsonl of 280 MB, 50,000 events), and 500 runs of 2,000 steps in a
 folder. Whole processes, one after another, with the files in the page cache; memory is the highest resident of the process. "Kept": as
 rank 0 keeps what the files come to, last 3,000 steps before the end. "From before": without `totals.json` and `curve.json`.
-The target is 1 s and 200 MB.
+The target is 1 s and 200 MB; it is held against processor seconds, as wall seconds hang on what else the machine does (see the load).
 """
 
 
@@ -144,7 +144,9 @@ def main() -> None:
                 print(*rows[-1], flush=True)
     text = sentence(known) + "\n\n" + table(["", "files", "median s", "max s", "processor s", "memory"], rows)
     over = [
-        name for name, found in figures.items() if found and (median(found["seconds"]) > TARGET_SECONDS or found["bytes"] > TARGET_BYTES)
+        name
+        for name, found in figures.items()
+        if found and (median(found["processor_seconds"]) > TARGET_SECONDS or found["bytes"] > TARGET_BYTES)
     ]
     text += f"\nOver the target: {', '.join(over) or 'none'}.\n"
     print(text)
