@@ -6,14 +6,13 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import read_status
-from launcher.runs.tail import Tail, lines_backwards
+from launcher.runs.tail import Tail, end_of
 from launcher.runs.totals import Totals
 
 _POLL_SECONDS = 0.3
@@ -61,16 +60,17 @@ class Logs:
         """What is new of each log, block by block; of one that was not looked at yet its last `lines`, 0 for all."""
         for path in self._files():
             if path not in self._tails:
-                past, offset = _last_lines(path, lines) if lines else ([], 0)
+                offset, backwards = end_of(path) if lines else (0, iter(()))
                 self._tails[path] = Tail(path, offset=offset)
-                self._show(path, past)
-            self._show(path, self._tails[path].lines())
+                past = [part for line in list(islice(backwards, lines))[::-1] for part in _split(line)]
+                self._show(path, past[-lines:])
+            for line in self._tails[path].lines():
+                self._show(path, _split(line))
         sys.stdout.flush()
 
-    def _show(self, path: Path, lines: Iterable[bytes]) -> None:
+    def _show(self, path: Path, lines: list[str]) -> None:
         for line in lines:
-            for part in line.decode(errors="replace").splitlines() or [""]:
-                print(self._written(path, part))
+            print(self._written(path, line))
 
     def _written(self, path: Path, line: str) -> str:
         if self.as_json:
@@ -102,11 +102,6 @@ class Logs:
                 print(f"--- attempt {newest}", flush=True)
 
 
-def _last_lines(path: Path, count: int) -> tuple[list[bytes], int]:
-    """The last so many whole lines of a log, read from its end, and the place behind them."""
-    if not path.exists():
-        return [], 0
-    size = path.stat().st_size
-    backwards = lines_backwards(path, size)
-    unfinished = len(next(backwards, b""))
-    return list(islice(backwards, count))[::-1], size - unfinished
+def _split(line: bytes) -> list[str]:
+    """A line of a log as people see it: a progress bar has written over it again and again."""
+    return line.decode(errors="replace").splitlines() or [""]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from launcher.runs.beats import beats
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import read_status
-from launcher.runs.tail import Tail, last_records
+from launcher.runs.tail import Tail, end_of, parse
 from launcher.runs.totals import Totals
 from launcher.scheduling.slurm.view import view
 
@@ -52,8 +53,10 @@ class Watched:
     def _take_in_events(self) -> None:
         """The last of them from the file's end; after that what is new."""
         if self._events is None:
-            self._events = Tail(self.run.events_file, from_end=True)
-            self._last.extend(reversed(last_records(self.run.events_file, _is_shown, _EVENTS)))
+            offset, backwards = end_of(self.run.events_file)
+            self._events = Tail(self.run.events_file, offset=offset)
+            records = filter(None, map(parse, backwards))
+            self._last.extendleft(islice(filter(_is_shown, records), _EVENTS))
         else:
             self._last.extend(filter(_is_shown, self._events.records()))
 

@@ -28,6 +28,8 @@ _SHARE, _MOST = 0.1, 100 * 10**9
 """Without it: a tenth of the file system, at most 100 GB."""
 _KINDS = ("data", "models", "extensions")
 _WITHOUT_LOCKS_SECONDS = 7 * 86_400.0
+_TRIES = 10
+"""As often may an entry be removed while one begins to hold it; on some file systems a file never is the one at its path."""
 _USED, _LOCK = ".used", ".lock"
 _UNFINISHED = re.compile(r"^\.(?P<name>[0-9a-f]{32})-\w+$")
 """What a process that was killed left of an entry that it was making, or removing."""
@@ -86,7 +88,7 @@ def hold(path: Path) -> Hold:
     Waits while another process is removing it.
     """
     used = _used(path)
-    while True:
+    for _ in range(_TRIES):
         try:
             used.parent.mkdir(parents=True, exist_ok=True)
             file = open(used, "a+b")  # noqa: SIM115
@@ -98,6 +100,7 @@ def hold(path: Path) -> Hold:
         if _is_still(file, used):
             return Hold(file)
         file.close()
+    return Hold(None)
 
 
 def hold_until_the_end(path: Path) -> None:

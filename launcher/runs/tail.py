@@ -73,6 +73,18 @@ def last_records(path: Path, wanted: Callable[[dict[str, Any]], bool], count: in
     return found
 
 
+def end_of(path: Path) -> tuple[int, Iterator[bytes]]:
+    """The place behind a file's last whole line, and its whole lines up to there, the last one first.
+
+    A `Tail` from that place misses nothing, and gives nothing twice.
+    """
+    if not path.exists():
+        return 0, iter(())
+    size = path.stat().st_size
+    backwards = lines_backwards(path, size)
+    return size - len(next(backwards, b"")), backwards
+
+
 def lines_backwards(path: Path, end: int | None = None) -> Iterator[bytes]:
     """A file's lines up to `end`, the last one first, without their ends; nothing of a file that is not there."""
     try:

@@ -324,6 +324,20 @@ def test_a_tail_reads_a_long_file_in_blocks(tmp_path: Path) -> None:
     assert number == 400_000 and peak < 12 << 20 and tail.offset == path.stat().st_size - len('{"half')
 
 
+def test_events_are_shown_once_and_in_their_order(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert Watched(run).look(ask=True)["events"] == []
+    write_events(run, [{"time": float(number), "event": "saved" if number % 2 else "phase", "step": number} for number in range(40)])
+    with open(run.events_file, "a") as file:
+        file.write('{"time": 40.0, "event": "sav')
+    watched = Watched(run)
+    assert [event["step"] for event in watched.look(ask=True)["events"]] == list(range(17, 40, 2))
+    with open(run.events_file, "a") as file:
+        file.write('ed", "step": 40}\n')
+    assert [event["step"] for event in watched.look(ask=False)["events"]] == [*range(19, 40, 2), 40]
+    assert [event["step"] for event in watched.look(ask=False)["events"]] == [*range(19, 40, 2), 40]
+
+
 def test_lines_from_the_end_of_what_is_there_when_one_looks(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("one\ntwo\nthr")
