@@ -16,10 +16,12 @@ from rich.text import Text
 
 from launcher.cli.progress import Progress, metrics_line, notice
 from launcher.planning.plan import Plan
-from launcher.runs.events import read, steps
+from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
-from launcher.runs.prepared import line, newest
+from launcher.runs.phases import current_phase
+from launcher.runs.prepared import line
 from launcher.runs.tail import Tail
+from launcher.runs.totals import Totals
 from launcher.runs.words import duration
 from launcher.scheduling.local import shown
 from launcher.scheduling.screen import Watcher
@@ -55,6 +57,10 @@ class Display(Watcher):
         # What was read and not shown yet: one thread reads and another one shows.
         self._events: deque[dict[str, Any]] = deque()
         self._metrics: deque[dict[str, Any]] = deque()
+        self._run: RunDirectory | None = None
+        self._phase: dict[str, Any] | None = None
+        self._phase_taken: dict[str, Any] | None = None
+        self._event_at = 0.0
         self._shown_at = 0.0
         self._line_at: float | None = None
         self._phase_said = ""
@@ -62,13 +68,15 @@ class Display(Watcher):
     def begin(self, run: RunDirectory, attempt: int) -> None:
         """Start at the files' present end, so that only this attempt is shown."""
         self._tails = Tail(run.events_file, from_end=True), Tail(run.metrics_file, from_end=True)
+        self._run, self._phase_taken = run, current_phase(run)
         self.say(f"attempt {attempt} in {shown(run.path)}")
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
 
     def read(self) -> None:
-        """Read what is new in both files."""
+        """Read what is new in both files, and how far the ranks say that they are."""
+        self._phase = current_phase(self._run) if self._run else None
         if self._tails:
             for tail, records in zip(self._tails, (self._events, self._metrics), strict=True):
                 records.extend(tail.records())
@@ -99,10 +107,15 @@ class Display(Watcher):
         while self._events:
             record = self._events.popleft()
             self.progress.event(record)
+            self._event_at = record.get("time", self._event_at)
             # On a terminal evaluations have a table of their own.
             if (line := notice(record)) and not (self._live and record["event"] == "evaluated"):
                 self.say(line)
             self._say_phase()
+        phase = self._phase
+        if phase and phase != self._phase_taken and phase["time"] >= self._event_at:
+            self._phase_taken = phase
+            self.progress.event(phase)
         while self._metrics:
             if self.progress.metric(self._metrics.popleft()):
                 self._say_step(now)
@@ -169,29 +182,18 @@ def _peak(plan: Plan) -> float | None:
 
 def summary(run: RunDirectory, path: str) -> str:
     """What a finished run came to, and what to do with it. `path` is how people would type the run."""
-    records = steps(run.metrics_file)
+    totals, curve = Totals(run).refresh(), Curve(run).refresh()
     lines = [f"finished: {path}"]
-    if records:
-        first, last = min(records), max(records)
-        lines.append(f"  steps       {last}, loss {records[first]['loss']:.4f} -> {records[last]['loss']:.4f}")
-        tokens = sum(record.get("num_tokens", 0) for record in records.values())
-        took = _seconds_in_attempts(run)
-        lines.append(f"  tokens      {tokens:,} in {duration(took)}, over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}")
-    lines += [f"  rows        {line(record)}" for record in newest(read(run.events_file)).values()]
-    measured = [record for record in read(run.events_file) if record.get("event") == "evaluated"]
-    if measured:
-        before, after = measured[0], measured[-1]
+    if curve.first and curve.last:
+        last = curve.last
+        lines.append(f"  steps       {last['step']}, loss {curve.first[1]:.4f} -> {last['loss']:.4f}")
+        tokens = f"{last['tokens_so_far']:,} in " if "tokens_so_far" in last else ""
+        took = duration(totals.seconds_in_attempts)
+        attempts = f"over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}"
+        lines.append(f"  {'tokens' if tokens else 'time':11} {tokens}{took}, {attempts}")
+    lines += [f"  rows        {line(record)}" for record in totals.prepared.values()]
+    if totals.evaluations:
+        before, after = totals.evaluations
         lines += [f"  before      {metrics_line(before['metrics'])}", f"  after       {metrics_line(after['metrics'])}"]
     lines += ["next:", f"  launcher evaluate {path}", f"  launcher export {path} --out DIRECTORY"]
     return "\n".join(lines)
-
-
-def _seconds_in_attempts(run: RunDirectory) -> float:
-    """Wall time of all attempts; of one that was cut short, until its last event."""
-    total, began, latest = 0.0, None, 0.0
-    for record in read(run.events_file):
-        if record.get("event") == "started":
-            total += latest - began if began is not None else 0.0
-            began = record["time"]
-        latest = record["time"]
-    return total + (latest - began if began is not None else 0.0)

@@ -6,11 +6,14 @@ import json
 import re
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import read_status
+from launcher.runs.tail import Tail, end_of
+from launcher.runs.totals import Totals
 
 _POLL_SECONDS = 0.3
 _RANK_LOG = re.compile(r"^rank-(\d+)\.log$")
@@ -26,7 +29,8 @@ class Logs:
         self._newest = attempt is None
         if attempt is not None and not run.attempt(attempt).is_dir():
             raise ConfigurationError(Problem("--attempt", attempt, f"the run has {run.last_attempt()} attempts"))
-        self._offsets: dict[Path, int] = {}
+        self._tails: dict[Path, Tail] = {}
+        self._totals = Totals(run)
 
     def show(self, follow: bool) -> None:
         """Print the logs; with `follow` until the run is over. Raises ConfigurationError for a rank that is not there."""
@@ -53,21 +57,20 @@ class Logs:
         return sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
 
     def _print(self, lines: int) -> None:
-        files = self._files()
-        for path in files:
-            offset = self._offsets.get(path, 0)
-            try:
-                with open(path, "rb") as file:
-                    file.seek(offset)
-                    new = file.read()
-            except FileNotFoundError:
-                continue
-            whole = new[: new.rfind(b"\n") + 1]
-            self._offsets[path] = offset + len(whole)
-            shown = whole.decode(errors="replace").splitlines()
-            for line in shown[-lines:] if lines and not offset else shown:
-                print(self._written(path, line))
+        """What is new of each log, block by block; of one that was not looked at yet its last `lines`, 0 for all."""
+        for path in self._files():
+            if path not in self._tails:
+                offset, backwards = end_of(path) if lines else (0, iter(()))
+                self._tails[path] = Tail(path, offset=offset)
+                past = [part for line in list(islice(backwards, lines))[::-1] for part in _split(line)]
+                self._show(path, past[-lines:])
+            for line in self._tails[path].lines():
+                self._show(path, _split(line))
         sys.stdout.flush()
+
+    def _show(self, path: Path, lines: list[str]) -> None:
+        for line in lines:
+            print(self._written(path, line))
 
     def _written(self, path: Path, line: str) -> str:
         if self.as_json:
@@ -75,7 +78,7 @@ class Logs:
         return line if self.rank is not None else f"[{path.stem.replace('-', ' ')}] {line}"
 
     def _over(self) -> bool:
-        return read_status(self.run).state in _OVER
+        return read_status(self.run, self._totals).state in _OVER
 
     def _slurm_goes_on(self) -> bool:
         """Whether Slurm still has the job: then another attempt comes."""
@@ -97,3 +100,8 @@ class Logs:
             self.attempt = newest
             if not self.as_json:
                 print(f"--- attempt {newest}", flush=True)
+
+
+def _split(line: bytes) -> list[str]:
+    """A line of a log as people see it: a progress bar has written over it again and again."""
+    return line.decode(errors="replace").splitlines() or [""]

@@ -56,6 +56,7 @@ COMMANDS = {
     "doctor": Command("doctor", "doctor", "Say what is wrong with this machine, or with a cluster's nodes."),
     "sweep": Command("sweep", "sweep", "Try several values of a job's keys, as a Slurm array or here."),
     "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."),
+    "cache": Command("cache", "app", "Show what is kept on this machine, and remove what is old or too much."),
     "export": Command("model", "export", "Write a run's model as Hugging Face safetensors."),
     "evaluate": Command("model", "evaluate", "Measure a model before and after training, side by side."),
     "parity": Command("parity", "parity", "Train a few steps under every engine and compare losses and gradient norms."),

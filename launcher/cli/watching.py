@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from launcher.runs.beats import beats
-from launcher.runs.events import steps
+from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import read_status
-from launcher.runs.tail import Tail
+from launcher.runs.tail import Tail, end_of, parse
+from launcher.runs.totals import Totals
 from launcher.scheduling.slurm.view import view
 
 _DULL = ("phase", "prepared")
@@ -18,31 +20,45 @@ _EVENTS = 12
 _LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
 
 
+def _is_shown(record: dict[str, Any]) -> bool:
+    return record.get("event") not in _DULL
+
+
 class Watched:
     """A run that is looked at again and again."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
-        self._events = Tail(run.events_file)
+        self._totals, self._curve = Totals(run), Curve(run)
+        self._events: Tail | None = None
         self._last: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         self._slurm: dict[str, Any] = {}
 
     def look(self, ask: bool) -> dict[str, Any]:
         """Status, losses, ranks and events as they are now; Slurm is asked only where `ask` says so, else what it said last is shown."""
         if ask:
-            status = view(self.run)
+            status = view(self.run, self._totals)
             self._slurm = status.get("slurm", {})
         else:
-            status = read_status(self.run).to_dict() | ({"slurm": self._slurm} if self._slurm else {})
-        self._last.extend(record for record in self._events.records() if record.get("event") not in _DULL)
-        losses = [(step, record["loss"]) for step, record in sorted(steps(self.run.metrics_file).items())]
+            status = read_status(self.run, self._totals).to_dict() | ({"slurm": self._slurm} if self._slurm else {})
+        self._take_in_events()
         return {
             "status": status,
-            "losses": losses,
+            "losses": self._curve.refresh().points,
             "ranks": self._ranks(),
             "events": list(self._last),
             "goes_on": not self.run.finished and self._slurm.get("state") in _LIVE,
         }
+
+    def _take_in_events(self) -> None:
+        """The last of them from the file's end; after that what is new."""
+        if self._events is None:
+            offset, backwards = end_of(self.run.events_file)
+            self._events = Tail(self.run.events_file, offset=offset)
+            records = filter(None, map(parse, backwards))
+            self._last.extendleft(islice(filter(_is_shown, records), _EVENTS))
+        else:
+            self._last.extend(filter(_is_shown, self._events.records()))
 
     def _ranks(self) -> list[dict[str, Any]]:
         """Each rank's last beat, with how long after the first of them it came."""

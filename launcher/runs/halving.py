@@ -8,13 +8,13 @@ first x factor^2, ... steps. Every point's own events say what it measured and w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import lower_is_better
+from launcher.runs.tail import Tail, parse
 
 SWEEP_FILE = "sweep.json"
 
@@ -29,6 +29,38 @@ class Measured:
     value: float
 
 
+class _Point:
+    """The evaluations of one point that can decide anything; its events are read once, and then what is new of them."""
+
+    def __init__(self, path: Path, rule: Halving) -> None:
+        self._name, self._rule = path.name, rule
+        self._tail = Tail(RunDirectory(path).events_file)
+        self._seen: set[int] = set()
+        self._rung = 0
+        """No more than the rungs that it has been judged at."""
+        self._highest: Measured | None = None
+        self.decisive: list[Measured] = []
+        self.newest: Measured | None = None
+
+    def refresh(self) -> None:
+        """Take in each new evaluation once: an attempt that goes on may measure a step again."""
+        for line in self._tail.lines():
+            record = parse(line) if b'"evaluated"' in line else None
+            if record is None or record.get("event") != "evaluated":
+                continue
+            step, value = record["step"], record["metrics"].get(self._rule.metric)
+            if not step or step in self._seen or value is None:
+                continue
+            self._seen.add(step)
+            self.newest = Measured(record["time"], self._name, step, value)
+            if self._highest is None or step > self._highest.step:
+                self._highest = self.newest
+            # A point is judged by its highest step: before the next rung nothing is decided, and what is no number is at no rung.
+            if self._highest.step >= self._rule.first * self._rule.factor**self._rung:
+                self.decisive.append(self.newest)
+                self._rung += not math.isnan(self._highest.value)
+
+
 @dataclass(frozen=True)
 class Halving:
     """The rule of one sweep. `first`: steps before the first rung; `factor`: one point in so many goes on from each."""
@@ -37,6 +69,7 @@ class Halving:
     metric: str
     first: int
     factor: int
+    _points: dict[str, _Point] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, run: RunDirectory) -> Halving | None:
@@ -50,7 +83,20 @@ class Halving:
         return cls(sweep, content["metric"], rule["first"], rule["factor"]) if rule else None
 
     def gives_up(self, run: RunDirectory) -> bool:
-        """Whether the run's last evaluation leaves it behind. Replays all evaluations of the sweep in the order of their times."""
+        """Whether the run's last evaluation leaves it behind. Replays what decided anything in the sweep, in the order of its times."""
+        own = self._point(run.path)
+        own.refresh()
+        if not own.decisive or own.decisive[-1] is not own.newest:
+            return False
+        others = [self._point(path) for path in sorted((self.sweep / "points").glob("*")) if path.name != run.path.name]
+        for other in others:
+            other.refresh()
+        return self._replay([*own.decisive, *(measured for other in others for measured in other.decisive)], run.path.name)
+
+    def _point(self, path: Path) -> _Point:
+        return self._points.get(path.name) or self._points.setdefault(path.name, _Point(path, self))
+
+    def _replay(self, decisive: list[Measured], point: str) -> bool:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -58,23 +104,8 @@ class Halving:
         study = optuna.create_study(direction="minimize" if lower_is_better(self.metric) else "maximize", pruner=pruner)
         trials: dict[str, optuna.Trial] = {}
         left_behind: dict[str, bool] = {}
-        for measured in sorted(self._measured(), key=lambda measured: measured.time):
+        for measured in sorted(decisive, key=lambda measured: (measured.time, measured.point)):
             trial = trials.get(measured.point) or trials.setdefault(measured.point, study.ask())
             trial.report(measured.value, measured.step)
             left_behind[measured.point] = trial.should_prune()
-        return left_behind.get(run.path.name, False)
-
-    def _measured(self) -> Iterator[Measured]:
-        """Every evaluation once: an attempt that goes on may measure a step again."""
-        for point in sorted((self.sweep / "points").glob("*")):
-            seen: set[int] = set()
-            for record in read(RunDirectory(point).events_file):
-                if (
-                    record.get("event") != "evaluated"
-                    or not record["step"]
-                    or record["step"] in seen
-                    or self.metric not in record["metrics"]
-                ):
-                    continue
-                seen.add(record["step"])
-                yield Measured(record["time"], point.name, record["step"], record["metrics"][self.metric])
+        return left_behind[point]

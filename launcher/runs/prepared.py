@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 WARNED_SHARE = 0.01
@@ -63,11 +62,6 @@ def lines(record: dict[str, Any]) -> list[str]:
     if record.get("event") != "prepared":
         return []
     return [said for said in (line(record), warning(record)) if said]
-
-
-def newest(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The newest such event of each role."""
-    return {record["role"]: record for record in records if record.get("event") == "prepared"}
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.runs import prepared
-from launcher.runs.events import read
+from launcher.runs.curve import is_step
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 from launcher.runs.processes import Identity, started_at
+from launcher.runs.tail import last_record
+from launcher.runs.totals import Totals
 
 HEARTBEAT = "heartbeat"
 """A file in an attempt's directory that a launcher on another machine touches for so long as it lives."""
 _SECONDS_BETWEEN_BEATS = 60.0
 """After so long without one it counts as gone; it beats every 5 s."""
-_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class Status:
         return dataclasses.asdict(self)
 
 
-def read_status(run: RunDirectory) -> Status:
-    """What happened in a run, and whether it is running now."""
-    events = list(read(run.events_file))
-    last = _last_of_each(events)
-    record = last_record(run.metrics_file, _is_step)
+def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
+    """What happened in a run, and whether it is running now. Who looks again and again hands in the totals that it has."""
+    totals = (totals or Totals(run)).refresh()
+    last = totals.last
+    record = last_record(run.metrics_file, is_step)
     newest = newest_checkpoint(run)
     state = _state(run, last)
     return Status(
@@ -83,14 +81,14 @@ def read_status(run: RunDirectory) -> Status:
         phase=last.get("phase", {}).get("phase") if state == "running" else None,
         process=holder(run) if state == "running" else None,
         signal=last.get("stopping", {}).get("signal") if state in ("stopped", "running") else None,
-        failure=last["failed"]["failure"] if state == "failed" else None,
+        failure=last["failed"].get("failure") if state == "failed" else None,
         command=None if state in ("running", "finished") else f"launcher resume {run.path}",
         tokens_per_second=record.get("tokens_per_second") if record and state == "running" else None,
         checkpoint_age_seconds=_age(newest),
         last_word=_last_word(last, state),
         job=last.get("submitted", {}).get("job"),
         nodes=tuple(last.get("started", {}).get("nodes", ())),
-        data={role: prepared.numbers(record) for role, record in prepared.newest(events).items()},
+        data={role: prepared.numbers(record) for role, record in totals.prepared.items()},
     )
 
 
@@ -112,17 +110,6 @@ def _last_word(last: dict[str, dict[str, Any]], state: str) -> str | None:
         return None
     name = max(said)[1]
     return f"{name.replace('_', ' ')}: {last[name]['reason']}" if "reason" in last[name] else name
-
-
-def _last_of_each(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The newest event of each name; of what belongs to one attempt, only of the newest attempt."""
-    last: dict[str, dict[str, Any]] = {}
-    for record in events:
-        if record.get("event") == "started":
-            for name in ("phase", "stopping", "stopped", "failed", "training"):
-                last.pop(name, None)
-        last[record.get("event", "")] = record
-    return last
 
 
 def _state(run: RunDirectory, last: dict[str, dict[str, Any]]) -> str:
@@ -168,41 +155,12 @@ def newest_checkpoint(run: RunDirectory) -> Path | None:
     """The newest committed checkpoint by its name; whether it is whole is checked when it is loaded."""
     if not run.checkpoints.is_dir():
         return None
-    found = (path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name) and (path / "manifest.json").is_file())
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    named = (path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name))
+    ordered = sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return next((path for path in ordered if (path / "manifest.json").is_file()), None)
 
 
 def last_step(run: RunDirectory) -> int:
     """The last step that is written in metrics.jsonl; 0 before the first."""
-    record = last_record(run.metrics_file, _is_step)
+    record = last_record(run.metrics_file, is_step)
     return int(record["step"]) if record else 0
-
-
-def _is_step(record: dict[str, Any]) -> bool:
-    return record.get("kind", "train") == "train" and isinstance(record.get("step"), int) and "loss" in record
-
-
-def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-    """The last record of a JSON lines file that is wanted, read from its end."""
-    for line in _lines_backwards(path):
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and wanted(record):
-                return record
-    return None
-
-
-def _lines_backwards(path: Path) -> Iterator[bytes]:
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        position = file.seek(0, os.SEEK_END)
-        rest = b""
-        while position > 0:
-            length = min(_BLOCK, position)
-            position -= length
-            file.seek(position)
-            first, *lines = (file.read(length) + rest).split(b"\n")
-            yield from reversed(lines)
-            rest = first
-        yield rest

@@ -1,36 +1,108 @@
-"""Following a JSON lines file while others append to it."""
+"""Following a JSON lines file while others append to it, and reading the end of one."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+_BLOCK = 1 << 20
+_LAST_BLOCK = 1 << 14
+"""What is read at a time from the end: some 60 steps."""
+
 
 class Tail:
-    """Gives each record of a file once. It may start at the file's present end; the file need not exist yet."""
+    """Gives each record of a file once. It may start at the file's present end, or at an offset; the file need not exist yet."""
 
-    def __init__(self, path: Path, from_end: bool = False) -> None:
+    def __init__(self, path: Path, from_end: bool = False, offset: int = 0) -> None:
         self.path = path
-        self._offset = path.stat().st_size if from_end and path.exists() else 0
+        self._offset = path.stat().st_size if from_end and path.exists() else offset
         self._rest = b""
 
-    def records(self) -> list[dict[str, Any]]:
-        """What was appended since the last call; a line that is not whole yet comes with a later call."""
+    @property
+    def offset(self) -> int:
+        """How many bytes of the file are whole lines that were given."""
+        return self._offset - len(self._rest)
+
+    def lines(self) -> Iterator[bytes]:
+        """What was appended since the last call, without ever holding more than a block of it; to be read to its end.
+
+        A line that is not whole yet comes with a later call.
+        """
         try:
-            with open(self.path, "rb") as file:
-                file.seek(self._offset)
-                new = file.read()
+            file = open(self.path, "rb")  # noqa: SIM115
         except FileNotFoundError:
-            return []
-        self._offset += len(new)
-        *lines, self._rest = (self._rest + new).split(b"\n")
-        return [record for line in lines if (record := _parse(line)) is not None]
+            return
+        with file:
+            file.seek(self._offset)
+            while block := file.read(_BLOCK):
+                self._offset += len(block)
+                *lines, self._rest = (self._rest + block).split(b"\n")
+                yield from lines
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records among those lines."""
+        return [record for line in self.lines() if (record := parse(line)) is not None]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where a crash cut it short, or something else stands there."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    """The last record of a JSON lines file that is wanted, read from its end."""
+    return next(iter(last_records(path, wanted, 1)), None)
+
+
+def last_records(path: Path, wanted: Callable[[dict[str, Any]], bool], count: int) -> list[dict[str, Any]]:
+    """The last so many records that are wanted, the last one first."""
+    found: list[dict[str, Any]] = []
+    for line in lines_backwards(path):
+        record = parse(line)
+        if record is not None and wanted(record):
+            found.append(record)
+            if len(found) == count:
+                break
+    return found
+
+
+def end_of(path: Path) -> tuple[int, Iterator[bytes]]:
+    """The place behind a file's last whole line, and its whole lines up to there, the last one first.
+
+    A `Tail` from that place misses nothing, and gives nothing twice.
+    """
+    if not path.exists():
+        return 0, iter(())
+    size = path.stat().st_size
+    backwards = lines_backwards(path, size)
+    return size - len(next(backwards, b"")), backwards
+
+
+def lines_backwards(path: Path, end: int | None = None) -> Iterator[bytes]:
+    """A file's lines up to `end`, the last one first, without their ends; nothing of a file that is not there."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return
+    with file:
+        position = file.seek(0, os.SEEK_END) if end is None else end
+        parts: list[bytes] = []
+        while position > 0:
+            length = min(_LAST_BLOCK, position)
+            position -= length
+            file.seek(position)
+            first, *lines = file.read(length).split(b"\n")
+            if lines:
+                # A line longer than a block is put together once, however many blocks it has.
+                yield b"".join([lines.pop(), *reversed(parts)])
+                yield from reversed(lines)
+                parts = []
+            parts.append(first)
+        yield b"".join(reversed(parts))

@@ -21,7 +21,8 @@ from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import oom_kills, signal_name
-from launcher.runs.status import last_record, last_step
+from launcher.runs.status import last_step
+from launcher.runs.tail import last_record
 from launcher.scheduling.command import agent_command, environment, write_command
 from launcher.scheduling.limits import raise_open_files
 from launcher.scheduling.screen import Screen, Watcher

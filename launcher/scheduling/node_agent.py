@@ -2,7 +2,7 @@
 
     python -m launcher.scheduling.node_agent [torchrun's own arguments]
 
-It differs from `python -m torch.distributed.run` in six things:
+It differs from `python -m torch.distributed.run` in seven things:
 
 1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed -9.
 2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would end them.
@@ -11,6 +11,7 @@ It differs from `python -m torch.distributed.run` in six things:
 4. On a CPU the ranks are forks of one process that has imported the trainer (see warm.py).
 5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it itself.
 6. Agents and ranks meet where others cannot reach them (see rendezvous.py).
+7. It makes no directory for logs, which torchrun leaves below TMPDIR: each rank has its own log in the attempt's directory.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ def main(arguments: list[str]) -> int:
     killed = _kill_instead_of_asking(SubprocessContext)
     node = int(os.environ.get(NODE_VARIABLE) or 0)
     rendezvous.register(node)
+    asked = torchrun.parse_args(arguments)
+    asked.log_dir = asked.log_dir or os.devnull
     try:
-        torchrun.run(torchrun.parse_args(arguments))
+        torchrun.run(asked)
     except ChildFailedError as error:
         ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
         tell(exits=ends)  # first without the disk, which may be full, gone or hang

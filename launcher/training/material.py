@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import sys
-import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
-from launcher.runs import events, prepared
+from launcher.runs import cache, events, prepared
 from launcher.runs.layout import RunDirectory
+from launcher.runs.phases import PhaseReport
 from launcher.training import heads, model_files, pretrained, tasks
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
@@ -53,6 +53,7 @@ class Material:
     @classmethod
     def of(cls, run: RunDirectory, plan: Plan) -> Material:
         """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
+        cache.hold_until_the_end(Path(plan.model.name))
         config = pretrained.read_config(plan)
         tokenizer = pretrained.read_tokenizer(plan)
         task = tasks.build(plan, tokenizer)
@@ -104,15 +105,6 @@ def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: PreTrainedTokeni
     raise ConfigurationError(Problem(key, None, reason))
 
 
-def phase_report(run: RunDirectory, phase: str, unit: str) -> Any:
-    """A report function that writes progress events, at most four a second."""
-    last = [0.0]
-
-    def report(done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - last[0] > 0.25:
-            last[0] = now
-            with contextlib.suppress(OSError):  # a full disk; progress is not worth more
-                events.event(run.events_file, "phase", phase=phase, done=done, total=total, unit=unit)
-
-    return report
+def phase_report(run: RunDirectory, phase: str, unit: str) -> PhaseReport:
+    """A report function for a phase of this run."""
+    return PhaseReport(run, phase, unit)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import torch
 
 from launcher.planning.plan import Plan
+from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
 from launcher.training.data.batches import StepBatch
 from launcher.training.devices import peak_memory_bytes
 from launcher.training.foreseen import Foreseen
 from launcher.training.tracking import Journal, Trackers
+
+_SECONDS_BETWEEN_KEEPING = 30.0
+"""Readers take in what came after that line by line: some thousands at most, in milliseconds."""
 
 
 class Recorder:
@@ -21,17 +27,22 @@ class Recorder:
         self._run, self._device, self._journal = run, device, journal
         self._trackers = Trackers(plan, run.path / "trackers")
         self._foreseen = Foreseen(run, device)
+        self._folds = (Totals(run), Curve(run))
+        self._kept_at = time.monotonic()
 
     def loaded(self) -> None:
-        """The model and its state are there."""
+        """The model and its state are there. Whatever the files of earlier attempts hold is read now, not between two steps."""
         self._foreseen.ended("loading")
+        self._keep()
 
     def saves(self) -> None:
         """A checkpoint is about to be made."""
         self._foreseen.saves()
 
-    def step(self, step: int, batch: StepBatch, loss: float, gradient_norm: float, learning_rate: float, seconds: float) -> None:
-        """One optimizer step of all ranks, which took so many seconds."""
+    def step(
+        self, step: int, batch: StepBatch, loss: float, gradient_norm: float, learning_rate: float, seconds: float, tokens_so_far: int
+    ) -> None:
+        """One optimizer step of all ranks, which took so many seconds. tokens_so_far: of all steps of the run that count."""
         record = {
             "kind": "train",
             "step": step,
@@ -40,6 +51,7 @@ class Recorder:
             "learning_rate": learning_rate,
             "num_samples": batch.num_samples,
             "num_tokens": batch.num_tokens,
+            "tokens_so_far": tokens_so_far,
             "tokens_per_second": round(batch.num_tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(self._device),
             "sample_ids": batch.sample_ids,
@@ -49,6 +61,8 @@ class Recorder:
         if compared := self._foreseen.note(batch.num_tokens, seconds):
             self._journal.event(self._run.events_file, "compared", **compared)
         self._trackers.log({f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, step)
+        if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
+            self._keep()
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """One evaluation."""
@@ -58,5 +72,13 @@ class Recorder:
         self._trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, step)
 
     def finish(self) -> None:
-        """Let every tracker write what it holds."""
+        """Let every tracker write what it holds, and readers find the whole."""
         self._trackers.finish()
+        self._keep()
+
+    def _keep(self) -> None:
+        """Write down what the files come to, so that nobody has to read them from their beginning. A full disk loses nothing by it."""
+        for fold in self._folds:
+            with contextlib.suppress(OSError):
+                fold.refresh().keep()
+        self._kept_at = time.monotonic()

@@ -16,7 +16,8 @@ from launcher.planning.plan import Plan
 from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.runs.status import last_record, newest_checkpoint
+from launcher.runs.status import newest_checkpoint
+from launcher.runs.tail import last_record
 from launcher.training import engines, exchange, operations, pretrained
 from launcher.training import model as models
 from launcher.training.cadence import Cadence
@@ -153,7 +154,8 @@ class Trainer:
         self.state.num_items += step_batch.num_items
         self.state.num_tokens += step_batch.num_tokens
         if self.recorder:
-            self.recorder.step(self.state.step, step_batch, loss, gradient_norm, learning_rate, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self.recorder.step(self.state.step, step_batch, loss, gradient_norm, learning_rate, seconds, self.state.num_tokens)
         return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}
 
     def _accumulate(self, step_batch: StepBatch) -> torch.Tensor:

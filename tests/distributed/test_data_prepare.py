@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from launcher.errors import DataError, OutOfMemoryError, StorageError
+from launcher.errors import ConfigurationError, DataError, OutOfMemoryError, StorageError
 from launcher.job.schema import Data
 from launcher.planning.epochs import one_pass
 from launcher.training import tasks
@@ -411,3 +411,23 @@ def test_the_planner_leaves_out_what_the_trainer_does(rows: list[Any], task: str
     assert seen is not None and (seen.num_items, seen.num_rows) == (dataset.num_samples, len(rows))
     # How many tokens a chat's marks are is a rule of thumb.
     assert seen.mean == pytest.approx(dataset.num_tokens / dataset.num_samples, rel=0.3 if "messages" in settings else 1e-6)
+
+
+def test_what_is_not_used_goes_when_more_is_prepared_than_the_cache_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCHER_CACHE_SIZE", "1kB")
+    first = made(text_data(tmp_path))
+    second = made(text_data(tmp_path, max_length=20))
+    assert first.directory.is_dir() and second.directory.is_dir(), "both are used by this process"
+    before, gone = contents(first), first.directory
+    assert before
+    del first
+    third = made(text_data(tmp_path, max_length=30))
+    assert not gone.exists() and second.directory.is_dir() and third.directory.is_dir()
+    assert contents(made(text_data(tmp_path))) == before, "it is made again when it is needed"
+
+
+def test_a_bound_that_is_no_size_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCHER_CACHE_SIZE", "much")
+    with pytest.raises(ConfigurationError, match="LAUNCHER_CACHE_SIZE = 'much'"):
+        made(text_data(tmp_path))
+    assert not list(cache_root().glob("*/meta.json"))

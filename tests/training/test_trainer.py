@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from launcher.planning.plan import Length, Plan
 from launcher.runs import events
+from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
 from tests.training.runs import batch_of, curve, evaluations, finish, named, new_run, plan_for, state
 
 pytestmark = pytest.mark.distributed
@@ -95,10 +100,29 @@ def test_every_line_of_metrics_has_every_key(whole: RunDirectory) -> None:
     records = [record for record in events.read(whole.metrics_file) if record["kind"] == "train"]
     assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
     for record in records:
-        assert record.keys() == keys | {"sample_ids", "time"}
+        assert record.keys() == keys | {"tokens_so_far", "sample_ids", "time"}
         assert record["num_samples"] >= 12 and 12 * 32 < record["num_tokens"] <= 12 * 64
         assert record["tokens_per_second"] > 0 and record["peak_memory_bytes"] > 1 << 20
     assert len({record["sample_ids"] for record in records}) == NUM_STEPS
+    assert [record["tokens_so_far"] for record in records] == list(itertools.accumulate(record["num_tokens"] for record in records))
+
+
+def test_what_the_files_come_to_is_kept_and_a_step_that_is_run_again_counts_once(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    run = new_run(tmp_path / "run", plan_for(model, data, num_steps=6))
+    finish(run, 1, stop_at=2)
+    before = run.metrics_file.read_text()
+    # A crash: two more steps were made, and never saved.
+    finish(run, 1, stop_at=4)
+    shutil.rmtree(run.checkpoint(4))
+    finish(run, 1)
+    records = [record for record in events.read(run.metrics_file) if record["kind"] == "train"]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 3, 4, 5, 6] and run.metrics_file.read_text().startswith(before)
+    assert records[-1]["tokens_so_far"] == sum(record["num_tokens"] for record in events.steps(run.metrics_file).values())
+    for kept, path, fold in (("totals.json", run.events_file, Totals), ("curve.json", run.metrics_file, Curve)):
+        content = json.loads((run.path / kept).read_text())
+        assert content["offset"] == path.stat().st_size and fold(run).state == content["state"]
+    assert Curve(run).points == [(step, record["loss"]) for step, record in sorted(events.steps(run.metrics_file).items())]
+    assert "finished" in Totals(run).last
 
 
 def test_frozen_parameters_stay_and_have_no_state(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def step(run: RunDirectory, number: int, time: float) -> None:
     record = {"kind": "train", "step": number, "loss": 1 / number, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
-    append(run.metrics_file, {**record, "num_tokens": 100, "peak_memory_bytes": 2**30, "time": time})
+    append(run.metrics_file, {**record, "num_tokens": 100, "tokens_so_far": 100 * number, "peak_memory_bytes": 2**30, "time": time})
 
 
 def show(run: RunDirectory, terminal: bool) -> str:

@@ -13,8 +13,8 @@ import pytest
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive, kill_group, oom_kills, parent_of, signal_name, started_at
-from launcher.runs.status import holder, last_record, last_step, newest_checkpoint, read_status
-from launcher.runs.tail import Tail
+from launcher.runs.status import holder, last_step, newest_checkpoint, read_status
+from launcher.runs.tail import Tail, last_record
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from launcher.errors import ConfigurationError, ControllerUnreachableError, RunI
 from launcher.runs.beats import Beater, beats
 from launcher.runs.events import append, event, read
 from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
 from launcher.scheduling.screen import Screen, Watcher
 from launcher.scheduling.slurm import after, client, network, queue, snapshot
 from launcher.scheduling.slurm.allocation import (
@@ -175,12 +176,13 @@ def test_slurms_times() -> None:
 
 def test_the_lead_covers_two_saves_and_two_steps(run: RunDirectory) -> None:
     run.path.mkdir()
-    assert lead_seconds(run, plan()) == 30 + 10
+    totals = Totals(run)
+    assert lead_seconds(run, plan(), totals) == 30 + 10
     for step, moment in enumerate((100.0, 103.0, 107.0, 907.0, 911.0)):
         append(run.metrics_file, {"kind": "train", "step": step, "loss": 1.0, "time": moment})
     event(run.events_file, "saved", step=2, seconds=20.0)
     event(run.events_file, "saved", step=4, seconds=6.0)
-    assert lead_seconds(run, plan()) == 2 * (20 + 4) + 10
+    assert lead_seconds(run, plan(), totals) == 2 * (20 + 4) + 10
 
 
 def test_what_scontrol_says() -> None:

@@ -8,7 +8,6 @@ It runs on the job's first node, in the batch step, which lives on for a moment 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import time
@@ -17,8 +16,9 @@ from pathlib import Path
 
 from launcher.errors import LauncherError, RunInUseError, SchedulerError
 from launcher.planning.plan import Plan
-from launcher.runs.events import event, read
+from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
+from launcher.runs.tail import lines_backwards, parse
 from launcher.scheduling.slurm import queue
 from launcher.scheduling.slurm.allocation import Allocation, find_attempt, read_assignment
 from launcher.scheduling.slurm.client import call, patiently
@@ -30,6 +30,8 @@ _SECONDS_TO_ASK = 60.0
 _SECONDS_TO_EXCLUDE = 5.0
 _MAY_BE_A_NODE = ("failed", "lost", "requeued", "signal")
 """Ends behind which there may be a node that died."""
+_SOMETHING_ELSE = ("started", "requeued", "training", "evaluated", "saved", "stopped", "failed")
+"""Events of an attempt, or of another reason: what the last of them is decides, and what lies before is not read."""
 
 
 def main(arguments: list[str]) -> int:
@@ -94,8 +96,14 @@ def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
 
 def _times_in_a_row(run: RunDirectory, reason: str) -> int:
     """How often the run was requeued for this reason since something else happened to it."""
-    events = [record for record in read(run.events_file) if record.get("event") in ("started", "requeued")]
-    return sum(1 for _ in itertools.takewhile(lambda record: record.get("reason") == reason, reversed(events)))
+    number = 0
+    for line in lines_backwards(run.events_file):
+        record = parse(line) or {}
+        if record.get("event") == "requeued" and record.get("reason") == reason:
+            number += 1
+        elif record.get("event") in _SOMETHING_ELSE:
+            break
+    return number
 
 
 def _meaning(allocation: Allocation, end: str) -> str:

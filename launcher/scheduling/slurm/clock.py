@@ -10,8 +10,10 @@ import time
 from typing import TYPE_CHECKING
 
 from launcher.errors import LauncherError
-from launcher.runs.events import read
+from launcher.runs.curve import is_step
 from launcher.runs.layout import RunDirectory
+from launcher.runs.tail import last_records
+from launcher.runs.totals import Totals
 from launcher.scheduling.slurm import queue
 from launcher.scheduling.slurm.client import call
 
@@ -25,6 +27,8 @@ _FOREVER_SECONDS = 360 * 86_400.0
 """Of a job without a limit Slurm says that it ends in a year."""
 _MARGIN_SECONDS = 10.0
 """For what comes after a save: the ranks' end, and the request to go on."""
+_NUM_STEPS = 20
+"""By which it is measured how long a step takes."""
 
 
 class Clock:
@@ -72,13 +76,14 @@ def seconds_since_1970(text: str) -> float | None:
         return None
 
 
-def lead_seconds(run: RunDirectory, plan: Plan) -> float:
+def lead_seconds(run: RunDirectory, plan: Plan, totals: Totals) -> float:
     """How long before the end the ranks must be told: for two steps and two saves as they were measured, and a margin.
 
-    Before the first save of the run, for the grace that the job allows.
+    Before the first save of the run, for the grace that the job allows. Asked every few seconds by who must not miss a signal
+    meanwhile: `totals` are the run's, which take in what is new, and of the steps the last ones alone are read.
     """
-    saves = [record["seconds"] for record in read(run.events_file) if record.get("event") == "saved"][-3:]
-    times = [record["time"] for record in read(run.metrics_file) if record.get("kind") == "train"][-20:]
+    saves = totals.refresh().save_seconds
+    times = [record["time"] for record in reversed(last_records(run.metrics_file, is_step, _NUM_STEPS)) if "time" in record]
     # The middle one: between two attempts lies a time that is no step.
     step = statistics.median([later - earlier for earlier, later in itertools.pairwise(times)] or [0.0])
     return 2 * (float(max(saves, default=plan.grace_seconds / 2)) + step) + _MARGIN_SECONDS

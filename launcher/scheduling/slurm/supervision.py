@@ -14,6 +14,7 @@ from typing import Any
 from launcher.planning.plan import Plan
 from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
 from launcher.scheduling.screen import Screen
 from launcher.scheduling.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.scheduling.slurm.clock import Clock, lead_seconds
@@ -41,7 +42,7 @@ class NodeSupervisor(Supervisor):
         self._number = attempt
         self._looked_at = self._lead_at = 0.0
         self._superseded = self._decided = False
-        self._lead = 0.0
+        self._lead, self._totals = 0.0, Totals(run)
         self.leads = self._node == 0
         super().__init__(run, attempt, plan.grace_seconds, screen, signals)
         self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
@@ -84,7 +85,7 @@ class NodeSupervisor(Supervisor):
         super().also_read()
         now = time.monotonic()
         if self.leads and (not self._lead_at or now - self._lead_at > _LEAD_SECONDS):
-            self._lead, self._lead_at = lead_seconds(self.run, self._plan), now
+            self._lead, self._lead_at = lead_seconds(self.run, self._plan, self._totals), now
         if now - self._looked_at > _LOOK_SECONDS:
             self._looked_at = now
             self._superseded = is_claimed_by_another(self.run, self._allocation) or self._is_over_at_the_head()

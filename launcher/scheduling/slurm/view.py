@@ -12,6 +12,7 @@ from typing import Any
 from launcher.errors import SchedulerError
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import Status, read_status
+from launcher.runs.totals import Totals
 from launcher.scheduling.slurm.clock import seconds_since_1970
 from launcher.scheduling.slurm.queue import Entry, accounting, queue
 from launcher.scheduling.slurm.record import JobRecord, is_live
@@ -19,11 +20,11 @@ from launcher.scheduling.slurm.record import JobRecord, is_live
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"}
 
 
-def view(run: RunDirectory) -> dict[str, Any]:
+def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
     """The status of a run, with what Slurm says of its job under `slurm`: from the queue, or from accounting once it is gone."""
     known = JobRecord.read(run)
     if known is None:
-        return read_status(run).to_dict()
+        return read_status(run, totals).to_dict()
     said: dict[str, Any] = {"job_id": known.job_id}
     entry = None
     try:
@@ -32,7 +33,7 @@ def view(run: RunDirectory) -> dict[str, Any]:
             said |= _past(known.job_id)
     except SchedulerError as error:
         said["error"] = str(error)
-    return _together(read_status(run), entry, said)
+    return _together(read_status(run, totals), entry, said)
 
 
 def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:

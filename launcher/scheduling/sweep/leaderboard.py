@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import lower_is_better
 from launcher.runs.status import read_status
+from launcher.runs.totals import Totals
 from launcher.scheduling.sweep.sweep import Sweep
 
 
@@ -43,12 +43,7 @@ def _line(sweep: Sweep, number: int, run: RunDirectory, lower: bool) -> Line:
     overrides = sweep.points[number]
     if not run.plan_file.exists():
         return Line(number, overrides, "not begun", 0, None, None, None, None)
-    status = read_status(run)
-    # The first evaluation comes before any training, and says nothing of the point.
-    events = list(read(run.events_file))
-    state = "given up" if status.state == "finished" and any(record.get("event") == "halved" for record in events) else status.state
-    measured = [record for record in events if record.get("event") == "evaluated" and record.get("step", 0) > 0]
-    values = [(record["metrics"][sweep.metric], record["step"]) for record in measured if sweep.metric in record["metrics"]]
-    finite = [pair for pair in values if math.isfinite(pair[0])]
-    best = (min(finite) if lower else max(finite, key=lambda pair: (pair[0], -pair[1]))) if finite else (None, None)
-    return Line(number, overrides, state, status.step, status.total_steps, values[-1][0] if values else None, *best)
+    totals = Totals(run)
+    status = read_status(run, totals)
+    state = "given up" if status.state == "finished" and "halved" in totals.last else status.state
+    return Line(number, overrides, state, status.step, status.total_steps, *totals.measured(sweep.metric, lower))

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from launcher.runs import prepared
+from launcher.runs.cache import Hold
 
 META = "meta.json"
 
@@ -113,6 +114,8 @@ class Dataset:
     def __init__(self, directory: Path, report: DataReport, meta: dict[str, Any]) -> None:
         self.directory = directory
         self.report = report
+        self.held: Hold | None = None
+        """What keeps others from removing it."""
         self.padding_free: bool = meta["padding_free"]
         """Whether micro-batches are joined end to end (their cost is the sum of lengths) rather than padded to the longest."""
         self._columns = [(name, self._load(name), self._load(offsets)) for name, offsets in meta["columns"].items()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ import xxhash
 from launcher.errors import DataError, StorageError
 from launcher.job.schema import Source
 from launcher.planning.plan import Plan
-from launcher.runs import prepared
+from launcher.runs import cache, prepared
 from launcher.sources.rows import TOO_LONG
 from launcher.training.data.dataset import META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
@@ -38,7 +37,8 @@ def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, 
 
     `report(done, total)` is called with rows now and then, and with (0, 0) while another process does the work; what it raises
     ends the preparation and leaves nothing behind. Sets `task.labels`. Raises DataError for data that cannot be used,
-    ConfigurationError for a tokenizer that cannot serve the task, StorageError where the cache cannot be written.
+    ConfigurationError for a tokenizer that cannot serve the task, StorageError where the cache cannot be written. What is given is held in
+    the cache for as long as it lives.
     """
     task.bind(tokenizer)
     rows = open_source(source, task.columns)
@@ -46,14 +46,18 @@ def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, 
         task.fit(open_source(plan.data.train, task.columns))
     root = cache_root()
     directory = root / cache_key(rows, role, plan, task, tokenizer)
+    held = cache.hold(directory)
     dataset = _open(directory)
     if dataset is None:
+        cache.bound()  # a variable that is no size is said before the work, not after it
         with _locked(root, directory.name, report):
             dataset = _open(directory)
             if dataset is None:
                 _build(directory, rows, role, plan, (task, tokenizer, report))
                 dataset = Dataset.open(directory, FORMAT)
                 dataset.report.cached = False
+                cache.keep_bounded()
+    dataset.held = held
     if dataset.report.labels is not None:
         task.labels = dataset.report.labels
     # The same contents may lie elsewhere by now: say where they were found this time.
@@ -81,7 +85,7 @@ def refuse_mostly_dropped(report: DataReport, plan: Plan) -> None:
 
 def cache_root() -> Path:
     """Where prepared data lies: XDG_CACHE_HOME/launcher/data."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher" / "data"
+    return cache.root() / "data"
 
 
 def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:

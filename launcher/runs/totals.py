@@ -1,0 +1,113 @@
+"""What the events of a run come to: the newest of each kind, the evaluations, the time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from launcher.runs.fold import Fold
+from launcher.runs.layout import RunDirectory
+from launcher.runs.tail import parse
+
+_OF_ONE_ATTEMPT = ("phase", "stopping", "stopped", "failed", "training")
+_ENDS_A_PHASE = ("training", "evaluated", "stopped", "failed", "finished")
+_LEFT_OUT = ("files", "examples")
+"""Of the event `prepared`: as long as the data has files."""
+_NUM_SAVES = 3
+
+
+class Totals(Fold):
+    """The totals of events.jsonl. Costs what was appended since they were kept."""
+
+    kept_as = "totals.json"
+    form = 1
+
+    def __init__(self, run: RunDirectory) -> None:
+        super().__init__(run.events_file)
+
+    def empty(self) -> dict[str, Any]:
+        return {
+            "last": {},
+            "prepared": {},
+            "first_evaluated": None,
+            "measured": {},
+            "saves": [],
+            "began": None,
+            "time": 0.0,
+            "seconds": 0.0,
+        }
+
+    def take(self, line: bytes) -> None:
+        record = parse(line)
+        name = record.get("event") if record else None
+        if record is None or not isinstance(name, str):
+            return
+        state, last = self.state, self.state["last"]
+        if name == "started":
+            for other in _OF_ONE_ATTEMPT:
+                last.pop(other, None)
+            state["seconds"] = self.seconds_in_attempts
+            state["began"] = record.get("time")
+        if name in _ENDS_A_PHASE:
+            last.pop("phase", None)
+        state["time"] = record.get("time", state["time"])
+        if name == "prepared":
+            state["prepared"][str(record.get("role"))] = {key: value for key, value in record.items() if key not in _LEFT_OUT}
+            return
+        if name != "stopping" or name not in last:  # the launcher says which signal came, and then the ranks which one it sent them
+            last[name] = record
+        if name == "saved" and "seconds" in record:
+            state["saves"] = [*state["saves"], record["seconds"]][-_NUM_SAVES:]
+        if name == "evaluated":
+            self._evaluated(record)
+
+    def _evaluated(self, record: dict[str, Any]) -> None:
+        self.state["first_evaluated"] = self.state["first_evaluated"] or record
+        step = record.get("step", 0)
+        # The first evaluation comes before any training, and says nothing of it.
+        for name, value in record.get("metrics", {}).items() if step > 0 else ():
+            known = self.state["measured"].setdefault(name, {"last": None, "lowest": None, "highest": None})
+            known["last"] = value
+            if not math.isfinite(value):
+                continue
+            if known["lowest"] is None or [value, step] < known["lowest"]:
+                known["lowest"] = [value, step]
+            if known["highest"] is None or (value, -step) > (known["highest"][0], -known["highest"][1]):
+                known["highest"] = [value, step]
+
+    @property
+    def last(self) -> dict[str, dict[str, Any]]:
+        """The newest event of each name; of what belongs to one attempt, only of the newest attempt. A phase that is over is not there."""
+        found: dict[str, dict[str, Any]] = self.state["last"]
+        return found
+
+    @property
+    def prepared(self) -> dict[str, dict[str, Any]]:
+        """What became of the rows of each role, without the lists of files and examples."""
+        found: dict[str, dict[str, Any]] = self.state["prepared"]
+        return found
+
+    @property
+    def evaluations(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The first and the last one; None before there is one."""
+        first = self.state["first_evaluated"]
+        return (first, self.last["evaluated"]) if first else None
+
+    @property
+    def save_seconds(self) -> list[float]:
+        """What the last three saves took."""
+        return list(self.state["saves"])
+
+    @property
+    def seconds_in_attempts(self) -> float:
+        """Wall time of all attempts; of one that was cut short, until its last event."""
+        began = self.state["began"]
+        return float(self.state["seconds"] + (self.state["time"] - began if began is not None else 0.0))
+
+    def measured(self, metric: str, lower: bool) -> tuple[float | None, float | None, int | None]:
+        """A metric as it was measured last after step 0, its best finite value (the lowest, or the highest), and the step of that."""
+        known = self.state["measured"].get(metric)
+        if known is None:
+            return None, None, None
+        best = known["lowest" if lower else "highest"] or (None, None)
+        return known["last"], best[0], best[1]
