@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.plain_files import plain
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import read_status
 
@@ -57,7 +58,7 @@ class Logs:
         for path in files:
             offset = self._offsets.get(path, 0)
             try:
-                with open(path, "rb") as file:
+                with open(path, "rb", opener=plain) as file:
                     file.seek(offset)
                     new = file.read()
             except FileNotFoundError:

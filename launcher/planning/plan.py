@@ -26,6 +26,7 @@ from launcher.job.schema import (
     Sharding,
     Training,
 )
+from launcher.plain_files import read_text
 
 
 class Frozen(BaseModel):
@@ -180,7 +181,7 @@ class Plan(Frozen):
     @classmethod
     def read(cls, path: Path) -> Plan:
         """The plan written at `path`."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        return cls.model_validate_json(read_text(path))
 
     def digest(self) -> str:
         """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""

@@ -9,6 +9,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launcher.plain_files import read_json
+
 _BYTES = 256
 _SECONDS_BETWEEN = 0.5
 
@@ -52,5 +54,5 @@ def beats(directory: Path) -> list[Beat]:
     found = []
     for path in directory.glob("beat-*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Beat(**json.loads(path.read_text(encoding="utf-8"))))
+            found.append(Beat(**read_json(path)))
     return sorted(found, key=lambda beat: beat.rank)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from launcher.plain_files import plain, read_text
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 
 MANIFEST_NAME = "manifest.json"
@@ -124,7 +125,7 @@ def hash_file(path: Path) -> str:
     """xxh3_128 of a file's content, streamed. Raises OSError."""
     digest = xxhash.xxh3_128()
     block = memoryview(bytearray(_BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=plain) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count := file.readinto(block):
             digest.update(block[:count])
@@ -139,7 +140,7 @@ def look(directory: Path, run_id: str | None) -> Stored:
     match = STEP_DIRECTORY.match(directory.name)
     step = int(match[1]) if match else -1
     try:
-        text = (directory / MANIFEST_NAME).read_bytes().decode("utf-8")
+        text = read_text(directory / MANIFEST_NAME)
         manifest = Manifest.parse(text)
     except FileNotFoundError:
         return Stored(step, directory, None, (f"{MANIFEST_NAME} is missing: it was never finished",))

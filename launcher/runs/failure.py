@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError, LauncherError, OutOfMemoryError, RankLostError, ScriptError, StorageError, by_failure_class
+from launcher.plain_files import plain, read_json
 from launcher.runs.layout import write_atomically
 from launcher.runs.processes import signal_name
 
@@ -131,7 +132,7 @@ def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> F
 def read(path: Path) -> Failure | None:
     """The failure written at `path`; None where there is none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return Failure(**content)
     except (OSError, ValueError, TypeError):
         return None
@@ -157,7 +158,7 @@ def lost(directory: Path, out_of_memory_killer: bool = False) -> list[Failure]:
     exits: list[dict[str, Any]] = []
     for path in sorted(directory.glob(EXITS)):
         with contextlib.suppress(OSError, ValueError):
-            exits += json.loads(path.read_text(encoding="utf-8"))
+            exits += read_json(path)
     spoke = {path.name for path in directory.glob("failure-rank-*.json")}
     silent = [end for end in exits if end["code"] != 0 and not end["by_agent"] and f"failure-rank-{end['rank']}.json" not in spoke]
     return [_lost(end, directory, out_of_memory_killer) for end in silent]
@@ -187,7 +188,7 @@ def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> F
 def _says_no_memory(log: Path) -> str:
     """The line in which a native library said that it got no memory before it aborted; empty where none did."""
     try:
-        with open(log, "rb") as file:
+        with open(log, "rb", opener=plain) as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:

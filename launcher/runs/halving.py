@@ -7,11 +7,11 @@ first x factor^2, ... steps. Every point's own events say what it measured and w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.plain_files import read_json
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import lower_is_better
@@ -43,7 +43,7 @@ class Halving:
         """The rule under which a run is a point; None for every other run."""
         sweep = run.path.parent.parent
         try:
-            content = json.loads((sweep / SWEEP_FILE).read_text(encoding="utf-8"))
+            content = read_json(sweep / SWEEP_FILE)
         except (OSError, ValueError):
             return None
         rule = content.get("halving")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import time
@@ -13,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.plain_files import plain
 from launcher.runs import prepared
 from launcher.runs.events import read
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 from launcher.runs.processes import alive, started_at
+from launcher.runs.records import parse
 
 HEARTBEAT = "heartbeat"
 """A file in an attempt's directory that a launcher on another machine touches for so long as it lives."""
@@ -187,17 +188,16 @@ def _is_step(record: dict[str, Any]) -> bool:
 def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     """The last record of a JSON lines file that is wanted, read from its end."""
     for line in _lines_backwards(path):
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and wanted(record):
-                return record
+        record = parse(line)
+        if record is not None and wanted(record):
+            return record
     return None
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain) as file:
         position = file.seek(0, os.SEEK_END)
         rest = b""
         while position > 0:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from launcher.plain_files import plain
+from launcher.runs.records import parse
 
 
 class Tail:
@@ -18,19 +20,11 @@ class Tail:
     def records(self) -> list[dict[str, Any]]:
         """What was appended since the last call; a line that is not whole yet comes with a later call."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=plain) as file:
                 file.seek(self._offset)
                 new = file.read()
         except FileNotFoundError:
             return []
         self._offset += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
-        return [record for line in lines if (record := _parse(line)) is not None]
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+        return [record for line in lines if (record := parse(line)) is not None]

@@ -14,6 +14,7 @@ from launcher.job.load import load
 from launcher.job.schema import Job, node_range
 from launcher.job.script import load as load_for_script
 from launcher.job.script import without_placeholders
+from launcher.plain_files import read_json
 from launcher.planning.changes import Change, check
 from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import Forecast, Trace
@@ -75,7 +76,7 @@ def _write_forecast(run: RunDirectory, plan: Plan, made: Forecast | None) -> Non
 def expectation(run: RunDirectory) -> str:
     """One line of what the run was expected to need and to do; empty where nothing is known."""
     try:
-        return str(json.loads(run.forecast_file.read_text(encoding="utf-8"))["line"])
+        return str(read_json(run.forecast_file)["line"])
     except (OSError, ValueError, KeyError):
         return ""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
+from launcher.plain_files import read_json
 from launcher.runs.processes import STOP_SIGNALS, heed
 
 
@@ -52,7 +52,7 @@ class StopRequest:
             return float("inf")
         if self.grace_file is not None:
             with contextlib.suppress(OSError, ValueError, KeyError):
-                return max(0.0, json.loads(self.grace_file.read_text(encoding="utf-8"))["until"] - time.time())
+                return max(0.0, read_json(self.grace_file)["until"] - time.time())
         return max(0.0, self._clock + self.grace_seconds - time.monotonic())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import distributed
 
 from launcher.errors import DivergedError, StorageError
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
@@ -319,7 +319,7 @@ class Trainer:
 
 def _deepspeed_config(run: RunDirectory) -> dict[str, Any]:
     """What the run's rendered configuration says: what was shown is what runs."""
-    config: dict[str, Any] = json.loads((run.rendered / "ds_config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(run.rendered / "ds_config.json")
     return config
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.errors import LauncherError, RunInUseError
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
 from launcher.runs.events import event
@@ -201,7 +202,7 @@ def _reports(run: RunDirectory, number: int, num_nodes: int) -> list[bool]:
     paths = [run.attempt(number) / f"node-{node}.json" for node in range(1, num_nodes)]
     while not all(path.exists() for path in paths) and time.monotonic() < until:
         time.sleep(0.1)
-    return [json.loads(path.read_text(encoding="utf-8"))["out_of_memory_killer"] for path in paths if path.exists()]
+    return [read_json(path)["out_of_memory_killer"] for path in paths if path.exists()]
 
 
 def _why(run: RunDirectory, end: End, code: int) -> str:

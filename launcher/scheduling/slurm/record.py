@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import RunInUseError, SchedulerError
+from launcher.plain_files import read_json
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.scheduling.slurm.queue import OVER, Entry, queue
 
@@ -30,7 +31,7 @@ class JobRecord:
     def read(cls, run: RunDirectory) -> JobRecord | None:
         """The record of a run; None for one that was never submitted."""
         try:
-            return cls(**json.loads((folder(run) / "job.json").read_text(encoding="utf-8")))
+            return cls(**read_json(folder(run) / "job.json"))
         except (OSError, ValueError, TypeError):
             return None
 

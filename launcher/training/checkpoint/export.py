@@ -14,6 +14,7 @@ import torch
 from typing_extensions import Buffer
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem, StorageError
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import Stored as StoredCheckpoint
 from launcher.runs.checkpoints import look, newest_valid, verify
@@ -170,7 +171,7 @@ def _set_dtype(config_file: Path, shards: list[list[Entry]]) -> None:
     floating = [entry for shard in shards for entry in shard if entry.dtype.is_floating_point]
     if not floating:
         return
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     config.pop("torch_dtype", None)
     config["dtype"] = str(max(floating, key=lambda entry: entry.num_bytes).dtype).removeprefix("torch.")
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

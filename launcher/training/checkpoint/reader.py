@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from launcher.errors import CheckpointError
+from launcher.plain_files import plain
 from launcher.training.checkpoint.storage import METADATA_NAME
 
 _ALLOWED = {
@@ -186,6 +187,6 @@ class CheckpointReader:
         if file_name not in self._maps:
             if Path(file_name).name != file_name:
                 raise CheckpointError(f"{self.directory}/{METADATA_NAME} points outside: {file_name}")
-            with open(self.directory / file_name, "rb") as file:
+            with open(self.directory / file_name, "rb", opener=plain) as file:
                 self._maps[file_name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file_name]
