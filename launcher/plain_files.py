@@ -50,7 +50,8 @@ def read_bytes(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> 
     with open(path, "rb", opener=plain) as file:
         content: bytes = file.read(most + 1)
     if len(content) > most:
-        raise OSError(errno.EFBIG, f"is larger than {most >> 20} MiB, which no such file is", os.fspath(path))
+        limit = f"{most >> 20} MiB" if most >> 20 else f"{most >> 10} KiB"
+        raise OSError(errno.EFBIG, f"is larger than {limit}, which no such file is", os.fspath(path))
     return content
 
 

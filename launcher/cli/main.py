@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 
 from launcher.errors import LauncherError, StorageError
+from launcher.redaction import redact
 
 SUMMARY = "One job file in, a sharded fine-tuned model out."
 
@@ -84,11 +85,11 @@ def help_text() -> str:
 
 
 def report(error: LauncherError) -> None:
-    """Print an error on stderr: red on a terminal, unless NO_COLOR is set."""
+    """Print an error on stderr, without secrets: red on a terminal, unless NO_COLOR is set."""
     label = "error:"
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         label = f"\x1b[31m{label}\x1b[0m"
-    print(f"{label} {error}", file=sys.stderr)
+    print(f"{label} {redact(str(error))}", file=sys.stderr)
 
 
 def _start_fast() -> None:

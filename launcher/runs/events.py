@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plain_files import check_plain, plain
+from launcher.redaction import redact_all
 from launcher.runs.records import parse
 
 
@@ -33,8 +34,8 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def event(path: Path, name: str, **fields: Any) -> None:
-    """Append an event with the time it happened, in seconds since 1970."""
-    append(path, {"time": round(time.time(), 3), "event": name, **fields})
+    """Append an event with the time it happened, in seconds since 1970. What looks like a secret is not written."""
+    append(path, {"time": round(time.time(), 3), "event": name, **redact_all(fields)})
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from launcher.errors import DataError, LauncherError, OutOfMemoryError, RankLostError, ScriptError, StorageError, by_failure_class
 from launcher.plain_files import plain, read_json
+from launcher.redaction import redact
 from launcher.runs.layout import write_atomically
 from launcher.runs.processes import signal_name
 
@@ -58,6 +59,10 @@ class Failure:
     consequence: bool = False
     command: str = ""
     advice: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("cause", "traceback"):  # an error's text may hold whatever it was given, as an address with a password
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     def line(self) -> str:
         """The one line that people see."""
