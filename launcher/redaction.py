@@ -1,7 +1,7 @@
-"""Secrets, known by what they look like, by the name they are given to, and as values of this environment; and what is shown in their place.
+"""Secrets, known by what they look like, by the name they are given to, and as values of this environment; what is shown instead.
 
-Whatever is written or shown goes through `redact`: events, failures, command.json, JSON on stdout, error messages. What a user writes into a
-job file or a script's arguments is refused where it `holds_secret`, as it would be copied into run directories.
+Whatever is written or shown goes through `redact`: events, failures, command.json, JSON on stdout, error messages. What a user
+writes into a job file or a script's arguments is refused where it `holds_secret`, as it would be copied into run directories.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GIVEN = re.compile(
     r"(?P<between>\s*=\s*|(?<=\s-token)\s+|(?<=--token)\s+|(?<=[_-]token)\s+|(?<=--api[_-]key)\s+|(?<=--password)\s+)"
     r"(?P<value>[\"']?(?![$`/~<*\-])(?!(?:true|false|none|null|auto)\b)(?=[^\s\"',;]*[A-Za-z])[^\s\"',;]{6,})"
 )
-"""A name of a secret and what it is set to: `WANDB_API_KEY=...`, `--hub_token ...`; not `HF_TOKEN=$(cat file)`, nor a path, nor a number."""
+"""A name of a secret and what it is set to: `WANDB_API_KEY=...`, `--hub_token ...`; not `HF_TOKEN=$(cat file)`, a path, a number."""
 _NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
 _SHORTEST = 8
 """Shorter values of this environment, in characters, would be found where they only look alike."""
@@ -51,9 +51,8 @@ def secret_arguments(words: Sequence[str]) -> list[str]:
     for before, word in zip(["", *words], words, strict=False):
         if _GIVEN.fullmatch(f"{before} {word}") or holds_secret(word):
             name, equals, _ = word.partition("=")
-            found.append(
-                name if equals and word.startswith("-") else before if before.startswith("-") and "=" not in before else "an argument"
-            )
+            option = before if before.startswith("-") and "=" not in before else "an argument"
+            found.append(name if equals and word.startswith("-") else option)
     return list(dict.fromkeys(found))
 
 

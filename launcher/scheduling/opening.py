@@ -22,6 +22,7 @@ from launcher.planning.plan import Plan
 from launcher.planning.preflight import preflight
 from launcher.planning.script import plan as decide_script
 from launcher.planning.sharding import only_deepspeed
+from launcher.redaction import secret_arguments
 from launcher.render.files import NAMES, files
 from launcher.render.place import Place
 from launcher.render.write import write
@@ -129,10 +130,18 @@ def decide_for(job: Job, nproc: int | None, script: tuple[str, ...] | None, loca
 def load_job(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
     """The job in a file, or of a script. Raises ConfigurationError with every problem."""
     if script:
+        _refuse_secrets(script)
         return load_for_script(job_file, overrides, Path(script[0]))
     if job_file is None:
         raise ConfigurationError(Problem("JOB", None, "name a job file, or a script of your own with --script"))
     return load(job_file, overrides)
+
+
+def _refuse_secrets(script: tuple[str, ...]) -> None:
+    """A script's arguments stand in plan.json and on the command lines of its processes, which others can see."""
+    reason = "looks like a secret, which others would read in the run directory and in `ps`; have the script read it from the environment"
+    if found := secret_arguments(script[1:]):
+        raise ConfigurationError([Problem(f"--script: {name}", None, reason) for name in found])
 
 
 def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None:
