@@ -416,6 +416,8 @@ class Cluster(Section):
     """Slurm: after so many attempts in a row that saved nothing new it stops. Preempted ones, and those whose node was lost, are free."""
     grace: Seconds = 30.0
     """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
+    share_with_group: bool = False
+    """Let your group read what the run writes (logs, checkpoints, code, exports), whatever the umask says; else the umask alone counts."""
 
 
 def node_range(nodes: int | str) -> tuple[int, int]:

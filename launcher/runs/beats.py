@@ -36,7 +36,7 @@ class Beater:
         self._rank, self._host, self._written = rank, os.uname().nodename, 0.0
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):
-            self._descriptor = os.open(directory / f"beat-{rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+            self._descriptor = os.open(directory / f"beat-{rank}.json", os.O_WRONLY | os.O_CREAT, 0o666)
 
     def beat(self, step: int, busy_seconds: float, memory_bytes: int) -> None:
         """Say that the work of `step` is done here."""

@@ -19,6 +19,7 @@ from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import oom_kills, signal_name
+from launcher.runs.sharing import set_umask
 from launcher.runs.status import last_record, last_step
 from launcher.scheduling.command import agent_command, environment, write_command
 from launcher.scheduling.supervisor import End, Supervisor, Watcher, attempt_directory
@@ -35,6 +36,7 @@ def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: in
     Raises RunInUseError where another process works in the run.
     """
     watcher = watch or Watcher()
+    set_umask(plan.share_with_group)
     with run.lock():
         if run.finished:
             watcher.say(f"{shown(run.path)} is finished; there is nothing to do")

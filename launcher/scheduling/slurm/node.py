@@ -23,6 +23,7 @@ from launcher.runs import failure as failures
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import IGNORED_VARIABLE, oom_kills
+from launcher.runs.sharing import set_umask
 from launcher.scheduling.command import Meeting, agent_command, environment, write_command
 from launcher.scheduling.local import outcome
 from launcher.scheduling.slurm import network
@@ -111,6 +112,7 @@ def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meetin
     if len(hosts) > 1:
         interface, address = network.choose(hosts, 0, plan.slurm.interface, os.environ)
         port = network.free_port(allocation.first_port, address)
+    set_umask(plan.share_with_group)
     number = begin_attempt(
         run, Assignment(allocation.job_id, allocation.restart, hosts, address, port, checkpoint_step(run), round(time.time(), 3))
     )
@@ -147,6 +149,7 @@ def _follow(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         print(f"{os.uname().nodename}: nothing to do here", flush=True)
         return 0
     plan = Plan.read(run.plan_file)
+    set_umask(plan.share_with_group)
     killed_before = oom_kills()
     try:
         interface, own = network.choose(assignment.hosts, allocation.node_index, plan.slurm.interface, os.environ)

@@ -20,6 +20,7 @@ from launcher.runs.checkpoints import Stored as StoredCheckpoint
 from launcher.runs.checkpoints import look, newest_valid, verify
 from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import sync_directory
+from launcher.runs.sharing import set_umask
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Alone, Entry, ExportDtype, Merged, Stored, Weights
 from launcher.training.model_files import kept
@@ -60,6 +61,7 @@ def export(
     weights = _weights(run, CheckpointReader(chosen.directory), dtype, adapter)
     # peft reads one file.
     shards = [weights.entries()] if adapter else _shards(weights.entries(), max_shard_bytes)
+    set_umask(run.plan_file.is_file() and Plan.read(run.plan_file).share_with_group)
     temporary = out.with_name(f".{out.name}.export-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
