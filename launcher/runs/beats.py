@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.plain_files import read_json
+from launcher.runs.records import made_of
 
 _BYTES = 256
 _SECONDS_BETWEEN = 0.5
@@ -54,5 +55,5 @@ def beats(directory: Path) -> list[Beat]:
     found = []
     for path in directory.glob("beat-*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Beat(**read_json(path)))
+            found.append(made_of(Beat, read_json(path)))
     return sorted(found, key=lambda beat: beat.rank)

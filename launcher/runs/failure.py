@@ -25,6 +25,7 @@ from launcher.plain_files import plain, read_json
 from launcher.redaction import redact
 from launcher.runs.layout import write_atomically
 from launcher.runs.processes import signal_name
+from launcher.runs.records import made_of
 
 EXITS = "exits*.json"
 SIGNS_OF_FAILURE = ("failure-rank-*.json", EXITS)
@@ -137,8 +138,7 @@ def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> F
 def read(path: Path) -> Failure | None:
     """The failure written at `path`; None where there is none that can be read."""
     try:
-        content = read_json(path)
-        return Failure(**content)
+        return made_of(Failure, read_json(path))
     except (OSError, ValueError, TypeError):
         return None
 

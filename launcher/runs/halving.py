@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.plain_files import read_json
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
+from launcher.runs.records import made_of
 from launcher.runs.retention import lower_is_better
 
 SWEEP_FILE = "sweep.json"
@@ -44,10 +45,10 @@ class Halving:
         sweep = run.path.parent.parent
         try:
             content = read_json(sweep / SWEEP_FILE)
-        except (OSError, ValueError):
+            rule = content.get("halving")
+            return made_of(cls, {"sweep": sweep, "metric": content["metric"], **rule}) if rule else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        rule = content.get("halving")
-        return cls(sweep, content["metric"], rule["first"], rule["factor"]) if rule else None
 
     def gives_up(self, run: RunDirectory) -> bool:
         """Whether the run's last evaluation leaves it behind. Replays all evaluations of the sweep in the order of their times."""

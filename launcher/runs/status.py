@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.plain_files import plain
+from launcher.plain_files import plain, read_bytes
 from launcher.runs import prepared
 from launcher.runs.events import read
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
@@ -23,7 +23,7 @@ HEARTBEAT = "heartbeat"
 """A file in an attempt's directory that a launcher on another machine touches for so long as it lives."""
 _SECONDS_BETWEEN_BEATS = 60.0
 """After so long without one it counts as gone; it beats every 5 s."""
-_HOLDER = re.compile(r"process (\d+) on (\S+)")
+_HOLDER = re.compile(r"process (\d{1,10}) on (\S+)")
 _BLOCK = 1 << 16
 
 
@@ -145,7 +145,7 @@ def holder(run: RunDirectory) -> str | None:
     """
     lock = run.path / ".lock"
     try:
-        text = lock.read_text(encoding="utf-8").strip()
+        text = read_bytes(lock).decode("utf-8", errors="replace").strip()
         written = lock.stat().st_mtime
     except OSError:
         return None

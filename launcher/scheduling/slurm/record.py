@@ -10,6 +10,7 @@ from pathlib import Path
 from launcher.errors import RunInUseError, SchedulerError
 from launcher.plain_files import read_json
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.records import made_of
 from launcher.scheduling.slurm.queue import OVER, Entry, queue
 
 
@@ -31,7 +32,7 @@ class JobRecord:
     def read(cls, run: RunDirectory) -> JobRecord | None:
         """The record of a run; None for one that was never submitted."""
         try:
-            return cls(**read_json(folder(run) / "job.json"))
+            return made_of(cls, read_json(folder(run) / "job.json"))
         except (OSError, ValueError, TypeError):
             return None
 

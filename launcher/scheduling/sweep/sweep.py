@@ -67,8 +67,12 @@ class Sweep:
         """The sweep in a directory. Raises ConfigurationError where there is none."""
         try:
             content = read_json(path / SWEEP_FILE)
-            return cls(path.absolute(), tuple(map(tuple, content["points"])), content["metric"], content["nproc"])
-        except (OSError, ValueError, KeyError):
+            points, metric, nproc = content["points"], content["metric"], content["nproc"]
+            words = [word for point in points for word in point] if isinstance(points, list) else [None]
+            if not all(isinstance(word, str) for word in [metric, *words]) or not isinstance(nproc, (int, type(None))):
+                raise ValueError("not as it was written")
+            return cls(path.absolute(), tuple(map(tuple, points)), metric, nproc)
+        except (OSError, ValueError, KeyError, TypeError):
             raise ConfigurationError(Problem("SWEEP", str(path), "no sweep there: it has no sweep.json that can be read")) from None
 
     def run(self, number: int) -> RunDirectory:
