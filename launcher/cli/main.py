@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 
 from launcher.errors import LauncherError
+from launcher.redaction import redact
 
 SUMMARY = "One job file in, a sharded fine-tuned model out."
 
@@ -86,12 +87,12 @@ def help_text() -> str:
 
 
 def report(error: LauncherError) -> None:
-    """Print an error on stderr: red on a terminal, unless NO_COLOR is set."""
+    """Print an error on stderr, without secrets: red on a terminal, unless NO_COLOR is set."""
     label = "error:"
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         label = f"\x1b[31m{label}\x1b[0m"
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"{label} {error}", file=sys.stderr, flush=True)
+        print(f"{label} {redact(str(error))}", file=sys.stderr, flush=True)
 
 
 def _start_fast() -> None:

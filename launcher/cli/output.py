@@ -7,10 +7,12 @@ from typing import Any
 
 import typer
 
+from launcher.redaction import redact_all
+
 
 def print_json(content: dict[str, Any]) -> None:
-    """One JSON object. JSON has no infinities and no NaN: they are written as words."""
-    typer.echo(json.dumps(_finite(content), indent=2))
+    """One JSON object, without secrets. JSON has no infinities and no NaN: they are written as words."""
+    typer.echo(json.dumps(_finite(redact_all(content)), indent=2))
 
 
 def _finite(value: Any) -> Any:

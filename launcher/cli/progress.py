@@ -119,9 +119,10 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
     """Measured beside foreseen, after the first steps."""
     parts = []
     if rate := expected.get("tokens_per_second"):
-        parts.append(f"{measured['tokens_per_second']:,.0f} tokens/s ({rate:,.0f} were expected)")
+        parts.append(f"{measured.get('tokens_per_second', 0):,.0f} tokens/s ({rate:,.0f} were expected)")
     if phases := expected.get("phases"):
-        memory = ", ".join(f"{name} {size(measured['phases'][name])} ({size(foreseen)})" for name, foreseen in phases.items())
+        there = measured.get("phases") or {}
+        memory = ", ".join(f"{name} {size(there[name])} ({size(foreseen)})" for name, foreseen in phases.items() if name in there)
         parts.append(f"memory beside the bare process, expected in brackets: {memory}")
     return "; ".join(parts) or None
 

@@ -36,6 +36,7 @@ def submit(
     from launcher.scheduling.opening import expectation
     from launcher.scheduling.script import script_command
     from launcher.scheduling.slurm import handing_over
+    from launcher.scheduling.slurm.snapshot import LEFT_OUT, left_out
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     if dry_run:
@@ -45,9 +46,14 @@ def submit(
         run, plan, job_id = handing_over.hand_over(job, overrides, run_dir, command, after, force, tracing() if trace else None)
     except SchedulerError as error:
         raise handing_over.explain(error) from None
+    missing = left_out(run) if command else []
     if as_json:
-        print_json({"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size})
+        facts = {"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size}
+        print_json({**facts, "left_out": missing} if command else facts)
         return
+    if missing:
+        more = f"; {len(missing) - 3} more in {shown(run.path)}/code/{LEFT_OUT}" if len(missing) > 3 else ""
+        typer.echo(f"not copied with the script: {'; '.join(missing[:3])}{more}", err=True)
     typer.echo(f"job {job_id}: {shown(run.path)} on {plan.slurm.nodes or plan.mesh.nodes} nodes x {plan.mesh.ranks_per_node} ranks")
     if expected := expectation(run):
         typer.echo(expected)

@@ -65,22 +65,12 @@ def _side(path: Path) -> Plan | list[Reading]:
     content = files.content_of(path)
     kind = files.kind_of(content)
     if kind == "plan":
-        return _plan(path)
+        return Plan.read(path)
     if kind == "job":
         return decide(load(path), local=False)
     readings = [files.read_content(content, str(path))]
     files.follow(readings, {str(path): path.parent})
     return readings
-
-
-def _plan(path: Path) -> Plan:
-    from pydantic import ValidationError
-
-    try:
-        return Plan.read(path)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigurationError(f"{path} is no plan of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _rendered(plan: Plan, kinds: set[int]) -> list[Reading]:

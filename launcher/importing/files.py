@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from launcher.errors import ConfigurationError, Problem
 from launcher.importing import accelerate, axolotl, command_line, deepspeed, llama_factory, sft, trainer
 from launcher.importing.reading import Reading, as_number, brief
 from launcher.job import paths
-from launcher.job.load import parse
+from launcher.job.yaml_text import parse
+from launcher.plain_files import parse_json, read_bytes
 
 Kind = Literal["deepspeed", "accelerate", "trainer", "llama-factory", "axolotl", "command line", "job", "plan"]
 _RANKS: dict[Kind, int] = {"command line": 0, "deepspeed": 1, "trainer": 2, "llama-factory": 2, "axolotl": 2, "accelerate": 3}
@@ -30,9 +29,7 @@ _LARGEST_BYTES = 4 << 20
 def content_of(path: Path) -> Any:
     """The values in a JSON or YAML file, or the text of another. Raises ConfigurationError."""
     try:
-        if path.stat().st_size > _LARGEST_BYTES:
-            raise ConfigurationError(Problem("FILE", str(path), "is larger than 4 MiB, which no configuration is"))
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, _LARGEST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigurationError(Problem("FILE", str(path), f"no such file{paths.nearest_file(path)}")) from None
     except IsADirectoryError:
@@ -45,20 +42,31 @@ def content_of(path: Path) -> Any:
         return text
     if path.suffix.lower() == ".json" or text.lstrip().startswith("{"):
         return _json(text, path)
-    return parse(text, str(path))
+    return _yaml(text, path)
+
+
+def _yaml(text: str, path: Path) -> Any:
+    try:
+        return parse(text, str(path))
+    except ConfigurationError as error:
+        raise ConfigurationError([Problem("FILE", str(path), problem.reason) for problem in error.problems]) from None
 
 
 def _json(text: str, path: Path) -> Any:
     try:
-        return json.loads(text)
+        content = parse_json(text)
+        json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         try:
-            return yaml.safe_load(text)  # DeepSpeed reads Hjson: comments, trailing commas
-        except (yaml.YAMLError, ValueError, RecursionError):
+            return parse(text, str(path))  # DeepSpeed reads Hjson: comments, trailing commas
+        except ConfigurationError:
             where = f"line {error.lineno}, column {error.colno}"
             raise ConfigurationError(Problem("FILE", str(path), f"not JSON: {error.msg} at {where}")) from None
+    except UnicodeEncodeError:
+        raise ConfigurationError(Problem("FILE", str(path), "has a text with half a character in it (\\ud800 to \\udfff)")) from None
     except (ValueError, RecursionError):
         raise ConfigurationError(Problem("FILE", str(path), "not JSON: a number or a nesting beyond any sense")) from None
+    return content
 
 
 def kind_of(content: Any) -> Kind | None:

@@ -13,6 +13,7 @@ from launcher.importing import command_line, files
 from launcher.importing.merge import JOB_KEYS, MODEL, TRAIN, job_content, merge
 from launcher.importing.reading import Reading, Remark
 from launcher.job.load import validate, without
+from launcher.job.problems import refused
 from launcher.job.schema import Training
 
 COMMAND = "command line"
@@ -90,7 +91,9 @@ def _columns(data: dict[str, Any]) -> str | None:
 def _unfit(content: dict[str, Any], facts: dict[str, Any]) -> list[Problem]:
     """What the job file itself would refuse, by the key that said it."""
     said = {JOB_KEYS.get(key, key): f"{fact.source}: {fact.said}" for key, fact in facts.items()}
-    _, found = validate(without(content, set()))
+    kept = without(content, set())
+    found = refused(kept)
+    found += validate(kept)[1]
     return [Problem(said.get(problem.key, problem.key), problem.value, problem.reason) for problem in found]
 
 

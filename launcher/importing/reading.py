@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from launcher.errors import Problem
+from launcher.redaction import redact, redact_all
 
 Kind = Literal["conflict", "changes meaning", "cannot be said", "default", "ignored", "chosen", "fill in"]
 _SECRET = re.compile(
@@ -96,13 +97,13 @@ class Reading:
     def remark(self, kind: Kind, said: str, value: Any, text: str) -> None:
         """Write down what there is to know of a key; a value that may be a secret is not kept."""
         said = self._spelled(said)
-        shown = "(not shown)" if _SECRET.search(said) and value is not None else value
-        self.remarks.append(Remark(kind, self.source, said, shown, text))
+        shown = "(not shown)" if _SECRET.search(said) and value is not None else redact_all(value)
+        self.remarks.append(Remark(kind, self.source, said, shown, redact(text)))
 
     def refuse(self, said: str, value: Any, reason: str) -> None:
         said = self._spelled(said)
         shown = None if _SECRET.search(said) or isinstance(value, (dict, list)) else value
-        self.problems.append(Problem(f"{self.source}: {said}", _short(shown), reason))
+        self.problems.append(Problem(f"{self.source}: {said}", _short(redact_all(shown)), redact(reason)))
 
     def _spelled(self, said: str) -> str:
         return ", ".join(self.names.get(name, name) for name in said.split(", "))

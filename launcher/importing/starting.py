@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.importing import accelerate
 from launcher.importing.reading import Reading
+from launcher.plain_files import read_bytes
 
 _SWITCHES = {
     "multi_gpu", "use_fsdp", "use_deepspeed", "use_megatron_lm", "cpu", "tpu", "module", "m", "no_python", "debug", "quiet", "same_network",
@@ -181,7 +182,7 @@ def _hosts(file: str, reading: Reading) -> dict[str, int]:
         reading.remark("fill in", "--hostfile", file, "is not here: write cluster.nodes and cluster.gpus_per_node")
         return {}
     found: dict[str, int] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode("utf-8", errors="replace").splitlines():
         host, _, slots = line.partition("#")[0].strip().partition("slots=")
         if host and slots.strip().isdecimal():
             found[host.strip()] = int(slots)

@@ -9,6 +9,7 @@ from typing import Any
 
 from launcher.errors import Problem
 from launcher.job.schema import Adapter, Model
+from launcher.plain_files import plain, read_json
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -33,7 +34,7 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
     A problem for everything in the adapter, and in the job, that cannot be gone on with; they name `key`, where the directory is written.
     """
     try:
-        found = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        found = read_json(directory / SETTINGS)
         base = found["base_model_name_or_path"]
         if problems := [Problem(key, str(directory), reason) for reason in _reasons(directory, found, model)]:
             return model, problems
@@ -61,7 +62,7 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
 
 def _trained_in_full(directory: Path) -> tuple[str, ...]:
     """The model's own parameters that an adapter's file holds, by name, from its header."""
-    with open(directory / WEIGHTS, "rb") as file:
+    with open(directory / WEIGHTS, "rb", opener=plain) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         names = [name.removeprefix("base_model.model.") for name in json.loads(file.read(length)) if name != "__metadata__"]
     return tuple(sorted(name for name in names if ".lora_" not in name))

@@ -85,13 +85,17 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def limits(metadata: tuple[Any, ...] | list[Any]) -> str:
-    """Bounds in words, with a leading space: ` of at least 0, below 1`."""
+    """Bounds in words, with a leading space: ` of at least 0, below 1`, ` of at least 1 and at most 1,024`."""
     words = []
     for attribute, text in (("ge", "of at least"), ("gt", "above"), ("le", "of at most"), ("lt", "below")):
         for part in metadata:
             found = [part] if hasattr(part, attribute) else [inner for inner in getattr(part, "metadata", []) if hasattr(inner, attribute)]
-            words += [f"{text} {getattr(bound, attribute):g}" for bound in found]
-    return " " + ", ".join(words) if words else ""
+            words += [f"{text} {_number(getattr(bound, attribute))}" for bound in found]
+    return " " + ", ".join(words).replace(", of at most", " and at most") if words else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def expected_of(field: FieldInfo) -> str:

@@ -3,60 +3,25 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job import check, paths, profile
 from launcher.job.problems import refused, translate
 from launcher.job.schema import Job
+from launcher.job.yaml_text import MOST_BYTES, parse
+from launcher.plain_files import read_text
 
 _PLACEHOLDERS: dict[tuple[str, ...], Any] = {("name",): "job", ("model", "name"): "model", ("data", "train"): {"path": "train.jsonl"}}
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice, reads 1e-5 as a number and 2026-11-22 as text."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, Hashable) and key in seen:
-                text = f"{key} is written twice (lines {seen[key]} and {line}); only one of them can count"
-                raise yaml.constructor.ConstructorError(problem=text, problem_mark=key_node.start_mark)
-            if isinstance(key, Hashable):
-                seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def parse(text: str, source: str) -> Any:
-    """YAML to plain values. Raises ConfigurationError with the line, and without the text, which may hold a secret."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigurationError(f"{where}{error.problem or error.context}", source) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"not YAML: {type(error).__name__}", source) from None
 
 
 def read(path: Path) -> dict[str, Any]:
     """The mapping in a job file, unchecked. Raises ConfigurationError where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MOST_BYTES)
     except FileNotFoundError:
         raise ConfigurationError(Problem("JOB", str(path), f"no such file{paths.nearest_file(path)}")) from None
     except IsADirectoryError:
@@ -130,6 +95,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Job:
     problems = override(content, overrides or [])
     problems += refused(content)
     problems += profile.apply(content, path.resolve().parent)
+    problems += refused(content)  # of the profile
     job, found = validate(content)
     problems += found
     bad = {problem.key for problem in problems}

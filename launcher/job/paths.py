@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 from pathlib import Path
 
 from launcher.errors import Problem
 from launcher.job import adapter_directory
 from launcher.job.schema import Data, Job, Model, Source
+from launcher.plain_files import read_json
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 """Kinds of files that rows are read from."""
@@ -20,7 +20,7 @@ def saved_splits(directory: Path) -> list[str] | None:
     if (directory / "state.json").is_file():
         return []
     try:
-        splits = json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = read_json(directory / "dataset_dict.json")["splits"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return [str(split) for split in splits] if isinstance(splits, list) else None

@@ -12,12 +12,9 @@ from pydantic.fields import FieldInfo
 from launcher.errors import Problem
 from launcher.job.describe import choices, docstring, expected_of, keys, section_of, written
 from launcher.job.schema import Job
+from launcher.redaction import holds_secret
 
 _SECRET_KEY = re.compile(r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|auth_?token|token)(s?$|_)", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{12,}|sk-(?=[\w-]*\d)[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
-    r"|xox[abprs]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.)|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s@]+@"
-)
 _SECRET_REASON = (
     "looks like a secret, which does not belong in a job file (it is copied into run directories); set it in the environment instead"
 )
@@ -36,7 +33,7 @@ def _refuse_in(section: Any, prefix: str, known: set[str], problems: list[Proble
         path = f"{prefix}{key}"
         secret_key = path not in known and isinstance(key, str) and bool(_SECRET_KEY.search(key)) and not isinstance(value, dict)
         secret_key &= isinstance(value, str) or not path.startswith("model.config.")  # pad_token_id is a number
-        if secret_key or (isinstance(value, str) and _SECRET_VALUE.search(value)):
+        if secret_key or (isinstance(value, str) and holds_secret(value)):
             problems.append(Problem(path, None, _SECRET_REASON))
             section[key] = None
         elif isinstance(value, (dict, list)):

@@ -34,13 +34,13 @@ _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*$")
 class Section(BaseModel):
     """The common ground of all sections: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
 
 
 class Interval(Section):
     """Something that happens every so many steps, or every so many seconds."""
 
-    value: float = Field(gt=0)
+    value: float = Field(gt=0, le=1e12)
     unit: Literal["steps", "seconds", "epochs"]
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ def parse_interval(value: object) -> object:
     raise ValueError("write a number of steps (200), a time (30s, 15min, 2h) or epochs (epoch, 2 epochs)")
 
 
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, le=1e10)]
 Every = Annotated[Interval, BeforeValidator(parse_interval)]
 Columns = str | tuple[str, ...]
 Tools = str | tuple[dict[str, Any], ...]
@@ -87,7 +87,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]*$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-NodeCount = Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
+NodeCount = Annotated[int, Field(ge=1, le=99_999)] | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}-[1-9][0-9]{0,4}$")]
 
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -97,7 +97,7 @@ _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 class Adapter(Section):
     """Train small matrices beside the model's own weights, which stay as they are (LoRA, arXiv 2106.09685)."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
     """Rows of A and columns of B: what is added to a weight is B A."""
     alpha: float = Field(default=32.0, gt=0)
     """What is added counts alpha / rank times."""
@@ -216,7 +216,7 @@ class Data(Section):
     """The column of the label: a class, a list of classes, or a number for regression."""
     problem: Literal["single-label", "multi-label", "regression"] = "single-label"
     """What kind of label: one class, several at once, or a number."""
-    max_length: int = Field(default=1024, ge=8)
+    max_length: int = Field(default=1024, ge=8, le=100_000_000)
     """Tokens of the longest sample; with packing, of a pack."""
     packing: bool = False
     """Put several samples into one row of max_length; they never see each other."""
@@ -225,16 +225,16 @@ class Data(Section):
     unusable: Literal["drop-few", "drop", "refuse"] = "drop-few"
     """What to do with rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves them out, and stops where more
     than half of all rows would be dropped; `drop` goes on even then; `refuse` stops at the first."""
-    num_workers: Annotated[int, Field(ge=1)] | Auto = "auto"
+    num_workers: Annotated[int, Field(ge=1, le=4096)] | Auto = "auto"
     """Processes that tokenise."""
 
 
 class Batch(Section):
     """How many samples a step takes, and how they are cut."""
 
-    global_batch_size: int = Field(default=32, ge=1)
+    global_batch_size: int = Field(default=32, ge=1, le=1_000_000_000)
     """Samples (packs, with packing) of one optimizer step, over all ranks."""
-    micro_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"
+    micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000_000)] | Auto = "auto"
     """Samples of one forward pass, per rank."""
 
 
@@ -252,9 +252,9 @@ class EarlyStopping(Section):
 class Training(Section):
     """How long, how fast, and with what."""
 
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=1_000_000)
     """Passes over the data. 1 where neither epochs nor max_steps is given."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=1_000_000_000_000)
     """Optimizer steps, instead of epochs."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """The highest learning rate."""
@@ -304,9 +304,9 @@ class Parallel(Section):
     """The sharding engine: PyTorch's FSDP2, or DeepSpeed's ZeRO."""
     shard: Sharding | Auto = "auto"
     """`full`: parameters, gradients and optimizer (ZeRO-3); `gradients`: gradients and optimizer (ZeRO-2); `optimizer` (ZeRO-1); `none`."""
-    replicate: int = Field(default=1, ge=1)
+    replicate: int = Field(default=1, ge=1, le=1_000_000)
     """Whole copies of the model (hybrid sharding, FSDP): ranks are replicate x shard."""
-    secondary_shard: int = Field(default=1, ge=1)
+    secondary_shard: int = Field(default=1, ge=1, le=1_000_000)
     """ZeRO++ hpZ (DeepSpeed): the ranks, those of a node, that keep a second copy of the parameters to gather from. 1: none."""
     quantized_weights: bool = False
     """ZeRO++ qwZ (DeepSpeed, GPUs): gather parameters as 8-bit blocks."""
@@ -353,15 +353,15 @@ class Cluster(Section):
     """A site's profile: its name below the profile directory, or a file. What stands here goes before it."""
     nodes: NodeCount = 1
     """Machines; under Slurm also a range (2-8): it starts on as many as there are."""
-    gpus_per_node: Annotated[int, Field(ge=0)] | Auto = "auto"
+    gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | Auto = "auto"
     """GPUs of each node; 0 trains on the CPU."""
     gpu: Word | None = None
     """Their kind, by its name in the planner's table, as h100-80gb: what is counted on where they are not on this machine."""
     network: NetworkName | None = None
     """What joins the nodes, of one GPU: what the planner counts on; left out, what such nodes commonly have."""
-    ranks_per_node: Annotated[int, Field(ge=1)] | Auto = "auto"
+    ranks_per_node: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
     """Processes of each node; with GPUs it is their number."""
-    threads_per_rank: Annotated[int, Field(ge=1)] | Auto = "auto"
+    threads_per_rank: Annotated[int, Field(ge=1, le=65_536)] | Auto = "auto"
     """CPU threads of each rank."""
     time_limit: Seconds | None = None
     """Slurm: seconds (or 8h, 2d) that the job may take at a time; a longer run goes on in the next one."""
@@ -416,6 +416,8 @@ class Cluster(Section):
     """Slurm: after so many attempts in a row that saved nothing new it stops. Preempted ones, and those whose node was lost, are free."""
     grace: Seconds = 30.0
     """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
+    share_with_group: bool = False
+    """Let your group read what the run writes (logs, checkpoints, code, exports), whatever the umask says; else the umask alone counts."""
 
 
 def node_range(nodes: int | str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ def load(path: Path | None, overrides: list[str], script: Path) -> Job:
     content = {} if path is None else read(path)
     problems = override(content, overrides) + refused(content)
     problems += profile.apply(content, Path.cwd() if path is None else path.resolve().parent)
+    problems += refused(content)  # of the profile
     content.setdefault("name", _name(script))
     _fill(content)
     job, found = validate(content)

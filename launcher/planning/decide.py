@@ -98,6 +98,7 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
         num_data_workers=num_workers,
         trackers=trackers,
         grace_seconds=job.cluster.grace,
+        share_with_group=job.cluster.share_with_group,
         length=length,
         batch=batch,
         mesh=mesh,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Model
+from launcher.plain_files import read_json
 from launcher.planning.model_sizes import is_size, wrong_sizes
 from launcher.planning.vocabulary import read_vocabulary
 
@@ -45,7 +45,7 @@ def _commit(folder: Path, revision: str) -> str:
 def read_config(directory: str) -> dict[str, Any] | None:
     """A model's config.json; None where there is none that can be read."""
     try:
-        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(directory) / "config.json")
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None

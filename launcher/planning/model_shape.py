@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import Model
+from launcher.plain_files import plain
 from launcher.planning.model_config import config_of, locate
 
 _NAMES = {
@@ -88,7 +89,7 @@ def stored_parameters(directory: Path) -> int:
     total = 0
     for path in directory.glob("*.safetensors"):
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=plain) as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(min(length, 100 << 20)))
             total += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

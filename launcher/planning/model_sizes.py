@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -32,6 +34,13 @@ _HEADS = ("encoder_attention_heads", "decoder_attention_heads")
 _LAYERS = ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
 _T5 = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "relative_attention_num_buckets")
 
+_LARGEST = 2**53
+_MOST = {
+    r"^(?!.*(head|hidden_size|dim)).*layers?$|^depths?$|^num_.*blocks?$": 2_000,
+    r"experts?$|^num_local_experts$": 100_000,
+    r"(_size|_dim|_heads|^n_embd|^n_head|^n_inner|^d_(model|kv|ff)|_positions|_buckets|_channels|_width|_rank)$": 2**31 - 1,
+}
+"""The most of a number by what its name ends in; far beyond any model that there is (126 layers, 2 million positions, 512 experts)."""
 FAMILIES = {
     **dict.fromkeys(DECODERS, _LLAMA),
     "mixtral": Sizes((*_EXPERTS, "num_local_experts", "intermediate_size"), ("head_dim", "num_experts")),
@@ -50,7 +59,9 @@ FAMILIES = {
 
 
 def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
-    """A problem for each size that the program of its architecture cannot go by, by its name; none for an architecture without one."""
+    """A problem for each size that the program of its architecture cannot go by, by its name; of any other, for those beyond any sense."""
+    if absurd := _beyond_any_sense(config):
+        return absurd
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         return []
@@ -63,6 +74,19 @@ def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
 def is_size(value: object) -> TypeGuard[int]:
     """Whether it is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _beyond_any_sense(config: dict[str, Any], prefix: str = "") -> list[Problem]:
+    """A problem for each number, whatever its name, that no model has: what counts by it would not come to an end."""
+    found = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found += _beyond_any_sense(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            most = next((most for words, most in _MOST.items() if re.search(words, str(name))), _LARGEST)
+            if value > most and not (isinstance(value, float) and math.isinf(value)):
+                found.append(Problem(f"{prefix}{name}", value, f"is beyond any sense; write at most {most:,}"))
+    return found
 
 
 def _wrong(config: dict[str, Any], names: Iterable[str], optional: bool) -> list[Problem]:

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import (
     ActivationCheckpointing,
     Checkpoint,
@@ -26,6 +27,7 @@ from launcher.job.schema import (
     Sharding,
     Training,
 )
+from launcher.plain_files import read_text
 
 
 class Frozen(BaseModel):
@@ -151,6 +153,7 @@ class Plan(Frozen):
     num_data_workers: int
     trackers: tuple[str, ...]
     grace_seconds: float
+    share_with_group: bool = False
     length: Length
     batch: BatchPlan
     mesh: Mesh
@@ -179,12 +182,17 @@ class Plan(Frozen):
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan written at `path`."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """The plan written at `path`. Raises ConfigurationError where it is none, OSError where it cannot be read."""
+        try:
+            return cls.model_validate_json(read_text(path))
+        except UnicodeDecodeError:
+            raise ConfigurationError("not UTF-8 text, and no plan that launcher wrote", str(path)) from None
+        except ValidationError as error:
+            problems = [Problem(".".join(map(str, item["loc"])), None, item["msg"]) for item in error.errors(include_url=False)]
+            raise ConfigurationError(problems, f"{path} is no plan that launcher wrote") from None
 
     def digest(self) -> str:
         """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
-        kept: dict[str, Any] = self.model_dump(
-            mode="json", exclude_none=True, exclude={"decisions", "refused", "trackers", "grace_seconds", "checkpoint", "slurm"}
-        )
+        told_apart = {"decisions", "refused", "trackers", "grace_seconds", "share_with_group", "checkpoint", "slurm"}
+        kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude=told_apart)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

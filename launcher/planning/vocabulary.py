@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from launcher.plain_files import read_json, read_text
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json", "vocab.txt")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -73,7 +74,7 @@ def _ids(directory: str, found: dict[str, dict[str, Any]]) -> dict[str, int]:
     if vocabulary:
         return {name: number for name, number in vocabulary.items() if isinstance(number, int)}
     try:
-        lines = (Path(directory) / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(directory) / "vocab.txt").splitlines()
     except (OSError, ValueError):
         return {}
     return {line: number for number, line in enumerate(lines)}
@@ -88,7 +89,7 @@ def _not_text(settings: dict[str, Any], ids: dict[str, int]) -> frozenset[int]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,6 +9,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launcher.plain_files import read_json
+from launcher.runs.records import made_of
+
 _BYTES = 256
 _SECONDS_BETWEEN = 0.5
 
@@ -34,7 +37,7 @@ class Beater:
         self._rank, self._host, self._written = rank, os.uname().nodename, 0.0
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):
-            self._descriptor = os.open(directory / f"beat-{rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+            self._descriptor = os.open(directory / f"beat-{rank}.json", os.O_WRONLY | os.O_CREAT, 0o666)
 
     def beat(self, step: int, busy_seconds: float, memory_bytes: int) -> None:
         """Say that the work of `step` is done here."""
@@ -52,5 +55,5 @@ def beats(directory: Path) -> list[Beat]:
     found = []
     for path in directory.glob("beat-*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Beat(**json.loads(path.read_text(encoding="utf-8"))))
+            found.append(made_of(Beat, read_json(path)))
     return sorted(found, key=lambda beat: beat.rank)

@@ -12,15 +12,17 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from launcher.plain_files import parse_json, plain, read_text
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 
 MANIFEST_NAME = "manifest.json"
 _BLOCK_BYTES = 1 << 20
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Frozen(BaseModel):
@@ -30,18 +32,18 @@ class _Frozen(BaseModel):
 class FileRecord(_Frozen):
     """What the writer knows of one file."""
 
-    bytes: int
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
     xxh3_128: str
 
 
 class Progress(_Frozen):
     """How far training was."""
 
-    step: int
+    step: Count
     """Optimizer steps done."""
-    samples: int
+    samples: Count
     """Global samples (packs) consumed: the position in the data."""
-    tokens: int
+    tokens: Count
     """Non-padding tokens consumed."""
     extra: dict[str, Any] = {}
     """What else the trainer needs to go on; anything JSON can hold."""
@@ -52,16 +54,16 @@ class Manifest(_Frozen):
 
     format: Literal[1] = 1
     run_id: str
-    step: int
+    step: Count
     engine: str
-    world_size: int
+    world_size: Annotated[int, Field(ge=1, lt=2**31)]
     mesh: dict[str, int]
     plan_digest: str
-    created: float
+    created: Annotated[float, Field(ge=0, lt=1e11)]
     """Seconds since 1970."""
     progress: Progress
     metrics: dict[str, float]
-    files: dict[str, FileRecord]
+    files: dict[Annotated[str, Field(pattern=r"^[^/\x00]+$")], FileRecord]
 
     @property
     def total_bytes(self) -> int:
@@ -76,8 +78,8 @@ class Manifest(_Frozen):
     def parse(cls, text: str) -> Manifest:
         """Raises ValueError, with the reason, for any text that `to_json` did not write."""
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"not JSON: {error}") from None
         if not isinstance(content, dict) or _canonical(content) != text:
             raise ValueError("not as it was written")
@@ -124,7 +126,7 @@ def hash_file(path: Path) -> str:
     """xxh3_128 of a file's content, streamed. Raises OSError."""
     digest = xxhash.xxh3_128()
     block = memoryview(bytearray(_BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=plain) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count := file.readinto(block):
             digest.update(block[:count])
@@ -139,7 +141,7 @@ def look(directory: Path, run_id: str | None) -> Stored:
     match = STEP_DIRECTORY.match(directory.name)
     step = int(match[1]) if match else -1
     try:
-        text = (directory / MANIFEST_NAME).read_bytes().decode("utf-8")
+        text = read_text(directory / MANIFEST_NAME)
         manifest = Manifest.parse(text)
     except FileNotFoundError:
         return Stored(step, directory, None, (f"{MANIFEST_NAME} is missing: it was never finished",))

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launcher.plain_files import check_plain, plain
+from launcher.redaction import redact_all
+from launcher.runs.records import parse
+
 
 def append(path: Path, record: dict[str, Any]) -> None:
     """Append one record. One write call, so that lines of several processes never mix. Raises OSError, as for a full disk.
@@ -17,8 +21,9 @@ def append(path: Path, record: dict[str, Any]) -> None:
     After a line that a full disk or a crash cut short, a new one is begun.
     """
     line = (json.dumps(record, allow_nan=True, separators=(", ", ": ")) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
     try:
+        check_plain(path, os.fstat(descriptor).st_mode)
         end = os.lseek(descriptor, 0, os.SEEK_END)
         if end and os.pread(descriptor, 1, end - 1) != b"\n":
             line = b"\n" + line
@@ -29,21 +34,17 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def event(path: Path, name: str, **fields: Any) -> None:
-    """Append an event with the time it happened, in seconds since 1970."""
-    append(path, {"time": round(time.time(), 3), "event": name, **fields})
+    """Append an event with the time it happened, in seconds since 1970. What looks like a secret is not written."""
+    append(path, {"time": round(time.time(), 3), "event": name, **redact_all(fields)})
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Every whole record; a last line that a crash cut short is left out."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace", opener=plain) as file:
         for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
+            if (record := parse(line)) is not None:
                 yield record
 
 

@@ -33,8 +33,11 @@ from launcher.errors import (
     StorageError,
     by_failure_class,
 )
+from launcher.plain_files import plain, read_json
+from launcher.redaction import redact
 from launcher.runs.layout import write_atomically
 from launcher.runs.processes import signal_name
+from launcher.runs.records import made_of
 
 EXITS = "exits*.json"
 SIGNS_OF_FAILURE = ("failure-rank-*.json", EXITS)
@@ -69,6 +72,10 @@ class Failure:
     consequence: bool = False
     command: str = ""
     advice: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("cause", "traceback"):  # an error's text may hold whatever it was given, as an address with a password
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     def line(self) -> str:
         """The one line that people see."""
@@ -158,8 +165,7 @@ def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> F
 def read(path: Path) -> Failure | None:
     """The failure written at `path`; None where there is none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Failure(**content)
+        return made_of(Failure, read_json(path))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -186,7 +192,7 @@ class Grace:
     def read(cls, path: Path) -> Grace | None:
         """What a launcher wrote at `path`; None where there is nothing that can be read."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**read_json(path))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -215,7 +221,7 @@ def lost(
     exits = {int(end["rank"]): end for end in told}
     for path in sorted(directory.glob(EXITS)):
         with contextlib.suppress(OSError, ValueError):
-            exits.update({int(end["rank"]): end for end in json.loads(path.read_text(encoding="utf-8"))})
+            exits.update({int(end["rank"]): end for end in read_json(path)})
     silent = [end for rank, end in exits.items() if end["code"] != 0 and not end["by_agent"] and rank not in spoken]
     return [_lost(end, directory, out_of_memory_killer) for end in silent]
 
@@ -244,7 +250,7 @@ def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> F
 def _says_no_memory(log: Path) -> str:
     """The line in which a native library said that it got no memory before it aborted; empty where none did."""
     try:
-        with open(log, "rb") as file:
+        with open(log, "rb", opener=plain) as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:

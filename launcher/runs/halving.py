@@ -7,12 +7,13 @@ first x factor^2, ... steps. Every point's own events say what it measured and w
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.plain_files import read_json
 from launcher.runs.layout import RunDirectory
+from launcher.runs.records import made_of
 from launcher.runs.retention import lower_is_better
 from launcher.runs.tail import Tail, parse
 
@@ -76,11 +77,11 @@ class Halving:
         """The rule under which a run is a point; None for every other run."""
         sweep = run.path.parent.parent
         try:
-            content = json.loads((sweep / SWEEP_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = read_json(sweep / SWEEP_FILE)
+            rule = content.get("halving")
+            return made_of(cls, {"sweep": sweep, "metric": content["metric"], **rule}) if rule else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        rule = content.get("halving")
-        return cls(sweep, content["metric"], rule["first"], rule["factor"]) if rule else None
 
     def gives_up(self, run: RunDirectory) -> bool:
         """Whether the run's last evaluation leaves it behind. Replays what decided anything in the sweep, in the order of its times."""

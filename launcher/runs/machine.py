@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.plain_files import read_json
 from launcher.runs.layout import write_atomically
 
 REFERENCE = {
@@ -65,7 +66,7 @@ class Machine:
     def read(cls) -> Machine:
         """This machine's; empty where nothing was measured, or the file cannot be read."""
         try:
-            content = json.loads(path().read_text(encoding="utf-8"))
+            content = read_json(path())
             return cls(tuple(_rates(**rates) for rates in content["rates"]), content["ratios"], content.get("slacks", {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()

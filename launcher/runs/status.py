@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.plain_files import read_bytes
 from launcher.runs import prepared
 from launcher.runs.curve import is_step
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
@@ -129,7 +130,7 @@ def holder(run: RunDirectory) -> str | None:
     """
     lock = run.path / ".lock"
     try:
-        text = lock.read_text(encoding="utf-8").strip()
+        text = read_bytes(lock).decode("utf-8", errors="replace").strip()
         written = lock.stat().st_mtime
     except OSError:
         return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from launcher.plain_files import plain
+from launcher.runs.records import parse
 
 _BLOCK = 1 << 20
 _LAST_BLOCK = 1 << 14
@@ -32,7 +34,7 @@ class Tail:
         A line that is not whole yet comes with a later call.
         """
         try:
-            file = open(self.path, "rb")  # noqa: SIM115
+            file = open(self.path, "rb", opener=plain)  # noqa: SIM115
         except FileNotFoundError:
             return
         with file:
@@ -45,15 +47,6 @@ class Tail:
     def records(self) -> list[dict[str, Any]]:
         """The records among those lines."""
         return [record for line in self.lines() if (record := parse(line)) is not None]
-
-
-def parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None where a crash cut it short, or something else stands there."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
@@ -88,7 +81,7 @@ def end_of(path: Path) -> tuple[int, Iterator[bytes]]:
 def lines_backwards(path: Path, end: int | None = None) -> Iterator[bytes]:
     """A file's lines up to `end`, the last one first, without their ends; nothing of a file that is not there."""
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        file = open(path, "rb", opener=plain)  # noqa: SIM115
     except FileNotFoundError:
         return
     with file:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 
+from launcher.plain_files import read_json
 from launcher.planning.memory import keeps_freed
 from launcher.runs.layout import RunDirectory
 
@@ -26,7 +26,7 @@ docs/benchmarks/allocator.md has what both take and hold."""
 def variables(run: RunDirectory) -> dict[str, str]:
     """Of the environment of ranks on a CPU: ROOMY where the forecast says that there is room, LEAN where there is not, or nobody knows."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        forecast = json.loads(run.forecast_file.read_text(encoding="utf-8"))
+        forecast = read_json(run.forecast_file)
         highest = max(phase["live"] for phase in forecast["phases"].values())
         return dict(ROOMY if keeps_freed(highest, forecast["memory_bytes"]) else LEAN)
     return dict(LEAN)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.planning.plan import Plan
+from launcher.redaction import is_variable_of_secret, redact, redact_all
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
 from launcher.runs.secret import NAME as SECRET_NAME
@@ -29,7 +30,6 @@ _LOOPBACK, _IS_UP = "lo", 1
 _PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MALLOC", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
 _NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
-_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
 
 
@@ -108,11 +108,11 @@ def loopback() -> str:
 def public(variables: dict[str, str]) -> dict[str, str]:
     """The part of an environment that matters to a run and holds no secret, in the order of its names."""
     matters = {name: value for name, value in variables.items() if name in _NAMES or name.split("_")[0] in _PREFIXES | _MORE_PREFIXES}
-    kept = {name: value for name, value in matters.items() if not _SECRET.search(name)}
-    return {name: _PASSWORD_IN_URL.sub("://***@", value) for name, value in sorted(kept.items())}
+    kept = {name: value for name, value in matters.items() if not is_variable_of_secret(name)}
+    return {name: redact(_PASSWORD_IN_URL.sub("://***@", value), variables) for name, value in sorted(kept.items())}
 
 
 def write_command(path: Path, command: list[str], variables: dict[str, str]) -> None:
     """Write command.json: what was started, where, and with which environment."""
-    content = {"command": command, "directory": str(Path.cwd()), "environment": public(variables)}
+    content = {"command": redact_all(command), "directory": str(Path.cwd()), "environment": public(variables)}
     write_atomically(path, json.dumps(content, indent=2) + "\n")

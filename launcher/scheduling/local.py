@@ -21,6 +21,7 @@ from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import oom_kills, signal_name
+from launcher.runs.sharing import set_umask
 from launcher.runs.status import last_step
 from launcher.runs.tail import last_record
 from launcher.scheduling.command import agent_command, environment, write_command
@@ -44,6 +45,7 @@ def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: in
     Raises RunInUseError where another process works in the run, ConfigurationError where the system allows it too little.
     """
     screen, signals = Screen(watch or Watcher()), Signals()
+    set_umask(plan.share_with_group)
     with run.lock():
         if run.finished:
             screen.say(f"{shown(run.path)} is finished; there is nothing to do")

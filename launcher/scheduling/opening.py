@@ -14,6 +14,7 @@ from launcher.job.load import load
 from launcher.job.schema import Job, node_range
 from launcher.job.script import load as load_for_script
 from launcher.job.script import without_placeholders
+from launcher.plain_files import read_json
 from launcher.planning.changes import Change, check
 from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import Forecast, Trace
@@ -21,11 +22,14 @@ from launcher.planning.plan import Plan
 from launcher.planning.preflight import preflight
 from launcher.planning.script import plan as decide_script
 from launcher.planning.sharding import only_deepspeed
+from launcher.redaction import secret_arguments
 from launcher.render.files import NAMES, files
 from launcher.render.place import Place
 from launcher.render.write import write
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.sharing import set_umask, share
+from launcher.scheduling.plan_file import read_plan, write_plan
 from launcher.scheduling.script import write_configuration
 
 
@@ -50,12 +54,13 @@ def open_run(
     job = load_job(job_file, overrides, script)
     run = RunDirectory((directory or Path("runs") / job.name).absolute())
     if run.plan_file.exists():
-        _refuse_another_script(Plan.read(run.plan_file), script)
+        _refuse_another_script(read_plan(run), script)
         return run, _go_on(run, job, nproc, local)
     if run.path.exists() and (not run.path.is_dir() or any(path.name != ".lock" for path in run.path.iterdir())):
         raise ConfigurationError(Problem("--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"))
     plan = decide_for(job, nproc, script, local, trace)
     made = preflight(job, plan, run.path, local, force, trace)
+    set_umask(plan.share_with_group)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
         _write_forecast(run, plan, made)
@@ -75,14 +80,14 @@ def _write_forecast(run: RunDirectory, plan: Plan, made: Forecast | None) -> Non
 def expectation(run: RunDirectory) -> str:
     """One line of what the run was expected to need and to do; empty where nothing is known."""
     try:
-        return str(json.loads(run.forecast_file.read_text(encoding="utf-8"))["line"])
+        return str(read_json(run.forecast_file)["line"])
     except (OSError, ValueError, KeyError):
         return ""
 
 
 def reopen(run: RunDirectory, overrides: list[str], nproc: int | None, local: bool = True) -> Plan:
     """The plan of `launcher resume`: the job as it is in the run directory, with `overrides`."""
-    return _go_on(run, load_job(run.job_file, overrides, Plan.read(run.plan_file).script), nproc, local)
+    return _go_on(run, load_job(run.job_file, overrides, read_plan(run).script), nproc, local)
 
 
 def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
@@ -90,7 +95,7 @@ def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
 
     Called by whoever holds the run's lock. Raises ConfigurationError where no number of nodes up to that will do.
     """
-    stored = Plan.read(run.plan_file)
+    stored = read_plan(run)
     low, high = node_range(stored.slurm.nodes or stored.mesh.nodes)
     if num_nodes == stored.mesh.nodes or (num_nodes > high and stored.mesh.nodes == high):
         return stored
@@ -128,10 +133,18 @@ def decide_for(job: Job, nproc: int | None, script: tuple[str, ...] | None, loca
 def load_job(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
     """The job in a file, or of a script. Raises ConfigurationError with every problem."""
     if script:
+        _refuse_secrets(script)
         return load_for_script(job_file, overrides, Path(script[0]))
     if job_file is None:
         raise ConfigurationError(Problem("JOB", None, "name a job file, or a script of your own with --script"))
     return load(job_file, overrides)
+
+
+def _refuse_secrets(script: tuple[str, ...]) -> None:
+    """A script's arguments stand in plan.json and on the command lines of its processes, which others can see."""
+    reason = "looks like a secret, which others would read in the run directory and in `ps`; have the script read it from the environment"
+    if found := secret_arguments(script[1:]):
+        raise ConfigurationError([Problem(f"--script: {name}", None, reason) for name in found])
 
 
 def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None:
@@ -145,13 +158,17 @@ def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None
 def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
     """The stored plan where nothing was asked to change, so that a resumed run is bit-equal; else a new one, compared with it."""
     with run.lock():
-        stored = Plan.read(run.plan_file)
+        stored = read_plan(run)
+        set_umask(stored.share_with_group)
         same_ranks = nproc is None or nproc == stored.mesh.ranks_per_node
         if same_ranks and job.model_dump() == load_job(run.job_file, [], stored.script).model_dump() and _devices_are_there(stored, local):
             return stored
         plan = _decide_again(job, nproc, stored, local)
         _refuse_quiet_fallback(job, stored, plan)
         found = check(stored, plan)
+        if plan.share_with_group and not stored.share_with_group:
+            set_umask(True)
+            share(run.path)
         _write_forecast(run, plan, preflight(job, plan, run.path, local, force=True))
         _write(run, job, plan)
         if found:
@@ -171,7 +188,7 @@ def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
         content = without_placeholders(content)
         write_configuration(run, plan)
     write_atomically(run.job_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    write_atomically(run.plan_file, plan.to_json())
+    write_plan(run, plan)
 
 
 def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import by_failure_class
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
 from launcher.runs import prepared
@@ -29,7 +30,7 @@ def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: 
         for record in read(scratch.events_file):
             for said in prepared.lines(record):
                 watcher.say(said)
-        result: dict[str, Any] = json.loads((scratch.path / answer).read_text(encoding="utf-8"))
+        result: dict[str, Any] = read_json(scratch.path / answer)
         return result
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 from pathlib import Path
 
 from launcher.errors import DataError
 from launcher.job.paths import saved_splits
+from launcher.plain_files import read_json
 from launcher.sources.readers import READERS
 
 
@@ -37,7 +37,7 @@ def _saved(directory: Path, split: str) -> list[Path]:
         raise DataError(f"{directory} has no split {split!r}; it has {', '.join(splits)}")
     state = (directory / split if splits else directory) / "state.json"
     try:
-        content = json.loads(state.read_text(encoding="utf-8"))
+        content = read_json(state)
         files = [state.parent / file["filename"] for file in content["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{state} is not what save_to_disk writes: {error}") from None

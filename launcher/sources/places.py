@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launcher.errors import DataError
+from launcher.plain_files import plain
 from launcher.sources.parts import LINE_BYTES, Part, Seen, places_for
 from launcher.sources.readers import PlainTabs, json_rows, names_of_columns, only_column, table_reader, table_rows, text_rows
 from launcher.sources.rows import Read, Values
@@ -108,7 +109,7 @@ def _look(path: Path, layout: _Layout, size: int, span: float, places: int, phas
     """So many bytes, as many in each of some places, that long rows are no more likely than short ones; the first row where none
     begins there."""
     found, stride, each = _Found(), size / places, max(1, int(span / places))
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain) as file:
         for place in range(places):
             start = layout.begin + int(place * stride + phase * (stride - each))
             found.add(file, layout, start, start + each)
@@ -125,7 +126,7 @@ def _layout(path: Path, columns: Sequence[str]) -> _Layout:
     if kind not in (".csv", ".tsv"):
         return _Layout(json_rows)
     dialect = csv.excel if kind == ".csv" else PlainTabs
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain) as file:
         lines = _Lines(file)
         first: list[str] = next(filter(None, table_reader(_decoded(lines), dialect, strict=False)), [])
     names = names_of_columns(path, first, columns)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
+from launcher.plain_files import plain
 from launcher.sources.arrow import no_column, num_arrow_rows, num_parquet_rows, read_arrow, read_parquet
 from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, WRITTEN_MISSING, Read, RowProblem, Values, required
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
     """One JSON object a line; lines of white space are not rows."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain) as file:
         yield from json_rows(file)
 
 
@@ -83,7 +84,7 @@ class PlainTabs(csv.excel_tab):
 
 
 def _read_table(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) -> Read:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=plain) as file:
         yield from table_rows(file, path, columns, dialect)
 
 
@@ -141,7 +142,7 @@ def _table_row(header: list[str], fields: list[str]) -> Values:
 def read_text(path: Path, columns: Sequence[str]) -> Read:
     """One sample a line, under the name of the one column asked for."""
     column = only_column(path, columns)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain) as file:
         yield from text_rows(file, column)
 
 

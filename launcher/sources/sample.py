@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.errors import DataError
 from launcher.job.schema import Source
+from launcher.plain_files import plain
 from launcher.sources.files import find_files
 from launcher.sources.groups import look_in_groups, look_in_table
 from launcher.sources.parts import Part, Seen
@@ -96,7 +97,7 @@ def _counted(path: Path, lines_too: bool) -> int | None:
 
 def _num_lines(path: Path) -> int:
     number, last = 0, b"\n"
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain) as file:
         while block := file.read(_BLOCK):
             number += block.count(b"\n")
             last = block[-1:]

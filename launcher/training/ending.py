@@ -52,7 +52,7 @@ class EarlyEnd:
         """What a checkpoint keeps of it."""
         return {"best": self._patience.best, "num_worse": self._patience.num_worse} if self._patience else {}
 
-    def restore(self, extra: dict[str, Any]) -> None:
+    def restore(self, best: float | None, num_worse: int) -> None:
         """Go on from a checkpoint's."""
         if self._patience:
-            self._patience.best, self._patience.num_worse = extra.get("best"), extra.get("num_worse", 0)
+            self._patience.best, self._patience.num_worse = best, num_worse

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.machine import Machine
@@ -71,7 +72,7 @@ class Foreseen:
     def _expected(self) -> dict[str, Any]:
         """By the forecast, of the same kind as what is measured; empty where there was none of this plan."""
         try:
-            forecast = json.loads(self._run.forecast_file.read_text(encoding="utf-8"))
+            forecast = read_json(self._run.forecast_file)
             if forecast.get("digest") != Plan.read(self._run.plan_file).digest():
                 return {}
             live = {name: phase["live"] for name, phase in forecast["phases"].items()}

@@ -16,6 +16,7 @@ from torch import distributed
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Model
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
@@ -35,7 +36,7 @@ from launcher.training.tasks.task import Task
 
 def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Evaluate what request.json names and write evaluation.json: {"before": {metric: value}, "after": {metric: value}}."""
-    request = json.loads((scratch.path / "request.json").read_text(encoding="utf-8"))
+    request = read_json(scratch.path / "request.json")
     if plan.data.evaluation is None:
         raise ConfigurationError(Problem("data.evaluation", None, "nothing to measure on; name held-out rows in the job file"))
     run = Path(request["run"]) if request["run"] else None

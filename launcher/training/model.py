@@ -8,7 +8,6 @@ cut: every repeated layer becomes a unit of its own, for any architecture, and t
 from __future__ import annotations
 
 import contextlib
-import errno
 import fnmatch
 import hashlib
 from collections.abc import Callable, Iterator
@@ -62,10 +61,10 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
                 revision=plan.model.revision or "main",
                 **source,
             )
-        except (OSError, ValueError, ImportError) as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        except Exception as error:
+            if (reason := pretrained.why_not_read(error)) is None:
                 raise
-            raise ConfigurationError(Problem("model.name", plan.model.name, pretrained.first_line(error))) from None
+            raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     device = torch.device("cpu") if plan.offload == "parameters" else _device(plan.mesh)
     if plan.mesh.world_size == 1 or device != _device(plan.mesh):
         model.to(device)

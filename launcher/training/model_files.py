@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils.hub import HF_MODULES_CACHE
 
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz", ".index.json")
@@ -87,7 +88,7 @@ def name_own_code(target: Path, plan: Plan) -> None:
         path = target / name
         if not path.is_file():
             continue
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         references = content.get("auto_map")
         if isinstance(references, dict):
             changed = {key: _without_repository(value, f"{plan.model.name}--", target) for key, value in references.items()}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -98,6 +101,23 @@ def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
     except (OSError, ValueError, ImportError, AttributeError) as error:
         reason = f"its own code ({reference}) cannot be used: {first_line(error)}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+
+
+def why_not_read(error: Exception) -> str | None:
+    """Why a model's weights could not be read, in our words; None where that is no fault of its files."""
+    if isinstance(error, pickle.UnpicklingError):
+        # torch goes on to say how to run what stands there; nobody should.
+        return (
+            "its weights are a pickle (pytorch_model.bin) that is damaged, or holds more than tensors, as code; nothing of it was run. "
+            "Take the model's safetensors files, or have whoever made it save them"
+        )
+    if isinstance(error, SafetensorError):
+        return f"one of its safetensors files is damaged or cut off ({first_line(error)}); fetch it again"
+    if isinstance(error, EOFError) or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)):
+        return f"one of its weight files is damaged or cut off ({first_line(error)}); fetch it again"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return None
+    return first_line(error) if isinstance(error, (OSError, ValueError, ImportError)) else None
 
 
 def first_line(error: BaseException) -> str:

@@ -69,7 +69,7 @@ def leave(code: int, part: bool = True) -> NoReturn:
 
 def _redirect(log: Path) -> None:
     """Send everything this process prints, native libraries included, to its own log."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(descriptor, 1)

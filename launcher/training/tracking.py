@@ -14,6 +14,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from launcher.planning.plan import Plan
+from launcher.redaction import redact_all
 from launcher.runs import events
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Journal:
 
     def event(self, path: Path, name: str, **fields: Any) -> None:
         """Append an event with the time it happened."""
-        self.append(path, {"time": round(time.time(), 3), "event": name, **fields})
+        self.append(path, {"time": round(time.time(), 3), "event": name, **redact_all(fields)})
 
 
 class Trackers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import distributed
 
 from launcher.errors import DivergedError, StorageError
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
@@ -32,6 +32,7 @@ from launcher.training.loss_check import check_loss
 from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
 from launcher.training.recording import Recorder
+from launcher.training.resumed import TrainerState
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.tracking import Journal
@@ -244,12 +245,12 @@ class Trainer:
         if progress is None:
             return
         self.engine.loaded()
-        extra = progress.extra
+        kept = TrainerState.of(progress, self.run.checkpoint(progress.step).name)
         self.event("resumed", step=progress.step, checkpoint=self.run.checkpoint(progress.step).name)
-        evaluation = extra.get("metrics", {}), extra.get("evaluated_step", progress.step)
-        self.state = State(progress.step, progress.samples, progress.tokens, extra.get("num_skipped_in_a_row", 0), *evaluation)
-        self.loss_scale = LossScale(self.loss_scale.used, extra["loss_scale"], extra["good_steps"])
-        self.early_end.restore(extra)
+        evaluated_step = progress.step if kept.evaluated_step is None else kept.evaluated_step
+        self.state = State(progress.step, progress.samples, progress.tokens, kept.num_skipped_in_a_row, kept.metrics, evaluated_step)
+        self.loss_scale = LossScale(self.loss_scale.used, kept.loss_scale, kept.good_steps)
+        self.early_end.restore(kept.best, kept.num_worse)
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""
@@ -313,7 +314,7 @@ class Trainer:
 
 def _deepspeed_config(run: RunDirectory) -> dict[str, Any]:
     """What the run's rendered configuration says: what was shown is what runs."""
-    config: dict[str, Any] = json.loads((run.rendered / "ds_config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(run.rendered / "ds_config.json")
     return config
 
 

@@ -15,8 +15,9 @@ from launcher.cli.app import command
 from launcher.cli.main import COMMANDS, available
 from launcher.job import check
 from launcher.job.describe import keys
-from launcher.job.load import parse, validate, without
+from launcher.job.load import validate, without
 from launcher.job.problems import refused
+from launcher.job.yaml_text import parse
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

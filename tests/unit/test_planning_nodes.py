@@ -21,6 +21,7 @@ from launcher.planning.outlook import look, scaled
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.opening import fit_to_nodes, open_run
+from launcher.scheduling.plan_file import write_plan
 from tests.unit.test_planning_alternatives import SEVENTY
 from tests.unit.test_planning_footprint import LLAMA
 from tests.unit.test_planning_search import decided, job_of
@@ -204,11 +205,11 @@ def test_going_on_in_a_range_keeps_engine_and_cut_and_never_copies_alone(tmp_pat
     wide = {"nodes": 4, "world_size": 8, "replicate": 4, "shard": 2}
     batch = {"data_parallel_size": 8, "micro_batch_size": 1, "accumulation_steps": 3}
     older = plan.model_copy(update={"mesh": plan.mesh.model_copy(update=wide), "batch": plan.batch.model_copy(update=batch)})
-    run.plan_file.write_text(older.to_json())
+    write_plan(run, older)
     again = open_run(tmp_path / "job.yaml", ["checkpoint.keep_last=5"], None, tmp_path / "run", local=False)[1]
     assert again.mesh.shard > 1 and (again.engine, again.sharding) == ("fsdp", "full")
     asked = ["parallel.engine=deepspeed", "parallel.shard=gradients"]
     zero = open_run(tmp_path / "job.yaml", asked, None, tmp_path / "other", local=False)[1]
-    run.plan_file.write_text(zero.to_json())
+    write_plan(run, zero)
     kept = open_run(tmp_path / "job.yaml", ["checkpoint.keep_last=6"], None, tmp_path / "run", local=False)[1]
     assert (kept.engine, kept.sharding) == ("deepspeed", "gradients")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from launcher.planning.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, Rates, path
-from launcher.scheduling import opening
-from launcher.scheduling.opening import expectation, open_run, reopen
+from launcher.scheduling import opening, plan_file
+from launcher.scheduling.opening import expectation, fit_to_nodes, open_run, reopen
+from launcher.scheduling.plan_file import write_plan
 
 SMALL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -119,7 +122,7 @@ def test_the_cut_that_was_chosen_stays(job: Path) -> None:
     """Figures of the machine that were measured since would have another one chosen."""
     run, plan = open_run(job, [], 2, None)
     cut = plan.mesh.model_copy(update={"reshard_after_forward": False})
-    run.plan_file.write_text(plan.model_copy(update={"sharding": "gradients", "mesh": cut}).to_json())
+    write_plan(run, plan.model_copy(update={"sharding": "gradients", "mesh": cut}))
     changed = reopen(run, ["checkpoint.keep_last=5"], None)
     assert changed.sharding == "gradients" and not changed.mesh.reshard_after_forward and changed.checkpoint.keep_last == 5
     copies = reopen(run, ["parallel.replicate=2"], None)
@@ -130,12 +133,12 @@ def test_an_engine_that_was_chosen_stays_until_something_else_is_asked_for(job: 
     """As where FSDP did not fit and ZeRO did: memory that is free today would have another one chosen."""
     run, plan = open_run(job, [], 2, None)
     chosen = open_run(job, ["parallel.engine=deepspeed", "parallel.shard=gradients"], 2, Path("other"))[1]
-    run.plan_file.write_text(chosen.to_json())
+    write_plan(run, chosen)
     changed = reopen(run, ["checkpoint.keep_last=5"], None)
     assert (changed.engine, changed.sharding) == ("deepspeed", "gradients") and changed.checkpoint.keep_last == 5
     asked = reopen(run, ["parallel.engine=fsdp"], None)
     assert (asked.engine, asked.sharding) == ("fsdp", "full")
-    run.plan_file.write_text(plan.to_json())
+    write_plan(run, plan)
     assert reopen(run, ["parallel.engine=auto", "parallel.shard=optimizer"], None).engine == "deepspeed"
 
 
@@ -200,7 +203,7 @@ def test_a_run_under_way_is_left_alone(job: Path) -> None:
 def test_gpus_that_are_gone_are_no_reason_for_the_cpu(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, plan = open_run(job, ["cluster.gpus_per_node=auto"], None, None)
     on_gpus = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"device": "cuda"})})
-    run.plan_file.write_text(on_gpus.to_json())
+    write_plan(run, on_gpus)
     monkeypatch.setattr(hardware, "find_gpus", lambda: ((), "no driver"))
     with pytest.raises(ConfigurationError, match=r"cluster\.gpus_per_node=0"):
         reopen(run, [], None)
@@ -243,3 +246,54 @@ def test_with_a_trace_a_run_is_what_the_plan_with_a_trace_shows(job: Path, monke
     monkeypatch.setattr(hardware.Hardware, "detect", classmethod(lambda cls: hardware.Hardware(2, 1 << 18)))
     with pytest.raises(OutOfMemoryError, match="--force"):
         open_run(job, [], 1, Path("large"), trace=trace)
+
+
+def test_a_plan_changed_by_hand_is_refused_by_key_with_the_way_on(job: Path, tmp_path: Path) -> None:
+    run, plan = open_run(job, [], 2, tmp_path / "run")
+    text = run.plan_file.read_text()
+    content = json.loads(text)
+    content["training"]["learning_rate"] = 5.0
+    content["checkpoint"]["keep_last"] = 7
+    run.plan_file.write_text(json.dumps(content))
+    for go_on in (lambda: reopen(run, [], None), lambda: open_run(job, [], 2, run.path), lambda: fit_to_nodes(run, 1)):
+        with pytest.raises(ConfigurationError, match="was changed by hand") as caught:
+            go_on()
+        assert {problem.key: problem.value for problem in caught.value.problems} == {
+            "plan.json: training.learning_rate": 5.0,
+            "plan.json: checkpoint.keep_last": 7,
+        }
+        assert "--set KEY=VALUE" in str(caught.value) and "launcher wrote 2" in str(caught.value)
+    run.plan_file.write_text(json.dumps(json.loads(text)))
+    assert reopen(run, [], None) == plan, "white space is no change"
+
+
+def test_a_crash_between_the_copy_and_the_plan_is_no_change_by_hand(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, plan = open_run(job, [], 2, tmp_path / "run")
+    before = run.plan_file.read_text()
+    reopen(run, ["checkpoint.keep_last=5"], None)
+    run.plan_file.write_text(before)  # the new copy is there, the new plan is not
+    assert reopen(run, [], None).checkpoint.keep_last in (plan.checkpoint.keep_last, 5)
+    (run.path / plan_file.COPY).unlink()
+    run.plan_file.write_text(plan.model_copy(update={"grace_seconds": 1.0}).to_json())
+    reopen(run, [], None)  # a run of before there was a copy
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "\0", "[" * 100_000, '{"format": 1, "mesh": 3}', "\xff"])
+def test_what_is_no_plan_is_said_to_be_none(job: Path, tmp_path: Path, text: str) -> None:
+    run, _ = open_run(job, [], 2, tmp_path / "run")
+    run.plan_file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigurationError, match="no plan that launcher wrote"):
+        reopen(run, [], None)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_is_as_private_as_the_umask_says_or_open_to_the_group(job: Path, tmp_path: Path, shared: bool) -> None:
+    before = os.umask(0o077)
+    try:
+        run, _ = open_run(job, [f"cluster.share_with_group={str(shared).lower()}"], 2, tmp_path / "runs" / "mine")
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in (run.path, *run.path.rglob("*"))}
+        assert modes == ({0o750, 0o640} if shared else {0o700, 0o600})
+        reopen(run, ["cluster.share_with_group=true"], None)
+        assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (run.path, *run.path.rglob("*"))} == {0o050, 0o040}
+    finally:
+        os.umask(before)

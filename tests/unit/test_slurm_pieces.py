@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -21,7 +22,7 @@ from launcher.runs.events import append, event, read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.scheduling.screen import Screen, Watcher
-from launcher.scheduling.slurm import after, client, network, queue, snapshot
+from launcher.scheduling.slurm import after, client, network, queue, script_files, snapshot
 from launcher.scheduling.slurm.allocation import (
     Allocation,
     Assignment,
@@ -423,20 +424,68 @@ def test_the_code_of_a_run_is_a_copy_once_for_each_version(run: RunDirectory) ->
     assert done.stdout.startswith(str(first))
 
 
+def copied_names(script: Path) -> set[str]:
+    return {str(path.relative_to(script.parent)) for path in script.parent.rglob("*") if path.is_file()}
+
+
 def test_a_script_is_copied_with_what_belongs_to_it(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "mine"
     (folder / "parts").mkdir(parents=True)
-    for name in ("train.py", "parts/model.py", "weights.bin"):
+    for name in ("train.py", "parts/model.py", "weights.bin", "config.yaml", ".hidden.py"):
         (folder / name).write_text(name)
+    (folder / "parts/model.py").chmod(0o755)
+    sources = {"train.py", "parts/model.py", "config.yaml"}
     copied = snapshot.of_script(run, folder / "train.py")
-    assert sorted(path.name for path in copied.parent.rglob("*.*")) == ["model.py", "train.py"]
+    assert copied_names(copied) == sources
+    assert snapshot.left_out(run) == [
+        "'.hidden.py': a dot-file",
+        "'weights.bin': not known to git, and none of .py .json .yaml .yml .toml .txt",
+    ]
+    assert os.access(copied.parent / "parts/model.py", os.X_OK) and not os.access(copied.parent / "config.yaml", os.X_OK)
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
-    (folder / ".gitignore").write_text("*.bin\n")
-    (folder / "config.yaml").write_text("a: 1")
-    copied = snapshot.of_script(run, folder / "train.py")
-    assert {path.name for path in copied.parent.rglob("*") if path.is_file()} == {"model.py", "train.py", "config.yaml", ".gitignore"}
-    monkeypatch.setattr(snapshot, "_LARGEST_BYTES", 3)
+    (folder / ".gitignore").write_text("*.log\n")
+    (folder / "noise.log").write_text("ignored")
+    (folder / "data.txt").write_text(" " * ((1 << 20) + 1))
+    subprocess.run(["git", "-C", str(folder), "add", "weights.bin"], check=True)
+    assert copied_names(snapshot.of_script(run, folder / "train.py")) == {*sources, "weights.bin"}
+    assert snapshot.left_out(run)[-1] == "'data.txt': not known to git, and larger than 1 MiB"
+    monkeypatch.setattr(script_files, "_LARGEST_BYTES", 30)
     with pytest.raises(ConfigurationError, match="lie beside it"):
+        snapshot.of_script(run, folder / "train.py")
+    monkeypatch.setattr(script_files, "_MOST_FILES", 3)
+    shutil.rmtree(folder / ".git")
+    with pytest.raises(ConfigurationError, match="more than 3 files lie beside it"):
+        snapshot.of_script(run, folder / "train.py")
+
+
+@pytest.mark.parametrize("with_git", [False, True])
+def test_no_secret_and_nothing_from_outside_reaches_the_copy_of_a_script(run: RunDirectory, tmp_path: Path, with_git: bool) -> None:
+    folder, outside = tmp_path / "mine", tmp_path / "shadow.txt"
+    folder.mkdir()
+    outside.write_text("root:x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/key.py").write_text("root:x")
+    (folder / "train.py").write_text("import helper")
+    (folder / "helper.py").write_text("pass")
+    (folder / "same.py").symlink_to("helper.py")
+    (folder / ".env").write_text("HF_TOKEN=abcdefgh")
+    (folder / "env.txt").symlink_to(".env")
+    (folder / "settings.json").write_text('{"key": "hf_abcdefghijklmnopqrstuvwxyz"}')
+    (folder / "shadow.txt").symlink_to(outside)
+    (folder / "away").symlink_to(tmp_path / "elsewhere")
+    (folder / "gone.py").symlink_to("nowhere.py")
+    (folder / "loop.py").symlink_to("loop.py")
+    os.mkfifo(folder / "pipe.txt")
+    if with_git:
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        subprocess.run(["git", "-C", str(folder), "add", "-f", ".env", "shadow.txt", "settings.json", "helper.py"], check=True)
+    copied = snapshot.of_script(run, folder / "train.py")
+    assert copied_names(copied) == {"train.py", "helper.py", "same.py"}
+    text = "\n".join(snapshot.left_out(run))
+    assert all(name in text for name in (".env", "env.txt", "away", "settings.json", "shadow.txt", "gone.py", "loop.py"))
+    assert "a link that leads out of the folder" in text and "holds what looks like a secret" in text
+    (folder / "train.py").write_text("login(token='hf_abcdefghijklmnopqrstuvwxyz')")
+    with pytest.raises(ConfigurationError, match=r"train.py.*secret; set it in the environment"):
         snapshot.of_script(run, folder / "train.py")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.plain_files import read_json
 from launcher.runs import secret
 from launcher.runs.layout import RunDirectory, write_atomically
 
@@ -97,7 +98,7 @@ def claim(run: RunDirectory, allocation: Allocation) -> None:
 def is_claimed_by_another(run: RunDirectory, allocation: Allocation) -> bool:
     """Whether a later allocation has claimed the run."""
     try:
-        return bool(json.loads((run.path / "slurm" / _CLAIM).read_text(encoding="utf-8")) != [allocation.job_id, allocation.restart])
+        return bool(read_json(run.path / "slurm" / _CLAIM) != [allocation.job_id, allocation.restart])
     except (OSError, ValueError):
         return False
 
@@ -110,7 +111,7 @@ def refuse(run: RunDirectory, allocation: Allocation) -> None:
 
 def _is_refused(run: RunDirectory, allocation: Allocation) -> bool:
     try:
-        return bool(json.loads((run.path / "slurm" / _REFUSED).read_text(encoding="utf-8")) == [allocation.job_id, allocation.restart])
+        return bool(read_json(run.path / "slurm" / _REFUSED) == [allocation.job_id, allocation.restart])
     except (OSError, ValueError):
         return False
 
@@ -135,7 +136,7 @@ def begin_attempt(run: RunDirectory, assignment: Assignment) -> int:
 def read_assignment(run: RunDirectory, number: int) -> Assignment | None:
     """What an attempt's head wrote; None for an attempt that Slurm did not start."""
     try:
-        content = json.loads((run.attempt(number) / FILE).read_text(encoding="utf-8"))
+        content = read_json(run.attempt(number) / FILE)
         return Assignment(**{**content, "hosts": tuple(content["hosts"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launcher.plain_files import read_json
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import newest_checkpoint
 from launcher.scheduling.slurm.allocation import read_assignment
@@ -36,7 +37,7 @@ def read_outcome(run: RunDirectory, number: int) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.errors import LauncherError, RunInUseError
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
 from launcher.runs.aside import within
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import IGNORED_VARIABLE, oom_kills
+from launcher.runs.sharing import set_umask
 from launcher.scheduling.command import Meeting, agent_command, environment, write_command
 from launcher.scheduling.limits import raise_open_files
 from launcher.scheduling.local import conclude, outcome
@@ -118,6 +120,7 @@ def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meetin
     if len(hosts) > 1:
         interface, address = network.choose(hosts, 0, plan.slurm.interface, os.environ)
         port = network.free_port(allocation.first_port, address)
+    set_umask(plan.share_with_group)
     number = begin_attempt(
         run, Assignment(allocation.job_id, allocation.restart, hosts, address, port, checkpoint_step(run), round(time.time(), 3))
     )
@@ -154,6 +157,7 @@ def _follow(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         print(f"{os.uname().nodename}: nothing to do here", flush=True)
         return 0
     plan = Plan.read(run.plan_file)
+    set_umask(plan.share_with_group)
     killed_before = oom_kills()
     try:
         interface, own = network.choose(assignment.hosts, allocation.node_index, plan.slurm.interface, os.environ)
@@ -219,7 +223,7 @@ def _reports(run: RunDirectory, number: int, num_nodes: int) -> list[bool]:
     paths = [run.attempt(number) / f"node-{node}.json" for node in range(1, num_nodes)]
     while not all(path.exists() for path in paths) and time.monotonic() < until:
         time.sleep(0.1)
-    return [json.loads(path.read_text(encoding="utf-8"))["out_of_memory_killer"] for path in paths if path.exists()]
+    return [read_json(path)["out_of_memory_killer"] for path in paths if path.exists()]
 
 
 def _why(run: RunDirectory, end: End, code: int) -> str:

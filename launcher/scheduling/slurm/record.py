@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import RunInUseError, SchedulerError
+from launcher.plain_files import read_json
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.records import made_of
 from launcher.scheduling.slurm.queue import OVER, Entry, queue
 
 
@@ -30,7 +32,7 @@ class JobRecord:
     def read(cls, run: RunDirectory) -> JobRecord | None:
         """The record of a run; None for one that was never submitted."""
         try:
-            return cls(**json.loads((folder(run) / "job.json").read_text(encoding="utf-8")))
+            return made_of(cls, read_json(folder(run) / "job.json"))
         except (OSError, ValueError, TypeError):
             return None
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import launcher
-from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.scheduling.slurm.script_files import choose
 
-_LARGEST_BYTES = 64 << 20
+LEFT_OUT = "left-out.txt"
+_MOST_NAMED = 1000
 _SCRIPT = "script"
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git")
 
@@ -37,30 +38,39 @@ def _copied(source: Path, target: Path, name: str) -> Path:
 
 
 def of_script(run: RunDirectory, script: Path) -> Path:
-    """A copy of a training script with what lies beside it, below RUN/code; the copy's own path.
+    """A copy of a training script with what `choose` takes of its folder, below RUN/code; the copy's own path.
 
-    In a git repository that is what git tracks, and what it does not ignore, of the script's folder; elsewhere its Python files.
-    Raises ConfigurationError where that is too much to be code.
+    What was left out is named, with the reason, in RUN/code/left-out.txt. Raises ConfigurationError as `choose` does.
     """
-    folder = script.parent
-    files = _known_to_git(folder) or [path.relative_to(folder) for path in sorted(folder.rglob("*.py"))]
-    files = sorted({*files, Path(script.name)})
-    sizes = sum((folder / file).stat().st_size for file in files)
-    if sizes > _LARGEST_BYTES:
-        reason = f"{sizes >> 20} MiB lie beside it, which are copied with it; put it into a folder with its own code only"
-        raise ConfigurationError(Problem("--script", str(script), reason))
+    chosen = choose(script)
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file).encode() + b"\0" + (folder / file).read_bytes() + b"\0")
+    for file, (content, _) in chosen.files.items():
+        digest.update(str(file).encode(errors="surrogateescape") + b"\0" + content + b"\0")
     target = run.path / "code" / f"script-{digest.hexdigest()[:12]}"
     if not target.exists():
         made = target.with_name(f".{target.name}.new")
         shutil.rmtree(made, ignore_errors=True)
-        for file in files:
+        for file, (content, executable) in chosen.files.items():
             (made / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / file, made / file)
+            descriptor = os.open(made / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777 if executable else 0o666)
+            with open(descriptor, "wb") as copy:
+                copy.write(content)
         made.rename(target)
+    lines = [f"{str(file)!r}: {reason}\n" for file, reason in chosen.left_out.items()]
+    write_atomically(run.path / "code" / LEFT_OUT, "".join(lines[:_MOST_NAMED]) + (_more(lines) if len(lines) > _MOST_NAMED else ""))
     return target / script.name
+
+
+def _more(lines: list[str]) -> str:
+    return f"and {len(lines) - _MOST_NAMED:,} more\n"
+
+
+def left_out(run: RunDirectory) -> list[str]:
+    """A line for each file that the newest copy of the script does without, and why; none where it has no script."""
+    try:
+        return (run.path / "code" / LEFT_OUT).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def keep_script(run: RunDirectory, plan: Plan) -> None:
@@ -75,13 +85,3 @@ def as_submitted(run: RunDirectory, plan: Plan) -> Plan:
     if not plan.script or not note.exists():
         return plan
     return plan.model_copy(update={"script": (note.read_text(encoding="utf-8").strip(), *plan.script[1:])})
-
-
-def _known_to_git(folder: Path) -> list[Path]:
-    """Files below `folder` that belong to a git repository; none where there is no git, or no repository."""
-    command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "."]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [Path(name) for name in listed.split("\0") if name and (folder / name).is_file()]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.load import parse
+from launcher.job.yaml_text import parse
 
 _RANGE = re.compile(r"^\s*(\S+?)\s*\.\.\s*(\S+?)\s*(?::\s*(log|linear)\s*)?$")
 _MOST_POINTS = 1000

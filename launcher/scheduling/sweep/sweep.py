@@ -12,6 +12,7 @@ import yaml
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs.halving import SWEEP_FILE
 from launcher.runs.layout import RunDirectory, write_atomically
@@ -65,9 +66,13 @@ class Sweep:
     def read(cls, path: Path) -> Sweep:
         """The sweep in a directory. Raises ConfigurationError where there is none."""
         try:
-            content = json.loads((path / SWEEP_FILE).read_text(encoding="utf-8"))
-            return cls(path.absolute(), tuple(map(tuple, content["points"])), content["metric"], content["nproc"])
-        except (OSError, ValueError, KeyError):
+            content = read_json(path / SWEEP_FILE)
+            points, metric, nproc = content["points"], content["metric"], content["nproc"]
+            words = [word for point in points for word in point] if isinstance(points, list) else [None]
+            if not all(isinstance(word, str) for word in [metric, *words]) or not isinstance(nproc, (int, type(None))):
+                raise ValueError("not as it was written")
+            return cls(path.absolute(), tuple(map(tuple, points)), metric, nproc)
+        except (OSError, ValueError, KeyError, TypeError):
             raise ConfigurationError(Problem("SWEEP", str(path), "no sweep there: it has no sweep.json that can be read")) from None
 
     def run(self, number: int) -> RunDirectory:

@@ -14,10 +14,12 @@ import torch
 from typing_extensions import Buffer
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem, StorageError
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import Stored as StoredCheckpoint
 from launcher.runs.checkpoints import look, newest_valid, verify
 from launcher.runs.layout import RunDirectory, sync_directory
+from launcher.runs.sharing import set_umask
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Alone, Entry, ExportDtype, Merged, Stored, Weights
 from launcher.training.model_files import kept
@@ -58,6 +60,7 @@ def export(
     weights = _weights(run, CheckpointReader(chosen.directory), dtype, adapter)
     # peft reads one file.
     shards = [weights.entries()] if adapter else _shards(weights.entries(), max_shard_bytes)
+    set_umask(run.plan_file.is_file() and Plan.read(run.plan_file).share_with_group)
     temporary = out.with_name(f".{out.name}.export-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
@@ -169,7 +172,7 @@ def _set_dtype(config_file: Path, shards: list[list[Entry]]) -> None:
     floating = [entry for shard in shards for entry in shard if entry.dtype.is_floating_point]
     if not floating:
         return
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     config.pop("torch_dtype", None)
     config["dtype"] = str(max(floating, key=lambda entry: entry.num_bytes).dtype).removeprefix("torch.")
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from launcher.errors import CheckpointError
+from launcher.plain_files import read_json
 
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -103,7 +103,7 @@ def _brief(error: BaseException) -> str:
 def trainer_step(directory: Path) -> int | None:
     """The step in the trainer_state.json that Hugging Face's Trainer writes beside a checkpoint; None without one."""
     try:
-        found = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        found = read_json(directory / "trainer_state.json")["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, int) else None

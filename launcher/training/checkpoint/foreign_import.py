@@ -19,6 +19,7 @@ from launcher.runs import retention
 from launcher.runs.checkpoints import FileRecord, Manifest, Progress, list_checkpoints
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
+from launcher.runs.sharing import set_umask
 from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.checkpoint.foreign import Foreign, ForeignTensor, open_foreign
 from launcher.training.checkpoint.foreign_names import expected, matched
@@ -89,6 +90,7 @@ def write(run: RunDirectory, plan: Plan, prepared: Prepared, report: Report = la
     Raises CheckpointError where the source breaks off, StorageError where the disk does not take it.
     """
     refuse_used(run)
+    set_umask(plan.share_with_group)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     retention.remove_leftovers(run)
     attempt = run.checkpoints / f"{retention.ATTEMPT_PREFIX}{prepared.step:08d}-{secrets.token_hex(6)}"

@@ -6,6 +6,7 @@ themselves are never unpickled: where their elements are follows from the archiv
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import mmap
 import os
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from launcher.errors import CheckpointError
+from launcher.plain_files import plain, read_bytes
 from launcher.training.checkpoint.storage import METADATA_NAME
 
 _ALLOWED = {
@@ -42,31 +44,80 @@ _ALLOWED = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
 }
 _LOCAL_HEADER_BYTES = 30
+_LARGEST_METADATA_BYTES = 8 << 30
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Makes instances of the allowed classes, and never hands out a class itself: a pickle could set attributes of it, in this process."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self._makers: dict[tuple[str, str], type] = {}
+
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
+            if (module, name) not in self._makers:
+                self._makers[module, name] = _maker(super().find_class(module, name))
+            return self._makers[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         raise CheckpointError(f"{METADATA_NAME} names {module}.{name}, which no checkpoint needs; it is refused unread")
 
 
+def _maker(made: Any) -> type:
+    """A class that lives as long as one unpickler, and makes what `made` makes: of a dataclass bare instances, which pickles fill."""
+    bare = dataclasses.is_dataclass(made)
+
+    def make(_: type, *arguments: Any) -> Any:
+        if bare and arguments:
+            raise CheckpointError(f"{METADATA_NAME} calls {made.__name__}, which is only ever filled in")
+        return object.__new__(made) if bare else made(*arguments)
+
+    return type(made.__name__, (), {"__new__": make, "__slots__": ()})
+
+
 def read_metadata(directory: Path) -> Metadata:
     """DCP's description of a checkpoint. Raises CheckpointError where it cannot be read, or is anything else."""
     try:
-        content = (directory / METADATA_NAME).read_bytes()
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        content = read_bytes(directory / METADATA_NAME, _LARGEST_METADATA_BYTES)
+        metadata = _MetadataUnpickler(content).load()
+        problem = _what_is_wrong(metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{directory}/{METADATA_NAME}: {error.strerror}") from None
     except Exception as error:
         raise CheckpointError(f"{directory}/{METADATA_NAME} is garbled: {error}") from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{directory}/{METADATA_NAME} does not describe a checkpoint")
+    if problem:
+        raise CheckpointError(f"{directory}/{METADATA_NAME} does not describe a checkpoint: {problem}")
     return metadata
+
+
+def _what_is_wrong(metadata: Any) -> str:
+    """Why these objects do not describe a checkpoint, though each is of an allowed class; empty where they do."""
+    if (
+        not isinstance(metadata, Metadata)
+        or not isinstance(metadata.storage_data, dict)
+        or not isinstance(metadata.state_dict_metadata, dict)
+    ):
+        return "it is something else"
+    for name, tensor in metadata.state_dict_metadata.items():
+        if not isinstance(tensor, TensorStorageMetadata):
+            continue
+        size, stored = tensor.size, 0
+        if not isinstance(tensor.properties.dtype, torch.dtype) or not isinstance(size, torch.Size):
+            return f"{name} has no dtype or no shape"
+        for chunk in tensor.chunks:
+            ends = zip(chunk.offsets, chunk.sizes, size, strict=True)
+            if not all(begin >= 0 and length >= 0 and begin + length <= whole for begin, length, whole in ends):
+                return f"a piece of {name} lies outside of it"
+            stored += chunk.sizes.numel()
+            info = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if chunk.sizes.numel() and not (isinstance(info, _StorageInfo) and info.offset >= 0 and info.length > 0):
+                return f"it is not said where a piece of {name} is"
+        if stored != size.numel():
+            return f"the pieces of {name} are not the whole of it"
+    return ""
 
 
 class _View(io.RawIOBase):
@@ -142,7 +193,7 @@ class CheckpointReader:
             offset, size = _locate(content[info.offset : info.offset + info.length])
             if size != chunk.sizes.numel() * dtype.itemsize:
                 raise ValueError(f"{size} bytes stored for {tuple(chunk.sizes)} of {dtype}")
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{self.directory}/{info.relative_path}: {name}: {error}") from None
         return torch.frombuffer(content, dtype=dtype, count=chunk.sizes.numel(), offset=info.offset + offset).view(chunk.sizes)
 
@@ -186,6 +237,6 @@ class CheckpointReader:
         if file_name not in self._maps:
             if Path(file_name).name != file_name:
                 raise CheckpointError(f"{self.directory}/{METADATA_NAME} points outside: {file_name}")
-            with open(self.directory / file_name, "rb") as file:
+            with open(self.directory / file_name, "rb", opener=plain) as file:
                 self._maps[file_name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file_name]

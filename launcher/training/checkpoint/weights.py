@@ -144,8 +144,10 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
     try:
         with Changes.of(plan, kind, config).in_place():
             return kind.from_pretrained(plan.model.name, config=config, dtype=dtype, revision=plan.model.revision or "main")
-    except (OSError, ValueError, ImportError) as error:
-        reason = f"the weights beside which it was trained cannot be read: {pretrained.first_line(error)}"
+    except Exception as error:
+        if (why := pretrained.why_not_read(error)) is None:
+            raise
+        reason = f"the weights beside which it was trained cannot be read: {why}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     finally:
         noise.setLevel(level)

@@ -22,7 +22,7 @@ def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
     One block is on its way to the disk while the next is made and hashed.
     """
     digest, total = xxhash.xxh3_128(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         writer = _Writer(descriptor)
         with ThreadPoolExecutor(1, "checkpoint-writer") as thread:

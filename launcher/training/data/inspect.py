@@ -11,6 +11,7 @@ import numpy as np
 
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.schema import Source
+from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
@@ -30,7 +31,7 @@ _ROUND = (1, 2, 5)
 
 def inspect(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Prepare what request.json names, and write data.json: {"datasets": [what became of each, with samples where they are asked for]}."""
-    request = json.loads((scratch.path / "request.json").read_text(encoding="utf-8"))
+    request = read_json(scratch.path / "request.json")
     if "evaluation" not in request["roles"]:
         plan = plan.model_copy(update={"data": plan.data.model_copy(update={"evaluation": None})})
     plan = pretrained.settled(plan)

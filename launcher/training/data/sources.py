@@ -13,6 +13,7 @@ import xxhash
 
 from launcher.errors import DataError
 from launcher.job.schema import Source
+from launcher.plain_files import plain, read_json
 from launcher.runs.layout import write_atomically
 from launcher.sources.files import find_files
 from launcher.sources.readers import COUNTED, READERS
@@ -85,7 +86,7 @@ def hash_file(path: Path) -> SourceFile:
     size = num_lines = 0
     last = b"\n"
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=plain) as file:
             while block := file.read(BLOCK):
                 blocks.append(xxhash.xxh3_64_hexdigest(block))
                 size += len(block)
@@ -122,7 +123,7 @@ def refuse_change(record: Path, report: DataReport) -> None:
     if not record.exists():
         write_atomically(record, json.dumps(now) + "\n")
         return
-    began = json.loads(record.read_text(encoding="utf-8"))
+    began = read_json(record)
     if began["source_hash"] != now["source_hash"]:
         raise DataError(f"{_change(began['files'], report.files)}; put it back as it was, or begin a new run")
     if began["samples_hash"] != now["samples_hash"]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from launcher.errors import ConfigurationError, LauncherError, Problem
+from launcher.plain_files import read_json
 from launcher.runs import cache
 
 
@@ -89,7 +90,7 @@ def _convert(gguf_file: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, **settings)
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(target)
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config = read_json(target / "config.json")
     config.pop("_model_name_or_path", None)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     target.chmod(0o755)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Data
+from launcher.plain_files import read_json
 from launcher.sources.chats import is_learned, is_parts, messages_of, tools_of
 from launcher.sources.rows import BAD_VALUE, RowProblem
 from launcher.training.tasks.encoding import Written
@@ -218,7 +218,7 @@ def _known_ends(tokenizer: Any) -> list[str]:
                 or path
             )
     try:
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = read_json(path).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
         return found
     ids = ids if isinstance(ids, list) else [ids]

@@ -1,0 +1,93 @@
+"""Reading files that anybody may have put there: plain ones only, never longer than they can be, never a traceback.
+
+A pipe in the place of a file would hold its reader for ever, a device would never end, and a text of brackets alone would use up the
+interpreter's stack.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+LARGEST_TEXT_BYTES = 64 << 20
+"""What launcher, or a tool of others, writes as one text is far below it."""
+DEEPEST = 100
+"""Levels of sections and lists in each other; what copies and writes them takes up to six calls a level, of a thousand."""
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def plain(path: str, flags: int) -> int:
+    """Open a plain file, for `open(..., opener=plain)`; never wait for the other end of a pipe. Raises OSError for all else."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            check_plain(path, Path(path).stat().st_mode)
+        raise
+    try:
+        check_plain(path, os.fstat(descriptor).st_mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_plain(path: str | os.PathLike[str], mode: int) -> None:
+    """Raise OSError, with what it is, unless the mode is that of a plain file."""
+    kind = stat.S_IFMT(mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"is {_KINDS.get(kind, 'something else')}, where a plain file is needed", os.fspath(path))
+
+
+def read_bytes(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> bytes:
+    """The content of a plain file. Raises OSError, also where it has more than `most` bytes."""
+    with open(path, "rb", opener=plain) as file:
+        content: bytes = file.read(most + 1)
+    if len(content) > most:
+        limit = f"{most >> 20} MiB" if most >> 20 else f"{most >> 10} KiB"
+        raise OSError(errno.EFBIG, f"is larger than {limit}, which no such file is", os.fspath(path))
+    return content
+
+
+def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> str:
+    """The text of a plain file in UTF-8. Raises OSError, UnicodeDecodeError."""
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_json(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> Any:
+    """The values in a JSON file. Raises OSError, and ValueError for what is not JSON, or is nested beyond any sense."""
+    return parse_json(read_text(path, most))
+
+
+def parse_json(text: str) -> Any:
+    """The values in a text. Raises ValueError for what is not JSON, or is nested beyond any sense."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} levels deep") from None
+    if text.count("[") + text.count("{") > DEEPEST and too_deep(content):
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
+    return content
+
+
+def too_deep(content: Any) -> bool:
+    """Whether sections and lists stand in each other more than DEEPEST levels deep."""
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, (dict, list))
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, (dict, list))
+        ]
+        if depth > DEEPEST:
+            return True
+    return False

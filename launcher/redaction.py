@@ -1,0 +1,90 @@
+"""Secrets, known by what they look like, by the name they are given to, and as values of this environment; what is shown instead.
+
+Whatever is written or shown goes through `redact`: events, failures, command.json, JSON on stdout, error messages. What a user
+writes into a job file or a script's arguments is refused where it `holds_secret`, as it would be copied into run directories.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HIDDEN = "***"
+_LOOKS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|A[KS]IA[0-9A-Z]{12,}|sk-(?=[\w-]*\d)[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|xox[abeprs]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|AIza[\w-]{35}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{40,}|nvapi-[\w-]{20,})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----)?"
+    r"|(?<=://)[^/\s:@\"']+:[^/\s@\"']+(?=@)|(?<=[Bb]earer )[\w.~+/-]{16,}"
+)
+"""Tokens of Hugging Face, AWS, OpenAI and others, GitHub, GitLab, Slack, Google, npm, PyPI and NVIDIA, JSON Web Tokens, private keys,
+passwords in URLs, and what follows `Bearer`."""
+_WORDS = r"(?:API_?KEY|ACCESS_?KEY|SECRET|PASSW(?:OR)?D|PASSPHRASE|PRIVATE_?KEY|CREDENTIALS?|AUTH_?TOKEN|TOKEN(?!IZER|_TYPE|S\b))"
+_GIVEN = re.compile(
+    rf"(?P<name>(?<![A-Za-z0-9_])(?:[A-Z0-9_]*{_WORDS}[A-Z0-9_]*"
+    r"|(?:--?)?(?:(?:hub|hf|auth|access|api|wandb|github)[_-])?token|(?:--?)?(?:api|access|secret|private)[_-]?key|(?:--?)?(?:secret|password|passwd)))"
+    r"(?P<between>\s*=\s*|(?<=\s-token)\s+|(?<=--token)\s+|(?<=[_-]token)\s+|(?<=--api[_-]key)\s+|(?<=--password)\s+)"
+    r"(?P<value>[\"']?(?![$`/~<*\-])(?!(?:true|false|none|null|auto)\b)(?=[^\s\"',;]*[A-Za-z])[^\s\"',;]{6,})"
+)
+"""A name of a secret and what it is set to: `WANDB_API_KEY=...`, `--hub_token ...`; not `HF_TOKEN=$(cat file)`, a path, a number."""
+_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
+_SHORTEST = 8
+"""Shorter values of this environment, in characters, would be found where they only look alike."""
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text has something in it that looks like a secret, or a secret's name with its value."""
+    return bool(_LOOKS.search(text) or _GIVEN.search(text))
+
+
+@functools.cache
+def is_variable_of_secret(name: str) -> bool:
+    """Whether a variable of the environment is likely to hold a secret, by its name."""
+    return bool(_NAME.search(name))
+
+
+def secret_arguments(words: Sequence[str]) -> list[str]:
+    """Those of a command's words that are secrets, each by the option that it is given to."""
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        if _GIVEN.fullmatch(f"{before} {word}") or holds_secret(word):
+            name, equals, _ = word.partition("=")
+            option = before if before.startswith("-") and "=" not in before else "an argument"
+            found.append(name if equals and word.startswith("-") else option)
+    return list(dict.fromkeys(found))
+
+
+def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The text with `***` in the place of each secret: by its looks, by its name, or as the value of a variable with such a name."""
+    return _redact(text, _values(environment))
+
+
+def redact_all(content: Any) -> Any:
+    """The same values, lists and mappings with each text, and each key, redacted."""
+    return _redact_all(content, _values(os.environ))
+
+
+def _redact_all(content: Any, values: list[str]) -> Any:
+    if isinstance(content, str):
+        return _redact(content, values)
+    if isinstance(content, dict):
+        return {_redact(key, values) if isinstance(key, str) else key: _redact_all(value, values) for key, value in content.items()}
+    return [_redact_all(entry, values) for entry in content] if isinstance(content, (list, tuple)) else content
+
+
+def _redact(text: str, values: list[str]) -> str:
+    for value in values:
+        if value in text:
+            text = text.replace(value, HIDDEN)
+    return _GIVEN.sub(rf"\g<name>\g<between>{HIDDEN}", _LOOKS.sub(HIDDEN, text))
+
+
+def _values(environment: Mapping[str, str]) -> list[str]:
+    """What this environment keeps secret; a path leads to a secret, and is none."""
+    return [
+        value
+        for name, value in environment.items()
+        if is_variable_of_secret(name) and len(value) >= _SHORTEST and not value.startswith(("/", "~", "."))
+    ]

@@ -1,0 +1,118 @@
+"""What the files of a run hold, as records: what is not whole, or not of the kinds that launcher writes, is none.
+
+Files lie about for years, are edited by hand and cut by full disks. What reads them counts and formats their fields without
+asking again, so a field of another kind than its writer's makes a line as worthless as half a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_LARGEST = 1 << 62
+"""Beyond it a count is no count, and a time no date."""
+_Made = TypeVar("_Made")
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, float) or _count(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+
+
+def _time(value: Any) -> bool:
+    return _number(value) and 0 <= value < 1e11  # seconds since 1970 until the year 5138; no NaN
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_number, value.values()))
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_count, value.values()))
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _measures(value: Any) -> bool:
+    return isinstance(value, dict) and _number(value.get("tokens_per_second", 0)) and _numbers(value.get("phases") or {})
+
+
+def _failure(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, (value.get("failure_class"), value.get("cause"))))
+
+
+def _examples(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) and {"file", "line", "reason"} <= one.keys() for one in value)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"), _text),
+    **dict.fromkeys(("done", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"), _number),
+    **dict.fromkeys(("step", "first_step", "world_size", "attempt", "num_tokens", "num_samples", "num_items"), _count),
+    **dict.fromkeys(("rows_read", "rows_used", "num_cut"), _count),
+    "time": _time,
+    "metrics": _numbers,
+    "dropped": _counts,
+    "nodes": _texts,
+    "examples": _examples,
+    "measured": _measures,
+    "expected": _measures,
+    "failure": _failure,
+}
+"""The fields that are read by name."""
+_OR_NULL = dict.fromkeys(("total", "total_steps", "num_parameters", "flops_per_token", "peak_memory_bytes", "fill"), _number)
+_NEEDED = {
+    "prepared": ("role", "rows_read", "rows_used", "num_items", "num_tokens"),
+    "evaluated": ("time", "step", "metrics"),
+    "compared": ("measured", "expected"),
+    "failed": ("failure",),
+    **dict.fromkeys(("requeued", "gave_up", "cancelled"), ("time",)),
+}
+"""By event, the fields without which nothing can be said of it."""
+
+
+def parse(line: str | bytes) -> dict[str, Any] | None:
+    """The record in a line; None where the line is cut short, is no JSON object, or has a field of another kind than its writer's."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    for name, value in record.items():
+        if (holds := _FIELDS.get(name)) is not None:
+            if not holds(value):
+                return None
+        elif value is not None and (holds := _OR_NULL.get(name)) is not None and not holds(value):
+            return None
+    needed = _NEEDED.get(record.get("event", ""), ())
+    return record if all(name in record for name in needed) else None
+
+
+_KINDS = {"str": _text, "float": _number, "int": _count, "bool": _flag}
+
+
+def made_of(kind: type[_Made], content: Any) -> _Made:
+    """A dataclass of texts and numbers from what a JSON file holds. Raises TypeError where that has other fields, or other kinds."""
+    if not isinstance(content, dict):
+        raise TypeError(f"{type(content).__name__} in the place of a {kind.__name__}")
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        holds = _KINDS.get(str(field.type))
+        if holds and field.name in content and not holds(content[field.name]):
+            raise TypeError(f"{field.name} of a {kind.__name__} is a {type(content[field.name]).__name__}")
+    return kind(**content)

@@ -1,0 +1,35 @@
+"""What the trainer keeps in a checkpoint beside tensors and the step, held to its kinds when it is read back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from launcher.errors import CheckpointError
+from launcher.runs.checkpoints import MANIFEST_NAME, Count, Progress
+
+
+class TrainerState(BaseModel):
+    """`Progress.extra` as the trainer writes it; what others put there (`imported`) is left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    good_steps: Count
+    num_skipped_in_a_row: Count = 0
+    metrics: dict[str, float] = {}
+    evaluated_step: int | None = None
+    best: float | None = None
+    """Of early stopping: the best value of its metric so far."""
+    num_worse: Count = 0
+
+    @classmethod
+    def of(cls, progress: Progress, checkpoint: str) -> TrainerState:
+        """Raises CheckpointError, with every key, where a manifest that is whole says something else than the trainer does."""
+        try:
+            return cls.model_validate(progress.extra)
+        except ValidationError as error:
+            found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors(include_url=False))
+            reason = f"the state in {MANIFEST_NAME} (progress.extra) is none that a trainer wrote: {found}"
+            raise CheckpointError(f"{checkpoint}: {reason}; move the checkpoint away, and the one before it is taken") from None
