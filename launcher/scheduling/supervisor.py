@@ -199,7 +199,7 @@ class Supervisor:
                 self.screen.say(str(record["say"]))
             if "failure" in record:
                 self._failures.append(Failure(**record["failure"]))
-            self._exits += record.get("exits", [])
+            self._exits += [end for end in record.get("exits", []) if isinstance(end, dict)]
 
     def _stop_politely(self) -> None:
         """Tell the ranks how long they have, then ask each once, now or when it comes up."""
