@@ -303,6 +303,18 @@ def test_a_full_disk_takes_nothing_from_what_is_said(run: RunDirectory, monkeypa
     assert code == 9 and line.startswith("rank-lost: rank 1 on n1 after step 0: killed by signal 9")
 
 
+def test_a_disk_that_takes_nothing_is_not_waited_for(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    over, heard = threading.Event(), Heard()
+    monkeypatch.setattr(local, "write_atomically", lambda *arguments: over.wait(60))
+    monkeypatch.setattr(local, "_SHORT_SECONDS", 0.2)
+    screen = Screen(heard)
+    code = local.conclude(run, plan(), 1, end_of(forced="grace", signal_name="SIGTERM"), screen, False, Signals())
+    screen.close(code, 60)
+    over.set()
+    assert code == 130 and "the ranks had not saved" in heard.lines[0]
+    assert heard.lines[1:] == [f"warning: nothing of this could be written down: the run directory {run.path} does not answer"]
+
+
 def test_a_renamed_run_is_told_where_it_is_now(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt_directory(run)
     event(run.events_file, "started", attempt=1)
