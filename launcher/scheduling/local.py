@@ -91,8 +91,8 @@ def conclude(run: RunDirectory, plan: Plan, number: int, end: End, screen: Scree
         except BaseException as error:
             found.append(error)
 
-    is_hurried = end.is_disk_stuck or bool(end.forced)
-    within(_SHORT_SECONDS if is_hurried else _LONG_SECONDS, ask, (lambda: False) if is_hurried else signals.insisted)
+    # Reading has as long as writing, which comes after it and has a bound of its own.
+    within(2 * (_SHORT_SECONDS if end.is_hurried else _LONG_SECONDS), ask, (lambda: False) if end.is_hurried else signals.insisted)
     code = found[0] if found else StorageError(f"the run directory {shown(run.path)} does not answer: its storage hangs")
     if isinstance(code, int):
         return code
@@ -122,7 +122,8 @@ def outcome(run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen
     command, advice = going_on(run, plan, failure)
     failure = dataclasses.replace(failure, command=command, advice=advice)
     screen.say(failure.line())
-    _write_failure(run, number, failure)
+    if not within(_SHORT_SECONDS if end.is_hurried else _LONG_SECONDS, lambda: _write_failure(run, number, failure)):
+        screen.say(f"warning: nothing of this could be written down: the run directory {shown(run.path)} does not answer")
     return failure.exit_code
 
 

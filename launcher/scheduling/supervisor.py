@@ -99,6 +99,11 @@ class End:
     is_disk_stuck: bool = False
     """Whether the run's disk did not even answer to a last look."""
 
+    @property
+    def is_hurried(self) -> bool:
+        """Whether somebody waits for the end, or the disk is not worth waiting for."""
+        return self.is_disk_stuck or self.forced in ("second interrupt", "grace")
+
 
 class Supervisor:
     """One attempt's processes."""
@@ -164,7 +169,8 @@ class Supervisor:
         first = self.signals.first
         name = first[0].name if first else ""
         told = self._failures, self._exits, self.disk.missing, self.disk.place_now()
-        return End(agent.wait(), forced, name, set(self._events), self._grace, *told, is_disk_stuck=not looked)
+        code = agent.poll()
+        return End(-signal.SIGKILL if code is None else code, forced, name, set(self._events), self._grace, *told, is_disk_stuck=not looked)
 
     def also_read(self) -> None:
         """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""
@@ -199,7 +205,7 @@ class Supervisor:
                 self.screen.say(str(record["say"]))
             if "failure" in record:
                 self._failures.append(Failure(**record["failure"]))
-            self._exits += record.get("exits", [])
+            self._exits += [end for end in record.get("exits", []) if isinstance(end, dict)]
 
     def _stop_politely(self) -> None:
         """Tell the ranks how long they have, then ask each once, now or when it comes up."""
@@ -273,8 +279,9 @@ class Supervisor:
             kill_group(pid)
         if agent.poll() is None:
             kill_group(agent.pid)
-        agent.wait()
         deadline = time.monotonic() + 5
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel, as with a dead disk, does not even die
+            agent.wait(5)
         while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.02)
 

@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     rank = Rank(RunDirectory(options.run), options.attempt)
     stop = Stop(rank.run).install()
-    rank.begin()
     try:
+        rank.begin()
         plan = Plan.read(rank.run.plan_file)
         saving = Saving(rank.number)
         libraries.prepare(plan.mesh.device, Seen(rank.run, plan, rank.number).changes(), saving.changes(), meeting.changes())

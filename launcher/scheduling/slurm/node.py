@@ -91,6 +91,7 @@ def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
     with _lock(run):
         clock = Clock(allocation.raw_job_id).start()
         try:
+            run.clear_leftovers()
             raise_open_files(Plan.read(run.plan_file))
             plan, number, meeting = _begin(run, allocation)
         except LauncherError as error:
@@ -160,6 +161,7 @@ def _follow(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
     set_umask(plan.share_with_group)
     killed_before = oom_kills()
     try:
+        raise_open_files(plan)
         interface, own = network.choose(assignment.hosts, allocation.node_index, plan.slurm.interface, os.environ)
     except LauncherError as error:
         failures.record(run.attempt(number), allocation.node_index * plan.mesh.ranks_per_node, error)

@@ -94,7 +94,6 @@ class Failing:
         """That of `step` failed."""
         self._in_a_row += 1
         if self._in_a_row > 1:
-            since = f"nothing is saved {f'since step {self._good}' if self._good else 'yet'}"
-            tell(
-                say=f"warning: {self._in_a_row} saves in a row have failed, the last one at step {step} ({reason}); {since}; training goes on"
-            )
+            what = f"{self._in_a_row} saves in a row have failed, the last one at step {step} ({reason})"
+            lost = f"nothing is saved {f'since step {self._good}' if self._good else 'yet'}"
+            tell(say=f"warning: {what}; {lost}; training goes on")
