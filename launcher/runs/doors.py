@@ -16,6 +16,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""By which the libraries are told on which interface to listen."""
+_LOOPBACK, _IS_UP = "lo", 1
+"""The latter is IFF_UP of netdevice(7)."""
 _SO_ATTACH_FILTER = 26
 _LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _SOURCE_ADDRESS = 0xFFF00000 + 12
@@ -118,3 +122,12 @@ def strangers(ports: Collection[int]) -> set[int]:
 def callers(port: int) -> set[str]:
     """Addresses at the far ends of connections to a port."""
     return {one.far[0] for one in connections() if one.near[1] == port}
+
+
+def loopback() -> str:
+    """Name the interface that leads to this machine alone; empty where it is down. Untold, gloo goes by the machine's name."""
+    try:
+        is_up = int(Path("/sys/class/net", _LOOPBACK, "flags").read_text(encoding="ascii"), 16) & _IS_UP
+    except (OSError, ValueError):
+        return ""
+    return _LOOPBACK if is_up else ""

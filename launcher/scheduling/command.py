@@ -11,10 +11,9 @@ from pathlib import Path
 
 from launcher.planning.plan import Plan
 from launcher.redaction import is_variable_of_secret, redact, redact_all
+from launcher.runs import doors, secret
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
-from launcher.runs.secret import NAME as SECRET_NAME
-from launcher.runs.secret import SECRET_VARIABLE
 from launcher.scheduling import allocator, rendezvous
 from launcher.scheduling import script as scripts
 from launcher.scheduling.node_agent import NODE_VARIABLE
@@ -24,9 +23,6 @@ from launcher.scheduling.warm import VARIABLE as WARM_VARIABLE
 ENTRY = "launcher.training.entry"
 _TRAINER = "launcher.training.trainer"
 """What every rank imports, which takes seconds."""
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_LOOPBACK, _IS_UP = "lo", 1
-"""The latter is IFF_UP of netdevice(7)."""
 _PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MALLOC", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
 _NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
@@ -75,10 +71,10 @@ def _rendezvous(meeting: Meeting | None) -> list[str]:
 
 def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None) -> dict[str, str]:
     """What the agent and the ranks see."""
-    interface = loopback() if meeting is None else meeting.interface
-    network = dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}
+    interface = doors.loopback() if meeting is None else meeting.interface
+    network = dict.fromkeys(doors.INTERFACE_VARIABLES, interface) if interface else {}
     if meeting is not None:
-        network[SECRET_VARIABLE] = str(run.attempt(attempt) / SECRET_NAME)
+        network[secret.SECRET_VARIABLE] = str(run.attempt(attempt) / secret.NAME)
     on_cpu = allocator.variables(run) if plan.mesh.device == "cpu" else {}
     if plan.mesh.device == "cpu" and not plan.script:
         on_cpu[WARM_VARIABLE] = _TRAINER
@@ -94,15 +90,6 @@ def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | 
         **network,
         **(scripts.script_variables(run, plan, attempt) if plan.script else {}),
     }
-
-
-def loopback() -> str:
-    """The interface that leads to this machine alone, where it is up: else gloo and NCCL listen wherever the machine's name leads."""
-    try:
-        is_up = int(Path("/sys/class/net", _LOOPBACK, "flags").read_text(encoding="ascii"), 16) & _IS_UP
-    except (OSError, ValueError):
-        return ""
-    return _LOOPBACK if is_up else ""
 
 
 def public(variables: dict[str, str]) -> dict[str, str]:

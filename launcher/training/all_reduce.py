@@ -46,6 +46,7 @@ def add_up(backend: str, seconds: int) -> dict[str, float | str]:
 
     import torch
     import torch.distributed as distributed
+    from torch.distributed import distributed_c10d
 
     from launcher.training import closing
 
@@ -53,7 +54,7 @@ def add_up(backend: str, seconds: int) -> dict[str, float | str]:
     if backend == "nccl":
         torch.cuda.set_device(device)
     before = time.perf_counter()
-    closing.shut_behind(distributed.distributed_c10d)
+    closing.shut_behind(distributed_c10d)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=seconds)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from launcher.errors import StorageError
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Rates
-from launcher.training import products
+from launcher.training import closing, products
 from launcher.training.fresh import in_fresh_ranks, leave
 from launcher.training.precision import DTYPES
 
@@ -207,6 +207,7 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> No
     where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(where)
+    closing.stay_here()
     distributed.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     rows = []
     for num_bytes in MESSAGE_BYTES:

@@ -34,6 +34,14 @@ def shut_behind(distributed: ModuleType) -> None:
     group.__init__ = __init__
 
 
+def stay_here() -> None:
+    """Have the groups of this process, which are all of this machine, listen to it alone, and shut their ports."""
+    from torch.distributed import distributed_c10d  # not above: a script may set variables before it imports torch
+
+    os.environ.update(dict.fromkeys(doors.INTERFACE_VARIABLES, here) if (here := doors.loopback()) else {})
+    shut_behind(distributed_c10d)
+
+
 def _shut(new: list[doors.Listening]) -> None:
     """Raises RankLostError where somebody else was quicker than the ranks."""
     for one in new:

@@ -22,6 +22,8 @@ from torch import distributed
 from torch import multiprocessing as ranks_of
 from transformers.utils import logging
 
+from launcher.training import closing
+
 _OPTIONS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
 """What glibc's mallopt calls that which it reads from the environment when a process starts (mallopt(3), malloc.h)."""
 
@@ -59,6 +61,7 @@ def _rank(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    closing.stay_here()
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
     found = work(*arguments)

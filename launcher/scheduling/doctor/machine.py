@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import launcher
-from launcher.scheduling.command import INTERFACE_VARIABLES
+from launcher.runs.doors import INTERFACE_VARIABLES
 from launcher.scheduling.doctor.finding import Finding, failed, ok, warning
 from launcher.scheduling.slurm.network import interfaces, is_loopback
 

@@ -12,8 +12,8 @@ import threading
 import time
 from typing import Any
 
+from launcher.runs.doors import INTERFACE_VARIABLES
 from launcher.runs.secret import PREFIX_VARIABLE
-from launcher.scheduling.command import INTERFACE_VARIABLES
 
 SECONDS = 60
 """For the ranks to find each other and add up."""

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.scheduling.command import INTERFACE_VARIABLES
+from launcher.runs.doors import INTERFACE_VARIABLES
 
 _PORTS_TRIED = 200
 
