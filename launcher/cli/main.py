@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -101,6 +102,13 @@ def _start_fast() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
 
 
+def _print_anything() -> None:
+    """A character that the terminal's encoding lacks, or half of one, is escaped: what was to be said is not lost for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and leave the process with its exit code (see docs/reference/exit-codes.md)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -108,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(help_text(), end="")
         return
     _start_fast()
+    _print_anything()
     try:
         from launcher.cli.app import command
 

@@ -276,13 +276,13 @@ def check(name: str, spoilt: bytes, folder: Path, call: Callable[[list[str]], No
     path.write_bytes(spoilt)
     try:
         for command in target.commands:
-            out, err = io.StringIO(), io.StringIO()
+            out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
             began = time.monotonic()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limited(SECONDS), contextlib.suppress(SystemExit):
                 call(list(command))
             longest = max(longest, time.monotonic() - began)
-            (out.getvalue() + err.getvalue()).encode()
-            assert "Traceback" not in out.getvalue() + err.getvalue(), err.getvalue()
+            said = b"".join(stream.buffer.getvalue() for stream in (out, err))  # type: ignore[attr-defined]
+            assert b"Traceback" not in said, said
     finally:
         path.write_bytes(before)
     return longest
