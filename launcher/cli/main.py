@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -104,6 +105,13 @@ def _start_fast() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
 
 
+def _print_anything() -> None:
+    """A character that the terminal's encoding lacks, or half of one, is escaped: what was to be said is not lost for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and leave the process with its exit code (see docs/reference/exit-codes.md)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -111,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(help_text(), end="")
         return
     _start_fast()
+    _print_anything()
     try:
         from launcher.cli.app import command
 

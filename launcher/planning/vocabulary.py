@@ -16,6 +16,10 @@ _OF_OTHER_KINDS = re.compile(r"(image|audio|video|boi|eoi|boa|eoa)_")
 """Beginnings of the keys under which tokenizer_config.json names the tokens that stand for what is not text."""
 
 
+_MOST_IDS = 10_000_000
+"""Far beyond any tokenizer (the largest have 300,000 tokens)."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The tokens of a tokenizer by id."""
@@ -58,6 +62,8 @@ def _vocabulary(directory: str) -> Vocabulary | None:
     added |= {number: name for name, number in found["added_tokens.json"].items() if isinstance(number, int)}
     known = {*ids, *added.values()}
     num_ids = max([*ids.values(), *added]) + 1
+    if num_ids > _MOST_IDS or not all(isinstance(number, int) and number >= 0 for number in added):
+        raise ValueError("an id that no token has")
     # What the settings name and the vocabulary lacks is added when the tokenizer is made.
     for name in dict.fromkeys(_text(settings.get(key)) or _text(found["special_tokens_map.json"].get(key)) for key in _SPECIAL):
         if name and name not in known:

@@ -25,7 +25,8 @@ def line(record: dict[str, Any]) -> str:
 
 def packs(record: dict[str, Any]) -> str:
     """How many packs there are."""
-    return f"{record['num_items']:,} pack" + "s" * (record["num_items"] != 1)
+    number = record.get("num_items", 0)
+    return f"{number:,} pack" + "s" * (number != 1)
 
 
 def warning(record: dict[str, Any]) -> str | None:

@@ -77,7 +77,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 """The fields that are read by name."""
 _OR_NULL = dict.fromkeys(("total", "total_steps", "num_parameters", "flops_per_token", "peak_memory_bytes", "fill"), _number)
 _NEEDED = {
-    "prepared": ("role", "rows_read", "rows_used", "num_items", "num_tokens"),
+    "prepared": ("role", "rows_read", "rows_used", "num_tokens"),
     "evaluated": ("time", "step", "metrics"),
     "compared": ("measured", "expected"),
     "failed": ("failure",),

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +21,6 @@ from typing import Any
 import yaml
 
 from launcher.cli import main as cli
-from launcher.planning.plan import Plan
-from launcher.runs.checkpoints import Manifest
 from launcher.runs.layout import RunDirectory
 from tests.unit.checkpoint_files import make_run, write_checkpoint
 
@@ -269,23 +269,49 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def check(name: str, spoilt: bytes, folder: Path, call: Callable[[list[str]], None] = cli.main) -> float:
-    """Run every command that reads a target's spoilt file; the longest time that one took, in seconds. Raises what a user would see as a traceback."""
-    target = TARGETS[name]
-    path = folder / target.file
-    before, longest = path.read_bytes(), 0.0
+    """Run every command that reads a target's spoilt file; the longest time that one took, in seconds.
+
+    Raises what a user would see as a traceback.
+    """
+    path = folder / TARGETS[name].file
+    before = path.read_bytes()
     path.write_bytes(spoilt)
     try:
-        for command in target.commands:
-            out, err = io.StringIO(), io.StringIO()
-            began = time.monotonic()
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limited(SECONDS), contextlib.suppress(SystemExit):
-                call(list(command))
-            longest = max(longest, time.monotonic() - began)
-            (out.getvalue() + err.getvalue()).encode()
-            assert "Traceback" not in out.getvalue() + err.getvalue(), err.getvalue()
+        return max(_call(command, call) for command in TARGETS[name].commands)
     finally:
         path.write_bytes(before)
-    return longest
 
 
-__all__ = ["TARGETS", "Hung", "Manifest", "Plan", "check", "content_of", "make_folder", "spoil"]
+def check_replaced(name: str, kind: str, folder: Path) -> None:
+    """The same with a pipe, a socket, a device, a directory, or a link to one of them or to nothing, in the place of the file."""
+    path = folder / TARGETS[name].file
+    before = path.read_bytes()
+    path.unlink()
+    with contextlib.ExitStack() as stack:
+        stack.callback(path.write_bytes, before)
+        if kind == "directory":
+            path.mkdir()
+            stack.callback(path.rmdir)
+        else:
+            stack.callback(path.unlink)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "socket":
+            with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(path.name)
+        elif kind != "directory":
+            path.symlink_to({"device": "/dev/zero", "link to nothing": "nowhere", "link to itself": path.name}[kind])
+        for command in TARGETS[name].commands:
+            _call(command, cli.main)
+
+
+def _call(command: tuple[str, ...], call: Callable[[list[str]], None]) -> float:
+    """How long a command took, in seconds, which may refuse, and must not raise nor hang."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    began = time.monotonic()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limited(SECONDS), contextlib.suppress(SystemExit):
+        call(list(command))
+    taken = time.monotonic() - began
+    said = b"".join(stream.buffer.getvalue() for stream in (out, err))  # type: ignore[attr-defined]
+    assert b"Traceback" not in said, said
+    return taken

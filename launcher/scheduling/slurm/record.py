@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ def folder(run: RunDirectory) -> Path:
     return run.path / "slurm"
 
 
+_JOB_ID = re.compile(r"([0-9][0-9A-Za-z_.+-]*)?")
+
+
 @dataclass(frozen=True)
 class JobRecord:
     """What was submitted. `job_id` is empty between the question to Slurm and its answer."""
@@ -32,7 +36,8 @@ class JobRecord:
     def read(cls, run: RunDirectory) -> JobRecord | None:
         """The record of a run; None for one that was never submitted."""
         try:
-            return made_of(cls, read_json(folder(run) / "job.json"))
+            known = made_of(cls, read_json(folder(run) / "job.json"))
+            return known if _JOB_ID.fullmatch(known.job_id) else None
         except (OSError, ValueError, TypeError):
             return None
 
