@@ -6,9 +6,9 @@ from collections import deque
 from dataclasses import asdict
 from typing import Any
 
-from launcher.runs.beats import beats
 from launcher.runs.events import steps
 from launcher.runs.layout import RunDirectory
+from launcher.runs.places import ranks_of
 from launcher.runs.status import read_status
 from launcher.runs.tail import Tail
 from launcher.scheduling.slurm.view import view
@@ -45,7 +45,6 @@ class Watched:
         }
 
     def _ranks(self) -> list[dict[str, Any]]:
-        """Each rank's last beat, with how long after the first of them it came."""
-        found = beats(self.run.attempt(self.run.last_attempt()))
-        first = min((beat.time for beat in found), default=0.0)
-        return [{**asdict(beat), "behind_seconds": round(beat.time - first, 3)} for beat in found]
+        """Each rank as its supervisor saw it last, with how long it has shown no life."""
+        found = ranks_of(self.run.attempt(self.run.last_attempt()))
+        return [{**asdict(seen), "behind_seconds": seen.still_seconds} for seen in found]

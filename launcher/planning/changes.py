@@ -24,6 +24,7 @@ ALLOWED = (
     "num_data_workers",
     "trackers",
     "grace_seconds",
+    "hang_after",
     "length",
     "evaluate_every",
     "batch.micro_batch_size",

@@ -98,6 +98,7 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
         num_data_workers=num_workers,
         trackers=trackers,
         grace_seconds=job.cluster.grace,
+        hang_after=None if job.cluster.hang_after == "auto" else job.cluster.hang_after,
         length=length,
         batch=batch,
         mesh=mesh,

@@ -151,6 +151,8 @@ class Plan(Frozen):
     num_data_workers: int
     trackers: tuple[str, ...]
     grace_seconds: float
+    hang_after: float | Literal["off"] | None = None
+    """Seconds without a sign of life until a hang is suspected, in every phase; absent: each phase has its own."""
     length: Length
     batch: BatchPlan
     mesh: Mesh
@@ -185,6 +187,8 @@ class Plan(Frozen):
     def digest(self) -> str:
         """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
         kept: dict[str, Any] = self.model_dump(
-            mode="json", exclude_none=True, exclude={"decisions", "refused", "trackers", "grace_seconds", "checkpoint", "slurm"}
+            mode="json",
+            exclude_none=True,
+            exclude={"decisions", "refused", "trackers", "grace_seconds", "hang_after", "checkpoint", "slurm"},
         )
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

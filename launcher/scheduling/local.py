@@ -14,10 +14,10 @@ from launcher.planning.advice import less_memory
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
-from launcher.runs.beats import beats
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.places import ranks_of
 from launcher.runs.processes import oom_kills, signal_name
 from launcher.runs.status import last_record, last_step
 from launcher.scheduling.command import agent_command, environment, write_command
@@ -44,7 +44,7 @@ def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: in
         write_command(directory / "command.json", command, variables)
         event(run.events_file, "started", attempt=number, world_size=plan.mesh.world_size)
         killed_before = oom_kills()
-        supervisor = Supervisor(run, number, plan.grace_seconds, watcher)
+        supervisor = Supervisor(run, number, plan.grace_seconds, watcher, hang_after=plan.hang_after)
         watcher.begin(run, number)
         try:
             end = supervisor.supervise(command, variables)
@@ -116,6 +116,8 @@ def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory
         given = f"{seconds:.0f} s of grace ({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
         cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
         return _of_the_agent(Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT)
+    if end.forced == "hung" and end.hung is not None:
+        return end.hung
     found = failures.first(directory, out_of_memory_killer)
     if found is not None:
         return found
@@ -141,6 +143,6 @@ def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]
     command = f"launcher resume {shown(run.path)}"
     if failure.failure_class != OutOfMemoryError.failure_class or plan.script:
         return command, ""
-    peak = max((beat.memory_bytes for beat in beats(run.attempt(run.last_attempt()))), default=0)
+    peak = max((seen.memory_bytes for seen in ranks_of(run.attempt(run.last_attempt()))), default=0)
     advice = less_memory(plan, Hardware.detect(), peak)
     return f"{command} {advice.options}".rstrip(), advice.reason

@@ -23,12 +23,14 @@ from types import FrameType
 from typing import Any, Literal
 
 from launcher.runs.events import event
-from launcher.runs.failure import SIGNS_OF_FAILURE, write_grace
+from launcher.runs.failure import SIGNS_OF_FAILURE, Failure, write_grace
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import STOP_SIGNALS, alive, kill_group, parent_of
 from launcher.runs.tail import Tail
+from launcher.scheduling.hangs import Hangs
+from launcher.scheduling.watchdog import HangAfter
 
-Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded"]
+Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "hung"]
 EXIT_SECONDS = 30.0
 """Between the last word of a run (finished, stopped) and the end of its processes."""
 FAILURE_SECONDS = 3.0
@@ -96,6 +98,8 @@ class End:
     events: set[str] = field(default_factory=set)
     grace_seconds: float | None = None
     """What the ranks were given from the signal on, if one came."""
+    hung: Failure | None = None
+    """Why they were ended as hung, if they were."""
 
 
 class Supervisor:
@@ -103,7 +107,15 @@ class Supervisor:
 
     agent_log = "agent.log"
 
-    def __init__(self, run: RunDirectory, attempt: int, grace_seconds: float, watcher: Watcher, signals: Signals | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        attempt: int,
+        grace_seconds: float,
+        watcher: Watcher,
+        signals: Signals | None = None,
+        hang_after: HangAfter = None,
+    ) -> None:
         self.run, self.attempt, self.directory = run, attempt, run.attempt(attempt)
         self.grace_seconds = grace_seconds
         self.watcher = watcher
@@ -114,10 +126,11 @@ class Supervisor:
         self._asked: set[int] = set()
         self._failed_at: float | None = None
         self._ranks: dict[int, int] = {}
+        self.hangs = Hangs(run, attempt, self._ranks, hang_after)
 
     def supervise(self, command: list[str], variables: dict[str, str]) -> End:
         """Start the agent and stay until all is over; whatever happens here, no process is left."""
-        with self.signals.caught():
+        with self.signals.caught(), self.hangs.watching():
             agent = self._start(command, variables)
             try:
                 return self._watch(agent)
@@ -145,12 +158,14 @@ class Supervisor:
             self._ask_ranks()
             forced = self._reason_to_force()
             self._tick()
+            for line in self.hangs.said():
+                self.watcher.say(line)
         if forced:
             self._dump_stacks(forced)
             self._kill(agent)
         self._note_events()
         first = self.signals.first
-        return End(agent.wait(), forced, first[0].name if first else "", set(self._events), self._grace)
+        return End(agent.wait(), forced, first[0].name if first else "", set(self._events), self._grace, self.hangs.failure)
 
     def _look(self, agent: subprocess.Popen[bytes]) -> None:
         """Learn which ranks there are, what was written, and whether one has failed."""
@@ -209,6 +224,8 @@ class Supervisor:
         if self._failed_at is not None and now - self._failed_at > FAILURE_SECONDS:
             return "failure"
         first = self.signals.first
+        if first is None and self.hangs.failure is not None:
+            return "hung"
         return "grace" if first and now - first[1] > self._seconds_of_grace() else ""
 
     def _tick(self) -> None:

@@ -17,6 +17,7 @@ from launcher.runs import prepared
 from launcher.runs.failure import write_grace
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import HEARTBEAT
+from launcher.scheduling.hangs import Hangs
 from launcher.scheduling.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.scheduling.slurm.clock import Clock, lead_seconds
 from launcher.scheduling.slurm.history import read_outcome
@@ -41,6 +42,7 @@ class NodeSupervisor(Supervisor):
         super().__init__(run, attempt, plan.grace_seconds, Watcher(), signals)
         self._plan, self._clock, self._allocation, self._node = plan, clock, allocation, allocation.node_index
         self._number = attempt
+        self.hangs = Hangs(run, attempt, self._ranks, plan.hang_after, self._node, plan.mesh.nodes)
         self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
         self._looked_at = self._beat_at = 0.0
         self._superseded = self._decided = False
