@@ -427,7 +427,7 @@ class Cluster(Section):
     grace: Seconds = 30.0
     """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
     hang_after: HangAfter = "auto"
-    """Seconds (or 90s, 5min) without a sign of life until a hang is named; as long again, and it is ended. `auto`: by phase; `off`: never."""
+    """Seconds (or 90s, 5min) without life until a hang is named; as long again, and it is ended. `auto`: by phase; `off`: never."""
 
 
 def node_range(nodes: int | str) -> tuple[int, int]:

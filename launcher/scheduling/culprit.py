@@ -68,7 +68,7 @@ def _least_far(ranks: list[Seen]) -> list[Seen]:
 
 
 def _progress(seen: Seen) -> tuple[int, int, int]:
-    return seen.step, seen.count, PLACES.index(seen.place)
+    return seen.step, seen.done, PLACES.index(seen.place)
 
 
 def _group(ranks: list[Seen], words: Callable[[Seen], str], hosts: bool) -> str:

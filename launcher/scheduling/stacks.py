@@ -1,7 +1,8 @@
 """The stacks of ranks that do not move: asked for, read back, and what they end in.
 
 A rank has faulthandler write its stacks into its own memory on STACKS_SIGNAL (launcher/training/rank.py), behind the page in which it
-says where it is: no disk is in between. A process that is stopped, or blocked in the kernel, writes none: then the kernel's own word stands there.
+says where it is: no disk is between. A process that is stopped, or blocked in the kernel, writes none: then the kernel's own word stands
+there.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _py_spy(pid: int) -> str:
 
 
 def innermost(text: str) -> tuple[str, str]:
-    """The collective that the main thread waits in by faulthandler's text, empty where in none; and the innermost frame that tells something."""
+    """The collective that the main thread waits in, empty where it is in none, and its innermost telling frame, by faulthandler's text."""
     frames = _main_thread(text)
     waits_in = ""
     for file, _, function in frames[:_INNERMOST]:
