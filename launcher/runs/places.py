@@ -238,6 +238,16 @@ class Whereabouts(Page):
         """So many more bytes are written."""
         self._numbers[_SAVED_BYTES] += count
 
+    @property
+    def save_progress(self) -> tuple[str, int, str]:
+        """What the save does, how many bytes it has written, and to which file."""
+        return SAVE_STATES[self._numbers[_SAVE]], self._numbers[_SAVED_BYTES], self.text("save_detail")
+
+    @property
+    def last_save_seconds(self) -> float:
+        """What the last save took; 0 before the first."""
+        return self._floats[_LAST_SAVE]
+
     def save_took(self, seconds: float) -> None:
         """The last save took so long."""
         self._floats[_LAST_SAVE] = seconds

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.runs import prepared
+from launcher.runs import liveness, prepared
 from launcher.runs.events import read
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 from launcher.runs.processes import alive, started_at
@@ -50,6 +50,12 @@ class Status:
     command: str | None = None
     tokens_per_second: float | None = None
     checkpoint_age_seconds: float | None = None
+    step_age_seconds: float | None = None
+    """Since the last step of this attempt, while it runs."""
+    hang: str | None = None
+    """The line that names a hang, while one is suspected."""
+    straggler: str | None = None
+    """The line that names a slow rank."""
     last_word: str | None = None
     """Why it was requeued or given up, where that was decided for it."""
     job: str | None = None
@@ -82,7 +88,10 @@ def read_status(run: RunDirectory) -> Status:
         metrics=last.get("evaluated", {}).get("metrics"),
         checkpoint=str(newest) if newest else None,
         checkpoint_step=int(newest.name.removeprefix("step-")) if newest else None,
-        phase=last.get("phase", {}).get("phase") if state == "running" else None,
+        phase=liveness.phase(last, record) if state == "running" else None,
+        step_age_seconds=liveness.step_age(last, record) if state == "running" else None,
+        hang=liveness.suspicion(last) if state == "running" else None,
+        straggler=liveness.straggler(last) if state == "running" else None,
         process=holder(run) if state == "running" else None,
         signal=last.get("stopping", {}).get("signal") if state in ("stopped", "running") else None,
         failure=last["failed"]["failure"] if state == "failed" else None,
@@ -121,7 +130,7 @@ def _last_of_each(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     last: dict[str, dict[str, Any]] = {}
     for record in events:
         if record.get("event") == "started":
-            for name in ("phase", "stopping", "stopped", "failed", "training"):
+            for name in ("phase", "stopping", "stopped", "failed", "training", *liveness.OF_AN_ATTEMPT):
                 last.pop(name, None)
         last[record.get("event", "")] = record
     return last

@@ -251,6 +251,7 @@ class Trainer:
 
     def _save(self, wait: bool = False) -> None:
         """Save; `wait` until it is committed, and raise where it cannot be."""
+        here.at("staging")
         self.saving.done(self.state.step, time.monotonic())
         if self.recorder:
             self.recorder.saves()

@@ -24,7 +24,9 @@ from launcher.runs import retention
 from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, content_problems, list_checkpoints
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
+from launcher.runs.places import here
 from launcher.training.checkpoint.group import Ranks
+from launcher.training.checkpoint.patience import giving_up_seconds, told, wait_for
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks
 from launcher.training.checkpoint.writing import write_hashed
@@ -55,6 +57,8 @@ class _Save:
     layout: _Layout | None
     blocks: Blocks
     begin: float
+    staged: bool
+    """Whether what it writes is a copy, which stays as it is while training goes on."""
 
 
 def _key(tensors: Tensors) -> tuple[object, ...]:
@@ -99,6 +103,9 @@ class Checkpointer:
         self._num_saves = 0
         self._layout: _Layout | None = None
         self._thread: threading.Thread | None = None
+        self._save: _Save | None = None
+        self._given_up: _Save | None = None
+        self._lost = False
         self._succeeded = True
 
     def _prepare(self, read_only: bool) -> tuple[str, str]:
@@ -111,10 +118,17 @@ class Checkpointer:
         """Save the tensors (the same names on every rank) as the checkpoint of `progress.step`.
 
         Asynchronous, unless the job says otherwise or `wait` is set: when it returns the tensors may change. A save under way is
-        waited for first. False where this save is known to have failed: always known with `wait`; otherwise `finish` tells.
+        waited for first; one that hangs is given up after a bound, and nothing is saved until its storage answers. False where this save
+        is known to have failed: always known with `wait`; otherwise `finish` tells.
         """
         begin = time.perf_counter()
         self.finish()
+        if self._given_up is not None:
+            if self._rank == 0:
+                self._report_failure(
+                    progress.step, f"the storage still hangs that the save of step {self._given_up.progress.step} waits for"
+                )
+            return False
         self._num_saves += 1
         attempt = self._run.checkpoints / f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
         asynchronous = self._settings.asynchronous and not wait
@@ -126,19 +140,25 @@ class Checkpointer:
             blocks = self._staged(layout, tensors) if asynchronous else live
         except Exception as error:
             blocks = functools.partial(_refuse, describe(error))
-        save = _Save(progress.model_copy(deep=True), dict(metrics or {}), attempt, layout, blocks, begin)
-        if asynchronous:
-            self._thread = threading.Thread(target=self._write, args=(save,), name="checkpoint", daemon=True)
-            self._thread.start()
-            return True
-        self._write(save)
-        return self._succeeded
+        self._save = _Save(progress.model_copy(deep=True), dict(metrics or {}), attempt, layout, blocks, begin, asynchronous)
+        self._thread = threading.Thread(target=self._write, args=(self._save,), name="checkpoint", daemon=True)
+        self._thread.start()
+        return True if asynchronous else self.finish()
 
     def finish(self) -> bool:
-        """Wait for the save under way. Whether the last one succeeded."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait for the save under way, but not for ever. Whether the last one succeeded."""
+        if self._thread is not None and self._save is not None:
+            bound = 0.0 if self._given_up else giving_up_seconds(self._plan.hang_after, here.last_save_seconds)
+            ended = wait_for(self._thread, bound, self._rank, self._world_size)
+            if ended.where and self._given_up is None:
+                self._given_up, self._succeeded = self._save, False
+                if self._rank == 0:
+                    self._report_failure(self._save.progress.step, f"storage hangs: {ended.where}")
+            if ended.where:
+                return False
+            self._thread = self._save = self._given_up = None
+            if ended.lost(self._lost):
+                self._ranks, self._lost = Ranks(self._rank, self._world_size), False
         return self._succeeded
 
     def _planned(self, tensors: Tensors) -> _Layout:
@@ -166,21 +186,26 @@ class Checkpointer:
 
     def _write(self, save: _Save) -> None:
         """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
+        here.saving("writing", step=save.progress.step)
         problem, files = None, {}
         try:
             files = self._write_files(save)
         except Exception as error:
             problem = describe(error)
+        here.saving("waiting for the other ranks")
         try:
             gathered = self._ranks.all_gather((problem, files))
             failures = _failures([reason for reason, _ in gathered])
             records = {name: record for _, written in gathered for name, record in written.items()}
             reason = self._ranks.from_first(lambda: failures or self._commit(save, records))
         except Exception as error:
-            reason = f"the ranks lost each other: {describe(error)}"
+            reason, self._lost = f"the ranks lost each other: {describe(error)}", True
         self._succeeded = reason is None
         if reason is not None and self._rank == 0:
-            self._report_failure(save, reason)
+            shutil.rmtree(save.attempt, ignore_errors=True)
+            self._report_failure(save.progress.step, reason)
+        here.saving("")
+        here.save_took(time.perf_counter() - save.begin)
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
         save.attempt.mkdir(exist_ok=True)
@@ -189,13 +214,16 @@ class Checkpointer:
         blocks = save.blocks()
         if layout is None or layout.file.slots:
             name = layout.file.name if layout else "nothing"
-            files[name] = write_hashed(save.attempt / name, blocks)
+            files[name] = write_hashed(save.attempt / name, told(blocks, name))
         if self._rank == 0 and layout is not None:
             files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)]))
         return files
 
     def _commit(self, save: _Save, files: dict[str, FileRecord]) -> str | None:
         """Rank 0 alone. None, or why it could not be done."""
+        if save is self._given_up and not save.staged:
+            return "it was given up, and what it read has changed since"
+        here.saving("committing")
         try:
             manifest = self._manifest(save, files)
             retention.commit(self._run, save.attempt, manifest)
@@ -228,13 +256,12 @@ class Checkpointer:
         settings = self._settings
         retention.prune(self._run, settings.keep_last, settings.keep_best, settings.metric, known_good={step})
 
-    def _report_failure(self, save: _Save, reason: str) -> None:
-        shutil.rmtree(save.attempt, ignore_errors=True)
-        message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
+    def _report_failure(self, step: int, reason: str) -> None:
+        message = f"the checkpoint of step {step} could not be saved: {reason}; training goes on"
         with contextlib.suppress(OSError):  # where these lines go may be as full
             print(f"warning: {message}", file=sys.stderr, flush=True)
         try:
-            self._event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason)
+            self._event(self._run.events_file, "save_failed", step=step, reason=reason)
         except OSError as error:
             with contextlib.suppress(OSError):
                 print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
