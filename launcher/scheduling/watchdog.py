@@ -9,7 +9,6 @@ needs no second opinion.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections import deque
@@ -46,6 +45,8 @@ _READ_BYTES = 1 << 20
 _CPU_SHARE, _CPU_WINDOW_SECONDS = 0.1, 2.0
 _BUSY_SECONDS = 1800.0
 """So long computing alone is a sign of life: the process group gives up after as long, and a GPU's rank computes while it waits."""
+_BEFORE_THE_RANKS_MEET = {"starting", "preparing", "waiting for the preparation", "building operators"}
+"""Where nobody waits for another rank in a collective: computing is work for however long."""
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Stillness:
         if save != known.save:
             known.save, known.save_since = save, now
         return Seen(
-            **dataclasses.asdict(place),
+            **vars(place),
             phase=phase,
             still_seconds=round(now - known.since, 2),
             state=sight.state,
@@ -133,7 +134,8 @@ class Stillness:
             return False
         share = (sight.cpu_seconds - known.cpu_seconds) / (now - known.cpu_at)
         known.cpu_seconds, known.cpu_at = sight.cpu_seconds, now
-        return phase in ("start", "wait") and share > _CPU_SHARE and now - known.moved_at < _BUSY_SECONDS
+        lasts = place.place in _BEFORE_THE_RANKS_MEET or now - known.moved_at < _BUSY_SECONDS
+        return phase in ("start", "wait") and share > _CPU_SHARE and lasts
 
 
 @dataclass
@@ -174,6 +176,8 @@ class Judge:
     def _remember(self, now: float, first: Seen) -> None:
         """How long a step and a batch of an evaluation take, by rank 0: all ranks do the same."""
         before, place, step, done = self._last
+        if (place, step, done) == (first.place, first.step, first.done):
+            return
         self._last = (now, first.place, first.step, first.done)
         if first.step > step and first.step_seconds > 0:
             self._steps.append(first.step_seconds)
