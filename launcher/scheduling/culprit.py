@@ -58,8 +58,7 @@ def _culprits(ranks: list[Seen], unheard: set[str]) -> list[Seen]:
 def _is_waiting(seen: Seen) -> bool:
     if seen.phase == "wait":
         return True
-    # On a GPU the exchange is waited for in a copy of its result, which looks like no collective.
-    return seen.place == "exchange" or (seen.collective if seen.waits_in is None else bool(seen.waits_in))
+    return seen.collective or bool(seen.waits_in)
 
 
 def _least_far(ranks: list[Seen]) -> list[Seen]:

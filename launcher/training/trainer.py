@@ -200,8 +200,10 @@ class Trainer:
         more = torch.tensor(wishes + self.pace.share(), dtype=torch.float64, device=self.device)
         vector = torch.stack([loss_sum, squared_norm, *more])
         here.at("exchange")
+        here.waits(1)  # on a GPU the wait is in the copy of the result, which looks like no collective
         distributed.all_reduce(vector)
         loss, norm, stop, save, evaluation, *own = vector.tolist()
+        here.waits(-1)
         self.pace.take(own)
         return {"loss": loss, "squared_norm": norm, "stop": stop, "save": save, "evaluate": evaluation}
 

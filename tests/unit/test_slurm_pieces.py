@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from launcher.runs.beats import Beater, beats
 
 from launcher.errors import ConfigurationError, ControllerUnreachableError, RunInUseError, SchedulerError
-from launcher.runs.beats import Beater, beats
 from launcher.runs.events import append, event, read
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.slurm import after, client, network, queue, snapshot

@@ -308,11 +308,14 @@ def seen(rank: int, place: str = "forward", **more: Any) -> Seen:
             "nothing has moved for 31 s in preparing: rank 0 on n1 is stopped (SIGSTOP); rank 1 waits for the preparation",
         ),
         (
-            [seen(0, "waiting for the preparation", phase="wait", child="process 77"), seen(1, "waiting for the preparation", phase="wait")],
+            [
+                seen(0, "waiting for the preparation", phase="wait", child="process 77"),
+                seen(1, "waiting for the preparation", phase="wait"),
+            ],
             "rank 0 on n1 waits for process 77, which is stopped (SIGSTOP); rank 1 waits for the preparation",
         ),
         (
-            [seen(0, "exchange", waits_in=""), seen(1, "exchange", waits_in=None)],
+            [seen(0, "exchange", waits_in="", collective=True), seen(1, "exchange", waits_in=None, collective=True)],
             "ranks 0, 1 on 2 nodes wait in all_reduce (exchange, 2 of 8)",
         ),
     ],
