@@ -49,6 +49,7 @@ class Hangs:
         self._run, self._directory, self._ranks, self._node, self._nodes = run, run.attempt(attempt), ranks, node, nodes
         self._judge, self._stillness = Judge(hang_after), Stillness()
         self._hang_after = hang_after
+        self._host = os.uname().nodename
         self._lines: deque[str] = deque()
         self._over = threading.Event()
         self._files = _Files()
@@ -115,7 +116,7 @@ class Hangs:
         page, _ = self._pages[rank]
         if page is None:
             return None
-        place = page.read(rank, os.uname().nodename, pid)
+        place = page.read(rank, self._host, pid)
         moved = (place.place, place.count, place.step)
         seen = sight.look(pid, closely=moved == self._last.get(rank))
         self._last[rank] = moved
@@ -207,7 +208,7 @@ class Hangs:
         began, thread = self._asked
         if now - began > _SECONDS_FOR_STACKS:
             return True
-        others = [seen for seen in ranks if seen.host != os.uname().nodename]
+        others = [seen for seen in ranks if seen.host != self._host]
         return not thread.is_alive() and all(seen.waits_in is not None or seen.state == "T" for seen in others)
 
     def _say(self, ranks: list[Seen], unheard: list[str]) -> None:

@@ -30,7 +30,7 @@ _COLLECTIVE = re.compile(
 )
 _INNERMOST = 14
 """Frames in which a collective is looked for."""
-_NOT_TELLING = re.compile(r"/lib/python3[^/]*/(?!site-packages)|site-packages/(torch|numpy)/|^<frozen|launcher/training/waiting\.py$")
+_NOT_TELLING = re.compile(r"/lib/python3[^/]*/(?!site-packages)|site-packages/(torch|numpy)/|^<frozen|launcher/training/whereabouts\.py$")
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,8 @@ class Stack:
     """`function (file.py:line)` of the innermost frame that is not Python's or PyTorch's own."""
 
 
-def collect(ranks: dict[int, tuple[int, str]], directory: Path | None = None) -> dict[int, Stack]:
-    """The stacks of several ranks, given as pid and the path of their memory; takes about a second.
-
-    `directory` is where NCCL's flight recorder, where it is on, leaves what it knows.
-    """
+def collect(ranks: dict[int, tuple[int, str]]) -> dict[int, Stack]:
+    """The stacks of several ranks, given as pid and the path of their memory; takes about a second."""
     before = {rank: _size(path) for rank, (_, path) in ranks.items()}
     asked = {rank for rank, (pid, path) in ranks.items() if path and _ask(pid)}
     until = time.monotonic() + _SECONDS_TO_WRITE
@@ -93,7 +90,7 @@ def _stack(rank: int, pid: int, path: str, before: int) -> Stack:
         head += ": stopped (SIGSTOP or the like), so that it writes no stack"
     elif not said:
         head += ": it wrote no stack"
-    parts = [head, said, _kernel_stack(pid), _py_spy(pid)]
+    parts = [head, said, _kernel_stack(pid), _flight_recorder(rank, pid), _py_spy(pid)]
     waits_in, frame = innermost(said) if said else (None, "")
     return Stack("\n".join(part.rstrip() for part in parts if part) + "\n", waits_in, frame)
 
@@ -111,6 +108,26 @@ def _kernel_stack(pid: int) -> str:
         text = Path(f"/proc/{pid}/stack").read_text(encoding="utf-8", errors="replace").strip()
         return f"in the kernel:\n{text}" if text else ""
     return ""
+
+
+def _flight_recorder(rank: int, pid: int) -> str:
+    """Have NCCL's flight recorder write down the collectives of a rank, where the job's environment has one that listens to a pipe."""
+    variables = {}
+    with contextlib.suppress(OSError):
+        content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+        variables = dict(entry.split("=", 1) for entry in content.split("\0") if "=" in entry)
+    pipe = variables.get("TORCH_NCCL_DEBUG_INFO_PIPE_FILE")
+    if pipe is None:
+        return ""
+    try:
+        # Not to be waited for: nobody may be at its other end.
+        descriptor = os.open(f"{pipe}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        return f"NCCL's flight recorder does not listen at {pipe}{rank}.pipe: {error.strerror}"
+    with contextlib.suppress(OSError):
+        os.write(descriptor, b"1")
+    os.close(descriptor)
+    return f"NCCL's flight recorder writes {variables.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE', '/tmp/nccl_trace_rank_')}{rank}"
 
 
 def _py_spy(pid: int) -> str:

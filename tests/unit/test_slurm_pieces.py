@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher.runs.beats import Beater, beats
 
 from launcher.errors import ConfigurationError, ControllerUnreachableError, RunInUseError, SchedulerError
 from launcher.runs.events import append, event, read
@@ -432,19 +431,6 @@ def test_a_script_is_copied_with_what_belongs_to_it(run: RunDirectory, tmp_path:
     monkeypatch.setattr(snapshot, "_LARGEST_BYTES", 3)
     with pytest.raises(ConfigurationError, match="lie beside it"):
         snapshot.of_script(run, folder / "train.py")
-
-
-def test_beats_of_ranks(tmp_path: Path) -> None:
-    assert beats(tmp_path) == []
-    late, soon = Beater(tmp_path, 1), Beater(tmp_path, 0)
-    late.beat(123456, 1.5, 10**12)
-    soon.beat(3, 0.5, 5)
-    soon.beat(4, 0.5, 5)  # too soon after the last to be written
-    assert [(beat.rank, beat.step, beat.busy_seconds) for beat in beats(tmp_path)] == [(0, 3, 0.5), (1, 123456, 1.5)]
-    (tmp_path / "beat-2.json").write_text("{")
-    assert len(beats(tmp_path)) == 2
-    nowhere = Beater(tmp_path / "not there", 0)
-    nowhere.beat(1, 1.0, 1)
 
 
 def test_signals_are_taken_before_there_are_ranks() -> None:
