@@ -182,6 +182,8 @@ class Hangs:
         """Every rank as it was seen last, and the hosts that say nothing more."""
         if self._nodes == 1:
             return self._own, []
+        if len(self._heard) < self._nodes - 1:
+            return [], []  # not all are there yet
         if self._files.busy_seconds(now) > _UNHEARD_SECONDS:
             # The run's directory does not answer: of the others nothing is known, and a pause of storage is no hang.
             return [dataclasses.replace(seen, phase="storage") for seen in self._own], []
@@ -224,9 +226,10 @@ class Hangs:
         self._files.put(lambda: event(self._run.events_file, "suspected", **about))
 
     def _recovered(self) -> None:
-        self._asked = None
-        self._lines.append("it goes on again")
-        self._files.put(lambda: event(self._run.events_file, "recovered"))
+        said, self._asked = self._asked is None, None
+        if said:
+            self._lines.append("it goes on again")
+            self._files.put(lambda: event(self._run.events_file, "recovered"))
 
     def _say_save(self, seen: Seen) -> None:
         if seen.save_step in self._saves_named:
