@@ -156,7 +156,8 @@ class Whereabouts(Page):
     _SECONDS_BETWEEN_MEMORY = 0.5
 
     def __init__(self) -> None:
-        super().__init__(mmap.mmap(-1, PAGE_BYTES))
+        # Private: processes that were forked before they say where they are must not say it to each other.
+        super().__init__(mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._descriptor: int | None = None
         self._memory_at = 0.0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +26,20 @@ SLOW_FACTOR, OVER_FACTOR = 1.5, 1.2
 SLOW_SECONDS = 30.0
 SLOW_MARGIN_SECONDS = 0.02
 """Below this difference a step's own work is noise, whatever the factor."""
-_FEWEST_RIDES = 3
+STOPPED_SHARE = 0.3
+"""Of a supervisor's looks: a rank that is stopped so often is slow, also where it is so mostly while it waits."""
+_FEWEST_RIDES, _FEWEST_LOOKS = 3, 20
 _LONG_STEP_SECONDS = 1.0
 """Where a step takes longer than this, the numbers ride in every one, so that a slow rank is known within a minute."""
+_SECONDS_BETWEEN_EVIDENCE = 5.0
 
 
 @dataclass
-class _Slow:
-    """One rank, slow since then."""
+class _Ride:
+    """The own times of all ranks at one moment."""
 
-    since: float
-    rides: int = 0
-    said: bool = False
-    evidence: Evidence | None = None
+    time: float
+    own: list[float]
 
 
 class Own:
@@ -103,7 +105,9 @@ class Pace:
         self._last_own = 0.0
         self._steps = 0
         self._every = STEPS_BETWEEN
-        self._slow: dict[int, _Slow] = {}
+        self._rides: deque[_Ride] = deque()
+        self._evidence: deque[tuple[float, Evidence]] = deque()
+        self._is_said = False
 
     def worked(self, seconds: float | None) -> None:
         """What this rank's own work of the step took."""
@@ -136,40 +140,45 @@ class Pace:
             return
         now = self._clock()
         self._every = 1 if max(own) > _LONG_STEP_SECONDS else STEPS_BETWEEN
-        for rank, seconds in enumerate(own):
-            others = statistics.median(own[:rank] + own[rank + 1 :])
-            self._judge(now, rank, seconds, others)
+        self._note(now, own)
+        factor, seconds, others = self._slowness()
+        if self._is_said:
+            self._is_said = factor >= OVER_FACTOR
+            here.slow(factor if self._is_said else 0.0)
+        elif factor and now - self._rides[0].time >= SLOW_SECONDS and len(self._rides) >= _FEWEST_RIDES:
+            self._is_said = True
+            here.slow(factor)
+            lasted = now - self._rides[0].time
+            threading.Thread(target=self._explain, args=(self._evidence[0][1], lasted, factor, seconds, others), daemon=True).start()
 
-    def _judge(self, now: float, rank: int, seconds: float, others: float) -> None:
-        is_slow = seconds > SLOW_FACTOR * others and seconds - others > SLOW_MARGIN_SECONDS
-        slow = self._slow.get(rank)
-        if slow is None:
-            if is_slow:
-                self._slow[rank] = _Slow(now, 1, evidence=Evidence.now() if rank == self._rank else None)
-            return
-        if not is_slow:
-            if not slow.said or seconds < OVER_FACTOR * others:
-                del self._slow[rank]
-                if rank == self._rank:
-                    here.slow(0.0)
-            return
-        slow.rides += 1
-        if slow.said and rank == self._rank:
-            here.slow(seconds / others)
-        if not slow.said and now - slow.since >= SLOW_SECONDS and slow.rides >= _FEWEST_RIDES:
-            slow.said = True
-            if rank == self._rank:
-                here.slow(seconds / others)
-                threading.Thread(target=self._explain, args=(slow, now - slow.since, seconds, others), daemon=True).start()
+    def _note(self, now: float, own: list[float]) -> None:
+        """Keep what the last half minute says, and a little more."""
+        self._rides.append(_Ride(now, own))
+        while len(self._rides) > _FEWEST_RIDES and now - self._rides[1].time >= SLOW_SECONDS:
+            self._rides.popleft()
+        if not self._evidence or now - self._evidence[-1][0] >= _SECONDS_BETWEEN_EVIDENCE:
+            self._evidence.append((now, Evidence.now()))
+        while len(self._evidence) > 1 and now - self._evidence[1][0] >= SLOW_SECONDS:
+            self._evidence.popleft()
 
-    def _explain(self, slow: _Slow, lasted: float, seconds: float, others: float) -> None:
+    def _slowness(self) -> tuple[float, float, float]:
+        """How many times slower than the others this rank was since then, 0 where it is not slow; its own seconds, and theirs.
+
+        It counts as slow where it was in most of the comparisons: one long pause makes no slow rank.
+        """
+        mine = [ride.own[self._rank] for ride in self._rides]
+        others = [statistics.median(ride.own[: self._rank] + ride.own[self._rank + 1 :]) for ride in self._rides]
+        seconds, usual = statistics.fmean(mine), statistics.fmean(others)
+        often = sum(one > SLOW_FACTOR * other for one, other in zip(mine, others, strict=True)) > len(mine) / 2
+        if self._is_said or (often and seconds > SLOW_FACTOR * usual and seconds - usual > SLOW_MARGIN_SECONDS):
+            return seconds / usual, seconds, usual
+        looks, stopped = (after - before for before, after in zip(self._evidence[0][1].looks[:2], here.looks()[:2], strict=True))
+        if looks >= _FEWEST_LOOKS and stopped >= STOPPED_SHARE * looks:
+            return looks / max(1, looks - stopped), seconds, usual
+        return 0.0, seconds, usual
+
+    def _explain(self, began: Evidence, lasted: float, factor: float, seconds: float, others: float) -> None:
         """Find out why, which may take a second, and say it."""
-        assert slow.evidence is not None
-        self._say(
-            rank=self._rank,
-            factor=round(seconds / others, 2),
-            seconds=round(lasted, 1),
-            own_seconds=round(seconds, 4),
-            median_seconds=round(others, 4),
-            reason=reason(slow.evidence, Evidence.now()),
-        )
+        why = reason(began, Evidence.now())
+        own = {"own_seconds": round(seconds, 4), "median_seconds": round(others, 4)}
+        self._say(rank=self._rank, factor=round(factor, 2), seconds=round(lasted, 1), reason=why, **own)
