@@ -31,7 +31,7 @@ from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
 from launcher.training.loss_check import check_loss
 from launcher.training.material import Material, phase_report
-from launcher.training.pace import Own, Pace
+from launcher.training.pace import SLOW_FACTOR, Own, Pace
 from launcher.training.precision import LossScale
 from launcher.training.recording import Recorder
 from launcher.training.schedule import Schedule
@@ -298,10 +298,11 @@ class Trainer:
     def _say_slow(self, **fields: Any) -> None:
         """Said by the slow rank itself, which alone sees why it is."""
         host = os.uname().nodename
-        line = (
-            f"rank {self.rank} on {host} is {fields['factor']:.1f} times slower than the others for {fields['seconds']:.0f} s "
-            f"({fields['own_seconds']:.2f} s a step of its own, median {fields['median_seconds']:.2f} s): {fields['reason']}"
-        )
+        slow = f"rank {self.rank} on {host} is {fields['factor']:.1f} times slower than the others for {fields['seconds']:.0f} s"
+        own, others = fields["own_seconds"], fields["median_seconds"]
+        # One that is stopped again and again may be so while it waits; then its own work tells nothing.
+        numbers = f" ({own:.2f} s a step of its own, median {others:.2f} s)" if own > SLOW_FACTOR * others else ""
+        line = f"{slow}{numbers}: {fields['reason']}"
         self.journal.event(self.run.events_file, "straggler", host=host, line=line, **fields)
 
     def _finish(self) -> None:
