@@ -12,6 +12,7 @@ LauncherError                     1   something in launcher itself is wrong
 ├── ScriptError                  10   a training script of the user's own raised an error, or left with a code that is not 0
 ├── SchedulerError               11   Slurm refused a request
 │   └── ControllerUnreachableError   12   Slurm's controller did not answer: what was asked may have been done all the same
+├── HungError                    13   no rank went on for longer than `cluster.hang_after` allows, and all were ended
 └── Stopped                      75   stopped on request with everything saved: run it again to go on
 
 0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped.
@@ -130,6 +131,13 @@ class ControllerUnreachableError(SchedulerError):
 
     exit_code = 12
     failure_class = "scheduler-unreachable"
+
+
+class HungError(LauncherError):
+    """No rank went on for longer than `cluster.hang_after` allows, and all were ended."""
+
+    exit_code = 13
+    failure_class = "hung"
 
 
 class Stopped(LauncherError):

@@ -149,6 +149,8 @@ def notice(record: dict[str, Any]) -> str | None:
         case "layout":
             numbers = f"a row behind another in one pass had {record.get('ours')}, and alone {record.get('own')} by the model's own class"
             return f"warning: {numbers}: going over from {record.get('planned')} to {record.get('taken')}"
+        case "straggler":
+            return f"warning: {record.get('line')}"
         case "evaluated":
             return f"measured after step {step}: {metrics_line(record.get('metrics', {}))}"
         case "compared":

@@ -94,7 +94,9 @@ def describe(seen: dict[str, Any]) -> str:
     old = f", {duration(age)} old" if age is not None and seen["state"] == "running" else ""
     facts = {
         "run": seen["run"],
-        "state": seen["state"] + (f" ({seen['phase']})" if seen["phase"] else ""),
+        "state": seen["state"] + (f" ({seen['phase']})" if seen["phase"] else "") + _since_step(seen),
+        "hangs": seen["hang"],
+        "slow": seen["straggler"],
         "job": _job(slurm),
         "nodes": ", ".join(seen["nodes"]) or None,
         "process": seen["process"],
@@ -112,6 +114,14 @@ def describe(seen: dict[str, Any]) -> str:
         "go on with": seen["command"],
     }
     return "\n".join(f"{name:11}{text}" for name, text in facts.items() if text)
+
+
+def _since_step(seen: dict[str, Any]) -> str:
+    """How long ago the last step was, of a run that trains."""
+    from launcher.runs.words import duration
+
+    age = seen["step_age_seconds"]
+    return f", last step {duration(age)} ago" if age is not None and seen["phase"] == "training" else ""
 
 
 def _unsaid(slurm: dict[str, Any]) -> str:

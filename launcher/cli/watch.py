@@ -125,7 +125,9 @@ def header(status: dict[str, Any]) -> Table:
     if total:
         grid.add_row(ProgressBar(total=total, completed=status["step"]))
     failure = status["failure"]
-    grid.add_row(f"{failure['failure_class']}: {failure['cause']}" if failure else status["last_word"] or "")
+    grid.add_row(
+        f"{failure['failure_class']}: {failure['cause']}" if failure else status["hang"] or status["straggler"] or status["last_word"] or ""
+    )
     return grid
 
 
@@ -147,11 +149,12 @@ def ranks_table(ranks: list[dict[str, Any]]) -> Table:
     from launcher.cli.output import size
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    for name in ("rank", "node", "step", "busy", "behind", "memory"):
+    for name in ("rank", "node", "step", "busy", "still", "memory"):
         table.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
     slowest = max((rank["busy_seconds"] for rank in ranks), default=0.0)
     for rank in ranks:
-        slow = rank["busy_seconds"] == slowest and slowest > 1.5 * min(other["busy_seconds"] for other in ranks) and len(ranks) > 1
+        stands_out = rank["busy_seconds"] == slowest and slowest > 1.5 * min(other["busy_seconds"] for other in ranks)
+        slow = rank["slowness"] > 0 or (stands_out and len(ranks) > 1)
         cells = (str(rank["rank"]), rank["host"], str(rank["step"]), f"{rank['busy_seconds']:.2f} s", f"{rank['behind_seconds']:.1f} s")
         table.add_row(*cells, size(rank["memory_bytes"]), style="bold" if slow else None)
     return table

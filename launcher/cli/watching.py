@@ -7,9 +7,9 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from launcher.runs.beats import beats
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
+from launcher.runs.places import ranks_of
 from launcher.runs.status import read_status
 from launcher.runs.tail import Tail, end_of, parse
 from launcher.runs.totals import Totals
@@ -61,7 +61,6 @@ class Watched:
             self._last.extend(filter(_is_shown, self._events.records()))
 
     def _ranks(self) -> list[dict[str, Any]]:
-        """Each rank's last beat, with how long after the first of them it came."""
-        found = beats(self.run.attempt(self.run.last_attempt()))
-        first = min((beat.time for beat in found), default=0.0)
-        return [{**asdict(beat), "behind_seconds": round(beat.time - first, 3)} for beat in found]
+        """Each rank as its supervisor saw it last, with how long it has shown no life."""
+        found = ranks_of(self.run.attempt(self.run.last_attempt()))
+        return [{**asdict(seen), "behind_seconds": seen.still_seconds} for seen in found]

@@ -34,6 +34,10 @@ def json_schema() -> dict[str, Any]:
     made["$defs"]["Cluster"]["properties"]["grace"] |= _DURATION
     made["$defs"]["Cluster"]["properties"]["grace"].pop("type", None)
     made["$defs"]["Cluster"]["properties"]["grace"].pop("exclusiveMinimum", None)
+    made["$defs"]["Cluster"]["properties"]["hang_after"] = {
+        "anyOf": [*_DURATION["anyOf"], {"enum": ["auto", "off", False]}],
+        "default": "auto",
+    }
     for key in keys():
         place = made if key.section is Job else made["$defs"][key.section.__name__]
         place["properties"][key.path.rsplit(".", 1)[-1]]["description"] = docstring(key.section, key.name)

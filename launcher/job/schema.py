@@ -54,6 +54,15 @@ def parse_seconds(text: object) -> object:
     return text
 
 
+def parse_hang_after(value: object) -> object:
+    """A time as seconds; YAML reads a bare `off` as false. Raises ValueError for what is neither a time nor one of the two words."""
+    value = "off" if value is False else parse_seconds(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value not in ("auto", "off") and not (number and float(value) >= 1):  # type: ignore[arg-type]
+        raise ValueError("write auto, off, or a time of at least 1 s (90, 90s, 5min)")
+    return value
+
+
 def check_day(text: str) -> str:
     """`2026-11-28` as it is. Raises ValueError for anything that is no day of the calendar."""
     try:
@@ -79,6 +88,7 @@ def parse_interval(value: object) -> object:
 
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, le=1e10)]
+HangAfter = Annotated[float | Literal["auto", "off"], BeforeValidator(parse_hang_after)]
 Every = Annotated[Interval, BeforeValidator(parse_interval)]
 Columns = str | tuple[str, ...]
 Tools = str | tuple[dict[str, Any], ...]
@@ -418,6 +428,8 @@ class Cluster(Section):
     """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
     share_with_group: bool = False
     """Let your group read what the run writes (logs, checkpoints, code, exports), whatever the umask says; else the umask alone counts."""
+    hang_after: HangAfter = "auto"
+    """Seconds (or 90s, 5min) without life until a hang is named; as long again, and it is ended. `auto`: by phase; `off`: never."""
 
 
 def node_range(nodes: int | str) -> tuple[int, int]:

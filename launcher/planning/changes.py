@@ -25,6 +25,7 @@ ALLOWED = (
     "trackers",
     "grace_seconds",
     "share_with_group",
+    "hang_after",
     "length",
     "evaluate_every",
     "batch.micro_batch_size",

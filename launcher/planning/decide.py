@@ -99,6 +99,7 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
         trackers=trackers,
         grace_seconds=job.cluster.grace,
         share_with_group=job.cluster.share_with_group,
+        hang_after=None if job.cluster.hang_after == "auto" else job.cluster.hang_after,
         length=length,
         batch=batch,
         mesh=mesh,

@@ -154,6 +154,8 @@ class Plan(Frozen):
     trackers: tuple[str, ...]
     grace_seconds: float
     share_with_group: bool = False
+    hang_after: float | Literal["off"] | None = None
+    """Seconds without a sign of life until a hang is suspected, in every phase; absent: each phase has its own."""
     length: Length
     batch: BatchPlan
     mesh: Mesh
@@ -193,6 +195,6 @@ class Plan(Frozen):
 
     def digest(self) -> str:
         """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
-        told_apart = {"decisions", "refused", "trackers", "grace_seconds", "share_with_group", "checkpoint", "slurm"}
+        told_apart = {"decisions", "refused", "trackers", "grace_seconds", "share_with_group", "hang_after", "checkpoint", "slurm"}
         kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude=told_apart)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -18,6 +18,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 """Each of them asks for a polite stop, whether the launcher, the agent or a rank gets it."""
 IGNORED_VARIABLE = "LAUNCHER_IGNORED_SIGNAL"
 """A stop signal that ranks leave to their launcher, by its name: one that Slurm sends to all of them, and sooner than it need be heeded."""
+STACKS_SIGNAL = signal.SIGRTMIN + 5
+"""Has a rank write its stacks into its own memory; SIGQUIT has it write them to its log."""
 _PR_SET_PDEATHSIG = 1
 
 

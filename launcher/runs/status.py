@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plain_files import read_bytes
-from launcher.runs import prepared
+from launcher.runs import liveness, prepared
 from launcher.runs.curve import is_step
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 from launcher.runs.processes import Identity, started_at
@@ -47,6 +47,12 @@ class Status:
     command: str | None = None
     tokens_per_second: float | None = None
     checkpoint_age_seconds: float | None = None
+    step_age_seconds: float | None = None
+    """Since the last step of this attempt, while it runs."""
+    hang: str | None = None
+    """The line that names a hang, while one is suspected."""
+    straggler: str | None = None
+    """The line that names a slow rank."""
     last_word: str | None = None
     """Why it was requeued or given up, where that was decided for it."""
     job: str | None = None
@@ -79,7 +85,10 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
         metrics=last.get("evaluated", {}).get("metrics"),
         checkpoint=str(newest) if newest else None,
         checkpoint_step=int(newest.name.removeprefix("step-")) if newest else None,
-        phase=last.get("phase", {}).get("phase") if state == "running" else None,
+        phase=liveness.phase(last, record) if state == "running" else None,
+        step_age_seconds=liveness.step_age(last, record) if state == "running" else None,
+        hang=liveness.suspicion(last) if state == "running" else None,
+        straggler=liveness.straggler(last) if state == "running" else None,
         process=holder(run) if state == "running" else None,
         signal=last.get("stopping", {}).get("signal") if state in ("stopped", "running") else None,
         failure=last["failed"].get("failure") if state == "failed" else None,

@@ -16,10 +16,10 @@ from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.runs import failure as failures
 from launcher.runs.aside import within
-from launcher.runs.beats import beats
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.places import ranks_of
 from launcher.runs.processes import oom_kills, signal_name
 from launcher.runs.sharing import set_umask
 from launcher.runs.status import last_step
@@ -59,7 +59,7 @@ def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: in
         event(run.events_file, "started", attempt=number, world_size=plan.mesh.world_size)
         killed_before = oom_kills()
         with signals.caught():
-            supervisor = Supervisor(run, number, plan.grace_seconds, screen, signals)
+            supervisor = Supervisor(run, number, plan.grace_seconds, screen, signals, plan.hang_after)
             screen.begin(run, number)
             try:
                 end = supervisor.supervise(command, variables)
@@ -208,7 +208,9 @@ def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory
 
 
 def _forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
-    """Where the ranks did not leave in time after a stop was asked for."""
+    """Where the ranks hung, or did not leave in time after a stop was asked for."""
+    if end.forced == "hung":
+        return end.hung
     if end.forced == "second interrupt":
         return _of_the_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
     if end.forced != "grace":
@@ -234,6 +236,6 @@ def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]
     command = f"launcher resume {shown(run.path)}"
     if failure.failure_class != OutOfMemoryError.failure_class or plan.script:
         return command, ""
-    peak = max((beat.memory_bytes for beat in beats(run.attempt(run.last_attempt()))), default=0)
+    peak = max((seen.memory_bytes for seen in ranks_of(run.attempt(run.last_attempt()))), default=0)
     advice = less_memory(plan, Hardware.detect(), peak)
     return f"{command} {advice.options}".rstrip(), advice.reason

@@ -29,9 +29,11 @@ from launcher.runs.notices import VARIABLE as NOTICES_VARIABLE
 from launcher.runs.notices import Notices
 from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, parent_of
 from launcher.scheduling.disk import Disk
+from launcher.scheduling.hangs import Hangs
 from launcher.scheduling.screen import Screen
+from launcher.scheduling.watchdog import HangAfter
 
-Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "gone"]
+Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "gone", "hung"]
 EXIT_SECONDS = 30.0
 """Between the last word of a run (finished, stopped) and the end of its processes."""
 FAILURE_SECONDS = 3.0
@@ -104,6 +106,9 @@ class End:
         """Whether somebody waits for the end, or the disk is not worth waiting for."""
         return self.is_disk_stuck or self.forced in ("second interrupt", "grace")
 
+    hung: Failure | None = None
+    """Why they were ended as hung, if they were."""
+
 
 class Supervisor:
     """One attempt's processes."""
@@ -112,7 +117,15 @@ class Supervisor:
     leads = True
     """Whether this machine's supervisor speaks for the attempt: in events, and by its heartbeat."""
 
-    def __init__(self, run: RunDirectory, attempt: int, grace_seconds: float, screen: Screen, signals: Signals | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        attempt: int,
+        grace_seconds: float,
+        screen: Screen,
+        signals: Signals | None = None,
+        hang_after: HangAfter = None,
+    ) -> None:
         self.run, self.attempt, self.directory = run, attempt, run.attempt(attempt)
         self.grace_seconds = grace_seconds
         self.screen = screen
@@ -128,10 +141,11 @@ class Supervisor:
         self._failures: list[Failure] = []
         self._exits: list[dict[str, Any]] = []
         self._ranks: dict[int, int] = {}
+        self.hangs = Hangs(run, attempt, self._ranks, hang_after)
 
     def supervise(self, command: list[str], variables: dict[str, str]) -> End:
         """Start the agent and stay until all is over; whatever happens here, no process is left."""
-        with self.signals.caught():
+        with self.signals.caught(), self.hangs.watching():
             agent = self._start(command, variables)
             try:
                 return self._watch(agent)
@@ -160,6 +174,8 @@ class Supervisor:
                 self._stop_politely()
             self._say_trouble()
             forced = self._reason_to_force()
+            for line in self.hangs.said():
+                self.screen.say(line)
             self.screen.tick()
         if forced:
             self._dump_stacks(forced)
@@ -170,7 +186,8 @@ class Supervisor:
         name = first[0].name if first else ""
         told = self._failures, self._exits, self.disk.missing, self.disk.place_now()
         code = agent.poll()
-        return End(-signal.SIGKILL if code is None else code, forced, name, set(self._events), self._grace, *told, is_disk_stuck=not looked)
+        ended = (-signal.SIGKILL if code is None else code), forced, name, set(self._events), self._grace
+        return End(*ended, *told, is_disk_stuck=not looked, hung=self.hangs.failure)
 
     def also_read(self) -> None:
         """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""
@@ -260,6 +277,8 @@ class Supervisor:
         if self.disk.lost:
             return "gone"
         first = self.signals.first
+        if first is None and self.hangs.failure is not None:
+            return "hung"
         return "grace" if first and now - first[1] > self._seconds_of_grace() else ""
 
     def _dump_stacks(self, forced: Force) -> None:

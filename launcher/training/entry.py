@@ -17,6 +17,7 @@ from typing import NoReturn
 from launcher.planning.plan import Plan
 from launcher.runs.failure import grace_file
 from launcher.runs.layout import RunDirectory
+from launcher.runs.places import here
 from launcher.runs.processes import die_with_parent
 from launcher.training.rank import Rank, leave
 from launcher.training.signals import StopRequest
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None, train: Train | None = None) -> NoRe
     rank = Rank(RunDirectory(options.run), options.attempt)
     try:
         rank.begin()
+        here.at("starting")
         plan = Plan.read(rank.run.plan_file)
         stop.grace_seconds, stop.grace_file = plan.grace_seconds, grace_file(rank.directory)
         (train or _trainer())(rank.run, plan, options.attempt, stop, stop_at=options.stop_at)

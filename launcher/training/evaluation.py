@@ -8,6 +8,7 @@ import numpy as np
 from torch import distributed
 
 from launcher.planning.plan import BatchPlan, Plan
+from launcher.runs.places import here
 from launcher.training import exchange
 from launcher.training.data.batches import Batches
 from launcher.training.data.dataset import Dataset
@@ -41,6 +42,7 @@ def evaluate(
     batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, rank, dataset.num_items)
     totals = np.zeros(4)
     collected: list[tuple[np.ndarray, np.ndarray]] = []
+    here.at("evaluating", total=batches.num_steps)
     for step in range(batches.num_steps):
         if stopping():
             raise Interrupted
@@ -53,7 +55,9 @@ def evaluate(
         if output.predictions is not None:
             real = batch["weights"].numpy() > 0
             collected.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
+        here.moved(step + 1)
         report(step + 1, batches.num_steps)
+    here.at("measuring")
     return _combine(task, totals, collected)
 
 

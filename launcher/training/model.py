@@ -27,6 +27,7 @@ from launcher.training.buffers import restore_buffers
 from launcher.training.conversion import converted_whole, cut_like
 from launcher.training.precision import DTYPES
 from launcher.training.reading import Changes
+from launcher.training.whereabouts import tensors_counted
 
 Shard = Callable[[PreTrainedModel], None]
 
@@ -50,7 +51,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
     kind = pretrained.model_class(auto_class, config, plan)
     seam = _Seam(plan, shard)
-    with seam.in_place(), converted_whole(), Changes.of(plan, kind, config).in_place():
+    with seam.in_place(), converted_whole(), Changes.of(plan, kind, config).in_place(), tensors_counted():
         try:
             model, information = kind.from_pretrained(
                 name,

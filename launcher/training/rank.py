@@ -17,6 +17,8 @@ from typing import NoReturn
 from launcher.runs import failure
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.notices import tell
+from launcher.runs.places import here
+from launcher.runs.processes import STACKS_SIGNAL
 from launcher.runs.status import last_step
 
 _SECONDS_TO_PART = 10.0
@@ -34,12 +36,15 @@ class Rank:
         """Write to the rank's own log from now on, and say who this is: from then on the launcher may send signals."""
         self.directory.mkdir(parents=True, exist_ok=True)
         _redirect(self.directory / f"rank-{self.number}.log")
+        places, memory = here.begin()
+        faulthandler.register(STACKS_SIGNAL, file=memory, all_threads=True)
         who = {
             "rank": self.number,
             "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
             "pid": os.getpid(),
             "host": os.uname().nodename,
             "time": time.time(),
+            "places": places,
         }
         write_atomically(self.directory / f"rank-{self.number}.json", json.dumps(who) + "\n")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +15,9 @@ from torch import distributed
 from launcher.errors import DivergedError, StorageError
 from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
-from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.places import here
 from launcher.runs.status import newest_checkpoint
 from launcher.runs.tail import last_record
 from launcher.training import engines, exchange, operations, pretrained
@@ -30,21 +32,29 @@ from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
 from launcher.training.loss_check import check_loss
 from launcher.training.material import Material, phase_report
+from launcher.training.pace import SLOW_FACTOR, Own, Pace
 from launcher.training.precision import LossScale
 from launcher.training.recording import Recorder
 from launcher.training.resumed import TrainerState
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.tracking import Journal
+from launcher.training.whereabouts import say_compiling, waited
 
 
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every rank."""
+    here.at("preparing")
     plan = pretrained.settled(plan)
     material = Material.prepare(run, plan)
+    here.at("building operators")
     build_operators(plan, phase_report(run, "building operators", "operators"))
+    here.at("loading")
     device = start_process_group(plan)
-    trainer = Trainer(run, plan, material, device, stop, stop_at, Beater(run.attempt(attempt), distributed.get_rank()))
+    waited.watch()
+    if plan.model.compile:
+        say_compiling()
+    trainer = Trainer(run, plan, material, device, stop, stop_at)
     trainer.run_to_the_end()
 
 
@@ -71,17 +81,9 @@ class Trainer:
     """One attempt of a run on one rank. Constructing it loads the model and the checkpoint; `run_to_the_end` trains."""
 
     def __init__(
-        self,
-        run: RunDirectory,
-        plan: Plan,
-        material: Material,
-        device: torch.device,
-        stop: StopRequest,
-        stop_at: int | None,
-        beater: Beater,
+        self, run: RunDirectory, plan: Plan, material: Material, device: torch.device, stop: StopRequest, stop_at: int | None
     ) -> None:
         self.run, self.plan, self.material, self.device, self.stop, self.stop_at = run, plan, material, device, stop, stop_at
-        self.beater = beater
         self.rank = distributed.get_rank()
         self.journal = Journal()
         self.task = material.task
@@ -90,19 +92,25 @@ class Trainer:
         self.batches = Batches(material.train, order, plan.batch, self.rank, num_items)
         self.num_steps = self.batches.num_steps
         self.schedule = Schedule.of(plan.training, self.num_steps)
+        here.at("loading")
         self.event("phase", phase="loading")
         self.recorder = Recorder(run, plan, device, self.journal) if self.rank == 0 else None
         self.engine = engines.build(plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {})
         if self.rank == 0:
             material.save_model_files(run, plan, self.engine.model)
+        here.at("checking the loss")
         self.event("phase", phase="checking the loss")
         check_loss(self.engine, self.task, material.train, plan, self.event)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
+        here.at("restoring")
         self._restore()
         self.first_step = self.state.step
+        here.step_done(self.state.step, 0.0)
+        self.own = Own(models.repeated_layers(self.engine.model), device)
+        self.pace = Pace(self.rank, plan.mesh.world_size, self._say_slow)
         steps_per_epoch = material.train.num_items / plan.batch.global_batch_size
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, self.state.step)
@@ -143,9 +151,12 @@ class Trainer:
     def _step(self) -> dict[str, bool]:
         """One optimizer step over one global batch; what is due after it, agreed over all ranks."""
         started = time.monotonic()
+        self.own.begin(self.pace.measures)
+        here.at("data", detail=str(self.material.train.directory))
         step_batch = self.batches.step(self.state.step)
+        self.own.loaded(time.monotonic() - started)
         loss_sum = self._accumulate(step_batch)
-        self.beater.beat(self.state.step + 1, time.monotonic() - started, peak_memory_bytes(self.device))
+        here.peak_memory(functools.partial(peak_memory_bytes, self.device))
         totals = self._add_up(loss_sum)
         loss = totals["loss"] / max(1, step_batch.num_supervised)
         gradient_norm = math.sqrt(totals["squared_norm"]) / self.loss_scale.value if totals["squared_norm"] >= 0 else math.nan
@@ -154,7 +165,9 @@ class Trainer:
         self.state.step += 1
         self.state.num_items += step_batch.num_items
         self.state.num_tokens += step_batch.num_tokens
+        here.step_done(self.state.step, time.monotonic() - started)
         if self.recorder:
+            here.at("recording", detail=self.run.metrics_file.name)
             seconds = time.monotonic() - started
             self.recorder.step(self.state.step, step_batch, loss, gradient_norm, learning_rate, seconds, self.state.num_tokens)
         return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}
@@ -165,7 +178,11 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(step_batch.micro_batches) - 1
         for index, items in enumerate(step_batch.micro_batches):
+            here.at("data", done=index, total=last + 1, detail=str(self.material.train.directory))
+            began = time.monotonic()
             batch = to_device(self.task.collate(items), self.device)
+            self.own.loaded(time.monotonic() - began)
+            here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(self.plan.training.seed, self.state.step, self.rank, index))
             loss_sum += self.engine.micro_step(batch, factor, index == last).loss_sum.detach()
         return loss_sum
@@ -180,13 +197,20 @@ class Trainer:
             float(leads and self.evaluating.due(next_step, now)),
         ]
         squared_norm = self.engine.squared_gradient_norm().double().to(self.device)
-        vector = torch.stack([loss_sum, squared_norm, *torch.tensor(wishes, dtype=torch.float64, device=self.device)])
+        self.pace.worked(self.own.end())
+        more = torch.tensor(wishes + self.pace.share(), dtype=torch.float64, device=self.device)
+        vector = torch.stack([loss_sum, squared_norm, *more])
+        here.at("exchange")
+        here.waits(1)  # on a GPU the wait is in the copy of the result, which looks like no collective
         distributed.all_reduce(vector)
-        loss, norm, stop, save, evaluation = vector.tolist()
+        loss, norm, stop, save, evaluation, *own = vector.tolist()
+        here.waits(-1)
+        self.pace.take(own)
         return {"loss": loss, "squared_norm": norm, "stop": stop, "save": save, "evaluate": evaluation}
 
     def _apply_or_skip(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
         """Take the optimizer's step, or leave it out on all ranks where a number is not finite."""
+        here.at("optimizer")
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             clip = self.plan.training.clip_norm
             coefficient = min(1.0, clip / (gradient_norm + 1e-6)) if clip > 0 else 1.0
@@ -230,6 +254,7 @@ class Trainer:
 
     def _save(self, wait: bool = False) -> None:
         """Save; `wait` until it is committed, and raise where it cannot be."""
+        here.at("staging")
         self.saving.done(self.state.step, time.monotonic())
         if self.recorder:
             self.recorder.saves()
@@ -271,6 +296,16 @@ class Trainer:
             self.event("stopped", step=self.state.step)
         self._close()
 
+    def _say_slow(self, **fields: Any) -> None:
+        """Said by the slow rank itself, which alone sees why it is."""
+        host = os.uname().nodename
+        slow = f"rank {self.rank} on {host} is {fields['factor']:.1f} times slower than the others for {fields['seconds']:.0f} s"
+        own, others = fields["own_seconds"], fields["median_seconds"]
+        # One that is stopped again and again may be so while it waits; then its own work tells nothing.
+        numbers = f" ({own:.2f} s a step of its own, median {others:.2f} s)" if own > SLOW_FACTOR * others else ""
+        line = f"{slow}{numbers}: {fields['reason']}"
+        self.journal.event(self.run.events_file, "straggler", host=host, line=line, **fields)
+
     def _finish(self) -> None:
         """Everything is done and measured: save, and say so."""
         self._save(wait=True)
@@ -283,6 +318,7 @@ class Trainer:
     def _close(self) -> None:
         if self.recorder:
             self.recorder.finish()
+        here.at("leaving")
         distributed.barrier()
 
     def _announce(self) -> None:

@@ -79,14 +79,13 @@ def take_turns(run: Any, plan: Any, attempt: int, stop: Any, *, stop_at: int | N
     """What each rank does in place of training."""
     from torch import distributed
 
-    from launcher.runs.beats import Beater
     from launcher.training.devices import start_process_group
     from launcher.training.trainer import Material, Trainer
 
     material = Material.prepare(run, plan)
     device = start_process_group(plan)
     rank = distributed.get_rank()
-    trainer = Trainer(run, plan, material, device, stop, stop_at, Beater(run.attempt(attempt), rank))
+    trainer = Trainer(run, plan, material, device, stop, stop_at)
     trainer.schedule = SimpleNamespace(at=lambda step: 0.0)  # type: ignore[assignment]
     steps = [trainer.batches.step(number) for number in range(trainer.num_steps)]
     batches = [[material.task.collate(items) for items in step.micro_batches] for step in steps]

@@ -18,11 +18,12 @@ def main() -> int:
     parser.add_argument("--stop-at", type=int)
     parser.add_argument("--exit-seconds", type=float, default=supervisor.EXIT_SECONDS)
     parser.add_argument("--display", action="store_true")
+    parser.add_argument("--entry", default="imitation")
     options = parser.parse_args()
     supervisor.EXIT_SECONDS = options.exit_seconds
     run = RunDirectory(options.run)
     plan = Plan.read(run.plan_file)
-    return local.run(run, plan, Display(plan) if options.display else None, stop_at=options.stop_at, entry="imitation")
+    return local.run(run, plan, Display(plan) if options.display else None, stop_at=options.stop_at, entry=options.entry)
 
 
 if __name__ == "__main__":

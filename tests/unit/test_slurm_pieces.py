@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigurationError, ControllerUnreachableError, RunInUseError, SchedulerError
-from launcher.runs.beats import Beater, beats
 from launcher.runs.events import append, event, read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
@@ -487,19 +486,6 @@ def test_no_secret_and_nothing_from_outside_reaches_the_copy_of_a_script(run: Ru
     (folder / "train.py").write_text("login(token='hf_abcdefghijklmnopqrstuvwxyz')")
     with pytest.raises(ConfigurationError, match=r"train.py.*secret; set it in the environment"):
         snapshot.of_script(run, folder / "train.py")
-
-
-def test_beats_of_ranks(tmp_path: Path) -> None:
-    assert beats(tmp_path) == []
-    late, soon = Beater(tmp_path, 1), Beater(tmp_path, 0)
-    late.beat(123456, 1.5, 10**12)
-    soon.beat(3, 0.5, 5)
-    soon.beat(4, 0.5, 5)  # too soon after the last to be written
-    assert [(beat.rank, beat.step, beat.busy_seconds) for beat in beats(tmp_path)] == [(0, 3, 0.5), (1, 123456, 1.5)]
-    (tmp_path / "beat-2.json").write_text("{")
-    assert len(beats(tmp_path)) == 2
-    nowhere = Beater(tmp_path / "not there", 0)
-    nowhere.beat(1, 1.0, 1)
 
 
 def test_signals_are_taken_before_there_are_ranks() -> None:

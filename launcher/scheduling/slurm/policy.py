@@ -6,14 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.errors import LauncherError, RankLostError
+from launcher.errors import HungError, LauncherError, RankLostError
 
 _NODE_FAULT = re.compile(
     r"input/output error|stale file handle|uncorrectable|\becc\b|\bxid\b|fallen off the bus|nvml|cuda error: unknown|no cuda-capable",
     re.IGNORECASE,
 )
 """What a node with a broken GPU or disk has its ranks say."""
-_WORTH_ANOTHER_TRY = {RankLostError.failure_class, LauncherError.failure_class}
+_WORTH_ANOTHER_TRY = {RankLostError.failure_class, LauncherError.failure_class, HungError.failure_class}
+_HANGS_OF_A_NODE = 2
+"""So many hangs that came from one node, and it is left out: one may be chance."""
 FREE = {"preempted", "node lost", "requeued", "time limit"}
 """Ends that say nothing against the run, and do not count as attempts without progress; but for a time limit in which nothing was saved."""
 
@@ -60,8 +62,15 @@ def decide(attempts: Sequence[Attempt], allowed: bool, bound: int) -> Decision:
     in_vain = _in_vain(attempts)
     if len(in_vain) >= bound:
         return Decision(False, _diagnosis(in_vain))
-    exclude = (last.host,) if node_fault else ()
+    exclude = (last.host,) if node_fault or _hangs_again(attempts) else ()
     return Decision(True, _why(last), exclude)
+
+
+def _hangs_again(attempts: Sequence[Attempt]) -> bool:
+    """Whether the last attempt hung because of a node that others have hung because of."""
+    last = attempts[-1]
+    hung = [attempt for attempt in attempts if attempt.end == "failed" and attempt.failure_class == HungError.failure_class]
+    return last in hung and bool(last.host) and sum(attempt.host == last.host for attempt in hung) >= _HANGS_OF_A_NODE
 
 
 def _in_vain(attempts: Sequence[Attempt]) -> list[Attempt]:

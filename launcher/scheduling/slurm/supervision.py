@@ -15,6 +15,7 @@ from launcher.planning.plan import Plan
 from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
+from launcher.scheduling.hangs import Hangs
 from launcher.scheduling.screen import Screen
 from launcher.scheduling.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.scheduling.slurm.clock import Clock, lead_seconds
@@ -45,6 +46,7 @@ class NodeSupervisor(Supervisor):
         self._lead, self._totals = 0.0, Totals(run)
         self.leads = self._node == 0
         super().__init__(run, attempt, plan.grace_seconds, screen, signals)
+        self.hangs = Hangs(run, attempt, self._ranks, plan.hang_after, self._node, plan.mesh.nodes)
         self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
 
     def grace(self) -> float:

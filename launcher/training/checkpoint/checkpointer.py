@@ -24,11 +24,12 @@ from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, co
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, make_directory
 from launcher.runs.notices import tell
+from launcher.runs.places import here
 from launcher.training.checkpoint import messages
 from launcher.training.checkpoint.group import Ranks, RefusedError, describe
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks
-from launcher.training.checkpoint.underway import Failing, Underway
+from launcher.training.checkpoint.underway import Failing, Underway, told
 from launcher.training.checkpoint.writing import write_hashed
 
 Tensors = dict[str, torch.Tensor]
@@ -87,8 +88,10 @@ class Checkpointer:
         self._run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
         self._num_saves = 0
         self._layout: _Layout | None = None
-        self._underway = Underway(rank, world_size)
+        self._underway = Underway(rank, world_size, plan.hang_after)
         self._failing = Failing()
+        self._step = 0
+        """Of the save that was begun last."""
         self.problem: str | None = None
         """Why the last save that is over failed; None where it succeeded."""
 
@@ -102,7 +105,8 @@ class Checkpointer:
         """Save the tensors (the same names on every rank) as the checkpoint of `progress.step`.
 
         Asynchronous, unless the job says otherwise or `wait` is set: when it returns the tensors may change. A save under way is
-        waited for first. False where this save is known to have failed: always known with `wait`; otherwise `finish` tells.
+        waited for first; one that hangs is given up after a bound, and nothing is saved until its storage answers. False where this save
+        is known to have failed: always known with `wait`; otherwise `finish` tells.
         """
         begin = time.perf_counter()
         if not self._finished():
@@ -120,6 +124,7 @@ class Checkpointer:
             blocks = self._staged(layout, tensors) if asynchronous else live
         except Exception as error:
             blocks = functools.partial(_refuse, describe(error))
+        self._step = progress.step
         save = _Save(progress.model_copy(deep=True), dict(metrics or {}), attempt, layout, blocks, begin)
         self._underway.start(functools.partial(self._write, save))
         return asynchronous or self.finish()
@@ -134,11 +139,13 @@ class Checkpointer:
         was_given_up = self._underway.is_given_up
         reason = self._underway.wait()
         if reason is None:
+            if self._underway.ranks_lost:
+                self._ranks, self._underway.ranks_lost = Ranks(self._rank, self._world_size), False
             return True
         self.problem = reason
         if self._rank == 0 and not was_given_up:
             tell(say=f"warning: a checkpoint could not be saved: {reason}; training goes on")
-            self._event(self._run.events_file, "save_failed", reason=reason)
+            self._event(self._run.events_file, "save_failed", step=self._step, reason=reason)
         return False
 
     def _planned(self, tensors: Tensors) -> _Layout:
@@ -171,14 +178,14 @@ class Checkpointer:
 
     def _write(self, save: _Save) -> None:
         """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
+        here.saving("writing", step=save.progress.step)
         problem: str | None = None
         files: dict[str, Any] = {}
-        self._underway.place = f"writing {save.layout.file.name if save.layout else ''}"
         try:
             files = messages.of_files(self._write_files(save))
         except Exception as error:
             problem = describe(error)
-        self._underway.place = ""
+        here.saving("waiting for the other ranks")
         if self._underway.is_given_up:
             problem = "it was given up"
         try:
@@ -187,7 +194,9 @@ class Checkpointer:
             records = {name: record for _, written in gathered for name, record in messages.files(written).items()}
             reason = self._ranks.from_first(lambda: failures or self._commit(save, records))
         except Exception as error:
-            reason = f"the ranks lost each other: {describe(error)}"
+            reason, self._underway.ranks_lost = f"the ranks lost each other: {describe(error)}", True
+        here.saving("")
+        here.save_took(time.perf_counter() - save.begin)
         if self._underway.is_given_up:
             shutil.rmtree(save.attempt, ignore_errors=True)
             return
@@ -202,13 +211,14 @@ class Checkpointer:
         blocks = save.blocks()
         if layout is None or layout.file.slots:
             name = layout.file.name if layout else "nothing"
-            files[name] = write_hashed(save.attempt / name, blocks)
+            files[name] = write_hashed(save.attempt / name, told(blocks, name))
         if self._rank == 0 and layout is not None:
             files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)]))
         return files
 
     def _commit(self, save: _Save, files: dict[str, FileRecord]) -> str | None:
         """Rank 0 alone. None, or why it could not be done."""
+        here.saving("committing")
         try:
             manifest = self._manifest(save, files)
             retention.commit(self._run, save.attempt, manifest)

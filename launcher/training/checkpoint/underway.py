@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 from launcher.runs.notices import tell
+from launcher.runs.places import here
 from launcher.training.checkpoint.group import Ranks
 
+HangAfter = float | Literal["off"] | None
 _SLICE_SECONDS = 1.0
 SAY_SECONDS, SAY_TIMES = 60.0, 5.0
-"""A save that takes longer, and longer than so many times the one before, is said to be slow."""
+"""A save that is waited for longer, and longer than so many times the one before took, is said to be slow."""
 GIVE_UP_SECONDS, GIVE_UP_TIMES = 600.0, 20.0
-"""One that takes longer than both is given up: training goes on, and saves again once the storage is back."""
+"""One that has not moved for longer than both is given up: training goes on, and saves again once the storage is back."""
+_WAITING = ("", "waiting for the other ranks")
+
+
+def giving_up_seconds(hang_after: HangAfter, last_save_seconds: float) -> float:
+    """After how long without a byte written a save is given up: of a plan's `hang_after`, and of what the last save took."""
+    if hang_after == "off":
+        return math.inf
+    return 2 * hang_after if hang_after is not None else max(GIVE_UP_SECONDS, GIVE_UP_TIMES * last_save_seconds)
+
+
+def told(blocks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
+    """The blocks of a file, said as they are written."""
+    here.saving("writing", detail=name)
+    for block in blocks:
+        yield block
+        here.saved_bytes(len(block))
+    here.saving("syncing", detail=name)
 
 
 class Underway:
@@ -23,14 +43,14 @@ class Underway:
     A save that was given up is never committed, though its thread may come back: by then the tensors may have changed.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, hang_after: HangAfter = None) -> None:
         """Needs the default process group where world_size is above 1: the ranks' main threads agree over a group of their own."""
         self._ranks = Ranks(rank, world_size)
+        self._hang_after = hang_after
         self._thread: threading.Thread | None = None
         self._given_up = threading.Event()
-        self._last_seconds = 0.0
-        self.place = ""
-        """What this rank's thread does, where it may hang; empty while it waits for the other ranks."""
+        self.ranks_lost = False
+        """Whether the threads' own group is broken on any rank; known once `wait` has said that the save is over."""
 
     @property
     def is_given_up(self) -> bool:
@@ -39,35 +59,45 @@ class Underway:
 
     def start(self, work: Callable[[], None]) -> None:
         """Do `work` in the thread. Only after `wait` has said that the one before is over."""
-
-        def run() -> None:
-            began = time.monotonic()
-            work()
-            self._last_seconds = time.monotonic() - began
-
         self._given_up.clear()
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> str | None:
         """Wait until the save is over on every rank; None then, else why it was given up. One that was is asked for and not waited for."""
+        with here.during("waiting for the save"):
+            return self._wait()
+
+    def _wait(self) -> str | None:
         if self._thread is None:
             return None
-        began, has_said = time.monotonic(), False
+        began = since = time.monotonic()
+        seen, has_said = here.save_progress, False
         while True:
             self._thread.join(0.0 if self.is_given_up else _SLICE_SECONDS)
-            mine = {"alive": self._thread.is_alive(), "place": self.place, "last": self._last_seconds, "waited": time.monotonic() - began}
+            now, progress = time.monotonic(), here.save_progress
+            seen, since = (seen, since) if progress == seen else (progress, now)
+            what, _, name = progress
+            mine: dict[str, Any] = {
+                "alive": self._thread.is_alive(),
+                "still": now - since,
+                "last": here.last_save_seconds,
+                "lost": self.ranks_lost,
+            }
+            mine |= {"place": "" if what in _WAITING else f"{what} {name}".rstrip(), "waited": now - began}
             states: list[dict[str, Any]] = self._ranks.all_gather(mine)
             if not any(state["alive"] for state in states):
-                self._thread = None
+                self._thread, self.ranks_lost = None, any(state["lost"] for state in states)
                 return None
-            # One clock decides for all, or a rank would go on while another one still waits.
+            # The same numbers decide on all ranks, or one would go on while another one still waits.
             waited, last, where = states[0]["waited"], states[0]["last"], _where([state["place"] for state in states])
             if self.is_given_up:
                 return f"the storage still hangs ({where})"
-            if waited > max(GIVE_UP_SECONDS, GIVE_UP_TIMES * last):
+            still = min(state["still"] for state in states)
+            if still > giving_up_seconds(self._hang_after, last):
                 self._given_up.set()
-                return f"the storage hangs: it was given up after {waited:.0f} s ({where})"
+                return f"the storage hangs: it was given up after {still:.0f} s without a byte ({where})"
+            here.moved()
             if not has_said and self._ranks.rank == 0 and waited > max(SAY_SECONDS, SAY_TIMES * last):
                 has_said = True
                 tell(say=f"warning: training has been waiting {waited:.0f} s for a save to end ({where})")

@@ -18,6 +18,7 @@ from launcher.errors import DataError, StorageError
 from launcher.job.schema import Source
 from launcher.planning.plan import Plan
 from launcher.runs import cache, prepared
+from launcher.runs.places import here
 from launcher.sources.rows import TOO_LONG
 from launcher.training.data.dataset import META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
@@ -136,12 +137,18 @@ def _locked(root: Path, name: str, report: Progress) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(root / f"{name}.lock")
+        waits = False
         while True:
             try:
                 lock.acquire(timeout=0.5, poll_interval=0.05)
                 break
             except filelock.Timeout:
+                if not waits:
+                    waits = True
+                    here.at("waiting for the preparation", detail=str(lock.lock_file))
                 report(0, 0)
+        if waits:
+            here.at("preparing")
     except OSError as error:
         raise _storage_error(root, error) from error
     try:
@@ -184,6 +191,7 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
         report.rows_read += chunk.num_rows
         _count_problems(report, chunk.problems, plan)
         writer.append(chunk)
+        here.moved(report.rows_read, detail=_where(rows.source))
         progress(report.rows_read, max(report.rows_read, rows.num_rows_expected))
     _refuse_change_while_reading(rows)
     if not writer.num_samples:

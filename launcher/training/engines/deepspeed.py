@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
+from launcher.runs.places import here
 from launcher.training import adapters, pretrained
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
@@ -75,6 +76,7 @@ class DeepSpeedEngine:
         partitioner = self._deepspeed.zero.Init(config_dict_or_path=self._ds_config) if self._plan.zero.stage == 3 else None
         masters: dict[str, torch.Tensor] = {}
         for name, old, new in replaced_one_by_one(self.model):
+            here.moved(detail=name)
             if not new.requires_grad and self._plan.model.adapter is None:
                 self._frozen[name] = _flat_part(new.data, self._plan)
             elif new.requires_grad and dtype != torch.float32:
@@ -107,6 +109,7 @@ class DeepSpeedEngine:
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
         self._engine.set_gradient_accumulation_boundary(last)
         output: Output = self._engine(batch)
+        here.turn("backward")
         self._engine.backward(output.loss_sum * (factor * self._plan.batch.data_parallel_size), scale_wrt_gas=False)
         return output
 

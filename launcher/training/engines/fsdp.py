@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
+from launcher.runs.places import here
 from launcher.training import adapters
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
@@ -72,6 +73,7 @@ class FsdpEngine:
             # What is whole at the height of every pass stays so until the next one: it is gathered once a step.
             self.model.set_reshard_after_backward(last, recurse=not self._plan.mesh.reshard_after_forward)
         output: Output = self.model(batch)
+        here.turn("backward")
         (output.loss_sum * (factor * self._plan.batch.data_parallel_size)).backward()
         return output
 

@@ -1,0 +1,45 @@
+"""What a running run is at, how long ago its last step was, and whether it is suspected to hang: by its events and its last step alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+Events = dict[str, dict[str, Any]]
+"""The newest event of each name, of the newest attempt."""
+OF_AN_ATTEMPT = ("suspected", "recovered", "straggler")
+"""Events that say nothing of the next attempt."""
+_BY_THE_STEP = ("training", "evaluated", "saved", "save_failed", "compared")
+"""What is only ever said by a run that trains."""
+
+
+def phase(last: Events, step: dict[str, Any] | None) -> str | None:
+    """What the run is at: `training` once a step, or what comes with steps, is newer than the last word of another phase."""
+    found = last.get("phase", {})
+    trains = [last[name].get("time", 0.0) for name in _BY_THE_STEP if name in last]
+    if step is not None and "training" in last:
+        trains.append(step.get("time", 0.0))
+    if "training" in last and max(trains, default=0.0) >= found.get("time", 0.0):
+        return "training"
+    return found.get("phase")
+
+
+def step_age(last: Events, step: dict[str, Any] | None) -> float | None:
+    """Seconds since the last step of this attempt; None before it."""
+    began = last.get("training", {}).get("time")
+    if step is None or began is None or step.get("time", 0.0) < began:
+        return None
+    return round(max(0.0, time.time() - step["time"]), 1)
+
+
+def suspicion(last: Events) -> str | None:
+    """The line that names a hang which is suspected now."""
+    said = last.get("suspected")
+    if said is None or last.get("recovered", {}).get("time", 0.0) >= said["time"]:
+        return None
+    return str(said["line"])
+
+
+def straggler(last: Events) -> str | None:
+    """The line that names a slow rank of this attempt."""
+    return last["straggler"]["line"] if "straggler" in last else None

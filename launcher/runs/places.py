@@ -1,0 +1,335 @@
+"""Where each rank is, and a count that moves: one page of memory a rank, which its supervisor reads while the rank trains.
+
+The page is memory without a file system (memfd_create(2)), reached as /proc/PID/fd/N: no stalled, full or missing disk keeps a rank from
+saying where it is, and nothing is left behind. To say it costs a few stores into memory, and no system call. What faulthandler writes of
+a rank's stacks comes behind the page, in the same memory.
+
+A supervisor publishes what its ranks say in the attempt's directory (`ranks-NODE.json`): for people, and for the first node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+PAGE_BYTES = 4096
+PLACES = (
+    "starting",
+    "preparing",
+    "waiting for the preparation",
+    "building operators",
+    "loading",
+    "checking the loss",
+    "compiling",
+    "restoring",
+    "data",
+    "forward",
+    "backward",
+    "exchange",
+    "optimizer",
+    "recording",
+    "evaluating",
+    "measuring",
+    "staging",
+    "waiting for the save",
+    "leaving",
+)
+_NUMBER_OF = {place: number for number, place in enumerate(PLACES)}
+SAVE_STATES = ("", "writing", "syncing", "waiting for the other ranks", "committing")
+_PLACE, _COUNT, _STEP, _DONE, _TOTAL, _WAITING, _MEMORY, _SAVE, _SAVED_BYTES, _SAVE_STEP = range(10)
+_LOOKS, _STOPPED, _BLOCKED = range(16, 19)
+"""Written by the supervisor: a rank cannot see how often it is stopped."""
+_STEP_SECONDS, _OWN_SECONDS, _SLOWNESS, _LAST_SAVE = range(32, 36)
+_TEXTS = {"detail": 512, "save_detail": 1024}
+_TEXT_BYTES = 480
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank as it says itself."""
+
+    rank: int
+    host: str
+    pid: int
+    place: str
+    count: int = 0
+    """Grows with each micro-batch, evaluation batch, chunk of rows, tensor: whatever is done."""
+    step: int = 0
+    """The last step that was done."""
+    done: int = 0
+    total: int = 0
+    """Of what is done at the place; 0 where that is not known."""
+    collective: bool = False
+    """Whether it waits for the others, as far as Python sees it."""
+    detail: str = ""
+    save: str = ""
+    save_bytes: int = 0
+    save_step: int = 0
+    save_detail: str = ""
+    save_seconds: float = 0.0
+    """What the last save took."""
+    step_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    """What its own work of a step took, without waiting for others."""
+    slowness: float = 0.0
+    """How many times slower it is than the others, where that has lasted; else 0."""
+    memory_bytes: int = 0
+    """Its peak so far."""
+
+
+class Page:
+    """The page of one rank: its own, or another's that is read."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._numbers = memoryview(memory).cast("q")
+        self._floats = memoryview(memory).cast("d")
+
+    @classmethod
+    def open(cls, path: str) -> Page:
+        """The page at a path as a rank gives it. Raises OSError."""
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            return cls(mmap.mmap(descriptor, PAGE_BYTES))
+        except ValueError as error:
+            raise OSError(str(error)) from None
+        finally:
+            os.close(descriptor)
+
+    def text(self, name: str) -> str:
+        """`detail`, or `save_detail`."""
+        start = _TEXTS[name]
+        return self._memory[start : start + _TEXT_BYTES].rstrip(b"\0").decode(errors="replace")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Put a text in its place, cut to what fits."""
+        start = _TEXTS[name]
+        self._memory[start : start + _TEXT_BYTES] = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+
+    def read(self, rank: int, host: str, pid: int) -> Place:
+        """What the rank says now."""
+        numbers, floats = self._numbers, self._floats
+        return Place(
+            rank=rank,
+            host=host,
+            pid=pid,
+            place=PLACES[numbers[_PLACE]],
+            count=numbers[_COUNT],
+            step=numbers[_STEP],
+            done=numbers[_DONE],
+            total=numbers[_TOTAL],
+            collective=numbers[_WAITING] > 0,
+            detail=self.text("detail"),
+            save=SAVE_STATES[numbers[_SAVE]],
+            save_bytes=numbers[_SAVED_BYTES],
+            save_step=numbers[_SAVE_STEP],
+            save_detail=self.text("save_detail"),
+            save_seconds=floats[_LAST_SAVE],
+            step_seconds=floats[_STEP_SECONDS],
+            busy_seconds=round(floats[_OWN_SECONDS], 4),
+            slowness=round(floats[_SLOWNESS], 2),
+            memory_bytes=numbers[_MEMORY],
+        )
+
+    def note_look(self, state: str) -> None:
+        """Tell the rank in which state of /proc it was seen."""
+        self._numbers[_LOOKS] += 1
+        self._numbers[_STOPPED] += state in "Tt"
+        self._numbers[_BLOCKED] += state == "D"
+
+    def looks(self) -> tuple[int, int, int]:
+        """How often a supervisor has looked, and how often it saw the rank stopped, and blocked in the kernel."""
+        return self._numbers[_LOOKS], self._numbers[_STOPPED], self._numbers[_BLOCKED]
+
+
+class Whereabouts(Page):
+    """Where this process says that it is. Until `begin` nobody can read it."""
+
+    _SECONDS_BETWEEN_MEMORY = 0.5
+
+    def __init__(self) -> None:
+        # Private: processes that were forked before they say where they are must not say it to each other.
+        super().__init__(mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._descriptor: int | None = None
+        self._memory_at = 0.0
+
+    def begin(self) -> tuple[str, int]:
+        """Say it where a supervisor can read it: the path, and the descriptor for stacks; an empty path where there is no memory for it."""
+        try:
+            self._descriptor = _shared_memory()
+        except OSError:
+            return "", 2
+        self.__dict__.update(Page(mmap.mmap(self._descriptor, PAGE_BYTES)).__dict__)
+        os.lseek(self._descriptor, PAGE_BYTES, os.SEEK_SET)
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}", self._descriptor
+
+    def at(self, place: str, *, done: int = 0, total: int = 0, detail: str = "") -> None:
+        """Be at a place from now on."""
+        numbers = self._numbers
+        numbers[_PLACE], numbers[_DONE], numbers[_TOTAL] = _NUMBER_OF[place], done, total
+        numbers[_COUNT] += 1
+        if detail or self._memory[_TEXTS["detail"]]:
+            self.write_text("detail", detail)
+
+    @contextlib.contextmanager
+    def during(self, place: str, **more: Any) -> Iterator[None]:
+        """Be at a place, and back where this process was afterwards."""
+        numbers = self._numbers
+        before = numbers[_PLACE], numbers[_DONE], numbers[_TOTAL], self.text("detail")
+        self.at(place, **more)
+        try:
+            yield
+        finally:
+            self.at(PLACES[before[0]], done=before[1], total=before[2], detail=before[3])
+
+    def moved(self, done: int | None = None, detail: str | None = None) -> None:
+        """Something more is done at this place; `done` in all, where it is known, and what comes next."""
+        numbers = self._numbers
+        numbers[_COUNT] += 1
+        numbers[_DONE] = numbers[_DONE] + 1 if done is None else done
+        if detail is not None:
+            self.write_text("detail", detail)
+
+    def waits(self, more: int) -> None:
+        """Wait for the other ranks from now on (1), or no longer (-1)."""
+        self._numbers[_WAITING] += more
+
+    def step_done(self, step: int, seconds: float) -> None:
+        """A step of all ranks is over, which took so long."""
+        self._numbers[_STEP] = step
+        self._numbers[_COUNT] += 1
+        self._floats[_STEP_SECONDS] = seconds
+
+    def turn(self, place: str) -> None:
+        """Go over to another place with the same piece of work."""
+        self._numbers[_PLACE] = _NUMBER_OF[place]
+        self._numbers[_COUNT] += 1
+
+    def own_work(self, seconds: float) -> None:
+        """What this rank's own work of a step took."""
+        self._floats[_OWN_SECONDS] = seconds
+
+    def peak_memory(self, memory_bytes: Callable[[], int]) -> None:
+        """The most memory so far; asked for at most twice a second, as it costs system calls."""
+        now = time.monotonic()
+        if now - self._memory_at > self._SECONDS_BETWEEN_MEMORY:
+            self._memory_at = now
+            self._numbers[_MEMORY] = memory_bytes()
+
+    def slow(self, factor: float) -> None:
+        """How many times slower than the others this rank is; 0 where it is not."""
+        self._floats[_SLOWNESS] = factor
+
+    def saving(self, state: str, step: int | None = None, detail: str = "") -> None:
+        """What the save does that goes on beside training: one of SAVE_STATES."""
+        if step is not None:
+            self._numbers[_SAVE_STEP], self._numbers[_SAVED_BYTES] = step, 0
+        self.write_text("save_detail", detail)
+        self._numbers[_SAVE] = SAVE_STATES.index(state)
+
+    def saved_bytes(self, count: int) -> None:
+        """So many more bytes are written."""
+        self._numbers[_SAVED_BYTES] += count
+
+    @property
+    def save_progress(self) -> tuple[str, int, str]:
+        """What the save does, how many bytes it has written, and to which file."""
+        return SAVE_STATES[self._numbers[_SAVE]], self._numbers[_SAVED_BYTES], self.text("save_detail")
+
+    @property
+    def last_save_seconds(self) -> float:
+        """What the last save took; 0 before the first."""
+        return self._floats[_LAST_SAVE]
+
+    def save_took(self, seconds: float) -> None:
+        """The last save took so long."""
+        self._floats[_LAST_SAVE] = seconds
+
+
+def _shared_memory() -> int:
+    """A file of one page in memory, without a name. Raises OSError.
+
+    Where the kernel has no memfd, a file without a name in /dev/shm or the directory for temporary files; its page is taken at once, as a
+    file system that is full would end whoever writes into it later.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        descriptor = os.memfd_create("launcher-places")
+        os.ftruncate(descriptor, PAGE_BYTES)
+        return descriptor
+    problem = OSError("no memory for it")
+    for directory in ("/dev/shm", tempfile.gettempdir()):
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                os.posix_fallocate(file.fileno(), 0, PAGE_BYTES)
+                return os.dup(file.fileno())
+        except OSError as error:
+            problem = error
+    raise problem
+
+
+here = Whereabouts()
+"""This process."""
+
+
+@dataclass(frozen=True)
+class Seen(Place):
+    """One rank as its supervisor saw it: what it says, and what the kernel says of it."""
+
+    time: float = 0.0
+    """When it was seen, in seconds since 1970."""
+    still_seconds: float = 0.0
+    """Since it last showed that it lives, by its supervisor's clock."""
+    phase: str = "start"
+    """What it is judged by: one of start, step, evaluation, storage, wait, none."""
+    state: str = "R"
+    """Of /proc/PID/stat: R, S, D (blocked in the kernel), T (stopped), t (by a debugger), Z or empty (gone)."""
+    state_seconds: float = 0.0
+    """How long it has been in that state, where that is D or T."""
+    traced: bool = False
+    """Whether a debugger is at it."""
+    wchan: str = ""
+    """Where in the kernel it waits, as far as the kernel tells."""
+    child: str = ""
+    """A process that it has started and waits for, where that is stopped."""
+    save_still_seconds: float = 0.0
+    """Since its save last moved; 0 where there is none."""
+    waits_in: str | None = None
+    """The collective that its stack ends in, empty where it ends elsewhere; None where there is no stack."""
+    frame: str = ""
+    """Where its own code is: function and file of the innermost frame that tells something."""
+
+
+def publish(path: Path, ranks: list[Seen], number: int) -> None:
+    """Write what a node's ranks do. In place, as clients of NFS see a new content sooner than a new file; `number` grows each time."""
+    content = json.dumps({"number": number, "ranks": [asdict(seen) for seen in ranks]})
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        data = content.encode() + b"\n"
+        os.pwrite(descriptor, data, 0)
+        os.ftruncate(descriptor, len(data))
+    finally:
+        os.close(descriptor)
+
+
+def published(path: Path) -> tuple[int, list[Seen]] | None:
+    """What `publish` wrote; None where it cannot be read, as in the middle of a write."""
+    known = {field.name for field in fields(Seen)}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return int(content["number"]), [Seen(**{key: value for key, value in one.items() if key in known}) for one in content["ranks"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def ranks_of(directory: Path) -> list[Seen]:
+    """Each rank of an attempt as it was seen last, on all nodes, in the order of the ranks."""
+    found = [one for path in directory.glob("ranks-*.json") if (content := published(path)) for one in content[1]]
+    return sorted(found, key=lambda seen: seen.rank)
