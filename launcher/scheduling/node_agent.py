@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.runs.failure import write_exits
+from launcher.errors import LauncherError
+from launcher.runs.failure import record, write_exits
 from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
 from launcher.scheduling import rendezvous
 from launcher.scheduling.rendezvous import ATTEMPT_VARIABLE
@@ -66,6 +67,9 @@ def main(arguments: list[str]) -> int:
         ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
         write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, node)
         return 1
+    except LauncherError as error:  # of the meeting, before there was a rank that could have written it down
+        record(Path(os.environ[ATTEMPT_VARIABLE]), node * int(torchrun.parse_args(arguments).nproc_per_node), error)
+        return error.exit_code
     return 0
 
 
