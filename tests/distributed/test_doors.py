@@ -21,6 +21,7 @@ from launcher.runs import doors, secret
 from launcher.runs.events import steps
 from launcher.scheduling.rendezvous import _Rendezvous
 from tests.distributed.test_local import HERE, begun, finish, launched, make_run, pids, wait_for
+from tests.distributed.test_script import log, run_script
 from tests.ports import free_port
 
 _WAITING = """
@@ -120,3 +121,12 @@ def test_who_takes_a_ranks_place_while_it_waits_is_found_out(tmp_path: Path) -> 
         stranger.communicate()
     assert code == 9
     assert "another user of this machine (uid 65534) connected" in errors
+
+
+def test_a_script_meets_as_the_trainer_does(tmp_path: Path) -> None:
+    """By the environment, as Accelerate and the Trainer do; objects between its own ranks are its own business."""
+    code, said = run_script(tmp_path / "run", HERE / "scripts" / "doors.py")
+    assert code == 0, said
+    for rank in range(2):
+        lines = [line for line in log(tmp_path / "run", rank).splitlines() if line.startswith("met by")]
+        assert lines == ["met by FileStore ports 1 open 0 sum 2.0"] * 2
