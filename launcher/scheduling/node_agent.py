@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.runs.failure import write_exits
+from launcher.errors import LauncherError
+from launcher.runs.failure import record, write_exits
 from launcher.runs.notices import tell
 from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
 from launcher.scheduling import rendezvous
@@ -71,6 +72,9 @@ def main(arguments: list[str]) -> int:
         tell(exits=ends)  # first without the disk, which may be full, gone or hang
         write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, node)
         return 1
+    except LauncherError as error:  # of the meeting, before there was a rank that could have written it down
+        record(Path(os.environ[ATTEMPT_VARIABLE]), node * int(asked.nproc_per_node), error)
+        return error.exit_code
     return 0
 
 

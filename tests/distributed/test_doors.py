@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,16 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
+from launcher.errors import RankLostError
+from launcher.runs import doors, secret
 from launcher.runs.events import steps
+from launcher.scheduling.rendezvous import _Rendezvous
 from tests.distributed.test_local import HERE, begun, finish, launched, make_run, pids, wait_for
+from tests.distributed.test_script import log, run_script
+from tests.ports import free_port
 
 _WAITING = """
 import encodings.idna, os, socket, sys
@@ -58,6 +66,22 @@ def files_of(process: psutil.Process) -> list[Path]:
     return list(Path(f"/proc/{process.pid}/fd").iterdir())
 
 
+def test_more_machines_than_nodes_end_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger was there as the agents met: he is among those who would be let in again."""
+    monkeypatch.setenv("LAUNCHER_ATTEMPT_DIRECTORY", str(tmp_path))
+    for name in ("LAUNCHER_SECRET_FILE", "LAUNCHER_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    meeting = _Rendezvous(RendezvousParameters("launcher", f"127.0.0.1:{free_port()}", "none", 1, 1), 0)
+    store, address, port = meeting._on_several()
+    store.set("name", "value")
+    assert TCPStore(address, port, is_master=False).list_keys()[0].startswith(secret.read(tmp_path / "secret"))
+    with pytest.raises(OSError), socket.create_connection((address, port), timeout=0.5, source_address=("127.0.0.9", 0)):
+        pass
+    monkeypatch.setattr(doors, "callers", lambda port: {"10.0.0.1", "10.0.0.2"})
+    with pytest.raises(RankLostError, match=r"2 machines came to meet for a run on 1 nodes: 10\.0\.0\.1, 10\.0\.0\.2"):
+        _Rendezvous(RendezvousParameters("launcher", f"127.0.0.1:{free_port()}", "none", 1, 1), 0)._on_several()
+
+
 @needs_root
 def test_another_user_gets_into_no_run_of_this_machine(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
@@ -97,3 +121,12 @@ def test_who_takes_a_ranks_place_while_it_waits_is_found_out(tmp_path: Path) -> 
         stranger.communicate()
     assert code == 9
     assert "another user of this machine (uid 65534) connected" in errors
+
+
+def test_a_script_meets_as_the_trainer_does(tmp_path: Path) -> None:
+    """By the environment, as Accelerate and the Trainer do; objects between its own ranks are its own business."""
+    code, said = run_script(tmp_path / "run", HERE / "scripts" / "doors.py")
+    assert code == 0, said
+    for rank in range(2):
+        lines = [line for line in log(tmp_path / "run", rank).splitlines() if line.startswith("met by")]
+        assert lines == ["met by FileStore ports 1 open 0 sum 2.0"] * 2
