@@ -44,7 +44,7 @@ PLACES = (
 )
 _NUMBER_OF = {place: number for number, place in enumerate(PLACES)}
 SAVE_STATES = ("", "writing", "syncing", "waiting for the other ranks", "committing")
-_PLACE, _COUNT, _STEP, _DONE, _TOTAL, _WAITING, _MEMORY, _SAVE, _SAVED_BYTES, _SAVE_STEP = range(10)
+_PLACE, _COUNT, _STEP, _DONE, _TOTAL, _WAITING, _MEMORY, _SAVE, _SAVED_BYTES, _SAVE_STEP, _HAS_DETAIL = range(11)
 _LOOKS, _STOPPED, _BLOCKED = range(16, 19)
 """Written by the supervisor: a rank cannot see how often it is stopped."""
 _STEP_SECONDS, _OWN_SECONDS, _SLOWNESS, _LAST_SAVE = range(32, 36)
@@ -127,7 +127,7 @@ class Page:
             done=numbers[_DONE],
             total=numbers[_TOTAL],
             collective=numbers[_WAITING] > 0,
-            detail=self.text("detail"),
+            detail=self.text("detail") if numbers[_HAS_DETAIL] else "",
             save=SAVE_STATES[numbers[_SAVE]],
             save_bytes=numbers[_SAVED_BYTES],
             save_step=numbers[_SAVE_STEP],
@@ -160,6 +160,7 @@ class Whereabouts(Page):
         super().__init__(mmap.mmap(-1, PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._descriptor: int | None = None
         self._memory_at = 0.0
+        self._detail = ""
 
     def begin(self) -> tuple[str, int]:
         """Say it where a supervisor can read it: the path, and the descriptor for stacks; an empty path where there is no memory for it."""
@@ -176,14 +177,20 @@ class Whereabouts(Page):
         numbers = self._numbers
         numbers[_PLACE], numbers[_DONE], numbers[_TOTAL] = _NUMBER_OF[place], done, total
         numbers[_COUNT] += 1
-        if detail or self._memory[_TEXTS["detail"]]:
+        self._say_detail(detail)
+
+    def _say_detail(self, detail: str) -> None:
+        # The same one comes again and again, and to write it costs more than all the rest.
+        if detail and detail != self._detail:
+            self._detail = detail
             self.write_text("detail", detail)
+        self._numbers[_HAS_DETAIL] = bool(detail)
 
     @contextlib.contextmanager
     def during(self, place: str, **more: Any) -> Iterator[None]:
         """Be at a place, and back where this process was afterwards."""
         numbers = self._numbers
-        before = numbers[_PLACE], numbers[_DONE], numbers[_TOTAL], self.text("detail")
+        before = numbers[_PLACE], numbers[_DONE], numbers[_TOTAL], self._detail if numbers[_HAS_DETAIL] else ""
         self.at(place, **more)
         try:
             yield
@@ -196,7 +203,7 @@ class Whereabouts(Page):
         numbers[_COUNT] += 1
         numbers[_DONE] = numbers[_DONE] + 1 if done is None else done
         if detail is not None:
-            self.write_text("detail", detail)
+            self._say_detail(detail)
 
     def waits(self, more: int) -> None:
         """Wait for the other ranks from now on (1), or no longer (-1)."""

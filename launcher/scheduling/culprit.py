@@ -103,7 +103,9 @@ def _what(seen: Seen, unheard: set[str], everyone: bool) -> str:
     if seen.host in unheard:
         return "has not been heard of: its node does not answer"
     if seen.state == "D":
-        where = ", ".join(filter(None, (seen.detail, f"blocked in the kernel, {seen.wchan}" if seen.wchan else "blocked in the kernel")))
+        where = ", ".join(
+            filter(None, (seen.detail or seen.place, f"blocked in the kernel, {seen.wchan}" if seen.wchan else "blocked in the kernel"))
+        )
         return f"is in the file system ({where})"
     if seen.place == _LOADER:
         return (

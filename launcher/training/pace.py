@@ -31,15 +31,16 @@ STOPPED_SHARE = 0.3
 _FEWEST_RIDES, _FEWEST_LOOKS = 3, 20
 _LONG_STEP_SECONDS = 1.0
 """Where a step takes longer than this, the numbers ride in every one, so that a slow rank is known within a minute."""
-_SECONDS_BETWEEN_EVIDENCE = 5.0
+_SECONDS_BETWEEN_EVIDENCE, _SECONDS_BETWEEN_JUDGEMENTS = 5.0, 1.0
 
 
 @dataclass
 class _Ride:
-    """The own times of all ranks at one moment."""
+    """One comparison: this rank's own time of a step, and the median of the others'."""
 
     time: float
-    own: list[float]
+    mine: float
+    others: float
 
 
 class Own:
@@ -107,6 +108,7 @@ class Pace:
         self._every = STEPS_BETWEEN
         self._rides: deque[_Ride] = deque()
         self._evidence: deque[tuple[float, Evidence]] = deque()
+        self._judged_at = 0.0
         self._is_said = False
 
     def worked(self, seconds: float | None) -> None:
@@ -141,6 +143,9 @@ class Pace:
         now = self._clock()
         self._every = 1 if max(own) > _LONG_STEP_SECONDS else STEPS_BETWEEN
         self._note(now, own)
+        if now - self._judged_at < _SECONDS_BETWEEN_JUDGEMENTS:
+            return
+        self._judged_at = now
         factor, seconds, others = self._slowness()
         if self._is_said:
             self._is_said = factor >= OVER_FACTOR
@@ -153,7 +158,7 @@ class Pace:
 
     def _note(self, now: float, own: list[float]) -> None:
         """Keep what the last half minute says, and a little more."""
-        self._rides.append(_Ride(now, own))
+        self._rides.append(_Ride(now, own[self._rank], statistics.median(own[: self._rank] + own[self._rank + 1 :])))
         while len(self._rides) > _FEWEST_RIDES and now - self._rides[1].time >= SLOW_SECONDS:
             self._rides.popleft()
         if not self._evidence or now - self._evidence[-1][0] >= _SECONDS_BETWEEN_EVIDENCE:
@@ -166,10 +171,8 @@ class Pace:
 
         It counts as slow where it was in most of the comparisons: one long pause makes no slow rank.
         """
-        mine = [ride.own[self._rank] for ride in self._rides]
-        others = [statistics.median(ride.own[: self._rank] + ride.own[self._rank + 1 :]) for ride in self._rides]
-        seconds, usual = statistics.fmean(mine), statistics.fmean(others)
-        often = sum(one > SLOW_FACTOR * other for one, other in zip(mine, others, strict=True)) > len(mine) / 2
+        seconds, usual = (statistics.fmean(getattr(ride, name) for ride in self._rides) for name in ("mine", "others"))
+        often = sum(ride.mine > SLOW_FACTOR * ride.others for ride in self._rides) > len(self._rides) / 2
         if self._is_said or (often and seconds > SLOW_FACTOR * usual and seconds - usual > SLOW_MARGIN_SECONDS):
             return seconds / usual, seconds, usual
         looks, stopped = (after - before for before, after in zip(self._evidence[0][1].looks[:2], here.looks()[:2], strict=True))

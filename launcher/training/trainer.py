@@ -167,7 +167,7 @@ class Trainer:
         self.state.num_tokens += step_batch.num_tokens
         here.step_done(self.state.step, time.monotonic() - started)
         if self.recorder:
-            here.at("recording", detail=self.run.metrics_file.name)
+            here.at("recording")
             seconds = time.monotonic() - started
             self.recorder.step(self.state.step, step_batch, loss, gradient_norm, learning_rate, seconds, self.state.num_tokens)
         return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}

@@ -81,7 +81,7 @@ def test_a_plan_leaves_nothing_open(made: Job, machine: Hardware) -> None:
 def test_every_auto_of_the_job_is_decided_with_a_reason() -> None:
     made = plan(job(), hardware=H100)
     autos = {path.lstrip(".") for path, value in leaves(job().model_dump(mode="json")) if value == "auto"}
-    assert autos <= set(decided(made))
+    assert autos - {"cluster.hang_after"} <= set(decided(made)), "that one is decided while the run goes on, phase by phase"
     assert all(decision.reason for decision in made.decisions)
 
 
