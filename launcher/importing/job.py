@@ -93,7 +93,7 @@ def _unfit(content: dict[str, Any], facts: dict[str, Any]) -> list[Problem]:
     said = {JOB_KEYS.get(key, key): f"{fact.source}: {fact.said}" for key, fact in facts.items()}
     kept = without(content, set())
     found = refused(kept)
-    found += validate(kept)[1]
+    found += [problem for problem in validate(kept)[1] if problem.key not in {secret.key for secret in found}]
     return [Problem(said.get(problem.key, problem.key), problem.value, problem.reason) for problem in found]
 
 
