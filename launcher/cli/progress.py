@@ -140,6 +140,11 @@ def notice(record: dict[str, Any]) -> str | None:
             return f"warning: the save of step {step} failed, training goes on: {record.get('reason')}"
         case "skipped":
             return f"warning: step {step} was skipped: {record.get('reason')}"
+        case "symptom":
+            return f"warning: step {step}: {record.get('text')}"
+        case "rewound":
+            back = f"the weights are those of the checkpoint of step {record.get('checkpoint')} again; the samples since are left out"
+            return f"warning: step {step}: {record.get('reason')}: {back} ({record.get('times')} of the run's rewinds)"
         case "other_engine":
             found, planned = record.get("found"), record.get("planned")
             return f"warning: the script trains on {found}, and the plan is {planned}: what the plan says of memory and speed does not hold"

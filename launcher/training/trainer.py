@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from launcher.errors import DivergedError, StorageError
+from launcher.errors import CheckpointError, StorageError
 from launcher.planning.plan import Plan
 from launcher.runs.beats import Beater
 from launcher.runs.checkpoints import Progress
@@ -24,6 +25,7 @@ from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch
 from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
+from launcher.training.divergence import Divergence
 from launcher.training.ending import EarlyEnd
 from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
@@ -55,7 +57,6 @@ class State:
     step: int = 0
     num_items: int = 0
     num_tokens: int = 0
-    num_skipped_in_a_row: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation."""
     evaluated_step: int = -1
@@ -63,7 +64,7 @@ class State:
 
     def progress(self, extra: dict[str, Any]) -> Progress:
         """As a checkpoint stores it."""
-        kept = {"num_skipped_in_a_row": self.num_skipped_in_a_row, "metrics": self.metrics, "evaluated_step": self.evaluated_step}
+        kept = {"metrics": self.metrics, "evaluated_step": self.evaluated_step}
         return Progress(step=self.step, samples=self.num_items, tokens=self.num_tokens, extra=kept | extra)
 
 
@@ -99,6 +100,7 @@ class Trainer:
         check_loss(self.engine, self.task, material.train, plan, self.event)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
+        self.divergence = Divergence(plan.training, self.event)
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
         self._restore()
@@ -112,13 +114,15 @@ class Trainer:
         """Evaluate, train, evaluate, save; or stop where told to."""
         self._announce()
         due = self._due_at_the_start()
+        if self.divergence.rewinds and self.state.step == 0:
+            self._save()  # so that there is something to go back to from the first spike on
         while True:
             if due["stop"] or (due["evaluate"] and not self._evaluate()):
                 self._leave()
                 return
             if self._over:
                 break
-            if due["save"] or (due["evaluate"] and self._keeps_best):
+            if (due["save"] or (due["evaluate"] and self._keeps_best)) and not self.divergence.suspicious:
                 self._save()
             due = self._step()
         if self.state.evaluated_step != self.state.step and not self._evaluate():
@@ -148,15 +152,38 @@ class Trainer:
         self.beater.beat(self.state.step + 1, time.monotonic() - started, peak_memory_bytes(self.device))
         totals = self._add_up(loss_sum)
         loss = totals["loss"] / max(1, step_batch.num_supervised)
-        gradient_norm = math.sqrt(totals["squared_norm"]) / self.loss_scale.value if totals["squared_norm"] >= 0 else math.nan
+        scale = self.loss_scale.value
+        gradient_norm = math.sqrt(totals["squared_norm"]) / scale if totals["squared_norm"] >= 0 else math.nan
         learning_rate = self.schedule.at(self.state.step)
-        self._apply_or_skip(loss, gradient_norm, learning_rate)
+        verdict = self.divergence.judge(self.state.step + 1, loss, gradient_norm, self.loss_scale)
+        if verdict == "apply":
+            clip = self.plan.training.clip_norm
+            coefficient = min(1.0, clip / (gradient_norm + 1e-6)) if clip > 0 else 1.0
+            self.engine.apply(learning_rate, coefficient / scale)
+        else:
+            self.engine.discard()
         self.state.step += 1
         self.state.num_items += step_batch.num_items
         self.state.num_tokens += step_batch.num_tokens
         if self.recorder:
             self.recorder.step(self.state.step, step_batch, loss, gradient_norm, learning_rate, time.monotonic() - started)
+        if verdict == "rewind":
+            self._rewind()
         return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}
+
+    def _rewind(self) -> None:
+        """Take the weights of a checkpoint before back, and go on behind the samples since. Raises DivergedError where there is none."""
+        tensors = self.engine.tensors()
+        progress = None
+        for until in self.divergence.checkpoints_before():
+            with contextlib.suppress(CheckpointError):
+                progress = progress or self.checkpointer.load(tensors, until=until)
+        if progress is None:
+            raise self.divergence.nowhere_to_go()
+        self.engine.loaded()
+        self.divergence.rewound(progress.step, self.state.step)
+        if self._save(wait=True, must=False):
+            self.checkpointer.remove(range(progress.step + 1, self.state.step))
 
     def _accumulate(self, step_batch: StepBatch) -> torch.Tensor:
         """Forward and backward over this rank's micro-batches; the sum of their losses."""
@@ -184,27 +211,6 @@ class Trainer:
         loss, norm, stop, save, evaluation = vector.tolist()
         return {"loss": loss, "squared_norm": norm, "stop": stop, "save": save, "evaluate": evaluation}
 
-    def _apply_or_skip(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
-        """Take the optimizer's step, or leave it out on all ranks where a number is not finite."""
-        if math.isfinite(loss) and math.isfinite(gradient_norm):
-            clip = self.plan.training.clip_norm
-            coefficient = min(1.0, clip / (gradient_norm + 1e-6)) if clip > 0 else 1.0
-            self.engine.apply(learning_rate, coefficient / self.loss_scale.value)
-            self.loss_scale.good()
-            self.state.num_skipped_in_a_row = 0
-            return
-        self.engine.discard()
-        if math.isfinite(loss) and self.loss_scale.overflow():
-            return
-        self.state.num_skipped_in_a_row += 1
-        what = "loss" if not math.isfinite(loss) else "gradient norm"
-        self.event("skipped", step=self.state.step + 1, reason=f"{what} is not finite", in_a_row=self.state.num_skipped_in_a_row)
-        if self.state.num_skipped_in_a_row > self.plan.training.skip_nonfinite:
-            raise DivergedError(
-                f"the {what} was not finite in {self.state.num_skipped_in_a_row} steps in a row up to step {self.state.step + 1}; "
-                f"lower training.learning_rate ({self.plan.training.learning_rate:g}) or look at the rows of the last steps"
-            )
-
     def _evaluate(self) -> bool:
         """Measure on the held-out rows. False where a stop was asked for meanwhile; the evaluation is then made when the run goes on."""
         if self.material.evaluation is None:
@@ -227,17 +233,19 @@ class Trainer:
         self.state.metrics, self.state.evaluated_step = metrics, self.state.step
         self.evaluating.done(self.state.step, time.monotonic())
 
-    def _save(self, wait: bool = False) -> None:
-        """Save; `wait` until it is committed, and raise where it cannot be."""
+    def _save(self, wait: bool = False, must: bool = True) -> bool:
+        """Save; `wait` until it is committed, and raise where it `must` be and cannot. Whether it is, as far as that is known."""
         self.saving.done(self.state.step, time.monotonic())
         if self.recorder:
             self.recorder.saves()
-        extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps, **self.early_end.state()}
+        extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
+        extra |= self.early_end.state() | self.divergence.state()
         # Metrics of an older state would rank this one among the best by what it is not.
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
         saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), metrics, wait=wait)
-        if wait and not saved:
+        if wait and must and not saved:
             raise StorageError(f"step {self.state.step} could not be saved before leaving; the reason is in {self.run.events_file}")
+        return saved
 
     def _restore(self) -> None:
         progress = self.checkpointer.load(self.engine.tensors())
@@ -247,9 +255,10 @@ class Trainer:
         extra = progress.extra
         self.event("resumed", step=progress.step, checkpoint=self.run.checkpoint(progress.step).name)
         evaluation = extra.get("metrics", {}), extra.get("evaluated_step", progress.step)
-        self.state = State(progress.step, progress.samples, progress.tokens, extra.get("num_skipped_in_a_row", 0), *evaluation)
+        self.state = State(progress.step, progress.samples, progress.tokens, *evaluation)
         self.loss_scale = LossScale(self.loss_scale.used, extra["loss_scale"], extra["good_steps"])
         self.early_end.restore(extra)
+        self.divergence.restore(extra)
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,14 +239,17 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
 
-    def load(self, tensors: Tensors, step: int | None = None) -> Progress | None:
+    def load(self, tensors: Tensors, step: int | None = None, until: int | None = None) -> Progress | None:
         """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that verifies, or from `step`'s.
 
-        None where the run has no checkpoint yet. Raises CheckpointError where there are some and none is whole, where `step` is
+        `until`: of at most that step. None where the run has no such checkpoint yet.
+        Raises CheckpointError where there are some and none is whole, where `step` is
         asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
         """
         self.finish()
         listed = self._ranks.from_first(lambda: list_checkpoints(self._run))
+        if until is not None:
+            listed = [stored for stored in listed if stored.step <= until]
         wanted = [stored for stored in reversed(listed) if step is None or stored.step == step]
         rejected: list[Stored] = []
         for stored in wanted:
@@ -259,6 +262,18 @@ class Checkpointer:
         if step is None and not listed:
             return None
         raise CheckpointError(self._refusal(listed, rejected, step))
+
+    def remove(self, steps: Collection[int]) -> None:
+        """Delete the checkpoints of these steps, and wait until they are gone. What cannot be deleted stays, with a warning."""
+        self._ranks.from_first(functools.partial(self._remove, steps))
+
+    def _remove(self, steps: Collection[int]) -> None:
+        for stored in list_checkpoints(self._run):
+            if stored.step in steps:
+                try:
+                    retention.remove(stored.directory)
+                except OSError as error:
+                    warnings.warn(f"{stored.name} could not be removed: {describe(error)}", stacklevel=2)
 
     def _verify(self, stored: Stored) -> list[str]:
         """What is wrong with a checkpoint, each rank reading its part of the bytes."""

@@ -1,0 +1,157 @@
+"""Losses that jump: what stands out, what a rewind takes back, what the ledger says, and what is only said."""
+
+from __future__ import annotations
+
+import functools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.errors import DivergedError
+from launcher.job.schema import OnSpike, Training
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.training.divergence import Divergence
+from launcher.training.precision import LossScale
+from launcher.training.signals import StopRequest
+from launcher.training.spikes import SpikeWatch
+from tests.training.plans import deepspeed
+from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, replan, start, state
+
+SMALL: dict[str, Any] = {"action": "rewind", "window": 4, "steps": 2, "times": 2}
+
+
+def lognormal(count: int, seed: int = 0, sigma: float = 0.25) -> list[float]:
+    """Losses of a healthy run: falling, noisy, with a long tail above."""
+    generator = random.Random(seed)
+    return [(1 + 3 / (1 + 0.01 * step)) * generator.lognormvariate(0, sigma) for step in range(count)]
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.25, 0.6])
+def test_a_healthy_run_has_no_spike(sigma: float) -> None:
+    watch = SpikeWatch(OnSpike())
+    assert not any(watch.lasts(loss) for loss in lognormal(30_000, sigma=sigma))
+
+
+def test_hard_batches_are_none_and_a_new_level_is() -> None:
+    watch = SpikeWatch(OnSpike(steps=5))
+    for number, loss in enumerate(lognormal(200)):
+        assert not watch.lasts(loss * 20 if 100 < number < 105 else loss)
+    assert [watch.lasts(30.0) for _ in range(5)] == [False, False, False, False, True]
+
+
+def test_nothing_stands_out_before_enough_is_known_or_where_nobody_asked() -> None:
+    assert not any(SpikeWatch(OnSpike()).lasts(loss) for loss in [1.0] * 10 + [100.0] * 20)
+    assert not any(SpikeWatch(OnSpike(action="ignore")).lasts(loss) for loss in [1.0] * 100 + [100.0] * 20)
+
+
+def judged(divergence: Divergence, losses: list[float], first: int = 1) -> list[str]:
+    return [divergence.judge(step, loss, 1.0, LossScale(False)) for step, loss in enumerate(losses, first)]
+
+
+def test_warn_says_it_once_and_goes_on() -> None:
+    said: list[dict[str, Any]] = []
+    divergence = Divergence(Training(), lambda name, **fields: said.append({"event": name, **fields}))
+    assert set(judged(divergence, [1.0] * 64 + [9.0] * 100)) == {"apply"}
+    [symptom] = said
+    assert (symptom["event"], symptom["kind"], symptom["step"]) == ("symptom", "spike", 69)
+    assert "5 steps in a row" in symptom["text"] and "training.on_spike" in symptom["text"]
+
+
+def test_it_goes_back_so_many_times_each_time_further_and_then_stops() -> None:
+    divergence = Divergence(Training(on_spike=OnSpike(action="rewind", window=8, steps=3)), lambda name, **fields: None)
+    assert judged(divergence, [1.0] * 20 + [9.0] * 3) == ["apply"] * 22 + ["rewind"]
+    # Step 21 is the first bad one: step 20's update may have spoiled the weights that it found.
+    assert list(divergence.checkpoints_before()) == [19, 20]
+    divergence.rewound(18, 23)
+    other = Divergence(Training(on_spike=OnSpike(action="rewind", window=8, steps=3)), lambda name, **fields: None)
+    other.restore(divergence.state())
+    for resumed in (divergence, other):
+        assert judged(resumed, [9.0] * 3, 24)[-1] == "rewind" and list(resumed.checkpoints_before()) == [17, 23]
+        resumed.rewound(10, 26)
+        assert [(entry["first"], entry["last"], entry["checkpoint"]) for entry in resumed.ledger.entries] == [(19, 23, 18), (11, 26, 10)]
+        with pytest.raises(DivergedError, match=r"3 steps in a row, up to 9; .* 1, after 2 rewinds; lower training.learning_rate"):
+            judged(resumed, [1.0, 9.0, 9.0, 9.0], 27)
+
+
+def test_what_is_not_finite_is_in_the_ledger_and_goes_back_by_the_same_policy() -> None:
+    divergence = Divergence(Training(skip_nonfinite=2, on_spike=OnSpike(action="rewind")), lambda name, **fields: None)
+    assert judged(divergence, [1.0, float("nan"), 1.0, float("nan"), float("inf"), float("nan")])[-1] == "rewind"
+    assert list(divergence.checkpoints_before()) == [2, 3]
+    assert [(entry["first"], entry["last"]) for entry in divergence.ledger.entries] == [(2, 2), (4, 6)]
+
+
+def jumping(steps: tuple[int, ...], rank: int, stop: StopRequest) -> None:
+    """A hook: the loss is larger by 1,000 at these steps, counted from 1; its gradient is what it is."""
+    from launcher.training.tasks.causal_lm import CausalLM
+    from launcher.training.trainer import Trainer
+
+    accumulate, forward = Trainer._accumulate, CausalLM.forward
+    now = [0]
+
+    def noted(self: Trainer, batch: Any) -> torch.Tensor:
+        now[0] = self.state.step + 1
+        return accumulate(self, batch)
+
+    def raised(self: CausalLM, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
+        output = forward(self, model, batch)
+        return output._replace(loss_sum=output.loss_sum + 1e5) if now[0] in steps and torch.is_grad_enabled() else output
+
+    Trainer._accumulate, CausalLM.forward = noted, raised  # type: ignore[method-assign]
+
+
+def ledger(run: Any) -> list[tuple[int, int, int]]:
+    manifest = list_checkpoints(run)[-1].manifest
+    assert manifest is not None
+    return [(entry["first"], entry["last"], entry["checkpoint"]) for entry in manifest.progress.extra["ledger"]]
+
+
+@pytest.mark.distributed
+def test_a_rewind_takes_the_weights_back_and_the_samples_go_on_over_ranks_and_engines(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    """Steps 8 and 9 jump. The state after 6 is the last that was untouched, and becomes that of step 9."""
+    training = {"on_spike": SMALL}
+    kept = {"every": 3, "keep_last": 20}
+    base = new_run(tmp_path / "base", plan_for(model, data, 1, 14, checkpoint=kept))
+    finish(base, 1)
+    run = new_run(tmp_path / "run", plan_for(model, data, 2, 14, training=training, checkpoint=kept))
+    hook = functools.partial(jumping, (8, 9))
+    finish(run, 2, hook, stop_at=10)
+    [rewound] = named(run, "rewound")
+    assert (rewound["checkpoint"], rewound["step"], rewound["times"]) == (6, 9, 1)
+    assert ledger(run) == [(7, 9, 6)]
+    assert_equal(state(run, 9), state(run, 6))
+    assert [stored.step for stored in list_checkpoints(run)] == [0, 3, 6, 9, 10]
+    replan(run, plan_for(model, data, 1, 14, training=training, checkpoint=kept, **deepspeed(3)))
+    finish(run, 1, hook)
+    assert ledger(run) == [(7, 9, 6)] and run.finished and len(named(run, "rewound")) == 1
+    assert {step: record["sample_ids"] for step, record in curve(run).items()} == {
+        step: record["sample_ids"] for step, record in curve(base).items()
+    }
+    assert curve(run)[10]["loss"] == pytest.approx(curve(base)[10]["loss"], abs=0.3)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_goes_back_to_the_bit_too(stage: int, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    plan = plan_for(model, data, 2, 9, training={"on_spike": SMALL}, checkpoint={"every": 2, "keep_last": 20}, **deepspeed(stage))
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 2, functools.partial(jumping, (6, 7)))
+    assert ledger(run) == [(5, 7, 4)] and run.finished
+    assert_equal(state(run, 7), state(run, 4))
+
+
+@pytest.mark.distributed
+def test_a_run_that_jumps_again_and_again_ends_as_diverged(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    plan = plan_for(model, data, 1, 30, training={"on_spike": SMALL | {"times": 1}}, checkpoint={"every": 100_000, "keep_last": 1})
+    run = new_run(tmp_path / "run", plan)
+    hook = functools.partial(jumping, (6, 7, 10, 11))
+    [error] = start(run, 1, hook).errors()
+    assert isinstance(error, DivergedError) and "after 1 rewinds" in str(error)
+    assert ledger(run) == [(1, 7, 0)]  # back to what it began with, which was kept for that
+    assert [record["step"] for record in named(run, "saved")] == [0, 7]
+    [error] = start(run, 1, hook).errors()
+    assert isinstance(error, DivergedError) and list(curve(run)) == list(range(1, 11))
