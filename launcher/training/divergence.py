@@ -50,7 +50,7 @@ class Divergence:
         if not self._watch.lasts(loss):
             return "apply"
         above, median = self._watch.above, self._watch.median
-        reason = f"the loss stayed above {limit:.4g} for {len(above)} steps in a row, up to {max(above):.4g}; before, its median was {median:.4g}"
+        reason = f"the loss stayed above {limit:.4g} for {len(above)} steps in a row, up to {max(above):.4g}; its median was {median:.4g}"
         return self._bad(step, len(above), reason)
 
     def _not_finite(self, step: int, what: str) -> Verdict:

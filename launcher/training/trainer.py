@@ -35,6 +35,7 @@ from launcher.training.precision import LossScale
 from launcher.training.recording import Recorder
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
+from launcher.training.symptoms import Sample, Symptoms, chance_of
 from launcher.training.tracking import Journal
 
 T = TypeVar("T")
@@ -103,7 +104,11 @@ class Trainer:
         self.divergence = Divergence(plan.training, self.event)
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
-        self._restore()
+        tensors = self.engine.tensors()
+        chance, said = chance_of(self.task, material.config), self._restore(tensors)
+        # What lies on NVMe is not fetched for this.
+        sample = Sample(self.engine, tensors if plan.offload == "none" or plan.offload_to == "cpu" else {})
+        self.symptoms = Symptoms(plan.training, self.schedule, chance, sample, self.event, self.state.step, said)
         self.first_step = self.state.step
         steps_per_epoch = material.train.num_items / plan.batch.global_batch_size
         now = time.monotonic()
@@ -160,6 +165,7 @@ class Trainer:
             clip = self.plan.training.clip_norm
             coefficient = min(1.0, clip / (gradient_norm + 1e-6)) if clip > 0 else 1.0
             self.engine.apply(learning_rate, coefficient / scale)
+            self.symptoms.note(self.state.step + 1, loss, gradient_norm)
         else:
             self.engine.discard()
         self.state.step += 1
@@ -239,7 +245,7 @@ class Trainer:
         if self.recorder:
             self.recorder.saves()
         extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
-        extra |= self.early_end.state() | self.divergence.state()
+        extra |= self.early_end.state() | self.divergence.state() | {"said": self.symptoms.said}
         # Metrics of an older state would rank this one among the best by what it is not.
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
         saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), metrics, wait=wait)
@@ -247,10 +253,11 @@ class Trainer:
             raise StorageError(f"step {self.state.step} could not be saved before leaving; the reason is in {self.run.events_file}")
         return saved
 
-    def _restore(self) -> None:
-        progress = self.checkpointer.load(self.engine.tensors())
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+        """Go on from the newest checkpoint, if there is one; the kinds of symptoms that the run has spoken of."""
+        progress = self.checkpointer.load(tensors)
         if progress is None:
-            return
+            return []
         self.engine.loaded()
         extra = progress.extra
         self.event("resumed", step=progress.step, checkpoint=self.run.checkpoint(progress.step).name)
@@ -259,6 +266,7 @@ class Trainer:
         self.loss_scale = LossScale(self.loss_scale.used, extra["loss_scale"], extra["good_steps"])
         self.early_end.restore(extra)
         self.divergence.restore(extra)
+        return list(extra.get("said", []))
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from launcher.errors import DivergedError
 from launcher.job.schema import OnSpike, Training
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.training.divergence import Divergence
 from launcher.training.precision import LossScale
+from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.spikes import SpikeWatch
+from launcher.training.symptoms import Sample, Symptoms, chance_of
 from tests.training.plans import deepspeed
-from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, replan, start, state
+from tests.training.runs import assert_equal, curve, finish, named, new_run, plan_for, replan, start, state
 
 SMALL: dict[str, Any] = {"action": "rewind", "window": 4, "steps": 2, "times": 2}
 
@@ -155,3 +159,75 @@ def test_a_run_that_jumps_again_and_again_ends_as_diverged(tmp_path: Path, model
     assert [record["step"] for record in named(run, "saved")] == [0, 7]
     [error] = start(run, 1, hook).errors()
     assert isinstance(error, DivergedError) and list(curve(run)) == list(range(1, 11))
+
+
+class Still(Sample):
+    """What is trained does not move, or by so much."""
+
+    def __init__(self, move: float | None) -> None:
+        self._move = move
+
+    def move(self) -> float | None:
+        return self._move
+
+
+def said(
+    records: list[tuple[float, float]], chance: float | None = math.log(100), move: float | None = 1.0, **training: Any
+) -> dict[str, Any]:
+    found: list[dict[str, Any]] = []
+    settings = Training(**training)
+    symptoms = Symptoms(settings, Schedule.of(settings, 1000), chance, Still(move), lambda name, **fields: found.append(fields))
+    for step, (loss, norm) in enumerate(records, 1):
+        symptoms.note(step, loss, norm)
+    assert len({one["kind"] for one in found}) == len(found), "each is said once"
+    return {one["kind"]: one for one in found}
+
+
+def test_a_loss_at_that_of_guessing_is_said_after_the_warm_up() -> None:
+    guessing = [(math.log(100) * factor, 1.0) for factor in (0.99, 1.01)] * 100
+    assert said(guessing, warmup=20)["chance"]["step"] == 50
+    assert "guessing 4.605" in said(guessing)["chance"]["text"] and "stays at" in said(guessing)["chance"]["text"]
+    assert "is above" in said([(50.0, 1.0)] * 100)["chance"]["text"]
+    assert not said([(math.log(100) * 0.95, 1.0)] * 100)
+    assert not said(guessing, chance=None)
+
+
+def test_an_exploding_and_a_vanishing_gradient_are_said() -> None:
+    good = [(1.0, 1.0)] * 40
+    assert said([*good, *[(1.0, 11.0)] * 5])["gradient"]["step"] == 45
+    assert not said([*good, *[(1.0, 11.0)] * 4, *good])
+    assert "training.clip_norm" in said([*good, *[(1.0, 11.0)] * 5], clip_norm=0)["gradient"]["text"]
+    assert said([*good, *[(1.0, 0.0)] * 9])["no gradient"]["step"] == 45
+
+
+def test_a_learning_rate_without_effect_is_said() -> None:
+    fine = [(1.0, 1.0)] * 100
+    assert (
+        said(fine, move=1e-9, warmup=0)["no effect"]["step"] == 30 and "training.learning_rate" in said(fine, move=0)["no effect"]["text"]
+    )
+    assert said(fine, move=1e-9, warmup=60)["no effect"]["step"] == 61
+    assert not said(fine, move=1e-5) and not said(fine, move=None)
+
+
+def test_what_guessing_gives() -> None:
+    from launcher.job.schema import Data, Source
+    from launcher.training.tasks.sequence_classification import SequenceClassification
+
+    config = AutoConfig.for_model("bert", num_labels=5)
+    source = {"train": Source(path="rows.jsonl"), "text": "text", "label": "label"}
+    kinds = ("single-label", "multi-label", "regression")
+    found = [chance_of(SequenceClassification(Data(**source, problem=kind)), config) for kind in kinds]  # type: ignore[arg-type]
+    assert found == [math.log(5), math.log(2), None]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("rate", "kind", "engine"), [(1e6, "chance", {}), (1e-14, "no effect", deepspeed(3))])
+def test_learning_rates_out_of_all_bounds_are_said_in_a_run(
+    rate: float, kind: str, engine: dict[str, Any], tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    training = {"learning_rate": rate, "clip_norm": 0, "skip_nonfinite": 100}
+    run = new_run(tmp_path / "run", plan_for(model, data, 2, 34, training=training, **engine))
+    finish(run, 2, stop_at=32)
+    finish(run, 2)
+    assert [record["kind"] for record in named(run, "symptom")].count(kind) == 1
+    assert run.finished
