@@ -138,6 +138,9 @@ def notice(record: dict[str, Any]) -> str | None:
             return f"warning: checkpoint {record.get('checkpoint')} was not used: {record.get('reason')}"
         case "save_failed":
             return f"warning: the save of step {step} failed, training goes on: {record.get('reason')}"
+        case "made_room":
+            gone = ", ".join(str(number) for number in record.get("removed", []))
+            return f"warning: there was no room for the checkpoint of step {step}: that of step {gone} was given up for it"
         case "skipped":
             return f"warning: step {step} was skipped: {record.get('reason')}"
         case "symptom":

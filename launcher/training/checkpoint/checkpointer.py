@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import secrets
@@ -12,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,6 +98,8 @@ class Checkpointer:
         self._settings = plan.checkpoint
         self._run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
         self._num_saves = 0
+        self._known_good: set[int] = set()
+        """Steps whose bytes this process has hashed, writing or reading them."""
         self._layout: _Layout | None = None
         self._thread: threading.Thread | None = None
         self._succeeded = True
@@ -166,21 +169,41 @@ class Checkpointer:
 
     def _write(self, save: _Save) -> None:
         """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
-        problem, files = None, {}
         try:
-            files = self._write_files(save)
-        except Exception as error:
-            problem = describe(error)
-        try:
-            gathered = self._ranks.all_gather((problem, files))
-            failures = _failures([reason for reason, _ in gathered])
-            records = {name: record for _, written in gathered for name, record in written.items()}
-            reason = self._ranks.from_first(lambda: failures or self._commit(save, records))
+            reason, is_full = self._try(save)
+            if is_full and self._ranks.from_first(functools.partial(self._make_room, save)):
+                save = replace(save, attempt=save.attempt.with_name(f"{save.attempt.name}-again"))
+                reason, _ = self._try(save)
         except Exception as error:
             reason = f"the ranks lost each other: {describe(error)}"
         self._succeeded = reason is None
         if reason is not None and self._rank == 0:
             self._report_failure(save, reason)
+
+    def _try(self, save: _Save) -> tuple[str | None, bool]:
+        """Write and commit; why it could not be done, and whether there was no room for it."""
+        problem, is_full, files = None, False, {}
+        try:
+            files = self._write_files(save)
+        except Exception as error:
+            problem, is_full = describe(error), _is_full(error)
+        gathered = self._ranks.all_gather((problem, is_full, files))
+        if failures := _failures([reason for reason, _, _ in gathered]):
+            return failures, any(full for _, full, _ in gathered)
+        records = {name: record for _, _, written in gathered for name, record in written.items()}
+        return self._ranks.from_first(functools.partial(self._commit, save, records))
+
+    def _make_room(self, save: _Save) -> bool:
+        """Rank 0 alone. Give up older checkpoints for this one, where that is enough and one that is whole stays. Whether that was done."""
+        shutil.rmtree(save.attempt, ignore_errors=True)
+        settings = self._settings
+        try:
+            removed = retention.make_room(self._run, settings.keep_best, settings.metric, self._known_good)
+        except OSError:
+            return False
+        if removed:
+            self._event(self._run.events_file, "made_room", step=save.progress.step, removed=[stored.step for stored in removed])
+        return bool(removed)
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
         save.attempt.mkdir(exist_ok=True)
@@ -194,20 +217,21 @@ class Checkpointer:
             files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)]))
         return files
 
-    def _commit(self, save: _Save, files: dict[str, FileRecord]) -> str | None:
-        """Rank 0 alone. None, or why it could not be done."""
+    def _commit(self, save: _Save, files: dict[str, FileRecord]) -> tuple[str | None, bool]:
+        """Rank 0 alone. None, or why it could not be done; and whether there was no room for it."""
         try:
             manifest = self._manifest(save, files)
             retention.commit(self._run, save.attempt, manifest)
         except (OSError, TypeError, ValueError) as error:
-            return describe(error)
+            return describe(error), _is_full(error)
+        self._known_good.add(manifest.step)
         seconds = round(time.perf_counter() - save.begin, 3)
         try:
             self._event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
             self._prune(manifest.step)
         except OSError as error:
             warnings.warn(f"step {manifest.step} is saved, but older checkpoints could not be removed: {describe(error)}", stacklevel=2)
-        return None
+        return None, False
 
     def _manifest(self, save: _Save, files: dict[str, FileRecord]) -> Manifest:
         mesh = self._plan.mesh
@@ -256,6 +280,7 @@ class Checkpointer:
             problems = self._verify(stored)
             if not problems and stored.manifest is not None:
                 self._read(stored, tensors)
+                self._known_good.add(stored.step)
                 return stored.manifest.progress
             rejected.append(Stored(stored.step, stored.directory, stored.manifest, tuple(problems)))
             self._report_rejection(stored, problems)
@@ -308,6 +333,10 @@ class Checkpointer:
         good = next((stored.step for stored in others if not self._verify(stored)), None)
         instead = "no other checkpoint is whole" if good is None else f"the newest good one is step {good}"
         return f"step {step}: {reasons or 'there is no such checkpoint'}; {instead}"
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _refuse(reason: str) -> Iterator[memoryview]:
