@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +35,7 @@ from launcher.training.loss_check import check_loss
 from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
 from launcher.training.recording import Recorder
+from launcher.training.rescue import Rescue
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.symptoms import Sample, Symptoms, chance_of
@@ -47,7 +50,8 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, sto
     material = Material.prepare(run, plan)
     build_operators(plan, phase_report(run, "building operators", "operators"))
     device = start_process_group(plan)
-    trainer = Trainer(run, plan, material, device, stop, stop_at, Beater(run.attempt(attempt), distributed.get_rank()))
+    directory = run.attempt(attempt)
+    trainer = Trainer(run, plan, material, device, stop, stop_at, Beater(directory, distributed.get_rank()), directory)
     trainer.run_to_the_end()
 
 
@@ -81,6 +85,7 @@ class Trainer:
         stop: StopRequest,
         stop_at: int | None,
         beater: Beater,
+        directory: Path,
     ) -> None:
         self.run, self.plan, self.material, self.device, self.stop, self.stop_at = run, plan, material, device, stop, stop_at
         self.beater = beater
@@ -109,7 +114,9 @@ class Trainer:
         # What lies on NVMe is not fetched for this.
         sample = Sample(self.engine, tensors if plan.offload == "none" or plan.offload_to == "cpu" else {})
         self.symptoms = Symptoms(plan.training, self.schedule, chance, sample, self.event, self.state.step, said)
-        self.first_step = self.state.step
+        self.first_step = self.saved_step = self.state.step
+        save = functools.partial(self._save_tensors, tensors, wait=True)
+        self.rescue = Rescue(directory, device, plan.mesh.world_size, save, self.checkpointer.finish)
         steps_per_epoch = material.train.num_items / plan.batch.global_batch_size
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, self.state.step)
@@ -153,9 +160,10 @@ class Trainer:
         """One optimizer step over one global batch; what is due after it, agreed over all ranks."""
         started = time.monotonic()
         step_batch = self.batches.step(self.state.step)
-        loss_sum = self._accumulate(step_batch)
-        self.beater.beat(self.state.step + 1, time.monotonic() - started, peak_memory_bytes(self.device))
-        totals = self._add_up(loss_sum)
+        with self.rescue.passes(self.state.step, self.state.step == self.saved_step):
+            loss_sum = self._accumulate(step_batch)
+            self.beater.beat(self.state.step + 1, time.monotonic() - started, peak_memory_bytes(self.device))
+            totals = self._add_up(loss_sum)
         loss = totals["loss"] / max(1, step_batch.num_supervised)
         scale = self.loss_scale.value
         gradient_norm = math.sqrt(totals["squared_norm"]) / scale if totals["squared_norm"] >= 0 else math.nan
@@ -244,14 +252,18 @@ class Trainer:
         self.saving.done(self.state.step, time.monotonic())
         if self.recorder:
             self.recorder.saves()
+        saved = self._save_tensors(self.engine.tensors(), wait)
+        if wait and must and not saved:
+            raise StorageError(f"step {self.state.step} could not be saved before leaving; the reason is in {self.run.events_file}")
+        return saved
+
+    def _save_tensors(self, tensors: dict[str, torch.Tensor], wait: bool) -> bool:
         extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
         extra |= self.early_end.state() | self.divergence.state() | {"said": self.symptoms.said}
         # Metrics of an older state would rank this one among the best by what it is not.
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
-        saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), metrics, wait=wait)
-        if wait and must and not saved:
-            raise StorageError(f"step {self.state.step} could not be saved before leaving; the reason is in {self.run.events_file}")
-        return saved
+        self.saved_step = self.state.step
+        return self.checkpointer.save(tensors, self.state.progress(extra), metrics, wait=wait)
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Go on from the newest checkpoint, if there is one; the kinds of symptoms that the run has spoken of."""
