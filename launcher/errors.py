@@ -7,11 +7,12 @@ LauncherError                     1   something in launcher itself is wrong
 ├── StorageError                  5   a disk is full, read-only or out of reach
 ├── CheckpointError               6   no whole checkpoint can be read where one is needed
 ├── RunInUseError                 7   another process works in this run directory
-├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row
+├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row, or jumped too often
 ├── RankLostError                 9   a rank died without saying why
 ├── ScriptError                  10   a training script of the user's own raised an error, or left with a code that is not 0
 ├── SchedulerError               11   Slurm refused a request
 │   └── ControllerUnreachableError   12   Slurm's controller did not answer: what was asked may have been done all the same
+├── GpuError                     14   a GPU is broken: an ECC error, fallen off the bus
 └── Stopped                      75   stopped on request with everything saved: run it again to go on
 
 0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped.
@@ -98,7 +99,7 @@ class RunInUseError(LauncherError):
 
 
 class DivergedError(LauncherError):
-    """The loss or the gradient was not finite too many steps in a row."""
+    """The loss or the gradient was not finite too many steps in a row, or the loss jumped once more than it may be taken back."""
 
     exit_code = 8
     failure_class = "diverged"
@@ -130,6 +131,13 @@ class ControllerUnreachableError(SchedulerError):
 
     exit_code = 12
     failure_class = "scheduler-unreachable"
+
+
+class GpuError(LauncherError):
+    """A GPU is broken, by what CUDA or the kernel's log says: an ECC error, fallen off the bus."""
+
+    exit_code = 14
+    failure_class = "gpu"
 
 
 class Stopped(LauncherError):

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import DataError, LauncherError, OutOfMemoryError, RankLostError, ScriptError, StorageError, by_failure_class
-from launcher.runs.layout import write_atomically
+from launcher.errors import DataError, GpuError, LauncherError, OutOfMemoryError, RankLostError, ScriptError, StorageError, by_failure_class
+from launcher.runs.cut_off import cut_off_file, is_shared_memory_full
+from launcher.runs.kernel import broken_gpus, kernel_log, killed_for_memory
+from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import signal_name
 
 EXITS = "exits*.json"
@@ -38,6 +40,14 @@ _PEER_LOST = re.compile(
     re.IGNORECASE,
 )
 _DISK_FULL = re.compile(r"no space left on device|disk quota exceeded|read-only file system|input/output error", re.IGNORECASE)
+_GPU_BROKEN = re.compile(
+    r"uncorrectable (ECC|NVLink) error|\bXid \d+|fallen off the bus|GPU is lost|(CUDA error|cuda failure)[^\n]*unknown error"
+    r"|no CUDA-capable device is detected|CUDA-capable device\(s\) is/are busy or unavailable|CUDA error: system not yet initialized",
+    re.IGNORECASE,
+)
+"""What CUDA says of a GPU that has to be reset or replaced (the texts of cudaGetErrorString). Illegal addresses and failed launches are
+mostly the program's own; of those the kernel's log tells more."""
+_OF_A_GPU = re.compile(r"\b(CUDA|NCCL|cuBLAS|cuDNN)", re.IGNORECASE)
 _LONGEST_CAUSE = 400
 
 
@@ -90,6 +100,8 @@ def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
         if error.errno == errno.ENOMEM:
             return OutOfMemoryError, False
         return (StorageError if error.errno in _STORAGE_ERRORS else LauncherError), False
+    if isinstance(error, RuntimeError) and _GPU_BROKEN.search(str(error)):
+        return GpuError, False
     if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
         return OutOfMemoryError, False
     if isinstance(error, RuntimeError) and _DISK_FULL.search(str(error)):
@@ -112,6 +124,9 @@ def one_line(error: BaseException) -> str:
 def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> Failure:
     """Write failure-rank-R.json into an attempt's directory, whole or not at all, and give back what it says."""
     known, consequence = classify(error)
+    cause = one_line(error)
+    if known in (GpuError, LauncherError, RankLostError) and _OF_A_GPU.search(cause) and (said := broken_gpus(kernel_log(_age(directory)))):
+        known, consequence, cause = GpuError, False, f"{cause}; the kernel's log: {said}"
     failure = Failure(
         time=time.time(),
         rank=rank,
@@ -119,7 +134,7 @@ def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> F
         pid=os.getpid(),
         failure_class=known.failure_class,
         exit_code=known.exit_code,
-        cause=one_line(error),
+        cause=cause,
         step=step,
         traceback="".join(traceback.format_exception(error)),
         consequence=consequence,
@@ -165,12 +180,23 @@ def lost(directory: Path, out_of_memory_killer: bool = False) -> list[Failure]:
 
 def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> Failure:
     known: type[LauncherError] = RankLostError
-    code = int(end["code"])
+    code, log = int(end["code"]), directory / f"rank-{end['rank']}.log"
     cause = f"killed by signal {-code} ({signal_name(-code)})" if code < 0 else f"ended with exit code {code} and no reason given"
-    if code == -9 and out_of_memory_killer:
+    here = end.get("host") in (None, os.uname().nodename)
+    victim = killed_for_memory(kernel_log(_age(directory)), int(end["pid"])) if code == -signal.SIGKILL and here else ""
+    if code == -signal.SIGKILL and (out_of_memory_killer or victim):
         known = OutOfMemoryError
-        cause += ", by the host's out-of-memory killer: the ranks need more memory than the host has"
-    elif code == -signal.SIGABRT and (line := _says_no_memory(directory / f"rank-{end['rank']}.log")):
+        cause += ", by the host's out-of-memory killer: the ranks need more memory than the host, or their control group, has"
+        cause += f" (the kernel's log: {victim})" if victim else ""
+    elif code == -signal.SIGBUS:
+        file = cut_off_file(RunDirectory(directory.parent.parent)) if here else ""
+        known = DataError if file else RankLostError
+        guess = "/dev/shm is full" if here and is_shared_memory_full() else "a file that it maps was cut off, or its disk cannot be read"
+        cause += f": a file it maps was cut off: {file}" if file else f": {guess}"
+    elif code == -signal.SIGABRT and (line := _says(_GPU_BROKEN, log)):
+        known = GpuError
+        cause += f", having said: {line}"
+    elif code == -signal.SIGABRT and (line := _says(_NO_MEMORY, log)):
         known = OutOfMemoryError
         cause += f", having said: {line}"
     return Failure(
@@ -184,15 +210,21 @@ def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> F
     )
 
 
-def _says_no_memory(log: Path) -> str:
-    """The line in which a native library said that it got no memory before it aborted; empty where none did."""
+def _age(directory: Path) -> float:
+    """Seconds since an attempt began, by its directory's first file."""
+    times = [path.stat().st_mtime for path in directory.glob("*.json")]
+    return time.time() - min(times, default=time.time()) + 60.0
+
+
+def _says(what: re.Pattern[str], log: Path) -> str:
+    """The line in which a native library said so before it aborted; empty where none did."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip()[:_LONGEST_CAUSE] for line in reversed(lines) if _NO_MEMORY.search(line)), "")
+    return next((line.strip()[:_LONGEST_CAUSE] for line in reversed(lines) if what.search(line)), "")
 
 
 def first(directory: Path, out_of_memory_killer: bool = False) -> Failure | None:

@@ -36,7 +36,7 @@ class Rescue:
     def __init__(
         self, directory: Path, device: torch.device, world_size: int, save: Callable[[], object], finish: Callable[[], object]
     ) -> None:
-        """`directory`: the attempt's; `finish` waits for a save under way. Starts a thread that looks for a peer's call, if there are peers."""
+        """`directory`: the attempt's; `finish` waits for a save under way. Starts a thread that looks for a peer's call."""
         self._call, self._device, self._save, self._finish = directory / CALL, device, save, finish
         self._lock = threading.Lock()
         self._is_saved = False

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
 from launcher.errors import OutOfMemoryError
 from launcher.runs.failure import classify
@@ -115,21 +114,30 @@ def job_of(path: Path, model: Path, data: dict[str, Any], micro: int) -> Path:
 
 @pytest.mark.parametrize(("micro", "fits", "code", "tried"), [(4, 1, 0, [4, 2, 1]), (2, 0, 4, [2, 1])])
 def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
-    micro: int, fits: int, code: int, tried: list[int], tmp_path: Path, model: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    micro: int,
+    fits: int,
+    code: int,
+    tried: list[int],
+    tmp_path: Path,
+    model: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from launcher.cli.main import app
+    from launcher.cli.main import main
     from launcher.scheduling import local
 
     monkeypatch.setattr(local, "run", functools.partial(local.run, entry="tests.training.short_of_memory"))
     monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
     monkeypatch.setenv("SAMPLES_THAT_FIT", str(fits))
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["run", str(job_of(tmp_path, model, data, micro)), "--run-dir", str(tmp_path / "run")])
-    run = RunDirectory(tmp_path / "run")
-    assert done.exit_code == code, done.output
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(job_of(tmp_path, model, data, micro)), "--run-dir", str(tmp_path / "run")])
+    run, output = RunDirectory(tmp_path / "run"), capsys.readouterr().err
+    assert ended.value.code == code, output
     said = named(run, "cut")
     assert [said[0]["before"], *(record["after"] for record in said)] == tried and {record["step"] for record in said} == {3}
-    assert "ran out of memory in step 4; the state after step 3 is saved" in done.output
+    assert "ran out of memory in step 4; the state after step 3 is saved" in output
     assert run.last_attempt() == len(tried)
     if code == 0:
         assert list(curve(run)) == list(range(1, 7)) and run.finished and state(run, 6)
