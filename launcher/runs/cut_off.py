@@ -56,7 +56,7 @@ def _of_cache(directory: Path) -> Iterator[tuple[str, Path, int]]:
 
 
 def _safetensors_bytes(path: Path) -> int:
-    """The length that a file's own header gives it; 0 where there is none to read."""
+    """The length that a file's own header gives it; of one whose header is cut off, the least that it can have."""
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:

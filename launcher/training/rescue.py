@@ -34,15 +34,18 @@ class Rescue:
     """One rank's part in the save of a state that would be lost. `save` is collective over all ranks, and may run in a thread."""
 
     def __init__(
-        self, directory: Path, device: torch.device, world_size: int, save: Callable[[], object], finish: Callable[[], object]
+        self, directory: Path, device: torch.device, world_size: int, save: Callable[[], object] | None, finish: Callable[[], object]
     ) -> None:
-        """`directory`: the attempt's; `finish` waits for a save under way. Starts a thread that looks for a peer's call."""
+        """`directory`: the attempt's; `finish` waits for a save under way. Starts a thread that looks for a peer's call.
+
+        `save`: None where a thread cannot read the state beside a pass, as what DeepSpeed has on NVMe.
+        """
         self._call, self._device, self._save, self._finish = directory / CALL, device, save, finish
         self._lock = threading.Lock()
         self._is_saved = False
         self._step: int | None = None
         self._updated: torch.cuda.Event | None = None
-        if world_size > 1:
+        if world_size > 1 and save is not None:
             threading.Thread(target=self._listen, name="rescue", daemon=True).start()
 
     @contextlib.contextmanager
@@ -51,6 +54,7 @@ class Rescue:
         if self._device.type == "cuda":
             self._updated = torch.cuda.Event()
             self._updated.record()
+        is_saved = is_saved or self._save is None
         self._step = None if is_saved else step
         try:
             yield
@@ -72,7 +76,7 @@ class Rescue:
 
     def _save_once(self) -> None:
         with self._lock:
-            if not self._is_saved:
+            if not self._is_saved and self._save is not None:
                 self._is_saved = True
                 self._save()
 

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +16,12 @@ from torch import distributed
 from launcher.errors import CheckpointError, StorageError
 from launcher.planning.plan import Plan
 from launcher.runs.beats import Beater
-from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import last_record, newest_checkpoint
-from launcher.training import engines, operations, pretrained
-from launcher.training import model as models
+from launcher.training import engines, pretrained
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
-from launcher.training.data.batches import Batches, StepBatch
+from launcher.training.data.batches import Batches, StepBatch, total_items
 from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
 from launcher.training.divergence import Divergence
@@ -34,10 +31,11 @@ from launcher.training.evaluation import Interrupted, evaluate
 from launcher.training.loss_check import check_loss
 from launcher.training.material import Material, phase_report
 from launcher.training.precision import LossScale
-from launcher.training.recording import Recorder
+from launcher.training.recording import Recorder, description
 from launcher.training.rescue import Rescue
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
+from launcher.training.state import State
 from launcher.training.symptoms import Sample, Symptoms, chance_of
 from launcher.training.tracking import Journal
 
@@ -53,24 +51,6 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, sto
     directory = run.attempt(attempt)
     trainer = Trainer(run, plan, material, device, stop, stop_at, Beater(directory, distributed.get_rank()), directory)
     trainer.run_to_the_end()
-
-
-@dataclass
-class State:
-    """Where the run is. What a checkpoint carries beside tensors."""
-
-    step: int = 0
-    num_items: int = 0
-    num_tokens: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation."""
-    evaluated_step: int = -1
-    """The step after which that was; -1 before the first."""
-
-    def progress(self, extra: dict[str, Any]) -> Progress:
-        """As a checkpoint stores it."""
-        kept = {"metrics": self.metrics, "evaluated_step": self.evaluated_step}
-        return Progress(step=self.step, samples=self.num_items, tokens=self.num_tokens, extra=kept | extra)
 
 
 class Trainer:
@@ -92,7 +72,7 @@ class Trainer:
         self.rank = distributed.get_rank()
         self.journal = Journal()
         self.task = material.task
-        num_items = _total_items(plan, material.train.num_items)
+        num_items = total_items(plan, material.train.num_items)
         order = Order(plan.training.seed, material.train.num_items, shuffle=True)
         self.batches = Batches(material.train, order, plan.batch, self.rank, num_items)
         self.num_steps = self.batches.num_steps
@@ -111,12 +91,12 @@ class Trainer:
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
         tensors = self.engine.tensors()
         chance, said = chance_of(self.task, material.config), self._restore(tensors)
-        # What lies on NVMe is not fetched for this.
-        sample = Sample(self.engine, tensors if plan.offload == "none" or plan.offload_to == "cpu" else {})
+        in_memory = plan.offload == "none" or plan.offload_to == "cpu"
+        sample = Sample(self.engine, tensors if in_memory else {})
         self.symptoms = Symptoms(plan.training, self.schedule, chance, sample, self.event, self.state.step, said)
         self.first_step = self.saved_step = self.state.step
         save = functools.partial(self._save_tensors, tensors, wait=True)
-        self.rescue = Rescue(directory, device, plan.mesh.world_size, save, self.checkpointer.finish)
+        self.rescue = Rescue(directory, device, plan.mesh.world_size, save if in_memory else None, self.checkpointer.finish)
         steps_per_epoch = material.train.num_items / plan.batch.global_batch_size
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, self.state.step)
@@ -316,17 +296,9 @@ class Trainer:
     def _announce(self) -> None:
         if self.recorder:
             self.recorder.loaded()
-        parameters = list(self.engine.model.parameters())
         length = self.material.train.num_tokens / max(1, self.material.train.num_samples)
-        self.event(
-            "training",
-            first_step=self.state.step,
-            total_steps=self.num_steps,
-            num_parameters=sum(models.whole_shape(parameter).numel() for parameter in parameters),
-            num_trainable=sum(models.whole_shape(parameter).numel() for parameter in parameters if parameter.requires_grad),
-            flops_per_token=operations.flops_per_token(self.engine.model, self.material.config, int(length)),
-            new_parameters=list(self.engine.new_parameters),
-        )
+        about = description(self.engine, self.material.config, int(length))
+        self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)
 
     def _from_all(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
@@ -356,13 +328,6 @@ def _seconds_of_last_save(run: RunDirectory) -> float:
     """What the run's last save took; 0 before the first."""
     record = last_record(run.events_file, lambda event: event.get("event") == "saved")
     return float(record["seconds"]) if record else 0.0
-
-
-def _total_items(plan: Plan, num_items: int) -> int:
-    """Items the whole run consumes: whole steps for max_steps, exactly so many epochs otherwise."""
-    if plan.length.unit == "steps":
-        return int(plan.length.value) * plan.batch.global_batch_size
-    return max(1, round(plan.length.value * num_items))
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

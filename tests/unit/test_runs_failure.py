@@ -236,7 +236,7 @@ def mapped(tmp_path: Path) -> RunDirectory:
     [
         ("cache/input_ids.npy", 4096, "prepared data (made anew by the next attempt)"),
         ("rows.parquet", 1, "the data file"),
-        ("model/model.safetensors", 100, "the model's file"),
+        ("model/model.safetensors", 105, "the model's file"),
         ("model/model.safetensors", 3, "the model's file"),
     ],
 )
