@@ -96,22 +96,16 @@ def _resubmit(run: RunDirectory, nproc: int | None, stop_at: int | None, as_json
 
 
 def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) -> None:
-    """One attempt with its display, more where memory was short on a long batch, then the summary; leaves with the last one's exit code."""
+    """One attempt with its display, then the summary; leaves with the attempt's exit code."""
     from launcher.cli.display import Display, summary
-    from launcher.errors import ConfigurationError, OutOfMemoryError, Problem
+    from launcher.errors import ConfigurationError, Problem
     from launcher.runs.status import read_status
     from launcher.scheduling import local
-    from launcher.scheduling.cutting import cut
+    from launcher.scheduling.cutting import run_with_cuts
 
     if plan.script and stop_at is not None:
         raise ConfigurationError(Problem("--stop-at", stop_at, "only the script knows its steps; leave it out"))
-    display = Display(plan)
-    code = local.run(run, plan, display, stop_at)
-    while code == OutOfMemoryError.exit_code and (smaller := cut(run)):
-        plan, said = smaller
-        display = Display(plan)
-        display.say(said)
-        code = local.run(run, plan, display, stop_at)
+    code = run_with_cuts(run, plan, Display(plan), stop_at)
     if as_json:
         print_json({**read_status(run).to_dict(), "exit_code": code})
     elif code == 0 and plan.script:

@@ -22,6 +22,8 @@ _STEPS = 30
 """Whose mean loss is looked at, and after so many updates whether the parameters moved."""
 _OF_CHANCE = 0.98
 """Times the loss of guessing: from there on the model knows nothing of the answers. A language model knows more after a few steps."""
+_FALL = 0.005
+"""Of the earlier half's mean loss: what the later half is lower by where something is learned."""
 _TIMES_MEDIAN = 10.0
 """The gradient norm's running median: beyond is an explosion, if it lasts."""
 _IN_A_ROW = 5
@@ -77,10 +79,16 @@ class Symptoms:
             return
         self._losses.append(loss)
         mean = statistics.fmean(self._losses)
-        if len(self._losses) == _STEPS and mean >= _OF_CHANCE * self._chance:
+        if len(self._losses) == _STEPS and mean >= _OF_CHANCE * self._chance and not self._is_falling():
             place = "is above" if mean > (2 - _OF_CHANCE) * self._chance else "stays at"
             text = f"the loss {place} what guessing gives: {mean:.4g} over {_STEPS} steps, and guessing {self._chance:.4g}"
             self._say("chance", step, f"{text}; lower {self._rate}, or look at the labels and at what of a row is learned")
+
+    def _is_falling(self) -> bool:
+        """Whether the later half of the last losses is lower: a model that begins with nothing learns, if late."""
+        losses = list(self._losses)
+        earlier, later = statistics.fmean(losses[: _STEPS // 2]), statistics.fmean(losses[_STEPS // 2 :])
+        return later < (1 - _FALL) * earlier
 
     def _explodes(self, step: int, norm: float) -> None:
         known = 2 * len(self._norms) >= _WINDOW

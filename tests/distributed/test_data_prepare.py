@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -217,10 +218,10 @@ def test_prepared_data_that_changes_under_a_run_is_refused_with_the_place(tmp_pa
         last = file.read(1)
         file.seek(-16, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(
-        DataError, match=r"changed under the run: the sample of row \d+ is not what was written \(input_ids.npy, bytes [\d,]+ to"
-    ):
+    with pytest.raises(DataError, match=r"changed under the run: the sample of row \d+ is not what was written") as raised:
         contents(dataset)
+    begin, end = (int(text.replace(",", "")) for text in re.findall(r"input_ids.npy, bytes ([\d,]+) to ([\d,]+)", str(raised.value))[0])
+    assert 128 <= begin < end <= (dataset.directory / "input_ids.npy").stat().st_size
     again = made(text_data(tmp_path))
     assert not again.report.cached and contents(again) == before
 

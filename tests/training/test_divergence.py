@@ -190,6 +190,7 @@ def test_a_loss_at_that_of_guessing_is_said_after_the_warm_up() -> None:
     assert "is above" in said([(50.0, 1.0)] * 100)["chance"]["text"]
     assert not said([(math.log(100) * 0.95, 1.0)] * 100)
     assert not said(guessing, chance=None)
+    assert not said([(5.4 - 0.01 * step, 1.0) for step in range(60)]), "it begins above, and learns"
 
 
 def test_an_exploding_and_a_vanishing_gradient_are_said() -> None:

@@ -41,7 +41,7 @@ def decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_it_goes_on_where_a_pass_could_be_cut(decided: Any) -> None:
     told: list[bool] = []
-    assert decided(lambda run, local: told.append(local) or (None, "half of it")) == Decision(True, "half of it")
+    assert decided(lambda run, here: told.append(here) or (None, "half of it")) == Decision(True, "half of it")
     assert told == [False]
-    assert not decided(lambda run, local: None).again
-    assert not decided(lambda run, local: (None, "half of it"), requeue=False).again
+    assert not decided(lambda run, here: None).again
+    assert not decided(lambda run, here: (None, "half of it"), requeue=False).again

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     write_outcome(run, number, end, **kept | ({"nodes_lost": down} if down else {}))
     slurm = Plan.read(run.plan_file).slurm
     decision = decide(attempts(run), slurm.requeue, slurm.attempts_without_progress)
-    if not decision.again and slurm.requeue and (smaller := cut(run, local=False)):
+    if not decision.again and slurm.requeue and (smaller := cut(run, here=False)):
         decision = Decision(True, smaller[1])
     if down and decision.again:
         decision = replace(decision, reason=f"node lost: {', '.join(down)}")

@@ -119,6 +119,8 @@ class Dataset:
         self.report = report
         self.padding_free: bool = meta["padding_free"]
         """Whether micro-batches are joined end to end (their cost is the sum of lengths) rather than padded to the longest."""
+        self._headers: dict[str, int] = {}
+        """Bytes before the data of each file."""
         self._columns = [(name, self._load(name), self._load(offsets)) for name, offsets in meta["columns"].items()]
         self._item_offsets = self._load("item_offsets")
         self._item_samples = self._load("item_samples")
@@ -144,9 +146,10 @@ class Dataset:
             raise CacheProblem(f"{directory}: {error}") from error
 
     def _load(self, name: str) -> np.ndarray:
-        path = self.directory / f"{name}.npy"
+        mapped = np.load(self.directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        self._headers[name] = getattr(mapped, "offset", 0)
         # A plain view: slicing np.memmap itself costs several times as much.
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)).view(np.ndarray)
+        return np.asarray(mapped).view(np.ndarray)
 
     @property
     def num_items(self) -> int:
@@ -212,8 +215,7 @@ class Dataset:
     def _changed(self, sample: int, row: int) -> DataError:
         places = []
         for name, flat, offsets in self._columns:
-            header = (self.directory / f"{name}.npy").stat().st_size - flat.nbytes
-            begin, end = (header + int(offset) * flat.itemsize for offset in offsets[sample : sample + 2])
+            begin, end = (self._headers[name] + int(offset) * flat.itemsize for offset in offsets[sample : sample + 2])
             places.append(f"{name}.npy, bytes {begin:,} to {end:,}")
         text = f"prepared data in {self.directory} ({MADE_ANEW}) changed under the run: the sample of row {row} is not what was written"
         return DataError(f"{text} ({'; '.join(places)})")
