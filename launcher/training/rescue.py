@@ -26,6 +26,8 @@ from launcher.runs.layout import write_atomically
 CALL = "out-of-memory.json"
 """In the attempt's directory: a rank ran out of memory in the pass of this step, and waits for the others to save."""
 _POLL_SECONDS = 1.0
+_SECONDS_TO_SAVE = 900.0
+"""Then the attempt ends unsaved."""
 _SECONDS_TO_ARRIVE = 60.0
 """For a peer to be in the pass of the same step: it has no more to do before than its part of the last update."""
 
@@ -72,10 +74,18 @@ class Rescue:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         write_atomically(self._call, json.dumps({"step": step}) + "\n")
-        self._save_once()
+        # In a thread, as the peers do, because one that does not come would hold this rank for as long as their group has patience.
+        saving = threading.Thread(target=self._save_once, name="rescue", daemon=True)
+        saving.start()
+        saving.join(_SECONDS_TO_SAVE)
 
     def _save_once(self) -> None:
-        with self._lock:
+        """Save, once, without waiting for what the pass has begun."""
+        if self._updated is not None:
+            # The stream of the pass waits for messages that will not come: copy on another one, when the last update is done.
+            torch.cuda.set_device(self._device)
+            self._updated.synchronize()
+        with self._lock, torch.cuda.stream(torch.cuda.Stream() if self._updated is not None else None):
             if not self._is_saved and self._save is not None:
                 self._is_saved = True
                 self._save()
@@ -90,11 +100,4 @@ class Rescue:
             if time.monotonic() > until:
                 return
             time.sleep(_POLL_SECONDS / 10)
-        if self._updated is None:
-            self._save_once()
-            return
-        # The stream of the pass waits for messages that will not come: copy on another one, once the last update is done.
-        torch.cuda.set_device(self._device)
-        self._updated.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            self._save_once()
+        self._save_once()

@@ -20,7 +20,7 @@ from launcher.errors import (
     RankLostError,
     StorageError,
 )
-from launcher.runs import failure, kernel
+from launcher.runs import failure, kernel, processes
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
@@ -191,6 +191,19 @@ def test_a_kill_that_the_kernels_log_names_is_out_of_memory_also_where_no_counte
     assert first(tmp_path).exit_code == RankLostError.exit_code
     failure.write_exits(tmp_path, [{**end(1, -9), "host": "another"}])
     assert first(tmp_path).exit_code == RankLostError.exit_code, "another machine's numbers are its own"
+
+
+@pytest.mark.parametrize(
+    ("own", "counter"),
+    [
+        ("0::/system.slice/slurmstepd.scope/job_7/step_0", "system.slice/slurmstepd.scope/job_7/step_0/memory.events"),
+        ("12:cpu,cpuacct:/x\n9:memory:/slurm/uid_7/job_7/step_0", "memory/slurm/uid_7/job_7/step_0/memory.oom_control"),
+        ("0::/", "memory.events"),
+    ],
+)
+def test_kills_are_counted_in_the_control_group_of_either_version(own: str, counter: str) -> None:
+    assert Path("/sys/fs/cgroup") / counter in processes._oom_files(own)
+    assert processes.oom_kills() >= 0
 
 
 def test_an_error_of_cuda_is_explained_by_the_kernels_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

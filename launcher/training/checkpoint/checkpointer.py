@@ -202,7 +202,8 @@ class Checkpointer:
         except OSError:
             return False
         if removed:
-            self._event(self._run.events_file, "made_room", step=save.progress.step, removed=[stored.step for stored in removed])
+            with contextlib.suppress(OSError):
+                self._event(self._run.events_file, "made_room", step=save.progress.step, removed=[stored.step for stored in removed])
         return bool(removed)
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
@@ -266,9 +267,8 @@ class Checkpointer:
     def load(self, tensors: Tensors, step: int | None = None, until: int | None = None) -> Progress | None:
         """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that verifies, or from `step`'s.
 
-        `until`: of at most that step. None where the run has no such checkpoint yet.
-        Raises CheckpointError where there are some and none is whole, where `step` is
-        asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
+        `until`: of at most that step. None where the run has no such checkpoint yet. Raises CheckpointError where there are some and
+        none is whole, where `step` is asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
         """
         self.finish()
         listed = self._ranks.from_first(lambda: list_checkpoints(self._run))
