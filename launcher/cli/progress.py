@@ -147,7 +147,7 @@ def notice(record: dict[str, Any]) -> str | None:
             return f"warning: step {step}: {record.get('text')}"
         case "rewound":
             back = f"the weights are those of the checkpoint of step {record.get('checkpoint')} again; the samples since are left out"
-            return f"warning: step {step}: {record.get('reason')}: {back} ({record.get('times')} of the run's rewinds)"
+            return f"warning: step {step}: {record.get('reason')}: {back} (rewind {record.get('times')} of this run)"
         case "other_engine":
             found, planned = record.get("found"), record.get("planned")
             return f"warning: the script trains on {found}, and the plan is {planned}: what the plan says of memory and speed does not hold"
