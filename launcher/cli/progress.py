@@ -139,8 +139,16 @@ def notice(record: dict[str, Any]) -> str | None:
             return f"warning: checkpoint {record.get('checkpoint')} was not used: {record.get('reason')}"
         case "save_failed":
             return f"warning: the save of step {step} failed, training goes on: {record.get('reason')}"
+        case "made_room":
+            gone = ", ".join(str(number) for number in record.get("removed", []))
+            return f"warning: there was no room for the checkpoint of step {step}: that of step {gone} was given up for it"
         case "skipped":
             return f"warning: step {step} was skipped: {record.get('reason')}"
+        case "symptom":
+            return f"warning: step {step}: {record.get('text')}"
+        case "rewound":
+            back = f"the weights are those of the checkpoint of step {record.get('checkpoint')} again; the samples since are left out"
+            return f"warning: step {step}: {record.get('reason')}: {back} (rewind {record.get('times')} of this run)"
         case "other_engine":
             found, planned = record.get("found"), record.get("planned")
             return f"warning: the script trains on {found}, and the plan is {planned}: what the plan says of memory and speed does not hold"

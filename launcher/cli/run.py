@@ -102,12 +102,12 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     from launcher.errors import ConfigurationError, Problem
     from launcher.runs.status import read_status
     from launcher.scheduling import local
+    from launcher.scheduling.cutting import run_with_cuts
     from launcher.scheduling.screen import mute
 
     if plan.script and stop_at is not None:
         raise ConfigurationError(Problem("--stop-at", stop_at, "only the script knows its steps; leave it out"))
-    display = Display(plan)
-    code = local.run(run, plan, display, stop_at)
+    code = run_with_cuts(run, plan, Display(plan), stop_at)
     # Whoever read this may have gone, and the disk with the run: the attempt's own code is what counts.
     with contextlib.suppress(OSError):
         if as_json:

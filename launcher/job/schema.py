@@ -259,6 +259,21 @@ class EarlyStopping(Section):
     """The smallest change that counts as an improvement."""
 
 
+class OnSpike(Section):
+    """What happens where the loss jumps and stays up."""
+
+    action: Literal["ignore", "warn", "rewind"] = "warn"
+    """`warn` says so and goes on; `rewind` goes back to the weights before and leaves out the samples since; `ignore` does neither."""
+    threshold: float = Field(default=6.0, gt=0)
+    """How far above the running median a loss stands out: in standard deviations (1.4826 MAD), of at least 5% of the median."""
+    steps: int = Field(default=5, ge=1)
+    """Losses in a row that stand out."""
+    window: int = Field(default=64, ge=4)
+    """Steps that the running median is of; nothing stands out before half of them are done."""
+    times: int = Field(default=2, ge=1)
+    """Rewinds of one run; where the loss jumps once more, it ends with exit code 8."""
+
+
 class Training(Section):
     """How long, how fast, and with what."""
 
@@ -293,7 +308,8 @@ class Training(Section):
     early_stopping: EarlyStopping | None = None
     """Stop when a metric no longer gets better."""
     skip_nonfinite: int = Field(default=10, ge=0)
-    """Steps in a row with a NaN or Inf loss or gradient that are skipped before the run stops."""
+    """Steps in a row with a NaN or Inf loss or gradient that are skipped before the run stops, or goes back where `on_spike` says so."""
+    on_spike: OnSpike = OnSpike()
 
 
 class Memory(Section):

@@ -42,6 +42,7 @@ ALLOWED = (
     "training.evaluate_every",
     "training.early_stopping",
     "training.skip_nonfinite",
+    "training.on_spike",
     "checkpoint",
 )
 """How it runs, how long, and what is kept. What is not named here decides what is learned, and stays."""

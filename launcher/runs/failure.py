@@ -25,6 +25,7 @@ from typing import Any
 from launcher.errors import (
     ConfigurationError,
     DataError,
+    GpuError,
     LauncherError,
     OutOfMemoryError,
     Problem,
@@ -35,8 +36,10 @@ from launcher.errors import (
 )
 from launcher.plain_files import plain, read_json
 from launcher.redaction import redact
-from launcher.runs.layout import write_atomically
-from launcher.runs.processes import signal_name
+from launcher.runs.cut_off import cut_off_file, is_shared_memory_full
+from launcher.runs.kernel import broken_gpus, kernel_log, killed_for_memory
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.processes import signal_name, started_at
 from launcher.runs.records import made_of
 
 EXITS = "exits*.json"
@@ -53,6 +56,14 @@ _PEER_LOST = re.compile(
     re.IGNORECASE,
 )
 _DISK_FULL = re.compile(r"no space left on device|disk quota exceeded|read-only file system|input/output error", re.IGNORECASE)
+_GPU_BROKEN = re.compile(
+    r"uncorrectable (ECC|NVLink) error|\bXid \d+|fallen off the bus|GPU is lost|(CUDA error|cuda failure)[^\n]*unknown error"
+    r"|no CUDA-capable device is detected|CUDA-capable device\(s\) is/are busy or unavailable|CUDA error: system not yet initialized",
+    re.IGNORECASE,
+)
+"""What CUDA says of a GPU that has to be reset or replaced (the texts of cudaGetErrorString). Illegal addresses and failed launches are
+mostly the program's own; of those the kernel's log tells more."""
+_OF_A_GPU = re.compile(r"\b(CUDA|NCCL|cuBLAS|cuDNN)", re.IGNORECASE)
 _LONGEST_CAUSE = 400
 
 
@@ -109,6 +120,8 @@ def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
         if error.errno == errno.ENOMEM:
             return OutOfMemoryError, False
         return (StorageError if error.errno in _STORAGE_ERRORS else LauncherError), False
+    if isinstance(error, RuntimeError) and _GPU_BROKEN.search(str(error)):
+        return GpuError, False
     if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
         return OutOfMemoryError, False
     if isinstance(error, RuntimeError) and _DISK_FULL.search(str(error)):
@@ -141,6 +154,11 @@ def one_line(error: BaseException) -> str:
 def of(rank: int, error: BaseException, step: int = 0) -> Failure:
     """How this process, as that rank, failed by an error."""
     known, consequence = classify(error)
+    cause = one_line(error)
+    if known in (GpuError, LauncherError, RankLostError) and _OF_A_GPU.search(cause):
+        lived = time.time() - started_at(os.getpid()) + 60.0
+        if said := broken_gpus(kernel_log(lived)):
+            known, consequence, cause = GpuError, False, f"{cause}; the kernel's log: {said}"
     return Failure(
         time=time.time(),
         rank=rank,
@@ -148,7 +166,7 @@ def of(rank: int, error: BaseException, step: int = 0) -> Failure:
         pid=os.getpid(),
         failure_class=known.failure_class,
         exit_code=known.exit_code,
-        cause=one_line(error),
+        cause=cause,
         step=step,
         traceback="".join(traceback.format_exception(error)),
         consequence=consequence,
@@ -228,12 +246,23 @@ def lost(
 
 def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> Failure:
     known: type[LauncherError] = RankLostError
-    code = int(end["code"])
+    code, log = int(end["code"]), directory / f"rank-{end['rank']}.log"
     cause = f"killed by signal {-code} ({signal_name(-code)})" if code < 0 else f"ended with exit code {code} and no reason given"
-    if code == -9 and out_of_memory_killer:
+    here = end.get("host") in (None, os.uname().nodename)
+    victim = killed_for_memory(kernel_log(_age(directory)), int(end["pid"])) if code == -signal.SIGKILL and here else ""
+    if code == -signal.SIGKILL and (out_of_memory_killer or victim):
         known = OutOfMemoryError
-        cause += ", by the host's out-of-memory killer: the ranks need more memory than the host has"
-    elif code == -signal.SIGABRT and (line := _says_no_memory(directory / f"rank-{end['rank']}.log")):
+        cause += ", by the host's out-of-memory killer: the ranks need more memory than the host, or their control group, has"
+        cause += f" (the kernel's log: {victim})" if victim else ""
+    elif code == -signal.SIGBUS:
+        file = cut_off_file(RunDirectory(directory.parent.parent)) if here else ""
+        known = DataError if file else RankLostError
+        guess = "/dev/shm is full" if here and is_shared_memory_full() else "a file that it maps was cut off, or its disk cannot be read"
+        cause += f": a file it maps was cut off: {file}" if file else f": {guess}"
+    elif code == -signal.SIGABRT and (line := _says(_GPU_BROKEN, log)):
+        known = GpuError
+        cause += f", having said: {line}"
+    elif code == -signal.SIGABRT and (line := _says(_NO_MEMORY, log)):
         known = OutOfMemoryError
         cause += f", having said: {line}"
     return Failure(
@@ -247,15 +276,21 @@ def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> F
     )
 
 
-def _says_no_memory(log: Path) -> str:
-    """The line in which a native library said that it got no memory before it aborted; empty where none did."""
+def _age(directory: Path) -> float:
+    """Seconds since an attempt began, by its directory's first file."""
+    times = [path.stat().st_mtime for path in directory.glob("*.json")]
+    return time.time() - min(times, default=time.time()) + 60.0
+
+
+def _says(what: re.Pattern[str], log: Path) -> str:
+    """The line in which a native library said so before it aborted; empty where none did."""
     try:
         with open(log, "rb", opener=plain) as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip()[:_LONGEST_CAUSE] for line in reversed(lines) if _NO_MEMORY.search(line)), "")
+    return next((line.strip()[:_LONGEST_CAUSE] for line in reversed(lines) if what.search(line)), "")
 
 
 def first(

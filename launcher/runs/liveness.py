@@ -35,11 +35,11 @@ def step_age(last: Events, step: dict[str, Any] | None) -> float | None:
 def suspicion(last: Events) -> str | None:
     """The line that names a hang which is suspected now."""
     said = last.get("suspected")
-    if said is None or last.get("recovered", {}).get("time", 0.0) >= said["time"]:
+    if said is None or last.get("recovered", {}).get("time", 0.0) >= said.get("time", 0.0):
         return None
-    return str(said["line"])
+    return str(said.get("line", ""))
 
 
 def straggler(last: Events) -> str | None:
     """The line that names a slow rank of this attempt."""
-    return last["straggler"]["line"] if "straggler" in last else None
+    return str(last["straggler"].get("line", "")) if "straggler" in last else None

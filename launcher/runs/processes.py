@@ -152,16 +152,24 @@ def oom_kills() -> int:
 
     Only a difference between two calls says something.
     """
-    return sum(_counter(path, "oom_kill") for path in _oom_files())
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    except OSError:
+        own = ""
+    return sum(_counter(path, "oom_kill") for path in _oom_files(own))
 
 
-def _oom_files() -> list[Path]:
-    files = [Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory/memory.oom_control")]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            if line.startswith("0::"):
-                files.append(Path("/sys/fs/cgroup") / line[3:].lstrip("/") / "memory.events")
-    return files
+def _oom_files(own_groups: str) -> list[Path]:
+    """The host's counters, and those of this control group: by its own path, and at the top, where a container has it."""
+    groups = Path("/sys/fs/cgroup")
+    files = [Path("/proc/vmstat"), groups / "memory" / "memory.oom_control", groups / "memory.events"]
+    for line in own_groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            files.append(groups / path.lstrip("/") / "memory.events")
+        elif "memory" in controllers.split(","):
+            files.append(groups / "memory" / path.lstrip("/") / "memory.oom_control")
+    return list(dict.fromkeys(files))
 
 
 def _counter(path: Path, name: str) -> int:

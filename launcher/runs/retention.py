@@ -67,6 +67,30 @@ def prune(run: RunDirectory, keep_last: int, keep_best: int, metric: str, known_
     return removed
 
 
+def make_room(run: RunDirectory, keep_best: int, metric: str, known_good: Collection[int] = ()) -> list[Stored]:
+    """Delete as many of the oldest checkpoints as one more needs that is as large as the newest, and return them. Raises OSError.
+
+    None where all that may go would not be enough: the newest good one stays, and those that are kept as the best.
+    """
+    may_go = to_prune(run, 1, keep_best, metric, known_good)
+    newest = next((stored.manifest for stored in reversed(list_checkpoints(run)) if stored.manifest and not stored.problems), None)
+    if newest is None or not may_go:
+        return []
+    disk = os.statvfs(run.checkpoints)
+    # A quota is not seen here: where there seems to be room all the same, the oldest one is what can be given up.
+    missing = max(1, newest.total_bytes - disk.f_bavail * disk.f_frsize)
+    removed: list[Stored] = []
+    for stored in may_go:
+        if missing > 0:
+            removed.append(stored)
+            missing -= sum(path.stat().st_size for path in stored.directory.iterdir())
+    if missing > 0:
+        return []
+    for stored in removed:
+        remove(stored.directory)
+    return removed
+
+
 def remove(directory: Path) -> None:
     """Delete a checkpoint; renamed first, so that a half-deleted one is never seen under its name. Raises OSError."""
     doomed = directory.with_name(f"{REMOVED_PREFIX}{directory.name.lstrip('.')}-{secrets.token_hex(4)}")

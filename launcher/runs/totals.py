@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from launcher.runs import liveness
 from launcher.runs.fold import Fold
 from launcher.runs.layout import RunDirectory
 from launcher.runs.tail import parse
 
-_OF_ONE_ATTEMPT = ("phase", "stopping", "stopped", "failed", "training")
+_OF_ONE_ATTEMPT = ("phase", "stopping", "stopped", "failed", "training", *liveness.OF_AN_ATTEMPT)
 _ENDS_A_PHASE = ("training", "evaluated", "stopped", "failed", "finished")
 _LEFT_OUT = ("files", "examples")
 """Of the event `prepared`: as long as the data has files."""
@@ -20,7 +21,7 @@ class Totals(Fold):
     """The totals of events.jsonl. Costs what was appended since they were kept."""
 
     kept_as = "totals.json"
-    form = 1
+    form = 2
 
     def __init__(self, run: RunDirectory) -> None:
         super().__init__(run.events_file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Any
 
 import torch
 
@@ -11,8 +12,11 @@ from launcher.planning.plan import Plan
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
+from launcher.training import model as models
+from launcher.training import operations
 from launcher.training.data.batches import StepBatch
 from launcher.training.devices import peak_memory_bytes
+from launcher.training.engines.engine import Engine
 from launcher.training.foreseen import Foreseen
 from launcher.training.tracking import Journal, Trackers
 
@@ -82,3 +86,14 @@ class Recorder:
             with contextlib.suppress(OSError):
                 fold.refresh().keep()
         self._kept_at = time.monotonic()
+
+
+def description(engine: Engine, config: Any, length: int) -> dict[str, Any]:
+    """Return what the event `training` says of a model: its size, what of it trains and is new, what a token costs at that length."""
+    sizes = [(models.whole_shape(parameter).numel(), parameter.requires_grad) for parameter in engine.model.parameters()]
+    return {
+        "num_parameters": sum(size for size, _ in sizes),
+        "num_trainable": sum(size for size, trains in sizes if trains),
+        "flops_per_token": operations.flops_per_token(engine.model, config, length),
+        "new_parameters": list(engine.new_parameters),
+    }

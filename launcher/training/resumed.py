@@ -23,6 +23,12 @@ class TrainerState(BaseModel):
     best: float | None = None
     """Of early stopping: the best value of its metric so far."""
     num_worse: Count = 0
+    ledger: list[dict[str, int | str]] = []
+    """Steps that were left out or taken back."""
+    watched: dict[str, list[float]] = {}
+    """The losses by which a spike would be known."""
+    said: list[str] = []
+    """The kinds of symptoms that the run has spoken of."""
 
     @classmethod
     def of(cls, progress: Progress, checkpoint: str) -> TrainerState:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-from launcher.errors import DivergedError, StorageError
+from launcher.errors import CheckpointError, StorageError
 from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
-from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import here
 from launcher.runs.status import newest_checkpoint
 from launcher.runs.tail import last_record
-from launcher.training import engines, exchange, operations, pretrained
+from launcher.training import engines, exchange, pretrained
 from launcher.training import model as models
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
-from launcher.training.data.batches import Batches, StepBatch
+from launcher.training.data.batches import Batches, StepBatch, total_items
 from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
+from launcher.training.divergence import Divergence
 from launcher.training.ending import EarlyEnd
 from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
@@ -34,10 +35,13 @@ from launcher.training.loss_check import check_loss
 from launcher.training.material import Material, phase_report
 from launcher.training.pace import SLOW_FACTOR, Own, Pace
 from launcher.training.precision import LossScale
-from launcher.training.recording import Recorder
+from launcher.training.recording import Recorder, description
+from launcher.training.rescue import Rescue
 from launcher.training.resumed import TrainerState
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
+from launcher.training.state import State
+from launcher.training.symptoms import Sample, Symptoms, chance_of
 from launcher.training.tracking import Journal
 from launcher.training.whereabouts import say_compiling, waited
 
@@ -54,40 +58,28 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, sto
     waited.watch()
     if plan.model.compile:
         say_compiling()
-    trainer = Trainer(run, plan, material, device, stop, stop_at)
+    trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))
     trainer.run_to_the_end()
-
-
-@dataclass
-class State:
-    """Where the run is. What a checkpoint carries beside tensors."""
-
-    step: int = 0
-    num_items: int = 0
-    num_tokens: int = 0
-    num_skipped_in_a_row: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation."""
-    evaluated_step: int = -1
-    """The step after which that was; -1 before the first."""
-
-    def progress(self, extra: dict[str, Any]) -> Progress:
-        """As a checkpoint stores it."""
-        kept = {"num_skipped_in_a_row": self.num_skipped_in_a_row, "metrics": self.metrics, "evaluated_step": self.evaluated_step}
-        return Progress(step=self.step, samples=self.num_items, tokens=self.num_tokens, extra=kept | extra)
 
 
 class Trainer:
     """One attempt of a run on one rank. Constructing it loads the model and the checkpoint; `run_to_the_end` trains."""
 
     def __init__(
-        self, run: RunDirectory, plan: Plan, material: Material, device: torch.device, stop: StopRequest, stop_at: int | None
+        self,
+        run: RunDirectory,
+        plan: Plan,
+        material: Material,
+        device: torch.device,
+        stop: StopRequest,
+        stop_at: int | None,
+        directory: Path,
     ) -> None:
         self.run, self.plan, self.material, self.device, self.stop, self.stop_at = run, plan, material, device, stop, stop_at
         self.rank = distributed.get_rank()
         self.journal = Journal()
         self.task = material.task
-        num_items = _total_items(plan, material.train.num_items)
+        num_items = total_items(plan, material.train.num_items)
         order = Order(plan.training.seed, material.train.num_items, shuffle=True)
         self.batches = Batches(material.train, order, plan.batch, self.rank, num_items)
         self.num_steps = self.batches.num_steps
@@ -103,11 +95,18 @@ class Trainer:
         check_loss(self.engine, self.task, material.train, plan, self.event)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
+        self.divergence = Divergence(plan.training, self.event)
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
         here.at("restoring")
-        self._restore()
-        self.first_step = self.state.step
+        tensors = self.engine.tensors()
+        chance, said = chance_of(self.task, material.config), self._restore(tensors)
+        in_memory = plan.offload == "none" or plan.offload_to == "cpu"
+        sample = Sample(self.engine, tensors if in_memory else {})
+        self.symptoms = Symptoms(plan.training, self.schedule, chance, sample, self.event, self.state.step, said)
+        self.first_step = self.saved_step = self.state.step
+        save = functools.partial(self._save_tensors, tensors, wait=True)
+        self.rescue = Rescue(directory, device, plan.mesh.world_size, save if in_memory else None, self.checkpointer.finish)
         here.step_done(self.state.step, 0.0)
         self.own = Own(models.repeated_layers(self.engine.model), device)
         self.pace = Pace(self.rank, plan.mesh.world_size, self._say_slow)
@@ -120,13 +119,15 @@ class Trainer:
         """Evaluate, train, evaluate, save; or stop where told to."""
         self._announce()
         due = self._due_at_the_start()
+        if self.divergence.rewinds and self.state.step == 0:
+            self._save()  # so that there is something to go back to from the first spike on
         while True:
             if due["stop"] or (due["evaluate"] and not self._evaluate()):
                 self._leave()
                 return
             if self._over:
                 break
-            if due["save"] or (due["evaluate"] and self._keeps_best):
+            if (due["save"] or (due["evaluate"] and self._keeps_best)) and not self.divergence.suspicious:
                 self._save()
             due = self._step()
         if self.state.evaluated_step != self.state.step and not self._evaluate():
@@ -155,13 +156,23 @@ class Trainer:
         here.at("data", detail=str(self.material.train.directory))
         step_batch = self.batches.step(self.state.step)
         self.own.loaded(time.monotonic() - started)
-        loss_sum = self._accumulate(step_batch)
-        here.peak_memory(functools.partial(peak_memory_bytes, self.device))
-        totals = self._add_up(loss_sum)
+        with self.rescue.passes(self.state.step, self.state.step == self.saved_step):
+            loss_sum = self._accumulate(step_batch)
+            here.peak_memory(functools.partial(peak_memory_bytes, self.device))
+            totals = self._add_up(loss_sum)
         loss = totals["loss"] / max(1, step_batch.num_supervised)
-        gradient_norm = math.sqrt(totals["squared_norm"]) / self.loss_scale.value if totals["squared_norm"] >= 0 else math.nan
+        scale = self.loss_scale.value
+        gradient_norm = math.sqrt(totals["squared_norm"]) / scale if totals["squared_norm"] >= 0 else math.nan
         learning_rate = self.schedule.at(self.state.step)
-        self._apply_or_skip(loss, gradient_norm, learning_rate)
+        here.at("optimizer")
+        verdict = self.divergence.judge(self.state.step + 1, loss, gradient_norm, self.loss_scale)
+        if verdict == "apply":
+            clip = self.plan.training.clip_norm
+            coefficient = min(1.0, clip / (gradient_norm + 1e-6)) if clip > 0 else 1.0
+            self.engine.apply(learning_rate, coefficient / scale)
+            self.symptoms.note(self.state.step + 1, loss, gradient_norm)
+        else:
+            self.engine.discard()
         self.state.step += 1
         self.state.num_items += step_batch.num_items
         self.state.num_tokens += step_batch.num_tokens
@@ -170,7 +181,23 @@ class Trainer:
             here.at("recording")
             seconds = time.monotonic() - started
             self.recorder.step(self.state.step, step_batch, loss, gradient_norm, learning_rate, seconds, self.state.num_tokens)
+        if verdict == "rewind":
+            self._rewind()
         return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}
+
+    def _rewind(self) -> None:
+        """Take the weights of a checkpoint before back, and go on behind the samples since. Raises DivergedError where there is none."""
+        tensors = self.engine.tensors()
+        progress = None
+        for until in self.divergence.checkpoints_before():
+            with contextlib.suppress(CheckpointError):
+                progress = progress or self.checkpointer.load(tensors, until=until)
+        if progress is None:
+            raise self.divergence.nowhere_to_go()
+        self.engine.loaded()
+        self.divergence.rewound(progress.step, self.state.step)
+        if self._save(wait=True, must=False):
+            self.checkpointer.remove(range(progress.step + 1, self.state.step))
 
     def _accumulate(self, step_batch: StepBatch) -> torch.Tensor:
         """Forward and backward over this rank's micro-batches; the sum of their losses."""
@@ -208,28 +235,6 @@ class Trainer:
         self.pace.take(own)
         return {"loss": loss, "squared_norm": norm, "stop": stop, "save": save, "evaluate": evaluation}
 
-    def _apply_or_skip(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
-        """Take the optimizer's step, or leave it out on all ranks where a number is not finite."""
-        here.at("optimizer")
-        if math.isfinite(loss) and math.isfinite(gradient_norm):
-            clip = self.plan.training.clip_norm
-            coefficient = min(1.0, clip / (gradient_norm + 1e-6)) if clip > 0 else 1.0
-            self.engine.apply(learning_rate, coefficient / self.loss_scale.value)
-            self.loss_scale.good()
-            self.state.num_skipped_in_a_row = 0
-            return
-        self.engine.discard()
-        if math.isfinite(loss) and self.loss_scale.overflow():
-            return
-        self.state.num_skipped_in_a_row += 1
-        what = "loss" if not math.isfinite(loss) else "gradient norm"
-        self.event("skipped", step=self.state.step + 1, reason=f"{what} is not finite", in_a_row=self.state.num_skipped_in_a_row)
-        if self.state.num_skipped_in_a_row > self.plan.training.skip_nonfinite:
-            raise DivergedError(
-                f"the {what} was not finite in {self.state.num_skipped_in_a_row} steps in a row up to step {self.state.step + 1}; "
-                f"lower training.learning_rate ({self.plan.training.learning_rate:g}) or look at the rows of the last steps"
-            )
-
     def _evaluate(self) -> bool:
         """Measure on the held-out rows. False where a stop was asked for meanwhile; the evaluation is then made when the run goes on."""
         if self.material.evaluation is None:
@@ -252,30 +257,39 @@ class Trainer:
         self.state.metrics, self.state.evaluated_step = metrics, self.state.step
         self.evaluating.done(self.state.step, time.monotonic())
 
-    def _save(self, wait: bool = False) -> None:
-        """Save; `wait` until it is committed, and raise where it cannot be."""
+    def _save(self, wait: bool = False, must: bool = True) -> bool:
+        """Save; `wait` until it is committed, and raise where it `must` be and cannot. Whether it is, as far as that is known."""
         here.at("staging")
         self.saving.done(self.state.step, time.monotonic())
         if self.recorder:
             self.recorder.saves()
-        extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps, **self.early_end.state()}
+        saved = self._save_tensors(self.engine.tensors(), wait)
+        if wait and must and not saved:
+            raise StorageError(f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}")
+        return saved
+
+    def _save_tensors(self, tensors: dict[str, torch.Tensor], wait: bool) -> bool:
+        extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
+        extra |= self.early_end.state() | self.divergence.state() | {"said": self.symptoms.said}
         # Metrics of an older state would rank this one among the best by what it is not.
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
-        saved = self.checkpointer.save(self.engine.tensors(), self.state.progress(extra), metrics, wait=wait)
-        if wait and not saved:
-            raise StorageError(f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}")
+        self.saved_step = self.state.step
+        return self.checkpointer.save(tensors, self.state.progress(extra), metrics, wait=wait)
 
-    def _restore(self) -> None:
-        progress = self.checkpointer.load(self.engine.tensors())
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+        """Go on from the newest checkpoint, if there is one; the kinds of symptoms that the run has spoken of."""
+        progress = self.checkpointer.load(tensors)
         if progress is None:
-            return
+            return []
         self.engine.loaded()
         kept = TrainerState.of(progress, self.run.checkpoint(progress.step).name)
         self.event("resumed", step=progress.step, checkpoint=self.run.checkpoint(progress.step).name)
         evaluated_step = progress.step if kept.evaluated_step is None else kept.evaluated_step
-        self.state = State(progress.step, progress.samples, progress.tokens, kept.num_skipped_in_a_row, kept.metrics, evaluated_step)
+        self.state = State(progress.step, progress.samples, progress.tokens, kept.metrics, evaluated_step)
         self.loss_scale = LossScale(self.loss_scale.used, kept.loss_scale, kept.good_steps)
         self.early_end.restore(kept.best, kept.num_worse)
+        self.divergence.restore(kept.model_dump())
+        return kept.said
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""
@@ -324,17 +338,9 @@ class Trainer:
     def _announce(self) -> None:
         if self.recorder:
             self.recorder.loaded()
-        parameters = list(self.engine.model.parameters())
         length = self.material.train.num_tokens / max(1, self.material.train.num_samples)
-        self.event(
-            "training",
-            first_step=self.state.step,
-            total_steps=self.num_steps,
-            num_parameters=sum(models.whole_shape(parameter).numel() for parameter in parameters),
-            num_trainable=sum(models.whole_shape(parameter).numel() for parameter in parameters if parameter.requires_grad),
-            flops_per_token=operations.flops_per_token(self.engine.model, self.material.config, int(length)),
-            new_parameters=list(self.engine.new_parameters),
-        )
+        about = description(self.engine, self.material.config, int(length))
+        self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)
 
     def _agree(self, wish: bool) -> bool:
         """Whether any rank wishes it."""
@@ -358,13 +364,6 @@ def _seconds_of_last_save(run: RunDirectory) -> float:
     """What the run's last save took; 0 before the first."""
     record = last_record(run.events_file, lambda event: event.get("event") == "saved")
     return float(record["seconds"]) if record else 0.0
-
-
-def _total_items(plan: Plan, num_items: int) -> int:
-    """Items the whole run consumes: whole steps for max_steps, exactly so many epochs otherwise."""
-    if plan.length.unit == "steps":
-        return int(plan.length.value) * plan.batch.global_batch_size
-    return max(1, round(plan.length.value * num_items))
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,6 +196,45 @@ def test_a_full_disk_during_a_save_leaves_the_older_checkpoint(small_disk: Path)
     run.mkdir()
     assert run_ranks(2, fill_the_disk, run, small_disk / "ballast") == [[True, False]] * 2
     check_full_disk(run, "No space left on device")
+
+
+def several_saves(rank: int, world_size: int, run: Path, steps: tuple[int, ...], settings: dict[str, Any]) -> list[bool]:
+    """Checkpoints of 1.2 MB each; what became of each save."""
+    saver = checkpointer(run, rank, world_size, **settings)
+    outcomes = []
+    for step in steps:
+        tensors = shard_tensors({"model.large": torch.full((600, 500), float(step))}, world_size)
+        saver.save(tensors, progress(step), {"loss": float(step)})
+        outcomes.append(saver.finish())
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    ("settings", "outcomes", "kept", "given_up"),
+    [
+        ({"keep_last": 3}, [True] * 5, [3, 4, 5], [[1], [2]]),  # the disk holds three and not a fourth beside them
+        ({"keep_last": 4}, [True] * 5, [3, 4, 5], [[1], [2]]),
+        ({"keep_last": 3, "keep_best": 3}, [True, True, True, False, False], [1, 2, 3], []),
+    ],
+)
+def test_the_oldest_is_given_up_where_there_is_room_for_so_many_and_no_more(
+    small_disk: Path, settings: dict[str, Any], outcomes: list[bool], kept: list[int], given_up: list[list[int]]
+) -> None:
+    run = small_disk / "run"
+    run.mkdir()
+    assert run_ranks(2, several_saves, run, (1, 2, 3, 4, 5), settings) == [outcomes] * 2
+    assert [record["removed"] for record in named(run, "made_room")] == given_up
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step-{step:08d}" for step in kept]
+    assert not any(verify(RunDirectory(run).checkpoint(step)) for step in kept)
+
+
+def test_the_only_one_is_never_given_up_nor_any_where_that_is_not_enough(small_disk: Path) -> None:
+    run = small_disk / "run"
+    run.mkdir()
+    (small_disk / "ballast").write_bytes(bytes(2_000_000))
+    assert run_ranks(2, several_saves, run, (1, 2), {"keep_last": 1}) == [[True, False]] * 2
+    check_full_disk(run, "No space left on device")
+    assert not named(run, "made_room")
 
 
 def killed_while_saving(rank: int, world_size: int, run: Path, moment: str) -> None:

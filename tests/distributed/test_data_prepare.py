@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,6 +206,26 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, name: str, damage: str) -
     assert contents(again) == expected
 
 
+@pytest.mark.parametrize("name", ["input_ids", "targets", "sample_ids", "input_ids_offsets"])
+def test_prepared_data_that_changes_under_a_run_is_refused_with_the_place(tmp_path: Path, name: str) -> None:
+    """Each sample is held to its hash whenever it is read: one bit of it, of its row number or of its place is enough."""
+    dataset = made(text_data(tmp_path))
+    before = contents(dataset)
+    path = dataset.directory / f"{name}.npy"
+    # In place, so that the map sees it.
+    with open(path, "r+b") as file:
+        file.seek(-16, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-16, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(DataError, match=r"changed under the run: the sample of row \d+ is not what was written") as raised:
+        contents(dataset)
+    begin, end = (int(text.replace(",", "")) for text in re.findall(r"input_ids.npy, bytes ([\d,]+) to ([\d,]+)", str(raised.value))[0])
+    assert 128 <= begin < end <= (dataset.directory / "input_ids.npy").stat().st_size
+    again = made(text_data(tmp_path))
+    assert not again.report.cached and contents(again) == before
+
+
 def test_another_format_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made(text_data(tmp_path))
     meta = json.loads((first.directory / "meta.json").read_text())
@@ -325,7 +346,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     def change(done: int, total: int) -> None:
         jsonl(tmp_path / "a.jsonl", TEXTS[:-1])
 
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(DataError, match=r"changed while it was read: .*the first difference is between byte 0 and byte"):
         made(data, report=change)
 
 

@@ -108,6 +108,16 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_what_the_numbers_say_has_a_line() -> None:
+    back = notice({"event": "rewound", "step": 9, "checkpoint": 6, "reason": "the loss stayed above 2", "times": 1})
+    assert back == (
+        "warning: step 9: the loss stayed above 2: the weights are those of the checkpoint of step 6 again; "
+        "the samples since are left out (rewind 1 of this run)"
+    )
+    assert notice({"event": "symptom", "step": 50, "text": "the loss stays"}) == "warning: step 50: the loss stays"
+    assert "that of step 1, 2 was given up" in str(notice({"event": "made_room", "step": 9, "removed": [1, 2]}))
+
+
 @pytest.mark.parametrize("name", ["resumed", "rejected", "save_failed", "skipped", "early_stopping", "evaluated", "training"])
 def test_events_worth_a_line_have_one(name: str) -> None:
     assert notice({"event": name, "step": 3})

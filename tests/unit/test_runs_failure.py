@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from launcher.errors import (
     ConfigurationError,
     DataError,
     DivergedError,
+    GpuError,
     LauncherError,
     OutOfMemoryError,
     RankLostError,
     StorageError,
 )
-from launcher.runs import failure
+from launcher.runs import failure, kernel, processes
+from launcher.runs.events import event
 from launcher.runs.failure import Failure
+from launcher.runs.layout import RunDirectory
 
 TorchOutOfMemory = type("OutOfMemoryError", (RuntimeError,), {})
 DistBackendError = type("DistBackendError", (RuntimeError,), {})
@@ -53,6 +57,13 @@ def caused(error: BaseException, by: BaseException) -> BaseException:
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3"), RankLostError, True),
         (RuntimeError("Read error [127.0.0.1]:11: Connection reset by peer"), RankLostError, True),
         (DistBackendError("NCCL error: remote process exited or there was a network error"), RankLostError, True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be"), GpuError, False),
+        (RuntimeError("CUDA error: uncorrectable NVLink error detected during the execution"), GpuError, False),
+        (RuntimeError("CUDA error: unknown error"), GpuError, False),
+        (RuntimeError("Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost."), GpuError, False),
+        (RuntimeError("No CUDA GPUs: no CUDA-capable device is detected"), GpuError, False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), LauncherError, False),
+        (RuntimeError("CUDA error: device-side assert triggered"), LauncherError, False),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), DataError, False),
         (ValueError("a bug"), LauncherError, False),
         (KeyboardInterrupt(), LauncherError, False),
@@ -149,6 +160,108 @@ def test_a_native_library_that_got_no_memory_is_named(tmp_path: Path) -> None:
     assert first(tmp_path).cause == "killed by signal 6 (SIGABRT), having said: what():  std::bad_alloc"
     log.write_text("assertion failed\n")
     assert first(tmp_path).exit_code == RankLostError.exit_code
+
+
+LOG = """[   12.000000] NVRM: Xid (PCI:0000:3b:00): 79, pid=77, GPU has fallen off the bus.
+[  500.250000] Memory cgroup out of memory: Killed process 101 (python3) total-vm:9000000kB, anon-rss:3145728kB, file-rss:0kB, UID:0
+[  501.000000] NVRM: Xid (PCI:0000:5e:00): 31, pid=101, name=python3, MMU Fault
+[  502.000000] NVRM: Xid (PCI:0000:5e:00): 95, pid=101, Uncontained ECC error
+[  502.100000] NVRM: Xid (PCI:0000:5e:00): 95, pid=101, Uncontained ECC error
+"""
+
+
+def test_the_kernels_log_names_who_was_killed_and_which_gpu_is_broken() -> None:
+    late = kernel.newer(LOG, 400.0)
+    assert kernel.killed_for_memory(late, 101) == "Memory cgroup out of memory: killed process 101 (python3), which had 3.00 GiB"
+    assert not kernel.killed_for_memory(late, 102) and "out of memory" not in kernel.newer(LOG, 501.0)
+    bare = "[1.0] Out of memory: Killed process 7 (x)"
+    assert kernel.killed_for_memory(bare, 7) == "Out of memory: killed process 7 (x)"
+    assert kernel.broken_gpus(late) == "Xid 95 on PCI:0000:5e:00: an ECC error that could not be contained"
+    assert "fallen off the bus" in kernel.broken_gpus(LOG) and not kernel.broken_gpus("")
+
+
+def test_a_kill_that_the_kernels_log_names_is_out_of_memory_also_where_no_counter_rose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure, "kernel_log", lambda seconds: LOG)
+    failure.write_exits(tmp_path, [end(1, -9)])
+    assert first(tmp_path).exit_code == OutOfMemoryError.exit_code
+    assert "the kernel's log: Memory cgroup out of memory: killed process 101 (python3), which had 3.00 GiB" in first(tmp_path).cause
+    failure.write_exits(tmp_path, [end(2, -9)])
+    assert first(tmp_path).exit_code == RankLostError.exit_code
+    failure.write_exits(tmp_path, [{**end(1, -9), "host": "another"}])
+    assert first(tmp_path).exit_code == RankLostError.exit_code, "another machine's numbers are its own"
+
+
+@pytest.mark.parametrize(
+    ("own", "counter"),
+    [
+        ("0::/system.slice/slurmstepd.scope/job_7/step_0", "system.slice/slurmstepd.scope/job_7/step_0/memory.events"),
+        ("12:cpu,cpuacct:/x\n9:memory:/slurm/uid_7/job_7/step_0", "memory/slurm/uid_7/job_7/step_0/memory.oom_control"),
+        ("0::/", "memory.events"),
+    ],
+)
+def test_kills_are_counted_in_the_control_group_of_either_version(own: str, counter: str) -> None:
+    assert Path("/sys/fs/cgroup") / counter in processes._oom_files(own)
+    assert processes.oom_kills() >= 0
+
+
+def test_an_error_of_cuda_is_explained_by_the_kernels_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure, "kernel_log", lambda seconds: LOG)
+    found = failure.record(tmp_path, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert (found.failure_class, found.exit_code) == ("gpu", GpuError.exit_code)
+    assert "the kernel's log: Xid 79 on PCI:0000:3b:00: it has fallen off the bus; Xid 95" in found.cause
+    assert failure.record(tmp_path, 0, ValueError("a bug")).failure_class == "internal"
+    monkeypatch.setattr(failure, "kernel_log", lambda seconds: "")
+    assert failure.record(tmp_path, 0, RuntimeError("CUDA error: an illegal memory access")).failure_class == "internal"
+
+
+def test_an_abort_of_a_library_that_names_a_broken_gpu_is_one(tmp_path: Path) -> None:
+    failure.write_exits(tmp_path, [end(1, -6)])
+    said = "terminate called\n  what():  [Rank 1] CUDA error: uncorrectable ECC error encountered\n"
+    (tmp_path / "rank-1.log").write_text(said)
+    assert first(tmp_path).exit_code == GpuError.exit_code and "uncorrectable ECC error" in first(tmp_path).cause
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> RunDirectory:
+    """A run with prepared data, a data file and a model's file."""
+    run = RunDirectory(tmp_path / "run")
+    run.attempt(1).mkdir(parents=True)
+    cache, model = tmp_path / "cache", tmp_path / "model"
+    cache.mkdir()
+    model.mkdir()
+    (cache / "input_ids.npy").write_bytes(bytes(5000))
+    (cache / "meta.json").write_text(json.dumps({"files": {"input_ids.npy": "5000:abc"}}))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    (tmp_path / "rows.parquet").write_bytes(bytes(700))
+    event(run.events_file, "prepared", role="train", cache=str(cache))
+    files = [{"path": str(tmp_path / "rows.parquet"), "bytes": 700}]
+    (run.path / "data-train.json").write_text(json.dumps({"files": files}))
+    run.plan_file.write_text(json.dumps({"model": {"name": str(model)}}))
+    failure.write_exits(run.attempt(1), [end(1, -7)])
+    return run
+
+
+@pytest.mark.parametrize(
+    ("file", "length", "said"),
+    [
+        ("cache/input_ids.npy", 4096, "prepared data (made anew by the next attempt)"),
+        ("rows.parquet", 1, "the data file"),
+        ("model/model.safetensors", 105, "the model's file"),
+        ("model/model.safetensors", 3, "the model's file"),
+    ],
+)
+def test_a_file_that_was_cut_off_under_a_map_is_named(mapped: RunDirectory, tmp_path: Path, file: str, length: int, said: str) -> None:
+    assert first(mapped.attempt(1)).exit_code == RankLostError.exit_code and "was cut off, or its disk" in first(mapped.attempt(1)).cause
+    whole = (tmp_path / file).stat().st_size
+    os.truncate(tmp_path / file, length)
+    found = first(mapped.attempt(1))
+    assert (found.failure_class, found.exit_code) == ("data", DataError.exit_code)
+    assert found.cause.startswith("killed by signal 7 (SIGBUS): a file it maps was cut off:")
+    assert f"{said} {tmp_path / file} has {length:,} bytes of" in found.cause
+    assert f"of {whole:,}" in found.cause or length == 3
 
 
 def test_ranks_that_ended_well_or_by_the_agent_are_no_failures(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from launcher.runs.cut_off import MADE_ANEW
 from launcher.scheduling.slurm.policy import Attempt, Decision, decide
 
 
@@ -39,6 +40,15 @@ def test_what_may_have_been_chance_is_tried_again(failure_class: str) -> None:
 )
 def test_a_broken_node_is_left_out(cause: str) -> None:
     assert decide([failed("storage", cause, host="n7")], True, 3) == Decision(True, f"storage: {cause}", ("n7",))
+
+
+def test_a_broken_gpu_is_left_out_by_its_class() -> None:
+    cause = "CUDA error: an illegal memory access; the kernel's log: a GPU that is broken"
+    assert decide([failed("gpu", cause, host="n7")], True, 3) == Decision(True, f"gpu: {cause}", ("n7",))
+
+
+def test_a_cache_that_was_cut_off_is_mended_by_going_on() -> None:
+    assert decide([failed("data", f"killed: prepared data ({MADE_ANEW}) x.npy has 1 bytes of 2", host="n7")], True, 3).again
 
 
 def test_no_progress_ends_with_what_the_attempts_have_in_common() -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 
+from launcher.runs import kernel
 from launcher.scheduling.doctor.finding import Finding, failed, ok, warning
 
 _CHECK = "GPUs"
@@ -24,7 +25,6 @@ _SLOWED_DOWN = {0x8: "the hardware slows it down", 0x20: "too hot", 0x40: "too h
 """Bits of the reasons why a GPU is slower than it could be; idle, and limits that people set, are none to worry about."""
 _IN_USE_MIB = 1024
 _SECONDS = 20.0
-_XID = re.compile(r"NVRM: Xid \(([^)]*)\): (\d+)")
 _INVALID = re.compile(r'Field "([^"]+)" is not a valid field')
 
 
@@ -36,7 +36,7 @@ def check() -> tuple[Finding, int]:
         table = query()
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return failed(_CHECK, f"nvidia-smi does not answer: {_one_line(error)}", "leave the node out, and tell whoever runs it"), 0
-    return judge(table, xids(_kernel_log())), len(table)
+    return judge(table, xids(kernel.kernel_log() or None)), len(table)
 
 
 def query() -> list[dict[str, str]]:
@@ -95,15 +95,7 @@ def xids(log: str | None) -> list[str] | None:
     """The Xid errors in the kernel's log, each once; None where it cannot be read."""
     if log is None:
         return None
-    return list(dict.fromkeys(f"{number} on {where}" for where, number in _XID.findall(log)))
-
-
-def _kernel_log() -> str | None:
-    try:
-        done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=_SECONDS, errors="replace")
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+    return [f"{number} on {where}" for number, where in kernel.xids(log)]
 
 
 def _one_line(error: Exception) -> str:

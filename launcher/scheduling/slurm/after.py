@@ -18,7 +18,9 @@ from launcher.errors import LauncherError, RunInUseError, SchedulerError
 from launcher.planning.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
-from launcher.runs.tail import lines_backwards, parse
+from launcher.runs.records import parse
+from launcher.runs.tail import lines_backwards
+from launcher.scheduling.cutting import cut
 from launcher.scheduling.slurm import queue
 from launcher.scheduling.slurm.allocation import Allocation, find_attempt, read_assignment
 from launcher.scheduling.slurm.client import call, patiently
@@ -54,6 +56,8 @@ def main(arguments: list[str]) -> int:
     write_outcome(run, number, end, **kept | ({"nodes_lost": down} if down else {}))
     slurm = Plan.read(run.plan_file).slurm
     decision = decide(attempts(run), slurm.requeue, slurm.attempts_without_progress)
+    if not decision.again and slurm.requeue and (smaller := cut(run, here=False)):
+        decision = Decision(True, smaller[1])
     if down and decision.again:
         decision = replace(decision, reason=f"node lost: {', '.join(down)}")
     return _act(run, allocation, decision, end, int(outcome["exit_code"] or status))

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.errors import HungError, LauncherError, RankLostError
+from launcher.errors import GpuError, HungError, LauncherError, RankLostError
+from launcher.runs.cut_off import MADE_ANEW
 
 _NODE_FAULT = re.compile(
     r"input/output error|stale file handle|uncorrectable|\becc\b|\bxid\b|fallen off the bus|nvml|cuda error: unknown|no cuda-capable",
@@ -54,8 +55,10 @@ def decide(attempts: Sequence[Attempt], allowed: bool, bound: int) -> Decision:
     last = attempts[-1]
     if last.end in ("finished", "cancelled"):
         return Decision(False, last.end)
-    node_fault = last.end == "failed" and bool(last.host) and bool(_NODE_FAULT.search(last.cause))
-    if last.end == "failed" and not node_fault and last.failure_class not in _WORTH_ANOTHER_TRY:
+    names_node = last.failure_class == GpuError.failure_class or bool(_NODE_FAULT.search(last.cause))
+    node_fault = last.end == "failed" and bool(last.host) and names_node
+    worth = last.failure_class in _WORTH_ANOTHER_TRY or MADE_ANEW in last.cause
+    if last.end == "failed" and not node_fault and not worth:
         return Decision(False, f"{last.failure_class}: it would fail again as it is; {last.cause}")
     if not allowed:
         return Decision(False, f"{last.end}, and cluster.requeue is false")

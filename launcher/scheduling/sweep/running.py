@@ -11,6 +11,7 @@ from launcher.planning.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling import local
+from launcher.scheduling.cutting import run_with_cuts
 from launcher.scheduling.screen import Watcher
 from launcher.scheduling.slurm import handing_over, snapshot
 from launcher.scheduling.slurm.record import JobRecord
@@ -32,7 +33,7 @@ def run_here(sweep: Sweep, watcher: Watcher) -> int:
             watcher.say(f"point {number} cannot begin: {error}")
             worst = worst or error.exit_code
             continue
-        code = local.run(run, plan, watcher)
+        code = run_with_cuts(run, plan, watcher)
         if code in (Stopped.exit_code, local.FORCED_EXIT):
             return code
         worst = worst or code

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import secrets
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class Checkpointer:
         self._settings = plan.checkpoint
         self._run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
         self._num_saves = 0
+        self._known_good: set[int] = set()
+        """Steps whose bytes this process has hashed, writing or reading them."""
         self._layout: _Layout | None = None
         self._underway = Underway(rank, world_size, plan.hang_after)
         self._failing = Failing()
@@ -178,21 +181,11 @@ class Checkpointer:
 
     def _write(self, save: _Save) -> None:
         """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
-        here.saving("writing", step=save.progress.step)
-        problem: str | None = None
-        files: dict[str, Any] = {}
         try:
-            files = messages.of_files(self._write_files(save))
-        except Exception as error:
-            problem = describe(error)
-        here.saving("waiting for the other ranks")
-        if self._underway.is_given_up:
-            problem = "it was given up"
-        try:
-            gathered = self._ranks.all_gather((problem, files))
-            failures = _failures([reason for reason, _ in gathered])
-            records = {name: record for _, written in gathered for name, record in messages.files(written).items()}
-            reason = self._ranks.from_first(lambda: failures or self._commit(save, records))
+            reason, is_full = self._try(save)
+            if is_full and self._ranks.from_first(functools.partial(self._make_room, save)):
+                save = replace(save, attempt=save.attempt.with_name(f"{save.attempt.name}-again"))
+                reason, _ = self._try(save)
         except Exception as error:
             reason, self._underway.ranks_lost = f"the ranks lost each other: {describe(error)}", True
         here.saving("")
@@ -203,6 +196,39 @@ class Checkpointer:
         self.problem = reason
         if reason is not None and self._rank == 0:
             self._report_failure(save, reason)
+
+    def _try(self, save: _Save) -> tuple[str | None, bool]:
+        """Write and commit; why it could not be done, and whether there was no room for it."""
+        here.saving("writing", step=save.progress.step)
+        problem: str | None = None
+        is_full = False
+        files: dict[str, Any] = {}
+        try:
+            files = messages.of_files(self._write_files(save))
+        except Exception as error:
+            problem, is_full = describe(error), _is_full(error)
+        here.saving("waiting for the other ranks")
+        if self._underway.is_given_up:
+            problem = "it was given up"
+        gathered = self._ranks.all_gather((problem, is_full, files))
+        if failures := _failures([reason for reason, _, _ in gathered]):
+            return failures, any(full for _, full, _ in gathered)
+        records = {name: record for _, _, written in gathered for name, record in messages.files(written).items()}
+        reason, is_full = self._ranks.from_first(functools.partial(self._commit, save, records))
+        return reason, is_full
+
+    def _make_room(self, save: _Save) -> bool:
+        """Rank 0 alone. Give up older checkpoints for this one, where that is enough and one that is whole stays. Whether that was done."""
+        shutil.rmtree(save.attempt, ignore_errors=True)
+        settings = self._settings
+        try:
+            removed = retention.make_room(self._run, settings.keep_best, settings.metric, self._known_good)
+        except OSError:
+            return False
+        if removed:
+            with contextlib.suppress(OSError):
+                self._event(self._run.events_file, "made_room", step=save.progress.step, removed=[stored.step for stored in removed])
+        return bool(removed)
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
         save.attempt.mkdir(exist_ok=True)
@@ -216,14 +242,15 @@ class Checkpointer:
             files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)]))
         return files
 
-    def _commit(self, save: _Save, files: dict[str, FileRecord]) -> str | None:
-        """Rank 0 alone. None, or why it could not be done."""
+    def _commit(self, save: _Save, files: dict[str, FileRecord]) -> tuple[str | None, bool]:
+        """Rank 0 alone. None, or why it could not be done; and whether there was no room for it."""
         here.saving("committing")
         try:
             manifest = self._manifest(save, files)
             retention.commit(self._run, save.attempt, manifest)
         except (OSError, TypeError, ValueError) as error:
-            return describe(error)
+            return describe(error), _is_full(error)
+        self._known_good.add(manifest.step)
         self._failing.saved(manifest.step)
         seconds = round(time.perf_counter() - save.begin, 3)
         try:
@@ -231,7 +258,7 @@ class Checkpointer:
             self._prune(manifest.step)
         except OSError as error:
             warnings.warn(f"step {manifest.step} is saved, but older checkpoints could not be removed: {describe(error)}", stacklevel=2)
-        return None
+        return None, False
 
     def _manifest(self, save: _Save, files: dict[str, FileRecord]) -> Manifest:
         mesh = self._plan.mesh
@@ -264,15 +291,17 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
 
-    def load(self, tensors: Tensors, step: int | None = None) -> Progress | None:
+    def load(self, tensors: Tensors, step: int | None = None, until: int | None = None) -> Progress | None:
         """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that verifies, or from `step`'s.
 
-        None where the run has no checkpoint yet. Raises CheckpointError where there are some and none is whole, where `step` is
-        asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
+        `until`: of at most that step. None where the run has no such checkpoint yet. Raises CheckpointError where there are some and
+        none is whole, where `step` is asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
         """
         self.finish()
         told = self._ranks.from_first(lambda: [messages.of_stored(stored) for stored in list_checkpoints(self._run)])
         listed = [messages.stored(self._run, *entry) for entry in told]
+        if until is not None:
+            listed = [stored for stored in listed if stored.step <= until]
         wanted = [stored for stored in reversed(listed) if step is None or stored.step == step]
         rejected: list[Stored] = []
         for stored in wanted:
@@ -280,12 +309,25 @@ class Checkpointer:
             if not problems and stored.manifest is not None:
                 self._read(stored, tensors)
                 self._failing.saved(stored.step)
+                self._known_good.add(stored.step)
                 return stored.manifest.progress
             rejected.append(Stored(stored.step, stored.directory, stored.manifest, tuple(problems)))
             self._report_rejection(stored, problems)
         if step is None and not listed:
             return None
         raise CheckpointError(self._refusal(listed, rejected, step))
+
+    def remove(self, steps: Collection[int]) -> None:
+        """Delete the checkpoints of these steps, and wait until they are gone. What cannot be deleted stays, with a warning."""
+        self._ranks.from_first(functools.partial(self._remove, steps))
+
+    def _remove(self, steps: Collection[int]) -> None:
+        for stored in list_checkpoints(self._run):
+            if stored.step in steps:
+                try:
+                    retention.remove(stored.directory)
+                except OSError as error:
+                    warnings.warn(f"{stored.name} could not be removed: {describe(error)}", stacklevel=2)
 
     def _verify(self, stored: Stored) -> list[str]:
         """What is wrong with a checkpoint, each rank reading its part of the bytes."""
@@ -320,6 +362,10 @@ class Checkpointer:
         good = next((stored.step for stored in others if not self._verify(stored)), None)
         instead = "no other checkpoint is whole" if good is None else f"the newest good one is step {good}"
         return f"step {step}: {reasons or 'there is no such checkpoint'}; {instead}"
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _refuse(reason: str) -> Iterator[memoryview]:

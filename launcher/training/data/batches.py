@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from launcher.planning.plan import BatchPlan
+from launcher.planning.plan import BatchPlan, Plan
 from launcher.training.data.dataset import Dataset, Sample
 from launcher.training.data.order import Order
 
@@ -110,3 +110,10 @@ def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarra
         places[emptiest, number] = dealt
         sums[emptiest] += lengths[dealt]
     return places[np.argsort(-sums, kind="stable")].reshape(shape)
+
+
+def total_items(plan: Plan, num_items: int) -> int:
+    """Return the items that a run consumes in all: whole steps for max_steps, exactly so many epochs otherwise."""
+    if plan.length.unit == "steps":
+        return int(plan.length.value) * plan.batch.global_batch_size
+    return max(1, round(plan.length.value * num_items))

@@ -16,10 +16,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from launcher.errors import DataError
 from launcher.runs import prepared
 from launcher.runs.cache import Hold
+from launcher.runs.cut_off import MADE_ANEW
 
 META = "meta.json"
+HASHES = "sample_hashes"
+"""The file with each sample's `sample_hash`."""
 
 
 class Sample(dict[str, np.ndarray]):
@@ -118,10 +122,13 @@ class Dataset:
         """What keeps others from removing it."""
         self.padding_free: bool = meta["padding_free"]
         """Whether micro-batches are joined end to end (their cost is the sum of lengths) rather than padded to the longest."""
+        self._headers: dict[str, int] = {}
+        """Bytes before the data of each file."""
         self._columns = [(name, self._load(name), self._load(offsets)) for name, offsets in meta["columns"].items()]
         self._item_offsets = self._load("item_offsets")
         self._item_samples = self._load("item_samples")
         self._sample_ids = self._load("sample_ids")
+        self._sample_hashes = self._load(HASHES)
         self._item_lengths = self._load("item_lengths")
         self._item_supervised = self._load("item_supervised")
 
@@ -142,9 +149,10 @@ class Dataset:
             raise CacheProblem(f"{directory}: {error}") from error
 
     def _load(self, name: str) -> np.ndarray:
-        path = self.directory / f"{name}.npy"
+        mapped = np.load(self.directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        self._headers[name] = getattr(mapped, "offset", 0)
         # A plain view: slicing np.memmap itself costs several times as much.
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)).view(np.ndarray)
+        return np.asarray(mapped).view(np.ndarray)
 
     @property
     def num_items(self) -> int:
@@ -191,14 +199,29 @@ class Dataset:
         return self.items(np.array([index]))[0]
 
     def items(self, indices: np.ndarray) -> list[list[Sample]]:
-        """The samples of several items; one call costs far less than one for each."""
+        """The samples of several items; one call costs far less than one for each.
+
+        Raises DataError, with file and place, where one is not what was written: the files are mapped, and may change under a run.
+        """
         samples = self._item_samples[gather(self._item_offsets, indices)]
         columns = [[flat[a:b] for a, b in zip(o[samples].tolist(), o[samples + 1].tolist(), strict=True)] for _, flat, o in self._columns]
         names = [name for name, _, _ in self._columns]
         ids = self._sample_ids[samples].tolist()
+        expected = self._sample_hashes[samples].tolist()
+        for number, (i, *arrays) in enumerate(zip(ids, *columns, strict=True)):
+            if sample_hash(i, arrays) != expected[number]:
+                raise self._changed(int(samples[number]), i)
         whole = iter([Sample(dict(zip(names, arrays, strict=True)), i) for i, *arrays in zip(ids, *columns, strict=True)])
         counts = self._item_offsets[indices + 1] - self._item_offsets[indices]
         return [list(islice(whole, count)) for count in counts.tolist()]
+
+    def _changed(self, sample: int, row: int) -> DataError:
+        places = []
+        for name, flat, offsets in self._columns:
+            begin, end = (self._headers[name] + int(offset) * flat.itemsize for offset in offsets[sample : sample + 2])
+            places.append(f"{name}.npy, bytes {begin:,} to {end:,}")
+        text = f"prepared data in {self.directory} ({MADE_ANEW}) changed under the run: the sample of row {row} is not what was written"
+        return DataError(f"{text} ({'; '.join(places)})")
 
     def highest_token(self) -> int:
         """The highest token id of any sample; reads all of them."""
@@ -225,6 +248,14 @@ class Dataset:
         """Row numbers, int64, of the samples of one item or of several, one item after another."""
         chosen = np.atleast_1d(np.asarray(index, dtype=np.int64))
         return self._sample_ids[self._item_samples[gather(self._item_offsets, chosen)]]
+
+
+def sample_hash(id: int, arrays: Sequence[np.ndarray]) -> int:
+    """Return xxh3 of one sample's columns in their order, begun with its row number."""
+    digest = id
+    for array in arrays:
+        digest = xxhash.xxh3_64_intdigest(array.data, seed=digest)
+    return digest
 
 
 def file_digest(path: Path) -> str:

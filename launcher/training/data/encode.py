@@ -20,6 +20,7 @@ import numpy as np
 from launcher.errors import OutOfMemoryError
 from launcher.runs.processes import die_with_parent
 from launcher.sources.rows import TOO_LONG, Row, RowProblem
+from launcher.training.data.dataset import HASHES, sample_hash
 from launcher.training.data.packing import Packs, gather_sums
 from launcher.training.data.sources import Rows
 from launcher.training.tasks.task import Encoded, Task
@@ -130,15 +131,19 @@ class Writer:
         self._columns: dict[str, _FlatFile] = {}
         self._lengths: dict[str, list[np.ndarray]] = {}
         self._ids: list[np.ndarray] = []
+        self._hashes: list[int] = []
         self._supervised: list[np.ndarray] = []
 
     def append(self, chunk: Chunk) -> None:
         """Write the samples of a chunk behind the others."""
+        parts: list[list[np.ndarray]] = []
         for name, (flat, lengths) in chunk.columns.items():
             if name not in self._columns:
                 self._columns[name] = _FlatFile(self.directory / f"{name}.npy", flat.dtype)
-            self._columns[name].append(flat)
+            written = self._columns[name].append(flat)
             self._lengths.setdefault(name, []).append(lengths)
+            parts.append(np.split(written, np.cumsum(lengths)[:-1]))
+        self._hashes += [sample_hash(id, arrays) for id, *arrays in zip(chunk.ids.tolist(), *parts, strict=True)]
         self._ids.append(chunk.ids)
         self._supervised.append(chunk.supervised)
         self.num_samples += len(chunk.ids)
@@ -161,6 +166,7 @@ class Writer:
                 self._save(f"{name}_offsets", offsets)
             columns[name] = named[content]
         self._save("sample_ids", np.concatenate(self._ids))
+        self._save(HASHES, np.array(self._hashes, dtype=np.uint64))
         self._save("item_offsets", packs.offsets)
         self._save("item_samples", packs.samples)
         self._save("item_lengths", gather_sums(packs, self.lengths()))
@@ -185,9 +191,12 @@ class _FlatFile:
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
 
-    def append(self, flat: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(flat, dtype=self._dtype).data)
+    def append(self, flat: np.ndarray) -> np.ndarray:
+        """Write it behind the rest; what was written."""
+        written = np.ascontiguousarray(flat, dtype=self._dtype)
+        self._file.write(written.data)
         self._length += len(flat)
+        return written
 
     def close(self) -> None:
         self._file.seek(0)

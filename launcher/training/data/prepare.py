@@ -20,13 +20,13 @@ from launcher.planning.plan import Plan
 from launcher.runs import cache, prepared
 from launcher.runs.places import here
 from launcher.sources.rows import TOO_LONG
-from launcher.training.data.dataset import META, CacheProblem, DataReport, Dataset, file_digest
+from launcher.training.data.dataset import HASHES, META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
 from launcher.training.data.packing import one_each, pack
-from launcher.training.data.sources import Rows, hash_file, open_source
+from launcher.training.data.sources import Rows, difference, hash_file, open_source
 from launcher.training.tasks.task import Task
 
-FORMAT = 4
+FORMAT = 5
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
 Role = Literal["train", "evaluation"]
@@ -204,7 +204,9 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     report.fill = report.num_tokens / (report.num_items * plan.data.max_length) if task.packs else None
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
-    report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
+    # Hashes of what is hashed here anyway: without them, the samples of an older format are known as the same.
+    made = {name: digest for name, digest in files.items() if name != f"{HASHES}.npy"}
+    report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(made).encode())
     meta = {"format": FORMAT, "padding_free": task.padding_free, "columns": columns, "files": files, "report": asdict(report)}
     (directory / META).write_text(json.dumps(meta), encoding="utf-8")
 
@@ -227,8 +229,8 @@ def _count_problems(report: DataReport, problems: list[dict[str, Any]], plan: Pl
 
 def _refuse_change_while_reading(rows: Rows) -> None:
     for file in rows.files:
-        if hash_file(Path(file.path)).blocks != file.blocks:
-            raise DataError(f"{file.path} changed while it was read; start again when it is whole")
+        if (now := hash_file(Path(file.path))).blocks != file.blocks:
+            raise DataError(f"{difference(file.to_dict(), now.to_dict(), 'while it was read')}; start again when it is whole")
 
 
 def _where(source: Source) -> str:

@@ -134,16 +134,17 @@ def refuse_change(record: Path, report: DataReport) -> None:
 def _change(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> str:
     for old, new in zip(before, now, strict=False):
         if (old["bytes"], old["blocks"]) != (new["bytes"], new["blocks"]):
-            return _difference(old, new)
+            return difference(old, new, "since the run began")
     return f"the data changed since the run began: {_count(before)} then, {_count(now)} now"
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def difference(old: dict[str, Any], new: dict[str, Any], when: str) -> str:
+    """Return in words how a file, as `SourceFile.to_dict` has it, differs from what it was, and where first."""
     pairs = zip(old["blocks"], new["blocks"], strict=False)
     block = next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(old["blocks"]), len(new["blocks"])))
     sizes = f"{old['bytes']:,} bytes then, {new['bytes']:,} now, " if old["bytes"] != new["bytes"] else ""
     end = min((block + 1) * BLOCK, max(old["bytes"], new["bytes"]))
-    return f"{new['path']} changed since the run began: {sizes}the first difference is between byte {block * BLOCK:,} and byte {end:,}"
+    return f"{new['path']} changed {when}: {sizes}the first difference is between byte {block * BLOCK:,} and byte {end:,}"
 
 
 def _count(files: Sequence[Any]) -> str:

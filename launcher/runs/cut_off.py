@@ -1,0 +1,70 @@
+"""Files that a rank maps into memory, and that have become shorter since: touching what is gone is a SIGBUS, not an error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.plain_files import read_json
+from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
+
+MADE_ANEW = "made anew by the next attempt"
+"""Said of a file of the cache: going on mends it."""
+
+
+def cut_off_file(run: RunDirectory) -> str:
+    """Which file of a run is shorter than it was, with both lengths in bytes; empty where none is, or none can be found."""
+    for what, path, expected in _mapped(run):
+        with contextlib.suppress(OSError):
+            if (found := path.stat().st_size) < expected:
+                return f"{what} {path} has {found:,} bytes of {expected:,}"
+    return ""
+
+
+def is_shared_memory_full() -> bool:
+    """Whether nothing more can be put into /dev/shm: pages of it that do not exist are a SIGBUS too."""
+    try:
+        return os.statvfs("/dev/shm").f_bavail == 0
+    except OSError:
+        return False
+
+
+def _mapped(run: RunDirectory) -> Iterator[tuple[str, Path, int]]:
+    """What a run maps: what it is for people, where it lies, and the bytes it should have."""
+    for record in Totals(run).refresh().prepared.values():
+        yield from _of_cache(Path(str(record.get("cache", ""))))
+    for record_file in sorted(run.path.glob("data-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for file in read_json(record_file)["files"]:
+                yield "the data file", Path(file["path"]), int(file["bytes"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        model = Path(read_json(run.plan_file)["model"]["name"])
+        for path in sorted(model.glob("*.safetensors")) if model.is_dir() else ():
+            yield "the model's file", path, _safetensors_bytes(path)
+
+
+def _of_cache(directory: Path) -> Iterator[tuple[str, Path, int]]:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = read_json(directory / "meta.json")["files"]
+        for name, digest in files.items():
+            yield f"prepared data ({MADE_ANEW})", directory / name, int(digest.partition(":")[0])
+
+
+def _safetensors_bytes(path: Path) -> int:
+    """The length that a file's own header gives it; of one whose header is cut off, the least that it can have."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            return 8
+        (length,) = struct.unpack("<Q", start)
+        text = file.read(min(length, 100 << 20))
+    if len(text) < length:
+        return 8 + int(length)
+    header = json.loads(text)
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return 8 + int(length) + max(ends, default=0)

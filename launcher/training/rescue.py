@@ -1,0 +1,103 @@
+"""Out of memory in a pass, steps after the last save: every rank still holds its part of the state, so it is saved before the attempt ends.
+
+The rank that ran out of memory cannot go on with its pass, and a smaller one of its own would need other messages than its peers
+wait for. They stand in the middle of a pass, inside of a collective, and cannot be called out of it. But nothing of the training state
+changes in a pass, and checkpoints have a channel of their own: a thread of each peer writes its part. Then the attempt ends, and
+the next one goes on at this step with smaller passes (`launcher/scheduling/cutting.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from launcher.errors import OutOfMemoryError
+from launcher.runs.failure import classify
+from launcher.runs.layout import write_atomically
+
+CALL = "out-of-memory.json"
+"""In the attempt's directory: a rank ran out of memory in the pass of this step, and waits for the others to save."""
+_POLL_SECONDS = 1.0
+_SECONDS_TO_SAVE = 900.0
+"""Then the attempt ends unsaved."""
+_SECONDS_TO_ARRIVE = 60.0
+"""For a peer to be in the pass of the same step: it has no more to do before than its part of the last update."""
+
+
+class Rescue:
+    """One rank's part in the save of a state that would be lost. `save` is collective over all ranks, and may run in a thread."""
+
+    def __init__(
+        self, directory: Path, device: torch.device, world_size: int, save: Callable[[], object] | None, finish: Callable[[], object]
+    ) -> None:
+        """`directory`: the attempt's; `finish` waits for a save under way. Starts a thread that looks for a peer's call.
+
+        `save`: None where a thread cannot read the state beside a pass, as what DeepSpeed has on NVMe.
+        """
+        self._call, self._device, self._save, self._finish = directory / CALL, device, save, finish
+        self._lock = threading.Lock()
+        self._is_saved = False
+        self._step: int | None = None
+        self._updated: torch.cuda.Event | None = None
+        if world_size > 1 and save is not None:
+            threading.Thread(target=self._listen, name="rescue", daemon=True).start()
+
+    @contextlib.contextmanager
+    def passes(self, step: int, is_saved: bool) -> Iterator[None]:
+        """While inside, the state is that after `step` steps. Out of memory in here saves it first, unless it is."""
+        if self._device.type == "cuda":
+            self._updated = torch.cuda.Event()
+            self._updated.record()
+        is_saved = is_saved or self._save is None
+        self._step = None if is_saved else step
+        try:
+            yield
+        except Exception as error:
+            if classify(error)[0] is OutOfMemoryError:
+                # What the pass had made is held by the frames that the error came through.
+                traceback.clear_frames(error.__traceback__)
+                gc.collect()
+                with contextlib.suppress(Exception):  # the error that led here is what must be told
+                    self._finish() if is_saved else self._call_and_save(step)
+            raise
+        self._step = None
+
+    def _call_and_save(self, step: int) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        write_atomically(self._call, json.dumps({"step": step}) + "\n")
+        # In a thread, as the peers do, because one that does not come would hold this rank for as long as their group has patience.
+        saving = threading.Thread(target=self._save_once, name="rescue", daemon=True)
+        saving.start()
+        saving.join(_SECONDS_TO_SAVE)
+
+    def _save_once(self) -> None:
+        """Save, once, without waiting for what the pass has begun."""
+        if self._updated is not None:
+            # The stream of the pass waits for messages that will not come: copy on another one, when the last update is done.
+            torch.cuda.set_device(self._device)
+            self._updated.synchronize()
+        with self._lock, torch.cuda.stream(torch.cuda.Stream() if self._updated is not None else None):
+            if not self._is_saved and self._save is not None:
+                self._is_saved = True
+                self._save()
+
+    def _listen(self) -> None:
+        """Wait for a call; then, as soon as this rank too is in the pass of that step, save."""
+        while not self._call.exists():
+            time.sleep(_POLL_SECONDS)
+        step = json.loads(self._call.read_text(encoding="utf-8"))["step"]
+        until = time.monotonic() + _SECONDS_TO_ARRIVE
+        while self._step != step:
+            if time.monotonic() > until:
+                return
+            time.sleep(_POLL_SECONDS / 10)
+        self._save_once()
