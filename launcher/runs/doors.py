@@ -32,7 +32,8 @@ class Listening(NamedTuple):
     """A TCP socket of this process that waits for connections."""
 
     descriptor: int
-    port: int
+    place: tuple[str, int]
+    """Address by number, and port."""
 
 
 class Connection(NamedTuple):
@@ -50,7 +51,7 @@ def listening() -> list[Listening]:
         with _socket(int(path.name)) as one:
             waits = one and one.family in (socket.AF_INET, socket.AF_INET6) and one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             if one and waits:
-                found.append(Listening(int(path.name), one.getsockname()[1]))
+                found.append(Listening(int(path.name), one.getsockname()[:2]))
     return found
 
 
@@ -112,16 +113,18 @@ def _place(text: str) -> tuple[str, int]:
     return socket.inet_ntop(socket.AF_INET6, content), int(port, 16)
 
 
-def strangers(ports: Collection[int]) -> set[int]:
-    """Users other than this process's at the far ends of connections to some ports, of those ends that are on this machine."""
+def strangers(places: Collection[tuple[str, int]]) -> set[int]:
+    """Name the users, other than this process's, at the far ends of connections to some places, of those ends that are on this machine."""
     there = connections()
-    far_ends = {(one.far, one.near) for one in there if one.near[1] in ports}
+    far_ends = {(one.far, one.near) for one in there if one.near in places}
     return {one.user for one in there if (one.near, one.far) in far_ends} - {os.getuid()}
 
 
-def callers(port: int) -> set[str]:
-    """Addresses at the far ends of connections to a port."""
-    return {one.far[0] for one in connections() if one.near[1] == port}
+def callers(place: tuple[str, int]) -> set[str]:
+    """Name the IPv4 addresses at the far ends of connections to a place; the address 0.0.0.0 means all of this machine's."""
+    address, port = place
+    there = [one for one in connections() if one.near[1] == port and address in (one.near[0], "0.0.0.0")]
+    return {one.far[0] for one in there if "." in one.far[0]}
 
 
 def loopback() -> str:

@@ -80,11 +80,12 @@ class _Rendezvous:
             store = TCPStore(address, port, self._num_nodes, False, timeout)
         else:
             # A machine may know itself by a name that leads nowhere else; started by hand, no number is given.
-            bound = "" if socket.gethostbyname(address).startswith("127.") else address
+            own = socket.gethostbyname(address)
+            bound = "0.0.0.0" if own.startswith("127.") else own
             listening = socket.create_server((bound, port), backlog=4096).detach()
             # It is there once every agent is: who has come by then may come again, and the ranks beside him.
             store = TCPStore(address, port, self._num_nodes, True, timeout, master_listen_fd=listening)
-            callers = doors.callers(port)
+            callers = doors.callers((bound, port))
             if len(callers) > self._num_nodes:
                 shown = ", ".join(sorted(callers))
                 raise RankLostError(f"{len(callers)} machines came to meet for a run on {self._num_nodes} nodes: {shown}")

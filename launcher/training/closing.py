@@ -46,6 +46,6 @@ def _shut(new: list[doors.Listening]) -> None:
     """Raises RankLostError where somebody else was quicker than the ranks."""
     for one in new:
         doors.admit(one.descriptor)
-    if users := doors.strangers({one.port for one in new}):
+    if users := doors.strangers({one.place for one in new}):
         whose = ", ".join(map(str, sorted(users)))
         raise RankLostError(f"another user of this machine (uid {whose}) connected to a port on which this rank waited for its peers")

@@ -77,7 +77,7 @@ def test_more_machines_than_nodes_end_the_attempt(tmp_path: Path, monkeypatch: p
     assert TCPStore(address, port, is_master=False).list_keys()[0].startswith(secret.read(tmp_path / "secret"))
     with pytest.raises(OSError), socket.create_connection((address, port), timeout=0.5, source_address=("127.0.0.9", 0)):
         pass
-    monkeypatch.setattr(doors, "callers", lambda port: {"10.0.0.1", "10.0.0.2"})
+    monkeypatch.setattr(doors, "callers", lambda place: {"10.0.0.1", "10.0.0.2"})
     with pytest.raises(RankLostError, match=r"2 machines came to meet for a run on 1 nodes: 10\.0\.0\.1, 10\.0\.0\.2"):
         _Rendezvous(RendezvousParameters("launcher", f"127.0.0.1:{free_port()}", "none", 1, 1), 0)._on_several()
 

@@ -17,7 +17,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.machines import poll
 from tests.slurm.runs import ROOT, Material, Run
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -47,15 +47,16 @@ def test_a_port_takes_some_addresses_alone() -> None:
 def test_what_waits_is_found_and_nothing_is_left_open_by_looking() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     with waiting() as server, socket.socket(), open("/dev/null", "rb"):
-        assert doors.Listening(server.fileno(), server.getsockname()[1]) in doors.listening()
+        assert doors.Listening(server.fileno(), server.getsockname()) in doors.listening()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_who_came_is_known_by_address_and_user() -> None:
     with waiting() as server, socket.create_connection(server.getsockname(), source_address=("127.0.0.5", 0)):
-        port = server.getsockname()[1]
-        assert doors.callers(port) == {"127.0.0.5"}
-        assert doors.strangers({port}) == set(), "this user is none"
+        place = server.getsockname()
+        assert doors.callers(place) == doors.callers(("0.0.0.0", place[1])) == {"127.0.0.5"}
+        assert doors.callers(("127.0.0.6", place[1])) == set(), "another's port of the same number"
+        assert doors.strangers({place}) == set(), "this user is none"
 
 
 @pytest.mark.parametrize(
