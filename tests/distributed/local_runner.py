@@ -22,7 +22,7 @@ def main() -> int:
     supervisor.EXIT_SECONDS = options.exit_seconds
     run = RunDirectory(options.run)
     plan = Plan.read(run.plan_file)
-    return local.run(run, plan, Display(plan) if options.display else None, stop_at=options.stop_at, entry="imitation")
+    return local.run(run, plan, Display(plan, line_seconds=0.0) if options.display else None, stop_at=options.stop_at, entry="imitation")
 
 
 if __name__ == "__main__":
