@@ -23,7 +23,8 @@ def main() -> int:
     supervisor.EXIT_SECONDS = options.exit_seconds
     run = RunDirectory(options.run)
     plan = Plan.read(run.plan_file)
-    return local.run(run, plan, Display(plan) if options.display else None, stop_at=options.stop_at, entry=options.entry)
+    display = Display(plan, line_seconds=0.0) if options.display else None
+    return local.run(run, plan, display, stop_at=options.stop_at, entry=options.entry)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,23 @@ def test_a_disk_that_is_full_to_the_last_byte_is_one_line(tmp_path: Path) -> Non
         subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to mount a file system")
+def test_shared_memory_that_is_full_changes_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"gloo": True})
+    full = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/ballast"
+    if subprocess.run(["unshare", "--mount", "sh", "-c", full]).returncode:
+        pytest.skip("no file system may be mounted here")
+    launcher = [sys.executable, str(HERE / "local_runner.py"), str(run.path)]
+    process = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f'{full} && exec "$@"', "sh", *launcher],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.parametrize("files", [24, 48, 64])
 def test_too_few_files_are_said_with_what_to_write(files: int, tmp_path: Path) -> None:
     run = make_run(tmp_path)

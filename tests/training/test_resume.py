@@ -258,12 +258,12 @@ def fill_after(step: int, path: Path, rank: int, stop: StopRequest) -> None:
     accumulate = Trainer._accumulate
 
     def filling(self: Trainer, batch: Any) -> torch.Tensor:
-        if rank == 0 and self.state.step == step:
+        if self.state.step in (step, step + 2):
             self.checkpointer.finish()
+        if rank == 0 and self.state.step == step:
             _end_on_a_page(self.run.metrics_file, self.run.events_file)
             _fill(path / "rubbish")
         if rank == 0 and self.state.step == step + 2:
-            self.checkpointer.finish()
             (path / "rubbish").unlink()
         return accumulate(self, batch)
 

@@ -52,6 +52,7 @@ def caused(error: BaseException, by: BaseException) -> BaseException:
         (OSError(errno.EROFS, "Read-only file system"), StorageError, False),
         (OSError(errno.EIO, "Input/output error"), StorageError, False),
         (RuntimeError("write failed: No space left on device"), StorageError, False),
+        (RuntimeError("creating shared memory segment /dev/shm/nccl-x (size 9), error: No space left on device (28)"), StorageError, False),
         (FileNotFoundError(errno.ENOENT, "no such file"), LauncherError, False),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), LauncherError, False),
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3"), RankLostError, True),

@@ -133,7 +133,7 @@ class Checkpointer:
         return asynchronous or self.finish()
 
     def finish(self) -> bool:
-        """Wait for the save under way, as long as there is hope for it. Whether the last one succeeded."""
+        """Wait for the save under way, as long as there is hope for it. Whether the last one succeeded. For all ranks together."""
         self._finished()
         return self.problem is None
 

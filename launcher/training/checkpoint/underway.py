@@ -123,7 +123,7 @@ class Failing:
     def failed(self, step: int, reason: str) -> None:
         """That of `step` failed."""
         self._in_a_row += 1
-        if self._in_a_row > 1:
+        if self._in_a_row > 1 and self._in_a_row & (self._in_a_row - 1) == 0:  # the 2nd, the 4th, the 8th: there may be thousands
             what = f"{self._in_a_row} saves in a row have failed, the last one at step {step} ({reason})"
             lost = f"nothing is saved {f'since step {self._good}' if self._good else 'yet'}"
             tell(say=f"warning: {what}; {lost}; training goes on")
