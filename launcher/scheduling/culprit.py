@@ -34,7 +34,7 @@ def _head(culprit: Seen, ranks: list[Seen], seconds: float, step_seconds: float)
     if culprit.phase in ("step", "storage") or culprit.place in ("data", "forward", "backward", "exchange", "optimizer"):
         takes = f" (a step takes {_short(step_seconds)})" if step_seconds else ""
         return f"no step {still} after step {max(seen.step for seen in ranks)}{takes}"
-    return f"nothing has moved {still} in {culprit.place}"
+    return f"nothing has moved {still} in {culprit.place if culprit.count else 'the script'}"
 
 
 def _short(seconds: float) -> str:
@@ -119,7 +119,9 @@ def _what(seen: Seen, unheard: set[str], everyone: bool) -> str:
 
 
 def _where(seen: Seen) -> str:
-    """Its place, with how far it is there."""
+    """Its place, with how far it is there. A script says nothing of that."""
+    if not seen.count:
+        return "the script"
     unit = {"forward": "micro-batch", "backward": "micro-batch", "data": "micro-batch", "evaluating": "batch"}.get(seen.place, "")
     number = seen.done + (1 if unit == "micro-batch" else 0)
     far = (

@@ -129,9 +129,14 @@ class Pace:
         return self._world_size > 1 and self._steps % self._every == 0
 
     def share(self) -> list[float]:
-        """What this rank adds to the exchange: nothing, or a number for each rank, of which its own is not 0."""
-        if not self.rides:
+        """What this rank adds to the exchange: a number for each rank, of which its own is not 0 in a step in which they ride.
+
+        As many in every step: how a sum is rounded may hang on the length of what is summed, and a resumed run counts its steps anew.
+        """
+        if self._world_size == 1:
             return []
+        if not self.rides:
+            return [0.0] * self._world_size
         self._last_own = statistics.fmean(self._own) if self._own else self._last_own
         self._own.clear()
         return [self._last_own if rank == self._rank else 0.0 for rank in range(self._world_size)]

@@ -37,8 +37,10 @@ def train(ranks: list[Pace], clock: Clock, seconds: float, own: list[float]) -> 
         for pace, one in zip(ranks, own, strict=True):
             pace.worked(one)
         shares = [pace.share() for pace in ranks]
-        assert len({len(share) for share in shares}) == 1, "the exchange is as long on all ranks"
-        rides += bool(shares[0])
+        assert {len(share) for share in shares} == {len(own) if len(own) > 1 else 0}, (
+            "as long in every step, so that sums are rounded alike"
+        )
+        rides += any(shares[0])
         summed = [sum(column) for column in zip(*shares, strict=True)]
         for pace in ranks:
             pace.take(summed)

@@ -273,7 +273,9 @@ def test_the_largest_table(sizes: dict[str, Any], table: int, tmp_path: Path) ->
 
 def test_digest_follows_what_decides_the_numbers() -> None:
     base = plan(job(), 2, CPU)
-    assert base.digest() == plan(job(cluster__grace="2min", trackers=[]), 2, CPU).digest()
+    assert base.digest() == plan(job(cluster__grace="2min", cluster__hang_after="5min", trackers=[]), 2, CPU).digest()
+    hang_after = [plan(job(cluster__hang_after=value), 2, CPU).hang_after for value in ("auto", "off", "5min")]
+    assert hang_after == [None, "off", 300.0]
     assert base.digest() != plan(job(training__seed=18), 2, CPU).digest()
     assert base.digest() != plan(job(), 4, CPU).digest()
 

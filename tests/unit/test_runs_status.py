@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,35 @@ def test_a_run_that_never_began(run: RunDirectory) -> None:
     status = read_status(run)
     assert (status.state, status.step, status.attempts, status.loss) == ("planned", 0, 0, None)
     assert status.command == f"launcher resume {run.path}"
+
+
+def test_what_a_running_run_is_at_and_whether_it_hangs(run: RunDirectory) -> None:
+    def now() -> tuple[str | None, bool, str | None]:
+        status = read_status(run)
+        return status.phase, status.step_age_seconds is not None, status.hang
+
+    with run.lock():
+        event(run.events_file, "started", attempt=1)
+        event(run.events_file, "phase", phase="loading")
+        assert now() == ("loading", False, None)
+        event(run.events_file, "training", total_steps=9)
+        assert now() == ("training", False, None)
+        append(run.metrics_file, {"kind": "train", "step": 3, "loss": 1.0, "time": time.time()})
+        assert now() == ("training", True, None)
+        event(run.events_file, "suspected", line="no step for 31 s")
+        event(run.events_file, "straggler", line="rank 1 is slow")
+        assert now() == ("training", True, "no step for 31 s") and read_status(run).straggler == "rank 1 is slow"
+        time.sleep(0.01)
+        event(run.events_file, "recovered")
+        event(run.events_file, "phase", phase="evaluating")
+        assert now() == ("evaluating", True, None)
+        time.sleep(0.01)
+        event(run.events_file, "evaluated", step=3)
+        assert now()[0] == "training"
+        event(run.events_file, "suspected", line="x")
+        event(run.events_file, "started", attempt=2)
+        assert now() == (None, False, None) and read_status(run).straggler is None
+    assert read_status(run).phase is None and read_status(run).step_age_seconds is None
 
 
 def test_states_follow_the_events_of_the_last_attempt(run: RunDirectory) -> None:

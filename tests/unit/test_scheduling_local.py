@@ -49,6 +49,15 @@ def test_the_command_is_torchruns_over_the_entry_point(run: RunDirectory) -> Non
     assert "--stop-at" not in agent_command(run, plan(), 3)
 
 
+def test_a_run_that_hung_fails_by_its_own_class_whatever_the_killed_ranks_say(run: RunDirectory) -> None:
+    heard = Heard()
+    run.attempt(1).mkdir(parents=True)
+    line = "no step for 61 s after step 12: rank 1 on n2 is stopped (SIGSTOP); rank 0 waits in all_gather"
+    hung = Failure(1.0, 1, "n2", 7, "hung", 13, line)
+    assert local.outcome(run, plan(), 1, End(-9, forced="hung", hung=hung), heard, False) == 13
+    assert heard.lines[0].startswith(f"hung: rank 1 on n2 after step 0: {line}; go on with: launcher resume ")
+
+
 def test_a_stop_says_whether_it_saved(run: RunDirectory) -> None:
     heard = Heard()
     append(run.metrics_file, {"kind": "train", "step": 7, "loss": 1.0})

@@ -49,6 +49,8 @@ class World:
     """Two ranks, their watch, and a clock."""
 
     hang_after: HangAfter = None
+    every: float = LOOK
+    """Seconds between two looks."""
     now: float = 1000.0
     ranks: list[Rank] = field(default_factory=lambda: [Rank(0), Rank(1)])
     verdicts: list[tuple[float, str]] = field(default_factory=list)
@@ -65,7 +67,7 @@ class World:
             rank.count += 1
         until, moves_at = self.now + seconds, self.now + every
         while self.now < until:
-            self.now += LOOK
+            self.now += self.every
             while every and self.now >= moves_at:
                 moves_at += every
                 for rank in self.ranks:
@@ -75,7 +77,7 @@ class World:
             self.look()
 
     def look(self) -> None:
-        self.last = self.stillness.look(self.now, [rank.seen(LOOK) for rank in self.ranks])
+        self.last = self.stillness.look(self.now, [rank.seen(self.every) for rank in self.ranks])
         if verdict := self.judge.look(self.now, self.last):
             self.verdicts.append((self.now, verdict))
         self.warnings += stalled_saves(self.last, self.hang_after)
@@ -91,7 +93,7 @@ class World:
 
 
 def test_twenty_hours_of_healthy_phases_raise_no_alarm() -> None:
-    world = World()
+    world = World(every=4.5)
     world.run(240, place="starting", cpu=0.9)
     world.run(2 * HOUR, place="preparing", every=90)
     world.run(600, place="preparing", cpu=1.0)
@@ -120,7 +122,7 @@ def test_twenty_hours_of_healthy_phases_raise_no_alarm() -> None:
     world.run(1800, place="waiting for the save", every=0.5)
     world.steps(600, 3.0)
     assert world.verdicts == [] and world.warnings == []
-    began, world = world.now, World()
+    began, world = world.now, World(every=4.5)
     world.run(900, place="forward", cpu=1.0)
     world.steps(2 * HOUR, 100.0)
     world.run(300, place="forward")
@@ -323,6 +325,12 @@ def seen(rank: int, place: str = "forward", **more: Any) -> Seen:
 def test_the_culprit_is_named(ranks: list[Seen], said: str) -> None:
     line, _ = culprit.name(ranks, 31.2, 0.3)
     assert line == said if said.startswith("no") else line.endswith(said)
+
+
+def test_of_a_script_only_that_is_said_which_is_seen() -> None:
+    ranks = [seen(0, "starting", phase="none", count=0), seen(1, "starting", phase="none", count=0, state="T", state_seconds=12.0)]
+    line, _ = culprit.name(ranks, 12, 0.0)
+    assert line == "nothing has moved for 12 s in the script: rank 1 on n2 is stopped (SIGSTOP); rank 0 is in the script"
 
 
 def test_a_node_that_is_not_heard_of_is_named() -> None:
