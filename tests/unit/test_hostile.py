@@ -90,7 +90,7 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
             read_bytes(path)
         with pytest.raises(OSError, match=said):
             list(read(path))
-        with pytest.raises(OSError, match="is a|Is a|Illegal"):
+        with pytest.raises(OSError, match=r"is a|Is a|Illegal"):
             append(path, {"a": 1})
     (tmp_path / "long").write_bytes(b" " * 2000)
     with pytest.raises(OSError, match="is larger than 1 KiB"):
