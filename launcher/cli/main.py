@@ -22,7 +22,6 @@ import sys
 from dataclasses import dataclass
 
 from launcher.errors import LauncherError
-from launcher.redaction import redact
 
 SUMMARY = "One job file in, a sharded fine-tuned model out."
 
@@ -89,6 +88,8 @@ def help_text() -> str:
 
 def report(error: LauncherError) -> None:
     """Print an error on stderr, without secrets: red on a terminal, unless NO_COLOR is set."""
+    from launcher.redaction import redact
+
     label = "error:"
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         label = f"\x1b[31m{label}\x1b[0m"

@@ -81,7 +81,7 @@ def expectation(run: RunDirectory) -> str:
     """One line of what the run was expected to need and to do; empty where nothing is known."""
     try:
         return str(read_json(run.forecast_file)["line"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 

@@ -58,7 +58,7 @@ class _Calls:
 @pytest.mark.parametrize("payload", [_Calls(os.system, "true"), _Calls(eval, "1"), _Calls(TensorStorageMetadata, 1, 2, 3)])  # type: ignore[attr-defined]
 def test_a_pickle_calls_nothing_that_no_checkpoint_needs(payload: _Calls, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(payload))
-    with pytest.raises(CheckpointError, match="refused unread|only ever filled in|garbled"):
+    with pytest.raises(CheckpointError, match=r"refused unread|only ever filled in|garbled"):
         read_metadata(tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_weights_that_are_no_weights_are_named_in_plain_words(what: str, tmp_pat
         if what == "no pickle":
             unsafe.write_bytes(b"<html>not found</html>")
     plan = plan_of(model)
-    with pytest.raises(ConfigurationError, match="model.name") as caught:
+    with pytest.raises(ConfigurationError, match=r"model\.name") as caught:
         load(plan, AutoModelForCausalLM, AutoConfig.from_pretrained(model), lambda model: model)
     assert "weights_only" not in str(caught.value) and "arbitrary code" not in str(caught.value)
     assert not (tmp_path / "PWNED").exists()

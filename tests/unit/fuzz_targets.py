@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """What is fuzzed: a folder with every kind of file that launcher reads, one of them spoilt, and the commands that read it.
 
 A command may refuse with an error of launcher's own, and must not do anything else: no traceback, no hang.
