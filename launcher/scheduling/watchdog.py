@@ -97,6 +97,8 @@ class Stillness:
             known.state, known.state_since = sight.state, now
         if save != known.save:
             known.save, known.save_since = save, now
+            if place.save:
+                known.since = now  # after a rank ran out of memory, threads save while all others stand in a pass
         return Seen(
             **vars(place),
             phase=phase,
