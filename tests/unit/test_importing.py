@@ -513,7 +513,7 @@ def test_a_job_file_is_planned_and_compared(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="no plan of this version"):
+    with pytest.raises(ConfigurationError, match="no plan that launcher wrote"):
         compare(write(tmp_path, "plan.json", {"mesh": 1, "batch": 2, "length": 3}), ROOT / "ds_configs" / "zero2.json")
     with pytest.raises(ConfigurationError, match="stage"):
         compare(write(tmp_path, "ds.json", {"zero_optimization": {"stage": 7}}), ROOT / "ds_configs" / "zero2.json")

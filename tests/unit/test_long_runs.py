@@ -265,9 +265,9 @@ def test_a_phase_is_over_when_its_end_is_written(tmp_path: Path) -> None:
         for record, phase in (
             ({"event": "started"}, None),
             ({"event": "phase", "phase": "loading"}, "loading"),
-            ({"event": "training"}, None),
+            ({"event": "training"}, "training"),
             ({"event": "phase", "phase": "evaluating"}, "evaluating"),
-            ({"event": "evaluated", "step": 0, "metrics": {}}, None),
+            ({"event": "evaluated", "step": 0, "metrics": {}}, "training"),
         ):
             write_events(run, [{"time": 1.0, **record}])
             assert read_status(run).phase == phase

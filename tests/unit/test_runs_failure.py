@@ -237,7 +237,7 @@ def mapped(tmp_path: Path) -> RunDirectory:
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"}}).encode()
     (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     (tmp_path / "rows.parquet").write_bytes(bytes(700))
-    event(run.events_file, "prepared", role="train", cache=str(cache))
+    event(run.events_file, "prepared", role="train", cache=str(cache), rows_read=1, rows_used=1, num_items=1, num_tokens=9)
     files = [{"path": str(tmp_path / "rows.parquet"), "bytes": 700}]
     (run.path / "data-train.json").write_text(json.dumps({"files": files}))
     run.plan_file.write_text(json.dumps({"model": {"name": str(model)}}))

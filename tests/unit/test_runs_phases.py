@@ -76,6 +76,7 @@ def test_a_directory_that_is_gone_stops_nothing(tmp_path: Path) -> None:
 
 def shown(display: Display) -> tuple[str, float]:
     display._shown_at = 0.0
+    display.read()
     display.tick()
     return display.progress.phase, display.progress.done
 

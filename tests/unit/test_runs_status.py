@@ -50,7 +50,7 @@ def test_what_a_running_run_is_at_and_whether_it_hangs(run: RunDirectory) -> Non
         event(run.events_file, "phase", phase="evaluating")
         assert now() == ("evaluating", True, None)
         time.sleep(0.01)
-        event(run.events_file, "evaluated", step=3)
+        event(run.events_file, "evaluated", step=3, metrics={})
         assert now()[0] == "training"
         event(run.events_file, "suspected", line="x")
         event(run.events_file, "started", attempt=2)
