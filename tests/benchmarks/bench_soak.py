@@ -293,7 +293,9 @@ def soak(folder: Path, seed: int, wanted: int) -> dict[str, Any]:
         piece = Piece(folder, material, done["seed"], number)
         try:
             done["pieces"].append({**piece.play(), "conditions": _report.conditions("torch")})
-            print(json.dumps({key: value for key, value in done["pieces"][-1].items() if key not in ("injections", "conditions")}), flush=True)
+            print(
+                json.dumps({key: value for key, value in done["pieces"][-1].items() if key not in ("injections", "conditions")}), flush=True
+            )
         except Exception as error:
             traceback.print_exc()
             done["broken"].append({"piece": number, "why": f"{type(error).__name__}: {error}"[:2000], "injections": piece.injections})

@@ -31,15 +31,21 @@ MOMENTS = {
 LASTING = {"slow": 10**9, "nan": 1, "infinite": 1, "spike": 10**9}
 
 
-def _act(action, argument):
+def _say():
     with open(os.environ["INSIDE_SAID"], "a") as file:
         file.write(f"{time.time()}\n")
+
+
+def _act(action, argument):
+    _say()
     if action in ("kill", "stop", "crash"):
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "crash": signal.SIGSEGV}[action])
     elif action == "hang":
         threading.Event().wait()
     elif action == "memory":
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9e15 bytes.")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9e15 bytes."
+        )
     elif action == "ecc":
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
     elif action == "leave":
@@ -53,6 +59,8 @@ def _around(function, action, argument, nth):
     def wrapped(*arguments, **options):
         calls[0] += 1
         now = nth <= calls[0] < nth + LASTING.get(action, 1)
+        if now and action in LASTING and calls[0] == nth:
+            _say()
         if now and action == "slow":
             time.sleep(float(argument))
         elif now and action not in LASTING:
