@@ -5,10 +5,12 @@
     python -m tests.benchmarks.bench_fault_matrix /tmp/faults --write
 
 Two ranks on the CPU, a llama of 62,000 parameters in fp32, 40 steps, a checkpoint every 5. Each injection is a function in
-tests/benchmarks/faults/, with the way in which the attempt must end. Afterwards the run is resumed to its end, and held against one of the
-same engine and way of saving that was left alone: the hash of each step's samples, and loss and gradient norm to the bit. What was seen goes
-to FOLDER/results.json as it is made; what is in there is not done again but with --again, or --failed for what did not hold. --write puts the table into
-docs/failures.md. Rows that cannot be injected on a machine say why.
+tests/benchmarks/faults/, with the way in which the attempt must end. Afterwards the run is resumed to its end, and held against one of
+the same engine and way of saving that was left alone: the hash of each step's samples, and loss and gradient norm to the bit.
+
+What was seen goes to a file below FOLDER/results as it is made. What is in there is not done again but with --again, or --failed for what
+did not hold; several processes can inject side by side in one folder. --write puts the table into docs/failures.md. Rows that cannot be
+injected on a machine say why.
 
 Mounting, machines made of namespaces, and control groups need root; the shim needs gcc. All of it takes over an hour on two cores.
 """
@@ -18,7 +20,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
-import json
 import os
 import subprocess
 import time
@@ -28,16 +29,11 @@ from typing import Any
 
 from tests.benchmarks.faults import table
 from tests.benchmarks.faults.registry import INJECTIONS, Injection
-from tests.benchmarks.faults.scene import Material, Scene
+from tests.benchmarks.faults.scene import PATIENCE, Material, Scene
 from tests.slurm.runs import ROOT
 
 for _module in ("ranks", "storage", "checkpoints", "surroundings", "inputs", "nodes"):
     importlib.import_module(f"tests.benchmarks.faults.{_module}")
-
-
-def key(injection: Injection, variant: str) -> str:
-    """The name of a result."""
-    return f"{injection.name} ({variant})"
 
 
 def perform(injection: Injection, variant: str, material: Material, folder: Path) -> dict[str, Any]:
@@ -63,9 +59,10 @@ def perform(injection: Injection, variant: str, material: Material, folder: Path
 
 
 def conditions() -> dict[str, Any]:
-    """When, and of what commit."""
+    """When, of what commit, and how busy the machine was."""
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"date": datetime.date.today().isoformat(), "commit": commit}
+    load = round(os.getloadavg()[0], 1)
+    return {"date": datetime.date.today().isoformat(), "commit": commit, "load": load, "patience": PATIENCE[0]}
 
 
 def judged(scene: Scene, problem: str) -> list[str]:
@@ -85,7 +82,7 @@ def judged(scene: Scene, problem: str) -> list[str]:
     found += [f"not said: {word}" for word in expected.words if word.lower() not in said]
     if seen["left_over"]:
         found.append(f"{seen['left_over']} processes were left")
-    if (seen["seconds_until_gone"] or 0) > expected.seconds and not seen.get("ended_by_hand"):
+    if (seen["seconds_until_gone"] or 0) > expected.seconds * PATIENCE[0] and not seen.get("ended_by_hand"):
         found.append(f"all gone after {seen['seconds_until_gone']} s, not {expected.seconds:g}")
     return found + _of_the_comparison(scene)
 
@@ -105,10 +102,11 @@ def wanted(options: argparse.Namespace, known: dict[str, Any]) -> list[tuple[Inj
     """What is to be done now, in the order of the list; injections that wait long come last."""
     chosen = []
     for injection in INJECTIONS:
-        if options.only and not any(only == injection.name or only in injection.row.split(", ") for only in options.only):
+        names = {injection.name, *injection.row.split(", ")}
+        if (options.only and not names & set(options.only)) or names & set(options.without):
             continue
         for variant in injection.variants:
-            old = known.get(key(injection, variant))
+            old = known.get(table.key(injection.name, variant))
             again = options.again or old is None or (options.failed and old["why_not"])
             if again and options.variant in (None, variant):
                 chosen.append((injection, variant))
@@ -122,14 +120,16 @@ def main() -> None:
     parser.add_argument("--variant", help="one engine and way of saving alone")
     parser.add_argument("--again", action="store_true", help="also what is in the results already")
     parser.add_argument("--failed", action="store_true", help="also what is in the results and did not hold")
+    parser.add_argument("--without", action="append", default=[], help="as --only, to leave out")
     parser.add_argument("--list", action="store_true", help="what there is, and leave")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after so long")
+    parser.add_argument("--patience", type=float, default=1.0, help="everything may take so many times longer, as others use the machine")
     parser.add_argument("--write", action="store_true", help="put the table into docs/failures.md")
     options = parser.parse_args()
+    PATIENCE[0] = options.patience
     os.environ.setdefault("XDG_CACHE_HOME", str(options.folder / "cache"))
     os.environ.setdefault("XDG_STATE_HOME", str(options.folder / "state"))
-    file = options.folder / "results.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    known = table.results(options.folder)
     if options.list:
         print("\n".join(f"{one.row:8} {one.name:34} {one.fault} [{', '.join(one.variants)}]" for one in INJECTIONS))
         return
@@ -140,13 +140,10 @@ def main() -> None:
     for injection, variant in wanted(options, known):
         if time.monotonic() > until:
             break
-        result = perform(injection, variant, material, options.folder / "scene")
-        known[key(injection, variant)] = result
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(known, indent=1))
-        new.replace(file)
+        result = perform(injection, variant, material, options.folder / f"scene-{os.getpid()}")
+        table.keep(options.folder, result)
         verdict = result.get("missing") or "; ".join(result["why_not"]) or "holds"
-        print(f"{time.strftime('%H:%M:%S')} {injection.row:8} {key(injection, variant)}: {verdict}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {injection.row:8} {table.key(injection.name, variant)}: {verdict}", flush=True)
 
 
 if __name__ == "__main__":

@@ -292,10 +292,9 @@ def soak(folder: Path, seed: int, wanted: int) -> dict[str, Any]:
         number = len(done["pieces"]) + len(done["broken"]) + 1
         piece = Piece(folder, material, done["seed"], number)
         try:
-            done["pieces"].append({**piece.play(), "conditions": _report.conditions("torch")})
-            print(
-                json.dumps({key: value for key, value in done["pieces"][-1].items() if key not in ("injections", "conditions")}), flush=True
-            )
+            result = piece.play()
+            print(json.dumps({key: value for key, value in result.items() if key != "injections"}), flush=True)
+            done["pieces"].append({**result, "conditions": _report.conditions("torch")})
         except Exception as error:
             traceback.print_exc()
             done["broken"].append({"piece": number, "why": f"{type(error).__name__}: {error}"[:2000], "injections": piece.injections})
@@ -319,7 +318,7 @@ def report(done: dict[str, Any]) -> str:
     different = sum(bool(piece["differences"]) for piece in pieces)
     lines = [
         f"{_report.sentence(pieces[-1]['conditions'])}\n",
-        f"Seed {done['seed']}, {len(pieces)} runs of {NUM_STEPS} steps on 2 of 3 nodes with 2 ranks each, a checkpoint every {EVERY} steps.",
+        f"Seed {done['seed']}, {len(pieces)} runs of {NUM_STEPS} steps on 2 of 3 nodes with 2 ranks each, saved every {EVERY} steps.",
         f"{sum(kinds.values())} injections, {sum(piece['failures'] for piece in pieces)} of which ended an attempt; "
         f"{sum(piece['saves_failed'] for piece in pieces)} saves failed.",
         f"{sum(piece['checkpoints_chosen'] for piece in pieces)} checkpoints were chosen, each was whole. "
@@ -327,9 +326,9 @@ def report(done: dict[str, Any]) -> str:
         f"Runs that did not get to their end: {len(done['broken'])}.",
         "",
         _report.table(("injection", "times"), sorted(kinds.items(), key=lambda item: -item[1])),
-        f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count. By 1 - stall/interval - (restart + interval/2)/MTTF it "
-        f"is {total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, interval {total.intervals / total.saves:.2f} s, restart "
-        f"{total.restarts / max(1, total.failures):.1f} s, MTTF {total.wall / max(1, total.failures):.1f} s.",
+        f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count. By 1 - stall/interval - "
+        f"(restart + interval/2)/MTTF it is {total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, "
+        f"interval {total.intervals / total.saves:.2f} s, restart {total.restarts / max(1, total.failures):.1f} s, MTTF {total.wall / max(1, total.failures):.1f} s.",
     ]
     lines += [f"- piece {broken['piece']}: {broken['why'].splitlines()[0]}" for broken in done["broken"]]
     return "\n".join(lines)

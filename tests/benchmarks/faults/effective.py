@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def failures_of(run: RunDirectory, injections: Sequence[dict[str, Any]]) -> list
     """When the attempts that did not survive were hit: the newest injection before each later `started`."""
     starts = [record["time"] for record in read(run.events_file) if record["event"] == "started"]
     found = []
-    for before, after in zip(starts, starts[1:], strict=False):
+    for before, after in itertools.pairwise(starts):
         inside = [entry["time"] for entry in injections if before < entry["time"] < after]
         found.append(max(inside, default=after))
     return found

@@ -112,8 +112,9 @@ def million(scene: Scene) -> None:
     }.items():
         _measure(scene, name, *arguments)
     code = (
-        "import resource, sys, time\nfrom pathlib import Path\nfrom launcher.cli.display import summary\nfrom launcher.runs.layout import RunDirectory\n"
-        "from launcher.planning.plan import Plan\nfrom launcher.scheduling.slurm.clock import lead_seconds\n"
+        "import resource, sys, time\nfrom pathlib import Path\nfrom launcher.cli.display import summary\n"
+        "from launcher.runs.layout import RunDirectory\nfrom launcher.planning.plan import Plan\n"
+        "from launcher.scheduling.slurm.clock import lead_seconds\n"
         "run = RunDirectory(Path(sys.argv[1]))\nbegan = time.monotonic()\n"
         "lead_seconds(run, Plan.read(run.plan_file))\nprint(time.monotonic() - began)\nbegan = time.monotonic()\nsummary(run, 'run')\n"
         "print(time.monotonic() - began)\n"

@@ -65,7 +65,7 @@ def _role(pid: int, words: list[str]) -> str:
 
 
 def _numbers() -> Iterator[int]:
-    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208 (twice as fast)
 
 
 def _words(pid: int) -> list[str]:
@@ -97,7 +97,7 @@ def _inner(pid: int) -> int:
 
 def _link(pid: int, kind: str) -> str:
     try:
-        return os.readlink(f"/proc/{pid}/ns/{kind}")
+        return str(Path(f"/proc/{pid}/ns/{kind}").readlink())
     except OSError:
         return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -20,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from launcher.planning.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import last_step
@@ -32,6 +34,8 @@ from tests.training.runs import causal_data, model_directory
 NUM_STEPS = 40
 EVERY = 5
 HIT_AT = 12
+PATIENCE = [1.0]
+"""How many times longer everything may take here, as the machine is shared: changed by an option."""
 INSIDE = Path(__file__).with_name("inside")
 LAUNCHER = (sys.executable, "-m", "launcher.cli.main")
 
@@ -41,8 +45,7 @@ class Material:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shim_folder = folder / "shim"
-        self.shim_folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.model, known = folder / "model", folder / "data.json"
         if known.exists():
             self.data = json.loads(known.read_text())
@@ -82,15 +85,26 @@ class Material:
     def _made(self, variant: str, kind: str, options: list[str], code: int) -> RunDirectory:
         place = self.folder / kind / variant.lower().replace(", ", "-").replace(" ", "-")
         run = RunDirectory(place / "run")
-        if not (place / "whole").exists():
-            shutil.rmtree(place, ignore_errors=True)
-            job = self.job(place / "job.yaml", variant, {})
-            command = [*LAUNCHER, "run", str(job), "--run-dir", str(run.path), *options]
-            done = subprocess.run(command, env=variables(), capture_output=True, text=True, timeout=300)
-            if done.returncode != code:
-                raise RuntimeError(f"the {kind} run of {variant} ended with code {done.returncode}: {done.stderr[-2000:]}")
-            (place / "whole").touch()
+        with self._alone():
+            if not (place / "whole").exists():
+                self._make(run, place, variant, kind, options, code)
         return run
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of several that inject side by side, one makes what all compare with."""
+        with (self.folder / ".making").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _make(self, run: RunDirectory, place: Path, variant: str, kind: str, options: list[str], code: int) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        job = self.job(place / "job.yaml", variant, {})
+        command = [*LAUNCHER, "run", str(job), "--run-dir", str(run.path), *options]
+        done = subprocess.run(command, env=variables(), capture_output=True, text=True, timeout=300 * PATIENCE[0])
+        if done.returncode != code:
+            raise RuntimeError(f"the {kind} run of {variant} ended with code {done.returncode}: {done.stderr[-2000:]}")
+        (place / "whole").touch()
 
 
 def variables(**more: str) -> dict[str, str]:
@@ -114,7 +128,7 @@ class Scene:
         self.output_file = folder / "output.txt"
         self.hit_at: float | None = None
         self.hit_step = 0
-        self.shim = Shim(material.shim_folder)
+        self.shim = Shim(folder)
         self._pids: set[int] = set()
         self._began = self._noted_at = 0.0
         self._mounts: list[Path] = []
@@ -141,7 +155,11 @@ class Scene:
         limits: int = 0,
         address_space: int = 0,
     ) -> None:
-        """A command of ours, its output in a file. `inside`: what inside/sitecustomize.py is to do, in which attempt; `shim`: under shim.c."""
+        """A command of ours, its output in a file. `inside`: what inside/sitecustomize.py is to do, in which attempt.
+
+        `shim`: under shim.c; `output`: a descriptor in place of the file; `more`: further variables; `limits`: file descriptors;
+        `address_space`: bytes.
+        """
         environment = variables(**(more or {}))
         if inside:
             environment["PYTHONPATH"] = f"{INSIDE}{os.pathsep}{ROOT}"
@@ -172,7 +190,7 @@ class Scene:
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = 120.0) -> None:
         """Raises TimeoutError; RuntimeError where the launcher has ended before."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + seconds * PATIENCE[0]
         while not condition():
             self._note_processes(seldom=True)
             if self.process and self.process.poll() is not None and not condition():
@@ -303,7 +321,7 @@ class Scene:
 
     def wait_end(self, seconds: float) -> None:
         """Until the launcher has ended, or for so long."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + seconds * PATIENCE[0]
         while self.running() and time.monotonic() < until:
             time.sleep(0.05)
 
@@ -347,7 +365,7 @@ class Scene:
         """Wait for the launcher and all that it started, and note how it went; what is still there then is killed."""
         assert self.process is not None
         self.hit_at = self.hit_at or self._began
-        until = time.monotonic() + seconds
+        until = time.monotonic() + seconds * PATIENCE[0]
         while self.process.poll() is None and time.monotonic() < until:
             self._note_processes(seldom=True)
             time.sleep(0.05)
@@ -372,9 +390,10 @@ class Scene:
     def resume(self) -> None:
         """Go on to the end, where it is not there yet."""
         if not self.run.finished:
-            stop = str(max(NUM_STEPS, last_step(self.run) + 1))
-            done = self.ask("resume", str(self.run.path), "--stop-at", stop, seconds=240)
-            self.check("it can be resumed to its end", done.returncode in (0, 75))
+            longer = Plan.read(self.run.plan_file).length.value > NUM_STEPS
+            stop = ["--stop-at", str(max(NUM_STEPS, last_step(self.run) + 1))] if longer else []
+            done = self.ask("resume", str(self.run.path), *stop, seconds=240 * PATIENCE[0])
+            self.check("it can be resumed to its end", done.returncode == (75 if longer else 0))
             if done.returncode:
                 self.seen["resume_said"] = done.stderr[-600:]
 
@@ -390,6 +409,7 @@ class Scene:
         self.seen["steps_again"] = len(mine) - len(last)
         if first := next((record["step"] for record in self.events("resumed") if record["time"] > (self.hit_at or 0)), None):
             self.seen["steps_lost"] = max(0, self.hit_step - first)
+        self.seen["ids_equal"] = not different and set(last) >= set(wanted)
         self.seen["bits_equal"] = all((one["loss"], one["grad_norm"]) == (two["loss"], two["grad_norm"]) for one, two in common)
 
     def largest_difference(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -132,7 +133,7 @@ def _sockets(pid: int) -> set[str]:
     try:
         for entry in os.scandir(f"/proc/{pid}/fd"):
             try:
-                if match := re.match(r"socket:\[(\d+)\]", os.readlink(entry.path)):
+                if match := re.match(r"socket:\[(\d+)\]", str(Path(entry.path).readlink())):
                     found.add(match[1])
             except OSError:
                 continue
@@ -224,13 +225,8 @@ def engine_changed(scene: Scene) -> None:
 )
 def ranks_changed(scene: Scene) -> None:
     sizes = (1, 2, 3, 4, 7, 8)
-    order = [1]
-    left = {(one, two) for one in sizes for two in sizes if one != two}
-    while left:
-        order.append(
-            next((two for one, two in sorted(left) if one == order[-1] and (two, one) in left), None) or _any_next(left, order[-1])
-        )
-        left.discard((order[-2], order[-1]))
+    # A way over all ordered pairs: 1 2 1 3 1 4 1 7 1 8 2 3 2 4 and so on, and back.
+    order = [size for first, second in itertools.combinations(sizes, 2) for size in (first, second)] + [1]
     changes = {
         "batch": {"global_batch_size": 168, "micro_batch_size": 1},
         "training": {"max_steps": len(order) + 1},
@@ -243,7 +239,7 @@ def ranks_changed(scene: Scene) -> None:
         scene.wait_end(240)
         if scene.process.returncode not in (0, 75):  # type: ignore[union-attr]
             break
-    scene.seen["pairs"] = len({*zip(order, order[1:], strict=False)})
+    scene.seen["pairs"] = len({*itertools.pairwise(order)})
     alone = scene.folder / "alone"
     done = scene.ask(
         "run", str(scene.folder / "job.yaml"), "--run-dir", str(alone), "--nproc", "1", "--stop-at", str(len(order)), seconds=600
@@ -253,11 +249,6 @@ def ranks_changed(scene: Scene) -> None:
     scene.check("the same samples in the same order", ids)
     scene.seen["largest_difference"] = difference
     scene.check("losses within 1e-4", difference < 1e-4)
-
-
-def _any_next(left: set[tuple[int, int]], last: int) -> int:
-    """The next size, where a pair that begins with the last is left, or else the beginning of one."""
-    return min((two for one, two in left if one == last), default=min(one for one, _ in left))
 
 
 @injection("38", "a tracker that cannot write", Expected(seconds=120), ("FSDP", "ZeRO-3"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import _report
@@ -13,11 +16,31 @@ from tests.slurm.runs import ROOT
 _PAGE = ROOT / "docs" / "failures.md"
 _TITLE = "What was injected, and what was seen"
 _LONGEST = 150
-_INTRODUCTION = """Made by `python -m tests.benchmarks.bench_fault_matrix FOLDER --write` from what its runs saw, and changed by nobody. `#` is the row of the matrix;
-S marks what reviewers had seen fail. "Gone" is the time from the fault until no process was left, or for Slurm until the next attempt
-began. "Samples" are those lost and those that differ from the undisturbed run's, "again" is how many steps were done twice, and "bits" whether every loss and gradient norm
-is equal to the undisturbed run's. A row that does not hold says why.
+_INTRODUCTION = """Made by `python -m tests.benchmarks.bench_fault_matrix FOLDER --write` from what its runs saw, and changed by nobody.
+`#` is the row of the matrix; S and a number mark what reviewers had seen fail. "Gone" is the time from the fault until no process was
+left, or under Slurm until the next attempt began. "Samples" are those lost, and those of steps that had others than the undisturbed run;
+"again" is how many steps were done twice; "bits" whether every loss and gradient norm is that of the undisturbed run. A row that does not
+hold says why.
 """
+
+
+def key(name: str, variant: str) -> str:
+    """The name of a result."""
+    return f"{name} ({variant})"
+
+
+def keep(folder: Path, result: dict[str, Any]) -> None:
+    """Write one result down, whole."""
+    path = folder / "results" / f"{key(result['name'], result['variant'])}.json"
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    new.replace(path)
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """All that was written down."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "results").glob("*.json"))}
 
 
 def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
@@ -26,7 +49,8 @@ def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
     done = [result for injection in injections for result in _of(injection, known) if "missing" not in result]
     held = sum(not result["why_not"] for result in done)
     dates = sorted({result["date"] for result in done})
-    summary = f"{len(done)} injections of {len(rows)} kinds, {held} of which held; {dates[0]} to {dates[-1]}, on two cores that others used too.\n"
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    summary = f"{len(done)} injections of {len(rows)} kinds, {held} of which held; {when}, on two cores that others used too.\n"
     header = ("#", "fault", "under", "seen", "gone after", "exit code", "samples", "again", "bits", "holds", "date")
     section = f"## {_TITLE}\n{_INTRODUCTION}\n{summary}\n{_report.table(header, rows)}"
     old = _PAGE.read_text(encoding="utf-8")
@@ -36,7 +60,7 @@ def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
 
 
 def _of(injection: Injection, known: dict[str, Any]) -> list[dict[str, Any]]:
-    found = (known.get(f"{injection.name} ({variant})") for variant in injection.variants)
+    found = (known.get(key(injection.name, variant)) for variant in injection.variants)
     return [result for result in found if result is not None]
 
 

@@ -6,11 +6,13 @@ at which it acts is written to the file that INSIDE_SAID names.
 """
 
 import importlib
+import json
 import os
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 MOMENTS = {
     "preparing": "launcher.training.trainer:Material.prepare",
@@ -96,38 +98,29 @@ def _spoiled(given, action, argument):
     return given
 
 
-def _targets(path):
-    """(holder, name) of each function that a moment means."""
+def _target(path):
+    """(holder, name) of the function that a moment means."""
     module, _, names = path.partition(":")
     if "ENGINE" in path:
-        found = []
-        for name, holder in (("fsdp", "FsdpEngine"), ("deepspeed", "DeepSpeedEngine")):
-            engine = getattr(sys.modules.get(f"launcher.training.engines.{name}"), holder, None)
-            if engine is not None:
-                found.append((engine, path.rpartition(".")[2]))
-        return found
+        plan = json.loads((Path(os.environ["LAUNCHER_ATTEMPT_DIRECTORY"]).parents[1] / "plan.json").read_text())
+        engine = {"fsdp": "FsdpEngine", "deepspeed": "DeepSpeedEngine"}[plan["engine"]]
+        module = importlib.import_module(f"launcher.training.engines.{plan['engine']}")
+        return getattr(module, engine), path.rpartition(".")[2]
     holder = importlib.import_module(module)
     *parents, last = names.split(".")
     for parent in parents:
         holder = getattr(holder, parent)
-    return [(holder, last)]
+    return holder, last
 
 
 def _install(action, argument, moment, nth):
     """As soon as there is a trainer, before it trains."""
     while not hasattr(sys.modules.get("launcher.training.trainer"), "Trainer"):
         time.sleep(0.005)
-    if "ENGINE" in MOMENTS[moment]:
-        for name in ("fsdp", "deepspeed"):
-            try:
-                importlib.import_module(f"launcher.training.engines.{name}")
-            except ImportError:
-                pass
-    for holder, name in _targets(MOMENTS[moment]):
-        plain = holder.__dict__.get(name, None) if isinstance(holder, type) else getattr(holder, name)
-        function = getattr(holder, name)
-        made = _around(function, action, argument, nth)
-        setattr(holder, name, staticmethod(made) if isinstance(plain, (staticmethod, classmethod)) else made)
+    holder, name = _target(MOMENTS[moment])
+    plain = holder.__dict__.get(name, None) if isinstance(holder, type) else getattr(holder, name)
+    made = _around(getattr(holder, name), action, argument, nth)
+    setattr(holder, name, staticmethod(made) if isinstance(plain, (staticmethod, classmethod)) else made)
 
 
 _first = os.environ.get("LAUNCHER_ATTEMPT_DIRECTORY", "").endswith(os.environ.get("INSIDE_ATTEMPT", "0001"))
