@@ -328,7 +328,8 @@ def report(done: dict[str, Any]) -> str:
         _report.table(("injection", "times"), sorted(kinds.items(), key=lambda item: -item[1])),
         f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count. By 1 - stall/interval - "
         f"(restart + interval/2)/MTTF it is {total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, "
-        f"interval {total.intervals / total.saves:.2f} s, restart {total.restarts / max(1, total.failures):.1f} s, MTTF {total.wall / max(1, total.failures):.1f} s.",
+        f"interval {total.intervals / total.saves:.2f} s, restart {total.restarts / max(1, total.failures):.1f} s, "
+        f"MTTF {total.wall / max(1, total.failures):.1f} s.",
     ]
     lines += [f"- piece {broken['piece']}: {broken['why'].splitlines()[0]}" for broken in done["broken"]]
     return "\n".join(lines)

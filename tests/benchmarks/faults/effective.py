@@ -6,7 +6,6 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.runs.events import read
@@ -96,8 +95,3 @@ def failures_of(run: RunDirectory, injections: Sequence[dict[str, Any]]) -> list
         inside = [entry["time"] for entry in injections if before < entry["time"] < after]
         found.append(max(inside, default=after))
     return found
-
-
-def size(path: Path) -> int:
-    """Bytes below a directory."""
-    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())

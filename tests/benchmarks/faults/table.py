@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import _report
+from tests.benchmarks._report import ROOT
 from tests.benchmarks.faults.registry import Injection
-from tests.slurm.runs import ROOT
 
 _PAGE = ROOT / "docs" / "failures.md"
 _TITLE = "What was injected, and what was seen"
