@@ -104,21 +104,20 @@ class Piece:
             shutil.rmtree(self.folder / f"c{self.number}", ignore_errors=True)
 
     def _until_finished(self, cluster: Cluster, run: Run) -> None:
-        attempts, alive, step = 0, time.monotonic(), 0
+        seen, alive = (0, 0), time.monotonic()
         while not run.directory.finished:
             now = last_step(run.directory), len(run.events("started"))
-            if now != (step, attempts):
+            if now != seen:
                 alive = time.monotonic()
-            if now[1] > attempts:
+            if now[1] > seen[1]:
                 self._check_choice(run.directory)
-                step, attempts = now
+            seen = now
             if gave_up := run.events("gave_up"):
                 raise RuntimeError(f"it gave up: {gave_up[-1]['reason']}")
             if time.monotonic() - alive > SECONDS_STUCK:
                 raise TimeoutError(f"no step and no attempt for {SECONDS_STUCK:g} s")
-            if attempts and len(self.injections) < MOST_PER_PIECE and self._wait_moment(run):
+            if now[1] and len(self.injections) < MOST_PER_PIECE and self._wait_moment(run):
                 self._inject(cluster, run)
-            step, attempts = last_step(run.directory), len(run.events("started"))
             time.sleep(0.05)
         self._check_choice(run.directory)
 
