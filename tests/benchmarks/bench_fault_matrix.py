@@ -21,7 +21,9 @@ import argparse
 import datetime
 import importlib
 import os
+import signal
 import subprocess
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -99,7 +101,7 @@ def _of_the_comparison(scene: Scene) -> list[str]:
 
 
 def wanted(options: argparse.Namespace, known: dict[str, Any]) -> list[tuple[Injection, str]]:
-    """What is to be done now, in the order of the list; injections that wait long come last."""
+    """What is to be done now, in the order in which it was asked for; else each kind once, and those that wait long last."""
     chosen = []
     for injection in INJECTIONS:
         names = {injection.name, *injection.row.split(", ")}
@@ -110,7 +112,9 @@ def wanted(options: argparse.Namespace, known: dict[str, Any]) -> list[tuple[Inj
             again = options.again or old is None or (options.failed and old["why_not"])
             if again and options.variant in (None, variant):
                 chosen.append((injection, variant))
-    return sorted(chosen, key=lambda pair: (pair[1] != pair[0].variants[0], pair[0].expected.seconds > 100))
+    asked = {name: place for place, name in enumerate(options.only or ())}
+    first = {one: min((asked[name] for name in {one.name, *one.row.split(", ")} if name in asked), default=0) for one, _ in chosen}
+    return sorted(chosen, key=lambda pair: (first[pair[0]], pair[1] != pair[0].variants[0], pair[0].expected.seconds > 100))
 
 
 def main() -> None:
@@ -136,6 +140,7 @@ def main() -> None:
     if options.write:
         table.write(INJECTIONS, known)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that mounts and processes go
     material, until = Material(options.folder), time.monotonic() + 60 * options.minutes
     for injection, variant in wanted(options, known):
         if time.monotonic() > until:

@@ -22,6 +22,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections import Counter
@@ -342,6 +343,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put what came of it into docs/benchmarks/faults.md")
     options = parser.parse_args()
     os.environ.setdefault("XDG_CACHE_HOME", str(options.folder / "cache"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that mounts and machines go
     done = soak(options.folder, options.seed, options.injections)
     text = report(done)
     print(text)

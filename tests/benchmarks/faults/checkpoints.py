@@ -185,7 +185,7 @@ def metadata_builds(scene: Scene) -> None:
         "from torch.distributed.checkpoint.metadata import TensorStorageMetadata\n"
         "from launcher.training.checkpoint import reader\n"
         "text = b'\\x80\\x02ctorch.distributed.checkpoint.metadata\\nTensorStorageMetadata\\n'\n"
-        "text += b'}X\\x04\\x00\\x00\\x00hackX\\x03\\x00\\x00\\x00yessb.'\n"
+        "text += b'N}X\\x04\\x00\\x00\\x00hackX\\x03\\x00\\x00\\x00yess\\x86b.'\n"
         "directory = pathlib.Path(sys.argv[1])\n"
         "(directory / '.metadata').write_bytes(text)\n"
         "try:\n    reader.CheckpointReader(directory)\nexcept Exception as error:\n    print(type(error).__name__, error)\n"

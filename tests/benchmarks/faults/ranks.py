@@ -109,9 +109,9 @@ def loss_spike(scene: Scene) -> None:
     scene.wait_said()
 
 
-@injection("22", "one rank three times slower than the other", Expected(words=("rank 1", "slower"), seconds=200), ENGINES)
+@injection("22", "one rank three times slower than the other", Expected((75,), words=("rank 1", "slower"), seconds=200), ENGINES)
 def straggler(scene: Scene) -> None:
-    scene.start(inside="slow=0.7@forward:1:10", changes={"training": {"max_steps": 40}})
+    scene.start(inside="slow=0.7@forward:1:10", changes={"training": {"max_steps": 4000}})
     scene.wait_said()
     named = "never"
     while scene.running() and time.time() < (scene.hit_at or 0) + 150:
@@ -120,6 +120,7 @@ def straggler(scene: Scene) -> None:
             break
         time.sleep(0.5)
     scene.seen["named_after"] = named
+    scene.signal(signal.SIGTERM, "launcher")
     scene.check("named within 60 s", named != "never" and float(named.split()[0]) <= 60)
 
 

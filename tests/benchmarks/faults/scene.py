@@ -381,6 +381,7 @@ class Scene:
         lines = [line.strip() for line in self.output().splitlines() if line.strip()]
         self.seen["line"] = lines[-1][:600] if lines else ""
         self.seen["failure_class"] = self._failure_class()
+        self.seen["output"] = lines[-40:]
 
     def _failure_class(self) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError):

@@ -15,7 +15,7 @@ from tests.benchmarks.faults import shim
 from tests.benchmarks.faults.registry import ENGINES, ONE, SAVING, Expected, injection
 from tests.benchmarks.faults.scene import NUM_STEPS, Scene, later
 
-SURVIVES = Expected(words=("could not be saved",), seconds=90)
+SURVIVES = Expected(words=("training goes on",), seconds=90)
 
 
 def needs_root() -> str | None:
@@ -138,7 +138,7 @@ def saves_hang(scene: Scene) -> None:
     scene.wait_step(11)
     scene.shim.order(f"hang {scene.run.checkpoints}")
     scene.hit()
-    scene.wait_named("checkpoint", seconds=90)
+    scene.wait_named("hang", seconds=90)
     scene.shim.order()
 
 
@@ -187,7 +187,7 @@ def synced_before_it_is_named(scene: Scene) -> None:
 
 @injection("S5", "the run directory is deleted", Expected((5,), None, ("run directory",), 40, resumes=False), ONE)
 def deleted(scene: Scene) -> None:
-    scene.start(changes={"training": {"max_steps": 400}})
+    scene.start(changes={"training": {"max_steps": 4000}})
     scene.wait_step()
     pids = scene.note()
     scene.hit()
@@ -199,7 +199,7 @@ def deleted(scene: Scene) -> None:
 
 @injection("S5", "the run directory is renamed", Expected((5,), None, ("run directory",), 40), ("FSDP", "ZeRO-3"))
 def renamed(scene: Scene) -> None:
-    scene.start(changes={"training": {"max_steps": 400}})
+    scene.start(changes={"training": {"max_steps": 4000}})
     scene.wait_step()
     pids = scene.note()
     scene.hit()
