@@ -8,7 +8,7 @@ import subprocess
 
 from launcher.runs.layout import RunDirectory
 from tests.benchmarks.faults.registry import Expected, injection
-from tests.benchmarks.faults.scene import LAUNCHER, Scene
+from tests.benchmarks.faults.scene import LAUNCHER, PATIENCE, Scene
 
 ASKED = Expected(codes=None, resumes=False)
 NUM_LINES = 1_000_000
@@ -22,7 +22,7 @@ def alias_bomb(scene: Scene) -> None:
     for command in ("validate", "plan", "import"):
         with scene.stopwatch(f"seconds_of_{command}"):
             done = scene.ask(command, str(job), seconds=20)
-        scene.check(f"`{command}` refuses it within 5 s", done.returncode == 2 and scene.seen[f"seconds_of_{command}"] < 5)
+        scene.check(f"`{command}` refuses it within 5 s", done.returncode == 2 and scene.seen[f"seconds_of_{command}"] < 5 * PATIENCE[0])
 
 
 @injection("S12", "a model of a thousand million layers", ASKED)
@@ -31,7 +31,7 @@ def absurd_layers(scene: Scene) -> None:
     with scene.stopwatch("seconds_of_plan"):
         done = scene.ask("plan", str(job), seconds=20)
     scene.seen["line"] = done.stderr.strip()[-300:]
-    scene.check("`plan` refuses it within 5 s", done.returncode == 2 and scene.seen["seconds_of_plan"] < 5)
+    scene.check("`plan` refuses it within 5 s", done.returncode == 2 and scene.seen["seconds_of_plan"] < 5 * PATIENCE[0])
 
 
 @injection("S12", "secrets in variables whose names do not tell", ASKED)
@@ -82,17 +82,18 @@ def _million(scene: Scene) -> RunDirectory:
 
 
 def _measure(scene: Scene, name: str, *arguments: str) -> None:
-    """Seconds and memory of a command, beside those of `launcher --version`."""
+    """Seconds of processor time and memory of a command, beside the first that was measured: others use the machine too."""
     code = (
-        "import json, resource, subprocess, sys, time\n"
-        "began = time.monotonic()\n"
-        "try:\n    done = subprocess.run(sys.argv[1:], capture_output=True, timeout=120).returncode\n"
+        "import json, resource, subprocess, sys\n"
+        "try:\n    done = subprocess.run(sys.argv[1:], capture_output=True, timeout=240).returncode\n"
         "except subprocess.TimeoutExpired:\n    done = 124\n"
-        "print(json.dumps([time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, done]))\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, done]))\n"
     )
     said = scene.python(code, *LAUNCHER, *arguments).stdout
     seconds, megabytes, _ = json.loads(said)
     scene.seen[name] = f"{seconds:.1f} s, {megabytes:.0f} MB"
+    scene.seen.setdefault("start_seconds", seconds)
     scene.check(
         f"{name}: at most 1 s over the start of the program, and 200 MB", seconds - scene.seen["start_seconds"] < 1 and megabytes < 200
     )
@@ -101,9 +102,8 @@ def _measure(scene: Scene, name: str, *arguments: str) -> None:
 @injection("S4", "a run of a million steps: status, list, watch, summary", ASKED)
 def million(scene: Scene) -> None:
     run = _million(scene)
-    with scene.stopwatch("start_seconds"):
-        scene.ask("status", str(scene.material.stopped(scene.variant).path))
     for name, arguments in {
+        "status of a short run": ("status", str(scene.material.stopped(scene.variant).path)),
         "status": ("status", str(run.path)),
         "list": ("list", str(run.path.parent)),
         "watch --json": ("watch", str(run.path), "--json"),
@@ -115,9 +115,10 @@ def million(scene: Scene) -> None:
         "import resource, sys, time\nfrom pathlib import Path\nfrom launcher.cli.display import summary\n"
         "from launcher.runs.layout import RunDirectory\nfrom launcher.planning.plan import Plan\n"
         "from launcher.scheduling.slurm.clock import lead_seconds\n"
-        "run = RunDirectory(Path(sys.argv[1]))\nbegan = time.monotonic()\n"
-        "lead_seconds(run, Plan.read(run.plan_file))\nprint(time.monotonic() - began)\nbegan = time.monotonic()\nsummary(run, 'run')\n"
-        "print(time.monotonic() - began)\n"
+        "run = RunDirectory(Path(sys.argv[1]))\nbegan = time.process_time()\n"
+        "lead_seconds(run, Plan.read(run.plan_file))\nprint(time.process_time() - began)\n"
+        "began = time.process_time()\nsummary(run, 'run')\n"
+        "print(time.process_time() - began)\n"
     )
     done = scene.python(code, str(run.path))
     for name, seconds in zip(("lead_seconds", "summary"), done.stdout.split(), strict=False):

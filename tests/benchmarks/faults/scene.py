@@ -245,7 +245,7 @@ class Scene:
         environment = variables(**(self.shim.variables if shim else {}))
         try:
             return subprocess.run(
-                [*LAUNCHER, *arguments], env=environment, capture_output=True, text=True, timeout=seconds, cwd=self.folder
+                [*LAUNCHER, *arguments], env=environment, capture_output=True, text=True, timeout=seconds * PATIENCE[0], cwd=self.folder
             )
         except subprocess.TimeoutExpired as error:
             said = [text.decode(errors="replace") if isinstance(text, bytes) else text or "" for text in (error.stdout, error.stderr)]
@@ -253,7 +253,7 @@ class Scene:
 
     def python(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A few lines of Python in a process of their own."""
-        return subprocess.run([sys.executable, "-c", code, *arguments], env=variables(), capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, "-c", code, *arguments], env=variables(), capture_output=True, text=True, timeout=600)
 
     def own_data(self) -> dict[str, Any]:
         """A copy of the data that may be changed."""
@@ -393,7 +393,7 @@ class Scene:
         if not self.run.finished:
             longer = Plan.read(self.run.plan_file).length.value > NUM_STEPS
             stop = ["--stop-at", str(max(NUM_STEPS, last_step(self.run) + 1))] if longer else []
-            done = self.ask("resume", str(self.run.path), *stop, seconds=240 * PATIENCE[0])
+            done = self.ask("resume", str(self.run.path), *stop, seconds=240)
             self.check("it can be resumed to its end", done.returncode == (75 if longer else 0))
             if done.returncode:
                 self.seen["resume_said"] = done.stderr[-600:]
