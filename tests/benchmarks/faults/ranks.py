@@ -246,7 +246,7 @@ _stop(signal.SIGUSR1, "30s", "6", ENGINES)
 _stop(signal.SIGUSR2, "30s", "6", ONE)
 
 
-@injection("5", "SIGTERM with less grace than a save takes", Expected(codes=(75, 130), seconds=30, words=("launcher resume",)), ENGINES)
+@injection("5", "SIGTERM with less grace than a save takes", Expected((75, 130), None, ("launcher resume",), 30, most_lost=12), ENGINES)
 def too_little_grace(scene: Scene) -> None:
     scene.start(inside="slow=4@writing:all:1", changes={"cluster": {"grace": "5s"}})
     scene.wait(lambda: scene.events("saved"), "a save")

@@ -210,7 +210,7 @@ def renamed(scene: Scene) -> None:
     (scene.folder / "elsewhere").rename(scene.run.path)
 
 
-@injection("-", "/dev/shm and TMPDIR full", Expected(seconds=90), ("FSDP", "ZeRO-3"), needs_root)
+@injection("-", "TMPDIR full", Expected(seconds=90), ("FSDP", "ZeRO-3"), needs_root)
 def temporary_full(scene: Scene) -> None:
     place = scene.mount_at(scene.folder / "tmp", 1)
     _fill(place / "filler")

@@ -51,7 +51,7 @@ def two_launchers(scene: Scene) -> None:
 def two_from_nothing(scene: Scene) -> None:
     scene.start()
     second = subprocess.Popen(
-        [*LAUNCHER, "run", str(scene.folder / "job.yaml"), "--run-dir", str(scene.run.path)], env=variables(), stderr=-3
+        [*LAUNCHER, "run", str(scene.folder / "job.yaml"), "--run-dir", str(scene.run.path)], env=variables(), stderr=subprocess.DEVNULL
     )
     scene.hit()
     scene.wait_end(120)
