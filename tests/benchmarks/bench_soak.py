@@ -37,7 +37,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import ATTEMPT_PREFIX
 from launcher.runs.status import last_step
 from tests.benchmarks import _report
-from tests.benchmarks.faults.effective import Times, failures_of, times
+from tests.benchmarks.faults.effective import Timeline, Times
 from tests.benchmarks.faults.processes import Process, find, send
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Material, Run
@@ -64,8 +64,6 @@ WEIGHTS = {
     "network": 2,
     "hang": 5 if HANG_AFTER else 0,
 }
-HARMLESS = ("stop", "freeze", "full disk", "kill slurmd")
-"""What a run may survive in place."""
 
 
 class Piece:
@@ -144,11 +142,11 @@ class Piece:
         if not processes:
             return
         print(f"{time.strftime('%H:%M:%S')} piece {self.number}, {len(self.injections) + 1}: {kind} after step {entry['step']}", flush=True)
-        entry["held_seconds"] = self._do(kind, cluster, run, processes) or 0.0
+        self._do(kind, cluster, run, processes)
         self.injections.append(entry)
 
-    def _do(self, kind: str, cluster: Cluster, run: Run, processes: list[Process]) -> float | None:
-        """Do it; the seconds for which nothing could go on, where it ends nothing."""
+    def _do(self, kind: str, cluster: Cluster, run: Run, processes: list[Process]) -> None:
+        """Do it."""
         ranks = [process for process in processes if process.role == "rank"] or processes
         one = self.random.choice(ranks)
         node = self.random.choice(sorted({process.namespace for process in processes}))
@@ -162,25 +160,22 @@ class Piece:
             those = [process for process in processes if process.role == kind.split()[1]] or [one]
             send([self.random.choice(those)], signal.SIGKILL)
         elif kind in ("stop", "freeze"):
-            return self._hold([self.random.choice(processes)] if kind == "stop" else on_node)
+            self._hold([self.random.choice(processes)] if kind == "stop" else on_node)
         elif kind == "full disk":
-            return self._fill()
+            self._fill()
         elif kind in ("signal", "requeue"):
             command = ["scancel", f"--signal={self.random.choice(['USR1', 'TERM'])}"] if kind == "signal" else ["scontrol", "requeue"]
             with contextlib.suppress(RuntimeError):  # it may have ended just now
                 cluster.run(*command, run.job)
         else:
             self._machine(kind, cluster, name)
-        return None
 
-    def _hold(self, processes: list[Process]) -> float:
-        began = time.monotonic()
+    def _hold(self, processes: list[Process]) -> None:
         send(processes, signal.SIGSTOP)
         time.sleep(self.random.uniform(0.3, 5))
         send(processes, signal.SIGCONT)
-        return time.monotonic() - began
 
-    def _fill(self) -> float:
+    def _fill(self) -> None:
         """The disk has not one byte left, for some seconds."""
         filler, began = self.disk / "filler", time.monotonic()
         seconds = self.random.uniform(0.5, 4)
@@ -193,7 +188,6 @@ class Piece:
                     file.write(bytes(4096))
             time.sleep(0.05)
         filler.unlink()
-        return 0.0
 
     def _machine(self, kind: str, cluster: Cluster, node: str) -> None:
         if kind == "power":
@@ -221,24 +215,18 @@ class Piece:
     def _result(self, run: RunDirectory, seconds: float) -> dict[str, Any]:
         undisturbed = RunDirectory(self.material.folder / "runs" / "undisturbed")
         differences = compare(run, undisturbed)
-        failures = failures_of(run, self.injections)
-        held = sum(entry["held_seconds"] for entry in self.injections if not _ended(entry, failures))
         names = Counter(record["event"] for record in read(run.events_file))
         return {
             "piece": self.number,
             "injections": self.injections,
             "attempts": names["started"],
-            "failures": len(failures),
+            "failures": names["started"] - 1,
             "saves_failed": names["save_failed"],
             "checkpoints_chosen": len(self.chosen),
             "differences": differences,
             "seconds": round(seconds, 1),
-            "times": vars(times(run, failures, held, EVERY)),
+            "timeline": vars(Timeline.of(run, self.injections)),
         }
-
-
-def _ended(entry: dict[str, Any], failures: list[float]) -> bool:
-    return entry["time"] in failures
 
 
 def compare(run: RunDirectory, undisturbed: RunDirectory) -> list[str]:
@@ -293,7 +281,7 @@ def soak(folder: Path, seed: int, wanted: int) -> dict[str, Any]:
         piece = Piece(folder, material, done["seed"], number)
         try:
             result = piece.play()
-            print(json.dumps({key: value for key, value in result.items() if key != "injections"}), flush=True)
+            print(json.dumps({key: value for key, value in result.items() if key not in ("injections", "timeline")}), flush=True)
             done["pieces"].append({**result, "conditions": _report.conditions("torch")})
         except Exception as error:
             traceback.print_exc()
@@ -314,7 +302,7 @@ def report(done: dict[str, Any]) -> str:
     kinds = Counter(entry["kind"] for piece in pieces for entry in piece["injections"])
     total = Times()
     for piece in pieces:
-        total = total.add(Times(**piece["times"]))
+        total = total.add(Timeline(**piece["timeline"]).times(EVERY))
     different = sum(bool(piece["differences"]) for piece in pieces)
     lines = [
         f"{_report.sentence(pieces[-1]['conditions'])}\n",
@@ -326,7 +314,8 @@ def report(done: dict[str, Any]) -> str:
         f"Runs that did not get to their end: {len(done['broken'])}.",
         "",
         _report.table(("injection", "times"), sorted(kinds.items(), key=lambda item: -item[1])),
-        f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count. By 1 - stall/interval - "
+        f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count (they were "
+        f"held up for another {total.held:.0f} s by what ended nothing). By 1 - stall/interval - "
         f"(restart + interval/2)/MTTF it is {total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, "
         f"interval {total.intervals / total.saves:.2f} s, restart {total.restarts / max(1, total.failures):.1f} s, "
         f"MTTF {total.wall / max(1, total.failures):.1f} s.",
@@ -349,7 +338,9 @@ def main() -> None:
     print(text)
     if options.write:
         figures = {key: value for key, value in done.items() if key != "pieces"}
-        figures["pieces"] = [{key: value for key, value in piece.items() if key != "injections"} for piece in done["pieces"]]
+        figures["pieces"] = [
+            {key: value for key, value in piece.items() if key not in ("injections", "timeline")} for piece in done["pieces"]
+        ]
         _report.write("faults", "Hit at random under Slurm, and compared", text, figures)
 
 

@@ -13,7 +13,7 @@ import pytest
 from launcher.runs.events import append
 from launcher.runs.layout import RunDirectory
 from tests.benchmarks.faults import shim, table
-from tests.benchmarks.faults.effective import failures_of, times
+from tests.benchmarks.faults.effective import Timeline
 from tests.benchmarks.faults.registry import Expected, Injection
 
 
@@ -53,21 +53,21 @@ def test_what_makes_files_durable_is_noted_in_its_order(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text().splitlines() == [f"fsync {tmp_path}/a", f"rename {tmp_path}/a {tmp_path}/b"]
 
 
-def test_what_a_failure_costs_is_counted_once(tmp_path: Path) -> None:
-    """Steps of 1 s saved every 2; hit at 5.5 s after step 5 was half done, back 10 s later from step 4."""
+def test_what_failures_and_saves_cost_is_counted_once(tmp_path: Path) -> None:
+    """Steps of 1 s, saved every 2 (0.5 s more after each); hit in step 6, held up for 3 s in step 8, and back from step 4 after 10 s."""
     run = RunDirectory(tmp_path)
-    starts, steps = (0.0, 8.0), [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.0), (5, 16.5), (6, 17.5), (7, 18.5), (8, 19.5)]
-    for number, at in enumerate(starts, 1):
+    times = [1.0, 2.0, 3.5, 4.5, 6.0, 17.5, 18.5, 20.0, 24.0, 25.5, 26.5]
+    for number, at in enumerate((0.0, 9.0), 1):
         append(run.events_file, {"time": at, "event": "started", "attempt": number})
-    for step, at in steps:
+    for step, at in zip((1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10), times, strict=True):
         append(run.metrics_file, {"kind": "train", "step": step, "loss": 1.0, "time": at})
-    failures = failures_of(run, [{"time": 2.0}, {"time": 5.5}, {"time": 9.0}])
-    assert failures == [5.5]
-    found = times(run, failures, 0.0, every=2)
-    assert (found.wall, found.kept, found.lost, found.restarts, found.stalls) == (19.5, 8.0, 1.0, 10.0, 0.0)
-    assert found.ratio == pytest.approx(8 / 19.5)
-    # The half step is what the formula calls half an interval, less what was lost in whole steps.
-    assert found.formula == pytest.approx(1 - (10.0 + 1.0) / 19.5)
+    found = Timeline.of(run, [{"time": 6.5}, {"time": 21.0}]).times(every=2)
+    assert (found.kept, found.lost, found.held, found.stalls, found.failures) == (10.0, 1.5, 3.0, 2.0, 1)
+    assert (found.wall, found.restarts) == (23.5, 10.5)
+    # All is accounted for; what the save before the step that was done again cost is in two of them.
+    assert found.wall == pytest.approx(found.kept + found.lost + found.restarts + found.stalls - 0.5)
+    assert found.ratio == pytest.approx(10 / 23.5)
+    assert found.formula == pytest.approx(1 - 0.5 / 2 - (10.5 + 1) / 23.5)
 
 
 def test_a_table_says_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
