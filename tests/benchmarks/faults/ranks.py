@@ -100,12 +100,17 @@ def infinite_gradient(scene: Scene) -> None:
 
 
 @injection(
-    "21", "a loss that is fifty times too high from step 21 on", Expected(codes=None, words=("spike",), seconds=90, resumes=False), ENGINES
+    "21",
+    "a loss that is fifty times too high from step 21 on",
+    Expected((8,), None, ("spike",), 90, resumes=False),
+    ENGINES,
+    name="loss_spike",
 )
 def loss_spike(scene: Scene) -> None:
-    policy = {"on_spike": "rewind"} if "on_spike" in Training.model_fields else {}
+    """It stays so high also after the run went back: once, and then it must end."""
+    policy = {"on_spike": {"action": "rewind", "window": 16, "steps": 3, "times": 1}} if "on_spike" in Training.model_fields else {}
     scene.check("there is a policy (training.on_spike)", policy)
-    scene.start(inside="spike=50@forward:all:41", changes={"training": policy} if policy else None)
+    scene.start(inside="spike=50@forward:all:41", changes={"training": policy})
     scene.wait_said()
 
 

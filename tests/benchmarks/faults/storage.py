@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,9 +80,14 @@ def full_to_the_last_byte(scene: Scene) -> None:
 
 @injection("S12", "a disk with room for two checkpoints and not for three", Expected(seconds=90), ONE, needs_root)
 def room_for_two(scene: Scene) -> None:
-    scene.mount(3.2)
-    scene.start("--force", changes={"checkpoint": {"keep_last": 2}})
-    scene.wait_step(1)
+    scene.mount(64)
+    scene.start(changes={"checkpoint": {"keep_last": 2}})
+    scene.wait(lambda: len(scene.events("saved")) >= 2, "two saves")
+    one = sum(path.stat().st_size for path in scene.run.checkpoint(5).iterdir())
+    place = scene.run.path.parent
+    file_system = os.statvfs(place)
+    used = (file_system.f_blocks - file_system.f_bfree) * file_system.f_frsize
+    subprocess.run(["mount", "-o", f"remount,size={used + one // 2}", str(place)], check=True)
     scene.hit()
     scene.wait_end(90)
     scene.check("its last step is saved", scene.run.checkpoint(NUM_STEPS).exists())
