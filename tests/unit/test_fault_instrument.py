@@ -41,6 +41,14 @@ def test_writes_below_a_directory_fail_and_others_do_not(tmp_path: Path) -> None
     assert told(tmp_path, f"fail {tmp_path}/bad 5", code).split() == ["5", "good"]
 
 
+def test_writes_fail_in_files_that_could_be_opened(tmp_path: Path) -> None:
+    code = (
+        f"import os\nfile = os.open('{tmp_path}/file', os.O_CREAT | os.O_WRONLY)\nprint('open')\n"
+        "try:\n    os.write(file, b'x')\nexcept OSError as error:\n    print(error.errno, error.filename)\n"
+    )
+    assert told(tmp_path, f"spoil {tmp_path} 5", code).split() == ["open", "5", "None"]
+
+
 def test_the_wall_clock_is_ahead_and_the_other_is_not(tmp_path: Path) -> None:
     wall, monotonic = told(tmp_path, "clock 7200", "import time\nprint(time.time(), time.monotonic())").split()
     assert 7100 < float(wall) - time.time() < 7300

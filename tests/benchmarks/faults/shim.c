@@ -3,6 +3,7 @@
  *
  *   hang PREFIX          whatever writes below PREFIX hangs for as long as this stands there
  *   fail PREFIX ERRNO    it fails
+ *   spoil PREFIX ERRNO   it fails in files that are open, not when they are opened
  *   clock SECONDS        the wall clock is so far ahead
  *   flock ERRNO          every flock fails
  *   log FILE             calls that make files durable are written to FILE: `fsync PATH`, `rename OLD NEW`
@@ -64,19 +65,24 @@ static int below(const char *path, const char *prefix) {
     return !strncmp(path, prefix, length) && (path[length] == '/' || path[length] == 0);
 }
 
-/* Hang, or an errno to fail with, or 0. */
-static int judge(const char *path) {
+static int failure(const char *order, const char *path) {
     char rest[2048], prefix[2048];
     int number;
+    for (int nth = 0; find(order, rest, sizeof rest, nth); nth++)
+        if (sscanf(rest, "%2047s %d", prefix, &number) == 2 && below(path, prefix)) return number;
+    return 0;
+}
+
+/* Hang, or an errno to fail with, or 0. */
+static int judge(const char *path) {
+    char rest[2048];
     if (!control || !*control) return 0;
     for (int hangs = 1; hangs;) {
         hangs = 0;
         for (int nth = 0; find("hang", rest, sizeof rest, nth); nth++) hangs |= below(path, rest);
         if (hangs) syscall(SYS_nanosleep, &(struct timespec){0, 20000000}, NULL);
     }
-    for (int nth = 0; find("fail", rest, sizeof rest, nth); nth++)
-        if (sscanf(rest, "%2047s %d", prefix, &number) == 2 && below(path, prefix)) return number;
-    return 0;
+    return failure("fail", path);
 }
 
 static int judge_path(const char *path) {
@@ -98,7 +104,9 @@ static int name_of(int fd, char *into, size_t size) {
 static int judge_fd(int fd) {
     char path[4096];
     if (!control || !*control) return 0;
-    return name_of(fd, path, sizeof path) ? judge(path) : 0;
+    if (!name_of(fd, path, sizeof path)) return 0;
+    int number = judge(path);
+    return number ? number : failure("spoil", path);
 }
 
 static void note(const char *call, const char *first, const char *second) {

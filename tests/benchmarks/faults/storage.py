@@ -106,7 +106,7 @@ def _fails(number: int, variants: tuple[str, ...]) -> None:
         scene.start(shim=True, changes={"training": {"max_steps": NUM_STEPS}})
         scene.wait_step()
         before = {path.name for path in scene.run.checkpoints.glob("step-*")}
-        scene.shim.order(f"fail {scene.run.checkpoints} {number}")
+        scene.shim.order(f"spoil {scene.run.checkpoints} {number}")
         scene.hit()
         scene.wait(lambda: scene.events("save_failed"), "a save that failed")
         scene.check("the checkpoints there were stay", before <= {path.name for path in scene.run.checkpoints.glob("step-*")})
@@ -132,7 +132,7 @@ _fails(errno.EDQUOT, ("FSDP", "ZeRO-2, plain saving"))
 def fails_to_the_end(scene: Scene) -> None:
     scene.start(shim=True)
     scene.wait_step()
-    scene.shim.order(f"fail {scene.run.checkpoints} {errno.EIO}")
+    scene.shim.order(f"spoil {scene.run.checkpoints} {errno.EIO}")
     scene.hit()
     scene.wait_end(90)
     scene.shim.order()
