@@ -5,24 +5,33 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import last_step
 from tests.benchmarks.bench_soak import num_injections
+from tests.benchmarks.faults.processes import find, send
 from tests.benchmarks.faults.registry import VARIANTS, Expected, injection
-from tests.benchmarks.faults.scene import INSIDE, Scene
+from tests.benchmarks.faults.scene import INSIDE, PATIENCE, Scene
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.runs import FAULTS, Material, Run, losses, samples
 
 WAYS = ("FSDP", "ZeRO-2", "ZeRO-3, plain saving")
 UNDER_SLURM = Expected(codes=None, seconds=300, resumes=False)
 SOAK = Path(tempfile.gettempdir()) / "soak"
+
+
+class PatientRun(Run):
+    """A run on a machine that others use too."""
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 150.0) -> None:
+        super().wait(condition, what, seconds * PATIENCE[0])
 
 
 class Stage:
@@ -49,7 +58,7 @@ class Stage:
         job = self.material.job(name, dict(VARIANTS[self.scene.variant]), **cluster)
         run = self.material.submit(self.cluster, job)
         self.scene.run = run.directory
-        return run
+        return PatientRun(run.directory, run.job, self.cluster)
 
     def hit(self, run: Run) -> None:
         self.scene.hit()
@@ -127,10 +136,6 @@ def fewer_nodes(scene: Scene) -> None:
 
 @injection("1", "a rank killed -9 under Slurm", UNDER_SLURM, WAYS, missing)
 def rank_killed_under_slurm(scene: Scene) -> None:
-    import signal
-
-    from tests.benchmarks.faults.processes import find, send
-
     with stage(scene) as on:
         run = on.submit()
         run.wait_step(6)
