@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.faults import table
+from tests.benchmarks.faults.material import PATIENCE, Material
 from tests.benchmarks.faults.registry import INJECTIONS, Injection
-from tests.benchmarks.faults.scene import PATIENCE, Material, Scene
+from tests.benchmarks.faults.scene import Scene
 from tests.slurm.runs import ROOT
 
 for _module in ("ranks", "storage", "checkpoints", "surroundings", "inputs", "nodes"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.bench_fault_matrix import INJECTIONS, perform
+from tests.benchmarks.faults.material import PATIENCE, Material
 from tests.benchmarks.faults.registry import Injection
-from tests.benchmarks.faults.scene import PATIENCE, Material
 
 pytestmark = [pytest.mark.very_slow, pytest.mark.timeout(3600)]
 

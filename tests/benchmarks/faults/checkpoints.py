@@ -10,8 +10,9 @@ from pathlib import Path
 
 from launcher.runs.checkpoints import Manifest
 from launcher.runs.layout import RunDirectory
+from tests.benchmarks.faults.material import EVERY
 from tests.benchmarks.faults.registry import ALL, ENGINES, ONE, Expected, injection
-from tests.benchmarks.faults.scene import EVERY, Scene
+from tests.benchmarks.faults.scene import Scene
 
 NEWEST, BEFORE = 20, 20 - EVERY
 Damage = Callable[[Scene, Path], None]

@@ -7,8 +7,9 @@ import os
 import subprocess
 
 from launcher.runs.layout import RunDirectory
+from tests.benchmarks.faults.material import LAUNCHER, PATIENCE
 from tests.benchmarks.faults.registry import Expected, injection
-from tests.benchmarks.faults.scene import LAUNCHER, PATIENCE, Scene
+from tests.benchmarks.faults.scene import Scene
 
 ASKED = Expected(codes=None, resumes=False)
 NUM_LINES = 1_000_000

@@ -16,9 +16,10 @@ from typing import Any
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import last_step
 from tests.benchmarks.bench_soak import num_injections
+from tests.benchmarks.faults.material import PATIENCE
 from tests.benchmarks.faults.processes import find, send
 from tests.benchmarks.faults.registry import VARIANTS, Expected, injection
-from tests.benchmarks.faults.scene import INSIDE, PATIENCE, Scene
+from tests.benchmarks.faults.scene import INSIDE, Scene
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.runs import FAULTS, Material, Run, losses, samples
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.benchmarks.faults import shim
+from tests.benchmarks.faults.material import NUM_STEPS
 from tests.benchmarks.faults.registry import ENGINES, ONE, SAVING, Expected, injection
-from tests.benchmarks.faults.scene import NUM_STEPS, Scene, later
+from tests.benchmarks.faults.scene import Scene, later
 
 SURVIVES = Expected(words=("training goes on",), seconds=90)
 

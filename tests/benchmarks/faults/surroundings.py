@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 from tests.benchmarks.faults import shim
+from tests.benchmarks.faults.material import LAUNCHER, NUM_STEPS, variables
 from tests.benchmarks.faults.processes import find
 from tests.benchmarks.faults.registry import ALL, ENGINES, ONE, Expected, injection
-from tests.benchmarks.faults.scene import LAUNCHER, NUM_STEPS, Scene, variables
+from tests.benchmarks.faults.scene import Scene
 
 
 @injection("S2", "the terminal is closed", Expected(codes=(75,), seconds=30, most_lost=0), ENGINES)
@@ -88,18 +89,19 @@ def clock_in_the_grace(scene: Scene) -> None:
     scene.check("it saved", not any(record.get("reason") for record in scene.events("stopped")))
 
 
-@injection("33, S9", "the clock is 30 s ahead of when the run began: `status`", Expected(seconds=90), ONE, shim.missing)
+@injection("33, S9", "the clock is 30 s ahead of when the run began: `status`", Expected((75,), seconds=60, most_lost=0), ONE, shim.missing)
 def clock_of_status(scene: Scene) -> None:
-    scene.start()
+    scene.start(changes={"training": {"max_steps": 4000}})
     scene.wait_step(3)
-    scene.hit()
-    os.utime(scene.run.path / ".lock", (time.time() - 30, time.time() - 30))
-    said = scene.ask("status", str(scene.run.path), "--json", shim=False).stdout
     scene.shim.order("clock 30")
     ahead = scene.ask("status", str(scene.run.path), "--json", shim=True).stdout
     scene.shim.order()
-    for when, text in (("its lock is 30 s older", said), ("its clock is 30 s ahead", ahead)):
-        scene.check(f"`status` says running, where {when}", '"running"' in text or not scene.running())
+    lock = scene.run.path / ".lock"
+    os.utime(lock, (lock.stat().st_mtime - 30, lock.stat().st_mtime - 30))
+    older = scene.ask("status", str(scene.run.path), "--json").stdout
+    for when, text in (("its lock is 30 s older", older), ("its clock is 30 s ahead", ahead)):
+        scene.check(f"`status` says running, where {when}", '"running"' in text)
+    scene.signal(signal.SIGTERM, "launcher")
 
 
 @injection("33", "a clock that is two hours off between two attempts", Expected(seconds=120), ("FSDP", "ZeRO-3"), shim.missing)
@@ -270,14 +272,14 @@ def status_names_the_signal(scene: Scene) -> None:
     scene.check("`status` names SIGTERM", "SIGTERM" in said and "SIGUSR1" not in said)
 
 
-@injection("S3", "`status` of a run that trains", Expected(seconds=90), ONE)
+@injection("S3", "`status` of a run that trains", Expected((75,), seconds=60, most_lost=0), ONE)
 def status_in_training(scene: Scene) -> None:
-    scene.start()
+    scene.start(changes={"training": {"max_steps": 4000}})
     scene.wait_step()
-    scene.hit()
     said = scene.ask("status", str(scene.run.path)).stdout
     scene.seen["status"] = said[:200]
     scene.check("`status` does not say that it loads or evaluates", not any(word in said for word in ("loading", "checking", "evaluating")))
+    scene.signal(signal.SIGTERM, "launcher")
 
 
 @injection(
