@@ -300,9 +300,6 @@ def report(done: dict[str, Any]) -> str:
     """The section of docs/benchmarks/faults.md."""
     pieces = done["pieces"]
     kinds = Counter(entry["kind"] for piece in pieces for entry in piece["injections"])
-    total = Times()
-    for piece in pieces:
-        total = total.add(Timeline(**piece["timeline"]).times(EVERY))
     different = sum(bool(piece["differences"]) for piece in pieces)
     lines = [
         f"{_report.sentence(pieces[-1]['conditions'])}\n",
@@ -314,14 +311,26 @@ def report(done: dict[str, Any]) -> str:
         f"Runs that did not get to their end: {len(done['broken'])}.",
         "",
         _report.table(("injection", "times"), sorted(kinds.items(), key=lambda item: -item[1])),
+    ]
+    lines += _effective([Timeline(**piece["timeline"]) for piece in pieces if "timeline" in piece])
+    lines += [f"- piece {broken['piece']}: {broken['why'].splitlines()[0]}" for broken in done["broken"]]
+    return "\n".join(lines)
+
+
+def _effective(timelines: list[Timeline]) -> list[str]:
+    """What the runs lost in time, beside the formula; nothing where no times were kept."""
+    if not timelines:
+        return []
+    total = Times()
+    for timeline in timelines:
+        total = total.add(timeline.times(EVERY))
+    return [
         f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count (they were "
         f"held up for another {total.held:.0f} s by what ended nothing). By 1 - stall/interval - "
         f"(restart + interval/2)/MTTF it is {total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, "
         f"interval {total.intervals / total.saves:.2f} s, restart {total.restarts / max(1, total.failures):.1f} s, "
-        f"MTTF {total.wall / max(1, total.failures):.1f} s.",
+        f"MTTF {total.wall / max(1, total.failures):.1f} s."
     ]
-    lines += [f"- piece {broken['piece']}: {broken['why'].splitlines()[0]}" for broken in done["broken"]]
-    return "\n".join(lines)
 
 
 def main() -> None:

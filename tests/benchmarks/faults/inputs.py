@@ -153,7 +153,7 @@ def strict_umask(scene: Scene) -> None:
     scene.check("no file is open to others", not open_ones)
 
 
-@injection("S12", "a memory limit that is too low to import (RLIMIT_AS 800 MB)", ASKED)
+@injection("S12", "a memory limit that is too low to import (RLIMIT_AS 800 MB)", Expected(None, seconds=60, resumes=False))
 def address_space(scene: Scene) -> None:
     scene.start("--force", address_space=800 << 20)
     scene.hit()

@@ -52,7 +52,9 @@ def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     summary = f"{len(done)} injections of {len(rows)} kinds, {held} of which held; {when}, on two cores that others used too.\n"
     header = ("#", "fault", "under", "seen", "gone after", "exit code", "samples", "again", "bits", "holds", "date")
-    section = f"## {_TITLE}\n{_INTRODUCTION}\n{summary}\n{_report.table(header, rows)}"
+    never = [f"{injection.fault} ({injection.row})" for injection in injections if not _of(injection, known)]
+    rest = f"\nNot injected yet: {'; '.join(never)}.\n" if never else ""
+    section = f"## {_TITLE}\n{_INTRODUCTION}\n{summary}\n{_report.table(header, rows)}{rest}"
     old = _PAGE.read_text(encoding="utf-8")
     pattern = re.compile(rf"^## {re.escape(_TITLE)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     new = pattern.sub(lambda _: section + "\n", old) if pattern.search(old) else f"{old.rstrip()}\n\n{section}"
@@ -86,9 +88,12 @@ def _row(injection: Injection, results: list[dict[str, Any]]) -> tuple[object, .
 
 def _seen(results: list[dict[str, Any]]) -> str:
     """Why it does not hold, or else the line that people saw."""
-    if results[0]["why_not"]:
-        return "; ".join(results[0]["why_not"])
-    return str(results[0].get("line", ""))
+    first = results[0]
+    if first["why_not"]:
+        return "; ".join(first["why_not"])
+    if first.get("code") == 0:
+        return next((line for line in first.get("output", ()) if line.startswith("warning")), "it finished")
+    return "nothing more: the launcher was killed" if first.get("code") == -9 else str(first.get("line", "as it must be"))
 
 
 def _clean(text: str) -> str:
