@@ -50,7 +50,7 @@ def perform(injection: Injection, variant: str, material: Material, folder: Path
         injection.do(scene)
         if scene.process is not None:
             scene.end(injection.expected.seconds + 30)
-            if injection.expected.resumes and scene.run.path.exists():
+            if injection.expected.resumes and scene.run.plan_file.exists():
                 scene.resume()
                 scene.compare()
     except Exception as error:

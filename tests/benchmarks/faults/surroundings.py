@@ -28,7 +28,7 @@ def terminal_closed(scene: Scene) -> None:
     scene.check("it says that it stopped", scene.events("stopped"))
 
 
-@injection("S2b", "the reader of its output goes away (| head)", Expected(codes=(0,), seconds=90), ENGINES)
+@injection("S2b", "the reader of its output goes away, as `head` does", Expected(codes=(0,), seconds=90), ENGINES)
 def pipe_closed(scene: Scene) -> None:
     reading, writing = os.pipe()
     scene.start(output=writing)
@@ -292,7 +292,7 @@ def learning_rate_too_high(scene: Scene) -> None:
     scene.start(changes={"training": {"max_steps": 60, "learning_rate": 1e6, "clip_norm": 0}})
     scene.hit()
     scene.wait_end(120)
-    words = ("ln(", "vocabulary", "does not learn", "not learning", "diverg", "not finite", "spike")
+    words = ("ln(", "vocabulary", "does not learn", "not learning", "diverg", "spike")
     scene.check("it is said while it runs", any(word in scene.output() for word in words))
 
 
