@@ -14,12 +14,12 @@ _BY_THE_STEP = ("training", "evaluated", "saved", "save_failed", "compared")
 
 
 def phase(last: Events, step: dict[str, Any] | None) -> str | None:
-    """What the run is at: `training` once a step, or what comes with steps, is newer than the last word of another phase."""
+    """What the run is at: `training` once a step, or what comes with steps, is newer than the last word of another phase, or that is over."""
     found = last.get("phase", {})
     trains = [last[name].get("time", 0.0) for name in _BY_THE_STEP if name in last]
     if step is not None and "training" in last:
         trains.append(step.get("time", 0.0))
-    if "training" in last and max(trains, default=0.0) >= found.get("time", 0.0):
+    if "training" in last and max(trains, default=0.0) > found.get("time", 0.0):
         return "training"
     return found.get("phase")
 
