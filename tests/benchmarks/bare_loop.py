@@ -112,13 +112,13 @@ def take_turns(run: Any, plan: Any, attempt: int, stop: Any, *, stop_at: int | N
 
 def _hear(trainer: Any, heard: dict[str, float]) -> None:
     """Note what the trainer's step makes of loss and gradient norm."""
-    apply = trainer._apply_or_skip
+    judge = trainer.divergence.judge
 
-    def noting(loss: float, norm: float, rate: float) -> None:
+    def noting(step: int, loss: float, norm: float, scale: Any) -> Any:
         heard.update(loss=loss, norm=norm)
-        apply(loss, norm, rate)
+        return judge(step, loss, norm, scale)
 
-    trainer._apply_or_skip = noting
+    trainer.divergence.judge = noting
 
 
 def _ours(trainer: Any, number: int, heard: dict[str, float]) -> tuple[float, float]:

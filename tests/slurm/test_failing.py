@@ -23,8 +23,13 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return Material(tmp_path_factory.mktemp("material"))
 
 
-def faulty(material: Material, name: str, fault: str, **cluster: object) -> Path:
-    return material.job(name, environment={"FAULT": fault, "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}, **cluster)
+def faulty(material: Material, name: str, fault: str, micro: int = 2, **cluster: object) -> Path:
+    return material.job(
+        name,
+        {"batch": {"micro_batch_size": micro}},
+        environment={"FAULT": fault, "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"},
+        **cluster,
+    )
 
 
 def test_a_crash_loop_ends_with_a_diagnosis(cluster: Cluster, material: Material) -> None:
@@ -40,8 +45,16 @@ def test_a_crash_loop_ends_with_a_diagnosis(cluster: Cluster, material: Material
     assert failure["rank"] == 3 and failure["host"] == "n2" and failure["step"] in (6, 7)
 
 
-def test_out_of_memory_is_not_tried_again(cluster: Cluster, material: Material) -> None:
-    run = material.submit(cluster, faulty(material, "memory", "memory:1:3", nodes=1))
+def test_out_of_memory_late_goes_on_with_smaller_passes(cluster: Cluster, material: Material) -> None:
+    run = material.submit(cluster, faulty(material, "late", "memory:1:3", nodes=1))
+    run.wait_finished()
+    [cut] = run.events("cut")
+    assert (cut["before"], cut["after"]) == (2, 1) and cut["step"] == run.events("resumed")[0]["step"]
+    assert len(run.events("started")) == 2
+
+
+def test_out_of_memory_with_one_sample_is_not_tried_again(cluster: Cluster, material: Material) -> None:
+    run = material.submit(cluster, faulty(material, "memory", "memory:1:3", micro=1, nodes=1))
     assert "out-of-memory" in run.wait_event("gave_up")["reason"]
     cluster.wait_state(run.job, "FAILED", timeout=30)
     assert cluster.show(run.job)["ExitCode"] == "4:0"

@@ -74,7 +74,7 @@ def test_a_life_with_accounting(cluster_with_accounting: Cluster, material: Mate
 
 def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material: Material) -> None:
     fault = {"FAULT": "memory:0:2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
-    run = material.submit(cluster, material.job("broken", nodes=1, environment=fault))
+    run = material.submit(cluster, material.job("broken", {"batch": {"micro_batch_size": 1}}, nodes=1, environment=fault))
     run.wait_event("gave_up")
     cluster.wait_state(run.job, "FAILED", timeout=30)
     said = material.launcher("status", "broken", cluster=cluster).stdout

@@ -85,11 +85,12 @@ def loaded_state(path: Path, rank: int, stop: StopRequest) -> None:
 
     restore = Trainer._restore
 
-    def noted(self: Trainer) -> None:
-        restore(self)
-        tensors = {name: whole(tensor) for name, tensor in self.engine.tensors().items()}
+    def noted(self: Trainer, tensors: dict[str, torch.Tensor]) -> list[str]:
+        said = restore(self, tensors)
+        loaded = {name: whole(tensor) for name, tensor in self.engine.tensors().items()}
         if rank == 0:
-            torch.save(tensors, path)
+            torch.save(loaded, path)
+        return said
 
     Trainer._restore = noted  # type: ignore[method-assign]
 

@@ -25,7 +25,7 @@ MOMENTS = {
     "backward": "torch:Tensor.backward",
     "exchange": "launcher.training.trainer:Trainer._add_up",
     "norm": "launcher.training.engines.ENGINE.squared_gradient_norm",
-    "optimizer": "launcher.training.trainer:Trainer._apply_or_skip",
+    "optimizer": "launcher.training.divergence:Divergence.judge",
     "staging": "launcher.training.checkpoint.checkpointer:Checkpointer._staged",
     "writing": "launcher.training.checkpoint.checkpointer:write_hashed",
     "committing": "launcher.training.checkpoint.checkpointer:retention.commit",
