@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 import torch
 
+from launcher.training import exchange
 from launcher.training.checkpoint.boxes import FlatShard
 
 
@@ -13,6 +13,6 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     """All of a tensor, from what each rank holds of it."""
     if not isinstance(value, FlatShard):
         return getattr(value, "full_tensor", lambda: value)().clone()
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, (value.start, value.values().clone()))
-    return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0]) if part.numel()]).view(value.shape)
+    parts = exchange.all_gather_arrays([np.array([value.start]), value.values().numpy()])
+    ordered = sorted(parts, key=lambda part: int(part[0][0]))
+    return torch.cat([torch.from_numpy(part.copy()) for _, part in ordered if part.size]).view(value.shape)
