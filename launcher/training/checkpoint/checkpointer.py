@@ -237,6 +237,7 @@ class Checkpointer:
         blocks = save.blocks()
         if layout is None or layout.file.slots:
             name = layout.file.name if layout else "nothing"
+            here.saving("writing", detail=name)
             files[name] = write_hashed(save.attempt / name, told(blocks, name))
         if self._rank == 0 and layout is not None:
             files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)]))

@@ -30,7 +30,6 @@ def giving_up_seconds(hang_after: HangAfter, last_save_seconds: float) -> float:
 
 def told(blocks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
     """The blocks of a file, said as they are written."""
-    here.saving("writing", detail=name)
     for block in blocks:
         yield block
         here.saved_bytes(len(block))
