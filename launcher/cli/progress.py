@@ -147,7 +147,7 @@ def notice(record: dict[str, Any]) -> str | None:
         case "symptom":
             return f"warning: step {step}: {record.get('text')}"
         case "rewound":
-            back = f"the weights are those of the checkpoint of step {record.get('checkpoint')} again; the samples since are left out"
+            back = f"the weights are those of the checkpoint of step {record.get('checkpoint_step')} again; the samples since are left out"
             return f"warning: step {step}: {record.get('reason')}: {back} (rewind {record.get('times')} of this run)"
         case "other_engine":
             found, planned = record.get("found"), record.get("planned")

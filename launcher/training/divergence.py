@@ -90,7 +90,7 @@ class Divergence:
     def rewound(self, checkpoint: int, step: int) -> None:
         """Note that the weights are those of `checkpoint` again, and the steps up to `step` are left out."""
         self.ledger.rewind(checkpoint, step, self._reason)
-        self._event("rewound", step=step, checkpoint=checkpoint, reason=self._reason, times=self.ledger.num_rewinds)
+        self._event("rewound", step=step, checkpoint_step=checkpoint, reason=self._reason, times=self.ledger.num_rewinds)
         self._watch.above.clear()
         self._num_skipped_in_a_row = 0
 

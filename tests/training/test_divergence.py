@@ -125,7 +125,7 @@ def test_a_rewind_takes_the_weights_back_and_the_samples_go_on_over_ranks_and_en
     hook = functools.partial(jumping, (8, 9))
     finish(run, 2, hook, stop_at=10)
     [rewound] = named(run, "rewound")
-    assert (rewound["checkpoint"], rewound["step"], rewound["times"]) == (6, 9, 1)
+    assert (rewound["checkpoint_step"], rewound["step"], rewound["times"]) == (6, 9, 1)
     assert ledger(run) == [(7, 9, 6)]
     assert_equal(state(run, 9), state(run, 6))
     assert [stored.step for stored in list_checkpoints(run)] == [0, 3, 6, 9, 10]

@@ -109,7 +109,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_what_the_numbers_say_has_a_line() -> None:
-    back = notice({"event": "rewound", "step": 9, "checkpoint": 6, "reason": "the loss stayed above 2", "times": 1})
+    back = notice({"event": "rewound", "step": 9, "checkpoint_step": 6, "reason": "the loss stayed above 2", "times": 1})
     assert back == (
         "warning: step 9: the loss stayed above 2: the weights are those of the checkpoint of step 6 again; "
         "the samples since are left out (rewind 1 of this run)"
