@@ -36,10 +36,11 @@ class Rescue:
     """One rank's part in the save of a state that would be lost. `save` is collective over all ranks, and may run in a thread."""
 
     def __init__(
-        self, directory: Path, device: torch.device, world_size: int, save: Callable[[], object] | None, finish: Callable[[], object]
+        self, directory: Path, device: torch.device, world_size: int, save: Callable[[], object] | None, finish: Callable[[float], object]
     ) -> None:
-        """`directory`: the attempt's; `finish` waits for a save under way. Starts a thread that looks for a peer's call.
+        """`directory`: the attempt's; `finish` waits for this rank's part in a save under way, for so many seconds.
 
+        Starts a thread that looks for a peer's call.
         `save`: None where a thread cannot read the state beside a pass, as what DeepSpeed has on NVMe.
         """
         self._call, self._device, self._save, self._finish = directory / CALL, device, save, finish
@@ -66,7 +67,7 @@ class Rescue:
                 traceback.clear_frames(error.__traceback__)
                 gc.collect()
                 with contextlib.suppress(Exception):  # the error that led here is what must be told
-                    self._finish() if is_saved else self._call_and_save(step)
+                    self._finish(_SECONDS_TO_SAVE) if is_saved else self._call_and_save(step)
             raise
         self._step = None
 

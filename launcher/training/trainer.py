@@ -106,7 +106,7 @@ class Trainer:
         self.symptoms = Symptoms(plan.training, self.schedule, chance, sample, self.event, self.state.step, said)
         self.first_step = self.saved_step = self.state.step
         save = functools.partial(self._save_tensors, tensors, wait=True)
-        self.rescue = Rescue(directory, device, plan.mesh.world_size, save if in_memory else None, self.checkpointer.finish)
+        self.rescue = Rescue(directory, device, plan.mesh.world_size, save if in_memory else None, self.checkpointer.finish_here)
         here.step_done(self.state.step, 0.0)
         self.own = Own(models.repeated_layers(self.engine.model), device)
         self.pace = Pace(self.rank, plan.mesh.world_size, self._say_slow)

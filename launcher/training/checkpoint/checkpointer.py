@@ -67,7 +67,7 @@ def _key(tensors: Tensors) -> tuple[object, ...]:
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every method is collective: all ranks call it, in the same order.
+    """The checkpoints of one run. Every method but `finish_here` is collective: all ranks call it, in the same order.
 
     A save that fails, on whichever rank, fails for all: the attempt is removed, the event `save_failed` says why, a warning is
     printed, and training goes on with the checkpoints there were.
@@ -136,6 +136,10 @@ class Checkpointer:
         """Wait for the save under way, as long as there is hope for it. Whether the last one succeeded. For all ranks together."""
         self._finished()
         return self.problem is None
+
+    def finish_here(self, seconds: float) -> None:
+        """Wait for this rank's part in the save under way, for so long. Not collective: for a rank that is about to leave alone."""
+        self._underway.wait_here(seconds)
 
     def _finished(self) -> bool:
         """Wait for the save under way; False where it was given up, and its thread may still write."""

@@ -62,6 +62,11 @@ class Underway:
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
+    def wait_here(self, seconds: float) -> None:
+        """Wait for this rank's own thread alone, for so long: of a rank that the others do not wait with."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def wait(self) -> str | None:
         """Wait until the save is over on every rank; None then, else why it was given up. One that was is asked for and not waited for."""
         with here.during("waiting for the save"):
