@@ -68,8 +68,13 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("fault", "changes", "words"), CASES, ids=[f"{fault['place']}-{fault['kind']}" for fault, _, _ in CASES])
+@pytest.mark.parametrize(
+    ("fault", "changes", "words"),
+    [
+        pytest.param(*case, id=f"{case[0]['place']}-{case[0]['kind']}", marks=pytest.mark.slow if number < 3 else pytest.mark.very_slow)
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_a_hang_is_named(
     tmp_path: Path, material: tuple[Path, dict[str, Any]], fault: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
@@ -113,7 +118,7 @@ def test_a_rank_that_goes_on_again_ends_the_suspicion(tmp_path: Path, material: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.very_slow)])
 def test_a_save_that_hangs_is_named_and_given_up(tmp_path: Path, material: tuple[Path, dict[str, Any]], asynchronous: bool) -> None:
     """Training goes on; nothing is saved until the storage answers, and then again."""
     fault = {"place": "saving", "kind": "sleep", "rank": 1, "seconds": 5 * SECONDS}

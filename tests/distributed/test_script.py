@@ -119,7 +119,7 @@ def without_launcher(models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return losses
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["fsdp", "zero3", pytest.param("zero2", marks=pytest.mark.very_slow)])
 @pytest.mark.parametrize("script", ["with_accelerate", "with_trainer"])
 def test_an_unchanged_script_is_sharded_and_learns_the_same(
     script: str, engine: str, models: Path, without_launcher: dict[str, list[float]], tmp_path: Path

@@ -29,6 +29,7 @@ def test_a_terminal_that_is_closed_is_a_polite_stop(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"gloo": True}, **LONG)
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         os.execvpe(
             sys.executable, [sys.executable, str(HERE / "local_runner.py"), str(run.path), "--display"], {**os.environ, **ENVIRONMENT}
         )

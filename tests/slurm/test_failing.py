@@ -32,6 +32,7 @@ def faulty(material: Material, name: str, fault: str, micro: int = 2, **cluster:
     )
 
 
+@pytest.mark.very_slow
 def test_a_crash_loop_ends_with_a_diagnosis(cluster: Cluster, material: Material) -> None:
     run = material.submit(cluster, faulty(material, "loop", "kill:3:6", nodes=2, attempts_without_progress=2))
     reason = run.wait_event("gave_up", seconds=240)["reason"]

@@ -53,6 +53,7 @@ def check_life(cluster: Cluster, material: Material, name: str) -> Run:
     return run
 
 
+@pytest.mark.very_slow
 def test_a_life_without_accounting(cluster: Cluster, material: Material) -> None:
     run = check_life(cluster, material, "plain")
     lines = material.launcher("logs", "plain", cluster=cluster).stdout.splitlines()

@@ -21,6 +21,7 @@ from launcher.runs.failure import classify
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.reader import CheckpointReader, read_metadata
 from launcher.training.resumed import TrainerState
+from launcher.training.signals import StopRequest
 from tests.training.plans import plan_of
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for, start
 
@@ -62,6 +63,11 @@ def test_a_pickle_calls_nothing_that_no_checkpoint_needs(payload: _Calls, tmp_pa
         read_metadata(tmp_path)
 
 
+def private(rank: int, stop: StopRequest) -> None:
+    """A hook: as a rank that inherits such a umask. The tests' ranks are forks of a process that has its own."""
+    os.umask(0o077)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run of two steps on one rank, with a checkpoint of each, under a umask that lets nobody else in."""
@@ -70,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     before = os.umask(0o077)
     try:
         run = new_run(folder / "run", plan_for(model, data, 1, num_steps=2, checkpoint={"every": 1}))
-        finish(run, 1)
+        finish(run, 1, private)
     finally:
         os.umask(before)
     return run

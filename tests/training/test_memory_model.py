@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900
 COUNT = 8
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.very_slow)])
+@pytest.mark.very_slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_new_configurations_are_predicted(world_size: int) -> None:
     """Drawn anew each time; the seed is in the failure's text. With two ranks, what gloo's threads hold hangs on what else runs here.
 

@@ -66,8 +66,8 @@ def run_out(attempt: Attempt) -> None:
     ("where", "engine"),
     [
         pytest.param("forward", {}, id="fsdp-forward"),
-        pytest.param("backward", {}, id="fsdp-backward", marks=pytest.mark.slow),
-        pytest.param("forward", deepspeed(2), id="zero2-forward", marks=pytest.mark.slow),
+        pytest.param("backward", {}, id="fsdp-backward", marks=pytest.mark.very_slow),
+        pytest.param("forward", deepspeed(2), id="zero2-forward", marks=pytest.mark.very_slow),
         pytest.param("backward", deepspeed(3), id="zero3-backward"),
     ],
 )
@@ -118,7 +118,9 @@ def job_of(path: Path, model: Path, data: dict[str, Any], micro: int) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("micro", "fits", "code", "tried"), [pytest.param(4, 1, 0, [4, 2, 1], marks=pytest.mark.slow), (2, 0, 4, [2, 1])])
+@pytest.mark.parametrize(
+    ("micro", "fits", "code", "tried"), [pytest.param(4, 1, 0, [4, 2, 1], marks=pytest.mark.very_slow), (2, 0, 4, [2, 1])]
+)
 def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
     micro: int,
     fits: int,
