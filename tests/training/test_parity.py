@@ -32,9 +32,9 @@ def job(tmp_path: Path, model: Path, data: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), pytest.param("bf16", 1e-2, marks=pytest.mark.very_slow)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
 def test_every_engine_agrees_with_one_process(precision: str, tolerance: float, job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["parity", str(job), "--nproc", "2", "--json", "--set", f"precision={precision}"])
