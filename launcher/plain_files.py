@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_TEXT_BYTES = 64 << 20
-"""What launcher, or a tool of others, writes as one text is far below it."""
+"""Texts that launcher, or a tool of others, writes as one are far smaller."""
 DEEPEST = 100
 """Levels of sections and lists in each other; what copies and writes them takes up to six calls a level, of a thousand."""
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -48,7 +48,8 @@ def check_plain(path: str | os.PathLike[str], mode: int) -> None:
 def read_bytes(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> bytes:
     """The content of a plain file. Raises OSError, also where it has more than `most` bytes."""
     with open(path, "rb", opener=plain) as file:
-        content: bytes = file.read(most + 1)
+        # Room is taken for as much as is asked for, not for as much as there is.
+        content: bytes = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(content) > most:
         limit = f"{most >> 20} MiB" if most >> 20 else f"{most >> 10} KiB"
         raise OSError(errno.EFBIG, f"is larger than {limit}, which no such file is", os.fspath(path))

@@ -46,7 +46,7 @@ def is_variable_of_secret(name: str) -> bool:
 
 
 def secret_arguments(words: Sequence[str]) -> list[str]:
-    """Those of a command's words that are secrets, each by the option that it is given to."""
+    """Find the secrets among a command's words, each by the option that it is given to."""
     found = []
     for before, word in zip(["", *words], words, strict=False):
         if _GIVEN.fullmatch(f"{before} {word}") or holds_secret(word):
@@ -82,7 +82,7 @@ def _redact(text: str, values: list[str]) -> str:
 
 
 def _values(environment: Mapping[str, str]) -> list[str]:
-    """What this environment keeps secret; a path leads to a secret, and is none."""
+    """Collect the values that this environment keeps secret; a path leads to a secret, and is none."""
     return [
         value
         for name, value in environment.items()

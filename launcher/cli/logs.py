@@ -57,7 +57,7 @@ class Logs:
         return sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
 
     def _print(self, lines: int) -> None:
-        """What is new of each log, block by block; of one that was not looked at yet its last `lines`, 0 for all."""
+        """Print what is new of each log, block by block; of one that was not looked at yet its last `lines`, 0 for all."""
         for path in self._files():
             if path not in self._tails:
                 offset, backwards = end_of(path) if lines else (0, iter(()))

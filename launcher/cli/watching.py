@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
-from launcher.runs.places import ranks_of
+from launcher.runs.seen import ranks_of
 from launcher.runs.status import read_status
 from launcher.runs.tail import Tail, end_of, parse
 from launcher.runs.totals import Totals

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.importing.reading import Fact, Reading
-from launcher.job.schema import Adapter, Data, Section, Training
+from launcher.job.adapter import Adapter
+from launcher.job.schema import Data, Training
+from launcher.job.values import Section
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem
-from launcher.job.schema import Adapter, Model
+from launcher.job.adapter import Adapter
+from launcher.job.schema import Model
 from launcher.plain_files import plain, read_json
 
 SETTINGS = "adapter_config.json"

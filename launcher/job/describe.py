@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from launcher.job.schema import Interval, Job, parse_seconds
+from launcher.job.schema import Job
+from launcher.job.values import Interval, parse_seconds
 
 _PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 

@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from launcher import errors
-from launcher.job import schema
 from launcher.job.describe import Key, docstring, expected_of, keys, section_of
 from launcher.job.schema import Job
+from launcher.job.values import Interval
 
 _DURATION = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(s|min|h|d)\s*$"}]}
 _INTERVAL = {
@@ -44,7 +44,7 @@ def json_schema() -> dict[str, Any]:
     for name, section in made["$defs"].items():
         for field in section.get("properties", {}).values():
             if isinstance(field.get("default"), dict) and set(field["default"]) == {"value", "unit"}:
-                field["default"] = shown(schema.Interval(**field["default"]))
+                field["default"] = shown(Interval(**field["default"]))
         section.setdefault("title", name)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 
@@ -56,7 +56,7 @@ def schema_text() -> str:
 
 def shown(value: object) -> str:
     """A default as one would write it in a job file."""
-    if isinstance(value, schema.Interval):
+    if isinstance(value, Interval):
         if value.unit == "seconds":
             return f"{value.value / 60:g}min"
         return f"{value.value:g} {value.unit}"

@@ -7,16 +7,12 @@ Checks of one value stand here; checks across values stand in `launcher.job.chec
 
 from __future__ import annotations
 
-import datetime
-import difflib
-import fnmatch
-import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from launcher.errors import Problem
+from launcher.job.adapter import Adapter
+from launcher.job.values import Columns, Day, Every, Fraction, HangAfter, Interval, Line, NodeCount, Seconds, Section, Tools, Variable, Word
 
 Auto = Literal["auto"]
 TaskName = Literal["causal-lm", "sequence-classification"]
@@ -26,137 +22,6 @@ EngineName = Literal["fsdp", "deepspeed"]
 Sharding = Literal["full", "gradients", "optimizer", "none"]
 Offload = Literal["none", "optimizer", "parameters"]
 NetworkName = Literal["ib400", "ib200", "ib100", "ethernet100", "ethernet25"]
-
-_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*$")
-
-
-class Section(BaseModel):
-    """The common ground of all sections: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
-
-
-class Interval(Section):
-    """Something that happens every so many steps, or every so many seconds."""
-
-    value: float = Field(gt=0, le=1e12)
-    unit: Literal["steps", "seconds", "epochs"]
-
-    def __str__(self) -> str:
-        return f"{self.value:g} {self.unit}"
-
-
-def parse_seconds(text: object) -> object:
-    """`90`, `30s`, `15min`, `8h`, `2d` -> seconds; anything else unchanged, for pydantic to refuse."""
-    if isinstance(text, str) and (match := _DURATION.match(text)):
-        return float(match[1]) * _UNITS[match[2]]
-    return text
-
-
-def parse_hang_after(value: object) -> object:
-    """A time as seconds; YAML reads a bare `off` as false. Raises ValueError for what is neither a time nor one of the two words."""
-    value = "off" if value is False else parse_seconds(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value not in ("auto", "off") and not (number and float(value) >= 1):  # type: ignore[arg-type]
-        raise ValueError("write auto, off, or a time of at least 1 s (90, 90s, 5min)")
-    return value
-
-
-def check_day(text: str) -> str:
-    """`2026-11-28` as it is. Raises ValueError for anything that is no day of the calendar."""
-    try:
-        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
-            return datetime.date.fromisoformat(text).isoformat()
-    except ValueError:
-        pass
-    raise ValueError("write a day of the calendar as YEAR-MONTH-DAY, as 2026-11-28")
-
-
-def parse_interval(value: object) -> object:
-    """A whole number is steps, `15min` is a time, `epoch` and `2 epochs` are epochs."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        return value
-    if isinstance(value, int):
-        return {"value": value, "unit": "steps"}
-    if match := re.match(r"^\s*(\d+)?\s*(steps?|epochs?)\s*$", value):
-        return {"value": int(match[1] or 1), "unit": match[2].rstrip("s") + "s"}
-    seconds = parse_seconds(value)
-    if isinstance(seconds, float):
-        return {"value": seconds, "unit": "seconds"}
-    raise ValueError("write a number of steps (200), a time (30s, 15min, 2h) or epochs (epoch, 2 epochs)")
-
-
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, le=1e10)]
-HangAfter = Annotated[float | Literal["auto", "off"], BeforeValidator(parse_hang_after)]
-Every = Annotated[Interval, BeforeValidator(parse_interval)]
-Columns = str | tuple[str, ...]
-Tools = str | tuple[dict[str, Any], ...]
-Day = Annotated[str, AfterValidator(check_day)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]*$")]
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-NodeCount = Annotated[int, Field(ge=1, le=99_999)] | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}-[1-9][0-9]{0,4}$")]
-
-
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-"""Names of the matrix that makes logits."""
-
-
-class Adapter(Section):
-    """Train small matrices beside the model's own weights, which stay as they are (LoRA, arXiv 2106.09685)."""
-
-    rank: int = Field(default=16, ge=1, le=65_536)
-    """Rows of A and columns of B: what is added to a weight is B A."""
-    alpha: float = Field(default=32.0, gt=0)
-    """What is added counts alpha / rank times."""
-    dropout: Fraction = 0.0
-    """Of what goes into A."""
-    targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
-    """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches a pattern, as `q_proj`."""
-    train_also: tuple[Line, ...] = ()
-    """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so in any case."""
-    weights: Line | None = None
-    """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes are those of the run.
-    `model.name` may name it in place of its base."""
-
-    def takes(self, layer: str) -> bool:
-        """Whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the layers."""
-        if self.targets == "all-linear":
-            return True
-        return any(fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}") for pattern in self.targets)
-
-    def trains(self, name: str) -> bool:
-        """Whether a parameter is trained: an adapter's matrix, or one of `train_also`."""
-        return name.endswith((".lora_A.weight", ".lora_B.weight")) or self.trains_also(name)
-
-    def trains_also(self, name: str) -> bool:
-        """Whether a parameter of the model's own is trained in full."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.train_also)
-
-    def unmatched(self, layers: Iterable[str], parameters: Iterable[str]) -> list[Problem]:
-        """Every pattern that matches nothing of a model, with the names most like it; `layers` are the linear ones that can have one."""
-        layers, parameters = list(layers), list(parameters)
-        ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-        problems = []
-        for pattern in () if self.targets == "all-linear" else self.targets:
-            if not any(self.model_copy(update={"targets": (pattern,)}).takes(name) for name in layers):
-                reason = f"matches no linear layer that can have one; {_nearest(pattern, layers if '.' in pattern else ends)}"
-                problems.append(Problem("model.adapter.targets", pattern, reason))
-        # What an adapter's directory names is held against the model when the weights are read, tied names too.
-        for pattern in self.train_also if self.weights is None else ():
-            if not fnmatch.filter(parameters, pattern):
-                reason = f"matches no parameter; {_nearest(pattern, parameters)}"
-                if any(fnmatch.fnmatchcase(head, pattern) for head in _HEADS):
-                    reason += "; a head that is tied to the embedding has the embedding's name, and is trained with it"
-                problems.append(Problem("model.adapter.train_also", pattern, reason))
-        return problems
-
-
-def _nearest(pattern: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-    return f"the nearest are {', '.join(found)}" if found else "the model has none"
 
 
 class Model(Section):
@@ -260,7 +125,7 @@ class EarlyStopping(Section):
 
 
 class OnSpike(Section):
-    """What happens where the loss jumps and stays up."""
+    """Say so, or go back, where the loss jumps and stays up."""
 
     action: Literal["ignore", "warn", "rewind"] = "warn"
     """`warn` says so and goes on; `rewind` goes back to the weights before and leaves out the samples since; `ignore` does neither."""
@@ -425,13 +290,13 @@ class Cluster(Section):
     """Slurm: who gets mail."""
     mail_type: Line | None = None
     """Slurm: when, as END,FAIL."""
-    sbatch: dict[Word, Line | int | bool] = {}
+    sbatch: dict[Word, Line | int | bool] = Field(default={})
     """Slurm: any other option of sbatch by its long name; true for one without a value."""
     modules: tuple[Line, ...] = ()
     """Slurm: modules to load before the ranks start."""
     setup: tuple[Line, ...] = ()
     """Slurm: shell lines to run before the ranks start; the first that fails ends the job."""
-    environment: dict[Variable, Line] = {}
+    environment: dict[Variable, Line] = Field(default={})
     """Slurm: variables of the environment."""
     container: Container | None = None
     interface: Word | None = None

@@ -12,9 +12,9 @@ from launcher.errors import ConfigurationError
 from launcher.plain_files import DEEPEST
 
 MOST_BYTES = 128 << 10
-"""Of the text: PyYAML reads it in half a second."""
+"""Length of a text that is read: PyYAML takes half a second for it."""
 _MOST_VALUES = 10_000
-"""Written, or standing for what an alias repeats; so many are read in half a second."""
+"""Values that are written, or that an alias repeats: so many are read in half a second."""
 _LARGEST_WHOLE_NUMBER = 2**63 - 1
 _LONGEST_NUMBER = 100
 """In characters, longer than any number that is meant; one in base 60 would take minutes."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 
-from launcher.job.schema import Interval
+from launcher.job.values import Interval
 from launcher.planning.epochs import Items
 from launcher.planning.gpus import GpuType
 from launcher.planning.plan import Plan

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import Job, node_range, parse_seconds
+from launcher.job.schema import Job, node_range
+from launcher.job.values import parse_seconds
 from launcher.planning.alternatives import Offloading
 from launcher.planning.batch import divisors, multiples_around, nearest
 from launcher.planning.epochs import why_no_epoch

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.plain_files import read_json
 
 SIZE_VARIABLE = "LAUNCHER_CACHE_SIZE"
 """How large prepared data may become, as `200GB`, or `unlimited`."""
@@ -190,7 +190,7 @@ def _what(kind: str, path: Path) -> str:
     if kind != "data":
         return {"models": "an unpacked model", "extensions": "DeepSpeed's compiled operators"}[kind]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        report = json.loads((path / "meta.json").read_bytes())["report"]
+        report = read_json(path / "meta.json")["report"]
         others = f" and {len(report['files']) - 1} more" if len(report["files"]) > 1 else ""
         return f"{report['role']}, {report['rows_used']:,} rows of {report['files'][0]['path']}{others}"
     return "prepared rows"

@@ -193,42 +193,6 @@ def write_exits(directory: Path, exits: list[dict[str, Any]], node: int = 0) -> 
     write_atomically(directory / (f"exits-{node}.json" if node else "exits.json"), json.dumps(exits, indent=2) + "\n")
 
 
-@dataclass(frozen=True)
-class Grace:
-    """How long the ranks of one machine have to save and leave, and by which signal their launcher was asked."""
-
-    until: float
-    """By this machine's clock since it booted, which all its processes share and nobody sets."""
-    signal_name: str
-
-    @classmethod
-    def of(cls, seconds: float, signal_name: str) -> Grace:
-        """So many seconds from now on."""
-        return cls(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds, signal_name)
-
-    @classmethod
-    def read(cls, path: Path) -> Grace | None:
-        """What a launcher wrote at `path`; None where there is nothing that can be read."""
-        try:
-            return cls(**read_json(path))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def write(self, directory: Path) -> None:
-        """Tell the ranks of this machine. Raises OSError."""
-        write_atomically(grace_file(directory), json.dumps(dataclasses.asdict(self)) + "\n")
-
-    @property
-    def seconds_left(self) -> float:
-        """From now on; 0 where it is over."""
-        return max(0.0, self.until - time.clock_gettime(time.CLOCK_BOOTTIME))
-
-
-def grace_file(directory: Path) -> Path:
-    """Where the ranks of this machine read how long they have."""
-    return directory / f"grace-{os.uname().nodename}.json"
-
-
 def lost(
     directory: Path, out_of_memory_killer: bool = False, told: Iterable[dict[str, Any]] = (), spoken: Collection[int] = ()
 ) -> list[Failure]:

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from launcher.plain_files import plain, read_json
 from launcher.runs.tail import Tail
 
 _BEFORE = 4096
@@ -69,7 +70,7 @@ class Fold(ABC):
 
     def _recall(self) -> tuple[int, dict[str, Any]]:
         """The place and the state that were kept. Raises ValueError where they are not of this file."""
-        content = json.loads(self._kept.read_text(encoding="utf-8"))
+        content = read_json(self._kept)
         offset, state = content["offset"], content["state"]
         if content["form"] != self.form or content["checksum"] != zlib.crc32(json.dumps(state).encode()):
             raise ValueError("damaged, or of another version")
@@ -81,6 +82,6 @@ class Fold(ABC):
         """A checksum of what stands before a place."""
         if offset == 0:
             return 0
-        with open(self._path, "rb") as file:
+        with open(self._path, "rb", opener=plain) as file:
             file.seek(max(0, offset - _BEFORE))
             return zlib.crc32(file.read(min(offset, _BEFORE)))

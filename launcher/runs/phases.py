@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+from launcher.plain_files import read_json
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory
 
@@ -44,7 +45,7 @@ class PhaseReport:
         return {"phase": self._phase, "done": done, "total": total, "unit": self._unit}
 
     def _write(self, content: bytes) -> None:
-        descriptor = os.open(self._run.path / _FILE, os.O_WRONLY | os.O_CREAT, 0o644)
+        descriptor = os.open(self._run.path / _FILE, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             os.pwrite(descriptor, content, 0)
         finally:
@@ -54,6 +55,6 @@ class PhaseReport:
 def current_phase(run: RunDirectory) -> dict[str, Any] | None:
     """What was said last, in the form of an event `phase`; None before the first, and where it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads((run.path / _FILE).read_bytes())
+        content = read_json(run.path / _FILE)
         return content if isinstance(content, dict) and "time" in content else None
     return None

@@ -10,14 +10,12 @@ A supervisor publishes what its ranks say in the attempt's directory (`ranks-NOD
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 PAGE_BYTES = 4096
@@ -284,59 +282,3 @@ def _shared_memory() -> int:
 
 here = Whereabouts()
 """This process."""
-
-
-@dataclass(frozen=True)
-class Seen(Place):
-    """One rank as its supervisor saw it: what it says, and what the kernel says of it."""
-
-    time: float = 0.0
-    """When it was seen, in seconds since 1970."""
-    still_seconds: float = 0.0
-    """Since it last showed that it lives, by its supervisor's clock."""
-    phase: str = "start"
-    """What it is judged by: one of start, step, evaluation, storage, wait, none."""
-    state: str = "R"
-    """Of /proc/PID/stat: R, S, D (blocked in the kernel), T (stopped), t (by a debugger), Z or empty (gone)."""
-    state_seconds: float = 0.0
-    """How long it has been in that state, where that is D or T."""
-    traced: bool = False
-    """Whether a debugger is at it."""
-    wchan: str = ""
-    """Where in the kernel it waits, as far as the kernel tells."""
-    child: str = ""
-    """A process that it has started and waits for, where that is stopped."""
-    save_still_seconds: float = 0.0
-    """Since its save last moved; 0 where there is none."""
-    waits_in: str | None = None
-    """The collective that its stack ends in, empty where it ends elsewhere; None where there is no stack."""
-    frame: str = ""
-    """Where its own code is: function and file of the innermost frame that tells something."""
-
-
-def publish(path: Path, ranks: list[Seen], number: int) -> None:
-    """Write what a node's ranks do. In place, as clients of NFS see a new content sooner than a new file; `number` grows each time."""
-    content = json.dumps({"number": number, "ranks": [asdict(seen) for seen in ranks]})
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        data = content.encode() + b"\n"
-        os.pwrite(descriptor, data, 0)
-        os.ftruncate(descriptor, len(data))
-    finally:
-        os.close(descriptor)
-
-
-def published(path: Path) -> tuple[int, list[Seen]] | None:
-    """What `publish` wrote; None where it cannot be read, as in the middle of a write."""
-    known = {field.name for field in fields(Seen)}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return int(content["number"]), [Seen(**{key: value for key, value in one.items() if key in known}) for one in content["ranks"]]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def ranks_of(directory: Path) -> list[Seen]:
-    """Each rank of an attempt as it was seen last, on all nodes, in the order of the ranks."""
-    found = [one for path in directory.glob("ranks-*.json") if (content := published(path)) for one in content[1]]
-    return sorted(found, key=lambda seen: seen.rank)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from launcher.runs.places import PLACES, Seen
+from launcher.runs.places import PLACES
+from launcher.runs.seen import Seen
 from launcher.runs.words import duration
 
 _SETTLED_SECONDS = 1.0

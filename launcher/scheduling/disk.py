@@ -10,13 +10,13 @@ import collections
 import contextlib
 import errno
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launcher.plain_files import read_json
 from launcher.runs.aside import Aside
 from launcher.runs.failure import SIGNS_OF_FAILURE
 from launcher.runs.layout import RunDirectory
@@ -130,7 +130,7 @@ class Disk:
             self._events.extend(self._tail.records())
         for path in self._directory.glob("rank-*.json"):
             with contextlib.suppress(ValueError, OSError, KeyError):
-                who = json.loads(path.read_text(encoding="utf-8"))
+                who = read_json(path)
                 self.ranks.setdefault(who["rank"], who)
         self.failed = self.failed or any(itertools.chain.from_iterable(map(self._directory.glob, SIGNS_OF_FAILURE)))
         self._also_read()

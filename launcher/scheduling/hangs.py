@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import HungError
+from launcher.plain_files import read_json
+from launcher.runs.aside import Aside
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.runs.places import Page, Place, Seen, publish, published
+from launcher.runs.places import Page, Place
+from launcher.runs.seen import Seen, publish, published
 from launcher.runs.words import duration
 from launcher.scheduling import culprit, sight, stacks
 from launcher.scheduling.watchdog import HangAfter, Judge, Stillness, stalled_saves
@@ -35,6 +36,8 @@ _SECONDS_FOR_STACKS = 15.0
 """For all nodes to find out where their ranks are, before the line is said without them."""
 _MOST_SUSPICIONS = 9
 """Of one attempt with stacks of their own; more would fill a disk."""
+_SECONDS_TO_END = 1.0
+"""For what was seen last to be written."""
 _ORDER = "suspected.json"
 
 
@@ -52,7 +55,7 @@ class Hangs:
         self._host = os.uname().nodename
         self._lines: deque[str] = deque()
         self._over = threading.Event()
-        self._files = _Files()
+        self._files = Aside("hangs-files", most=64)
         self._pages: dict[int, tuple[Page | None, str]] = {}
         self._last: dict[int, tuple[str, int, int]] = {}
         self._own: list[Seen] = []
@@ -69,7 +72,6 @@ class Hangs:
         """Watch while the context lasts."""
         thread = threading.Thread(target=self._watch, name="hangs", daemon=True)
         thread.start()
-        self._files.start()
         try:
             yield
         finally:
@@ -77,8 +79,9 @@ class Hangs:
             thread.join(2 * _LOOK_SECONDS)
             with contextlib.suppress(Exception):
                 self._take_in(time.monotonic())  # memory outlives its process: what a rank said last is known
-                self._files.put(lambda: self._publish(self._own))
-            self._files.stop()
+                self._files.do(lambda: self._publish(self._own))
+            self._files.close()
+            self._files.wait(_SECONDS_TO_END)
 
     def said(self) -> list[str]:
         """The lines that people are to see since the last call."""
@@ -99,7 +102,7 @@ class Hangs:
         if now - self._published_at >= _PUBLISH_SECONDS:
             self._published_at = now
             own = list(self._own)
-            self._files.put(lambda: self._exchange(own))
+            self._files.do(lambda: self._exchange(own))
         if self._node == 0:
             self._judge_all(now)
         else:
@@ -131,7 +134,7 @@ class Hangs:
     def _open(self, rank: int) -> tuple[Page | None, str]:
         path = ""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            path = json.loads((self._directory / f"rank-{rank}.json").read_text(encoding="utf-8"))["places"]
+            path = read_json(self._directory / f"rank-{rank}.json")["places"]
             return Page.open(path), path
         return None, path
 
@@ -149,7 +152,7 @@ class Hangs:
         self._publish(own)
         if self._node:
             with contextlib.suppress(OSError, ValueError):
-                self._number = max(self._number, int(json.loads((self._directory / _ORDER).read_text(encoding="utf-8"))))
+                self._number = max(self._number, int(read_json(self._directory / _ORDER)))
             return
         for node in range(1, self._nodes):
             content = published(self._directory / f"ranks-{node}.json")
@@ -184,7 +187,7 @@ class Hangs:
             return self._own, []
         if len(self._heard) < self._nodes - 1:
             return [], []  # not all are there yet
-        if self._files.busy_seconds(now) > _UNHEARD_SECONDS:
+        if self._files.stuck_seconds > _UNHEARD_SECONDS:
             # The run's directory does not answer: of the others nothing is known, and a pause of storage is no hang.
             return [dataclasses.replace(seen, phase="storage") for seen in self._own], []
         ranks, unheard = list(self._own), set()
@@ -202,7 +205,7 @@ class Hangs:
         self._number += 1
         number = self._number
         if self._nodes > 1:
-            self._files.put(lambda: write_atomically(self._directory / _ORDER, f"{number}\n"))
+            self._files.do(lambda: write_atomically(self._directory / _ORDER, f"{number}\n"))
         self._asked = (now, self._collect(number))
 
     def _answered(self, ranks: list[Seen], now: float) -> bool:
@@ -223,13 +226,13 @@ class Hangs:
         ]
         about: dict[str, Any] = {"line": line, "rank": guilty.rank, "host": guilty.host, "place": guilty.place, "step": guilty.step}
         about |= {"seconds": round(self._judge.seconds, 1), "stacks": str(path), "ranks": short}
-        self._files.put(lambda: event(self._run.events_file, "suspected", **about))
+        self._files.do(lambda: event(self._run.events_file, "suspected", **about))
 
     def _recovered(self) -> None:
         said, self._asked = self._asked is None, None
         if said:
             self._lines.append("it goes on again")
-            self._files.put(lambda: event(self._run.events_file, "recovered"))
+            self._files.do(lambda: event(self._run.events_file, "recovered"))
 
     def _say_save(self, seen: Seen) -> None:
         if seen.save_step in self._saves_named:
@@ -239,9 +242,7 @@ class Hangs:
         what = f"rank {seen.rank} on {seen.host} is {seen.save} {seen.save_detail}".rstrip()
         line = f"the save of step {seen.save_step} has not moved for {duration(seen.save_still_seconds)}: {what}{kernel}; training goes on"
         self._lines.append(f"warning: {line}")
-        self._files.put(
-            lambda: event(self._run.events_file, "save_stalled", step=seen.save_step, line=line, rank=seen.rank, host=seen.host)
-        )
+        self._files.do(lambda: event(self._run.events_file, "save_stalled", step=seen.save_step, line=line, rank=seen.rank, host=seen.host))
 
     # Stacks, on every node.
 
@@ -261,47 +262,8 @@ class Hangs:
             if number <= _MOST_SUSPICIONS:
                 name = f"stacks-{number}-node-{self._node}.txt" if self._node else f"stacks-{number}.txt"
                 text = "\n".join(f"{stack.text}" for _, stack in sorted(found.items()))
-                self._files.put(lambda: write_atomically(self._directory / name, text))
+                self._files.do(lambda: write_atomically(self._directory / name, text))
 
         thread = threading.Thread(target=work, name="stacks", daemon=True)
         thread.start()
         return thread
-
-
-class _Files:
-    """A thread that does what touches the run's directory, so that nobody else waits for it. What is too much for it is left out."""
-
-    _MOST_WAITING = 64
-    _SECONDS_TO_END = 1.0
-
-    def __init__(self) -> None:
-        self._work: queue.Queue[Callable[[], None] | None] = queue.Queue(self._MOST_WAITING)
-        self._began: float | None = None
-        self._thread = threading.Thread(target=self._go_on, name="files", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def put(self, work: Callable[[], None]) -> None:
-        """Have it done, in order."""
-        with contextlib.suppress(queue.Full):
-            self._work.put_nowait(work)
-
-    def busy_seconds(self, now: float) -> float:
-        """For how long it has been at one piece of work; 0 where it is at none."""
-        began = self._began
-        return now - began if began is not None else 0.0
-
-    def stop(self) -> None:
-        """Let it do what it has, for a moment."""
-        with contextlib.suppress(queue.Full):
-            self._work.put_nowait(None)
-        self._thread.join(self._SECONDS_TO_END)
-
-    def _go_on(self) -> None:
-        while (work := self._work.get()) is not None:
-            self._began = time.monotonic()
-            # A full disk, a directory that is gone: whoever needs to know learns it elsewhere.
-            with contextlib.suppress(Exception):
-                work()
-            self._began = None

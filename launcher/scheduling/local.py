@@ -19,15 +19,16 @@ from launcher.runs.aside import within
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.runs.places import ranks_of
 from launcher.runs.processes import oom_kills, signal_name
+from launcher.runs.seen import ranks_of
 from launcher.runs.sharing import set_umask
 from launcher.runs.status import last_step
 from launcher.runs.tail import last_record
 from launcher.scheduling.command import agent_command, environment, write_command
 from launcher.scheduling.limits import raise_open_files
 from launcher.scheduling.screen import Screen, Watcher
-from launcher.scheduling.supervisor import End, Signals, Supervisor, attempt_directory
+from launcher.scheduling.signals import Signals
+from launcher.scheduling.supervisor import End, Supervisor, attempt_directory
 
 FORCED_EXIT = 130
 """Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved."""

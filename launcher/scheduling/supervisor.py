@@ -14,16 +14,14 @@ import functools
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from launcher.runs.events import event
-from launcher.runs.failure import Failure, Grace
+from launcher.runs.failure import Failure
+from launcher.runs.grace import Grace
 from launcher.runs.layout import RunDirectory, make_directory
 from launcher.runs.notices import VARIABLE as NOTICES_VARIABLE
 from launcher.runs.notices import Notices
@@ -31,6 +29,7 @@ from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, p
 from launcher.scheduling.disk import Disk
 from launcher.scheduling.hangs import Hangs
 from launcher.scheduling.screen import Screen
+from launcher.scheduling.signals import Signals
 from launcher.scheduling.watchdog import HangAfter
 
 Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "gone", "hung"]
@@ -38,47 +37,12 @@ EXIT_SECONDS = 30.0
 """Between the last word of a run (finished, stopped) and the end of its processes."""
 FAILURE_SECONDS = 3.0
 """Between the first rank's failure and the end of all, before the agent counts as stuck."""
-_SAME_KEY_PRESS_SECONDS = 0.5
 _POLL_SECONDS = 0.1
 _GRACE_FILE_SECONDS = 0.5
 """For the disk to take how long the ranks have, before they are asked without it."""
 _LAST_LOOK_SECONDS = 30.0
 _SHORT_LOOK_SECONDS = 2.0
 """For what was written last, where everything was ended by force."""
-
-
-class Signals:
-    """The stop signals that reached this process, each with the time it came."""
-
-    def __init__(self) -> None:
-        self.received: list[tuple[signal.Signals, float]] = []
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received.append((signal.Signals(number), time.monotonic()))
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[Signals]:
-        """Catch them while the context lasts. Only a main thread can; elsewhere nothing is caught."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        # One that whoever started us has us ignore, as nohup does, stays ignored.
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS if number not in ignored}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @property
-    def first(self) -> tuple[signal.Signals, float] | None:
-        return self.received[0] if self.received else None
-
-    def insisted(self) -> bool:
-        """Whether Ctrl-C was pressed after the stop had begun. A wrapper that passes the same key press on does not count."""
-        interrupts = [at for number, at in self.received if number == signal.SIGINT]
-        return any(at - self.received[0][1] > _SAME_KEY_PRESS_SECONDS for at in interrupts)
 
 
 @dataclass
@@ -125,6 +89,8 @@ class Supervisor:
         screen: Screen,
         signals: Signals | None = None,
         hang_after: HangAfter = None,
+        node: int = 0,
+        nodes: int = 1,
     ) -> None:
         self.run, self.attempt, self.directory = run, attempt, run.attempt(attempt)
         self.grace_seconds = grace_seconds
@@ -141,7 +107,7 @@ class Supervisor:
         self._failures: list[Failure] = []
         self._exits: list[dict[str, Any]] = []
         self._ranks: dict[int, int] = {}
-        self.hangs = Hangs(run, attempt, self._ranks, hang_after)
+        self.hangs = Hangs(run, attempt, self._ranks, hang_after, node, nodes)
 
     def supervise(self, command: list[str], variables: dict[str, str]) -> End:
         """Start the agent and stay until all is over; whatever happens here, no process is left."""

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launcher.runs.places import Place, Seen
+from launcher.runs.places import Place
+from launcher.runs.seen import Seen
 from launcher.scheduling.sight import Sight
 
 HangAfter = float | Literal["off"] | None

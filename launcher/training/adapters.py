@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import Adapter
+from launcher.job.adapter import Adapter
 from launcher.planning.model_support import WITHOUT_ADAPTER
 
 WEIGHTS = "adapter_model.safetensors"

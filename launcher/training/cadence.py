@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launcher.job.schema import Interval
+from launcher.job.values import Interval
 from launcher.runs.retention import lower_is_better
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launcher.planning.plan import Plan
-from launcher.runs.failure import grace_file
+from launcher.runs.grace import grace_file
 from launcher.runs.layout import RunDirectory
 from launcher.runs.places import here
 from launcher.runs.processes import die_with_parent

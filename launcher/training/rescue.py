@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from launcher.errors import OutOfMemoryError
+from launcher.plain_files import read_json
 from launcher.runs.failure import classify
 from launcher.runs.layout import write_atomically
 
@@ -95,7 +96,7 @@ class Rescue:
         """Wait for a call; then, as soon as this rank too is in the pass of that step, save."""
         while not self._call.exists():
             time.sleep(_POLL_SECONDS)
-        step = json.loads(self._call.read_text(encoding="utf-8"))["step"]
+        step = read_json(self._call)["step"]
         until = time.monotonic() + _SECONDS_TO_ARRIVE
         while self._step != step:
             if time.monotonic() > until:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launcher.runs.failure import Grace
+from launcher.runs.grace import Grace
 from launcher.runs.processes import STOP_SIGNALS, heed
 
 

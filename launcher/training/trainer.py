@@ -49,7 +49,7 @@ from launcher.training.whereabouts import say_compiling, waited
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every rank."""
     here.at("preparing")
-    plan = pretrained.settled(plan)
+    planned, plan = plan, pretrained.settled(plan)
     material = Material.prepare(run, plan)
     here.at("building operators")
     build_operators(plan, phase_report(run, "building operators", "operators"))
@@ -59,6 +59,9 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, sto
     if plan.model.compile:
         say_compiling()
     trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))
+    if plan != planned:
+        now, then = (f"{one.layout} samples with {one.attention} attention and the {one.head} head" for one in (plan, planned))
+        trainer.event("noted", text=f"the model's config was not here when this was planned: it takes {now}, where {then} had been planned")
     trainer.run_to_the_end()
 
 

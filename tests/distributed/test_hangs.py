@@ -16,8 +16,8 @@ import pytest
 from launcher.errors import HungError
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory
-from launcher.runs.places import ranks_of
 from launcher.runs.processes import alive
+from launcher.runs.seen import ranks_of
 from launcher.runs.status import read_status
 from tests.training.plans import deepspeed
 from tests.training.runs import causal_data, model_directory, named, new_run, plan_for

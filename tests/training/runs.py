@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -37,6 +38,25 @@ _CONTEXT.set_forkserver_preload([*_PRELOADED, "launcher.training.trainer", "laun
 WORDS = [f"w{number}" for number in range(120)]
 Hook = Callable[[int, StopRequest], None]
 """Called on each rank before training, with the rank and its stop request: where a test injects what shall go wrong."""
+
+
+def alter_passes(altered: Callable[[int, dict[str, Any], Callable[[], Any]], Any]) -> None:
+    """For a hook: training passes give what `altered(step, batch, forward)` does. Steps count from 1; `forward()` is the pass."""
+    from launcher.training.tasks.causal_lm import CausalLM
+    from launcher.training.trainer import Trainer
+
+    accumulate, forward = Trainer._accumulate, CausalLM.forward
+    now = [0]
+
+    def noted(self: Trainer, batch: Any) -> torch.Tensor:
+        now[0] = self.state.step + 1
+        return accumulate(self, batch)
+
+    def passing(self: CausalLM, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
+        plain = functools.partial(forward, self, model, batch)
+        return altered(now[0], batch, plain) if torch.is_grad_enabled() else plain()
+
+    Trainer._accumulate, CausalLM.forward = noted, passing  # type: ignore[method-assign]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

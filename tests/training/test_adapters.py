@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import ConfigurationError
-from launcher.job.schema import Adapter
+from launcher.job.adapter import Adapter
 from launcher.planning.model_support import WITHOUT_ADAPTER
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory

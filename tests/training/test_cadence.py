@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from launcher.job.schema import Interval
+from launcher.job.values import Interval
 from launcher.training.cadence import Cadence, Patience
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoConfig
 
 from launcher.errors import DivergedError
@@ -22,7 +22,7 @@ from launcher.training.signals import StopRequest
 from launcher.training.spikes import SpikeWatch
 from launcher.training.symptoms import Sample, Symptoms, chance_of
 from tests.training.plans import deepspeed
-from tests.training.runs import assert_equal, curve, finish, named, new_run, plan_for, replan, start, state
+from tests.training.runs import alter_passes, assert_equal, curve, finish, named, new_run, plan_for, replan, start, state
 
 SMALL: dict[str, Any] = {"action": "rewind", "window": 4, "steps": 2, "times": 2}
 
@@ -88,22 +88,13 @@ def test_what_is_not_finite_is_in_the_ledger_and_goes_back_by_the_same_policy() 
 
 
 def jumping(steps: tuple[int, ...], rank: int, stop: StopRequest) -> None:
-    """A hook: the loss is larger by 1,000 at these steps, counted from 1; its gradient is what it is."""
-    from launcher.training.tasks.causal_lm import CausalLM
-    from launcher.training.trainer import Trainer
+    """A hook: the summed loss is larger by 1e5 at these steps, counted from 1; its gradient is what it is."""
 
-    accumulate, forward = Trainer._accumulate, CausalLM.forward
-    now = [0]
+    def raised(step: int, batch: dict[str, Any], forward: Callable[[], Any]) -> Any:
+        output = forward()
+        return output._replace(loss_sum=output.loss_sum + 1e5) if step in steps else output
 
-    def noted(self: Trainer, batch: Any) -> torch.Tensor:
-        now[0] = self.state.step + 1
-        return accumulate(self, batch)
-
-    def raised(self: CausalLM, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
-        output = forward(self, model, batch)
-        return output._replace(loss_sum=output.loss_sum + 1e5) if now[0] in steps and torch.is_grad_enabled() else output
-
-    Trainer._accumulate, CausalLM.forward = noted, raised  # type: ignore[method-assign]
+    alter_passes(raised)
 
 
 def ledger(run: Any) -> list[tuple[int, int, int]]:

@@ -29,11 +29,14 @@ def break_on(rank: int) -> None:
 
 
 def faults_of_a_tensor(num_bytes: int) -> int:
-    """Page faults of a tensor that is made after another of its size was freed."""
+    """Page faults of a tensor that is made after another of its size was freed; the least of ten, as the heap may still grow at first."""
     torch.ones(num_bytes // 4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(num_bytes // 4)
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    found = []
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(num_bytes // 4)
+        found.append(int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+    return min(found)
 
 
 def test_rank_0_answers_and_no_process_serves_twice() -> None:
@@ -51,7 +54,7 @@ def test_ranks_keep_memory_or_give_it_back_as_told() -> None:
     num_bytes = 3 << 20  # LEAN gives it back, ROOMY keeps it
     without_huge_pages = {name: value for name, value in LEAN.items() if name.startswith("MALLOC")}
     given_back, kept = (in_fresh_ranks(faults_of_a_tensor, (num_bytes,), 1, way) for way in (without_huge_pages, ROOMY))
-    assert given_back >= num_bytes // 4096 > 2 * kept
+    assert given_back >= num_bytes // 4096 > 10 * kept
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.status import newest_checkpoint
 from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
-from tests.training.runs import Attempt, batch_of, curve, finish, named, new_run, plan_for, replan, start, state
+from tests.training.runs import Attempt, alter_passes, batch_of, curve, finish, named, new_run, plan_for, replan, start, state
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
@@ -26,29 +27,20 @@ HERE = Path(__file__).parent
 
 def short_of_memory(where: str, num_samples: int, step: int, rank: int, stop: StopRequest | None = None) -> None:
     """A hook: on rank 1 a pass of this step (counted from 1) with more samples than that runs out of memory."""
-    from launcher.training.tasks.causal_lm import CausalLM
-    from launcher.training.trainer import Trainer
-
-    accumulate, forward = Trainer._accumulate, CausalLM.forward
-    now = [0]
-
-    def noted(self: Trainer, batch: Any) -> torch.Tensor:
-        now[0] = self.state.step + 1
-        return accumulate(self, batch)
 
     def give_up(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    def failing(self: CausalLM, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
-        long = rank == 1 and now[0] == step and torch.is_grad_enabled() and len(batch["lengths"]) > num_samples
+    def failing(now: int, batch: dict[str, Any], forward: Callable[[], Any]) -> Any:
+        long = rank == 1 and now == step and len(batch["lengths"]) > num_samples
         if long and where == "forward":
             give_up()
-        output = forward(self, model, batch)
+        output = forward()
         if long:
             output.loss_sum.register_hook(give_up)
         return output
 
-    Trainer._accumulate, CausalLM.forward = noted, failing  # type: ignore[method-assign]
+    alter_passes(failing)
 
 
 def unpacked(data: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from launcher.runs import events
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
-from tests.training.runs import batch_of, curve, evaluations, finish, named, new_run, plan_for, state
+from tests.training.runs import batch_of, curve, evaluations, finish, model_directory, named, new_run, plan_for, state
 
 pytestmark = pytest.mark.distributed
 NUM_STEPS = 20
@@ -132,6 +132,16 @@ def test_frozen_parameters_stay_and_have_no_state(tmp_path: Path, model: Path, d
         frozen = "embed_tokens" in name or "layers.0." in name
         assert torch.equal(tensors[f"model.{name}"], value) == frozen, name
         assert (f"optimizer.{name}.exp_avg" in tensors) != frozen
+
+
+def test_a_plan_made_without_the_config_is_put_right_and_it_is_said(tmp_path: Path, data: dict[str, Any]) -> None:
+    """The planner took it for most models, and StableLM's attention keeps to itself where samples begin."""
+    plan = plan_for(model_directory(tmp_path / "model", "stablelm"), data, 1, 2)
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 1)
+    assert plan.layout == "packed"
+    [noted] = [record["text"] for record in named(run, "noted") if "was not here when this was planned" in record["text"]]
+    assert "it takes padded samples with" in noted and "where packed samples with packed attention" in noted
 
 
 def test_half_an_epoch_ends_half_way(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:

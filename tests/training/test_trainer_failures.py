@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from launcher.errors import ConfigurationError, DivergedError
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.training.signals import StopRequest
-from tests.training.runs import assert_equal, curve, evaluations, finish, named, new_run, plan_for, start, state
+from tests.training.runs import alter_passes, assert_equal, curve, evaluations, finish, named, new_run, plan_for, start, state
 
 pytestmark = pytest.mark.distributed
 EVERY_STEP = {"every": 1, "keep_last": 20}
@@ -21,26 +22,17 @@ EVERY_STEP = {"every": 1, "keep_last": 20}
 
 def poisoned(what: str, steps: tuple[int, ...], rank: int, stop: StopRequest) -> None:
     """A hook: on rank 1 alone the loss, or only the gradient, is not finite at these steps (counted from 1)."""
-    from launcher.training.tasks.causal_lm import CausalLM
-    from launcher.training.trainer import Trainer
 
-    accumulate, forward = Trainer._accumulate, CausalLM.forward
-    now = [0]
-
-    def noted(self: Trainer, batch: Any) -> torch.Tensor:
-        now[0] = self.state.step + 1
-        return accumulate(self, batch)
-
-    def poisoning(self: CausalLM, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
-        output = forward(self, model, batch)
-        if rank != 1 or now[0] not in steps or not torch.is_grad_enabled():
+    def poisoning(step: int, batch: dict[str, Any], forward: Callable[[], Any]) -> Any:
+        output = forward()
+        if rank != 1 or step not in steps:
             return output
         if what == "loss":
             return output._replace(loss_sum=output.loss_sum * math.nan)
         output.loss_sum.register_hook(lambda gradient: gradient * math.inf)
         return output
 
-    Trainer._accumulate, CausalLM.forward = noted, poisoning  # type: ignore[method-assign]
+    alter_passes(poisoning)
 
 
 def keep_local(path: Path, inner: Any, rank: int, stop: StopRequest) -> None:

@@ -19,8 +19,9 @@ from launcher.errors import HungError
 from launcher.runs import places
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.runs.places import Page, Seen, Whereabouts, publish, published, ranks_of
+from launcher.runs.places import Page, Whereabouts
 from launcher.runs.processes import STACKS_SIGNAL
+from launcher.runs.seen import Seen, publish, published, ranks_of
 from launcher.scheduling import sight, stacks
 from launcher.scheduling.hangs import Hangs
 from launcher.scheduling.slurm.policy import Attempt, decide

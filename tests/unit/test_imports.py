@@ -34,7 +34,10 @@ FLOORS = {
     "cli": {"errors", "job", "runs", "planning", "render", "importing", "scheduling", "training"},
 }
 """What each package may import, besides itself."""
-TRAINING_MAY_IMPORT = {"launcher.planning.plan", "launcher.planning.model_support", "launcher.job.schema"}
+TRAINING_MAY_IMPORT = {
+    *("launcher.planning.plan", "launcher.planning.model_support"),
+    *("launcher.job.schema", "launcher.job.adapter", "launcher.job.values"),
+}
 """What will run, what is known of architectures, and what was asked."""
 TRACING_MAY_IMPORT = {"launcher.planning.footprint.program", "launcher.planning.footprint.shadow"}
 """What writes a model down as the planner reads it."""

@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.adapter import Adapter
 from launcher.job.check import METRICS
 from launcher.job.load import load
 from launcher.job.paths import SUFFIXES
-from launcher.job.schema import Adapter, Interval, Job
+from launcher.job.schema import Job
+from launcher.job.values import Interval
 
 CAUSAL: dict[str, Any] = {"name": "run", "model": {"name": "org/model"}, "data": {"train": {"path": "train.jsonl"}, "text": "body"}}
 CLASSES: dict[str, Any] = {

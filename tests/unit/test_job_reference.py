@@ -12,7 +12,7 @@ from launcher import errors
 from launcher.job import reference
 from launcher.job.describe import docstring, expected_of, keys
 from launcher.job.load import load
-from launcher.job.schema import Interval
+from launcher.job.values import Interval
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.cli.forecast import speed_lines
-from launcher.job.schema import Interval
+from launcher.job.values import Interval
 from launcher.planning.duration import DISK_RATE, TOKEN_BYTES, TOKEN_SECONDS, duration
 from launcher.planning.epochs import Items
 from launcher.planning.forecast import forecast, forecast_here

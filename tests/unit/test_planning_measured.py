@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.progress import notice
-from launcher.job.schema import Adapter, Job
+from launcher.job.adapter import Adapter
+from launcher.job.schema import Job
 from launcher.planning import model_config
 from launcher.planning.decide import plan as decide
 from launcher.planning.footprint.estimate import CUDA_SLACK

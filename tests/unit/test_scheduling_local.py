@@ -18,7 +18,8 @@ from launcher.runs.layout import RunDirectory
 from launcher.scheduling import allocator, local
 from launcher.scheduling.command import agent_command, environment, public, write_command
 from launcher.scheduling.screen import Watcher
-from launcher.scheduling.supervisor import End, Signals, attempt_directory
+from launcher.scheduling.signals import Signals
+from launcher.scheduling.supervisor import End, attempt_directory
 from tests.training.plans import plan_of
 
 

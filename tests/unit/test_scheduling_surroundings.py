@@ -22,13 +22,15 @@ from launcher.cli import main as cli
 from launcher.cli.display import _Console
 from launcher.errors import ConfigurationError
 from launcher.runs.events import event
-from launcher.runs.failure import Failure, Grace, first, named
+from launcher.runs.failure import Failure, first, named
+from launcher.runs.grace import Grace
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling import disk as disks
 from launcher.scheduling import limits, local
 from launcher.scheduling.disk import Disk
 from launcher.scheduling.screen import Screen
-from launcher.scheduling.supervisor import End, Signals, Supervisor, attempt_directory
+from launcher.scheduling.signals import Signals
+from launcher.scheduling.supervisor import End, Supervisor, attempt_directory
 from launcher.training.signals import StopRequest
 from tests.unit.test_scheduling_local import Heard, plan
 

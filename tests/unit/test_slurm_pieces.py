@@ -21,6 +21,7 @@ from launcher.runs.events import append, event, read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.scheduling.screen import Screen, Watcher
+from launcher.scheduling.signals import Signals
 from launcher.scheduling.slurm import after, client, network, queue, script_files, snapshot
 from launcher.scheduling.slurm.allocation import (
     Allocation,
@@ -37,7 +38,6 @@ from launcher.scheduling.slurm.clock import Clock, lead_seconds, seconds_since_1
 from launcher.scheduling.slurm.history import attempts, write_outcome
 from launcher.scheduling.slurm.record import JobRecord
 from launcher.scheduling.slurm.supervision import NodeSupervisor
-from launcher.scheduling.supervisor import Signals
 from tests.unit.test_scheduling_local import plan
 
 VARIABLES = {"SLURM_JOB_ID": "17", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[1-3],big7", "SLURM_RESTART_COUNT": "2"}

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.runs.places import Place, Seen
+from launcher.runs.places import Place
+from launcher.runs.seen import Seen
 from launcher.scheduling import culprit
 from launcher.scheduling.sight import Sight
 from launcher.scheduling.watchdog import HangAfter, Judge, Stillness, stalled_saves

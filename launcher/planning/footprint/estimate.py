@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.job.schema import Adapter
+from launcher.job.adapter import Adapter
 from launcher.planning.footprint.families import WITH_ADAPTERS, Program, adapted, frozen, program_of
 from launcher.planning.footprint.fsdp import Cut, FsdpStep
 from launcher.planning.footprint.program import Batch, Segment, Setting, Unit

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from launcher.errors import ConfigurationError
-from launcher.job.schema import Adapter
+from launcher.job.adapter import Adapter
 from launcher.planning.footprint.decoders import Gpt2, Llama
 from launcher.planning.footprint.encoders import Bert
 from launcher.planning.footprint.experts import Mixture

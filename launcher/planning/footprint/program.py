@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from launcher.job.schema import Adapter
+from launcher.job.adapter import Adapter
 from launcher.planning.footprint.shadow import Meter, Parameter, Shadow, Storage, backward, new
 
 MOST_LAYERS = 4

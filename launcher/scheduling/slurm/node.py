@@ -29,6 +29,7 @@ from launcher.scheduling.command import Meeting, agent_command, environment, wri
 from launcher.scheduling.limits import raise_open_files
 from launcher.scheduling.local import conclude, outcome
 from launcher.scheduling.screen import Screen, Watcher
+from launcher.scheduling.signals import Signals
 from launcher.scheduling.slurm import network
 from launcher.scheduling.slurm.allocation import (
     Allocation,
@@ -46,7 +47,7 @@ from launcher.scheduling.slurm.queue import nodes_down
 from launcher.scheduling.slurm.record import JobRecord
 from launcher.scheduling.slurm.snapshot import as_submitted
 from launcher.scheduling.slurm.supervision import TIME_LIMIT, NodeSupervisor
-from launcher.scheduling.supervisor import End, Signals
+from launcher.scheduling.supervisor import End
 
 _SECONDS_FOR_HEAD = 120.0
 """For the first node to begin the attempt."""

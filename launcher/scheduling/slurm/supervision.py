@@ -15,12 +15,12 @@ from launcher.planning.plan import Plan
 from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
-from launcher.scheduling.hangs import Hangs
 from launcher.scheduling.screen import Screen
+from launcher.scheduling.signals import Signals
 from launcher.scheduling.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.scheduling.slurm.clock import Clock, lead_seconds
 from launcher.scheduling.slurm.history import read_outcome
-from launcher.scheduling.supervisor import Force, Signals, Supervisor
+from launcher.scheduling.supervisor import Force, Supervisor
 
 TIME_LIMIT = signal.SIGUSR2
 """What Slurm is asked to send before the time limit; the launcher itself takes it for that when its own clock says so."""
@@ -45,8 +45,7 @@ class NodeSupervisor(Supervisor):
         self._superseded = self._decided = False
         self._lead, self._totals = 0.0, Totals(run)
         self.leads = self._node == 0
-        super().__init__(run, attempt, plan.grace_seconds, screen, signals)
-        self.hangs = Hangs(run, attempt, self._ranks, plan.hang_after, self._node, plan.mesh.nodes)
+        super().__init__(run, attempt, plan.grace_seconds, screen, signals, plan.hang_after, self._node, plan.mesh.nodes)
         self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
 
     def grace(self) -> float:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import secrets
 import shutil
-import sys
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +16,16 @@ from torch.distributed.checkpoint.planner import SavePlan
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.runs import retention
-from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, content_problems, list_checkpoints
+from launcher.runs.checkpoints import FileRecord, Progress, Stored, content_problems, list_checkpoints
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, make_directory
-from launcher.runs.notices import tell
 from launcher.runs.places import here
 from launcher.training.checkpoint import messages
+from launcher.training.checkpoint.committing import Leader, Saving, has_no_room
 from launcher.training.checkpoint.group import Ranks, RefusedError, describe
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks
-from launcher.training.checkpoint.underway import Failing, Underway, told
+from launcher.training.checkpoint.underway import Underway, told
 from launcher.training.checkpoint.writing import write_hashed
 
 Tensors = dict[str, torch.Tensor]
@@ -50,15 +45,11 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class _Save:
-    """One save under way."""
+class _Save(Saving):
+    """One save under way, with what this rank writes of it."""
 
-    progress: Progress
-    metrics: dict[str, float]
-    attempt: Path
     layout: _Layout | None
     blocks: Blocks
-    begin: float
 
 
 def _key(tensors: Tensors) -> tuple[object, ...]:
@@ -81,18 +72,14 @@ class Checkpointer:
         Leftovers of dead attempts are cleared away, as whoever started us holds the run's lock; `read_only` leaves all as it is.
         `write_event(path, name, **fields)` is called from the background thread as well.
         """
-        self._event = write_event
         self._run, self._plan = run, plan
         self._rank, self._world_size = rank, world_size
         self._ranks = Ranks(rank, world_size)
-        self._settings = plan.checkpoint
-        self._run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
+        run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
         self._num_saves = 0
-        self._known_good: set[int] = set()
-        """Steps whose bytes this process has hashed, writing or reading them."""
         self._layout: _Layout | None = None
         self._underway = Underway(rank, world_size, plan.hang_after)
-        self._failing = Failing()
+        self._leader = Leader(run, plan, run_id, world_size, write_event)
         self._step = 0
         """Of the save that was begun last."""
         self.problem: str | None = None
@@ -114,11 +101,11 @@ class Checkpointer:
         begin = time.perf_counter()
         if not self._finished():
             if self._rank == 0:
-                self._failing.failed(progress.step, self.problem or "")
+                self._leader.failing.failed(progress.step, self.problem or "")
             return False
         self._num_saves += 1
         attempt = self._run.checkpoints / f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
-        asynchronous = self._settings.asynchronous and not wait
+        asynchronous = self._plan.checkpoint.asynchronous and not wait
         layout: _Layout | None = None
         blocks: Blocks
         try:
@@ -128,7 +115,7 @@ class Checkpointer:
         except Exception as error:
             blocks = functools.partial(_refuse, describe(error))
         self._step = progress.step
-        save = _Save(progress.model_copy(deep=True), dict(metrics or {}), attempt, layout, blocks, begin)
+        save = _Save(progress.model_copy(deep=True), dict(metrics or {}), attempt, begin, layout, blocks)
         self._underway.start(functools.partial(self._write, save))
         return asynchronous or self.finish()
 
@@ -151,8 +138,7 @@ class Checkpointer:
             return True
         self.problem = reason
         if self._rank == 0 and not was_given_up:
-            tell(say=f"warning: a checkpoint could not be saved: {reason}; training goes on")
-            self._event(self._run.events_file, "save_failed", step=self._step, reason=reason)
+            self._leader.given_up(self._step, reason)
         return False
 
     def _planned(self, tensors: Tensors) -> _Layout:
@@ -187,7 +173,7 @@ class Checkpointer:
         """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
         try:
             reason, is_full = self._try(save)
-            if is_full and self._ranks.from_first(functools.partial(self._make_room, save)):
+            if is_full and self._ranks.from_first(functools.partial(self._leader.make_room, save)):
                 save = replace(save, attempt=save.attempt.with_name(f"{save.attempt.name}-again"))
                 reason, _ = self._try(save)
         except Exception as error:
@@ -199,7 +185,7 @@ class Checkpointer:
             return
         self.problem = reason
         if reason is not None and self._rank == 0:
-            self._report_failure(save, reason)
+            self._leader.failed(save, reason)
 
     def _try(self, save: _Save) -> tuple[str | None, bool]:
         """Write and commit; why it could not be done, and whether there was no room for it."""
@@ -210,7 +196,7 @@ class Checkpointer:
         try:
             files = messages.of_files(self._write_files(save))
         except Exception as error:
-            problem, is_full = describe(error), _is_full(error)
+            problem, is_full = describe(error), has_no_room(error)
         here.saving("waiting for the other ranks")
         if self._underway.is_given_up:
             problem = "it was given up"
@@ -218,21 +204,8 @@ class Checkpointer:
         if failures := _failures([reason for reason, _, _ in gathered]):
             return failures, any(full for _, full, _ in gathered)
         records = {name: record for _, _, written in gathered for name, record in messages.files(written).items()}
-        reason, is_full = self._ranks.from_first(functools.partial(self._commit, save, records))
+        reason, is_full = self._ranks.from_first(functools.partial(self._leader.commit, save, records))
         return reason, is_full
-
-    def _make_room(self, save: _Save) -> bool:
-        """Rank 0 alone. Give up older checkpoints for this one, where that is enough and one that is whole stays. Whether that was done."""
-        shutil.rmtree(save.attempt, ignore_errors=True)
-        settings = self._settings
-        try:
-            removed = retention.make_room(self._run, settings.keep_best, settings.metric, self._known_good)
-        except OSError:
-            return False
-        if removed:
-            with contextlib.suppress(OSError):
-                self._event(self._run.events_file, "made_room", step=save.progress.step, removed=[stored.step for stored in removed])
-        return bool(removed)
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
         save.attempt.mkdir(exist_ok=True)
@@ -247,55 +220,6 @@ class Checkpointer:
             files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)]))
         return files
 
-    def _commit(self, save: _Save, files: dict[str, FileRecord]) -> tuple[str | None, bool]:
-        """Rank 0 alone. None, or why it could not be done; and whether there was no room for it."""
-        here.saving("committing")
-        try:
-            manifest = self._manifest(save, files)
-            retention.commit(self._run, save.attempt, manifest)
-        except (OSError, TypeError, ValueError) as error:
-            return describe(error), _is_full(error)
-        self._known_good.add(manifest.step)
-        self._failing.saved(manifest.step)
-        seconds = round(time.perf_counter() - save.begin, 3)
-        try:
-            self._event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
-            self._prune(manifest.step)
-        except OSError as error:
-            warnings.warn(f"step {manifest.step} is saved, but older checkpoints could not be removed: {describe(error)}", stacklevel=2)
-        return None, False
-
-    def _manifest(self, save: _Save, files: dict[str, FileRecord]) -> Manifest:
-        mesh = self._plan.mesh
-        return Manifest(
-            run_id=self._run_id,
-            step=save.progress.step,
-            engine=self._plan.engine,
-            world_size=self._world_size,
-            mesh={"replicate": mesh.replicate, "shard": mesh.shard},
-            plan_digest=self._plan.digest(),
-            created=time.time(),
-            progress=save.progress,
-            metrics=save.metrics,
-            files=files,
-        )
-
-    def _prune(self, step: int) -> None:
-        settings = self._settings
-        retention.prune(self._run, settings.keep_last, settings.keep_best, settings.metric, known_good={step})
-
-    def _report_failure(self, save: _Save, reason: str) -> None:
-        self._failing.failed(save.progress.step, reason)
-        shutil.rmtree(save.attempt, ignore_errors=True)
-        message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
-        with contextlib.suppress(OSError):  # where these lines go may be as full
-            print(f"warning: {message}", file=sys.stderr, flush=True)
-        try:
-            self._event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
-
     def load(self, tensors: Tensors, step: int | None = None, until: int | None = None) -> Progress | None:
         """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that verifies, or from `step`'s.
 
@@ -303,8 +227,8 @@ class Checkpointer:
         none is whole, where `step` is asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
         """
         self.finish()
-        told = self._ranks.from_first(lambda: [messages.of_stored(stored) for stored in list_checkpoints(self._run)])
-        listed = [messages.stored(self._run, *entry) for entry in told]
+        entries = self._ranks.from_first(lambda: [messages.of_stored(stored) for stored in list_checkpoints(self._run)])
+        listed = [messages.stored(self._run, *entry) for entry in entries]
         if until is not None:
             listed = [stored for stored in listed if stored.step <= until]
         wanted = [stored for stored in reversed(listed) if step is None or stored.step == step]
@@ -313,26 +237,18 @@ class Checkpointer:
             problems = self._verify(stored)
             if not problems and stored.manifest is not None:
                 self._read(stored, tensors)
-                self._failing.saved(stored.step)
-                self._known_good.add(stored.step)
+                self._leader.read(stored.step)
                 return stored.manifest.progress
             rejected.append(Stored(stored.step, stored.directory, stored.manifest, tuple(problems)))
-            self._report_rejection(stored, problems)
+            if self._rank == 0:
+                self._leader.passed_over(stored, problems)
         if step is None and not listed:
             return None
         raise CheckpointError(self._refusal(listed, rejected, step))
 
     def remove(self, steps: Collection[int]) -> None:
         """Delete the checkpoints of these steps, and wait until they are gone. What cannot be deleted stays, with a warning."""
-        self._ranks.from_first(functools.partial(self._remove, steps))
-
-    def _remove(self, steps: Collection[int]) -> None:
-        for stored in list_checkpoints(self._run):
-            if stored.step in steps:
-                try:
-                    retention.remove(stored.directory)
-                except OSError as error:
-                    warnings.warn(f"{stored.name} could not be removed: {describe(error)}", stacklevel=2)
+        self._ranks.from_first(functools.partial(self._leader.remove, steps))
 
     def _verify(self, stored: Stored) -> list[str]:
         """What is wrong with a checkpoint, each rank reading its part of the bytes."""
@@ -353,12 +269,6 @@ class Checkpointer:
             if reason:
                 raise CheckpointError(reason if rank == 0 else f"rank {rank}: {reason}")
 
-    def _report_rejection(self, stored: Stored, problems: list[str]) -> None:
-        if self._rank == 0:
-            reason = "; ".join(problems)
-            print(f"checkpoint {stored.name} is not whole and is passed over: {reason}", file=sys.stderr, flush=True)
-            self._event(self._run.events_file, "rejected", checkpoint=stored.name, reason=reason)
-
     def _refusal(self, listed: list[Stored], rejected: list[Stored], step: int | None) -> str:
         reasons = "; ".join(f"{stored.name}: {', '.join(stored.problems)}" for stored in rejected)
         if step is None:
@@ -367,10 +277,6 @@ class Checkpointer:
         good = next((stored.step for stored in others if not self._verify(stored)), None)
         instead = "no other checkpoint is whole" if good is None else f"the newest good one is step {good}"
         return f"step {step}: {reasons or 'there is no such checkpoint'}; {instead}"
-
-
-def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _refuse(reason: str) -> Iterator[memoryview]:

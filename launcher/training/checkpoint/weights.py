@@ -12,7 +12,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem
-from launcher.job.schema import Adapter
+from launcher.job.adapter import Adapter
 from launcher.planning.plan import Plan
 from launcher.training import adapters, pretrained, tasks
 from launcher.training import model as models

@@ -6,7 +6,6 @@ the packs, and `meta.json`, written last, with the size and hash of every other 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -17,6 +16,7 @@ import numpy as np
 import xxhash
 
 from launcher.errors import DataError
+from launcher.plain_files import read_json
 from launcher.runs import prepared
 from launcher.runs.cache import Hold
 from launcher.runs.cut_off import MADE_ANEW
@@ -136,7 +136,7 @@ class Dataset:
     def open(cls, directory: Path, format_version: int) -> Dataset:
         """Map a prepared directory. Raises CacheProblem unless every file in it has the size and the hash it was written with."""
         try:
-            meta = json.loads((directory / META).read_bytes())
+            meta = read_json(directory / META)
             if meta["format"] != format_version:
                 raise CacheProblem(f"{directory} has format {meta['format']}, not {format_version}")
             for name, expected in meta["files"].items():

@@ -1,0 +1,71 @@
+"""The section `model.adapter`: which layers of a model get small matrices beside them, and what trains with those."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launcher.errors import Problem
+from launcher.job.values import Fraction, Line, Section
+
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Names of the matrix that makes logits."""
+
+
+class Adapter(Section):
+    """Train small matrices beside the model's own weights, which stay as they are (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, ge=1, le=65_536)
+    """Rows of A and columns of B: what is added to a weight is B A."""
+    alpha: float = Field(default=32.0, gt=0)
+    """What is added counts alpha / rank times."""
+    dropout: Fraction = 0.0
+    """Of what goes into A."""
+    targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
+    """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches a pattern, as `q_proj`."""
+    train_also: tuple[Line, ...] = ()
+    """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so in any case."""
+    weights: Line | None = None
+    """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes are those of the run.
+    `model.name` may name it in place of its base."""
+
+    def takes(self, layer: str) -> bool:
+        """Whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the layers."""
+        if self.targets == "all-linear":
+            return True
+        return any(fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}") for pattern in self.targets)
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained: an adapter's matrix, or one of `train_also`."""
+        return name.endswith((".lora_A.weight", ".lora_B.weight")) or self.trains_also(name)
+
+    def trains_also(self, name: str) -> bool:
+        """Whether a parameter of the model's own is trained in full."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.train_also)
+
+    def unmatched(self, layers: Iterable[str], parameters: Iterable[str]) -> list[Problem]:
+        """Every pattern that matches nothing of a model, with the names most like it; `layers` are the linear ones that can have one."""
+        layers, parameters = list(layers), list(parameters)
+        ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+        problems = []
+        for pattern in () if self.targets == "all-linear" else self.targets:
+            if not any(self.model_copy(update={"targets": (pattern,)}).takes(name) for name in layers):
+                reason = f"matches no linear layer that can have one; {_nearest(pattern, layers if '.' in pattern else ends)}"
+                problems.append(Problem("model.adapter.targets", pattern, reason))
+        # What an adapter's directory names is held against the model when the weights are read, tied names too.
+        for pattern in self.train_also if self.weights is None else ():
+            if not fnmatch.filter(parameters, pattern):
+                reason = f"matches no parameter; {_nearest(pattern, parameters)}"
+                if any(fnmatch.fnmatchcase(head, pattern) for head in _HEADS):
+                    reason += "; a head that is tied to the embedding has the embedding's name, and is trained with it"
+                problems.append(Problem("model.adapter.train_also", pattern, reason))
+        return problems
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    found = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    return f"the nearest are {', '.join(found)}" if found else "the model has none"

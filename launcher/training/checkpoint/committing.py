@@ -1,0 +1,131 @@
+"""What rank 0 alone does about a run's checkpoints: commit them, make room, remove old ones, and say what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.planning.plan import Plan
+from launcher.runs import retention
+from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, list_checkpoints
+from launcher.runs.layout import RunDirectory
+from launcher.runs.notices import tell
+from launcher.runs.places import here
+from launcher.training.checkpoint.group import describe
+from launcher.training.checkpoint.underway import Failing
+
+
+@dataclass(frozen=True)
+class Saving:
+    """One save: what it says of the run, and the directory that becomes a checkpoint."""
+
+    progress: Progress
+    metrics: dict[str, float]
+    attempt: Path
+    begin: float
+
+
+class Leader:
+    """The checkpoints of one run, as rank 0 keeps them. `event(path, name, **fields)` writes an event."""
+
+    def __init__(self, run: RunDirectory, plan: Plan, run_id: str, world_size: int, event: Callable[..., None]) -> None:
+        self._run, self._plan, self._run_id, self._world_size, self._event = run, plan, run_id, world_size, event
+        self._settings = plan.checkpoint
+        self._known_good: set[int] = set()
+        """Steps whose bytes this process has hashed, writing or reading them."""
+        self.failing = Failing()
+
+    def read(self, step: int) -> None:
+        """Note that the checkpoint of `step` is whole: it was written or read here."""
+        self._known_good.add(step)
+        self.failing.saved(step)
+
+    def make_room(self, save: Saving) -> bool:
+        """Give up older checkpoints for this one, where that is enough and one that is whole stays. Whether that was done."""
+        shutil.rmtree(save.attempt, ignore_errors=True)
+        try:
+            removed = retention.make_room(self._run, self._settings.keep_best, self._settings.metric, self._known_good)
+        except OSError:
+            return False
+        if removed:
+            with contextlib.suppress(OSError):
+                self._event(self._run.events_file, "made_room", step=save.progress.step, removed=[stored.step for stored in removed])
+        return bool(removed)
+
+    def commit(self, save: Saving, files: dict[str, FileRecord]) -> tuple[str | None, bool]:
+        """Make it a checkpoint. None, or why it could not be done; and whether there was no room for it."""
+        here.saving("committing")
+        try:
+            manifest = self._manifest(save, files)
+            retention.commit(self._run, save.attempt, manifest)
+        except (OSError, TypeError, ValueError) as error:
+            return describe(error), has_no_room(error)
+        self.read(manifest.step)
+        seconds = round(time.perf_counter() - save.begin, 3)
+        try:
+            self._event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
+            keep = self._settings
+            retention.prune(self._run, keep.keep_last, keep.keep_best, keep.metric, known_good={manifest.step})
+        except OSError as error:
+            warnings.warn(f"step {manifest.step} is saved, but older checkpoints could not be removed: {describe(error)}", stacklevel=2)
+        return None, False
+
+    def _manifest(self, save: Saving, files: dict[str, FileRecord]) -> Manifest:
+        mesh = self._plan.mesh
+        return Manifest(
+            run_id=self._run_id,
+            step=save.progress.step,
+            engine=self._plan.engine,
+            world_size=self._world_size,
+            mesh={"replicate": mesh.replicate, "shard": mesh.shard},
+            plan_digest=self._plan.digest(),
+            created=time.time(),
+            progress=save.progress,
+            metrics=save.metrics,
+            files=files,
+        )
+
+    def failed(self, save: Saving, reason: str) -> None:
+        """Remove what there is of it, and say why it is none, on the screen and in an event."""
+        self.failing.failed(save.progress.step, reason)
+        shutil.rmtree(save.attempt, ignore_errors=True)
+        message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
+        with contextlib.suppress(OSError):  # where these lines go may be as full
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        try:
+            self._event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
+
+    def given_up(self, step: int, reason: str) -> None:
+        """Say that a save is waited for no longer, on the screen and in an event. What it has written stays for its thread to remove."""
+        tell(say=f"warning: a checkpoint could not be saved: {reason}; training goes on")
+        self._event(self._run.events_file, "save_failed", step=step, reason=reason)
+
+    def remove(self, steps: Collection[int]) -> None:
+        """Delete the checkpoints of these steps. What cannot be deleted stays, with a warning."""
+        for stored in list_checkpoints(self._run):
+            if stored.step in steps:
+                try:
+                    retention.remove(stored.directory)
+                except OSError as error:
+                    warnings.warn(f"{stored.name} could not be removed: {describe(error)}", stacklevel=2)
+
+    def passed_over(self, stored: Stored, problems: list[str]) -> None:
+        """Say why a checkpoint is not taken."""
+        reason = "; ".join(problems)
+        print(f"checkpoint {stored.name} is not whole and is passed over: {reason}", file=sys.stderr, flush=True)
+        self._event(self._run.events_file, "rejected", checkpoint=stored.name, reason=reason)
+
+
+def has_no_room(error: BaseException) -> bool:
+    """Whether a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
