@@ -141,7 +141,7 @@ def test_a_plan_made_without_the_config_is_put_right_and_it_is_said(tmp_path: Pa
     finish(run, 1)
     assert plan.layout == "packed"
     [noted] = [record["text"] for record in named(run, "noted") if "was not here when this was planned" in record["text"]]
-    assert "it takes padded samples with" in noted and "where packed samples with packed attention" in noted
+    assert "it takes packed samples with sdpa attention" in noted and "where packed samples with packed attention" in noted
 
 
 def test_half_an_epoch_ends_half_way(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
