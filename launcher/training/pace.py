@@ -115,7 +115,8 @@ class Pace:
         """What this rank's own work of the step took."""
         self._steps += 1
         if seconds is not None:
-            self._own.append(seconds)
+            if self._world_size > 1:  # else nobody asks for them
+                self._own.append(seconds)
             here.own_work(seconds)
 
     @property

@@ -1,11 +1,14 @@
-"""Where a run is, beside its tensors."""
+"""Where a run is beside its tensors: as the trainer writes it into a checkpoint, and held to its kinds when it is read back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from launcher.runs.checkpoints import Progress
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from launcher.errors import CheckpointError
+from launcher.runs.checkpoints import MANIFEST_NAME, Count, Progress
 
 
 @dataclass
@@ -24,3 +27,34 @@ class State:
         """As a checkpoint stores it."""
         kept = {"metrics": self.metrics, "evaluated_step": self.evaluated_step}
         return Progress(step=self.step, samples=self.num_items, tokens=self.num_tokens, extra=kept | extra)
+
+
+class TrainerState(BaseModel):
+    """`Progress.extra` as the trainer writes it; what others put there (`imported`) is left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    good_steps: Count
+    num_skipped_in_a_row: Count = 0
+    metrics: dict[str, float] = {}
+    evaluated_step: int | None = None
+    best: float | None = None
+    """Of early stopping: the best value of its metric so far."""
+    num_worse: Count = 0
+    ledger: list[dict[str, int | str]] = []
+    """Steps that were left out or taken back."""
+    watched: dict[str, list[float]] = {}
+    """The losses by which a spike would be known."""
+    said: list[str] = []
+    """The kinds of symptoms that the run has spoken of."""
+
+    @classmethod
+    def of(cls, progress: Progress, checkpoint: str) -> TrainerState:
+        """Raises CheckpointError, with every key, where a manifest that is whole says something else than the trainer does."""
+        try:
+            return cls.model_validate(progress.extra)
+        except ValidationError as error:
+            found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors(include_url=False))
+            reason = f"the state in {MANIFEST_NAME} (progress.extra) is none that a trainer wrote: {found}"
+            raise CheckpointError(f"{checkpoint}: {reason}; move the checkpoint away, and the one before it is taken") from None

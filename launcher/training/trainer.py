@@ -37,10 +37,9 @@ from launcher.training.pace import SLOW_FACTOR, Own, Pace
 from launcher.training.precision import LossScale
 from launcher.training.recording import Recorder, description
 from launcher.training.rescue import Rescue
-from launcher.training.resumed import TrainerState
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
-from launcher.training.state import State
+from launcher.training.state import State, TrainerState
 from launcher.training.symptoms import Sample, Symptoms, chance_of
 from launcher.training.tracking import Journal
 from launcher.training.whereabouts import say_compiling, waited

@@ -20,8 +20,8 @@ from launcher.runs.checkpoints import MANIFEST_NAME, Progress, _canonical, _text
 from launcher.runs.failure import classify
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.reader import CheckpointReader, read_metadata
-from launcher.training.resumed import TrainerState
 from launcher.training.signals import StopRequest
+from launcher.training.state import TrainerState
 from tests.training.plans import plan_of
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for, start
 

@@ -118,6 +118,14 @@ def test_one_rank_alone_shares_nothing() -> None:
     assert train(paces(clock, said, 1), clock, 30, [0.1]) == 0
 
 
+def test_one_rank_alone_keeps_nothing_of_its_steps() -> None:
+    [pace] = paces(Clock(), [], 1)
+    for _ in range(100):
+        pace.worked(0.1)
+        pace.take(pace.share())
+    assert not pace._own
+
+
 def _waits() -> list[float]:
     waited = Waited()
     waited.watch()
