@@ -35,7 +35,8 @@ _FALLBACKS = (
     Way("padded", "sdpa", "chunked"), Way("padded", "eager", "chunked"),
     Way("padded", "sdpa", "model"), Way("padded", "eager", "model"), Way("padded", "eager", "forward"),
 )  # fmt: skip
-_NUMBER_OF_A_LAYER = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"}
+_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "ds_id"}
+"""By which a layer, or what is in it, is told apart from all others: by transformers, and by DeepSpeed."""
 Event = Callable[..., None]
 
 
@@ -74,8 +75,8 @@ def shortened(model: PreTrainedModel) -> Iterator[None]:
 
     Lists that hold parts of layers are left alone: a model counts those by itself.
     """
-    removed, unsplit = [], set(model._no_split_modules or ())
-    for layers in (found for found in models.lists_of_layers(model) if type(found[0]).__name__ in unsplit):
+    removed = []
+    for layers in (found for found in models.lists_of_layers(model) if models.is_unsplit(model, found[0])):
         kinds = _kinds(model, layers)
         num_kept = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
         removed.append((layers, list(layers)[num_kept:]))
@@ -99,7 +100,7 @@ def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, 
                 (type(module), key, value)
                 for module in layer.modules()
                 for key, value in {"": "", **vars(module)}.items()
-                if isinstance(value, plain) and key not in _NUMBER_OF_A_LAYER
+                if isinstance(value, plain) and key not in _NUMBERS
             ),
         )
         for name, layer in zip(named, layers, strict=True)

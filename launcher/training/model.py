@@ -200,13 +200,18 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
     else of all outermost ModuleLists of two or more. Raises ConfigurationError where there are none.
     """
     outermost = lists_of_layers(model)
-    unsplit = set(model._no_split_modules or ())
-    named = [layer for module in outermost for layer in module if type(layer).__name__ in unsplit]
+    named = [layer for module in outermost for layer in module if is_unsplit(model, layer)]
     layers = named or [layer for module in outermost if len(module) >= 2 for layer in module]
     if not layers:
         reason = f"{type(model).__name__} has no repeated layers that could be sharded one by one"
         raise ConfigurationError(Problem("model.name", model.name_or_path, reason))
     return layers
+
+
+def is_unsplit(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether the model names the layer's class as not to be split. FSDP makes a class of its own of it, which has that one as its base."""
+    unsplit = set(model._no_split_modules or ())
+    return any(kind.__name__ in unsplit for kind in type(layer).__mro__)
 
 
 def lists_of_layers(model: nn.Module) -> list[nn.ModuleList]:

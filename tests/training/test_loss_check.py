@@ -28,7 +28,7 @@ from launcher.training.tasks.sequence_classification import SequenceClassificati
 from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
-from tests.training.runs import batch_of, model_directory, texts, tokenizer, write_rows
+from tests.training.runs import batch_of, curve, finish, model_directory, new_run, plan_for, texts, tokenizer, write_rows
 
 pytestmark = pytest.mark.distributed
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -42,7 +42,13 @@ def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]
     task.configure(config)
     engine = engines.build(plan, task, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
     said: list[tuple[str, dict[str, Any]]] = []
-    with fault():
+    own, num_passed = loss_check._own, []
+
+    def counted(engine: Any, *arguments: Any) -> Any:
+        num_passed.append(len(repeated_layers(engine.model)))
+        return own(engine, *arguments)
+
+    with fault(), mock.patch.object(loss_check, "_own", counted):
         try:
             loss_check.check_loss(engine, task, dataset, plan, lambda name, **fields: said.append((name, fields)))
         except (ConfigurationError, DataError) as error:
@@ -52,6 +58,7 @@ def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]
         "said": said,
         "way": (task.layout, engine.model.config._attn_implementation, task.head),
         "num_layers": len(repeated_layers(engine.model)),
+        "num_passed": num_passed,
         "loss": float(output.loss_sum),
     }
 
@@ -191,10 +198,22 @@ def test_sharded(tmp_path: Path, data: dict[str, Any], engine: dict[str, Any]) -
     one = one_rank(plan_with(tmp_path / "model", data))
     for result in on_ranks(2, checked, plan):
         assert result["said"][0][0] == "checked"
-        assert result["num_layers"] == 5
+        assert (result["num_layers"], result["num_passed"]) == (5, [2])
         assert result["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for result in on_ranks(2, checked, plan, leak):
         assert result["said"][0][1]["taken"] == "padded sdpa chunked"
+
+
+def test_training_goes_on_with_all_layers(tmp_path: Path, data: dict[str, Any]) -> None:
+    """DeepSpeed has noted by then in which order two layers were passed, and meets five."""
+    model = model_directory(tmp_path / "model", num_hidden_layers=5)
+    curves = []
+    for name, changes in (("fsdp", {}), ("zero3", deepspeed(3))):
+        run = new_run(tmp_path / name, plan_for(model, data | {"packing": True, "evaluation": data["train"]}, 2, 4, **changes))
+        finish(run, 2)
+        curves.append([(record["loss"], record["grad_norm"]) for record in curve(run).values()])
+    assert len(curves[0]) == 4
+    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
