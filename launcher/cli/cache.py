@@ -82,7 +82,7 @@ def prune(
 def _seconds(text: str | None) -> float | None:
     """`30d` as seconds. Raises ConfigurationError for anything else."""
     from launcher.errors import ConfigurationError, Problem
-    from launcher.job.values import parse_seconds
+    from launcher.values import parse_seconds
 
     seconds = parse_seconds(text)
     if seconds is None or isinstance(seconds, float):

@@ -159,16 +159,23 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove old checkpoints and what dead attempts left; never the newest whole one."""
+    from launcher import tasks
+    from launcher.errors import ConfigurationError, Problem
     from launcher.planning.plan import Plan
     from launcher.runs import retention
 
     directory = _find(run)
-    kept = Plan.read(directory.plan_file).checkpoint
+    plan = Plan.read(directory.plan_file)
+    kept, task = plan.checkpoint, tasks.unprepared(plan)
+    metric = metric or kept.metric
+    if metric not in task.metrics:
+        reason = f"a {task.kind} evaluation does not measure it; it measures {', '.join(task.metrics)}"
+        raise ConfigurationError(Problem("--metric", metric, reason))
     last, best = kept.keep_last if keep_last is None else keep_last, kept.keep_best if keep_best is None else keep_best
     with directory.lock():
         leftovers = [] if dry_run else retention.remove_leftovers(directory)
         work = retention.to_prune if dry_run else retention.prune
-        removed = work(directory, last, best, metric or kept.metric)
+        removed = work(directory, last, best, metric, task.metrics[metric])
     if as_json:
         return print_json({"removed": [stored.step for stored in removed], "leftovers": leftovers, "dry_run": dry_run})
     names = [stored.name for stored in removed] + leftovers

@@ -42,19 +42,21 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("job.yaml"),
     name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
     model: Annotated[str | None, typer.Option(help="A model's directory, or its name on the hub.")] = None,
-    task: Annotated[str | None, typer.Option(help="causal-lm or sequence-classification.")] = None,
+    task: Annotated[str | None, typer.Option(help="What the model learns: causal-lm, sequence-classification ...")] = None,
     train: Annotated[str | None, typer.Option(help="The file to learn from, relative to the job file.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="The file to measure on.")] = None,
     column: Annotated[list[str], typer.Option(metavar="ROLE=COLUMN", help="What a column is, as prompt=question or label=intent.")] = [],  # noqa: B006
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
     """Ask a few questions, or take flags, and write a job file."""
+    from launcher import tasks
     from launcher.job.init import Answers, name_for, write
 
     ask = sys.stdin.isatty()
-    columns = _columns(column)
     model = _answer(ask, "--model", model, "Model (a directory, or a name on the hub)")
-    task = task or (typer.prompt("Task: causal-lm or sequence-classification", default="causal-lm") if ask else "causal-lm")
+    question = f"Task: {' or '.join(tasks.TASKS)}"
+    task = task or (typer.prompt(question, default="causal-lm") if ask else "causal-lm")
+    columns = _columns(column, task)
     train = _answer(ask, "--train", train, "File to learn from (.jsonl, .csv, .parquet, .txt ...)")
     if ask and evaluation is None:
         evaluation = typer.prompt("File to measure on (empty for none)", default="", show_default=False) or None
@@ -67,9 +69,9 @@ def init(
 
 def _most_positions(model: str, folder: Path) -> dict[str, int]:
     """The key `max_length` for a model that has fewer positions than a job has where it names no length; none for any other."""
-    from launcher.job.schema import Data
     from launcher.planning import positions
     from launcher.planning.model_config import locate, read_config
+    from launcher.sources.section import Data
 
     path = folder / Path(model).expanduser()
     table = positions.held(read_config(locate(str(path) if path.is_dir() else model)) or {})
@@ -85,24 +87,28 @@ def _answer(ask: bool, flag: str, given: str | None, question: str) -> str:
     return answer
 
 
-def _columns(pairs: list[str]) -> dict[str, Any]:
+def _columns(pairs: list[str], task: str) -> dict[str, Any]:
+    from launcher import tasks
+
+    roles = list(dict.fromkeys(role for way in tasks.find(task).column_ways for role in way))
     columns: dict[str, Any] = {}
     for pair in pairs:
         role, equals, column = pair.partition("=")
-        if role not in ("text", "prompt", "completion", "messages", "label") or not equals or not column:
-            raise ConfigurationError(
-                Problem("--column", pair, "write ROLE=COLUMN, where ROLE is text, prompt, completion, messages or label")
-            )
+        if role not in roles or not equals or not column:
+            reason = f"write ROLE=COLUMN, where ROLE is {' or '.join(roles)}: the columns of {task}"
+            raise ConfigurationError(Problem("--column", pair, reason))
         columns[role] = column.split(",") if role == "text" and "," in column else column
     return columns
 
 
 def _ask_columns(task: str) -> dict[str, Any]:
-    if task == "sequence-classification":
-        roles: tuple[str, ...] = ("text", "label")
-    else:
-        way = typer.prompt("The rows are: prompt (and completion), messages, or text", default="prompt")
-        if way not in ("prompt", "messages", "text"):
-            raise ConfigurationError(Problem("rows", way, "write prompt, messages or text"))
-        roles = ("prompt", "completion") if way == "prompt" else (way,)
-    return _columns([f"{role}={typer.prompt(f'Column of the {role}', default=role)}" for role in roles])
+    from launcher import tasks
+
+    ways = {way[0]: way for way in tasks.find(task).column_ways}
+    chosen = next(iter(ways))
+    if len(ways) > 1:
+        shown = ", ".join(" and ".join(way) for way in ways.values())
+        chosen = typer.prompt(f"The rows are one of: {shown}", default=chosen)
+        if chosen not in ways:
+            raise ConfigurationError(Problem("rows", chosen, f"write {' or '.join(ways)}"))
+    return _columns([f"{role}={typer.prompt(f'Column of the {role}', default=role)}" for role in ways[chosen]], task)

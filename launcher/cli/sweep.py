@@ -81,8 +81,8 @@ def _open(
     overrides: list[str],
 ) -> Sweep:
     """A sweep that is there, or a new one. Raises ConfigurationError."""
+    from launcher import tasks
     from launcher.errors import ConfigurationError, Problem
-    from launcher.job.check import METRICS
     from launcher.scheduling.opening import load_job
     from launcher.scheduling.sweep.space import points as draw
     from launcher.scheduling.sweep.space import rungs
@@ -104,9 +104,10 @@ def _open(
                 raise ConfigurationError(Problem(option, None, reason))
         return Sweep.read(what)
     job = load_job(what, overrides, None)
-    known = sorted({name for names in METRICS.values() for name in names})
-    if metric not in known:
-        raise ConfigurationError(Problem("--metric", metric, f"no task measures it; known are {', '.join(known)}"))
+    task = tasks.find(job.model.task)(job.data)
+    if metric not in task.metrics:
+        reason = f"a {task.kind} evaluation does not measure it; it measures {', '.join(task.metrics)}"
+        raise ConfigurationError(Problem("--metric", metric, reason))
     drawn = draw(grid, random, points, seed)
     return Sweep.create(out or Path("sweeps") / job.name, what, overrides, drawn, metric, nproc, rungs(halving) if halving else None)
 

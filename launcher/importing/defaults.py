@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from launcher import tasks
 from launcher.importing.reading import Fact, Reading
 from launcher.job.adapter import Adapter
-from launcher.job.schema import Data, Training
-from launcher.job.values import Section
+from launcher.job.schema import Training
+from launcher.values import Section
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def differs(fact: Fact) -> bool:
     section, _, key = fact.key.partition(".")
     if section == "model" and key.startswith("adapter."):
         section, key = "adapter", key.removeprefix("adapter.")
-    sections: dict[str, type[Section]] = {"training": Training, "data": Data, "adapter": Adapter}
+    sections: dict[str, type[Section]] = {"training": Training, "data": tasks.find("causal-lm").Columns, "adapter": Adapter}
     model = sections.get(section)
     if model is None or key not in model.model_fields:
         return (fact.key, fact.value) not in (("precision", "auto"), ("batch.accumulation_steps", 1))

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.importing import defaults, lora
 from launcher.importing.reading import Reading, brief
 from launcher.importing.trainer_keys import HELD_OUT
-from launcher.job.paths import SUFFIXES
+from launcher.sources.formats import FORMATS
 
 DEFAULTS = defaults.TRL
 MARKS = {
@@ -105,7 +105,7 @@ def _evaluates(content: dict[str, Any]) -> bool:
 
 def source(value: str) -> tuple[str, str]:
     """`path` or `name`, for a file or directory here or a data set on the hub, and the value as data.train has it."""
-    is_local = PurePath(value).suffix.lower() in SUFFIXES or value.startswith(("/", "./", "../", "~"))
+    is_local = PurePath(value).suffix.lower() in FORMATS or value.startswith(("/", "./", "../", "~"))
     return ("path", value) if is_local else ("name", value)
 
 

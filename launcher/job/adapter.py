@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launcher.errors import Problem
-from launcher.job.values import Fraction, Line, Section
+from launcher.values import Fraction, Line, Section
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Names of the matrix that makes logits."""

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from launcher import tasks
 from launcher.errors import Problem
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Model
@@ -83,6 +84,6 @@ def _reasons(directory: Path, found: dict[str, Any], model: Model) -> list[str]:
     rank, alpha = found.get("r"), found.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank <= 0 or alpha <= 0:
         reasons.append(f"its r is {rank!r} and its lora_alpha {alpha!r}, and positive numbers are needed")
-    if model.task != "causal-lm":
+    if tasks.find(model.task).traits.head != "every-position":
         reasons.append(f"an adapter's directory does not say which classes its head is for{cure}")
     return reasons

@@ -14,8 +14,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from launcher.job.schema import Job
-from launcher.job.values import Interval, parse_seconds
+from launcher import tasks
+from launcher.job.schema import Job, known_task
+from launcher.sources.section import Data
+from launcher.values import Interval, parse_seconds
 
 _PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -44,12 +46,20 @@ def written(name: str, field: FieldInfo) -> str:
 
 
 def keys(section: type[BaseModel] = Job, prefix: str = "") -> Iterator[Key]:
-    """Every key below a section, parents before children, in the order of the schema."""
+    """Yield every key below a section, parents before children, in the order of the schema: of `data` first what all tasks share."""
     for name, field in section.model_fields.items():
         key = Key(prefix + written(name, field), field, section, name)
         yield key
         if child := section_of(field):
             yield from keys(child, key.path + ".")
+        if child is Data:
+            for columns in columns_by_task().values():
+                yield from (key for key in keys(columns, "data.") if key.name not in Data.model_fields and "." not in key.path[5:])
+
+
+def columns_by_task() -> dict[str, type[Data]]:
+    """Return the section `data` of every task that comes with launcher."""
+    return {name: tasks.find(name).Columns for name in tasks.TASKS}
 
 
 def choices(annotation: Any) -> list[str]:
@@ -65,6 +75,8 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return "a number of steps (200), a time (30s, 15min, 2h) or epochs (epoch, 2 epochs)"
     if any(getattr(part, "func", None) is parse_seconds for part in metadata):
         return "a time in seconds, or as 30s, 15min, 2h"
+    if any(getattr(part, "func", None) is known_task for part in metadata):
+        return f"one of {', '.join(tasks.TASKS)}, or a task that an installed package brings"
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return expected(parts[0], parts[1:])

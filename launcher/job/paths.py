@@ -8,22 +8,10 @@ from pathlib import Path
 
 from launcher.errors import Problem
 from launcher.job import adapter_directory
-from launcher.job.schema import Data, Job, Model, Source
-from launcher.plain_files import read_json
-
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
-"""Kinds of files that rows are read from."""
-
-
-def saved_splits(directory: Path) -> list[str] | None:
-    """The splits in a directory that `save_to_disk` wrote; none of a single data set's; None where it is no such directory."""
-    if (directory / "state.json").is_file():
-        return []
-    try:
-        splits = read_json(directory / "dataset_dict.json")["splits"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return [str(split) for split in splits] if isinstance(splits, list) else None
+from launcher.job.schema import Job, Model
+from launcher.sources.formats import FORMATS
+from launcher.sources.saved import saved_splits
+from launcher.sources.section import Data, Source
 
 
 def nearest_file(path: Path) -> str:
@@ -63,10 +51,10 @@ def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> 
         found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
         if not found:
             problems.append(Problem(key, source.path, f"no file fits this pattern (looked in {folder})"))
-        problems += [_unreadable(key, source.path, file) for file in found if file.suffix.lower() not in SUFFIXES][:1]
+        problems += [_unreadable(key, source.path, file) for file in found if file.suffix.lower() not in FORMATS][:1]
     elif not path.exists():
         problems.append(Problem(key, source.path, f"no such file (looked in {path.parent}){nearest_file(path)}"))
-    elif path.suffix.lower() not in SUFFIXES:
+    elif path.suffix.lower() not in FORMATS:
         problems.append(_unreadable(key, source.path, path))
     return source.model_copy(update={"path": str(path)})
 
@@ -84,9 +72,9 @@ def _split(source: Source, key: str, splits: list[str]) -> list[Problem]:
 
 
 def _unreadable(key: str, value: str, file: Path) -> Problem:
-    near = difflib.get_close_matches(file.suffix.lower(), SUFFIXES, n=1)
+    near = difflib.get_close_matches(file.suffix.lower(), FORMATS, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""
-    return Problem(key, value, f"{file.name} is not of a kind that is read ({' '.join(SUFFIXES)}){hint}")
+    return Problem(key, value, f"{file.name} is not of a kind that is read ({' '.join(FORMATS)}){hint}")
 
 
 def _model(model: Model, folder: Path, problems: list[Problem]) -> Model:

@@ -10,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from launcher.errors import Problem
-from launcher.job.describe import choices, docstring, expected_of, keys, section_of, written
-from launcher.job.schema import Job
+from launcher.job.describe import choices, columns_by_task, docstring, expected_of, keys, section_of, written
+from launcher.job.schema import job_type, task_of
 from launcher.redaction import holds_secret
+from launcher.sources.section import Data
 
 _SECRET_KEY = re.compile(r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|auth_?token|token)(s?$|_)", re.IGNORECASE)
 _SECRET_REASON = (
@@ -48,11 +49,17 @@ def _refuse_in(section: Any, prefix: str, known: set[str], problems: list[Proble
 def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
     """One problem for each key, whatever number of alternatives pydantic tried at it."""
     problems: dict[str, Problem] = {}
+    task = task_of(content)
     for item in error.errors(include_url=False):
-        path, section, field = _locate(item["loc"])
+        path, section, field = _locate(item["loc"], job_type(task))
         key = ".".join(path)
         if item["type"] == "extra_forbidden":
-            problems[key] = Problem(key, None if isinstance(item["input"], (dict, list)) else item["input"], _unknown(path, section))
+            shown = None if isinstance(item["input"], (dict, list)) else item["input"]
+            if owners := _owners(path):
+                if section is not Data:  # of a task that is not known nothing is: that it is not is said
+                    problems[key] = Problem(key, shown, _of_another_task(task, section, owners))
+                continue
+            problems[key] = Problem(key, shown, _unknown(path, section))
         elif item["type"] == "missing" and len(path) == len(item["loc"]):
             problems[key] = Problem(key, None, f"is missing: {docstring(section, _field_name(section, path[-1]))}")
         elif key not in problems or item["type"] == "value_error":
@@ -61,9 +68,20 @@ def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
     return list(problems.values())
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel], FieldInfo | None]:
-    """The key that a pydantic location means, without the names of the alternatives that were tried there."""
-    section: type[BaseModel] = Job
+def _owners(path: list[str]) -> list[str]:
+    """The tasks whose column a key of `data` is."""
+    if len(path) != 2 or path[0] != "data":
+        return []
+    return [name for name, columns in columns_by_task().items() if path[1] in columns.model_fields]
+
+
+def _of_another_task(task: str, section: type[BaseModel], owners: list[str]) -> str:
+    own = [name for name in section.model_fields if name not in Data.model_fields]
+    return f"belongs to {' and '.join(owners)}, and model.task is {task}, which reads {', '.join(own)}; leave it out or set model.task"
+
+
+def _locate(loc: tuple[int | str, ...], section: type[BaseModel]) -> tuple[list[str], type[BaseModel], FieldInfo | None]:
+    """The key below `section` that a pydantic location means, without the names of the alternatives that were tried there."""
     path: list[str] = []
     field = None
     for step in loc:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from launcher.errors import ConfigurationError, Problem
 from launcher.job import slurm_options
 from launcher.job.schema import Cluster
-from launcher.job.values import Seconds, Section
+from launcher.values import Seconds, Section
 
 _MERGED = ("environment", "sbatch")
 """Sections of which a job and a profile may each bring some keys."""

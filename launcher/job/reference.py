@@ -13,10 +13,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from launcher import errors
-from launcher.job.describe import Key, docstring, expected_of, keys, section_of
+from launcher import errors, tasks
+from launcher.job.describe import Key, columns_by_task, docstring, expected_of, keys, section_of
 from launcher.job.schema import Job
-from launcher.job.values import Interval
+from launcher.sources.section import Data
+from launcher.values import Interval
 
 _DURATION = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(s|min|h|d)\s*$"}]}
 _INTERVAL = {
@@ -27,9 +28,18 @@ _INTERVAL = {
 }
 
 
+_HEAD = ("", "| key | what to write | default | |", "|---|---|---|---|")
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the job file, with each field's docstring as its description."""
     made = Job.model_json_schema(by_alias=True)
+    for columns in columns_by_task().values():
+        made["$defs"][columns.__name__] = columns.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
+        made["$defs"][columns.__name__].pop("$defs", None)
+    made["properties"]["data"] = {"anyOf": [{"$ref": f"#/$defs/{columns.__name__}"} for columns in columns_by_task().values()]}
+    made["$defs"].pop(Data.__name__)
+    made["$defs"]["Model"]["properties"]["task"]["enum"] = list(tasks.TASKS)
     made["$defs"]["Interval"] = _INTERVAL
     made["$defs"]["Cluster"]["properties"]["grace"] |= _DURATION
     made["$defs"]["Cluster"]["properties"]["grace"].pop("type", None)
@@ -39,8 +49,9 @@ def json_schema() -> dict[str, Any]:
         "default": "auto",
     }
     for key in keys():
-        place = made if key.section is Job else made["$defs"][key.section.__name__]
-        place["properties"][key.path.rsplit(".", 1)[-1]]["description"] = docstring(key.section, key.name)
+        names = [key.section.__name__] if key.section is not Data else [columns.__name__ for columns in columns_by_task().values()]
+        for place in [made] if key.section is Job else [made["$defs"][name] for name in names]:
+            place["properties"][key.path.rsplit(".", 1)[-1]]["description"] = docstring(key.section, key.name)
     for name, section in made["$defs"].items():
         for field in section.get("properties", {}).values():
             if isinstance(field.get("default"), dict) and set(field["default"]) == {"value", "unit"}:
@@ -70,14 +81,18 @@ def shown(value: object) -> str:
 def _row(key: Key) -> str:
     default = "**required**" if key.field.is_required() else f"`{shown(key.field.default)}`"
     allowed = expected_of(key.field).replace("|", "\\|")
-    return f"| `{key.path.rsplit('.', 1)[-1]}` | {allowed} | {default} | {docstring(key.section, key.name)} |"
+    text = " ".join(docstring(key.section, key.name).split())
+    return f"| `{key.path.rsplit('.', 1)[-1]}` | {allowed} | {default} | {text} |"
 
 
 def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
     plain = [key for key in keys(section, prefix) if "." not in key.path.removeprefix(prefix) and section_of(key.field) is None]
     nested = [key for key in keys(section, prefix) if "." not in key.path.removeprefix(prefix) and section_of(key.field) is not None]
-    lines = ["", f"## {title}", "", inspect.getdoc(section) or "", "", "| key | what to write | default | |", "|---|---|---|---|"]
-    lines += [_row(key) for key in plain]
+    lines = ["", f"## {title}", "", inspect.getdoc(section) or "", *_HEAD]
+    lines += [_row(key) for key in plain if key.section is section]
+    for task, columns in columns_by_task().items() if section is Data else ():
+        lines += ["", f"### Columns of `{task}`", "", inspect.getdoc(columns) or "", *_HEAD]
+        lines += [_row(key) for key in keys(columns, prefix) if key.section is columns and key.name not in Data.model_fields]
     for key in nested:
         child = section_of(key.field)
         assert child is not None
@@ -90,7 +105,7 @@ def job_file_page() -> str:
     head = [
         "# The job file",
         "",
-        "Made from `launcher/job/schema.py` by `make docs`; do not edit.",
+        "Made from `launcher/job/schema.py` and `launcher/tasks/` by `make docs`; do not edit.",
         "",
         "Every key can be set on the command line as well: `--set training.learning_rate=1e-5` (the value is YAML). `auto` is decided by",
         "`launcher plan`, which says why. Unknown keys are refused. Paths are relative to the job file.",

@@ -7,15 +7,29 @@ Checks of one value stand here; checks across values stand in `launcher.job.chec
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, ModelWrapValidatorHandler, SerializeAsAny, create_model, model_validator
 
+from launcher import tasks
+from launcher.errors import ConfigurationError
 from launcher.job.adapter import Adapter
-from launcher.job.values import Columns, Day, Every, Fraction, HangAfter, Interval, Line, NodeCount, Seconds, Section, Tools, Variable, Word
+from launcher.sources.section import Data
+from launcher.values import Every, Fraction, HangAfter, Interval, Line, NodeCount, Seconds, Section, Variable, Word
+
+
+def known_task(name: str) -> str:
+    """Return a task's name as it is. Raises ValueError where there is no such task."""
+    try:
+        tasks.find(name)
+    except ConfigurationError as error:
+        raise ValueError(error.problems[0].reason) from None
+    return name
+
 
 Auto = Literal["auto"]
-TaskName = Literal["causal-lm", "sequence-classification"]
+TaskName = Annotated[str, AfterValidator(known_task)]
 Precision = Literal["bf16", "fp16", "fp32"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
 EngineName = Literal["fsdp", "deepspeed"]
@@ -50,58 +64,6 @@ class Model(Section):
     """Compile each repeated layer with torch.compile."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models whose code you have read."""
-
-
-class Source(Section):
-    """Where rows come from."""
-
-    path: str | None = None
-    """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt) or a directory that `save_to_disk` of `datasets` wrote, relative to the
-    job file; or a pattern of several files."""
-    name: str | None = None
-    """A data set's name on the hub, instead of a path."""
-    subset: str | None = None
-    """The configuration of a hub data set."""
-    split: str = "train"
-    """The split of a hub data set, or of a directory that `save_to_disk` wrote with several."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many rows."""
-
-
-class Data(Section):
-    """The rows, what in them is what, and how they become samples."""
-
-    train: Source
-    """Rows to learn from."""
-    evaluation: Source | None = None
-    """Rows held out, to measure on."""
-    text: Columns | None = None
-    """The column of plain text; for classification the text, or two columns for a pair."""
-    prompt: str | None = None
-    """The column of the prompt: read, not learned."""
-    completion: str | None = None
-    """The column of the completion: learned."""
-    messages: str | None = None
-    """The column of a chat's messages; the assistant's are learned."""
-    tools: Tools | None = None
-    """The column of a chat's tools, or a list of tools for rows that have none. Left out, it is the column `tools`, where rows have it."""
-    date: Day | None = None
-    """The date that a chat template writes, where it writes one. Left out, the day of the plan, for all attempts of a run."""
-    label: str | None = None
-    """The column of the label: a class, a list of classes, or a number for regression."""
-    problem: Literal["single-label", "multi-label", "regression"] = "single-label"
-    """What kind of label: one class, several at once, or a number."""
-    max_length: int = Field(default=1024, ge=8, le=100_000_000)
-    """Tokens of the longest sample; with packing, of a pack."""
-    packing: bool = False
-    """Put several samples into one row of max_length; they never see each other."""
-    too_long: Literal["cut", "drop", "refuse"] = "cut"
-    """What to do with a sample of more than max_length tokens."""
-    unusable: Literal["drop-few", "drop", "refuse"] = "drop-few"
-    """What to do with rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves them out, and stops where more
-    than half of all rows would be dropped; `drop` goes on even then; `refuse` stops at the first."""
-    num_workers: Annotated[int, Field(ge=1, le=4096)] | Auto = "auto"
-    """Processes that tokenise."""
 
 
 class Batch(Section):
@@ -320,12 +282,12 @@ def node_range(nodes: int | str) -> tuple[int, int]:
 
 
 class Job(Section):
-    """One fine-tuning job."""
+    """One fine-tuning job. The task decides which columns `data` has: a job is made as one of `job_type`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """The run's name: letters, digits, `.`, `_` and `-`."""
     model: Model
-    data: Data
+    data: SerializeAsAny[Data]
     batch: Batch = Batch()
     training: Training = Training()
     precision: Precision | Auto = "auto"
@@ -336,3 +298,30 @@ class Job(Section):
     cluster: Cluster = Cluster()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | Auto = "auto"
     """Where metrics go besides metrics.jsonl; `auto` is TensorBoard where it is installed."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_the_tasks_columns(cls, content: Any, handler: ModelWrapValidatorHandler[Job]) -> Job:
+        if cls is not Job or not isinstance(content, dict) or (kind := job_type(task_of(content))) is Job:
+            return handler(content)
+        if isinstance(data := content.get("data"), dict):  # null leaves out what may stand here with another task
+            own = tasks.find(task_of(content)).Columns.model_fields
+            content = content | {"data": {key: value for key, value in data.items() if value is not None or key in own}}
+        return kind.model_validate(content)
+
+
+@functools.cache
+def job_type(task: str) -> type[Job]:
+    """Return the schema of a job with this task, whose `data` has the task's own columns; that of any job where there is no such task."""
+    try:
+        columns = tasks.find(task).Columns
+    except ConfigurationError:
+        return Job
+    return create_model("Job", __base__=Job, __doc__=Job.__doc__, data=(columns, ...))
+
+
+def task_of(content: dict[str, Any]) -> str:
+    """Return the task that the content of a job file names, or the one that it has where it names none."""
+    model = content.get("model")
+    named = model.get("task") if isinstance(model, dict) else None
+    return named if isinstance(named, str) else str(Model.model_fields["task"].default)

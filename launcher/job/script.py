@@ -10,7 +10,8 @@ from launcher.errors import ConfigurationError
 from launcher.job import check, paths, profile
 from launcher.job.load import override, read, validate, without
 from launcher.job.problems import refused
-from launcher.job.schema import Data, Job, Source
+from launcher.job.schema import Job
+from launcher.sources.section import Data, Source
 
 OWN = "(the script's own)"
 """Stands in a plan where the script decides."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict, replace
-from datetime import date
 from typing import TYPE_CHECKING
 
+from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.job.schema import ActivationCheckpointing, Checkpoint, Cluster, Job, Precision, node_range
 from launcher.planning import slurm, suitability
@@ -80,7 +80,9 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
     if job.batch.micro_batch_size == "auto":
         reason = f"divides the {job.batch.global_batch_size // mesh.world_size} samples of a rank exactly; {limit_reason}"
         decider.decide("batch.micro_batch_size", batch.micro_batch_size, reason)
-    length, day = _length(decider), _day(decider)
+    length = _length(decider)
+    left_open = tasks.find(job.model.task)(job.data).left_open()
+    settled = {left.key: decider.decide(f"data.{left.key}", left.value, left.reason) for left in left_open}
     return Plan(
         name=job.name,
         task=job.model.task,
@@ -104,20 +106,12 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
         batch=batch,
         mesh=mesh,
         model=job.model.model_copy(update={"attention": "sdpa" if way.attention == "packed" else way.attention}),
-        data=job.data.model_copy(update={"num_workers": num_workers, "date": day}),
+        data=job.data.model_copy(update={"num_workers": num_workers, **settled}),
         training=job.training.model_copy(update={"epochs": length.value} if length.unit == "epochs" else {}),
         checkpoint=_checkpoint(decider, placed),
         evaluate_every=job.training.evaluate_every,
         decisions=tuple(decider.decisions),
     )
-
-
-def _day(decider: Decider) -> str | None:
-    """The date that a chat template writes: one for a run, so that an attempt on another day has the same tokens."""
-    data = decider.job.data
-    if data.messages is None or data.date is not None:
-        return data.date
-    return decider.decide("data.date", date.today().isoformat(), "the day of the plan, for chat templates that write a date")
 
 
 def _hardware(job: Job, local: bool) -> Hardware:

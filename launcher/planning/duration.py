@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 
-from launcher.job.values import Interval
 from launcher.planning.epochs import Items
 from launcher.planning.gpus import GpuType
 from launcher.planning.plan import Plan
 from launcher.planning.speed import Speed
+from launcher.values import Interval
 
 DISK_RATE = 2e9
 """Bytes a second that one node reads and writes, where nothing was measured: what a single NVMe drive does, and few shared disks exceed."""

@@ -9,12 +9,13 @@ from functools import lru_cache
 from math import ceil
 from pathlib import Path
 
+from launcher import tasks
 from launcher.errors import DataError
-from launcher.job.schema import Data, Source
-from launcher.planning.lengths import CHARACTERS, columns_of, lengths, why_unusable
+from launcher.planning.lengths import CHARACTERS, lengths, why_unusable
 from launcher.planning.model_config import locate
 from launcher.planning.plan import BatchPlan, Plan
 from launcher.sources.sample import look
+from launcher.sources.section import Data, Source
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,17 @@ def _changed(source: Source) -> int:
 def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | str:
     """What there is, or why it is not known. A search asks for the same again and again; `changed` lets what was seen of an older file
     be forgotten."""
-    # With the label too: that tells a header from a first row.
-    label = (data.label or "label",) if task == "sequence-classification" else ()
+    learned = tasks.find(task)(data)
     try:
-        seen = look(source, (*columns_of(data), *label))
+        seen = look(source, learned.columns)
     except DataError as error:
         return str(error)
     if not seen.rows:
         return f"{source.path} has no rows"
-    found, by_tokenizer = lengths(seen.rows, data, model, task)
+    found, by_tokenizer = lengths(seen.rows, learned, model)
     if not found:
-        return f"{source.path}: no row that was looked at can be used, the first for: {why_unusable(seen.rows, data, task)}"
-    scale, packed = seen.num_rows / len(seen.rows), data.packing and task == "causal-lm"
+        return f"{source.path}: no row that was looked at can be used, the first for: {why_unusable(seen.rows, learned)}"
+    scale, packed = seen.num_rows / len(seen.rows), learned.packs
     number = ceil(scale * fewest_packs(found, data.max_length)) if packed else round(scale * len(found))
     return Items(max(1, number), seen.num_rows, found, by_tokenizer, packed)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, node_range
-from launcher.job.values import parse_seconds
 from launcher.planning.alternatives import Offloading
 from launcher.planning.batch import divisors, multiples_around, nearest
 from launcher.planning.epochs import why_no_epoch
@@ -18,6 +17,7 @@ from launcher.planning.nodes import Attempt, Fewest, fewest, passes
 from launcher.planning.plan import Decision
 from launcher.planning.rows import Row, impossible, joined, kinds, on, per_node
 from launcher.runs.words import duration
+from launcher.values import parse_seconds
 
 _NAMED = 3
 """Plans that do not fit and are named in an error."""

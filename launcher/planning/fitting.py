@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher import tasks
 from launcher.job.schema import ActivationCheckpointing
 from launcher.planning.batch import divisors
 from launcher.planning.footprint.families import WITH_ADAPTERS, program_of
@@ -74,7 +75,7 @@ def known(plan: Plan) -> bool:
     config = config_of(plan.model)
     try:
         knows = plan.model.adapter is None or (config or {}).get("model_type") in WITH_ADAPTERS
-        return config is not None and knows and program_of(config, task=plan.task) is not None
+        return config is not None and knows and program_of(config, traits=tasks.find(plan.task).traits) is not None
     except KeyError:
         return False
 

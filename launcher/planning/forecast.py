@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import NetworkName
 from launcher.planning.duration import Duration, duration
@@ -213,4 +214,4 @@ def why_not(plan: Plan) -> str:
         return f"the formulas know adapters beside {', '.join(WITH_ADAPTERS)}, and this is a {kind} model"
     if kind in KNOWN:
         return f"the formulas have {kind} for other tasks than {plan.task}"
-    return f"the formulas do not know the architecture {kind}; the nearest they know is {nearest(kind, plan.task)}"
+    return f"the formulas do not know the architecture {kind}; the nearest they know is {nearest(kind, tasks.find(plan.task).traits)}"

@@ -12,8 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Attention, Head, SampleLayout
+from launcher.planning.plan import Attention
+from launcher.tasks.task import Head, SampleLayout
 
 TABLE = Path(__file__).with_name("model_support.json")
 WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
@@ -38,18 +40,29 @@ class Support:
     """Why there is none, in one line."""
 
 
-UNKNOWN: dict[str, Support] = {
-    "causal-lm": Support(
+_UNKNOWN: dict[SampleLayout, Support] = {
+    "packed": Support(
         (Way("packed", "packed"), Way("packed", "sdpa"), Way("packed", "eager"), Way("padded", "sdpa"), Way("padded", "eager"))
     ),
-    "sequence-classification": Support((Way("padded", "sdpa"), Way("padded", "eager"))),
+    "padded": Support((Way("padded", "sdpa"), Way("padded", "eager"))),
 }
-"""Where the config is not here yet: as most models can. The ranks look again when they have read it."""
-UNTRIED: dict[str, Support] = {
-    "causal-lm": Support((Way("padded", "eager", "model"), Way("padded", "sdpa", "model"), Way("packed", "packed", "model"))),
-    "sequence-classification": Support((Way("padded", "eager"), Way("padded", "sdpa"))),
+_UNTRIED: dict[SampleLayout, Support] = {
+    "packed": Support((Way("padded", "eager", "model"), Way("padded", "sdpa", "model"), Way("packed", "packed", "model"))),
+    "padded": Support((Way("padded", "eager"), Way("padded", "sdpa"))),
 }
-"""Of an architecture that the table does not have: what most classes can; the ranks hold it to the class's own loss after loading."""
+
+
+def unknown(task: str) -> Support:
+    """Return what most models can, where the config is not here yet. The ranks look again when they have read it."""
+    return _UNKNOWN[tasks.find(task).traits.layout]
+
+
+def untried(task: str) -> Support:
+    """Return what most classes can, of an architecture or a task that the table does not have.
+
+    The ranks hold it to the class's own loss after loading.
+    """
+    return _UNTRIED[tasks.find(task).traits.layout]
 
 
 @lru_cache(maxsize=1)
@@ -62,22 +75,22 @@ def read_table() -> dict[str, Any]:
 def support(task: str, config: dict[str, Any] | None, trust_remote_code: bool = False, max_length: int = 0) -> Support:
     """Return what is known of a model by its config.json, for samples of at most `max_length` tokens.
 
-    `UNKNOWN` without a config, `UNTRIED` for what the table does not have.
+    `unknown` without a config, `untried` for what the table does not have.
     """
     if config is None:
-        return UNKNOWN[task]
+        return unknown(task)
     table, kind = read_table(), str(config.get("model_type"))
-    if trust_remote_code and "auto_map" in config:
-        return UNTRIED[task]
+    if task not in table or (trust_remote_code and "auto_map" in config):
+        return untried(task)
     entry = table[task].get(kind)
     if entry is None:
-        return UNTRIED[task] if kind not in table["types"] else Support((), _cannot(table, kind, task))
+        return untried(task) if kind not in table["types"] else Support((), _cannot(table, kind, task))
     known = Support(tuple(Way(*way.split()) for way in entry.get("ways", ())), entry.get("refused", ""))
-    return _with_values(known, entry, config, max_length) if task == "causal-lm" and known.ways else known
+    return _with_values(known, entry, config, max_length) if tasks.find(task).traits.causal and known.ways else known
 
 
 def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
-    others = [name for name in UNKNOWN if table[name].get(kind, {}).get("ways")]
+    others = [name for name in tasks.TASKS if table.get(name, {}).get(kind, {}).get("ways")]
     return f"a {kind} model cannot do {task}" + (f"; it can do {' and '.join(others)}" if others else "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher import tasks
 from launcher.planning.footprint.program import Unit, Weight
 from launcher.planning.plan import Plan
 
@@ -38,17 +39,17 @@ def operations(plan: Plan, units: Units, tokens: int) -> Operations:
     and twice that backward, half of it where it is causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     root, layers = units
-    length, causal = plan.data.max_length, plan.task == "causal-lm"
+    length, traits = plan.data.max_length, tasks.find(plan.task).traits
     forward = backward = again = 0.0
     for unit, passes_back in zip(layers, passing_back(units), strict=True):
-        attention = 4 * attention_width(unit) * length * tokens * (0.5 if causal else 1.0)
+        attention = 4 * attention_width(unit) * length * tokens * (0.5 if traits.causal else 1.0)
         products = 2 * tokens * matrix_elements(unit)
         forward += products + attention
         if passes_back:
             backward += products + 2 * attention + 2 * tokens * matrix_elements(unit, trained=True)
             again += products + attention if plan.activation_checkpointing == "full" else 0.0
-    # A classifier of texts looks its words up, and its head sees one token of each.
-    if plan.task != "sequence-classification":
+    # A head that sees one token of each sample is next to nothing.
+    if traits.head == "every-position":
         head, last = _head(root), any(passing_back(units)[-1:])
         forward += 2 * tokens * head.num_elements
         backward += 2 * tokens * head.num_elements * (last + head.trains)

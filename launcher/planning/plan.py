@@ -11,14 +11,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_validator
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import (
     ActivationCheckpointing,
     Checkpoint,
     Container,
-    Data,
     EngineName,
     Interval,
     Model,
@@ -28,6 +28,8 @@ from launcher.job.schema import (
     Training,
 )
 from launcher.plain_files import read_text
+from launcher.sources.section import Data
+from launcher.tasks.task import Head, SampleLayout
 
 
 class Frozen(BaseModel):
@@ -35,10 +37,6 @@ class Frozen(BaseModel):
 
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "packed"]
-SampleLayout = Literal["packed", "padded", "single"]
-"""How samples share a pass: joined end to end, padded on the right, or not at all."""
-Head = Literal["chunked", "model", "forward"]
-"""Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its whole forward."""
 
 
 class Decision(Frozen):
@@ -160,7 +158,7 @@ class Plan(Frozen):
     batch: BatchPlan
     mesh: Mesh
     model: Model
-    data: Data
+    data: SerializeAsAny[Data]
     """Paths are absolute."""
     training: Training
     checkpoint: Checkpoint
@@ -173,10 +171,17 @@ class Plan(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _of_earlier_plans(cls, values: Any) -> Any:
-        """Plans of before 2026-12 had one layout for each task."""
-        if isinstance(values, dict) and "layout" not in values:
-            return values | {"layout": "packed" if values.get("task") == "causal-lm" else "padded"}
-        return values
+        """Take the task's columns; plans of before 2026-12 had one layout for each task, and one section `data` for all tasks."""
+        if not isinstance(values, dict) or not isinstance(values.get("task"), str):
+            return values
+        data = values.get("data")
+        if "layout" in values and not isinstance(data, dict):
+            return values
+        task = tasks.find(values["task"])
+        if isinstance(data, dict) and not values.get("script"):
+            of_others = {key for name in tasks.TASKS for key in tasks.find(name).Columns.model_fields} - task.Columns.model_fields.keys()
+            data = task.Columns.model_validate({key: value for key, value in data.items() if key not in of_others})
+        return {"layout": task.traits.layout} | values | {"data": data}
 
     def to_json(self) -> str:
         """Text for plan.json; what does not apply is left out, so that nothing in it is null."""

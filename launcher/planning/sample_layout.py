@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 
+from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.job.script import OWN
 from launcher.planning.decider import Decider
 from launcher.planning.model_config import config_of
-from launcher.planning.model_support import UNKNOWN, UNTRIED, Support, Way, choose, fitting, support
+from launcher.planning.model_support import Support, Way, choose, fitting, support, unknown, untried
 
 _FLASH = "write sdpa or auto, which have no padding either"
 
@@ -29,7 +30,7 @@ def choose_way(decider: Decider, device: str) -> Way:
         )
     except ConfigurationError as error:
         decider.problems += error.problems
-        return UNKNOWN[model.task].ways[0]
+        return unknown(model.task).ways[0]
     _write_down(decider, way, known)
     return way
 
@@ -46,9 +47,9 @@ def one_a_pass(job: Job) -> Job:
 
 def _write_down(decider: Decider, way: Way, known: Support) -> None:
     task, asked = decider.job.model.task, decider.job.model.attention
-    tried = known is not UNTRIED[task]
+    tried = known is not untried(task)
     proof = "its loss was held to transformers' own"
-    if known is UNKNOWN[task]:
+    if known is unknown(task):
         proof = "the model's config is not here: looked at again once it is"
     elif not tried:
         proof = "an architecture that launcher has not tried: held to its own loss after loading"
@@ -57,7 +58,7 @@ def _write_down(decider: Decider, way: Way, known: Support) -> None:
     elif asked == "auto":
         why = "PyTorch's own fused attention" if way.attention == "sdpa" else "as fused attention gives another loss"
         decider.decide("model.attention", way.attention, f"{why if tried else 'every class has it'}; {proof}")
-    if task == "causal-lm" and way.layout == "padded":
+    if tasks.find(task).traits.layout == "packed" and way.layout == "padded":
         why = "joined end to end they would see each other in this architecture" if tried else "every class can; packing: true has it tried"
         decider.decide("layout", "padded", f"one sample a row: {why}")
     if way.layout == "single":

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import Data, Job, Model
+from launcher.job.schema import Job, Model
 from launcher.job.script import OWN
 from launcher.planning import positions
 from launcher.planning.model_config import config_of, locate, num_embeddings
 from launcher.planning.model_support import WITHOUT_ADAPTER
 from launcher.planning.vocabulary import read_vocabulary
+from launcher.sources.section import Data
 
 _SHOWN = 4
 

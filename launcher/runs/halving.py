@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launcher.plain_files import read_json
 from launcher.runs.layout import RunDirectory
 from launcher.runs.records import made_of
-from launcher.runs.retention import lower_is_better
+from launcher.runs.retention import Better
 from launcher.runs.tail import Tail, parse
 
 SWEEP_FILE = "sweep.json"
@@ -62,12 +63,19 @@ class _Point:
                 self._rung += not math.isnan(self._highest.value)
 
 
+def better_of(content: dict[str, Any]) -> Better:
+    """Return which value of a sweep's metric is the better one; sweeps of before 2026-12 do not say, and had losses and errors."""
+    old: Better = "lower" if str(content.get("metric")) in ("loss", "perplexity", "mse") else "higher"
+    return "higher" if content.get("better", old) == "higher" else "lower"
+
+
 @dataclass(frozen=True)
 class Halving:
     """The rule of one sweep. `first`: steps before the first rung; `factor`: one point in so many goes on from each."""
 
     sweep: Path
     metric: str
+    better: Better
     first: int
     factor: int
     _points: dict[str, _Point] = field(default_factory=dict, compare=False, repr=False)
@@ -79,7 +87,7 @@ class Halving:
         try:
             content = read_json(sweep / SWEEP_FILE)
             rule = content.get("halving")
-            return made_of(cls, {"sweep": sweep, "metric": content["metric"], **rule}) if rule else None
+            return made_of(cls, {"sweep": sweep, "metric": content["metric"], "better": better_of(content), **rule}) if rule else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -102,7 +110,7 @@ class Halving:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=self.first, reduction_factor=self.factor)
-        study = optuna.create_study(direction="minimize" if lower_is_better(self.metric) else "maximize", pruner=pruner)
+        study = optuna.create_study(direction="minimize" if self.better == "lower" else "maximize", pruner=pruner)
         trials: dict[str, optuna.Trial] = {}
         left_behind: dict[str, bool] = {}
         for measured in sorted(decisive, key=lambda measured: (measured.time, measured.point)):

@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Literal
 
 from launcher.runs.checkpoints import MANIFEST_NAME, Manifest, Stored, content_problems, list_checkpoints
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory, sync_directory
@@ -18,16 +19,11 @@ from launcher.runs.layout import STEP_DIRECTORY, RunDirectory, sync_directory
 ATTEMPT_PREFIX = ".attempt-"
 REPLACED_PREFIX = ".replaced-"
 REMOVED_PREFIX = ".removed-"
-_LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "rmse", "mae")
+Better = Literal["lower", "higher"]
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of this metric is the better one: losses and errors."""
-    return metric.rsplit("_", 1)[-1].rsplit("/", 1)[-1] in _LOWER_IS_BETTER
-
-
-def _best(whole: list[Stored], count: int, metric: str) -> list[Stored]:
-    sign = 1 if lower_is_better(metric) else -1
+def _best(whole: list[Stored], count: int, metric: str, better: Better) -> list[Stored]:
+    sign = 1 if better == "lower" else -1
     scored = [
         (sign * stored.manifest.metrics[metric], -stored.step, stored)
         for stored in whole
@@ -36,18 +32,21 @@ def _best(whole: list[Stored], count: int, metric: str) -> list[Stored]:
     return [stored for _, _, stored in sorted(scored, key=lambda entry: entry[:2])[:count]]
 
 
-def to_prune(run: RunDirectory, keep_last: int, keep_best: int, metric: str, known_good: Collection[int] = ()) -> list[Stored]:
-    """The checkpoints that retention gives up: never the newest good one, nor anything newer than it.
+def to_prune(
+    run: RunDirectory, keep_last: int, keep_best: int, metric: str, better: Better = "lower", known_good: Collection[int] = ()
+) -> list[Stored]:
+    """Return the checkpoints that retention gives up: never the newest good one, nor anything newer than it.
 
-    `known_good`: steps that need no reading to be trusted, as their bytes were hashed while they were written.
+    `better`: which value of `metric` is the best. `known_good`: steps that need no reading to be trusted, as their bytes were hashed
+    while they were written.
     """
     listed = list_checkpoints(run)
     good = _newest_good(listed, known_good)
     if good is None:
         return []
     whole = [stored for stored in listed if not stored.problems]
-    kept = {stored.step for stored in whole[-keep_last:] if keep_last > 0} | {stored.step for stored in _best(whole, keep_best, metric)}
-    return [stored for stored in listed if stored.step not in kept and stored.step < good]
+    kept = (whole[-keep_last:] if keep_last > 0 else []) + _best(whole, keep_best, metric, better)
+    return [stored for stored in listed if stored not in kept and stored.step < good]
 
 
 def _newest_good(listed: Iterable[Stored], known_good: Collection[int]) -> int | None:
@@ -59,20 +58,22 @@ def _newest_good(listed: Iterable[Stored], known_good: Collection[int]) -> int |
     return None
 
 
-def prune(run: RunDirectory, keep_last: int, keep_best: int, metric: str, known_good: Collection[int] = ()) -> list[Stored]:
+def prune(
+    run: RunDirectory, keep_last: int, keep_best: int, metric: str, better: Better = "lower", known_good: Collection[int] = ()
+) -> list[Stored]:
     """Delete what `to_prune` names and return it. The caller holds the run's lock. Raises OSError."""
-    removed = to_prune(run, keep_last, keep_best, metric, known_good)
+    removed = to_prune(run, keep_last, keep_best, metric, better, known_good)
     for stored in removed:
         remove(stored.directory)
     return removed
 
 
-def make_room(run: RunDirectory, keep_best: int, metric: str, known_good: Collection[int] = ()) -> list[Stored]:
+def make_room(run: RunDirectory, keep_best: int, metric: str, better: Better = "lower", known_good: Collection[int] = ()) -> list[Stored]:
     """Delete as many of the oldest checkpoints as one more needs that is as large as the newest, and return them. Raises OSError.
 
     None where all that may go would not be enough: the newest good one stays, and those that are kept as the best.
     """
-    may_go = to_prune(run, 1, keep_best, metric, known_good)
+    may_go = to_prune(run, 1, keep_best, metric, better, known_good)
     newest = next((stored.manifest for stored in reversed(list_checkpoints(run)) if stored.manifest and not stored.problems), None)
     if newest is None or not may_go:
         return []

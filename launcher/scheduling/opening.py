@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.load import load
 from launcher.job.schema import Job, node_range
@@ -201,8 +202,8 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
         return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)
     if job.precision == "auto":
         updates["precision"] = stored.precision
-    if job.data.messages is not None and job.data.date is None:
-        updates["data"] = job.data.model_copy(update={"date": stored.data.date})
+    if left := [one.key for one in tasks.find(job.model.task)(job.data).left_open()]:
+        updates["data"] = job.data.model_copy(update={key: getattr(stored.data, key) for key in left})
     if job.memory.activation_checkpointing == "auto":
         updates["memory"] = job.memory.model_copy(update={"activation_checkpointing": stored.activation_checkpointing})
     fewest, most = node_range(job.cluster.nodes)

@@ -7,15 +7,15 @@ import glob
 from pathlib import Path
 
 from launcher.errors import DataError
-from launcher.job.paths import saved_splits
 from launcher.plain_files import read_json
-from launcher.sources.readers import READERS
+from launcher.sources.formats import FORMATS
+from launcher.sources.saved import saved_splits
 
 
 def find_files(pattern: str, split: str = "train") -> list[Path]:
     """The files a path or a pattern means, sorted by name; of a directory that `save_to_disk` wrote those of its data set, or of the
     split where it has several, in their order. Raises DataError where there are none that can be read."""
-    known = ", ".join(sorted(READERS))
+    known = ", ".join(sorted(FORMATS))
     exact = Path(pattern)
     if exact.is_dir():
         return _saved(exact, split)
@@ -24,7 +24,7 @@ def find_files(pattern: str, split: str = "train") -> list[Path]:
         near = difflib.get_close_matches(exact.name, [p.name for p in exact.parent.glob("*")], n=1) if exact.parent.is_dir() else []
         raise DataError(f"{pattern}: no such file" + (f"; did you mean {exact.parent / near[0]}?" if near else ""))
     for path in paths:
-        if path.suffix.lower() not in READERS:
+        if path.suffix.lower() not in FORMATS:
             raise DataError(f"{path}: no reader for {path.suffix or 'a name without an ending'!r}; there are readers for {known}")
     return paths
 

@@ -28,10 +28,6 @@ class Part:
     """Of all its rows, as far as their number is known."""
 
     @property
-    def kind(self) -> str:
-        return self.path.suffix.lower()
-
-    @property
     def measure(self) -> float:
         """What it has rows in proportion to, among files of its kind."""
         return self.share * (self.size / LINE_BYTES if self.counted is None else self.counted)

@@ -14,11 +14,9 @@ from typing import BinaryIO
 from launcher.errors import DataError
 from launcher.plain_files import plain
 from launcher.sources.parts import LINE_BYTES, Part, Seen, places_for
-from launcher.sources.readers import PlainTabs, json_rows, names_of_columns, only_column, table_reader, table_rows, text_rows
+from launcher.sources.readers import names_of_columns, table_reader, table_rows
 from launcher.sources.rows import Read, Values
 
-LINES = (".jsonl", ".ndjson", ".txt", ".tsv", ".csv")
-"""Formats in which a row is a line; of .csv one row may be several, by line ends between quotation marks."""
 _BYTES_OF_ROW = 1 << 15
 """That are read at most for each row wanted: where rows are longer, fewer are looked at."""
 _QUOTE_BYTES = 1 << 18
@@ -31,7 +29,7 @@ _MARKS = re.compile(rb'"+')
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How rows stand in a file."""
 
     parse: Callable[[Iterable[bytes]], Read]
@@ -64,7 +62,7 @@ class _Found:
     num_lines: int = 0
     num_bytes: int = 0
 
-    def add(self, file: BinaryIO, layout: _Layout, start: int, end: int) -> None:
+    def add(self, file: BinaryIO, layout: Layout, start: int, end: int) -> None:
         """Those that begin between two bytes of a file."""
         if not _to_a_row(file, layout, start, end):
             return
@@ -81,13 +79,12 @@ class _Found:
         self.num_bytes += lines.num_bytes
 
 
-def look_in_places(part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen | None:
+def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> Seen | None:
     """How many rows there are, and about so many of them; None where the whole may as well be read.
 
     Their number is exact where lines were counted and those looked at are a row each. Else it is an estimate, by how many rows the
-    lines that were looked at are, or the bytes. Raises DataError where the file has not the columns.
+    lines that were looked at are, or the bytes.
     """
-    layout = _layout(part.path, columns)
     size = int(part.share * (part.size - layout.begin))
     num_lines = part.share * max(1, part.counted - layout.num_lines) if part.counted is not None else None
     of_row = size / num_lines if num_lines else LINE_BYTES
@@ -105,7 +102,7 @@ def look_in_places(part: Part, columns: Sequence[str], wanted: int, phase: float
     return Seen(max(number, len(found.rows)), found.rows)
 
 
-def _look(path: Path, layout: _Layout, size: int, span: float, places: int, phase: float) -> _Found:
+def _look(path: Path, layout: Layout, size: int, span: float, places: int, phase: float) -> _Found:
     """So many bytes, as many in each of some places, that long rows are no more likely than short ones; the first row where none
     begins there."""
     found, stride, each = _Found(), size / places, max(1, int(span / places))
@@ -118,20 +115,14 @@ def _look(path: Path, layout: _Layout, size: int, span: float, places: int, phas
     return found
 
 
-def _layout(path: Path, columns: Sequence[str]) -> _Layout:
-    kind = path.suffix.lower()
-    if kind == ".txt":
-        column = only_column(path, columns)
-        return _Layout(lambda lines: text_rows(lines, column))
-    if kind not in (".csv", ".tsv"):
-        return _Layout(json_rows)
-    dialect = csv.excel if kind == ".csv" else PlainTabs
+def table_layout(path: Path, columns: Sequence[str], dialect: type[csv.Dialect], quoted: bool) -> Layout:
+    """Return how rows stand in a table, whose header is read. Raises DataError where it has not the columns."""
     with open(path, "rb", opener=plain) as file:
         lines = _Lines(file)
         first: list[str] = next(filter(None, table_reader(_decoded(lines), dialect, strict=False)), [])
     names = names_of_columns(path, first, columns)
     taken = (lines.num_bytes, lines.num_lines) if names == first else (0, 0)
-    return _Layout(lambda lines: table_rows(_decoded(lines), path, columns, dialect, names), kind == ".csv", *taken)
+    return Layout(lambda lines: table_rows(_decoded(lines), path, columns, dialect, names), quoted, *taken)
 
 
 def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
@@ -140,7 +131,7 @@ def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
         yield from io.StringIO(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), newline="")
 
 
-def _to_a_row(file: BinaryIO, layout: _Layout, start: int, end: int) -> bool:
+def _to_a_row(file: BinaryIO, layout: Layout, start: int, end: int) -> bool:
     """Go to the first row that begins at or after `start`, and say whether it does before `end`."""
     if start <= layout.begin:
         file.seek(layout.begin)

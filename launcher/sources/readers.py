@@ -1,4 +1,4 @@
-"""One reader per file format: path -> (line, values) of every row, a row that cannot be read as a RowProblem in its place."""
+"""Files of text, line by line: each row with its line, one that cannot be read as a RowProblem in its place."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
 from launcher.plain_files import plain
-from launcher.sources.arrow import no_column, num_arrow_rows, num_parquet_rows, read_arrow, read_parquet
+from launcher.sources.arrow import no_column
 from launcher.sources.rows import EMPTY, NOT_UTF8, UNREADABLE, WRITTEN_MISSING, Read, RowProblem, Values, required
 
 
@@ -163,18 +163,3 @@ def text_rows(lines: Iterable[bytes], column: str) -> Read:
             yield number, RowProblem(NOT_UTF8, f"byte {error.start} of the line")
             continue
         yield number, {column: text} if text.strip() else RowProblem(EMPTY, "a line without text")
-
-
-READERS: dict[str, Callable[[Path, Sequence[str]], Read]] = {
-    ".json": read_json,
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
-    ".txt": read_text,
-}
-
-COUNTED: dict[str, Callable[[Path], int]] = {".parquet": num_parquet_rows, ".arrow": num_arrow_rows}
-"""Formats that say how many rows they have."""

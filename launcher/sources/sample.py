@@ -10,14 +10,11 @@ from math import ceil
 from pathlib import Path
 
 from launcher.errors import DataError
-from launcher.job.schema import Source
-from launcher.plain_files import plain
 from launcher.sources.files import find_files
-from launcher.sources.groups import look_in_groups, look_in_table
+from launcher.sources.formats import format_of, num_lines
 from launcher.sources.parts import Part, Seen
-from launcher.sources.places import LINES, look_in_places
-from launcher.sources.readers import COUNTED, READERS
 from launcher.sources.rows import Read, Values
+from launcher.sources.section import Source
 
 _COUNTED_BYTES = 1 << 28
 """Files of lines up to this size, all together, have their lines counted; of larger ones the rows looked at say how long one is."""
@@ -26,13 +23,6 @@ _MOST_FILES = 64
 """Of a source, that are looked at."""
 _FEWEST = 8
 """Rows that are looked for in each of them at the least."""
-_WHOLE_BYTES = 1 << 20
-"""Files up to this size, all together, are read as a whole; larger ones are looked at in some places."""
-_WHOLE_CSV_BYTES = 1 << 23
-"""As a line is no row there, so that only reading counts them: 0.1 to 0.3 s at 26 to 90 MiB/s, by how long rows are."""
-_JSON_BYTES = 1 << 28
-"""Files of .json, each of which is one value, are read up to this size."""
-_BLOCK = 1 << 20
 _GOLDEN = (5**0.5 - 1) / 2
 """Whose multiples lie spread between whole numbers: where in each of several files places are."""
 
@@ -74,34 +64,23 @@ def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]
 
 
 def _read(path: Path, columns: Sequence[str]) -> Read:
-    kind = path.suffix.lower()
-    if kind == ".json" and (size := path.stat().st_size) > _JSON_BYTES:
+    one = format_of(path)
+    if one.most_bytes is not None and (size := path.stat().st_size) > one.most_bytes:
         raise DataError(f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at in places")
-    return READERS[kind](path, columns)
+    return one.read(path, columns)
 
 
 def _parts(paths: Sequence[Path]) -> list[Part]:
     """The files, with what is counted of them."""
     sizes = [path.stat().st_size for path in paths]
-    lines = sum(size for path, size in zip(paths, sizes, strict=True) if path.suffix.lower() in LINES)
+    lines = sum(size for path, size in zip(paths, sizes, strict=True) if format_of(path).by_lines)
     few = len(paths) <= _COUNTED_FILES
     return [Part(path, size, _counted(path, lines <= _COUNTED_BYTES) if few else None) for path, size in zip(paths, sizes, strict=True)]
 
 
 def _counted(path: Path, lines_too: bool) -> int | None:
-    kind = path.suffix.lower()
-    if kind in COUNTED:
-        return COUNTED[kind](path)
-    return _num_lines(path) if kind in LINES and lines_too else None
-
-
-def _num_lines(path: Path) -> int:
-    number, last = 0, b"\n"
-    with open(path, "rb", opener=plain) as file:
-        while block := file.read(_BLOCK):
-            number += block.count(b"\n")
-            last = block[-1:]
-    return number + (last != b"\n")
+    one = format_of(path)
+    return num_lines(path) if one.by_lines and lines_too else one.num_rows(path)
 
 
 def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[list[float], tuple[Values, ...]]:
@@ -112,7 +91,7 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
     seen: dict[Path, Seen] = {}
     for number, part in enumerate(some):
         wanted = max(_FEWEST, ceil(most * part.measure / max(1, measured)))
-        whole = size <= (_WHOLE_CSV_BYTES if part.kind == ".csv" else _WHOLE_BYTES)
+        whole = size <= format_of(part.path).whole_bytes
         seen[part.path] = _of_part(part, columns, wanted, whole, (0.5 + number * _GOLDEN) % 1)
     each = sum(found.num_rows for found in seen.values()) / measured if measured else 0.0
     numbers = [seen[part.path].num_rows if part.path in seen else each * part.measure for part in parts]
@@ -120,11 +99,8 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
 
 
 def _of_part(part: Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
-    if part.kind == ".arrow":
-        return look_in_table(part, columns, wanted)
-    if part.kind == ".parquet":
-        return look_in_groups(part, columns, wanted, phase)
-    if part.kind in LINES and not whole and (seen := look_in_places(part, columns, wanted, phase)):
+    one = format_of(part.path)
+    if not (whole and one.by_lines) and (seen := one.look(part, columns, wanted, phase)):
         return seen
     rows = [values for _, values in islice(_read(part.path, columns), part.first)]
     return Seen(len(rows), rows)
@@ -134,7 +110,8 @@ def _some(parts: Sequence[Part]) -> list[Part]:
     """Files from all over a source; of those that have to be read as a whole only so many as may be."""
     step = -(-len(parts) // _MOST_FILES)
     some = list(parts[step // 2 :: step])
-    while len(some) > 1 and sum(part.size for part in some if part.kind == ".json") > _JSON_BYTES:
+    most = {part.path: format_of(part.path).most_bytes for part in some}
+    while len(some) > 1 and any(sum(part.size for part in some if most[part.path] == limit) > limit for limit in most.values() if limit):
         some = some[::2]
     return some
 

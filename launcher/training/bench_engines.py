@@ -28,7 +28,7 @@ class _Reference:
     """A task that has no data."""
 
     auto_class = AutoModelForCausalLM
-    forward = staticmethod(heads.causal_lm)
+    loss = staticmethod(heads.causal_lm)
 
 
 def extra_seconds(engine: str, steps: Steps, num_ranks: int, allocator: Mapping[str, str], report: Report) -> dict[str, tuple[float, ...]]:
@@ -71,7 +71,7 @@ def _engine_seconds(plan: Plan, config: Any, ds_config: dict[str, Any], batch: d
     def step() -> None:
         engine.micro_step(batch, 1.0, True)
         engine.squared_gradient_norm()
-        engine.apply(1e-4, 1.0)
+        engine.optimizer_step(1e-4, 1.0)
 
     return _least(step)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launcher.job.values import Interval
-from launcher.runs.retention import lower_is_better
+from launcher.runs.retention import Better
+from launcher.values import Interval
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Patience:
     metric: str
     patience: int
     minimum_delta: float
+    better: Better = "lower"
+    """Which value of the metric is the better one."""
     best: float | None = None
     num_worse: int = 0
 
@@ -56,7 +58,7 @@ class Patience:
     def exhausted_by(self, metrics: dict[str, float]) -> bool:
         """Take note of one evaluation; True when patience has run out."""
         value = metrics[self.metric]
-        sign = -1.0 if lower_is_better(self.metric) else 1.0
+        sign = -1.0 if self.better == "lower" else 1.0
         if self.best is None or math.isnan(self.best) or sign * (value - self.best) > self.minimum_delta:
             self.best, self.num_worse = value, 0
         else:

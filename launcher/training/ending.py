@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.runs.halving import Halving
@@ -20,7 +21,10 @@ class EarlyEnd:
 
     def __init__(self, run: RunDirectory, plan: Plan, leads: bool, agree: Callable[[bool], bool], event: Callable[..., None]) -> None:
         early = plan.training.early_stopping
-        self._patience = Patience(early.metric, early.patience, early.minimum_delta) if early else None
+        self._patience = None
+        if early:
+            better = tasks.unprepared(plan).metrics.get(early.metric, "lower")
+            self._patience = Patience(early.metric, early.patience, early.minimum_delta, better)
         self._halving = Halving.of(run)
         self._run, self._leads, self._agree, self._event = run, leads, agree, event
         self._left_behind = False

@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,23 +16,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from launcher.planning.plan import Head
+from launcher.tasks.task import Head, Output
 from launcher.training.loss import IGNORED, CrossEntropy, LogitTransform, chunk_length, chunked_cross_entropy, supervised_only
 
 Batch = dict[str, Any]
-
-
-class Output(NamedTuple):
-    """Sums over what this micro-batch supervises; a NamedTuple, because sharding looks for tensors inside."""
-
-    loss_sum: torch.Tensor
-    """Scalar, fp32."""
-    num_correct: torch.Tensor
-    """Scalar."""
-    predictions: torch.Tensor | None = None
-    """[samples, outputs] for tasks whose metrics need them."""
-    router_loss_sum: torch.Tensor | None = None
-    """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
 
 
 def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> Output:
@@ -55,23 +42,6 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
     if router is None:
         return Output(entropy.loss_sum, entropy.num_correct)
     return Output(entropy.loss_sum + router, entropy.num_correct, None, router.detach())
-
-
-def sequence_classification(model: PreTrainedModel, batch: Batch, problem: str) -> Output:
-    """Padded `input_ids` [samples, tokens] ..., `labels`, `weights` [samples] -> Output with fp32 predictions."""
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights")}
-    logits = own_forward(model, inputs).logits.float()
-    labels, weights = batch["labels"], batch["weights"]
-    if problem == "single-label":
-        losses = functional.cross_entropy(logits, labels.view(-1), reduction="none")
-        correct = (logits.argmax(dim=-1) == labels.view(-1)).float()
-    elif problem == "multi-label":
-        losses = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
-        correct = ((logits > 0) == (labels > 0.5)).all(dim=-1).float()
-    else:
-        losses = functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
-        correct = torch.zeros_like(losses)
-    return Output((losses * weights).sum(), (correct * weights).sum().detach(), logits.detach())
 
 
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:

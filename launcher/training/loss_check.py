@@ -11,21 +11,21 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from launcher.errors import ConfigurationError, DataError, Problem
+from launcher.errors import ConfigurationError, Problem
 from launcher.planning.model_support import Way
 from launcher.planning.plan import Plan
+from launcher.tasks.task import Output, Sample, Task
 from launcher.training import attention, heads, pretrained
 from launcher.training import model as models
-from launcher.training.data.dataset import Dataset, Sample
+from launcher.training.data.dataset import Dataset
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
-from launcher.training.tasks.task import IGNORE, Task
+from launcher.training.heads import Batch
 
 LENGTHS = (11, 7)
 """Tokens of the two rows: the longer one first, so that what it leaves behind would show in the other."""
@@ -51,11 +51,12 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
 
 def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event) -> None:
     began = time.monotonic()
-    rows = _rows(dataset, engine.model.config.get_text_config().eos_token_id)
+    ends = engine.model.config.get_text_config().eos_token_id
+    rows = _rows(task, dataset, [ends] if isinstance(ends, int) else ends or [])
     planned = way = Way(task.layout, plan.attention, task.head)
-    own, size = _own(engine, rows, plan)
+    own, size = _own(engine, task, rows[1], plan)
     first = found = _ours(engine, task, rows, plan, planned)
-    others = iter(way for way in _FALLBACKS if way != planned and (task.name == "causal-lm" or way.head == "chunked"))
+    others = iter(way for way in _FALLBACKS if way != planned and (task.traits.causal or way.head == "chunked"))
     while found is None or _differ(found, own, size) > TOLERANCE[plan.precision]:
         if (other := next(others, None)) is None:
             reason = f"a row behind another in one pass has {_number(first)}, and alone by the model's own class {_number(own)}"
@@ -107,33 +108,11 @@ def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, 
     ]
 
 
-def _rows(dataset: Dataset, end: int | Sequence[int] | None) -> list[Sample]:
-    """Two samples of the data, cut short, of which the second counts; their last token stays the last.
-
-    Raises DataError where a target is not the next token.
-    A classifier's rows keep each `end`: BART's and T5's kin read the last, and want as many in all rows of a pass.
-    """
+def _rows(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[Sample]:
+    """Two samples of the data, cut short, of which the second counts. Raises DataError for one that is not what the task makes."""
     samples = [sample for index in range(min(2, dataset.num_items)) for sample in dataset.item(index)]
-    rows = []
-    for length, sample in zip(LENGTHS, (*samples, *samples), strict=False):
-        arrays = dict(sample)
-        if "targets" in arrays:
-            _check_targets(arrays["input_ids"], arrays["targets"])
-        kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
-        if "targets" not in arrays and end is not None:
-            kept = np.union1d(kept, np.flatnonzero(np.isin(arrays["input_ids"], end)))
-        # A sample may have as many labels as tokens.
-        arrays |= {name: array[kept] for name, array in arrays.items() if name != "label" and len(array) == sample.length}
-        if "targets" in arrays:
-            arrays["targets"] = np.append(arrays["input_ids"][1:], IGNORE).astype(np.int32)
-        rows.append(Sample(arrays, sample.id))
-    return [rows[0].as_filler(), rows[1]]
-
-
-def _check_targets(ids: np.ndarray, targets: np.ndarray) -> None:
-    learned = targets[:-1] != IGNORE
-    if targets[-1] != IGNORE or not np.array_equal(targets[:-1][learned], ids[1:][learned]):
-        raise DataError("a prepared sample's targets are not its next tokens; remove the cache of prepared data and run again")
+    first, second = (task.shortened(sample, length, ends) for length, sample in zip(LENGTHS, (*samples, *samples), strict=False))
+    return [first.as_filler(), second]
 
 
 def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: Way) -> torch.Tensor | None:
@@ -149,7 +128,7 @@ def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: W
     return _values(output, rows[1])
 
 
-def _own(engine: Engine, rows: Sequence[Sample], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """What the model's own class makes of the second row alone, and the size against which rounding is seen.
 
     Raises ConfigurationError where the class refuses the row, or makes no numbers of it.
@@ -157,44 +136,41 @@ def _own(engine: Engine, rows: Sequence[Sample], plan: Plan) -> tuple[torch.Tens
     name = engine.model.config._attn_implementation
     _attend(engine.model, "eager")
     try:
-        with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
-            output = engine.evaluate(to_device(_plain(rows[1]), plan.mesh.device))
+        plain = task.plain_batch(row)
+        if plain is None:
+            output = engine.evaluate(to_device(task.collate([[row]]), plan.mesh.device))
+        else:
+            with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
+                output = engine.evaluate(to_device(plain, plan.mesh.device))
     except ValueError as error:
         reason = f"its own class refuses a row of the data: {pretrained.first_line(error)}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     _attend(engine.model, name)
-    own = _values(output, rows[1])
+    own = _values(output, row)
     if not _all(bool(own.isfinite().all()), own.device):
         reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"
         raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it"))
     return own, torch.maximum(own.float().abs().max(), output.num_correct.float())
 
 
-def _values(output: heads.Output, row: Sample) -> torch.Tensor:
+def _values(output: Output, row: Sample) -> torch.Tensor:
     """What is compared: the loss of a token, or a classifier's outputs."""
     return output.loss_sum.reshape(1) / (row.length - 1) if output.predictions is None else output.predictions[-1]
 
 
-def _plain(row: Sample) -> heads.Batch:
-    """One row as transformers' documentation has it: tokens, and for a causal LM the same tokens as labels."""
-    names = ("input_ids", "token_type_ids")
-    batch = {name: torch.from_numpy(row[name].astype(np.int64))[None] for name in names if name in row}
-    return batch | ({"labels": batch["input_ids"]} if "targets" in row else {})
-
-
-def _alone(model: PreTrainedModel, batch: heads.Batch) -> heads.Output:
+def _alone(model: PreTrainedModel, batch: Batch) -> Output:
     """The loss or the outputs of one row; in the place of `num_correct` how large they usually are."""
     with _size_of_outputs(model) as sizes:
         output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
     logits = output.logits.float()
     if "labels" not in batch:
-        return heads.Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
+        return Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
     entropy = functional.cross_entropy(logits[0, :-1], ids[1:])
     loss = entropy if getattr(output, "loss", None) is None else output.loss.float()
     # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of saying each token again.
     if torch.isclose(loss, functional.cross_entropy(logits[0], ids), rtol=1e-4):
         loss = entropy
-    return heads.Output(loss * (len(ids) - 1), torch.ones_like(loss))  # of what is known by heart less than rounding is left
+    return Output(loss * (len(ids) - 1), torch.ones_like(loss))  # of what is known by heart less than rounding is left
 
 
 @contextlib.contextmanager
@@ -218,7 +194,7 @@ def _size_of_outputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def _forward(model: PreTrainedModel, function: Callable[..., heads.Output]) -> Iterator[None]:
+def _forward(model: PreTrainedModel, function: Callable[..., Output]) -> Iterator[None]:
     """While inside, `function` runs where the task's loss would, inside the engine's hooks."""
     before = model.forward
     model.forward = functools.partial(function, model)

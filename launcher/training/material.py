@@ -11,16 +11,17 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.runs import cache, events, prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import PhaseReport
-from launcher.training import heads, model_files, pretrained, tasks
+from launcher.tasks.task import Task
+from launcher.training import heads, model_files, pretrained
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
-from launcher.training.tasks.task import Task
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from typing import Any
 
 from torch import distributed
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Model
 from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.training import entry, pretrained, tasks
+from launcher.tasks.task import Task
+from launcher.training import entry, pretrained
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
@@ -31,7 +33,6 @@ from launcher.training.evaluation import evaluate
 from launcher.training.loss_check import check_loss
 from launcher.training.material import phase_report, refuse_tokens
 from launcher.training.signals import StopRequest
-from launcher.training.tasks.task import Task
 
 
 def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
@@ -100,9 +101,9 @@ def _material(scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None) ->
 
 def _load(run: Path, plan: Plan, engine: FsdpEngine, step: int | None) -> None:
     checkpointer = Checkpointer(RunDirectory(run), plan, distributed.get_rank(), distributed.get_world_size(), read_only=True)
-    if checkpointer.load(engine.tensors(), step) is None:
+    if checkpointer.load(engine.state_dict(), step) is None:
         raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
-    engine.loaded()
+    engine.after_load()
 
 
 def _event(scratch: RunDirectory, name: str, **fields: Any) -> None:

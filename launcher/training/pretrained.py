@@ -50,7 +50,7 @@ def settled(plan: Plan) -> Plan:
     config = read_config(plan.model_copy(update={"attention": "eager"}))
     known = model_support.support(plan.task, config.to_dict(), plan.model.trust_remote_code, plan.data.max_length)
     planned = model_support.Way(plan.layout, plan.attention, plan.head)
-    if known.ways and (known is model_support.UNTRIED[plan.task] or planned in known.ways or plan.attention == "flash_attention_2"):
+    if known.ways and (known is model_support.untried(plan.task) or planned in known.ways or plan.attention == "flash_attention_2"):
         return plan
     # A plan holds no `auto`: what it says of a model that was not there is what most models can.
     asked = "auto" if plan.model.attention == "sdpa" else plan.model.attention

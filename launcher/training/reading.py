@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, modeling_utils
 
+from launcher import tasks
 from launcher.planning.plan import Plan
-from launcher.training.tasks import classes
+from launcher.tasks import classes
 
 _BLOCK_ROWS = 4096
 """Rows of a table that are added up at once."""
@@ -69,7 +70,7 @@ class Changes:
 
 def _other_head(plan: Plan, config: Any) -> bool:
     """Return whether the files' head, if there is any, is for other classes, or for the same in another order."""
-    if plan.task != "sequence-classification":
+    if tasks.find(plan.task).traits.head == "every-position":
         return False
     stored = AutoConfig.from_pretrained(plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code)
     own = classes.of_model(stored)

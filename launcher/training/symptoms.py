@@ -6,7 +6,6 @@ import collections
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -16,7 +15,6 @@ from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.engines.engine import Engine
 from launcher.training.model import local_part
 from launcher.training.schedule import Schedule
-from launcher.training.tasks.task import Task
 
 _STEPS = 30
 """Whose mean loss is looked at, and after so many updates whether the parameters moved."""
@@ -142,15 +140,3 @@ class Sample:
 def _some(tensor: torch.Tensor) -> torch.Tensor:
     own = (tensor.values() if isinstance(tensor, FlatShard) else local_part(tensor)).detach().reshape(-1)
     return own[:: max(1, own.numel() // _NUM_SAMPLED)].float().cpu().clone()
-
-
-def chance_of(task: Task, config: Any) -> float | None:
-    """Return the loss of guessing: ln of the vocabulary or of the number of classes, ln 2 where each class is asked for alone.
-
-    None for a number in place of a class.
-    """
-    if task.name == "causal-lm":
-        return math.log(config.get_text_config().vocab_size)
-    if task.data.problem == "regression":
-        return None
-    return math.log(2 if task.data.problem == "multi-label" else max(2, config.num_labels))

@@ -20,6 +20,7 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import here
 from launcher.runs.status import newest_checkpoint
 from launcher.runs.tail import last_record
+from launcher.tasks.task import Draws
 from launcher.training import engines, exchange, pretrained
 from launcher.training import model as models
 from launcher.training.cadence import Cadence
@@ -40,7 +41,7 @@ from launcher.training.rescue import Rescue
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.state import State, TrainerState
-from launcher.training.symptoms import Sample, Symptoms, chance_of
+from launcher.training.symptoms import Sample, Symptoms
 from launcher.training.tracking import Journal
 from launcher.training.whereabouts import say_compiling, waited
 
@@ -101,8 +102,8 @@ class Trainer:
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
         self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
         here.at("restoring")
-        tensors = self.engine.tensors()
-        chance, said = chance_of(self.task, material.config), self._restore(tensors)
+        tensors = self.engine.state_dict()
+        chance, said = self.task.chance_loss(material.config), self._restore(tensors)
         in_memory = plan.offload == "none" or plan.offload_to == "cpu"
         sample = Sample(self.engine, tensors if in_memory else {})
         self.symptoms = Symptoms(plan.training, self.schedule, chance, sample, self.event, self.state.step, said)
@@ -171,10 +172,10 @@ class Trainer:
         if verdict == "apply":
             clip = self.plan.training.clip_norm
             coefficient = min(1.0, clip / (gradient_norm + 1e-6)) if clip > 0 else 1.0
-            self.engine.apply(learning_rate, coefficient / scale)
+            self.engine.optimizer_step(learning_rate, coefficient / scale)
             self.symptoms.note(self.state.step + 1, loss, gradient_norm)
         else:
-            self.engine.discard()
+            self.engine.zero_grad()
         self.state.step += 1
         self.state.num_items += step_batch.num_items
         self.state.num_tokens += step_batch.num_tokens
@@ -189,14 +190,14 @@ class Trainer:
 
     def _rewind(self) -> None:
         """Take the weights of a checkpoint before back, and go on behind the samples since. Raises DivergedError where there is none."""
-        tensors = self.engine.tensors()
+        tensors = self.engine.state_dict()
         progress = None
         for until in self.divergence.checkpoints_before():
             with contextlib.suppress(CheckpointError):
                 progress = progress or self.checkpointer.load(tensors, until=until)
         if progress is None:
             raise self.divergence.nowhere_to_go()
-        self.engine.loaded()
+        self.engine.after_load()
         self.divergence.rewound(progress.step, self.state.step)
         if self._save(wait=True, must=False):
             self.checkpointer.remove(range(progress.step + 1, self.state.step))
@@ -206,10 +207,11 @@ class Trainer:
         factor = self.loss_scale.value / max(1, step_batch.num_supervised)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(step_batch.micro_batches) - 1
+        draws = Draws(self.plan.training.seed, self.state.step)
         for index, items in enumerate(step_batch.micro_batches):
             here.at("data", done=index, total=last + 1, detail=str(self.material.train.directory))
             began = time.monotonic()
-            batch = to_device(self.task.collate(items), self.device)
+            batch = to_device(self.task.collate(items, draws), self.device)
             self.own.loaded(time.monotonic() - began)
             here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(self.plan.training.seed, self.state.step, self.rank, index))
@@ -265,7 +267,7 @@ class Trainer:
         self.saving.done(self.state.step, time.monotonic())
         if self.recorder:
             self.recorder.saves()
-        saved = self._save_tensors(self.engine.tensors(), wait)
+        saved = self._save_tensors(self.engine.state_dict(), wait)
         if wait and must and not saved:
             raise StorageError(f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}")
         return saved
@@ -283,7 +285,7 @@ class Trainer:
         progress = self.checkpointer.load(tensors)
         if progress is None:
             return []
-        self.engine.loaded()
+        self.engine.after_load()
         kept = TrainerState.of(progress, self.run.checkpoint(progress.step).name)
         self.event("resumed", step=progress.step, checkpoint=self.run.checkpoint(progress.step).name)
         evaluated_step = progress.step if kept.evaluated_step is None else kept.evaluated_step

@@ -61,7 +61,7 @@ def steps(plan: Plan, num_steps: int) -> list[list[float]]:
         for index in range(plan.batch.accumulation_steps):
             engine.micro_step(batch, 1e-3, index == plan.batch.accumulation_steps - 1)
         engine.squared_gradient_norm()
-        engine.apply(1e-4, 0.5)
+        engine.optimizer_step(1e-4, 0.5)
         found.append([time.perf_counter() - begun, float(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)])
     highest = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return [*found[1:], [1024.0 * int(highest.split()[1])]]

@@ -152,7 +152,7 @@ def steps(plan: Plan, ds_config: dict[str, Any], num_steps: int, hopeless: float
         for index in range(plan.batch.accumulation_steps):
             engine.micro_step(batch, 1e-3, index == plan.batch.accumulation_steps - 1)
         engine.squared_gradient_norm()
-        engine.apply(1e-4, 0.5)
+        engine.optimizer_step(1e-4, 0.5)
         taken = torch.tensor(time.perf_counter() - begun)
         distributed.all_reduce(taken, distributed.ReduceOp.MAX)
         found.append(float(taken))

@@ -54,7 +54,7 @@ def seconds(plan: Plan, rounds: int) -> list[list[float]]:
         for index in range(ACCUMULATION):
             engine.micro_step(batch, 1e-3, index == ACCUMULATION - 1)
         engine.squared_gradient_norm()
-        engine.apply(1e-4, 0.5)
+        engine.optimizer_step(1e-4, 0.5)
         if turn > 1:
             found[way].append(time.perf_counter() - began)
     return found

@@ -96,9 +96,9 @@ def be_a_rank(mode: str, model: Path) -> None:
     if mode == "load":
         from launcher.job.schema import Job
         from launcher.planning.decide import plan as decide
+        from launcher.tasks.causal_lm import CausalLM
         from launcher.training import model as models
         from launcher.training import pretrained
-        from launcher.training.tasks.causal_lm import CausalLM
 
         job = Job.model_validate(
             {

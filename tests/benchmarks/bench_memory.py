@@ -93,7 +93,7 @@ def traced(case: Case, plan: Plan) -> Program:
 
     task, request = TASKS[case.kind], Request(plan, case.kind, case.lengths, case.targets)
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
-    return Traced(config, task.auto_class, task.forward, lambda _, config: task.batch(request, config), DTYPES[plan.precision])
+    return Traced(config, task.auto_class, task.loss, lambda _, config: task.batch(request, config), DTYPES[plan.precision])
 
 
 def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept: Path | None = None) -> list[dict[str, Any]]:

@@ -90,7 +90,7 @@ def measure(plan: Plan) -> dict[str, Any]:
         loss = engine.micro_step(batch, 1 / 252, True).loss_sum.detach().double()
         torch.distributed.all_reduce(loss)
         engine.squared_gradient_norm()
-        engine.apply(1e-4, 1.0)
+        engine.optimizer_step(1e-4, 1.0)
         losses.append(float(loss) / 252)
         seconds.append(time.perf_counter() - begin)
     highest, host = peak.stop(), host_bytes(plan, engine._zero)  # type: ignore[attr-defined]

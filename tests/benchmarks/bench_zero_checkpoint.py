@@ -56,7 +56,7 @@ class Causal:
     """As much of a task as an engine needs."""
 
     auto_class = AutoModelForCausalLM
-    forward = staticmethod(heads.causal_lm)
+    loss = staticmethod(heads.causal_lm)
 
 
 def plan_for(model: Path, world_size: int) -> Plan:
@@ -79,12 +79,12 @@ def step(engine: Any) -> None:
     batch |= {"cu_seq_lens": torch.tensor([0, 64], dtype=torch.int32), "max_length": 64}
     engine.micro_step(batch, 1 / 64, True)
     engine.squared_gradient_norm()
-    engine.apply(1e-3, 1.0)
+    engine.optimizer_step(1e-3, 1.0)
 
 
 def digest(engine: Any) -> dict[str, str]:
     """A hash of this rank's part of each tensor: master, both moments."""
-    shards = {name: tensor for name, tensor in engine.tensors().items() if isinstance(tensor, FlatShard)}
+    shards = {name: tensor for name, tensor in engine.state_dict().items() if isinstance(tensor, FlatShard)}
     return {name: hashlib.sha256(shard.values().contiguous().numpy().tobytes()).hexdigest() for name, shard in shards.items()}
 
 
@@ -116,7 +116,7 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
     theirs = scratch / "deepspeed"
 
     def save_ours(number: int) -> None:
-        assert saver.save(engine.tensors(), Progress(step=number, samples=number, tokens=number), wait=True)
+        assert saver.save(engine.state_dict(), Progress(step=number, samples=number, tokens=number), wait=True)
 
     def save_theirs(sync: bool) -> None:
         engine._engine.save_checkpoint(str(theirs), tag="step")
@@ -152,7 +152,7 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
         progress = Progress(step=1000 + number, samples=1, tokens=1)
         alone = seconds(lambda: steps(lambda: None))
         sides = [
-            ("ours", lambda progress=progress: saver.save(engine.tensors(), progress)),  # type: ignore[misc]
+            ("ours", lambda progress=progress: saver.save(engine.state_dict(), progress)),  # type: ignore[misc]
             ("deepspeed", lambda: save_theirs(False)),
             ("deepspeed, synced", lambda: save_theirs(True)),
         ]
@@ -162,7 +162,7 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
             if number:
                 lost[name].append(value - alone)
     # What is loaded later is the same state on both sides.
-    assert saver.save(engine.tensors(), Progress(step=2000, samples=1, tokens=1), wait=True)
+    assert saver.save(engine.state_dict(), Progress(step=2000, samples=1, tokens=1), wait=True)
     save_theirs(True)
     return {"seconds": found, "lost": lost, "num_parameters": sum(parameter.ds_numel for parameter in engine.model.parameters())}
 
@@ -172,8 +172,8 @@ def load_ours(plan: Plan, scratch: Path) -> dict[str, Any]:
     saver = Checkpointer(RunDirectory(scratch / "run"), plan, distributed.get_rank(), LOADING, read_only=True)
 
     def load() -> None:
-        assert saver.load(engine.tensors()) is not None
-        engine.loaded()
+        assert saver.load(engine.state_dict()) is not None
+        engine.after_load()
 
     return {"seconds": seconds(load), "digest": digest(engine)}
 

@@ -143,7 +143,7 @@ def _steps(request: Request, before: dict[int, int]) -> Any:
                 engine.micro_step(batch, 1.0, index == plan.batch.accumulation_steps - 1)
                 del batch
             engine.squared_gradient_norm()
-            engine.apply(1e-4, 0.5)
+            engine.optimizer_step(1e-4, 0.5)
         if plan.engine == "deepspeed":
             _say_what_lives(before)
     if request.evaluates:

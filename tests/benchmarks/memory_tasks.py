@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from launcher.tasks.sequence_classification import label_loss
+from launcher.tasks.task import Output
 from launcher.training import heads
 from launcher.training.loss import chunked_cross_entropy
 
@@ -20,7 +22,7 @@ class Causal:
     """Samples one after another in one row."""
 
     auto_class = AutoModelForCausalLM
-    forward = staticmethod(heads.causal_lm)
+    loss = staticmethod(heads.causal_lm)
 
     @staticmethod
     def batch(request: Any, config: Any) -> dict[str, Any]:
@@ -41,8 +43,8 @@ class Classifying:
     auto_class = AutoModelForSequenceClassification
 
     @staticmethod
-    def forward(model: Any, batch: dict[str, Any]) -> heads.Output:
-        return heads.sequence_classification(model, batch, "single-label")
+    def loss(model: Any, batch: dict[str, Any]) -> Output:
+        return label_loss(model, batch, "single-label")
 
     @staticmethod
     def batch(request: Any, config: Any) -> dict[str, Any]:
@@ -64,12 +66,12 @@ class Translating:
     auto_class = AutoModelForSeq2SeqLM
 
     @staticmethod
-    def forward(model: Any, batch: dict[str, Any]) -> heads.Output:
+    def loss(model: Any, batch: dict[str, Any]) -> Output:
         targets = batch.pop("targets")
         hidden = _decoded(model, batch)
         head = model.get_output_embeddings()
         loss = chunked_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten(), bias=head.bias)
-        return heads.Output(loss.loss_sum, loss.num_correct)
+        return Output(loss.loss_sum, loss.num_correct)
 
     @staticmethod
     def batch(request: Any, config: Any) -> dict[str, Any]:
@@ -105,8 +107,8 @@ class Seeing:
     auto_class = AutoModelForImageClassification
 
     @staticmethod
-    def forward(model: Any, batch: dict[str, Any]) -> heads.Output:
-        return heads.sequence_classification(model, batch, "single-label")
+    def loss(model: Any, batch: dict[str, Any]) -> Output:
+        return label_loss(model, batch, "single-label")
 
     @staticmethod
     def batch(request: Any, config: Any) -> dict[str, Any]:

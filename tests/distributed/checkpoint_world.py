@@ -15,10 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from launcher.job.schema import Checkpoint, Data, Model, Source, Training
+from launcher.job.schema import Checkpoint, Model, Training
 from launcher.planning.plan import BatchPlan, Length, Mesh, Plan
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory
+from launcher.sources.section import Source
+from launcher.tasks.causal_lm import CausalColumns
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from tests.ports import free_port
 
@@ -60,7 +62,7 @@ def make_plan(world_size: int, **checkpoint: Any) -> Plan:
             threads_per_rank=1,
         ),
         model=Model(name="tiny"),
-        data=Data(train=Source(path="train.jsonl"), text="text"),
+        data=CausalColumns(train=Source(path="train.jsonl"), text="text"),
         training=Training(),
         checkpoint=Checkpoint(**checkpoint),
     )

@@ -138,9 +138,9 @@ def goes_on(run: RunDirectory, plan: Plan) -> list[float]:
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
     engine = build(plan, Causal, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]
     rank = torch.distributed.get_rank()
-    progress = Checkpointer(run, plan, rank, plan.mesh.world_size).load(engine.tensors())
+    progress = Checkpointer(run, plan, rank, plan.mesh.world_size).load(engine.state_dict())
     assert progress is not None
-    engine.loaded()
+    engine.after_load()
     losses = []
     for step in (progress.step, progress.step + 1):
         rows = list(input_ids(step, rank))
@@ -148,6 +148,6 @@ def goes_on(run: RunDirectory, plan: Plan) -> list[float]:
         loss = engine.micro_step(packed_batch(rows), 1 / supervised, True).loss_sum.detach() / supervised
         sums = torch.stack([loss.double(), engine.squared_gradient_norm().double()])
         torch.distributed.all_reduce(sums)
-        engine.apply(LEARNING_RATE, min(1.0, 1.0 / (float(sums[1].sqrt()) + 1e-6)))
+        engine.optimizer_step(LEARNING_RATE, min(1.0, 1.0 / (float(sums[1].sqrt()) + 1e-6)))
         losses.append(float(sums[0]))
     return losses

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.job.schema import Data, Source
+from launcher import tasks
 from launcher.planning.plan import BatchPlan
-from launcher.training import tasks
+from launcher.sources.section import Source
+from launcher.tasks.causal_lm import CausalColumns
 from launcher.training.data.batches import Batches, StepBatch, deal
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order
@@ -28,9 +29,12 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     rows = [{"text": "the cat " * int(generator.integers(1, 12)) + str(n), "label": str(n % 3)} for n in range(100)]
     source = jsonl(directory / "a.jsonl", rows)
     classes = request.param == "classes"
-    data = Data(train=source, text="text", label="label" if classes else None, max_length=64, packing=request.param == "packed")
+    task = "sequence-classification" if classes else "causal-lm"
+    data = tasks.find(task).Columns.model_validate(
+        {"train": source, "text": "text", "max_length": 64, "packing": request.param == "packed"} | ({"label": "label"} if classes else {})
+    )
     tokenizer = word_tokenizer() if classes else byte_tokenizer()
-    plan = plan_of(data, "sequence-classification" if classes else "causal-lm")
+    plan = plan_of(data, task)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(directory))
         return prepare(source, "train", plan, tasks.build(plan, tokenizer), tokenizer)
@@ -42,14 +46,12 @@ def on_all_ranks(dataset: Dataset, layout: tuple[int, int, int], step: int, num_
 
 
 def real_ids(batches: list[StepBatch]) -> Counter[int]:
-    return Counter(
-        sample.id for batch in batches for micro in batch.micro_batches for item in micro for sample in item if not sample.filler
-    )
+    return Counter(sample.id for batch in batches for micro in batch.micro_batches for item in micro for sample in item if sample.weight)
 
 
 def supervised(batches: list[StepBatch]) -> int:
     samples = [sample for batch in batches for micro in batch.micro_batches for item in micro for sample in item]
-    return sum(int((s["targets"] >= 0).sum()) if "targets" in s else int(not s.filler) for s in samples)
+    return sum(s.weight * int((s["targets"] >= 0).sum()) if "targets" in s else s.weight for s in samples)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,7 +94,7 @@ def test_the_hash_tells_order_from_order(dataset: Dataset) -> None:
 def test_the_last_batch_is_filled_with_what_counts_for_nothing(dataset: Dataset) -> None:
     batches = on_all_ranks(dataset, (2, 2, 3), 1, 13)
     assert batches[0].num_items == 1
-    fillers = [item for batch in batches for micro in batch.micro_batches for item in micro if item[0].filler]
+    fillers = [item for batch in batches for micro in batch.micro_batches for item in micro if not item[0].weight]
     assert len(fillers) == 11
     assert all((sample["targets"] == -100).all() for item in fillers for sample in item if "targets" in sample)
     assert supervised(batches) == batches[0].num_supervised
@@ -144,7 +146,7 @@ def test_dealing_by_length_shortens_the_step(seed: int) -> None:
 def test_gsm8k_packs_at_least_98_percent_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = Source(path=str(SHARED / "gsm8k" / "train.jsonl"))
-    data = Data(train=source, prompt="question", completion="answer", max_length=1024, packing=True)
+    data = CausalColumns(train=source, prompt="question", completion="answer", max_length=1024, packing=True)
     plan = plan_of(data, batch=BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, data_parallel_size=1))
     tokenizer = byte_tokenizer()
     dataset = prepare(source, "train", plan, tasks.build(plan, tokenizer), tokenizer)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
+from launcher import tasks
 from launcher.cli import main as cli
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.load import load
-from launcher.job.schema import Data
 from launcher.planning.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
@@ -39,7 +39,7 @@ def ready(tmp_path: Path, rows: list[Any], task: str = "causal-lm", tokenizer: A
     tokenizer = tokenizer or byte_tokenizer()
     config_of("llama" if task == "causal-lm" else "bert", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    made = plan_of(Data(train=jsonl(tmp_path / "a.jsonl", rows), **settings), task)
+    made = plan_of(tasks.find(task).Columns(train=jsonl(tmp_path / "a.jsonl", rows), **settings), task)
     return made.model_copy(update={"model": made.model.model_copy(update={"name": str(tmp_path / "model")})}), tokenizer
 
 

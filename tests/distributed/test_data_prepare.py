@@ -16,15 +16,17 @@ import numpy as np
 import psutil
 import pytest
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, DataError, OutOfMemoryError, StorageError
-from launcher.job.schema import Data
 from launcher.planning.epochs import one_pass
-from launcher.training import tasks
+from launcher.sources.section import Data
+from launcher.tasks.causal_lm import CausalColumns, CausalLM
+from launcher.tasks.sequence_classification import LabelledColumns
 from launcher.training.data import encode
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import cache_root, prepare, tokenizer_digest
-from launcher.training.tasks.causal_lm import CausalLM
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of, word_tokenizer
+from tests.encoding import arrays_of
 
 TOKENIZER = byte_tokenizer()
 TEXTS = [{"text": "the cat sat " * (1 + number % 7) + str(number)} for number in range(60)]
@@ -52,7 +54,8 @@ def contents(dataset: Dataset) -> list[list[tuple[int, dict[str, list[Any]]]]]:
 
 
 def text_data(tmp_path: Path, rows: list[Any] = TEXTS, **settings: Any) -> Data:
-    return Data(train=jsonl(tmp_path / "a.jsonl", rows), text="text", **settings)
+    columns = LabelledColumns if "label" in settings else CausalColumns
+    return columns(train=jsonl(tmp_path / "a.jsonl", rows), text="text", **settings)
 
 
 def test_what_is_prepared_is_what_the_task_encodes(tmp_path: Path) -> None:
@@ -61,7 +64,7 @@ def test_what_is_prepared_is_what_the_task_encodes(tmp_path: Path) -> None:
     task = tasks.build(plan_of(data), TOKENIZER)
     for index, row in enumerate(TEXTS):
         [sample] = dataset.item(index)
-        expected = task.encode(row, TOKENIZER)
+        expected = arrays_of(task, row, TOKENIZER)
         assert sample.id == index
         assert sample.keys() == expected.keys()
         assert all(np.array_equal(sample[name], expected[name]) and sample[name].dtype == expected[name].dtype for name in expected)
@@ -92,8 +95,8 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     alone = made(text_data(tmp_path, rows))
     pids = tmp_path / "pids"
     pids.mkdir()
-    encoded = CausalLM.encode_batch
-    monkeypatch.setattr(CausalLM, "encode_batch", lambda *a: ((pids / str(os.getpid())).touch(), encoded(*a))[1])
+    encoded = CausalLM.encode
+    monkeypatch.setattr(CausalLM, "encode", lambda *a: ((pids / str(os.getpid())).touch(), encoded(*a))[1])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     together = made(text_data(tmp_path, rows), num_workers=2)
     assert contents(alone) == contents(together)
@@ -105,7 +108,7 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "FEWEST_ROWS_FOR_WORKERS", 1)
-    monkeypatch.setattr(CausalLM, "encode_batch", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(CausalLM, "encode", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(OutOfMemoryError, match=r"data\.num_workers to fewer than 2"):
         made(text_data(tmp_path), num_workers=2)
     assert [p for p in cache_root().iterdir() if p.is_dir()] == []
@@ -117,17 +120,17 @@ def test_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
         import sys, time, os
         sys.path[:0] = sys.argv[2:]
         from tests.distributed.data_world import plan_of, byte_tokenizer
-        from launcher.job.schema import Data, Source
-        from launcher.training import tasks
+        from launcher.sources.section import Source
+        from launcher import tasks
         from launcher.training.data import encode
         from launcher.training.data.prepare import prepare
-        from launcher.training.tasks.causal_lm import CausalLM
+        from launcher.tasks.causal_lm import CausalColumns, CausalLM
         encode.FEWEST_ROWS_FOR_WORKERS = 1
         def slow(*a):
             print(os.getpid(), flush=True)
             time.sleep(100)
-        CausalLM.encode_batch = slow
-        plan = plan_of(Data(train=Source(path=sys.argv[1]), text="text"), num_workers=2)
+        CausalLM.encode = slow
+        plan = plan_of(CausalColumns(train=Source(path=sys.argv[1]), text="text"), num_workers=2)
         tokenizer = byte_tokenizer()
         prepare(plan.data.train, "train", plan, tasks.build(plan, tokenizer), tokenizer)
     """)
@@ -147,11 +150,11 @@ def test_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
 
 def test_the_second_call_maps_what_the_first_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made(text_data(tmp_path))
-    monkeypatch.setattr(CausalLM, "encode_batch", lambda *a: pytest.fail("encoded again"))
+    monkeypatch.setattr(CausalLM, "encode", lambda *a: pytest.fail("encoded again"))
     second = made(text_data(tmp_path))
     assert (first.report.cached, second.report.cached) == (False, True)
     assert contents(first) == contents(second)
-    moved = Data(train=jsonl(tmp_path / "moved.jsonl", TEXTS), text="text", num_workers=7)
+    moved = CausalColumns(train=jsonl(tmp_path / "moved.jsonl", TEXTS), text="text", num_workers=7)
     third = made(moved)
     assert third.report.cached
     assert [file["path"] for file in third.report.files] == [str(tmp_path / "moved.jsonl")]
@@ -159,7 +162,7 @@ def test_the_second_call_maps_what_the_first_made(tmp_path: Path, monkeypatch: p
 
 def test_the_first_row_that_is_dropped_is_named_where_it_lies_now(tmp_path: Path) -> None:
     made(text_data(tmp_path, BAD_ROWS))
-    moved = made(Data(train=jsonl(tmp_path / "moved.jsonl", BAD_ROWS), text="text"))
+    moved = made(CausalColumns(train=jsonl(tmp_path / "moved.jsonl", BAD_ROWS), text="text"))
     assert moved.report.cached and {example["file"] for example in moved.report.examples} == {str(tmp_path / "moved.jsonl")}
 
 
@@ -177,7 +180,7 @@ def test_whatever_changes_the_samples_changes_the_cache(tmp_path: Path) -> None:
     assert len({made(text_data(tmp_path, **settings)).report.samples_hash for settings in variants[:2]}) == 2
     assert not made(text_data(tmp_path, [*TEXTS[:-1], {"text": "another"}])).report.cached
     assert not made(text_data(tmp_path), tokenizer=byte_tokenizer(bos=True)).report.cached
-    limited = Data(train=text_data(tmp_path).train.model_copy(update={"limit": 5}), text="text")
+    limited = CausalColumns(train=text_data(tmp_path).train.model_copy(update={"limit": 5}), text="text")
     assert made(limited).num_samples == 5
 
 
@@ -234,15 +237,15 @@ def test_another_format_is_made_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def _prepare_in_another_process(path: str, results: Any) -> None:
-    encoded = CausalLM.encode_batch
+    encoded = CausalLM.encode
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.5)
         return encoded(*arguments)
 
-    CausalLM.encode_batch = slow  # type: ignore[method-assign]
+    CausalLM.encode = slow  # type: ignore[method-assign]
     calls: list[tuple[int, int]] = []
-    plan = plan_of(Data(train=jsonl(Path(path), TEXTS), text="text"))
+    plan = plan_of(CausalColumns(train=jsonl(Path(path), TEXTS), text="text"))
     task = tasks.build(plan, TOKENIZER)
     dataset = prepare(plan.data.train, "train", plan, task, TOKENIZER, lambda done, total: calls.append((done, total)))
     results.put((dataset.report.cached, calls, dataset.num_tokens))
@@ -353,7 +356,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
 def test_classes_come_from_the_training_rows_and_stay_with_the_cache(tmp_path: Path) -> None:
     train = jsonl(tmp_path / "a.jsonl", [{"text": "the cat", "label": name} for name in ("b", "a", "c", "a")])
     held_out = jsonl(tmp_path / "b.jsonl", [{"text": "a dog", "label": "c"}, {"text": "a dog", "label": "z"}])
-    data = Data(train=train, evaluation=held_out, text="text", label="label")
+    data = LabelledColumns(train=train, evaluation=held_out, text="text", label="label")
     tokenizer = word_tokenizer()
     for _ in range(2):
         plan = plan_of(data, "sequence-classification")
@@ -426,7 +429,7 @@ PAIR = [{"q": "the cat", "a": "sat"}, {"q": "the cat", "a": " "}, {"q": "", "a":
 def test_the_planner_leaves_out_what_the_trainer_does(rows: list[Any], task: str, settings: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(PARTS) if task == "causal-lm" else word_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
-    data = Data(train=jsonl(tmp_path / "a.jsonl", rows), **settings)
+    data = CausalColumns(train=jsonl(tmp_path / "a.jsonl", rows), **settings)
     seen = one_pass(data.train, data, str(tmp_path / "model"), task)
     dataset = made(data, tokenizer=tokenizer, task=task)
     assert seen is not None and (seen.num_items, seen.num_rows) == (dataset.num_samples, len(rows))

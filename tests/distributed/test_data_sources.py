@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from launcher.errors import DataError
-from launcher.job.schema import Source
 from launcher.sources.rows import IfThere, RowProblem, text_of
 from launcher.sources.sample import look
+from launcher.sources.section import Source
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.sources import BLOCK, open_source, refuse_change
 from tests.distributed.data_world import SHARED, jsonl

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.job.schema import Data, Source
 from launcher.sources.rows import RowProblem
-from launcher.training import tasks
-from launcher.training.data.dataset import Sample
-from launcher.training.tasks.task import Task
+from launcher.sources.section import Data, Source
+from launcher.tasks.causal_lm import CausalColumns
+from launcher.tasks.task import Output, Sample, Task
 from tests.distributed.data_world import MARKED, byte_tokenizer, plan_of
+from tests.encoding import arrays_of
 
 TRAIN = Source(path="unused.jsonl")
-TEXT = Data(train=TRAIN, text="text")
-PROMPTED = Data(train=TRAIN, prompt="question", completion="answer")
-CHAT = Data(train=TRAIN, messages="messages")
+TEXT = CausalColumns(train=TRAIN, text="text")
+PROMPTED = CausalColumns(train=TRAIN, prompt="question", completion="answer")
+CHAT = CausalColumns(train=TRAIN, messages="messages")
 TOKENIZER = byte_tokenizer()
 
 
@@ -41,7 +42,7 @@ def check_shift(arrays: dict[str, np.ndarray]) -> None:
 
 
 def test_text_is_learned_whole_and_ends() -> None:
-    arrays = task_of(TEXT).encode({"text": "the cat sat"}, TOKENIZER)
+    arrays = arrays_of(task_of(TEXT), {"text": "the cat sat"}, TOKENIZER)
     check_shift(arrays)
     assert TOKENIZER.decode(arrays["input_ids"].tolist()) == "the cat sat<|im_end|>"
     assert (arrays["targets"][:-1] >= 0).all()
@@ -49,13 +50,13 @@ def test_text_is_learned_whole_and_ends() -> None:
 
 def test_a_tokenizer_that_begins_texts_does_so_once() -> None:
     tokenizer = byte_tokenizer(bos=True)
-    arrays = task_of(PROMPTED, tokenizer).encode({"question": "the cat", "answer": " sat"}, tokenizer)
+    arrays = arrays_of(task_of(PROMPTED, tokenizer), {"question": "the cat", "answer": " sat"}, tokenizer)
     assert tokenizer.decode(arrays["input_ids"].tolist()) == "<s>the cat sat<|im_end|>"
     assert learned(arrays, tokenizer) == " sat<|im_end|>"
 
 
 def test_of_prompt_and_completion_the_completion_is_learned() -> None:
-    arrays = task_of(PROMPTED).encode({"question": "the ca", "answer": "t sat"}, TOKENIZER)
+    arrays = arrays_of(task_of(PROMPTED), {"question": "the ca", "answer": "t sat"}, TOKENIZER)
     check_shift(arrays)
     assert learned(arrays) == "t sat<|im_end|>"
     # No token spans the border, though "the cat" together has a token that would.
@@ -67,18 +68,18 @@ def test_of_prompt_and_completion_the_completion_is_learned() -> None:
 @pytest.mark.parametrize("row", [{"question": "x"}, {"question": " ", "answer": "y"}, {"question": "x", "answer": None}])
 def test_prompt_and_completion_both_need_text(row: dict[str, Any]) -> None:
     with pytest.raises(RowProblem, match=r"missing key|empty"):
-        task_of(PROMPTED).encode(row, TOKENIZER)
+        arrays_of(task_of(PROMPTED), row, TOKENIZER)
 
 
 def test_a_prompt_that_fills_the_sample_leaves_nothing_to_learn() -> None:
     data = PROMPTED.model_copy(update={"max_length": 8})
     with pytest.raises(RowProblem, match="nothing left to learn: what is not learned fills max_length = 8"):
-        task_of(data).encode({"question": "xyz" * 20, "answer": "y"}, TOKENIZER)
+        arrays_of(task_of(data), {"question": "xyz" * 20, "answer": "y"}, TOKENIZER)
 
 
 def test_a_cut_sample_stays_shifted() -> None:
     data = PROMPTED.model_copy(update={"max_length": 8})
-    arrays = task_of(data).encode({"question": "xq", "answer": "zyx" * 9}, TOKENIZER)
+    arrays = arrays_of(task_of(data), {"question": "xq", "answer": "zyx" * 9}, TOKENIZER)
     check_shift(arrays)
     assert len(arrays["input_ids"]) == 8
     assert learned(arrays) == "zyxzyx"
@@ -94,7 +95,7 @@ TALK = [
 
 
 def test_of_a_chat_the_assistants_turns_are_learned() -> None:
-    arrays = task_of(CHAT).encode({"messages": TALK}, TOKENIZER)
+    arrays = arrays_of(task_of(CHAT), {"messages": TALK}, TOKENIZER)
     check_shift(arrays)
     assert learned(arrays) == "the cat<|im_end|>a dog <|im_end<|im_end|>"
     whole = TOKENIZER.apply_chat_template(TALK, tokenize=False)
@@ -106,7 +107,7 @@ def test_of_a_chat_the_assistants_turns_are_learned() -> None:
 
 def test_a_template_that_marks_turns_learns_the_same() -> None:
     marked = byte_tokenizer(MARKED)
-    ours, theirs = task_of(CHAT).encode({"messages": TALK}, TOKENIZER), task_of(CHAT, marked).encode({"messages": TALK}, marked)
+    ours, theirs = arrays_of(task_of(CHAT), {"messages": TALK}, TOKENIZER), arrays_of(task_of(CHAT, marked), {"messages": TALK}, marked)
     assert learned(ours) == learned(theirs, marked)
     assert TOKENIZER.decode(ours["input_ids"].tolist()) == marked.decode(theirs["input_ids"].tolist())
 
@@ -119,7 +120,7 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     tokenizer = byte_tokenizer(template)
-    arrays = task_of(CHAT, tokenizer).encode({"messages": [*TALK[:4], {"role": "assistant", "content": "a dog"}]}, tokenizer)
+    arrays = arrays_of(task_of(CHAT, tokenizer), {"messages": [*TALK[:4], {"role": "assistant", "content": "a dog"}]}, tokenizer)
     assert learned(arrays, tokenizer) == "the cat<|im_end|>(thought)a dog<|im_end|>"
 
 
@@ -134,7 +135,7 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
 def test_a_template_whose_turns_cannot_be_told(template: str, message: str) -> None:
     tokenizer = byte_tokenizer(template)
     with pytest.raises(RowProblem, match=message):
-        task_of(CHAT, tokenizer).encode({"messages": TALK}, tokenizer)
+        arrays_of(task_of(CHAT, tokenizer), {"messages": TALK}, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -159,23 +160,23 @@ def test_a_template_whose_turns_cannot_be_told(template: str, message: str) -> N
 )
 def test_chats_that_cannot_be_used(messages: Any, message: str) -> None:
     with pytest.raises(RowProblem, match=message):
-        task_of(CHAT).encode({"messages": messages}, TOKENIZER)
+        arrays_of(task_of(CHAT), {"messages": messages}, TOKENIZER)
 
 
 def test_none_in_a_message_is_an_absent_key() -> None:
-    plain = task_of(CHAT).encode({"messages": TALK}, TOKENIZER)
-    padded = task_of(CHAT).encode({"messages": [{**message, "tool_calls": None} for message in TALK]}, TOKENIZER)
+    plain = arrays_of(task_of(CHAT), {"messages": TALK}, TOKENIZER)
+    padded = arrays_of(task_of(CHAT), {"messages": [{**message, "tool_calls": None} for message in TALK]}, TOKENIZER)
     assert np.array_equal(plain["input_ids"], padded["input_ids"])
 
 
 def test_a_batch_gives_what_single_rows_give() -> None:
     rows = [{"text": "the cat"}, {"text": ""}, {"text": "a dog ran"}]
     task = task_of(TEXT)
-    one, problem, other = task.encode_batch(rows, TOKENIZER)
+    one, problem, other = task.encode(rows, TOKENIZER)
     assert isinstance(problem, RowProblem)
     for row, result in ((rows[0], one), (rows[2], other)):
         assert not isinstance(result, RowProblem)
-        assert np.array_equal(result.arrays["input_ids"], task.encode(row, TOKENIZER)["input_ids"])
+        assert np.array_equal(result.arrays["input_ids"], arrays_of(task, row, TOKENIZER)["input_ids"])
 
 
 def test_tokenizers_that_cannot_serve() -> None:
@@ -192,7 +193,7 @@ def test_tokenizers_that_cannot_serve() -> None:
 def test_collating_joins_samples_end_to_end() -> None:
     def sample(*ids: int) -> Sample:
         array = np.array(ids, dtype=np.int32)
-        return Sample({"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}, id=0)
+        return Sample({"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}, id=0, length=len(ids))
 
     batch = task_of(TEXT).collate([[sample(1, 2, 3), sample(4)], [sample(5, 6).as_filler()]])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
@@ -211,7 +212,7 @@ def test_collating_joins_samples_end_to_end() -> None:
 def test_collating_pads_on_the_right_where_samples_cannot_be_joined() -> None:
     def sample(*ids: int) -> Sample:
         array = np.array(ids, dtype=np.int32)
-        return Sample({"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}, id=0)
+        return Sample({"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}, id=0, length=len(ids))
 
     task = task_of(TEXT)
     task.layout = "padded"
@@ -224,10 +225,26 @@ def test_collating_pads_on_the_right_where_samples_cannot_be_joined() -> None:
     assert "attention_mask" not in task.collate([[sample(1, 2)], [sample(3, 4)]])
 
 
-def test_metrics() -> None:
+def test_an_example_is_collated_like_any_sample() -> None:
     task = task_of(TEXT)
-    totals = {"loss_sum": 20.0, "num_supervised": 10, "num_correct": 4, "router_loss_sum": 0.0}
-    assert task.metrics(totals, None, None) == {"loss": 2.0, "perplexity": math.exp(2.0), "accuracy": 0.4}
-    assert task.metrics(totals | {"loss_sum": 1e6}, None, None)["perplexity"] == math.inf
+    batch = task.collate([[task.example(3)], [task.example(2)]])
+    assert batch["lengths"] == [3, 2] and batch["targets"].shape == (5,)
+
+
+def seen(loss_sum: float, num_correct: float, num_supervised: int, router_loss_sum: float | None = None) -> list[np.ndarray]:
+    """What an evaluation of one micro-batch leaves on a rank; as many positions again are not supervised."""
+    evaluator = task_of(TEXT).evaluator()
+    router = None if router_loss_sum is None else torch.tensor(router_loss_sum)
+    output = Output(torch.tensor(loss_sum), torch.tensor(num_correct), None, router)
+    evaluator.update(output, {"targets": torch.tensor([7] * num_supervised + [-100] * num_supervised)})
+    return evaluator.state()
+
+
+def test_metrics() -> None:
+    compute = task_of(TEXT).evaluator().compute
+    expected = {"loss": 2.0, "perplexity": math.exp(2.0), "accuracy": 0.4}
+    assert compute([seen(20.0, 4, 10)]) == expected
+    assert compute([seen(15.0, 1, 4), seen(5.0, 3, 6)]) == expected, "over two ranks"
+    assert compute([seen(1e6, 4, 10)])["perplexity"] == math.inf
     # The routers' loss is part of the loss, and says nothing of how well tokens are foreseen.
-    assert task.metrics(totals | {"router_loss_sum": 5.0}, None, None)["perplexity"] == math.exp(1.5)
+    assert compute([seen(20.0, 4, 10, 5.0)])["perplexity"] == math.exp(1.5)

@@ -8,20 +8,21 @@ import pytest
 import torch
 from transformers import BartConfig, BertConfig, LlamaConfig, RobertaConfig, T5Config
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, DataError
-from launcher.job.schema import Data, Source
 from launcher.sources.rows import Row, RowProblem
-from launcher.training import tasks
-from launcher.training.data.dataset import Sample
-from launcher.training.tasks.sequence_classification import SequenceClassification
+from launcher.sources.section import Source
+from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
+from launcher.tasks.task import Output, Sample, Task
 from tests.distributed.data_world import byte_tokenizer, plan_of, word_tokenizer
+from tests.encoding import arrays_of
 
 TRAIN = Source(path="unused.jsonl")
 TOKENIZER = word_tokenizer()
 
 
 def task_of(labels: list[str] | None = None, tokenizer: Any = TOKENIZER, **settings: Any) -> SequenceClassification:
-    data = Data(**{"train": TRAIN, "text": "text", "label": "label", **settings})
+    data = LabelledColumns(**{"train": TRAIN, "text": "text", "label": "label", **settings})
     task = tasks.build(plan_of(data, "sequence-classification"), tokenizer, labels)
     assert isinstance(task, SequenceClassification)
     return task
@@ -58,7 +59,7 @@ def test_fewer_than_two_classes_are_refused(labels: list[str], message: str) -> 
 
 
 def test_a_text() -> None:
-    arrays = task_of(["no", "yes"]).encode({"text": "the cat", "label": "yes"}, TOKENIZER)
+    arrays = arrays_of(task_of(["no", "yes"]), {"text": "the cat", "label": "yes"}, TOKENIZER)
     assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "the", "cat", "[SEP]"]
     assert arrays["label"].tolist() == [1]
     assert {name: array.dtype for name, array in arrays.items()} == {"input_ids": np.int32, "token_type_ids": np.int32, "label": np.int64}
@@ -67,16 +68,16 @@ def test_a_text() -> None:
 def test_a_pair() -> None:
     task = task_of(["no", "yes"], text=("premise", "hypothesis"))
     assert task.columns == ("premise", "hypothesis", "label")
-    arrays = task.encode({"premise": "the cat", "hypothesis": "a dog ran", "label": "no"}, TOKENIZER)
+    arrays = arrays_of(task, {"premise": "the cat", "hypothesis": "a dog ran", "label": "no"}, TOKENIZER)
     assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "ran", "[SEP]"]
     assert arrays["token_type_ids"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_of_a_pair_the_longer_text_is_cut() -> None:
     task = task_of(["no", "yes"], text=("premise", "hypothesis"), max_length=8)
-    arrays = task.encode({"premise": "one two", "hypothesis": "the cat " * 9, "label": "no"}, TOKENIZER)
+    arrays = arrays_of(task, {"premise": "one two", "hypothesis": "the cat " * 9, "label": "no"}, TOKENIZER)
     assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "one", "two", "[SEP]", "the", "cat", "the", "[SEP]"]
-    [result] = task.encode_batch([{"premise": "one", "hypothesis": "a " * 9, "label": "no"}], TOKENIZER)
+    [result] = task.encode([{"premise": "one", "hypothesis": "a " * 9, "label": "no"}], TOKENIZER)
     assert not isinstance(result, RowProblem)
     assert result.cut
 
@@ -84,7 +85,7 @@ def test_of_a_pair_the_longer_text_is_cut() -> None:
 @pytest.mark.parametrize("policy", ["drop", "refuse"])
 def test_too_long(policy: str) -> None:
     with pytest.raises(RowProblem, match="too long: 12 tokens, and max_length is 8"):
-        task_of(["no", "yes"], max_length=8, too_long=policy).encode({"text": "cat " * 10, "label": "no"}, TOKENIZER)
+        arrays_of(task_of(["no", "yes"], max_length=8, too_long=policy), {"text": "cat " * 10, "label": "no"}, TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_too_long(policy: str) -> None:
 )
 def test_labels_that_cannot_be_used(problem: str, label: Any, message: str) -> None:
     with pytest.raises(RowProblem, match=message):
-        task_of(["no", "yes"], problem=problem).encode({"text": "the cat", "label": label}, TOKENIZER)
+        arrays_of(task_of(["no", "yes"], problem=problem), {"text": "the cat", "label": label}, TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_labels_that_cannot_be_used(problem: str, label: Any, message: str) -> N
     ],
 )
 def test_several_labels(label: Any, expected: list[int]) -> None:
-    arrays = task_of(["a", "b", "c"], problem="multi-label").encode({"text": "the cat", "label": label}, TOKENIZER)
+    arrays = arrays_of(task_of(["a", "b", "c"], problem="multi-label"), {"text": "the cat", "label": label}, TOKENIZER)
     assert arrays["label"].tolist() == expected
     assert arrays["label"].dtype == np.float32
 
@@ -135,7 +136,7 @@ def test_a_bar_keeps_commas_within_names() -> None:
 
 def test_a_models_own_names_are_those_of_the_rows_however_both_are_written() -> None:
     task = task_of(["False", "True", "2.0", "nan"])
-    assert [task.encode({"text": "the cat", "label": label}, TOKENIZER)["label"].tolist() for label in (True, "false", 2)] == [
+    assert [arrays_of(task, {"text": "the cat", "label": label}, TOKENIZER)["label"].tolist() for label in (True, "false", 2)] == [
         [1],
         [0],
         [2],
@@ -144,14 +145,14 @@ def test_a_models_own_names_are_those_of_the_rows_however_both_are_written() -> 
 
 
 def test_a_number() -> None:
-    arrays = task_of(problem="regression").encode({"text": "the cat", "label": "2.5"}, TOKENIZER)
+    arrays = arrays_of(task_of(problem="regression"), {"text": "the cat", "label": "2.5"}, TOKENIZER)
     assert arrays["label"].tolist() == [2.5]
     assert arrays["label"].dtype == np.float32
 
 
 def sample(ids: list[int], label: list[Any], types: list[int] | None = None) -> Sample:
     arrays = {"input_ids": np.array(ids, dtype=np.int32), "label": np.array(label)}
-    return Sample(arrays if types is None else {**arrays, "token_type_ids": np.array(types, dtype=np.int32)}, id=0)
+    return Sample(arrays if types is None else {**arrays, "token_type_ids": np.array(types, dtype=np.int32)}, 0, len(ids))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -228,7 +229,7 @@ def test_a_model_keeps_its_classes_where_the_rows_have_them(own: list[str], rows
     task.adopt(classifier_config(*own))
     task.fit(rows_of(*rows))
     assert task.labels == (own if expected is True else expected)
-    assert [task.encode({"text": "a", "label": label}, TOKENIZER)["label"].tolist() for label in rows] == [[number] for number in ids]
+    assert [arrays_of(task, {"text": "a", "label": label}, TOKENIZER)["label"].tolist() for label in rows] == [[number] for number in ids]
     assert bool(task.remarks) == (expected is not True or (own[0] in ("neutral",) and isinstance(rows[0], int)))
 
 
@@ -237,7 +238,7 @@ def test_several_classes_of_a_model_are_kept_too() -> None:
     task.adopt(classifier_config("Joy", "Anger", "Fear"))
     task.fit(rows_of(["fear", "joy"], "anger"))
     assert task.labels == ["Joy", "Anger", "Fear"]
-    assert task.encode({"text": "a", "label": ["fear", "joy"]}, TOKENIZER)["label"].tolist() == [1, 0, 1]
+    assert arrays_of(task, {"text": "a", "label": ["fear", "joy"]}, TOKENIZER)["label"].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -299,9 +300,6 @@ def test_positions_counted_from_the_padding_token_stay_where_they_are() -> None:
     assert other.pad_token_id != 9
 
 
-TOTALS = {"loss_sum": 6.0, "num_supervised": 4, "num_correct": 3}
-
-
 @pytest.mark.parametrize("config", [BartConfig(), T5Config(), BertConfig()], ids=lambda config: config.model_type)
 def test_an_end_token_in_the_words_of_a_row(config: Any) -> None:
     """BART's and T5's classifiers look at the last of a text, and refuse a pass of texts that have unlike numbers of them."""
@@ -309,8 +307,8 @@ def test_an_end_token_in_the_words_of_a_row(config: Any) -> None:
     tokenizer.eos_token = "[SEP]"
     task = task_of(["x", "y"], tokenizer)
     task.adopt(config)
-    task.bind(tokenizer)
-    plain, other = task.encode_batch([{"text": text, "label": "x"} for text in ("the cat", "the [SEP] cat")], tokenizer)
+    task.prepare(tokenizer)
+    plain, other = task.encode([{"text": text, "label": "x"} for text in ("the cat", "the [SEP] cat")], tokenizer)
     assert not isinstance(plain, RowProblem)
     assert isinstance(other, RowProblem) == (config.model_type != "bert")
     if isinstance(other, RowProblem):
@@ -318,37 +316,60 @@ def test_an_end_token_in_the_words_of_a_row(config: Any) -> None:
         assert task.key is not None
 
 
+def seen(task: Task, scores: Any, labels: Any, loss: float = 1.5) -> list[np.ndarray]:
+    """What an evaluation of one micro-batch leaves on a rank; filler stands behind the samples."""
+    evaluator = task.evaluator()
+    scores, labels = (torch.from_numpy(np.concatenate([values, values[:1]])) for values in (scores, labels))
+    weights = torch.ones(len(labels))
+    weights[-1] = 0
+    evaluator.update(Output(torch.tensor(loss * (len(labels) - 1)), torch.tensor(0.0), scores), {"labels": labels, "weights": weights})
+    return evaluator.state()
+
+
+def measured(task: Task, scores: Any, labels: Any) -> dict[str, float]:
+    return task.evaluator().compute([seen(task, scores, labels)])
+
+
+def test_metrics_over_two_ranks_are_those_of_one() -> None:
+    task, scores, labels = task_of(["no", "yes"]), np.eye(2)[[0, 1, 1, 0, 1]], np.array([0, 1, 0, 0, 1])
+    apart = [seen(task, scores[:3], labels[:3]), seen(task, scores[3:], labels[3:])]
+    assert task.evaluator().compute(apart) == measured(task, scores, labels)
+
+
+def test_a_rank_without_a_batch_counts_for_nothing() -> None:
+    task, scores, labels = task_of(["no", "yes"]), np.eye(2)[[0, 1]], np.array([0, 0])
+    assert task.evaluator().compute([seen(task, scores, labels), task.evaluator().state()]) == measured(task, scores, labels)
+
+
 def test_metrics_of_two_classes() -> None:
     scores = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
     labels = np.array([0, 1, 0, 0])
     task = task_of(["no", "yes"])
-    found = task.metrics(TOTALS, scores, labels)
+    found = measured(task, scores, labels)
     assert found["loss"] == 1.5
     assert found["accuracy"] == 0.75
     assert found["f1"] == pytest.approx(2 / 3)
     # (tp tn - fp fn) / sqrt((tp+fp)(tp+fn)(tn+fp)(tn+fn)) with tp 1, tn 2, fp 1, fn 0
     assert found["matthews"] == pytest.approx(2 / math.sqrt(2 * 1 * 3 * 2))
-    assert task.metrics(TOTALS, scores.argmax(axis=1), labels) == found
-    assert task.metrics(TOTALS, None, None) == {"loss": 1.5}
 
 
 def test_metrics_of_three_classes_weigh_classes_equally() -> None:
-    found = task_of(["a", "b", "c"]).metrics(TOTALS, np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]))
+    found = measured(task_of(["a", "b", "c"]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]))
     assert found["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
 def test_metrics_of_several_labels() -> None:
     scores = np.array([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
     labels = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    found = task_of(["a", "b"], problem="multi-label").metrics(TOTALS, scores, labels)
+    found = measured(task_of(["a", "b"], problem="multi-label"), scores, labels)
     assert found == {"loss": 1.5, "accuracy": 0.5, "f1_micro": pytest.approx(6 / 8), "f1_macro": 0.5}
 
 
 def test_metrics_of_numbers() -> None:
-    found = task_of(problem="regression").metrics(TOTALS, np.array([[1.0], [2.0], [9.0], [4.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
+    found = measured(task_of(problem="regression"), np.array([[1.0], [2.0], [9.0], [4.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
     assert found["mse"] == 9.0
     assert found["spearman"] == pytest.approx(0.8)
     assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 9, 4], [1, 2, 3, 4])[0, 1])
-    constant = task_of(problem="regression").metrics(TOTALS, np.ones(4), np.arange(4.0))
+    constant = measured(task_of(problem="regression"), np.ones(4), np.arange(4.0))
     assert math.isnan(constant["pearson"])
     assert constant["mse"] == 1.5

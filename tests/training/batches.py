@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from launcher.job.schema import Data, Source
-from launcher.training.data.dataset import Sample
-from launcher.training.tasks.causal_lm import CausalLM
+from launcher.sources.section import Source
+from launcher.tasks.causal_lm import CausalColumns, CausalLM
+from launcher.tasks.task import Sample
 
 
 def batch_of_samples(samples: Sequence[torch.Tensor], layout: str = "packed") -> dict[str, Any]:
     """All tokens of the samples supervised."""
-    task = CausalLM(Data(train=Source(path="rows.jsonl"), text="text"))
+    task = CausalLM(CausalColumns(train=Source(path="rows.jsonl"), text="text"))
     task.layout = layout  # type: ignore[assignment]
     targets = [np.append(sample.numpy()[1:], -100) for sample in samples]
-    return task.collate([[Sample({"input_ids": ids.numpy(), "targets": target}, 0)] for ids, target in zip(samples, targets, strict=True)])
+    pairs = zip(samples, targets, strict=True)
+    return task.collate([[Sample({"input_ids": ids.numpy(), "targets": target}, 0, len(ids))] for ids, target in pairs])
 
 
 def loss_alone(model: Any, samples: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -34,7 +34,7 @@ from tests.training.ranks import _CONTEXT
 from tests.training.tiny import model_of
 
 _PRELOADED = ("torch", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.distributed.checkpoint")
-_CONTEXT.set_forkserver_preload([*_PRELOADED, "launcher.training.trainer", "launcher.training.tasks.causal_lm", "tests.training.runs"])
+_CONTEXT.set_forkserver_preload([*_PRELOADED, "launcher.training.trainer", "launcher.tasks.causal_lm", "tests.training.runs"])
 WORDS = [f"w{number}" for number in range(120)]
 Hook = Callable[[int, StopRequest], None]
 """Called on each rank before training, with the rank and its stop request: where a test injects what shall go wrong."""
@@ -42,10 +42,10 @@ Hook = Callable[[int, StopRequest], None]
 
 def alter_passes(altered: Callable[[int, dict[str, Any], Callable[[], Any]], Any]) -> None:
     """For a hook: training passes give what `altered(step, batch, forward)` does. Steps count from 1; `forward()` is the pass."""
-    from launcher.training.tasks.causal_lm import CausalLM
+    from launcher.tasks.causal_lm import CausalLM
     from launcher.training.trainer import Trainer
 
-    accumulate, forward = Trainer._accumulate, CausalLM.forward
+    accumulate, forward = Trainer._accumulate, CausalLM.loss
     now = [0]
 
     def noted(self: Trainer, batch: Any) -> torch.Tensor:
@@ -56,7 +56,7 @@ def alter_passes(altered: Callable[[int, dict[str, Any], Callable[[], Any]], Any
         plain = functools.partial(forward, self, model, batch)
         return altered(now[0], batch, plain) if torch.is_grad_enabled() else plain()
 
-    Trainer._accumulate, CausalLM.forward = noted, passing  # type: ignore[method-assign]
+    Trainer._accumulate, CausalLM.loss = noted, passing  # type: ignore[method-assign]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

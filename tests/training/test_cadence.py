@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
-from launcher.job.values import Interval
 from launcher.training.cadence import Cadence, Patience
+from launcher.values import Interval
 
 
 def times(cadence: Cadence, clock: dict[int, float], last_step: int) -> list[int]:
@@ -62,8 +63,8 @@ def test_what_has_no_interval_is_never_due() -> None:
     assert times(Cadence(None, 5, 0.0, 0), {}, 50) == []
 
 
-def patience(**changes: float) -> Patience:
-    return Patience(**({"metric": "loss", "patience": 2, "minimum_delta": 0.0} | changes))  # type: ignore[arg-type]
+def patience(**changes: Any) -> Patience:
+    return Patience(**({"metric": "loss", "patience": 2, "minimum_delta": 0.0} | changes))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def patience(**changes: float) -> Patience:
         (patience(minimum_delta=0.5), [3, 2.6, 2.5], 3),
         (patience(minimum_delta=0.5), [3, 2.4, 2.0, 1.95], 4),
         (patience(patience=1), [3, 4], 2),
-        (patience(metric="accuracy"), [0.5, 0.4, 0.6, 0.6, 0.5], 5),
+        (patience(metric="accuracy", better="higher"), [0.5, 0.4, 0.6, 0.6, 0.5], 5),
         (patience(), [math.nan, 3, 2, 1], None),  # anything is better than nothing
         (patience(), [3, math.nan, math.nan], 3),
     ],

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launcher.job.schema import Data, Source
 from launcher.sources.rows import RowProblem
-from launcher.training.tasks.causal_lm import CausalLM
+from launcher.sources.section import Source
+from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from tests.training.chat_world import CHATS, DOCS, TEMPLATES, TOKENS, llama, smollm2, spelled, with_template
 
-DATA = Data(train=Source(path="unused.jsonl"), messages="messages", date="2026-02-03")
+DATA = CausalColumns(train=Source(path="unused.jsonl"), messages="messages", date="2026-02-03")
 
 
 class Refused(str):
@@ -127,9 +127,9 @@ def test_every_template_is_here() -> None:
 def test_tokens_are_the_templates_and_the_learned_ones_a_readers(name: str, base: Any) -> None:
     tokenizer = with_template(base(), name)
     task = CausalLM(DATA)
-    task.bind(tokenizer)
+    task.prepare(tokenizer)
     for kind, row in CHATS.items():
-        [encoded] = task.encode_batch([row], tokenizer)
+        [encoded] = task.encode([row], tokenizer)
         if isinstance(expected := EXPECTED[name][kind], Refused):
             assert isinstance(encoded, RowProblem) and re.search(expected, encoded.detail), (kind, encoded)
             continue

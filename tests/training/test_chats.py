@@ -17,25 +17,26 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from launcher.errors import ConfigurationError
-from launcher.job.schema import Data, Source
 from launcher.sources.rows import RowProblem
+from launcher.sources.section import Data, Source
+from launcher.tasks.causal_lm import CausalColumns, CausalLM
+from launcher.tasks.chat.template import ChatTemplate
 from launcher.training.data.prepare import cache_key, prepare
 from launcher.training.data.sources import open_source
-from launcher.training.tasks.causal_lm import CausalLM
-from launcher.training.tasks.chat import ChatTemplate
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of
+from tests.encoding import arrays_of
 from tests.training.chat_world import CHATS, MULTI, WEATHER, assistant, called, llama, spelled, template, user, with_template
 
 TRAIN = Source(path="unused.jsonl")
-DATA = Data(train=TRAIN, messages="messages", date="2026-02-03")
+DATA = CausalColumns(train=TRAIN, messages="messages", date="2026-02-03")
 CALLS = CHATS["tools"]["messages"]
 
 
 def learned(row: dict[str, Any], tokenizer: Any, data: Data = DATA) -> tuple[str, list[str]]:
     """The whole text of a row, and its learned runs. Raises RowProblem."""
     task = CausalLM(data)
-    task.bind(tokenizer)
-    arrays = task.encode(row, tokenizer)
+    task.prepare(tokenizer)
+    arrays = arrays_of(task, row, tokenizer)
     ids, runs = arrays["input_ids"].tolist(), [[]]
     for token in arrays["targets"].tolist():
         if token >= 0:
@@ -108,7 +109,7 @@ def test_tools_that_cannot_be_used(row: dict[str, Any], tools: Any, message: str
 
 def test_tools_for_a_template_that_writes_none_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"data.tools.*writes no tools"):
-        CausalLM(DATA.model_copy(update={"tools": "tools"})).bind(byte_tokenizer())
+        CausalLM(DATA.model_copy(update={"tools": "tools"})).prepare(byte_tokenizer())
 
 
 def with_call(arguments: Any) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def test_templates_by_name() -> None:
         learned({"messages": MULTI}, tokenizer)
     tokenizer.chat_template = {"rag": "x", "other": "y"}
     with pytest.raises(ConfigurationError, match="the chat templates 'rag', 'other', and transformers takes 'default'"):
-        CausalLM(DATA).bind(tokenizer)
+        CausalLM(DATA).prepare(tokenizer)
 
 
 def test_a_date_is_that_of_the_plan_and_part_of_the_key_where_it_is_written(tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ def test_a_date_is_that_of_the_plan_and_part_of_the_key_where_it_is_written(tmp_
     def keyed(tokenizer: Any, date: str) -> str:
         plan = plan_of(DATA.model_copy(update={"train": rows, "date": date}))
         task = CausalLM(plan.data)
-        task.bind(tokenizer)
+        task.prepare(tokenizer)
         return cache_key(open_source(rows, task.columns), "train", plan, task, tokenizer)
 
     dated, plain = chat_tokenizer("llama-3.2"), byte_tokenizer()
@@ -292,8 +293,8 @@ def test_a_tokenizer_that_does_not_say_where_its_tokens_stand() -> None:
     slow = ByT5Tokenizer()
     slow.chat_template = byte_tokenizer().chat_template
     task = CausalLM(DATA)
-    task.bind(slow)
-    arrays = task.encode({"messages": MULTI}, slow)
+    task.prepare(slow)
+    arrays = arrays_of(task, {"messages": MULTI}, slow)
     assert arrays["input_ids"].tolist() == slow.apply_chat_template(MULTI, tokenize=True, return_dict=True)["input_ids"]
     assert slow.decode(arrays["targets"][arrays["targets"] >= 0].tolist()) == "Hello!<|im_end|>Fine.<|im_end|>"
 
@@ -337,11 +338,11 @@ def test_parquet_says_what_json_says(tmp_path: Path) -> None:
 )
 def test_nothing_is_put_between_a_prompt_and_its_completion(prompt: str, completion: str) -> None:
     tokenizer = llama()
-    data = Data(train=TRAIN, prompt="p", completion="c")
+    data = CausalColumns(train=TRAIN, prompt="p", completion="c")
     whole, found = learned({"p": prompt, "c": completion}, tokenizer, data)
     assert whole.replace("▁", " ") == f" {prompt}{completion}</s>".replace("▁", " ")
     assert found == [f"{completion}</s>".replace("▁", " ")]
     apart = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     task = CausalLM(data)
-    task.bind(tokenizer)
-    assert task.encode({"p": prompt, "c": completion}, tokenizer)["input_ids"].tolist()[: len(apart)] == apart
+    task.prepare(tokenizer)
+    assert arrays_of(task, {"p": prompt, "c": completion}, tokenizer)["input_ids"].tolist()[: len(apart)] == apart

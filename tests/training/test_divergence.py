@@ -20,7 +20,7 @@ from launcher.training.precision import LossScale
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.spikes import SpikeWatch
-from launcher.training.symptoms import Sample, Symptoms, chance_of
+from launcher.training.symptoms import Sample, Symptoms
 from tests.training.plans import deepspeed
 from tests.training.runs import alter_passes, assert_equal, curve, finish, named, new_run, plan_for, replan, start, state
 
@@ -202,13 +202,13 @@ def test_a_learning_rate_without_effect_is_said() -> None:
 
 
 def test_what_guessing_gives() -> None:
-    from launcher.job.schema import Data, Source
-    from launcher.training.tasks.sequence_classification import SequenceClassification
+    from launcher.sources.section import Source
+    from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 
     config = AutoConfig.for_model("bert", num_labels=5)
     source = {"train": Source(path="rows.jsonl"), "text": "text", "label": "label"}
     kinds = ("single-label", "multi-label", "regression")
-    found = [chance_of(SequenceClassification(Data(**source, problem=kind)), config) for kind in kinds]  # type: ignore[arg-type]
+    found = [SequenceClassification(LabelledColumns(**source, problem=kind)).chance_loss(config) for kind in kinds]  # type: ignore[arg-type]
     assert found == [math.log(5), math.log(2), None]
 
 

@@ -14,6 +14,8 @@ from launcher.errors import ConfigurationError
 from launcher.planning.messages import _Times
 from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
+from launcher.tasks.sequence_classification import label_loss
+from launcher.tasks.task import Output
 from launcher.training import attention, heads
 from launcher.training.engines import build, fsdp
 from launcher.training.model import repeated_layers
@@ -28,15 +30,15 @@ pytestmark = pytest.mark.distributed
 
 class Causal:
     auto_class = AutoModelForCausalLM
-    forward = staticmethod(heads.causal_lm)
+    loss = staticmethod(heads.causal_lm)
 
 
 class Classifying:
     auto_class = AutoModelForSequenceClassification
 
     @staticmethod
-    def forward(model: Any, batch: Any) -> heads.Output:
-        return heads.sequence_classification(model, batch, "single-label")
+    def loss(model: Any, batch: Any) -> Output:
+        return label_loss(model, batch, "single-label")
 
 
 def steps(plan: Plan, task: Any, num_steps: int = 3) -> dict[str, Any]:
@@ -58,8 +60,8 @@ def steps(plan: Plan, task: Any, num_steps: int = 3) -> dict[str, Any]:
         sums = torch.stack([loss / supervised, engine.squared_gradient_norm()])
         torch.distributed.all_reduce(sums)
         curve.append([float(sums[0]), float(sums[1].sqrt())])
-        engine.apply(1e-3, 1.0)
-    tensors = {name: whole(value) for name, value in engine.tensors().items()}
+        engine.optimizer_step(1e-3, 1.0)
+    tensors = {name: whole(value) for name, value in engine.state_dict().items()}
     return {"curve": curve, "tensors": tensors, "layers": sum(hasattr(layer, "unshard") for layer in repeated_layers(engine.model))}
 
 
@@ -153,7 +155,7 @@ def gatherings(plan: Plan, defers: bool) -> list[int]:
         found.append(0)
         for index in range(plan.batch.accumulation_steps):
             engine.micro_step(packed_batch(_samples(step)[:2]), 1.0, index == plan.batch.accumulation_steps - 1)
-        engine.apply(1e-3, 1.0)
+        engine.optimizer_step(1e-3, 1.0)
     return found
 
 

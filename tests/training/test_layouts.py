@@ -60,7 +60,7 @@ def steps(plan: Plan) -> list[list[float]]:
         sums = torch.stack([loss / supervised, engine.squared_gradient_norm()])
         torch.distributed.all_reduce(sums)
         curve.append([float(sums[0]), float(sums[1].sqrt())])
-        engine.apply(1e-3, 1.0)
+        engine.optimizer_step(1e-3, 1.0)
     return curve
 
 

@@ -15,16 +15,18 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, DataError
 from launcher.planning.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, engines, loss_check, pretrained, tasks
-from launcher.training.data.dataset import Sample
+from launcher.sources.section import Source
+from launcher.tasks.causal_lm import CausalColumns, CausalLM
+from launcher.tasks.sequence_classification import SequenceClassification
+from launcher.tasks.task import Sample
+from launcher.training import attention, engines, loss_check, pretrained
 from launcher.training.data.prepare import prepare
 from launcher.training.loss import LogitTransform
 from launcher.training.model import repeated_layers
-from launcher.training.tasks.causal_lm import CausalLM
-from launcher.training.tasks.sequence_classification import SequenceClassification
 from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -174,9 +176,9 @@ def test_labels_that_are_shifted_stop_the_run_with_both_numbers(tmp_path: Path, 
 
 def test_targets_that_are_not_the_next_tokens() -> None:
     ids = np.array([3, 4, 5, 6], dtype=np.int32)
-    dataset = mock.Mock(num_items=1, item=lambda index: [Sample({"input_ids": ids, "targets": ids}, 0)])
+    dataset = mock.Mock(num_items=1, item=lambda index: [Sample({"input_ids": ids, "targets": ids}, 0, 4)])
     with pytest.raises(DataError, match="next tokens"):
-        loss_check._rows(dataset, None)
+        loss_check._rows(CausalLM(CausalColumns(train=Source(path="a"), text="text")), dataset, [])
 
 
 def test_a_classifier_padded_with_another_token_than_its_configs(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, CanineConfig
 
+from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.planning.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training import model as models
-from launcher.training import pretrained, tasks
+from launcher.training import pretrained
 from launcher.training.checkpoint.export import export
 from launcher.training.material import Material
 from launcher.training.reading import Changes, _Grown
@@ -40,7 +41,7 @@ def with_added_tokens(path: Path, family: str, auto_class: str = "AutoModelForCa
 
 def whole(plan: Plan, labels: list[str] | None = None) -> dict[str, torch.Tensor]:
     """The model's parameters as they are loaded, each whole."""
-    task = tasks.unbound(plan, labels)
+    task = tasks.unprepared(plan, labels)
     config = pretrained.read_config(plan)
     if labels is not None:
         task.configure(config)
@@ -228,4 +229,4 @@ def test_nothing_of_the_loading_is_changed_where_nothing_must_be(tmp_path: Path)
     path = model_directory(tmp_path, "llama")
     plan = plan_of(path)
     config = pretrained.read_config(plan)
-    assert Changes.of(plan, pretrained.model_class(tasks.unbound(plan).auto_class, config, plan), config) == Changes()
+    assert Changes.of(plan, pretrained.model_class(tasks.unprepared(plan).auto_class, config, plan), config) == Changes()

@@ -87,7 +87,7 @@ def loaded_state(path: Path, rank: int, stop: StopRequest) -> None:
 
     def noted(self: Trainer, tensors: dict[str, torch.Tensor]) -> list[str]:
         said = restore(self, tensors)
-        loaded = {name: whole(tensor) for name, tensor in self.engine.tensors().items()}
+        loaded = {name: whole(tensor) for name, tensor in self.engine.state_dict().items()}
         if rank == 0:
             torch.save(loaded, path)
         return said

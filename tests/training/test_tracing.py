@@ -26,11 +26,13 @@ from launcher.planning.hardware import Hardware
 from launcher.planning.model_config import read_config
 from launcher.planning.nearest import nearest_that_fit
 from launcher.planning.plan import Plan
+from launcher.tasks.task import Output
 from launcher.training import attention, heads
-from launcher.training.tracing.plan import causal, trace
+from launcher.training.tracing.plan import trace
 from launcher.training.tracing.program import Traced
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request
+from tests.training.batches import batch_of_samples
 from tests.training.plans import deepspeed, plan_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
@@ -54,6 +56,11 @@ def setting_of(plan: Plan, **changes: Any) -> Setting:
     itemsize = 4 if plan.precision == "fp32" else 2
     made = Setting(Batch(LENGTHS), itemsize, plan.activation_checkpointing, plan.attention, False, plan.task, frozen=plan.model.freeze)
     return replace(made, **changes)
+
+
+def causal(setting: Setting, config: Any) -> dict[str, Any]:
+    """Samples one after another in one row, as the causal task collates them."""
+    return batch_of_samples([torch.zeros(length, dtype=torch.int64) for length in setting.batch.lengths])
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
@@ -131,9 +138,9 @@ def test_code_that_goes_by_numbers_is_refused_in_one_line(tmp_path: Path) -> Non
     plan = plan_for(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, attn_implementation=attention.register("packed"))
 
-    def forward(model: Any, batch: dict[str, Any]) -> heads.Output:
+    def forward(model: Any, batch: dict[str, Any]) -> Output:
         output = heads.causal_lm(model, batch)
-        return output if float(output.loss_sum) > 0 else heads.Output(output.loss_sum, output.num_correct)
+        return output if float(output.loss_sum) > 0 else Output(output.loss_sum, output.num_correct)
 
     traced = Traced(config, AutoModelForCausalLM, forward, causal, torch.float32)
     with pytest.raises(ConfigurationError, match=r"--trace = 'LlamaForCausalLM': its code goes by the numbers"):
@@ -208,7 +215,7 @@ def test_code_that_fails_without_numbers_is_told_in_one_line(tmp_path: Path) -> 
     plan = plan_for(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, attn_implementation=attention.register("packed"))
 
-    def forward(model: Any, batch: dict[str, Any]) -> heads.Output:
+    def forward(model: Any, batch: dict[str, Any]) -> Output:
         batch["input_ids"].numpy()
         return heads.causal_lm(model, batch)
 

@@ -60,7 +60,7 @@ def received(plan: Plan) -> float:
             for index in range(plan.batch.accumulation_steps):
                 engine.micro_step(packed_batch(samples), 1.0, index == plan.batch.accumulation_steps - 1)
             engine.squared_gradient_norm()
-            engine.apply(1e-3, 1.0)
+            engine.optimizer_step(1e-3, 1.0)
     return counting.num_bytes
 
 

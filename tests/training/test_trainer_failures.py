@@ -43,7 +43,7 @@ def keep_local(path: Path, inner: Any, rank: int, stop: StopRequest) -> None:
     finish_run = Trainer._finish
 
     def noted(self: Trainer) -> None:
-        torch.save({name: getattr(t, "to_local", lambda t=t: t)() for name, t in self.engine.tensors().items()}, path / f"{rank}.pt")
+        torch.save({name: getattr(t, "to_local", lambda t=t: t)() for name, t in self.engine.state_dict().items()}, path / f"{rank}.pt")
         finish_run(self)
 
     Trainer._finish = noted  # type: ignore[method-assign]

@@ -147,12 +147,13 @@ def test_every_kind_of_damage_is_made(run: RunDirectory, tmp_path: Path) -> None
     [(1, 0, "loss", [5]), (2, 0, "loss", [4, 5]), (1, 1, "loss", [2, 5]), (1, 2, "accuracy", [1, 4, 5]), (9, 0, "loss", [1, 2, 3, 4, 5])],
 )
 def test_retention_keeps_the_last_and_the_best(run: RunDirectory, keep_last: int, keep_best: int, metric: str, left: list[int]) -> None:
+    better: retention.Better = "lower" if metric == "loss" else "higher"
     losses = {1: 0.9, 2: 0.1, 3: float("nan"), 4: 0.8, 5: 0.2}
     for step, loss in losses.items():
         write_checkpoint(run, step, {"loss": loss, "accuracy": loss})
-    doomed = [stored.step for stored in retention.to_prune(run, keep_last, keep_best, metric)]
+    doomed = [stored.step for stored in retention.to_prune(run, keep_last, keep_best, metric, better)]
     assert steps(run) == [1, 2, 3, 4, 5]
-    assert [stored.step for stored in retention.prune(run, keep_last, keep_best, metric)] == doomed
+    assert [stored.step for stored in retention.prune(run, keep_last, keep_best, metric, better)] == doomed
     assert steps(run) == left
     assert len(list(run.checkpoints.iterdir())) == len(left)
 
@@ -201,8 +202,3 @@ def test_a_commit_that_fails_changes_nothing(run: RunDirectory, monkeypatch: pyt
         write_checkpoint(run, 1, {"loss": 2.0})
     assert (before / MANIFEST_NAME).read_text() == text
     assert steps(run) == [1]
-
-
-def test_which_way_a_metric_is_better() -> None:
-    assert all(map(retention.lower_is_better, ["loss", "evaluation/loss", "perplexity", "mse"]))
-    assert not any(map(retention.lower_is_better, ["accuracy", "f1", "pearson"]))

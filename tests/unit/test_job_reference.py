@@ -10,9 +10,10 @@ import pytest
 
 from launcher import errors
 from launcher.job import reference
-from launcher.job.describe import docstring, expected_of, keys
+from launcher.job.describe import columns_by_task, docstring, expected_of, keys
 from launcher.job.load import load
-from launcher.job.values import Interval
+from launcher.sources.section import Data
+from launcher.values import Interval
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -42,8 +43,9 @@ def test_page_has_every_key_and_every_exit_code() -> None:
 def test_schema_describes_every_key() -> None:
     schema = reference.json_schema()
     for key in keys():
-        place = schema if "." not in key.path else schema["$defs"][key.section.__name__]
-        assert place["properties"][key.path.rsplit(".", 1)[-1]]["description"]
+        names = [one.__name__ for one in columns_by_task().values()] if key.section is Data else [key.section.__name__]
+        for place in [schema] if "." not in key.path else [schema["$defs"][name] for name in names]:
+            assert place["properties"][key.path.rsplit(".", 1)[-1]]["description"]
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Checkpoint"]["properties"]["every"]["default"] == "15min"
 

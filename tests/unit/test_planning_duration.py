@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from launcher.cli.forecast import speed_lines
-from launcher.job.values import Interval
 from launcher.planning.duration import DISK_RATE, TOKEN_BYTES, TOKEN_SECONDS, duration
 from launcher.planning.epochs import Items
 from launcher.planning.forecast import forecast, forecast_here
@@ -18,6 +17,7 @@ from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Length, Plan
 from launcher.planning.speed import Speed
 from launcher.runs.machine import Machine, Rates, path
+from launcher.values import Interval
 from tests.unit.test_planning_footprint import plan_for
 
 H100 = gpu_type("h100-80gb")

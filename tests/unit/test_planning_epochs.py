@@ -18,14 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher import tasks
 from launcher.errors import DataError
-from launcher.job.schema import Data, Source
 from launcher.planning.epochs import Items, evaluation_items, fewest_packs, one_pass, training_items, why_no_epoch
-from launcher.planning.lengths import CHARACTERS, MARKS, columns_of, lengths
+from launcher.planning.lengths import CHARACTERS, lengths
 from launcher.planning.plan import BatchPlan
-from launcher.sources.readers import READERS
+from launcher.sources.formats import Csv, Json, JsonLines
 from launcher.sources.rows import RowProblem, required
 from launcher.sources.sample import Sample, look
+from launcher.sources.section import Source
+from launcher.tasks.causal_lm import MARKS
 from launcher.training.data.packing import pack
 from tests.unit.test_planning_footprint import plan_for
 
@@ -41,8 +43,12 @@ def sample(source: Source, columns: Sequence[str], most: int = 1024) -> Sample |
         return None
 
 
-def data_of(path: Path, **keys: Any) -> Data:
-    return Data.model_validate({"train": {"path": str(path)}, "text": "text", "max_length": 64} | keys)
+def data_of(path: Path, task: str = "causal-lm", **keys: Any) -> Any:
+    return tasks.find(task).Columns.model_validate({"train": {"path": str(path)}, "text": "text", "max_length": 64} | keys)
+
+
+def task_of(name: str = "causal-lm", **keys: Any) -> Any:
+    return tasks.find(name)(data_of(Path("a.jsonl"), name, **keys))
 
 
 def jsonl(path: Path, texts: list[str]) -> Path:
@@ -106,7 +112,7 @@ def test_rows_of_csv_are_not_lines(whole: bool, tmp_path: Path, monkeypatch: pyt
         csv.writer(file).writerows([("text", "label"), *((text, number % 2) for number, text in enumerate(texts))])
     assert (tmp_path / "a.csv").stat().st_size > 1 << 20
     if not whole:
-        monkeypatch.setattr("launcher.sources.sample._WHOLE_CSV_BYTES", 1 << 16)
+        monkeypatch.setattr(Csv, "whole_bytes", 1 << 16)
     seen = sample(Source(path=str(tmp_path / "a.csv")), ("text", "label"))
     assert seen is not None and 700 < len(seen.rows) <= 1024
     assert seen.num_rows == (12_000 if whole else pytest.approx(12_000, rel=0.1))
@@ -118,7 +124,7 @@ def test_rows_of_csv_are_not_lines(whole: bool, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("kind", [".csv", ".tsv"])
 @pytest.mark.parametrize("header", [True, False])
 def test_a_header_is_no_row_and_a_first_row_is_one(kind: str, header: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.sources.sample._WHOLE_CSV_BYTES", 1 << 16)
+    monkeypatch.setattr(Csv, "whole_bytes", 1 << 16)
     mark = "," if kind == ".csv" else "\t"
     lines = [f"{number} {'word ' * 20}{mark}1" for number in range(20_000)]
     (tmp_path / f"a{kind}").write_text("\n".join([f"text{mark}label"] * header + lines))
@@ -148,7 +154,7 @@ def test_groups_of_parquet_are_looked_at_all_over_the_file(group: int, tmp_path:
 
 def test_of_a_very_large_file_the_number_of_rows_is_by_their_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 1 << 20)
-    monkeypatch.setattr("launcher.sources.sample._JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(Json, "most_bytes", 1 << 20)
     seen = sample(Source(path=str(written(tmp_path, ".jsonl", ["some words " * 9] * 20_000))), ("text",))
     assert seen is not None and seen.num_rows == pytest.approx(20_000, rel=0.01)
     assert sample(Source(path=str(written(tmp_path, ".json", ["some words " * 9] * 20_000))), ("text",)) is None, "it is one value"
@@ -163,7 +169,7 @@ def test_the_lines_of_all_files_together_are_counted_up_to_a_size(tmp_path: Path
     counted = sample(source, ("text",))
     assert counted is not None and counted.num_rows == 80_000
     monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 4 * size - 1)
-    monkeypatch.setattr("launcher.sources.sample._num_lines", lambda path: pytest.fail(f"{path} is counted"))
+    monkeypatch.setattr("launcher.sources.sample.num_lines", lambda path: pytest.fail(f"{path} is counted"))
     estimated = sample(source, ("text",))
     assert estimated is not None and estimated.num_rows == pytest.approx(80_000, rel=0.05)
 
@@ -199,15 +205,15 @@ def test_of_a_limit_only_what_it_reaches_is_looked_at(kind: str, limit: int, tmp
 
 @pytest.mark.parametrize("limit", [100, 1100])
 def test_rows_behind_a_limit_are_not_read(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, read = jsonl(tmp_path / "a.jsonl", ["word " * 20] * 20_000), READERS[".jsonl"]
+    path, read = jsonl(tmp_path / "a.jsonl", ["word " * 20] * 20_000), JsonLines.read
     numbers: list[int] = []
 
-    def counted(path: Path, columns: Any) -> Any:
-        for number, values in read(path, columns):
+    def counted(self: JsonLines, path: Path, columns: Any) -> Any:
+        for number, values in read(self, path, columns):
             numbers.append(number)
             yield number, values
 
-    monkeypatch.setitem(READERS, ".jsonl", counted)
+    monkeypatch.setattr(JsonLines, "read", counted)
     seen = sample(Source(path=str(path), limit=limit), ("text",))
     assert seen is not None and seen.num_rows == limit
     assert max(numbers) <= limit
@@ -290,16 +296,16 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     def refuse(path: Path) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("launcher.sources.sample._num_lines", refuse)
+    monkeypatch.setattr("launcher.sources.sample.num_lines", refuse)
     data = data_of(jsonl(tmp_path / "refused.jsonl", TEXTS))
     assert why_no_epoch(data.train, data, str(tmp_path), "causal-lm") == f"{data.train.path} cannot be read: Permission denied"
 
 
 def test_a_mistake_of_ours_is_not_taken_for_an_odd_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mistaken(path: Path, columns: Any) -> Any:
+    def mistaken(self: JsonLines, path: Path, columns: Any) -> Any:
         raise NameError("not defined")
 
-    monkeypatch.setitem(READERS, ".jsonl", mistaken)
+    monkeypatch.setattr(JsonLines, "read", mistaken)
     with pytest.raises(NameError):
         sample(Source(path=str(jsonl(tmp_path / "a.jsonl", TEXTS))), ("text",))
 
@@ -309,7 +315,7 @@ def test_what_is_not_here_or_cannot_be_read_says_nothing(source: dict[str, str],
     monkeypatch.chdir(tmp_path)
     Path("broken.parquet").write_bytes(b"PAR1 and no more")
     assert sample(Source(**source), ("text",)) is None  # type: ignore[arg-type]
-    assert one_pass(Source(**source), Data(train=Source(**source), text="text"), "model", "causal-lm") is None  # type: ignore[arg-type]
+    assert one_pass(Source(**source), data_of(tmp_path), "model", "causal-lm") is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +331,7 @@ def test_what_is_not_here_or_cannot_be_read_says_nothing(source: dict[str, str],
     ],
 )
 def test_rows_become_lengths(keys: dict[str, Any], rows: list[Any], expected: tuple[int, ...], tmp_path: Path) -> None:
-    found = lengths(rows, data_of(tmp_path / "a.jsonl", **keys), str(tmp_path), "causal-lm")
+    found = lengths(rows, task_of(**keys), str(tmp_path))
     assert found == (expected, False)
 
 
@@ -358,8 +364,7 @@ def turns(*contents: Any, roles: str = "user assistant") -> dict[str, Any]:
     ],
 )
 def test_chats_become_lengths(row: dict[str, Any], expected: int | None, tmp_path: Path) -> None:
-    data = data_of(tmp_path / "a.jsonl", text=None, messages="m")
-    found = lengths([row], data, str(tmp_path), "causal-lm")[0]
+    found = lengths([row], task_of(text=None, messages="m"), str(tmp_path))[0]
     assert found == (() if expected is None else (expected + 2 * MARKS + 1,))
 
 
@@ -368,10 +373,10 @@ def test_tools_are_tokens_too(keys: dict[str, Any], tmp_path: Path) -> None:
     data = data_of(tmp_path / "a.jsonl", text=None, messages="m", **keys)
     row = turns("x" * 7, "xxx") | ({} if keys else {"tools": [{"name": "abcdef"}]})
     text = '[{"name": "abcdef"}]'
-    assert lengths([row], data, str(tmp_path), "causal-lm")[0] == (len(text) // CHARACTERS + 1 + 2 + 1 + 3 * MARKS + 1,)
-    assert columns_of(data) == ("m", "tools")
-    assert required(columns_of(data)) == ["m"]
-    assert required(columns_of(data.model_copy(update={"tools": "t"}))) == ["m", "t"]
+    assert lengths([row], tasks.find("causal-lm")(data), str(tmp_path))[0] == (len(text) // CHARACTERS + 1 + 2 + 1 + 3 * MARKS + 1,)
+    assert tasks.find("causal-lm")(data).columns == ("m", "tools")
+    assert required(tasks.find("causal-lm")(data).columns) == ["m"]
+    assert required(tasks.find("causal-lm")(data.model_copy(update={"tools": "t"})).columns) == ["m", "t"]
 
 
 LABELS = ["a", " ", "", 1, 1.0, 1.5, True, None, ["a", 1], ["a", None], [], "1.5", "nan", "a, b", 10**400]
@@ -386,19 +391,19 @@ LABELS = ["a", " ", "", 1, 1.0, 1.5, True, None, ["a", 1], ["a", None], [], "1.5
     ],
 )
 def test_rows_without_a_label_that_can_be_used_do_not_count(problem: str, used: list[Any], tmp_path: Path) -> None:
-    data = data_of(tmp_path / "a.jsonl", label="y", problem=problem)
-    alone = [label for label in LABELS if lengths([{"text": "xxx", "y": label}], data, str(tmp_path), "sequence-classification")[0]]
+    task = task_of("sequence-classification", label="y", problem=problem)
+    alone = [label for label in LABELS if lengths([{"text": "xxx", "y": label}], task, str(tmp_path))[0]]
     assert list(map(repr, alone)) == list(map(repr, used))
-    assert lengths([{"text": "xxx"}], data, str(tmp_path), "sequence-classification")[0] == ()
-    assert lengths([{"text": "xxx"}], data, str(tmp_path), "causal-lm")[0] == (2,)
+    assert lengths([{"text": "xxx"}], task, str(tmp_path))[0] == ()
+    assert lengths([{"text": "xxx"}], task_of(), str(tmp_path))[0] == (2,)
 
 
 def test_a_classifiers_texts_stand_between_marks(tmp_path: Path) -> None:
-    pair = data_of(tmp_path / "a.jsonl", text=("a", "b"))
-    assert columns_of(pair) == ("a", "b")
+    pair = task_of("sequence-classification", text=("a", "b"))
+    assert pair.columns == ("a", "b", "label")
     rows = [{"a": "xxx", "b": "xxx", "label": 1}, {"a": "xxx", "b": " ", "label": 1}]
-    assert lengths(rows, pair, str(tmp_path), "sequence-classification")[0] == (1 + 1 + 3,)
-    assert lengths([{"text": "xxx", "label": 1}], data_of(tmp_path / "a.jsonl"), str(tmp_path), "sequence-classification")[0] == (1 + 2,)
+    assert lengths(rows, pair, str(tmp_path))[0] == (1 + 1 + 3,)
+    assert lengths([{"text": "xxx", "label": 1}], task_of("sequence-classification"), str(tmp_path))[0] == (1 + 2,)
 
 
 def test_the_models_own_tokenizer_counts_where_it_is_here(tmp_path: Path) -> None:
@@ -408,12 +413,11 @@ def test_the_models_own_tokenizer_counts_where_it_is_here(tmp_path: Path) -> Non
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.enable_truncation(2)  # which the trainer lifts as well
     words.save(str(tmp_path / "tokenizer.json"))
-    data = data_of(tmp_path / "a.jsonl")
-    assert lengths([{"text": "four words are here"}], data, str(tmp_path), "causal-lm") == ((5,), True)
+    assert lengths([{"text": "four words are here"}], task_of(), str(tmp_path)) == ((5,), True)
     labelled = [{"text": "four words are here", "label": 1}, {"text": "a \ud800", "label": 1}]
-    assert lengths(labelled, data, str(tmp_path), "sequence-classification") == ((4,), True), "it adds none"
+    assert lengths(labelled, task_of("sequence-classification"), str(tmp_path)) == ((4,), True), "it adds none"
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert lengths([{"text": "xxx"}], data, str(tmp_path), "causal-lm") == ((2,), False)
+    assert lengths([{"text": "xxx"}], task_of(), str(tmp_path)) == ((2,), False)
 
 
 @given(drawn=st.lists(st.integers(1, 100), min_size=200, max_size=400), copies=st.integers(5, 20))
@@ -440,7 +444,7 @@ def test_an_epoch_in_samples_and_in_packs(tmp_path: Path) -> None:
     packed = one_pass(data.train, data_of(tmp_path / "a.jsonl", packing=True), str(tmp_path), "causal-lm")
     assert packed is not None and packed.packed and packed.num_items == -(-(sum(range(1, 41)) + 40) // 64)
     assert packed.words() == "about 14 packs of 40 rows, at 4 characters a token (40 rows looked at)"
-    classified = data_of(written(tmp_path, ".csv", TEXTS), packing=False, label="label")
+    classified = data_of(written(tmp_path, ".csv", TEXTS), "sequence-classification", label="label")
     assert one_pass(classified.train, classified, str(tmp_path), "sequence-classification") is not None
 
 
@@ -465,7 +469,7 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path: Path) -> None:
 def test_a_first_row_is_told_from_a_header_by_all_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text("a fine film\t1\n" + "a dull one\t0\n" * 9)
-    data = data_of(path, text="0", label="1")
+    data = data_of(path, "sequence-classification", text="0", label="1")
     made = one_pass(data.train, data, str(tmp_path), "sequence-classification")
     assert made is not None and made.num_items == 10
 

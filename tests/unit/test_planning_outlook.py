@@ -12,7 +12,7 @@ from launcher.cli.comparing import scaling_plots
 from launcher.cli.forecast import advice, bars, picture, speed_lines
 from launcher.cli.plan import explained
 from launcher.errors import ConfigurationError
-from launcher.job.schema import Job, Source
+from launcher.job.schema import Job
 from launcher.planning.decide import plan as decide
 from launcher.planning.epochs import why_no_items
 from launcher.planning.fewest_gpus import in_time
@@ -26,6 +26,7 @@ from launcher.planning.nearest import nearest_that_fit
 from launcher.planning.outlook import compare, look, scaled
 from launcher.planning.plan import Plan, Refused
 from launcher.planning.rows import priced
+from launcher.sources.section import Source
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
 

@@ -12,7 +12,7 @@ from launcher.errors import ConfigurationError
 from launcher.planning import model_support
 from launcher.planning.decide import plan
 from launcher.planning.hardware import Hardware
-from launcher.planning.model_support import UNTRIED, Way, read_table, support
+from launcher.planning.model_support import Way, read_table, support, untried
 from launcher.planning.plan import Plan
 from tests.unit.test_planning_decide import CPU, H100, job
 
@@ -73,9 +73,9 @@ def test_a_model_that_cannot_do_the_task_is_refused_with_what_it_can() -> None:
 
 def test_what_the_table_does_not_have_is_held_to_its_own_loss_after_loading() -> None:
     made = planned("of_next_year")
-    assert (made.layout, made.attention, made.head) == UNTRIED["causal-lm"].ways[0]
+    assert (made.layout, made.attention, made.head) == untried("causal-lm").ways[0]
     assert "after loading" in next(decision.reason for decision in made.decisions if decision.key == "model.attention")
-    assert support("causal-lm", {"model_type": "llama", "auto_map": {}}, trust_remote_code=True) is UNTRIED["causal-lm"]
+    assert support("causal-lm", {"model_type": "llama", "auto_map": {}}, trust_remote_code=True) is untried("causal-lm")
 
 
 def test_a_config_that_is_not_here_is_looked_at_again() -> None:

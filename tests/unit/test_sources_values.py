@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.job.schema import Data, Source
 from launcher.planning.lengths import lengths
-from launcher.sources.chats import messages_of
+from launcher.sources.formats import FORMATS
 from launcher.sources.labels import class_name, class_names, number_of
-from launcher.sources.readers import READERS
 from launcher.sources.rows import RowProblem, text_of
 from launcher.sources.sample import look
+from launcher.sources.section import Source
 from launcher.sources.written import list_in
+from launcher.tasks.causal_lm import CausalColumns, CausalLM
+from launcher.tasks.chat.rows import messages_of
+from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 
 NAN = math.nan
 
@@ -227,7 +229,7 @@ def test_cells_without_a_value_are_missing_and_words_are_text(ending: str, tmp_p
     path.write_text(
         "t" + ("," if ending == ".csv" else "\t") + "n\n" + "".join(f"{w}{',' if ending == '.csv' else chr(9)}1\n" for w in words)
     )
-    read = [outcome(text_of, values, "t") for _, values in READERS[ending](path, ("t",))]
+    read = [outcome(text_of, values, "t") for _, values in FORMATS[ending].read(path, ("t",))]
     assert read == ["missing key"] * 5 + words[5:]
 
 
@@ -242,7 +244,7 @@ def test_what_pandas_writes_is_read_as_it_was_meant(ending: str, tmp_path: Path)
         frame.to_json(path, orient="records", lines=True)
     else:
         frame.to_parquet(path)
-    rows = [values for _, values in READERS[ending](path, ("text", "label"))]
+    rows = [values for _, values in FORMATS[ending].read(path, ("text", "label"))]
     labels = [outcome(class_names, row, "label", "single-label") for row in rows]
     assert labels[:2] == [["1"], ["0"]] and labels[3] == ["1"] and isinstance(labels[2], str), "a float column, by one missing value"
     texts = [outcome(text_of, row, "text") for row in rows]
@@ -250,11 +252,12 @@ def test_what_pandas_writes_is_read_as_it_was_meant(ending: str, tmp_path: Path)
 
 
 def test_the_planner_sees_values_as_they_are_trained(tmp_path: Path) -> None:
-    data = Data(train=Source(path="a"), text="t", label="y", max_length=64, problem="multi-label")
+    source = Source(path="a")
+    labelled = SequenceClassification(LabelledColumns(train=source, text="t", label="y", max_length=64, problem="multi-label"))
     rows: list[Any] = [{"t": "xxx", "y": y} for y in ("['a' 'b']", "[a, b]", NAN, [NAN], "a|b")] + [{"t": NAN, "y": "a"}]
-    assert len(lengths(rows, data, str(tmp_path), "sequence-classification")[0]) == 2
-    chat = Data(train=Source(path="a"), messages="m", max_length=64)
-    assert len(lengths([{"m": repr(TURNS)}, {"m": NAN}, {"m": "no"}], chat, str(tmp_path), "causal-lm")[0]) == 1
+    assert len(lengths(rows, labelled, str(tmp_path))[0]) == 2
+    chat = CausalLM(CausalColumns(train=source, messages="m", max_length=64))
+    assert len(lengths([{"m": repr(TURNS)}, {"m": NAN}, {"m": "no"}], chat, str(tmp_path))[0]) == 1
 
 
 def saved(directory: Path, rows: int = 5, **columns: Any) -> Path:

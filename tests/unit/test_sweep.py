@@ -11,7 +11,7 @@ import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
 from launcher.runs.events import append, event
-from launcher.runs.halving import Halving
+from launcher.runs.halving import Halving, better_of
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.sweep import running
 from launcher.scheduling.sweep.leaderboard import leaderboard
@@ -134,7 +134,7 @@ def halved(job: Path, path: Path, num_points: int, metric: str = "loss") -> Swee
 def test_a_point_that_falls_behind_at_a_rung_is_given_up(metric: str, sign: float, job: Path, tmp_path: Path) -> None:
     sweep = halved(job, tmp_path / "sweep", 4, metric)
     rule = Halving.of(sweep.run(0))
-    assert rule == Halving(tmp_path / "sweep", metric, 2, 2)
+    assert rule == Halving(tmp_path / "sweep", metric, "lower" if sign > 0 else "higher", 2, 2)
 
     clock = itertools.count()
 
@@ -200,3 +200,11 @@ def test_a_point_that_cannot_begin_leaves_the_others_their_turn(job: Path, tmp_p
     assert ran == ["000", "002"] and "point 1 cannot begin: it needs more than there is" in heard.lines
     monkeypatch.setattr(running.local, "run", lambda run, plan, *_: Stopped.exit_code)
     assert running.run_here(sweep, heard) == Stopped.exit_code, "a stop ends the sweep"
+
+
+@pytest.mark.parametrize(
+    ("content", "better"),
+    [({"metric": "loss"}, "lower"), ({"metric": "accuracy"}, "higher"), ({"metric": "wer", "better": "lower"}, "lower")],
+)
+def test_a_sweep_of_before_does_not_say_which_way_its_metric_is_better(content: dict[str, Any], better: str) -> None:
+    assert better_of(content) == better

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher import tasks
 from launcher.job.adapter import Adapter
 from launcher.planning.footprint.families import WITH_ADAPTERS, Program, adapted, frozen, program_of
 from launcher.planning.footprint.fsdp import Cut, FsdpStep
@@ -14,6 +15,7 @@ from launcher.planning.footprint.program import Batch, Segment, Setting, Unit
 from launcher.planning.footprint.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
 from launcher.planning.footprint.zero import ZeroCut, ZeroStep
 from launcher.planning.plan import Plan
+from launcher.tasks.task import Traits
 
 DEFERRED_GRADIENT_BYTES = 4 << 30
 """`_DEFERRED_GRADIENT_BYTES` of the FSDP engine, which a test holds equal."""
@@ -79,16 +81,16 @@ def estimator(
     plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2, slack: float | None = None
 ) -> Estimator | None:
     """As `estimate`, with what it is made from."""
-    task = plan.task if plan.task in ("causal-lm", "sequence-classification") else None
-    program = _program(json.dumps(config, default=str), num_labels, task)
+    traits = tasks.find(plan.task).traits if plan.task in tasks.TASKS else None
+    program = _program(json.dumps(config, default=str), num_labels, traits)
     if program is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
         return None
     return Estimator(plan, program, batch or batch_of(plan), slack)
 
 
 @functools.lru_cache(maxsize=8)
-def _program(config: str, num_labels: int, task: str | None) -> Program | None:
-    return program_of(json.loads(config), num_labels, task)
+def _program(config: str, num_labels: int, traits: Traits | None) -> Program | None:
+    return program_of(json.loads(config), num_labels, traits)
 
 
 @functools.lru_cache(maxsize=8)
@@ -236,7 +238,7 @@ class Estimator:
             max_live=zero.max_live_parameters,
             sub_group=zero.sub_group_size,
             recomputes=plan.activation_checkpointing != "none",
-            speaks=plan.task in ("causal-lm", "translation"),
+            speaks=plan.task == "translation" or tasks.find(plan.task).traits.head == "every-position",
             offloads_optimizer=self.cuda and plan.offload != "none",
             offloads_parameters=self.cuda and plan.offload == "parameters",
         )

@@ -16,6 +16,7 @@ from launcher.planning.footprint.program import Segment, Setting, Unit, Weight, 
 from launcher.planning.footprint.t5 import T5
 from launcher.planning.footprint.translators import Bart
 from launcher.planning.footprint.vision import Vit
+from launcher.tasks.task import Traits
 
 
 class Program(Protocol):
@@ -35,18 +36,19 @@ TRANSLATORS = ("t5", "mt5", "umt5")
 KNOWN = (*DECODERS, "gpt2", *MIXTURES, *ENCODERS, "vit", "bart", *TRANSLATORS)
 
 
-def program_of(config: dict[str, Any], num_labels: int = 2, task: str | None = None) -> Program | None:
-    """The program of a model by its `model_type`; None where there is none for it, or not for this task."""
+def program_of(config: dict[str, Any], num_labels: int = 2, traits: Traits | None = None) -> Program | None:
+    """Return the program of a model by its `model_type`; None where there is none for it, or not for tasks with these traits."""
     kind = config.get("model_type")
-    if kind in DECODERS and task in (None, "causal-lm"):
+    generates = traits is None or (traits.causal and traits.head == "every-position")
+    if kind in DECODERS and generates:
         return Llama(config)
-    if kind in MIXTURES and task in (None, "causal-lm"):
+    if kind in MIXTURES and generates:
         return Mixture(config)
-    if kind == "gpt2" and task in (None, "causal-lm"):
+    if kind == "gpt2" and generates:
         return Gpt2(config)
-    if kind in ENCODERS and task in (None, "sequence-classification"):
+    if kind in ENCODERS and (traits is None or traits.head == "one-per-sample"):
         return Bert(config, num_labels)
-    if task is not None:
+    if traits is not None:
         return None  # of what follows, the formulas are those of translating, and of images
     if kind == "vit":
         return Vit(config, num_labels)
@@ -55,10 +57,9 @@ def program_of(config: dict[str, Any], num_labels: int = 2, task: str | None = N
     return Bart(config) if kind == "bart" else None
 
 
-def nearest(kind: str, task: str | None = None) -> str:
-    """The known architecture whose name is most like this one; with a task, of those that the formulas have for it."""
-    of_task = {"causal-lm": (*DECODERS, "gpt2", *MIXTURES), "sequence-classification": ENCODERS}
-    known = of_task.get(task or "", KNOWN)
+def nearest(kind: str, traits: Traits | None = None) -> str:
+    """Return the known architecture whose name is most like this one; with traits, of those that the formulas have for such tasks."""
+    known = KNOWN if traits is None else ENCODERS if traits.head == "one-per-sample" else (*DECODERS, "gpt2", *MIXTURES)
     return next(iter(difflib.get_close_matches(kind, known, 1, 0.0)), known[0])
 
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from launcher.runs.layout import RunDirectory
-from launcher.runs.retention import lower_is_better
 from launcher.runs.status import read_status
 from launcher.runs.totals import Totals
 from launcher.scheduling.sweep.sweep import Sweep
@@ -29,7 +28,7 @@ class Line:
 
 def leaderboard(sweep: Sweep) -> list[Line]:
     """Every point, the best one first; those that were not measured yet, or measured as no number, last."""
-    lower = lower_is_better(sweep.metric)
+    lower = sweep.better == "lower"
     lines = [_line(sweep, number, run, lower) for number, run in enumerate(sweep.runs)]
 
     def order(line: Line) -> tuple[bool, float, int]:

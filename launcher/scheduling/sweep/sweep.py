@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
-from launcher.runs.halving import SWEEP_FILE
+from launcher.runs.halving import SWEEP_FILE, better_of
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.retention import Better
 from launcher.scheduling import opening
 
 
@@ -28,6 +30,8 @@ class Sweep:
     """The overrides of each."""
     metric: str
     nproc: int | None = None
+    better: Better = "lower"
+    """Which value of the metric is the better one."""
 
     @classmethod
     def create(
@@ -52,11 +56,12 @@ class Sweep:
             opening.load_job(job_file, [*overrides, *point], None)  # what no point can be is said before any has begun
         if halving:
             _check_comparable(job, metric)
-        sweep = cls(path.absolute(), tuple(map(tuple, points)), metric, nproc)
+        better = tasks.find(job.model.task)(job.data).metrics[metric]
+        sweep = cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better)
         (path / "points").mkdir(parents=True, exist_ok=True)
         content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
         write_atomically(path / "job.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        described: dict[str, Any] = {"format": 1, "points": points, "metric": metric, "nproc": nproc}
+        described: dict[str, Any] = {"format": 1, "points": points, "metric": metric, "better": better, "nproc": nproc}
         if halving:
             described["halving"] = {"first": halving[0], "factor": halving[1]}
         write_atomically(path / SWEEP_FILE, json.dumps(described, indent=2) + "\n")
@@ -71,7 +76,7 @@ class Sweep:
             words = [word for point in points for word in point] if isinstance(points, list) else [None]
             if not all(isinstance(word, str) for word in [metric, *words]) or not isinstance(nproc, (int, type(None))):
                 raise ValueError("not as it was written")
-            return cls(path.absolute(), tuple(map(tuple, points)), metric, nproc)
+            return cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better_of(content))
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigurationError(Problem("SWEEP", str(path), "no sweep there: it has no sweep.json that can be read")) from None
 

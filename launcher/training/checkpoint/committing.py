@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher import tasks
 from launcher.planning.plan import Plan
 from launcher.runs import retention
 from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, list_checkpoints
@@ -38,6 +39,8 @@ class Leader:
     def __init__(self, run: RunDirectory, plan: Plan, run_id: str, world_size: int, event: Callable[..., None]) -> None:
         self._run, self._plan, self._run_id, self._world_size, self._event = run, plan, run_id, world_size, event
         self._settings = plan.checkpoint
+        # A metric that nothing is kept by may be any word.
+        self._better = tasks.unprepared(plan).metrics.get(plan.checkpoint.metric, "lower")
         self._known_good: set[int] = set()
         """Steps whose bytes this process has hashed, writing or reading them."""
         self.failing = Failing()
@@ -51,7 +54,7 @@ class Leader:
         """Give up older checkpoints for this one, where that is enough and one that is whole stays. Whether that was done."""
         shutil.rmtree(save.attempt, ignore_errors=True)
         try:
-            removed = retention.make_room(self._run, self._settings.keep_best, self._settings.metric, self._known_good)
+            removed = retention.make_room(self._run, self._settings.keep_best, self._settings.metric, self._better, self._known_good)
         except OSError:
             return False
         if removed:
@@ -72,7 +75,7 @@ class Leader:
         try:
             self._event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
             keep = self._settings
-            retention.prune(self._run, keep.keep_last, keep.keep_best, keep.metric, known_good={manifest.step})
+            retention.prune(self._run, keep.keep_last, keep.keep_best, keep.metric, self._better, {manifest.step})
         except OSError as error:
             warnings.warn(f"step {manifest.step} is saved, but older checkpoints could not be removed: {describe(error)}", stacklevel=2)
         return None, False

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from launcher import tasks
 from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.training import model as models
-from launcher.training import pretrained, tasks
+from launcher.training import pretrained
 from launcher.training.checkpoint.foreign import Foreign, ForeignTensor
 from launcher.training.optimizer import moments
 
@@ -41,7 +42,7 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
         raise ConfigurationError(Problem("model.adapter", f"rank {plan.model.adapter.rank}", reason))
     config = pretrained.read_config(plan)
     task = tasks.build(plan, pretrained.read_tokenizer(plan))
-    if plan.task == "sequence-classification":
+    if task.traits.head == "one-per-sample":
         _take_num_labels(plan, task.auto_class, config, foreign)
     model = _empty(plan, task.auto_class, config)
     models.freeze(model, plan.model.freeze)

@@ -11,10 +11,11 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from launcher import tasks
 from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.job.adapter import Adapter
 from launcher.planning.plan import Plan
-from launcher.training import adapters, pretrained, tasks
+from launcher.training import adapters, pretrained
 from launcher.training import model as models
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.precision import DTYPES
@@ -37,7 +38,6 @@ SAFETENSORS_NAMES = {
 }
 _PREFIX = "model."
 _PEFT_PREFIX = "base_model.model."
-_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 _SLICE_BYTES = 64 << 20
 
 
@@ -137,7 +137,7 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
     """The model that the run began with, on the CPU."""
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
-    kind = pretrained.model_class(tasks.unbound(plan).auto_class, config, plan)
+    kind = pretrained.model_class(tasks.unprepared(plan).auto_class, config, plan)
     noise = logging.getLogger("transformers.modeling_utils")
     level = noise.level
     noise.setLevel(logging.ERROR)  # a head that its files lack is in the checkpoint
@@ -177,7 +177,7 @@ class Alone:
         """adapter_config.json, by peft."""
         names = [name.removesuffix(".lora_A.weight") for name in self.stored.names if name.endswith(".lora_A.weight")]
         model = self.plan.model
-        more = {"task_type": _PEFT_TASKS[self.plan.task], "base_model_name_or_path": model.name, "revision": model.revision}
+        more = {"task_type": tasks.find(self.plan.task).traits.peft_type, "base_model_name_or_path": model.name, "revision": model.revision}
         settings = adapters.settings(self.adapter, names, modules_to_save=self.modules or None, inference_mode=True, **more)
         settings.save_pretrained(directory)
 
@@ -190,7 +190,7 @@ def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
     _refuse_new_rows(plan, config)
-    kind = pretrained.model_class(tasks.unbound(plan).auto_class, config, plan)
+    kind = pretrained.model_class(tasks.unprepared(plan).auto_class, config, plan)
     with torch.device("meta"):
         model = kind._from_config(config)
     model.tie_weights()

@@ -8,7 +8,8 @@ import numpy as np
 import xxhash
 
 from launcher.planning.plan import BatchPlan, Plan
-from launcher.training.data.dataset import Dataset, Sample
+from launcher.tasks.task import Sample
+from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order
 
 

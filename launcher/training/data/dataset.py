@@ -1,6 +1,6 @@
 """Prepared samples as memory-mapped numpy files, and what was counted while they were made.
 
-A directory holds one flat file per column with a file of offsets, the samples' ids, lengths and supervised counts,
+A directory holds one file per column, sample after sample, with a file of offsets, the samples' ids, lengths and supervised counts,
 the packs, and `meta.json`, written last, with the size and hash of every other file.
 """
 
@@ -20,36 +20,11 @@ from launcher.plain_files import read_json
 from launcher.runs import prepared
 from launcher.runs.cache import Hold
 from launcher.runs.cut_off import MADE_ANEW
+from launcher.tasks.task import Sample
 
 META = "meta.json"
 HASHES = "sample_hashes"
 """The file with each sample's `sample_hash`."""
-
-
-class Sample(dict[str, np.ndarray]):
-    """One sample's arrays by name, each of one dimension.
-
-    `id` is its row number in the source. A `filler` only keeps shapes equal among ranks: nothing in it is supervised.
-    """
-
-    __slots__ = ("filler", "id")
-
-    def __init__(self, arrays: dict[str, np.ndarray], id: int, filler: bool = False) -> None:
-        super().__init__(arrays)
-        self.id = id
-        self.filler = filler
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return len(self["input_ids"])
-
-    def as_filler(self) -> Sample:
-        """The same tokens with nothing supervised."""
-        arrays = dict(self)
-        if "targets" in arrays:
-            arrays["targets"] = np.full_like(arrays["targets"], -100)
-        return Sample(arrays, self.id, filler=True)
 
 
 @dataclass
@@ -128,6 +103,7 @@ class Dataset:
         self._item_offsets = self._load("item_offsets")
         self._item_samples = self._load("item_samples")
         self._sample_ids = self._load("sample_ids")
+        self._sample_lengths = self._load("sample_lengths")
         self._sample_hashes = self._load(HASHES)
         self._item_lengths = self._load("item_lengths")
         self._item_supervised = self._load("item_supervised")
@@ -174,7 +150,7 @@ class Dataset:
     @property
     def sample_lengths(self) -> np.ndarray:
         """Tokens of each sample, int64 [num_samples], in the order of the rows."""
-        return np.diff(next(offsets for name, _, offsets in self._columns if name == "input_ids"))
+        return self._sample_lengths
 
     def column(self, name: str) -> np.ndarray | None:
         """One column of all samples, end to end; None where samples have no such column."""
@@ -206,26 +182,27 @@ class Dataset:
         samples = self._item_samples[gather(self._item_offsets, indices)]
         columns = [[flat[a:b] for a, b in zip(o[samples].tolist(), o[samples + 1].tolist(), strict=True)] for _, flat, o in self._columns]
         names = [name for name, _, _ in self._columns]
-        ids = self._sample_ids[samples].tolist()
+        ids, lengths = self._sample_ids[samples].tolist(), self._sample_lengths[samples].tolist()
         expected = self._sample_hashes[samples].tolist()
         for number, (i, *arrays) in enumerate(zip(ids, *columns, strict=True)):
             if sample_hash(i, arrays) != expected[number]:
                 raise self._changed(int(samples[number]), i)
-        whole = iter([Sample(dict(zip(names, arrays, strict=True)), i) for i, *arrays in zip(ids, *columns, strict=True)])
+        whole = iter([Sample(dict(zip(names, arrays, strict=True)), i, n) for i, n, *arrays in zip(ids, lengths, *columns, strict=True)])
         counts = self._item_offsets[indices + 1] - self._item_offsets[indices]
         return [list(islice(whole, count)) for count in counts.tolist()]
 
     def _changed(self, sample: int, row: int) -> DataError:
         places = []
         for name, flat, offsets in self._columns:
-            begin, end = (self._headers[name] + int(offset) * flat.itemsize for offset in offsets[sample : sample + 2])
+            begin, end = (self._headers[name] + int(offset) * flat[:1].nbytes for offset in offsets[sample : sample + 2])
             places.append(f"{name}.npy, bytes {begin:,} to {end:,}")
         text = f"prepared data in {self.directory} ({MADE_ANEW}) changed under the run: the sample of row {row} is not what was written"
         return DataError(f"{text} ({'; '.join(places)})")
 
     def highest_token(self) -> int:
-        """The highest token id of any sample; reads all of them."""
-        return int(next(flat for name, flat, _ in self._columns if name == "input_ids").max())
+        """Return the highest token id of any sample, which reads all of them; -1 where samples have no tokens."""
+        tokens = self.column("input_ids")
+        return -1 if tokens is None else int(tokens.max())
 
     def length(self, index: int) -> int:
         """Tokens of an item."""

@@ -20,10 +20,10 @@ import numpy as np
 from launcher.errors import OutOfMemoryError
 from launcher.runs.processes import die_with_parent
 from launcher.sources.rows import TOO_LONG, Row, RowProblem
+from launcher.tasks.task import Encoded, Task
 from launcher.training.data.dataset import HASHES, sample_hash
 from launcher.training.data.packing import Packs, gather_sums
 from launcher.training.data.sources import Rows
-from launcher.training.tasks.task import Encoded, Task
 
 CHUNK_ROWS = 256
 FEWEST_ROWS_FOR_WORKERS = 4096
@@ -32,10 +32,12 @@ FEWEST_ROWS_FOR_WORKERS = 4096
 
 @dataclass
 class Chunk:
-    """The samples of some rows, each column as one flat array with the length of every sample in it."""
+    """The samples of some rows, each column as one array, sample after sample, with the number of entries of each."""
 
     num_rows: int
     ids: np.ndarray
+    lengths: np.ndarray
+    """Of the samples, int64."""
     supervised: np.ndarray
     columns: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     problems: list[dict[str, Any]] = field(default_factory=list)
@@ -45,7 +47,7 @@ class Chunk:
 def encode_chunk(rows: list[Row], task: Task, tokenizer: Any) -> Chunk:
     """Encode some rows; those that cannot be used become problems."""
     values = [row.values for row in rows if not isinstance(row.values, RowProblem)]
-    encoded = iter(task.encode_batch(values, tokenizer))
+    encoded = iter(task.encode(values, tokenizer))
     samples: list[Encoded] = []
     ids: list[int] = []
     problems: list[dict[str, Any]] = []
@@ -55,12 +57,11 @@ def encode_chunk(rows: list[Row], task: Task, tokenizer: Any) -> Chunk:
             problems.append(_problem(row, result.reason, result.detail))
             continue
         if result.cut:
-            problems.append(_problem(row, TOO_LONG, f"cut to {len(result.arrays['input_ids']):,} tokens"))
+            problems.append(_problem(row, TOO_LONG, f"cut to {result.length:,} tokens"))
         samples.append(result)
         ids.append(row.id)
-    chunk = Chunk(
-        len(rows), np.array(ids, dtype=np.int64), np.array([s.num_supervised for s in samples], dtype=np.int64), problems=problems
-    )
+    lengths, supervised = (np.array([getattr(s, name) for s in samples], dtype=np.int64) for name in ("length", "num_supervised"))
+    chunk = Chunk(len(rows), np.array(ids, dtype=np.int64), lengths, supervised, problems=problems)
     for name in samples[0].arrays if samples else ():
         arrays = [sample.arrays[name] for sample in samples]
         chunk.columns[name] = (np.concatenate(arrays), np.array([len(array) for array in arrays], dtype=np.int64))
@@ -128,8 +129,9 @@ class Writer:
         self.directory = directory
         self.num_samples = 0
         self.num_supervised = 0
-        self._columns: dict[str, _FlatFile] = {}
-        self._lengths: dict[str, list[np.ndarray]] = {}
+        self._columns: dict[str, _GrowingFile] = {}
+        self._counts: dict[str, list[np.ndarray]] = {}
+        self._lengths: list[np.ndarray] = []
         self._ids: list[np.ndarray] = []
         self._hashes: list[int] = []
         self._supervised: list[np.ndarray] = []
@@ -137,21 +139,22 @@ class Writer:
     def append(self, chunk: Chunk) -> None:
         """Write the samples of a chunk behind the others."""
         parts: list[list[np.ndarray]] = []
-        for name, (flat, lengths) in chunk.columns.items():
+        for name, (flat, counts) in chunk.columns.items():
             if name not in self._columns:
-                self._columns[name] = _FlatFile(self.directory / f"{name}.npy", flat.dtype)
+                self._columns[name] = _GrowingFile(self.directory / f"{name}.npy", flat)
             written = self._columns[name].append(flat)
-            self._lengths.setdefault(name, []).append(lengths)
-            parts.append(np.split(written, np.cumsum(lengths)[:-1]))
+            self._counts.setdefault(name, []).append(counts)
+            parts.append(np.split(written, np.cumsum(counts)[:-1]))
         self._hashes += [sample_hash(id, arrays) for id, *arrays in zip(chunk.ids.tolist(), *parts, strict=True)]
         self._ids.append(chunk.ids)
+        self._lengths.append(chunk.lengths)
         self._supervised.append(chunk.supervised)
         self.num_samples += len(chunk.ids)
         self.num_supervised += int(chunk.supervised.sum())
 
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, int64 [num_samples]."""
-        return np.concatenate(self._lengths["input_ids"])
+        return np.concatenate(self._lengths)
 
     def finish(self, packs: Packs) -> dict[str, str]:
         """Close the columns and write the index. Returns each column's file of offsets; equal ones share one."""
@@ -159,13 +162,14 @@ class Writer:
         columns = {}
         for name, file in self._columns.items():
             file.close()
-            offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths[name]))]).astype(np.int64)
+            offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._counts[name]))]).astype(np.int64)
             content = offsets.tobytes()
             if content not in named:
                 named[content] = f"{name}_offsets"
                 self._save(f"{name}_offsets", offsets)
             columns[name] = named[content]
         self._save("sample_ids", np.concatenate(self._ids))
+        self._save("sample_lengths", self.lengths())
         self._save(HASHES, np.array(self._hashes, dtype=np.uint64))
         self._save("item_offsets", packs.offsets)
         self._save("item_samples", packs.samples)
@@ -177,17 +181,18 @@ class Writer:
         np.save(self.directory / f"{name}.npy", array, allow_pickle=False)
 
 
-class _FlatFile:
-    """A one-dimensional .npy file whose length is known at the end: its header leaves room for it to grow."""
+class _GrowingFile:
+    """A .npy file whose first dimension is known at the end: its header leaves room for it to grow."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._dtype = dtype
+    def __init__(self, path: Path, first: np.ndarray) -> None:
+        """`first` has the type and the trailing shape of all that will be written."""
+        self._dtype, self._trailing = first.dtype, first.shape[1:]
         self._length = 0
         self._file: BinaryIO = path.open("w+b")
         self._header_end = self._write_header()
 
     def _write_header(self) -> int:
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length,)}
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length, *self._trailing)}
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
 

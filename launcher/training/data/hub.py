@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.job.schema import Source
 from launcher.sources.arrow import names_of_classes, no_column, there, with_names, without_nulls
 from launcher.sources.rows import Read, required
+from launcher.sources.section import Source
 
 
 def load_hub(source: Source) -> Any:

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 from launcher.errors import ConfigurationError, DataError, Problem
-from launcher.job.schema import Source
 from launcher.plain_files import read_json
 from launcher.planning.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.sources.rows import Row, RowProblem
+from launcher.sources.section import Source
+from launcher.tasks.task import IGNORE, Sample
 from launcher.training import entry, pretrained
-from launcher.training.data.dataset import Dataset, Sample
+from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import open_source
 from launcher.training.material import Material
 from launcher.training.signals import StopRequest
-from launcher.training.tasks.task import IGNORE
 
 _BINS = 12
 _ROUND = (1, 2, 5)
@@ -97,7 +97,7 @@ def _balance(dataset: Dataset, plan: Plan) -> dict[str, Any] | None:
     names = dataset.report.labels
     if names is None:
         return {"numbers": spread(flat.astype(np.float64))}
-    if plan.data.problem == "multi-label":
+    if np.issubdtype(flat.dtype, np.floating):  # several classes at once, each 0 or 1
         counts = flat.reshape(-1, len(names)).sum(axis=0)
     else:
         counts = np.bincount(flat, minlength=len(names))
@@ -121,7 +121,7 @@ def _samples(source: Source, dataset: Dataset, material: Material, request: dict
 def _sample(row: Row, dataset: Dataset, material: Material, with_tokens: bool) -> dict[str, Any]:
     """What became of a row: tokens and the label as they lie in the prepared data."""
     found = dataset.find(row.id)
-    encoded = row.values if isinstance(row.values, RowProblem) else material.task.encode_batch([row.values], material.tokenizer)[0]
+    encoded = row.values if isinstance(row.values, RowProblem) else material.task.encode([row.values], material.tokenizer)[0]
     if isinstance(encoded, RowProblem) or found is None:
         problem = encoded if isinstance(encoded, RowProblem) else RowProblem("not used")
         return {"reason": problem.reason, "detail": problem.detail}

@@ -15,18 +15,18 @@ from typing import Any, Literal
 import xxhash
 
 from launcher.errors import DataError, StorageError
-from launcher.job.schema import Source
 from launcher.planning.plan import Plan
 from launcher.runs import cache, prepared
 from launcher.runs.places import here
 from launcher.sources.rows import TOO_LONG
+from launcher.sources.section import Source
+from launcher.tasks.task import Task
 from launcher.training.data.dataset import HASHES, META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
 from launcher.training.data.packing import one_each, pack
 from launcher.training.data.sources import Rows, difference, hash_file, open_source
-from launcher.training.tasks.task import Task
 
-FORMAT = 5
+FORMAT = 6
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
 Role = Literal["train", "evaluation"]
@@ -41,7 +41,7 @@ def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, 
     ConfigurationError for a tokenizer that cannot serve the task, StorageError where the cache cannot be written. What is given is held in
     the cache for as long as it lives.
     """
-    task.bind(tokenizer)
+    task.prepare(tokenizer)
     rows = open_source(source, task.columns)
     if role == "evaluation" and task.needs_labels and task.labels is None:
         task.fit(open_source(plan.data.train, task.columns))
@@ -204,8 +204,8 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     report.fill = report.num_tokens / (report.num_items * plan.data.max_length) if task.packs else None
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
-    # Hashes of what is hashed here anyway: without them, the samples of an older format are known as the same.
-    made = {name: digest for name, digest in files.items() if name != f"{HASHES}.npy"}
+    # Without what later formats added to the same samples: so those of an older format are known as the same.
+    made = {name: digest for name, digest in files.items() if name not in (f"{HASHES}.npy", "sample_lengths.npy")}
     report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(made).encode())
     meta = {"format": FORMAT, "padding_free": task.padding_free, "columns": columns, "files": files, "report": asdict(report)}
     (directory / META).write_text(json.dumps(meta), encoding="utf-8")

@@ -12,12 +12,12 @@ from typing import Any
 import xxhash
 
 from launcher.errors import DataError
-from launcher.job.schema import Source
 from launcher.plain_files import plain, read_json
 from launcher.runs.layout import write_atomically
 from launcher.sources.files import find_files
-from launcher.sources.readers import COUNTED, READERS
+from launcher.sources.formats import format_of
 from launcher.sources.rows import Row
+from launcher.sources.section import Source
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.hub import hub_rows, load_hub
 
@@ -61,7 +61,7 @@ class Rows:
                 yield line, str(self.source.name), values
             return
         for file in self.files:
-            for line, values in READERS[Path(file.path).suffix.lower()](Path(file.path), self.columns):
+            for line, values in format_of(file.path).read(Path(file.path), self.columns):
                 yield line, file.path, values
 
 
@@ -76,8 +76,8 @@ def open_source(source: Source, columns: Sequence[str]) -> Rows:
 
 
 def _num_rows(path: Path, file: SourceFile) -> int:
-    kind = path.suffix.lower()
-    return COUNTED[kind](path) if kind in COUNTED else file.num_lines
+    counted = format_of(path).num_rows(path)
+    return file.num_lines if counted is None else counted
 
 
 def hash_file(path: Path) -> SourceFile:

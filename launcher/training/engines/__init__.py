@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.planning.plan import Plan
+from launcher.tasks.task import Task
 from launcher.training.engines.engine import Engine
 from launcher.training.engines.fsdp import FsdpEngine
-from launcher.training.tasks.task import Task
 
 
 def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> Engine:

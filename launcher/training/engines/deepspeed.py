@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.runs.places import here
+from launcher.tasks.task import Output, Task
 from launcher.training import adapters, pretrained
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
@@ -29,9 +30,8 @@ from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.whole import cut_rows, gathered, replaced_one_by_one
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
-from launcher.training.heads import Batch, Output
+from launcher.training.heads import Batch
 from launcher.training.precision import DTYPES
-from launcher.training.tasks.task import Task
 
 
 class DeepSpeedEngine:
@@ -53,7 +53,7 @@ class DeepSpeedEngine:
         self._frozen: dict[str, torch.Tensor] = {}
         masters = self._convert()
         self.model.train()
-        self.model.forward = functools.partial(task.forward, self.model)
+        self.model.forward = functools.partial(task.loss, self.model)
         self._register_head()
         optimizer = optimizers.construct(self.model, plan.training)
         with _one_optimizer_for_all_stages(self._deepspeed):
@@ -123,7 +123,7 @@ class DeepSpeedEngine:
     def squared_gradient_norm(self) -> torch.Tensor:
         return self._stage.squared_gradient_norm()
 
-    def apply(self, learning_rate: float, multiplier: float) -> None:
+    def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         optimizers.set_learning_rate(self._zero.optimizer, learning_rate)
         # DeepSpeed divides by the loss scale when it steps: the one place where it multiplies gradients once, wherever they lie.
         self._zero.loss_scale = 1.0 / multiplier
@@ -131,10 +131,10 @@ class DeepSpeedEngine:
         self._zero.loss_scale = 1.0
         self._zero.zero_grad(set_to_none=True)
 
-    def discard(self) -> None:
-        self._stage.discard()
+    def zero_grad(self) -> None:
+        self._stage.zero_grad()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         states: dict[str, torch.Tensor] = {}
         for name, parameter in adapters.named_parameters(self.model):
@@ -156,7 +156,7 @@ class DeepSpeedEngine:
         part = self._frozen[name]
         return Piece(_start(models.whole_shape(parameter).numel(), self._plan), part.numel(), lambda key: part)
 
-    def loaded(self) -> None:
+    def after_load(self) -> None:
         steps = self._stage.steps()
         for step in steps[1:]:
             step.copy_(steps[0])

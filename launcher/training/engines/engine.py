@@ -7,11 +7,12 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from launcher.training.heads import Batch, Output
+from launcher.tasks.task import Output
+from launcher.training.heads import Batch
 
 
 class Engine(Protocol):
-    """Holds the sharded model and its optimizer; every method but `tensors` is called by all ranks together."""
+    """Holds the sharded model and its optimizer; every method but `state_dict` is called by all ranks together."""
 
     model: PreTrainedModel
     new_parameters: tuple[str, ...]
@@ -25,14 +26,14 @@ class Engine(Protocol):
     def squared_gradient_norm(self) -> torch.Tensor:
         """fp32 scalar: this rank's share of the squared global norm; the shares of all ranks add up to it."""
 
-    def apply(self, learning_rate: float, multiplier: float) -> None:
+    def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         """Multiply the gradients, let the optimizer take its step, and clear them."""
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         """Clear the gradients without a step."""
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters and optimizer state by the names a checkpoint uses; loading into them in place restores the engine."""
 
-    def loaded(self) -> None:
-        """Called after `tensors` were loaded into."""
+    def after_load(self) -> None:
+        """Called after `state_dict` was loaded into."""

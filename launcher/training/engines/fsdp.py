@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from launcher.errors import ConfigurationError, Problem
 from launcher.planning.plan import Plan
 from launcher.runs.places import here
+from launcher.tasks.task import Output, Task
 from launcher.training import adapters
 from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.engines.recompute import checkpoint_activations
-from launcher.training.heads import Batch, Output
+from launcher.training.heads import Batch
 from launcher.training.precision import DTYPES
-from launcher.training.tasks.task import Task
 
 _DEFERRED_GRADIENT_BYTES = 4 << 30
 """Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it, memory is worth more."""
@@ -37,7 +37,7 @@ class FsdpEngine:
         self.model: PreTrainedModel = loaded.model
         self.new_parameters = loaded.new_parameters
         self.model.train()
-        self.model.forward = functools.partial(task.forward, self.model)
+        self.model.forward = functools.partial(task.loss, self.model)
         self._optimizer = optimizers.build(self.model, plan.training) if trains else None
         gradient_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         self._defers = gradient_bytes <= _DEFERRED_GRADIENT_BYTES
@@ -88,18 +88,18 @@ class FsdpEngine:
         # Replicas hold equal gradients, so each counts for its share.
         return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.replicate
 
-    def apply(self, learning_rate: float, multiplier: float) -> None:
+    def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         if multiplier != 1.0:
             torch._foreach_mul_(self._gradients(), multiplier)
         assert self._optimizer is not None
         optimizers.set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
-        self.discard()
+        self.zero_grad()
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that FSDP frees later.
         self._reshard()
         named = adapters.named_parameters(self.model)
@@ -110,7 +110,7 @@ class FsdpEngine:
         states = optimizers.state_tensors(self.model, self._optimizer) if self._optimizer else {}
         return parameters | buffers | states
 
-    def loaded(self) -> None:
+    def after_load(self) -> None:
         if self._optimizer:
             optimizers.spread_step(self._optimizer)
         self._reshard()

@@ -31,7 +31,7 @@ class Stage(Protocol):
     def piece(self, parameter: nn.Parameter) -> Piece: ...
     def steps(self) -> list[torch.Tensor]: ...
     def squared_gradient_norm(self) -> torch.Tensor: ...
-    def discard(self) -> None: ...
+    def zero_grad(self) -> None: ...
     def publish(self) -> None: ...
 
 
@@ -75,7 +75,7 @@ class StageOneOrTwo:
             [gradient for group in self._zero.averaged_gradients.values() if group is not None for gradient in group]
         )
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         zero = self._zero
         zero.micro_step_id = -1
         zero.zero_grad(set_to_none=True)
@@ -158,7 +158,7 @@ class StageThree:
             return _norms(self._zero.norm_for_param_grads)
         return optimizers.sum_of_squares([gradient for group in self._zero.averaged_gradients.values() for gradient in group])
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         self._zero._pre_step()
         self._zero._partition_all_parameters()
         self._zero._overflow_clean_up(1.0)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from launcher.sources.chats import is_parts, text_of_content
-from launcher.training.tasks.shadows import Message
+from launcher.tasks.chat.rows import is_parts, text_of_content
+from launcher.tasks.chat.shadows import Message
 
 
 def with_whole_parts(message: Message) -> Message:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from launcher.sources.rows import BAD_VALUE, RowProblem
-from launcher.training.tasks.shadows import (
+from launcher.tasks.chat.shadows import (
     KEPT,
     MOST,
     WORDS,

@@ -2,40 +2,85 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
-
-import numpy as np
-import torch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import ConfigurationError, DataError, Problem
-from launcher.job.schema import Data
+from launcher.lazy import Lazy
 from launcher.sources.labels import class_names, number_of
 from launcher.sources.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
-from launcher.training import metrics as measure
-from launcher.training.data.dataset import Sample
-from launcher.training.tasks import classes
-from launcher.training.tasks.classes import Classes, is_number
-from launcher.training.tasks.task import Encoded, Task
+from launcher.sources.section import Data
+from launcher.tasks import classes
+from launcher.tasks import metrics as measure
+from launcher.tasks.classes import Classes, is_number
+from launcher.tasks.task import Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits, finding, sample_at
+from launcher.values import Columns
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
 
 _READS_LAST_END = {"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"}
 """The model types whose classifiers look at the last end token of a text, and refuse a pass in which texts have unlike numbers of them."""
 HF_PROBLEM = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}
+_METRICS: dict[str, dict[str, Better]] = {
+    "single-label": {"loss": "lower", "accuracy": "higher", "f1": "higher", "matthews": "higher"},
+    "multi-label": {"loss": "lower", "accuracy": "higher", "f1_micro": "higher", "f1_macro": "higher"},
+    "regression": {"loss": "lower", "mse": "lower", "pearson": "higher", "spearman": "higher"},
+}
+
+
+class LabelledColumns(Data):
+    """Rows of a text, or of a pair of texts, with a label."""
+
+    text: Columns | None = None
+    """The column of the text, or two columns for a pair."""
+    label: str | None = None
+    """The column of the label: a class, a list of classes, or a number for regression."""
+    problem: Literal["single-label", "multi-label", "regression"] = "single-label"
+    """What kind of label: one class, several at once, or a number."""
 
 
 class SequenceClassification(Task):
     """A text, or a pair of texts, to a class, several classes, or a number."""
 
     name = "sequence-classification"
-    layout = "padded"
+    traits = Traits("padded", causal=False, head="one-per-sample", peft_type="SEQ_CLS")
+    Columns = LabelledColumns
+    column_ways = (("text", "label"),)
+    data: LabelledColumns
 
-    def __init__(self, data: Data, labels: list[str] | None = None) -> None:
+    def __init__(self, data: LabelledColumns, labels: list[str] | None = None) -> None:
         super().__init__(data, labels)
         self._pad: int | None = None
         self._reads_last_end = False
         self._ends: tuple[int, int] | None = None
         """Where that counts: the end token, and how many of them a text without any in its own words has."""
+
+    def checks(self) -> Iterator[Finding]:
+        text = self.data.text
+        if text is None:
+            reason = "is missing: sequence-classification reads a column of text, or two for a pair"
+            yield finding("data.text", None, reason, "model.task")
+        if isinstance(text, tuple) and len(text) not in (1, 2):
+            yield finding("data.text", list(text), f"a pair is exactly two columns; here are {len(text)}", "model.task")
+        if self.data.label is None:
+            yield finding("data.label", None, "is missing: sequence-classification learns a label", "model.task")
+        if self.data.packing:
+            reason = "only causal-lm packs; classification batches are sorted by length and padded, so set it to false"
+            yield finding("data.packing", True, reason, "model.task")
+
+    @property
+    def metrics(self) -> Mapping[str, Better]:
+        return _METRICS[self.data.problem]
+
+    @property
+    def kind(self) -> str:
+        return self.data.problem
 
     @property
     def key(self) -> Any:
@@ -51,6 +96,20 @@ class SequenceClassification(Task):
     def columns(self) -> tuple[str, ...]:
         return (*self._text_columns, self._label_column)
 
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        texts = [text_of(row, column) for column in self._text_columns]
+        self._read_label(row)
+        return texts
+
+    def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
+        is_pair = num_texts > 1
+        return 2 + is_pair if tokenizer is None else int(tokenizer.num_special_tokens_to_add(is_pair))
+
+    def chance_loss(self, config: Any) -> float | None:
+        if self.data.problem == "regression":
+            return None
+        return math.log(2 if self.data.problem == "multi-label" else max(2, config.num_labels))
+
     @property
     def _text_columns(self) -> tuple[str, ...]:
         return (self.data.text,) if isinstance(self.data.text, str) else tuple(self.data.text or ())
@@ -63,14 +122,14 @@ class SequenceClassification(Task):
     def needs_labels(self) -> bool:
         return self.data.problem != "regression"
 
-    def bind(self, tokenizer: Any) -> None:
+    def prepare(self, processor: Any) -> None:
         """Take the padding token, or the end token in its place. Raises ConfigurationError where there is neither."""
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._pad = processor.pad_token_id if processor.pad_token_id is not None else processor.eos_token_id
         if self._pad is None:
             reason = "its tokenizer has neither a padding nor an end token, and batches of texts need one to pad with"
-            raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
-        if self._reads_last_end and (end := tokenizer.eos_token_id) is not None:
-            [empty] = _tokenise(tokenizer, [("",) * len(self._text_columns)], None)
+            raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+        if self._reads_last_end and (end := processor.eos_token_id) is not None:
+            [empty] = _tokenise(processor, [("",) * len(self._text_columns)], None)
             self._ends = end, empty["input_ids"].count(end)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
@@ -123,28 +182,35 @@ class SequenceClassification(Task):
             reason = f"the rows have {len(unknown)} classes that the model does not know ({shown}); its own are {own}"
             raise ConfigurationError(Problem("data.label", self._label_column, reason))
 
-    def encode_batch(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Encoded | RowProblem]:
-        """What the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32 [num_labels] or float32 [1]."""
+    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
+        """Return what the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32 [num_labels] or float32 [1]."""
         ids = Classes(self.labels or (), by_number=self.labels is not None and self.labels == self.own_labels)
         prepared = [self._texts_and_label(row, ids) for row in rows]
         texts = [row[0] for row in prepared if not isinstance(row, RowProblem)]
-        whole = iter(_tokenise(tokenizer, texts, None))
+        whole = iter(_tokenise(processor, texts, None))
         results: list[Encoded | RowProblem] = []
         for row in prepared:
-            results.append(row if isinstance(row, RowProblem) else self._encoded(next(whole), row, tokenizer))
+            results.append(row if isinstance(row, RowProblem) else self._encoded(next(whole), row, processor))
         return results
 
     def _texts_and_label(self, row: dict[str, Any], ids: Classes) -> tuple[tuple[str, ...], np.ndarray] | RowProblem:
         try:
-            return tuple(text_of(row, column) for column in self._text_columns), self._label(row, ids)
+            return tuple(self.texts(row)), self._label(row, ids)
         except RowProblem as problem:
             return problem
 
-    def _label(self, row: dict[str, Any], ids: Classes) -> np.ndarray:
+    def _read_label(self, row: dict[str, Any]) -> list[str] | float:
+        """Return the names of a row's classes, or its number. Raises RowProblem where the label is missing or of another kind."""
         if self.data.problem == "regression":
-            return np.array([number_of(row, self._label_column)], dtype=np.float32)
+            return number_of(row, self._label_column)
+        return class_names(row, self._label_column, self.data.problem)
+
+    def _label(self, row: dict[str, Any], ids: Classes) -> np.ndarray:
+        label = self._read_label(row)
+        if isinstance(label, float):
+            return np.array([label], dtype=np.float32)
         found = []
-        for name in class_names(row, self._label_column, self.data.problem):
+        for name in label:
             if (number := ids.id_of(name)) is None:
                 whose = "model" if ids.names == self.own_labels else "training rows"
                 raise RowProblem(BAD_LABEL, f"{name!r} is not among the {len(ids.names)} classes of the {whose}")
@@ -169,10 +235,15 @@ class SequenceClassification(Task):
         kept: dict[str, np.ndarray] = {
             name: np.asarray(arrays[name], dtype=np.int32) for name in ("input_ids", "token_type_ids") if name in arrays
         }
-        return Encoded({**kept, "label": label}, 1, cut)
+        return Encoded({**kept, "label": label}, 1, len(kept["input_ids"]), cut)
 
-    def collate(self, items: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-        """`input_ids`, `attention_mask` and, where the tokenizer gives them, `token_type_ids`, int64 [B, L] padded to the longest;
+    def example(self, length: int) -> Sample:
+        num_outputs = len(self.labels or "?") if self.data.problem == "multi-label" else 1
+        label = np.zeros(num_outputs, dtype=np.int64 if self.data.problem == "single-label" else np.float32)
+        return Sample({"input_ids": np.zeros(length, dtype=np.int32), "label": label}, 0, length)
+
+    def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
+        """Return `input_ids`, `attention_mask` and, where the tokenizer gives them, `token_type_ids`, int64 [B, L] padded to the longest;
         `labels` int64 [B], float32 [B, num_labels] or float32 [B]; `weights` float32 [B], 0 for filler."""
         samples = [sample for item in items for sample in item]
         lengths = np.array([sample.length for sample in samples])
@@ -180,14 +251,14 @@ class SequenceClassification(Task):
         # On the right whatever the tokenizer does for generation: learned positions begin at the first column.
         mask = columns < lengths[:, None]
         batch: dict[str, Any] = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
-        for name, fill in (("input_ids", self._pad), ("token_type_ids", 0)):
+        for name, fill in (("input_ids", self._pad or 0), ("token_type_ids", 0)):
             if name in samples[0]:
                 padded = np.full(mask.shape, fill, dtype=np.int64)
                 padded[mask] = np.concatenate([sample[name] for sample in samples])
                 batch[name] = torch.from_numpy(padded)
         labels = np.stack([sample["label"] for sample in samples])
         batch["labels"] = torch.from_numpy(labels if self.data.problem == "multi-label" else labels[:, 0].copy())
-        batch["weights"] = torch.tensor([0.0 if sample.filler else 1.0 for sample in samples], dtype=torch.float32)
+        batch["weights"] = torch.tensor([float(sample.weight) for sample in samples])
         return batch
 
     def configure(self, config: Any) -> None:
@@ -207,22 +278,74 @@ class SequenceClassification(Task):
         for one in (config, config.get_text_config()):
             one.pad_token_id = self._pad
 
-    def forward(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
-        """Summed loss of the samples, each weighted."""
-        from launcher.training import heads
+    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
+        """Keep every end token: BART's and T5's kin read the last, and want as many in all rows of a pass."""
+        kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
+        kept = np.union1d(kept, np.flatnonzero(np.isin(sample["input_ids"], ends)))
+        # A sample may have as many labels as tokens.
+        return Sample(sample_at(sample, kept) | {"label": sample["label"]}, sample.id, len(kept), sample.weight)
 
-        return heads.sequence_classification(model, batch, self.data.problem)
+    def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
+        names = ("input_ids", "token_type_ids")
+        return {name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in names if name in sample}
 
-    def metrics(self, totals: dict[str, float], predictions: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
-        """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson, Spearman and MSE."""
-        loss = {"loss": totals["loss_sum"] / max(totals["num_supervised"], 1)}
-        if predictions is None or labels is None or len(labels) == 0:
-            return loss
-        if self.data.problem == "regression":
+    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+        return label_loss(model, batch, self.data.problem)
+
+    def evaluator(self) -> Evaluator:
+        return LabelScores(self.data.problem, len(self.labels or ()))
+
+
+def label_loss(model: torch.nn.Module, batch: dict[str, Any], problem: str) -> Output:
+    """Return the summed loss of the samples, each weighted, with fp32 logits [samples, outputs] as predictions."""
+    from torch.nn import functional
+
+    from launcher.training.heads import own_forward
+
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights")}
+    logits = own_forward(model, inputs).logits.float()
+    labels, weights = batch["labels"], batch["weights"]
+    if problem == "single-label":
+        losses = functional.cross_entropy(logits, labels.view(-1), reduction="none")
+        correct = (logits.argmax(dim=-1) == labels.view(-1)).float()
+    elif problem == "multi-label":
+        losses = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
+        correct = ((logits > 0) == (labels > 0.5)).all(dim=-1).float()
+    else:
+        losses = functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
+        correct = torch.zeros_like(losses)
+    return Output((losses * weights).sum(), (correct * weights).sum().detach(), logits.detach())
+
+
+class LabelScores(Evaluator):
+    """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson, Spearman and MSE."""
+
+    def __init__(self, problem: str, num_labels: int) -> None:
+        self._problem, self._num_labels = problem, num_labels
+        self._loss_sum = 0.0
+        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        self._loss_sum += float(output.loss_sum)
+        assert output.predictions is not None
+        real = batch["weights"].numpy() > 0
+        self._seen.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
+
+    def state(self) -> list[np.ndarray]:
+        return [np.array([self._loss_sum]), *(np.concatenate(pieces) for pieces in zip(*self._seen, strict=True))]
+
+    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+        loss_sum = float(np.sum([sums for sums, *_ in states]))
+        parts = [seen for _, *seen in states if seen]  # a rank without a batch has seen nothing
+        if not parts:
+            return {"loss": loss_sum}
+        predictions, labels = map(np.concatenate, zip(*parts, strict=True))
+        loss = {"loss": loss_sum / len(labels)}
+        if self._problem == "regression":
             return loss | measure.regression(predictions, labels)
-        if self.data.problem == "multi-label":
+        if self._problem == "multi-label":
             return loss | measure.multi_label(predictions, labels)
-        return loss | measure.single_label(predictions, labels, len(self.labels or ()))
+        return loss | measure.single_label(predictions, labels, self._num_labels)
 
 
 def _tokenise(tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None) -> list[dict[str, list[int]]]:

@@ -8,15 +8,12 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import Data
 from launcher.plain_files import read_json
-from launcher.sources.chats import is_learned, is_parts, messages_of, tools_of
 from launcher.sources.rows import BAD_VALUE, RowProblem
-from launcher.training.tasks.encoding import Written
-from launcher.training.tasks.forms import (
+from launcher.tasks.chat.forms import (
     are_quoted,
     as_object,
     as_text,
@@ -27,17 +24,28 @@ from launcher.training.tasks.forms import (
     with_contents,
     with_whole_parts,
 )
-from launcher.training.tasks.shadows import Message
-from launcher.training.tasks.turns import Marks, check_said, marks_of, turns
+from launcher.tasks.chat.rows import is_learned, is_parts, messages_of, tools_of
+from launcher.tasks.chat.shadows import Message
+from launcher.tasks.chat.turns import Marks, check_said, marks_of, turns
+from launcher.tasks.encoding import Written
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Tools = list[dict[str, Any]] | None
 
 
+class Settings(Protocol):
+    """What of a job decides how chats are written."""
+
+    @property
+    def tools(self) -> Any: ...
+    @property
+    def date(self) -> str | None: ...
+
+
 class ChatTemplate:
     """A tokenizer's chat template, bound to the settings of a job. Raises ConfigurationError where it cannot serve them."""
 
-    def __init__(self, tokenizer: Any, data: Data) -> None:
+    def __init__(self, tokenizer: Any, data: Settings) -> None:
         self._tokenizer = tokenizer
         self._data = data
         templates = tokenizer.chat_template
@@ -73,7 +81,7 @@ class ChatTemplate:
 
     def written(self, row: dict[str, Any], column: str) -> Written:
         """The text of a row's chat and what of it is learned. Raises RowProblem where it has none that can be learned."""
-        messages, tools = messages_of(row, column), tools_of(row, self._data)
+        messages, tools = messages_of(row, column), tools_of(row, self._data.tools)
         with self._dated():
             try:
                 return self._marked(self._form(messages, tools), tools)

@@ -7,19 +7,18 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Any, TypeGuard
 
-from launcher.job.schema import Data
 from launcher.sources.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, IfThere, RowProblem, is_missing, missing
 from launcher.sources.written import list_in
+from launcher.values import Tools
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message that chat templates take its thoughts from."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def chat_columns(data: Data) -> tuple[str, ...]:
-    """The columns of a chat's row: its messages, and its tools where the source has them."""
-    assert data.messages is not None
-    return data.messages, data.tools if isinstance(data.tools, str) else IfThere("tools")
+def chat_columns(messages: str, tools: Tools | None) -> tuple[str, ...]:
+    """Return the columns of a chat's row: its messages, and its tools where the source has them."""
+    return messages, tools if isinstance(tools, str) else IfThere("tools")
 
 
 def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
@@ -109,10 +108,13 @@ def is_learned(message: dict[str, Any], number: int) -> bool:
     return weight != 0 and train is not False
 
 
-def tools_of(values: dict[str, Any], data: Data) -> list[dict[str, Any]] | None:
-    """The tools of a row, or else those of the job; None where there are none. Raises RowProblem where they are no list of objects."""
-    column = data.tools if isinstance(data.tools, str) else "tools"
-    if isinstance(data.tools, str) and column not in values:
+def tools_of(values: dict[str, Any], named: Tools | None) -> list[dict[str, Any]] | None:
+    """Return the tools of a row, or else those of the job (`data.tools`); None where there are none.
+
+    Raises RowProblem where they are no list of objects.
+    """
+    column = named if isinstance(named, str) else "tools"
+    if isinstance(named, str) and column not in values:
         raise RowProblem(MISSING, f"no {column!r}, which may be null; the row has {', '.join(map(repr, values))}")
     tools = values.get(column)
     if isinstance(tools, str):
@@ -120,7 +122,7 @@ def tools_of(values: dict[str, Any], data: Data) -> list[dict[str, Any]] | None:
             raise RowProblem(BAD_VALUE, f"{column!r} is text, and no list of tools as JSON or Python writes one")
         tools = found
     if is_missing(tools) or tools == []:
-        return list(data.tools) if isinstance(data.tools, tuple) and data.tools else None
+        return list(named) if isinstance(named, tuple) and named else None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowProblem(BAD_VALUE, f"{column!r} is not a list of tools, each an object")
     return tools

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from launcher.lazy import Lazy
 from launcher.sources.rows import BAD_VALUE, RowProblem
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
 
 _APART = ("\n", ".", "a")
 """Texts behind which another is tokenised as in the middle of a text, where none of the two's tokens lies across the border."""

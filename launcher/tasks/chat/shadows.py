@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from launcher.lazy import Lazy
+from launcher.tasks.chat.rows import THOUGHTS
 
-from launcher.sources.chats import THOUGHTS
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
 
 Message = dict[str, Any]
 

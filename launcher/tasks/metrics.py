@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
-import numpy as np
+from launcher.lazy import Lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
 
 
 def single_label(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, float]:

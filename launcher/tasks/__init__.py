@@ -1,0 +1,66 @@
+"""The tasks by name: what a model learns to do. Their modules are imported only when they are asked for."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Protocol
+
+from launcher.errors import ConfigurationError, Problem
+
+if TYPE_CHECKING:
+    from launcher.tasks.task import Task
+
+TASKS = {
+    "causal-lm": "launcher.tasks.causal_lm:CausalLM",
+    "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
+}
+GROUP = "launcher.tasks"
+"""The entry points by which an installed package brings a task of its own: `name = "package.module:Class"`."""
+
+
+class Planned(Protocol):
+    """What of a plan makes a task."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def layout(self) -> Any: ...
+    @property
+    def head(self) -> Any: ...
+
+
+@functools.cache
+def find(name: str) -> type[Task]:
+    """Return the class of a task by its name. Raises ConfigurationError where there is none, with the nearest name."""
+    if name in TASKS:
+        module, _, attribute = TASKS[name].partition(":")
+        built_in: type[Task] = getattr(importlib.import_module(module), attribute)
+        return built_in
+    for entry in metadata.entry_points(group=GROUP, name=name):
+        own: type[Task] = entry.load()
+        return own
+    known = [*TASKS, *sorted(metadata.entry_points(group=GROUP).names)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise ConfigurationError(Problem("model.task", name, f"no such task; there are {', '.join(known)}; the nearest is {near}"))
+
+
+def build(plan: Planned, processor: Any, labels: list[str] | None = None) -> Task:
+    """Return the plan's task, prepared with the model's processor. `labels` are the classes of a model that has them already.
+
+    Raises ConfigurationError for an unknown task, or a processor that cannot serve it.
+    """
+    task = unprepared(plan, labels)
+    task.prepare(processor)
+    return task
+
+
+def unprepared(plan: Planned, labels: list[str] | None = None) -> Task:
+    """Return the plan's task without a processor: its model and its loss, no data. Raises ConfigurationError for an unknown one."""
+    task = find(plan.task)(plan.data, labels)
+    task.layout, task.head = plan.layout, plan.head
+    return task

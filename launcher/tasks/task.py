@@ -1,0 +1,301 @@
+"""The contract of a task: all that the job file, the planner, the data and the trainer ask of what is being learned.
+
+A task is one module with a subclass of `Task` and one line in `launcher.tasks`; a package of the user's own names its task as an entry
+point of the group `launcher.tasks`. Importing it imports neither torch nor numpy (`launcher.lazy`): the planner asks it too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from launcher.errors import Problem
+from launcher.lazy import Lazy
+from launcher.sources.rows import Row, RowProblem
+from launcher.sources.section import Data
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np = Lazy("numpy")
+
+SampleLayout = Literal["packed", "padded", "single"]
+"""How samples share a pass: joined end to end, padded on the right, or not at all."""
+Head = Literal["chunked", "model", "forward"]
+"""Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its whole forward."""
+Better = Literal["lower", "higher"]
+"""Which of two values of a metric is the better one."""
+IGNORE = -100
+"""The target of a position that is not learned."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the planner, the loader and PEFT need to know of a kind of task, in place of its name."""
+
+    layout: SampleLayout
+    """How its samples share a pass in most models."""
+    causal: bool
+    """Whether a token sees only those before it."""
+    head: Literal["every-position", "one-per-sample"]
+    """Where the model's head computes: logits at every position, or one vector for each sample."""
+    encoder_decoder: bool = False
+    """Whether the model reads one sequence and writes another."""
+    peft_type: str | None = None
+    """PEFT's name for it (`peft.TaskType`); None where PEFT has none."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem, and every key it rests on: where one of those is already refused, this one says nothing new."""
+
+    problem: Problem
+    keys: tuple[str, ...]
+
+
+def finding(key: str, value: object, reason: str, *others: str) -> Finding:
+    """Return the problem with a key's value as a finding that rests on that key and on `others`."""
+    return Finding(Problem(key, value, reason), (key, *others))
+
+
+class Left(NamedTuple):
+    """A key of `data` that a job left open and the plan settles."""
+
+    key: str
+    value: str
+    reason: str
+
+
+class Encoded(NamedTuple):
+    """A sample's arrays by name, each with one entry per position or of any shape that `collate` understands."""
+
+    arrays: dict[str, np.ndarray]
+    num_supervised: int
+    """Supervised tokens, or 1 where the sample as a whole is."""
+    length: int
+    """The positions that it costs in a pass; of text, its tokens."""
+    cut: bool = False
+    """Whether it was longer than max_length."""
+
+
+class Sample(dict[str, "np.ndarray"]):
+    """One sample's arrays by name.
+
+    `id` is its row number in the source, `length` the positions that it costs. A `weight` of 0 marks filler, which only keeps shapes
+    equal among ranks: `collate` must leave nothing of it supervised.
+    """
+
+    __slots__ = ("id", "length", "weight")
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], id: int, length: int, weight: int = 1) -> None:
+        super().__init__(arrays)
+        self.id = id
+        self.length = length
+        self.weight = weight
+
+    def as_filler(self) -> Sample:
+        """Return the same arrays with weight 0."""
+        return Sample(self, self.id, self.length, weight=0)
+
+
+def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
+    """Return the sample with these positions alone, int [n]; arrays that are not as long as it stay as they are."""
+    arrays = {name: array[positions] if len(array) == sample.length else array for name, array in sample.items()}
+    return Sample(arrays, sample.id, len(positions), sample.weight)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for a sample by the run's seed, the step and the sample alone: equal on any number of ranks, and after a resume."""
+
+    seed: int
+    step: int
+
+    def of(self, sample: Sample) -> np.random.Generator:
+        """Return a generator of this sample's own."""
+        return np.random.default_rng((self.seed, self.step, sample.id))
+
+
+class Output(NamedTuple):
+    """Sums over what this micro-batch supervises; a NamedTuple, because sharding looks for tensors inside."""
+
+    loss_sum: torch.Tensor
+    """Scalar, fp32."""
+    num_correct: torch.Tensor
+    """Scalar."""
+    predictions: torch.Tensor | None = None
+    """What the task's evaluator needs beside the sums."""
+    router_loss_sum: torch.Tensor | None = None
+    """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
+
+
+class Evaluator(ABC):
+    """Collects what an evaluation sees on one rank, and makes metrics of what all ranks saw."""
+
+    @abstractmethod
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        """Take in one micro-batch: the model's output, and the batch as `collate` made it, on the host. Filler must not count."""
+
+    @abstractmethod
+    def state(self) -> list[np.ndarray]:
+        """Return what this rank has seen as arrays of numbers, of any shape."""
+
+    @abstractmethod
+    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+        """Return the metrics of all ranks' states; `loss` is always among them. Called on one rank."""
+
+
+class Task(ABC):
+    """What is learned, from the columns of a row to the metrics of an evaluation."""
+
+    name: ClassVar[str]
+    """As `model.task` has it."""
+    traits: ClassVar[Traits]
+    Columns: ClassVar[type[Data]]
+    """The section `data` of a job with this task: a subclass of `launcher.sources.section.Data` with the task's own columns."""
+    column_ways: ClassVar[tuple[tuple[str, ...], ...]]
+    """The columns that a job may name, one way or another: what `launcher init` asks for."""
+    layout: SampleLayout
+    """How `collate` has samples share a pass: by the plan, else as most models of the task can."""
+    head: Head = "chunked"
+    """Where the loss of a causal LM comes from."""
+    labels: list[str] | None = None
+    """The names of the classes in the order of their ids, where the task has classes and they are known."""
+
+    def __init__(self, data: Any, labels: list[str] | None = None) -> None:
+        self.data = data
+        self.layout = self.traits.layout
+        self.labels = labels
+        self.own_labels: list[str] | None = None
+        """The classes of the model that training begins with, where it has any, in the order of their ids."""
+        self.remarks: list[str] = []
+        """What people are told of how the rows and the model go together, a sentence each; `fit` writes them."""
+        self.labels_given = labels is not None
+        """Whether the classes were given, as for a model that has them already, rather than taken from the training rows."""
+
+    # Asked by the job file and the planner, with no tokenizer and no model at hand.
+
+    def checks(self) -> Iterator[Finding]:
+        """Yield what in the task's own keys contradicts itself."""
+        yield from ()
+
+    @property
+    @abstractmethod
+    def metrics(self) -> Mapping[str, Better]:
+        """What an evaluation measures, and which way is better; `loss` is always among them."""
+
+    @property
+    def kind(self) -> str:
+        """What people are told the metrics belong to: the task's name, or a kind of it that measures something else."""
+        return self.name
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a row that the task reads."""
+
+    @abstractmethod
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        """Return the texts of a row that become tokens, as long as what is trained. Raises RowProblem where the row cannot be used."""
+
+    def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
+        """Return how many tokens a sample of so many texts has beside them. `tokenizer` is of the package tokenizers; None without one."""
+        return 0
+
+    def left_open(self) -> Iterator[Left]:
+        """Yield the keys of `data` that the job left open and the plan settles; a resumed run keeps what its first plan took."""
+        yield from ()
+
+    @property
+    def packs(self) -> bool:
+        """Whether several samples share a row of max_length."""
+        return bool(self.data.packing) and self.padding_free
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether `collate` joins samples end to end instead of padding them."""
+        return self.layout == "packed"
+
+    # The model.
+
+    @property
+    @abstractmethod
+    def auto_class(self) -> Any:
+        """The transformers Auto class that makes the model."""
+
+    def adopt(self, config: Any, as_it_stands: bool = False) -> None:  # noqa: B027
+        """Take from a model's own config what the task keeps to. Called before any row is encoded and before `configure`.
+
+        `as_it_stands`: the model is measured and not trained, so that nothing of it may be new; raises ConfigurationError where that
+        cannot be.
+        """
+
+    def configure(self, config: Any) -> None:  # noqa: B027
+        """Write what the model must know of the task (classes, kind of problem, padding) into its config."""
+
+    def chance_loss(self, config: Any) -> float | None:
+        """Return the loss of guessing, which a model that learns nothing stays at; None where there is no such number."""
+        return None
+
+    # Rows and samples.
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether rows can only be encoded once the classes are known."""
+        return False
+
+    @property
+    def key(self) -> Any:
+        """What decides a row's sample beside the row, the settings of the job and the processor, once prepared; None where nothing does."""
+        return None
+
+    def refuse_unknown(self, rows: Iterable[Row]) -> None:  # noqa: B027
+        """Raise ConfigurationError where rows are labelled with what the model does not know."""
+
+    def fit(self, rows: Iterable[Row]) -> None:  # noqa: B027
+        """Learn the classes from the training rows."""
+
+    def prepare(self, processor: Any) -> None:  # noqa: B027
+        """Take from the model's processor (a tokenizer) what the task needs of it. Called before any row is encoded or batch collated.
+
+        Raises ConfigurationError where this processor cannot serve the task.
+        """
+
+    @abstractmethod
+    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
+        """Return a sample for each row, or why there is none. Deterministic; called in worker processes."""
+
+    @abstractmethod
+    def example(self, length: int) -> Sample:
+        """Return a sample of so many positions with made-up values, for traces of a model that has no data yet."""
+
+    @abstractmethod
+    def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
+        """Return the tensors of a micro-batch of items. `draws` is None where nothing may be random."""
+
+    # Loss and metrics.
+
+    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
+        """Return the sample cut to about `length` positions, its last one kept, for the check after loading.
+
+        `ends`: the ids of the model's end tokens. Raises DataError where the sample is not what `encode` makes.
+        """
+        return sample_at(sample, np.r_[: min(length, sample.length) - 1, sample.length - 1])
+
+    def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
+        """Return one sample as transformers' documentation has it, for the model's own class: `labels` where that computes a loss of them.
+
+        None where there is no such call: the sample alone is then what it is held to beside another.
+        """
+        return None
+
+    @abstractmethod
+    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+        """Return the summed loss of a collated micro-batch. Runs as the model's own forward, inside its sharding hooks."""
+
+    @abstractmethod
+    def evaluator(self) -> Evaluator:
+        """Return what collects an evaluation, empty."""
