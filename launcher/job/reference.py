@@ -1,4 +1,4 @@
-"""The JSON schema for editors, and the reference pages of the job file and the exit codes, all made from the code.
+"""Write the reference pages and the JSON schema from the code.
 
 `python -m launcher.job.reference DIRECTORY` writes the pages; a test holds the ones in docs/reference equal to what is made here.
 """
@@ -70,7 +70,9 @@ def shown(value: object) -> str:
 def _row(key: Key) -> str:
     default = "**required**" if key.field.is_required() else f"`{shown(key.field.default)}`"
     allowed = expected_of(key.field).replace("|", "\\|")
-    return f"| `{key.path.rsplit('.', 1)[-1]}` | {allowed} | {default} | {docstring(key.section, key.name)} |"
+    # A line break in a cell would end the table there.
+    meaning = " ".join(docstring(key.section, key.name).split())
+    return f"| `{key.path.rsplit('.', 1)[-1]}` | {allowed} | {default} | {meaning} |"
 
 
 def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:

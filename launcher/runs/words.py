@@ -1,4 +1,4 @@
-"""Quantities as people say them."""
+"""Format quantities for people: durations, counts, sizes."""
 
 from __future__ import annotations
 

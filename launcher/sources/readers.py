@@ -1,4 +1,4 @@
-"""One reader per file format: path -> (line, values) of every row, a row that cannot be read as a RowProblem in its place."""
+"""One reader per file format: the line number and the values of every row."""
 
 from __future__ import annotations
 

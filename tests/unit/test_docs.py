@@ -178,25 +178,6 @@ def test_a_wrong_job_file_is_noticed(text: str) -> None:
     assert problems_of(text)
 
 
-def tree() -> set[str]:
-    """The files in the architecture page's tree."""
-    content = next(content for _, content in blocks(ARCHITECTURE) if content.startswith("launcher/"))
-    folders: list[str] = []
-    files = set()
-    for line in content.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        folders = folders[:depth]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            files.add("".join(folders) + name)
-    return files
-
-
-def test_the_tree_is_the_tree() -> None:
-    assert tree() == {shown(path) for path in SOURCES if path.name != "__init__.py"}
-
-
 @pytest.mark.parametrize("span", sorted(set(spans(ARCHITECTURE))))
 def test_the_architecture_names_what_exists(span: str) -> None:
     everything = "\n".join(SOURCES.values())
@@ -208,6 +189,17 @@ def test_the_architecture_names_what_exists(span: str) -> None:
         assert re.search(rf"^(class {span}\b|{span} = )", everything, re.MULTILINE)
     elif re.fullmatch(r"[A-Z_]{3,}", span):
         assert re.search(rf"^{span}\b.* = ", everything, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_tables_are_whole(page: Path) -> None:
+    """A blank line, or a line break in a cell, ends a table: the rows after it would be shown as text."""
+    lines = prose(page.read_text(encoding="utf-8")).splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("|") and not (number and lines[number - 1].startswith("|"))]
+    for number in starts:
+        assert re.fullmatch(r"\|[\s:|-]+\|", lines[number + 1]), f"no table begins with: {lines[number]}"
+    cells = [line for line in lines if line.startswith("|")]
+    assert [line for line in cells if not line.rstrip().endswith("|")] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
