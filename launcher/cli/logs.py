@@ -1,4 +1,4 @@
-"""launcher logs: show the ranks' logs and follow them across attempts."""
+"""Show the ranks' logs, and follow them across attempts."""
 
 from __future__ import annotations
 

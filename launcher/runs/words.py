@@ -1,4 +1,4 @@
-"""Format quantities for people: durations, counts, sizes."""
+"""Format a duration as people say it."""
 
 from __future__ import annotations
 

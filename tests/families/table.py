@@ -103,7 +103,8 @@ The layout is such that the loss is the one that the model's own class computes 
 explained [with the data](guide-data.md#how-samples-share-a-pass). `attention` is what `auto` takes, `others` what
 `model.attention` may ask for instead.
 
-Made by `python -m tests.families.sweep` and `python -m tests.families.table` with {versions}. For each type a tiny
+Made by `python -m tests.families.sweep` and `python -m tests.families.table`
+with {versions}. For each type a tiny
 model with random weights is built in fp32. The loss of 16 samples of 1 to 40 tokens, and the norm of its gradient, are
 compared with those of each sample alone, by the class's own forward. The tolerances are 1e-5 and 1e-4, relative; where
 rounding comes near to that, fp64 is used. Sliding windows, soft caps, multipliers, routers' losses and every kind of
