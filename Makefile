@@ -43,6 +43,7 @@ format: setup
 docs: setup
 	$(BIN)/python -m launcher.job.reference docs/reference
 	$(BIN)/python -m launcher.render.presets ds_configs
+	$(BIN)/python -m tests.architecture_tree
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,3 +1,3 @@
-"""launcher: one job file in, a plan that fits, a sharded run that survives, a model anyone can load."""
+"""Fine-tune Hugging Face models that are sharded over GPUs: one job file in, a model out."""
 
 __version__ = "0.1.0"

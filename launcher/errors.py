@@ -1,4 +1,4 @@
-"""Every failure launcher can name, with the exit code a shell or a scheduler sees.
+"""Every failure that launcher can name, with its exit code.
 
 LauncherError                     1   something in launcher itself is wrong
 ├── ConfigurationError            2   the job file or the command line cannot be used as it is

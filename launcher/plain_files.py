@@ -1,4 +1,4 @@
-"""Reading files that anybody may have put there: plain ones only, never longer than they can be, never a traceback.
+"""Read files that anybody may have written: plain files only, of bounded size, no traceback.
 
 A pipe in the place of a file would hold its reader for ever, a device would never end, and a text of brackets alone would use up the
 interpreter's stack.

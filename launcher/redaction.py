@@ -1,4 +1,4 @@
-"""Secrets, known by what they look like, by the name they are given to, and as values of this environment; what is shown instead.
+"""Recognise secrets by pattern, by name and by value, and redact them.
 
 Whatever is written or shown goes through `redact`: events, failures, command.json, JSON on stdout, error messages. What a user
 writes into a job file or a script's arguments is refused where it `holds_secret`, as it would be copied into run directories.

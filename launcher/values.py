@@ -1,4 +1,4 @@
-"""The common ground of the job file's sections, and the values that may be written in many of them: times, intervals, lines, words."""
+"""Value types that many keys share (times, intervals, words), and the base of sections."""
 
 from __future__ import annotations
 

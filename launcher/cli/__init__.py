@@ -1,1 +1,1 @@
-"""The command line. One file per group of commands: parse, call one function, print, exit code."""
+"""The command line: each module parses, calls one function, prints and returns an exit code."""

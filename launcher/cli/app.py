@@ -1,4 +1,4 @@
-"""The root command: typer's group over the table in `main`, importing a command's module when the command is called."""
+"""The root command, which imports a command's module when that command is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher bench: what this machine can do."""
+"""launcher bench: measure what this machine can do."""
 
 from __future__ import annotations
 

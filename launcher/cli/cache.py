@@ -1,4 +1,4 @@
-"""launcher cache list, prune."""
+"""launcher cache: list, prune."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher checkpoint list, inspect, verify, diff, prune, import."""
+"""launcher checkpoint: list, inspect, verify, diff, prune, import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How several plans look beside each other: a table, why it is so many, plots."""
+"""Show several plans side by side: a table, the reason for the number of GPUs, plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher data inspect, prepare: what a job will see, before it runs."""
+"""launcher data: inspect what a job will see, or prepare it ahead of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher demo: a small real model on real text, from a job file to an answer, on any machine."""
+"""launcher demo: fine-tune a small real model, from a job file to an answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Showing a run while it goes on: one live display on a terminal, plain lines anywhere else; and the summary at its end."""
+"""Show a run while it goes on, live or as plain lines, and its summary at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher doctor: what is wrong here, or on a cluster's nodes, and what to do about it."""
+"""launcher doctor: check this machine, or a cluster's nodes, and say what to do."""
 
 from __future__ import annotations
 

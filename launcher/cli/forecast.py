@@ -1,4 +1,4 @@
-"""How a forecast looks: bars on a terminal, a table, a picture."""
+"""Show a forecast: bars on a terminal, a table, a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher import: a job file from the configuration files of others."""
+"""launcher import: make a job file of another tool's configuration."""
 
 from __future__ import annotations
 

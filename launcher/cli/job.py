@@ -1,4 +1,4 @@
-"""launcher init, validate, schema: everything about a job file that needs no plan."""
+"""launcher init, validate, schema: work on a job file without planning it."""
 
 from __future__ import annotations
 

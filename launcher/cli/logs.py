@@ -1,4 +1,4 @@
-"""Showing ranks' logs, and following them while a run goes on, over one attempt and into the next."""
+"""Show the ranks' logs, and follow them across attempts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: the table of commands, and the one place where an error becomes a message and an exit code.
+"""The table of commands, and the one place where an error becomes a message and an exit code.
 
 A command is a plain function with typer annotations in `launcher/cli/<module>.py`, imported only when it is called:
 

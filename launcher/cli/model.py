@@ -1,4 +1,4 @@
-"""launcher export, evaluate: the model that came out of a run."""
+"""launcher export, evaluate: write out or measure a run's model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands print: JSON objects, tables, sizes."""
+"""Printing that several commands share: JSON objects, tables, sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher parity: do the engines agree on this model?"""
+"""launcher parity: check that the engines agree on a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher plan: what will run, and why."""
+"""launcher plan: show what will run, and why."""
 
 from __future__ import annotations
 

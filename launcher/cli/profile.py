@@ -1,4 +1,4 @@
-"""launcher profile: a site's profile, from what its Slurm says."""
+"""launcher profile: write a site profile from what Slurm says of the site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a run's files say about an attempt as it goes on, kept ready for showing. Knows nothing of terminals."""
+"""Keep what a run's files say of the current attempt, ready for showing.
+
+Knows nothing of terminals.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher render, diff: the files that engines and schedulers read, and how two of them differ."""
+"""launcher render, diff: write files for engines and schedulers, and compare two."""
 
 from __future__ import annotations
 

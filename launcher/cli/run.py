@@ -1,4 +1,4 @@
-"""launcher run, resume: running on this machine, or going on where a run was submitted to."""
+"""launcher run, resume: run a job here, or resume a run where it ran before."""
 
 from __future__ import annotations
 

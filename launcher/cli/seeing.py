@@ -1,4 +1,4 @@
-"""launcher status, list, logs: how runs are doing, on this machine and under Slurm."""
+"""launcher status, list, logs: show how runs are doing, on this machine and under Slurm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `launcher data inspect` looks: counts, bars, and samples with what is learned of them marked."""
+"""Show what `launcher data inspect` read: counts, bars, samples with learned tokens marked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher submit, cancel: handing a run over to Slurm, and taking it back."""
+"""launcher submit, cancel: hand a run over to Slurm, and take it back."""
 
 from __future__ import annotations
 

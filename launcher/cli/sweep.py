@@ -1,4 +1,4 @@
-"""launcher sweep: several runs of one job that differ in some keys."""
+"""launcher sweep: run one job with several values of its keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher watch: a run on the whole screen, over SSH, from its files and Slurm's queue alone."""
+"""launcher watch: show one run on the whole screen, from its files and Slurm's queue alone."""
 
 from __future__ import annotations
 

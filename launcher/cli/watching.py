@@ -1,4 +1,4 @@
-"""What `launcher watch` shows, looked up without a terminal."""
+"""Look up what `launcher watch` shows, without a terminal."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From the configuration files of others to a job: DeepSpeed, Accelerate, the Hugging Face Trainer, a command line."""
+"""Read configurations of other tools as a job: DeepSpeed, Accelerate, the Trainer, scripts."""

@@ -1,4 +1,4 @@
-"""An Accelerate configuration, as `accelerate config` or `launcher render` writes it."""
+"""Read an Accelerate configuration, as `accelerate config` or `launcher render` writes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""axolotl's YAML: the Trainer's arguments by other names, with keys of its own. Read from version 0.18.0 (src/axolotl/utils/schemas)."""
+"""Read axolotl's YAML: the Trainer's arguments by other names, with keys of its own.
+
+Read from version 0.18.0 (src/axolotl/utils/schemas).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A command line (`accelerate launch`, `torchrun`, `deepspeed`, `python` and their like) taken apart; nothing of it is executed."""
+"""Take a training command apart (`accelerate launch`, `torchrun`, `deepspeed`, `python`).
+
+Nothing of it is executed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two plans, jobs or engines' configurations, key by key in one vocabulary: the plan's."""
+"""Compare two plans, jobs or engine configurations key by key, in the plan's vocabulary."""
 
 from __future__ import annotations
 

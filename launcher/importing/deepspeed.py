@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration: what it says of the plan, and what becomes of the rest."""
+"""Read a DeepSpeed configuration: which keys the plan has, and what becomes of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the tools take where a file leaves a key out: small tables, held against the installed packages by the tests."""
+"""Defaults of other tools for keys that a file leaves out.
+
+Small tables, which the tests hold to the installed packages.
+"""
 
 from __future__ import annotations
 

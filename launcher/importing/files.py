@@ -1,4 +1,4 @@
-"""Foreign files: found, parsed without executing anything, told apart, and read."""
+"""Find foreign files, parse them without executing anything, and tell their kinds apart."""
 
 from __future__ import annotations
 

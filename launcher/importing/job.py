@@ -1,4 +1,4 @@
-"""Foreign files in, a job file out, with everything there is to know about the way."""
+"""Turn foreign files into a job file, with remarks on every key."""
 
 from __future__ import annotations
 

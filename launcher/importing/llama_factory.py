@@ -1,4 +1,7 @@
-"""LLaMA-Factory's YAML: the Trainer's arguments with keys of its own. Read from version 0.9.6 (src/llamafactory/hparams)."""
+"""Read LLaMA-Factory's YAML: the Trainer's arguments with keys of its own.
+
+Read from version 0.9.6 (src/llamafactory/hparams).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters by the names that TRL, LLaMA-Factory, axolotl and scripts of one's own give them."""
+"""LoRA settings by the names of TRL, LLaMA-Factory, axolotl and common scripts."""
 
 from __future__ import annotations
 

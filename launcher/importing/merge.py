@@ -1,4 +1,4 @@
-"""Several readings as one set of values, and that as a job."""
+"""Merge several readings into one set of values, and that into a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedules by the names that DeepSpeed and the Trainer give them."""
+"""Optimizers and schedules by the names of DeepSpeed and the Trainer."""
 
 from __future__ import annotations
 

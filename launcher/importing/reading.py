@@ -1,4 +1,4 @@
-"""What a foreign file says, in the plan's words, and what there is to know about each of its keys."""
+"""The result of reading a foreign file: values by the plan's names, and remarks on keys."""
 
 from __future__ import annotations
 

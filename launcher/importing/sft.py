@@ -1,4 +1,4 @@
-"""What TRL's SFTTrainer and the recipes of alignment-handbook say beside the Trainer's arguments: data, adapter, what is learned."""
+"""Read SFT keys of TRL and alignment-handbook: data, adapter, what is learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A shell script as the words of its commands: variables that the script itself sets are filled in, and nothing is executed."""
+"""Split a shell script into the words of its commands, without executing anything.
+
+Variables that the script itself sets are filled in.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `#SBATCH` lines, and the options of srun, say: keys of the job's cluster section."""
+"""Read `#SBATCH` lines and options of srun as keys of the cluster section."""
 
 from __future__ import annotations
 

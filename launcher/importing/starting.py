@@ -1,4 +1,4 @@
-"""The flags of torchrun, deepspeed and `accelerate launch` themselves: which engine, how many nodes and ranks."""
+"""Read the flags of torchrun, deepspeed and `accelerate launch`: engine, nodes, ranks."""
 
 from __future__ import annotations
 

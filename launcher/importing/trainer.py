@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer's arguments, saved as JSON or YAML or written on a command line."""
+"""Read the Hugging Face Trainer's arguments, from JSON, YAML or a command line."""
 
 from __future__ import annotations
 

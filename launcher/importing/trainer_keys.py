@@ -1,4 +1,4 @@
-"""Keys of TrainingArguments and of the scripts around it that become no key of a job: what does nothing, and what would change numbers.
+"""TrainingArguments without a key in a job: harmless ones, and ones that change numbers.
 
 A test holds the tables against the installed transformers: each of its TrainingArguments is in one of them, or read by `trainer`.
 """

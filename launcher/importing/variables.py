@@ -1,4 +1,4 @@
-"""Variables of a shell script: filled in where the script itself sets them."""
+"""Fill in variables of a shell script that the script itself sets."""
 
 from __future__ import annotations
 

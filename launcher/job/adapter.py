@@ -1,4 +1,4 @@
-"""The section `model.adapter`: which layers of a model get small matrices beside them, and what trains with those."""
+"""The section `model.adapter`: which layers get low-rank matrices, what trains beside them."""
 
 from __future__ import annotations
 

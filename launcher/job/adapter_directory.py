@@ -1,4 +1,4 @@
-"""A directory with an adapter of peft, to go on training: its base and its settings, as a job would say them."""
+"""Read a directory with an adapter of peft as the model of a job: its base and its settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the job schema says about itself: its keys, what may be written there, and each field's docstring."""
+"""Describe the job schema: its keys, what may be written there, the docstring of each field."""
 
 from __future__ import annotations
 

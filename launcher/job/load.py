@@ -1,4 +1,4 @@
-"""From a job file and `--set` overrides to a Job, or to every problem at once."""
+"""Load a job file with `--set` overrides, or report every problem at once."""
 
 from __future__ import annotations
 

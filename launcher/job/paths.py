@@ -1,4 +1,4 @@
-"""The files a job names: relative to the job file, there, and absolute in the result."""
+"""Resolve the files that a job names: they exist, and their paths become absolute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pydantic finds, in our words: the key, the value, why, and the nearest thing that works."""
+"""Turn pydantic's errors into problems: key, value, reason, nearest thing that works."""
 
 from __future__ import annotations
 

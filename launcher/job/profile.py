@@ -1,4 +1,4 @@
-"""A site's profile: what every job of a cluster asks for alike, and the limits of its partitions.
+"""A site profile: keys that all jobs of a cluster share, and the limits of its partitions.
 
     cluster: {partition: main, account: physics, gpus_per_node: 8, setup: [source /opt/env.sh]}
     limits:

@@ -1,4 +1,4 @@
-"""The JSON schema for editors, and the reference pages of the job file and the exit codes, all made from the code.
+"""Write the reference pages and the JSON schema from the code.
 
 `python -m launcher.job.reference DIRECTORY` writes the pages; a test holds the ones in docs/reference equal to what is made here.
 """

@@ -1,4 +1,4 @@
-"""The job of a script of the user's own: it may leave out what the script brings, and may be no file at all."""
+"""The job of a user's own script, which may leave out the sections that the script brings."""
 
 from __future__ import annotations
 

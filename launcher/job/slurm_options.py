@@ -1,4 +1,4 @@
-"""What Slurm takes once only: options of sbatch that exclude each other, those with a key of their own, and those that launcher decides.
+"""Options of sbatch that exclude each other, have a key of their own, or belong to launcher.
 
 From the manual of sbatch. Slurm 22.05 takes `hint` beside `threads-per-core`, `exclusive` beside `oversubscribe`, and goes by one of them.
 """

@@ -1,4 +1,4 @@
-"""YAML to plain values, within bounds that no job file comes near: what is written to hold its reader up is refused in under a second."""
+"""Parse YAML within bounds, so that a hostile file is refused in under a second."""
 
 from __future__ import annotations
 

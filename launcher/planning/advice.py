@@ -1,4 +1,4 @@
-"""What would need less memory, after a rank ran out of it: a smaller pass, or, where the training state alone is too large, another cut."""
+"""Suggest what needs less memory, after a rank ran out of it."""
 
 from __future__ import annotations
 

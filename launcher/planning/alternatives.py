@@ -1,4 +1,4 @@
-"""Engines and offloading, in the order in which they are taken: the first that has a plan that fits."""
+"""Try engines and offloading in order, and take the first plan that fits."""
 
 from __future__ import annotations
 

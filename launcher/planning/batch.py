@@ -1,4 +1,7 @@
-"""Exact batch arithmetic: global_batch_size = micro_batch_size x accumulation_steps x data_parallel_size, or a refusal."""
+"""Exact batch arithmetic: global batch = micro-batch x accumulation x data-parallel size.
+
+Refuses what does not divide, with the nearest values that do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes that ZeRO communicates in, chosen from the model. All are numbers of elements."""
+"""Choose ZeRO's communication sizes from the model, in numbers of elements."""
 
 from __future__ import annotations
 

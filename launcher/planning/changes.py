@@ -1,4 +1,4 @@
-"""What may change between two attempts of one run, and what would make it another run."""
+"""What may change between two attempts of a run, and what would make it another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every `auto` of a job becomes a value with its reason: Job -> Plan."""
+"""Decide every `auto` of a job, with its reason: Job -> Plan."""
 
 from __future__ import annotations
 

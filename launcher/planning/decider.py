@@ -1,4 +1,4 @@
-"""The job, the machine, and what has been decided and refused so far."""
+"""The state of deciding: the job, the machine, decisions and refusals so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a job takes to its end: its steps, what they wait for data, its evaluations, and what training waits for its checkpoints."""
+"""Forecast how long a job takes: steps, data, evaluations, checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many items an epoch has and how long they are, from a look at the data files before anything is prepared."""
+"""Estimate the number and length of an epoch's items from a sample of the data files."""
 
 from __future__ import annotations
 

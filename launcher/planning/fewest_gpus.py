@@ -1,4 +1,4 @@
-"""The fewest GPUs on which a job fits and ends in time, or why none will do and what is nearest to it."""
+"""Find the fewest GPUs with which a job fits and ends in time."""
 
 from __future__ import annotations
 

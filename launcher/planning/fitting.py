@@ -1,4 +1,4 @@
-"""Choosing what a job leaves open so that it fits and is fast."""
+"""Choose recomputation and micro-batch so that the plan fits and is fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan will need and how fast it will be: the verdict before anything is started."""
+"""Forecast a plan's memory and speed, and whether it fits."""
 
 from __future__ import annotations
 

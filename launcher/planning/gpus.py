@@ -1,4 +1,4 @@
-"""The table of GPUs and links: what their makers say of them, dense figures, without sparsity."""
+"""The table of GPUs and links, with sources: dense rates, without sparsity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine has, found without torch."""
+"""Detect this machine's cores, memory and GPUs, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens rows will have: by the model's own tokenizer where it is here, else by their characters."""
+"""Count the tokens of sampled rows: by the model's tokenizer, else by their characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which figures a plan on this machine counts with: its own where it was measured, else the table's."""
+"""Choose the rates a plan is timed with: this machine's measurements, else the GPU table."""
 
 from __future__ import annotations
 

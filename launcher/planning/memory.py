@@ -1,4 +1,4 @@
-"""A simple, sound rule for memory: what the states take, what is kept of a sample for the backward pass, and what then fits.
+"""A simple memory rule for models without formulas: training state plus saved activations.
 
 An estimate with room to spare, not a promise: it decides micro-batch and recomputation where a job leaves them open.
 """

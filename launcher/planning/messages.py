@@ -1,4 +1,4 @@
-"""What the ranks of a plan send each other in a step, in messages, bytes and seconds; and what goes to the host's memory and back."""
+"""Communication of a step: messages, bytes and seconds, and traffic to the host's memory."""
 
 from __future__ import annotations
 

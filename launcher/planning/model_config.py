@@ -1,4 +1,4 @@
-"""A model's config.json, wherever it stands: in the job file, in the model's directory, or in the hub's cache."""
+"""Find a model's config.json: in the job file, the model's directory or the hub's cache."""
 
 from __future__ import annotations
 

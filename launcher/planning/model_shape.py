@@ -1,4 +1,4 @@
-"""How large a model is, read from its directory without torch and without a network."""
+"""Read how large a model is from its directory, without torch or a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes of a config.json: those that the programs of `footprint/` go by, and what is wrong with them."""
+"""Sizes in a config.json that the memory formulas use, checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What each architecture can do with several samples in a pass: read from a table that was made by comparing losses.
+"""Which layouts and attentions each architecture supports, from model_support.json.
+
+The table was made by comparing losses.
 
 `tests/families/sweep.py` makes the table: for every `model_type` of transformers a tiny model, whose loss over samples that share a
 pass is held against that of transformers' own class for each sample alone. docs/models.md shows it.

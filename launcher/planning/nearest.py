@@ -1,4 +1,4 @@
-"""The nearest plans that fit where one does not: what would have to be changed, the smallest change first."""
+"""Suggest the nearest plans that fit, the smallest change first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fewest nodes, or GPUs, that will do: of a range in the job, or of as many as a deadline needs."""
+"""Find the fewest nodes, or GPUs, that are enough."""
 
 from __future__ import annotations
 

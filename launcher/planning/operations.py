@@ -1,4 +1,4 @@
-"""The work of a micro-batch in floating-point operations, by what of a model trains."""
+"""Floating-point operations of a micro-batch, by which parts of the model train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at a job before it runs: here, on GPUs that are not here, on more of them, on other kinds."""
+"""Preview a job: here, on other kinds of GPUs, on more of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan: what WILL run. The trainer's one input.
+"""The plan: everything that will run, with nothing left open. The trainer's one input.
 
 It is the job with nothing left open (no `auto`, no null: what does not apply is absent), the exact batch,
 the mesh, and each decision with its reason.

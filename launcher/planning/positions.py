@@ -1,4 +1,4 @@
-"""How many positions a model has by its config.json: those of a table, which end there, and those that it was trained with."""
+"""How many positions a model has: a table that ends, or the length it was trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is looked at before a start: that the plan fits the memory, its checkpoints the disk, and its first steps the time."""
+"""Refuse a plan before it starts: memory, disk for checkpoints, time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many ranks, on what, and how they are arranged."""
+"""Decide how many ranks run, on what, and how they are arranged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are little else than messages: what `launcher bench` runs of each engine to learn what it takes for them on a CPU."""
+"""Reference steps that are nearly all communication, which `launcher bench` times on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job on GPUs that are not here, as one of several plans beside each other."""
+"""Plan a job on GPUs that are not here, as one row of a comparison."""
 
 from __future__ import annotations
 

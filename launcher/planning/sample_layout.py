@@ -1,4 +1,4 @@
-"""How samples share a pass, by what the model's architecture can do: joined end to end, padded, or the job is refused."""
+"""Decide how samples share a pass: packed, padded, or the job is refused."""
 
 from __future__ import annotations
 

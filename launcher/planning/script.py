@@ -1,4 +1,4 @@
-"""The plan of a script of the user's own: ranks, engine, precision; what is learned is the script's affair."""
+"""Plan a user's own script: ranks, engine, precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking for a faster plan than the one that needs least memory: how parameters are cut, and in how many copies."""
+"""Search sharding and replication for a plan faster than the one of least memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which engine shards what, and where it lives: what each engine can express, and the nearest where it cannot."""
+"""Decide which engine shards what and where it lives, or name the nearest that it can do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a submission asks of Slurm, and what a site's profile refuses."""
+"""Decide what a submission asks of Slurm, and refuse what a site profile does not allow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a step takes: operations over a GPU's rate, bytes over its memory, messages over its links, and what of it overlaps."""
+"""Forecast the time of a step: operations, memory traffic, messages, and their overlap."""
 
 from __future__ import annotations
 

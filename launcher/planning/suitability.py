@@ -1,4 +1,4 @@
-"""Whether a job's rows can go through its model at all, by their length and their tokens: known from its files, before it is loaded."""
+"""Check a job's rows against its model's files: lengths and tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens of a model's tokenizer, read from its files without torch and without a tokenizer."""
+"""Read the tokens of a model's tokenizer from its files, without torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a plan to the files that others read: DeepSpeed, Accelerate, torchrun, Slurm. Pure functions; nothing is started here."""
+"""A plan as the files that others read. Pure functions; nothing is started here."""

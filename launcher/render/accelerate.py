@@ -1,4 +1,4 @@
-"""accelerate.yaml: what `accelerate launch --config_file` reads, for FSDP2 or DeepSpeed."""
+"""Render accelerate.yaml, for FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 

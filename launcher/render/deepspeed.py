@@ -1,4 +1,4 @@
-"""ds_config.json: what DeepSpeed is told.
+"""Render ds_config.json.
 
 There is no `optimizer` and no `scheduler` in it. Ours, or the user's script's, are handed to `deepspeed.initialize`, and
 Accelerate refuses a script's own optimizer where the file names one.

@@ -1,4 +1,4 @@
-"""The same job on the other engine: what has a nearest is mapped, and what changes meaning is said."""
+"""Map a job to the other engine: the nearest setting, and a note where the meaning changes."""
 
 from __future__ import annotations
 

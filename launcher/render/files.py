@@ -1,4 +1,4 @@
-"""All files of a plan, by name."""
+"""All rendered files of a plan, by name."""
 
 from __future__ import annotations
 

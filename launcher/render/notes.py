@@ -1,4 +1,4 @@
-"""What the rendered files cannot say of a plan, and why ZeRO's sizes are what they are."""
+"""Notes on what the rendered files leave out, and why ZeRO's sizes are what they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a plan is started from: the paths and names that scripts carry, quoted."""
+"""The paths and names that rendered scripts carry, checked and quoted."""
 
 from __future__ import annotations
 

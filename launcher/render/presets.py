@@ -1,4 +1,4 @@
-"""The files in ds_configs/: what the renderer gives for one example, for people who only want the file.
+"""Write ds_configs/: the rendered files of one example job.
 
 `python -m launcher.render.presets DIRECTORY` writes them; a test holds the ones in ds_configs/ equal to what is made here.
 """

@@ -1,4 +1,4 @@
-"""submit.sbatch: the plan as a Slurm batch script; and the same in parts, for whoever submits it otherwise."""
+"""Render submit.sbatch, whole or in the parts that submitit takes."""
 
 from __future__ import annotations
 

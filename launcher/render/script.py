@@ -1,4 +1,4 @@
-"""The configuration of Accelerate and DeepSpeed for a script of the user's own: what the script decides is left for it to fill in."""
+"""Render Accelerate's and DeepSpeed's files for a user's own script, with `auto` left in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchrun.txt: the commands that start the plan by hand."""
+"""Render torchrun.txt: the commands that start the plan by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rendered files written into a directory: each whole, and no stale one beside them."""
+"""Write rendered files into a directory, each atomically, and remove stale ones."""
 
 from __future__ import annotations
 

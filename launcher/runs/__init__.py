@@ -1,0 +1,1 @@
+"""The run directory: every file in it, read and written without torch."""

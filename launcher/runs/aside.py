@@ -1,4 +1,7 @@
-"""A thread for what may hang: a disk that stalls, a terminal that nobody reads. Whoever hands it work waits only as long as it wants to."""
+"""Run work that may hang (a disk, a terminal) in a thread of its own.
+
+Whoever hands it work waits only as long as it wants to.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What launcher keeps under XDG_CACHE_HOME: how large it is, when it was used last, whether something uses it now, and what goes.
+"""What launcher keeps under XDG_CACHE_HOME: size, last use, locks, pruning.
 
 Whoever uses an entry holds a shared lock on the file NAME.used beside it for as long as its process lives, so that no other process of any
 machine takes it away; the time of that file is when it was used last. Only what nobody holds is ever removed. On a file system without

@@ -1,4 +1,4 @@
-"""Checkpoints as files, without torch: manifests, hashes, which one to trust, which ones to keep.
+"""Checkpoints as files, without torch: manifests, hashes, which one to trust.
 
 A checkpoint is whole when its manifest is intact, belongs to this run and to the step in the directory's name, and every
 file beside it is named there with the right size and hash. Nothing else is ever chosen.

@@ -1,4 +1,4 @@
-"""The loss over the steps of a run, thinned to what a screen can show, however long the run is."""
+"""The loss over the steps of a run, thinned to what a screen can show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that a rank maps into memory, and that have become shorter since: touching what is gone is a SIGBUS, not an error."""
+"""Find memory-mapped files that became shorter, after a SIGBUS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ports on which a process of a run waits, and who may still connect to them.
+"""Listening ports of a run's processes: find them, and close them to strangers.
 
 The libraries that open them ask nobody for a name and cannot be told to stop listening. So the kernel is asked: a filter on the socket
 (socket(7), SO_ATTACH_FILTER; linux/filter.h) drops what comes from elsewhere, and disturbs no connection that is there already.

@@ -1,4 +1,4 @@
-"""events.jsonl and metrics.jsonl: one JSON object a line, only ever appended to."""
+"""Append to and read events.jsonl and metrics.jsonl, one JSON object a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why an attempt failed: what each rank wrote down, and which of it came first.
+"""Find out why an attempt failed: what each rank recorded, and which failure came first.
 
 A rank that raises writes attempts/NNNN/failure-rank-R.json and exits hard. A rank that is killed writes nothing; the agent
 writes how it ended to attempts/NNNN/exits.json. `first` takes the one cause out of both, and `attempts/NNNN/failure.json`

@@ -1,4 +1,4 @@
-"""What a JSON lines file of a run comes to, known without reading it again.
+"""Summarise a growing JSON lines file without reading it again.
 
 A fold takes each line in once. What it then knows can be kept in a small file beside the long one, with the place up to which it holds:
 the next reader, of another process, goes on there. Rank 0 keeps them as it trains. Where such a file is missing, damaged, or of another

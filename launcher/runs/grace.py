@@ -1,4 +1,4 @@
-"""How long the ranks have once a stop was asked for: told by a launcher in a file, read by the ranks of its machine."""
+"""How long the ranks have to save and leave, once a stop was asked for."""
 
 from __future__ import annotations
 

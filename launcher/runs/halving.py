@@ -1,4 +1,4 @@
-"""Successive halving: whether a point of a sweep is worth going on with, by what all its points have measured so far.
+"""Successive halving: decide whether a sweep's point goes on, by what all points measured.
 
 Asynchronous, as Li et al. describe it (A System for Massively Parallel Hyperparameter Tuning, 2020): nobody waits for the others. A point
 that comes to a rung goes on if it is among the best 1/factor of those that have been there; rungs are at first, first x factor,

@@ -1,4 +1,4 @@
-"""What the kernel's log says of a process that died and of GPUs, where it may be read."""
+"""What the kernel's log says of killed processes and broken GPUs."""
 
 from __future__ import annotations
 

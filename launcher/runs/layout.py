@@ -1,4 +1,4 @@
-"""The run directory: every name in it, written atomically, held by one process at a time."""
+"""The run directory: every name in it, atomic writes, and its lock."""
 
 from __future__ import annotations
 

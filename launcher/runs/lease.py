@@ -1,4 +1,4 @@
-"""Holding a run where the file system knows no locks (Lustre without `-o flock`, NFS without its lock service, some FUSE).
+"""Hold a run where the file system has no locks (some NFS, Lustre and FUSE mounts).
 
 The holder makes a file that only one can make, says in it who it is, and rewrites it every few seconds. Whoever finds one takes it over
 once its holder is dead: on the same machine the kernel tells, on another one it must have been silent for long.

@@ -1,4 +1,4 @@
-"""What a running run is at, how long ago its last step was, and whether it is suspected to hang: by its events and its last step alone."""
+"""What a running run is doing, and whether it may hang, from its events alone."""
 
 from __future__ import annotations
 

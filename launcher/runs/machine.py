@@ -1,4 +1,4 @@
-"""What this machine was measured to do, and how runs here compared with their forecasts: `launcher bench` and the trainer write it down."""
+"""Measurements of this machine, and how runs here compared with their forecasts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks and agents tell their launcher without the disk: a pipe that the launcher reads, for when the disk is full, hangs, or is gone.
+"""A pipe through which ranks tell their launcher of failures, without the disk.
 
 The pipe has no name in any file system. Who writes to it opens `/proc/LAUNCHER/fd/N`, which the kernel grants to processes of the same user
 alone. One JSON object a line: {"say": line for people}, {"failure": a Failure} or {"exits": how ranks ended}.

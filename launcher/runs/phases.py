@@ -1,4 +1,4 @@
-"""How far a phase of an attempt is: one small file, overwritten in place, so that years of evaluating add nothing to it."""
+"""Progress within a phase of an attempt: one small file, overwritten in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each rank is, and a count that moves: one page of memory a rank, which its supervisor reads while the rank trains.
+"""Where each rank is, with a counter: a page of shared memory that its supervisor reads.
 
 The page is memory without a file system (memfd_create(2)), reached as /proc/PID/fd/N: no stalled, full or missing disk keeps a rank from
 saying where it is, and nothing is left behind. To say it costs a few stores into memory, and no system call. What faulthandler writes of

@@ -1,4 +1,4 @@
-"""What became of the rows of a data set, in words: from the event `prepared`, before the first step."""
+"""Say what became of the rows of a data set: used, dropped, cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Linux says about processes, without any library: who lives, whose child, and dying with one's parent."""
+"""Linux processes without any library: which live, their children, dying with the parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a run hold, as records: what is not whole, or not of the kinds that launcher writes, is none.
+"""Validate records of a run's files: a damaged or foreign line is skipped.
 
 Files lie about for years, are edited by hand and cut by full disks. What reads them counts and formats their fields without
 asking again, so a field of another kind than its writer's makes a line as worthless as half a line.

@@ -1,4 +1,4 @@
-"""Which checkpoints come, stay and go: the commit of a written attempt, retention, and the leftovers of dead attempts.
+"""Which checkpoints are committed, kept and removed.
 
 Whoever calls a function that changes something here holds the run's lock.
 """

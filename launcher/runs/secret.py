@@ -1,4 +1,4 @@
-"""What the processes of an attempt know, and nobody else: where its ranks meet on one machine, the names in their store on several."""
+"""Secrets that the processes of an attempt share, for meeting each other."""
 
 from __future__ import annotations
 

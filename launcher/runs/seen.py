@@ -1,4 +1,4 @@
-"""Each rank as its supervisor saw it, and the file in which a supervisor shows that to people and to the first node."""
+"""Each rank as its supervisor saw it, published for people and for the first node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may read the files of a run: as the user's umask says, or the group too (`cluster.share_with_group`)."""
+"""Who may read the files of a run: the umask's choice, or the group too."""
 
 from __future__ import annotations
 

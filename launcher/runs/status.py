@@ -1,4 +1,4 @@
-"""How a run is doing, read from its directory alone: nothing is asked of the processes that run it."""
+"""How a run is doing, read from its directory alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following a JSON lines file while others append to it, and reading the end of one."""
+"""Follow a JSON lines file while others append to it; read the end of one."""
 
 from __future__ import annotations
 

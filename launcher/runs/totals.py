@@ -1,4 +1,4 @@
-"""What the events of a run come to: the newest of each kind, the evaluations, the time."""
+"""Summarise the events of a run: the newest of each kind, evaluations, time."""
 
 from __future__ import annotations
 

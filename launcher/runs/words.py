@@ -1,4 +1,4 @@
-"""Quantities as people say them."""
+"""Format a duration as people say it."""
 
 from __future__ import annotations
 

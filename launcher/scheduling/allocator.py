@@ -1,4 +1,4 @@
-"""How the ranks' C library keeps memory on a CPU: what is freed goes back to the system, or stays for the next tensor."""
+"""Choose whether ranks on a CPU keep freed memory or give it back to the system."""
 
 from __future__ import annotations
 

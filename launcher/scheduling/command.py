@@ -1,4 +1,4 @@
-"""The exact command and environment of an attempt: for the agent to be started with, and for people to read."""
+"""The exact command and environment of an attempt."""
 
 from __future__ import annotations
 

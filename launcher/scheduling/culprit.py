@@ -1,4 +1,4 @@
-"""Which rank a hang comes from, in words: `rank 1 on n2 is stopped (SIGSTOP); rank 0 waits in all_gather`. Pure."""
+"""Name the rank that a hang comes from, and why. Pure."""
 
 from __future__ import annotations
 

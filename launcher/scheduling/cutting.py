@@ -1,4 +1,4 @@
-"""After a rank ran out of memory on one long batch: the same run with smaller passes, from the very step, by itself."""
+"""Resume a run with smaller micro-batches after a rank ran out of memory late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepare a job's data on this machine and look at it, by a process of the training half."""
+"""Prepare and inspect a job's data in a process of the training half."""
 
 from __future__ import annotations
 

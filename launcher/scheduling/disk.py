@@ -1,4 +1,4 @@
-"""All that a supervisor reads and writes of the run's disk, by two threads of its own: whatever the disk does, signals are heeded.
+"""All disk access of a supervisor, in two threads, so that a stalled disk delays no signal.
 
 One thread reads, ten times a second or as often as the disk lets it; what it found waits in memory. The other one writes, in the order in
 which it was asked to. Whoever asks waits for neither, or for a bounded time.

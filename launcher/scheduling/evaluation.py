@@ -1,4 +1,4 @@
-"""Evaluate a run or a model on this machine, supervised like an attempt of a run."""
+"""Evaluate a run or a model on this machine, supervised like an attempt."""
 
 from __future__ import annotations
 

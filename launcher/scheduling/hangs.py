@@ -1,4 +1,4 @@
-"""The watch over an attempt's ranks: a thread of the supervisor that judges whether they hang, finds out why, and says so.
+"""Watch an attempt's ranks in a thread: judge whether they hang, and find out why.
 
 It reads memory and /proc alone. What goes to the run's directory, and comes from the other nodes, goes through a thread of its own, as that
 directory may be the very thing that hangs. Of several nodes each watches its own ranks and publishes what it sees; the first one judges.

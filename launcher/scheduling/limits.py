@@ -1,4 +1,4 @@
-"""What the system lets one process have: enough for an attempt, or said before it starts."""
+"""Check the limits on open files before an attempt starts."""
 
 from __future__ import annotations
 

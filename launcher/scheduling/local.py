@@ -1,4 +1,4 @@
-"""Running on this machine: one attempt at a time, its outcome as an exit code."""
+"""Run one attempt on this machine, and turn its outcome into an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchrun's elastic agent, with the manners that a supervised run needs.
+"""torchrun's elastic agent, adapted to a supervised run.
 
     python -m launcher.scheduling.node_agent [torchrun's own arguments]
 

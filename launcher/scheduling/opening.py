@@ -1,4 +1,4 @@
-"""From a job to a run directory that is ready for an attempt: a new one, or one that goes on."""
+"""Create a run directory for a job, or resume an existing one."""
 
 from __future__ import annotations
 

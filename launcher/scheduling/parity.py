@@ -1,4 +1,4 @@
-"""The same steps under one process and under every engine and stage, side by side."""
+"""Run the same steps in one process and under every engine, side by side."""
 
 from __future__ import annotations
 

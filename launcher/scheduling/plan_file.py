@@ -1,4 +1,4 @@
-"""plan.json as launcher wrote it: a copy beside it tells a plan that was changed by hand from one that was not.
+"""Write plan.json with a copy beside it, and notice when it was changed by hand.
 
 What runs must be what was decided and recorded: a number that is written over in plan.json would be in no event, and none of what
 `launcher resume --set` refuses would be refused.

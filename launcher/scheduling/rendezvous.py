@@ -1,4 +1,4 @@
-"""Where the agents and ranks of an attempt meet, out of others' reach.
+"""Where the agents and ranks of an attempt meet, unreachable for others.
 
 torchrun's own ways listen on every interface, and hold a pickle that the agent reads again and again: whoever reaches the port runs code.
 On one machine nothing listens here. The agent's store is memory of its own, the ranks' one is a file without a name that is opened

@@ -1,4 +1,4 @@
-"""One question to the training half: its module runs in a scratch run directory, supervised like an attempt of a run."""
+"""Run one module of the training half in a scratch run directory, supervised."""
 
 from __future__ import annotations
 

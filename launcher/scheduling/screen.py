@@ -1,4 +1,4 @@
-"""Saying and showing, by a thread of its own: no terminal that is closed and no pipe that nobody reads holds a run up."""
+"""Print and draw in a thread of its own, so that a stalled terminal holds nothing up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A script of the user's own: what is checked before it starts, and the environment that Accelerate and the Trainer read."""
+"""Check a user's own script before it starts, and build the environment it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel says of a rank from outside: its state, a debugger at it, how much it reads and computes."""
+"""What /proc says of a rank from outside: state, debugger, disk reads, processor time."""
 
 from __future__ import annotations
 

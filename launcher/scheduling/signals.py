@@ -1,4 +1,4 @@
-"""The stop signals that reach a launcher."""
+"""Catch the stop signals that reach a launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stacks of ranks that do not move: asked for, read back, and what they end in.
+"""Ask stalled ranks for their stacks, and read what they end in.
 
 A rank has faulthandler write its stacks into its own memory on STACKS_SIGNAL (launcher/training/rank.py), behind the page in which it
 says where it is: no disk is between. A process that is stopped, or blocked in the kernel, writes none: then the kernel's own word stands

@@ -1,4 +1,4 @@
-"""Watching one attempt: from the agent's start until every rank is gone.
+"""Watch one attempt: from the agent's start until every rank is gone.
 
 A signal to the launcher becomes SIGUSR1 to each rank, as soon as the rank has said that it can take it (rank-R.json). They then have
 the job's grace to agree, save and leave. After it, or at a second Ctrl-C, everything is killed. A dead rank is the agent's to

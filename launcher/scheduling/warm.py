@@ -1,4 +1,6 @@
-"""Ranks of a CPU run as forks of one process that has imported the trainer once, where each would take seconds of its own for that.
+"""Start the ranks of a CPU run as forks of one process that has imported the trainer.
+
+Each would take seconds of its own for that.
 
 The agent starts this process before it has a thread, and asks it for ranks. Each is forked twice, so that it becomes the agent's own child
 (prctl(2), PR_SET_CHILD_SUBREAPER): it is waited for, killed, and dies with the agent as if the agent had started it. GPU runs do not do

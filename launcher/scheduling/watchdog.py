@@ -1,4 +1,4 @@
-"""Whether a run hangs: judged from what its ranks say of themselves and what the kernel says of them.
+"""Judge whether a run hangs, from what its ranks and the kernel say of them.
 
 Pure: the time and what was seen are handed in, so that hours pass in a test within a second. `Stillness` belongs to a node, and counts by
 that node's clock how long each of its ranks has shown no life. `Judge` belongs to the run, and knows how long that may be.

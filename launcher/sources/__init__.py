@@ -1,1 +1,1 @@
-"""Rows of data files, as they stand there: what the planner looks at, and what the trainer prepares."""
+"""Rows of data files, which the planner samples and the trainer prepares."""

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files."""
+"""Read rows of Parquet and Arrow files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that a source names."""
+"""The files that a path or a pattern names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows from all over a Parquet or an Arrow file."""
+"""Sample rows from all over a Parquet or an Arrow file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels as they are meant, however a file has them: the same for the planner, which counts rows, and for what is trained."""
+"""Normalise labels, the same way for the planner and for the trainer."""
 
 from __future__ import annotations
 

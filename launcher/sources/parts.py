@@ -1,4 +1,4 @@
-"""A part of a source's data, and what was seen of it."""
+"""A part of a data source, and what was sampled there."""
 
 from __future__ import annotations
 

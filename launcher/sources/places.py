@@ -1,4 +1,4 @@
-"""Rows from all over a file of lines."""
+"""Sample rows from all over a file of lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of text, line by line: each row with its line, one that cannot be read as a RowProblem in its place."""
+"""Read files of text line by line: each row with its line, one that cannot be read as a RowProblem in its place."""
 
 from __future__ import annotations
 

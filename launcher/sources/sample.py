@@ -1,4 +1,4 @@
-"""How many rows a source has, and some of them from all over it, without reading all of a large one."""
+"""Count a source's rows and sample some from all over it, without reading a large one whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists that stand in a text, as a cell of a table: the way JSON, Python and numpy write them there."""
+"""Parse lists that stand in a text, as JSON, Python and numpy write them."""
 
 from __future__ import annotations
 

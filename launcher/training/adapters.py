@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) beside a model's weights, made by peft: where they go, what trains, and by which names it is kept.
+"""LoRA adapters made by peft: where they go, what trains, which names they are kept by.
 
 peft puts each adapted layer into a module of its own, which changes the names below it. transformers must not see those while it
 reads a model's files, nor does anybody who reads a checkpoint: `plain` gives every parameter the name that it has without adapters.

@@ -1,4 +1,4 @@
-"""One rank of `launcher doctor`'s all-reduce: imports torch, says so, waits for the word, and adds up.
+"""One rank of the all-reduce that `launcher doctor` runs.
 
     python -m launcher.training.all_reduce BACKEND SECONDS
 

@@ -1,4 +1,4 @@
-"""Measuring this machine: matrix products by precision, memory, messages between ranks by size, disk, and the way to a GPU and back."""
+"""Measure this machine: matrix products, memory, messages, disk, the way to a GPU."""
 
 from __future__ import annotations
 

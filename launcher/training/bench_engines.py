@@ -1,4 +1,4 @@
-"""What a step of each engine takes beside its computing: the real engines, on models too small for the computing to matter."""
+"""Measure what a step of each engine takes beside its computing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buffers that no file holds: what a model's class computes for itself when it is made."""
+"""Restore buffers that no weight file holds, from an instance without weights."""
 
 from __future__ import annotations
 

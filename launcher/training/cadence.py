@@ -1,4 +1,4 @@
-"""When to save and when to evaluate. Rank 0 asks, and tells the others; the clock is handed in."""
+"""When to save and when to evaluate. Rank 0 decides; the clock is handed in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ports on which gloo waits for peers, shut once they have all come.
+"""Close gloo's listening ports once all peers have connected.
 
 gloo asks nobody who connects for a name: who says the number of a connection that is still awaited takes that rank's place, reads what its
 peer sends and answers what it likes. The number is small, and counts up.

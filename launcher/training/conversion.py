@@ -1,4 +1,4 @@
-"""Weights that are joined or divided on their way from the files: converted whole, and cut afterwards.
+"""Convert weights whole where transformers joins or splits them, and shard them afterwards.
 
 transformers cuts each tensor of a file as it reads it, and converts what is left (5.23). Where the conversion goes along the axis of the
 cut, a rank then has other rows than its own, in the right number: of q, k and v in one matrix, its part of each instead of its part of

@@ -1,4 +1,4 @@
-"""The device a rank computes on, and what its memory has seen."""
+"""A rank's device, its process group and its peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the numbers of a step mean for the run: apply the update, leave it out, go back, or stop. Every rank comes to the same end."""
+"""Judge a step's loss and gradient norm: apply, skip, rewind or stop.
+
+Every rank comes to the same end.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ends training before its last step: early stopping, and a sweep in which this run has fallen behind."""
+"""Reasons to end before the last step: early stopping, falling behind in a sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torchrun starts on every rank: run directory -> plan -> trainer -> exit code.
+"""The program that torchrun starts on every rank: run directory -> trainer -> exit code.
 
     python -m launcher.training.entry RUN_DIRECTORY --attempt N [--stop-at STEP]
 

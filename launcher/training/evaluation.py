@@ -1,4 +1,4 @@
-"""The task's metrics over held-out data, on all ranks."""
+"""Compute the task's metrics over held-out data, on all ranks."""
 
 from __future__ import annotations
 

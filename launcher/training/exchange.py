@@ -1,4 +1,4 @@
-"""What ranks tell each other besides tensors: JSON and arrays of numbers, as bytes.
+"""Exchange JSON and arrays of numbers between ranks, as bytes.
 
 torch's own collectives for objects send pickles, and reading a pickle runs what its sender wants. Whoever takes a peer's place on
 the network would run code here. JSON and numbers can be wrong, and no more.

@@ -1,4 +1,4 @@
-"""The first steps of an attempt beside what the planner foresaw: written down, shown, and kept for the next plan on this machine."""
+"""Compare the first steps of an attempt with the forecast, and keep the ratios."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks of this CPU that begin anew for each measurement, as those of a job do.
+"""Start fresh CPU ranks for each measurement, as a job would have them.
 
 What ran before in a process slows what comes after: an engine leaves its process groups behind, with gloo's threads, and memory in pieces.
 A process that has imported everything once is copied for each rank instead, which takes a moment.

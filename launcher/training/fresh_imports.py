@@ -1,4 +1,4 @@
-"""What every rank of a measurement imports, once for all of them; `launcher.training.fresh` has it imported."""
+"""The imports of every measuring rank, done once for all of them."""
 
 import contextlib
 import warnings

@@ -1,4 +1,7 @@
-"""From a model and a batch to the sums a step needs. They run as the model's own forward, inside its sharding hooks."""
+"""From a model and a batch to the sums that a step needs.
+
+They run as the model's own forward, inside its sharding hooks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Accelerate and DeepSpeed need to shard where they would not, put in when a script imports them.
+"""Patches that let Accelerate and DeepSpeed shard on CPUs, applied when a script imports them.
 
 Tried with accelerate 1.15 and deepspeed 0.19.8.
 """

@@ -1,4 +1,4 @@
-"""Cross entropy straight from hidden states: the logits of a few hundred positions exist at a time, never all of them.
+"""Chunked cross entropy: the logits of a few hundred positions exist at a time.
 
 The gradient with respect to the hidden states and the output matrix is made in the forward pass, while a chunk's
 probabilities are at hand, so nothing is computed twice (the arrangement of Liger Kernel, arXiv 2410.10989, section 3.2).

@@ -1,4 +1,4 @@
-"""Two short rows through the engine as it stands, the second held to what the model's own class makes of it alone, right after loading.
+"""Check the engine's loss on two short rows against the model's own class, after loading.
 
 The planner's table says what every architecture can do with several samples in a pass; this finds what no table has: code that came
 with a model, a config with a value that no tiny model had, a newer transformers, a fault of our own.

@@ -1,4 +1,4 @@
-"""What training needs before the ranks know each other, and what an export needs beside the weights."""
+"""Inputs of training that need no peers: config, tokenizer, task, data."""
 
 from __future__ import annotations
 

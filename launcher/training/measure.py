@@ -1,4 +1,4 @@
-"""Measure a model as it was and as it is, on all ranks: what `launcher evaluate` starts.
+"""Measure a model before and after training: what `launcher evaluate` starts.
 
 It runs in a scratch run directory with a plan and a request, so that it is supervised like any other attempt.
 """

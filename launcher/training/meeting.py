@@ -1,4 +1,4 @@
-"""How ranks find each other: as the agent says, and through what others cannot reach.
+"""How ranks find each other: the store of every process group.
 
 A process group is made as always, with `init_process_group()`, by the launcher's own trainer and by a script's libraries alike. torch then
 looks for a store by the environment; here it is given the attempt's.

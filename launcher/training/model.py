@@ -1,4 +1,4 @@
-"""Load a Hugging Face model in shards, and say which of its layers repeat.
+"""Load a Hugging Face model in shards, and find its repeated layers.
 
 transformers reads each rank's slices straight from the safetensors files once the parameters are DTensors. What is ours is the
 cut: every repeated layer becomes a unit of its own, for any architecture, and the run stops where that is not possible

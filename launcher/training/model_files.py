@@ -1,4 +1,4 @@
-"""The files of a model's directory beside its weights, which go along with what is trained from it: code, chat templates, processors."""
+"""Files beside a model's weights that an export takes along: code, templates, processors."""
 
 from __future__ import annotations
 

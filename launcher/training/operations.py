@@ -1,4 +1,4 @@
-"""The work of a token in floating-point operations, from a model's parameters."""
+"""Floating-point operations per token, from a model's parameters."""
 
 from __future__ import annotations
 

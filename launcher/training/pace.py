@@ -1,4 +1,4 @@
-"""How fast each rank works when it does not wait for the others, and which one is slow.
+"""Measure each rank's own work without waiting, and find the slow one.
 
 The time of a rank's own work rides in the exchange that each step has anyway, one number a rank, every tenth step or so. All ranks thus
 know all of them; the slow one finds out why it is slow, as what can be seen of it is seen on its node.

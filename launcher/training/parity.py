@@ -1,4 +1,4 @@
-"""A few steps of one engine, for comparing it with others: what `launcher parity` starts on each rank.
+"""Train a few steps under one engine: what `launcher parity` starts on each rank.
 
 Dropout is left out, as its mask depends on the rank; nothing is saved.
 """

@@ -1,4 +1,4 @@
-"""The loss scale of fp16: as large as gradients allow, found by trying (Micikevicius et al. 2018, arXiv 1710.03740)."""
+"""The loss scale of fp16, found by trying (Micikevicius et al. 2018, arXiv 1710.03740)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model as its files and the plan say it is, before any weight is read: config, tokenizer, class."""
+"""A model's config, tokenizer and class, before any weight is read."""
 
 from __future__ import annotations
 

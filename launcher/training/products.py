@@ -1,4 +1,4 @@
-"""Products in bf16 and fp16 on a processor that has no units for them: the numbers are widened to fp32, multiplied, and rounded once.
+"""bf16 and fp16 products on processors without such units: widened to fp32, rounded once.
 
 PyTorch's own way there is 4 to 140 times slower than fp32 (docs/benchmarks/products.md). The result is the same but for the order of its
 sums: both add up in fp32. Of a product little is widened at a time, so that no large matrix is ever copied whole; attention is widened

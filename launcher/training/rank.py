@@ -1,4 +1,4 @@
-"""What every rank does before its work and after it, whatever the work is: its log, its name, its failure, its end."""
+"""What every rank does before and after its work: log, process name, failure record, end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model's files is not read as it stands there: a head for other classes, and tables with fewer rows than there are tokens.
+"""Tensors that are not read as they stand: a new head, an embedding with added rows.
 
 transformers would compare the shapes itself, but of a model that is cut it compares one rank's part of them: the part may agree on one
 rank and not on another. So the names are found beforehand, and the files' tensors are changed on their way to the model.

@@ -1,4 +1,4 @@
-"""What rank 0 writes of each step and each evaluation: metrics.jsonl, the trackers, and once the comparison with the forecast."""
+"""What rank 0 records of each step and each evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Out of memory in a pass, steps after the last save: every rank still holds its part of the state, so it is saved before the attempt ends.
+"""Save on all ranks after one ran out of memory in a pass, before the attempt ends.
 
 The rank that ran out of memory cannot go on with its pass, and a smaller one of its own would need other messages than its peers
 wait for. They stand in the middle of a pass, inside of a collective, and cannot be called out of it. But nothing of the training state

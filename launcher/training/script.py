@@ -1,4 +1,4 @@
-"""What torchrun starts on every rank of a run with a script of the user's own.
+"""The program that torchrun starts on every rank of a user's own script.
 
     python -m launcher.training.script RUN_DIRECTORY --attempt N -- SCRIPT [ARGUMENTS]
 

@@ -1,4 +1,4 @@
-"""What a script's model ends up on, held against the plan's engine: by what wraps the model, whichever library asks for it."""
+"""Compare the engine that a script's model ends up on with the plan's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a script's Trainer saves is a whole model, under whichever engine: all ranks gather it, those too that the script did not have save.
+"""Make a script's Trainer save whole models under every engine.
 
 Tried with transformers 5.23, accelerate 1.15 and deepspeed 0.19.8.
 """

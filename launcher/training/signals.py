@@ -1,4 +1,4 @@
-"""A polite stop: the first signal is written down, and the trainer looks at it at its step boundaries."""
+"""Note the first stop signal, which the trainer reads at step boundaries."""
 
 from __future__ import annotations
 

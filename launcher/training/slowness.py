@@ -1,4 +1,4 @@
-"""Why this process is slow, as far as it can be seen: stopped, waiting for a core, throttled, reading pages from disk, or a GPU's clock."""
+"""Find out why this process is slow: stopped, no core, throttled, paging, GPU clock."""
 
 from __future__ import annotations
 

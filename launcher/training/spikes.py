@@ -1,4 +1,4 @@
-"""Losses that jump and stay up, and the ledger of what was then left out. All ranks see the same loss, and so come to the same end."""
+"""Detect losses that jump and stay up, and keep the ledger of skipped steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run is beside its tensors: as the trainer writes it into a checkpoint, and held to its kinds when it is read back."""
+"""Training progress beside tensors, as a checkpoint stores it and checks it on reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's numbers say of a job that learns nothing, or soon will not: said once each, while it runs. Nothing is changed by it."""
+"""Recognise a job that learns nothing, or soon will not, and say so once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: its own files, and trackers through accelerate's. Neither of them can stop training."""
+"""Write a run's numbers to its files and to trackers, neither of which can stop training."""
 
 from __future__ import annotations
 

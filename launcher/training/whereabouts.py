@@ -1,4 +1,4 @@
-"""What PyTorch and transformers tell of where a rank is: waiting for the others, compiling, or at which tensor of a file."""
+"""Report where a rank is, as PyTorch and transformers tell: waiting, compiling, loading."""
 
 from __future__ import annotations
 

@@ -98,20 +98,28 @@ def _attention(way: str) -> str:
 _LOSS = {"chunked": "chunks of the output matrix", "model": "chunks of its own head", "forward": "its own forward", "": "its own forward"}
 HEAD = """# Models
 
-Every causal LM and classifier of transformers that can be built small, and how its samples share a pass so that the
-loss is the one that the model's own class computes for each sample alone ([what the words
-mean](guide-data.md#how-samples-share-a-pass)). `attention` is what `auto` takes, `others` what else may be asked for
-with `model.attention`.
+Every causal LM and classifier of transformers that can be built small, with its layout: how its samples share a pass.
+The layout is such that the loss is the one that the model's own class computes for each sample alone. The terms are
+explained [with the data](guide-data.md#how-samples-share-a-pass). `attention` is what `auto` takes, `others` what
+`model.attention` may ask for instead.
 
-Made by `python -m tests.families.sweep` and `python -m tests.families.table` with {versions}. Of each type a tiny
-model with made-up weights is built in fp32; the loss of 16 samples of 1 to 40 tokens, and the norm of its gradient,
-are held to those of each sample alone in a pass of its own, by the class's own forward (1e-5 and 1e-4, relative;
-where rounding comes near to that, in fp64). Sliding windows, soft caps, multipliers, routers' losses and every kind
-of layer of a hybrid are in these models. Four things a config can say change what is right, and the planner looks
-for them: `rope_type: longrope` or `dynamic` (one sample a pass, where samples may be longer than the positions that
-the model began with), `alibi: true` of Falcon (eager), and, refused as a causal LM, `is_decoder: false` of an encoder
-and what lets tokens see those after them (`is_causal: false`, `use_bidirectional_attention: true`). Whatever else a
-config says, the check after loading compares.
+Made by `python -m tests.families.sweep` and `python -m tests.families.table`
+with {versions}. For each type a tiny
+model with random weights is built in fp32. The loss of 16 samples of 1 to 40 tokens, and the norm of its gradient, are
+compared with those of each sample alone, by the class's own forward. The tolerances are 1e-5 and 1e-4, relative; where
+rounding comes near to that, fp64 is used. Sliding windows, soft caps, multipliers, routers' losses and every kind of
+layer of a hybrid are in these models.
+
+Four settings in a config change which layout is right, and the planner looks for them:
+
+- `rope_type: longrope` or `dynamic`: one sample a pass, where samples may be longer than the positions that the model
+  began with;
+- `alibi: true` of Falcon: eager attention;
+- `is_decoder: false` of an encoder: refused as a causal LM;
+- settings that let tokens see later ones (`is_causal: false`, `use_bidirectional_attention: true`): refused as a causal
+  LM.
+
+The check after loading compares the effect of everything else in a config.
 
 Nothing here was run on a GPU.
 """

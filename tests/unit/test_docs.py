@@ -178,25 +178,6 @@ def test_a_wrong_job_file_is_noticed(text: str) -> None:
     assert problems_of(text)
 
 
-def tree() -> set[str]:
-    """The files in the architecture page's tree."""
-    content = next(content for _, content in blocks(ARCHITECTURE) if content.startswith("launcher/"))
-    folders: list[str] = []
-    files = set()
-    for line in content.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        folders = folders[:depth]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            files.add("".join(folders) + name)
-    return files
-
-
-def test_the_tree_is_the_tree() -> None:
-    assert tree() == {shown(path) for path in SOURCES if path.name != "__init__.py"}
-
-
 @pytest.mark.parametrize("span", sorted(set(spans(ARCHITECTURE))))
 def test_the_architecture_names_what_exists(span: str) -> None:
     everything = "\n".join(SOURCES.values())
@@ -208,6 +189,29 @@ def test_the_architecture_names_what_exists(span: str) -> None:
         assert re.search(rf"^(class {span}\b|{span} = )", everything, re.MULTILINE)
     elif re.fullmatch(r"[A-Z_]{3,}", span):
         assert re.search(rf"^{span}\b.* = ", everything, re.MULTILINE)
+
+
+def broken_tables(text: str) -> list[str]:
+    """Return the lines at which a table is cut: a blank line, or a line break in a cell, shows the rows after it as text."""
+    lines = ["", *prose(text).splitlines(), ""]
+    broken = []
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith("|"):
+            begins_without_head = not before.startswith("|") and not re.fullmatch(r"\|[\s:|-]+\|", after)
+            if begins_without_head or not line.rstrip().endswith("|"):
+                broken.append(line)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_tables_are_whole(page: Path) -> None:
+    assert broken_tables(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("cut", ["| 1 | 2 |\n\n| 3 | 4 |", "| 1 | two\nlines |\n| 3 | 4 |"])
+def test_a_table_that_is_cut_is_noticed(cut: str) -> None:
+    assert broken_tables("| a | b |\n|---|---|\n| 1 | 2 |\n") == []
+    assert broken_tables(f"| a | b |\n|---|---|\n{cut}\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)

@@ -1,4 +1,4 @@
-"""Attention over shadows: PyTorch's fused kernels and transformers' eager one."""
+"""Attention on symbolic tensors: PyTorch's fused kernels and transformers' eager one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which parameters ZeRO-3 holds whole at a time: DeepSpeed's PartitionedParameterCoordinator (0.19.8), gone through module by module.
+"""Which parameters ZeRO-3 holds whole at a time, module by module.
+
+Follows DeepSpeed's PartitionedParameterCoordinator (0.19.8).
 
 It fetches what a module needs, then what by the trace of the step before comes next, and lets go of what is not used again soon.
 """

@@ -1,4 +1,4 @@
-"""Decoders: Llama and what is built like it."""
+"""Blocks of Llama and models built like it, and of GPT-2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders of text and of images."""
+"""Blocks of the text encoders BERT and RoBERTa."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank of a plan needs, by phase and by kind, from the model's config alone."""
+"""Estimate the memory of a rank by phase and by kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral, Qwen 2 and 3 MoE, OLMoE."""
+"""Blocks of mixtures of experts: Mixtral, Qwen 2 and 3 MoE, OLMoE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which program goes with which config.json."""
+"""Choose the block program for a config.json."""
 
 from __future__ import annotations
 

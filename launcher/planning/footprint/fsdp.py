@@ -1,4 +1,4 @@
-"""A training step under FSDP2, block by block: what is gathered, kept and sent between the blocks of a model (torch 2.13)."""
+"""Memory of a training step under FSDP2, block by block (torch 2.13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses of `launcher/training/heads.py` and `loss.py` over shadows."""
+"""Memory of the trainer's losses, in which logits exist a chunk at a time."""
 
 from __future__ import annotations
 

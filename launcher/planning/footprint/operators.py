@@ -1,4 +1,4 @@
-"""Operators over shadows: what each makes, what it saves for its backward pass, and what that makes (torch 2.13, eager)."""
+"""Operators on symbolic tensors: what each returns and saves (torch 2.13, eager)."""
 
 from __future__ import annotations
 

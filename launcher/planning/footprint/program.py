@@ -1,4 +1,4 @@
-"""A model as a program over shadows: where its blocks begin, what each adds to memory, and how the middle ones repeat."""
+"""A model as a sequence of blocks: what each adds to memory, and how the middle ones repeat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors without numbers: a model's forward and backward pass at the level of sizes, in plain Python.
+"""Symbolic tensors: forward and backward pass at the level of sizes, in plain Python.
 
 A `Shadow` stands for a tensor; its `Storage` counts its bytes on a `Meter` for as long as anything refers to it, by Python's own
 reference counts. So a layer that is written as its PyTorch code is written keeps what that code keeps and frees what that frees. What an

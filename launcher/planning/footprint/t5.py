@@ -1,4 +1,4 @@
-"""T5 and what is built like it: mT5, UMT5."""
+"""Blocks of T5, mT5 and UMT5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of one rank over the blocks of a step: how many are live, by what they are for, and what the highest moment was made of."""
+"""Live bytes of one rank over the blocks of a step, and what the peak is made of."""
 
 from __future__ import annotations
 

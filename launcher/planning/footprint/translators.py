@@ -1,4 +1,4 @@
-"""Encoder-decoders: BART."""
+"""Blocks of the encoder-decoder BART."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vision encoders: ViT."""
+"""Blocks of the vision encoder ViT."""
 
 from __future__ import annotations
 

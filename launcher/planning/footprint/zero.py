@@ -1,4 +1,4 @@
-"""A training step under DeepSpeed's ZeRO, block by block (0.19.8): its partitions, buckets and gathered parameters."""
+"""Memory of a training step under DeepSpeed's ZeRO, block by block (0.19.8)."""
 
 from __future__ import annotations
 

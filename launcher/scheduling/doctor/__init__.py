@@ -1,1 +1,1 @@
-"""`launcher doctor`: what is wrong with this machine, or with the nodes of a cluster, and what to do about it."""
+"""`launcher doctor`: checks of this machine or of a cluster's nodes, with advice."""

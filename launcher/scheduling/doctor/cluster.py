@@ -1,4 +1,4 @@
-"""The nodes of a cluster, examined together: an allocation, one order after the other, and what came of them."""
+"""Examine the nodes of a cluster together, in one allocation."""
 
 from __future__ import annotations
 

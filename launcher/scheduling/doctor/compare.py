@@ -1,4 +1,4 @@
-"""What the nodes said, held against each other: a report for each. Pure."""
+"""Compare the nodes' answers with each other. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slurm as this machine sees it: its commands, its controller, its proof of who one is."""
+"""Check Slurm as this machine sees it: commands, controller, munge."""
 
 from __future__ import annotations
 

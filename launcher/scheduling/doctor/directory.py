@@ -1,4 +1,4 @@
-"""The file system of the run directory: room, speed, and its clock."""
+"""Check the file system of the run directory: room, speed, clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was looked at, what was found, and what to do about it."""
+"""One finding of the doctor: what was checked, the result, what to do."""
 
 from __future__ import annotations
 

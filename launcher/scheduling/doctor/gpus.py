@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine and how they are, from nvidia-smi and the kernel's log."""
+"""Check the health of NVIDIA GPUs, from nvidia-smi and the kernel's log."""
 
 from __future__ import annotations
 

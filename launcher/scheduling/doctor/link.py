@@ -1,4 +1,6 @@
-"""How the nodes talk with `launcher doctor`: through srun's own pipes, which need no shared file system, name or open port.
+"""Messages between the doctor and its probes, through srun's own pipes.
+
+They need no shared file system, name or open port.
 
 srun passes on at most a kilobyte of a task's line at a time, and may put another task's between: so a message goes as short lines.
 """

@@ -1,4 +1,4 @@
-"""This machine alone: a login node, or the box where everything runs."""
+"""Examine this machine alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What any machine can say of itself: versions, caches, network, clock."""
+"""Facts about any machine: versions, caches, network, clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node finds out about the others: by what names, on what ports, and how far their clocks are."""
+"""Check how a node reaches the others: names, ports, clocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `launcher doctor --slurm` runs once on each node: it does what it is told, one step after the other, and answers.
+"""The program that `launcher doctor --slurm` runs once on each node.
 
     srun --label ... python -m launcher.scheduling.doctor.probe DIRECTORY WORD [INTERFACE]
 

@@ -1,4 +1,4 @@
-"""A node's part of the all-reduce over all nodes: its ranks, started, released together, and ended in time."""
+"""A node's part of the test all-reduce: start its ranks, release them, end them in time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step on the nodes: srun, what goes in and comes out of it, and its end."""
+"""The srun step of the doctor: its input, its output and its end."""
 
 from __future__ import annotations
 

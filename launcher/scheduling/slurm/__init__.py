@@ -1,1 +1,1 @@
-"""Slurm: handing a run over, what runs on each node, what is decided after it, and asking how it goes."""
+"""Slurm: submitting a run, running on each node, deciding what follows, asking the queue."""

@@ -1,4 +1,4 @@
-"""What the batch script does when the ranks are gone, however they went: go on, or stop and say why.
+"""The batch script's last part: requeue the run, or stop and say why.
 
     python -m launcher.scheduling.slurm.after RUN STATUS
 

@@ -1,4 +1,4 @@
-"""What Slurm gave: read from its variables inside the process, and told to the other nodes through the attempt's directory."""
+"""What Slurm allocated: read from its variables, and shared with the other nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ending a run's Slurm job."""
+"""Cancel a run's Slurm job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slurm's own commands, called with a time limit; what they say of a refusal as one line."""
+"""Call Slurm's commands with a time limit, and shorten a refusal to one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long this job still has: asked of the controller now and then, in a thread, so that nothing waits for it."""
+"""How long the job still has, asked of the controller in a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a job to a run that waits in Slurm's queue: everything that can be known to be wrong is refused before Slurm is asked."""
+"""Turn a job into a run that waits in Slurm's queue, or refuse it before Slurm is asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the attempts of a run under Slurm ended, as their directories say."""
+"""How the attempts of a run under Slurm ended."""
 
 from __future__ import annotations
 

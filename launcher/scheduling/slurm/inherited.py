@@ -1,4 +1,4 @@
-"""What a new job takes along of the environment that it is submitted from: nothing of a job, or of ranks, that one happens to sit in."""
+"""The environment a job takes along: nothing of another job that it is submitted from."""
 
 from __future__ import annotations
 

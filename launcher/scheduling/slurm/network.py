@@ -1,4 +1,4 @@
-"""Which network interface leads to the other nodes, and a port that is free."""
+"""Find the network interface that leads to the other nodes, and a free port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Slurm starts once on each node: the same agent and ranks as `launcher run`, over all nodes of the job.
+"""The program that Slurm starts once on each node: the agent and the ranks below it.
 
     python -m launcher.scheduling.slurm.node RUN
 

@@ -1,4 +1,4 @@
-"""What follows an attempt under Slurm: go on, or stop and say why. Pure: everything it rests on is handed in."""
+"""Decide what follows an attempt under Slurm: requeue, or stop and say why. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Slurm knows of jobs: the queue, the controller's record of one, and accounting where there is any."""
+"""Ask Slurm about jobs: the queue, the controller's record, accounting."""
 
 from __future__ import annotations
 

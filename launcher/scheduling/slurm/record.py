@@ -1,4 +1,4 @@
-"""RUN/slurm/job.json: which Slurm job a run belongs to. There is one at a time."""
+"""RUN/slurm/job.json: the Slurm job that a run belongs to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a script's folder belongs to its snapshot, and what is left out: the copy lies in a run directory, which people share."""
+"""Choose which files of a script's folder belong to its snapshot."""
 
 from __future__ import annotations
 

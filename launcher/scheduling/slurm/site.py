@@ -1,4 +1,4 @@
-"""What a cluster says about itself: its partitions, what their nodes have, and the user's account."""
+"""What a cluster says of itself: partitions, nodes, the user's account."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A site's profile as commented YAML, from what the cluster says about itself."""
+"""Write a site profile as commented YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code as it was when the run was submitted, so that what is edited later changes no run that waits in the queue."""
+"""Copy the code at submission, so that later edits change no waiting run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handing a run over to Slurm through submitit: exactly one job, whatever Slurm's controller does meanwhile."""
+"""Submit a run through submitit, exactly once, whatever the controller does meanwhile."""
 
 from __future__ import annotations
 

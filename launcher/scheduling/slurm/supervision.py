@@ -1,4 +1,4 @@
-"""Watching the ranks of one node, as on a machine of one's own, with what only a cluster has.
+"""Supervise the ranks of one node of a cluster.
 
 The end of the job comes at a known time. A newer attempt of the same run may have begun elsewhere, because Slurm gave this node up:
 then this one ends at once, without another word. And people ask of far away whether it lives.

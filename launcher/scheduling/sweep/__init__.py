@@ -1,1 +1,1 @@
-"""Several runs of one job that differ in some keys, and which of them came out best."""
+"""Sweeps: several runs of one job that differ in some keys."""

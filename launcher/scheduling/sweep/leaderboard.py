@@ -1,4 +1,4 @@
-"""Which point of a sweep came out best."""
+"""Rank the points of a sweep by their best evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The points of a sweep, one after another on this machine or as one array of Slurm's."""
+"""Run the points of a sweep in turn, or as one Slurm array."""
 
 from __future__ import annotations
 

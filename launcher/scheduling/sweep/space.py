@@ -1,4 +1,4 @@
-"""What a sweep tries: every point of a grid, or points drawn at random."""
+"""The points of a sweep: a grid, or random draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep on disk: SWEEP/sweep.json says what is tried, SWEEP/points/000 and so on are ordinary runs."""
+"""A sweep on disk: sweep.json, and an ordinary run for each point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chat as it stands in a row: its messages, its tools, and which turns are learned."""
+"""A chat in a row: its messages, its tools, and which turns are learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A flat range of a tensor's elements as boxes, so that DCP reads and writes it as an ordinary N-d tensor.
+"""A flat range of a tensor as boxes, which DCP reads and writes as ordinary tensors.
 
 ZeRO gives each rank a contiguous range of a parameter's elements in row-major order. Any such range is a union of at most
 2 x dimensions - 1 axis-aligned boxes: for a matrix the end of a row, a block of whole rows, and the start of a row.

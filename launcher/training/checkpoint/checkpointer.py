@@ -1,4 +1,4 @@
-"""Saves and loads checkpoints over all ranks: whole, durable and verified, or never chosen."""
+"""Save and load checkpoints over all ranks: whole, durable and verified, or never chosen."""
 
 from __future__ import annotations
 

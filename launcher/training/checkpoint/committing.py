@@ -1,4 +1,4 @@
-"""What rank 0 alone does about a run's checkpoints: commit them, make room, remove old ones, and say what failed."""
+"""Rank 0's part of a save: commit, make room, remove old checkpoints, report failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a Hugging Face model directory, streamed: never more than one tensor in memory."""
+"""Write a checkpoint as a Hugging Face model directory, one tensor in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint that something else wrote, as one shape: names, lazy tensors, and how far training was."""
+"""The common shape of a foreign checkpoint: names, lazy tensors, training progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of Accelerate's `save_state` under FSDP, version 1 or 2, sharded (DCP) or full (one file): what the Trainer writes as well.
+"""Read checkpoints of Accelerate's `save_state` under FSDP 1 or 2, sharded or full.
 
 Accelerate itself is not needed.
 """

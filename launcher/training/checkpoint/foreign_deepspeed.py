@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed's own `engine.save_checkpoint` at ZeRO stages 1 to 3: fp32 masters and moments in flat partitions.
+"""Read checkpoints of DeepSpeed's `save_checkpoint`, ZeRO stages 1 to 3.
 
 Written from what deepspeed 0.19.8 stores, and from its own `zero_to_fp32.py`. DeepSpeed itself is not needed.
 """

@@ -1,4 +1,4 @@
-"""Takes a foreign checkpoint into a run as one of its own, tensor by tensor: never more than one of them in memory."""
+"""Write a foreign checkpoint as one of a run, one tensor in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan's model holds, by name, without its weights; and a foreign checkpoint held against it."""
+"""The names that a plan's model holds, and a foreign checkpoint checked against them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks' own channel for checkpoints: a gloo group that neither training nor the default group knows of.
+"""The checkpoints' own gloo group, apart from training's messages.
 
 A save's background thread talks through it while the main thread trains; collectives of two threads on one group would mix.
 """

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and how two of them differ; read through memory maps, tensor by tensor."""
+"""Describe the tensors of a checkpoint, and compare two checkpoints."""
 
 from __future__ import annotations
 

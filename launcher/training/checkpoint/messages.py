@@ -1,4 +1,4 @@
-"""What ranks tell each other about a checkpoint, as JSON can hold it and as it was before.
+"""Messages between ranks about a checkpoint, as JSON.
 
 Each type is written out: what arrives makes plans, names and sizes, and nothing else.
 """

@@ -1,4 +1,4 @@
-"""Reads a checkpoint without executing anything in it.
+"""Read a checkpoint without executing anything in it.
 
 `.metadata` is a pickle: it is read by an unpickler that knows DCP's own few classes and refuses the rest. The tensors
 themselves are never unpickled: where their elements are follows from the archive's directory, what they are from `.metadata`.

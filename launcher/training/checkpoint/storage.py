@@ -1,4 +1,4 @@
-"""Standard DCP files, written and read without DCP's per-tensor cost.
+"""Write and read DCP's standard files without DCP's per-tensor cost.
 
 A rank's `__R_0.distcp` is known to the byte before a save starts: DCP stores each piece of a tensor as one `torch.save`
 archive, and all of it but the elements follows from dtype and shape. So the layout is planned once (`FileLayout`), and a save is

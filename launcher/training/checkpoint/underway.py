@@ -1,4 +1,4 @@
-"""The save under way: a thread on each rank, and how long the ranks wait for it together before it is given up."""
+"""The save under way: a thread on each rank, and when the ranks give it up together."""
 
 from __future__ import annotations
 

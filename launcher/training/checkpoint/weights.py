@@ -1,4 +1,4 @@
-"""Where an export takes its tensors from: a checkpoint as it is, one with its adapters added to their base, or the adapters alone."""
+"""Where an export takes its tensors from: as saved, with adapters merged, or adapters alone."""
 
 from __future__ import annotations
 

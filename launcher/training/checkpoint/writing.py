@@ -1,4 +1,4 @@
-"""One file, written past the page cache, hashed on the way, and durable when it is done."""
+"""Write one file past the page cache, hashed on the way and synced at the end."""
 
 from __future__ import annotations
 

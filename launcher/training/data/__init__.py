@@ -1,0 +1,1 @@
+"""Training data: sources, preparation, packing, order, batches."""

@@ -1,4 +1,4 @@
-"""The micro-batches of a rank at a step, sought in O(1) and equal in content for any number of ranks."""
+"""The micro-batches of a rank at a step, found in O(1) and equal for any number of ranks."""
 
 from __future__ import annotations
 

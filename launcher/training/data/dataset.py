@@ -1,4 +1,4 @@
-"""Prepared samples as memory-mapped numpy files, and what was counted while they were made.
+"""Prepared samples as memory-mapped files, with the counts from preparing them.
 
 A directory holds one file per column, sample after sample, with a file of offsets, the samples' ids, lengths and supervised counts,
 the packs, and `meta.json`, written last, with the size and hash of every other file.

@@ -1,4 +1,4 @@
-"""Rows through the task's encoder, in worker processes where it pays, into flat files."""
+"""Encode rows by the task, in worker processes where it pays, into flat files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of data sets on the hub, or in its local cache."""
+"""Read rows of data sets on the hub, or in its local cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job's data looks like once it is prepared: what `launcher data` runs, in a scratch run directory with a plan and a request."""
+"""Describe a job's prepared data: what `launcher data` runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: several samples into one row of fixed capacity, longest first, each pack closed exactly where that can be.
+"""Pack several samples into one row of fixed capacity, longest first.
 
 Samples of equal length are interchangeable, so a pack is a list of lengths, and is repeated as often as the lengths last:
 the work grows with the number of different lengths, not of samples. The result follows from the lengths alone.

@@ -1,4 +1,4 @@
-"""From a source to a Dataset: once, cached by content, by one process of a machine while the others wait."""
+"""Prepare a data set once, cached by content, in one process of a machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows come from: local files by pattern, or a data set's name on the hub; and what their contents hash to."""
+"""Where rows come from: local files or a data set on the hub, with hashes of their contents."""
 
 from __future__ import annotations
 

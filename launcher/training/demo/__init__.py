@@ -1,1 +1,1 @@
-"""The demo: a small real model, real text, and the whole journey from a job file to an answer."""
+"""The demo: a small real model and real text, from a job file to an answer."""

@@ -1,4 +1,4 @@
-"""Let a model answer one question, on the CPU, in the words it finds most likely."""
+"""Generate one greedy answer of a model, on the CPU."""
 
 from __future__ import annotations
 

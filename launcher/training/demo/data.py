@@ -1,4 +1,4 @@
-"""Real text that is on every machine: questions about Python's standard library, the first words of its documentation as answers.
+"""Questions about Python's standard library, made from its documentation.
 
 The same Python version gives the same rows in the same order. Rows are held out by module, so that no function's twin is learned.
 """

@@ -1,4 +1,4 @@
-"""Two small real models that come in Python packages, for machines that reach no model hub.
+"""Two small real models that come in Python packages.
 
 `python -m launcher.training.demo.models smollm2-135m` prints the directory of a plain Hugging Face model.
 """

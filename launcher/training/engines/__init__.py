@@ -1,4 +1,4 @@
-"""The engines, each behind the protocol of `engine.py`."""
+"""The engines, FSDP2 and DeepSpeed, behind one protocol."""
 
 from __future__ import annotations
 

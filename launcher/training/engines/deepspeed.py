@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 1 to 3, behind the same protocol as FSDP: our optimizer, loss, clipping and schedule over its shards.
+"""DeepSpeed's ZeRO, stages 1 to 3, with launcher's optimizer, loss, clipping and schedule.
 
 The configuration is the rendered `ds_config.json`: what was shown is what runs. Two things of it are taken over by the trainer, which
 does them alike on every engine: clipping, and the loss scale of fp16.

@@ -1,4 +1,4 @@
-"""What the trainer needs of an engine, and no more."""
+"""The protocol of an engine: what the trainer needs, and no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state as fp32 shards, computed in the plan's precision."""
+"""FSDP2: parameters, gradients and optimizer state as fp32 shards."""
 
 from __future__ import annotations
 

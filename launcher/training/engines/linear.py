@@ -1,4 +1,4 @@
-"""Linear layers that let go of their matrix between the forward and the backward pass, for ZeRO's third stage.
+"""Linear layers that let ZeRO-3 free their matrix between forward and backward pass.
 
 Of a product PyTorch keeps the matrix for the backward pass as a turned view of it. When ZeRO empties the parameter, the view goes on
 holding what was gathered: without recomputation every layer's matrix would stay whole on every rank. Here the parameter itself is kept,

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operators: built once on a machine, before the ranks know each other, in a cache that outlives the run.
+"""Build DeepSpeed's compiled operators once on a machine, before the ranks meet.
 
 DeepSpeed compiles an operator where it first needs it, in the middle of loading, in every rank; a rank that is killed meanwhile leaves
 a lock behind that all later ones wait for. So one process builds beforehand, says so, and clears such a lock first.

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which layers are computed again in the backward pass, and what of them is kept."""
+"""Activation checkpointing: which layers are recomputed, and what is kept of them."""
 
 from __future__ import annotations
 

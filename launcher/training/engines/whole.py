@@ -1,4 +1,4 @@
-"""A model whose parameters are cut evenly while it is loaded, and made whole again one by one, for an engine that cuts its own way."""
+"""Load a model in even shards, and make its parameters whole again one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where ZeRO keeps a rank's part of the training state, and how a step of it goes, stage by stage.
+"""Where ZeRO keeps a rank's part of the state, and how its step goes, stage by stage.
 
 DeepSpeed has no public way to write its state into anything but its own files, nor to take a step whose clipping is decided elsewhere.
 What is used here beside its public functions was tried with 0.19.8, at stages 1, 2 and 3, with and without offloading.

@@ -1,4 +1,4 @@
-"""Tensors without numbers, counted: each storage that an operator makes, until it is gone."""
+"""Fake tensors whose storages are counted from creation to release."""
 
 from __future__ import annotations
 

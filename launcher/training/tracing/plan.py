@@ -1,4 +1,4 @@
-"""The trace of a plan's model on its task."""
+"""Trace a plan's model on its task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blocks of a model's step from its real class: run once over tensors without numbers, every storage counted for as long as it lives.
+"""The memory of a model's blocks, traced from its real class with fake tensors.
 
 `torch`'s FakeTensorMode computes shapes, autograd keeps and frees what it always does, and a dispatch mode sees each tensor come and go.
 No process group is needed: what an engine gathers, sends and keeps between the blocks is the planner's (`planning/footprint`), so

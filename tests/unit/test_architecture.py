@@ -1,0 +1,73 @@
+"""The tree in docs/architecture.md is the tree of modules, in the words of their docstrings."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.architecture_tree import BEGIN, END, PAGE, ROOT, summary, tree, with_tree
+
+PACKAGE = ROOT / "launcher"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+INDIRECT = re.compile(r"(Of|As|Those|These)\b")
+
+
+def test_the_tree_is_up_to_date() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_tree(page, PACKAGE) == page, "run `make docs`"
+
+
+def test_the_tree_has_every_module() -> None:
+    names = [line.split()[0] for line in tree(PACKAGE).splitlines() if not line.startswith(" " * 29)]
+    assert sorted(name for name in names if name.endswith(".py")) == sorted(
+        module.name for module in MODULES if module.name != "__init__.py"
+    )
+    assert sorted(name for name in names if name.endswith("/")) == sorted(
+        f"{module.parent.name}/" for module in MODULES if module.name == "__init__.py"
+    )
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is_in_one_line(module: Path) -> None:
+    documentation = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    first, _, rest = documentation.partition("\n")
+    assert first.endswith("."), "the first line of the docstring is a whole sentence or phrase"
+    assert len(first) <= 135
+    assert not INDIRECT.match(first), "begin with a verb or with the thing itself"
+    assert not rest or rest.startswith("\n"), "a blank line follows the first"
+
+
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "pack"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "__init__.py").write_text('"""A package."""\n')
+    (folder / "b.py").write_text('"""Do b.\n\nMore of it.\n"""\nimport a_module_that_does_not_exist\n')
+    (folder / "a.py").write_text("")
+    (folder / "inner" / "__init__.py").write_text(f'"""{"words " * 20}end."""\n')
+    (folder / "not_python").mkdir()
+    return folder
+
+
+def test_a_tree_reads_docstrings_and_imports_nothing(tmp_path: Path) -> None:
+    lines = tree(package(tmp_path)).splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["pack/", "a.py", "b.py", "inner/"]
+    assert lines[1] == "  a.py"
+    assert lines[2] == "  b.py".ljust(30) + "Do b"
+    assert lines[4].startswith(" " * 30 + "words") and lines[4].endswith(" end")
+    assert all(len(line) <= 120 for line in lines)
+    assert summary(tmp_path / "pack" / "b.py") == "Do b."
+
+
+def test_the_tree_replaces_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    page = with_tree(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", package(tmp_path))
+    assert page.startswith(f"before\n\n{BEGIN}\n```\npack/ ") and page.endswith(f"\n```\n{END}\n\nafter\n")
+    assert "old" not in page
+
+
+@pytest.mark.parametrize("page", ["no marker", f"{END} {BEGIN}", BEGIN])
+def test_a_page_without_both_markers_is_refused(page: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lacks a marker"):
+        with_tree(page, package(tmp_path))
