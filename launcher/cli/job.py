@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ def init(
 
     ask = sys.stdin.isatty()
     model = _answer(ask, "--model", model, "Model (a directory, or a name on the hub)")
-    question = f"Task: {' or '.join(tasks.TASKS)}"
+    question = f"Task: {_either(tasks.TASKS)}"
     task = task or (typer.prompt(question, default="causal-lm") if ask else "causal-lm")
     columns = _columns(column, task)
     train = _answer(ask, "--train", train, "File to learn from (.jsonl, .csv, .parquet, .txt ...)")
@@ -95,10 +96,15 @@ def _columns(pairs: list[str], task: str) -> dict[str, Any]:
     for pair in pairs:
         role, equals, column = pair.partition("=")
         if role not in roles or not equals or not column:
-            reason = f"write ROLE=COLUMN, where ROLE is {' or '.join(roles)}: the columns of {task}"
+            reason = f"write ROLE=COLUMN, where ROLE is {_either(roles)}: the columns of {task}"
             raise ConfigurationError(Problem("--column", pair, reason))
         columns[role] = column.split(",") if role == "text" and "," in column else column
     return columns
+
+
+def _either(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _ask_columns(task: str) -> dict[str, Any]:
@@ -110,5 +116,5 @@ def _ask_columns(task: str) -> dict[str, Any]:
         shown = ", ".join(" and ".join(way) for way in ways.values())
         chosen = typer.prompt(f"The rows are one of: {shown}", default=chosen)
         if chosen not in ways:
-            raise ConfigurationError(Problem("rows", chosen, f"write {' or '.join(ways)}"))
+            raise ConfigurationError(Problem("rows", chosen, f"write {_either(ways)}"))
     return _columns([f"{role}={typer.prompt(f'Column of the {role}', default=role)}" for role in ways[chosen]], task)

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from launcher import tasks
 from launcher.job import slurm_options
 from launcher.job.schema import Cluster, Job
-from launcher.sources.section import Data, Source
+from launcher.sources.section import Source
 from launcher.tasks.task import Finding, finding
 
 
 def findings(job: Job) -> Iterator[Finding]:
     """Everything in a job that contradicts itself."""
     yield from _sources(job)
-    if type(job.data) is not Data:  # a script's own
-        yield from tasks.find(job.model.task)(job.data).checks()
+    yield from tasks.find(job.model.task)(job.data).checks()
     yield from _adapter(job)
     yield from _training(job)
     yield from _evaluation(job)

@@ -6,16 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.job import check, paths, profile
 from launcher.job.load import override, read, validate, without
 from launcher.job.problems import refused
 from launcher.job.schema import Job
-from launcher.sources.section import Data, Source
+from launcher.sources.section import Source
 
 OWN = "(the script's own)"
 """Stands in a plan where the script decides."""
-NO_DATA = Data(train=Source(name=OWN))
+NO_DATA = tasks.find("causal-lm").Columns(train=Source(name=OWN))
 _DECIDED_BY_THE_SCRIPT = ("data", "batch", "training", "checkpoint", "trackers")
 _CHECKED = ("cluster", "parallel", "memory", "precision", "model.name", "name")
 

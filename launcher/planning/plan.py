@@ -178,7 +178,7 @@ class Plan(Frozen):
         if "layout" in values and not isinstance(data, dict):
             return values
         task = tasks.find(values["task"])
-        if isinstance(data, dict) and not values.get("script"):
+        if isinstance(data, dict):
             of_others = {key for name in tasks.TASKS for key in tasks.find(name).Columns.model_fields} - task.Columns.model_fields.keys()
             data = task.Columns.model_validate({key: value for key, value in data.items() if key not in of_others})
         return {"layout": task.traits.layout} | values | {"data": data}

@@ -78,11 +78,12 @@ class Case:
             "model__weights": "random",
             "model__freeze": self.freeze,
             "attention": "packed" if self.kind == "causal" else "sdpa",
-            "task": TASKS.get(self.kind, "causal-lm"),
+            "layout": "packed" if self.kind == "causal" else "padded",
             "training__optimizer": self.optimizer,
             "batch": batch | {"accumulation_steps": self.accumulation, "data_parallel_size": world},
         }
         plan = plan_of(directory, world, **changes | self._sharding())
+        plan = plan.model_copy(update={"task": TASKS.get(self.kind, "causal-lm")})
         return plan if plan.engine == "fsdp" else self._with_buckets(plan)
 
     def _sharding(self) -> dict[str, Any]:

@@ -209,6 +209,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 LINE = "train: 20 of 41 rows used, 21 dropped (21 missing key)"
 
 
+@pytest.mark.very_slow
 def test_what_is_prepared_is_found_by_a_run_that_says_what_it_uses(job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     allowed = ("--set", "data.unusable=drop")
     assert call("data", "prepare", job, *allowed, "--json") == 0

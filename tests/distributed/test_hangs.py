@@ -117,8 +117,8 @@ def test_a_rank_that_goes_on_again_ends_the_suspicion(tmp_path: Path, material: 
     assert [seen.rank for seen in last] == [0, 1] and all(seen.step == 12 and seen.memory_bytes > 0 for seen in last)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.very_slow)])
+@pytest.mark.very_slow
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_that_hangs_is_named_and_given_up(tmp_path: Path, material: tuple[Path, dict[str, Any]], asynchronous: bool) -> None:
     """Training goes on; nothing is saved until the storage answers, and then again."""
     fault = {"place": "saving", "kind": "sleep", "rank": 1, "seconds": 5 * SECONDS}

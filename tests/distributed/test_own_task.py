@@ -149,6 +149,8 @@ def test_a_task_is_one_class(engine: str, folder: Path) -> None:
     first, *_, last = [event["metrics"]["error"] for event in events if event["event"] == "evaluated"]
     assert last < first / 2
     assert any(event["event"] == "checked" for event in events), "the check after loading knows no task by name"
+    if engine == "deepspeed":
+        return  # what follows reads the same checkpoint for both
     assert "error" in launcher(folder, "evaluate", run)
     launcher(folder, "export", run, "--out", folder / f"export-{engine}")
     from transformers import AutoModelForSequenceClassification

@@ -51,7 +51,7 @@ VERY_SLOW = [pytest.mark.slow, pytest.mark.very_slow]
 @pytest.mark.parametrize(
     ("engine", "more"),
     [
-        ("fsdp", ()),
+        pytest.param("fsdp", (), marks=VERY_SLOW),
         ("zero3", ("its own configuration",)),
         ("fsdp", ("--alone", "true")),
         pytest.param("zero3", ("--alone", "true"), marks=VERY_SLOW),

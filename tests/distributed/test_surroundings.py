@@ -98,7 +98,7 @@ def stalling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return now
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.very_slow)])
 def test_a_disk_that_hangs_makes_nobody_deaf(number: signal.Signals, tmp_path: Path, stalling: Path) -> None:
     run = make_run(tmp_path, num_steps=100_000, grace=2.0 if number == signal.SIGTERM else 10_000.0)
     with launched(run) as process:

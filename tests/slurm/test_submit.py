@@ -103,6 +103,7 @@ def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Mater
     assert len(run.events("requeued")) == 1
 
 
+@pytest.mark.very_slow
 def test_too_little_time_to_save_goes_on_from_what_was_saved(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     """The limit comes in the middle of a step that lasts longer than what is left."""
     slow = {"FAULT": "stuck-first:all:150", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
@@ -152,6 +153,7 @@ def test_a_node_loses_its_power_and_another_its_network(cluster: Cluster, materi
     check_equal(run.directory, undisturbed)
 
 
+@pytest.mark.very_slow
 def test_fewer_nodes_where_the_job_allows_them(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     run = material.submit(cluster, material.job("range", nodes="2-3"))
     run.wait_step(5)

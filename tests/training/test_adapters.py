@@ -272,7 +272,7 @@ def test_zero_gives_the_numbers_of_fsdp(stage: int, precision: str, llama: Path)
     assert zero["tensors"].keys() == sharded["tensors"].keys()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.very_slow), 3])
 def test_a_run_goes_on_under_the_other_engine(stage: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     run = new_run(tmp_path / "run", _plan(model, data, 2, **deepspeed(stage)))
     finish(run, 2, stop_at=3)

@@ -158,7 +158,7 @@ def goes_on(run: RunDirectory, plan: Plan, stop_at: int | None, scratch: Path) -
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("freeze", [(), ("model.layers.0.*",)], ids=["all", "partly frozen"])
+@pytest.mark.parametrize("freeze", [pytest.param((), marks=pytest.mark.very_slow), ("model.layers.0.*",)], ids=["all", "partly frozen"])
 def test_the_matrix_of_resumes(freeze: tuple[str, ...], tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     """FSDP on 2 ranks, ZeRO-3 on 3, ZeRO-2 on 1, ZeRO-1 on 2, FSDP on 4: the embeddings are tied, and 131 rows divide by none of them."""
     keys = {"model__freeze": freeze}

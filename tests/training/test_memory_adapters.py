@@ -25,6 +25,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     made.close()
 
 
+@pytest.mark.very_slow
 def test_adapters_are_predicted(world: World, tmp_path: Path) -> None:
     """The peak of the second step within 3% (over by up to 12% with ZeRO-3, whose messages may have arrived), the states within 1%."""
     told = []

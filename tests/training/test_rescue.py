@@ -60,7 +60,7 @@ def run_out(attempt: Attempt) -> None:
         pytest.param("forward", {}, id="fsdp-forward"),
         pytest.param("backward", {}, id="fsdp-backward", marks=pytest.mark.very_slow),
         pytest.param("forward", deepspeed(2), id="zero2-forward", marks=pytest.mark.very_slow),
-        pytest.param("backward", deepspeed(3), id="zero3-backward"),
+        pytest.param("backward", deepspeed(3), id="zero3-backward", marks=pytest.mark.very_slow),
     ],
 )
 def test_the_state_is_saved_by_all_and_goes_on_with_smaller_passes(

@@ -121,7 +121,7 @@ def ranks() -> Iterator[World]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", list(UNKNOWN))
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.very_slow if number else ()) for number, kind in enumerate(UNKNOWN)])
 def test_what_the_formulas_do_not_know_is_traced_as_it_is_measured(kind: str, ranks: World, tmp_path: Path) -> None:
     """Peak of live bytes of a rank of two under FSDP, from the allocator's events."""
     from tests.benchmarks.memory_ranks import measure

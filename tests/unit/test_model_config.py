@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher import tasks
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
@@ -257,7 +258,8 @@ def test_a_name_without_a_slash_and_without_a_main_branch(hub: Path) -> None:
 
 def test_the_nearest_architecture_is_one_for_the_task() -> None:
     assert nearest("phi3") == "vit"
-    assert nearest("phi3", "causal-lm") == "gpt2" and nearest("phi3", "sequence-classification") in ENCODERS
+    assert nearest("phi3", tasks.find("causal-lm").traits) == "gpt2"
+    assert nearest("phi3", tasks.find("sequence-classification").traits) in ENCODERS
     for kind in KNOWN:
-        assert nearest(kind) == nearest(kind, "another") == kind
+        assert nearest(kind) == kind
         assert (nearest(kind, "causal-lm") == kind) == (kind in (*DECODERS, "gpt2", *MIXTURES))

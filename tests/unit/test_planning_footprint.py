@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.planning.fitting import known
 from launcher.planning.footprint import operators as ops
@@ -210,7 +211,7 @@ def test_the_parts_add_up_to_the_peak() -> None:
 
 
 def test_unknown_architectures_and_configs_without_sizes(tmp_path: Path) -> None:
-    assert program_of({"model_type": "mamba"}) is None and program_of(BERT, task="causal-lm") is None
+    assert program_of({"model_type": "mamba"}) is None and program_of(BERT, traits=tasks.find("causal-lm").traits) is None
     assert nearest("lama") == "llama" and set(KNOWN) >= {"bert", "vit", "bart"}
     plan = plan_of(tmp_path, 1)
     assert "no config.json" in why_not(plan) and forecast(plan, 0) is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher import tasks
 from launcher.cli.comparing import scaling_plots
 from launcher.cli.forecast import advice, bars, picture, speed_lines
 from launcher.cli.plan import explained
@@ -257,7 +258,7 @@ def by_formulas(plan: Plan) -> Program:
     """In the place of a trace, which needs torch."""
     config = config_of(plan.model)
     assert config is not None
-    program = program_of(config, task=plan.task)
+    program = program_of(config, traits=tasks.find(plan.task).traits)
     assert program is not None
     return program
 

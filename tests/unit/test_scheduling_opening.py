@@ -109,7 +109,7 @@ def test_the_date_of_a_chat_stays(job: Path, monkeypatch: pytest.MonkeyPatch) ->
         def today(cls) -> datetime.date:
             return datetime.date(2100, 1, 1)
 
-    monkeypatch.setattr(decide, "date", Later)
+    monkeypatch.setattr("launcher.tasks.causal_lm.datetime.date", Later)
     assert reopen(run, ["training.max_steps=9"], None).data.date == plan.data.date
     assert open_run(job, asked, None, job.parent / "other")[1].data.date == "2100-01-01"
     assert open_run(job, [*asked, "data.date=2026-02-28"], None, job.parent / "asked")[1].data.date == "2026-02-28"
