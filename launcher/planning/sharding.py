@@ -49,7 +49,7 @@ def layout(decider: Decider, world_size: int, device: str) -> Layout:
 
 
 def _settle_offload(decider: Decider, device: str) -> None:
-    """`auto` begins with nothing offloaded; whether something has to be is for the formulas (`alternatives`)."""
+    """`auto` begins with nothing offloaded; whether something has to be is for the formulas (`search`)."""
     memory = decider.job.memory
     if memory.offload != "auto":
         return
