@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from launcher.planning.batch import divisors, largest_divisor, with_batch
 from launcher.planning.candidates import with_cut
-from launcher.planning.forecast import Forecast, forecast, forecast_here
+from launcher.planning.forecast import Forecast, forecast, forecast_here, least_bytes
 from launcher.planning.hardware import Hardware
 from launcher.planning.memory import USABLE, Setting, gib
 from launcher.planning.plan import Plan
@@ -85,11 +85,11 @@ def _that_fit(wanted: Forecast, per_node: int) -> Iterator[Forecast]:
     plan = wanted.plan
     passes = (with_batch(plan, 1), with_batch(plan, plan.batch.micro_batch_size, "full"), with_batch(plan, 1, "full"))
     for changed in (*_cut_more(plan), *passes):
-        other = _instead(wanted, changed)
+        other = _instead(wanted, changed) if _may_fit(wanted, changed) else None
         if other is not None and other.fits:
             yield other
     for plans in _larger_changes(plan, per_node):
-        fitting = (_with_smaller_pass(wanted, changed) for changed in plans)
+        fitting = (_with_smaller_pass(wanted, changed) for changed in plans if _may_fit(wanted, changed))
         other = next((each for each in fitting if each is not None), None)
         if other is not None:
             yield other
@@ -98,6 +98,13 @@ def _that_fit(wanted: Forecast, per_node: int) -> Iterator[Forecast]:
 def _instead(wanted: Forecast, plan: Plan) -> Forecast | None:
     """Return the forecast of another plan on the same target."""
     return forecast(plan, wanted.target, wanted.trace)
+
+
+def _may_fit(wanted: Forecast, plan: Plan) -> bool:
+    """Return whether another plan is worth a forecast: by the formulas it is quickly known what it needs whatever a pass takes."""
+    target = wanted.target
+    judged = target.memory_bytes and wanted.trace is None
+    return not judged or least_bytes(plan) <= target.usable_bytes(plan.mesh.device)
 
 
 def _with_smaller_pass(wanted: Forecast, plan: Plan) -> Forecast | None:
