@@ -70,7 +70,8 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
     lines.append(f"  rate         {speed.tokens_per_second:,.0f} tokens/s, {share}")
     if whole := forecast.duration:
         waiting = f"{whole.data * whole.num_steps:.1f} s for data"
-        waiting += f", {whole.saving:.1f} s for {_several(whole.num_saves, 'checkpoint')} of {gib(forecast.checkpoint_bytes)}"
+        saves = f"{_several(whole.num_saves, 'checkpoint')} of {gib(forecast.checkpoint_bytes)}"
+        waiting += f", {whole.saving:.1f} s for {saves}"
         if whole.num_evaluations:
             waiting += f", {whole.evaluating:.1f} s for {_several(whole.num_evaluations, 'evaluation')}"
         hours = f"{whole.total / 3600 * forecast.plan.mesh.world_size:,.1f} {'rank' if on_cpu else 'GPU'}-hours"
@@ -90,7 +91,8 @@ def _several(number: int, name: str) -> str:
 def nearest(suggestions: Sequence[Suggestion]) -> str:
     """Return the nearest plans that fit in place of one that does not, with what each needs."""
     if not suggestions:
-        return "\nNothing near it fits: take a smaller model, other GPUs, or DeepSpeed with memory.offload_to on NVMe."
+        ways = "take a smaller model, other GPUs, or DeepSpeed with memory.offload_to on NVMe"
+        return f"\nNothing near it fits: {ways}."
     lines = [f"  {suggestion.text}: {suggestion.forecast.line()}" for suggestion in suggestions]
     return "\n".join(["", "The nearest plans that fit:", *lines])
 

@@ -85,7 +85,7 @@ def _print_several(
     prices: list[str],
     as_json: bool,
 ) -> None:
-    """Print plans beside each other. fewest: a deadline and the most GPUs, where the fewest of them are asked for."""
+    """Print plans beside each other. fewest: a deadline and the most GPUs, where the fewest are asked for."""
     from launcher.cli.output import print_json
     from launcher.cli.plan_tables import print_rows
     from launcher.planning import compare
@@ -166,7 +166,8 @@ def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool) -> No
     """Raise ConfigurationError for options that are of one plan, where several are asked for."""
     from launcher.errors import ConfigurationError, Problem
 
-    reason = "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU, or leave it out"
+    reason = "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU"
+    reason += ", or leave it out"
     problems = [Problem(key, value, reason) for key, value in options.items() if value is not None]
     problems += [Problem("--trace", None, reason)] if trace else []
     if problems:
@@ -174,7 +175,7 @@ def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool) -> No
 
 
 def tracing() -> Trace:
-    """Return the trainer's side of a trace; importing it takes seconds, which a line on a terminal explains."""
+    """Return the trainer's side of a trace; a line on the terminal explains the seconds of importing it."""
     import gc
 
     from rich.console import Console

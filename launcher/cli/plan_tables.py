@@ -27,7 +27,8 @@ def table(plan: Plan) -> str:
     mesh, batch = plan.mesh, plan.batch
     cut = f"{mesh.replicate} x {mesh.shard} (copies x shards)"
     ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {cut}"
-    sizes = f"{batch.global_batch_size} = {batch.micro_batch_size} x {batch.accumulation_steps} x {batch.data_parallel_size}"
+    per_rank = f"{batch.micro_batch_size} x {batch.accumulation_steps}"
+    sizes = f"{batch.global_batch_size} = {per_rank} x {batch.data_parallel_size}"
     facts = {
         "run": f"{plan.name}: {plan.task} with {plan.model.name}",
         "length": f"{plan.length.value:g} {plan.length.unit}",
@@ -117,7 +118,7 @@ def cells(row: PlanRow) -> list[str]:
 
 
 def scaling_plots(rows: Sequence[PlanRow]) -> str:
-    """Return speed and memory over the number of GPUs, one above the other; empty where there is nothing to join by a line."""
+    """Return plots of speed and memory over the number of GPUs; empty where a line would have one point."""
     import shutil
 
     known = [(float(row.plan.mesh.world_size), row.forecast) for row in rows if row.forecast is not None]

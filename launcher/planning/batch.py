@@ -1,4 +1,4 @@
-"""Exact batch arithmetic: global_batch_size = micro_batch_size x accumulation_steps x data_parallel_size, or a refusal."""
+"""Cut batches exactly, global = micro-batch x accumulation steps x data-parallel size, or refuse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def divisors(number: int) -> list[int]:
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """Return the largest divisor of a positive number that is at most `limit`, and 1 where the limit is less."""
+    """Return the largest divisor of a positive number that is at most `limit`; 1 where that is less."""
     return max(divisor for divisor in divisors(number) if divisor <= max(1, limit))
 
 
@@ -36,7 +36,7 @@ def multiples_around(wanted: int, unit: int) -> str:
 def divide(batch: Batch, data_parallel_size: int) -> BatchPlan:
     """Cut the global batch over the ranks and into passes, of one sample where micro_batch_size is auto.
 
-    Raises ConfigurationError with the nearest values that work for the global batch, the micro-batch and the number of ranks.
+    Raises ConfigurationError with the nearest global batch, micro-batch and number of ranks that work.
     """
     size, ranks = batch.global_batch_size, data_parallel_size
     asked = None if batch.micro_batch_size == "auto" else batch.micro_batch_size
@@ -48,7 +48,7 @@ def divide(batch: Batch, data_parallel_size: int) -> BatchPlan:
 
 
 def with_batch(plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing | None = None) -> Plan:
-    """Return the plan with another micro-batch, which has to divide a rank's samples, and the same global batch.
+    """Return the plan with another micro-batch, a divisor of a rank's samples, and the same global batch.
 
     recompute: what is computed again in the backward pass; as it was where it is not given.
     """

@@ -1,4 +1,4 @@
-"""What a job leaves open: engines and offloading, cuts, recomputation and micro-batches, in the order in which they are tried."""
+"""List what a job leaves open, in the order of trying: engine, offload, cut, recomputation, micro-batch."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ class EngineOption:
 
 
 def engine_options(job: Job, first: Plan, side_by_side: bool = False) -> list[list[EngineOption]]:
-    """Return what the job leaves open of engine and offloading, in groups; `first` is the plan that it begins with.
+    """Return what the job leaves open of engine and offloading, in groups.
 
-    FSDP goes before DeepSpeed, and nothing offloaded before anything. Of a group the fastest is taken; a later group
-    only where nothing of the earlier ones fits. side_by_side: both engines are one group, as both were measured here.
+    Of a group the fastest is taken; a later group only where nothing of the earlier ones fits. FSDP goes
+    before DeepSpeed, and nothing offloaded before anything. first: the plan that the job begins with.
+    side_by_side: both engines are one group, as both were measured here.
     """
     # DeepSpeed always cuts, so that it is no choice for a job that wants whole copies.
     engine_open = job.parallel.engine == "auto" and job.parallel.shard != "none" and first.engine == "fsdp"
@@ -124,7 +125,7 @@ def recomputations_of(job: Job, plan: Plan) -> tuple[ActivationCheckpointing, ..
 
 
 def micro_batches_of(job: Job, plan: Plan) -> list[int]:
-    """Return the micro-batches that the job leaves open and that divide a rank's samples, the largest first."""
+    """Return the micro-batches that the job leaves open, divisors of a rank's samples, the largest first."""
     if job.batch.micro_batch_size != "auto":
         return [job.batch.micro_batch_size]
     sizes = divisors(plan.batch.micro_batch_size * plan.batch.accumulation_steps)

@@ -1,4 +1,4 @@
-"""Compare plans of one job: on other kinds of GPU, on more of them, on the fewest that do, and what each costs."""
+"""Compare plans of one job: on several kinds of GPU, on more of them, on the fewest that do, by cost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PlanRow:
 
     @property
     def hours(self) -> float | None:
-        """Return the hours to the end of training; None where the steps of an epoch or their speed are not known."""
+        """Return the hours to the end of training; None where number or speed of the steps is not known."""
         lasts = self.forecast and self.forecast.duration
         return lasts.total / 3600 if lasts else None
 
@@ -76,7 +76,7 @@ def with_network(job: Job, network: str | None) -> Job:
 
 
 def gpu_types(job: Job, names: str | None) -> list[GpuType]:
-    """Return the GPUs of these names with commas, else the one that the job names, else those of this machine.
+    """Return the GPUs of these names with commas, else the one of the job, else those of this machine.
 
     Raises ConfigurationError where there are none, or where the table does not have one.
     """
@@ -95,7 +95,7 @@ def gpu_types(job: Job, names: str | None) -> list[GpuType]:
 def plan_on(
     job: Job, gpu: GpuType, num_gpus: int | None = None, offloading: Offloading = "where needed", trace: Trace | None = None
 ) -> PlanRow:
-    """Return the job's plan on such GPUs: as many as it says, or `num_gpus`, in parts of a node or whole nodes."""
+    """Return the job's plan on such GPUs: as many as it says, or `num_gpus`: part of a node or whole ones."""
     cluster, ranks = job.cluster, _gpus_per_node(job)
     nodes = cluster.nodes
     if num_gpus is not None:
@@ -121,7 +121,7 @@ def compare(job: Job, names: str | None, network: str | None = None) -> list[Pla
 
 
 def scale(job: Job, span: str, name: str | None, network: str | None = None) -> tuple[list[PlanRow], tuple[Refused, ...]]:
-    """Return the job's plans on more and more GPUs, each time twice as many (`8..1024`), and the numbers left out.
+    """Return the job's plans on the GPUs of a span (`8..1024`), doubled each time, and the numbers left out.
 
     Raises ConfigurationError where no number is possible, with the nearest that are.
     """
@@ -159,7 +159,7 @@ def _impossible(job: Job, num_gpus: int) -> str | None:
 
 
 def _nothing_in_span(job: Job, gpu: GpuType, span: str, first: int, refused: Iterable[Refused]) -> ConfigurationError:
-    """Return what is wrong with every number of a span, and the nearest that are possible; where none is, what is wrong there."""
+    """Return what is wrong with all numbers of a span, with the nearest that work or what is wrong there."""
     possible = [number for number in divisors(job.batch.global_batch_size) if _impossible(job, number) is None]
     below = [number for number in reversed(possible) if number <= first]
     working: list[int] = []
@@ -182,8 +182,9 @@ def _nothing_in_span(job: Job, gpu: GpuType, span: str, first: int, refused: Ite
 def fewest_gpus(job: Job, deadline: str | None, most: int, names: str | None, network: str | None = None) -> list[PlanRow]:
     """Return of each kind of GPU the plan on the fewest that fit and, with a deadline, end within it.
 
-    Looked at are at most `most`, within the range of nodes that the job may name. A kind of which no number will do has
-    the nearest plan, and why it will not. Raises ConfigurationError where no kind does, with the nearest of each.
+    Looked at are at most `most`, within the range of nodes that the job may name. A kind of which no number
+    will do has the nearest plan, and why it will not. Raises ConfigurationError where no kind does, with the
+    nearest of each.
     """
     seconds = None if deadline is None else _seconds(job, deadline)
     job = with_network(job, network)
@@ -200,7 +201,7 @@ def fewest_gpus(job: Job, deadline: str | None, most: int, names: str | None, ne
 
 
 def _seconds(job: Job, deadline: str) -> float:
-    """Return a deadline in seconds. Raises ConfigurationError for a job of which the number of steps is not known, too."""
+    """Return a deadline in seconds. Raises ConfigurationError also for an unknown number of steps."""
     seconds = parse_seconds(deadline)
     if not isinstance(seconds, float):
         raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
@@ -213,7 +214,7 @@ def _seconds(job: Job, deadline: str) -> float:
 
 
 def _numbers_of_gpus(job: Job, most: int) -> list[int]:
-    """Return the numbers of GPUs that may be taken: parts of a node, then whole nodes; of a range of nodes only those in it.
+    """Return the numbers of GPUs that may be taken: parts of a node and whole nodes, of the job's range.
 
     Raises ConfigurationError where there is none.
     """
@@ -233,7 +234,8 @@ def _numbers_of_gpus(job: Job, most: int) -> list[int]:
     counts = [number // whole for number in divisors(size) if number % whole == 0]
     working += [f"cluster.nodes {nearest(low, counts)}"] if counts else []
     span = f"{named[0]} to {named[-1]} GPUs" if len(named) > 1 else f"{named[0]} GPUs"
-    reason = f"cannot be cut over {span}, the nodes {job.cluster.nodes} of {whole}; what works: {', '.join(working)}"
+    reason = f"cannot be cut over {span}, the nodes {job.cluster.nodes} of {whole}"
+    reason += f"; what works: {', '.join(working)}"
     raise ConfigurationError(Problem("batch.global_batch_size", size, reason))
 
 
@@ -266,7 +268,7 @@ def _fewest_of_type(job: Job, gpu: GpuType, numbers: list[int], most: int, secon
 
 
 def _nearest_miss(job: Job, gpu: GpuType, smallest: SmallestCluster, most: int) -> PlanRow:
-    """Return the plan nearest to what was asked for: of those that fit the one that ends first, else the one that lacks least."""
+    """Return the plan that fits and ends first, though late; where none fits, the one that lacks least."""
     if smallest.late:
         late = [PlanRow(gpu.key, each.plan, each.forecast) for each in smallest.late]
         best = min(late, key=lambda row: float("inf") if row.hours is None else row.hours)

@@ -1,4 +1,4 @@
-"""Make the plan of a job for one engine and one cut: each `auto` that no forecast is needed for becomes a value with its reason."""
+"""Make a candidate plan of a job: each `auto` that takes no forecast becomes a value with its reason."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from launcher.planning.sharding import STAGES, Layout
 
 
 def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
-    """Return the plan that a job begins with: one engine, its cut of least memory, and the least that a pass can take.
+    """Return the plan that a job begins with: one engine and its cut of least memory.
 
-    Of what a forecast is needed for it has the least, without a decision: one sample a pass, all of it computed
-    again (`search` chooses these). nproc: ranks of a node, where they are given. With `local` false it is for other
-    machines, and what this one lacks is no reason to refuse.
+    What takes a forecast to choose is not decided: it has one sample a pass, all of it computed again, until
+    `search` chooses. nproc: ranks of a node, where they are given. Not local: it is for other machines, and
+    what this one lacks is no reason to refuse.
 
-    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide,
-    packages that are missing.
+    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
+    divide, packages that are missing.
     """
     decider = Decider(job, hardware, nproc, local)
     decider.take(suitability.look(job))
@@ -75,7 +75,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
 
 
 def _day(decider: Decider) -> str | None:
-    """The date that a chat template writes: one for a run, so that an attempt on another day has the same tokens."""
+    """Return the date that a chat template writes: one for a run, so that another day has the same tokens."""
     data = decider.job.data
     if data.messages is None or data.date is not None:
         return data.date
@@ -118,7 +118,7 @@ def _num_workers(decider: Decider) -> int:
 
 
 def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
-    """A save in the background copies a rank's share of the checkpoint into memory: not where that share was moved to files."""
+    """Return how to save: not in the background, by a copy in memory, where the state is on files."""
     asked = decider.job.checkpoint
     if placed.offload_to == "cpu" or not asked.asynchronous:
         return asked

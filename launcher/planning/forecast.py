@@ -45,7 +45,7 @@ class Forecast:
     items: Items | None = None
     """What was seen of the training data; None where that is not in files here."""
     padded: float | None = None
-    """Tokens of a sample with its padding, for which the speed is; None where every sample is taken to be as long as it may be."""
+    """Tokens of a sample with its padding, that the speed is of; None: all are as long as they may be."""
 
     @property
     def step(self) -> float:
@@ -54,7 +54,7 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Return whether every phase fits the device and what is offloaded the host; True where the memory is not known."""
+        """Return whether every phase fits the device and the host; True where their memory is not known."""
         return self.fits_device and self.fits_host
 
     @property
@@ -93,7 +93,8 @@ class Forecast:
         memory += f" with the {gib(highest.slack)} of slack that runs here had" if self.target.slack else ""
         rate = ""
         if speed:
-            share = f"{speed.utilisation:.0%} {'MFU' if self.plan.mesh.device == 'cuda' else 'of the measured rate'}"
+            share = "MFU" if self.plan.mesh.device == "cuda" else "of the measured rate"
+            share = f"{speed.utilisation:.0%} {share}"
             learnt = f", x{speed.correction:.2f} a step as runs here took" if speed.correction != 1 else ""
             rate = f", about {speed.tokens_per_second:,.0f} tokens/s ({share}{learnt})"
         end = f", {words.duration(self.duration.total)} to the end" if self.duration else ""
@@ -114,12 +115,14 @@ class Forecast:
             content["speed"] = {
                 "step_seconds": s.step, "correction": s.correction,
                 "tokens_per_second": s.tokens_per_second, "mfu": s.utilisation, "compute_seconds": s.compute,
-                "communication_seconds": s.communication, "exposed_seconds": s.exposed, "optimizer_seconds": s.optimizer,
+                "communication_seconds": s.communication, "exposed_seconds": s.exposed,
+                "optimizer_seconds": s.optimizer,
             }  # fmt: skip
         if d := self.duration:
             content["duration"] = {
-                "seconds": d.total, "steps": d.num_steps, "data_seconds": d.data * d.num_steps, "saves": d.num_saves,
-                "saving_seconds": d.saving, "evaluations": d.num_evaluations, "evaluating_seconds": d.evaluating,
+                "seconds": d.total, "steps": d.num_steps, "data_seconds": d.data * d.num_steps,
+                "saves": d.num_saves, "saving_seconds": d.saving,
+                "evaluations": d.num_evaluations, "evaluating_seconds": d.evaluating,
                 "gpu_hours": d.total * self.plan.mesh.world_size / 3600,
             }  # fmt: skip
         if self.items:
@@ -128,7 +131,7 @@ class Forecast:
 
 
 def forecast(plan: Plan, target: Target, trace: Trace | None = None) -> Forecast | None:
-    """Return the forecast of a plan; None where its model's config cannot be read or the formulas do not know its architecture.
+    """Return the forecast of a plan; None where its config is not here or the formulas do not know it.
 
     trace: goes by the model's real class in place of the formulas.
     """
@@ -163,7 +166,7 @@ def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = 
 
 
 def least_bytes(plan: Plan, trace: Trace | None = None) -> int:
-    """Return the bytes of a rank's device that are needed whatever a pass takes; 0 where the formulas do not know the model."""
+    """Return the bytes that a rank needs whatever a pass takes; 0 where the formulas know nothing."""
     estimator = _estimator(plan, trace)
     return estimator.least() if estimator is not None else 0
 
@@ -201,10 +204,12 @@ def why_not(plan: Plan) -> str:
     """Return why there is no forecast, in one clause."""
     config = config_of(plan.model)
     if config is None:
-        return f"no config.json of {plan.model.name} on this machine; fetch it, name its directory, or write model.config"
+        ways = "fetch it, name its directory, or write model.config"
+        return f"no config.json of {plan.model.name} on this machine; {ways}"
     kind = str(config.get("model_type"))
     if plan.model.adapter is not None and kind not in WITH_ADAPTERS:
         return f"the formulas know adapters beside {', '.join(WITH_ADAPTERS)}, and this is a {kind} model"
     if kind in KNOWN:
         return f"the formulas have {kind} for other tasks than {plan.task}"
-    return f"the formulas do not know the architecture {kind}; the nearest they know is {nearest(kind, plan.task)}"
+    closest = nearest(kind, plan.task)
+    return f"the formulas do not know the architecture {kind}; the nearest they know is {closest}"

@@ -1,6 +1,7 @@
-"""A simple, sound rule for memory: what the states take, what is kept of a sample for the backward pass, and what then fits.
+"""Decide recomputation and micro-batch by a simple, sound rule, where no forecast can choose them.
 
-An estimate with room to spare, not a promise: it decides micro-batch and recomputation where a job leaves them open.
+It adds up what the states take and what is kept of a sample for the backward pass: an estimate with room to
+spare, not a promise.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Decision, Plan
 
 USABLE = 0.8
-"""The share of a device's memory that is counted on; the rest is for the framework, fragmentation and what we do not count."""
+"""The share of a device's memory that the rule counts on; the rest is for what it does not count."""
 STATE_BYTES = {"adamw": 16, "adam": 16, "sgd": 12}
 """Of each parameter: fp32 weight, fp32 gradient and the optimizer's moments."""
 ROOMY_TIMES = 3
-"""What a CPU rank that keeps what it frees may hold, in the sizes of its tensors at their highest, and some more."""
+"""What a CPU rank that keeps what it frees may hold, and more, in sizes of its tensors at their highest."""
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
 """Tokens beyond which a larger pass is no faster, so that memory is not taken for nothing."""
 RECOMPUTATIONS: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
@@ -42,7 +43,7 @@ class Setting:
 
     @classmethod
     def of(cls, plan: Plan) -> Setting | None:
-        """Return what a rank of a plan depends on; None where the model's size is not known before it is fetched."""
+        """Return what a rank of a plan depends on; None where the model's size is not known here."""
         shape = ModelShape.read(plan.model)
         if shape is None:
             return None
@@ -56,19 +57,19 @@ class Setting:
         return 4 if self.precision == "fp32" else 2
 
     def states(self) -> int:
-        """Bytes of a rank before the first sample: its shard, and the layers that are gathered at a time (two, or all)."""
+        """Return the bytes of a rank before a sample: its shard, and the layers gathered (two or all)."""
         parameters, layers = self.shape.num_parameters, self.shape.num_layers
         whole = 1.0 if self.gathered else min(1.0, 2 / layers)
         gathered = parameters * whole * self._bytes if self.shard > 1 or self.precision != "fp32" else 0
         if self.adapter_rank:
-            # Beside each matrix of a layer rank x (inputs + outputs): at most four of attention and three behind it.
+            # Beside each matrix rank x (inputs + outputs): in a layer four of attention, three others.
             inner = self.shape.hidden_size + self.shape.intermediate_size
             beside = self.adapter_rank * layers * (4 * 2 * self.shape.hidden_size + 3 * inner)
             return int((parameters * self._bytes + beside * self.num_state_bytes) / self.shard + gathered)
         return int(parameters * self.num_state_bytes / self.shard + gathered)
 
     def of_token(self, checkpointing: ActivationCheckpointing) -> int:
-        """Bytes kept of one token over all layers: inputs of matrix products, norms and activation functions."""
+        """Return the bytes kept of a token by all layers: inputs of products, norms and activations."""
         hidden, wide, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
         whole = 14 * hidden + 5 * wide
         kept: dict[ActivationCheckpointing, int] = {
@@ -80,7 +81,7 @@ class Setting:
 
 
 def by_simple_rule(job: Job, plan: Plan, hardware: Hardware) -> Plan:
-    """Return a candidate plan with its open recomputation and micro-batch decided, where no forecast can choose them."""
+    """Return a candidate plan with recomputation and micro-batch decided, where the job leaves them open."""
     memory_bytes = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     setting = Setting.of(plan) if memory_bytes else None
     decisions = list(plan.decisions)
@@ -141,7 +142,7 @@ def recomputations(plan: Plan) -> tuple[ActivationCheckpointing, ...]:
 
 
 def keeps_freed(live: int, memory_bytes: int) -> bool:
-    """Whether there is room for ranks of a CPU to keep what they free; `live` are the bytes of a rank's tensors at their highest."""
+    """Return whether a CPU's ranks have room to keep what they free. live: their tensors' most bytes."""
     return 0 < ROOMY_TIMES * live <= memory_bytes
 
 

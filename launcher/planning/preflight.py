@@ -1,4 +1,4 @@
-"""Refuse what cannot run before it starts: that does not fit the memory, its checkpoints the disk, or its first steps the time."""
+"""Refuse what cannot run before it starts: for its memory, its checkpoints, or its time limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FORCE = "--force starts it all the same"
 
 
 def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = False, trace: Trace | None = None) -> Forecast | None:
-    """Return the forecast of a plan that is to start now in `directory`; None where nothing is known of its model.
+    """Return the forecast of a plan about to start in `directory`; None where its model is not known.
 
     trace: goes by the model's real class where the formulas do not know it.
     Raises OutOfMemoryError, StorageError or ConfigurationError where it cannot run, unless `force`.
@@ -42,14 +42,15 @@ def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = 
 
 
 def _check_sizes(plan: Plan) -> None:
-    """Raises ConfigurationError where a model is to be loaded whose sizes stand in the job file: its own files say what it is."""
+    """Raise ConfigurationError for sizes in the job file of a model that is loaded: its files say them."""
     if plan.model.config is not None and plan.model.weights == "pretrained":
-        reason = "stands for a model that is not here yet; leave it out where its weights are loaded, or write model.weights: random"
+        ways = "leave it out where its weights are loaded, or write model.weights: random"
+        reason = f"stands for a model that is not here yet; {ways}"
         raise ConfigurationError(Problem("model.config", None, reason))
 
 
 def _check_memory(foreseen: Forecast, per_node: int, assumed: bool) -> None:
-    """Raise OutOfMemoryError with the nearest plan that fits. assumed: nothing says how much memory the nodes have."""
+    """Raise OutOfMemoryError with the nearest plan that fits. assumed: the nodes' memory is."""
     if foreseen.fits:
         return
     suggestions = nearest_that_fit(foreseen, 1, per_node)
@@ -61,8 +62,9 @@ def _check_memory(foreseen: Forecast, per_node: int, assumed: bool) -> None:
     highest = foreseen.footprint.highest
     largest = max(highest.parts, key=lambda kind: highest.parts[kind])
     memory, usable = foreseen.target.memory_bytes, foreseen.target.usable_bytes(plan.mesh.device)
+    most = f"most of it {largest}, {gib(highest.parts[largest])}"
     raise OutOfMemoryError(
-        f"this plan needs {gib(highest.total)} of a rank ({highest.name}; most of it {largest}, {gib(highest.parts[largest])}), "
+        f"this plan needs {gib(highest.total)} of a rank ({highest.name}; {most}), "
         f"and {gib(usable)} of {gib(memory)} can be used; {nearest} (`launcher plan` shows more); {_FORCE}"
     )
 
@@ -79,7 +81,7 @@ def _check_disk(foreseen: Forecast, directory: Path) -> None:
 
 
 def _check_time(foreseen: Forecast) -> None:
-    """Raise ConfigurationError where loading, one step and one save take longer, at the best that the hardware can do."""
+    """Raise ConfigurationError where even loading, one step and one save take longer than the limit."""
     limit = foreseen.plan.slurm.time_limit_minutes
     if limit is None:
         return

@@ -1,4 +1,4 @@
-"""Preview a job before it runs: one plan, here or on GPUs that are not here, with all that is to be shown of it."""
+"""Preview a job before it runs: its plan, here or on GPUs that are not here, with all that is shown of it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def preview_job(
 ) -> Preview:
     """Return the plan of a job on this machine, or on GPUs of the table, and its forecast.
 
-    Raises ConfigurationError for a GPU or a network that the table does not have, and for ranks of this machine beside
-    such a GPU.
+    Raises ConfigurationError for a GPU or a network that the table does not have, and for ranks of this
+    machine beside such a GPU.
     """
     job, per_node = with_network(job, network), GPUS_PER_NODE
     if gpu is None and job.cluster.gpu is None:

@@ -1,4 +1,4 @@
-"""Choose what a job leaves open: candidates are forecast, the fastest that fits is taken, and why the others are not is kept."""
+"""Choose what a job leaves open: forecast the candidates, take the fastest that fits, say why no other."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from launcher.planning.smallest_cluster import Attempt, Offloading, SmallestClus
 from launcher.planning.target import Target, hardware_of, target_here, target_of
 
 WORTH = 0.95
-"""Another cut or engine has to take at most this share of the first one's step: the speed model is not right to the percent."""
+"""What another cut or engine may take of the first one's step: the speed model is off by some percent."""
 NEARLY = 0.98
-"""A smaller micro-batch has to take at most this share of the step of a larger one: kernels like large ones."""
+"""The most that a smaller micro-batch may take of a larger one's step. Kernels like large ones."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def plan_job(
 ) -> Plan:
     """Return the plan of a job: everything that it leaves open is decided, each with its reason.
 
-    nproc: ranks of a node, where they are given. local: it runs on this machine; a plan for other machines is not
-    refused for what this one lacks. trace: judges a model that the formulas do not know by its real class. by_speed:
-    of engines that were both measured here the faster one is taken; without it FSDP goes before DeepSpeed.
+    nproc: ranks of a node, where they are given. local: it runs on this machine; a plan for other machines
+    is not refused for what this one lacks. trace: judges a model that the formulas do not know by its real
+    class. by_speed: of engines that were both measured here the faster is taken; else FSDP goes first.
 
-    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide,
-    packages that are missing.
+    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
+    divide, packages that are missing.
     """
     job = one_a_pass(job)
     hardware = hardware or hardware_of(job, local)
@@ -68,9 +68,10 @@ def plan_job(
 
 
 def _plan_fewest_nodes(request: _Request) -> Plan:
-    """Return the plan for the fewest nodes of the job's range that fit; for the most where none does, or none can be judged.
+    """Return the plan for the fewest nodes of a range that fit; for the most where none does, or is judged.
 
-    Raises ConfigurationError where no number of nodes will do, and for what a site's profile refuses of the most.
+    Raises ConfigurationError where no number of nodes will do, and for what a site's profile refuses of the
+    most.
     """
     job, cluster = request.job, request.job.cluster
     low, high = node_range(cluster.nodes)
@@ -106,7 +107,7 @@ def _plan_fewest_nodes(request: _Request) -> Plan:
 
 
 def _counts_that_divide(job: Job, low: int, high: int) -> list[int]:
-    """Return the numbers of nodes over whose ranks the batch can be cut; all where a node's ranks are not known yet."""
+    """Return the numbers of nodes that the batch can be cut over; all where a node's ranks are open."""
     cluster, batch = job.cluster, job.batch
     ranks = cluster.ranks_per_node if cluster.gpus_per_node in ("auto", 0) else cluster.gpus_per_node
     counts = list(range(low, high + 1))
@@ -117,7 +118,7 @@ def _counts_that_divide(job: Job, low: int, high: int) -> list[int]:
 
 
 def _with_node_range(job: Job, plan: Plan, smallest: SmallestCluster, reason: str) -> Plan:
-    """Return the plan with its number of nodes as a decision; Slurm is asked for so many or more, up to the job's most."""
+    """Return the plan with its nodes as a decision; Slurm is asked for so many up to the job's most."""
     cluster, (low, high) = job.cluster, node_range(job.cluster.nodes)
     if cluster.profile is not None:
         num_gpus = plan.mesh.ranks_per_node if plan.mesh.device == "cuda" else 0
@@ -137,8 +138,8 @@ def _with_node_range(job: Job, plan: Plan, smallest: SmallestCluster, reason: st
 def _plan(request: _Request) -> Plan:
     """Return the plan of a job on as many nodes as it says.
 
-    Where nothing is known of the model or of the device's memory, and where nothing fits, it is what the job begins
-    with, completed by the simple rule.
+    Where nothing is known of the model or of the device's memory, and where nothing fits, it is what the job
+    begins with, completed by the simple rule.
     """
     job = request.job
     first = request.candidate(job)
@@ -166,7 +167,7 @@ def _plan(request: _Request) -> Plan:
 
 
 def _both_engines_measured(plan: Plan, target: Target) -> bool:
-    """Return whether the speed model has both engines' own messages for the plan: between the ranks of one CPU."""
+    """Return whether both engines' messages were measured for the plan: between the ranks of one CPU."""
     if target.gpu is None or plan.mesh.device != "cpu" or plan.mesh.world_size == 1:
         return False
     measured = [{name.partition(" ")[0] for name in kinds} for kinds in target.gpu.engine_seconds.values()]
@@ -184,7 +185,7 @@ class _Fit:
 
 
 class _Search:
-    """The plans of one job on one device that are looked at; those that are not taken are kept with why not."""
+    """The plans of one job that are looked at on one device; of those not taken it is kept why."""
 
     def __init__(self, job: Job, first: Plan, target: Target, trace: Trace | None) -> None:
         """Begin with `first`, the plan of the job's default engine. trace: in place of the formulas."""
@@ -198,7 +199,7 @@ class _Search:
         self.refused.append(Refused(what=what, why=why, reason=reason))
 
     def nothing_is_open(self) -> bool:
-        """Return whether the job says all that is searched; its plan is then taken as it is, whether it fits or not."""
+        """Return whether the job says all that is searched; its plan is then taken as it is, fit or not."""
         job, first = self.job, self.first
         if "auto" in (job.memory.activation_checkpointing, job.batch.micro_batch_size):
             return False
@@ -206,42 +207,48 @@ class _Search:
         return options == 1 and not list(candidates.other_cuts(job, first))
 
     def look_at(self, option: EngineOption, plan: Plan) -> None:
-        """Keep the best plan of an engine option that fits, over its cuts, recomputations and micro-batches.
-
-        `plan` is cut for least memory. Without rates nothing is known of times, and the first cut that fits is taken.
-        """
-        best = self._fastest_pass(plan)
-        cuts = list(candidates.other_cuts(self.job, plan))
-        begun = best.speed if best else None
-        if best is not None and begun is None:
-            cuts = []
-        elif best is not None and begun is not None and begun.exposed * begun.correction < (1 - WORTH) * begun.step:
-            # Other cuts gain what is waited for at most, and what is not computed again: ZeRO-3 can keep less of it.
-            recomputes = set(candidates.recomputations_of(self.job, plan))
-            full = best.plan.activation_checkpointing == "full"
-            cuts = [cut for cut in cuts if full and set(candidates.recomputations_of(self.job, cut.plan)) - recomputes]
+        """Keep the best plan of an engine option that fits. `plan` is its cut of least memory."""
+        best = first = self._fastest_pass(plan)
         taken: Cut | None = None
-        limit = WORTH * begun.step if begun else float("inf")
-        for cut in cuts:
+        limit = WORTH * first.step if first and first.speed else float("inf")
+        for cut in self._cuts_worth_a_look(plan, first):
             other = self._fastest_pass(cut.plan)
             if other is None:
                 continue
             if other.step < limit:
                 best, limit, taken = other, other.step, cut
-            elif begun:
-                ratio = f"{other.step / (begun.step if taken is None else limit):.2f}x the step"
-                gains = taken is None and other.step < begun.step
+            elif first is not None:
+                ratio = f"{other.step / (first.step if taken is None else limit):.2f}x the step"
+                gains = taken is None and other.step < first.step
                 self.refuse(cut_words(cut.plan), "slower", f"{ratio}, not worth its memory" if gains else ratio)
         if best is None:
             return
         decisions: tuple[Decision, ...] = ()
         if taken is not None:
             gain = "what cuts more does not fit"
-            if begun:
-                gain = f"{begun.step / best.step:.2f}x as fast by the speed model, and it fits"
+            if first is not None:
+                gain = f"{first.step / best.step:.2f}x as fast by the speed model, and it fits"
             reason = f"{taken.words}: {gain}"
             decisions = tuple(Decision(key=key, value=value, reason=reason) for key, value in taken.changed.items())
         self.fits.append(_Fit(option, best, decisions))
+
+    def _cuts_worth_a_look(self, plan: Plan, first: Forecast | None) -> list[Cut]:
+        """Return the cuts that may be faster than the one of least memory, or fit where it does not.
+
+        first: the forecast of that one, None where it does not fit. Others gain at most what it waits for,
+        and what it computes again where they need not, as ZeRO-3 can keep less.
+        """
+        cuts = list(candidates.other_cuts(self.job, plan))
+        if first is None:
+            return cuts
+        if first.speed is None:
+            return []  # nothing is known of times
+        if first.speed.exposed * first.speed.correction >= (1 - WORTH) * first.step:
+            return cuts
+        if first.plan.activation_checkpointing != "full":
+            return []
+        own = set(candidates.recomputations_of(self.job, plan))
+        return [cut for cut in cuts if set(candidates.recomputations_of(self.job, cut.plan)) - own]
 
     def _fastest_pass(self, plan: Plan) -> Forecast | None:
         """Return the forecast of the fastest recomputation and micro-batch of a cut; None where none fits.
@@ -269,15 +276,17 @@ class _Search:
         fastest = min(fitting, key=lambda each: each.step, default=None)
         for other in fitting:
             if fastest is not None and other is not fastest and other.speed:
-                passes = f"recompute {other.plan.activation_checkpointing}, {other.plan.batch.micro_batch_size} a pass"
-                self.refuse(f"{cut_words(plan)}, {passes}", "slower", f"{other.step / fastest.step:.2f}x the step")
+                recompute, micro = other.plan.activation_checkpointing, other.plan.batch.micro_batch_size
+                what = f"{cut_words(plan)}, recompute {recompute}, {micro} a pass"
+                self.refuse(what, "slower", f"{other.step / fastest.step:.2f}x the step")
         return fastest
 
     def _fastest_micro_batch(self, plan: Plan, recompute: ActivationCheckpointing) -> tuple[Forecast | None, Forecast | None]:
-        """Return the fastest micro-batch that fits, of nearly equals the largest, and the smallest that was seen not to fit.
+        """Return the fastest micro-batch that fits, of near equals the largest, and the least seen not to.
 
-        Memory grows with it, so that halving finds the largest that fits; but for the largest of all, which is looked
-        at first: where it is all that a rank has, no gradients wait for another pass, and it may need less than smaller ones.
+        Memory grows with the micro-batch, so that halving finds the largest that fits. The largest of all is
+        looked at first: where it is all that a rank has, no gradients wait for another pass, and it may need
+        less than smaller ones.
         """
         sizes = candidates.micro_batches_of(self.job, plan)
         best: Forecast | None = None
@@ -326,14 +335,15 @@ class _Search:
         return plan.model_copy(update={"decisions": tuple(decisions.values()), "refused": tuple(self.refused)})
 
     def _decisions(self, taken: _Fit, gain: float | None) -> list[Decision]:
-        """Return what the search decided, of what the job leaves open. gain: the first engine's step over this one's."""
+        """Return what was decided here. gain: the first engine's step over this one's, where it fits too."""
         job, first, plan = self.job, self.first, taken.forecast.plan
         decisions = []
         if plan.engine != first.engine:
+            name = ENGINE_NAMES[first.engine]
             moved = "" if plan.offload == first.offload else " even with offloading"
-            reason = f"no plan of {ENGINE_NAMES[first.engine]} fits{moved}; this does"
+            reason = f"no plan of {name} fits{moved}; this does"
             if gain:
-                reason = f"{gain:.2f}x as fast as {ENGINE_NAMES[first.engine]}, by what `launcher bench` measured of both"
+                reason = f"{gain:.2f}x as fast as {name}, by what `launcher bench` measured of both"
             decisions.append(Decision(key="parallel.engine", value=plan.engine, reason=reason))
         if job.memory.offload == "auto" and plan.mesh.device == "cuda":
             reason = "all of it fits the GPUs"

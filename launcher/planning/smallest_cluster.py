@@ -1,4 +1,4 @@
-"""Find the fewest nodes, or GPUs, that will do: which number is tried next, and why the others would not do."""
+"""Find the fewest nodes or GPUs that will do: which number is tried next, and why the others will not do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.planning.plan import Plan, Refused, Why
 from launcher.runs import words
 
 Offloading = Literal["never", "where needed", "only"]
-"""What may be offloaded that the job leaves open: nothing; something where nothing fits without; something in any case."""
+"""What may be offloaded where the job leaves it open; `where needed` is where nothing fits without."""
 _NAMED = 8
 """Numbers that are written out of those that are refused for one reason."""
 
@@ -34,7 +34,7 @@ class SmallestCluster:
     """
 
     def __init__(self, counts: Iterable[int] = (), modes: Iterable[Offloading] = (), seconds: float | None = None) -> None:
-        """Begin a search of `counts`, with each of `modes` of offloading in turn; `seconds` is the time until a deadline."""
+        """Begin with the numbers to try, what may be offloaded in each round, and a deadline's seconds."""
         self.counts, self.modes, self.seconds = sorted(counts), tuple(modes), seconds
         self.taken: Attempt | None = None
         self.attempts: list[Attempt] = []

@@ -1,4 +1,4 @@
-"""Suggest what would fit: the plans nearest to one that does not, and what to try once a rank ran out of memory."""
+"""Suggest what would fit: the plans nearest to one that does not, and what to try after out of memory."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Suggestion(NamedTuple):
 def nearest_that_fit(wanted: Forecast, most: int = 4, per_node: int = GPUS_PER_NODE) -> list[Suggestion]:
     """Return the changes of a plan that does not fit after which it does, the smallest first.
 
-    Of each kind of change it is the least that will do: by itself, or with a smaller pass. per_node: the GPUs that a
-    node has.
+    Of each kind of change it is the least that will do: by itself, or with a smaller pass. per_node: the GPUs
+    that a node has.
     """
     suggestions: list[Suggestion] = []
     taken: list[dict[str, object]] = []
@@ -47,7 +47,7 @@ def nearest_that_fit(wanted: Forecast, most: int = 4, per_node: int = GPUS_PER_N
 
 
 def least(wanted: Forecast) -> Forecast:
-    """Return the forecast of the same plan with the least that a pass can take: one sample, all of it computed again."""
+    """Return the plan's forecast with the least that a pass can take: one sample, all computed again."""
     return _instead(wanted, with_batch(wanted.plan, 1, "full")) or wanted
 
 
@@ -81,7 +81,7 @@ def _words(changed: dict[str, object], before: Plan, after: Plan) -> str:
 
 
 def _that_fit(wanted: Forecast, per_node: int) -> Iterator[Forecast]:
-    """Yield plans that fit: after a change of the cut or the pass alone, then after others, with the smaller pass that takes."""
+    """Yield plans that fit: another cut or pass alone, then other changes with the smaller pass they take."""
     plan = wanted.plan
     passes = (with_batch(plan, 1), with_batch(plan, plan.batch.micro_batch_size, "full"), with_batch(plan, 1, "full"))
     for changed in (*_cut_more(plan), *passes):
@@ -101,14 +101,14 @@ def _instead(wanted: Forecast, plan: Plan) -> Forecast | None:
 
 
 def _may_fit(wanted: Forecast, plan: Plan) -> bool:
-    """Return whether another plan is worth a forecast: by the formulas it is quickly known what it needs whatever a pass takes."""
+    """Return whether a plan is worth a forecast: what it needs whatever a pass takes is quickly known."""
     target = wanted.target
     judged = target.memory_bytes and wanted.trace is None
     return not judged or least_bytes(plan) <= target.usable_bytes(plan.mesh.device)
 
 
 def _with_smaller_pass(wanted: Forecast, plan: Plan) -> Forecast | None:
-    """Return the forecast of a plan by itself where it fits, else with the smaller pass that does; None where none does."""
+    """Return a plan's forecast, with a smaller pass where it takes that; None where no pass fits."""
     judged = _instead(wanted, plan)
     if judged is None or judged.fits:
         return judged
@@ -120,7 +120,7 @@ def _with_smaller_pass(wanted: Forecast, plan: Plan) -> Forecast | None:
 
 
 def _larger_changes(plan: Plan, per_node: int) -> Iterator[Iterable[Plan]]:
-    """Yield what may be changed besides the pass, what costs least first; of each kind its plans, the least changed first."""
+    """Yield kinds of changes besides the pass, the cheapest first; of each its plans, the nearest first."""
     yield from ((cut,) for cut in _cut_more(plan))
     yield from ((moved,) for moved in _offloaded(plan))
     mesh = plan.mesh
@@ -158,7 +158,7 @@ def _fully_cut(plan: Plan, replicate: int) -> Plan:
 
 
 def _offloaded(plan: Plan) -> Iterator[Plan]:
-    """Yield the plan with more in the host's memory; where the job leaves that open, it was looked at already."""
+    """Yield the plan with more offloaded; where the job leaves that open, it was looked at already."""
     decided = {decision.key for decision in plan.decisions}
     if plan.mesh.device != "cuda" or plan.offload != "none" or "memory.offload" in decided:
         return
@@ -171,7 +171,7 @@ def _offloaded(plan: Plan) -> Iterator[Plan]:
 
 
 def _on_more(plan: Plan, nodes: int, ranks_per_node: int) -> Plan | None:
-    """Return the plan on more ranks, what was whole on each cut in full over them; None where batch or copies do not divide."""
+    """Return the plan on more ranks, whole copies cut over them; None where batch or copies do not divide."""
     mesh, batch, world_size = plan.mesh, plan.batch, nodes * ranks_per_node
     copies = 1 if plan.sharding == "none" else mesh.replicate
     if batch.global_batch_size % world_size or world_size % copies:
@@ -189,16 +189,16 @@ class Advice:
     """The next thing to try."""
 
     options: str = ""
-    """What to add to `launcher resume RUN`; empty where nothing on this machine helps, or nothing is known to."""
+    """What to add to `launcher resume RUN`; empty where nothing on this machine is known to help."""
     reason: str = ""
     """One clause with the figures; empty where the options speak for themselves."""
 
 
 def less_memory(plan: Plan, hardware: Hardware, peak: int = 0) -> Advice:
-    """Return the cheapest change of the pass that would have fitted, by the formulas where they know the model; else another cut.
+    """Return the cheapest change after which a plan would have fitted: a smaller pass, else another cut.
 
-    peak: bytes that a rank was seen to have, where that was measured. Where the formulas know nothing, the simple rule
-    of `memory.py` decides.
+    peak: bytes that a rank was seen to have, where that was measured. Where the formulas do not know the
+    model, the simple rule of `memory.py` decides.
     """
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     advice = _smaller_pass(plan, hardware, peak) if memory else None
@@ -216,7 +216,7 @@ def less_memory(plan: Plan, hardware: Hardware, peak: int = 0) -> Advice:
 
 
 def _smaller_pass(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
-    """Return the fastest smaller pass that fits; None where the formulas do not know the model, or know of none.
+    """Return the fastest smaller pass that fits; None where none does, or the formulas do not know the model.
 
     Fewer samples at a time cost least, then more recomputation, then both.
     """
@@ -248,13 +248,14 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
 
 
 def _least_needed(plan: Plan, setting: Setting) -> int:
-    """Return the bytes of a rank with the least that a pass can take: one sample, all of it computed again."""
+    """Return the bytes of a rank with one sample a pass, all of it computed again."""
     return setting.states() + setting.of_token("full") * plan.data.max_length
 
 
 def _another_cut(plan: Plan, setting: Setting, hardware: Hardware, memory: int) -> Advice:
     """Return the fewest ranks that hold the training state by the simple rule, or that none do."""
-    have = f"the model and its training state take about {gib(_least_needed(plan, setting))} of a rank, which has {gib(memory)}"
+    needed = f"the model and its training state take about {gib(_least_needed(plan, setting))}"
+    have = f"{needed} of a rank, which has {gib(memory)}"
     world_size = plan.mesh.world_size
     full = replace(setting, shard=world_size, gathered=False)
     if full.states() < setting.states() and _least_needed(plan, full) <= memory * USABLE:
@@ -283,7 +284,7 @@ def _on_so_many(plan: Plan, cut: Setting, hardware: Hardware, have: str) -> Advi
         elsewhere = f"{then}, but {len(hardware.gpus)} GPUs are here: {instead}"
         offloaded = "--set parallel.engine=deepspeed --set parallel.shard=full --set memory.offload=parameters"
     else:
-        # Where the system caps each process, more of them have more; where it does not, they only share what the machine has.
+        # Only where the system caps each process do more of them have more.
         here = bool(hardware.process_bytes) and ranks * cut.states() <= hardware.memory_bytes * USABLE
         instead = "take more nodes, or let ZeRO-3 offload to NVMe (memory.offload_to)"
         elsewhere = f"{then}, which this machine has not: {instead}"

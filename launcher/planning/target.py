@@ -13,7 +13,7 @@ from launcher.planning.slurm import node_memory
 from launcher.runs.machine import Machine
 
 USABLE = {"cuda": 0.95, "cpu": 0.9}
-"""The share of a device's memory that a plan may fill: what the formulas were ever under, and what else lives there."""
+"""The share of a device's memory that a plan may fill; the formulas were never under by what is left."""
 CORES_OF_A_GPU = 8
 """Cores of a node that is not here, for each of its GPUs. Assumed; Slurm is asked for them."""
 NODE_MEMORY = 1 << 40
@@ -37,7 +37,7 @@ class Target:
     correction: float = 1.0
     """What a step takes of what the speed model says, as runs on the same machine have shown."""
     slack: float | None = None
-    """The share of what comes and goes that the allocator kept beside it in runs there; None: it is assumed."""
+    """The share of what comes and goes that the allocator kept beside it in runs there; None: assumed."""
     slack_kind: str = ""
     """The name under which a run of the plan keeps its own slack."""
 
@@ -78,7 +78,7 @@ def target_of_job(job: Job, plan: Plan) -> Target:
 
 
 def hardware_of(job: Job, local: bool) -> Hardware:
-    """Return the hardware of a job's nodes: this machine, or with `local` false the one that the job describes.
+    """Return the hardware of a job's nodes: this machine, or where it is not `local` what the job describes.
 
     Of GPUs that are not here the job has to say which and how many; otherwise this machine stands for a node.
     """
