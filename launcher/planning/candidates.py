@@ -1,13 +1,11 @@
-"""List what a job leaves open, in the order of trying: engine, offload, cut, recomputation, micro-batch."""
+"""List what a job leaves open of engine, offloading and cut, in the order in which they are tried."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.job.schema import ActivationCheckpointing, EngineName, Job, Offload, Sharding
-from launcher.planning.batch import divisors
-from launcher.planning.memory import recomputations, samples_per_pass
+from launcher.job.schema import EngineName, Job, Offload, Sharding
 from launcher.planning.plan import Plan
 from launcher.planning.sharding import STAGES, zeropp
 
@@ -116,17 +114,3 @@ def cut_words(plan: Plan) -> str:
     else:
         name = f"{ENGINE_NAMES[plan.engine]} {plan.sharding}, {plan.mesh.replicate} x {plan.mesh.shard}"
     return name if plan.offload == "none" else f"{name}, {plan.offload} offloaded"
-
-
-def recomputations_of(job: Job, plan: Plan) -> tuple[ActivationCheckpointing, ...]:
-    """Return the recomputations that the job leaves open and the plan's engine can do, the least first."""
-    asked = job.memory.activation_checkpointing
-    return recomputations(plan) if asked == "auto" else (asked,)
-
-
-def micro_batches_of(job: Job, plan: Plan) -> list[int]:
-    """Return the micro-batches that the job leaves open, divisors of a rank's samples, the largest first."""
-    if job.batch.micro_batch_size != "auto":
-        return [job.batch.micro_batch_size]
-    sizes = divisors(plan.batch.micro_batch_size * plan.batch.accumulation_steps)
-    return [size for size in reversed(sizes) if size <= samples_per_pass(plan)]

@@ -9,12 +9,12 @@ from launcher.errors import ConfigurationError
 from launcher.job import profile
 from launcher.job.schema import ActivationCheckpointing, Job, node_range
 from launcher.planning import candidates
-from launcher.planning.batch import with_batch
+from launcher.planning.batch import divisors, with_batch
 from launcher.planning.candidates import ENGINE_NAMES, Cut, EngineOption, cut_words
 from launcher.planning.decide import candidate
 from launcher.planning.forecast import Forecast, Trace, forecast, formulas_know, least_bytes
 from launcher.planning.hardware import Hardware
-from launcher.planning.memory import by_simple_rule, gib, samples_per_pass
+from launcher.planning.memory import by_simple_rule, gib, recomputations, samples_per_pass
 from launcher.planning.plan import Decision, Plan, Refused, Why
 from launcher.planning.sample_layout import one_a_pass
 from launcher.planning.smallest_cluster import Attempt, Offloading, SmallestCluster, offload_modes
@@ -68,7 +68,7 @@ def plan_job(
 
 
 def _plan_fewest_nodes(request: _Request) -> Plan:
-    """Return the plan for the fewest nodes of a range that fit; for the most where none does, or is judged.
+    """Return the plan for the fewest nodes of a range that fit, else for the most that the batch allows.
 
     Raises ConfigurationError where no number of nodes will do, and for what a site's profile refuses of the
     most.
@@ -247,8 +247,8 @@ class _Search:
             return cuts
         if first.plan.activation_checkpointing != "full":
             return []
-        own = set(candidates.recomputations_of(self.job, plan))
-        return [cut for cut in cuts if set(candidates.recomputations_of(self.job, cut.plan)) - own]
+        own = set(self._recomputations(plan))
+        return [cut for cut in cuts if set(self._recomputations(cut.plan)) - own]
 
     def _fastest_pass(self, plan: Plan) -> Forecast | None:
         """Return the forecast of the fastest recomputation and micro-batch of a cut; None where none fits.
@@ -261,7 +261,7 @@ class _Search:
             return None
         fitting: list[Forecast] = []
         too_large: list[Forecast] = []
-        for recompute in candidates.recomputations_of(self.job, plan):
+        for recompute in self._recomputations(plan):
             best, smallest = self._fastest_micro_batch(plan, recompute)
             if best is not None:
                 fitting.append(best)
@@ -288,7 +288,7 @@ class _Search:
         looked at first: where it is all that a rank has, no gradients wait for another pass, and it may need
         less than smaller ones.
         """
-        sizes = candidates.micro_batches_of(self.job, plan)
+        sizes = self._micro_batches(plan)
         best: Forecast | None = None
         too_large: Forecast | None = None
         low, high, middle = 0, len(sizes) - 1, 0
@@ -306,6 +306,19 @@ class _Search:
                 if smaller is not None and smaller.fits and smaller.step < NEARLY * best.step:
                     best = smaller
         return best, too_large
+
+    def _recomputations(self, plan: Plan) -> tuple[ActivationCheckpointing, ...]:
+        """Return what the job leaves open and the plan's engine can do, the least recomputation first."""
+        asked = self.job.memory.activation_checkpointing
+        return recomputations(plan) if asked == "auto" else (asked,)
+
+    def _micro_batches(self, plan: Plan) -> list[int]:
+        """Return what the job leaves open, divisors of a rank's samples, the largest first."""
+        if self.job.batch.micro_batch_size != "auto":
+            return [self.job.batch.micro_batch_size]
+        most = samples_per_pass(plan)
+        sizes = divisors(plan.batch.micro_batch_size * plan.batch.accumulation_steps)
+        return [size for size in reversed(sizes) if size <= most]
 
     def _forecast(self, plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing) -> Forecast | None:
         return forecast(with_batch(plan, micro_batch_size, recompute), self.target, self.trace)
@@ -366,7 +379,7 @@ class _Search:
 
     def _why_no_larger(self, taken: Forecast) -> str:
         """Return why the next larger micro-batch is not taken, in a clause."""
-        plan, sizes = taken.plan, candidates.micro_batches_of(self.job, taken.plan)
+        plan, sizes = taken.plan, self._micro_batches(taken.plan)
         place = sizes.index(plan.batch.micro_batch_size)
         if place == 0:
             return f"more than {samples_per_pass(plan)} are no faster"

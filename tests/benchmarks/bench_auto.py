@@ -27,11 +27,11 @@ from _report import conditions, sentence, table, write
 
 from launcher.job.schema import EngineName, Job
 from launcher.planning.batch import divisors, with_batch
-from launcher.planning.candidates import other_cuts, recomputations_of
+from launcher.planning.candidates import other_cuts
 from launcher.planning.forecast import forecast
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import rates_for
-from launcher.planning.memory import RECOMPUTATIONS, keeps_freed
+from launcher.planning.memory import RECOMPUTATIONS, keeps_freed, recomputations
 from launcher.planning.plan import Plan
 from launcher.planning.search import plan_job
 from launcher.planning.target import USABLE, Target
@@ -85,7 +85,7 @@ def all_plans(job: Job, made: Plan, limit: int) -> list[Plan]:
     """Every plan that the job leaves room for and that fits by the formulas."""
     per_rank, found = made.batch.micro_batch_size * made.batch.accumulation_steps, []
     for variant in (variant for engine in ENGINES[job.parallel.engine] for variant in _variants(job, engine)):
-        for way in recomputations_of(job, variant):
+        for way in recomputations(variant):
             for micro in divisors(per_rank):
                 plan = with_batch(variant, micro, way)
                 said = forecast(plan, Target(limit))
