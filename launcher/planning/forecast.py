@@ -156,7 +156,7 @@ def forecast(plan: Plan, target: Target, trace: Trace | None = None) -> Forecast
         rate = speed(shorter, typical.units, typical.segments(), gpu, target.correction, roomy)
         share = items.mean / length
         rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
-    lasts = duration(plan, rate, estimator.checkpoint_bytes, gpu, target.disk_rate, items, evaluation_items(plan))
+    lasts = duration(plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, evaluation_items(plan))
     return replace(foreseen, speed=rate, duration=lasts, items=items, padded=padded)
 
 
