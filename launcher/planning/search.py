@@ -210,19 +210,19 @@ class _Search:
         """Keep the best plan of an engine option that fits. `plan` is its cut of least memory."""
         best = first = self._fastest_pass(plan)
         taken: Cut | None = None
+        slower: list[Forecast] = []
         limit = WORTH * first.step if first and first.speed else float("inf")
         for cut in self._cuts_worth_a_look(plan, first):
             other = self._fastest_pass(cut.plan)
-            if other is None:
-                continue
-            if other.step < limit:
+            if other is not None and other.step < limit:
                 best, limit, taken = other, other.step, cut
-            elif first is not None:
-                ratio = f"{other.step / (first.step if taken is None else limit):.2f}x the step"
-                gains = taken is None and other.step < first.step
-                self.refuse(cut_words(cut.plan), "slower", f"{ratio}, not worth its memory" if gains else ratio)
+            elif other is not None and first is not None:
+                slower.append(other)
         if best is None:
             return
+        for other in slower:
+            little = ", not worth its memory" if other.step < best.step else ""
+            self.refuse(cut_words(other.plan), "slower", f"{other.step / best.step:.2f}x the step{little}")
         decisions: tuple[Decision, ...] = ()
         if taken is not None:
             gain = "what cuts more does not fit"

@@ -33,7 +33,7 @@ class SmallestCluster:
     Each number that `candidates` yields is either added with its plan or rejected with an error.
     """
 
-    def __init__(self, counts: Iterable[int] = (), modes: Iterable[Offloading] = (), seconds: float | None = None) -> None:
+    def __init__(self, counts: Iterable[int], modes: Iterable[Offloading], seconds: float | None = None) -> None:
         """Begin with the numbers to try, what may be offloaded in each round, and a deadline's seconds."""
         self.counts, self.modes, self.seconds = sorted(counts), tuple(modes), seconds
         self.taken: Attempt | None = None

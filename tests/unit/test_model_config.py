@@ -118,7 +118,7 @@ def test_weights_that_are_loaded_bring_their_own_sizes(tmp_path: Path) -> None:
 
 def test_no_config_anywhere_says_what_to_do(tmp_path: Path) -> None:
     seen = preview_job(load(written(tmp_path, config=None)))
-    assert seen.forecast is None and "write model.config" in str(seen.why_not)
+    assert seen.forecast is None and "write model.config" in str(seen.no_forecast)
     assert forecast(seen.plan, Target()) is None
 
 

@@ -11,15 +11,18 @@ import pytest
 from launcher.cli.forecast import speed_lines
 from launcher.job.schema import Job
 from launcher.planning.batch import with_batch
-from launcher.planning.candidates import other_cuts
+from launcher.planning.candidates import cut_words, other_cuts
 from launcher.planning.compare import scale
+from launcher.planning.decide import candidate
 from launcher.planning.forecast import forecast_here
 from launcher.planning.gpus import gpu_type, on_network
 from launcher.planning.hardware import Hardware
+from launcher.planning.memory import by_simple_rule
 from launcher.planning.plan import Plan
 from launcher.planning.preview import preview_job
 from launcher.planning.search import NEARLY, plan_job
 from launcher.planning.speed import speed
+from launcher.planning.target import hardware_of
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import BERT, LLAMA
 
@@ -87,6 +90,44 @@ def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int,
         mesh, zero = plan.mesh, plan.zero
         assert zero is None or zero.stage == {"full": 3, "gradients": 2, "optimizer": 1}[plan.sharding]
         assert mesh.replicate * mesh.shard == 32 and mesh.reshard_after_forward == (plan.sharding == "full")
+
+
+def test_a_candidate_has_the_least_of_what_is_searched_and_decides_none_of_it(tmp_path: Path) -> None:
+    """So that nothing is decided twice: the search, or the simple rule, decides recomputation and micro-batch."""
+    job, keys = job_of(tmp_path), {"batch.micro_batch_size", "memory.activation_checkpointing"}
+    first = candidate(job, None, hardware_of(job, local=False), local=False)
+    assert (first.batch.micro_batch_size, first.activation_checkpointing) == (1, "full")
+    assert not keys & {decision.key for decision in first.decisions}
+    by_rule = by_simple_rule(job, first, hardware_of(job, local=False))
+    for plan in (by_rule, plan_job(job, local=False)):
+        assert sorted(decision.key for decision in plan.decisions if decision.key in keys) == sorted(keys)
+    said = job.model_copy(
+        update={
+            "batch": job.batch.model_copy(update={"micro_batch_size": 2}),
+            "memory": job.memory.model_copy(update={"activation_checkpointing": "none"}),
+        }
+    )
+    plan = plan_job(said, local=False)
+    assert (plan.batch.micro_batch_size, plan.activation_checkpointing) == (2, "none")
+    assert not keys & {decision.key for decision in plan.decisions}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cluster", "what", "pinned"),
+    [
+        ({"engine": "deepspeed"}, {"nodes": 2, "network": "ethernet100"}, "ZeRO-1", {"shard": "optimizer"}),
+        ({}, {"nodes": 4, "network": "ethernet25"}, "FSDP full, 4 x 8", {"shard": "full", "replicate": 4}),
+        ({}, {"nodes": 2, "network": "ethernet100"}, "FSDP full, 2 x 8", {"shard": "full", "replicate": 2}),
+    ],
+)
+def test_a_slower_cut_is_measured_by_the_plan_that_is_taken(
+    parallel: dict[str, Any], cluster: dict[str, Any], what: str, pinned: dict[str, Any], tmp_path: Path
+) -> None:
+    """By nothing that was looked at on the way to it, nor by the share of it that would have been worth it."""
+    taken, other = (preview_job(job_of(tmp_path, cluster=cluster, parallel=parallel | more)).forecast for more in ({}, pinned))
+    assert taken is not None and other is not None and cut_words(other.plan) == what != cut_words(taken.plan)
+    ratio = f"{other.step / taken.step:.2f}x the step" + (", not worth its memory" if other.step < taken.step else "")
+    assert [each.reason for each in taken.plan.refused if (each.what, each.why) == (what, "slower")] == [ratio]
 
 
 def test_what_the_job_says_is_not_decided(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import yaml
 
 from launcher.cli.forecast import nearest
+from launcher.cli.main import main
 from launcher.job.schema import Job
 from launcher.planning.forecast import Forecast, forecast, forecast_here
 from launcher.planning.gpus import as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
+from launcher.planning.preview import preview_job
 from launcher.planning.search import plan_job
 from launcher.planning.suggestions import changes, least, nearest_that_fit
 from launcher.planning.target import Target
@@ -193,3 +196,24 @@ def test_advice_keeps_what_this_machine_has_shown(tmp_path: Path) -> None:
 def test_nothing_is_named_where_nothing_fits(tmp_path: Path) -> None:
     made = with_memory(on_gpus(pinned(tmp_path, 8)), 1 << 20)
     assert nearest_that_fit(made) == [] and "Nothing near it fits" in nearest(nearest_that_fit(made))
+
+
+def test_the_command_has_what_would_fit_as_text_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = pinned(tmp_path, 8)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    printed = []
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit) as left:
+            main(["plan", str(tmp_path / "job.yaml"), *more])
+        assert not left.value.code
+        printed.append(capsys.readouterr().out)
+    suggestions = json.loads(printed[1])["suggestions"]
+    assert [each["changes"] for each in suggestions] == [each.text for each in nearest_that_fit(on_gpus(job))] != []
+    for each in suggestions:
+        assert f"  {each['changes']}: {each['forecast']}" in printed[0]
+
+
+def test_a_plan_that_fits_has_nothing_suggested(tmp_path: Path) -> None:
+    job = pinned(tmp_path, 8, data={"max_length": 512}, batch={"micro_batch_size": 1})
+    assert on_gpus(job).fits and preview_job(job).suggestions == ()
