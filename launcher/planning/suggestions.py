@@ -231,13 +231,13 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
     fitting: list[tuple[str, Forecast]] = []
     for recompute in dict.fromkeys((plan.activation_checkpointing, "full")):
         for size in sizes:
-            keys = {"batch.micro_batch_size": size, "memory.activation_checkpointing": recompute}
-            changed = [key for key, value in _keys(plan).items() if key in keys and keys[key] != value]
-            other = forecast_here(with_batch(plan, size, recompute), hardware) if changed else None
+            smaller = with_batch(plan, size, recompute)
+            options = " ".join(f"--set {key}={value}" for key, value in changes(plan, smaller).items())
+            other = forecast_here(smaller, hardware) if options else None
             if other is None or not other.fits_host:
                 continue
             if other.footprint.highest.total < expected.total and other.footprint.highest.total <= usable:
-                fitting.append((" ".join(f"--set {key}={keys[key]}" for key in changed), other))
+                fitting.append((options, other))
     if not fitting:
         return None
     options, other = min(fitting, key=lambda pair: pair[1].step)

@@ -13,7 +13,7 @@ from launcher.planning.slurm import node_memory
 from launcher.runs.machine import Machine
 
 USABLE = {"cuda": 0.95, "cpu": 0.9}
-"""The share of a device's memory that a plan may fill; the formulas were never under by what is left."""
+"""What a plan may fill of a device's memory; the rest is what the formulas miss and what else lives there."""
 CORES_OF_A_GPU = 8
 """Cores of a node that is not here, for each of its GPUs. Assumed; Slurm is asked for them."""
 NODE_MEMORY = 1 << 40
