@@ -23,9 +23,9 @@ from launcher.planning.sharding import STAGES, Layout
 def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
     """Return the plan that a job begins with: one engine and its cut of least memory.
 
-    What takes a forecast to choose is not decided: it has one sample a pass, all of it computed again, until
-    `search` chooses. nproc: ranks of a node, where they are given. Not local: it is for other machines, and
-    what this one lacks is no reason to refuse.
+    What takes a forecast to choose is not decided: nothing is offloaded, and a pass is one sample, all of
+    it computed again, until `search` chooses. nproc: ranks of a node, where they are given. Not local: it is
+    for other machines, and what this one lacks is no reason to refuse.
 
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
     divide, packages that are missing.

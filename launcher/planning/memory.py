@@ -14,7 +14,7 @@ from launcher.planning.hardware import Hardware
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Decision, Plan
 
-USABLE = 0.8
+SAFE_SHARE = 0.8
 """The share of a device's memory that the rule counts on; the rest is for what it does not count."""
 STATE_BYTES = {"adamw": 16, "adam": 16, "sgd": 12}
 """Of each parameter: fp32 weight, fp32 gradient and the optimizer's moments."""
@@ -81,10 +81,13 @@ class Setting:
 
 
 def by_simple_rule(job: Job, plan: Plan, hardware: Hardware) -> Plan:
-    """Return a candidate plan with recomputation and micro-batch decided, where the job leaves them open."""
+    """Return a candidate plan with all decided that otherwise takes a forecast, where it is open."""
     memory_bytes = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     setting = Setting.of(plan) if memory_bytes else None
     decisions = list(plan.decisions)
+    if job.memory.offload == "auto" and plan.mesh.device == "cuda":
+        reason = "nothing has to leave the GPUs, as far as is known"
+        decisions.append(Decision(key="memory.offload", value=plan.offload, reason=reason))
     recompute = plan.activation_checkpointing
     if job.memory.activation_checkpointing == "auto":
         recompute, reason = _recomputation(plan, setting, memory_bytes)
@@ -106,7 +109,7 @@ def _recomputation(plan: Plan, setting: Setting | None, memory_bytes: int) -> tu
     if setting is None:
         return "none", "the model's size is not known before it is fetched; write full or selective if memory runs out"
     num_tokens = plan.data.max_length
-    free = int(memory_bytes * USABLE) - setting.states()
+    free = int(memory_bytes * SAFE_SHARE) - setting.states()
     states = f"(states take about {gib(setting.states())} of a rank's {gib(memory_bytes)})"
     for recompute in recomputations(plan):
         kept = setting.of_token(recompute) * num_tokens
@@ -125,7 +128,7 @@ def _largest_pass(plan: Plan, setting: Setting | None, recompute: ActivationChec
     reason = f"more than {TOKENS_PER_PASS[plan.mesh.device]} tokens of a pass are no faster"
     if setting is None:
         return fast, reason
-    free = int(memory_bytes * USABLE) - setting.states()
+    free = int(memory_bytes * SAFE_SHARE) - setting.states()
     fitting = max(1, free // max(1, setting.of_token(recompute) * num_tokens))
     return (fast, reason) if fast <= fitting else (fitting, f"more would not fit into {gib(memory_bytes)}")
 

@@ -10,7 +10,7 @@ from launcher.planning.batch import divisors, largest_divisor, with_batch
 from launcher.planning.candidates import with_cut
 from launcher.planning.forecast import Forecast, forecast, forecast_here, least_bytes
 from launcher.planning.hardware import Hardware
-from launcher.planning.memory import USABLE, Setting, gib
+from launcher.planning.memory import SAFE_SHARE, Setting, gib
 from launcher.planning.plan import Plan
 from launcher.planning.target import GPUS_PER_NODE
 
@@ -210,7 +210,7 @@ def less_memory(plan: Plan, hardware: Hardware, peak: int = 0) -> Advice:
     setting = Setting.of(plan)
     if setting is None or not memory or plan.offload != "none":
         return Advice(smaller)
-    if smaller and _least_needed(plan, setting) <= memory * USABLE:
+    if smaller and _least_needed(plan, setting) <= memory * SAFE_SHARE:
         return Advice(smaller)
     return _another_cut(plan, setting, hardware, memory)
 
@@ -258,16 +258,16 @@ def _another_cut(plan: Plan, setting: Setting, hardware: Hardware, memory: int) 
     have = f"{needed} of a rank, which has {gib(memory)}"
     world_size = plan.mesh.world_size
     full = replace(setting, shard=world_size, gathered=False)
-    if full.states() < setting.states() and _least_needed(plan, full) <= memory * USABLE:
+    if full.states() < setting.states() and _least_needed(plan, full) <= memory * SAFE_SHARE:
         copies = " --set parallel.replicate=1" if plan.mesh.replicate > 1 else ""
         then = f"cut in full over the {world_size} ranks it is {gib(full.states())}"
         return Advice(f"--set parallel.shard=full{copies}", f"{have}; {then}")
     more = [ranks for ranks in divisors(plan.batch.global_batch_size) if ranks > world_size]
     wider = (replace(setting, shard=ranks, gathered=False) for ranks in more)
-    enough = next((cut for cut in wider if _least_needed(plan, cut) <= memory * USABLE), None)
+    enough = next((cut for cut in wider if _least_needed(plan, cut) <= memory * SAFE_SHARE), None)
     if enough is not None:
         return _on_so_many(plan, enough, hardware, have)
-    if _least_needed(plan, setting) <= memory * USABLE:
+    if _least_needed(plan, setting) <= memory * SAFE_SHARE:
         return Advice(reason=f"{have}: by that it should do, and nothing that needs less is left to change")
     most = replace(setting, shard=plan.batch.global_batch_size, gathered=False)
     then = f"cut over {most.shard} ranks, one for each sample of the batch, it is still {gib(most.states())}"
@@ -285,7 +285,7 @@ def _on_so_many(plan: Plan, cut: Setting, hardware: Hardware, have: str) -> Advi
         offloaded = "--set parallel.engine=deepspeed --set parallel.shard=full --set memory.offload=parameters"
     else:
         # Only where the system caps each process do more of them have more.
-        here = bool(hardware.process_bytes) and ranks * cut.states() <= hardware.memory_bytes * USABLE
+        here = bool(hardware.process_bytes) and ranks * cut.states() <= hardware.memory_bytes * SAFE_SHARE
         instead = "take more nodes, or let ZeRO-3 offload to NVMe (memory.offload_to)"
         elsewhere = f"{then}, which this machine has not: {instead}"
         offloaded = ""

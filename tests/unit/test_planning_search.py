@@ -93,8 +93,8 @@ def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int,
 
 
 def test_a_candidate_has_the_least_of_what_is_searched_and_decides_none_of_it(tmp_path: Path) -> None:
-    """So that nothing is decided twice: the search, or the simple rule, decides recomputation and micro-batch."""
-    job, keys = job_of(tmp_path), {"batch.micro_batch_size", "memory.activation_checkpointing"}
+    """So that nothing is decided twice: the search decides it, or the simple rule."""
+    job, keys = job_of(tmp_path), {"batch.micro_batch_size", "memory.activation_checkpointing", "memory.offload"}
     first = candidate(job, None, hardware_of(job, local=False), local=False)
     assert (first.batch.micro_batch_size, first.activation_checkpointing) == (1, "full")
     assert not keys & {decision.key for decision in first.decisions}
@@ -109,7 +109,7 @@ def test_a_candidate_has_the_least_of_what_is_searched_and_decides_none_of_it(tm
     )
     plan = plan_job(said, local=False)
     assert (plan.batch.micro_batch_size, plan.activation_checkpointing) == (2, "none")
-    assert not keys & {decision.key for decision in plan.decisions}
+    assert keys & {decision.key for decision in plan.decisions} == {"memory.offload"}
 
 
 @pytest.mark.parametrize(
