@@ -12,7 +12,9 @@ from launcher.cli.job import JobFile, Overrides
 
 if TYPE_CHECKING:
     from launcher.job.schema import Job
+    from launcher.planning.compare import PlanRow
     from launcher.planning.forecast import Trace
+    from launcher.planning.plan import Refused
     from launcher.planning.preview import Preview
 
 NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
@@ -54,6 +56,7 @@ def plan(
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.job.load import load
+    from launcher.planning.compare import with_prices
     from launcher.planning.preview import preview_job
 
     wanted = load(job, overrides)
@@ -63,7 +66,8 @@ def plan(
         _refuse_of_one_plan({"--nproc": nproc, "--explain": explain, "--picture": drawn}, trace)
         if fewest and scale is not None:
             _refuse_two_questions(scale)
-        _print_several(wanted, gpu, network, scale, (deadline, max_gpus or _MOST) if fewest else None, price, as_json)
+        rows, left_out = _rows(wanted, gpu, network, scale, (deadline, max_gpus or _MOST) if fewest else None)
+        _print_rows(with_prices(rows, price), left_out, fewest, as_json)
         return
     preview = preview_job(wanted, nproc, gpu, network, tracing() if trace else None)
     if picture is not None:
@@ -76,30 +80,25 @@ def plan(
         _print(preview)
 
 
-def _print_several(
-    job: Job,
-    gpu: str | None,
-    network: str | None,
-    scale: str | None,
-    fewest: tuple[str | None, int] | None,
-    prices: list[str],
-    as_json: bool,
-) -> None:
-    """Print plans beside each other. fewest: a deadline and the most GPUs, where the fewest are asked for."""
-    from launcher.cli.output import print_json
-    from launcher.cli.plan_tables import print_rows
+def _rows(
+    job: Job, gpu: str | None, network: str | None, scale: str | None, fewest: tuple[str | None, int] | None
+) -> tuple[list[PlanRow], tuple[Refused, ...] | None]:
+    """Return plans beside each other, and a scale's numbers left out. fewest: a deadline and the most GPUs."""
     from launcher.planning import compare
 
-    left_out = None
     if fewest is not None:
-        rows = compare.fewest_gpus(job, *fewest, gpu, network)
-    elif scale is not None:
-        rows, left_out = compare.scale(job, scale, gpu, network)
-    else:
-        rows = compare.compare(job, gpu, network)
-    rows = compare.with_prices(rows, prices)
+        return compare.fewest_gpus(job, *fewest, gpu, network), None
+    if scale is not None:
+        return compare.scale(job, scale, gpu, network)
+    return compare.compare(job, gpu, network), None
+
+
+def _print_rows(rows: list[PlanRow], left_out: tuple[Refused, ...] | None, fewest: bool, as_json: bool) -> None:
+    from launcher.cli.output import print_json
+    from launcher.cli.plan_tables import print_rows
+
     if not as_json:
-        print_rows(rows, fewest is not None, left_out)
+        print_rows(rows, fewest, left_out)
         return
     beside = {} if left_out is None else {"left_out": [each.model_dump(mode="json") for each in left_out]}
     print_json({"plans": [row.to_dict() for row in rows]} | beside)

@@ -38,6 +38,8 @@ class PlanRow:
     """Of one GPU and hour."""
     why_not: str | None = None
     """Why it will not do, where one was sought that does."""
+    traced: Forecast | None = None
+    """By the model's real class, where that was asked for."""
 
     @property
     def hours(self) -> float | None:
@@ -105,7 +107,8 @@ def plan_on(
     node = node_of(cluster, gpu, ranks)
     pinned = job.model_copy(update={"cluster": cluster.model_copy(update=sizes)})
     plan = plan_job(pinned, None, node, local=False, offloading=offloading, trace=trace)
-    return PlanRow(gpu.key, plan, forecast(plan, Target(gpu.memory_bytes, gpu, node.memory_bytes)))
+    target = Target(gpu.memory_bytes, gpu, node.memory_bytes)
+    return PlanRow(gpu.key, plan, forecast(plan, target), traced=forecast(plan, target, trace) if trace else None)
 
 
 def _gpus_per_node(job: Job) -> int:

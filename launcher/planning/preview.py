@@ -8,12 +8,12 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.planning.compare import gpu_types, plan_on, with_network
 from launcher.planning.epochs import why_no_items
-from launcher.planning.forecast import Forecast, Trace, forecast, forecast_here, why_not
+from launcher.planning.forecast import Forecast, Trace, forecast, why_not
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.planning.search import plan_job
 from launcher.planning.suggestions import Suggestion, nearest_that_fit
-from launcher.planning.target import GPUS_PER_NODE, Target, node_of
+from launcher.planning.target import GPUS_PER_NODE, target_here
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,17 @@ def preview_job(
     machine beside such a GPU.
     """
     job, per_node = with_network(job, network), GPUS_PER_NODE
-    traced = None
     if gpu is None and job.cluster.gpu is None:
         hardware = Hardware.detect()
         plan, per_node = plan_job(job, nproc, hardware, trace=trace), len(hardware.gpus)
-        foreseen = forecast_here(plan, hardware, job.cluster.network)
-        if trace:
-            traced = forecast_here(plan, hardware, job.cluster.network, trace)
+        target = target_here(plan, hardware, job.cluster.network)
+        foreseen, traced = forecast(plan, target), forecast(plan, target, trace) if trace else None
     else:
         if nproc is not None:
             raise ConfigurationError(_ranks_of_this_machine(job, nproc, gpu))
         [kind] = gpu_types(job, gpu)
         row = plan_on(job, kind, trace=trace)
-        plan, foreseen = row.plan, row.forecast
-        if trace:
-            node = node_of(job.cluster, kind, plan.mesh.ranks_per_node)
-            traced = forecast(plan, Target(kind.memory_bytes, kind, node.memory_bytes), trace)
+        plan, foreseen, traced = row.plan, row.forecast, row.traced
     shown = traced or foreseen
     suggestions = nearest_that_fit(shown, per_node=per_node) if shown and not shown.fits else []
     no_forecast = None if foreseen else why_not(plan)

@@ -64,7 +64,7 @@ def plan_job(
     hardware = hardware or hardware_of(job, local)
     request = _Request(job, nproc, hardware, local, offloading, trace, by_speed)
     low, high = node_range(job.cluster.nodes)
-    return _plan_fewest_nodes(request) if low < high and not local else _plan(request)
+    return _plan_fewest_nodes(request) if low < high and not local else _best_plan(request)
 
 
 def _plan_fewest_nodes(request: _Request) -> Plan:
@@ -79,7 +79,7 @@ def _plan_fewest_nodes(request: _Request) -> Plan:
 
     def on(count: int, offloading: Offloading) -> Plan:
         pinned = job.model_copy(update={"cluster": cluster.model_copy(update={"nodes": count})})
-        return _plan(replace(request, job=pinned, offloading=offloading))
+        return _best_plan(replace(request, job=pinned, offloading=offloading))
 
     smallest = SmallestCluster(counts, offload_modes(job, request.offloading))
     for count, offloading in smallest.candidates():
@@ -135,7 +135,7 @@ def _with_node_range(job: Job, plan: Plan, smallest: SmallestCluster, reason: st
     return plan.model_copy(update=changes)
 
 
-def _plan(request: _Request) -> Plan:
+def _best_plan(request: _Request) -> Plan:
     """Return the plan of a job on as many nodes as it says.
 
     Where nothing is known of the model or of the device's memory, and where nothing fits, it is what the job

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.planning.compare import fewest_gpus, scale
 from launcher.planning.forecast import forecast
@@ -19,6 +19,7 @@ from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
 from launcher.planning.preview import preview_job
 from launcher.planning.search import plan_job
+from launcher.planning.smallest_cluster import SmallestCluster, refused_numbers
 from launcher.planning.target import Target
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.opening import fit_to_nodes, open_run
@@ -216,3 +217,19 @@ def test_going_on_in_a_range_keeps_engine_and_cut_and_never_copies_alone(tmp_pat
     write_plan(run, zero)
     kept = open_run(tmp_path / "job.yaml", ["checkpoint.keep_last=6"], None, tmp_path / "run", local=False)[1]
     assert (kept.engine, kept.sharding) == ("deepspeed", "gradients")
+
+
+def test_numbers_with_one_reason_are_said_together_and_many_of_them_in_short() -> None:
+    few, many = refused_numbers({("too late", "2 h"): [1], ("does not fit", "80 GiB"): [*range(2, 12)], ("slower", ""): []}, "node")
+    assert (few.what, few.why, few.reason) == ("1 node", "too late", "2 h")
+    assert many.what == "2, 3, 4, 5, 6, 7, 8, ..., 11 nodes"
+
+
+def test_what_is_not_possible_is_not_tried_again_with_offloading() -> None:
+    smallest, tried = SmallestCluster([4, 1, 2], ("never", "only")), []
+    for count, offloading in smallest.candidates():
+        tried.append((count, offloading))
+        smallest.reject(count, ConfigurationError(Problem("parallel.replicate", 4, "does not divide")))
+    assert tried == [(1, "never"), (2, "never"), (4, "never")]
+    assert smallest.hopeless is not None and "does not divide" in str(smallest.hopeless)
+    assert [(each.what, each.why) for each in smallest.refused("GPU")] == [("1, 2, 4 GPUs", "not possible")]
