@@ -83,7 +83,7 @@ def plan(
 def _rows(
     job: Job, gpu: str | None, network: str | None, scale: str | None, fewest: tuple[str | None, int] | None
 ) -> tuple[list[PlanRow], tuple[Refused, ...] | None]:
-    """Return plans beside each other, and a scale's numbers left out. fewest: a deadline and the most GPUs."""
+    """Return plans beside each other, and a scale's numbers left out. fewest: deadline and most GPUs."""
     from launcher.planning import compare
 
     if fewest is not None:
