@@ -64,8 +64,6 @@ def plan(
     if fewest or scale is not None or price or (gpu is not None and "," in gpu):
         drawn = None if picture is None else str(picture)
         _refuse_of_one_plan({"--nproc": nproc, "--explain": explain, "--picture": drawn}, trace)
-        if fewest and scale is not None:
-            _refuse_two_questions(scale)
         rows, left_out = _rows(wanted, gpu, network, scale, (deadline, max_gpus or _MOST) if fewest else None)
         _print_rows(with_prices(rows, price), left_out, fewest, as_json)
         return
@@ -83,9 +81,16 @@ def plan(
 def _rows(
     job: Job, gpu: str | None, network: str | None, scale: str | None, fewest: tuple[str | None, int] | None
 ) -> tuple[list[PlanRow], tuple[Refused, ...] | None]:
-    """Return plans beside each other, and a scale's numbers left out. fewest: deadline and most GPUs."""
+    """Return plans beside each other, and a scale's numbers left out. fewest: deadline and most GPUs.
+
+    Raises ConfigurationError where it is asked for the fewest GPUs and for every number of them.
+    """
+    from launcher.errors import ConfigurationError, Problem
     from launcher.planning import compare
 
+    if fewest is not None and scale is not None:
+        reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest"
+        raise ConfigurationError(Problem("--scale", scale, f"{reason}; leave one of them out"))
     if fewest is not None:
         return compare.fewest_gpus(job, *fewest, gpu, network), None
     if scale is not None:
@@ -151,14 +156,6 @@ def _explain(preview: Preview, key: str, as_json: bool) -> None:
     refused = preview.plan.refused if key.startswith(SEARCHED) else ()
     beside = {"refused": [each.model_dump(mode="json") for each in refused]}
     print_json(decision_of(preview.plan, key).model_dump(mode="json") | beside)
-
-
-def _refuse_two_questions(scale: str) -> None:
-    """Raise ConfigurationError, as it was asked for the fewest GPUs and for every number of them."""
-    from launcher.errors import ConfigurationError, Problem
-
-    reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest; leave one of them out"
-    raise ConfigurationError(Problem("--scale", scale, reason))
 
 
 def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool) -> None:

@@ -22,7 +22,7 @@ class Suggestion(NamedTuple):
     """A plan that fits in place of one that does not."""
 
     text: str
-    """What to write: `parallel.shard: full`."""
+    """What to write, and in brackets what it costs: `cluster.nodes: 2 (16 ranks)`."""
     forecast: Forecast
 
 
@@ -40,7 +40,11 @@ def nearest_that_fit(wanted: Forecast, most: int = 4, per_node: int = GPUS_PER_N
         if any(smaller.items() <= changed.items() for smaller in taken):
             continue
         taken.append(changed)
-        suggestions.append(Suggestion(_words(changed, wanted.plan, other.plan), other))
+        num_ranks = other.plan.mesh.world_size
+        remarks = [f"{num_ranks} ranks"] if num_ranks != wanted.plan.mesh.world_size else []
+        remarks += ["slower: it crosses PCIe every step"] if "memory.offload" in changed else []
+        text = ", ".join(f"{key}: {value}" for key, value in changed.items())
+        suggestions.append(Suggestion(f"{text} ({'; '.join(remarks)})" if remarks else text, other))
         if len(suggestions) == most:
             break
     return suggestions
@@ -70,14 +74,6 @@ def _keys(plan: Plan) -> dict[str, object]:
         "batch.micro_batch_size": plan.batch.micro_batch_size,
         "memory.activation_checkpointing": plan.activation_checkpointing,
     }
-
-
-def _words(changed: dict[str, object], before: Plan, after: Plan) -> str:
-    """Return what to write to come from one plan to another, and what it costs."""
-    remarks = [f"{after.mesh.world_size} ranks"] if after.mesh.world_size != before.mesh.world_size else []
-    remarks += ["slower: it crosses PCIe every step"] if "memory.offload" in changed else []
-    text = ", ".join(f"{key}: {value}" for key, value in changed.items())
-    return f"{text} ({'; '.join(remarks)})" if remarks else text
 
 
 def _that_fit(wanted: Forecast, per_node: int) -> Iterator[Forecast]:
