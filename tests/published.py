@@ -15,6 +15,7 @@ from launcher.job.schema import ActivationCheckpointing, Offload
 from launcher.planning.forecast import Forecast, forecast
 from launcher.planning.gpus import gpu_type
 from launcher.planning.plan import Plan
+from launcher.planning.target import Target
 from tests.training.plans import deepspeed, plan_of
 
 TITAN_A100 = "torchtitan docs/performance.md, 2024: FSDP2 on 64 A100 80 GB"
@@ -168,7 +169,7 @@ def plan_of_case(case: Published, directory: Path) -> Plan:
 def forecast_of(case: Published, directory: Path) -> Forecast:
     """What the planner says of it."""
     gpu = gpu_type(case.gpu)
-    said = forecast(plan_of_case(case, directory), gpu.memory_bytes, gpu)
+    said = forecast(plan_of_case(case, directory), Target(gpu.memory_bytes, gpu))
     assert said is not None
     return said
 
@@ -184,7 +185,7 @@ def model_states(stage: int, num_gpus: int, directory: Path) -> float:
         directory, num_gpus, mesh__device="cuda", precision="bf16", activation_checkpointing="full", batch__global_batch_size=num_gpus,
         batch__micro_batch_size=1, data__max_length=1024, **engine,
     )  # fmt: skip
-    said = forecast(plan, 0)
+    said = forecast(plan, Target())
     assert said is not None
     steady = next(phase for phase in said.footprint.phases if phase.name == "steady step")
     return sum(steady.parts[kind] for kind in ("parameters", "gradients", "optimizer state")) / 1e9

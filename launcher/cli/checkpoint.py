@@ -222,8 +222,8 @@ def _to_import_into(
     """The run that is there, or the one that a job would begin; nothing is written yet."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.job.load import load
-    from launcher.planning.decide import plan as decide
     from launcher.planning.plan import Plan
+    from launcher.planning.search import plan_job
     from launcher.runs.layout import RunDirectory
     from launcher.training.checkpoint.foreign_import import refuse_used
 
@@ -240,4 +240,4 @@ def _to_import_into(
     fresh = RunDirectory((run_dir or Path("runs") / loaded.name).absolute())
     if fresh.plan_file.exists():
         raise ConfigurationError(Problem("--run-dir", str(fresh.path), "holds a run already; name it as RUN, without --job"))
-    return fresh, decide(loaded, nproc)
+    return fresh, plan_job(loaded, nproc)

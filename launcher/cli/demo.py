@@ -151,7 +151,7 @@ def _job(directory: Path, model: Path, num_steps: int) -> Path:
 
 def _plan(job_file: Path, path: Path) -> tuple[RunDirectory, Plan]:
     """What `launcher run` does before it starts ranks."""
-    from launcher.cli.plan import table
+    from launcher.cli.plan_tables import table
     from launcher.scheduling.opening import open_run
 
     run, plan = open_run(job_file, [], None, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from launcher.planning.memory import gib
@@ -9,68 +10,74 @@ from launcher.runs.words import duration
 
 if TYPE_CHECKING:
     from launcher.planning.forecast import Forecast
+    from launcher.planning.suggestions import Suggestion
 
 WIDTH = 48
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
 _COLOURS = ("#4e79a7", "#59a14f", "#e15759", "#f28e2b", "#edc948", "#b07aa1", "#76b7b2", "#ff9da7", "#9c755f", "#bab0ac", "#d3d3d3")
 
 
-def bars(made: Forecast) -> str:
-    """Stacked bars of memory by phase, with what the signs stand for."""
-    kinds = _kinds(made)
-    longest = max([phase.total for phase in made.footprint.phases] + [made.memory_bytes])
+def bars(forecast: Forecast) -> str:
+    """Return stacked bars of memory by phase, with what the signs stand for."""
+    phases, highest, memory = forecast.footprint.phases, forecast.footprint.highest, forecast.target.memory_bytes
+    signs = {kind: _SIGNS[number % len(_SIGNS)] for number, kind in enumerate(_kinds(forecast))}
+    longest = max([phase.total for phase in phases] + [memory])
     lines = ["", "Memory of a rank, by phase:"]
-    for phase in made.footprint.phases:
-        bar = "".join(sign * round(WIDTH * phase.parts.get(kind, 0) / longest) for kind, sign in kinds.items())
+    for phase in phases:
+        bar = "".join(sign * round(WIDTH * phase.parts.get(kind, 0) / longest) for kind, sign in signs.items())
         host = f", {gib(phase.host)} of the host's" if phase.host else ""
         lines.append(f"  {phase.name:12} {bar:{WIDTH}} {gib(phase.total):>9}{host}")
-    highest = made.footprint.highest
-    lines.append("  " + "  ".join(f"{sign} {kind} {gib(highest.parts[kind])}" for kind, sign in kinds.items() if highest.parts.get(kind)))
-    if made.memory_bytes:
-        lines.append(f"  {'fits' if made.fits else 'does NOT fit'}: {made.line()}")
+    shown = {kind: size for kind in signs if (size := highest.parts.get(kind))}
+    lines.append("  " + "  ".join(f"{signs[kind]} {kind} {gib(size)}" for kind, size in shown.items()))
+    if memory:
+        lines.append(f"  {'fits' if forecast.fits else 'does NOT fit'}: {forecast.line()}")
     return "\n".join(lines)
 
 
-def _kinds(made: Forecast) -> dict[str, str]:
-    names = dict.fromkeys(kind for phase in made.footprint.phases for kind in phase.parts)
-    return {kind: _SIGNS[number % len(_SIGNS)] for number, kind in enumerate(names)}
+def _kinds(forecast: Forecast) -> list[str]:
+    return list(dict.fromkeys(kind for phase in forecast.footprint.phases for kind in phase.parts))
 
 
-def compared(traced: Forecast, formulas: Forecast | None, why_not: str | None) -> str:
-    """What the formulas say beside a trace, in a line, or why they say nothing."""
+def beside_trace(traced: Forecast, formulas: Forecast | None, no_forecast: str | None) -> str:
+    """Return what the formulas say beside a trace, in a line, or why they say nothing."""
     if formulas is None:
-        return f"  traced from the model's own class; {why_not}"
+        return f"  traced from the model's own class; {no_forecast}"
     ours, theirs = traced.footprint.phase("steady step").peak, formulas.footprint.phase("steady step").peak
-    return f"  traced from the model's own class; of a steady step the formulas say {gib(theirs)}, {theirs / ours - 1:+.1%}"
+    difference = f"{gib(theirs)}, {theirs / ours - 1:+.1%}"
+    return f"  traced from the model's own class; of a steady step the formulas say {difference}"
 
 
-def speed_lines(made: Forecast) -> str:
-    """Step time and rates, where they are known."""
-    from launcher.planning.epochs import why_no_items
-
-    s = made.speed
-    if s is None:
+def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
+    """Return step time and rates, where they are known. no_epoch: why nothing is known of an epoch."""
+    speed, items = forecast.speed, forecast.items
+    if speed is None:
         return ""
-    on_cpu = made.plan.mesh.device == "cpu"
-    messages = f"{_seconds(s.communication)} of messages ({_seconds(s.exposed)} of them waited for)"
-    parts = f"{_seconds(s.compute)} computing, {messages}, {_seconds(s.optimizer)} optimizer"
-    learnt = f", x{s.correction:.2f} as runs here took" if s.correction != 1 else ""
-    share = f"{s.utilisation:.0%} of the " + ("processors' measured rate" if on_cpu else "GPUs' peak (MFU)")
-    lines = [f"  a step       {_seconds(s.step)}: {parts}{learnt}", f"  rate         {s.tokens_per_second:,.0f} tokens/s, {share}"]
-    if d := made.duration:
-        saves = f"{d.saving:.1f} s for {_several(d.num_saves, 'checkpoint')} of {gib(made.checkpoint_bytes)}"
-        evaluations = f", {d.evaluating:.1f} s for {_several(d.num_evaluations, 'evaluation')}" if d.num_evaluations else ""
-        waiting = f"{d.data * d.num_steps:.1f} s for data, {saves}{evaluations}"
-        hours = f"{d.total / 3600 * made.plan.mesh.world_size:,.1f} {'rank' if on_cpu else 'GPU'}-hours"
-        lines += [
-            f"  waiting      {waiting}: {1 - d.num_steps * d.step / d.total:.1%}",
-            f"  to the end   {duration(d.total)}, {hours}, for {d.num_steps:,} steps",
-        ]
-    if made.items:
-        lines.insert(0, f"  an epoch     {made.items.words()}")
-    elif why_not := why_no_items(made.plan):
-        lines.insert(0, f"  an epoch     is not known: {why_not}")
-    return "\n".join(["", _of_which_samples(made), *lines])
+    on_cpu = forecast.plan.mesh.device == "cpu"
+    heading = "Speed, were every sample as long as it may be:"
+    if forecast.padded is not None and items is not None:
+        padding = f", padded to {forecast.padded:.0f}" if forecast.padded > items.mean else ""
+        heading = f"Speed, of samples of {items.mean:.0f} tokens{padding}:"
+    lines = ["", heading]
+    if items:
+        lines.append(f"  an epoch     {items.words()}")
+    elif no_epoch:
+        lines.append(f"  an epoch     is not known: {no_epoch}")
+    messages = f"{_seconds(speed.communication)} of messages ({_seconds(speed.exposed)} of them waited for)"
+    parts = f"{_seconds(speed.compute)} computing, {messages}, {_seconds(speed.optimizer)} optimizer"
+    learnt = f", x{speed.correction:.2f} as runs here took" if speed.correction != 1 else ""
+    share = f"{speed.utilisation:.0%} of the " + ("processors' measured rate" if on_cpu else "GPUs' peak (MFU)")
+    lines.append(f"  a step       {_seconds(speed.step)}: {parts}{learnt}")
+    lines.append(f"  rate         {speed.tokens_per_second:,.0f} tokens/s, {share}")
+    if whole := forecast.duration:
+        waiting = f"{whole.data * whole.num_steps:.1f} s for data"
+        saves = f"{_several(whole.num_saves, 'checkpoint')} of {gib(forecast.checkpoint_bytes)}"
+        waiting += f", {whole.saving:.1f} s for {saves}"
+        if whole.num_evaluations:
+            waiting += f", {whole.evaluating:.1f} s for {_several(whole.num_evaluations, 'evaluation')}"
+        hours = f"{whole.total / 3600 * forecast.plan.mesh.world_size:,.1f} {'rank' if on_cpu else 'GPU'}-hours"
+        lines.append(f"  waiting      {waiting}: {1 - whole.num_steps * whole.step / whole.total:.1%}")
+        lines.append(f"  to the end   {duration(whole.total)}, {hours}, for {whole.num_steps:,} steps")
+    return "\n".join(lines)
 
 
 def _seconds(seconds: float) -> str:
@@ -81,48 +88,37 @@ def _several(number: int, name: str) -> str:
     return f"{number:,} {name}{'s' * (number > 1)}"
 
 
-def _of_which_samples(made: Forecast) -> str:
-    if made.padded is None or made.items is None:
-        return "Speed, were every sample as long as it may be:"
-    padding = f", padded to {made.padded:.0f}" if made.padded > made.items.mean else ""
-    return f"Speed, of samples of {made.items.mean:.0f} tokens{padding}:"
-
-
-def advice(made: Forecast, per_node: int | None = None) -> str:
-    """Where a plan does not fit: the nearest that do, and what each costs. `per_node`: GPUs that a node has, where that is known."""
-    if made.fits:
-        return ""
-    from launcher.planning.nearest import PER_NODE, nearest_that_fit
-
-    found = nearest_that_fit(made, per_node=PER_NODE if per_node is None else per_node)
-    if not found:
-        return "\nNothing near it fits: take a smaller model, other GPUs, or DeepSpeed with memory.offload_to on NVMe."
-    lines = [f"  {words}: {other.line()}" for words, other in found]
+def nearest(suggestions: Sequence[Suggestion]) -> str:
+    """Return the nearest plans that fit in place of one that does not, with what each needs."""
+    if not suggestions:
+        ways = "take a smaller model, other GPUs, or DeepSpeed with memory.offload_to on NVMe"
+        return f"\nNothing near it fits: {ways}."
+    lines = [f"  {suggestion.text}: {suggestion.forecast.line()}" for suggestion in suggestions]
     return "\n".join(["", "The nearest plans that fit:", *lines])
 
 
-def picture(made: Forecast) -> str:
-    """The bars as an SVG."""
-    kinds = list(_kinds(made))
-    longest = max([phase.total for phase in made.footprint.phases] + [made.memory_bytes])
-    rows, height = [], 26 * len(made.footprint.phases) + 20 * len(kinds) + 60
-    for number, phase in enumerate(made.footprint.phases):
+def picture(forecast: Forecast) -> str:
+    """Return the bars as an SVG."""
+    phases, memory, kinds = forecast.footprint.phases, forecast.target.memory_bytes, _kinds(forecast)
+    longest = max([phase.total for phase in phases] + [memory])
+    colours = {kind: _COLOURS[number % len(_COLOURS)] for number, kind in enumerate(kinds)}
+    bottom = 26 * len(phases) + 20
+    rows, height = [], bottom + 20 * len(kinds) + 40
+    for number, phase in enumerate(phases):
         left, top = 120.0, 20 + 26 * number
         rows.append(f'<text x="110" y="{top + 14}" text-anchor="end">{phase.name}</text>')
-        for kind in kinds:
+        for kind, colour in colours.items():
             width = 500 * phase.parts.get(kind, 0) / longest
-            colour = _COLOURS[kinds.index(kind) % len(_COLOURS)]
-            rows.append(f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="18" fill="{colour}"><title>{kind}</title></rect>')
+            rectangle = f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="18" fill="{colour}">'
+            rows.append(f"{rectangle}<title>{kind}</title></rect>")
             left += width
         rows.append(f'<text x="{left + 6:.1f}" y="{top + 14}">{gib(phase.total)}</text>')
-    if made.memory_bytes:
-        x = 120 + 500 * made.memory_bytes / longest
-        rows.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{26 * len(made.footprint.phases) + 20}" stroke="black" stroke-dasharray="4"/>'
-        )
-    for number, kind in enumerate(kinds):
-        y = 26 * len(made.footprint.phases) + 40 + 20 * number
-        rows.append(f'<rect x="120" y="{y}" width="12" height="12" fill="{_COLOURS[number % len(_COLOURS)]}"/>')
+    if memory:
+        x = 120 + 500 * memory / longest
+        rows.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{bottom}" stroke="black" stroke-dasharray="4"/>')
+    for number, (kind, colour) in enumerate(colours.items()):
+        y = bottom + 20 + 20 * number
+        rows.append(f'<rect x="120" y="{y}" width="12" height="12" fill="{colour}"/>')
         rows.append(f'<text x="138" y="{y + 11}">{kind}</text>')
     style = 'font-family="sans-serif" font-size="13"'
     body = "\n".join(rows)

@@ -23,11 +23,11 @@ def parity(
 ) -> None:
     """Train a few steps under every engine and compare losses and gradient norms."""
     from launcher.job.load import load
-    from launcher.planning.decide import plan as decide
+    from launcher.planning.search import plan_job
     from launcher.scheduling.parity import TOLERANCE, outcomes
     from launcher.scheduling.screen import Watcher
 
-    tolerance = TOLERANCE[decide(load(job, overrides), nproc).precision]
+    tolerance = TOLERANCE[plan_job(load(job, overrides), nproc).precision]
     found: list[Outcome] = []
     for outcome in outcomes(job, nproc, steps, overrides, Watcher()):
         found.append(outcome)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +12,10 @@ from launcher.cli.job import JobFile, Overrides
 
 if TYPE_CHECKING:
     from launcher.job.schema import Job
+    from launcher.planning.compare import PlanRow
     from launcher.planning.forecast import Trace
-    from launcher.planning.outlook import Outlook
-    from launcher.planning.plan import Decision, Plan, Refused
-    from launcher.planning.rows import Row
+    from launcher.planning.plan import Refused
+    from launcher.planning.preview import Preview
 
 NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -24,10 +23,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _MOST = 1024
 """GPUs that are looked at where the command does not say."""
-_SHOWN = 5
-"""Plans of a kind that are shown of those that were not taken."""
-_SEARCHED = ("parallel.", "memory.", "cluster.nodes")
-"""How keys begin whose values were chosen beside others."""
 
 Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")]
 MostGpus = Annotated[int | None, typer.Option("--max-gpus", min=1, help="The fewest GPUs that fit, at most so many (1024).")]
@@ -61,109 +56,122 @@ def plan(
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.job.load import load
-    from launcher.planning.outlook import look
-    from launcher.planning.rows import priced
+    from launcher.planning.compare import with_prices
+    from launcher.planning.preview import preview_job
 
     wanted = load(job, overrides)
-    sought = (deadline, max_gpus or _MOST) if deadline is not None or max_gpus is not None else None
-    if sought or scale is not None or price or (gpu is not None and "," in gpu):
+    fewest = deadline is not None or max_gpus is not None
+    if fewest or scale is not None or price or (gpu is not None and "," in gpu):
         drawn = None if picture is None else str(picture)
         _refuse_of_one_plan({"--nproc": nproc, "--explain": explain, "--picture": drawn}, trace)
-        rows, left_out = _several(wanted, gpu, network, scale, sought)
-        _show(priced(rows, price), left_out, sought is not None, as_json)
+        rows, left_out = _rows(wanted, gpu, network, scale, (deadline, max_gpus or _MOST) if fewest else None)
+        _print_rows(with_prices(rows, price), left_out, fewest, as_json)
         return
-    seen = look(wanted, nproc, gpu, network, tracing() if trace else None)
+    preview = preview_job(wanted, nproc, gpu, network, tracing() if trace else None)
     if picture is not None:
-        _draw(picture, seen)
+        _draw(picture, preview)
     if explain is not None:
-        _explain(seen.plan, explain, as_json)
+        _explain(preview, explain, as_json)
     elif as_json:
-        _print_as_json(seen, trace)
+        _print_as_json(preview, trace)
     else:
-        _print(seen, trace)
+        _print(preview)
 
 
-def _several(
-    job: Job, gpu: str | None, network: str | None, scale: str | None, sought: tuple[str | None, int] | None
-) -> tuple[list[Row], list[Refused] | None]:
-    """Plans beside each other, and the numbers of a scale that are left out; `sought` are a deadline and the most GPUs."""
-    from launcher.planning import fewest_gpus, outlook
+def _rows(
+    job: Job, gpu: str | None, network: str | None, scale: str | None, fewest: tuple[str | None, int] | None
+) -> tuple[list[PlanRow], tuple[Refused, ...] | None]:
+    """Return plans beside each other, and a scale's numbers left out. fewest: deadline and most GPUs.
 
-    if sought is not None and scale is not None:
-        _one_question(scale)
-    if sought is not None:
-        return fewest_gpus.in_time(job, *sought, gpu, network), None
-    if scale is None:
-        return outlook.compare(job, gpu, network), None
-    left_out: list[Refused] = []
-    return outlook.scaled(job, scale, gpu, network, left_out), left_out
+    Raises ConfigurationError where it is asked for the fewest GPUs and for every number of them.
+    """
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.planning import compare
+
+    if fewest is not None and scale is not None:
+        reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest"
+        raise ConfigurationError(Problem("--scale", scale, f"{reason}; leave one of them out"))
+    if fewest is not None:
+        return compare.fewest_gpus(job, *fewest, gpu, network), None
+    if scale is not None:
+        return compare.scale(job, scale, gpu, network)
+    return compare.compare(job, gpu, network), None
 
 
-def _show(rows: list[Row], left_out: list[Refused] | None, sought: bool, as_json: bool) -> None:
-    from launcher.cli.comparing import show
+def _print_rows(rows: list[PlanRow], left_out: tuple[Refused, ...] | None, fewest: bool, as_json: bool) -> None:
     from launcher.cli.output import print_json
+    from launcher.cli.plan_tables import print_rows
 
     if not as_json:
-        show(rows, sought, left_out)
+        print_rows(rows, fewest, left_out)
         return
-    beside = {} if left_out is None else {"left_out": [one.model_dump(mode="json") for one in left_out]}
+    beside = {} if left_out is None else {"left_out": [each.model_dump(mode="json") for each in left_out]}
     print_json({"plans": [row.to_dict() for row in rows]} | beside)
 
 
-def _print(seen: Outlook, trace: bool) -> None:
-    from launcher.cli.forecast import advice, bars, compared, speed_lines
+def _print(preview: Preview) -> None:
+    from launcher.cli.forecast import bars, beside_trace, nearest, speed_lines
+    from launcher.cli.plan_tables import table
 
-    made = seen.traced or seen.forecast
-    typer.echo(table(seen.plan))
-    if made is None:
-        typer.echo(f"\nNo forecast of memory: {seen.why_not}. `launcher plan --trace` goes by the model's own class.")
+    forecast = preview.shown
+    typer.echo(table(preview.plan))
+    if forecast is None:
+        way = "`launcher plan --trace` goes by the model's own class"
+        typer.echo(f"\nNo forecast of memory: {preview.no_forecast}. {way}.")
         return
-    traced = compared(made, seen.forecast, seen.why_not) if trace else ""
-    typer.echo("\n".join(filter(None, [bars(made), traced, speed_lines(made), advice(made, seen.per_node)])))
+    traced = beside_trace(forecast, preview.forecast, preview.no_forecast) if preview.traced else ""
+    instead = "" if forecast.fits else nearest(preview.suggestions)
+    typer.echo("\n".join(filter(None, [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead])))
 
 
-def _print_as_json(seen: Outlook, trace: bool) -> None:
+def _print_as_json(preview: Preview, trace: bool) -> None:
     from launcher.cli.output import print_json
-    from launcher.planning.epochs import why_no_items
 
-    forecasts = {"forecast": seen.forecast, "traced": seen.traced} if trace else {"forecast": seen.forecast}
-    content = {name: one.to_dict() if one else None for name, one in forecasts.items()}
-    print_json(json.loads(seen.plan.to_json()) | content | {"no_forecast": seen.why_not, "no_epoch": why_no_items(seen.plan)})
+    forecasts = {"forecast": preview.forecast} | ({"traced": preview.traced} if trace else {})
+    content = {name: forecast.to_dict() if forecast else None for name, forecast in forecasts.items()}
+    reasons = {"no_forecast": preview.no_forecast, "no_epoch": preview.no_epoch}
+    suggestions = [{"changes": each.text, "forecast": each.forecast.line()} for each in preview.suggestions]
+    print_json(json.loads(preview.plan.to_json()) | content | reasons | {"suggestions": suggestions})
 
 
-def _draw(file: Path, seen: Outlook) -> None:
-    """Raises ConfigurationError where there is no forecast to draw."""
+def _draw(file: Path, preview: Preview) -> None:
+    """Write the picture of a forecast. Raises ConfigurationError where there is none to draw."""
     from launcher.cli.forecast import picture
     from launcher.errors import ConfigurationError, Problem
 
-    made = seen.traced or seen.forecast
-    if made is None:
-        reason = f"there is no forecast to draw, as {seen.why_not}; `launcher plan --trace` goes by the model's own class"
+    if preview.shown is None:
+        reason = f"there is no forecast to draw, as {preview.no_forecast}"
+        reason += "; `launcher plan --trace` goes by the model's own class"
         raise ConfigurationError(Problem("--picture", str(file), reason))
-    file.write_text(picture(made), encoding="utf-8")
+    file.write_text(picture(preview.shown), encoding="utf-8")
 
 
-def _one_question(scale: str) -> None:
-    """Raises ConfigurationError, as it was asked for the fewest GPUs and for every number of them."""
-    from launcher.errors import ConfigurationError, Problem
+def _explain(preview: Preview, key: str, as_json: bool) -> None:
+    from launcher.cli.output import print_json
+    from launcher.cli.plan_tables import SEARCHED, decision_of, explained
 
-    reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest; leave one of them out"
-    raise ConfigurationError(Problem("--scale", scale, reason))
+    if not as_json:
+        typer.echo(explained(preview.plan, key))
+        return
+    refused = preview.plan.refused if key.startswith(SEARCHED) else ()
+    beside = {"refused": [each.model_dump(mode="json") for each in refused]}
+    print_json(decision_of(preview.plan, key).model_dump(mode="json") | beside)
 
 
 def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool) -> None:
-    """Raises ConfigurationError for options that are of one plan, where several are asked for."""
+    """Raise ConfigurationError for options that are of one plan, where several are asked for."""
     from launcher.errors import ConfigurationError, Problem
 
-    reason = "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU, or leave it out"
-    found = [Problem(key, value, reason) for key, value in options.items() if value is not None]
-    found += [Problem("--trace", None, reason)] if trace else []
-    if found:
-        raise ConfigurationError(found)
+    reason = "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU"
+    reason += ", or leave it out"
+    problems = [Problem(key, value, reason) for key, value in options.items() if value is not None]
+    problems += [Problem("--trace", None, reason)] if trace else []
+    if problems:
+        raise ConfigurationError(problems)
 
 
 def tracing() -> Trace:
-    """The trainer's side of a trace; importing it takes seconds, which a line on a terminal explains."""
+    """Return the trainer's side of a trace; a line on the terminal explains the seconds of importing it."""
     import gc
 
     from rich.console import Console
@@ -174,71 +182,3 @@ def tracing() -> Trace:
     gc.freeze()
     gc.enable()
     return trace
-
-
-def _explain(plan: Plan, key: str, as_json: bool) -> None:
-    from launcher.cli.output import print_json
-
-    if not as_json:
-        typer.echo(explained(plan, key))
-        return
-    refused = plan.refused if key.startswith(_SEARCHED) else ()
-    print_json(_decision(plan, key).model_dump(mode="json") | {"refused": [one.model_dump(mode="json") for one in refused]})
-
-
-def explained(plan: Plan, key: str) -> str:
-    """Why a key of the plan has its value. Raises ConfigurationError with the nearest keys for one that was not decided here."""
-    found = _decision(plan, key)
-    lines = [f"{found.key} = {found.value}: {found.reason}"]
-    return "\n".join(lines + (not_taken(plan) if key.startswith(_SEARCHED) else []))
-
-
-def _decision(plan: Plan, key: str) -> Decision:
-    import difflib
-
-    from launcher.errors import ConfigurationError, Problem
-
-    found = next((decision for decision in plan.decisions if decision.key == key), None)
-    if found is None:
-        keys = [decision.key for decision in plan.decisions]
-        near = difflib.get_close_matches(key, keys, 3, 0.3) or keys[:3]
-        reason = f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}"
-        raise ConfigurationError(Problem("--explain", key, reason))
-    return found
-
-
-_LAYOUTS = {"packed": "end to end without padding", "padded": "padded to the longest of a pass", "single": "one a pass"}
-
-
-def table(plan: Plan) -> str:
-    """The plan for people: what it comes to, then each decision with its reason."""
-    mesh, batch = plan.mesh, plan.batch
-    ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {mesh.replicate} x {mesh.shard} (copies x shards)"
-    cut = f"{batch.global_batch_size} = {batch.micro_batch_size} x {batch.accumulation_steps} x {batch.data_parallel_size}"
-    facts = {
-        "run": f"{plan.name}: {plan.task} with {plan.model.name}",
-        "length": f"{plan.length.value:g} {plan.length.unit}",
-        "ranks": f"{ranks}, {mesh.threads_per_rank} threads each",
-        "batch": f"{cut} (micro-batch x accumulation x ranks)",
-        "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
-        "compute": f"{plan.precision}, activation checkpointing {plan.activation_checkpointing}",
-    }
-    if plan.script:
-        known = {"run": plan.name, "script": shlex.join(plan.script), "ranks": facts["ranks"]}
-        facts = {**known, "engine": f"{plan.engine}, sharding {plan.sharding}, offload {plan.offload}, {plan.precision}"}
-    lines = [f"{name:9}{text}" for name, text in facts.items()]
-    keys = max((len(decision.key) for decision in plan.decisions), default=0)
-    values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
-    lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []
-    lines += [f"  {d.key:{keys}}  {d.value!s:{values}}  {d.reason}" for d in plan.decisions]
-    return "\n".join(lines + not_taken(plan))
-
-
-def not_taken(plan: Plan) -> list[str]:
-    """What was looked at beside, by why it was not taken; of each kind the first few."""
-    lines = ["", "Looked at and not taken:"] if plan.refused else []
-    for why in dict.fromkeys(refused.why for refused in plan.refused):
-        alike = [refused for refused in plan.refused if refused.why == why]
-        lines += [f"  {why if number == 0 else '':13} {one.what}: {one.reason}" for number, one in enumerate(alike[:_SHOWN])]
-        lines += [f"  {'':13} and {len(alike) - _SHOWN} more, which --json lists"] if len(alike) > _SHOWN else []
-    return lines

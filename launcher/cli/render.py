@@ -29,7 +29,7 @@ def render(
 ) -> None:
     """Write the plan as DeepSpeed, Accelerate, torchrun and Slurm read it."""
     from launcher.job.load import load
-    from launcher.planning.decide import plan as decide
+    from launcher.planning.search import plan_job
     from launcher.render.engines import for_engine
     from launcher.render.files import NAMES, files
     from launcher.render.notes import Note, notes
@@ -37,13 +37,13 @@ def render(
     from launcher.render.write import write
 
     loaded = load(job, overrides)
-    plan = decide(loaded, nproc, local=False)
+    plan = plan_job(loaded, nproc, local=False)
     changed: list[Note] = []
     if engine is not None:
         if engine not in ("fsdp", "deepspeed"):
             raise ConfigurationError(Problem("--engine", engine, "write fsdp or deepspeed"))
         loaded, changed = for_engine(loaded, plan, "fsdp" if engine == "fsdp" else "deepspeed")
-        plan = decide(loaded, nproc, local=False)
+        plan = plan_job(loaded, nproc, local=False)
     place = Place(str((run_dir or Path("runs") / plan.name).absolute()), str(out.absolute()), sys.executable)
     written = write(out, files(plan, place), NAMES)
     found = [*changed, *notes(plan)]

@@ -42,7 +42,7 @@ def run(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run a job on this machine; a run that stopped goes on where it was."""
-    from launcher.cli.plan import table
+    from launcher.cli.plan_tables import table
     from launcher.scheduling.opening import expectation, open_run
     from launcher.scheduling.script import script_command
 

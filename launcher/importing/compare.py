@@ -12,8 +12,8 @@ from launcher.importing.merge import merge
 from launcher.importing.reading import Reading
 from launcher.job.load import load
 from launcher.planning.changes import changes
-from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job
 from launcher.render import accelerate, deepspeed
 
 
@@ -67,7 +67,7 @@ def _side(path: Path) -> Plan | list[Reading]:
     if kind == "plan":
         return Plan.read(path)
     if kind == "job":
-        return decide(load(path), local=False)
+        return plan_job(load(path), local=False)
     readings = [files.read_content(content, str(path))]
     files.follow(readings, {str(path): path.parent})
     return readings

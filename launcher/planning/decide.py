@@ -1,70 +1,35 @@
-"""Decide every `auto` of a job, with its reason: Job -> Plan."""
+"""Make a candidate plan of a job: each `auto` that takes no forecast becomes a value with its reason."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.job.schema import ActivationCheckpointing, Checkpoint, Cluster, Job, Precision, node_range
+from launcher.job.schema import Checkpoint, Job, Precision
 from launcher.planning import slurm, suitability
 from launcher.planning.batch import divide
 from launcher.planning.buckets import Buckets
 from launcher.planning.decider import Decider
-from launcher.planning.gpus import GpuType, as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
-from launcher.planning.memory import STATE_BYTES, Setting, choose_checkpointing, gib, micro_batch_limit
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Length, Mesh, Plan, Zero
 from launcher.planning.ranks import mesh as arrange
-from launcher.planning.sample_layout import choose_way, one_a_pass
+from launcher.planning.sample_layout import choose_way
 from launcher.planning.sharding import STAGES, Layout
 
-if TYPE_CHECKING:
-    from launcher.planning.alternatives import Offloading
-    from launcher.planning.forecast import Trace
 
-CORES_OF_A_GPU = 8
-"""Cores of a node that is not here, for each of its GPUs. Assumed; Slurm is asked for them."""
-NODE_MEMORY = 1 << 40
-"""Bytes of the memory of a node with GPUs that is not here. Assumed."""
+def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
+    """Return the plan that a job begins with: one engine and its cut of least memory.
 
+    What takes a forecast to choose is not decided: nothing is offloaded, and a pass is one sample, all of
+    it computed again, until `search` chooses. nproc: ranks of a node, where they are given. Not local: it is
+    for other machines, and what this one lacks is no reason to refuse.
 
-def plan(
-    job: Job,
-    nproc: int | None = None,
-    hardware: Hardware | None = None,
-    local: bool = True,
-    offloading: Offloading = "where needed",
-    trace: Trace | None = None,
-    by_speed: bool = True,
-) -> Plan:
-    """Decide everything that `job` leaves open, for `nproc` ranks where that is given.
-
-    Without `local` it is a plan for other machines, and what this one lacks is no reason to refuse. With `trace` a model that the formulas
-    do not know is judged by its real class. Without `by_speed` FSDP goes before DeepSpeed, whatever both were measured to take here.
-    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not divide, packages that are missing.
+    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
+    divide, packages that are missing.
     """
-    from launcher.planning.alternatives import best
-
-    job = one_a_pass(job)
-    found = hardware or _hardware(job, local)
-    low, high = node_range(job.cluster.nodes)
-    if low < high and not local:
-        from launcher.planning.nodes import within
-
-        return within(job, found, lambda pinned, moves: plan(pinned, nproc, found, local, moves, trace), offloading, trace)
-
-    def made_of(pinned: Job) -> Plan:
-        return _made(pinned, nproc, found, local)
-
-    return best(job, found, made_of(job), made_of, offloading, trace, local, by_speed)
-
-
-def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
-    """The plan by the simple rule: one engine, one cut."""
     decider = Decider(job, hardware, nproc, local)
     decider.take(suitability.look(job))
     mesh, placed = arrange(decider)
@@ -75,11 +40,8 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
     asked = slurm.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
     if decider.problems:
         raise ConfigurationError(decider.problems)
-    checkpointing, limit, limit_reason = _memory(decider, mesh, precision, placed)
-    batch = divide(job.batch, mesh.world_size, limit)
-    if job.batch.micro_batch_size == "auto":
-        reason = f"divides the {job.batch.global_batch_size // mesh.world_size} samples of a rank exactly; {limit_reason}"
-        decider.decide("batch.micro_batch_size", batch.micro_batch_size, reason)
+    batch = divide(job.batch, mesh.world_size)
+    recompute = job.memory.activation_checkpointing
     length = _length(decider)
     left_open = tasks.find(job.model.task)(job.data).left_open()
     settled = {left.key: decider.decide(f"data.{left.key}", left.value, left.reason) for left in left_open}
@@ -93,7 +55,7 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
         zero=_zero(decider, placed),
         slurm=asked,
         precision=precision,
-        activation_checkpointing=checkpointing,
+        activation_checkpointing="full" if recompute == "auto" else recompute,
         attention=way.attention,
         layout=way.layout,
         head=way.head,
@@ -112,22 +74,6 @@ def _made(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
         evaluate_every=job.training.evaluate_every,
         decisions=tuple(decider.decisions),
     )
-
-
-def _hardware(job: Job, local: bool) -> Hardware:
-    """This machine; for a plan that runs elsewhere with the GPUs that the job names, as many as it says."""
-    cluster = job.cluster
-    kind = gpu_type(cluster.gpu, "cluster.gpu") if cluster.gpu is not None else None
-    if not local and kind is not None and cluster.gpus_per_node not in ("auto", 0):
-        return elsewhere(cluster, kind, int(cluster.gpus_per_node))
-    here, memory = Hardware.detect(), slurm.node_memory(cluster)
-    return here if local or memory is None else replace(here, memory_bytes=memory)
-
-
-def elsewhere(cluster: Cluster, gpu: GpuType, per_node: int) -> Hardware:
-    """A node of such GPUs that is not here; what a login node has says nothing of it."""
-    cores = cluster.cpus_per_node or CORES_OF_A_GPU * per_node
-    return as_hardware(gpu, per_node, cores, slurm.node_memory(cluster) or NODE_MEMORY)
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:
@@ -165,36 +111,8 @@ def _num_workers(decider: Decider) -> int:
     return decider.decide("data.num_workers", min(decider.hardware.num_cores, 16), "one for each core, before the ranks begin")
 
 
-def _memory(decider: Decider, mesh: Mesh, precision: Precision, placed: Layout) -> tuple[ActivationCheckpointing, int, str]:
-    """Recomputation, the most samples of a pass, and what sets that limit."""
-    job, hardware = decider.job, decider.hardware
-    num_tokens = job.data.max_length
-    memory = hardware.rank_memory(mesh.device, mesh.ranks_per_node)
-    shape = ModelShape.read(job.model)
-    setting = None
-    if shape is not None and memory:
-        gathered = mesh.shard > 1 and not mesh.reshard_after_forward
-        setting = Setting(
-            shape, precision, STATE_BYTES[job.training.optimizer], mesh.shard, gathered, job.model.adapter.rank if job.model.adapter else 0
-        )
-    way = job.memory.activation_checkpointing
-    if way == "auto":
-        if not memory:
-            way, reason = "full", "the memory of the GPUs that it will run on is not known here, and this needs the least"
-        elif setting is None:
-            way, reason = "none", "the model's size is not known before it is fetched; write full or selective if memory runs out"
-        else:
-            way, reason = choose_checkpointing(
-                setting, memory, num_tokens, selective=STAGES.get(placed.sharding) != 3 or placed.engine == "fsdp"
-            )
-            reason = f"{reason} (states take about {gib(setting.states())} of a rank's {gib(memory)})"
-        decider.decide("memory.activation_checkpointing", way, reason)
-    limit, why = micro_batch_limit(setting, way, memory, num_tokens, mesh.device)
-    return way, limit, why
-
-
 def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
-    """A save in the background copies a rank's share of the checkpoint into memory: not where that share was moved to files."""
+    """Return how to save: not in the background, by a copy in memory, where the state is on files."""
     asked = decider.job.checkpoint
     if placed.offload_to == "cpu" or not asked.asynchronous:
         return asked

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.job.schema import Job
-from launcher.planning import decide
 from launcher.planning.footprint.decoders import Llama
 from launcher.planning.gpus import GpuType
 from launcher.planning.hardware import Hardware
 from launcher.planning.messages import traffic
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job
 from launcher.planning.speed import optimizer_seconds
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH
 
@@ -37,7 +37,7 @@ def _plan(num_ranks: int, sizes: dict[str, Any], engine: str, cut: str) -> Plan:
         "memory": {"activation_checkpointing": "none"},
         "cluster": {"gpus_per_node": 0},
     }
-    return decide.plan(Job.model_validate(content), num_ranks, Hardware(num_ranks, 1 << 40))
+    return plan_job(Job.model_validate(content), num_ranks, Hardware(num_ranks, 1 << 40))
 
 
 def costs(both: tuple[Plan, Plan], seconds: tuple[float, float], rates: GpuType) -> tuple[float, float] | None:

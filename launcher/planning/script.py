@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from launcher.job.schema import Batch, Job, Training
 from launcher.job.script import NO_DATA, unused
-from launcher.planning.decide import plan as decide
 from launcher.planning.decider import Decider
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import BatchPlan, Decision, Plan
 from launcher.planning.ranks import mesh as arrange
+from launcher.planning.search import plan_job
 
 _NO_BATCH = BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, data_parallel_size=1)
 _OURS = ("cluster.", "parallel.", "zero.")
@@ -34,7 +34,7 @@ def plan(job: Job, script: tuple[str, ...], nproc: int | None = None, hardware: 
         }
     )
     # What the script computes is not known, and its engine's messages are its own.
-    decided = decide(neutral, nproc, hardware, local, by_speed=False)
+    decided = plan_job(neutral, nproc, hardware, local, by_speed=False)
     ours = tuple(decision for decision in decided.decisions if decision.key.startswith(_OURS))
     if job.precision == "auto":
         ours += (Decision(key="precision", value="fp32", reason="unless the script itself asks for another"),)

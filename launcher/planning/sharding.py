@@ -49,17 +49,15 @@ def layout(decider: Decider, world_size: int, device: str) -> Layout:
 
 
 def _settle_offload(decider: Decider, device: str) -> None:
-    """`auto` begins with nothing offloaded; whether something has to be is for the formulas (`alternatives`)."""
+    """Begin with nothing offloaded where the job leaves that open; on GPUs it takes a forecast to decide."""
     memory = decider.job.memory
     if memory.offload != "auto":
         return
     kept = {"offload": "none"}
     if device == "cpu":
-        reason = "training on the CPU, all of it is in the host's memory already"
+        decider.decide("memory.offload", "none", "training on the CPU, all of it is in the host's memory already")
     else:
-        reason = "nothing has to leave the GPUs, as far as is known"
         kept["offload_to"] = "cpu"
-    decider.decide("memory.offload", "none", reason)
     decider.job = decider.job.model_copy(update={"memory": memory.model_copy(update=kept)})
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from launcher.job.schema import Job
 from launcher.planning.buckets import Buckets
-from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Hardware
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job
 from launcher.render import accelerate, deepspeed
 from launcher.render.files import json_text, yaml_text
 
@@ -63,7 +63,7 @@ def plan(keys: dict[str, Any]) -> Plan:
     for key, value in keys.items():
         section, _, name = key.partition(".")
         content[section] = {**content.get(section, {}), name: value} if name else value
-    decided = decide(Job.model_validate(content), hardware=Hardware(64, 1 << 40), local=False)
+    decided = plan_job(Job.model_validate(content), hardware=Hardware(64, 1 << 40), local=False)
     if decided.zero is None:
         return decided
     sizes, _ = Buckets.of(EXAMPLE, decided.offload_to != "cpu", decided.offload_to != "cpu" and decided.offload == "parameters")

@@ -6,9 +6,9 @@ from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
-from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job
 from launcher.scheduling.scratch import ask
 from launcher.scheduling.screen import Watcher
 
@@ -35,8 +35,8 @@ def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:
 def _here(job: Job) -> Plan:
     """The job's plan, for one process on this machine: its GPUs and nodes, which may be elsewhere, change nothing about its data."""
     try:
-        plan = decide(job)
+        plan = plan_job(job)
     except ConfigurationError:
-        plan = decide(job, local=False)
+        plan = plan_job(job, local=False)
     one = plan.mesh.model_copy(update=dict.fromkeys(("nodes", "ranks_per_node", "world_size", "replicate", "shard"), 1))
     return plan.model_copy(update={"mesh": one.model_copy(update={"device": "cpu", "threads_per_rank": Hardware.detect().num_cores})})

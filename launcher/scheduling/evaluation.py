@@ -8,8 +8,8 @@ from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.load import load
-from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.scratch import ask
 from launcher.scheduling.screen import Watcher
@@ -31,12 +31,12 @@ class Request:
             run = RunDirectory.find(target)
             if Plan.read(run.plan_file).script:
                 raise ConfigurationError(Problem("RUN", target, "runs a script of its own, which alone knows how to measure its model"))
-            return cls(decide(load(run.job_file, overrides), num_ranks), run.path, None, step)
+            return cls(plan_job(load(run.job_file, overrides), num_ranks), run.path, None, step)
         if not (Path(target) / "config.json").is_file():
             raise ConfigurationError(Problem("MODEL", target, "no config.json there; with --job it must be a directory with a model"))
         if step is not None:
             raise ConfigurationError(Problem("--checkpoint", step, "a model has no checkpoints; leave it out, or name a run"))
-        return cls(decide(load(job, overrides), num_ranks), None, str(Path(target).resolve()), None)
+        return cls(plan_job(load(job, overrides), num_ranks), None, str(Path(target).resolve()), None)
 
 
 def evaluate_locally(request: Request, watcher: Watcher) -> dict[str, Any]:

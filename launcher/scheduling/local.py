@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from launcher.errors import LauncherError, OutOfMemoryError, RankLostError, Stopped, StorageError
-from launcher.planning.advice import less_memory
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
+from launcher.planning.suggestions import less_memory
 from launcher.runs import failure as failures
 from launcher.runs.aside import within
 from launcher.runs.events import event

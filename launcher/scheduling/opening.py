@@ -17,11 +17,11 @@ from launcher.job.script import load as load_for_script
 from launcher.job.script import without_placeholders
 from launcher.plain_files import read_json
 from launcher.planning.changes import Change, check
-from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import Forecast, Trace
 from launcher.planning.plan import Plan
 from launcher.planning.preflight import preflight
 from launcher.planning.script import plan as decide_script
+from launcher.planning.search import plan_job
 from launcher.planning.sharding import only_deepspeed
 from launcher.redaction import secret_arguments
 from launcher.render.files import NAMES, files
@@ -128,7 +128,7 @@ def _most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
 
 def decide_for(job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool, trace: Trace | None = None) -> Plan:
     """The plan of a job, or of a script of the user's own."""
-    return decide_script(job, script, nproc, local=local) if script else decide(job, nproc, local=local, trace=trace)
+    return decide_script(job, script, nproc, local=local) if script else plan_job(job, nproc, local=local, trace=trace)
 
 
 def load_job(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
@@ -211,7 +211,7 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
         # Of a range another number of nodes may be taken this time, over which as many copies need not divide.
         updates |= _as_placed(job.model_copy(update=updates), stored, copies=fewest == most)
     job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
-    plan = decide(job, num_ranks, local=local)
+    plan = plan_job(job, num_ranks, local=local)
     if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
         return plan
     batch = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
@@ -219,7 +219,7 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
     return (
         plan
         if batch.global_batch_size != stored.batch.global_batch_size
-        else decide(job.model_copy(update={"batch": batch}), num_ranks, local=local)
+        else plan_job(job.model_copy(update={"batch": batch}), num_ranks, local=local)
     )
 
 

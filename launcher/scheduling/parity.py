@@ -9,8 +9,8 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError, LauncherError
 from launcher.job.load import load
-from launcher.planning.decide import plan as decide
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job
 from launcher.render.files import NAMES, files
 from launcher.render.place import Place
 from launcher.render.write import write
@@ -73,15 +73,15 @@ def outcomes(job: Path, num_ranks: int, num_steps: int, overrides: list[str], wa
     """
     asked = [*overrides, *_COMMON, f"training.max_steps={num_steps}"]
     # Micro-batch and precision are decided once, so that every case computes the same.
-    first = decide(load(job, [*asked, *CASES["FSDP"], "memory.offload=none"]), num_ranks)
+    first = plan_job(load(job, [*asked, *CASES["FSDP"], "memory.offload=none"]), num_ranks)
     asked += [f"batch.micro_batch_size={first.batch.micro_batch_size}", f"precision={first.precision}"]
     if first.activation_checkpointing == "selective":
         asked.append("memory.activation_checkpointing=full")
     single = [*asked, "parallel.engine=fsdp", "parallel.shard=none", "memory.offload=none"]
-    yield _outcome(SINGLE, decide(load(job, single), 1), watcher)
+    yield _outcome(SINGLE, plan_job(load(job, single), 1), watcher)
     for name, keys in CASES.items():
         try:
-            plan = decide(load(job, [*asked, "memory.offload=none", *keys]), num_ranks)
+            plan = plan_job(load(job, [*asked, "memory.offload=none", *keys]), num_ranks)
         except ConfigurationError as error:
             yield Outcome(name, problem="; ".join(str(problem) for problem in error.problems))
             continue

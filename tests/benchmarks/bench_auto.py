@@ -26,14 +26,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _report import conditions, sentence, table, write
 
 from launcher.job.schema import EngineName, Job
-from launcher.planning import fitting, search
-from launcher.planning.batch import divisors
-from launcher.planning.decide import plan as decide
-from launcher.planning.forecast import USABLE, forecast
+from launcher.planning.batch import divisors, with_batch
+from launcher.planning.candidates import other_cuts
+from launcher.planning.forecast import forecast
 from launcher.planning.hardware import Hardware
 from launcher.planning.measured import rates_for
-from launcher.planning.memory import keeps_freed
+from launcher.planning.memory import RECOMPUTATIONS, keeps_freed, recomputations
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job
+from launcher.planning.target import USABLE, Target
 from launcher.runs.machine import Machine
 from launcher.scheduling.allocator import LEAN, ROOMY
 from tests.benchmarks.memory_pool import World
@@ -84,10 +85,10 @@ def all_plans(job: Job, made: Plan, limit: int) -> list[Plan]:
     """Every plan that the job leaves room for and that fits by the formulas."""
     per_rank, found = made.batch.micro_batch_size * made.batch.accumulation_steps, []
     for variant in (variant for engine in ENGINES[job.parallel.engine] for variant in _variants(job, engine)):
-        for way in search.ways_of(job, variant):
+        for way in recomputations(variant):
             for micro in divisors(per_rank):
-                plan = fitting.with_batch(variant, micro, way)
-                said = forecast(plan, limit)
+                plan = with_batch(variant, micro, way)
+                said = forecast(plan, Target(limit))
                 if said is not None and said.fits:
                     found.append(plan)
     return found
@@ -96,11 +97,11 @@ def all_plans(job: Job, made: Plan, limit: int) -> list[Plan]:
 def _variants(job: Job, engine: EngineName) -> list[Plan]:
     """Every cut of an engine."""
     pinned = job.model_copy(update={"parallel": job.parallel.model_copy(update={"engine": engine})})
-    made = decide(pinned, RANKS, Hardware(2, 1 << 40))
+    made = plan_job(pinned, RANKS, Hardware(2, 1 << 40))
     mesh = made.mesh.model_copy(update={"replicate": 1, "shard": RANKS, "reshard_after_forward": True})
     zero = made.zero and made.zero.model_copy(update={"stage": 3})
     least = made.model_copy(update={"sharding": "full", "mesh": mesh, "zero": zero})
-    return [variant.plan for variant in search.variants(pinned, least)]
+    return [least, *(cut.plan for cut in other_cuts(pinned, least))]
 
 
 def key_of(plan: Plan) -> tuple[str, str, int]:
@@ -111,11 +112,11 @@ def key_of(plan: Plan) -> tuple[str, str, int]:
 
 def needs(job: Job) -> tuple[int, int]:
     """Bytes of a rank of the cut that is taken where memory is plenty: at the least, and where everything is kept."""
-    made = decide(job, RANKS, Hardware(2, 1 << 40))
+    made = plan_job(job, RANKS, Hardware(2, 1 << 40))
     per_rank = made.batch.micro_batch_size * made.batch.accumulation_steps
     sizes = []
-    for micro, way in ((1, fitting.WAYS[-1]), (per_rank, fitting.WAYS[0])):
-        said = forecast(fitting.with_batch(made, micro, way), 0)
+    for micro, way in ((1, RECOMPUTATIONS[-1]), (per_rank, RECOMPUTATIONS[0])):
+        said = forecast(with_batch(made, micro, way), Target())
         assert said is not None
         sizes.append(said.footprint.highest.total)
     return sizes[0], sizes[1]
@@ -126,7 +127,7 @@ def seconds_of(plan: Plan, limit: int, num_steps: int, hopeless: float = inf) ->
     from launcher.render.deepspeed import config as deepspeed_config
     from launcher.training.fresh import in_fresh_ranks
 
-    said = forecast(plan, limit)
+    said = forecast(plan, Target(limit))
     assert said is not None
     allocator = ROOMY if keeps_freed(max(phase.peak for phase in said.footprint.phases), limit) else LEAN
     ds_config = deepspeed_config(plan) if plan.engine == "deepspeed" else {}
@@ -177,7 +178,7 @@ def drawn(number: int, r: random.Random, scratch: Path, engine: EngineName | Lit
 
 def compared(patient: World, number: int, job: Job, limit: int, order: random.Random) -> dict[str, Any]:
     """The chosen plan beside those that fit too, each in ranks of its own, in any order; memory in ranks that wait for gloo's threads."""
-    chosen = decide(job, RANKS, Hardware(2, limit * RANKS))
+    chosen = plan_job(job, RANKS, Hardware(2, limit * RANKS))
     plans = all_plans(job, chosen, limit)
     keys = [key_of(plan) for plan in plans]
     own = keys.index(key_of(chosen))
@@ -206,7 +207,7 @@ def compared(patient: World, number: int, job: Job, limit: int, order: random.Ra
 
 def planned(plan: Plan, limit: int) -> float:
     """Seconds of a step by the speed model."""
-    said = forecast(plan, limit, rates_for(plan, Hardware(2, limit * RANKS)))
+    said = forecast(plan, Target(limit, rates_for(plan, Hardware(2, limit * RANKS))))
     assert said is not None and said.speed is not None
     return said.speed.step
 

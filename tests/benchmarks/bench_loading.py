@@ -95,7 +95,7 @@ def be_a_rank(mode: str, model: Path) -> None:
     distributed.init_process_group("gloo")
     if mode == "load":
         from launcher.job.schema import Job
-        from launcher.planning.decide import plan as decide
+        from launcher.planning.search import plan_job as decide
         from launcher.tasks.causal_lm import CausalLM
         from launcher.training import model as models
         from launcher.training import pretrained

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launcher.importing.job import import_files
 from launcher.job.load import load
-from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Hardware
+from launcher.planning.search import plan_job as decide
 from launcher.training.adapters import first_values
 from launcher.training.data.order import Order
 from tests.training.runs import curve, finish, model_directory, new_run, texts, write_rows

@@ -11,8 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from launcher.errors import LauncherError
 from launcher.job.schema import Job
-from launcher.planning.outlook import look
 from launcher.planning.positions import _BEHIND_PADDING, _KEYS, held
+from launcher.planning.preview import preview_job
 from launcher.render.files import files
 from launcher.render.place import Place
 
@@ -45,7 +45,7 @@ def test_every_model_type_is_planned_or_refused(kind: str) -> None:
             model = {"name": "some/model", "task": task, "config": config_of(kind), "weights": "random"}
             job = Job.model_validate(content | {"model": model, "parallel": {"engine": engine}})
             try:
-                seen = look(job, gpu="h100-80gb")
+                seen = preview_job(job, gpu="h100-80gb")
                 assert files(seen.plan, Place("/run", "/run/rendered", "python"))["plan.json"]
             except LauncherError as error:
                 assert str(error)

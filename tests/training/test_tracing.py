@@ -16,16 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.decide import plan as decide
-from launcher.planning.fitting import with_batch
+from launcher.planning.batch import with_batch
 from launcher.planning.footprint.coordinator import GLOO_THREADS
 from launcher.planning.footprint.estimate import Estimator, estimator
 from launcher.planning.footprint.program import Batch, Segment, Setting
-from launcher.planning.forecast import USABLE, forecast
+from launcher.planning.forecast import forecast
 from launcher.planning.hardware import Hardware
 from launcher.planning.model_config import read_config
-from launcher.planning.nearest import nearest_that_fit
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job as decide
+from launcher.planning.suggestions import nearest_that_fit
+from launcher.planning.target import USABLE, Target
 from launcher.tasks.task import Output
 from launcher.training import attention, heads
 from launcher.training.tracing.plan import trace
@@ -241,18 +242,18 @@ def test_with_a_trace_an_unknown_architecture_is_decided_by_it(tmp_path: Path) -
     content = {"name": "a", "model": {"name": str(tmp_path), "weights": "random"}, "data": data, "precision": "fp32"}
     job = Job.model_validate({**content, "batch": {"global_batch_size": 4}, "training": {"max_steps": 9}})
     roomy = decide(job, 1, Hardware(2, 1 << 34), trace=trace)
-    least = forecast(with_batch(roomy, 1, "full"), 0, trace=trace)
+    least = forecast(with_batch(roomy, 1, "full"), Target(), trace)
     assert least is not None
     lean = Hardware(2, int(1.05 * least.footprint.highest.total / USABLE["cpu"]))
     tight = decide(job, 1, lean, trace=trace)
     assert (roomy.activation_checkpointing, tight.activation_checkpointing) == ("none", "full")
-    kept = forecast(with_batch(tight, tight.batch.micro_batch_size, "none"), lean.memory_bytes, trace=trace)
+    kept = forecast(with_batch(tight, tight.batch.micro_batch_size, "none"), Target(lean.memory_bytes), trace)
     assert kept is not None and not kept.fits
     for plan in (roomy, tight):
         (reason,) = [d.reason for d in plan.decisions if d.key == "memory.activation_checkpointing"]
         assert "by the trace" in reason
-    made = forecast(tight, lean.memory_bytes, trace=trace)
-    assert made is not None and made.fits and made.traced
+    made = forecast(tight, Target(lean.memory_bytes), trace)
+    assert made is not None and made.fits and made.trace is trace
     assert decide(job, 1, lean).refused == (), "without a trace nothing was looked at"
     assert nearest_that_fit(replace(made, plan=with_batch(roomy, 4, "none"))), "advice goes by the trace too"
 

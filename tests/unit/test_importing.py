@@ -19,9 +19,9 @@ from launcher.importing.job import Imported, import_files
 from launcher.importing.merge import MODEL, merge
 from launcher.job.load import validate
 from launcher.job.schema import Job
-from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job as decide
 from launcher.render import accelerate, deepspeed, presets
 from launcher.render.files import json_text, yaml_text
 

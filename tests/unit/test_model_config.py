@@ -21,8 +21,9 @@ from launcher.planning.forecast import forecast
 from launcher.planning.model_config import config_of, locate
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.model_sizes import FAMILIES, wrong_sizes
-from launcher.planning.outlook import look
 from launcher.planning.preflight import preflight
+from launcher.planning.preview import preview_job
+from launcher.planning.target import Target
 
 SIZES: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -66,8 +67,8 @@ def test_sizes_in_the_job_plan_as_a_directory_with_them(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(SIZES))
-    here = look(load(written(tmp_path, str(model), None)))
-    elsewhere = look(load(written(tmp_path)))
+    here = preview_job(load(written(tmp_path, str(model), None)))
+    elsewhere = preview_job(load(written(tmp_path)))
     assert here.forecast is not None and elsewhere.forecast is not None
     assert elsewhere.forecast.footprint == here.forecast.footprint and config_of(elsewhere.plan.model) == SIZES
     assert elsewhere.plan.activation_checkpointing == here.plan.activation_checkpointing
@@ -81,7 +82,7 @@ def test_a_size_can_be_set_from_the_command_line(tmp_path: Path) -> None:
 
 def test_the_job_goes_before_the_directory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    plan = look(load(written(tmp_path, str(tmp_path), SIZES | {"vocab_size": 1000}))).plan
+    plan = preview_job(load(written(tmp_path, str(tmp_path), SIZES | {"vocab_size": 1000}))).plan
     assert (config_of(plan.model) or {})["vocab_size"] == 1000
 
 
@@ -108,18 +109,18 @@ def test_sizes_that_are_no_section_are_refused(tmp_path: Path) -> None:
 
 def test_weights_that_are_loaded_bring_their_own_sizes(tmp_path: Path) -> None:
     job = load(written(tmp_path, weights="pretrained"))
-    seen = look(job)
+    seen = preview_job(job)
     assert seen.forecast is not None, "a plan is for before the model is fetched"
     with pytest.raises(ConfigurationError, match=r"model\.weights: random"):
         preflight(job, seen.plan, tmp_path, local=True)
     made = load(written(tmp_path))
-    assert preflight(made, look(made).plan, tmp_path, local=True) is not None
+    assert preflight(made, preview_job(made).plan, tmp_path, local=True) is not None
 
 
 def test_no_config_anywhere_says_what_to_do(tmp_path: Path) -> None:
-    seen = look(load(written(tmp_path, config=None)))
-    assert seen.forecast is None and "write model.config" in str(seen.why_not)
-    assert forecast(seen.plan, 0) is None
+    seen = preview_job(load(written(tmp_path, config=None)))
+    assert seen.forecast is None and "write model.config" in str(seen.no_forecast)
+    assert forecast(seen.plan, Target()) is None
 
 
 def test_editors_are_told_that_it_is_an_object() -> None:
@@ -138,13 +139,13 @@ def test_editors_are_told_that_it_is_an_object() -> None:
 )  # fmt: skip
 def test_a_size_that_cannot_be_is_refused(key: str, value: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as refused:
-        look(load(written(tmp_path, config=SIZES | {key: value})))
+        preview_job(load(written(tmp_path, config=SIZES | {key: value})))
     assert str(refused.value) == f"model.config.{key} = {value!r}: write a positive whole number{said}"
 
 
 def test_all_sizes_that_cannot_be_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as refused:
-        look(load(written(tmp_path, config=SIZES | {"hidden_size": 66, "vocab_size": None, "intermediate_size": None})))
+        preview_job(load(written(tmp_path, config=SIZES | {"hidden_size": 66, "vocab_size": None, "intermediate_size": None})))
     assert [str(problem) for problem in refused.value.problems] == [
         "model.config.vocab_size: is null; write a positive whole number",
         "model.config.intermediate_size: is null; write a positive whole number",
@@ -155,7 +156,7 @@ def test_all_sizes_that_cannot_be_are_named_at_once(tmp_path: Path) -> None:
 def test_sizes_of_a_models_own_file_are_named_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SIZES | {"hidden_size": "64", "vocab_size": 0}))
     with pytest.raises(ConfigurationError) as refused:
-        look(load(written(tmp_path, str(tmp_path), None)))
+        preview_job(load(written(tmp_path, str(tmp_path), None)))
     first, second = refused.value.problems
     assert (first.key, first.value, second.key) == ("model.name", str(tmp_path), "model.name") and "vocab_size = 0" in second.reason
     assert first.reason == f"in {tmp_path}/config.json, hidden_size = '64': write a positive whole number; the nearest is 64"
@@ -262,4 +263,4 @@ def test_the_nearest_architecture_is_one_for_the_task() -> None:
     assert nearest("phi3", tasks.find("sequence-classification").traits) in ENCODERS
     for kind in KNOWN:
         assert nearest(kind) == kind
-        assert (nearest(kind, "causal-lm") == kind) == (kind in (*DECODERS, "gpt2", *MIXTURES))
+        assert (nearest(kind, tasks.find("causal-lm").traits) == kind) == (kind in (*DECODERS, "gpt2", *MIXTURES))

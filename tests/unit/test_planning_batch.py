@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Batch
-from launcher.planning.batch import divide, divisors, multiples_around, nearest
+from launcher.planning.batch import divide, divisors, largest_divisor, multiples_around, nearest
 
 SIZES = st.integers(1, 512)
 
@@ -20,24 +20,27 @@ def test_divisors(number: int) -> None:
     assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
 
 
-@given(size=SIZES, ranks=st.integers(1, 16), limit=st.integers(0, 64))
-def test_auto_is_exact_and_the_largest_within_the_limit(size: int, ranks: int, limit: int) -> None:
-    size *= ranks
-    plan = divide(Batch(global_batch_size=size), ranks, limit)
-    assert plan.micro_batch_size * plan.accumulation_steps * ranks == plan.global_batch_size == size
-    assert plan.micro_batch_size <= max(1, limit)
-    larger = range(plan.micro_batch_size + 1, max(1, limit) + 1)
-    assert not any(size // ranks % candidate == 0 for candidate in larger)
+@given(number=SIZES, limit=st.integers(0, 64))
+def test_the_largest_divisor_within_a_limit(number: int, limit: int) -> None:
+    divisor = largest_divisor(number, limit)
+    assert number % divisor == 0 and divisor <= max(1, limit)
+    assert not any(number % larger == 0 for larger in range(divisor + 1, max(1, limit) + 1))
+
+
+@given(size=SIZES, ranks=st.integers(1, 16))
+def test_auto_begins_with_one_sample_a_pass(size: int, ranks: int) -> None:
+    plan = divide(Batch(global_batch_size=size * ranks), ranks)
+    assert plan.micro_batch_size == 1 and plan.accumulation_steps * ranks == plan.global_batch_size == size * ranks
 
 
 @given(size=SIZES, micro=st.integers(1, 32), ranks=st.integers(1, 16))
 def test_exact_or_refused_with_values_that_work(size: int, micro: int, ranks: int) -> None:
     batch = Batch(global_batch_size=size, micro_batch_size=micro)
     if size % (micro * ranks) == 0:
-        assert divide(batch, ranks, 1).accumulation_steps == size // (micro * ranks)
+        assert divide(batch, ranks).accumulation_steps == size // (micro * ranks)
         return
     with pytest.raises(ConfigurationError) as caught:
-        divide(batch, ranks, 1)
+        divide(batch, ranks)
     text = caught.value.problems[0].reason
     for name, change in (("global_batch_size", "size"), ("micro_batch_size", "micro"), ("ranks", "ranks")):
         if offered := re.search(rf"what works.*{name} (\d+)(?: or (\d+))?", text):
@@ -49,13 +52,13 @@ def test_exact_or_refused_with_values_that_work(size: int, micro: int, ranks: in
 
 def test_refusal_names_all_three() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        divide(Batch(global_batch_size=32, micro_batch_size=8), 3, 1)
+        divide(Batch(global_batch_size=32, micro_batch_size=8), 3)
     assert str(caught.value) == (
         "batch.global_batch_size = 32: is not a whole multiple of 3 ranks x 8 samples of a pass; "
         "what works: global_batch_size 24 or 48, ranks 2 or 4"
     )
     with pytest.raises(ConfigurationError, match="micro_batch_size 4 or 8"):
-        divide(Batch(global_batch_size=32, micro_batch_size=5), 2, 1)
+        divide(Batch(global_batch_size=32, micro_batch_size=5), 2)
 
 
 @pytest.mark.parametrize(

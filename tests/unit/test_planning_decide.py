@@ -12,10 +12,10 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.decide import plan
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job
 
 GIB = 1 << 30
 CPU = Hardware(8, 32 * GIB, frozenset({"avx2"}), (), "there is no nvidia-smi on this machine")
@@ -54,7 +54,7 @@ def decided(made: Plan) -> dict[str, object]:
 
 def refusal(key: str, *arguments: Any, **keywords: Any) -> str:
     with pytest.raises(ConfigurationError) as caught:
-        plan(*arguments, **keywords)
+        plan_job(*arguments, **keywords)
     return next(problem.reason for problem in caught.value.problems if problem.key == key)
 
 
@@ -72,14 +72,14 @@ def leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
 )
 @pytest.mark.parametrize("machine", [CPU, AMX, H100, T4], ids=["cpu", "amx", "h100", "t4"])
 def test_a_plan_leaves_nothing_open(made: Job, machine: Hardware) -> None:
-    text = plan(made, hardware=machine).to_json()
+    text = plan_job(made, hardware=machine).to_json()
     open_ends = [path for path, value in leaves(json.loads(text)) if value in ("auto", None)]
     assert open_ends == []
-    assert Plan.model_validate_json(text) == plan(made, hardware=machine)
+    assert Plan.model_validate_json(text) == plan_job(made, hardware=machine)
 
 
 def test_every_auto_of_the_job_is_decided_with_a_reason() -> None:
-    made = plan(job(), hardware=H100)
+    made = plan_job(job(), hardware=H100)
     autos = {path.lstrip(".") for path, value in leaves(job().model_dump(mode="json")) if value == "auto"}
     assert autos - {"cluster.hang_after"} <= set(decided(made)), "that one is decided while the run goes on, phase by phase"
     assert all(decision.reason for decision in made.decisions)
@@ -97,7 +97,7 @@ def test_what_is_asked_for_is_not_decided() -> None:
         cluster={"gpus_per_node": 0, "ranks_per_node": 2, "threads_per_rank": 1},
         trackers=[],
     )
-    made = plan(asked, hardware=CPU)
+    made = plan_job(asked, hardware=CPU)
     assert made.decisions == ()
     assert (made.precision, made.attention, made.activation_checkpointing, made.num_data_workers) == ("fp16", "eager", "full", 3)
     assert made.mesh.model_dump() == {
@@ -111,12 +111,12 @@ def test_what_is_asked_for_is_not_decided() -> None:
     [(CPU, None, 1, 8, "cpu"), (CPU, 2, 2, 4, "cpu"), (CPU, 16, 16, 1, "cpu"), (H100, None, 4, 8, "cuda"), (H100, 2, 2, 16, "cuda")],
 )
 def test_ranks(machine: Hardware, nproc: int | None, ranks: int, threads: int, device: str) -> None:
-    mesh = plan(job(), nproc, machine).mesh
+    mesh = plan_job(job(), nproc, machine).mesh
     assert (mesh.ranks_per_node, mesh.threads_per_rank, mesh.device) == (ranks, threads, device)
 
 
 def test_nproc_counts_more_than_the_job() -> None:
-    assert plan(job(cluster__ranks_per_node=4), 2, CPU).mesh.world_size == 2
+    assert plan_job(job(cluster__ranks_per_node=4), 2, CPU).mesh.world_size == 2
 
 
 @pytest.mark.parametrize(
@@ -124,15 +124,15 @@ def test_nproc_counts_more_than_the_job() -> None:
     [(CPU, "fp32"), (AMX, "bf16"), (Hardware(1, GIB, frozenset({"avx512_bf16"})), "bf16"), (H100, "bf16"), (T4, "fp16")],
 )
 def test_precision(machine: Hardware, precision: str) -> None:
-    assert plan(job(), hardware=machine).precision == precision
+    assert plan_job(job(), hardware=machine).precision == precision
 
 
 def test_attention() -> None:
-    assert plan(job(), hardware=CPU).attention == "packed"
-    assert plan(job(model__attention="sdpa"), hardware=CPU).attention == "packed"
-    assert plan(job(model__attention="eager"), hardware=CPU).attention == "eager"
-    assert plan(classification(), hardware=CPU).attention == "sdpa"
-    assert plan(job(), hardware=CPU).model.attention == "sdpa"
+    assert plan_job(job(), hardware=CPU).attention == "packed"
+    assert plan_job(job(model__attention="sdpa"), hardware=CPU).attention == "packed"
+    assert plan_job(job(model__attention="eager"), hardware=CPU).attention == "eager"
+    assert plan_job(classification(), hardware=CPU).attention == "sdpa"
+    assert plan_job(job(), hardware=CPU).model.attention == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_attention() -> None:
     ],
 )
 def test_mesh(keys: dict[str, Any], nproc: int, expected: tuple[int, int, bool]) -> None:
-    mesh = plan(job(**keys), nproc, CPU).mesh
+    mesh = plan_job(job(**keys), nproc, CPU).mesh
     assert (mesh.replicate, mesh.shard, mesh.reshard_after_forward) == expected
     assert mesh.replicate * mesh.shard == mesh.world_size == nproc
 
@@ -164,8 +164,8 @@ def test_gpus_that_are_not_there() -> None:
     reason = refusal("cluster.gpus_per_node", job(cluster__gpus_per_node=2), None, CPU)
     assert "0 seen" in reason and "no nvidia-smi" in reason and "write 0 to train on the CPU" in reason
     assert "4 seen" in refusal("cluster.gpus_per_node", job(cluster__gpus_per_node=8), None, H100)
-    assert plan(job(cluster__gpus_per_node=0), hardware=H100).mesh.device == "cpu"
-    assert plan(job(cluster__gpus_per_node=2), hardware=H100).mesh.world_size == 2
+    assert plan_job(job(cluster__gpus_per_node=0), hardware=H100).mesh.device == "cpu"
+    assert plan_job(job(cluster__gpus_per_node=2), hardware=H100).mesh.world_size == 2
 
 
 def test_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,21 +174,21 @@ def test_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "not installed" in refusal("model.attention", wanted, None, H100)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert plan(wanted, hardware=H100).attention == "flash_attention_2"
+    assert plan_job(wanted, hardware=H100).attention == "flash_attention_2"
 
 
 def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
-    assert plan(job(), hardware=CPU).trackers == ("tensorboard",)
+    assert plan_job(job(), hardware=CPU).trackers == ("tensorboard",)
     assert "not installed" in refusal("trackers", job(trackers=["wandb"]), None, CPU)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert plan(job(), hardware=CPU).trackers == ()
+    assert plan_job(job(), hardware=CPU).trackers == ()
 
 
 def test_all_refusals_at_once() -> None:
     wrong = job(cluster__gpus_per_node=3, parallel__replicate=2, model__attention="flash_attention_2")
     with pytest.raises(ConfigurationError) as caught:
-        plan(wrong, hardware=CPU)
+        plan_job(wrong, hardware=CPU)
     assert {problem.key for problem in caught.value.problems} >= {"cluster.gpus_per_node", "parallel.replicate"}
 
 
@@ -200,7 +200,7 @@ def test_batch_that_does_not_divide() -> None:
     ("keys", "length"), [({}, (1, "epochs")), ({"training__epochs": 2.5}, (2.5, "epochs")), ({"training__max_steps": 7}, (7, "steps"))]
 )
 def test_length(keys: dict[str, Any], length: tuple[float, str]) -> None:
-    made = plan(job(**keys), hardware=CPU)
+    made = plan_job(job(**keys), hardware=CPU)
     assert (made.length.value, made.length.unit) == length
 
 
@@ -211,7 +211,7 @@ def model(folder: Path, **config: Any) -> str:
 
 def test_less_memory_means_more_recomputation_and_a_smaller_pass(tmp_path: Path) -> None:
     local = job(model__name=model(tmp_path), data__max_length=512, batch__global_batch_size=64)
-    plans = [plan(local, hardware=Hardware(8, int(gib * GIB))) for gib in (32, 3, 1.4, 0.5)]
+    plans = [plan_job(local, hardware=Hardware(8, int(gib * GIB))) for gib in (32, 3, 1.4, 0.5)]
     order = ["none", "selective", "full"]
     ways = [order.index(made.activation_checkpointing) for made in plans]
     assert ways == sorted(ways) and ways[0] == 0 and ways[-1] == 2
@@ -222,7 +222,7 @@ def test_less_memory_means_more_recomputation_and_a_smaller_pass(tmp_path: Path)
 def test_sharding_leaves_more_memory(tmp_path: Path) -> None:
     machine = Hardware(8, 256 * GIB, frozenset(), (Gpu("small", int(1.5 * GIB), 9.0),) * 4)
     local = job(model__name=model(tmp_path, num_hidden_layers=24), data__max_length=1024)
-    alone, four = plan(local, 1, machine), plan(local, 4, machine)
+    alone, four = plan_job(local, 1, machine), plan_job(local, 4, machine)
     order = ["none", "selective", "full"]
     assert order.index(alone.activation_checkpointing) > order.index(four.activation_checkpointing)
 
@@ -246,7 +246,7 @@ def test_shape_from_config_and_from_headers(tmp_path: Path) -> None:
 def test_shape_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     assert ModelShape.read(job(model__name=str(tmp_path)).model) is None
-    assert plan(job(model__name=str(tmp_path)), hardware=CPU).activation_checkpointing == "none"
+    assert plan_job(job(model__name=str(tmp_path)), hardware=CPU).activation_checkpointing == "none"
 
 
 def test_shape_of_nested_and_older_names(tmp_path: Path) -> None:
@@ -272,16 +272,16 @@ def test_the_largest_table(sizes: dict[str, Any], table: int, tmp_path: Path) ->
 
 
 def test_digest_follows_what_decides_the_numbers() -> None:
-    base = plan(job(), 2, CPU)
-    assert base.digest() == plan(job(cluster__grace="2min", cluster__hang_after="5min", trackers=[]), 2, CPU).digest()
-    hang_after = [plan(job(cluster__hang_after=value), 2, CPU).hang_after for value in ("auto", "off", "5min")]
+    base = plan_job(job(), 2, CPU)
+    assert base.digest() == plan_job(job(cluster__grace="2min", cluster__hang_after="5min", trackers=[]), 2, CPU).digest()
+    hang_after = [plan_job(job(cluster__hang_after=value), 2, CPU).hang_after for value in ("auto", "off", "5min")]
     assert hang_after == [None, "off", 300.0]
-    assert base.digest() != plan(job(training__seed=18), 2, CPU).digest()
-    assert base.digest() != plan(job(), 4, CPU).digest()
+    assert base.digest() != plan_job(job(training__seed=18), 2, CPU).digest()
+    assert base.digest() != plan_job(job(), 4, CPU).digest()
 
 
 def test_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
-    made = plan(job(), 2, CPU)
+    made = plan_job(job(), 2, CPU)
     (tmp_path / "plan.json").write_text(made.to_json())
     assert Plan.read(tmp_path / "plan.json") == made
 
@@ -306,16 +306,16 @@ def deepspeed_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("deepspeed_is_there")
 def test_the_engine_is_the_one_that_can(keys: dict[str, Any], reason: str) -> None:
-    made = plan(job(**keys), 2, CPU)
+    made = plan_job(job(**keys), 2, CPU)
     [decision] = [decision for decision in made.decisions if decision.key == "parallel.engine"]
     assert made.engine == "deepspeed" and reason in decision.reason
-    assert plan(job(), 2, CPU).engine == "fsdp"
+    assert plan_job(job(), 2, CPU).engine == "fsdp"
 
 
 @pytest.mark.parametrize(("shard", "stage"), [("full", 3), ("gradients", 2), ("optimizer", 1), ("none", 1), ("auto", 3)])
 @pytest.mark.usefixtures("deepspeed_is_there")
 def test_stages_of_deepspeed(shard: str, stage: int) -> None:
-    made = plan(job(parallel__shard=shard, **DEEPSPEED), 2, CPU)
+    made = plan_job(job(parallel__shard=shard, **DEEPSPEED), 2, CPU)
     assert made.zero is not None and made.zero.stage == stage
     assert (made.mesh.replicate, made.mesh.shard) == (1, 2)
     if shard == "none":
@@ -367,7 +367,7 @@ def test_files_need_what_their_operator_is_compiled_from(tmp_path: Path, monkeyp
     monkeypatch.setattr("shutil.which", lambda program, path: None)
     assert "ninja and c++" in refusal("memory.offload_to", wanted, 2, CPU)
     monkeypatch.setattr("shutil.which", lambda program, path: program)
-    made = plan(wanted, 2, CPU)
+    made = plan_job(wanted, 2, CPU)
     assert (made.offload, made.offload_to) == ("optimizer", str(tmp_path))
     assert made.checkpoint.asynchronous is False and decided(made)["checkpoint.async"] is False
 
@@ -376,24 +376,24 @@ def test_a_missing_deepspeed_is_named_with_its_command(monkeypatch: pytest.Monke
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name))
     assert "pip install" in refusal("parallel.engine", job(**DEEPSPEED), 2, CPU)
-    assert plan(job(**DEEPSPEED), 2, CPU, local=False).engine == "deepspeed"
+    assert plan_job(job(**DEEPSPEED), 2, CPU, local=False).engine == "deepspeed"
 
 
 def test_buckets_are_a_layer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    made = plan(job(model__name=str(tmp_path), **DEEPSPEED), 2, CPU, local=False)
+    made = plan_job(job(model__name=str(tmp_path), **DEEPSPEED), 2, CPU, local=False)
     assert made.zero is not None
     layer = 4 * 512 * 512 + 3 * 512 * 1408
     assert made.zero.reduce_bucket_size == made.zero.prefetch_bucket_size == layer
     assert made.zero.persistence_threshold == 5120
     reasons = {decision.key: decision.reason for decision in made.decisions}
     assert "one layer" in reasons["zero.reduce_bucket_size"]
-    unknown = plan(job(**DEEPSPEED), 2, CPU, local=False)
+    unknown = plan_job(job(**DEEPSPEED), 2, CPU, local=False)
     assert unknown.zero is not None and unknown.zero.reduce_bucket_size == 500_000_000
 
 
 def test_a_plan_for_another_cluster() -> None:
-    made = plan(
+    made = plan_job(
         job(cluster={"nodes": 2, "gpus_per_node": 8, "time_limit": "8h", "partition": "gpu"}, batch__global_batch_size=64),
         None,
         CPU,

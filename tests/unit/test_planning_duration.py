@@ -16,6 +16,7 @@ from launcher.planning.gpus import LINK_SHARE, MEMORY_SHARE, gpu_type
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Length, Plan
 from launcher.planning.speed import Speed
+from launcher.planning.target import Target
 from launcher.runs.machine import Machine, Rates, path
 from launcher.values import Interval
 from tests.unit.test_planning_footprint import plan_for
@@ -99,15 +100,15 @@ def test_nodes_read_and_write_their_own_parts(tmp_path: Path) -> None:
 
 def test_people_and_machines_are_told(tmp_path: Path) -> None:
     plan = planned(tmp_path, Interval(value=100, unit="steps"), batch__micro_batch_size=1)
-    made = forecast(plan, 80 << 30, H100)
+    made = forecast(plan, Target(80 << 30, H100))
     assert made is not None and made.duration is not None and made.speed is not None
     said = made.to_dict()["duration"]
     assert said["seconds"] == made.duration.total > 1000 * made.speed.step and said["saves"] == 10
     assert said["gpu_hours"] == pytest.approx(8 * said["seconds"] / 3600)
     lines = speed_lines(made)
     assert "s for data, " in lines and "s for 10 checkpoints of " in lines and f"{said['gpu_hours']:,.1f} GPU-hours" in lines
-    assert forecast(plan, 80 << 30) is not None and forecast(plan, 80 << 30).duration is None  # type: ignore[union-attr]
-    epochs = forecast(plan.model_copy(update={"length": Length(value=1, unit="epochs")}), 80 << 30, H100)
+    assert forecast(plan, Target(80 << 30)) is not None and forecast(plan, Target(80 << 30)).duration is None  # type: ignore[union-attr]
+    epochs = forecast(plan.model_copy(update={"length": Length(value=1, unit="epochs")}), Target(80 << 30, H100))
     assert epochs is not None and epochs.duration is None and "duration" not in epochs.to_dict() and "GPU-hours" not in speed_lines(epochs)
 
 
@@ -115,10 +116,10 @@ def test_a_step_is_of_samples_as_long_as_those_looked_at(tmp_path: Path) -> None
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "some twenty characters"}\n' * 500)
     plan = planned(tmp_path, Interval(value=100, unit="steps"), batch__micro_batch_size=1, batch__global_batch_size=8)
-    unseen = forecast(plan, 80 << 30, H100)
+    unseen = forecast(plan, Target(80 << 30, H100))
     data = plan.data.model_copy(update={"train": plan.data.train.model_copy(update={"path": str(rows)})})
     plan = plan.model_copy(update={"data": data, "length": Length(value=2, unit="epochs")})
-    seen = forecast(plan, 80 << 30, H100)
+    seen = forecast(plan, Target(80 << 30, H100))
     assert unseen is not None and unseen.speed is not None and unseen.padded is None and unseen.footprint == seen.footprint  # type: ignore[union-attr]
     assert seen is not None and seen.speed is not None and seen.duration is not None and seen.items is not None
     assert seen.padded == seen.items.mean == 7 and seen.speed.compute < unseen.speed.compute / 5
@@ -130,7 +131,7 @@ def test_a_step_is_of_samples_as_long_as_those_looked_at(tmp_path: Path) -> None
     lines = speed_lines(seen)
     assert "of samples of 7 tokens:" in lines and "about 500 samples of 500 rows" in lines
     assert "to the end" in seen.line() and "were every sample as long" in speed_lines(unseen)
-    packed = forecast(plan.model_copy(update={"data": data.model_copy(update={"packing": True})}), 80 << 30, H100)
+    packed = forecast(plan.model_copy(update={"data": data.model_copy(update={"packing": True})}), Target(80 << 30, H100))
     assert packed is not None and packed.speed == unseen.speed and packed.padded is None, "packs are full"
 
 

@@ -17,6 +17,7 @@ from launcher.planning.forecast import forecast, why_not
 from launcher.planning.gpus import BY_KEY
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.operations import matrix_elements
+from launcher.planning.target import Target
 from tests.training.plans import plan_of
 from tests.unit.test_planning_footprint import LLAMA
 
@@ -104,7 +105,7 @@ def test_a_mixture_is_forecast_to_be_faster_than_what_it_holds(tmp_path: Path) -
     def operations(**changes: Any) -> float:
         (tmp_path / "config.json").write_text(json.dumps(MIXTRAL | changes))
         plan = plan_of(tmp_path, 8, mesh__device="cuda", precision="bf16", mesh__ranks_per_node=8, batch__micro_batch_size=1)
-        made = forecast(plan, 80 << 30, BY_KEY["h100-80gb"])
+        made = forecast(plan, Target(80 << 30, BY_KEY["h100-80gb"]))
         assert made is not None and made.speed is not None
         return made.speed.model_flops / made.speed.tokens
 
@@ -169,9 +170,9 @@ def test_what_lacks_and_what_has_no_formula(tmp_path: Path) -> None:
     for missing in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
         (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in QWEN3.items() if key != missing}))
         with pytest.raises(ConfigurationError, match=f"has no {missing}, which a qwen3_moe model needs"):
-            forecast(plan, 0)
+            forecast(plan, Target())
     (tmp_path / "config.json").write_text(json.dumps(T5))
-    assert forecast(plan, 0) is None and "for other tasks than causal-lm" in why_not(plan)
+    assert forecast(plan, Target()) is None and "for other tasks than causal-lm" in why_not(plan)
 
 
 def test_the_simple_rule_counts_experts_too(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_an_unknown_architecture_with_odd_sizes_is_only_unknown(tmp_path: Path) 
     shape = ModelShape.read(Model(name=str(tmp_path), config={**odd, "id2label": {0: "a", "b": "c"}}))
     assert shape is not None and shape.layer_parameters > 0
     made = plan_of(tmp_path, 1).model_copy(update={"model": Model(name="llama", config=LLAMA | {"id2label": {0: "a", "b": "c"}})})
-    assert forecast(made, 80 << 30) is not None, "keys of several kinds are of no concern"
+    assert forecast(made, Target(80 << 30)) is not None, "keys of several kinds are of no concern"
 
 
 def test_the_nearest_architecture_does_the_same_task(tmp_path: Path) -> None:

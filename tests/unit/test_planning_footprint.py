@@ -13,15 +13,15 @@ import pytest
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.planning.fitting import known
 from launcher.planning.footprint import operators as ops
 from launcher.planning.footprint.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
 from launcher.planning.footprint.families import KNOWN, nearest, program_of
 from launcher.planning.footprint.loss import CHUNK_ELEMENTS
 from launcher.planning.footprint.program import Batch
 from launcher.planning.footprint.shadow import Meter, Parameter, Shadow, Storage, backward, checkpoint, new
-from launcher.planning.forecast import forecast, why_not
+from launcher.planning.forecast import forecast, formulas_know, why_not
 from launcher.planning.plan import Plan
+from launcher.planning.target import Target
 from tests.training.plans import deepspeed, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -182,9 +182,9 @@ def test_a_pattern_that_matches_nothing_is_refused_before_a_start(adapter: dict[
 def test_adapters_beside_other_models_are_not_known(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BERT), encoding="utf-8")
     plan = plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa", model__adapter={})
-    assert forecast(plan, 1 << 30) is None and not known(plan)
+    assert forecast(plan, Target(1 << 30)) is None and not formulas_know(plan)
     assert why_not(plan) == "the formulas know adapters beside llama, mistral, qwen2, qwen3, gpt2, and this is a bert model"
-    assert known(plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa"))
+    assert formulas_know(plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa"))
 
 
 def test_an_evaluation_keeps_nothing_for_a_backward_pass() -> None:
@@ -214,14 +214,14 @@ def test_unknown_architectures_and_configs_without_sizes(tmp_path: Path) -> None
     assert program_of({"model_type": "mamba"}) is None and program_of(BERT, traits=tasks.find("causal-lm").traits) is None
     assert nearest("lama") == "llama" and set(KNOWN) >= {"bert", "vit", "bart"}
     plan = plan_of(tmp_path, 1)
-    assert "no config.json" in why_not(plan) and forecast(plan, 0) is None
+    assert "no config.json" in why_not(plan) and forecast(plan, Target()) is None
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     assert "do not know the architecture mamba" in why_not(plan)
     (tmp_path / "config.json").write_text(json.dumps(BERT))
     assert "for other tasks than causal-lm" in why_not(plan)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(ConfigurationError, match="has no num_hidden_layers"):
-        forecast(plan, 0)
+        forecast(plan, Target())
 
 
 def test_a_model_of_405_billion_parameters_is_planned_without_torch_in_little_memory(tmp_path: Path) -> None:

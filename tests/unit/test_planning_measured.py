@@ -13,7 +13,6 @@ from launcher.cli.progress import notice
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Job
 from launcher.planning import model_config
-from launcher.planning.decide import plan as decide
 from launcher.planning.footprint.estimate import CUDA_SLACK
 from launcher.planning.footprint.families import program_of
 from launcher.planning.forecast import forecast, forecast_here
@@ -21,6 +20,8 @@ from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.measured import _CALLING, _WAITING, MEASURED, kind_of, rates_for, slack_kind
 from launcher.planning.messages import LATENCY, traffic
+from launcher.planning.search import plan_job
+from launcher.planning.target import Target
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
@@ -72,7 +73,7 @@ def test_slack_that_runs_had_is_in_the_next_forecast_and_is_said(tmp_path: Path)
     machine.write()
     second = forecast_here(plan, HERE)
     assert first is not None and second is not None
-    assert (first.slack, second.slack) == (None, 0.5) and second.to_dict()["slack_kind"] == kind
+    assert (first.target.slack, second.target.slack) == (None, 0.5) and second.to_dict()["slack_kind"] == kind
     bare, phase = (made.footprint.phase("steady step") for made in (first, second))
     moving = bare.peak - bare.parts["parameters"] - bare.parts["optimizer state"]
     assert bare.slack == 0 and phase.peak == bare.peak and phase.total == bare.total + int(0.5 * moving)
@@ -82,7 +83,7 @@ def test_slack_that_runs_had_is_in_the_next_forecast_and_is_said(tmp_path: Path)
     on_gpus = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"device": "cuda"})})
     shares = []
     for slack in (None, 0.0, 0.2):
-        made = forecast(on_gpus, 0, slack=slack)
+        made = forecast(on_gpus, Target(slack=slack))
         assert made is not None
         steady = made.footprint.phase("steady step")
         shares.append(steady.slack / (steady.peak - steady.parts["parameters"] - steady.parts["optimizer state"]))
@@ -96,17 +97,17 @@ def test_a_plan_leaves_room_for_the_slack_that_runs_had(tmp_path: Path) -> None:
     data = {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 512}
     content = {"name": "a", "model": {"name": str(tmp_path), "weights": "random"}, "data": data, "precision": "fp32"}
     job = Job.model_validate({**content, "batch": {"global_batch_size": 8, "micro_batch_size": 8}, "training": {"max_steps": 9}})
-    roomy = decide(job, 1, HERE)
-    made = forecast(roomy, 0)
+    roomy = plan_job(job, 1, HERE)
+    made = forecast(roomy, Target())
     assert made is not None and roomy.activation_checkpointing == "none"
     tight = Hardware(4, int(made.footprint.highest.total / 0.9) + (1 << 20))
-    assert decide(job, 1, tight).activation_checkpointing == "none"
+    assert plan_job(job, 1, tight).activation_checkpointing == "none"
     Machine().with_slack(slack_kind(roomy, tight), 1.0).write()
-    assert decide(job, 1, tight, local=False).activation_checkpointing == "none", "elsewhere it says nothing"
-    leaner = decide(job, 1, tight)
+    assert plan_job(job, 1, tight, local=False).activation_checkpointing == "none", "elsewhere it says nothing"
+    leaner = plan_job(job, 1, tight)
     assert leaner.activation_checkpointing != "none"
     said = forecast_here(leaner, tight)
-    assert said is not None and said.fits and said.slack == 1.0
+    assert said is not None and said.fits and said.target.slack == 1.0
 
 
 def test_files_of_before_slack_was_measured_are_read(tmp_path: Path) -> None:
@@ -182,9 +183,9 @@ def test_what_runs_have_shown_goes_with_the_figures_that_it_was_shown_of() -> No
 
 def test_a_gpu_computes_while_operators_are_called(tmp_path: Path) -> None:
     gpu, plan = gpu_type("h100-80gb"), plan_for(tmp_path, batch__micro_batch_size=1)
-    fast, slow = (forecast(plan, 0, replace(gpu, operator_seconds={"none": seconds})) for seconds in (1e-9, 1e-2))
+    fast, slow = (forecast(plan, Target(0, replace(gpu, operator_seconds={"none": seconds}))) for seconds in (1e-9, 1e-2))
     assert fast is not None and slow is not None and fast.speed is not None and slow.speed is not None
-    plain = forecast(plan, 0, gpu)
+    plain = forecast(plan, Target(0, gpu))
     assert plain is not None and plain.speed is not None and fast.speed.compute == plain.speed.compute
     assert slow.speed.compute > 10 * plain.speed.compute
 

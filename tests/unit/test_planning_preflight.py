@@ -14,14 +14,14 @@ import yaml
 from launcher.errors import ConfigurationError, OutOfMemoryError, StorageError
 from launcher.job.load import load
 from launcher.job.schema import Cluster
-from launcher.planning import outlook
-from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.preflight import preflight
+from launcher.planning.preview import preview_job
+from launcher.planning.search import plan_job
 from launcher.planning.slurm import node_memory
 from launcher.scheduling.opening import expectation, open_run
 from launcher.scheduling.slurm import handing_over
-from tests.unit.test_planning_alternatives import SEVENTY
+from tests.unit.test_planning_candidates import SEVENTY
 from tests.unit.test_planning_footprint import LLAMA
 
 Usage = namedtuple("Usage", "total used free")
@@ -51,7 +51,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def look(job: Path, *overrides: str, local: bool = False, force: bool = False) -> Any:
     wanted = load(job, list(overrides))
-    return preflight(wanted, decide(wanted, None, local=local), job.parent / "runs" / "large", local, force)
+    return preflight(wanted, plan_job(wanted, None, local=local), job.parent / "runs" / "large", local, force)
 
 
 def test_what_cannot_fit_here_is_refused_and_leaves_nothing(job: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_gpus_that_a_job_names_decide_for_a_cluster(job: Path) -> None:
     with pytest.raises(OutOfMemoryError, match="of a rank"):
         look(job, *small, "memory.offload=none")
     assert look(job, *small).plan.offload == "parameters", "the host's memory, of which 1 TiB is assumed elsewhere, holds it"
-    assert look(job, "cluster.gpus_per_node=1", "precision=bf16").memory_bytes == 0, "of GPUs without a name nothing is known"
+    assert look(job, "cluster.gpus_per_node=1", "precision=bf16").target.memory_bytes == 0, "of GPUs without a name nothing is known"
     with pytest.raises(ConfigurationError, match=r"cluster\.gpu.*h100-80gb"):
         look(job, "cluster.gpus_per_node=1", "cluster.gpu=h100")
 
@@ -132,17 +132,17 @@ def test_what_slurm_is_asked_for_of_a_nodes_memory(text: str | None, expected: i
 def test_the_memory_that_slurm_is_asked_for_decides_for_cpu_nodes(job: Path) -> None:
     """Eight billion parameters in fp32 on four nodes of eight ranks: more than this machine has."""
     nodes = ["cluster.nodes=4", "cluster.gpus_per_node=0", "cluster.ranks_per_node=8", "precision=fp32"]
-    assert look(job, *nodes).memory_bytes == 0, "without it nothing is judged"
+    assert look(job, *nodes).target.memory_bytes == 0, "without it nothing is judged"
     roomy = look(job, *nodes, "cluster.mem=256G")
-    assert roomy.memory_bytes == 32 << 30 and roomy.fits
+    assert roomy.target.memory_bytes == 32 << 30 and roomy.fits
     with pytest.raises(OutOfMemoryError, match=r"7\.2 GiB of 8\.0 GiB"):
         look(job, *nodes, "cluster.mem=64G")
 
 
 def test_the_memory_that_slurm_is_asked_for_has_to_hold_what_is_offloaded(job: Path) -> None:
     asked = [*ON_GPUS, "cluster.gpus_per_node=1", "memory.offload=parameters"]
-    assert look(job, *asked).host_memory_bytes == 1 << 40, "what is not said is assumed"
-    assert look(job, *asked, "cluster.mem=512G").host_memory_bytes == 512 << 30
+    assert look(job, *asked).target.host_memory_bytes == 1 << 40, "what is not said is assumed"
+    assert look(job, *asked, "cluster.mem=512G").target.host_memory_bytes == 512 << 30
     with pytest.raises(OutOfMemoryError, match="of the host's memory"):
         look(job, *asked, "cluster.mem=64G")
 
@@ -151,8 +151,8 @@ def test_what_is_assumed_of_a_node_elsewhere_is_so_in_both(job: Path) -> None:
     """Seventy billion parameters with gradients and moments are more than 90% of 1 TiB: the plan and the start say the same."""
     (job.parent / "model" / "config.json").write_text(json.dumps(LLAMA | SEVENTY))
     asked = [*ON_GPUS, "cluster.gpus_per_node=4", "memory.offload=parameters", "parallel.engine=fsdp"]
-    shown = outlook.look(load(job, asked)).forecast
-    assert shown is not None and shown.fits_device and not shown.fits and shown.host_memory_bytes == 1 << 40
+    shown = preview_job(load(job, asked)).forecast
+    assert shown is not None and shown.fits_device and not shown.fits and shown.target.host_memory_bytes == 1 << 40
     words = r"of a node 1024\.0 GiB are assumed; cluster\.mem says what it has\); the nearest that fits: cluster\.nodes: 2 \(8 ranks\)"
     with pytest.raises(OutOfMemoryError, match=words):
         look(job, *asked)
@@ -169,5 +169,5 @@ def test_the_way_out_of_too_little_memory_names_all_that_it_changes(job: Path) -
 def test_what_offloading_may_take_elsewhere_is_what_slurm_is_asked_for(job: Path) -> None:
     """On one H100 an 8B model needs its states in the host's memory, which 64 GiB cannot hold and the assumed 1 TiB can."""
     asked = [*ON_GPUS, "cluster.gpus_per_node=1"]
-    plans = [decide(load(job, [*asked, *more]), None, local=False) for more in ([], ["cluster.mem=64G"])]
+    plans = [plan_job(load(job, [*asked, *more]), None, local=False) for more in ([], ["cluster.mem=64G"])]
     assert [plan.offload != "none" for plan in plans] == [True, False]

@@ -10,15 +10,19 @@ import pytest
 
 from launcher.cli.forecast import speed_lines
 from launcher.job.schema import Job
-from launcher.planning.decide import plan as decide
-from launcher.planning.fitting import NEARLY, with_batch
+from launcher.planning.batch import with_batch
+from launcher.planning.candidates import cut_words, other_cuts
+from launcher.planning.compare import scale
+from launcher.planning.decide import candidate
 from launcher.planning.forecast import forecast_here
 from launcher.planning.gpus import gpu_type, on_network
 from launcher.planning.hardware import Hardware
-from launcher.planning.outlook import look, scaled
+from launcher.planning.memory import by_simple_rule
 from launcher.planning.plan import Plan
-from launcher.planning.search import variants
+from launcher.planning.preview import preview_job
+from launcher.planning.search import NEARLY, plan_job
 from launcher.planning.speed import speed
+from launcher.planning.target import hardware_of
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import BERT, LLAMA
 
@@ -43,14 +47,14 @@ def decided(plan: Plan, key: str) -> str:
 
 
 def test_a_slow_network_gets_a_copy_on_each_node_and_a_fast_one_the_least_memory(tmp_path: Path) -> None:
-    fast = look(job_of(tmp_path, cluster={"nodes": 2}), network="ib400").plan
+    fast = preview_job(job_of(tmp_path, cluster={"nodes": 2}), network="ib400").plan
     assert (fast.mesh.replicate, fast.mesh.shard, fast.sharding, fast.mesh.reshard_after_forward) == (1, 16, "full", True)
-    slow = look(job_of(tmp_path, cluster={"network": "ethernet25", "nodes": 2}))
+    slow = preview_job(job_of(tmp_path, cluster={"network": "ethernet25", "nodes": 2}))
     plan = slow.plan
     assert (plan.mesh.replicate, plan.mesh.shard, plan.sharding, plan.mesh.reshard_after_forward) == (2, 8, "gradients", False)
     assert "only gradients cross the network" in decided(plan, "parallel.replicate") and "x as fast" in decided(plan, "parallel.shard")
     assert slow.forecast is not None and slow.forecast.fits and slow.forecast.speed is not None
-    pinned = look(job_of(tmp_path, cluster={"network": "ethernet25", "nodes": 2}, parallel={"replicate": 1, "shard": "full"}))
+    pinned = preview_job(job_of(tmp_path, cluster={"network": "ethernet25", "nodes": 2}, parallel={"replicate": 1, "shard": "full"}))
     assert (pinned.plan.mesh.replicate, pinned.plan.sharding) == (1, "full")
     assert pinned.forecast is not None and pinned.forecast.speed is not None
     assert pinned.forecast.speed.step > 1.5 * slow.forecast.speed.step
@@ -59,7 +63,7 @@ def test_a_slow_network_gets_a_copy_on_each_node_and_a_fast_one_the_least_memory
 def test_what_does_not_fit_is_not_taken_however_fast(tmp_path: Path) -> None:
     """A quarter of the states, 30 GiB, is too much for 24 GiB."""
     cluster = {"gpu": "rtx4090", "network": "ethernet25", "gpus_per_node": 4, "nodes": 8}
-    small = look(job_of(tmp_path, cluster=cluster))
+    small = preview_job(job_of(tmp_path, cluster=cluster))
     assert small.forecast is not None and small.forecast.fits
     assert small.plan.mesh.replicate == 1
 
@@ -79,30 +83,67 @@ def test_what_does_not_fit_is_not_taken_however_fast(tmp_path: Path) -> None:
 )
 def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int, str]], tmp_path: Path) -> None:
     job = job_of(tmp_path, parallel=parallel)
-    made = look(job, network="ib400").plan
-    found = {(variant.plan.mesh.replicate, variant.plan.sharding) for variant in variants(job, made)}
-    assert found == cuts
-    for variant in variants(job, made):
-        mesh = variant.plan.mesh
-        zero = variant.plan.zero
-        assert zero is None or zero.stage == {"full": 3, "gradients": 2, "optimizer": 1}[variant.plan.sharding]
-        assert mesh.replicate * mesh.shard == 32 and mesh.reshard_after_forward == (variant.plan.sharding == "full")
+    made = preview_job(job, network="ib400").plan
+    plans = [made, *(cut.plan for cut in other_cuts(job, made))]
+    assert {(plan.mesh.replicate, plan.sharding) for plan in plans} == cuts and len(plans) == len(cuts)
+    for plan in plans:
+        mesh, zero = plan.mesh, plan.zero
+        assert zero is None or zero.stage == {"full": 3, "gradients": 2, "optimizer": 1}[plan.sharding]
+        assert mesh.replicate * mesh.shard == 32 and mesh.reshard_after_forward == (plan.sharding == "full")
+
+
+def test_a_candidate_has_the_least_of_what_is_searched_and_decides_none_of_it(tmp_path: Path) -> None:
+    """So that nothing is decided twice: the search decides it, or the simple rule."""
+    job, keys = job_of(tmp_path), {"batch.micro_batch_size", "memory.activation_checkpointing", "memory.offload"}
+    first = candidate(job, None, hardware_of(job, local=False), local=False)
+    assert (first.batch.micro_batch_size, first.activation_checkpointing) == (1, "full")
+    assert not keys & {decision.key for decision in first.decisions}
+    by_rule = by_simple_rule(job, first, hardware_of(job, local=False))
+    for plan in (by_rule, plan_job(job, local=False)):
+        assert sorted(decision.key for decision in plan.decisions if decision.key in keys) == sorted(keys)
+    said = job.model_copy(
+        update={
+            "batch": job.batch.model_copy(update={"micro_batch_size": 2}),
+            "memory": job.memory.model_copy(update={"activation_checkpointing": "none"}),
+        }
+    )
+    plan = plan_job(said, local=False)
+    assert (plan.batch.micro_batch_size, plan.activation_checkpointing) == (2, "none")
+    assert keys & {decision.key for decision in plan.decisions} == {"memory.offload"}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cluster", "what", "pinned"),
+    [
+        ({"engine": "deepspeed"}, {"nodes": 2, "network": "ethernet100"}, "ZeRO-1", {"shard": "optimizer"}),
+        ({}, {"nodes": 4, "network": "ethernet25"}, "FSDP full, 4 x 8", {"shard": "full", "replicate": 4}),
+        ({}, {"nodes": 2, "network": "ethernet100"}, "FSDP full, 2 x 8", {"shard": "full", "replicate": 2}),
+    ],
+)
+def test_a_slower_cut_is_measured_by_the_plan_that_is_taken(
+    parallel: dict[str, Any], cluster: dict[str, Any], what: str, pinned: dict[str, Any], tmp_path: Path
+) -> None:
+    """By nothing that was looked at on the way to it, nor by the share of it that would have been worth it."""
+    taken, other = (preview_job(job_of(tmp_path, cluster=cluster, parallel=parallel | more)).forecast for more in ({}, pinned))
+    assert taken is not None and other is not None and cut_words(other.plan) == what != cut_words(taken.plan)
+    ratio = f"{other.step / taken.step:.2f}x the step" + (", not worth its memory" if other.step < taken.step else "")
+    assert [each.reason for each in taken.plan.refused if (each.what, each.why) == (what, "slower")] == [ratio]
 
 
 def test_what_the_job_says_is_not_decided(tmp_path: Path) -> None:
-    plan = look(job_of(tmp_path, parallel={"replicate": 2}, cluster={"network": "ethernet25", "gpu": "h200"})).plan
+    plan = preview_job(job_of(tmp_path, parallel={"replicate": 2}, cluster={"network": "ethernet25", "gpu": "h200"})).plan
     assert plan.mesh.replicate == 2 and "parallel.replicate" not in {decision.key for decision in plan.decisions}
 
 
 def test_copies_pay_between_two_nodes(tmp_path: Path) -> None:
     """Of P parameters 8P(n-1)/n bytes cross a node's network for n copies, and 6P where all that is cut over the nodes stays whole."""
-    rows = scaled(job_of(tmp_path), "8..64", "h100-80gb", "ethernet25")
+    rows, _ = scale(job_of(tmp_path), "8..64", "h100-80gb", "ethernet25")
     assert [(row.plan.mesh.replicate, row.plan.sharding) for row in rows[1:]] == [(2, "gradients"), (1, "gradients"), (1, "gradients")]
 
 
 def test_copies_gather_within_their_node(tmp_path: Path) -> None:
     job = job_of(tmp_path, parallel={"replicate": 4, "shard": "full"})
-    made = look(job, network="ethernet25")
+    made = preview_job(job, network="ethernet25")
     assert made.forecast is not None and made.forecast.speed is not None
     plan, gpu = made.plan, on_network(gpu_type("h100-80gb"), "ethernet25")
     one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"replicate": 1, "shard": 32})})
@@ -134,7 +175,7 @@ def test_a_smaller_micro_batch_is_taken_where_it_pads_less(tmp_path: Path) -> No
     }
     Machine((Rates("cpu", "2026-11-26", {"fp32": 50e9}, 2e10, 2e9),)).write()
     here = Hardware(2, 64 << 30)
-    plan = decide(Job.model_validate(content), 2, here)
+    plan = plan_job(Job.model_validate(content), 2, here)
     said = forecast_here(with_batch(plan, 16), here)
     assert said is not None and f"of {said.items.mean:.0f} tokens, padded to " in speed_lines(said)  # type: ignore[union-attr]
     steps = {}

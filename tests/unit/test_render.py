@@ -14,9 +14,9 @@ import yaml
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.decide import plan as decide
 from launcher.planning.hardware import Hardware
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job as decide
 from launcher.render import accelerate, deepspeed, presets, sbatch, torchrun
 from launcher.render.engines import for_engine
 from launcher.render.files import NAMES, files

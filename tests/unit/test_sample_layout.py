@@ -10,10 +10,10 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.planning import model_support
-from launcher.planning.decide import plan
 from launcher.planning.hardware import Hardware
 from launcher.planning.model_support import Way, read_table, support, untried
 from launcher.planning.plan import Plan
+from launcher.planning.search import plan_job as plan
 from tests.unit.test_planning_decide import CPU, H100, job
 
 TASKS = ("causal-lm", "sequence-classification")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, RunInUseError
-from launcher.planning import decide, hardware
+from launcher.planning import hardware, search
 from launcher.planning.footprint.decoders import Llama
 from launcher.planning.footprint.families import Program
 from launcher.planning.plan import Plan
@@ -80,7 +80,7 @@ def test_going_on_takes_the_stored_plan_as_it_is(job: Path, monkeypatch: pytest.
     def never(*arguments: Any) -> Plan:
         raise AssertionError("nothing changed, so nothing is decided again")
 
-    monkeypatch.setattr(opening, "decide", never)
+    monkeypatch.setattr(opening, "plan_job", never)
     assert open_run(job, [], None, None)[1] == plan
     assert open_run(job, [], 2, None)[1] == plan
     assert reopen(run, [], None) == plan
@@ -89,7 +89,8 @@ def test_going_on_takes_the_stored_plan_as_it_is(job: Path, monkeypatch: pytest.
 
 def test_what_was_decided_stays_when_something_else_changes(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, plan = open_run(job, [], None, None)
-    monkeypatch.setattr(decide, "micro_batch_limit", lambda *arguments: (1, "no memory today"))
+    monkeypatch.setattr(search, "samples_per_pass", lambda plan: 1)
+    assert open_run(job, [], None, job.parent / "other")[1].batch.micro_batch_size == 1 < plan.batch.micro_batch_size
     changed = reopen(run, ["checkpoint.keep_last=5"], None)
     assert changed.batch == plan.batch and changed.precision == plan.precision
     assert changed.checkpoint.keep_last == 5

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
-from launcher.planning.decide import plan as decide
+from launcher.planning.search import plan_job as decide
 from launcher.render import sbatch
 from launcher.render.place import Place
 from launcher.scheduling.slurm.inherited import environment

@@ -15,8 +15,8 @@ from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.job.schema import Model
 from launcher.planning import positions, suitability
-from launcher.planning.decide import plan
 from launcher.planning.model_config import config_of
+from launcher.planning.search import plan_job as plan
 from launcher.planning.vocabulary import read_vocabulary
 
 LLAMA = {

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from launcher.planning import hardware as hardware_module
-from launcher.planning.advice import less_memory
-from launcher.planning.fitting import with_batch
+from launcher.planning.batch import with_batch
 from launcher.planning.forecast import forecast
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.plan import Plan
+from launcher.planning.suggestions import less_memory
+from launcher.planning.target import Target
 from launcher.runs.machine import Machine, path
 from tests.training.plans import plan_of
 from tests.unit.test_planning_footprint import LLAMA
@@ -163,7 +164,7 @@ def test_what_runs_here_have_shown_counts_after_out_of_memory_too(tmp_path: Path
     needs = {}
     for slack in (None, 1.0):
         for micro in (8, 4):
-            made = forecast(with_batch(plan, micro), 0, slack=slack)
+            made = forecast(with_batch(plan, micro), Target(slack=slack))
             assert made is not None
             needs[slack, micro] = made.footprint.highest.total
     room = Hardware(4, int(max(needs[None, 8], needs[1.0, 4]) / 0.9) + (1 << 20))

@@ -10,22 +10,22 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.plan import explained, not_taken
+from launcher.cli.plan_tables import explained, not_taken
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning import fitting
-from launcher.planning.alternatives import groups
-from launcher.planning.batch import divisors
-from launcher.planning.decide import plan as decide
-from launcher.planning.forecast import USABLE, Forecast, forecast, least_bytes
+from launcher.planning.batch import divisors, with_batch
+from launcher.planning.candidates import engine_options
+from launcher.planning.forecast import Forecast, forecast, least_bytes
 from launcher.planning.gpus import gpu_type
 from launcher.planning.hardware import Gpu, Hardware
+from launcher.planning.memory import RECOMPUTATIONS
 from launcher.planning.messages import offloads
-from launcher.planning.nearest import nearest_that_fit
-from launcher.planning.outlook import look
 from launcher.planning.plan import Plan
+from launcher.planning.preview import preview_job
 from launcher.planning.script import plan as decide_script
-from launcher.planning.search import WORTH
+from launcher.planning.search import WORTH, plan_job
+from launcher.planning.suggestions import nearest_that_fit
+from launcher.planning.target import USABLE, Target
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import LLAMA
 from tests.unit.test_planning_search import decided, job_of
@@ -70,14 +70,14 @@ def everything(job: Job, hardware: Hardware) -> list[list[Forecast]]:
 
 
 def _fitting(job: Job, hardware: Hardware, engine: str, offload: str, shard: str) -> list[Forecast]:
-    ways = ("none", "full") if (engine, shard) == ("deepspeed", "full") else fitting.WAYS
+    ways = ("none", "full") if (engine, shard) == ("deepspeed", "full") else RECOMPUTATIONS
     asked = pinned(job, engine=engine, offload=offload, shard=shard, replicate=1, activation_checkpointing="full")
-    plan, memory = decide(asked, None, hardware, local=False), hardware.gpus[0].memory_bytes
+    plan, memory = plan_job(asked, None, hardware, local=False), hardware.gpus[0].memory_bytes
     assert (plan.engine, plan.offload, plan.sharding) == (engine, offload, shard)
     found = []
     for way in ways:
         for micro in divisors(SAMPLES // NUM_GPUS):
-            made = forecast(fitting.with_batch(plan, micro, way), memory, gpu_type("h100-80gb"))
+            made = forecast(with_batch(plan, micro, way), Target(memory, gpu_type("h100-80gb")))
             assert made is not None
             if made.fits and (offload == "none" or made.host_bytes <= hardware.memory_bytes * USABLE["cpu"]):
                 found.append(made)
@@ -91,8 +91,8 @@ def key(plan: Plan) -> tuple[str, str, str]:
 @pytest.mark.parametrize(("memory", "host"), [(60, 1024), (14, 1024), (7, 1024), (4, 1024), (5, 5), (2.5, 1024), (1.2, 1024)])
 def test_what_is_taken_is_what_trying_everything_would_take(memory: float, host: float, tmp_path: Path) -> None:
     job, hardware = small(tmp_path), machine(memory, host)
-    made = decide(job, None, hardware, local=False)
-    said = forecast(made, hardware.gpus[0].memory_bytes, gpu_type("h100-80gb"))
+    made = plan_job(job, None, hardware, local=False)
+    said = forecast(made, Target(hardware.gpus[0].memory_bytes, gpu_type("h100-80gb")))
     assert said is not None and said.speed is not None
     assert made.batch.micro_batch_size * made.batch.accumulation_steps * NUM_GPUS == made.batch.global_batch_size == SAMPLES
     group = next((group for group in everything(job, hardware) if group), None)
@@ -125,7 +125,7 @@ def test_on_a_cpu_the_faster_engine_is_taken_where_both_were_measured(
     cost: float | None, engine: str, measured_cpu: Callable[[float | None], Job]
 ) -> None:
     """Another engine has to be worth it: ZeRO-1 receives 12 bytes for each parameter where FSDP receives 8."""
-    made = decide(measured_cpu(cost), 2, Hardware(4, 64 * GIB))
+    made = plan_job(measured_cpu(cost), 2, Hardware(4, 64 * GIB))
     assert made.engine == engine
     reason = next(decision.reason for decision in made.decisions if decision.key == "parallel.engine")
     assert ("x as fast as FSDP, by what `launcher bench` measured of both" in reason) is (engine == "deepspeed")
@@ -137,8 +137,8 @@ def test_on_a_cpu_the_faster_engine_is_taken_where_both_were_measured(
 def test_where_what_was_measured_says_nothing_fsdp_goes_first(measured_cpu: Callable[[float | None], Job]) -> None:
     """One rank, another machine, a script of the user's own."""
     job, here = measured_cpu(1e-9), Hardware(4, 64 * GIB)
-    assert decide(job, 2, here).engine == "deepspeed"
-    for made in (decide(job, 1, here), decide(job, 2, here, local=False), decide(job, 2, here, by_speed=False)):
+    assert plan_job(job, 2, here).engine == "deepspeed"
+    for made in (plan_job(job, 1, here), plan_job(job, 2, here, local=False), plan_job(job, 2, here, by_speed=False)):
         assert made.engine == "fsdp"
     assert decide_script(job, ("train.py",), 2, here).engine == "fsdp"
 
@@ -146,17 +146,17 @@ def test_where_what_was_measured_says_nothing_fsdp_goes_first(measured_cpu: Call
 def test_the_cases_above_are_of_every_kind(tmp_path: Path) -> None:
     """Else they would show little."""
     job = small(tmp_path)
-    made = {decide(job, None, machine(memory), local=False).offload for memory in (60, 4, 1.2)}
+    made = {plan_job(job, None, machine(memory), local=False).offload for memory in (60, 4, 1.2)}
     assert made == {"none", "parameters"}
     only = small(tmp_path, parallel={"engine": "deepspeed"})
-    assert decide(only, None, machine(5), local=False).offload == "optimizer"
+    assert plan_job(only, None, machine(5), local=False).offload == "optimizer"
 
 
 def test_a_70b_on_four_nodes_of_small_gpus_takes_what_fits(tmp_path: Path) -> None:
     cluster = {"gpu": "a100-40gb", "nodes": 4}
     job = job_of(tmp_path, batch={"global_batch_size": 128}, data={"max_length": 4096}, cluster=cluster)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | SEVENTY))
-    seen = look(job)
+    seen = preview_job(job)
     assert seen.forecast is not None and seen.forecast.fits
     assert key(seen.plan) == ("fsdp", "parameters", "full")
     assert "nothing fits the GPUs without" in decided(seen.plan, "memory.offload")
@@ -167,37 +167,37 @@ def test_a_70b_on_four_nodes_of_small_gpus_takes_what_fits(tmp_path: Path) -> No
     assert len(lines) < 20 and any("38.0 GiB of a rank" in line for line in lines)
     assert "Looked at and not taken" in explained(seen.plan, "memory.offload") and "more, which --json lists" in "\n".join(lines)
     # On twice as many nodes nothing has to leave the GPUs.
-    wide = look(job.model_copy(update={"cluster": job.cluster.model_copy(update={"nodes": 16})}))
+    wide = preview_job(job.model_copy(update={"cluster": job.cluster.model_copy(update={"nodes": 16})}))
     assert wide.plan.offload == "none" and "all of it fits" in decided(wide.plan, "memory.offload")
     assert wide.forecast is not None and wide.forecast.fits
 
 
 def test_what_fits_is_planned_as_if_there_were_no_offloading(tmp_path: Path) -> None:
     job = small(tmp_path)
-    auto, never = (decide(one, None, machine(40), local=False) for one in (job, pinned(job, offload="none")))
+    auto, never = (plan_job(one, None, machine(40), local=False) for one in (job, pinned(job, offload="none")))
     assert auto.model_copy(update={"decisions": (), "refused": ()}) == never.model_copy(update={"decisions": (), "refused": ()})
 
 
 def test_offloading_may_be_left_out_of_account_or_be_all_that_is_looked_at(tmp_path: Path) -> None:
-    only = decide(small(tmp_path), None, machine(4), local=False, offloading="only")
-    assert key(only) == key(decide(small(tmp_path), None, machine(4), local=False)) and only.offload != "none"
+    only = plan_job(small(tmp_path), None, machine(4), local=False, offloading="only")
+    assert key(only) == key(plan_job(small(tmp_path), None, machine(4), local=False)) and only.offload != "none"
     assert all("offloaded" in refused.what for refused in only.refused)
-    assert decide(small(tmp_path), None, machine(4), local=False, offloading="never").offload == "none"
+    assert plan_job(small(tmp_path), None, machine(4), local=False, offloading="never").offload == "none"
 
 
 def test_a_cpu_has_nothing_to_move(tmp_path: Path) -> None:
     job = small(tmp_path, cluster={"gpus_per_node": 0, "ranks_per_node": 2})
-    made = decide(job, None, Hardware(4, 4 * GIB), local=False)
+    made = plan_job(job, None, Hardware(4, 4 * GIB), local=False)
     assert made.offload == "none" and "in the host's memory already" in decided(made, "memory.offload")
-    assert not any(alternative.offload != "none" for group in groups(job, made) for alternative in group)
+    assert not any(alternative.offload != "none" for group in engine_options(job, made) for alternative in group)
     to_files = pinned(job, offload_to="/mnt/nvme")
     with pytest.raises(ConfigurationError, match=r"set memory\.offload"):
-        decide(to_files, None, Hardware(4, 4 * GIB), local=False)
+        plan_job(to_files, None, Hardware(4, 4 * GIB), local=False)
 
 
 def test_files_are_for_deepspeed_and_only_where_nothing_else_fits(tmp_path: Path) -> None:
     job = small(tmp_path, memory={"offload_to": "/mnt/nvme"})
-    much, little = (decide(job, None, machine(memory, 5), local=False) for memory in (60, 5))
+    much, little = (plan_job(job, None, machine(memory, 5), local=False) for memory in (60, 5))
     assert (much.engine, much.offload, much.offload_to) == ("fsdp", "none", "cpu")
     assert little.engine == "deepspeed" and little.offload != "none" and little.offload_to == "/mnt/nvme"
     assert "no plan of FSDP fits" in decided(little, "parallel.engine")
@@ -209,7 +209,7 @@ def test_files_are_for_deepspeed_and_only_where_nothing_else_fits(tmp_path: Path
 def test_an_engine_that_is_not_installed_is_said_and_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name))
-    made = decide(small(tmp_path, memory={"offload": "none"}), None, machine(4))
+    made = plan_job(small(tmp_path, memory={"offload": "none"}), None, machine(4))
     assert made.engine == "fsdp" and any("not installed" in refused.reason for refused in made.refused)
 
 
@@ -219,7 +219,7 @@ def test_an_engine_that_is_not_installed_is_said_and_not_taken(tmp_path: Path, m
 def test_zero_takes_an_earlier_stage_where_messages_are_waited_for(network: str, memory: float, shard: str, tmp_path: Path) -> None:
     """Two nodes: what ZeRO-1 sends once a step, ZeRO-2 sends with each pass, all-reduced, which is as much as ZeRO-3 gathers and sends."""
     job = small(tmp_path, parallel={"engine": "deepspeed"}, cluster={"nodes": 2, "network": network}, batch={"global_batch_size": 256})
-    made = decide(job, None, machine(memory), local=False)
+    made = plan_job(job, None, machine(memory), local=False)
     assert made.zero is not None and made.sharding == shard
     assert made.zero.stage == {"full": 3, "gradients": 2, "optimizer": 1}[shard]
     if shard != "full":
@@ -228,14 +228,14 @@ def test_zero_takes_an_earlier_stage_where_messages_are_waited_for(network: str,
 
 def test_selective_recomputation_and_zero_begin_with_the_second_stage(tmp_path: Path) -> None:
     job = small(tmp_path, parallel={"engine": "deepspeed"}, memory={"activation_checkpointing": "selective"})
-    made = decide(job, None, machine(60), local=False)
+    made = plan_job(job, None, machine(60), local=False)
     assert made.zero is not None and made.zero.stage in (1, 2) and made.activation_checkpointing == "selective"
 
 
 def test_zero_takes_an_earlier_stage_where_that_computes_less_again(tmp_path: Path) -> None:
     """On a fast network, where messages are hidden: the third stage cannot keep what selective checkpointing keeps."""
     job = small(tmp_path, parallel={"engine": "deepspeed"}, data={"max_length": 8192})
-    made = decide(job, None, machine(12), local=False)
+    made = plan_job(job, None, machine(12), local=False)
     assert made.zero is not None and made.zero.stage < 3 and made.activation_checkpointing == "selective"
 
 
@@ -244,8 +244,8 @@ def test_what_is_offloaded_is_not_on_the_device(tmp_path: Path) -> None:
     job = small(tmp_path, parallel={"engine": "deepspeed", "shard": "full"})
     sizes = {}
     for offload in ("none", "optimizer", "parameters"):
-        plan = decide(pinned(job, offload=offload, activation_checkpointing="full"), None, machine(80), local=False)
-        made = forecast(plan, 80 * GIB)
+        plan = plan_job(pinned(job, offload=offload, activation_checkpointing="full"), None, machine(80), local=False)
+        made = forecast(plan, Target(80 * GIB))
         assert made is not None
         sizes[offload] = (made.footprint.phase("saving").peak, made.footprint.phase("steady step").host, least_bytes(plan))
     num_parameters = 2 * 32000 * 2048 + 12 * (2048 * (2 * 2048 + 2 * 1024) + 3 * 2048 * 5632)
@@ -261,7 +261,7 @@ def test_offloading_costs_the_way_and_the_processors(tmp_path: Path) -> None:
     rates = {}
     for engine, offload in (("fsdp", "none"), ("fsdp", "parameters"), ("deepspeed", "optimizer"), ("deepspeed", "parameters")):
         asked = pinned(job, engine=engine, offload=offload, activation_checkpointing="full")
-        made = forecast(decide(asked, None, machine(80), local=False), 80 * GIB, gpu_type("h100-80gb"))
+        made = forecast(plan_job(asked, None, machine(80), local=False), Target(80 * GIB, gpu_type("h100-80gb")))
         assert made is not None and made.speed is not None and offloads(made.plan) == (offload != "none")
         rates[engine, offload] = made.speed
     kept, moved = rates["fsdp", "none"], rates["fsdp", "parameters"]
@@ -273,11 +273,11 @@ def test_offloading_costs_the_way_and_the_processors(tmp_path: Path) -> None:
 
 def test_a_host_without_the_memory_for_it_is_no_place(tmp_path: Path) -> None:
     job, hardware = small(tmp_path), machine(4, 8)
-    made = decide(job, None, hardware, local=False)
+    made = plan_job(job, None, hardware, local=False)
     assert made.offload == "none"
     assert any("of the host's memory" in refused.reason for refused in made.refused)
-    plan = decide(pinned(job, offload="parameters"), None, machine(4), local=False)
-    unknown, told = (forecast(plan, 4 * GIB, host_memory_bytes=size * GIB) for size in (0, 8))
+    plan = plan_job(pinned(job, offload="parameters"), None, machine(4), local=False)
+    unknown, told = (forecast(plan, Target(4 * GIB, host_memory_bytes=size * GIB)) for size in (0, 8))
     assert unknown is not None and unknown.fits
     assert told is not None and told.fits_device and not told.fits and told.lack.endswith("of the 7.2 GiB of the host's memory")
 
@@ -288,14 +288,14 @@ def test_the_nearest_that_fit_offload_only_where_the_job_says_not_to(tmp_path: P
         job, hardware = small(tmp_path, parallel={"engine": engine, "shard": "full"}, batch={"global_batch_size": NUM_GPUS}), machine(4, 8)
         advised = []
         for one in (job, pinned(job, offload="none")):
-            made = forecast(decide(one, None, hardware, local=False), 4 * GIB, gpu_type("h100-80gb"))
+            made = forecast(plan_job(one, None, hardware, local=False), Target(4 * GIB, gpu_type("h100-80gb")))
             assert made is not None and not made.fits
             advised.append([words for words, _ in nearest_that_fit(made, 8) if "offload" in words])
         assert advised[0] == [] and [words.split()[1].rstrip(",") for words in advised[1]] == kinds
 
 
 def test_what_is_not_to_be_cut_is_not_handed_to_an_engine_that_cuts(tmp_path: Path) -> None:
-    made = decide(small(tmp_path, parallel={"shard": "none"}), None, machine(1.2), local=False)
+    made = plan_job(small(tmp_path, parallel={"shard": "none"}), None, machine(1.2), local=False)
     assert (made.engine, made.sharding) == ("fsdp", "none")
 
 
@@ -303,7 +303,9 @@ def test_what_is_not_to_be_cut_is_not_handed_to_an_engine_that_cuts(tmp_path: Pa
 def test_an_adapter_needs_little_beside_a_model_that_stays_as_it_is(offload: str, tmp_path: Path) -> None:
     parallel = {"engine": "deepspeed", "shard": "full"}
     whole, beside = (
-        forecast(decide(small(tmp_path, parallel=parallel, memory={"offload": offload}, model=model), None, machine(80), local=False), 0)
+        forecast(
+            plan_job(small(tmp_path, parallel=parallel, memory={"offload": offload}, model=model), None, machine(80), local=False), Target()
+        )
         for model in ({}, {"adapter": {"rank": 8}})
     )
     assert whole is not None and beside is not None
@@ -318,5 +320,5 @@ def test_a_plan_for_elsewhere_does_not_go_by_what_is_free_here(tmp_path: Path, m
     made = []
     for memory in (1, 4096):
         monkeypatch.setattr(Hardware, "detect", lambda memory=memory: Hardware(4, memory * GIB))
-        made.append(decide(job, None, local=False))
-    assert key(made[0]) == key(made[1]) == key(look(job).plan)
+        made.append(plan_job(job, None, local=False))
+    assert key(made[0]) == key(made[1]) == key(preview_job(job).plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.cli.forecast import advice
+from launcher.cli.forecast import nearest
+from launcher.cli.main import main
 from launcher.job.schema import Job
-from launcher.planning.decide import plan as decide
 from launcher.planning.forecast import Forecast, forecast, forecast_here
 from launcher.planning.gpus import as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
-from launcher.planning.nearest import changes, least, nearest_that_fit
 from launcher.planning.plan import Plan
+from launcher.planning.preview import preview_job
+from launcher.planning.search import plan_job
+from launcher.planning.suggestions import changes, least, nearest_that_fit
+from launcher.planning.target import Target
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import plan_for
 from tests.unit.test_planning_search import job_of
@@ -37,10 +41,15 @@ def pinned(directory: Path, per_node: int, **sections: dict[str, Any]) -> Job:
 
 def on_gpus(job: Job, gpu: str = GPU) -> Forecast:
     kind = gpu_type(gpu)
-    plan = decide(job, None, as_hardware(kind, int(job.cluster.gpus_per_node)), local=False)
-    made = forecast(plan, kind.memory_bytes, kind, host_memory_bytes=1 << 40)
+    plan = plan_job(job, None, as_hardware(kind, int(job.cluster.gpus_per_node)), local=False)
+    made = forecast(plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
     assert made is not None
     return made
+
+
+def with_memory(made: Forecast, memory_bytes: int) -> Forecast:
+    """The same forecast on a device with so much memory."""
+    return replace(made, target=replace(made.target, memory_bytes=memory_bytes))
 
 
 def written(job: Job, words: str) -> Job:
@@ -95,7 +104,7 @@ def in_room_for(job: Job, **parallel: Any) -> Forecast:
     """The job's forecast where there is just the memory that it would need cut otherwise."""
     section = job.parallel.model_copy(update=parallel)
     other = on_gpus(job.model_copy(update={"parallel": section}))
-    made = replace(on_gpus(job), memory_bytes=int(other.footprint.highest.total / 0.95) + 1)
+    made = with_memory(on_gpus(job), int(other.footprint.highest.total / 0.95) + 1)
     assert not made.fits
     return made
 
@@ -145,7 +154,7 @@ def test_the_least_is_one_sample_all_of_it_computed_again(tmp_path: Path) -> Non
     made = on_gpus(pinned(tmp_path, 8))
     small = least(made)
     assert (small.plan.batch.micro_batch_size, small.plan.activation_checkpointing) == (1, "full")
-    assert small.footprint.highest.total < made.footprint.highest.total and small.gpu == made.gpu
+    assert small.footprint.highest.total < made.footprint.highest.total and small.target == made.target
 
 
 def test_advice_is_for_the_gpus_of_the_forecast(tmp_path: Path) -> None:
@@ -154,16 +163,16 @@ def test_advice_is_for_the_gpus_of_the_forecast(tmp_path: Path) -> None:
     lines = {}
     for name in ("a100-80gb", "h100-80gb"):
         kind = gpu_type(name)
-        made = forecast(plan, kind.memory_bytes, kind, 1.5, host_memory_bytes=1 << 40)
+        made = forecast(plan, Target(kind.memory_bytes, kind, correction=1.5, host_memory_bytes=1 << 40))
         assert made is not None and not made.fits
         words, other = nearest_that_fit(made)[0]
-        expected = forecast(other.plan, kind.memory_bytes, kind, 1.5, host_memory_bytes=1 << 40)
-        assert expected is not None and other.speed == expected.speed and other.gpu == kind
-        assert f"{words}: {expected.line()}" in advice(made)
+        expected = forecast(other.plan, Target(kind.memory_bytes, kind, correction=1.5, host_memory_bytes=1 << 40))
+        assert expected is not None and other.speed == expected.speed and other.target.gpu == kind
+        assert f"{words}: {expected.line()}" in nearest(nearest_that_fit(made))
         lines[name] = other.line()
     assert lines["a100-80gb"] != lines["h100-80gb"]
-    unknown = forecast(plan, 80 << 30)
-    assert unknown is not None and "tokens/s" not in advice(unknown), "nothing is known of the speed"
+    unknown = forecast(plan, Target(80 << 30))
+    assert unknown is not None and "tokens/s" not in nearest(nearest_that_fit(unknown)), "nothing is known of the speed"
 
 
 def test_advice_keeps_what_this_machine_has_shown(tmp_path: Path) -> None:
@@ -171,18 +180,40 @@ def test_advice_keeps_what_this_machine_has_shown(tmp_path: Path) -> None:
     here = Hardware(4, 256 << 30)
     Machine((Rates("cpu", "2026-11-23", {"fp32": 100e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9),), {}, {"cpu": [0.5]}).write()
     large = forecast_here(plan, here)
-    assert large is not None and large.speed is not None and large.duration is not None and large.slack == 0.5
-    tight = replace(large, memory_bytes=int(least(large).footprint.highest.total / 0.89), host_memory_bytes=1 << 35)
+    assert large is not None and large.speed is not None and large.duration is not None and large.target.slack == 0.5
+    target = replace(large.target, memory_bytes=int(least(large).footprint.highest.total / 0.89), host_memory_bytes=1 << 35)
+    tight = replace(large, target=target)
     path().unlink()
     assert not tight.fits
     found = nearest_that_fit(tight)
     assert found
     for _, other in found:
-        assert (other.slack, other.slack_kind, other.host_memory_bytes) == (0.5, "cpu", 1 << 35) and other.duration is not None
+        assert other.target == target and other.target.slack_kind == "cpu" and other.duration is not None
         nodes = other.plan.mesh.nodes
         assert other.duration.last_save == pytest.approx(other.checkpoint_bytes / nodes / 0.5e9), "the disk is as slow as it was measured"
 
 
 def test_nothing_is_named_where_nothing_fits(tmp_path: Path) -> None:
-    made = replace(on_gpus(pinned(tmp_path, 8)), memory_bytes=1 << 20)
-    assert nearest_that_fit(made) == [] and "Nothing near it fits" in advice(made)
+    made = with_memory(on_gpus(pinned(tmp_path, 8)), 1 << 20)
+    assert nearest_that_fit(made) == [] and "Nothing near it fits" in nearest(nearest_that_fit(made))
+
+
+def test_the_command_has_what_would_fit_as_text_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = pinned(tmp_path, 8)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
+    printed = []
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit) as left:
+            main(["plan", str(tmp_path / "job.yaml"), *more])
+        assert not left.value.code
+        printed.append(capsys.readouterr().out)
+    suggestions = json.loads(printed[1])["suggestions"]
+    assert [each["changes"] for each in suggestions] == [each.text for each in nearest_that_fit(on_gpus(job))] != []
+    for each in suggestions:
+        assert f"  {each['changes']}: {each['forecast']}" in printed[0]
+
+
+def test_a_plan_that_fits_has_nothing_suggested(tmp_path: Path) -> None:
+    job = pinned(tmp_path, 8, data={"max_length": 512}, batch={"micro_batch_size": 1})
+    assert on_gpus(job).fits and preview_job(job).suggestions == ()

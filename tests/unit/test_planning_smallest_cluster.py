@@ -10,19 +10,21 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
-from launcher.planning.decide import plan as decide
-from launcher.planning.fewest_gpus import in_time
+from launcher.planning.compare import fewest_gpus, scale
 from launcher.planning.forecast import forecast
 from launcher.planning.gpus import as_hardware, gpu_type
 from launcher.planning.hardware import Hardware
-from launcher.planning.outlook import look, scaled
 from launcher.planning.plan import Plan
+from launcher.planning.preview import preview_job
+from launcher.planning.search import plan_job
+from launcher.planning.smallest_cluster import SmallestCluster, refused_numbers
+from launcher.planning.target import Target
 from launcher.runs.layout import RunDirectory
 from launcher.scheduling.opening import fit_to_nodes, open_run
 from launcher.scheduling.plan_file import write_plan
-from tests.unit.test_planning_alternatives import SEVENTY
+from tests.unit.test_planning_candidates import SEVENTY
 from tests.unit.test_planning_footprint import LLAMA
 from tests.unit.test_planning_search import decided, job_of
 
@@ -46,7 +48,7 @@ def range_of_cpu_nodes(directory: Path) -> None:
 
 def fits(plan: Plan, gpu: str) -> bool:
     kind = gpu_type(gpu)
-    made = forecast(plan, kind.memory_bytes, kind)
+    made = forecast(plan, Target(kind.memory_bytes, kind))
     assert made is not None
     return made.fits
 
@@ -54,12 +56,14 @@ def fits(plan: Plan, gpu: str) -> bool:
 @pytest.mark.parametrize(("gpu", "batch"), [("a100-40gb", 128), ("a100-80gb", 192), ("h200", 96)])
 def test_of_a_range_the_fewest_that_fit(gpu: str, batch: int, tmp_path: Path) -> None:
     job = seventy(tmp_path, "1-16", gpu, batch)
-    plan = look(job).plan
+    plan = preview_job(job).plan
     kept = job.memory.model_copy(update={"offload": "none"})
     every = {}
     for count in (count for count in range(1, 17) if batch % (8 * count) == 0):
         cluster = job.cluster.model_copy(update={"nodes": count})
-        every[count] = decide(job.model_copy(update={"cluster": cluster, "memory": kept}), None, as_hardware(gpu_type(gpu), 8), local=False)
+        every[count] = plan_job(
+            job.model_copy(update={"cluster": cluster, "memory": kept}), None, as_hardware(gpu_type(gpu), 8), local=False
+        )
     expected = next(count for count, one in every.items() if fits(one, gpu))
     assert 1 < expected == plan.mesh.nodes and fits(plan, gpu) and plan.offload == "none"
     assert plan.batch == every[expected].batch and plan.batch.global_batch_size == batch
@@ -70,30 +74,30 @@ def test_of_a_range_the_fewest_that_fit(gpu: str, batch: int, tmp_path: Path) ->
 
 
 def test_offloading_only_where_no_number_of_nodes_does_without(tmp_path: Path) -> None:
-    plan = look(seventy(tmp_path, "2-8")).plan
+    plan = preview_job(seventy(tmp_path, "2-8")).plan
     assert (plan.offload, fits(plan, "a100-40gb")) == ("parameters", True)
     assert "without offloading none of them does" in decided(plan, "cluster.nodes")
-    alone = look(seventy(tmp_path, plan.mesh.nodes)).plan
+    alone = preview_job(seventy(tmp_path, plan.mesh.nodes)).plan
     assert (plan.engine, plan.batch, plan.mesh) == (alone.engine, alone.batch, alone.mesh)
-    never = look(seventy(tmp_path, "2-8", memory={"offload": "none"})).plan
+    never = preview_job(seventy(tmp_path, "2-8", memory={"offload": "none"})).plan
     assert never.mesh.nodes == 8 and "none of them fits" in decided(never, "cluster.nodes") and never.slurm.nodes == "2-8"
 
 
 def test_numbers_that_the_batch_does_not_allow_are_left_out(tmp_path: Path) -> None:
     job = job_of(tmp_path, batch={"global_batch_size": 40}, cluster={"nodes": "2-7", "gpus_per_node": 8})
-    assert look(job).plan.mesh.nodes == 5
+    assert preview_job(job).plan.mesh.nodes == 5
     none = job_of(tmp_path, batch={"global_batch_size": 40}, cluster={"nodes": "2-4", "gpus_per_node": 8})
     with pytest.raises(ConfigurationError, match="global_batch_size"):
-        look(none)
+        preview_job(none)
     open_ranks = none.model_copy(update={"cluster": none.cluster.model_copy(update={"gpus_per_node": "auto", "nodes": "2-7", "gpu": None})})
-    made = decide(open_ranks, None, as_hardware(gpu_type("h100-80gb"), 8), local=False)
+    made = plan_job(open_ranks, None, as_hardware(gpu_type("h100-80gb"), 8), local=False)
     assert made.mesh.nodes == 5
     assert [refused.what for refused in made.refused if refused.why == "not possible"] == ["2, 3, 4 nodes"]
 
 
 def test_where_nothing_is_known_of_the_memory_it_is_the_most(tmp_path: Path) -> None:
     job = job_of(tmp_path, cluster={"nodes": "2-7", "gpu": None}, batch={"global_batch_size": 96})
-    made = decide(job, None, Hardware(8, 1 << 34), local=False)
+    made = plan_job(job, None, Hardware(8, 1 << 34), local=False)
     assert made.mesh.nodes == 6 and made.slurm.nodes == "2-7"
     assert "whether fewer hold it is not known" in decided(made, "cluster.nodes")
 
@@ -104,9 +108,9 @@ def test_a_site_counts_the_most(tmp_path: Path) -> None:
     profile.write_text(yaml.safe_dump({"limits": {"main": {"max_nodes": 4}}}))
     job = job_of(tmp_path, cluster={"nodes": "1-8", "profile": str(profile), "partition": "main"})
     with pytest.raises(ConfigurationError, match="nodes"):
-        look(job)
+        preview_job(job)
     fewer = job.model_copy(update={"cluster": job.cluster.model_copy(update={"nodes": "1-4"})})
-    assert look(fewer).plan.mesh.nodes == 1
+    assert preview_job(fewer).plan.mesh.nodes == 1
 
 
 def test_a_run_that_was_planned_for_the_fewest_takes_what_slurm_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +128,11 @@ def test_for_a_deadline_the_fewest_of_any_number(tmp_path: Path) -> None:
     """Of a batch of 96 also 3, 6, 12, 24 and 48 GPUs."""
     job = job_of(tmp_path, batch={"global_batch_size": 96}, cluster={"nodes": 1}, memory={"offload": "none"})
     hours = {
-        row.plan.mesh.world_size: row.hours for row in (scaled(job, f"{n}..{n}", "h100-80gb")[0] for n in (2, 3, 4, 6, 8, 16, 24, 32, 48))
+        row.plan.mesh.world_size: row.hours for row in (scale(job, f"{n}..{n}", "h100-80gb")[0][0] for n in (2, 3, 4, 6, 8, 16, 24, 32, 48))
     }
     wanted = hours[24]
     assert wanted is not None
-    [row] = in_time(job, f"{wanted * 3600 + 0.01:.2f}s", 48, "h100-80gb")
+    [row] = fewest_gpus(job, f"{wanted * 3600 + 0.01:.2f}s", 48, "h100-80gb")
     assert row.plan.mesh.world_size == 24 and row.hours == pytest.approx(wanted)
     reason = decided(row.plan, "cluster.nodes")
     assert reason.startswith("24 GPUs: the fewest that fit and end within")
@@ -137,19 +141,19 @@ def test_for_a_deadline_the_fewest_of_any_number(tmp_path: Path) -> None:
 
 
 def test_without_a_deadline_the_fewest_that_fit(tmp_path: Path) -> None:
-    [row] = in_time(seventy(tmp_path, 1), None, 128, None)
+    [row] = fewest_gpus(seventy(tmp_path, 1), None, 128, None)
     assert (row.plan.mesh.world_size, row.plan.offload) == (128, "none") and row.forecast is not None and row.forecast.fits
-    [few] = in_time(seventy(tmp_path, 1), None, 32, None)
+    [few] = fewest_gpus(seventy(tmp_path, 1), None, 32, None)
     assert few.plan.offload == "parameters" and "without offloading none does" in decided(few.plan, "cluster.nodes")
-    [ranged] = in_time(seventy(tmp_path, "4-8", "h200", 256), None, 256, None)
+    [ranged] = fewest_gpus(seventy(tmp_path, "4-8", "h200", 256), None, 256, None)
     assert ranged.plan.mesh.nodes == 4
     with pytest.raises(ConfigurationError, match="no plan on up to 2 GPUs fits; nothing fits on so few"):
-        in_time(seventy(tmp_path, 1), None, 2, None)
+        fewest_gpus(seventy(tmp_path, 1), None, 2, None)
 
 
 def test_the_global_batch_is_never_changed(tmp_path: Path) -> None:
     for nodes in (1, "1-4", "2-16"):
-        plan = look(seventy(tmp_path, nodes, "h100-80gb", 64)).plan
+        plan = preview_job(seventy(tmp_path, nodes, "h100-80gb", 64)).plan
         batch = plan.batch
         assert batch.micro_batch_size * batch.accumulation_steps * plan.mesh.world_size == batch.global_batch_size == 64
 
@@ -184,7 +188,7 @@ def test_what_is_wrong_with_every_number_is_said_itself(
     job = job_of(tmp_path, cluster={"nodes": 1}, **sections)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | config))
     with pytest.raises(ConfigurationError) as caught:
-        in_time(job, None, 16, "h100-80gb")
+        fewest_gpus(job, None, 16, "h100-80gb")
     assert said in str(caught.value)
 
 
@@ -213,3 +217,19 @@ def test_going_on_in_a_range_keeps_engine_and_cut_and_never_copies_alone(tmp_pat
     write_plan(run, zero)
     kept = open_run(tmp_path / "job.yaml", ["checkpoint.keep_last=6"], None, tmp_path / "run", local=False)[1]
     assert (kept.engine, kept.sharding) == ("deepspeed", "gradients")
+
+
+def test_numbers_with_one_reason_are_said_together_and_many_of_them_in_short() -> None:
+    few, many = refused_numbers({("too late", "2 h"): [1], ("does not fit", "80 GiB"): [*range(2, 12)], ("slower", ""): []}, "node")
+    assert (few.what, few.why, few.reason) == ("1 node", "too late", "2 h")
+    assert many.what == "2, 3, 4, 5, 6, 7, 8, ..., 11 nodes"
+
+
+def test_what_is_not_possible_is_not_tried_again_with_offloading() -> None:
+    smallest, tried = SmallestCluster([4, 1, 2], ("never", "only")), []
+    for count, offloading in smallest.candidates():
+        tried.append((count, offloading))
+        smallest.reject(count, ConfigurationError(Problem("parallel.replicate", 4, "does not divide")))
+    assert tried == [(1, "never"), (2, "never"), (4, "never")]
+    assert smallest.hopeless is not None and "does not divide" in str(smallest.hopeless)
+    assert [(each.what, each.why) for each in smallest.refused("GPU")] == [("1, 2, 4 GPUs", "not possible")]

@@ -9,24 +9,23 @@ from typing import Any
 import pytest
 
 from launcher import tasks
-from launcher.cli.comparing import scaling_plots
-from launcher.cli.forecast import advice, bars, picture, speed_lines
-from launcher.cli.plan import explained
+from launcher.cli.forecast import bars, nearest, picture, speed_lines
+from launcher.cli.plan_tables import cells, explained, scaling_plots
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.decide import plan as decide
+from launcher.planning.batch import with_batch
+from launcher.planning.compare import compare, fewest_gpus, scale, with_prices
 from launcher.planning.epochs import why_no_items
-from launcher.planning.fewest_gpus import in_time
-from launcher.planning.fitting import with_batch
 from launcher.planning.footprint.families import Program, program_of
 from launcher.planning.forecast import forecast
 from launcher.planning.gpus import TABLE, gpu_type, seen
 from launcher.planning.hardware import Gpu, Hardware
 from launcher.planning.model_config import config_of, locate
-from launcher.planning.nearest import nearest_that_fit
-from launcher.planning.outlook import compare, look, scaled
-from launcher.planning.plan import Plan, Refused
-from launcher.planning.rows import priced
+from launcher.planning.plan import Plan
+from launcher.planning.preview import preview_job
+from launcher.planning.search import plan_job
+from launcher.planning.suggestions import nearest_that_fit
+from launcher.planning.target import Target
 from launcher.sources.section import Source
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
@@ -98,7 +97,7 @@ def test_a_gpu_is_known_by_what_nvidia_smi_calls_it(name: str, gib: int, key: st
 
 
 def test_what_is_chosen_fits_and_keeps_the_global_batch(job: Job) -> None:
-    made = look(job, gpu="h100-80gb")
+    made = preview_job(job, gpu="h100-80gb")
     assert made.forecast is not None and made.forecast.fits and made.forecast.speed is not None
     batch = made.plan.batch
     assert batch.global_batch_size == batch.micro_batch_size * batch.accumulation_steps * 8 == 64
@@ -107,7 +106,7 @@ def test_what_is_chosen_fits_and_keeps_the_global_batch(job: Job) -> None:
 
 
 def test_less_memory_means_smaller_passes_or_more_recomputation(job: Job) -> None:
-    large, small = (look(job, gpu=name).plan for name in ("h200", "a100-40gb"))
+    large, small = (preview_job(job, gpu=name).plan for name in ("h200", "a100-40gb"))
     order = ["none", "selective", "full"]
     key = [(order.index(plan.activation_checkpointing), -plan.batch.micro_batch_size) for plan in (large, small)]
     assert key[0] < key[1]
@@ -118,11 +117,11 @@ def test_several_gpus_and_several_numbers_of_them(job: Job) -> None:
     assert [row.gpu for row in rows] == ["h100-80gb", "a100-80gb"]
     assert rows[0].forecast and rows[1].forecast and rows[0].forecast.speed and rows[1].forecast.speed
     assert rows[0].forecast.speed.step < rows[1].forecast.speed.step
-    grown = scaled(job, "8..64", "h100-80gb")
+    grown, _ = scale(job, "8..64", "h100-80gb")
     assert [row.plan.mesh.world_size for row in grown] == [8, 16, 32, 64]
     sizes = [row.forecast.footprint.phase("loading").peak for row in grown if row.forecast]
     assert sizes == sorted(sizes, reverse=True)
-    assert all(len(row.cells()) == 11 for row in [*rows, *grown]) and rows[0].to_dict()["gpus"] == 8
+    assert all(len(cells(row)) == 11 for row in [*rows, *grown]) and rows[0].to_dict()["gpus"] == 8
 
 
 @pytest.mark.parametrize(
@@ -139,34 +138,34 @@ def test_several_gpus_and_several_numbers_of_them(job: Job) -> None:
 )
 def test_spans_and_networks_that_are_none(job: Job, span: str, gpu: str, network: str | None, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
-        scaled(job, span, gpu, network)
+        scale(job, span, gpu, network)
 
 
 def test_numbers_that_are_not_possible_are_left_out_of_a_scale_and_said(job: Job) -> None:
     """Twelve GPUs are no nodes of eight, and two cannot be four copies: the others stay."""
-    left_out: list[Refused] = []
     wide = changed(job, batch={"global_batch_size": 96})
-    assert [row.plan.mesh.world_size for row in scaled(wide, "12..96", "h100-80gb", left_out=left_out)] == [24, 48, 96]
+    rows, left_out = scale(wide, "12..96", "h100-80gb")
+    assert [row.plan.mesh.world_size for row in rows] == [24, 48, 96]
     assert [(one.what, one.why) for one in left_out] == [("12 GPUs", "not possible")] and "nodes of 8" in left_out[0].reason
-    left_out = []
     copies = changed(job, parallel={"replicate": 4})
-    assert [row.plan.mesh.world_size for row in scaled(copies, "1..16", "h200", left_out=left_out)] == [4, 8, 16]
+    rows, left_out = scale(copies, "1..16", "h200")
+    assert [row.plan.mesh.world_size for row in rows] == [4, 8, 16]
     assert {one.what for one in left_out} == {"1 GPU", "2 GPUs"} and all("parallel.replicate" in one.reason for one in left_out)
     with pytest.raises(ConfigurationError, match=r"1 GPU: parallel\.replicate: .*; the nearest that work: 4"):
-        scaled(copies, "1..2", "h200")
+        scale(copies, "1..2", "h200")
 
 
 def test_what_is_wrong_with_every_number_of_a_scale_is_said_itself(job: Job) -> None:
     with pytest.raises(ConfigurationError, match=r"^parallel\.replicate = 2: ZeRO cuts over all ranks"):
-        scaled(changed(job, parallel={"replicate": 2, "engine": "deepspeed"}), "8..16", "h200")
+        scale(changed(job, parallel={"replicate": 2, "engine": "deepspeed"}), "8..16", "h200")
 
 
 def test_the_fewest_gpus_that_end_in_time_and_what_they_cost(job: Job) -> None:
-    slow = in_time(job, "30d", 64, "h100-80gb")[0]
+    slow = fewest_gpus(job, "30d", 64, "h100-80gb")[0]
     assert slow.hours is not None
-    [fast] = in_time(job, f"{slow.hours * 3600 / 3:.0f}s", 64, "h100-80gb")
+    [fast] = fewest_gpus(job, f"{slow.hours * 3600 / 3:.0f}s", 64, "h100-80gb")
     assert fast.hours is not None and fast.plan.mesh.world_size > slow.plan.mesh.world_size and fast.hours <= slow.hours / 3
-    [row] = priced([fast], ["h100-80gb=2.5"])
+    [row] = with_prices([fast], ["h100-80gb=2.5"])
     assert row.cost == pytest.approx(2.5 * fast.hours * fast.plan.mesh.world_size)
 
 
@@ -183,22 +182,22 @@ def test_the_fewest_gpus_that_end_in_time_and_what_they_cost(job: Job) -> None:
 )
 def test_deadlines_that_cannot_be_kept(job: Job, deadline: str, changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
-        in_time(changed(job, **changes), deadline, 64, "h100-80gb")
+        fewest_gpus(changed(job, **changes), deadline, 64, "h100-80gb")
 
 
 def test_a_kind_of_gpu_that_will_not_do_is_a_row_with_the_nearest(job: Job) -> None:
     kept = changed(job, memory={"offload": "none"})
-    fast, small = in_time(kept, None, 4, "h100-80gb,rtx4090")
-    assert fast.why_not is None and fast.cells()[4] == "yes" and fast.to_dict()["why_not"] is None
-    assert (small.gpu, small.cells()[4]) == ("rtx4090", "no") and small.to_dict()["why_not"] == small.why_not
+    fast, small = fewest_gpus(kept, None, 4, "h100-80gb,rtx4090")
+    assert fast.why_not is None and cells(fast)[4] == "yes" and fast.to_dict()["why_not"] is None
+    assert (small.gpu, cells(small)[4]) == ("rtx4090", "no") and small.to_dict()["why_not"] == small.why_not
     assert small.why_not is not None and "nothing fits on so few: on 4 x rtx4090 FSDP" in small.why_not
     assert "the nearest that fits: memory.offload: parameters" in small.why_not
     hours = fast.hours
     assert hours is not None
-    [late] = [row for row in in_time(job, f"{2400 * hours:.0f}s", 4, "h200,l40s") if row.gpu == "l40s"]
-    assert late.why_not is not None and "ends in time; the nearest is" in late.why_not and late.cells()[4] == "no"
+    [late] = [row for row in fewest_gpus(job, f"{2400 * hours:.0f}s", 4, "h200,l40s") if row.gpu == "l40s"]
+    assert late.why_not is not None and "ends in time; the nearest is" in late.why_not and cells(late)[4] == "no"
     with pytest.raises(ConfigurationError) as caught:
-        in_time(kept, None, 1, "rtx4090,l40s")
+        fewest_gpus(kept, None, 1, "rtx4090,l40s")
     assert [problem.key for problem in caught.value.problems] == ["--max-gpus"] * 2 and "1 x l40s" in str(caught.value)
 
 
@@ -211,14 +210,14 @@ def test_a_plan_that_the_job_sets_is_named_with_what_it_needs_at_the_least(job: 
         parallel={"engine": "fsdp", "shard": "full"},
     )
     with pytest.raises(ConfigurationError, match=r"on 2 x l40s .* GiB of the 45.6 GiB of a rank at the least; the nearest that fits: "):
-        in_time(asked, None, 2, "l40s")
+        fewest_gpus(asked, None, 2, "l40s")
 
 
 def test_a_deadline_of_epochs_whose_data_are_here(job: Job, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "some words"}\n' * 64_000)
     epochs = changed(job, training={"max_steps": None, "epochs": 1.0}, data={"train": Source(path=str(rows))})
-    [row] = in_time(epochs, "24h", 64, "h100-80gb")
+    [row] = fewest_gpus(epochs, "24h", 64, "h100-80gb")
     assert row.hours is not None and row.forecast is not None and row.forecast.duration is not None
     assert row.forecast.duration.num_steps == 1000 and 0 < row.hours < 24
 
@@ -226,32 +225,37 @@ def test_a_deadline_of_epochs_whose_data_are_here(job: Job, tmp_path: Path) -> N
 @pytest.mark.parametrize("amount", ["", "=", "=nan", "=inf", "=-1", "=much"])
 def test_prices_that_are_none(amount: str) -> None:
     with pytest.raises(ConfigurationError, match="write NAME=AMOUNT"):
-        priced([], [f"h100-80gb{amount}"])
+        with_prices([], [f"h100-80gb{amount}"])
 
 
 def test_prices_of_other_gpus(job: Job) -> None:
     rows = compare(changed(job, cluster={"gpu": "h100-80gb"}), None)
-    assert [row.price for row in priced(rows, ["h100-80gb=0"])] == [0.0]
+    assert [row.price for row in with_prices(rows, ["h100-80gb=0"])] == [0.0]
     with pytest.raises(ConfigurationError, match="--price = 'l40s': is of a GPU that is not planned for; there are h100-80gb"):
-        priced(rows, ["l40s=1"])
+        with_prices(rows, ["l40s=1"])
     with pytest.raises(ConfigurationError, match="--price = 'h100': is not in the table; the nearest: h100-80gb"):
-        priced(rows, ["h100=1"])
+        with_prices(rows, ["h100=1"])
 
 
 def test_a_name_is_blamed_where_it_stands(job: Job) -> None:
     named = changed(job, cluster={"gpu": "h100"})
-    for asked in (look, lambda job: scaled(job, "8..16", None), lambda job: in_time(job, None, 8, None), lambda job: compare(job, None)):
+    for asked in (
+        preview_job,
+        lambda job: scale(job, "8..16", None),
+        lambda job: fewest_gpus(job, None, 8, None),
+        lambda job: compare(job, None),
+    ):
         with pytest.raises(ConfigurationError, match=r"^cluster.gpu = 'h100': is not in the table; the nearest: h100-80gb"):
             asked(named)
     with pytest.raises(ConfigurationError, match=r"^--gpu = 'h1': "):
-        look(named, gpu="h1")
+        preview_job(named, gpu="h1")
 
 
 def test_ranks_of_this_machine_are_none_of_gpus_elsewhere(job: Job) -> None:
     with pytest.raises(ConfigurationError, match=r"--nproc = 2: .*--gpu h200 of others; .*--set cluster\.gpus_per_node=2"):
-        look(job, 2, "h200")
+        preview_job(job, 2, "h200")
     with pytest.raises(ConfigurationError, match=r"--nproc = 2: .*cluster\.gpu h200 of others; .*--set cluster\.gpu=null"):
-        look(changed(job, cluster={"gpu": "h200"}), 2)
+        preview_job(changed(job, cluster={"gpu": "h200"}), 2)
 
 
 def by_formulas(plan: Plan) -> Program:
@@ -265,8 +269,8 @@ def by_formulas(plan: Plan) -> Program:
 
 def test_a_trace_is_held_to_the_hosts_memory_too(job: Job) -> None:
     asked = changed(job, memory={"offload": "parameters"}, cluster={"mem": "64G", "gpus_per_node": 1})
-    made = look(asked, gpu="h100-80gb", trace=by_formulas)
-    assert made.forecast is not None and made.traced is not None and made.forecast.host_memory_bytes == 64 << 30
+    made = preview_job(asked, gpu="h100-80gb", trace=by_formulas)
+    assert made.forecast is not None and made.traced is not None and made.forecast.target.host_memory_bytes == 64 << 30
     assert (made.traced.fits, made.traced.lack) == (made.forecast.fits, made.forecast.lack) and not made.traced.fits
 
 
@@ -275,7 +279,7 @@ def test_a_plan_of_a_cluster_is_the_one_that_is_submitted(asked: dict[str, Any],
     """What the login node has says nothing of the nodes."""
     monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(3, 1 << 33)))
     wanted = changed(job, cluster={"gpu": "a100-40gb", "gpus_per_node": 4} | asked)
-    shown, submitted = look(wanted).plan, decide(wanted, None, local=False)
+    shown, submitted = preview_job(wanted).plan, plan_job(wanted, None, local=False)
     assert shown == submitted
     assert shown.mesh.threads_per_rank == asked.get("cpus_per_node", 32) // 4
 
@@ -283,13 +287,13 @@ def test_a_plan_of_a_cluster_is_the_one_that_is_submitted(asked: dict[str, Any],
 def test_without_gpus_the_way_to_plan_for_some_is_said(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(2, 1 << 34)))
     with pytest.raises(ConfigurationError, match=r"0 seen on this machine; write 0 .*`launcher plan --gpu NAME`, or cluster\.gpu"):
-        look(changed(job, cluster={"nodes": 2}))
+        preview_job(changed(job, cluster={"nodes": 2}))
 
 
 def test_of_a_cpu_the_rate_is_its_own_and_hours_are_of_ranks(tmp_path: Path) -> None:
     on_cpu = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
     for plan, correction in ((on_cpu, 1.3), (plan_for(tmp_path, batch__micro_batch_size=1), 1.0)):
-        made = forecast(plan, 80 << 30, gpu_type("h100-80gb"), correction)
+        made = forecast(plan, Target(80 << 30, gpu_type("h100-80gb"), correction=correction))
         assert made is not None and made.speed is not None
         lines = speed_lines(made)
         cpu = plan is on_cpu
@@ -301,22 +305,22 @@ def test_of_a_cpu_the_rate_is_its_own_and_hours_are_of_ranks(tmp_path: Path) -> 
 def test_a_scale_without_a_gpu_asks_for_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(2, 1 << 34)))
     with pytest.raises(ConfigurationError, match="add --gpu"):
-        scaled(job, "8..16", None)
+        scale(job, "8..16", None)
 
 
 def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
     plan = plan_for(
         tmp_path, data__max_length=8192, batch__global_batch_size=1024, batch__accumulation_steps=128, batch__micro_batch_size=1
     )
-    made = forecast(plan, 24 << 30, gpu_type("rtx4090"))
+    made = forecast(plan, Target(24 << 30, gpu_type("rtx4090")))
     assert made is not None and not made.fits
     found = nearest_that_fit(made)
     assert found and all(other.fits for _, other in found)
-    assert "The nearest plans that fit" in advice(made)
+    assert "The nearest plans that fit" in nearest(nearest_that_fit(made))
     assert "does NOT fit" in bars(made) and "MFU" in speed_lines(made)
     assert picture(made).startswith("<svg") and "optimizer state" in picture(made)
-    hopeless = forecast(plan, 1 << 20)
-    assert hopeless is not None and "Nothing near it fits" in advice(hopeless)
+    hopeless = forecast(plan, Target(1 << 20))
+    assert hopeless is not None and "Nothing near it fits" in nearest(nearest_that_fit(hopeless))
 
 
 def test_why_an_epoch_is_not_known_is_said_in_its_place(tmp_path: Path) -> None:
@@ -325,19 +329,19 @@ def test_why_an_epoch_is_not_known_is_said_in_its_place(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path / "rows.jsonl"):
         (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 100)
         data = plan.data.model_copy(update={"train": Source(path=str(path))})
-        made = forecast(plan.model_copy(update={"data": data}), kind.memory_bytes, kind)
+        made = forecast(plan.model_copy(update={"data": data}), Target(kind.memory_bytes, kind))
         assert made is not None
-        lines.append(next(line for line in speed_lines(made).splitlines() if line.startswith("  an epoch ")))
+        lines.append(next(line for line in speed_lines(made, why_no_items(made.plan)).splitlines() if line.startswith("  an epoch ")))
         assert (why_no_items(made.plan) is None) is (path.name == "rows.jsonl")
     assert "100 samples of 100 rows" in lines[1]
     assert "is not known: " in lines[0] and "none.jsonl" in lines[0]
 
 
 def test_scaling_is_drawn(job: Job) -> None:
-    drawn = scaling_plots(scaled(job, "8..64", "h100-80gb"))
+    drawn = scaling_plots(scale(job, "8..64", "h100-80gb")[0])
     assert "tokens/s over GPUs" in drawn and "GiB of a GPU over GPUs" in drawn
     assert len([line for line in drawn.splitlines() if {"8", "16", "32", "64"} <= set(line.split())]) == 2, drawn
-    assert scaling_plots(scaled(job, "8..8", "h100-80gb")) == ""
+    assert scaling_plots(scale(job, "8..8", "h100-80gb")[0]) == ""
 
 
 def test_another_micro_batch_keeps_the_global_batch(tmp_path: Path) -> None:
@@ -346,7 +350,7 @@ def test_another_micro_batch_keeps_the_global_batch(tmp_path: Path) -> None:
 
 
 def test_explained_and_not(job: Job) -> None:
-    plan = look(job, gpu="h100-80gb").plan
+    plan = preview_job(job, gpu="h100-80gb").plan
     assert "part of PyTorch" in explained(plan, "parallel.engine")
     with pytest.raises(ConfigurationError, match=r"parallel\.engine"):
         explained(plan, "parallel.engin")

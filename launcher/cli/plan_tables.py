@@ -1,0 +1,130 @@
+"""Show plans: one with its decisions and what was not taken, or several beside each other."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from launcher.cli.output import line_plot, print_table
+
+if TYPE_CHECKING:
+    from launcher.planning.compare import PlanRow
+    from launcher.planning.plan import Decision, Plan, Refused
+
+SEARCHED = ("parallel.", "memory.", "cluster.nodes")
+"""How keys begin whose values were chosen beside others."""
+_SHOWN = 5
+"""Plans of a kind that are shown of those that were not taken."""
+_LAYOUTS = {"packed": "end to end without padding", "padded": "padded to the longest of a pass", "single": "one a pass"}
+_HEADER = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
+
+
+def table(plan: Plan) -> str:
+    """Return the plan for people: what it comes to, then each decision with its reason."""
+    mesh, batch = plan.mesh, plan.batch
+    cut = f"{mesh.replicate} x {mesh.shard} (copies x shards)"
+    ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {cut}"
+    per_rank = f"{batch.micro_batch_size} x {batch.accumulation_steps}"
+    sizes = f"{batch.global_batch_size} = {per_rank} x {batch.data_parallel_size}"
+    facts = {
+        "run": f"{plan.name}: {plan.task} with {plan.model.name}",
+        "length": f"{plan.length.value:g} {plan.length.unit}",
+        "ranks": f"{ranks}, {mesh.threads_per_rank} threads each",
+        "batch": f"{sizes} (micro-batch x accumulation x ranks)",
+        "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
+        "compute": f"{plan.precision}, activation checkpointing {plan.activation_checkpointing}",
+    }
+    if plan.script:
+        known = {"run": plan.name, "script": shlex.join(plan.script), "ranks": facts["ranks"]}
+        facts = {**known, "engine": f"{plan.engine}, sharding {plan.sharding}, offload {plan.offload}, {plan.precision}"}
+    lines = [f"{name:9}{text}" for name, text in facts.items()]
+    keys = max((len(decision.key) for decision in plan.decisions), default=0)
+    values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
+    lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []
+    lines += [f"  {each.key:{keys}}  {each.value!s:{values}}  {each.reason}" for each in plan.decisions]
+    return "\n".join(lines + not_taken(plan))
+
+
+def not_taken(plan: Plan) -> list[str]:
+    """Return what was looked at beside, by why it was not taken; of each kind the first few."""
+    lines = ["", "Looked at and not taken:"] if plan.refused else []
+    for why in dict.fromkeys(refused.why for refused in plan.refused):
+        alike = [refused for refused in plan.refused if refused.why == why]
+        for number, refused in enumerate(alike[:_SHOWN]):
+            lines.append(f"  {why if number == 0 else '':13} {refused.what}: {refused.reason}")
+        lines += [f"  {'':13} and {len(alike) - _SHOWN} more, which --json lists"] if len(alike) > _SHOWN else []
+    return lines
+
+
+def explained(plan: Plan, key: str) -> str:
+    """Return why a key of the plan has its value.
+
+    Raises ConfigurationError with the nearest keys for one that was not decided here.
+    """
+    decision = decision_of(plan, key)
+    lines = [f"{decision.key} = {decision.value}: {decision.reason}"]
+    return "\n".join(lines + (not_taken(plan) if key.startswith(SEARCHED) else []))
+
+
+def decision_of(plan: Plan, key: str) -> Decision:
+    """Return the decision about a key. Raises ConfigurationError as `explained` does."""
+    import difflib
+
+    from launcher.errors import ConfigurationError, Problem
+
+    decisions = {decision.key: decision for decision in plan.decisions}
+    if key not in decisions:
+        near = difflib.get_close_matches(key, decisions, 3, 0.3) or list(decisions)[:3]
+        reason = f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}"
+        raise ConfigurationError(Problem("--explain", key, reason))
+    return decisions[key]
+
+
+def print_rows(rows: Sequence[PlanRow], fewest: bool, left_out: Sequence[Refused] | None) -> None:
+    """Print plans beside each other.
+
+    fewest: each is on the fewest GPUs, and says why. left_out: the numbers of a scale that are not possible.
+    """
+    print_table(_HEADER, [cells(row) for row in rows])
+    if fewest:
+        for row in rows:
+            typer.echo(f"\n{row.gpu}: {row.why_not or explained(row.plan, 'cluster.nodes')}")
+    if left_out:
+        typer.echo("\n".join(["", "Left out:", *(f"  {each.what}: {each.reason}" for each in left_out)]))
+    if left_out is not None:
+        typer.echo(scaling_plots(rows))
+
+
+def cells(row: PlanRow) -> list[str]:
+    """Return a plan as a line of the table."""
+    from launcher.planning.memory import gib
+
+    plan, forecast = row.plan, row.forecast
+    passes = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}"
+    words = f"{plan.engine} {plan.sharding}, {passes}, recompute {plan.activation_checkpointing}"
+    words += f", {plan.offload} offloaded" if plan.offload != "none" else ""
+    memory, rates = ["?"] * 3, ["?"] * 3
+    if forecast is not None:
+        fits = "yes" if forecast.fits and row.why_not is None else "no"
+        memory = [gib(forecast.footprint.highest.total), gib(forecast.target.memory_bytes), fits]
+        if speed := forecast.speed:
+            rates = [f"{speed.step:.2f}", f"{speed.tokens_per_second:,.0f}", f"{speed.utilisation:.0%}"]
+    hours = "?" if row.hours is None else f"{row.hours:.2f}"
+    cost = "?" if row.cost is None else f"{row.cost:,.0f}"
+    return [row.gpu, str(plan.mesh.world_size), *memory, *rates, hours, cost, words]
+
+
+def scaling_plots(rows: Sequence[PlanRow]) -> str:
+    """Return plots of speed and memory over the number of GPUs; empty where a line would have one point."""
+    import shutil
+
+    known = [(float(row.plan.mesh.world_size), row.forecast) for row in rows if row.forecast is not None]
+    speeds = [(ranks, forecast.speed.tokens_per_second) for ranks, forecast in known if forecast.speed]
+    memory = [(ranks, forecast.footprint.highest.total / 2**30) for ranks, forecast in known]
+    width = min(shutil.get_terminal_size().columns, 90)
+    drawn = [(speeds, "tokens/s over GPUs"), (memory, "GiB of a GPU over GPUs")]
+    plots = [line_plot(points, width, 13, logarithmic=True, ylabel=name) for points, name in drawn if len(points) > 1]
+    return "\n".join(plots)
