@@ -219,6 +219,9 @@ def _forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
     seconds = plan.grace_seconds if end.grace_seconds is None else end.grace_seconds
     given = f"{seconds:.0f} s of grace ({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
     cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
+    if end.stopped:
+        held = "ranks" if len(end.stopped) > 1 else "rank"
+        cause += f"; {held} {', '.join(map(str, end.stopped))} did not run: stopped by a signal (SIGSTOP) or a debugger"
     return _of_the_agent(Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT)
 
 

@@ -47,6 +47,15 @@ def look(pid: int, closely: bool = True) -> Sight:
     )
 
 
+def exit_code(pid: int) -> int | None:
+    """Return how a process ended that its parent has not waited for, a signal as a negative number; None where it has not ended.
+
+    proc(5): field 52 of /proc/PID/stat is its status as waitpid(2) has it, for processes of the same user.
+    """
+    fields = _stat(pid)
+    return os.waitstatus_to_exitcode(int(fields[49])) if len(fields) > 49 and fields[0] == "Z" else None
+
+
 def _read(path: str) -> str:
     with contextlib.suppress(OSError):
         return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -29,6 +29,7 @@ from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, p
 from launcher.scheduling.disk import Disk
 from launcher.scheduling.hangs import Hangs
 from launcher.scheduling.screen import Screen
+from launcher.scheduling.sight import exit_code, look
 from launcher.scheduling.signals import Signals
 from launcher.scheduling.watchdog import HangAfter
 
@@ -72,6 +73,8 @@ class End:
 
     hung: Failure | None = None
     """Why they were ended as hung, if they were."""
+    stopped: tuple[int, ...] = ()
+    """The ranks that a signal or a debugger held when they were ended by force."""
 
 
 class Supervisor:
@@ -143,8 +146,11 @@ class Supervisor:
             for line in self.hangs.said():
                 self.screen.say(line)
             self.screen.tick()
+        stopped: tuple[int, ...] = ()
         if forced:
+            stopped = tuple(rank for rank, pid in sorted(self._ranks.items()) if look(pid, closely=False).state in ("T", "t"))
             self._dump_stacks(forced)
+            self._note_unreaped()
             self._kill(agent)
         looked = self._last_look(forced)
         self._take_in(agent)
@@ -153,7 +159,7 @@ class Supervisor:
         told = self._failures, self._exits, self.disk.missing, self.disk.place_now()
         code = agent.poll()
         ended = (-signal.SIGKILL if code is None else code), forced, name, set(self._events), self._grace
-        return End(*ended, *told, is_disk_stuck=not looked, hung=self.hangs.failure)
+        return End(*ended, *told, is_disk_stuck=not looked, hung=self.hangs.failure, stopped=stopped)
 
     def also_read(self) -> None:
         """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""
@@ -255,6 +261,14 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGQUIT)
         time.sleep(0.3)
+
+    def _note_unreaped(self) -> None:
+        """Take in how ranks ended that an agent, which is stopped itself, has neither waited for nor told of."""
+        told, host = {end.get("rank") for end in self._exits}, os.uname().nodename
+        for rank, pid in self._ranks.items():
+            if rank not in told and (code := exit_code(pid)) is not None:
+                end = {"rank": rank, "pid": pid, "code": code, "time": time.time(), "by_agent": False, "host": host}
+                self._exits.append(end)
 
     def _kill(self, agent: subprocess.Popen[bytes]) -> None:
         """End everything that is left of the attempt, what the ranks started included, and see it gone."""

@@ -141,6 +141,7 @@ def main() -> None:
     if options.write:
         table.write(INJECTIONS, known)
         return
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, as under nohup, the launchers that are started here would ignore it too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that mounts and processes go
     material, until = Material(options.folder), time.monotonic() + 60 * options.minutes
     for injection, variant in wanted(options, known):

@@ -213,6 +213,17 @@ def test_ranks_that_use_up_the_grace_are_ended_and_leave_their_stacks(tmp_path: 
     assert "imitation.py" in (run.attempt(1) / "rank-0.log").read_text()
 
 
+def test_a_rank_that_is_stopped_is_named_when_the_grace_is_over(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"kind": "deaf"}, num_steps=100_000, grace=2.0)
+    with launched(run) as process:
+        wait_for(begun(run), "steps")
+        os.kill(json.loads((run.attempt(1) / "rank-1.json").read_text())["pid"], signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        code, errors = finish(process)
+    assert code == 130
+    assert "rank 1 did not run: stopped by a signal (SIGSTOP) or a debugger" in errors
+
+
 def test_a_launcher_killed_hard_leaves_no_orphans(tmp_path: Path) -> None:
     run = make_run(tmp_path, num_steps=100_000)
     with launched(run) as process:

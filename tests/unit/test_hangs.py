@@ -275,3 +275,16 @@ def test_a_second_hang_of_one_node_leaves_it_out() -> None:
 
 def test_every_place_has_a_number_that_stays() -> None:
     assert len(set(places.PLACES)) == len(places.PLACES) < 64
+
+
+@pytest.mark.parametrize(("command", "code"), [("kill -9 $$", -9), ("exit 7", 7)])
+def test_how_a_child_ended_that_its_parent_has_not_waited_for(command: str, code: int) -> None:
+    child = subprocess.Popen(["sh", "-c", command])
+    try:
+        while sight.look(child.pid).state != "Z":
+            time.sleep(0.01)
+        assert sight.exit_code(child.pid) == code
+    finally:
+        child.wait()
+    assert sight.exit_code(child.pid) is None, "gone"
+    assert sight.exit_code(os.getpid()) is None, "it lives"
