@@ -429,7 +429,7 @@ PAIR = [{"q": "the cat", "a": "sat"}, {"q": "the cat", "a": " "}, {"q": "", "a":
 def test_the_planner_leaves_out_what_the_trainer_does(rows: list[Any], task: str, settings: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(PARTS) if task == "causal-lm" else word_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
-    data = CausalColumns(train=jsonl(tmp_path / "a.jsonl", rows), **settings)
+    data = tasks.find(task).Columns.model_validate({"train": jsonl(tmp_path / "a.jsonl", rows)} | settings)
     seen = one_pass(data.train, data, str(tmp_path / "model"), task)
     dataset = made(data, tokenizer=tokenizer, task=task)
     assert seen is not None and (seen.num_items, seen.num_rows) == (dataset.num_samples, len(rows))

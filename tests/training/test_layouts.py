@@ -46,7 +46,7 @@ def steps(plan: Plan) -> list[list[float]]:
 
     class Task:
         auto_class = AutoModelForCausalLM
-        forward = staticmethod(functools.partial(heads.causal_lm, head=plan.head))
+        loss = staticmethod(functools.partial(heads.causal_lm, head=plan.head))
 
     engine = build(plan, Task(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]
     rank, size = torch.distributed.get_rank(), plan.batch.data_parallel_size
