@@ -71,7 +71,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("fault", "changes", "words"),
     [
-        pytest.param(*case, id=f"{case[0]['place']}-{case[0]['kind']}", marks=pytest.mark.slow if number < 3 else pytest.mark.very_slow)
+        pytest.param(*case, id=f"{case[0]['place']}-{case[0]['kind']}", marks=pytest.mark.slow if number < 2 else pytest.mark.very_slow)
         for number, case in enumerate(CASES)
     ],
 )

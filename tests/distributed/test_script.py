@@ -148,7 +148,7 @@ def test_an_unchanged_script_is_sharded_and_learns_the_same(
     ("script", "options", "ends"),
     [
         ("test_script", ENGINES["zero3"], "Shuffled central dataloader passing."),
-        ("test_script", ["--set", "parallel.shard=none"], "Test reinstantiated state"),
+        pytest.param("test_script", ["--set", "parallel.shard=none"], "Test reinstantiated state", marks=pytest.mark.very_slow),
         ("test_ops", ENGINES["fsdp"], "testing sending tensors across devices"),
         ("test_ops", ENGINES["zero3"], "testing sending tensors across devices"),
     ],

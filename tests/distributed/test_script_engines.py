@@ -53,7 +53,7 @@ VERY_SLOW = [pytest.mark.slow, pytest.mark.very_slow]
     [
         pytest.param("fsdp", (), marks=VERY_SLOW),
         ("zero3", ("its own configuration",)),
-        ("fsdp", ("--alone", "true")),
+        pytest.param("fsdp", ("--alone", "true"), marks=VERY_SLOW),
         pytest.param("zero3", ("--alone", "true"), marks=VERY_SLOW),
         pytest.param("zero3", (), marks=VERY_SLOW),
         pytest.param("fsdp", ("--save_only_model",), marks=VERY_SLOW),

@@ -102,6 +102,7 @@ def test_a_wrong_interface(cluster: Cluster, tmp_path: Path) -> None:
     assert levels(found["n2"])["interface"] == "failed"
 
 
+@pytest.mark.very_slow
 def test_a_blocked_port(cluster: Cluster, tmp_path: Path) -> None:
     enter = cluster.nodes["n2"].enter("--net")
     subprocess.run([*enter, "ip", "route", "add", "blackhole", f"{cluster.address('n3')}/32"], check=True)

@@ -62,6 +62,7 @@ def test_out_of_memory_with_one_sample_is_not_tried_again(cluster: Cluster, mate
     assert len(run.events("started")) == 1
 
 
+@pytest.mark.very_slow
 def test_a_node_with_a_broken_disk_is_left_out(cluster: Cluster, material: Material) -> None:
     run = material.submit(cluster, faulty(material, "disk", "disk:n1:5", nodes=2))
     assert run.wait_event("requeued")["excluded"] == ["n1"]

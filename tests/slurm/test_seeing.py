@@ -158,6 +158,7 @@ def test_many_waiting_runs_are_one_question(cluster: Cluster, material: Material
     assert (tmp_path / "calls").read_text().split() == ["x"]
 
 
+@pytest.mark.very_slow
 def test_a_sweep_of_six_points_two_at_a_time_killed_half_way_and_continued(cluster: Cluster, material: Material) -> None:
     job = material.job("swept", {"training": {"max_steps": 6, "evaluate_every": 3}}, nodes=1, ranks_per_node=1)
     rates = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2"

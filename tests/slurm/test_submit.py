@@ -89,6 +89,7 @@ def test_signalled_requeued_preempted_and_out_of_time(cluster: Cluster, material
     assert len(run.events("started")) == 5
 
 
+@pytest.mark.very_slow
 def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     """Told early enough, the ranks save, and the next attempt goes on."""
     slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
@@ -124,6 +125,7 @@ def test_too_little_time_to_save_goes_on_from_what_was_saved(cluster: Cluster, m
     check_equal(run.directory, undisturbed)
 
 
+@pytest.mark.very_slow
 def test_preempted_twice_before_the_first_step_counts_for_nothing(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
     run = material.submit(cluster, material.job("unlucky", partition="low", attempts_without_progress=1))
     for count in (1, 2):
