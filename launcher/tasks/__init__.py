@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
 from launcher.errors import ConfigurationError, Problem
@@ -41,6 +40,8 @@ def find(name: str) -> type[Task]:
         module, _, attribute = TASKS[name].partition(":")
         built_in: type[Task] = getattr(importlib.import_module(module), attribute)
         return built_in
+    from importlib import metadata  # takes as long to import as the rest of `launcher validate`'s own modules
+
     for entry in metadata.entry_points(group=GROUP, name=name):
         own: type[Task] = entry.load()
         return own

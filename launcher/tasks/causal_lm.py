@@ -12,7 +12,6 @@ from launcher.lazy import Lazy
 from launcher.sources.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
 from launcher.sources.section import Data
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
-from launcher.tasks.chat.template import ChatTemplate
 from launcher.tasks.encoding import Tokens, Written, continue_texts, encode_written, puts_space_before, tokenise
 from launcher.tasks.task import IGNORE, Better, Draws, Encoded, Evaluator, Finding, Left, Output, Sample, Task, Traits, finding
 from launcher.values import Columns, Day, Tools
@@ -20,6 +19,8 @@ from launcher.values import Columns, Day, Tools
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from launcher.tasks.chat.template import ChatTemplate
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
@@ -123,6 +124,8 @@ class CausalLM(Task):
     def prepare(self, processor: Any) -> None:
         """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a template for chat."""
         if self.data.messages is not None:
+            from launcher.tasks.chat.template import ChatTemplate
+
             self._chat = ChatTemplate(processor, self.data)
             return
         if processor.eos_token_id is None:
