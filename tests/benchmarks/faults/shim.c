@@ -5,7 +5,7 @@
  *   fail PREFIX ERRNO    it fails
  *   spoil PREFIX ERRNO   it fails in files that are open, not when they are opened
  *   clock SECONDS        the wall clock is so far ahead
- *   flock ERRNO          every flock fails
+ *   flock ERRNO          every flock fails, but of files in memory (memfd), which no file system has
  *   log FILE             calls that make files durable are written to FILE: `fsync PATH`, `rename OLD NEW`
  */
 #define _GNU_SOURCE
@@ -160,8 +160,11 @@ int rename(const char *old, const char *new) {
 
 int flock(int fd, int operation) {
     REAL(flock);
-    char rest[64];
-    if (control && *control && find("flock", rest, sizeof rest, 0)) { errno = atoi(rest); return -1; }
+    char rest[64], link[64], target[16] = "";
+    if (control && *control && find("flock", rest, sizeof rest, 0)) {
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        if (readlink(link, target, sizeof target - 1) < 0 || strncmp(target, "/memfd:", 7)) { errno = atoi(rest); return -1; }
+    }
     return real(fd, operation);
 }
 

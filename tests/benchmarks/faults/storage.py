@@ -45,7 +45,13 @@ def _fill(filler: Path) -> None:
                 file.write(bytes(size))
 
 
-@injection("9", "a disk that gets full in the middle of a shard, and has room again later", SURVIVES, SAVING, needs_root)
+@injection(
+    "9",
+    "a disk that gets full in the middle of a shard, and has room again later",
+    Expected(words=("was given up for it",), seconds=90),
+    SAVING,
+    needs_root,
+)
 def full_in_a_shard(scene: Scene) -> None:
     scene.mount(64)
     scene.start()
@@ -249,7 +255,7 @@ def no_flock(scene: Scene) -> None:
     scene.shim.order()
 
 
-@injection("S12", "few file descriptors (ulimit -n 40)", Expected((2, 5), None, ("open files",), 60, resumes=False), ONE)
+@injection("S12", "few file descriptors (ulimit -n 40)", Expected((2, 5), None, ("ulimit -n", "files open"), 60, resumes=False), ONE)
 def few_descriptors(scene: Scene) -> None:
     scene.start(limits=40)
     scene.hit()
