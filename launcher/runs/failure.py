@@ -47,7 +47,9 @@ SIGNS_OF_FAILURE = ("failure-rank-*.json", EXITS)
 """What appears in an attempt's directory as soon as a rank has failed, on whichever node."""
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _NO_MEMORY = re.compile(
-    r"(can't|cannot) allocate memory|not enough memory|out of memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+    r"(can't|cannot) allocate memory|not enough memory|out of memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|failed to map segment from shared object",
+    re.IGNORECASE,
 )
 _TAIL_BYTES = 1 << 16
 _PEER_LOST = re.compile(
@@ -122,7 +124,7 @@ def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
         return (StorageError if error.errno in _STORAGE_ERRORS else LauncherError), False
     if isinstance(error, RuntimeError) and _GPU_BROKEN.search(str(error)):
         return GpuError, False
-    if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
+    if isinstance(error, (RuntimeError, ImportError)) and _NO_MEMORY.search(str(error)):
         return OutOfMemoryError, False
     if isinstance(error, RuntimeError) and _DISK_FULL.search(str(error)):
         return StorageError, False

@@ -45,6 +45,8 @@ def caused(error: BaseException, by: BaseException) -> BaseException:
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemoryError, False),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough memory: you tried"), OutOfMemoryError, False),
         (RuntimeError("std::bad_alloc"), OutOfMemoryError, False),
+        (ImportError("libm.so: failed to map segment from shared object"), OutOfMemoryError, False),
+        (ImportError("no such name"), LauncherError, False),
         (RuntimeError("unable to mmap 194551512 bytes from file <x>: Cannot allocate memory (12)"), OutOfMemoryError, False),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), OutOfMemoryError, False),
         (OSError(errno.ENOSPC, "No space left on device"), StorageError, False),

@@ -103,6 +103,7 @@ def _measure(scene: Scene, name: str, *arguments: str) -> None:
 @injection("S4", "a run of a million steps: status, list, watch, summary", ASKED)
 def million(scene: Scene) -> None:
     run = _million(scene)
+    scene.ask("watch", str(run.path), "--json", seconds=120)  # what a launcher sums up as the run goes
     for name, arguments in {
         "status of a short run": ("status", str(scene.material.stopped(scene.variant).path)),
         "status": ("status", str(run.path)),
@@ -115,9 +116,9 @@ def million(scene: Scene) -> None:
     code = (
         "import resource, sys, time\nfrom pathlib import Path\nfrom launcher.cli.display import summary\n"
         "from launcher.runs.layout import RunDirectory\nfrom launcher.planning.plan import Plan\n"
-        "from launcher.scheduling.slurm.clock import lead_seconds\n"
+        "from launcher.runs.totals import Totals\nfrom launcher.scheduling.slurm.clock import lead_seconds\n"
         "run = RunDirectory(Path(sys.argv[1]))\nbegan = time.process_time()\n"
-        "lead_seconds(run, Plan.read(run.plan_file))\nprint(time.process_time() - began)\n"
+        "lead_seconds(run, Plan.read(run.plan_file), Totals(run))\nprint(time.process_time() - began)\n"
         "began = time.process_time()\nsummary(run, 'run')\n"
         "print(time.process_time() - began)\n"
     )

@@ -145,13 +145,19 @@ def fails_to_the_end(scene: Scene) -> None:
     scene.shim.order()
 
 
-@injection("11, S3", "writes below checkpoints/ hang", Expected(codes=None, words=("save", "hang"), seconds=200), ENGINES, shim.missing)
+@injection(
+    "11, S3",
+    "writes below checkpoints/ hang",
+    Expected(codes=None, words=("the save of step", "has not moved"), seconds=200),
+    ENGINES,
+    shim.missing,
+)
 def saves_hang(scene: Scene) -> None:
     scene.start(shim=True)
     scene.wait_step(11)
     scene.shim.order(f"hang {scene.run.checkpoints}")
     scene.hit()
-    scene.wait_named("hang", seconds=90)
+    scene.wait_named("has not moved", seconds=90)
     scene.shim.order()
 
 
