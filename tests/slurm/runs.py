@@ -44,7 +44,7 @@ class Material:
             "cluster": {"gpus_per_node": 0, "ranks_per_node": 2, "threads_per_rank": 1, "nodes": 2, **cluster},
         }
         for key, value in (changes or {}).items():
-            content[key] = {**content[key], **value} if isinstance(value, dict) else value
+            content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return path
