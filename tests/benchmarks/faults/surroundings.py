@@ -292,7 +292,7 @@ def learning_rate_too_high(scene: Scene) -> None:
     scene.start(changes={"training": {"max_steps": 60, "learning_rate": 1e6, "clip_norm": 0}})
     scene.hit()
     scene.wait_end(120)
-    words = ("ln(", "vocabulary", "does not learn", "not learning", "diverg", "spike")
+    words = ("guessing gives", "does not learn", "diverged", "is not finite")
     scene.check("it is said while it runs", any(word in scene.output() for word in words))
 
 
