@@ -1,1 +1,1 @@
-"""What the user asks for: the job file, its schema, its checks and its reference pages."""
+"""The job file, which says what the user asks for: schema, checks, reference pages."""

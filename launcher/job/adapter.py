@@ -22,9 +22,9 @@ class Adapter(Section):
     rank: int = Field(default=16, ge=1, le=65_536)
     """Rows of A and columns of B: what is added to a weight is B A."""
     alpha: float = Field(default=32.0, gt=0)
-    """What is added counts alpha / rank times."""
+    """Scale of what is added: it counts alpha / rank times."""
     dropout: Fraction = 0.0
-    """Of what goes into A."""
+    """Dropout of what goes into A."""
     targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
     """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches a pattern, as `q_proj`."""
     train_also: tuple[Line, ...] = ()

@@ -150,7 +150,8 @@ class Supervisor:
         if forced:
             stopped = tuple(rank for rank, pid in sorted(self._ranks.items()) if look(pid, closely=False).state in ("T", "t"))
             self._dump_stacks(forced)
-            self._note_unreaped()
+            if look(agent.pid, closely=False).state in ("T", "t"):  # one that runs tells itself how ranks ended, and which it ended
+                self._note_unreaped()
             self._kill(agent)
         looked = self._last_look(forced)
         self._take_in(agent)
