@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN = "<!-- The tree below is written by `make docs` from the docstrings of the modules; do not edit it. -->"
 END = "<!-- The end of the tree. -->"
 _COLUMN = 30
-_WIDTH = 120
+_WIDTH = 110
 
 
 def summary(module: Path) -> str:

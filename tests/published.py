@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import ActivationCheckpointing, Offload
-from launcher.planning.forecast import Forecast, forecast
-from launcher.planning.gpus import gpu_type
-from launcher.planning.plan import Plan
-from launcher.planning.target import Target
+from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.hardware.gpu_table import gpu_type
+from launcher.planner.plan import Plan
+from launcher.planner.target import Target
 from tests.training.plans import deepspeed, plan_of
 
 TITAN_A100 = "torchtitan docs/performance.md, 2024: FSDP2 on 64 A100 80 GB"

@@ -13,7 +13,7 @@ from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 
 if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs.machine import Rates
     from launcher.training.bench import Bench
 
@@ -26,7 +26,7 @@ _WAYS = {"lean": "memory given back", "roomy": "memory kept"}
 
 def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> None:
     """Measure this machine, so that plans count with its own figures."""
-    from launcher.planning.hardware import find_gpus
+    from launcher.planner.hardware.detect import find_gpus
     from launcher.runs.machine import Machine, path
     from launcher.training.bench import bench as measure
 
@@ -46,7 +46,7 @@ def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> 
 
 def _engines(rates: Rates) -> dict[str, dict[str, tuple[float, float]]]:
     """What each engine that is here takes for a message and for a byte, by what ranks do with the memory that they free."""
-    from launcher.scheduling.allocator import LEAN, ROOMY
+    from launcher.launch.malloc_env import LEAN, ROOMY
 
     here = ("fsdp", "deepspeed") if find_spec("deepspeed") else ("fsdp",)
     ways = {"lean": LEAN, "roomy": ROOMY}
@@ -54,12 +54,12 @@ def _engines(rates: Rates) -> dict[str, dict[str, tuple[float, float]]]:
 
 
 def _costs(engine: str, way: str, allocator: dict[str, str], rates: Rates) -> dict[str, tuple[float, float]]:
-    from launcher.planning import reference
+    from launcher.planner.speed import comm_benchmark
     from launcher.render.deepspeed import config
     from launcher.training.bench_engines import extra_seconds
 
     typer.echo(f"measuring steps of {engine}, {_WAYS[way]} ...", err=True)
-    plans = reference.plans(rates.num_ranks, engine)
+    plans = comm_benchmark.plans(rates.num_ranks, engine)
     steps = {name: tuple((plan, config(plan) if plan.zero else {}) for plan in both) for name, both in plans.items()}
     found: dict[str, tuple[float, float]] = {}
     for _ in range(_TRIES):
@@ -76,14 +76,14 @@ def _costs(engine: str, way: str, allocator: dict[str, str], rates: Rates) -> di
 
 
 def _learnt(both: tuple[Plan, Plan], seconds: tuple[float, float], rates: Rates) -> tuple[float, float] | None:
-    from launcher.planning import reference
-    from launcher.planning.hardware import Hardware
-    from launcher.planning.measured import rates_for
+    from launcher.planner.hardware.calibration import rates_for
+    from launcher.planner.hardware.detect import Hardware
+    from launcher.planner.speed import comm_benchmark
     from launcher.runs.machine import Machine
 
     known = rates_for(both[0], Hardware(rates.num_ranks, 1 << 40), Machine((rates,)))
     assert known is not None  # of a CPU whose products were measured
-    return reference.costs(both, seconds, known)
+    return comm_benchmark.costs(both, seconds, known)
 
 
 def _rows(found: Bench) -> list[list[str]]:

@@ -22,7 +22,7 @@ MaxSize = Annotated[
 def list_(as_json: AsJson = False) -> None:
     """List what is kept, how large it is, and when it was used last."""
     from launcher.runs import cache
-    from launcher.runs.words import duration
+    from launcher.runs.wording import duration
 
     found, now = cache.entries(), time.time()
     total, bound = sum(entry.bytes for entry in found), cache.bound()

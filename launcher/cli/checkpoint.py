@@ -13,7 +13,7 @@ from launcher.cli.plan import AsJson, NumRanks
 from launcher.cli.run import Run
 
 if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs.checkpoints import Stored
     from launcher.runs.layout import RunDirectory
 
@@ -161,7 +161,7 @@ def prune(
     """Remove old checkpoints and what dead attempts left; never the newest whole one."""
     from launcher import tasks
     from launcher.errors import ConfigurationError, Problem
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs import retention
 
     directory = _find(run)
@@ -195,17 +195,17 @@ def import_(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Take in a checkpoint that DeepSpeed (ZeRO 1 to 3) or Accelerate (FSDP) wrote, and go on from it."""
-    from launcher.scheduling import local
-    from launcher.training.checkpoint import foreign_import
+    from launcher.launch import local
+    from launcher.training.checkpoint.foreign import import_run
 
     opened, plan = _to_import_into(run, job, run_dir, nproc, overrides)
-    prepared = foreign_import.prepare(source, plan, samples)
+    prepared = import_run.prepare(source, plan, samples)
     if job is not None:
-        from launcher.scheduling.opening import open_run
+        from launcher.launch.run_setup import open_run
 
         opened, plan = open_run(job, overrides, nproc, run_dir)
     with opened.lock():
-        written = foreign_import.write(opened, plan, prepared)
+        written = import_run.write(opened, plan, prepared)
     command = f"launcher resume {local.shown(opened.path)}"
     if as_json:
         facts = {"origin": prepared.origin, "step": written.step, "optimizer_step": prepared.optimizer_step, "notes": list(prepared.notes)}
@@ -222,10 +222,10 @@ def _to_import_into(
     """The run that is there, or the one that a job would begin; nothing is written yet."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.job.load import load
-    from launcher.planning.plan import Plan
-    from launcher.planning.search import plan_job
+    from launcher.planner.plan import Plan
+    from launcher.planner.search import plan_job
     from launcher.runs.layout import RunDirectory
-    from launcher.training.checkpoint.foreign_import import refuse_used
+    from launcher.training.checkpoint.foreign.import_run import refuse_used
 
     if (run is None) == (job is None):
         raise ConfigurationError(Problem("RUN", run, "name a run that has no checkpoints, or begin one with --job JOB --run-dir DIR"))

@@ -19,7 +19,7 @@ import typer
 from launcher.errors import ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs.layout import RunDirectory
 
 NUM_STEPS = 24
@@ -152,7 +152,7 @@ def _job(directory: Path, model: Path, num_steps: int) -> Path:
 def _plan(job_file: Path, path: Path) -> tuple[RunDirectory, Plan]:
     """What `launcher run` does before it starts ranks."""
     from launcher.cli.plan_tables import table
-    from launcher.scheduling.opening import open_run
+    from launcher.launch.run_setup import open_run
 
     run, plan = open_run(job_file, [], None, path)
     print(textwrap.indent(table(plan), "   "), flush=True)
@@ -171,8 +171,8 @@ def _train(run: RunDirectory, plan: Plan, stop_at: int | None) -> int:
     """One attempt; 0 where it did what it was to do: stop at `stop_at`, or finish."""
     from launcher.cli.display import Display
     from launcher.errors import Stopped
+    from launcher.launch import local
     from launcher.runs.status import last_step
-    from launcher.scheduling import local
 
     code = local.run(run, plan, Display(plan, line_seconds=10.0), stop_at=stop_at)
     reached = stop_at is not None and code == Stopped.exit_code and last_step(run) == stop_at

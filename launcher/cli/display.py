@@ -15,16 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.cli.progress import Progress, metrics_line, notice
-from launcher.planning.plan import Plan
+from launcher.launch.local import shown
+from launcher.launch.screen import Watcher
+from launcher.planner.plan import Plan
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import current_phase
 from launcher.runs.prepared import line
 from launcher.runs.tail import Tail
 from launcher.runs.totals import Totals
-from launcher.runs.words import duration
-from launcher.scheduling.local import shown
-from launcher.scheduling.screen import Watcher
+from launcher.runs.wording import duration
 
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 15.0
@@ -173,8 +173,8 @@ def _peak(plan: Plan) -> float | None:
     """The rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs that are not in the table."""
     if plan.mesh.device != "cuda" or plan.precision == "fp32":
         return None
-    from launcher.planning.gpus import seen
-    from launcher.planning.hardware import Hardware
+    from launcher.planner.hardware.detect import Hardware
+    from launcher.planner.hardware.gpu_table import seen
 
     one = seen(Hardware.detect())
     return one.half_rate * plan.mesh.world_size if one else None

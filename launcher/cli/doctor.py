@@ -15,7 +15,7 @@ from launcher.cli.plan import AsJson
 from launcher.errors import ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from launcher.scheduling.doctor.finding import Report
+    from launcher.doctor.finding import Report
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 _SHOWN = ("interface", "directory", "all-reduce")
@@ -58,8 +58,8 @@ def doctor(
 
     Every problem comes with what to do about it. The exit code is 1 where something failed, 0 otherwise, warnings or not.
     """
-    from launcher.scheduling.doctor import local
-    from launcher.scheduling.doctor.cluster import Examination, Request
+    from launcher.doctor import local
+    from launcher.doctor.cluster import Examination, Request
 
     asked = dict(zip(_ASKED, (partition, account, qos, reservation, nodelist, exclude), strict=True))
     more = {"nodes": nodes, "gpus-per-node": gpus_per_node, "srun": srun or None, "interface": interface, "wait": wait, "time": minutes}
@@ -86,7 +86,7 @@ def _refuse(given: dict[str, object]) -> None:
 
 
 def _tell(reports: Sequence[Report], job: str, as_json: bool) -> None:
-    from launcher.scheduling.doctor.finding import worst
+    from launcher.doctor.finding import worst
 
     level = worst(report.level for report in reports)
     if as_json:

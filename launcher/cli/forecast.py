@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.planning.memory import gib
-from launcher.runs.words import duration
+from launcher.planner.memory.simple_rule import gib
+from launcher.runs.wording import duration
 
 if TYPE_CHECKING:
-    from launcher.planning.forecast import Forecast
-    from launcher.planning.suggestions import Suggestion
+    from launcher.planner.forecast import Forecast
+    from launcher.planner.suggestions import Suggestion
 
 WIDTH = 48
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"

@@ -20,7 +20,7 @@ Overrides = Annotated[
 def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
     """Check a job file and say everything that is wrong with it."""
     from launcher.job.load import load
-    from launcher.planning.suitability import check
+    from launcher.planner.dataset.suitability import check
 
     loaded = load(job, overrides)
     try:
@@ -70,9 +70,9 @@ def init(
 
 def _most_positions(model: str, folder: Path) -> dict[str, int]:
     """The key `max_length` for a model that has fewer positions than a job has where it names no length; none for any other."""
-    from launcher.planning import positions
-    from launcher.planning.model_config import locate, read_config
-    from launcher.sources.section import Data
+    from launcher.data.section import Data
+    from launcher.planner.model import positions
+    from launcher.planner.model.model_config import locate, read_config
 
     path = folder / Path(model).expanduser()
     table = positions.held(read_config(locate(str(path) if path.is_dir() else model)) or {})

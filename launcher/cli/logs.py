@@ -83,8 +83,8 @@ class Logs:
     def _slurm_goes_on(self) -> bool:
         """Whether Slurm still has the job: then another attempt comes."""
         from launcher.errors import SchedulerError
-        from launcher.scheduling.slurm.queue import queue
-        from launcher.scheduling.slurm.record import JobRecord, is_live
+        from launcher.launch.slurm.queue import queue
+        from launcher.launch.slurm.record import JobRecord, is_live
 
         known = JobRecord.read(self.run)
         if known is None or self.run.finished:

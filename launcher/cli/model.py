@@ -65,8 +65,8 @@ def evaluate(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Measure a model before and after training, side by side."""
-    from launcher.scheduling.evaluation import Request, evaluate_locally
-    from launcher.scheduling.screen import Watcher
+    from launcher.launch.evaluation import Request, evaluate_locally
+    from launcher.launch.screen import Watcher
 
     result = evaluate_locally(Request.of(model, job, checkpoint, nproc, overrides), Watcher())
     if as_json:

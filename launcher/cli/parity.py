@@ -11,7 +11,7 @@ from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 
 if TYPE_CHECKING:
-    from launcher.scheduling.parity import Outcome
+    from launcher.launch.parity import Outcome
 
 
 def parity(
@@ -23,9 +23,9 @@ def parity(
 ) -> None:
     """Train a few steps under every engine and compare losses and gradient norms."""
     from launcher.job.load import load
-    from launcher.planning.search import plan_job
-    from launcher.scheduling.parity import TOLERANCE, outcomes
-    from launcher.scheduling.screen import Watcher
+    from launcher.launch.parity import TOLERANCE, outcomes
+    from launcher.launch.screen import Watcher
+    from launcher.planner.search import plan_job
 
     tolerance = TOLERANCE[plan_job(load(job, overrides), nproc).precision]
     found: list[Outcome] = []

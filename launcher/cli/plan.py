@@ -12,10 +12,10 @@ from launcher.cli.job import JobFile, Overrides
 
 if TYPE_CHECKING:
     from launcher.job.schema import Job
-    from launcher.planning.compare import PlanRow
-    from launcher.planning.forecast import Trace
-    from launcher.planning.plan import Refused
-    from launcher.planning.preview import Preview
+    from launcher.planner.comparison import PlanRow
+    from launcher.planner.forecast import Trace
+    from launcher.planner.plan import Refused
+    from launcher.planner.preview import Preview
 
 NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -56,8 +56,8 @@ def plan(
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.job.load import load
-    from launcher.planning.compare import with_prices
-    from launcher.planning.preview import preview_job
+    from launcher.planner.comparison import with_prices
+    from launcher.planner.preview import preview_job
 
     wanted = load(job, overrides)
     fewest = deadline is not None or max_gpus is not None
@@ -86,16 +86,16 @@ def _rows(
     Raises ConfigurationError where it is asked for the fewest GPUs and for every number of them.
     """
     from launcher.errors import ConfigurationError, Problem
-    from launcher.planning import compare
+    from launcher.planner import comparison
 
     if fewest is not None and scale is not None:
         reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest"
         raise ConfigurationError(Problem("--scale", scale, f"{reason}; leave one of them out"))
     if fewest is not None:
-        return compare.fewest_gpus(job, *fewest, gpu, network), None
+        return comparison.fewest_gpus(job, *fewest, gpu, network), None
     if scale is not None:
-        return compare.scale(job, scale, gpu, network)
-    return compare.compare(job, gpu, network), None
+        return comparison.scale(job, scale, gpu, network)
+    return comparison.compare(job, gpu, network), None
 
 
 def _print_rows(rows: list[PlanRow], left_out: tuple[Refused, ...] | None, fewest: bool, as_json: bool) -> None:
@@ -178,7 +178,7 @@ def tracing() -> Trace:
 
     gc.disable()  # a fifth of the import's time
     with Console(stderr=True).status("importing the model's class ..."):
-        from launcher.training.tracing.plan import trace
+        from launcher.training.tracing.plan_trace import trace
     gc.freeze()
     gc.enable()
     return trace

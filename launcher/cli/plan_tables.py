@@ -11,8 +11,8 @@ import typer
 from launcher.cli.output import line_plot, print_table
 
 if TYPE_CHECKING:
-    from launcher.planning.compare import PlanRow
-    from launcher.planning.plan import Decision, Plan, Refused
+    from launcher.planner.comparison import PlanRow
+    from launcher.planner.plan import Decision, Plan, Refused
 
 SEARCHED = ("parallel.", "memory.", "cluster.nodes")
 """How keys begin whose values were chosen beside others."""
@@ -100,7 +100,7 @@ def print_rows(rows: Sequence[PlanRow], fewest: bool, left_out: Sequence[Refused
 
 def cells(row: PlanRow) -> list[str]:
     """Return a plan as a line of the table."""
-    from launcher.planning.memory import gib
+    from launcher.planner.memory.simple_rule import gib
 
     plan, forecast = row.plan, row.forecast
     passes = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}"

@@ -12,7 +12,7 @@ from launcher.cli.plan import AsJson
 from launcher.errors import ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from launcher.scheduling.slurm.site import Partition, Site
+    from launcher.launch.slurm.site import Partition, Site
 
 Out = Annotated[
     Path | None,
@@ -25,9 +25,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a profile that is 
 def profile(out: Out = None, partition: Chosen = None, force: Force = False, as_json: AsJson = False) -> None:
     """Write a site profile by asking Slurm: partitions, GPUs, limits, account."""
     from launcher.job.profile import directories
+    from launcher.launch.slurm import site as sites
+    from launcher.launch.slurm.site_profile import text
     from launcher.runs.layout import write_atomically
-    from launcher.scheduling.slurm import site as sites
-    from launcher.scheduling.slurm.site_profile import text
 
     site = sites.ask()
     chosen = site.partition(partition) if partition else site.default
@@ -54,7 +54,7 @@ def _show(site: Site) -> None:
 
 
 def _row(partition: Partition) -> list[str]:
-    from launcher.scheduling.slurm.site_profile import duration
+    from launcher.launch.slurm.site_profile import duration
 
     known = lambda value: "-" if value is None else str(value)  # noqa: E731
     return [

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.cli.output import size
 from launcher.runs.prepared import lines
-from launcher.runs.words import duration
+from launcher.runs.wording import duration
 
 _REMEMBERED_STEPS = 50
 

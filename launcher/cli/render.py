@@ -29,11 +29,11 @@ def render(
 ) -> None:
     """Write the plan as DeepSpeed, Accelerate, torchrun and Slurm read it."""
     from launcher.job.load import load
-    from launcher.planning.search import plan_job
+    from launcher.planner.search import plan_job
     from launcher.render.engines import for_engine
     from launcher.render.files import NAMES, files
+    from launcher.render.launch_paths import Place
     from launcher.render.notes import Note, notes
-    from launcher.render.place import Place
     from launcher.render.write import write
 
     loaded = load(job, overrides)

@@ -14,7 +14,7 @@ from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks, tracing
 
 if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs.layout import RunDirectory
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one below runs/.")]
@@ -43,8 +43,8 @@ def run(
 ) -> None:
     """Run a job on this machine; a run that stopped goes on where it was."""
     from launcher.cli.plan_tables import table
-    from launcher.scheduling.opening import expectation, open_run
-    from launcher.scheduling.script import script_command
+    from launcher.launch.run_setup import expectation, open_run
+    from launcher.launch.script_run import script_command
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     opened, plan = open_run(job, overrides, nproc, run_dir, command, force=force, trace=tracing() if trace else None)
@@ -65,8 +65,8 @@ def resume(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Go on with a run that stopped."""
+    from launcher.launch.run_setup import reopen
     from launcher.runs.layout import RunDirectory
-    from launcher.scheduling.opening import reopen
 
     found = RunDirectory.find(run)
     if (found.path / "slurm" / "job.json").exists() and not local:
@@ -79,17 +79,17 @@ def _resubmit(run: RunDirectory, nproc: int | None, stop_at: int | None, as_json
     """A run that was submitted goes on under Slurm."""
     from launcher.cli.output import print_json
     from launcher.errors import ConfigurationError, Problem, SchedulerError
-    from launcher.scheduling.local import shown
-    from launcher.scheduling.slurm import handing_over
+    from launcher.launch.local import shown
+    from launcher.launch.slurm import submit_run
 
     for option, value in (("--nproc", nproc), ("--stop-at", stop_at)):
         if value is not None:
             reason = "this run was submitted to Slurm; change the job with --set, or go on on this machine with --local"
             raise ConfigurationError(Problem(option, value, reason))
     try:
-        plan, job_id = handing_over.resubmit(run, overrides)
+        plan, job_id = submit_run.resubmit(run, overrides)
     except SchedulerError as error:
-        raise handing_over.explain(error) from None
+        raise submit_run.explain(error) from None
     if as_json:
         print_json({"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size})
     else:
@@ -100,10 +100,10 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     """One attempt with its display, then the summary; leaves with the attempt's exit code."""
     from launcher.cli.display import Display, summary
     from launcher.errors import ConfigurationError, Problem
+    from launcher.launch import local
+    from launcher.launch.cutting import run_with_cuts
+    from launcher.launch.screen import mute
     from launcher.runs.status import read_status
-    from launcher.scheduling import local
-    from launcher.scheduling.cutting import run_with_cuts
-    from launcher.scheduling.screen import mute
 
     if plan.script and stop_at is not None:
         raise ConfigurationError(Problem("--stop-at", stop_at, "only the script knows its steps; leave it out"))

@@ -32,20 +32,20 @@ def submit(
 ) -> None:
     """Hand a job to Slurm; a run that stopped goes on where it was."""
     from launcher.errors import SchedulerError
-    from launcher.scheduling.local import shown
-    from launcher.scheduling.opening import expectation
-    from launcher.scheduling.script import script_command
-    from launcher.scheduling.slurm import handing_over
-    from launcher.scheduling.slurm.snapshot import LEFT_OUT, left_out
+    from launcher.launch.local import shown
+    from launcher.launch.run_setup import expectation
+    from launcher.launch.script_run import script_command
+    from launcher.launch.slurm import submit_run
+    from launcher.launch.slurm.snapshot import LEFT_OUT, left_out
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     if dry_run:
-        typer.echo(handing_over.preview(job, overrides, run_dir, command, tracing() if trace else None), nl=False)
+        typer.echo(submit_run.preview(job, overrides, run_dir, command, tracing() if trace else None), nl=False)
         return
     try:
-        run, plan, job_id = handing_over.hand_over(job, overrides, run_dir, command, after, force, tracing() if trace else None)
+        run, plan, job_id = submit_run.hand_over(job, overrides, run_dir, command, after, force, tracing() if trace else None)
     except SchedulerError as error:
-        raise handing_over.explain(error) from None
+        raise submit_run.explain(error) from None
     missing = left_out(run) if command else []
     if as_json:
         facts = {"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size}
@@ -62,9 +62,9 @@ def submit(
 
 def cancel(run: Run, as_json: AsJson = False) -> None:
     """End a run's Slurm job; the ranks save first, if there is time."""
+    from launcher.launch.local import shown
+    from launcher.launch.slurm.cancelling import cancel as cancel_job
     from launcher.runs.layout import RunDirectory
-    from launcher.scheduling.local import shown
-    from launcher.scheduling.slurm.cancelling import cancel as cancel_job
 
     found = RunDirectory.find(run)
     job_id = cancel_job(found)

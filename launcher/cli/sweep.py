@@ -12,8 +12,8 @@ from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson, NumRanks
 
 if TYPE_CHECKING:
-    from launcher.scheduling.sweep.leaderboard import Line
-    from launcher.scheduling.sweep.sweep import Sweep
+    from launcher.sweep.leaderboard import Line
+    from launcher.sweep.sweep import Sweep
 
 What = Annotated[
     Path, typer.Argument(metavar="JOB|SWEEP", help="A job file to begin a sweep with, or a sweep's directory to go on with or look at.")
@@ -52,7 +52,7 @@ def sweep(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Try several values of a job's keys, as a Slurm array or here."""
-    from launcher.scheduling.local import shown
+    from launcher.launch.local import shown
 
     found = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
     code = 0
@@ -83,10 +83,10 @@ def _open(
     """A sweep that is there, or a new one. Raises ConfigurationError."""
     from launcher import tasks
     from launcher.errors import ConfigurationError, Problem
-    from launcher.scheduling.opening import load_job
-    from launcher.scheduling.sweep.space import points as draw
-    from launcher.scheduling.sweep.space import rungs
-    from launcher.scheduling.sweep.sweep import Sweep
+    from launcher.launch.run_setup import load_job
+    from launcher.sweep.space import points as draw
+    from launcher.sweep.space import rungs
+    from launcher.sweep.sweep import Sweep
 
     if what.is_dir():
         given = {
@@ -113,21 +113,21 @@ def _open(
 
 
 def _here(found: Sweep) -> int:
-    from launcher.scheduling.screen import Watcher
-    from launcher.scheduling.sweep.running import run_here
+    from launcher.launch.screen import Watcher
+    from launcher.sweep.running import run_here
 
     return run_here(found, Watcher())
 
 
 def _submit(found: Sweep, parallel: int | None, as_json: bool) -> int:
     from launcher.errors import SchedulerError
-    from launcher.scheduling.slurm import handing_over
-    from launcher.scheduling.sweep.running import submit
+    from launcher.launch.slurm import submit_run
+    from launcher.sweep.running import submit
 
     try:
         job_id, numbers = submit(found, parallel)
     except SchedulerError as error:
-        raise handing_over.explain(error) from None
+        raise submit_run.explain(error) from None
     if as_json:
         print_json({"sweep": str(found.path), "job": job_id, "points": numbers})
     else:
@@ -136,7 +136,7 @@ def _submit(found: Sweep, parallel: int | None, as_json: bool) -> int:
 
 
 def _leaderboard(found: Sweep, as_json: bool) -> None:
-    from launcher.scheduling.sweep.leaderboard import leaderboard
+    from launcher.sweep.leaderboard import leaderboard
 
     lines = leaderboard(found)
     if as_json:

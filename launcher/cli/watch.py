@@ -13,7 +13,7 @@ import typer
 
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
-from launcher.cli.seeing import SomeRun, newest
+from launcher.cli.status import SomeRun, newest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,7 +31,7 @@ _OVER = ("finished", "failed", "stopped")
 
 def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: AsJson = False) -> None:
     """Show a run on the whole screen: loss, ranks, events."""
-    from launcher.cli.watching import Watched
+    from launcher.cli.watch_state import Watched
     from launcher.runs.layout import RunDirectory
 
     watched = Watched(RunDirectory.find(run) if run else newest())
@@ -174,6 +174,6 @@ def events(records: list[dict[str, Any]]) -> Text:
 
 
 def _ago(seconds: float) -> str:
-    from launcher.runs.words import duration
+    from launcher.runs.wording import duration
 
     return duration(seconds)

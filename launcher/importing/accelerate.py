@@ -185,7 +185,7 @@ _DEEPSPEED_INLINE = (
 
 def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
     """Without a file Accelerate makes a DeepSpeed configuration of these few keys."""
-    from launcher.importing import deepspeed
+    from launcher.importing import deepspeed_config
 
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
     for part in ("optimizer", "param"):
@@ -202,7 +202,7 @@ def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
         **{key: section[key] for key in keys if section.get(key) is not None},
     }
     inner = Reading(reading.source)
-    deepspeed.read(made, inner)
+    deepspeed_config.read(made, inner)
     reading.facts += [fact for fact in inner.facts if fact.key != "engine"]
     reading.remarks += [remark for remark in inner.remarks if remark.said != "bf16.enabled"]
     reading.problems += inner.problems

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.importing import command_line, files
+from launcher.importing import command_line, foreign_files
 from launcher.importing.merge import JOB_KEYS, MODEL, TRAIN, job_content, merge
 from launcher.importing.reading import Reading, Remark
 from launcher.job.load import validate, without
@@ -38,7 +38,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
     folders: dict[str, Path] = {}
     for path in paths:
         try:
-            readings.append(files.read(path))
+            readings.append(foreign_files.read(path))
             folders[str(path)] = path.parent
         except ConfigurationError as error:
             problems += error.problems
@@ -47,7 +47,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
         command_line.read(words, reading)
         readings.append(reading)
     try:
-        files.follow(readings, folders)
+        foreign_files.follow(readings, folders)
     except ConfigurationError as error:
         problems += error.problems
     if not paths and not words:

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import Problem
 from launcher.importing.defaults import differs
-from launcher.importing.files import WINNERS
+from launcher.importing.foreign_files import WINNERS
 from launcher.importing.reading import Fact, Reading, Remark
 
 JOB_KEYS = {

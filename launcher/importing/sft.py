@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from launcher.data.formats import FORMATS
 from launcher.importing import defaults, lora
 from launcher.importing.reading import Reading, brief
 from launcher.importing.trainer_keys import HELD_OUT
-from launcher.sources.formats import FORMATS
 
 DEFAULTS = defaults.TRL
 MARKS = {

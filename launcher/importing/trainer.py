@@ -231,7 +231,7 @@ def _engine(content: dict[str, Any], reading: Reading) -> None:
     if isinstance(deepspeed, str) and deepspeed:
         reading.follow.append(deepspeed)
     elif isinstance(deepspeed, dict):
-        from launcher.importing import deepspeed as reader
+        from launcher.importing import deepspeed_config as reader
 
         reader.read({str(key): value for key, value in deepspeed.items()}, reading)
     fsdp = content.get("fsdp")

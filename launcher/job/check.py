@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterator
 
 from launcher import tasks
+from launcher.data.section import Source
 from launcher.job import slurm_options
 from launcher.job.schema import Cluster, Job
-from launcher.sources.section import Source
 from launcher.tasks.task import Finding, finding
 
 

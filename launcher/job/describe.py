@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from launcher import tasks
+from launcher.data.section import Data
 from launcher.job.schema import Job, known_task
-from launcher.sources.section import Data
 from launcher.values import Interval, parse_seconds
 
 _PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

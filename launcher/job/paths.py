@@ -6,12 +6,12 @@ import difflib
 import glob
 from pathlib import Path
 
+from launcher.data.formats import FORMATS
+from launcher.data.saved import saved_splits
+from launcher.data.section import Data, Source
 from launcher.errors import Problem
 from launcher.job import adapter_directory
 from launcher.job.schema import Job, Model
-from launcher.sources.formats import FORMATS
-from launcher.sources.saved import saved_splits
-from launcher.sources.section import Data, Source
 
 
 def nearest_file(path: Path) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.job.describe import choices, columns_by_task, docstring, expected_of, keys, section_of, written
 from launcher.job.schema import job_type, task_of
 from launcher.redaction import holds_secret
-from launcher.sources.section import Data
 
 _SECRET_KEY = re.compile(r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|auth_?token|token)(s?$|_)", re.IGNORECASE)
 _SECRET_REASON = (

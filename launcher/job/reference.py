@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from launcher import errors, tasks
+from launcher.data.section import Data
 from launcher.job.describe import Key, columns_by_task, docstring, expected_of, keys, section_of
 from launcher.job.schema import Job
-from launcher.sources.section import Data
 from launcher.values import Interval
 
 _DURATION = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(s|min|h|d)\s*$"}]}

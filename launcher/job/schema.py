@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, ModelWrapValidatorHandler, SerializeAsAny, create_model, model_validator
 
 from launcher import tasks
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError
 from launcher.job.adapter import Adapter
-from launcher.sources.section import Data
 from launcher.values import Every, Fraction, HangAfter, Interval, Line, NodeCount, Seconds, Section, Variable, Word
 
 

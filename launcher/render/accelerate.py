@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 
 PORT = 29500
 """Of several machines, which must agree on it; on one machine a free port is taken."""

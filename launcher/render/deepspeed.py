@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.planning.plan import Plan, Zero
+from launcher.planner.plan import Plan, Zero
 
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own progress lines: launcher has its own."""

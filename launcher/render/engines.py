@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.job.schema import EngineName, Job
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.notes import Note
 
 

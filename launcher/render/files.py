@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render import accelerate, deepspeed, sbatch, torchrun
-from launcher.render.place import Place
+from launcher.render.launch_paths import Place
 
 NAMES = ("ds_config.json", "accelerate.yaml", "torchrun.txt", "submit.sbatch", "plan.json")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render import accelerate
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import Job
-from launcher.planning.buckets import Buckets
-from launcher.planning.hardware import Hardware
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.zero_buckets import Buckets
+from launcher.planner.search import plan_job
 from launcher.render import accelerate, deepspeed
 from launcher.render.files import json_text, yaml_text
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from launcher.planning.plan import Container, Plan
-from launcher.render.place import AFTER, NODE, PREPARE, Place, quoted, variables
+from launcher.planner.plan import Container, Plan
+from launcher.render.launch_paths import AFTER, NODE, PREPARE, Place, quoted, variables
 
 SIGNAL_SECONDS = 30
 """How long before the time limit Slurm sends its signal; it may come up to a minute early. The ranks' own clock stops them sooner where a

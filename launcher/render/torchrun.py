@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launcher.planning.plan import Plan
-from launcher.render.place import AGENT, ENTRY, PREPARE, Place, quoted, variables
+from launcher.planner.plan import Plan
+from launcher.render.launch_paths import AGENT, ENTRY, PREPARE, Place, quoted, variables
 
 _PORT = 29500
 
@@ -11,7 +11,7 @@ _PORT = 29500
 def command(plan: Plan, place: Place, attempt: int = 1) -> str:
     """The shell lines to start the plan: on one machine as they stand, on several once on each, with HEAD set.
 
-    The agent is torchrun's own with better manners; it and the ranks meet out of others' reach (launcher/scheduling/rendezvous.py).
+    The agent is torchrun's own with better manners; it and the ranks meet out of others' reach (launcher/launch/rendezvous.py).
     """
     mesh = plan.mesh
     several = mesh.nodes > 1

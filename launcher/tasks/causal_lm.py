@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
-from launcher.sources.section import Data
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
 from launcher.tasks.encoding import Tokens, Written, continue_texts, encode_written, puts_space_before, tokenise
 from launcher.tasks.task import IGNORE, Better, Draws, Encoded, Evaluator, Finding, Left, Output, Sample, Task, Traits, finding

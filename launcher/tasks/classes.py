@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from launcher.sources.labels import WHOLE as _WHOLE
+from launcher.data.labels import WHOLE as _WHOLE
 
 _GENERIC = re.compile(r"label[ _-]?(\d+)", re.IGNORECASE)
 """transformers' own name of a class that nobody named: LABEL_0, LABEL_1 ..."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from launcher.data.rows import BAD_VALUE, RowProblem
 from launcher.lazy import Lazy
-from launcher.sources.rows import BAD_VALUE, RowProblem
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from launcher.data.labels import class_names, number_of
+from launcher.data.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.labels import class_names, number_of
-from launcher.sources.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
-from launcher.sources.section import Data
 from launcher.tasks import classes
 from launcher.tasks import metrics as measure
 from launcher.tasks.classes import Classes, is_number

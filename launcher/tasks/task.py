@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from launcher.data.rows import Row, RowProblem
+from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import Row, RowProblem
-from launcher.sources.section import Data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,7 +155,7 @@ class Task(ABC):
     """As `model.task` has it."""
     traits: ClassVar[Traits]
     Columns: ClassVar[type[Data]]
-    """The section `data` of a job with this task: a subclass of `launcher.sources.section.Data` with the task's own columns."""
+    """The section `data` of a job with this task: a subclass of `launcher.data.section.Data` with the task's own columns."""
     column_ways: ClassVar[tuple[tuple[str, ...], ...]]
     """The columns that a job may name, one way or another: what `launcher init` asks for."""
     layout: SampleLayout

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from launcher.errors import StorageError
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Rates
-from launcher.training import closing, products
+from launcher.training import closing, cpu_half_matmul
 from launcher.training.fresh import in_fresh_ranks, leave
 from launcher.training.precision import DTYPES
 
@@ -56,7 +56,7 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
     matrix = {}
     for precision, dtype in DTYPES.items():
         if device.type == "cpu":
-            products.widen(dtype)  # as ranks do
+            cpu_half_matmul.widen(dtype)  # as ranks do
         report(f"matrix products in {precision}")
         matrix[precision] = product_rate(dtype, device)
     report("memory")
@@ -138,8 +138,9 @@ def reference_seconds(device_type: str) -> dict[str, float]:
 def _reference_step(way: str, device: torch.device) -> Callable[[], None]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from launcher.training import attention, heads
+    from launcher.training import heads
     from launcher.training.engines.recompute import checkpoint_activations
+    from launcher.training.model import attention
 
     config = AutoConfig.for_model(**REFERENCE, attn_implementation=attention.register("packed"))
     model = AutoModelForCausalLM.from_config(config).to(device).train()

@@ -11,10 +11,11 @@ import torch
 from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM
 
-from launcher.planning.plan import Plan
-from launcher.training import engines, heads, pretrained
+from launcher.planner.plan import Plan
+from launcher.training import engines, heads
 from launcher.training.bench import Report, reference_batch
 from launcher.training.fresh import in_fresh_ranks
+from launcher.training.model import pretrained
 
 Steps = dict[str, tuple[tuple[Plan, dict[str, Any]], ...]]
 """By name, plans with DeepSpeed's configuration, empty for FSDP."""

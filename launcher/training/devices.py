@@ -14,8 +14,8 @@ import torch
 from torch import distributed
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
-from launcher.training import exchange, meeting, products
+from launcher.planner.plan import Plan
+from launcher.training import cpu_half_matmul, exchange, meeting
 from launcher.training.precision import DTYPES
 
 
@@ -34,7 +34,7 @@ def start_process_group(plan: Plan) -> torch.device:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(plan.mesh.threads_per_rank)
-        products.widen(DTYPES[plan.precision])
+        cpu_half_matmul.widen(DTYPES[plan.precision])
         distributed.init_process_group("gloo", timeout=timedelta(minutes=30))
     if distributed.get_world_size() != plan.mesh.world_size:
         reason = f"the plan is for {plan.mesh.world_size} ranks, {distributed.get_world_size()} started"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.grace import grace_file
 from launcher.runs.layout import RunDirectory
 from launcher.runs.places import here

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import distributed
 
-from launcher.planning.plan import BatchPlan, Plan
+from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Draws, Task
 from launcher.training import exchange

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from launcher.training import adapters
-from launcher.training import model as models
+from launcher.training.model import adapters
+from launcher.training.model import loading as models
 
 
 def used_share(config: Any, shape: tuple[int, ...]) -> float:

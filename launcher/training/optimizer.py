@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from launcher.job.schema import Training
-from launcher.training import adapters
-from launcher.training.model import whole_shape
+from launcher.training.model import adapters
+from launcher.training.model.loading import whole_shape
 
 Optimizer = torch.optim.Optimizer
 

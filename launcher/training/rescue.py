@@ -3,7 +3,7 @@
 The rank that ran out of memory cannot go on with its pass, and a smaller one of its own would need other messages than its peers
 wait for. They stand in the middle of a pass, inside of a collective, and cannot be called out of it. But nothing of the training state
 changes in a pass, and checkpoints have a channel of their own: a thread of each peer writes its part. Then the attempt ends, and
-the next one goes on at this step with smaller passes (`launcher/scheduling/cutting.py`).
+the next one goes on at this step with smaller passes (`launcher/launch/cutting.py`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from launcher.training.libraries import Change
+from launcher.training.model.libraries import Change
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 

@@ -15,42 +15,43 @@ from torch import distributed
 
 from launcher.errors import CheckpointError, StorageError
 from launcher.plain_files import read_json
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import here
 from launcher.runs.status import newest_checkpoint
 from launcher.runs.tail import last_record
 from launcher.tasks.task import Draws
-from launcher.training import engines, exchange, pretrained
-from launcher.training import model as models
+from launcher.training import engines, exchange
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch, total_items
 from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
-from launcher.training.divergence import Divergence
-from launcher.training.ending import EarlyEnd
+from launcher.training.early_stopping import EarlyEnd
 from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
-from launcher.training.loss_check import check_loss
-from launcher.training.material import Material, phase_report
-from launcher.training.pace import SLOW_FACTOR, Own, Pace
+from launcher.training.inputs import TrainingInputs, phase_report
+from launcher.training.model import loading as models
+from launcher.training.model import pretrained
+from launcher.training.model.loss_check import check_loss
 from launcher.training.precision import LossScale
-from launcher.training.recording import Recorder, description
+from launcher.training.reporting.divergence import Divergence
+from launcher.training.reporting.pace import SLOW_FACTOR, Own, Pace
+from launcher.training.reporting.recording import Recorder, description
+from launcher.training.reporting.symptoms import Sample, Symptoms
+from launcher.training.reporting.tracking import Journal
+from launcher.training.reporting.whereabouts import say_compiling, waited
 from launcher.training.rescue import Rescue
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.state import State, TrainerState
-from launcher.training.symptoms import Sample, Symptoms
-from launcher.training.tracking import Journal
-from launcher.training.whereabouts import say_compiling, waited
 
 
 def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
     """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every rank."""
     here.at("preparing")
     planned, plan = plan, pretrained.settled(plan)
-    material = Material.prepare(run, plan)
+    material = TrainingInputs.prepare(run, plan)
     here.at("building operators")
     build_operators(plan, phase_report(run, "building operators", "operators"))
     here.at("loading")
@@ -72,7 +73,7 @@ class Trainer:
         self,
         run: RunDirectory,
         plan: Plan,
-        material: Material,
+        material: TrainingInputs,
         device: torch.device,
         stop: StopRequest,
         stop_at: int | None,

@@ -61,7 +61,7 @@ def compare(options: Namespace) -> list[dict[str, float]]:
     """Run the ranks, and give what rank 0 has measured."""
     from bench_speed import SIDES, launcher_command, prompts_and_completions
 
-    from launcher.scheduling import local, opening
+    from launcher.launch import local, run_setup
     from launcher.training.demo.models import model_directory
 
     options.model = options.model or str(model_directory("smollm2-135m"))
@@ -70,7 +70,7 @@ def compare(options: Namespace) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as scratch:
         data = prompts_and_completions(options.data, Path(scratch) / "rows.jsonl", 2000)
         launcher_command(SIDES["launcher-packed"], options, data, Path(scratch))
-        run, plan = opening.open_run(Path(scratch) / "job.yaml", options.set, None, Path(scratch) / "run")
+        run, plan = run_setup.open_run(Path(scratch) / "job.yaml", options.set, None, Path(scratch) / "run")
         local.run(run, plan, entry="tests.benchmarks.bare_loop_ranks")
         return list(json.loads((run.path / RESULT).read_text(encoding="utf-8")))
 
@@ -80,9 +80,9 @@ def take_turns(run: Any, plan: Any, attempt: int, stop: Any, *, stop_at: int | N
     from torch import distributed
 
     from launcher.training.devices import start_process_group
-    from launcher.training.trainer import Material, Trainer
+    from launcher.training.trainer import Trainer, TrainingInputs
 
-    material = Material.prepare(run, plan)
+    material = TrainingInputs.prepare(run, plan)
     device = start_process_group(plan)
     rank = distributed.get_rank()
     trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
 
-from launcher.planning.plan import Plan
-from launcher.scheduling.allocator import LEAN, ROOMY
+from launcher.launch.malloc_env import LEAN, ROOMY
+from launcher.planner.plan import Plan
 from launcher.training.fresh import in_fresh_ranks
 from tests.training.plans import plan_of
 
@@ -38,7 +38,7 @@ PREFACE = """# Memory of ranks on a CPU: what giving it back costs
 
 `tests/benchmarks/bench_allocator.py`: a model as wide as SmolLM2-135M, of 6 layers with random weights, FSDP on 2 ranks of the CPU,
 fp32, 256 tokens a pass, 2 passes a step. "Given back": glibc returns blocks from 2 MiB on when they are freed; "kept": those below 4 MiB
-stay with the rank, and what is given back goes later (`launcher/scheduling/allocator.py`). "Huge pages": PyTorch asks the system for
+stay with the rank, and what is given back goes later (`launcher/launch/malloc_env.py`). "Huge pages": PyTorch asks the system for
 pages of 2 MiB under tensors of 2 MiB and more, which does something where `/sys/kernel/mm/transparent_hugepage/enabled` says `madvise`.
 Each way runs in fresh ranks, all ways in turns. A page fault is one page that the system had to find and zero.
 """
@@ -48,7 +48,8 @@ def steps(plan: Plan, num_steps: int) -> list[list[float]]:
     """Of each step after the first: its seconds and this rank's page faults; last, the rank's highest resident bytes."""
     from transformers import AutoConfig
 
-    from launcher.training import attention, engines
+    from launcher.training import engines
+    from launcher.training.model import attention
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import Causal
 

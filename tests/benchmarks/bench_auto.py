@@ -26,17 +26,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _report import conditions, sentence, table, write
 
 from launcher.job.schema import EngineName, Job
-from launcher.planning.batch import divisors, with_batch
-from launcher.planning.candidates import other_cuts
-from launcher.planning.forecast import forecast
-from launcher.planning.hardware import Hardware
-from launcher.planning.measured import rates_for
-from launcher.planning.memory import RECOMPUTATIONS, keeps_freed, recomputations
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job
-from launcher.planning.target import USABLE, Target
+from launcher.launch.malloc_env import LEAN, ROOMY
+from launcher.planner.candidates import other_cuts
+from launcher.planner.forecast import forecast
+from launcher.planner.hardware.calibration import rates_for
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.memory.simple_rule import RECOMPUTATIONS, keeps_freed, recomputations
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.batch import divisors, with_batch
+from launcher.planner.search import plan_job
+from launcher.planner.target import USABLE, Target
 from launcher.runs.machine import Machine
-from launcher.scheduling.allocator import LEAN, ROOMY
 from tests.benchmarks.memory_pool import World
 
 RANKS, NUM_FIRST, NUM_STEPS, NUM_AGAIN = 2, 1, 3, 8
@@ -140,7 +140,8 @@ def steps(plan: Plan, ds_config: dict[str, Any], num_steps: int, hopeless: float
     from torch import distributed
     from transformers import AutoConfig
 
-    from launcher.training import attention, engines
+    from launcher.training import engines
+    from launcher.training.model import attention
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import Causal
 

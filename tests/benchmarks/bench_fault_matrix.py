@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.faults import table
-from tests.benchmarks.faults.material import PATIENCE, Material
+from tests.benchmarks.faults.material import PATIENCE, TrainingInputs
 from tests.benchmarks.faults.registry import INJECTIONS, Injection
 from tests.benchmarks.faults.scene import Scene
 from tests.slurm.runs import ROOT
@@ -39,7 +39,7 @@ for _module in ("ranks", "storage", "checkpoints", "surroundings", "inputs", "no
     importlib.import_module(f"tests.benchmarks.faults.{_module}")
 
 
-def perform(injection: Injection, variant: str, material: Material, folder: Path) -> dict[str, Any]:
+def perform(injection: Injection, variant: str, material: TrainingInputs, folder: Path) -> dict[str, Any]:
     """Do it, and say what was seen and what of it is not as it must be."""
     result: dict[str, Any] = {"name": injection.name, "row": injection.row, "fault": injection.fault, "variant": variant} | conditions()
     if reason := injection.missing():
@@ -143,7 +143,7 @@ def main() -> None:
         return
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, as under nohup, the launchers that are started here would ignore it too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that mounts and processes go
-    material, until = Material(options.folder), time.monotonic() + 60 * options.minutes
+    material, until = TrainingInputs(options.folder), time.monotonic() + 60 * options.minutes
     for injection, variant in wanted(options, known):
         if time.monotonic() > until:
             break

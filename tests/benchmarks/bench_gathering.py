@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
 
-from launcher.planning.plan import Plan
-from launcher.scheduling.allocator import LEAN
+from launcher.launch.malloc_env import LEAN
+from launcher.planner.plan import Plan
 from tests.benchmarks.memory_pool import World
 from tests.training.plans import plan_of
 
@@ -38,7 +38,8 @@ def seconds(plan: Plan, rounds: int) -> list[list[float]]:
     """Of steps on this rank: letting go after each pass, and once a step."""
     from transformers import AutoConfig
 
-    from launcher.training import attention, engines
+    from launcher.training import engines
+    from launcher.training.model import attention
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import Causal
 

@@ -20,7 +20,7 @@ from _report import ROOT, MemoryMonitor, conditions, sentence, table, write
 
 PREFACE = """# Memory while loading
 
-`tests/benchmarks/bench_loading.py`: a Llama of made-up fp32 weights in four safetensors files, loaded by `launcher.training.model.load` as
+`tests/benchmarks/bench_loading.py`: a Llama of made-up fp32 weights in four safetensors files, loaded by `launcher.training.model.loading.load` as
 the trainer does. Peak anonymous memory of the rank that has most; pages of mapped files are not in it.
 """
 
@@ -95,10 +95,10 @@ def be_a_rank(mode: str, model: Path) -> None:
     distributed.init_process_group("gloo")
     if mode == "load":
         from launcher.job.schema import Job
-        from launcher.planning.search import plan_job as decide
+        from launcher.planner.search import plan_job as decide
         from launcher.tasks.causal_lm import CausalLM
-        from launcher.training import model as models
-        from launcher.training import pretrained
+        from launcher.training.model import loading as models
+        from launcher.training.model import pretrained
 
         job = Job.model_validate(
             {

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from launcher.launch.run_setup import open_run
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.opening import open_run
 from tests.benchmarks._report import ROOT, conditions, sentence, table, write
 from tests.unit.long_run import events_of, long_run, step_line, write_events
 
@@ -34,15 +34,15 @@ training: {max_steps: 1000000}
 LOOKS = """
 import sys, time
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.opening import open_run
-from launcher.planning.plan import Plan
+from launcher.launch.run_setup import open_run
+from launcher.planner.plan import Plan
 run = RunDirectory.find(sys.argv[1])
 if sys.argv[2] == "look":
-    from launcher.cli.watching import Watched
+    from launcher.cli.watch_state import Watched
     work = lambda seen=Watched(run): seen.look(ask=False)
 else:
     from launcher.runs.totals import Totals
-    from launcher.scheduling.slurm.clock import lead_seconds
+    from launcher.launch.slurm.deadline import lead_seconds
     work = lambda plan=Plan.read(run.plan_file), totals=Totals(run): lead_seconds(run, plan, totals)
 for _ in range(2):
     began, worked = time.monotonic(), time.process_time(); work()

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
 
-from launcher.planning.footprint.estimate import Estimator, estimate
-from launcher.planning.footprint.families import Program
-from launcher.planning.model_config import read_config
-from launcher.planning.plan import Plan
+from launcher.planner.memory.estimate import Estimator, estimate
+from launcher.planner.memory.families import Program
+from launcher.planner.model.model_config import read_config
+from launcher.planner.plan import Plan
 from tests.benchmarks.memory_cases import POOLS, Case, draw
 from tests.benchmarks.memory_pool import World
 
@@ -33,7 +33,7 @@ PREFACE = """# The memory model against the allocator
 
 `python -m tests.benchmarks.bench_memory --seed S --count N` draws configurations at random, runs two steps of each on real gloo ranks, and
 compares the peak of live tensor bytes of the second step (from the allocator's own events, the rank that needs most) with what
-`launcher/planning/footprint` says from config.json alone (formulas), and with what it says when the blocks of the model come from its own
+`launcher/planner/memory` says from config.json alone (formulas), and with what it says when the blocks of the model come from its own
 class, gone through under fake tensors (`launcher/training/tracing`, `launcher plan --trace`). A run after whose steps more than 1% of
 the peak seems to stay is measured again, up to twice, and the lowest counts: gloo's threads release memory where the profiler does not
 see it. Models are tiny, so what is constant weighs more than it would in a real one. An error above 0 is a plan that asks for too much,
@@ -85,7 +85,7 @@ def traced(case: Case, plan: Plan) -> Program:
     """The model's own class as the planner's program."""
     from transformers import AutoConfig
 
-    from launcher.training import attention
+    from launcher.training.model import attention
     from launcher.training.precision import DTYPES
     from launcher.training.tracing.program import Traced
     from tests.benchmarks.memory_ranks import Request

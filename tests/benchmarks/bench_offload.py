@@ -16,11 +16,11 @@ import torch
 from _report import conditions, sentence, table, write
 from transformers import AutoConfig
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention
 from launcher.training.engines import build
 from launcher.training.engines.operators import build_operators
+from launcher.training.model import attention
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks

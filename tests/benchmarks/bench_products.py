@@ -15,13 +15,13 @@ import torch
 from _report import conditions, sentence, table, write
 from torch.nn import functional
 
-from launcher.training import products
+from launcher.training import cpu_half_matmul
 from launcher.training.precision import DTYPES
 
 PREFACE = """# Half precision on a processor without units for it
 
 `tests/benchmarks/bench_products.py`: matrix products of SmolLM2-135M at 512 tokens on one thread, and attention over them. What stands
-under "by fp32" is what ranks on such a processor do (`launcher/training/products.py`): numbers are widened a block at a time, multiplied,
+under "by fp32" is what ranks on such a processor do (`launcher/training/cpu_half_matmul.py`): numbers are widened a block at a time, multiplied,
 and rounded once.
 """
 SHAPES = {"query": (512, 576, 576), "feed-forward": (512, 576, 1536), "and back": (512, 1536, 576), "a part of the head": (341, 576, 4096)}
@@ -67,7 +67,7 @@ def main() -> None:
     sides: dict[str, Times] = {"fp32": rates(torch.float32)}
     half = {name: dtype for name, dtype in DTYPES.items() if name != "fp32"}
     sides |= {f"{name}, PyTorch": rates(dtype) for name, dtype in half.items()}
-    sides |= {f"{name}, by fp32": rates(dtype) for name, dtype in half.items() if products.widen(dtype)}
+    sides |= {f"{name}, by fp32": rates(dtype) for name, dtype in half.items() if cpu_half_matmul.widen(dtype)}
     figures: dict[str, Any] = {"conditions": found, "rates": sides}
     print(write("products", f"{found['processor']}, {found['date']}", f"{sentence(found)}\n\n{describe(sides)}", figures, PREFACE))
 

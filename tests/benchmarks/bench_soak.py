@@ -40,7 +40,7 @@ from tests.benchmarks import _report
 from tests.benchmarks.faults.effective import Timeline, Times
 from tests.benchmarks.faults.processes import Process, find, send
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import Material, Run
+from tests.slurm.runs import Run, TrainingInputs
 from tests.training.runs import assert_equal, state
 
 NUM_STEPS = 60
@@ -69,7 +69,7 @@ WEIGHTS = {
 class Piece:
     """One run under one cluster, and what is done to it."""
 
-    def __init__(self, folder: Path, material: Material, seed: int, number: int) -> None:
+    def __init__(self, folder: Path, material: TrainingInputs, seed: int, number: int) -> None:
         self.folder, self.material, self.number = folder, material, number
         self.random = random.Random(f"{seed}:{number}")
         self.disk = folder / f"disk-{number}"
@@ -256,16 +256,16 @@ def _cluster_keys() -> dict[str, Any]:
     return {"attempts_without_progress": 1000, **({"hang_after": "10s"} if HANG_AFTER else {})}
 
 
-def undisturbed(folder: Path) -> Material:
+def undisturbed(folder: Path) -> TrainingInputs:
     """Model, data and the run that is left alone, made once."""
     made = folder / "material"
     if (made / "runs" / "undisturbed" / "FINISHED").exists():
-        material = Material.__new__(Material)
+        material = TrainingInputs.__new__(TrainingInputs)
         material.folder, material.model, material.data = made, made / "model", json.loads((made / "data.json").read_text())
         return material
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    material = Material(made)
+    material = TrainingInputs(made)
     (made / "data.json").write_text(json.dumps(material.data))
     material.launcher("run", material.job("undisturbed", _changes(), nodes=1, ranks_per_node=4))
     return material

@@ -21,7 +21,7 @@ from pathlib import Path
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import ROOT, Material
+from tests.slurm.runs import ROOT, TrainingInputs
 
 DOCS = ROOT / "docs" / "benchmarks"
 
@@ -35,7 +35,7 @@ def first_step_time(run: RunDirectory, timeout: float = 200.0) -> float:
     return float(steps(run.metrics_file)[1]["time"])
 
 
-def launchers(cluster: Cluster, material: Material, name: str) -> dict[str, float]:
+def launchers(cluster: Cluster, material: TrainingInputs, name: str) -> dict[str, float]:
     """Seconds of `launcher submit`, of `launcher status`, and from the job's acceptance to its first step."""
     began = time.monotonic()
     run = material.submit(cluster, material.job(name))
@@ -49,13 +49,13 @@ def launchers(cluster: Cluster, material: Material, name: str) -> dict[str, floa
     return {"submit": submit, "status while four ranks compute": busy, "status": cancelled, "first step": first - accepted}
 
 
-def seconds_of_status(cluster: Cluster, material: Material, name: str) -> float:
+def seconds_of_status(cluster: Cluster, material: TrainingInputs, name: str) -> float:
     began = time.monotonic()
     material.json("status", name, cluster=cluster)
     return time.monotonic() - began
 
 
-def by_hand(cluster: Cluster, material: Material, name: str) -> dict[str, float]:
+def by_hand(cluster: Cluster, material: TrainingInputs, name: str) -> dict[str, float]:
     """The same plan in a directory that `launcher submit` would have made, started by srun and torchrun."""
     script = material.launcher("submit", material.job(name, begin="now+1hour"), "--json", cluster=cluster).stdout
     said = json.loads(script)
@@ -87,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="ls") as folder, Cluster(Path(folder) / "c", nodes=2) as cluster:
-        material = Material(Path(folder) / "m")
+        material = TrainingInputs(Path(folder) / "m")
         for number in range(options.rounds):
             sides = [("launcher", launchers), ("by hand", by_hand)]
             for side, measure in sides if number % 2 == 0 else sides[::-1]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from _report import conditions, sentence, table, write
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory
 

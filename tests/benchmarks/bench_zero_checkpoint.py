@@ -32,16 +32,17 @@ from _report import conditions, sentence, table, timed, write
 from torch import distributed
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.planning.buckets import Buckets
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Plan
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.zero_buckets import Buckets
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory
-from launcher.training import attention, heads
+from launcher.training import heads
 from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines import build
+from launcher.training.model import attention
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.tiny import config_of

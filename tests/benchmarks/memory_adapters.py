@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.footprint.program import Batch
-from launcher.planning.plan import Plan
+from launcher.planner.memory.program import Batch
+from launcher.planner.plan import Plan
 from tests.training.plans import deepspeed, plan_of
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.footprint.families import program_of
-from launcher.planning.footprint.program import Batch
-from launcher.planning.plan import Plan
+from launcher.planner.memory.families import program_of
+from launcher.planner.memory.program import Batch
+from launcher.planner.plan import Plan
 from tests.training.plans import plan_of
 
 FAMILIES = ("llama", "qwen3", "qwen2", "mistral", "gpt2", "bert", "roberta", "vit", "bart")

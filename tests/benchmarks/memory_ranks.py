@@ -22,9 +22,10 @@ from torch import distributed
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, engines
+from launcher.training import engines
+from launcher.training.model import attention
 from tests.benchmarks.memory_tasks import TASKS
 
 PHASE, LIVE = "phase: ", "live: "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launcher.cli.showing_data import show
+from launcher.cli.data_view import show
 
 
 def main() -> None:

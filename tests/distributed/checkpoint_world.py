@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from launcher.data.section import Source
 from launcher.job.schema import Checkpoint, Model, Training
-from launcher.planning.plan import BatchPlan, Length, Mesh, Plan
+from launcher.planner.plan import BatchPlan, Length, Mesh, Plan
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory
-from launcher.sources.section import Source
 from launcher.tasks.causal_lm import CausalColumns
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from tests.ports import free_port

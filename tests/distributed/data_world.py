@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from launcher.data.section import Data, Source
 from launcher.job.schema import Checkpoint, Model, Training
-from launcher.planning.plan import BatchPlan, Length, Mesh, Plan
-from launcher.sources.section import Data, Source
+from launcher.planner.plan import BatchPlan, Length, Mesh, Plan
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 LINES = [

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.layout import RunDirectory
-from launcher.training import attention, libraries
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines import build
+from launcher.training.model import attention, libraries
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.test_engine import Causal
 

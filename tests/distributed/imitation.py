@@ -15,7 +15,7 @@ import sys
 import time
 
 from launcher.errors import DataError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.events import append, event, steps
 from launcher.runs.layout import RunDirectory
 from launcher.training.entry import main

@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from launcher.errors import CheckpointError, ConfigurationError, StorageError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.checkpoints import list_checkpoints, verify
 from launcher.runs.layout import RunDirectory
-from launcher.training.checkpoint import foreign_import
+from launcher.training.checkpoint.foreign import import_run
 from tests.distributed.foreign_world import LEARNING_RATE, accelerate_writes, deepspeed_writes, goes_on
 from tests.training.plans import deepspeed
 from tests.training.ranks import on_ranks
@@ -78,11 +78,11 @@ def plan(model: Path, world_size: int = 2, **changes: Any) -> Plan:
     return plan_for(model, data, world_size, training=training, batch=batch_of(world_size, 4 // world_size), **changes)
 
 
-def imported(path: Path, source: Path, chosen: Plan, samples: int | None = None) -> tuple[RunDirectory, foreign_import.Prepared]:
+def imported(path: Path, source: Path, chosen: Plan, samples: int | None = None) -> tuple[RunDirectory, import_run.Prepared]:
     run = new_run(path / "run", chosen)
-    prepared = foreign_import.prepare(source, chosen, samples)
+    prepared = import_run.prepare(source, chosen, samples)
     with run.lock():
-        foreign_import.write(run, chosen, prepared)
+        import_run.write(run, chosen, prepared)
     return run, prepared
 
 
@@ -185,16 +185,16 @@ def test_samples_say_where_the_run_goes_on(model: Path, written: Any, tmp_path: 
     assert "goes on at step 2" in prepared.notes[0]
     assert state(run)["optimizer.step"] == 3
     with pytest.raises(ConfigurationError, match="no whole number of steps of 4 samples; 8 or 12 is"):
-        foreign_import.prepare(source, chosen, samples=9)
+        import_run.prepare(source, chosen, samples=9)
 
 
 def test_other_settings_are_named(model: Path, written: Any) -> None:
     source, *_ = written("full")
-    notes = foreign_import.prepare(source, plan(model, training={"epsilon": 1e-6, "betas": (0.8, 0.9), "weight_decay": 0.1})).notes
+    notes = import_run.prepare(source, plan(model, training={"epsilon": 1e-6, "betas": (0.8, 0.9), "weight_decay": 0.1})).notes
     text = "\n".join(notes)
     for part in ("eps was 1e-08 and is 1e-06", "betas was (0.9, 0.999) and is (0.8, 0.9)", "weight_decay was 0 and is 0.1"):
         assert part in text, text
-    assert len(foreign_import.prepare(source, plan(model, training={"weight_decay": 0.0})).notes) == 1
+    assert len(import_run.prepare(source, plan(model, training={"weight_decay": 0.0})).notes) == 1
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def copied(written: Any, tmp_path: Path) -> Callable[[str], Path]:
 def refused(source: Path, chosen: Plan, match: str, error: type[Exception] = CheckpointError) -> None:
     """In one line, by `prepare`: before anything is written."""
     with pytest.raises(error, match=match) as caught:
-        foreign_import.prepare(source, chosen)
+        import_run.prepare(source, chosen)
     assert "\n" not in str(caught.value)
 
 
@@ -330,17 +330,17 @@ def test_names_of_wrappers_are_left_out(copied: Any, model: Path) -> None:
         for key, value in content.items()
     }
     torch.save(renamed, source / "pytorch_model_fsdp.bin")
-    assert len(foreign_import.prepare(source, plan(model)).tensors) == 88
+    assert len(import_run.prepare(source, plan(model)).tensors) == 88
 
 
 def test_a_full_disk_leaves_nothing_behind(written: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = plan(model)
-    run, prepared = new_run(tmp_path / "run", chosen), foreign_import.prepare(written("sharded")[0], chosen)
+    run, prepared = new_run(tmp_path / "run", chosen), import_run.prepare(written("sharded")[0], chosen)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(foreign_import, "write_hashed", full)
+    monkeypatch.setattr(import_run, "write_hashed", full)
     with pytest.raises(StorageError, match="No space left"):
-        foreign_import.write(run, chosen, prepared)
+        import_run.write(run, chosen, prepared)
     assert list(run.checkpoints.iterdir()) == []

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import tasks
-from launcher.planning.plan import BatchPlan
-from launcher.sources.section import Source
+from launcher.data.section import Source
+from launcher.planner.plan import BatchPlan
 from launcher.tasks.causal_lm import CausalColumns
 from launcher.training.data.batches import Batches, StepBatch, deal
 from launcher.training.data.dataset import Dataset

@@ -14,12 +14,12 @@ from launcher import tasks
 from launcher.cli import main as cli
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.load import load
-from launcher.planning.plan import Plan
+from launcher.launch import prepare_data as looking
+from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import data as looking
 from launcher.training.data.inspect import inspect, spread
-from launcher.training.material import Material
+from launcher.training.inputs import TrainingInputs
 from launcher.training.signals import StopRequest
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of, word_tokenizer
 from tests.training.runs import model_directory, texts
@@ -62,7 +62,7 @@ def test_what_is_shown_is_what_is_trained(tmp_path: Path) -> None:
     plan, tokenizer = ready(tmp_path, [BAD[0], *PAIRS], prompt="q", completion="a", max_length=64, packing=True)
     seen = inspected(plan, tmp_path, tokens=True, num_rows=2)
     assert [(sample["row"], sample["line"]) for sample in seen["samples"]] == [(2, 2), (3, 3)]
-    dataset = Material.of(RunDirectory(tmp_path / "scratch"), plan).train
+    dataset = TrainingInputs.of(RunDirectory(tmp_path / "scratch"), plan).train
     assert dataset.report.cached, "it was prepared as a run prepares it"
     for sample in seen["samples"]:
         found = dataset.find(sample["row"] - 1)
@@ -155,13 +155,13 @@ def test_most_rows_dropped_are_refused_unless_it_is_written_out(tmp_path: Path) 
         r"train data: 3 of 5 rows \(60\.0%\) would be dropped: 2 missing key, 1 empty; the first is .*a\.jsonl, line 3: missing key \(.*NaN"
     )
     with pytest.raises(DataError, match=reason + r".*write data\.unusable: drop to use the other 2"):
-        Material.prepare(run, plan)
+        TrainingInputs.prepare(run, plan)
     assert not list(read(run.events_file)) or all(record["event"] != "prepared" for record in read(run.events_file))
     seen = inspected(plan, tmp_path)
     assert seen["num_dropped"] == 3, "it can still be looked at"
     assert seen["refused"].startswith("a run is refused: train data: 3 of 5 rows")
     asked = plan.model_copy(update={"data": plan.data.model_copy(update={"unusable": "drop"})})
-    material = Material.prepare(run, asked)
+    material = TrainingInputs.prepare(run, asked)
     assert material.train.report.cached and material.train.num_samples == 2, "what was refused needs not be made again"
     [said] = [record for record in read(run.events_file) if record["event"] == "prepared"]
     assert (said["rows_used"], said["dropped"]) == (2, {"missing key": 2, "empty": 1})
@@ -170,10 +170,10 @@ def test_most_rows_dropped_are_refused_unless_it_is_written_out(tmp_path: Path) 
 def test_half_is_not_most_and_too_long_rows_count(tmp_path: Path) -> None:
     long = {"q": "the cat", "a": "sat " * 99}
     plan, _ = ready(tmp_path, [PAIRS[0], long], prompt="q", completion="a", max_length=32, too_long="drop")
-    Material.prepare(RunDirectory(tmp_path), plan)
+    TrainingInputs.prepare(RunDirectory(tmp_path), plan)
     plan, _ = ready(tmp_path, [PAIRS[0], long, long], prompt="q", completion="a", max_length=32, too_long="drop")
     with pytest.raises(DataError, match=r"would be dropped: 2 too long; .*write a larger data\.max_length, or write data\.unusable: drop"):
-        Material.prepare(RunDirectory(tmp_path / "other"), plan)
+        TrainingInputs.prepare(RunDirectory(tmp_path / "other"), plan)
 
 
 def call(*arguments: str) -> int:

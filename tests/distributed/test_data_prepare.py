@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from launcher import tasks
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, OutOfMemoryError, StorageError
-from launcher.planning.epochs import one_pass
-from launcher.sources.section import Data
+from launcher.planner.dataset.dataset_size import one_pass
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.sequence_classification import LabelledColumns
 from launcher.training.data import encode
@@ -120,7 +120,7 @@ def test_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
         import sys, time, os
         sys.path[:0] = sys.argv[2:]
         from tests.distributed.data_world import plan_of, byte_tokenizer
-        from launcher.sources.section import Source
+        from launcher.data.section import Source
         from launcher import tasks
         from launcher.training.data import encode
         from launcher.training.data.prepare import prepare

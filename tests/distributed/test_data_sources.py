@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from launcher.data.rows import IfThere, RowProblem, text_of
+from launcher.data.sample import look
+from launcher.data.section import Source
 from launcher.errors import DataError
-from launcher.sources.rows import IfThere, RowProblem, text_of
-from launcher.sources.sample import look
-from launcher.sources.section import Source
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.sources import BLOCK, open_source, refuse_change
 from tests.distributed.data_world import SHARED, jsonl

@@ -17,9 +17,9 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from launcher.errors import RankLostError
+from launcher.launch.rendezvous import _Rendezvous
 from launcher.runs import doors, secret
 from launcher.runs.events import steps
-from launcher.scheduling.rendezvous import _Rendezvous
 from tests.distributed.test_local import HERE, begun, finish, launched, make_run, pids, wait_for
 from tests.distributed.test_script import log, run_script
 from tests.ports import free_port

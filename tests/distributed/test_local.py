@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from launcher.errors import RunInUseError
-from launcher.planning.plan import Plan
+from launcher.launch import local
+from launcher.planner.plan import Plan
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive
 from launcher.runs.status import read_status
-from launcher.scheduling import local
 from tests.training.plans import plan_of
 
 HERE = Path(__file__).parent
@@ -97,7 +97,7 @@ def test_a_run_finishes_and_a_finished_run_does_nothing(tmp_path: Path) -> None:
     assert names(run)[0] == "started" and names(run)[-1] == "finished"
     assert sorted(steps(run.metrics_file)) == list(range(1, 11))
     command = json.loads((run.attempt(1) / "command.json").read_text())
-    assert "launcher.scheduling.node_agent" in command["command"]
+    assert "launcher.launch.agent" in command["command"]
     assert launch(run) == (0, f"{run.path} is finished; there is nothing to do\n")
     assert run.last_attempt() == 1
 

@@ -19,8 +19,8 @@ TASK = '''
 from typing import ClassVar
 
 from launcher.lazy import Lazy
-from launcher.sources.rows import text_of
-from launcher.sources.section import Data
+from launcher.data.rows import text_of
+from launcher.data.section import Data
 from launcher.tasks.task import Encoded, Evaluator, Output, Sample, Task, Traits
 
 np, torch = Lazy("numpy"), Lazy("torch")

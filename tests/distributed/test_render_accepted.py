@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render import accelerate, deepspeed, presets
 from launcher.render.files import files, json_text, yaml_text
-from launcher.render.place import Place
+from launcher.render.launch_paths import Place
 from launcher.render.write import write
 from tests.ports import free_port
 from tests.unit.test_render import CASES, plan_of

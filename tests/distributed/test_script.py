@@ -221,7 +221,7 @@ def test_a_rank_that_leaves_at_once_has_written_down_that_it_was_stopped(tmp_pat
 import os, signal, sys, time
 from pathlib import Path
 from launcher.runs.layout import RunDirectory
-from launcher.training.script import Stop
+from launcher.training.script_entry import Stop
 
 class Slow(Stop):
     def _stop(self, number):

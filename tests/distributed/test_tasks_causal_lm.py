@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from launcher import tasks
+from launcher.data.rows import RowProblem
+from launcher.data.section import Data, Source
 from launcher.errors import ConfigurationError
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Data, Source
 from launcher.tasks.causal_lm import CausalColumns
 from launcher.tasks.task import Output, Sample, Task
 from tests.distributed.data_world import MARKED, byte_tokenizer, plan_of

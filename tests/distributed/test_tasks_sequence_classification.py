@@ -9,9 +9,9 @@ import torch
 from transformers import BartConfig, BertConfig, LlamaConfig, RobertaConfig, T5Config
 
 from launcher import tasks
+from launcher.data.rows import Row, RowProblem
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
-from launcher.sources.rows import Row, RowProblem
-from launcher.sources.section import Source
 from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 from launcher.tasks.task import Output, Sample, Task
 from tests.distributed.data_world import byte_tokenizer, plan_of, word_tokenizer

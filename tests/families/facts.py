@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from launcher.training.attention import PACKED, packed_attention, register
+from launcher.training.model.attention import PACKED, packed_attention, register
 from tests.families import tiny
 from tests.families.layouts import LAYOUTS
 from tests.families.numbers import message

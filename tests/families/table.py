@@ -1,4 +1,4 @@
-"""What the sweep found, as the planner reads it (launcher/planning/model_support.json) and as people do (docs/models.md).
+"""What the sweep found, as the planner reads it (launcher/planner/model_support.json) and as people do (docs/models.md).
 
 python -m tests.families.table
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from launcher.planning.model_support import TABLE
+from launcher.planner.model.model_support import TABLE
 from tests.families.causal import CANDIDATES, HEADS
 from tests.families.numbers import is_ok
 from tests.families.sweep import RAW, as_lines

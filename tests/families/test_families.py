@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.planning.model_support import read_table, support
+from launcher.planner.model.model_support import read_table, support
 from tests.families import tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
 
 
-class Material:
+class TrainingInputs:
     """A model, data, and the job files over them, in a folder that all nodes see."""
 
     def __init__(self, folder: Path) -> None:

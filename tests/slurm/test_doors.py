@@ -15,7 +15,7 @@ import pytest
 from launcher.runs.events import steps
 from tests.slurm.cluster import Cluster
 from tests.slurm.machines import poll
-from tests.slurm.runs import ROOT, Material, Run
+from tests.slurm.runs import ROOT, Run, TrainingInputs
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 def run(cluster: Cluster, tmp_path: Path) -> Run:
     """On n1 and n2, in the middle of training; n3 is not of it."""
     tmp_path.chmod(0o777)
-    material = Material(tmp_path / "material")
+    material = TrainingInputs(tmp_path / "material")
     run = material.submit(cluster, material.job("open", {"training": {"max_steps": 5000}}))
     run.wait_step(2)
     return run

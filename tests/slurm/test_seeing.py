@@ -15,17 +15,17 @@ import pytest
 
 from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import FAULTS, Material, Run
+from tests.slurm.runs import FAULTS, Run, TrainingInputs
 
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    return Material(tmp_path_factory.mktemp("material"))
+def material(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
+    return TrainingInputs(tmp_path_factory.mktemp("material"))
 
 
-def check_life(cluster: Cluster, material: Material, name: str) -> Run:
+def check_life(cluster: Cluster, material: TrainingInputs, name: str) -> Run:
     """A run through all its states, looked at in each."""
     slow = {"FAULT": "slow-first:all:1.2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}  # it must not finish while it is looked at
     run = material.submit(cluster, material.job(name, begin="now+1hour", nodes=1, environment=slow))
@@ -54,7 +54,7 @@ def check_life(cluster: Cluster, material: Material, name: str) -> Run:
 
 
 @pytest.mark.very_slow
-def test_a_life_without_accounting(cluster: Cluster, material: Material) -> None:
+def test_a_life_without_accounting(cluster: Cluster, material: TrainingInputs) -> None:
     run = check_life(cluster, material, "plain")
     lines = material.launcher("logs", "plain", cluster=cluster).stdout.splitlines()
     assert lines == [] or all(line.startswith("[rank ") for line in lines)
@@ -69,11 +69,11 @@ def test_a_life_without_accounting(cluster: Cluster, material: Material) -> None
     assert material.json("list", cluster=cluster)["runs"][0]["state"] == "finished"
 
 
-def test_a_life_with_accounting(cluster_with_accounting: Cluster, material: Material) -> None:
+def test_a_life_with_accounting(cluster_with_accounting: Cluster, material: TrainingInputs) -> None:
     check_life(cluster_with_accounting, material, "accounted")
 
 
-def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material: Material) -> None:
+def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material: TrainingInputs) -> None:
     fault = {"FAULT": "memory:0:2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(cluster, material.job("broken", {"batch": {"micro_batch_size": 1}}, nodes=1, environment=fault))
     run.wait_event("gave_up")
@@ -86,7 +86,7 @@ def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material:
     assert material.json("status", "gone", cluster=cluster)["slurm"]["state"] == "CANCELLED"
 
 
-def test_logs_are_followed_into_the_next_attempt_to_the_end(cluster: Cluster, material: Material) -> None:
+def test_logs_are_followed_into_the_next_attempt_to_the_end(cluster: Cluster, material: TrainingInputs) -> None:
     code = {"FAULT": "slow:all:0.5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(cluster, material.job("followed", nodes=1, environment=code))
     command = [sys.executable, "-m", "launcher.cli.main", "logs", "followed", "-f"]
@@ -110,7 +110,7 @@ def rest(watcher: subprocess.Popen[bytes], leader: int) -> bytes:
     return seen
 
 
-def test_watch_on_a_terminal_leaves_at_ctrl_c_and_the_run_goes_on(cluster: Cluster, material: Material) -> None:
+def test_watch_on_a_terminal_leaves_at_ctrl_c_and_the_run_goes_on(cluster: Cluster, material: TrainingInputs) -> None:
     run = material.submit(cluster, material.job("watched", nodes=1))
     run.wait_step(1)
     leader, follower = pty.openpty()
@@ -129,7 +129,7 @@ def test_watch_on_a_terminal_leaves_at_ctrl_c_and_the_run_goes_on(cluster: Clust
     run.wait_finished()
 
 
-def test_many_waiting_runs_are_one_question(cluster: Cluster, material: Material, tmp_path: Path) -> None:
+def test_many_waiting_runs_are_one_question(cluster: Cluster, material: TrainingInputs, tmp_path: Path) -> None:
     """200 runs; the directories are copies of one that was submitted, each with its own job in the queue."""
     first = material.submit(cluster, material.job("many-000", begin="now+1hour"), "--run-dir", tmp_path / "many" / "many-000")
     script = json.loads((first.directory.path / "slurm" / "job.json").read_text())
@@ -159,7 +159,7 @@ def test_many_waiting_runs_are_one_question(cluster: Cluster, material: Material
 
 
 @pytest.mark.very_slow
-def test_a_sweep_of_six_points_two_at_a_time_killed_half_way_and_continued(cluster: Cluster, material: Material) -> None:
+def test_a_sweep_of_six_points_two_at_a_time_killed_half_way_and_continued(cluster: Cluster, material: TrainingInputs) -> None:
     job = material.job("swept", {"training": {"max_steps": 6, "evaluate_every": 3}}, nodes=1, ranks_per_node=1)
     rates = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2"
     said = material.json("sweep", job, "--grid", f"training.learning_rate={rates}", "--parallel", "2", cluster=cluster)

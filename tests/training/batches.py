@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launcher.sources.section import Source
+from launcher.data.section import Source
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.task import Sample
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 
 
 def plan_of(model: Path, world_size: int = 1, **changes: Any) -> Plan:

@@ -14,17 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import ConfigurationError
 from launcher.job.adapter import Adapter
-from launcher.planning.model_support import WITHOUT_ADAPTER
-from launcher.planning.plan import Plan
+from launcher.launch.evaluation import Request, evaluate_locally
+from launcher.launch.screen import Watcher
+from launcher.planner.model.model_support import WITHOUT_ADAPTER
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.evaluation import Request, evaluate_locally
-from launcher.scheduling.screen import Watcher
-from launcher.training import adapters
 from launcher.training.checkpoint.export import export
-from launcher.training.checkpoint.foreign_names import expected
-from launcher.training.model import repeated_layers
+from launcher.training.checkpoint.foreign.names import expected
+from launcher.training.model import adapters
+from launcher.training.model.loading import repeated_layers
 from launcher.training.operations import flops_per_token
-from launcher.training.tracing.plan import trace
+from launcher.training.tracing.plan_trace import trace
 from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -118,8 +118,8 @@ def _dtypes(plan: Any) -> dict[str, torch.dtype]:
 def _engine(plan: Any) -> Any:
     from transformers import AutoConfig
 
-    from launcher.training import attention
     from launcher.training.engines import build
+    from launcher.training.model import attention
 
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
     return build(plan, Causal, config, {})

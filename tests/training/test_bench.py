@@ -15,19 +15,19 @@ import torch
 
 from launcher.cli.bench import _costs
 from launcher.errors import StorageError
-from launcher.planning import reference
-from launcher.planning.forecast import forecast_here
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
+from launcher.launch.malloc_env import LEAN
+from launcher.planner.forecast import forecast_here
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.speed import comm_benchmark
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, Rates, path
-from launcher.scheduling.allocator import LEAN
-from launcher.training import foreseen
 from launcher.training.bench import MESSAGE_BYTES, copy_rate, file_rates
 from launcher.training.bench_engines import extra_seconds
 from launcher.training.devices import Lap
+from launcher.training.reporting import forecast_check
 from tests.training.plans import plan_of
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
 
@@ -59,7 +59,7 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_does_not_run_here_is_named() -> None:
-    plans = reference.plans(1, "deepspeed")["deepspeed full"]
+    plans = comm_benchmark.plans(1, "deepspeed")["deepspeed full"]
     broken = deepspeed_config(plans[0]) | {"zero_optimization": {"stage": 9}}
     told: list[str] = []
     assert extra_seconds("deepspeed", {"deepspeed full": ((plans[0], broken),)}, 1, LEAN, told.append) == {}
@@ -135,9 +135,9 @@ def _noted(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, saves: bool = Fal
     """What comes of a rank whose phases peak so, always 100 MiB above the bare process between them; no memory is measured."""
     first = Lap(0, 50 * MIB, 0, fresh)
     laps = iter([first, *(Lap(peak, 150 * MIB, peak + reserve, fresh) for peak in PEAKS)])
-    monkeypatch.setattr(foreseen, "lap_memory", lambda _: next(laps))
+    monkeypatch.setattr(forecast_check, "lap_memory", lambda _: next(laps))
     path().unlink(missing_ok=True)
-    noted = foreseen.Foreseen(run, torch.device("cpu"))
+    noted = forecast_check.ForecastCheck(run, torch.device("cpu"))
     noted.ended("loading")
     noted.ended("evaluating")
     if saves:

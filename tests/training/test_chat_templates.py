@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Source
+from launcher.data.rows import RowProblem
+from launcher.data.section import Source
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from tests.training.chat_world import CHATS, DOCS, TEMPLATES, TOKENS, llama, smollm2, spelled, with_template
 

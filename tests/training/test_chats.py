@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from launcher.data.rows import RowProblem
+from launcher.data.section import Data, Source
 from launcher.errors import ConfigurationError
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Data, Source
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.chat.template import ChatTemplate
 from launcher.training.data.prepare import cache_key, prepare

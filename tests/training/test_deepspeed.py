@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from launcher.errors import ConfigurationError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.layout import RunDirectory
-from launcher.training import attention
 from launcher.training.checkpoint.export import export
 from launcher.training.engines import build
 from launcher.training.engines.operators import build_operators
-from launcher.training.engines.whole import cut_rows
+from launcher.training.engines.unshard import cut_rows
+from launcher.training.model import attention
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, replan, state

@@ -15,12 +15,12 @@ from transformers import AutoConfig
 from launcher.errors import DivergedError
 from launcher.job.schema import OnSpike, Training
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.training.divergence import Divergence
 from launcher.training.precision import LossScale
+from launcher.training.reporting.divergence import Divergence
+from launcher.training.reporting.spikes import SpikeWatch
+from launcher.training.reporting.symptoms import Sample, Symptoms
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
-from launcher.training.spikes import SpikeWatch
-from launcher.training.symptoms import Sample, Symptoms
 from tests.training.plans import deepspeed
 from tests.training.runs import alter_passes, assert_equal, curve, finish, named, new_run, plan_for, replan, start, state
 
@@ -202,7 +202,7 @@ def test_a_learning_rate_without_effect_is_said() -> None:
 
 
 def test_what_guessing_gives() -> None:
-    from launcher.sources.section import Source
+    from launcher.data.section import Source
     from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 
     config = AutoConfig.for_model("bert", num_labels=5)

@@ -11,14 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from launcher.errors import ConfigurationError
-from launcher.planning.messages import _Times
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
+from launcher.planner.speed.collectives import _Times
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.tasks.sequence_classification import label_loss
 from launcher.tasks.task import Output
-from launcher.training import attention, heads
+from launcher.training import heads
 from launcher.training.engines import build, fsdp
-from launcher.training.model import repeated_layers
+from launcher.training.model import attention
+from launcher.training.model.loading import repeated_layers
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from launcher.scheduling.allocator import LEAN, ROOMY
+from launcher.launch.malloc_env import LEAN, ROOMY
 from launcher.training import fresh
 from launcher.training.fresh import in_fresh_ranks
 

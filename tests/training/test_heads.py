@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from launcher.training import attention, heads
+from launcher.training import heads
+from launcher.training.model import attention
 from tests.training.batches import batch_of_samples, loss_alone
 from tests.training.tiny import FAMILIES, MIXTURES, model_of
 

@@ -156,7 +156,7 @@ def test_a_description_that_lies_is_of_the_class_checkpoint(trained: RunDirector
 def test_weights_that_are_no_weights_are_named_in_plain_words(what: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from launcher.training.model import load
+    from launcher.training.model.loading import load
 
     model = model_directory(tmp_path / "model")
     safe, unsafe = model / "model.safetensors", model / "pytorch_model.bin"

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launcher.importing.job import import_files
 from launcher.job.load import load
-from launcher.planning.hardware import Hardware
-from launcher.planning.search import plan_job as decide
-from launcher.training.adapters import first_values
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.search import plan_job as decide
 from launcher.training.data.order import Order
+from launcher.training.model.adapters import first_values
 from tests.training.runs import curve, finish, model_directory, new_run, texts, write_rows
 
 NUM_STEPS = 10

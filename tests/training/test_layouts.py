@@ -11,10 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import ConfigurationError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, heads, pretrained
+from launcher.training import heads
 from launcher.training.engines import build
+from launcher.training.model import attention, pretrained
 from tests.training.batches import batch_of_samples, loss_alone
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks

@@ -12,12 +12,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, pretrained
-from launcher.training import model as models
 from launcher.training.engines import build
-from launcher.training.model import local_part
+from launcher.training.model import attention, pretrained
+from launcher.training.model import loading as models
+from launcher.training.model.loading import local_part
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.test_engine import Causal

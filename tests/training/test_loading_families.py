@@ -13,10 +13,10 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from launcher.planning.model_support import read_table
-from launcher.training import model as models
-from launcher.training import pretrained
+from launcher.planner.model.model_support import read_table
 from launcher.training.engines.fsdp import FsdpEngine
+from launcher.training.model import loading as models
+from launcher.training.model import pretrained
 from tests.families import tiny
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks

@@ -16,17 +16,18 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from launcher import tasks
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.sources.section import Source
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.sequence_classification import SequenceClassification
 from launcher.tasks.task import Sample
-from launcher.training import attention, engines, loss_check, pretrained
+from launcher.training import engines
 from launcher.training.data.prepare import prepare
 from launcher.training.loss import LogitTransform
-from launcher.training.model import repeated_layers
+from launcher.training.model import attention, loss_check, pretrained
+from launcher.training.model.loading import repeated_layers
 from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks

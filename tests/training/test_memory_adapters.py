@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.planning.footprint.estimate import estimate
-from launcher.planning.model_config import read_config
+from launcher.planner.memory.estimate import estimate
+from launcher.planner.model.model_config import read_config
 from tests.benchmarks.bench_memory import settled
 from tests.benchmarks.memory_adapters import CASES, AdapterCase
 from tests.benchmarks.memory_pool import World

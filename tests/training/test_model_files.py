@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launcher.errors import ConfigurationError
 from launcher.job.load import load as load_job
+from launcher.launch.evaluation import Request, evaluate_locally
+from launcher.launch.screen import Watcher
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.evaluation import Request, evaluate_locally
-from launcher.scheduling.screen import Watcher
-from launcher.training import model_files, pretrained
 from launcher.training.checkpoint.export import export
+from launcher.training.model import model_files, pretrained
 from tests.training.plans import plan_of
 from tests.training.runs import causal_data, evaluations, finish, model_directory, new_run, plan_for, texts, tokenizer, write_rows
 

@@ -11,10 +11,10 @@ import torch
 from torch import distributed, nn
 
 from launcher.runs.places import here
-from launcher.training import slowness
-from launcher.training.pace import SLOW_SECONDS, STEPS_BETWEEN, Own, Pace
-from launcher.training.slowness import Evidence, reason
-from launcher.training.whereabouts import Waited
+from launcher.training.reporting import slowness
+from launcher.training.reporting.pace import SLOW_SECONDS, STEPS_BETWEEN, Own, Pace
+from launcher.training.reporting.slowness import Evidence, reason
+from launcher.training.reporting.whereabouts import Waited
 from tests.training.ranks import on_ranks
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
-from launcher.scheduling.parity import CASES, SINGLE, Outcome
+from launcher.launch.parity import CASES, SINGLE, Outcome
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = pytest.mark.distributed
@@ -56,7 +56,7 @@ def test_a_difference_is_told_and_ends_with_1(job: Path, monkeypatch: pytest.Mon
         Outcome("ZeRO-2", (2.0,), (1.0,)),
         Outcome("ZeRO-3", problem="rank 0: no room"),
     ]
-    monkeypatch.setattr("launcher.scheduling.parity.outcomes", lambda *arguments: iter(found))
+    monkeypatch.setattr("launcher.launch.parity.outcomes", lambda *arguments: iter(found))
     with pytest.raises(SystemExit) as left:
         main(["parity", str(job), "--json", "--set", "precision=fp32"])
     assert left.value.code == 1

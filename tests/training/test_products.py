@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from launcher.training import devices, products
+from launcher.training import cpu_half_matmul, devices
 from tests.training.ranks import on_ranks
 
 X86_WITHOUT = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "avx512_fp16": False, "amx_fp16": False}
@@ -26,7 +26,7 @@ X86_WITHOUT = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "avx512_fp
     ],
 )
 def test_units_of_a_processor(dtype: torch.dtype, capabilities: dict[str, Any], expected: bool) -> None:
-    assert products.has_units(dtype, capabilities) is expected
+    assert cpu_half_matmul.has_units(dtype, capabilities) is expected
 
 
 @pytest.mark.parametrize(("precision", "asked"), [("bf16", [torch.bfloat16]), ("fp16", [torch.float16]), ("fp32", [torch.float32])])
@@ -35,7 +35,7 @@ def test_a_rank_on_a_cpu_asks_for_them(precision: str, asked: list[torch.dtype],
     from tests.training.plans import plan_of
 
     seen: list[torch.dtype] = []
-    monkeypatch.setattr(products, "widen", seen.append)
+    monkeypatch.setattr(cpu_half_matmul, "widen", seen.append)
     monkeypatch.setattr(devices.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(devices.distributed, "get_world_size", lambda: 1)
     devices.start_process_group(plan_of("anywhere", 1, precision=precision))
@@ -43,13 +43,13 @@ def test_a_rank_on_a_cpu_asks_for_them(precision: str, asked: list[torch.dtype],
 
 
 def test_fp32_is_left_as_it_is() -> None:
-    assert products.widen(torch.float32) is False
-    assert not products._installed
+    assert cpu_half_matmul.widen(torch.float32) is False
+    assert not cpu_half_matmul._installed
 
 
 def _both_ways(dtype: torch.dtype) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     own = _results(dtype)
-    products._install()
+    cpu_half_matmul._install()
     return [(name, before, after) for (name, before), (_, after) in zip(own, _results(dtype), strict=True)]
 
 
@@ -95,7 +95,7 @@ def test_the_same_numbers(dtype: torch.dtype) -> None:
 
 
 def _refused() -> list[str]:
-    products._install()
+    cpu_half_matmul._install()
     half, wide = torch.ones(4, 300, dtype=torch.bfloat16), torch.ones(300, 5)
     found = []
     for work in (

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
-from launcher.training import model as models
-from launcher.training import pretrained
 from launcher.training.checkpoint.export import export
-from launcher.training.material import Material
-from launcher.training.reading import Changes, _Grown
+from launcher.training.inputs import TrainingInputs
+from launcher.training.model import loading as models
+from launcher.training.model import pretrained
+from launcher.training.model.reading import Changes, _Grown
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import evaluations, finish, model_directory, named, new_run, plan_for, state, texts, tokenizer, write_rows
@@ -55,7 +55,7 @@ def whole(plan: Plan, labels: list[str] | None = None) -> dict[str, torch.Tensor
 def build_shard(plan: Plan) -> Any:
     """The cut of the plan's engine."""
     from launcher.training.engines.fsdp import FsdpEngine
-    from launcher.training.engines.whole import cut_rows
+    from launcher.training.engines.unshard import cut_rows
 
     if plan.engine == "deepspeed":
         return lambda model: cut_rows(model, model._mesh_manager.get_mesh("fsdp"))
@@ -95,7 +95,7 @@ def test_a_run_learns_added_tokens_and_its_export_loads(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"<new-1> {text}"} for text in texts(24)])
     data = {"train": rows, "evaluation": rows, "text": "text", "max_length": 64, "num_workers": 1}
     with pytest.raises(ConfigurationError, match=r"data\.train: has the token '<new-1>' \(125\), and the embedding has 124 rows"):
-        Material.prepare(new_run(tmp_path / "refused", plan_for(path, data)), plan_for(path, data, model__resize_embeddings=False))
+        TrainingInputs.prepare(new_run(tmp_path / "refused", plan_for(path, data)), plan_for(path, data, model__resize_embeddings=False))
     runs = []
     for world_size in (1, 2):
         run = new_run(tmp_path / f"run-{world_size}", plan_for(path, data, world_size, 2, model__resize_embeddings=True))

@@ -125,7 +125,7 @@ def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from launcher.cli.main import main
-    from launcher.scheduling import local
+    from launcher.launch import local
 
     monkeypatch.setattr(local, "run", functools.partial(local.run, entry="tests.training.short_of_memory"))
     monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
@@ -149,7 +149,7 @@ def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
 
 
 def test_what_was_not_saved_is_not_cut(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    from launcher.scheduling.cutting import cut
+    from launcher.launch.cutting import cut
 
     run = new_run(tmp_path / "run", plan_for(model, data, 1, 4))
     assert cut(run) is None

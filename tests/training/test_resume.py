@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launcher.errors import DataError, StorageError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import events
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory

@@ -23,7 +23,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from launcher.errors import OutOfMemoryError
-from launcher.planning.memory import STATE_BYTES, gib
+from launcher.planner.memory.simple_rule import STATE_BYTES, gib
 from launcher.runs.layout import RunDirectory
 from tests.benchmarks import _report
 from tests.training.runs import curve, named, texts, tokenizer, write_rows

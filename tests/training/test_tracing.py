@@ -16,20 +16,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.batch import with_batch
-from launcher.planning.footprint.coordinator import GLOO_THREADS
-from launcher.planning.footprint.estimate import Estimator, estimator
-from launcher.planning.footprint.program import Batch, Segment, Setting
-from launcher.planning.forecast import forecast
-from launcher.planning.hardware import Hardware
-from launcher.planning.model_config import read_config
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job as decide
-from launcher.planning.suggestions import nearest_that_fit
-from launcher.planning.target import USABLE, Target
+from launcher.planner.forecast import forecast
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.memory.estimate import Estimator, estimator
+from launcher.planner.memory.program import Batch, Segment, Setting
+from launcher.planner.memory.zero3_prefetch import GLOO_THREADS
+from launcher.planner.model.model_config import read_config
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.batch import with_batch
+from launcher.planner.search import plan_job as decide
+from launcher.planner.suggestions import nearest_that_fit
+from launcher.planner.target import USABLE, Target
 from launcher.tasks.task import Output
-from launcher.training import attention, heads
-from launcher.training.tracing.plan import trace
+from launcher.training import heads
+from launcher.training.model import attention
+from launcher.training.tracing.plan_trace import trace
 from launcher.training.tracing.program import Traced
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.planning.footprint.estimate import Estimator, estimator
-from launcher.planning.model_config import read_config
+from launcher.planner.memory.estimate import Estimator, estimator
+from launcher.planner.model.model_config import read_config
 from launcher.training import operations
 from tests.benchmarks.bench_memory import traced
 from tests.benchmarks.memory_cases import draw

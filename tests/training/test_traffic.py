@@ -11,14 +11,14 @@ from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from launcher.planning.footprint.estimate import estimator
-from launcher.planning.messages import traffic
-from launcher.planning.model_config import read_config
-from launcher.planning.operations import Units
-from launcher.planning.plan import Plan
+from launcher.planner.memory.estimate import estimator
+from launcher.planner.model.model_config import read_config
+from launcher.planner.plan import Plan
+from launcher.planner.speed.collectives import traffic
+from launcher.planner.speed.flops import Units
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention
 from launcher.training.engines import build
+from launcher.training.model import attention
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from launcher.planning.plan import Length, Plan
+from launcher.planner.plan import Length, Plan
 from launcher.runs import events
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from tests.training.runs import assert_equal, curve, evaluations, finish, model_directory, new_run, plan_for, state, write_rows
 
 pytestmark = pytest.mark.distributed

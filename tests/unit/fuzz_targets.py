@@ -167,7 +167,7 @@ def written(content: Any, name: str) -> bytes:
 def make_folder(folder: Path) -> None:
     """Every file as it should be, in the working directory."""
     from launcher.job.load import load
-    from launcher.planning.search import plan_job as decide
+    from launcher.planner.search import plan_job as decide
 
     for target in TARGETS.values():
         (folder / target.file).parent.mkdir(parents=True, exist_ok=True)

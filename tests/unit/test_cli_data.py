@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.cli.showing_data import show
+from launcher.cli.data_view import show
 from tests.unit.test_runs_prepared import CUT, record
 
 

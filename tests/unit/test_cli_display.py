@@ -12,7 +12,7 @@ from launcher.cli.display import Display, summary
 from launcher.cli.progress import Progress, notice
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
-from launcher.runs.words import duration
+from launcher.runs.wording import duration
 from tests.training.plans import plan_of
 
 

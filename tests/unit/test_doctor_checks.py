@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.scheduling.doctor import controller, directory, gpus, local, machine
-from launcher.scheduling.doctor.finding import Finding, ok
+from launcher.doctor import controller, directory, gpus, local, machine
+from launcher.doctor.finding import Finding, ok
 from tests.unit.programs import Programs, programs
 
 __all__ = ["programs"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher.scheduling.doctor import compare
-from launcher.scheduling.doctor.compare import Node
-from launcher.scheduling.doctor.finding import Report, failed, ok, warning, worst
+from launcher.doctor import compare
+from launcher.doctor.compare import Node
+from launcher.doctor.finding import Report, failed, ok, warning, worst
 
 PLACE = Path("/shared")
 

@@ -11,14 +11,14 @@ import pytest
 
 from launcher.cli import doctor as command
 from launcher.cli import main as cli
+from launcher.doctor import local
+from launcher.doctor.cluster import Examination, Request
+from launcher.doctor.compare import Node
+from launcher.doctor.finding import Finding, Report, failed, ok, warning
+from launcher.doctor.link import Decoder, encode, labelled
+from launcher.doctor.neighbours import Listener, reach, resolve
+from launcher.doctor.step import Step, _numbers
 from launcher.errors import SchedulerError
-from launcher.scheduling.doctor import local
-from launcher.scheduling.doctor.cluster import Examination, Request
-from launcher.scheduling.doctor.compare import Node
-from launcher.scheduling.doctor.finding import Finding, Report, failed, ok, warning
-from launcher.scheduling.doctor.link import Decoder, encode, labelled
-from launcher.scheduling.doctor.neighbours import Listener, reach, resolve
-from launcher.scheduling.doctor.step import Step, _numbers
 from tests.unit.programs import Programs, programs
 
 __all__ = ["programs"]
@@ -112,7 +112,7 @@ echo '1: Traceback: it broke' >&2; echo 'srun: error: n2: tasks 1-2: Exited with
         step.end("")
 
     def test_what_does_not_end_is_killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("launcher.scheduling.doctor.step._SECONDS_TO_END", 0.3)
+        monkeypatch.setattr("launcher.doctor.step._SECONDS_TO_END", 0.3)
         step = self.step("trap '' TERM; echo '0: @doctor . {\"order\": \"hello\"}'; while :; do sleep 0.1; done")
         step.first(20)
         step.end("no-such-job")

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 
 from launcher.errors import HungError
+from launcher.launch import sight, stacks
+from launcher.launch.hangs import Hangs
+from launcher.launch.slurm.policy import Attempt, decide
 from launcher.runs import places
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import Page, Whereabouts
 from launcher.runs.processes import STACKS_SIGNAL
 from launcher.runs.seen import Seen, publish, published, ranks_of
-from launcher.scheduling import sight, stacks
-from launcher.scheduling.hangs import Hangs
-from launcher.scheduling.slurm.policy import Attempt, decide
 
 RANK = """
 import faulthandler, json, sys, time
@@ -163,7 +163,7 @@ STACK = """Thread 0x00007f67e8c6b6c0 (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 331 in wait
 
 Current thread 0x00007f6820853b80 (most recent call first):
-  File "/a/launcher/training/whereabouts.py", line 42 in wait
+  File "/a/launcher/training/reporting/whereabouts.py", line 42 in wait
   File "/a/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 4394 in {function}
   File "/a/lib/python3.11/site-packages/torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py", line 119 in __call__
   File "/a/launcher/training/engines/fsdp.py", line 75 in micro_step

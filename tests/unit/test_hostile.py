@@ -16,13 +16,13 @@ from launcher.errors import ConfigurationError, LauncherError
 from launcher.importing.job import import_files
 from launcher.job.load import load
 from launcher.job.yaml_text import parse
+from launcher.launch.command import write_command
+from launcher.launch.run_setup import load_job
 from launcher.plain_files import parse_json, read_bytes, read_json
-from launcher.planning.model_sizes import wrong_sizes
+from launcher.planner.model.model_sizes import wrong_sizes
 from launcher.redaction import holds_secret, redact, redact_all, secret_arguments
 from launcher.runs import failure, records
 from launcher.runs.events import append, event, read
-from launcher.scheduling.command import write_command
-from launcher.scheduling.opening import load_job
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 JOB = """

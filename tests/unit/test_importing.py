@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
-from launcher.importing import files
+from launcher.importing import foreign_files
 from launcher.importing.compare import compare, differences
 from launcher.importing.job import Imported, import_files
 from launcher.importing.merge import MODEL, merge
 from launcher.job.load import validate
 from launcher.job.schema import Job
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job as decide
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job as decide
 from launcher.render import accelerate, deepspeed, presets
 from launcher.render.files import json_text, yaml_text
 
@@ -65,11 +65,11 @@ def job_of(made: Imported, **cluster: Any) -> Job:
 def meaning(plan: Plan, kind: str) -> dict[str, Any]:
     """What the rendered file of one kind says."""
     content = deepspeed.config(plan) if kind == "deepspeed" else accelerate.config(plan)
-    return merge([files.read_content(content, "rendered")]).values()
+    return merge([foreign_files.read_content(content, "rendered")]).values()
 
 
 def said_by(path: Path) -> dict[str, Any]:
-    reading = files.read(path)
+    reading = foreign_files.read(path)
     return merge([reading]).values()
 
 
@@ -468,7 +468,7 @@ CONTENT = st.dictionaries(
 @given(CONTENT)
 def test_no_content_ends_in_a_traceback(content: dict[str, Any]) -> None:
     try:
-        merge([files.read_content(content, "fuzz.json")])
+        merge([foreign_files.read_content(content, "fuzz.json")])
     except ConfigurationError as error:
         assert str(error)
 

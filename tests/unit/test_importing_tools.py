@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import ConfigurationError
-from launcher.importing import axolotl, files, llama_factory, sft, trainer, trainer_keys
+from launcher.importing import axolotl, foreign_files, llama_factory, sft, trainer, trainer_keys
 from launcher.importing.job import Imported, import_files
 from launcher.importing.merge import job_content, merge
 
@@ -294,7 +294,7 @@ MARKED = st.sampled_from([{"base_model": "m", "adapter": "lora"}, {"finetuning_t
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS), NESTED, max_size=12), MARKED)
 def test_no_content_ends_in_a_traceback(content: dict[str, Any], marked: dict[str, Any]) -> None:
-    merged = merge([files.read_content(content | marked, "fuzz.yaml")])
+    merged = merge([foreign_files.read_content(content | marked, "fuzz.yaml")])
     if not merged.problems:
         assert job_content(merged, ["fuzz.yaml"])["name"]
 

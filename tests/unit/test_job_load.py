@@ -374,7 +374,7 @@ def test_job_is_frozen(folder: Path) -> None:
 def test_metrics_are_those_that_are_measured() -> None:
     import numpy as np
 
-    from launcher.sources.section import Source
+    from launcher.data.section import Source
     from launcher.tasks import metrics
     from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from launcher import errors
+from launcher.data.section import Data
 from launcher.job import reference
 from launcher.job.describe import columns_by_task, docstring, expected_of, keys
 from launcher.job.load import load
-from launcher.sources.section import Data
 from launcher.values import Interval
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference"

@@ -14,20 +14,20 @@ import pytest
 
 from launcher.cli.display import summary
 from launcher.cli.logs import Logs
-from launcher.cli.watching import Watched
+from launcher.cli.watch_state import Watched
+from launcher.launch.slurm import after_job
+from launcher.launch.slurm.deadline import lead_seconds
+from launcher.launch.slurm.view import runs_below, views
 from launcher.runs import events
 from launcher.runs.curve import MOST_POINTS, Curve, is_step
 from launcher.runs.fold import Fold
-from launcher.runs.halving import Halving
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import last_step, read_status
+from launcher.runs.successive_halving import Halving
 from launcher.runs.tail import Tail, lines_backwards
 from launcher.runs.totals import Totals
-from launcher.scheduling.slurm import after
-from launcher.scheduling.slurm.clock import lead_seconds
-from launcher.scheduling.slurm.view import runs_below, views
-from launcher.scheduling.sweep.leaderboard import leaderboard
-from launcher.scheduling.sweep.sweep import Sweep
+from launcher.sweep.leaderboard import leaderboard
+from launcher.sweep.sweep import Sweep
 from tests.unit.long_run import BEGAN, events_of, long_run, step_line, write_events
 from tests.unit.test_scheduling_local import plan
 
@@ -64,7 +64,7 @@ def readers(run: RunDirectory, sweep: Sweep) -> dict[str, Callable[[], Any]]:
         "summary": lambda: summary(run, "runs/long"),
         "logs": lambda: logs.show(follow=False),
         "leaderboard": lambda: leaderboard(sweep),
-        "requeued in a row": lambda: after._times_in_a_row(run, "preempted"),
+        "requeued in a row": lambda: after_job._times_in_a_row(run, "preempted"),
         "what a later evaluation means to a sweep": lambda: rule.gives_up(sweep.run(0)),
     }
 

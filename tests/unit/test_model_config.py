@@ -16,14 +16,14 @@ from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.job.reference import json_schema
 from launcher.job.schema import Model
-from launcher.planning.footprint.families import DECODERS, ENCODERS, KNOWN, MIXTURES, TRANSLATORS, nearest, program_of
-from launcher.planning.forecast import forecast
-from launcher.planning.model_config import config_of, locate
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.model_sizes import FAMILIES, wrong_sizes
-from launcher.planning.preflight import preflight
-from launcher.planning.preview import preview_job
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast
+from launcher.planner.memory.families import DECODERS, ENCODERS, KNOWN, MIXTURES, TRANSLATORS, nearest, program_of
+from launcher.planner.model.model_config import config_of, locate
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.model.model_sizes import FAMILIES, wrong_sizes
+from launcher.planner.preflight import preflight
+from launcher.planner.preview import preview_job
+from launcher.planner.target import Target
 
 SIZES: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,

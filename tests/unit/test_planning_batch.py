@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Batch
-from launcher.planning.batch import divide, divisors, largest_divisor, multiples_around, nearest
+from launcher.planner.resolve.batch import divide, divisors, largest_divisor, multiples_around, nearest
 
 SIZES = st.integers(1, 512)
 

@@ -13,19 +13,19 @@ import pytest
 from launcher.cli.plan_tables import explained, not_taken
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.batch import divisors, with_batch
-from launcher.planning.candidates import engine_options
-from launcher.planning.forecast import Forecast, forecast, least_bytes
-from launcher.planning.gpus import gpu_type
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.memory import RECOMPUTATIONS
-from launcher.planning.messages import offloads
-from launcher.planning.plan import Plan
-from launcher.planning.preview import preview_job
-from launcher.planning.script import plan as decide_script
-from launcher.planning.search import WORTH, plan_job
-from launcher.planning.suggestions import nearest_that_fit
-from launcher.planning.target import USABLE, Target
+from launcher.planner.candidates import engine_options
+from launcher.planner.forecast import Forecast, forecast, least_bytes
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.hardware.gpu_table import gpu_type
+from launcher.planner.memory.simple_rule import RECOMPUTATIONS
+from launcher.planner.plan import Plan
+from launcher.planner.preview import preview_job
+from launcher.planner.resolve.batch import divisors, with_batch
+from launcher.planner.script_plan import plan as decide_script
+from launcher.planner.search import WORTH, plan_job
+from launcher.planner.speed.collectives import offloads
+from launcher.planner.suggestions import nearest_that_fit
+from launcher.planner.target import USABLE, Target
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import LLAMA
 from tests.unit.test_planning_search import decided, job_of

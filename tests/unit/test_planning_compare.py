@@ -11,22 +11,22 @@ import pytest
 from launcher import tasks
 from launcher.cli.forecast import bars, nearest, picture, speed_lines
 from launcher.cli.plan_tables import cells, explained, scaling_plots
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.batch import with_batch
-from launcher.planning.compare import compare, fewest_gpus, scale, with_prices
-from launcher.planning.epochs import why_no_items
-from launcher.planning.footprint.families import Program, program_of
-from launcher.planning.forecast import forecast
-from launcher.planning.gpus import TABLE, gpu_type, seen
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.model_config import config_of, locate
-from launcher.planning.plan import Plan
-from launcher.planning.preview import preview_job
-from launcher.planning.search import plan_job
-from launcher.planning.suggestions import nearest_that_fit
-from launcher.planning.target import Target
-from launcher.sources.section import Source
+from launcher.planner.comparison import compare, fewest_gpus, scale, with_prices
+from launcher.planner.dataset.dataset_size import why_no_items
+from launcher.planner.forecast import forecast
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.hardware.gpu_table import TABLE, gpu_type, seen
+from launcher.planner.memory.families import Program, program_of
+from launcher.planner.model.model_config import config_of, locate
+from launcher.planner.plan import Plan
+from launcher.planner.preview import preview_job
+from launcher.planner.resolve.batch import with_batch
+from launcher.planner.search import plan_job
+from launcher.planner.suggestions import nearest_that_fit
+from launcher.planner.target import Target
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
 

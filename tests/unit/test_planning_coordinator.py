@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from launcher.planning.footprint.coordinator import END, GLOO_THREADS, Coordinator, Module, Tracer
-from launcher.planning.footprint.program import Segment, Unit, Weight
+from launcher.planner.memory.program import Segment, Unit, Weight
+from launcher.planner.memory.zero3_prefetch import END, GLOO_THREADS, Coordinator, Module, Tracer
 
 
 def test_the_coordinator_fetches_ahead_and_lets_go() -> None:

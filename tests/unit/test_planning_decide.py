@@ -12,10 +12,10 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job
 
 GIB = 1 << 30
 CPU = Hardware(8, 32 * GIB, frozenset({"avx2"}), (), "there is no nvidia-smi on this machine")
@@ -360,7 +360,7 @@ def test_what_an_engine_cannot_is_refused_with_the_nearest(
 @pytest.mark.usefixtures("deepspeed_is_there")
 def test_files_need_what_their_operator_is_compiled_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = job(memory__offload="optimizer", memory__offload_to=str(tmp_path), **DEEPSPEED)
-    monkeypatch.setattr("launcher.planning.sharding._HEADERS", ())
+    monkeypatch.setattr("launcher.planner.resolve.sharding._HEADERS", ())
     assert "install libaio-dev" in refusal("memory.offload_to", wanted, 2, CPU)
     (tmp_path / "libaio.h").touch()
     monkeypatch.setenv("CPATH", str(tmp_path))

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from launcher.cli.forecast import speed_lines
-from launcher.planning.duration import DISK_RATE, TOKEN_BYTES, TOKEN_SECONDS, duration
-from launcher.planning.epochs import Items
-from launcher.planning.forecast import forecast, forecast_here
-from launcher.planning.gpus import LINK_SHARE, MEMORY_SHARE, gpu_type
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Length, Plan
-from launcher.planning.speed import Speed
-from launcher.planning.target import Target
+from launcher.planner.dataset.dataset_size import Items
+from launcher.planner.forecast import forecast, forecast_here
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import LINK_SHARE, MEMORY_SHARE, gpu_type
+from launcher.planner.plan import Length, Plan
+from launcher.planner.speed.duration import DISK_RATE, TOKEN_BYTES, TOKEN_SECONDS, duration
+from launcher.planner.speed.step_time import Speed
+from launcher.planner.target import Target
 from launcher.runs.machine import Machine, Rates, path
 from launcher.values import Interval
 from tests.unit.test_planning_footprint import plan_for

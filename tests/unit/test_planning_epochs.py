@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import tasks
+from launcher.data.formats import Csv, Json, JsonLines
+from launcher.data.rows import RowProblem, required
+from launcher.data.sample import Sample, look
+from launcher.data.section import Source
 from launcher.errors import DataError
-from launcher.planning.epochs import Items, evaluation_items, fewest_packs, one_pass, training_items, why_no_epoch
-from launcher.planning.lengths import CHARACTERS, lengths
-from launcher.planning.plan import BatchPlan
-from launcher.sources.formats import Csv, Json, JsonLines
-from launcher.sources.rows import RowProblem, required
-from launcher.sources.sample import Sample, look
-from launcher.sources.section import Source
+from launcher.planner.dataset.dataset_size import Items, evaluation_items, fewest_packs, one_pass, training_items, why_no_epoch
+from launcher.planner.dataset.token_lengths import CHARACTERS, lengths
+from launcher.planner.plan import BatchPlan
 from launcher.tasks.causal_lm import MARKS
 from launcher.training.data.packing import pack
 from tests.unit.test_planning_footprint import plan_for
@@ -145,7 +145,7 @@ def test_groups_of_parquet_are_looked_at_all_over_the_file(group: int, tmp_path:
     assert mean_length(texts_of(seen)) == pytest.approx(mean_length(texts), rel=0.1)
     part = sample(source.model_copy(update={"limit": 3000}), ("text",))
     assert part is not None and part.num_rows == 3000 and set(texts_of(part)) <= set(texts[:3000])
-    monkeypatch.setattr("launcher.sources.groups._BYTES_OF_ROW", 1 << 6)
+    monkeypatch.setattr("launcher.data.sample_parquet._BYTES_OF_ROW", 1 << 6)
     little = sample(source, ("text",))
     assert little is not None and little.num_rows == 30_000 and 900 < len(little.rows) <= 1024
     if group == 30_000:
@@ -153,7 +153,7 @@ def test_groups_of_parquet_are_looked_at_all_over_the_file(group: int, tmp_path:
 
 
 def test_of_a_very_large_file_the_number_of_rows_is_by_their_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 1 << 20)
+    monkeypatch.setattr("launcher.data.sample._COUNTED_BYTES", 1 << 20)
     monkeypatch.setattr(Json, "most_bytes", 1 << 20)
     seen = sample(Source(path=str(written(tmp_path, ".jsonl", ["some words " * 9] * 20_000))), ("text",))
     assert seen is not None and seen.num_rows == pytest.approx(20_000, rel=0.01)
@@ -165,11 +165,11 @@ def test_the_lines_of_all_files_together_are_counted_up_to_a_size(tmp_path: Path
         jsonl(tmp_path / f"part-{number}.jsonl", ["word " * (1 + row % 20) for row in range(20_000)])
     source = Source(path=str(tmp_path / "part-*.jsonl"))
     size = (tmp_path / "part-0.jsonl").stat().st_size
-    monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 4 * size)
+    monkeypatch.setattr("launcher.data.sample._COUNTED_BYTES", 4 * size)
     counted = sample(source, ("text",))
     assert counted is not None and counted.num_rows == 80_000
-    monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 4 * size - 1)
-    monkeypatch.setattr("launcher.sources.sample.num_lines", lambda path: pytest.fail(f"{path} is counted"))
+    monkeypatch.setattr("launcher.data.sample._COUNTED_BYTES", 4 * size - 1)
+    monkeypatch.setattr("launcher.data.sample.num_lines", lambda path: pytest.fail(f"{path} is counted"))
     estimated = sample(source, ("text",))
     assert estimated is not None and estimated.num_rows == pytest.approx(80_000, rel=0.05)
 
@@ -224,7 +224,7 @@ def test_rows_behind_a_limit_are_not_read(limit: int, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("counted", [True, False])
 def test_lines_longer_than_a_place(kind: str, count: int, counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not counted:
-        monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 0)
+        monkeypatch.setattr("launcher.data.sample._COUNTED_BYTES", 0)
     lines = [f"{number:02}" + "x" * (1 << 20) for number in range(count)]
     path = tmp_path / f"a{kind}"
     path.write_text("\n".join(json.dumps({"text": line}) if kind == ".jsonl" else line for line in lines))
@@ -296,7 +296,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     def refuse(path: Path) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("launcher.sources.sample.num_lines", refuse)
+    monkeypatch.setattr("launcher.data.sample.num_lines", refuse)
     data = data_of(jsonl(tmp_path / "refused.jsonl", TEXTS))
     assert why_no_epoch(data.train, data, str(tmp_path), "causal-lm") == f"{data.train.path} cannot be read: Permission denied"
 

@@ -10,14 +10,14 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Model
-from launcher.planning.footprint.estimate import Footprint, estimate
-from launcher.planning.footprint.families import program_of
-from launcher.planning.footprint.program import Batch
-from launcher.planning.forecast import forecast, why_not
-from launcher.planning.gpus import BY_KEY
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.operations import matrix_elements
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast, why_not
+from launcher.planner.hardware.gpu_table import BY_KEY
+from launcher.planner.memory.estimate import Footprint, estimate
+from launcher.planner.memory.families import program_of
+from launcher.planner.memory.program import Batch
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.speed.flops import matrix_elements
+from launcher.planner.target import Target
 from tests.training.plans import plan_of
 from tests.unit.test_planning_footprint import LLAMA
 

@@ -13,15 +13,15 @@ import pytest
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.planning.footprint import operators as ops
-from launcher.planning.footprint.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
-from launcher.planning.footprint.families import KNOWN, nearest, program_of
-from launcher.planning.footprint.loss import CHUNK_ELEMENTS
-from launcher.planning.footprint.program import Batch
-from launcher.planning.footprint.shadow import Meter, Parameter, Shadow, Storage, backward, checkpoint, new
-from launcher.planning.forecast import forecast, formulas_know, why_not
-from launcher.planning.plan import Plan
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast, formulas_know, why_not
+from launcher.planner.memory import operators as ops
+from launcher.planner.memory.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
+from launcher.planner.memory.families import KNOWN, nearest, program_of
+from launcher.planner.memory.loss import CHUNK_ELEMENTS
+from launcher.planner.memory.program import Batch
+from launcher.planner.memory.symbolic import Meter, Parameter, Storage, SymbolicTensor, backward, checkpoint, new
+from launcher.planner.plan import Plan
+from launcher.planner.target import Target
 from tests.training.plans import deepspeed, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ BERT: dict[str, Any] = {
 }
 
 
-def chain(meter: Meter, mode: str) -> Shadow:
+def chain(meter: Meter, mode: str) -> SymbolicTensor:
     """Two layers of a matrix product and an activation, 10 rows of 8 fp32 numbers."""
     table = Parameter(80)
     hidden = ops.embedding(new(meter, 10, 8), 10, 8, 4, table)
@@ -113,7 +113,7 @@ def test_longer_samples_more_of_them_and_more_layers_need_more() -> None:
 
 def test_the_middle_layers_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     short = footprint().phase("steady step")
-    monkeypatch.setattr("launcher.planning.footprint.program.MOST_LAYERS", 100)
+    monkeypatch.setattr("launcher.planner.memory.program.MOST_LAYERS", 100)
     assert footprint().phase("steady step") == short
 
 

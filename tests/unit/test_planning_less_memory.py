@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from launcher.planning import hardware as hardware_module
-from launcher.planning.batch import with_batch
-from launcher.planning.forecast import forecast
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.suggestions import less_memory
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast
+from launcher.planner.hardware import detect as hardware_module
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.batch import with_batch
+from launcher.planner.suggestions import less_memory
+from launcher.planner.target import Target
 from launcher.runs.machine import Machine, path
 from tests.training.plans import plan_of
 from tests.unit.test_planning_footprint import LLAMA

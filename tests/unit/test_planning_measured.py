@@ -12,16 +12,16 @@ import pytest
 from launcher.cli.progress import notice
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Job
-from launcher.planning import model_config
-from launcher.planning.footprint.estimate import CUDA_SLACK
-from launcher.planning.footprint.families import program_of
-from launcher.planning.forecast import forecast, forecast_here
-from launcher.planning.gpus import gpu_type
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.measured import _CALLING, _WAITING, MEASURED, kind_of, rates_for, slack_kind
-from launcher.planning.messages import LATENCY, traffic
-from launcher.planning.search import plan_job
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast, forecast_here
+from launcher.planner.hardware.calibration import _CALLING, _WAITING, MEASURED, kind_of, rates_for, slack_kind
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.hardware.gpu_table import gpu_type
+from launcher.planner.memory.estimate import CUDA_SLACK
+from launcher.planner.memory.families import program_of
+from launcher.planner.model import model_config
+from launcher.planner.search import plan_job
+from launcher.planner.speed.collectives import LATENCY, traffic
+from launcher.planner.target import Target
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 

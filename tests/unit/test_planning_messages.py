@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from launcher.planning.footprint.program import Unit, Weight
-from launcher.planning.gpus import gpu_type, on_network
-from launcher.planning.messages import Traffic, evaluation_traffic, exposed, seconds, traffic
-from launcher.planning.operations import Units, operations, passing_back
-from launcher.planning.plan import Plan
+from launcher.planner.hardware.gpu_table import gpu_type, on_network
+from launcher.planner.memory.program import Unit, Weight
+from launcher.planner.plan import Plan
+from launcher.planner.speed.collectives import Traffic, evaluation_traffic, exposed, seconds, traffic
+from launcher.planner.speed.flops import Units, operations, passing_back
 from tests.training.plans import deepspeed, plan_of
 
 ROOT = Unit((Weight("embed.weight", (10, 4)), Weight("norm.weight", (4,)), Weight("head.weight", (10, 4))), num_first=1)

@@ -14,13 +14,13 @@ import yaml
 from launcher.errors import ConfigurationError, OutOfMemoryError, StorageError
 from launcher.job.load import load
 from launcher.job.schema import Cluster
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.preflight import preflight
-from launcher.planning.preview import preview_job
-from launcher.planning.search import plan_job
-from launcher.planning.slurm import node_memory
-from launcher.scheduling.opening import expectation, open_run
-from launcher.scheduling.slurm import handing_over
+from launcher.launch.run_setup import expectation, open_run
+from launcher.launch.slurm import submit_run
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.preflight import preflight
+from launcher.planner.preview import preview_job
+from launcher.planner.resolve.slurm_request import node_memory
+from launcher.planner.search import plan_job
 from tests.unit.test_planning_candidates import SEVENTY
 from tests.unit.test_planning_footprint import LLAMA
 
@@ -75,9 +75,9 @@ def test_the_gpus_that_a_job_names_decide_for_a_cluster(job: Path) -> None:
 
 
 def test_what_is_submitted_is_looked_at_too(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handing_over, "find_sbatch", lambda: None)
+    monkeypatch.setattr(submit_run, "find_sbatch", lambda: None)
     with pytest.raises(OutOfMemoryError):
-        handing_over.hand_over(job, ["cluster.gpus_per_node=1", "cluster.gpu=rtx4090", "memory.offload=none"], None, None)
+        submit_run.hand_over(job, ["cluster.gpus_per_node=1", "cluster.gpu=rtx4090", "memory.offload=none"], None, None)
     assert not (job.parent / "runs").exists()
 
 

@@ -45,7 +45,7 @@ def test_model_states_of_the_zero_paper(stage: int, num_gpus: int, tmp_path: Pat
 
 
 def test_models_have_the_sizes_that_were_published(tmp_path: Path) -> None:
-    from launcher.planning.footprint.families import program_of
+    from launcher.planner.memory.families import program_of
 
     billions = {
         "Llama 3 8B": 8.03,

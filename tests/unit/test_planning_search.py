@@ -10,19 +10,19 @@ import pytest
 
 from launcher.cli.forecast import speed_lines
 from launcher.job.schema import Job
-from launcher.planning.batch import with_batch
-from launcher.planning.candidates import cut_words, other_cuts
-from launcher.planning.compare import scale
-from launcher.planning.decide import candidate
-from launcher.planning.forecast import forecast_here
-from launcher.planning.gpus import gpu_type, on_network
-from launcher.planning.hardware import Hardware
-from launcher.planning.memory import by_simple_rule
-from launcher.planning.plan import Plan
-from launcher.planning.preview import preview_job
-from launcher.planning.search import NEARLY, plan_job
-from launcher.planning.speed import speed
-from launcher.planning.target import hardware_of
+from launcher.planner.candidates import cut_words, other_cuts
+from launcher.planner.comparison import scale
+from launcher.planner.decide import candidate
+from launcher.planner.forecast import forecast_here
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import gpu_type, on_network
+from launcher.planner.memory.simple_rule import by_simple_rule
+from launcher.planner.plan import Plan
+from launcher.planner.preview import preview_job
+from launcher.planner.resolve.batch import with_batch
+from launcher.planner.search import NEARLY, plan_job
+from launcher.planner.speed.step_time import speed
+from launcher.planner.target import hardware_of
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import BERT, LLAMA
 
@@ -147,8 +147,8 @@ def test_copies_gather_within_their_node(tmp_path: Path) -> None:
     assert made.forecast is not None and made.forecast.speed is not None
     plan, gpu = made.plan, on_network(gpu_type("h100-80gb"), "ethernet25")
     one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"replicate": 1, "shard": 32})})
-    from launcher.planning.footprint.estimate import estimator
-    from launcher.planning.model_config import read_config
+    from launcher.planner.memory.estimate import estimator
+    from launcher.planner.model.model_config import read_config
 
     config = read_config(str(tmp_path))
     assert config is not None

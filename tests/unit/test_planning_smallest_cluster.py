@@ -12,18 +12,18 @@ import yaml
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
-from launcher.planning.compare import fewest_gpus, scale
-from launcher.planning.forecast import forecast
-from launcher.planning.gpus import as_hardware, gpu_type
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.preview import preview_job
-from launcher.planning.search import plan_job
-from launcher.planning.smallest_cluster import SmallestCluster, refused_numbers
-from launcher.planning.target import Target
+from launcher.launch.plan_file import write_plan
+from launcher.launch.run_setup import fit_to_nodes, open_run
+from launcher.planner.comparison import fewest_gpus, scale
+from launcher.planner.forecast import forecast
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import as_hardware, gpu_type
+from launcher.planner.plan import Plan
+from launcher.planner.preview import preview_job
+from launcher.planner.search import plan_job
+from launcher.planner.smallest_cluster import SmallestCluster, refused_numbers
+from launcher.planner.target import Target
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.opening import fit_to_nodes, open_run
-from launcher.scheduling.plan_file import write_plan
 from tests.unit.test_planning_candidates import SEVENTY
 from tests.unit.test_planning_footprint import LLAMA
 from tests.unit.test_planning_search import decided, job_of

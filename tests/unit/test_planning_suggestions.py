@@ -14,14 +14,14 @@ import yaml
 from launcher.cli.forecast import nearest
 from launcher.cli.main import main
 from launcher.job.schema import Job
-from launcher.planning.forecast import Forecast, forecast, forecast_here
-from launcher.planning.gpus import as_hardware, gpu_type
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.preview import preview_job
-from launcher.planning.search import plan_job
-from launcher.planning.suggestions import changes, least, nearest_that_fit
-from launcher.planning.target import Target
+from launcher.planner.forecast import Forecast, forecast, forecast_here
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import as_hardware, gpu_type
+from launcher.planner.plan import Plan
+from launcher.planner.preview import preview_job
+from launcher.planner.search import plan_job
+from launcher.planner.suggestions import changes, least, nearest_that_fit
+from launcher.planner.target import Target
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import plan_for
 from tests.unit.test_planning_search import job_of

@@ -14,14 +14,14 @@ import yaml
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job as decide
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job as decide
 from launcher.render import accelerate, deepspeed, presets, sbatch, torchrun
 from launcher.render.engines import for_engine
 from launcher.render.files import NAMES, files
+from launcher.render.launch_paths import Place
 from launcher.render.notes import notes
-from launcher.render.place import Place
 from launcher.render.write import write
 from launcher.training import precision
 
@@ -331,10 +331,10 @@ def test_no_path_escapes_its_quotes(name: str, kind: str, tmp_path: Path, fakes:
     assert done.returncode == 0, done.stderr
     said = said_to(tmp_path / "said")
     if kind == "submit.sbatch":
-        assert said == ["-u", "-m", "launcher.scheduling.slurm.node", str(run)]
-        assert said_to(tmp_path / "after") == ["-m", "launcher.scheduling.slurm.after", str(run), "0"]
+        assert said == ["-u", "-m", "launcher.launch.slurm.node", str(run)]
+        assert said_to(tmp_path / "after") == ["-m", "launcher.launch.slurm.after_job", str(run), "0"]
     else:
-        assert said[:2] == ["-m", "launcher.scheduling.node_agent"] and "--rdzv-endpoint=node-a:29500" in said
+        assert said[:2] == ["-m", "launcher.launch.agent"] and "--rdzv-endpoint=node-a:29500" in said
         assert said[said.index("launcher.training.entry") + 1 :] == [str(run), "--attempt", "1"]
     assert not list(tmp_path.rglob("pwned"))
     assert Plan.read(run / "plan.json") == plan
@@ -373,7 +373,7 @@ def test_the_ranks_see_what_the_job_file_sets(tmp_path: Path, fakes: dict[str, s
     place = Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"), "/the code")
     write(tmp_path / "r", files(plan, place))
     subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env={**fakes, "PYTHONPATH": "/theirs"}, cwd=tmp_path, timeout=60, check=True)
-    seen = dict(line.partition("=")[::2] for line in (tmp_path / "launcher.scheduling.slurm.node.env").read_text().splitlines())
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "launcher.launch.slurm.node.env").read_text().splitlines())
     assert (seen["MINE"], seen["FROM_SETUP"], seen["PYTHONPATH"]) == (hostile, "x", "/the code:/theirs")
     assert not (tmp_path / "pwned").exists()
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.launch.slurm.allocation import Assignment, begin_attempt
 from launcher.runs import doors, secret
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.slurm.allocation import Assignment, begin_attempt
 
 
 def waiting() -> socket.socket:

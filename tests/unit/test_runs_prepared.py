@@ -9,7 +9,7 @@ import pytest
 
 from launcher.cli.display import summary
 from launcher.cli.progress import notice
-from launcher.cli.seeing import describe
+from launcher.cli.status import describe
 from launcher.runs import prepared
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
-from launcher.planning import model_support
-from launcher.planning.hardware import Hardware
-from launcher.planning.model_support import Way, read_table, support, untried
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job as plan
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.model import model_support
+from launcher.planner.model.model_support import Way, read_table, support, untried
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job as plan
 from tests.unit.test_planning_decide import CPU, H100, job
 
 TASKS = ("causal-lm", "sequence-classification")

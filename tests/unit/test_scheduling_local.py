@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
-from launcher.planning.changes import changes, check
-from launcher.planning.plan import Plan
+from launcher.launch import local, malloc_env
+from launcher.launch.command import agent_command, environment, public, write_command
+from launcher.launch.screen import Watcher
+from launcher.launch.stop_signals import Signals
+from launcher.launch.supervisor import End, attempt_directory
+from launcher.planner.changes import changes, check
+from launcher.planner.plan import Plan
 from launcher.runs.events import append, event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import allocator, local
-from launcher.scheduling.command import agent_command, environment, public, write_command
-from launcher.scheduling.screen import Watcher
-from launcher.scheduling.signals import Signals
-from launcher.scheduling.supervisor import End, attempt_directory
 from tests.training.plans import plan_of
 
 
@@ -96,14 +96,14 @@ def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(run: RunDirecto
 def test_ranks_on_the_cpu_keep_memory_where_there_is_room(
     forecast: str, kept: bool, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in allocator.ROOMY:
+    for name in malloc_env.ROOMY:
         monkeypatch.delenv(name, raising=False)
     run.path.mkdir(exist_ok=True)
     run.forecast_file.write_text(forecast)
     made = environment(run, plan(), 1)
-    assert {name: made[name] for name in allocator.ROOMY if name in made} == (allocator.ROOMY if kept else allocator.LEAN)
+    assert {name: made[name] for name in malloc_env.ROOMY if name in made} == (malloc_env.ROOMY if kept else malloc_env.LEAN)
     gpu = plan().model_copy(update={"mesh": plan().mesh.model_copy(update={"device": "cuda"})})
-    assert not set(allocator.ROOMY) & set(environment(run, gpu, 1))
+    assert not set(malloc_env.ROOMY) & set(environment(run, gpu, 1))
 
 
 def test_no_secret_reaches_command_json(tmp_path: Path) -> None:

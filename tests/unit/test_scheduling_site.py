@@ -12,9 +12,9 @@ import yaml
 from launcher.cli import main as cli
 from launcher.errors import ConfigurationError, SchedulerError
 from launcher.job import profile
-from launcher.scheduling.slurm import site as sites
-from launcher.scheduling.slurm.site import Partition, Site, count_gpus, read_partitions, seconds
-from launcher.scheduling.slurm.site_profile import text
+from launcher.launch.slurm import site as sites
+from launcher.launch.slurm.site import Partition, Site, count_gpus, read_partitions, seconds
+from launcher.launch.slurm.site_profile import text
 
 LIMITLESS = "MaxNodes=UNLIMITED MaxTime=UNLIMITED"
 

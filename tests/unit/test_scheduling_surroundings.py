@@ -21,16 +21,16 @@ import pytest
 from launcher.cli import main as cli
 from launcher.cli.display import _Console
 from launcher.errors import ConfigurationError
+from launcher.launch import disk as disks
+from launcher.launch import limits, local
+from launcher.launch.disk import Disk
+from launcher.launch.screen import Screen
+from launcher.launch.stop_signals import Signals
+from launcher.launch.supervisor import End, Supervisor, attempt_directory
 from launcher.runs.events import event
 from launcher.runs.failure import Failure, first, named
 from launcher.runs.grace import Grace
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import disk as disks
-from launcher.scheduling import limits, local
-from launcher.scheduling.disk import Disk
-from launcher.scheduling.screen import Screen
-from launcher.scheduling.signals import Signals
-from launcher.scheduling.supervisor import End, Supervisor, attempt_directory
 from launcher.training.signals import StopRequest
 from tests.unit.test_scheduling_local import Heard, plan
 
@@ -191,7 +191,7 @@ def test_an_error_that_may_pass_is_said_and_given_more_time(run: RunDirectory, m
 
 def test_a_disk_that_hangs_is_said_once_and_holds_up_no_signal(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disks, "STALL_SECONDS", 0.01)
-    monkeypatch.setattr("launcher.scheduling.supervisor._GRACE_FILE_SECONDS", 0.01)
+    monkeypatch.setattr("launcher.launch.supervisor._GRACE_FILE_SECONDS", 0.01)
     heard, signals, back = Heard(), Signals(), threading.Event()
     supervisor = Supervisor(run, attempt_directory(run)[0], 30.0, Screen(heard), signals)
     supervisor.disk.write(back.wait)
@@ -386,7 +386,7 @@ def test_grace_is_counted_by_a_clock_that_nobody_sets(tmp_path: Path, monkeypatc
 def test_a_launcher_whose_output_nobody_takes_keeps_its_exit_code() -> None:
     program = (
         "import os, sys\n"
-        "from launcher.scheduling.screen import Screen, Watcher, mute\n"
+        "from launcher.launch.screen import Screen, Watcher, mute\n"
         "screen = Screen(Watcher())\n"
         "screen.say('lost')\n"
         "print('lost too', end='')\n"

@@ -11,22 +11,22 @@ import yaml
 
 from launcher.cli.app import SCRIPT_ARGUMENTS, load
 from launcher.errors import ConfigurationError
-from launcher.job.script import OWN, unused
-from launcher.job.script import load as load_job
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.script import plan
-from launcher.render.script import accelerate_config, deepspeed_config, files
+from launcher.job.script_job import OWN, unused
+from launcher.job.script_job import load as load_job
+from launcher.launch import local
+from launcher.launch.command import agent_command, environment
+from launcher.launch.evaluation import Request
+from launcher.launch.run_setup import open_run, reopen
+from launcher.launch.screen import Watcher
+from launcher.launch.script_run import script_command
+from launcher.launch.supervisor import End
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.script_plan import plan
+from launcher.render.script_files import accelerate_config, deepspeed_config, files
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import local
-from launcher.scheduling.command import agent_command, environment
-from launcher.scheduling.evaluation import Request
-from launcher.scheduling.opening import open_run, reopen
-from launcher.scheduling.screen import Watcher
-from launcher.scheduling.script import script_command
-from launcher.scheduling.supervisor import End
 
 CPU = ["cluster.gpus_per_node=0"]
 HERE = Hardware(num_cores=4, memory_bytes=8 << 30, cpu_flags=frozenset(), gpus=(), gpu_note="no driver")
@@ -179,7 +179,7 @@ def test_neither_job_nor_script_is_refused() -> None:
 
 def test_the_command_runs_the_script_and_the_environment_names_the_run(script: Path, tmp_path: Path) -> None:
     run, made = opened(script, "--lr", "a b")
-    entry = ["-m", "launcher.training.script", str(run.path), "--attempt", "4", "--", str(script), "--lr", "a b"]
+    entry = ["-m", "launcher.training.script_entry", str(run.path), "--attempt", "4", "--", str(script), "--lr", "a b"]
     assert agent_command(run, made, 4)[-len(entry) :] == entry
     seen = environment(run, made, 4)
     assert (seen["LAUNCHER_RUN_DIRECTORY"], seen["LAUNCHER_ATTEMPT"]) == (str(run.path), "4")

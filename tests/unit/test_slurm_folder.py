@@ -11,9 +11,9 @@ import pytest
 from launcher.job import profile
 from launcher.job.describe import keys
 from launcher.job.load import load
-from launcher.planning.search import plan_job as decide
+from launcher.planner.search import plan_job as decide
 from launcher.render import sbatch
-from launcher.render.place import NODE, PREPARE, Place
+from launcher.render.launch_paths import NODE, PREPARE, Place
 from tests.unit.test_docs import lines_with_commands, parse_command, spans
 
 FOLDER = Path(__file__).parents[2] / "slurm"

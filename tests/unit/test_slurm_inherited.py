@@ -9,10 +9,10 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
-from launcher.planning.search import plan_job as decide
+from launcher.launch.slurm.inherited import environment
+from launcher.planner.search import plan_job as decide
 from launcher.render import sbatch
-from launcher.render.place import Place
-from launcher.scheduling.slurm.inherited import environment
+from launcher.render.launch_paths import Place
 
 JOB = "name: a\nmodel: {{name: org/model}}\ndata: {{train: {{path: train.txt}}, text: text}}\ncluster: {{{cluster}}}\n"
 OWN = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "physics", "HF_HOME": "/cache", "SLURM_CLUSTERS": "one"}

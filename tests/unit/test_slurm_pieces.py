@@ -17,13 +17,9 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigurationError, ControllerUnreachableError, RunInUseError, SchedulerError
-from launcher.runs.events import append, event, read
-from launcher.runs.layout import RunDirectory
-from launcher.runs.totals import Totals
-from launcher.scheduling.screen import Screen, Watcher
-from launcher.scheduling.signals import Signals
-from launcher.scheduling.slurm import after, client, network, queue, script_files, snapshot
-from launcher.scheduling.slurm.allocation import (
+from launcher.launch.screen import Screen, Watcher
+from launcher.launch.slurm import after_job, client, network, queue, script_files, snapshot
+from launcher.launch.slurm.allocation import (
     Allocation,
     Assignment,
     await_attempt,
@@ -34,10 +30,14 @@ from launcher.scheduling.slurm.allocation import (
     read_assignment,
     refuse,
 )
-from launcher.scheduling.slurm.clock import Clock, lead_seconds, seconds_since_1970
-from launcher.scheduling.slurm.history import attempts, write_outcome
-from launcher.scheduling.slurm.record import JobRecord
-from launcher.scheduling.slurm.supervision import NodeSupervisor
+from launcher.launch.slurm.deadline import Clock, lead_seconds, seconds_since_1970
+from launcher.launch.slurm.history import attempts, write_outcome
+from launcher.launch.slurm.record import JobRecord
+from launcher.launch.slurm.supervision import NodeSupervisor
+from launcher.launch.stop_signals import Signals
+from launcher.runs.events import append, event, read
+from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
 from tests.unit.test_scheduling_local import plan
 
 VARIABLES = {"SLURM_JOB_ID": "17", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[1-3],big7", "SLURM_RESTART_COUNT": "2"}
@@ -319,7 +319,7 @@ def test_a_run_belongs_to_one_job(bin_folder: Path, run: RunDirectory) -> None:
 )
 def test_what_slurm_meant(end: str, known: str, meant: str, bin_folder: Path) -> None:
     program(bin_folder, "scontrol", f"echo 'JobId=17 {known}'")
-    assert after._meaning(Allocation.of(VARIABLES), end) == meant
+    assert after_job._meaning(Allocation.of(VARIABLES), end) == meant
 
 
 @pytest.mark.parametrize(
@@ -400,12 +400,12 @@ def test_a_time_limit_before_the_attempt_began_is_not_tried_for_ever(
     program(bin_folder, "scontrol", "echo 'JobId=17 JobState=COMPLETING Reason=TimeLimit PreemptTime=None'")
     run.path.mkdir()
     run.plan_file.write_text(plan().to_json())
-    assert [after.main([str(run.path), "140"]) for _ in range(3)] == [140] * 3
+    assert [after_job.main([str(run.path), "140"]) for _ in range(3)] == [140] * 3
     said = [(record["event"], record["reason"]) for record in read(run.events_file)]
     waited = "time limit before it had begun"
     assert said == [("requeued", waited), ("requeued", waited), ("gave_up", f"{waited}: raise cluster.time_limit")]
     event(run.events_file, "started", attempt=1)
-    after.main([str(run.path), "140"])
+    after_job.main([str(run.path), "140"])
     assert list(read(run.events_file))[-1]["event"] == "requeued"
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from launcher.launch.slurm.policy import Attempt, Decision, decide
 from launcher.runs.cut_off import MADE_ANEW
-from launcher.scheduling.slurm.policy import Attempt, Decision, decide
 
 
 def attempt(end: str, before: int = 0, after: int = 0, **more: Any) -> Attempt:

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.planning.lengths import lengths
-from launcher.sources.formats import FORMATS
-from launcher.sources.labels import class_name, class_names, number_of
-from launcher.sources.rows import RowProblem, text_of
-from launcher.sources.sample import look
-from launcher.sources.section import Source
-from launcher.sources.written import list_in
+from launcher.data.formats import FORMATS
+from launcher.data.labels import class_name, class_names, number_of
+from launcher.data.rows import RowProblem, text_of
+from launcher.data.sample import look
+from launcher.data.section import Source
+from launcher.data.written import list_in
+from launcher.planner.dataset.token_lengths import lengths
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.chat.rows import messages_of
 from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification

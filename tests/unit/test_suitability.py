@@ -14,10 +14,11 @@ from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.job.schema import Model
-from launcher.planning import positions, suitability
-from launcher.planning.model_config import config_of
-from launcher.planning.search import plan_job as plan
-from launcher.planning.vocabulary import read_vocabulary
+from launcher.planner.dataset import suitability
+from launcher.planner.model import positions
+from launcher.planner.model.model_config import config_of
+from launcher.planner.model.vocabulary import read_vocabulary
+from launcher.planner.search import plan_job as plan
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -11,12 +11,12 @@ import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
 from launcher.runs.events import append, event
-from launcher.runs.halving import Halving, better_of
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.sweep import running
-from launcher.scheduling.sweep.leaderboard import leaderboard
-from launcher.scheduling.sweep.space import points, rungs
-from launcher.scheduling.sweep.sweep import Sweep
+from launcher.runs.successive_halving import Halving, better_of
+from launcher.sweep import running
+from launcher.sweep.leaderboard import leaderboard
+from launcher.sweep.space import points, rungs
+from launcher.sweep.sweep import Sweep
 from tests.unit.test_scheduling_local import Heard
 
 
@@ -167,7 +167,7 @@ def test_a_run_that_is_no_point_is_compared_with_nothing(job: Path, tmp_path: Pa
 
 
 def test_a_sweep_without_evaluations_cannot_be_halved(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.scheduling.sweep.sweep.find_spec", lambda name: None)
+    monkeypatch.setattr("launcher.sweep.sweep.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError) as caught:
         Sweep.create(tmp_path / "sweep", job, [], [[]], "loss", None, (2, 2))
     assert all(said in str(caught.value) for said in ("data.evaluation", "training.evaluate_every", "needs optuna"))

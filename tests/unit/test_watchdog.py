@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from launcher.launch import culprit
+from launcher.launch.sight import Sight
+from launcher.launch.watchdog import HangAfter, Judge, Stillness, stalled_saves
 from launcher.runs.places import Place
 from launcher.runs.seen import Seen
-from launcher.scheduling import culprit
-from launcher.scheduling.sight import Sight
-from launcher.scheduling.watchdog import HangAfter, Judge, Stillness, stalled_saves
 
 LOOK = 2.0
 HOUR = 3600.0

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Any, TypeGuard
 
-from launcher.sources.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, IfThere, RowProblem, is_missing, missing
-from launcher.sources.written import list_in
+from launcher.data.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, IfThere, RowProblem, is_missing, missing
+from launcher.data.written import list_in
 from launcher.values import Tools
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")

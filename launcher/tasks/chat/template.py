@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from launcher.data.rows import BAD_VALUE, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
-from launcher.sources.rows import BAD_VALUE, RowProblem
 from launcher.tasks.chat.forms import (
     are_quoted,
     as_object,

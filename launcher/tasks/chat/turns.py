@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from launcher.sources.rows import BAD_VALUE, RowProblem
+from launcher.data.rows import BAD_VALUE, RowProblem
 from launcher.tasks.chat.shadows import (
     KEPT,
     MOST,

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
 from launcher.errors import CheckpointError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import retention
 from launcher.runs.checkpoints import FileRecord, Progress, Stored, content_problems, list_checkpoints
 from launcher.runs.events import event

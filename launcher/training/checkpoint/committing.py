@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import tasks
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import retention
 from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, list_checkpoints
 from launcher.runs.layout import RunDirectory

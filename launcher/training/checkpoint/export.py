@@ -15,14 +15,14 @@ from typing_extensions import Buffer
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem, StorageError
 from launcher.plain_files import read_json
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.checkpoints import Stored as StoredCheckpoint
 from launcher.runs.checkpoints import look, newest_valid, verify
 from launcher.runs.layout import RunDirectory, sync_directory
 from launcher.runs.sharing import set_umask
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Alone, Entry, ExportDtype, Merged, Stored, Weights
-from launcher.training.model_files import kept
+from launcher.training.model.model_files import kept
 
 _OF_A_MODEL = ("config.json", "generation_config.json")
 

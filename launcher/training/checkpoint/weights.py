@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from launcher import tasks
 from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.job.adapter import Adapter
-from launcher.planning.plan import Plan
-from launcher.training import adapters, pretrained
-from launcher.training import model as models
+from launcher.planner.plan import Plan
 from launcher.training.checkpoint.reader import CheckpointReader
+from launcher.training.model import adapters, pretrained
+from launcher.training.model import loading as models
+from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
-from launcher.training.reading import Changes
 
 ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 SAFETENSORS_NAMES = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from launcher.planning.plan import BatchPlan, Plan
+from launcher.planner.plan import BatchPlan, Plan
 from launcher.tasks.task import Sample
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order

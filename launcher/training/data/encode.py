@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from launcher.data.rows import TOO_LONG, Row, RowProblem
 from launcher.errors import OutOfMemoryError
 from launcher.runs.processes import die_with_parent
-from launcher.sources.rows import TOO_LONG, Row, RowProblem
 from launcher.tasks.task import Encoded, Task
 from launcher.training.data.dataset import HASHES, sample_hash
 from launcher.training.data.packing import Packs, gather_sums

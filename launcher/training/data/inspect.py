@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from launcher.data.rows import Row, RowProblem
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.plain_files import read_json
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.sources.rows import Row, RowProblem
-from launcher.sources.section import Source
 from launcher.tasks.task import IGNORE, Sample
-from launcher.training import entry, pretrained
+from launcher.training import entry
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import open_source
-from launcher.training.material import Material
+from launcher.training.inputs import TrainingInputs
+from launcher.training.model import pretrained
 from launcher.training.signals import StopRequest
 
 _BINS = 12
@@ -35,7 +36,7 @@ def inspect(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, 
     if "evaluation" not in request["roles"]:
         plan = plan.model_copy(update={"data": plan.data.model_copy(update={"evaluation": None})})
     plan = pretrained.settled(plan)
-    material = Material.of(scratch, plan)
+    material = TrainingInputs.of(scratch, plan)
     wanted = [dataset for dataset in material.datasets if dataset.report.role in request["roles"]]
     if not request["show"]:
         for dataset in wanted:
@@ -45,7 +46,7 @@ def inspect(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, 
     events.event(scratch.events_file, "finished", step=0, metrics={})
 
 
-def _described(dataset: Dataset, material: Material, plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
+def _described(dataset: Dataset, material: TrainingInputs, plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
     source = plan.data.train if dataset.report.role == "train" else plan.data.evaluation
     assert source is not None
     lengths = dataset.sample_lengths
@@ -104,7 +105,7 @@ def _balance(dataset: Dataset, plan: Plan) -> dict[str, Any] | None:
     return {"classes": {name: int(count) for name, count in zip(names, counts.tolist(), strict=True)}}
 
 
-def _samples(source: Source, dataset: Dataset, material: Material, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _samples(source: Source, dataset: Dataset, material: TrainingInputs, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The first samples, or one row's, or why it has none. Raises ConfigurationError where there is no such row."""
     ids = dataset.first_ids(request["num_rows"]) if request["row"] is None else [request["row"] - 1]
     rows = iter(open_source(source, material.task.columns))
@@ -118,7 +119,7 @@ def _samples(source: Source, dataset: Dataset, material: Material, request: dict
         yield {"row": wanted + 1, "file": row.file, "line": row.line, **_sample(row, dataset, material, request["tokens"])}
 
 
-def _sample(row: Row, dataset: Dataset, material: Material, with_tokens: bool) -> dict[str, Any]:
+def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: bool) -> dict[str, Any]:
     """What became of a row: tokens and the label as they lie in the prepared data."""
     found = dataset.find(row.id)
     encoded = row.values if isinstance(row.values, RowProblem) else material.task.encode([row.values], material.tokenizer)[0]

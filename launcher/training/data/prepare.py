@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import xxhash
 
+from launcher.data.rows import TOO_LONG
+from launcher.data.section import Source
 from launcher.errors import DataError, StorageError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import cache, prepared
 from launcher.runs.places import here
-from launcher.sources.rows import TOO_LONG
-from launcher.sources.section import Source
 from launcher.tasks.task import Task
 from launcher.training.data.dataset import HASHES, META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows

@@ -11,13 +11,13 @@ from typing import Any
 
 import xxhash
 
+from launcher.data.files import find_files
+from launcher.data.formats import format_of
+from launcher.data.rows import Row
+from launcher.data.section import Source
 from launcher.errors import DataError
 from launcher.plain_files import plain, read_json
 from launcher.runs.layout import write_atomically
-from launcher.sources.files import find_files
-from launcher.sources.formats import format_of
-from launcher.sources.rows import Row
-from launcher.sources.section import Source
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.hub import hub_rows, load_hub
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.tasks.task import Task
 from launcher.training.engines.engine import Engine
 from launcher.training.engines.fsdp import FsdpEngine

@@ -19,18 +19,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Output, Task
-from launcher.training import adapters, pretrained
-from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
-from launcher.training.engines.whole import cut_rows, gathered, replaced_one_by_one
+from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.heads import Batch
+from launcher.training.model import adapters, pretrained
+from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
 
 

@@ -13,14 +13,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Output, Task
-from launcher.training import adapters
-from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.heads import Batch
+from launcher.training.model import adapters
+from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
 
 _DEFERRED_GRADIENT_BYTES = 4 << 30

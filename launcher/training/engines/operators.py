@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import cache
 
 Report = Callable[[int, int], None]

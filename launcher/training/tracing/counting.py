@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from launcher.planning.footprint.program import Batch
-from launcher.planning.footprint.shadow import Meter, packed_bytes
+from launcher.planner.memory.program import Batch
+from launcher.planner.memory.symbolic import Meter, packed_bytes
 
 _aten = torch.ops.aten
 _HELD_BY_THE_CALL = 4

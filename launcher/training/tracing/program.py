@@ -21,11 +21,12 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.footprint.program import MOST_LAYERS, Context, Segment, Setting, Unit, Weight, matches, spread
-from launcher.training import model as models
-from launcher.training import operations, pretrained
+from launcher.planner.memory.program import MOST_LAYERS, Context, Segment, Setting, Unit, Weight, matches, spread
+from launcher.training import operations
 from launcher.training.engines.linear import is_plain
 from launcher.training.engines.recompute import checkpoint_activations
+from launcher.training.model import loading as models
+from launcher.training.model import pretrained
 from launcher.training.tracing.counting import Counting
 
 MakeBatch = Callable[[Setting, Any], dict[str, Any]]

@@ -47,7 +47,7 @@ def secrets_by_value(scene: Scene) -> None:
 
 @injection("S11", "an untracked .env and a link that leads outside, in a snapshot", ASKED)
 def snapshot(scene: Scene) -> None:
-    from launcher.scheduling.slurm.snapshot import of_script
+    from launcher.launch.slurm.snapshot import of_script
 
     folder = scene.folder / "project"
     folder.mkdir()
@@ -115,8 +115,8 @@ def million(scene: Scene) -> None:
         _measure(scene, name, *arguments)
     code = (
         "import resource, sys, time\nfrom pathlib import Path\nfrom launcher.cli.display import summary\n"
-        "from launcher.runs.layout import RunDirectory\nfrom launcher.planning.plan import Plan\n"
-        "from launcher.runs.totals import Totals\nfrom launcher.scheduling.slurm.clock import lead_seconds\n"
+        "from launcher.runs.layout import RunDirectory\nfrom launcher.planner.plan import Plan\n"
+        "from launcher.runs.totals import Totals\nfrom launcher.launch.slurm.deadline import lead_seconds\n"
         "run = RunDirectory(Path(sys.argv[1]))\nbegan = time.process_time()\n"
         "lead_seconds(run, Plan.read(run.plan_file), Totals(run))\nprint(time.process_time() - began)\n"
         "began = time.process_time()\nsummary(run, 'run')\n"

@@ -27,7 +27,7 @@ PATIENCE = [1.0]
 LAUNCHER = (sys.executable, "-m", "launcher.cli.main")
 
 
-class Material:
+class TrainingInputs:
     """Model and data, the undisturbed run of each variant, and one of each that was stopped after step 20."""
 
     def __init__(self, folder: Path) -> None:

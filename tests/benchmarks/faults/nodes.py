@@ -21,7 +21,7 @@ from tests.benchmarks.faults.processes import find, send
 from tests.benchmarks.faults.registry import VARIANTS, Expected, injection
 from tests.benchmarks.faults.scene import INSIDE, Scene
 from tests.slurm.cluster import Cluster, missing
-from tests.slurm.runs import FAULTS, Material, Run, losses, samples
+from tests.slurm.runs import FAULTS, Run, TrainingInputs, losses, samples
 
 WAYS = ("FSDP", "ZeRO-2", "ZeRO-3, plain saving")
 UNDER_SLURM = Expected(codes=None, seconds=300, resumes=False)
@@ -44,9 +44,9 @@ class Stage:
         if not (folder / "made").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            Material(folder)
+            TrainingInputs(folder)
             (folder / "made").touch()
-        self.material = Material.__new__(Material)
+        self.material = TrainingInputs.__new__(TrainingInputs)
         self.material.folder, self.material.model = folder, folder / "model"
         data = folder / "data"
         train, held_out = ({"path": str(data / f"{name}.jsonl")} for name in ("train", "evaluation"))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launcher.runs.layout import RunDirectory
 
-_LAUNCHERS = ("launcher.scheduling.slurm.node", "launcher.cli.main")
-_AGENT = "launcher.scheduling.node_agent"
+_LAUNCHERS = ("launcher.launch.slurm.node", "launcher.cli.main")
+_AGENT = "launcher.launch.agent"
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import last_step
-from tests.benchmarks.faults.material import LAUNCHER, NUM_STEPS, PATIENCE, Material, variables
+from tests.benchmarks.faults.material import LAUNCHER, NUM_STEPS, PATIENCE, TrainingInputs, variables
 from tests.benchmarks.faults.processes import Process, find, living, send
 from tests.benchmarks.faults.registry import Expected, Injection
 from tests.benchmarks.faults.shim import Shim
@@ -36,7 +36,7 @@ INSIDE = Path(__file__).with_name("inside")
 class Scene:
     """A run directory, the launcher that works in it, and the notes of what was seen."""
 
-    def __init__(self, injection: Injection, variant: str, material: Material, folder: Path) -> None:
+    def __init__(self, injection: Injection, variant: str, material: TrainingInputs, folder: Path) -> None:
         self.injection, self.variant, self.material, self.folder = injection, variant, material, folder
         self.expected: Expected = injection.expected
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 MOMENTS = {
-    "preparing": "launcher.training.trainer:Material.prepare",
+    "preparing": "launcher.training.trainer:TrainingInputs.prepare",
     "loading": "launcher.training.trainer:engines.build",
     "restoring": "launcher.training.trainer:Trainer._restore",
     "evaluating": "launcher.training.trainer:evaluate",
@@ -25,7 +25,7 @@ MOMENTS = {
     "backward": "torch:Tensor.backward",
     "exchange": "launcher.training.trainer:Trainer._add_up",
     "norm": "launcher.training.engines.ENGINE.squared_gradient_norm",
-    "optimizer": "launcher.training.divergence:Divergence.judge",
+    "optimizer": "launcher.training.reporting.divergence:Divergence.judge",
     "staging": "launcher.training.checkpoint.checkpointer:Checkpointer._staged",
     "writing": "launcher.training.checkpoint.checkpointer:write_hashed",
     "committing": "launcher.training.checkpoint.checkpointer:retention.commit",
