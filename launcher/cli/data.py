@@ -25,8 +25,13 @@ class Role(enum.StrEnum):
 
 
 RoleOption = Annotated[Role, typer.Option("--role", help="The rows to learn from, or those held out.")]
-NumRows = Annotated[int, typer.Option("--rows", min=0, metavar="N", help="How many samples to show, from the first.")]
-OneRow = Annotated[int | None, typer.Option("--row", min=1, metavar="K", help="Show this row alone, counted from 1, used or not.")]
+NumRows = Annotated[
+    int, typer.Option("--rows", min=0, metavar="N", help="How many samples to show, from the first.")
+]
+OneRow = Annotated[
+    int | None,
+    typer.Option("--row", min=1, metavar="K", help="Show this row alone, counted from 1, used or not."),
+]
 Tokens = Annotated[bool, typer.Option("--tokens", help="Show samples token by token, with their numbers.")]
 
 
@@ -40,7 +45,8 @@ def inspect(
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Show what will be seen: samples with the learned part marked, lengths, labels, packs, and rows that are dropped."""
+    """Show what will be seen: samples with the learned part marked, lengths, labels, packs, and rows that are
+    dropped."""
     from rich.console import Console
 
     from launcher.cli.data_view import show

@@ -44,15 +44,23 @@ def _show_left_out(seen: dict[str, Any], console: Console) -> None:
     """Rows dropped and cut, by reason, with the first of each."""
     if not seen["num_dropped"] and not seen["num_cut"]:
         return
-    counts = list(seen["dropped"].items()) + ([("cut to max_length", seen["num_cut"])] if seen["num_cut"] else [])
+    counts = list(seen["dropped"].items()) + (
+        [("cut to max_length", seen["num_cut"])] if seen["num_cut"] else []
+    )
     console.print(Text("\nRows dropped and cut", style="bold"))
     for reason, count in counts:
         is_cut = reason == "cut to max_length"
-        fits = (one for one in seen["examples"] if bool(one.get("cut")) == is_cut and (is_cut or one["reason"] == reason))
+        fits = (
+            one
+            for one in seen["examples"]
+            if bool(one.get("cut")) == is_cut and (is_cut or one["reason"] == reason)
+        )
         console.print(Text(f"  {count:>9,}  {count / seen['rows_read']:>6.1%}  {reason}"))
         if (example := next(fits, None)) is not None:
             where = f"{PurePath(example['file']).name}, line {example['line']:,}"
-            console.print(Padding(Text(f"first: {where}: {_plain(example['detail'])}", style="dim"), (0, 0, 0, 21)))
+            console.print(
+                Padding(Text(f"first: {where}: {_plain(example['detail'])}", style="dim"), (0, 0, 0, 21))
+            )
 
 
 def _show_lengths(seen: dict[str, Any], console: Console) -> None:
@@ -60,11 +68,18 @@ def _show_lengths(seen: dict[str, Any], console: Console) -> None:
     console.print(Text(f"\nLengths in tokens (max_length {seen['max_length']:,})", style="bold"))
     least, most = round(found["shortest"]), round(found["longest"])
     ends = [(max(low, least), min(high - 1, most), count) for low, high, count in found["bins"]]
-    console.print(_bars([(f"{low:,}-{high:,}" if low < high else f"{low:,}", count) for low, high, count in ends]))
-    middle = f"median {found['median']:,.0f}, mean {found['mean']:,.1f}, 95% up to {found['quantile_95']:,.0f}"
+    console.print(
+        _bars([(f"{low:,}-{high:,}" if low < high else f"{low:,}", count) for low, high, count in ends])
+    )
+    middle = (
+        f"median {found['median']:,.0f}, mean {found['mean']:,.1f}, 95% up to {found['quantile_95']:,.0f}"
+    )
     console.print(f"  shortest {found['shortest']:,.0f}, {middle}, longest {found['longest']:,.0f}")
     if seen["fill"] is not None:
-        console.print(f"  {prepared.packs(seen)} of {seen['max_length']:,}: {seen['fill']:.1%} full, the emptiest {seen['emptiest']:.1%}")
+        console.print(
+            f"  {prepared.packs(seen)} of {seen['max_length']:,}: {seen['fill']:.1%} full, the "
+            f"emptiest {seen['emptiest']:.1%}"
+        )
 
 
 def _show_balance(balance: dict[str, Any] | None, console: Console) -> None:
@@ -74,7 +89,10 @@ def _show_balance(balance: dict[str, Any] | None, console: Console) -> None:
         found = balance["numbers"]
         console.print(Text("\nLabels: numbers", style="bold"))
         console.print(_bars([(f"{low:g} to {high:g}", count) for low, high, count in found["bins"]]))
-        console.print(f"  least {found['shortest']:g}, median {found['median']:g}, mean {found['mean']:g}, greatest {found['longest']:g}")
+        console.print(
+            f"  least {found['shortest']:g}, median {found['median']:g}, mean {found['mean']:g}, "
+            f"greatest {found['longest']:g}"
+        )
         return
     classes = sorted(balance["classes"].items(), key=lambda item: -item[1])
     console.print(Text(f"\nLabels: {len(classes)} classes", style="bold"))
@@ -96,7 +114,12 @@ def _bars(rows: list[tuple[str, int]], most: int = 0) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for name, count in rows:
-        table.add_row(Text(f"  {_plain(name)}"), Bar(max(most, 1), 0, count, color="cyan"), f"{count:,}", f"{count / max(total, 1):.1%}")
+        table.add_row(
+            Text(f"  {_plain(name)}"),
+            Bar(max(most, 1), 0, count, color="cyan"),
+            f"{count:,}",
+            f"{count / max(total, 1):.1%}",
+        )
     return table
 
 
@@ -129,19 +152,26 @@ def _legend(coloured: bool, learns: bool) -> Text:
 def _heading(sample: dict[str, Any]) -> str:
     facts = [f"row {sample['row']:,}", f"{PurePath(sample['file']).name}, line {sample['line']:,}"]
     if "pieces" in sample:
-        facts.append(f"{sample['num_tokens']:,} tokens" + (f", {sample['num_learned']:,} learned" if sample["num_learned"] else ""))
+        facts.append(
+            f"{sample['num_tokens']:,} tokens"
+            + (f", {sample['num_learned']:,} learned" if sample["num_learned"] else "")
+        )
         if sample["cut"]:
             facts.append("cut")
         if sample["num_beside"]:
             facts.append(f"1 of {sample['num_beside'] + 1} in its pack")
         if (label := sample["label"]) is not None:
-            facts.append(f"label: {', '.join(label) or 'none'}" if isinstance(label, list) else f"label: {label:g}")
+            facts.append(
+                f"label: {', '.join(label) or 'none'}" if isinstance(label, list) else f"label: {label:g}"
+            )
     return _plain(" | ".join(facts))
 
 
 def _text(pieces: list[dict[str, Any]], coloured: bool, limit: int | None) -> Text:
     """A sample's text: in colour, or with what is learned between marks that do not stand in the text itself."""
-    longest = max((len(run) for piece in pieces for run in re.findall(r"<{2,}|>{2,}", piece["text"])), default=1)
+    longest = max(
+        (len(run) for piece in pieces for run in re.findall(r"<{2,}|>{2,}", piece["text"])), default=1
+    )
     before, after = "<" * (longest + 1), ">" * (longest + 1)
     text, learning = Text(), False
     for piece in pieces:
@@ -152,7 +182,9 @@ def _text(pieces: list[dict[str, Any]], coloured: bool, limit: int | None) -> Te
     text.append(after if learning else "")
     if limit is None or len(text) <= limit:
         return text
-    left_out = Text(f"\n... {len(text) - limit:,} characters left out; --row shows a row as a whole ...\n", style="dim")
+    left_out = Text(
+        f"\n... {len(text) - limit:,} characters left out; --row shows a row as a whole ...\n", style="dim"
+    )
     return Text.assemble(text[: limit * 3 // 4], left_out, text[len(text) - limit // 4 :])
 
 

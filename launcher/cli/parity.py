@@ -37,7 +37,15 @@ def parity(
     if as_json:
         print_json({"tolerance": tolerance, "cases": rows})
     else:
-        shown = [[str(row["case"]), _number(row["loss_off_by"]), _number(row["grad_norm_off_by"]), str(row["verdict"])] for row in rows]
+        shown = [
+            [
+                str(row["case"]),
+                _number(row["loss_off_by"]),
+                _number(row["grad_norm_off_by"]),
+                str(row["verdict"]),
+            ]
+            for row in rows
+        ]
         print_table(["case", "loss off by", "gradient norm off by", "verdict"], shown)
     if any(row["verdict"] == "differs" for row in rows):
         raise typer.Exit(1)
@@ -46,7 +54,12 @@ def parity(
 def _row(outcome: Outcome, reference: Outcome, tolerance: float) -> dict[str, object]:
     if outcome.problem or reference.problem:
         reason = outcome.problem or "nothing to compare with"
-        return {"case": outcome.name, "loss_off_by": None, "grad_norm_off_by": None, "verdict": f"not run: {reason}"}
+        return {
+            "case": outcome.name,
+            "loss_off_by": None,
+            "grad_norm_off_by": None,
+            "verdict": f"not run: {reason}",
+        }
     loss, norm = outcome.off_by(reference)
     verdict = "agrees" if max(loss, norm) <= tolerance else "differs"
     row = {"case": outcome.name, "loss_off_by": loss, "grad_norm_off_by": norm, "verdict": verdict}

@@ -24,19 +24,44 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _MOST = 1024
 """GPUs that are looked at where the command does not say."""
 
-Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")]
-MostGpus = Annotated[int | None, typer.Option("--max-gpus", min=1, help="The fewest GPUs that fit, at most so many (1024).")]
+Deadline = Annotated[
+    str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")
+]
+MostGpus = Annotated[
+    int | None, typer.Option("--max-gpus", min=1, help="The fewest GPUs that fit, at most so many (1024).")
+]
 Prices = Annotated[
-    list[str], typer.Option("--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; may be repeated.")
+    list[str],
+    typer.Option(
+        "--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; may be repeated."
+    ),
 ]
-Explain = Annotated[str | None, typer.Option("--explain", metavar="KEY", help="Say why a key has the value it has.")]
+Explain = Annotated[
+    str | None, typer.Option("--explain", metavar="KEY", help="Say why a key has the value it has.")
+]
 GpuName = Annotated[
-    str | None, typer.Option("--gpu", metavar="NAMES", help="Plan for GPUs that are not here, as h100-80gb; several with commas.")
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAMES", help="Plan for GPUs that are not here, as h100-80gb; several with commas."
+    ),
 ]
-Network = Annotated[str | None, typer.Option("--network", metavar="NAME", help="What joins the nodes, as ib400 or ethernet100.")]
-Scale = Annotated[str | None, typer.Option("--scale", metavar="FROM..TO", help="How memory and speed change with the number of GPUs.")]
-Traced = Annotated[bool, typer.Option("--trace", help="Go by the model's real class (imports torch), and compare with the formulas.")]
-Picture = Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")]
+Network = Annotated[
+    str | None,
+    typer.Option("--network", metavar="NAME", help="What joins the nodes, as ib400 or ethernet100."),
+]
+Scale = Annotated[
+    str | None,
+    typer.Option("--scale", metavar="FROM..TO", help="How memory and speed change with the number of GPUs."),
+]
+Traced = Annotated[
+    bool,
+    typer.Option(
+        "--trace", help="Go by the model's real class (imports torch), and compare with the formulas."
+    ),
+]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")
+]
 
 
 def plan(
@@ -98,7 +123,9 @@ def _rows(
     return comparison.compare(job, gpu, network), None
 
 
-def _print_rows(rows: list[PlanRow], left_out: tuple[Refused, ...] | None, fewest: bool, as_json: bool) -> None:
+def _print_rows(
+    rows: list[PlanRow], left_out: tuple[Refused, ...] | None, fewest: bool, as_json: bool
+) -> None:
     from launcher.cli.output import print_json
     from launcher.cli.plan_tables import print_rows
 
@@ -121,7 +148,9 @@ def _print(preview: Preview) -> None:
         return
     traced = beside_trace(forecast, preview.forecast, preview.no_forecast) if preview.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
-    typer.echo("\n".join(filter(None, [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead])))
+    typer.echo(
+        "\n".join(filter(None, [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]))
+    )
 
 
 def _print_as_json(preview: Preview, trace: bool) -> None:

@@ -18,14 +18,29 @@ if TYPE_CHECKING:
     from launcher.runs.layout import RunDirectory
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one below runs/.")]
-RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")]
+RunPath = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")
+]
 Force = Annotated[bool, typer.Option("--force", help="Begin it though the plan says that it cannot fit.")]
-Judged = Annotated[bool, typer.Option("--trace", help="Judge a model that the formulas do not know by its real class (imports torch).")]
-StopAt = Annotated[int | None, typer.Option("--stop-at", min=1, metavar="STEP", help="Save and leave after this step, with exit code 75.")]
+Judged = Annotated[
+    bool,
+    typer.Option(
+        "--trace", help="Judge a model that the formulas do not know by its real class (imports torch)."
+    ),
+]
+StopAt = Annotated[
+    int | None,
+    typer.Option(
+        "--stop-at", min=1, metavar="STEP", help="Save and leave after this step, with exit code 75."
+    ),
+]
 
 
 ScriptFile = Annotated[
-    Path | None, typer.Option("--script", metavar="FILE", help="Run this training script; its arguments stand behind `--`.")
+    Path | None,
+    typer.Option(
+        "--script", metavar="FILE", help="Run this training script; its arguments stand behind `--`."
+    ),
 ]
 
 
@@ -47,13 +62,17 @@ def run(
     from launcher.launch.script_run import script_command
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
-    opened, plan = open_run(job, overrides, nproc, run_dir, command, force=force, trace=tracing() if trace else None)
+    opened, plan = open_run(
+        job, overrides, nproc, run_dir, command, force=force, trace=tracing() if trace else None
+    )
     if opened.last_attempt() == 0 and not as_json:
         typer.echo("\n".join(filter(None, [table(plan), expectation(opened)])) + "\n", err=True)
     _attempt(opened, plan, stop_at, as_json)
 
 
-Local = Annotated[bool, typer.Option("--local", help="On this machine, though the run was submitted to Slurm.")]
+Local = Annotated[
+    bool, typer.Option("--local", help="On this machine, though the run was submitted to Slurm.")
+]
 
 
 def resume(
@@ -75,7 +94,9 @@ def resume(
     _attempt(found, reopen(found, overrides, nproc), stop_at, as_json)
 
 
-def _resubmit(run: RunDirectory, nproc: int | None, stop_at: int | None, as_json: bool, overrides: list[str]) -> None:
+def _resubmit(
+    run: RunDirectory, nproc: int | None, stop_at: int | None, as_json: bool, overrides: list[str]
+) -> None:
     """A run that was submitted goes on under Slurm."""
     from launcher.cli.output import print_json
     from launcher.errors import ConfigurationError, Problem, SchedulerError
@@ -84,14 +105,24 @@ def _resubmit(run: RunDirectory, nproc: int | None, stop_at: int | None, as_json
 
     for option, value in (("--nproc", nproc), ("--stop-at", stop_at)):
         if value is not None:
-            reason = "this run was submitted to Slurm; change the job with --set, or go on on this machine with --local"
+            reason = (
+                "this run was submitted to Slurm; change the job with --set, or go on on this machine with "
+                "--local"
+            )
             raise ConfigurationError(Problem(option, value, reason))
     try:
         plan, job_id = submit_run.resubmit(run, overrides)
     except SchedulerError as error:
         raise submit_run.explain(error) from None
     if as_json:
-        print_json({"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size})
+        print_json(
+            {
+                "run": str(run.path),
+                "job": job_id,
+                "nodes": plan.slurm.nodes or plan.mesh.nodes,
+                "world_size": plan.mesh.world_size,
+            }
+        )
     else:
         typer.echo(f"job {job_id}: {shown(run.path)}")
 
@@ -106,14 +137,19 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     from launcher.runs.status import read_status
 
     if plan.script and stop_at is not None:
-        raise ConfigurationError(Problem("--stop-at", stop_at, "only the script knows its steps; leave it out"))
+        raise ConfigurationError(
+            Problem("--stop-at", stop_at, "only the script knows its steps; leave it out")
+        )
     code = run_with_cuts(run, plan, Display(plan), stop_at)
     # Whoever read this may have gone, and the disk with the run: the attempt's own code is what counts.
     with contextlib.suppress(OSError):
         if as_json:
             print_json({**read_status(run).to_dict(), "exit_code": code})
         elif code == 0 and plan.script:
-            typer.echo(f"finished: {local.shown(run.path)}; what the ranks printed is in {local.shown(run.attempt(run.last_attempt()))}")
+            typer.echo(
+                f"finished: {local.shown(run.path)}; what the ranks printed is in "
+                f"{local.shown(run.attempt(run.last_attempt()))}"
+            )
         elif code == 0:
             typer.echo(summary(run, local.shown(run.path)))
     mute()

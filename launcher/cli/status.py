@@ -12,14 +12,29 @@ from launcher.cli.plan import AsJson
 from launcher.cli.run import Run
 
 SomeRun = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="A run directory, or the name of one below runs/. [default: the newest]")
+    str | None,
+    typer.Argument(
+        metavar="[RUN]", help="A run directory, or the name of one below runs/. [default: the newest]"
+    ),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on showing what is added, until the run is over.")]
-RankNumber = Annotated[int | None, typer.Option("--rank", min=0, metavar="R", help="The log of this rank. [default: all of them]")]
-AttemptNumber = Annotated[int | None, typer.Option("--attempt", min=1, metavar="N", help="Of this attempt. [default: the newest]")]
+Follow = Annotated[
+    bool, typer.Option("--follow", "-f", help="Go on showing what is added, until the run is over.")
+]
+RankNumber = Annotated[
+    int | None,
+    typer.Option("--rank", min=0, metavar="R", help="The log of this rank. [default: all of them]"),
+]
+AttemptNumber = Annotated[
+    int | None, typer.Option("--attempt", min=1, metavar="N", help="Of this attempt. [default: the newest]")
+]
 LinesAsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
-Lines = Annotated[int, typer.Option("--lines", "-n", min=0, metavar="N", help="How many lines of the past to show; 0 shows all.")]
+Lines = Annotated[
+    int,
+    typer.Option(
+        "--lines", "-n", min=0, metavar="N", help="How many lines of the past to show; 0 shows all."
+    ),
+]
 
 
 def status(run: SomeRun = None, as_json: AsJson = False) -> None:
@@ -63,9 +78,22 @@ def _row(seen: dict[str, Any]) -> list[str]:
     slurm = seen.get("slurm", {})
     of = f" of {seen['total_steps']}" if seen["total_steps"] else ""
     failure = (seen["failure"] or {}).get("cause")
-    reason = slurm.get("reason") if seen["state"] == "queued" else failure if seen["state"] == "failed" else seen["last_word"]
+    reason = (
+        slurm.get("reason")
+        if seen["state"] == "queued"
+        else failure
+        if seen["state"] == "failed"
+        else seen["last_word"]
+    )
     loss = "" if seen["loss"] is None else f"{seen['loss']:.4f}"
-    return [seen["name"], seen["state"], f"{seen['step']}{of}", loss, slurm.get("job_id", ""), (reason or "")[:80]]
+    return [
+        seen["name"],
+        seen["state"],
+        f"{seen['step']}{of}",
+        loss,
+        slurm.get("job_id", ""),
+        (reason or "")[:80],
+    ]
 
 
 def logs(
@@ -105,7 +133,9 @@ def describe(seen: dict[str, Any]) -> str:
         "step": f"{seen['step']}{of}",
         "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
         "speed": None if seen["tokens_per_second"] is None else f"{seen['tokens_per_second']:.0f} tokens/s",
-        "measured": ", ".join(f"{name} {value:.4f}" for name, value in seen["metrics"].items()) if seen["metrics"] else None,
+        "measured": ", ".join(f"{name} {value:.4f}" for name, value in seen["metrics"].items())
+        if seen["metrics"]
+        else None,
         "checkpoint": f"{seen['checkpoint']}{old}" if seen["checkpoint"] else None,
         "time left": slurm.get("time_left") if seen["state"] in ("running", "starting") else None,
         "stopped by": seen["signal"],
@@ -129,10 +159,17 @@ def _unsaid(slurm: dict[str, Any]) -> str:
 
 
 def _job(slurm: dict[str, Any]) -> str | None:
-    """The Slurm job in one line: its state, why it waits and when it may start; or that Slurm could not be asked."""
+    """The Slurm job in one line: its state, why it waits and when it may start; or that Slurm could not be
+    asked."""
     if not slurm:
         return None
-    parts = [slurm["job_id"], slurm.get("state", "").lower(), slurm.get("reason", ""), slurm.get("note", ""), _unsaid(slurm)]
+    parts = [
+        slurm["job_id"],
+        slurm.get("state", "").lower(),
+        slurm.get("reason", ""),
+        slurm.get("note", ""),
+        _unsaid(slurm),
+    ]
     if slurm.get("state") == "PENDING" and slurm.get("expected_start"):
         parts.append(f"expected to start at {slurm['expected_start']}")
     return ", ".join(part for part in parts if part)

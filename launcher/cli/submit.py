@@ -13,9 +13,14 @@ from launcher.cli.plan import AsJson, tracing
 from launcher.cli.run import Force, Judged, Run, RunPath, ScriptFile
 
 After = Annotated[
-    list[str], typer.Option("--after", metavar="RUN", help="Start only when this run has finished; may be given several times.")
+    list[str],
+    typer.Option(
+        "--after", metavar="RUN", help="Start only when this run has finished; may be given several times."
+    ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script that would be submitted, and do nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the script that would be submitted, and do nothing.")
+]
 
 
 def submit(
@@ -40,21 +45,33 @@ def submit(
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     if dry_run:
-        typer.echo(submit_run.preview(job, overrides, run_dir, command, tracing() if trace else None), nl=False)
+        typer.echo(
+            submit_run.preview(job, overrides, run_dir, command, tracing() if trace else None), nl=False
+        )
         return
     try:
-        run, plan, job_id = submit_run.hand_over(job, overrides, run_dir, command, after, force, tracing() if trace else None)
+        run, plan, job_id = submit_run.hand_over(
+            job, overrides, run_dir, command, after, force, tracing() if trace else None
+        )
     except SchedulerError as error:
         raise submit_run.explain(error) from None
     missing = left_out(run) if command else []
     if as_json:
-        facts = {"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size}
+        facts = {
+            "run": str(run.path),
+            "job": job_id,
+            "nodes": plan.slurm.nodes or plan.mesh.nodes,
+            "world_size": plan.mesh.world_size,
+        }
         print_json({**facts, "left_out": missing} if command else facts)
         return
     if missing:
         more = f"; {len(missing) - 3} more in {shown(run.path)}/code/{LEFT_OUT}" if len(missing) > 3 else ""
         typer.echo(f"not copied with the script: {'; '.join(missing[:3])}{more}", err=True)
-    typer.echo(f"job {job_id}: {shown(run.path)} on {plan.slurm.nodes or plan.mesh.nodes} nodes x {plan.mesh.ranks_per_node} ranks")
+    typer.echo(
+        f"job {job_id}: {shown(run.path)} on {plan.slurm.nodes or plan.mesh.nodes} nodes x "
+        f"{plan.mesh.ranks_per_node} ranks"
+    )
     if expected := expectation(run):
         typer.echo(expected)
     typer.echo(f"follow it with: launcher status {shown(run.path)}", err=True)

@@ -16,22 +16,45 @@ if TYPE_CHECKING:
     from launcher.sweep.sweep import Sweep
 
 What = Annotated[
-    Path, typer.Argument(metavar="JOB|SWEEP", help="A job file to begin a sweep with, or a sweep's directory to go on with or look at.")
+    Path,
+    typer.Argument(
+        metavar="JOB|SWEEP",
+        help="A job file to begin a sweep with, or a sweep's directory to go on with or look at.",
+    ),
 ]
-Grid = Annotated[list[str], typer.Option("--grid", metavar="KEY=A,B,...", help="Try each of these values; may be given several times.")]
+Grid = Annotated[
+    list[str],
+    typer.Option(
+        "--grid", metavar="KEY=A,B,...", help="Try each of these values; may be given several times."
+    ),
+]
 Random = Annotated[
-    list[str], typer.Option("--random", metavar="KEY=LOW..HIGH", help="Draw from a range, or (:log) by magnitude, or from values.")
+    list[str],
+    typer.Option(
+        "--random", metavar="KEY=LOW..HIGH", help="Draw from a range, or (:log) by magnitude, or from values."
+    ),
 ]
-Points = Annotated[int | None, typer.Option("--points", min=1, metavar="N", help="How many points --random draws.")]
+Points = Annotated[
+    int | None, typer.Option("--points", min=1, metavar="N", help="How many points --random draws.")
+]
 HalvingRule = Annotated[
     str | None,
-    typer.Option("--halving", metavar="STEPS[:N]", help="Compare points at STEPS, at N times that, and so on; one of N [3] goes on."),
+    typer.Option(
+        "--halving",
+        metavar="STEPS[:N]",
+        help="Compare points at STEPS, at N times that, and so on; one of N [3] goes on.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
 Metric = Annotated[str, typer.Option("--metric", help="What the leaderboard ranks by: a metric of the task.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the sweep is kept. [default: sweeps/NAME]")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where the sweep is kept. [default: sweeps/NAME]")
+]
 Local = Annotated[bool, typer.Option("--local", help="On this machine, one point after another.")]
-Parallel = Annotated[int | None, typer.Option("--parallel", min=1, metavar="N", help="Slurm: at most so many points at a time.")]
+Parallel = Annotated[
+    int | None,
+    typer.Option("--parallel", min=1, metavar="N", help="Slurm: at most so many points at a time."),
+]
 Show = Annotated[bool, typer.Option("--show", help="Show the leaderboard, and start nothing.")]
 
 
@@ -109,7 +132,15 @@ def _open(
         reason = f"a {task.kind} evaluation does not measure it; it measures {', '.join(task.metrics)}"
         raise ConfigurationError(Problem("--metric", metric, reason))
     drawn = draw(grid, random, points, seed)
-    return Sweep.create(out or Path("sweeps") / job.name, what, overrides, drawn, metric, nproc, rungs(halving) if halving else None)
+    return Sweep.create(
+        out or Path("sweeps") / job.name,
+        what,
+        overrides,
+        drawn,
+        metric,
+        nproc,
+        rungs(halving) if halving else None,
+    )
 
 
 def _here(found: Sweep) -> int:
@@ -140,9 +171,18 @@ def _leaderboard(found: Sweep, as_json: bool) -> None:
 
     lines = leaderboard(found)
     if as_json:
-        print_json({"sweep": str(found.path), "metric": found.metric, "points": [_content(found, line) for line in lines]})
+        print_json(
+            {
+                "sweep": str(found.path),
+                "metric": found.metric,
+                "points": [_content(found, line) for line in lines],
+            }
+        )
         return
-    rows = [[str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)] for place, line in enumerate(lines, start=1)]
+    rows = [
+        [str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)]
+        for place, line in enumerate(lines, start=1)
+    ]
     print_table(["place", "point", found.metric, "at step", "state", "tried"], rows)
 
 

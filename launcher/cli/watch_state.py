@@ -35,12 +35,15 @@ class Watched:
         self._slurm: dict[str, Any] = {}
 
     def look(self, ask: bool) -> dict[str, Any]:
-        """Status, losses, ranks and events as they are now; Slurm is asked only where `ask` says so, else what it said last is shown."""
+        """Status, losses, ranks and events as they are now; Slurm is asked only where `ask` says so, else
+        what it said last is shown."""
         if ask:
             status = view(self.run, self._totals)
             self._slurm = status.get("slurm", {})
         else:
-            status = read_status(self.run, self._totals).to_dict() | ({"slurm": self._slurm} if self._slurm else {})
+            status = read_status(self.run, self._totals).to_dict() | (
+                {"slurm": self._slurm} if self._slurm else {}
+            )
         self._take_in_events()
         return {
             "status": status,

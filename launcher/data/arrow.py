@@ -20,7 +20,10 @@ def no_column(path: object, column: str, have: Sequence[str], hint: str = "") ->
     """The error for a column that a whole file lacks."""
     near = difflib.get_close_matches(column, have, n=1)
     shown = ", ".join(repr(name[:40]) for name in have[:12])
-    return DataError(f"{path} has no column {column!r}; it has {shown}" + (f"; did you mean {near[0]!r}?" if near else hint))
+    return DataError(
+        f"{path} has no column {column!r}; it has {shown}"
+        + (f"; did you mean {near[0]!r}?" if near else hint)
+    )
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Read:
@@ -30,7 +33,9 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Read:
     file = open_parquet(path, columns)
     number = 0
     try:
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=there(columns, file.schema_arrow.names)):
+        for batch in file.iter_batches(
+            batch_size=PARQUET_BATCH, columns=there(columns, file.schema_arrow.names)
+        ):
             for index in range(batch.num_rows):
                 number += 1
                 yield number, arrow_row(batch, index)
@@ -39,7 +44,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Read:
 
 
 def arrow_row(batch: Any, index: int) -> Values:
-    """One row of a batch, without the nulls of objects; a value that Python cannot hold makes it one that cannot be used."""
+    """One row of a batch, without the nulls of objects; a value that Python cannot hold makes it one that
+    cannot be used."""
     try:
         return {name: without_nulls(batch.column(name)[index].as_py()) for name in batch.schema.names}
     except UnicodeDecodeError as error:
@@ -49,14 +55,16 @@ def arrow_row(batch: Any, index: int) -> Values:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the keys, at any depth, that hold null: a table gives each object the keys of all objects of its column."""
+    """A value without the keys, at any depth, that hold null: a table gives each object the keys of all
+    objects of its column."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def there(columns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The columns to be read of a table with these: all that it must have, and of the others those that it has."""
+    """The columns to be read of a table with these: all that it must have, and of the others those that it
+    has."""
     have = set(names)
     return list(dict.fromkeys(column for column in columns if column in have))
 
@@ -76,7 +84,9 @@ def check_columns(path: Path, columns: Sequence[str], names: list[str]) -> None:
             raise no_column(path, column, names)
     for column in columns:
         if names.count(column) > 1:
-            raise DataError(f"{path} has {names.count(column)} columns {column!r}, and it cannot be told which is meant")
+            raise DataError(
+                f"{path} has {names.count(column)} columns {column!r}, and it cannot be told which is meant"
+            )
 
 
 def _parquet(path: Path) -> Any:
@@ -116,7 +126,8 @@ def read_arrow(path: Path, columns: Sequence[str]) -> Read:
 
 
 def refuse_damaged(path: Path, rows: Any, before: int) -> None:
-    """Raise DataError where these rows, which stand behind so many others, would have memory read that is not the file's."""
+    """Raise DataError where these rows, which stand behind so many others, would have memory read that is not
+    the file's."""
     import pyarrow
 
     try:
@@ -126,7 +137,8 @@ def refuse_damaged(path: Path, rows: Any, before: int) -> None:
 
 
 def open_arrow(path: Path, columns: Sequence[str]) -> Any:
-    """The columns of an Arrow file, a stream or one with a footer, mapped into memory. Raises DataError where they cannot be had."""
+    """The columns of an Arrow file, a stream or one with a footer, mapped into memory. Raises DataError where
+    they cannot be had."""
     import pyarrow
 
     try:
@@ -156,7 +168,11 @@ def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
     found = {}
     for column, feature in features.items():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and isinstance(inner.get("names"), list):
+        if (
+            isinstance(inner, dict)
+            and inner.get("_type") == "ClassLabel"
+            and isinstance(inner.get("names"), list)
+        ):
             found[column] = inner["names"]
     return found
 
@@ -165,7 +181,9 @@ def with_names(values: Values, names: dict[str, list[str]]) -> Values:
     """A row with the names of its classes; -1, which stands for a row without a label, is no value."""
     if isinstance(values, RowProblem):
         return values
-    return {column: _named(value, names[column]) if column in names else value for column, value in values.items()}
+    return {
+        column: _named(value, names[column]) if column in names else value for column, value in values.items()
+    }
 
 
 def _named(value: Any, names: list[str]) -> Any:

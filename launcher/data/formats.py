@@ -1,4 +1,5 @@
-"""The formats of data files, a class each: how rows are read, how many there are, and some from all over a large file."""
+"""The formats of data files, a class each: how rows are read, how many there are, and some from all over a
+large file."""
 
 from __future__ import annotations
 
@@ -30,14 +31,17 @@ class Format(ABC):
 
     @abstractmethod
     def read(self, path: Path, columns: Sequence[str]) -> Read:
-        """Yield every row with its line, one that cannot be read as a RowProblem. Raises DataError where the file cannot be read."""
+        """Yield every row with its line, one that cannot be read as a RowProblem. Raises DataError where the
+        file cannot be read."""
 
     def num_rows(self, path: Path) -> int | None:
-        """Return how many rows the file says that it has; None where it does not say. Raises DataError where it cannot be read."""
+        """Return how many rows the file says that it has; None where it does not say. Raises DataError where
+        it cannot be read."""
         return None
 
     def look(self, part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen | None:
-        """Return how many rows a part has and about so many of them; None where all of it may as well be read.
+        """Return how many rows a part has and about so many of them; None where all of it may as well be
+        read.
 
         `phase`, from 0 to 1, shifts the places that are looked at.
         """
@@ -149,7 +153,9 @@ class Arrow(Format):
 
 
 FORMATS: dict[str, Format] = {
-    suffix: one for one in (Json(), JsonLines(), Csv(), Tsv(), Parquet(), Arrow(), Text()) for suffix in one.suffixes
+    suffix: one
+    for one in (Json(), JsonLines(), Csv(), Tsv(), Parquet(), Arrow(), Text())
+    for suffix in one.suffixes
 }
 """By the ending of a file's name, in the order in which people are told of them."""
 

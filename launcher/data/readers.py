@@ -1,4 +1,5 @@
-"""Read files of text line by line: each row with its line, one that cannot be read as a RowProblem in its place."""
+"""Read files of text line by line: each row with its line, one that cannot be read as a RowProblem in its
+place."""
 
 from __future__ import annotations
 
@@ -11,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher.data.arrow import no_column
-from launcher.data.rows import EMPTY, NOT_UTF8, UNREADABLE, WRITTEN_MISSING, Read, RowProblem, Values, required
+from launcher.data.rows import (
+    EMPTY,
+    NOT_UTF8,
+    UNREADABLE,
+    WRITTEN_MISSING,
+    Read,
+    RowProblem,
+    Values,
+    required,
+)
 from launcher.errors import DataError
 from launcher.plain_files import plain
 
@@ -36,11 +46,16 @@ def _json_object(line: bytes) -> Values:
         return RowProblem(NOT_UTF8, f"byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
         return RowProblem(UNREADABLE, f"not JSON: {error}")
-    return value if isinstance(value, dict) else RowProblem(UNREADABLE, f"a {type(value).__name__}, not an object")
+    return (
+        value
+        if isinstance(value, dict)
+        else RowProblem(UNREADABLE, f"a {type(value).__name__}, not an object")
+    )
 
 
 def read_json(path: Path, columns: Sequence[str]) -> Read:
-    """A list of objects, an object that holds one such list, or one object a line. The line given is the row's number."""
+    """A list of objects, an object that holds one such list, or one object a line. The line given is the
+    row's number."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         whole = json.loads(content.decode("utf-8"))
@@ -54,16 +69,28 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
             yield from read_json_lines(path, columns)
             return
         raise DataError(f"{path} is not JSON: {error}") from None
-    except (ValueError, RecursionError) as error:  # an integer of too many digits, lists too deep in each other
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of too many digits, lists too deep in each other
         raise DataError(f"{path} is no JSON that can be read: {error}") from None
     rows = whole
     if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        lists = [
+            value
+            for value in whole.values()
+            if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
         rows = lists[0] if len(lists) == 1 and not set(required(columns)) & set(whole) else [whole]
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}, not a list of objects")
     for number, row in enumerate(rows, start=1):
-        yield number, row if isinstance(row, dict) else RowProblem(UNREADABLE, f"a {type(row).__name__}, not an object")
+        yield (
+            number,
+            row
+            if isinstance(row, dict)
+            else RowProblem(UNREADABLE, f"a {type(row).__name__}, not an object"),
+        )
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Read:
@@ -72,7 +99,8 @@ def read_csv(path: Path, columns: Sequence[str]) -> Read:
 
 
 def read_tsv(path: Path, columns: Sequence[str]) -> Read:
-    """Tab-separated values, as IANA registers them: no quoting, so that a stray quotation mark is only a character."""
+    """Tab-separated values, as IANA registers them: no quoting, so that a stray quotation mark is only a
+    character."""
     yield from _read_table(path, columns, PlainTabs)
 
 
@@ -89,9 +117,14 @@ def _read_table(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) 
 
 
 def table_rows(
-    lines: Iterable[str], path: Path, columns: Sequence[str], dialect: type[csv.Dialect], header: list[str] | None = None
+    lines: Iterable[str],
+    path: Path,
+    columns: Sequence[str],
+    dialect: type[csv.Dialect],
+    header: list[str] | None = None,
 ) -> Read:
-    """The rows of some lines of a table; the first has the names of the columns, or they are given as `header`."""
+    """The rows of some lines of a table; the first has the names of the columns, or they are given as
+    `header`."""
     reader = table_reader(lines, dialect, strict=True)
     while True:
         line = reader.line_num + 1
@@ -99,7 +132,9 @@ def table_rows(
             fields = next(reader, None)
         except csv.Error as error:
             if "unexpected end of data" in str(error):
-                raise DataError(f"{path}: the quotation mark opened in the row of line {line} is never closed") from None
+                raise DataError(
+                    f"{path}: the quotation mark opened in the row of line {line} is never closed"
+                ) from None
             yield line, RowProblem(UNREADABLE, str(error))
             continue
         if fields is None:
@@ -120,14 +155,17 @@ def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool)
 
 
 def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
-    """The names of the columns: the first line where it has all that are asked for; else numbers, where numbers are asked for."""
+    """The names of the columns: the first line where it has all that are asked for; else numbers, where
+    numbers are asked for."""
     asked = required(columns)
     missing = [column for column in asked if column not in first]
     if not missing:
         return first
     if all(column.isdecimal() for column in asked):
         return [str(number) for number in range(len(first))]
-    raise no_column(path, missing[0], first, "; in a file without a header, name columns by number from 0, as label: '0'")
+    raise no_column(
+        path, missing[0], first, "; in a file without a header, name columns by number from 0, as label: '0'"
+    )
 
 
 def _table_row(header: list[str], fields: list[str]) -> Values:
@@ -136,7 +174,10 @@ def _table_row(header: list[str], fields: list[str]) -> Values:
     for name, value in zip(header, fields, strict=False):
         if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
             return RowProblem(NOT_UTF8, f"column {name!r}")
-    return {name: math.nan if value in WRITTEN_MISSING else value for name, value in zip(header, fields, strict=False)}
+    return {
+        name: math.nan if value in WRITTEN_MISSING else value
+        for name, value in zip(header, fields, strict=False)
+    }
 
 
 def read_text(path: Path, columns: Sequence[str]) -> Read:
@@ -150,7 +191,10 @@ def only_column(path: Path, columns: Sequence[str]) -> str:
     """The one column asked of a text file. Raises DataError where there are more."""
     asked = required(columns)
     if len(asked) != 1:
-        raise DataError(f"{path}: a text file has one column, and {', '.join(map(repr, asked))} are asked for; use .jsonl, .csv or .tsv")
+        raise DataError(
+            f"{path}: a text file has one column, and {', '.join(map(repr, asked))} are asked for; use "
+            ".jsonl, .csv or .tsv"
+        )
     return asked[0]
 
 

@@ -8,8 +8,9 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 WRITTEN_MISSING = {"nan", "NaN", "<NA>", "NaT", "#N/A"}
-"""What pandas, numpy and spreadsheets write where there is no value: in a cell of a table, and as a label anywhere. As text in JSON and
-Parquet, which have a null of their own, it is text. Words that people write too (None, null, NA) are text everywhere."""
+"""What pandas, numpy and spreadsheets write where there is no value: in a cell of a table, and as a label
+anywhere. As text in JSON and Parquet, which have a null of their own, it is text. Words that people write too
+(None, null, NA) are text everywhere."""
 _EXACT = 2.0**53
 """Up to here every integer is a float."""
 
@@ -49,7 +50,8 @@ class Row(NamedTuple):
     """A row as it was read, or why it could not be."""
 
     id: int
-    """Its number in the source, from 0; rows that cannot be used count too, so that ids do not depend on policy."""
+    """Its number in the source, from 0; rows that cannot be used count too, so that ids do not depend on
+    policy."""
     file: str
     line: int
     """Line in the file, from 1; the row's number where the format has no lines."""
@@ -85,15 +87,20 @@ def text_of(values: dict[str, Any], column: str) -> str:
 def missing(values: dict[str, Any], column: str) -> RowProblem:
     """Why there is nothing in a column of a row."""
     if column in values:
-        return RowProblem(MISSING, f"{column!r} is {'null' if values[column] is None else 'NaN, a missing value'}")
+        return RowProblem(
+            MISSING, f"{column!r} is {'null' if values[column] is None else 'NaN, a missing value'}"
+        )
     return RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, values)) or 'nothing'}")
 
 
 def _written(number: int | float | Decimal, column: str) -> str:
-    """A number as text: a whole float as an integer, which it was before another row's missing value made the column one of floats."""
+    """A number as text: a whole float as an integer, which it was before another row's missing value made the
+    column one of floats."""
     if isinstance(number, float) and not math.isfinite(number):
         raise RowProblem(BAD_VALUE, f"{column!r} is {number}, not text")
-    return str(int(number) if isinstance(number, float) and number.is_integer() and abs(number) < _EXACT else number)
+    return str(
+        int(number) if isinstance(number, float) and number.is_integer() and abs(number) < _EXACT else number
+    )
 
 
 def check_encodable(text: str, column: str) -> None:

@@ -17,7 +17,8 @@ from launcher.data.section import Source
 from launcher.errors import DataError
 
 _COUNTED_BYTES = 1 << 28
-"""Files of lines up to this size, all together, have their lines counted; of larger ones the rows looked at say how long one is."""
+"""Files of lines up to this size, all together, have their lines counted; of larger ones the rows looked at
+say how long one is."""
 _COUNTED_FILES = 256
 _MOST_FILES = 64
 """Of a source, that are looked at."""
@@ -32,13 +33,15 @@ class Sample:
     """What was seen of a source."""
 
     num_rows: int
-    """Of all files, up to the source's limit: counted where that is quick, else by what those looked at take of their files."""
+    """Of all files, up to the source's limit: counted where that is quick, else by what those looked at take
+    of their files."""
     rows: tuple[Values, ...]
     """Any of them, no more than there are: of each file its share."""
 
 
 def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
-    """The number of rows of local files, and at most so many of them. Raises DataError where they are not here, or cannot be read.
+    """The number of rows of local files, and at most so many of them. Raises DataError where they are not
+    here, or cannot be read.
 
     A limit up to `most` is read from the beginning; of a larger one the part that it reaches is looked at.
     """
@@ -55,7 +58,9 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
             return Sample(round(sum(numbers)), rows)
         return Sample(source.limit, _look(_reached(parts, numbers, source.limit), columns, most)[1])
     except OSError as error:
-        raise DataError(f"{error.filename or source.path} cannot be read: {error.strerror or error}") from None
+        raise DataError(
+            f"{error.filename or source.path} cannot be read: {error.strerror or error}"
+        ) from None
 
 
 def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]:
@@ -66,7 +71,10 @@ def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]
 def _read(path: Path, columns: Sequence[str]) -> Read:
     one = format_of(path)
     if one.most_bytes is not None and (size := path.stat().st_size) > one.most_bytes:
-        raise DataError(f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at in places")
+        raise DataError(
+            f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at "
+            "in places"
+        )
     return one.read(path, columns)
 
 
@@ -75,7 +83,10 @@ def _parts(paths: Sequence[Path]) -> list[Part]:
     sizes = [path.stat().st_size for path in paths]
     lines = sum(size for path, size in zip(paths, sizes, strict=True) if format_of(path).by_lines)
     few = len(paths) <= _COUNTED_FILES
-    return [Part(path, size, _counted(path, lines <= _COUNTED_BYTES) if few else None) for path, size in zip(paths, sizes, strict=True)]
+    return [
+        Part(path, size, _counted(path, lines <= _COUNTED_BYTES) if few else None)
+        for path, size in zip(paths, sizes, strict=True)
+    ]
 
 
 def _counted(path: Path, lines_too: bool) -> int | None:
@@ -111,7 +122,11 @@ def _some(parts: Sequence[Part]) -> list[Part]:
     step = -(-len(parts) // _MOST_FILES)
     some = list(parts[step // 2 :: step])
     most = {part.path: format_of(part.path).most_bytes for part in some}
-    while len(some) > 1 and any(sum(part.size for part in some if most[part.path] == limit) > limit for limit in most.values() if limit):
+    while len(some) > 1 and any(
+        sum(part.size for part in some if most[part.path] == limit) > limit
+        for limit in most.values()
+        if limit
+    ):
         some = some[::2]
     return some
 

@@ -82,8 +82,8 @@ class _Found:
 def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> Seen | None:
     """How many rows there are, and about so many of them; None where the whole may as well be read.
 
-    Their number is exact where lines were counted and those looked at are a row each. Else it is an estimate, by how many rows the
-    lines that were looked at are, or the bytes.
+    Their number is exact where lines were counted and those looked at are a row each. Else it is an estimate,
+    by how many rows the lines that were looked at are, or the bytes.
     """
     size = int(part.share * (part.size - layout.begin))
     num_lines = part.share * max(1, part.counted - layout.num_lines) if part.counted is not None else None
@@ -103,8 +103,8 @@ def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> See
 
 
 def _look(path: Path, layout: Layout, size: int, span: float, places: int, phase: float) -> _Found:
-    """So many bytes, as many in each of some places, that long rows are no more likely than short ones; the first row where none
-    begins there."""
+    """So many bytes, as many in each of some places, that long rows are no more likely than short ones; the
+    first row where none begins there."""
     found, stride, each = _Found(), size / places, max(1, int(span / places))
     with open(path, "rb", opener=plain) as file:
         for place in range(places):
@@ -128,7 +128,9 @@ def table_layout(path: Path, columns: Sequence[str], dialect: type[csv.Dialect],
 def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
     """As a file that is opened as text gives them: a carriage return alone ends a line too."""
     for line in lines:
-        yield from io.StringIO(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), newline="")
+        yield from io.StringIO(
+            line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), newline=""
+        )
 
 
 def _to_a_row(file: BinaryIO, layout: Layout, start: int, end: int) -> bool:
@@ -149,14 +151,17 @@ def _to_a_row(file: BinaryIO, layout: Layout, start: int, end: int) -> bool:
 def _outside(text: bytes) -> int:
     """The first byte that is not between quotation marks, as far as they tell.
 
-    A mark after which a field ends closes it, one before which a field ended opens the next, and two together are one within the text.
-    The first that can only be one of these says what is before it; those that may be both change that. Where none tells, the first
-    byte is taken to be outside.
+    A mark after which a field ends closes it, one before which a field ended opens the next, and two together
+    are one within the text. The first that can only be one of these says what is before it; those that may be
+    both change that. Where none tells, the first byte is taken to be outside.
     """
     begin = len(text) - len(text.lstrip(b'"'))
     unsure: list[int] = []
     for marks in _MARKS.finditer(text, begin):
-        opens, closes = text[marks.start() - 1 : marks.start()] in _BETWEEN, text[marks.end() : marks.end() + 1] in _BETWEEN
+        opens, closes = (
+            text[marks.start() - 1 : marks.start()] in _BETWEEN,
+            text[marks.end() : marks.end() + 1] in _BETWEEN,
+        )
         if len(marks[0]) % 2 == 0 or not (opens or closes):
             continue
         if opens and closes:

@@ -28,8 +28,9 @@ _BYTES_OF_ROW = 1 << 17
 
 
 def look_in_groups(part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen:
-    """How many rows there are, by the footer, and about so many of them, any of some groups from all over the file: of groups that are
-    large for that, any of the first rows. Raises DataError where the file cannot be read."""
+    """How many rows there are, by the footer, and about so many of them, any of some groups from all over the
+    file: of groups that are large for that, any of the first rows. Raises DataError where the file cannot be
+    read."""
     file = open_parquet(part.path, columns)
     with whole_parquet(part.path):
         num_rows = min(file.metadata.num_rows, part.first or file.metadata.num_rows)
@@ -37,7 +38,10 @@ def look_in_groups(part: Part, columns: Sequence[str], wanted: int, phase: float
         places = min(len(have), max(places_for(wanted), ceil(wanted * len(have) / max(1, num_rows))))
         chosen = [list(have)[int((place + phase) * len(have) / places)] for place in range(places)]
         in_these = sum(have[group] for group in chosen)
-        found = [_some_of(file, group, columns, have[group], ceil(wanted * have[group] / in_these)) for group in chosen]
+        found = [
+            _some_of(file, group, columns, have[group], ceil(wanted * have[group] / in_these))
+            for group in chosen
+        ]
     return Seen(num_rows, [values for rows in found for values in rows])
 
 
@@ -45,13 +49,19 @@ def _rows_of_groups(metadata: Any, num_rows: int) -> dict[int, int]:
     """How many of the first rows of a file are in each of its groups, of those that have any."""
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     left = [num_rows - end + size for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    return {number: min(size, rest) for number, (size, rest) in enumerate(zip(sizes, left, strict=True)) if size > 0 and rest > 0}
+    return {
+        number: min(size, rest)
+        for number, (size, rest) in enumerate(zip(sizes, left, strict=True))
+        if size > 0 and rest > 0
+    }
 
 
 def _some_of(file: Any, group: int, columns: Sequence[str], have: int, wanted: int) -> list[Values]:
     """Any of the first `have` rows of a group, as far as they are decoded."""
     batches, num_rows, num_bytes = [], 0, 0
-    for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group], columns=there(columns, file.schema_arrow.names)):
+    for batch in file.iter_batches(
+        batch_size=PARQUET_BATCH, row_groups=[group], columns=there(columns, file.schema_arrow.names)
+    ):
         batches.append(batch)
         num_rows, num_bytes = min(have, num_rows + batch.num_rows), num_bytes + batch.nbytes
         if num_rows == have or num_bytes >= wanted * _BYTES_OF_ROW:

@@ -8,7 +8,8 @@ from launcher.plain_files import read_json
 
 
 def saved_splits(directory: Path) -> list[str] | None:
-    """Return the splits in a directory that `save_to_disk` wrote; none of a single data set's; None where it is no such directory."""
+    """Return the splits in a directory that `save_to_disk` wrote; none of a single data set's; None where it
+    is no such directory."""
     if (directory / "state.json").is_file():
         return []
     try:

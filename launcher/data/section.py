@@ -13,8 +13,8 @@ class Source(Section):
     """Where rows come from."""
 
     path: str | None = None
-    """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt) or a directory that `save_to_disk` of `datasets` wrote, relative to the
-    job file; or a pattern of several files."""
+    """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt) or a directory that `save_to_disk` of
+    `datasets` wrote, relative to the job file; or a pattern of several files."""
     name: str | None = None
     """A data set's name on the hub, instead of a path."""
     subset: str | None = None
@@ -39,7 +39,8 @@ class Data(Section):
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What to do with a sample of more than max_length tokens."""
     unusable: Literal["drop-few", "drop", "refuse"] = "drop-few"
-    """What to do with rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves them out, and stops where more
-    than half of all rows would be dropped; `drop` goes on even then; `refuse` stops at the first."""
+    """What to do with rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves
+    them out, and stops where more than half of all rows would be dropped; `drop` goes on even then; `refuse`
+    stops at the first."""
     num_workers: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes that tokenise."""

@@ -15,11 +15,19 @@ _BEGINS = ("[", "(", "{", "set(")
 _STRINGS_SIDE_BY_SIDE = re.compile(r"""['"]\s+[rbu]?['"]""")
 """Which Python would read as one text, and numpy writes as two."""
 _ENDS = ("]", ")", "}")
-_LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.COMMENT}
+_LAYOUT = {
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+    tokenize.COMMENT,
+}
 
 
 def list_in(text: str) -> list[Any] | None:
-    """The list that a text is: as JSON, as Python's `repr`, or as numpy with spaces between what is in it; None where it is none.
+    """The list that a text is: as JSON, as Python's `repr`, or as numpy with spaces between what is in it;
+    None where it is none.
 
     A tuple and a set are lists too, the latter sorted by how its elements are written.
     """
@@ -37,7 +45,9 @@ def list_in(text: str) -> list[Any] | None:
 
 def _as_python(text: str) -> Any:
     """What Python reads there, where numpy left commas out with them; None where it reads nothing."""
-    ways: list[Callable[[str], str]] = [_with_commas] if _STRINGS_SIDE_BY_SIDE.search(text) else [str, _with_commas]
+    ways: list[Callable[[str], str]] = (
+        [_with_commas] if _STRINGS_SIDE_BY_SIDE.search(text) else [str, _with_commas]
+    )
     for way in ways:
         try:
             with warnings.catch_warnings():
@@ -49,7 +59,8 @@ def _as_python(text: str) -> Any:
 
 
 def _with_commas(text: str) -> str:
-    """The same with a comma between two elements that have none. `nan` is None: nothing stands there. Raises as `tokenize` does."""
+    """The same with a comma between two elements that have none. `nan` is None: nothing stands there. Raises
+    as `tokenize` does."""
     words: list[str] = []
     before: tokenize.TokenInfo | None = None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

@@ -22,7 +22,14 @@ from launcher.doctor.step import Step
 from launcher.errors import SchedulerError
 from launcher.launch.slurm.network import is_loopback
 
-_SECONDS = {"hello": 90.0, "meet": 45.0, "connect": 45.0, "write": 90.0, "read": 45.0, "prepare": IMPORT_SECONDS + 10.0}
+_SECONDS = {
+    "hello": 90.0,
+    "meet": 45.0,
+    "connect": 45.0,
+    "write": 90.0,
+    "read": 45.0,
+    "prepare": IMPORT_SECONDS + 10.0,
+}
 _SECONDS |= {"reduce": SECONDS + 15.0}
 """What a node has at most for each; then it counts as silent."""
 _LOGIN = "login"
@@ -42,9 +49,22 @@ class Request:
     minutes: int = 10
 
     def command(self, word: str, inside: bool) -> list[str]:
-        """srun, one task on each node; a node that fails takes no other along. Inside of a job it is a step beside what runs there."""
-        asked = [f"--nodes={self.num_nodes}", f"--ntasks={self.num_nodes}", "--ntasks-per-node=1", f"--time={self.minutes}"]
-        asked += ["--label", "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mpi=none", "--job-name=launcher-doctor"]
+        """srun, one task on each node; a node that fails takes no other along. Inside of a job it is a step
+        beside what runs there."""
+        asked = [
+            f"--nodes={self.num_nodes}",
+            f"--ntasks={self.num_nodes}",
+            "--ntasks-per-node=1",
+            f"--time={self.minutes}",
+        ]
+        asked += [
+            "--label",
+            "--no-kill",
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            "--mpi=none",
+            "--job-name=launcher-doctor",
+        ]
         if self.gpus_per_node:
             asked += [f"--gres=gpu:{self.gpus_per_node}", f"--cpus-per-task={2 * self.gpus_per_node}"]
         asked += ["--overlap"] if inside else []
@@ -66,14 +86,18 @@ class Examination:
         try:
             return [own, *self.run(environment)]
         except SchedulerError as error:
-            advice = "see --partition, --account, --nodes and what else was asked for; `sinfo` lists what there is"
+            advice = (
+                "see --partition, --account, --nodes and what else was asked for; `sinfo` lists what there is"
+            )
             return [Report(own.node, (*own.findings, failed("allocation", str(error), advice)))]
 
     def run(self, environment: Mapping[str, str]) -> list[Report]:
         """A report for each node. Raises SchedulerError where the job gets no nodes."""
         word, inside = secrets.token_hex(8), "SLURM_JOB_ID" in environment
         place = nearest(self.request.directory)
-        path = os.pathsep.join([str(Path(launcher.__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])])
+        path = os.pathsep.join(
+            [str(Path(launcher.__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+        )
         step = Step(self.request.command(word, inside), {**environment, "PYTHONPATH": path}, self.say)
         try:
             self._greet(step)
@@ -100,11 +124,21 @@ class Examination:
 
     def _go_round(self, step: Step, place: Path, word: str) -> None:
         heard = {node.name: node.said("hello") for node in self._there()}
-        addresses = {name: [one for one in said["addresses"].values() if not is_loopback(one)] for name, said in heard.items()}
+        addresses = {
+            name: [one for one in said["addresses"].values() if not is_loopback(one)]
+            for name, said in heard.items()
+        }
         self._order(step, "meet", addresses=addresses)
-        reachable = {node.name: (node.said("meet").get("address") or (addresses[node.name] or [""])[0]) for node in self._there()}
+        reachable = {
+            node.name: (node.said("meet").get("address") or (addresses[node.name] or [""])[0])
+            for node in self._there()
+        }
         if len(self.nodes) > 1:
-            self._order(step, "connect", peers={name: (address, heard[name]["port"]) for name, address in reachable.items()})
+            self._order(
+                step,
+                "connect",
+                peers={name: (address, heard[name]["port"]) for name, address in reachable.items()},
+            )
         self._share(step, place, word)
         if self._there() and all(not node.said("meet").get("problem") for node in self._there()):
             self._reduce(step, heard, reachable)
@@ -118,7 +152,9 @@ class Examination:
             folder.mkdir(exist_ok=True)
             write(folder / _LOGIN, word, size=0)
             self._order(step, "read", names=[*wrote, _LOGIN])
-        names = {f"node-{index}": node.name for index, node in enumerate(self.nodes)} | {_LOGIN: "this machine"}
+        names = {f"node-{index}": node.name for index, node in enumerate(self.nodes)} | {
+            _LOGIN: "this machine"
+        }
         for node in self.nodes:
             if "missing" in node.said("read"):
                 node.said("read")["missing"] = [names[name] for name in node.said("read")["missing"]]
@@ -128,9 +164,22 @@ class Examination:
         order = [index for index, node in enumerate(self.nodes) if not node.silent_at]
         gpus = min(heard[self.nodes[index].name]["num_gpus"] for index in order)
         first = self.nodes[order[0]].name
-        meeting = {"address": addresses[first] or "127.0.0.1", "port": heard[first]["port"] + 1, "prefix": secrets.token_hex(16)}
-        self._order(step, "prepare", nodes=order, ranks_per_node=gpus or 1, backend="nccl" if gpus else "gloo", **meeting)
-        if all("problem" not in node.said("prepare") for node in self._there()) and len(self._there()) == len(order):
+        meeting = {
+            "address": addresses[first] or "127.0.0.1",
+            "port": heard[first]["port"] + 1,
+            "prefix": secrets.token_hex(16),
+        }
+        self._order(
+            step,
+            "prepare",
+            nodes=order,
+            ranks_per_node=gpus or 1,
+            backend="nccl" if gpus else "gloo",
+            **meeting,
+        )
+        if all("problem" not in node.said("prepare") for node in self._there()) and len(self._there()) == len(
+            order
+        ):
             self._order(step, "reduce")
 
     def _there(self) -> list[Node]:
@@ -145,7 +194,9 @@ class Examination:
         step.tell(order, **arguments)
         self._note(order, step.answers(order, talking, _SECONDS[order]), step, talking)
 
-    def _note(self, order: str, answers: dict[int, dict[str, Any]], step: Step, asked: Iterable[int] | None = None) -> None:
+    def _note(
+        self, order: str, answers: dict[int, dict[str, Any]], step: Step, asked: Iterable[int] | None = None
+    ) -> None:
         for index in range(len(self.nodes)) if asked is None else asked:
             if index in answers:
                 self.nodes[index].answers[order] = answers[index]

@@ -20,7 +20,8 @@ _FAR_SECONDS = 5.0
 
 
 def write(path: Path, word: str = "", size: int = SIZE) -> float:
-    """Write a file that no file system can compress and that ends with `word`, down to the disk; bytes a second."""
+    """Write a file that no file system can compress and that ends with `word`, down to the disk; bytes a
+    second."""
     block = os.urandom(_BLOCK)
     before = time.perf_counter()
     with path.open("xb") as file:
@@ -49,14 +50,22 @@ def check(directory: Path) -> list[Finding]:
         speed = write(path)
         ahead = before - path.stat().st_mtime
     except OSError as error:
-        return [failed("directory", f"{place}: {error.strerror}", "name a directory that you may write with --directory")]
+        return [
+            failed(
+                "directory",
+                f"{place}: {error.strerror}",
+                "name a directory that you may write with --directory",
+            )
+        ]
     finally:
         path.unlink(missing_ok=True)
     free = shutil.disk_usage(place).free
     found = [judge(place, free, speed)]
     # The file was written after `before`: what is left of the difference is the time that writing took.
     if ahead > _FAR_SECONDS:
-        advice = "have both clocks synchronised: files look older than they are, and a run may seem to stand still"
+        advice = (
+            "have both clocks synchronised: files look older than they are, and a run may seem to stand still"
+        )
         found.append(warning("clock", f"is {ahead:.0f} s ahead of the file system of {place}", advice))
     return found
 
@@ -65,7 +74,9 @@ def judge(place: Path, free: float, speed: float) -> Finding:
     """What room and speed come to."""
     said = f"{place}: {free / 1e9:.0f} GB free, written at {speed / 1e6:.0f} MB/s"
     if free < _LITTLE_ROOM:
-        return warning("directory", said, "make room: one checkpoint takes 12 bytes for each parameter of the model")
+        return warning(
+            "directory", said, "make room: one checkpoint takes 12 bytes for each parameter of the model"
+        )
     if speed < _SLOW:
         return warning("directory", said, "a save will be slow; name a faster file system with --run-dir")
     return ok("directory", said)

@@ -36,10 +36,19 @@ class Report:
 
     def found(self, check: str) -> str:
         """What was found by one check, where all is well with it."""
-        return "; ".join(finding.found for finding in self.findings if finding.check == check and finding.level == "ok") or "-"
+        return (
+            "; ".join(
+                finding.found for finding in self.findings if finding.check == check and finding.level == "ok"
+            )
+            or "-"
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"node": self.node, "verdict": self.level, "checks": [finding.to_dict() for finding in self.findings]}
+        return {
+            "node": self.node,
+            "verdict": self.level,
+            "checks": [finding.to_dict() for finding in self.findings],
+        }
 
 
 def worst(levels: Iterable[Level]) -> Level:

@@ -22,7 +22,8 @@ _FIELDS = (
     "clocks_throttle_reasons.active",
 )
 _SLOWED_DOWN = {0x8: "the hardware slows it down", 0x20: "too hot", 0x40: "too hot", 0x80: "too little power"}
-"""Bits of the reasons why a GPU is slower than it could be; idle, and limits that people set, are none to worry about."""
+"""Bits of the reasons why a GPU is slower than it could be; idle, and limits that people set, are none to
+worry about."""
 _IN_USE_MIB = 1024
 _SECONDS = 20.0
 _INVALID = re.compile(r'Field "([^"]+)" is not a valid field')
@@ -35,7 +36,11 @@ def check() -> tuple[Finding, int]:
     try:
         table = query()
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return failed(_CHECK, f"nvidia-smi does not answer: {_one_line(error)}", "leave the node out, and tell whoever runs it"), 0
+        return failed(
+            _CHECK,
+            f"nvidia-smi does not answer: {_one_line(error)}",
+            "leave the node out, and tell whoever runs it",
+        ), 0
     return judge(table, xids(kernel.kernel_log() or None)), len(table)
 
 
@@ -50,7 +55,9 @@ def query() -> list[dict[str, str]]:
             return read(done.stdout, names)
         unknown = _INVALID.search(said)
         if unknown is None or unknown[1] not in names:
-            raise ValueError(said.strip().splitlines()[-1] if said.strip() else f"it ended with code {done.returncode}")
+            raise ValueError(
+                said.strip().splitlines()[-1] if said.strip() else f"it ended with code {done.returncode}"
+            )
         names.remove(unknown[1])
 
 
@@ -66,12 +73,25 @@ def judge(table: list[dict[str, str]], xid: list[str] | None) -> Finding:
         return ok(_CHECK, "none (nvidia-smi lists none)")
     said = ", ".join(f"{count} x {name}" for name, count in _counted([gpu["name"] for gpu in table]).items())
     said += f", driver {table[0].get('driver_version', '?')}"
-    if broken := [f"GPU {gpu['index']}: {reason}" for gpu in table for reason in _broken(gpu)] + [f"Xid {entry}" for entry in xid or []]:
-        advice = "leave the node out (cluster.exclude), and tell whoever runs it: such a GPU has to be reset or replaced"
+    if broken := [f"GPU {gpu['index']}: {reason}" for gpu in table for reason in _broken(gpu)] + [
+        f"Xid {entry}" for entry in xid or []
+    ]:
+        advice = (
+            "leave the node out (cluster.exclude), and tell whoever runs it: such a GPU has to be reset or "
+            "replaced"
+        )
         return failed(_CHECK, f"{said}; {'; '.join(broken)}", advice)
     if doubtful := [f"GPU {gpu['index']}: {reason}" for gpu in table for reason in _doubtful(gpu)]:
-        return warning(_CHECK, f"{said}; {'; '.join(doubtful)}", "see with nvidia-smi who uses it, and whether it stays so")
-    return ok(_CHECK, f"{said}, no ECC error{', the log of Xid errors is not readable' if xid is None else ', no Xid error'}")
+        return warning(
+            _CHECK,
+            f"{said}; {'; '.join(doubtful)}",
+            "see with nvidia-smi who uses it, and whether it stays so",
+        )
+    return ok(
+        _CHECK,
+        f"{said}, no ECC "
+        f"error{', the log of Xid errors is not readable' if xid is None else ', no Xid error'}",
+    )
 
 
 def _counted(names: list[str]) -> dict[str, int]:
@@ -79,7 +99,10 @@ def _counted(names: list[str]) -> dict[str, int]:
 
 
 def _broken(gpu: dict[str, str]) -> list[str]:
-    errors, pending = gpu.get("ecc.errors.uncorrected.volatile.total", ""), gpu.get("retired_pages.pending", "")
+    errors, pending = (
+        gpu.get("ecc.errors.uncorrected.volatile.total", ""),
+        gpu.get("retired_pages.pending", ""),
+    )
     found = [f"{errors} uncorrected ECC errors"] if errors.isdigit() and int(errors) else []
     return [*found, "memory pages wait to be retired"] if pending.lower() == "yes" else found
 
@@ -99,4 +122,8 @@ def xids(log: str | None) -> list[str] | None:
 
 
 def _one_line(error: Exception) -> str:
-    return f"not within {_SECONDS:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error).splitlines()[0]
+    return (
+        f"not within {_SECONDS:g} s"
+        if isinstance(error, subprocess.TimeoutExpired)
+        else str(error).splitlines()[0]
+    )

@@ -2,7 +2,8 @@
 
 They need no shared file system, name or open port.
 
-srun passes on at most a kilobyte of a task's line at a time, and may put another task's between: so a message goes as short lines.
+srun passes on at most a kilobyte of a task's line at a time, and may put another task's between: so a message
+goes as short lines.
 """
 
 from __future__ import annotations

@@ -26,12 +26,20 @@ def torch_sees(num_gpus: int) -> list[Finding]:
     """Whether torch sees the GPUs that nvidia-smi lists; asked in a process of its own, which imports it."""
     program = "import torch; print(torch.cuda.device_count(), torch.version.cuda)"
     try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=_SECONDS_FOR_TORCH)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=_SECONDS_FOR_TORCH
+        )
         seen, cuda = done.stdout.split()
     except (subprocess.TimeoutExpired, ValueError):
         return [failed("torch", "cannot be imported here", 'see what `python -c "import torch"` says')]
     if cuda == "None":
-        return [failed("torch", f"is built without CUDA, and there are {num_gpus} GPUs", "install the build of torch for your driver")]
+        return [
+            failed(
+                "torch",
+                f"is built without CUDA, and there are {num_gpus} GPUs",
+                "install the build of torch for your driver",
+            )
+        ]
     if int(seen) < num_gpus:
         advice = "see CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
         return [failed("torch", f"sees {seen} of {num_gpus} GPUs (CUDA {cuda})", advice)]

@@ -36,7 +36,11 @@ def check_versions(known: Mapping[str, str]) -> Finding:
     """That what every run needs is installed."""
     shown = ", ".join(f"{name} {version or 'not installed'}" for name, version in known.items())
     if absent := [name for name in _NEEDED if not known.get(name)]:
-        return failed("versions", f"{', '.join(absent)} not installed ({shown})", "install launcher's dependencies into this environment")
+        return failed(
+            "versions",
+            f"{', '.join(absent)} not installed ({shown})",
+            "install launcher's dependencies into this environment",
+        )
     return ok("versions", shown)
 
 
@@ -44,7 +48,10 @@ def cache_directories(environment: Mapping[str, str]) -> dict[str, Path]:
     """Where models and data sets are kept, and where launcher keeps prepared data."""
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = Path(environment.get("HF_HOME") or cache / "huggingface")
-    return {"HF cache": Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(), "launcher's cache": cache / "launcher"}
+    return {
+        "HF cache": Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),
+        "launcher's cache": cache / "launcher",
+    }
 
 
 def check_caches(environment: Mapping[str, str]) -> Finding:
@@ -54,7 +61,9 @@ def check_caches(environment: Mapping[str, str]) -> Finding:
         if (reason := _not_writable(nearest(path))) is not None:
             variable = "HF_HOME" if name == "HF cache" else "XDG_CACHE_HOME"
             return failed(
-                "caches", f"{name} {path}: {reason}", f"set {variable} to a directory that you may write, in cluster.environment too"
+                "caches",
+                f"{name} {path}: {reason}",
+                f"set {variable} to a directory that you may write, in cluster.environment too",
             )
     return ok("caches", ", ".join(f"{name} {path} is writable" for name, path in found.items()))
 
@@ -82,10 +91,14 @@ def check_interface(environment: Mapping[str, str]) -> Finding:
         if value.replace("_", "").isalnum() and not any(known.startswith(value) for known in there):
             known = ", ".join(sorted(there)) or "none"
             return failed(
-                "interface", f"{name}={value}, which is no interface here; there are {known}", f"unset {name}, or set one of those"
+                "interface",
+                f"{name}={value}, which is no interface here; there are {known}",
+                f"unset {name}, or set one of those",
             )
     if not there:
-        return warning("interface", "none but the loopback", "several nodes need a network; one machine does not")
+        return warning(
+            "interface", "none but the loopback", "several nodes need a network; one machine does not"
+        )
     return ok("interface", ", ".join(f"{name} {address}" for name, address in sorted(there.items())))
 
 
@@ -99,8 +112,17 @@ def check_clock() -> Finding:
     except (OSError, subprocess.TimeoutExpired):
         said = ""
     if said == "no":
-        return warning("clock", "is not synchronised", "have the system's time service started (chronyd or systemd-timesyncd)")
-    return ok("clock", "is synchronised" if said == "yes" else "whether it is synchronised is not known (timedatectl does not say)")
+        return warning(
+            "clock",
+            "is not synchronised",
+            "have the system's time service started (chronyd or systemd-timesyncd)",
+        )
+    return ok(
+        "clock",
+        "is synchronised"
+        if said == "yes"
+        else "whether it is synchronised is not known (timedatectl does not say)",
+    )
 
 
 def own_name() -> str:

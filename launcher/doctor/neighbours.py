@@ -60,21 +60,27 @@ def resolve(names: list[str]) -> dict[str, str]:
 
 
 def reach(peers: Mapping[str, tuple[str, int]], own: str, word: str) -> dict[str, tuple[str, float]]:
-    """Connect to each peer from our own address: why that failed, or empty text; and how far its clock is ahead."""
+    """Connect to each peer from our own address: why that failed, or empty text; and how far its clock is
+    ahead."""
 
     def one(name: str) -> tuple[str, float]:
         try:
             return "", _clock_ahead(peers[name], own, word)
         except (OSError, ValueError) as error:
             address, port = peers[name]
-            reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
+            reason = (
+                "no answer"
+                if isinstance(error, TimeoutError)
+                else getattr(error, "strerror", None) or str(error)
+            )
             return f"{address} port {port}: {reason}", 0.0
 
     return _at_once(list(peers), one)
 
 
 def _clock_ahead(peer: tuple[str, int], own: str, word: str) -> float:
-    """From the quickest of a few answers, in which the peer's time is known best. Raises OSError or ValueError where there is none."""
+    """From the quickest of a few answers, in which the peer's time is known best. Raises OSError or
+    ValueError where there is none."""
     source = (own, 0) if own else None
     best, ahead = float("inf"), 0.0
     with (

@@ -2,7 +2,8 @@
 
     srun --label ... python -m launcher.doctor.probe DIRECTORY WORD [INTERFACE]
 
-Orders come as JSON lines on stdin, to all nodes alike; when stdin ends, the node removes what it wrote, and leaves.
+Orders come as JSON lines on stdin, to all nodes alike; when stdin ends, the node removes what it wrote, and
+leaves.
 """
 
 from __future__ import annotations
@@ -66,11 +67,17 @@ class Probe:
         }
 
     def meet(self, addresses: dict[str, list[str]]) -> dict[str, Any]:
-        """Look the others up, and choose the interface that leads to them; an address does for one that has no name here."""
+        """Look the others up, and choose the interface that leads to them; an address does for one that has
+        no name here."""
         found = resolve(list(addresses))
-        wrong = {name: address for name, address in found.items() if address and address not in addresses[name]}
+        wrong = {
+            name: address for name, address in found.items() if address and address not in addresses[name]
+        }
         usable = [found.get(name) or next(iter(addresses.get(name, [])), name) for name in self._hosts]
-        answer: dict[str, Any] = {"unresolved": [name for name, address in found.items() if not address], "wrong": wrong}
+        answer: dict[str, Any] = {
+            "unresolved": [name for name, address in found.items() if not address],
+            "wrong": wrong,
+        }
         if len(self._hosts) > 1:
             try:
                 self._interface, self._address = network.choose(usable, self._node, self._asked, os.environ)
@@ -79,7 +86,9 @@ class Probe:
         return answer | {"interface": self._interface, "address": self._address}
 
     def connect(self, peers: dict[str, tuple[str, int]]) -> dict[str, Any]:
-        found = reach({name: (address, port) for name, (address, port) in peers.items()}, self._address, self._word)
+        found = reach(
+            {name: (address, port) for name, (address, port) in peers.items()}, self._address, self._word
+        )
         return {
             "unreachable": {name: reason for name, (reason, _) in found.items() if reason},
             "ahead": {name: seconds for name, (reason, seconds) in found.items() if not reason},

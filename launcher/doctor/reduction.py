@@ -34,17 +34,34 @@ class Ranks:
         per_node, order = int(message["ranks_per_node"]), list(message["nodes"])
         command = [sys.executable, "-m", _PROGRAM, message["backend"], str(SECONDS)]
         for local in range(per_node):
-            place: dict[str, Any] = {"RANK": order.index(node) * per_node + local, "WORLD_SIZE": len(order) * per_node, "LOCAL_RANK": local}
-            place |= {"MASTER_ADDR": message["address"], "MASTER_PORT": message["port"], PREFIX_VARIABLE: message["prefix"]}
+            place: dict[str, Any] = {
+                "RANK": order.index(node) * per_node + local,
+                "WORLD_SIZE": len(order) * per_node,
+                "LOCAL_RANK": local,
+            }
+            place |= {
+                "MASTER_ADDR": message["address"],
+                "MASTER_PORT": message["port"],
+                PREFIX_VARIABLE: message["prefix"],
+            }
             if interface:
                 place |= dict.fromkeys(INTERFACE_VARIABLES, interface)
-            variables = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in place.items()}}
+            variables = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                **{name: str(value) for name, value in place.items()},
+            }
             self._begin(command, variables)
         return self._gather(IMPORT_SECONDS)
 
     def _begin(self, command: list[str], variables: dict[str, str]) -> None:
         process = subprocess.Popen(
-            command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         said: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(process, said), daemon=True).start()

@@ -48,7 +48,9 @@ class Step:
                 start_new_session=True,
             )
         except FileNotFoundError:
-            raise SchedulerError(f"{command[0]} is not on this machine: call this on a login node of the cluster") from None
+            raise SchedulerError(
+                f"{command[0]} is not on this machine: call this on a login node of the cluster"
+            ) from None
         assert self._srun.stdout is not None and self._srun.stderr is not None
         threading.Thread(target=self._hear, args=(self._srun.stdout,), daemon=True).start()
         self._complaints = threading.Thread(target=self._read_errors, args=(self._srun.stderr,), daemon=True)
@@ -80,16 +82,21 @@ class Step:
             self._srun.stdin.flush()
 
     def first(self, seconds: float) -> dict[int, dict[str, Any]]:
-        """The first answer of any node, once the job has its nodes. Raises SchedulerError where it gets none within `seconds`."""
+        """The first answer of any node, once the job has its nodes. Raises SchedulerError where it gets none
+        within `seconds`."""
         found = self.answers("hello", 1, seconds)
         if found:
             return found
         if not self._hung_up:
-            raise SchedulerError(f"no node answered in {seconds:.0f} s: the job waits in the queue; give it longer with --wait SECONDS")
+            raise SchedulerError(
+                f"no node answered in {seconds:.0f} s: the job waits in the queue; give it longer with "
+                "--wait SECONDS"
+            )
         raise SchedulerError(f"srun: {self._reason()}")
 
     def answers(self, order: str, expected: int | Iterable[int], seconds: float) -> dict[int, dict[str, Any]]:
-        """Answers by node: those of `expected`, or of as many as that; fewer where the rest are over, or silent for so long."""
+        """Answers by node: those of `expected`, or of as many as that; fewer where the rest are over, or
+        silent for so long."""
         until, found = time.monotonic() + seconds, dict[int, dict[str, Any]]()
         wanted = set() if isinstance(expected, int) else set(expected)
         while time.monotonic() < until:
@@ -115,11 +122,16 @@ class Step:
 
     def _reason(self) -> str:
         self._complaints.join(_SECONDS_TO_END)
-        lines = [line for line in self._errors if "error" in line.lower()] or self._errors or ["ended without a word"]
+        lines = (
+            [line for line in self._errors if "error" in line.lower()]
+            or self._errors
+            or ["ended without a word"]
+        )
         return lines[0].removeprefix("srun: error: ").removeprefix("Unable to allocate resources: ")
 
     def end(self, job: str) -> None:
-        """Let the nodes clean up and leave; what does not leave is cancelled. `job` is the job, or the step of a job that is not ours."""
+        """Let the nodes clean up and leave; what does not leave is cancelled. `job` is the job, or the step
+        of a job that is not ours."""
         assert self._srun.stdin is not None
         with contextlib.suppress(OSError):
             self._srun.stdin.close()

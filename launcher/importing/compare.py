@@ -33,14 +33,17 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """How two files or run directories differ. Two plans are compared in full, anything else in what an engine's file can say.
+    """How two files or run directories differ. Two plans are compared in full, anything else in what an
+    engine's file can say.
 
     Raises ConfigurationError for what cannot be read.
     """
     sides = [_side(path) for path in (a, b)]
     one, other = sides
     if isinstance(one, Plan) and isinstance(other, Plan):
-        return Comparison([Difference(change.key, change.before, change.after) for change in changes(one, other)], [])
+        return Comparison(
+            [Difference(change.key, change.before, change.after) for change in changes(one, other)], []
+        )
     notes: list[str] = []
     kinds = {reading.rank for side in sides if isinstance(side, list) for reading in side}
     values = []
@@ -57,7 +60,11 @@ def compare(a: Path, b: Path) -> Comparison:
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
     """The keys whose values are not equal, in order."""
-    return [Difference(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [
+        Difference(key, a.get(key), b.get(key))
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _side(path: Path) -> Plan | list[Reading]:
@@ -74,7 +81,8 @@ def _side(path: Path) -> Plan | list[Reading]:
 
 
 def _rendered(plan: Plan, kinds: set[int]) -> list[Reading]:
-    """A plan in the words of the files it is compared with: a DeepSpeed file alone, or Accelerate's with DeepSpeed's."""
+    """A plan in the words of the files it is compared with: a DeepSpeed file alone, or Accelerate's with
+    DeepSpeed's."""
     readings = []
     if plan.engine == "deepspeed":
         readings.append(foreign_files.read_content(deepspeed.config(plan), "(plan)"))

@@ -8,14 +8,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.importing import accelerate, axolotl, command_line, deepspeed_config, llama_factory, sft, trainer
+from launcher.importing import (
+    accelerate,
+    axolotl,
+    command_line,
+    deepspeed_config,
+    llama_factory,
+    sft,
+    trainer,
+)
 from launcher.importing.reading import Reading, as_number, brief
 from launcher.job import paths
 from launcher.job.yaml_text import parse
 from launcher.plain_files import parse_json, read_bytes
 
-Kind = Literal["deepspeed", "accelerate", "trainer", "llama-factory", "axolotl", "command line", "job", "plan"]
-_RANKS: dict[Kind, int] = {"command line": 0, "deepspeed": 1, "trainer": 2, "llama-factory": 2, "axolotl": 2, "accelerate": 3}
+Kind = Literal[
+    "deepspeed", "accelerate", "trainer", "llama-factory", "axolotl", "command line", "job", "plan"
+]
+_RANKS: dict[Kind, int] = {
+    "command line": 0,
+    "deepspeed": 1,
+    "trainer": 2,
+    "llama-factory": 2,
+    "axolotl": 2,
+    "accelerate": 3,
+}
 WINNERS = {
     "command line": "a command line overrides files",
     "deepspeed": "the engine runs by its own file",
@@ -31,11 +48,15 @@ def content_of(path: Path) -> Any:
     try:
         text = read_bytes(path, _LARGEST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigurationError(Problem("FILE", str(path), f"no such file{paths.nearest_file(path)}")) from None
+        raise ConfigurationError(
+            Problem("FILE", str(path), f"no such file{paths.nearest_file(path)}")
+        ) from None
     except IsADirectoryError:
         raise ConfigurationError(Problem("FILE", str(path), "a directory; name the files in it")) from None
     except UnicodeDecodeError:
-        raise ConfigurationError(Problem("FILE", str(path), "not UTF-8 text; write JSON, YAML or a shell script")) from None
+        raise ConfigurationError(
+            Problem("FILE", str(path), "not UTF-8 text; write JSON, YAML or a shell script")
+        ) from None
     except OSError as error:
         raise ConfigurationError(Problem("FILE", str(path), f"cannot be read: {error.strerror}")) from None
     if path.suffix.lower() in (".sh", ".txt", ".sbatch", ".bash", ".slurm", ".job") or text.startswith("#!"):
@@ -49,7 +70,9 @@ def _yaml(text: str, path: Path) -> Any:
     try:
         return parse(text, str(path))
     except ConfigurationError as error:
-        raise ConfigurationError([Problem("FILE", str(path), problem.reason) for problem in error.problems]) from None
+        raise ConfigurationError(
+            [Problem("FILE", str(path), problem.reason) for problem in error.problems]
+        ) from None
 
 
 def _json(text: str, path: Path) -> Any:
@@ -61,11 +84,17 @@ def _json(text: str, path: Path) -> Any:
             return parse(text, str(path))  # DeepSpeed reads Hjson: comments, trailing commas
         except ConfigurationError:
             where = f"line {error.lineno}, column {error.colno}"
-            raise ConfigurationError(Problem("FILE", str(path), f"not JSON: {error.msg} at {where}")) from None
+            raise ConfigurationError(
+                Problem("FILE", str(path), f"not JSON: {error.msg} at {where}")
+            ) from None
     except UnicodeEncodeError:
-        raise ConfigurationError(Problem("FILE", str(path), "has a text with half a character in it (\\ud800 to \\udfff)")) from None
+        raise ConfigurationError(
+            Problem("FILE", str(path), "has a text with half a character in it (\\ud800 to \\udfff)")
+        ) from None
     except (ValueError, RecursionError):
-        raise ConfigurationError(Problem("FILE", str(path), "not JSON: a number or a nesting beyond any sense")) from None
+        raise ConfigurationError(
+            Problem("FILE", str(path), "not JSON: a number or a nesting beyond any sense")
+        ) from None
     return content
 
 
@@ -82,11 +111,21 @@ def kind_of(content: Any) -> Kind | None:
             return kind
     if "base_model" in keys and keys & axolotl.MARKS:
         return "axolotl"
-    if keys & {"finetuning_type", "cutoff_len", "lora_target"} or ("dataset" in keys and keys & llama_factory.MARKS):
+    if keys & {"finetuning_type", "cutoff_len", "lora_target"} or (
+        "dataset" in keys and keys & llama_factory.MARKS
+    ):
         return "llama-factory"
-    if keys & {"distributed_type", "compute_environment", "fsdp_config", "deepspeed_config", "num_machines"} and not keys & trainer.MARKS:
+    if (
+        keys & {"distributed_type", "compute_environment", "fsdp_config", "deepspeed_config", "num_machines"}
+        and not keys & trainer.MARKS
+    ):
         return "accelerate"
-    if keys & {"zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer"}:
+    if keys & {
+        "zero_optimization",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "zero_allow_untested_optimizer",
+    }:
         return "deepspeed"
     if keys & (trainer.MARKS | sft.MARKS | {"model_name_or_path"}):
         return "trainer"
@@ -94,7 +133,8 @@ def kind_of(content: Any) -> Kind | None:
 
 
 def read(path: Path) -> Reading:
-    """What the file at `path` says. Raises ConfigurationError where it cannot be read; problems of its keys are in the reading."""
+    """What the file at `path` says. Raises ConfigurationError where it cannot be read; problems of its keys
+    are in the reading."""
     return read_content(content_of(path), str(path))
 
 
@@ -102,15 +142,24 @@ def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
     """What values or a text say; `source` names them, and `is_sft` says that TRL's SFTTrainer reads them."""
     kind = kind_of(content)
     if kind is None:
-        found = "empty" if content in (None, {}) else "no mapping of keys" if not isinstance(content, dict) else "of another kind"
+        found = (
+            "empty"
+            if content in (None, {})
+            else "no mapping of keys"
+            if not isinstance(content, dict)
+            else "of another kind"
+        )
         words = (
-            "a DeepSpeed JSON, an Accelerate YAML, TrainingArguments as JSON or YAML, a file of TRL, alignment-handbook, LLaMA-Factory or "
+            "a DeepSpeed JSON, an Accelerate YAML, TrainingArguments as JSON or YAML, a file of TRL, "
+            "alignment-handbook, LLaMA-Factory or "
         )
         words += "axolotl, or a script with a command line"
         raise ConfigurationError(Problem("FILE", source, f"is {found}; write {words}"))
     if kind in ("job", "plan"):
         command = "launcher run" if kind == "job" else "launcher diff"
-        raise ConfigurationError(Problem("FILE", source, f"is launcher's own {kind}, and needs no import; `{command}` reads it"))
+        raise ConfigurationError(
+            Problem("FILE", source, f"is launcher's own {kind}, and needs no import; `{command}` reads it")
+        )
     reading = Reading(source, _RANKS[kind])
     if kind == "command line":
         command_line.read_script(content, reading)
@@ -139,7 +188,9 @@ def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
             overrides, is_sft = reading.overrides.get(name, ({}, False))
             found = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
             if found is None:
-                reading.remark("fill in", "(a file that it names)", name, "is not here; import it together with this one")
+                reading.remark(
+                    "fill in", "(a file that it names)", name, "is not here; import it together with this one"
+                )
                 if name in reading.overrides:
                     reading.is_partial = True
                     command_line.read_arguments(overrides, is_sft, "", reading)
@@ -147,7 +198,11 @@ def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
                     reading.lacks_engine = True
             elif found.resolve() not in known or overrides:
                 known.add(found.resolve())
-                readings[:] = [other for other in readings if not overrides or Path(other.source).resolve() != found.resolve()]
+                readings[:] = [
+                    other
+                    for other in readings
+                    if not overrides or Path(other.source).resolve() != found.resolve()
+                ]
                 more = _overridden(found, overrides, is_sft)
                 folders[more.source] = found.parent
                 readings.append(more)
@@ -162,7 +217,12 @@ def _overridden(path: Path, overrides: dict[str, Any], is_sft: bool) -> Reading:
     reading = read_content({**content, **overrides}, str(path), is_sft)
     for key, value in overrides.items():
         if key in content and str(content[key]) != str(value) and as_number(content[key]) != as_number(value):
-            reading.remark("conflict", key, brief(content[key]), f"the command line says {brief(value)}, which won: it overrides the file")
+            reading.remark(
+                "conflict",
+                key,
+                brief(content[key]),
+                f"the command line says {brief(value)}, which won: it overrides the file",
+            )
     return reading
 
 

@@ -22,7 +22,8 @@ _CHECKED = ("cluster", "parallel", "memory", "precision", "model.name", "name")
 
 
 def load(path: Path | None, overrides: list[str], script: Path) -> Job:
-    """The job in the file at `path`, or an empty one, for `script`. Raises ConfigurationError with every problem found."""
+    """The job in the file at `path`, or an empty one, for `script`. Raises ConfigurationError with every
+    problem found."""
     content = {} if path is None else read(path)
     problems = override(content, overrides) + refused(content)
     problems += profile.apply(content, Path.cwd() if path is None else path.resolve().parent)
@@ -35,7 +36,9 @@ def load(path: Path | None, overrides: list[str], script: Path) -> Job:
         job, _ = validate(without(content, {problem.key for problem in problems}))
     if job is not None:
         given = job.data
-        job, missing = paths.resolve(job.model_copy(update={"data": NO_DATA}), Path.cwd() if path is None else path.resolve().parent)
+        job, missing = paths.resolve(
+            job.model_copy(update={"data": NO_DATA}), Path.cwd() if path is None else path.resolve().parent
+        )
         job = job.model_copy(update={"data": given})
         named = {problem.key for problem in problems}
         across = [finding.problem for finding in check.findings(job) if not named & set(finding.keys)]
@@ -48,7 +51,11 @@ def load(path: Path | None, overrides: list[str], script: Path) -> Job:
 def unused(job: Job) -> list[str]:
     """What a job sets and a script decides itself, by key."""
     given = job.model_dump(exclude_unset=True, by_alias=True)
-    found = [key for key in _DECIDED_BY_THE_SCRIPT if key in given and (key != "data" or job.data.train.name != OWN)]
+    found = [
+        key
+        for key in _DECIDED_BY_THE_SCRIPT
+        if key in given and (key != "data" or job.data.train.name != OWN)
+    ]
     return found + [f"model.{key}" for key in given.get("model", {}) if key != "name"]
 
 

@@ -4,14 +4,19 @@
 
 It differs from `python -m torch.distributed.run` in seven things:
 
-1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed -9.
-2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would end them.
-3. When a rank has failed, the others are killed at once with SIGKILL. torchrun sends SIGTERM and waits up to 30 s, which a
-   rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one, from outside.
+1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed
+  -9.
+2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would
+  end them.
+3. When a rank has failed, the others are killed at once with SIGKILL. torchrun sends SIGTERM and waits up to
+  30 s, which a rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one,
+  from outside.
 4. On a CPU the ranks are forks of one process that has imported the trainer (see warm.py).
-5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it itself.
+5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it
+  itself.
 6. Agents and ranks meet where others cannot reach them (see rendezvous.py).
-7. It makes no directory for logs, which torchrun leaves below TMPDIR: each rank has its own log in the attempt's directory.
+7. It makes no directory for logs, which torchrun leaves below TMPDIR: each rank has its own log in the
+  attempt's directory.
 """
 
 from __future__ import annotations
@@ -81,8 +86,8 @@ def main(arguments: list[str]) -> int:
 def _pass_signals_on(launcher: int) -> None:
     """Take stop signals in a thread of their own and send them to the launcher.
 
-    They stay blocked in every other thread, so that torchrun's handlers never see them, and in the ranks until
-    those have handlers: in no moment does a signal kill what should have stopped politely.
+    They stay blocked in every other thread, so that torchrun's handlers never see them, and in the ranks
+    until those have handlers: in no moment does a signal kill what should have stopped politely.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
@@ -96,7 +101,8 @@ def _pass_signals_on(launcher: int) -> None:
 
 
 def _kill_instead_of_asking(context: type[Any]) -> set[int]:
-    """Have torchrun end ranks, and what they started, with SIGKILL; gives the ids of those that were still alive."""
+    """Have torchrun end ranks, and what they started, with SIGKILL; gives the ids of those that were still
+    alive."""
     killed: set[int] = set()
     close = context._close
 
@@ -112,7 +118,13 @@ def _kill_instead_of_asking(context: type[Any]) -> set[int]:
 
 
 def _end(rank: int, failure: Any, killed: set[int]) -> dict[str, Any]:
-    ended = {"rank": rank, "pid": failure.pid, "code": failure.exitcode, "time": time.time(), "by_agent": failure.pid in killed}
+    ended = {
+        "rank": rank,
+        "pid": failure.pid,
+        "code": failure.exitcode,
+        "time": time.time(),
+        "by_agent": failure.pid in killed,
+    }
     return {**ended, "host": os.uname().nodename}
 
 

@@ -23,9 +23,33 @@ from launcher.runs.processes import PARENT_VARIABLE
 ENTRY = "launcher.training.entry"
 _TRAINER = "launcher.training.trainer"
 """What every rank imports, which takes seconds."""
-_PREFIXES = {"ACCELERATE", "CUDA", "DS", "GLOO", "HF", "LAUNCHER", "LD", "MALLOC", "MKL", "NCCL", "NVIDIA", "OMP", "PYTORCH", "SLURM"}
+_PREFIXES = {
+    "ACCELERATE",
+    "CUDA",
+    "DS",
+    "GLOO",
+    "HF",
+    "LAUNCHER",
+    "LD",
+    "MALLOC",
+    "MKL",
+    "NCCL",
+    "NVIDIA",
+    "OMP",
+    "PYTORCH",
+    "SLURM",
+}
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
-_NAMES = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_ERROR_FILE"}
+_NAMES = {
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "VIRTUAL_ENV",
+    "PYTHONPATH",
+    "PYTHONUNBUFFERED",
+    "TORCHELASTIC_ERROR_FILE",
+}
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
 
 
@@ -41,9 +65,15 @@ class Meeting:
 
 
 def agent_command(
-    run: RunDirectory, plan: Plan, attempt: int, stop_at: int | None = None, entry: str | None = None, meeting: Meeting | None = None
+    run: RunDirectory,
+    plan: Plan,
+    attempt: int,
+    stop_at: int | None = None,
+    entry: str | None = None,
+    meeting: Meeting | None = None,
 ) -> list[str]:
-    """The agent over `entry` on every rank of this machine; without it over the trainer, or the plan's script."""
+    """The agent over `entry` on every rank of this machine; without it over the trainer, or the plan's
+    script."""
     command = [
         *(sys.executable, "-m", "launcher.launch.agent"),
         f"--nnodes={plan.mesh.nodes}",
@@ -59,7 +89,8 @@ def agent_command(
 
 
 def _rendezvous(meeting: Meeting | None) -> list[str]:
-    """Addresses by number need no name service. Each of several nodes knows its place, so that rank 0 is always on the first."""
+    """Addresses by number need no name service. Each of several nodes knows its place, so that rank 0 is
+    always on the first."""
     if meeting is None:
         return [f"--rdzv-backend={rendezvous.BACKEND}", f"--rdzv-endpoint={rendezvous.HERE}"]
     return [
@@ -69,7 +100,9 @@ def _rendezvous(meeting: Meeting | None) -> list[str]:
     ]
 
 
-def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None) -> dict[str, str]:
+def environment(
+    run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None
+) -> dict[str, str]:
     """What the agent and the ranks see."""
     interface = doors.loopback() if meeting is None else meeting.interface
     network = dict.fromkeys(doors.INTERFACE_VARIABLES, interface) if interface else {}
@@ -94,9 +127,16 @@ def environment(run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | 
 
 def public(variables: dict[str, str]) -> dict[str, str]:
     """The part of an environment that matters to a run and holds no secret, in the order of its names."""
-    matters = {name: value for name, value in variables.items() if name in _NAMES or name.split("_")[0] in _PREFIXES | _MORE_PREFIXES}
+    matters = {
+        name: value
+        for name, value in variables.items()
+        if name in _NAMES or name.split("_")[0] in _PREFIXES | _MORE_PREFIXES
+    }
     kept = {name: value for name, value in matters.items() if not is_variable_of_secret(name)}
-    return {name: redact(_PASSWORD_IN_URL.sub("://***@", value), variables) for name, value in sorted(kept.items())}
+    return {
+        name: redact(_PASSWORD_IN_URL.sub("://***@", value), variables)
+        for name, value in sorted(kept.items())
+    }
 
 
 def write_command(path: Path, command: list[str], variables: dict[str, str]) -> None:

@@ -13,7 +13,9 @@ _MOST_NAMED = 4
 _LOADER = "data"
 
 
-def name(ranks: list[Seen], seconds: float, step_seconds: float, unheard: Iterable[str] = ()) -> tuple[str, Seen]:
+def name(
+    ranks: list[Seen], seconds: float, step_seconds: float, unheard: Iterable[str] = ()
+) -> tuple[str, Seen]:
     """The line that people see, and the rank that the others wait for.
 
     `unheard` are hosts whose supervisors say nothing more. Needs at least one rank.
@@ -32,7 +34,13 @@ def _head(culprit: Seen, ranks: list[Seen], seconds: float, step_seconds: float)
     if culprit.place == "evaluating" or first.place == "evaluating":
         at = culprit if culprit.place == "evaluating" else first
         return f"no batch of the evaluation {still} after {at.done} of {at.total}"
-    if culprit.phase in ("step", "storage") or culprit.place in ("data", "forward", "backward", "exchange", "optimizer"):
+    if culprit.phase in ("step", "storage") or culprit.place in (
+        "data",
+        "forward",
+        "backward",
+        "exchange",
+        "optimizer",
+    ):
         takes = f" (a step takes {_short(step_seconds)})" if step_seconds else ""
         return f"no step {still} after step {max(seen.step for seen in ranks)}{takes}"
     return f"nothing has moved {still} in {culprit.place if culprit.count else 'the script'}"
@@ -43,14 +51,18 @@ def _short(seconds: float) -> str:
 
 
 def _culprits(ranks: list[Seen], unheard: set[str]) -> list[Seen]:
-    """Stopped ones; else those not heard of; else those blocked in the kernel; else those in no collective while others are; else the
-    one that came least far."""
+    """Stopped ones; else those not heard of; else those blocked in the kernel; else those in no collective
+    while others are; else the one that came least far."""
     waiting = [seen for seen in ranks if _is_waiting(seen)]
     found = (
         [seen for seen in ranks if seen.state == "T" and not seen.traced],
         [seen for seen in ranks if seen.child],
         [seen for seen in ranks if seen.host in unheard],
-        [seen for seen in ranks if seen.state == "D" and seen.state_seconds >= _SETTLED_SECONDS and not _is_waiting(seen)],
+        [
+            seen
+            for seen in ranks
+            if seen.state == "D" and seen.state_seconds >= _SETTLED_SECONDS and not _is_waiting(seen)
+        ],
         [seen for seen in ranks if seen not in waiting] if waiting else [],
     )
     return next((some for some in found if some), None) or _least_far(ranks)
@@ -76,7 +88,9 @@ def _group(ranks: list[Seen], words: Callable[[Seen], str], hosts: bool) -> str:
     said: dict[str, list[Seen]] = {}
     for seen in ranks:
         said.setdefault(words(seen), []).append(seen)
-    return "; ".join(f"{_names(some, hosts)} {text if len(some) == 1 else _plural(text)}" for text, some in said.items())
+    return "; ".join(
+        f"{_names(some, hosts)} {text if len(some) == 1 else _plural(text)}" for text, some in said.items()
+    )
 
 
 def _names(ranks: list[Seen], with_hosts: bool) -> str:
@@ -105,12 +119,20 @@ def _what(seen: Seen, unheard: set[str], everyone: bool) -> str:
         return "has not been heard of: its node does not answer"
     if seen.state == "D":
         where = ", ".join(
-            filter(None, (seen.detail or seen.place, f"blocked in the kernel, {seen.wchan}" if seen.wchan else "blocked in the kernel"))
+            filter(
+                None,
+                (
+                    seen.detail or seen.place,
+                    f"blocked in the kernel, {seen.wchan}" if seen.wchan else "blocked in the kernel",
+                ),
+            )
         )
         return f"is in the file system ({where})"
     if seen.place == _LOADER:
         return (
-            f"is in the loader ({', '.join(filter(None, (seen.detail, seen.frame)))})" if seen.detail or seen.frame else "is in the loader"
+            f"is in the loader ({', '.join(filter(None, (seen.detail, seen.frame)))})"
+            if seen.detail or seen.frame
+            else "is in the loader"
         )
     if _is_waiting(seen) and not everyone:
         return f"is the one that came least far: {_where(seen)}, in {seen.waits_in or 'a collective'}"
@@ -123,7 +145,12 @@ def _where(seen: Seen) -> str:
     """Its place, with how far it is there. A script says nothing of that."""
     if not seen.count:
         return "the script"
-    unit = {"forward": "micro-batch", "backward": "micro-batch", "data": "micro-batch", "evaluating": "batch"}.get(seen.place, "")
+    unit = {
+        "forward": "micro-batch",
+        "backward": "micro-batch",
+        "data": "micro-batch",
+        "evaluating": "batch",
+    }.get(seen.place, "")
     number = seen.done + (1 if unit == "micro-batch" else 0)
     far = (
         f", {unit} {min(number, seen.total)} of {seen.total}"

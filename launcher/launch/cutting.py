@@ -15,7 +15,8 @@ from launcher.runs.status import last_step, newest_checkpoint
 
 
 def run_with_cuts(run: RunDirectory, plan: Plan, watcher: Watcher, stop_at: int | None = None) -> int:
-    """Run an attempt on this machine, and others with smaller passes for as long as memory is short; the exit code of the last.
+    """Run an attempt on this machine, and others with smaller passes for as long as memory is short; the exit
+    code of the last.
 
     Raises what `local.run` raises.
     """
@@ -28,23 +29,33 @@ def run_with_cuts(run: RunDirectory, plan: Plan, watcher: Watcher, stop_at: int 
 
 
 def cut(run: RunDirectory, here: bool = True) -> tuple[Plan, str] | None:
-    """The plan with passes of half as many samples, written into the run, and a line that says so; the global batch stays as it is.
+    """The plan with passes of half as many samples, written into the run, and a line that says so; the global
+    batch stays as it is.
 
-    None where the last attempt did not run out of memory, where that costs steps (nothing was saved at the last one, as after the
-    host's killer), where it was at the first step of all, or where a pass is a single sample: then the failure's own advice counts.
+    None where the last attempt did not run out of memory, where that costs steps (nothing was saved at the
+    last one, as after the host's killer), where it was at the first step of all, or where a pass is a single
+    sample: then the failure's own advice counts.
     """
     attempt, plan = run.last_attempt(), Plan.read(run.plan_file)
     failure = _failure(run, attempt)
     step, micro = last_step(run), plan.batch.micro_batch_size
     newest = newest_checkpoint(run)
-    if failure.get("failure_class") != OutOfMemoryError.failure_class or plan.script or micro == 1 or newest is None:
+    if (
+        failure.get("failure_class") != OutOfMemoryError.failure_class
+        or plan.script
+        or micro == 1
+        or newest is None
+    ):
         return None
     if step == 0 or newest.name != run.checkpoint(step).name:
         return None
     half = max(size for size in divisors(micro) if 2 * size <= micro)
     smaller = reopen(run, [f"batch.micro_batch_size={half}"], None, here)
     who = f"rank {failure['rank']} on {failure['host']} ran out of memory in step {step + 1}"
-    text = f"{who}; the state after step {step} is saved: going on there by itself, with passes of {half} samples in place of {micro}"
+    text = (
+        f"{who}; the state after step {step} is saved: going on there by itself, with passes of {half} "
+        f"samples in place of {micro}"
+    )
     event(run.events_file, "cut", step=step, before=micro, after=half, text=text)
     return smaller, text
 

@@ -1,7 +1,7 @@
 """All disk access of a supervisor, in two threads, so that a stalled disk delays no signal.
 
-One thread reads, ten times a second or as often as the disk lets it; what it found waits in memory. The other one writes, in the order in
-which it was asked to. Whoever asks waits for neither, or for a bounded time.
+One thread reads, ten times a second or as often as the disk lets it; what it found waits in memory. The other
+one writes, in the order in which it was asked to. Whoever asks waits for neither, or for a bounded time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Disk:
     """A run directory as the supervisor of one attempt sees it."""
 
     def __init__(self, run: RunDirectory, attempt: int, also_read: Callable[[], None], beats: bool) -> None:
-        """`also_read` is called by the reading thread with every look. `beats`: show others that this launcher lives."""
+        """`also_read` is called by the reading thread with every look. `beats`: show others that this
+        launcher lives."""
         self._run, self._directory = run, run.attempt(attempt)
         self._also_read, self._beats = also_read, beats
         self._reader, self._writer = Aside("disk-reader"), Aside("disk-writer", most=100)
@@ -112,10 +113,14 @@ class Disk:
             return f"has not answered for {STALL_SECONDS:.0f} s: its storage hangs"
         if self._missing is None or self._missing[2] or time.monotonic() - self._missing[0] < STALL_SECONDS:
             return ""
-        return f"{self._missing[1].removeprefix('it ')}; the run is ended if that lasts {UNREACHABLE_SECONDS:.0f} s"
+        return (
+            f"{self._missing[1].removeprefix('it ')}; the run is ended if that lasts "
+            f"{UNREACHABLE_SECONDS:.0f} s"
+        )
 
     def place_now(self) -> Path | None:
-        """Where the run directory is now, where it was only renamed. The kernel knows: nothing is asked of the disk."""
+        """Where the run directory is now, where it was only renamed. The kernel knows: nothing is asked of
+        the disk."""
         if self._place is None:
             return None
         with contextlib.suppress(OSError):
@@ -132,11 +137,14 @@ class Disk:
             with contextlib.suppress(ValueError, OSError, KeyError):
                 who = read_json(path)
                 self.ranks.setdefault(who["rank"], who)
-        self.failed = self.failed or any(itertools.chain.from_iterable(map(self._directory.glob, SIGNS_OF_FAILURE)))
+        self.failed = self.failed or any(
+            itertools.chain.from_iterable(map(self._directory.glob, SIGNS_OF_FAILURE))
+        )
         self._also_read()
 
     def _check_that_it_is_there(self) -> None:
-        """By device and inode of the directory, and by the plan in it: another one of the same name is another run."""
+        """By device and inode of the directory, and by the plan in it: another one of the same name is
+        another run."""
         why, is_gone = "", True
         try:
             is_another = self._identity not in (None, _identity(self._run.path))

@@ -2,9 +2,10 @@
 
 Each would take seconds of its own for that.
 
-The agent starts this process before it has a thread, and asks it for ranks. Each is forked twice, so that it becomes the agent's own child
-(prctl(2), PR_SET_CHILD_SUBREAPER): it is waited for, killed, and dies with the agent as if the agent had started it. GPU runs do not do
-this: CUDA libraries that were loaded before a fork may be unusable after it.
+The agent starts this process before it has a thread, and asks it for ranks. Each is forked twice, so that it
+becomes the agent's own child (prctl(2), PR_SET_CHILD_SUBREAPER): it is waited for, killed, and dies with the
+agent as if the agent had started it. GPU runs do not do this: CUDA libraries that were loaded before a fork
+may be unusable after it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any, NoReturn
 from launcher.runs.processes import STOP_SIGNALS, die_with_parent, parent_of
 
 VARIABLE = "LAUNCHER_WARM"
-"""The module that ranks are forked with; 0 has each be a new process. The user's own value goes before the launcher's."""
+"""The module that ranks are forked with; 0 has each be a new process. The user's own value goes before the
+launcher's."""
 _PR_SET_CHILD_SUBREAPER = 36
 _SECONDS_TO_BECOME_A_CHILD = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.02
@@ -48,7 +50,10 @@ class Forked:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
             except ChildProcessError:
-                pid, status = self.pid, 1 << 8  # somebody else has waited for it: nothing is known but that it is gone
+                pid, status = (
+                    self.pid,
+                    1 << 8,
+                )  # somebody else has waited for it: nothing is known but that it is gone
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
@@ -67,7 +72,8 @@ class WarmProcess:
     """The process that imports, as the agent sees it."""
 
     def __init__(self, module: str) -> None:
-        """Start it, and have it import a module. Only for a process with a single thread, in the environment of the ranks to come."""
+        """Start it, and have it import a module. Only for a process with a single thread, in the environment
+        of the ranks to come."""
         if threading.active_count() > 1:
             raise RuntimeError("a process with several threads cannot be forked safely")
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -81,7 +87,8 @@ class WarmProcess:
         theirs.close()
 
     def rank(self, command: tuple[str, ...], environment: dict[str, str]) -> Forked | None:
-        """One rank with the command that would start it and its environment; None where this cannot be done, and a new process must do."""
+        """One rank with the command that would start it and its environment; None where this cannot be done,
+        and a new process must do."""
         if command[1:3] != ("-u", "-m"):
             return None
         try:

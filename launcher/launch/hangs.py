@@ -1,7 +1,8 @@
 """Watch an attempt's ranks in a thread: judge whether they hang, and find out why.
 
-It reads memory and /proc alone. What goes to the run's directory, and comes from the other nodes, goes through a thread of its own, as that
-directory may be the very thing that hangs. Of several nodes each watches its own ranks and publishes what it sees; the first one judges.
+It reads memory and /proc alone. What goes to the run's directory, and comes from the other nodes, goes
+through a thread of its own, as that directory may be the very thing that hangs. Of several nodes each watches
+its own ranks and publishes what it sees; the first one judges.
 """
 
 from __future__ import annotations
@@ -42,14 +43,27 @@ _ORDER = "suspected.json"
 
 
 class Hangs:
-    """One node's watch. `ranks` is the supervisor's own table of pids by rank, which it fills as they come up."""
+    """One node's watch. `ranks` is the supervisor's own table of pids by rank, which it fills as they come
+    up."""
 
     def __init__(
-        self, run: RunDirectory, attempt: int, ranks: dict[int, int], hang_after: HangAfter = None, node: int = 0, nodes: int = 1
+        self,
+        run: RunDirectory,
+        attempt: int,
+        ranks: dict[int, int],
+        hang_after: HangAfter = None,
+        node: int = 0,
+        nodes: int = 1,
     ) -> None:
         self.failure: Failure | None = None
         """Set once the run is to be ended as hung."""
-        self._run, self._directory, self._ranks, self._node, self._nodes = run, run.attempt(attempt), ranks, node, nodes
+        self._run, self._directory, self._ranks, self._node, self._nodes = (
+            run,
+            run.attempt(attempt),
+            ranks,
+            node,
+            nodes,
+        )
         self._judge, self._stillness = Judge(hang_after), Stillness()
         self._hang_after = hang_after
         self._host = os.uname().nodename
@@ -95,7 +109,9 @@ class Hangs:
             while not self._over.wait(_LOOK_SECONDS):
                 self._look(time.monotonic())
         except Exception as error:  # a fault in the watch is no reason to end a training run
-            self._lines.append(f"hangs are no longer watched for ({type(error).__name__}: {error}); the run goes on")
+            self._lines.append(
+                f"hangs are no longer watched for ({type(error).__name__}: {error}); the run goes on"
+            )
 
     def _look(self, now: float) -> None:
         self._take_in(now)
@@ -188,7 +204,8 @@ class Hangs:
         if len(self._heard) < self._nodes - 1:
             return [], []  # not all are there yet
         if self._files.stuck_seconds > _UNHEARD_SECONDS:
-            # The run's directory does not answer: of the others nothing is known, and a pause of storage is no hang.
+            # The run's directory does not answer: of the others nothing is known, and a pause of storage is
+            # no hang.
             return [dataclasses.replace(seen, phase="storage") for seen in self._own], []
         ranks, unheard = list(self._own), set()
         for _, theirs, heard_at in list(self._heard.values()):
@@ -196,7 +213,9 @@ class Hangs:
             silent = age > _UNHEARD_SECONDS
             for seen in theirs:
                 stopped = seen.state_seconds + age if seen.state_seconds else 0.0
-                ranks.append(dataclasses.replace(seen, still_seconds=seen.still_seconds + age, state_seconds=stopped))
+                ranks.append(
+                    dataclasses.replace(seen, still_seconds=seen.still_seconds + age, state_seconds=stopped)
+                )
                 unheard |= {seen.host} if silent else set()
         return ranks, sorted(unheard)
 
@@ -214,7 +233,9 @@ class Hangs:
         if now - began > _SECONDS_FOR_STACKS:
             return True
         others = [seen for seen in ranks if seen.host != self._host]
-        return not thread.is_alive() and all(seen.waits_in is not None or seen.state == "T" for seen in others)
+        return not thread.is_alive() and all(
+            seen.waits_in is not None or seen.state == "T" for seen in others
+        )
 
     def _say(self, ranks: list[Seen], unheard: list[str]) -> None:
         self._asked = None
@@ -222,9 +243,23 @@ class Hangs:
         path = self._directory / f"stacks-{self._number}.txt"
         self._lines.append(f"{line}. Stacks: {path}" if self._number <= _MOST_SUSPICIONS else line)
         short = [
-            {"rank": s.rank, "host": s.host, "place": s.place, "state": s.state, "wchan": s.wchan, "in": s.waits_in} for s in ranks[:64]
+            {
+                "rank": s.rank,
+                "host": s.host,
+                "place": s.place,
+                "state": s.state,
+                "wchan": s.wchan,
+                "in": s.waits_in,
+            }
+            for s in ranks[:64]
         ]
-        about: dict[str, Any] = {"line": line, "rank": guilty.rank, "host": guilty.host, "place": guilty.place, "step": guilty.step}
+        about: dict[str, Any] = {
+            "line": line,
+            "rank": guilty.rank,
+            "host": guilty.host,
+            "place": guilty.place,
+            "step": guilty.step,
+        }
         about |= {"seconds": round(self._judge.seconds, 1), "stacks": str(path), "ranks": short}
         self._files.do(lambda: event(self._run.events_file, "suspected", **about))
 
@@ -238,11 +273,25 @@ class Hangs:
         if seen.save_step in self._saves_named:
             return
         self._saves_named.add(seen.save_step)
-        kernel = f", blocked in the kernel{f' ({seen.wchan})' if seen.wchan else ''}" if seen.state == "D" else ""
+        kernel = (
+            f", blocked in the kernel{f' ({seen.wchan})' if seen.wchan else ''}" if seen.state == "D" else ""
+        )
         what = f"rank {seen.rank} on {seen.host} is {seen.save} {seen.save_detail}".rstrip()
-        line = f"the save of step {seen.save_step} has not moved for {duration(seen.save_still_seconds)}: {what}{kernel}; training goes on"
+        line = (
+            f"the save of step {seen.save_step} has not moved for {duration(seen.save_still_seconds)}: "
+            f"{what}{kernel}; training goes on"
+        )
         self._lines.append(f"warning: {line}")
-        self._files.do(lambda: event(self._run.events_file, "save_stalled", step=seen.save_step, line=line, rank=seen.rank, host=seen.host))
+        self._files.do(
+            lambda: event(
+                self._run.events_file,
+                "save_stalled",
+                step=seen.save_step,
+                line=line,
+                rank=seen.rank,
+                host=seen.host,
+            )
+        )
 
     # Stacks, on every node.
 
@@ -253,7 +302,11 @@ class Hangs:
             self._asked = (number, self._collect(number))
 
     def _collect(self, number: int) -> threading.Thread:
-        wanted = {rank: (pid, self._pages[rank][1]) for rank, pid in list(self._ranks.items()) if rank in self._pages}
+        wanted = {
+            rank: (pid, self._pages[rank][1])
+            for rank, pid in list(self._ranks.items())
+            if rank in self._pages
+        }
         moved = dict(self._last)
 
         def work() -> None:

@@ -31,19 +31,27 @@ from launcher.runs.status import last_step
 from launcher.runs.tail import last_record
 
 FORCED_EXIT = 130
-"""Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved."""
+"""Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved.
+"""
 _LONG_SECONDS = 60.0
 """For a slow disk or terminal, at the end of an attempt."""
 _SHORT_SECONDS = 5.0
 """The same where somebody waits for the end."""
 
 
-def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: int | None = None, entry: str | None = None) -> int:
+def run(
+    run: RunDirectory,
+    plan: Plan,
+    watch: Watcher | None = None,
+    stop_at: int | None = None,
+    entry: str | None = None,
+) -> int:
     """Run one attempt of a run to its end, and return the exit code.
 
-    0: finished, or it was already. 75: stopped on request, saved. 130: stopped by force. Else the failure's own.
-    `entry` is the module that each rank runs, if not the trainer or the plan's script.
-    Raises RunInUseError where another process works in the run, ConfigurationError where the system allows it too little.
+    0: finished, or it was already. 75: stopped on request, saved. 130: stopped by force. Else the failure's
+    own. `entry` is the module that each rank runs, if not the trainer or the plan's script. Raises
+    RunInUseError where another process works in the run, ConfigurationError where the system allows it too
+    little.
     """
     screen, signals = Screen(watch or Watcher()), Signals()
     set_umask(plan.share_with_group)
@@ -72,15 +80,26 @@ def run(run: RunDirectory, plan: Plan, watch: Watcher | None = None, stop_at: in
 
 
 def shown(path: Path) -> str:
-    """A path as people would type it: relative where it lies below the working directory, quoted where it must be."""
+    """A path as people would type it: relative where it lies below the working directory, quoted where it
+    must be."""
     try:
         absolute, here = path.absolute(), Path.cwd()
     except FileNotFoundError:  # the working directory is gone
         return shlex.quote(str(path))
-    return shlex.quote(str(absolute.relative_to(here) if absolute.is_relative_to(here) and absolute != here else absolute))
+    return shlex.quote(
+        str(absolute.relative_to(here) if absolute.is_relative_to(here) and absolute != here else absolute)
+    )
 
 
-def conclude(run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen, out_of_memory_killer: bool, signals: Signals) -> int:
+def conclude(
+    run: RunDirectory,
+    plan: Plan,
+    number: int,
+    end: End,
+    screen: Screen,
+    out_of_memory_killer: bool,
+    signals: Signals,
+) -> int:
     """As `outcome`, whatever the run's disk does: within a bounded time, and without an error of its own."""
     if end.forced == "gone" or (end.lost and not end.events & {"finished", "stopped"}):
         return _gone(run, number, end, screen)
@@ -93,8 +112,16 @@ def conclude(run: RunDirectory, plan: Plan, number: int, end: End, screen: Scree
             found.append(error)
 
     # Reading has as long as writing, which comes after it and has a bound of its own.
-    within(2 * (_SHORT_SECONDS if end.is_hurried else _LONG_SECONDS), ask, (lambda: False) if end.is_hurried else signals.insisted)
-    code = found[0] if found else StorageError(f"the run directory {shown(run.path)} does not answer: its storage hangs")
+    within(
+        2 * (_SHORT_SECONDS if end.is_hurried else _LONG_SECONDS),
+        ask,
+        (lambda: False) if end.is_hurried else signals.insisted,
+    )
+    code = (
+        found[0]
+        if found
+        else StorageError(f"the run directory {shown(run.path)} does not answer: its storage hangs")
+    )
     if isinstance(code, int):
         return code
     if not isinstance(code, StorageError | OSError):
@@ -102,13 +129,18 @@ def conclude(run: RunDirectory, plan: Plan, number: int, end: End, screen: Scree
     return _without_the_disk(run, plan, end, screen, code)
 
 
-def outcome(run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen | Watcher, out_of_memory_killer: bool) -> int:
-    """Say how an attempt ended, write it down, and give the exit code. Raises OSError where the disk does not even tell how it ended."""
+def outcome(
+    run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen | Watcher, out_of_memory_killer: bool
+) -> int:
+    """Say how an attempt ended, write it down, and give the exit code. Raises OSError where the disk does not
+    even tell how it ended."""
     if plan.script and not end.forced:
         _speak_for_script(run, number, end)
     if "finished" in end.events or run.finished:
         if end.code != 0:
-            screen.say(f"the run finished; a process of it then ended badly (see {shown(run.attempt(number))})")
+            screen.say(
+                f"the run finished; a process of it then ended badly (see {shown(run.attempt(number))})"
+            )
         return 0
     if "stopped" not in end.events and end.code == 0 and end.signal_name and not end.forced:
         # Stopped so early that no trainer was there to say so.
@@ -123,18 +155,29 @@ def outcome(run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen
     command, advice = going_on(run, plan, failure)
     failure = dataclasses.replace(failure, command=command, advice=advice)
     screen.say(failure.line())
-    if not within(_SHORT_SECONDS if end.is_hurried else _LONG_SECONDS, lambda: _write_failure(run, number, failure)):
-        screen.say(f"warning: nothing of this could be written down: the run directory {shown(run.path)} does not answer")
+    if not within(
+        _SHORT_SECONDS if end.is_hurried else _LONG_SECONDS, lambda: _write_failure(run, number, failure)
+    ):
+        screen.say(
+            f"warning: nothing of this could be written down: the run directory {shown(run.path)} does "
+            "not answer"
+        )
     return failure.exit_code
 
 
 def _write_failure(run: RunDirectory, number: int, failure: Failure) -> None:
-    """Into failure.json and the events, as far as the disk takes it: that it is full may be what is to be written."""
+    """Into failure.json and the events, as far as the disk takes it: that it is full may be what is to be
+    written."""
     written = dataclasses.asdict(failure)
     with contextlib.suppress(OSError):
         write_atomically(run.attempt(number) / "failure.json", json.dumps(written, indent=2) + "\n")
     with contextlib.suppress(OSError):
-        event(run.events_file, "failed", attempt=number, failure={key: value for key, value in written.items() if key != "traceback"})
+        event(
+            run.events_file,
+            "failed",
+            attempt=number,
+            failure={key: value for key, value in written.items() if key != "traceback"},
+        )
 
 
 def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
@@ -147,14 +190,23 @@ def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
         why = f": {end.lost}"
     cause = f"{where}{why}; nothing could be saved there any more, and the ranks were ended"
     failure = _of_the_agent(StorageError, cause)
-    screen.say(f"{failure.failure_class}: {cause}; go on with: launcher resume {shown(now.path)}{'' if end.place else ', once it is back'}")
+    screen.say(
+        f"{failure.failure_class}: {cause}; go on with: launcher resume "
+        f"{shown(now.path)}{'' if end.place else ', once it is back'}"
+    )
     if end.place is not None:
-        within(_SHORT_SECONDS, lambda: _write_failure(now, number, dataclasses.replace(failure, step=last_step(now))))
+        within(
+            _SHORT_SECONDS,
+            lambda: _write_failure(now, number, dataclasses.replace(failure, step=last_step(now))),
+        )
     return failure.exit_code
 
 
-def _without_the_disk(run: RunDirectory, plan: Plan, end: End, screen: Screen, trouble: OSError | StorageError) -> int:
-    """How an attempt ended as far as it is known where the disk refuses to be read or written, or does not answer."""
+def _without_the_disk(
+    run: RunDirectory, plan: Plan, end: End, screen: Screen, trouble: OSError | StorageError
+) -> int:
+    """How an attempt ended as far as it is known where the disk refuses to be read or written, or does not
+    answer."""
     if "finished" in end.events:
         return 0
     reason = trouble.strerror if isinstance(trouble, OSError) else str(trouble)
@@ -165,7 +217,10 @@ def _without_the_disk(run: RunDirectory, plan: Plan, end: End, screen: Screen, t
     failure = _forced_failure(end, plan, run.attempts) or _told_failure(end)
     if failure is None:
         failure = _of_the_agent(StorageError, str(reason))
-    screen.say(f"{failure.failure_class}: {failure.cause}; nothing of it could be written down ({reason}); {going_on}")
+    screen.say(
+        f"{failure.failure_class}: {failure.cause}; nothing of it could be written down ({reason}); "
+        f"{going_on}"
+    )
     return failure.exit_code
 
 
@@ -174,7 +229,8 @@ def _told_failure(end: End) -> Failure | None:
 
 
 def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
-    """Say that the run stopped or finished, which a script cannot: every rank ended well, with or without being asked to stop."""
+    """Say that the run stopped or finished, which a script cannot: every rank ended well, with or without
+    being asked to stop."""
     if "stopping" in end.events:
         failure = failures.first(run.attempt(number))
         if failure is None or failure.consequence:
@@ -189,7 +245,11 @@ def _stopped(run: RunDirectory) -> str:
     """What the ranks' last word about a stop comes to: saved, or why not and what that loses."""
     record = last_record(run.events_file, lambda record: record.get("event") == "stopped") or {}
     if reason := record.get("reason"):
-        kept = f"the newest checkpoint is of step {record['step']}" if record["step"] else "there is no checkpoint yet"
+        kept = (
+            f"the newest checkpoint is of step {record['step']}"
+            if record["step"]
+            else "there is no checkpoint yet"
+        )
         return f"stopped; {reason}; {kept}, {record['num_steps_lost']} steps before"
     return f"stopped after step {last_step(run)}, saved"
 
@@ -204,8 +264,12 @@ def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory
     if end.code < 0:
         return _of_the_agent(RankLostError, f"killed by signal {-end.code} ({signal_name(-end.code)})")
     if end.code == 0:
-        return _of_the_agent(LauncherError, "every rank ended well, but none said that the run was finished or stopped")
-    return _of_the_agent(LauncherError, f"{_last_line(directory / 'agent.log')} (see {shown(directory / 'agent.log')})")
+        return _of_the_agent(
+            LauncherError, "every rank ended well, but none said that the run was finished or stopped"
+        )
+    return _of_the_agent(
+        LauncherError, f"{_last_line(directory / 'agent.log')} (see {shown(directory / 'agent.log')})"
+    )
 
 
 def _forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
@@ -217,11 +281,17 @@ def _forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
     if end.forced != "grace":
         return None
     seconds = plan.grace_seconds if end.grace_seconds is None else end.grace_seconds
-    given = f"{seconds:.0f} s of grace ({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
+    given = (
+        f"{seconds:.0f} s of grace "
+        f"({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
+    )
     cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
     if end.stopped:
         held = "ranks" if len(end.stopped) > 1 else "rank"
-        cause += f"; {held} {', '.join(map(str, end.stopped))} did not run: stopped by a signal (SIGSTOP) or a debugger"
+        cause += (
+            f"; {held} {', '.join(map(str, end.stopped))} did not run: stopped by a signal (SIGSTOP) or a "
+            "debugger"
+        )
     return _of_the_agent(Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT)
 
 
@@ -236,7 +306,8 @@ def _last_line(path: Path) -> str:
 
 
 def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]:
-    """What to type next, and why. After out of memory, with the first change that makes a rank need less, where one is known."""
+    """What to type next, and why. After out of memory, with the first change that makes a rank need less,
+    where one is known."""
     command = f"launcher resume {shown(run.path)}"
     if failure.failure_class != OutOfMemoryError.failure_class or plan.script:
         return command, ""

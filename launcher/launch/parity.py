@@ -27,7 +27,11 @@ CASES: dict[str, list[str]] = {
     "ZeRO-1": ["parallel.engine=deepspeed", "parallel.shard=optimizer"],
     "ZeRO-2": ["parallel.engine=deepspeed", "parallel.shard=gradients"],
     "ZeRO-3": ["parallel.engine=deepspeed", "parallel.shard=full"],
-    "ZeRO-3 with CPU offload": ["parallel.engine=deepspeed", "parallel.shard=full", "memory.offload=optimizer"],
+    "ZeRO-3 with CPU offload": [
+        "parallel.engine=deepspeed",
+        "parallel.shard=full",
+        "memory.offload=optimizer",
+    ],
 }
 SINGLE = "one process"
 _COMMON = [
@@ -57,7 +61,9 @@ class Outcome:
 
     def off_by(self, reference: Outcome) -> tuple[float, float]:
         """The largest relative differences of loss and gradient norm."""
-        return _largest(self.losses, reference.losses), _largest(self.gradient_norms, reference.gradient_norms)
+        return _largest(self.losses, reference.losses), _largest(
+            self.gradient_norms, reference.gradient_norms
+        )
 
 
 def _largest(ours: tuple[float, ...], theirs: tuple[float, ...]) -> float:
@@ -66,10 +72,14 @@ def _largest(ours: tuple[float, ...], theirs: tuple[float, ...]) -> float:
     return max(abs(one - other) / max(abs(other), 1e-12) for one, other in zip(ours, theirs, strict=True))
 
 
-def outcomes(job: Path, num_ranks: int, num_steps: int, overrides: list[str], watcher: Watcher) -> Iterator[Outcome]:
-    """The reference first, on one rank, then each case on `num_ranks`; every one is a run of its own, in a scratch directory.
+def outcomes(
+    job: Path, num_ranks: int, num_steps: int, overrides: list[str], watcher: Watcher
+) -> Iterator[Outcome]:
+    """The reference first, on one rank, then each case on `num_ranks`; every one is a run of its own, in a
+    scratch directory.
 
-    Raises ConfigurationError where the job itself cannot be run; a case that cannot is an outcome that says why.
+    Raises ConfigurationError where the job itself cannot be run; a case that cannot is an outcome that says
+    why.
     """
     asked = [*overrides, *_COMMON, f"training.max_steps={num_steps}"]
     # Micro-batch and precision are decided once, so that every case computes the same.

@@ -15,10 +15,15 @@ from launcher.planner.search import plan_job
 MODULE = "launcher.training.data.inspect"
 
 
-def look(job: Job, role: str, num_rows: int, row: int | None, tokens: bool, watcher: Watcher) -> dict[str, Any]:
-    """What `run` would train on: counts, lengths, labels and samples of one data set. Raises ConfigurationError where there is none."""
+def look(
+    job: Job, role: str, num_rows: int, row: int | None, tokens: bool, watcher: Watcher
+) -> dict[str, Any]:
+    """What `run` would train on: counts, lengths, labels and samples of one data set. Raises
+    ConfigurationError where there is none."""
     if role == "evaluation" and job.data.evaluation is None:
-        raise ConfigurationError(Problem("--role", role, "the job names no data.evaluation; look at train, or name held-out rows"))
+        raise ConfigurationError(
+            Problem("--role", role, "the job names no data.evaluation; look at train, or name held-out rows")
+        )
     request = {"roles": [role], "show": True, "num_rows": num_rows, "row": row, "tokens": tokens}
     [found] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
     result: dict[str, Any] = found
@@ -33,10 +38,17 @@ def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:
 
 
 def _here(job: Job) -> Plan:
-    """The job's plan, for one process on this machine: its GPUs and nodes, which may be elsewhere, change nothing about its data."""
+    """The job's plan, for one process on this machine: its GPUs and nodes, which may be elsewhere, change
+    nothing about its data."""
     try:
         plan = plan_job(job)
     except ConfigurationError:
         plan = plan_job(job, local=False)
-    one = plan.mesh.model_copy(update=dict.fromkeys(("nodes", "ranks_per_node", "world_size", "replicate", "shard"), 1))
-    return plan.model_copy(update={"mesh": one.model_copy(update={"device": "cpu", "threads_per_rank": Hardware.detect().num_cores})})
+    one = plan.mesh.model_copy(
+        update=dict.fromkeys(("nodes", "ranks_per_node", "world_size", "replicate", "shard"), 1)
+    )
+    return plan.model_copy(
+        update={
+            "mesh": one.model_copy(update={"device": "cpu", "threads_per_rank": Hardware.detect().num_cores})
+        }
+    )

@@ -1,9 +1,10 @@
 """Where the agents and ranks of an attempt meet, unreachable for others.
 
-torchrun's own ways listen on every interface, and hold a pickle that the agent reads again and again: whoever reaches the port runs code.
-On one machine nothing listens here. The agent's store is memory of its own, the ranks' one is a file without a name that is opened
-through /proc, where other users are refused. On several nodes the first one listens at the address where the others look for it, to
-them alone once they have come, and the names in the store begin with the attempt's secret.
+torchrun's own ways listen on every interface, and hold a pickle that the agent reads again and again: whoever
+reaches the port runs code. On one machine nothing listens here. The agent's store is memory of its own, the
+ranks' one is a file without a name that is opened through /proc, where other users are refused. On several
+nodes the first one listens at the address where the others look for it, to them alone once they have come,
+and the names in the store begin with the attempt's secret.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class _Rendezvous:
         return self._num_nodes > 1
 
     def next_rendezvous(self) -> Any:
-        """Meet. Raises RankLostError where a stranger came too, OSError, and torch's DistNetworkError and DistStoreError."""
+        """Meet. Raises RankLostError where a stranger came too, OSError, and torch's DistNetworkError and
+        DistStoreError."""
         from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
         store, address, port = self._on_one_machine() if self._num_nodes == 1 else self._on_several()
@@ -79,7 +81,8 @@ class _Rendezvous:
         if self._node > 0:
             store = TCPStore(address, port, self._num_nodes, False, timeout)
         else:
-            # A machine may know itself by a name that leads nowhere else; started by hand, no number is given.
+            # A machine may know itself by a name that leads nowhere else; started by hand, no number is
+            # given.
             own = socket.gethostbyname(address)
             bound = "0.0.0.0" if own.startswith("127.") else own
             listening = socket.create_server((bound, port), backlog=4096).detach()
@@ -88,12 +91,15 @@ class _Rendezvous:
             callers = doors.callers((bound, port))
             if len(callers) > self._num_nodes:
                 shown = ", ".join(sorted(callers))
-                raise RankLostError(f"{len(callers)} machines came to meet for a run on {self._num_nodes} nodes: {shown}")
+                raise RankLostError(
+                    f"{len(callers)} machines came to meet for a run on {self._num_nodes} nodes: {shown}"
+                )
             doors.admit(listening, callers)
         return PrefixStore(f"{word}/agents", store), address, port
 
     def _secret(self) -> Path:
-        """The attempt's secret; where the agents are started by hand, the first one makes it. Raises TimeoutError."""
+        """The attempt's secret; where the agents are started by hand, the first one makes it. Raises
+        TimeoutError."""
         path = Path(os.environ.get(secret.SECRET_VARIABLE) or Path(os.environ[ATTEMPT_VARIABLE], secret.NAME))
         os.environ[secret.SECRET_VARIABLE] = str(path)
         if self._node == 0 and not path.exists():
@@ -102,7 +108,9 @@ class _Rendezvous:
         until = time.monotonic() + _SECONDS_TO_MEET
         while not path.exists():
             if time.monotonic() > until:
-                raise TimeoutError(f"{path} did not come: is the first node started, and is this directory the same there?")
+                raise TimeoutError(
+                    f"{path} did not come: is the first node started, and is this directory the same there?"
+                )
             time.sleep(0.1)
         return path
 

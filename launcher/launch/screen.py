@@ -22,7 +22,8 @@ class Watcher:
         """The attempt's processes are about to start."""
 
     def read(self) -> None:
-        """Read what is new in the run's files, for the next `tick`. Called as often, by a thread that may hang with the disk."""
+        """Read what is new in the run's files, for the next `tick`. Called as often, by a thread that may
+        hang with the disk."""
 
     def tick(self) -> None:
         """Show it. Called some ten times a second, by the thread that shows everything."""
@@ -48,7 +49,8 @@ class Screen:
         self._thread = Aside("screen")
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
-        """As the watcher's. Comes back once it has begun, so that it misses nothing, or soon after where it cannot."""
+        """As the watcher's. Comes back once it has begun, so that it misses nothing, or soon after where it
+        cannot."""
         self._do(lambda watcher: watcher.begin(run, attempt))
         self._thread.wait(_BEGIN_SECONDS)
 
@@ -71,7 +73,8 @@ class Screen:
         self._do(lambda watcher: watcher.end())
 
     def close(self, code: int, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
-        """See the last line out, for so many seconds or until it is `enough`. The process is about to end with this exit code."""
+        """See the last line out, for so many seconds or until it is `enough`. The process is about to end
+        with this exit code."""
         if self._thread.wait(seconds, enough):
             self._thread.close()
             mute()
@@ -85,7 +88,9 @@ class Screen:
     def _try(self, what: Callable[[Watcher], None]) -> None:
         try:
             what(self._watcher)
-        except OSError:  # the terminal is gone, or who read the pipe; also a full disk under the file that this goes to
+        except (
+            OSError
+        ):  # the terminal is gone, or who read the pipe; also a full disk under the file that this goes to
             self._watcher = _Silent()
         except BaseException as error:
             self._watcher = Watcher()
@@ -94,7 +99,8 @@ class Screen:
 
 
 def mute() -> None:
-    """Have what is left for a standard stream that nobody reads any more go nowhere, so that the exit code stays what it is."""
+    """Have what is left for a standard stream that nobody reads any more go nowhere, so that the exit code
+    stays what it is."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -26,7 +26,9 @@ def script_command(script: Path, arguments: Sequence[str]) -> tuple[str, ...]:
     except FileNotFoundError:
         there = [path.name for path in script.parent.glob("*.py")] if script.parent.is_dir() else []
         near = difflib.get_close_matches(script.name, there, n=1)
-        raise _refused(script, "no such file" + (f"; the nearest there is {near[0]}" if near else "")) from None
+        raise _refused(
+            script, "no such file" + (f"; the nearest there is {near[0]}" if near else "")
+        ) from None
     except IsADirectoryError:
         raise _refused(script, "a directory; name the script in it") from None
     except OSError as error:
@@ -35,7 +37,9 @@ def script_command(script: Path, arguments: Sequence[str]) -> tuple[str, ...]:
         with warnings.catch_warnings(action="ignore"):
             compile(source, str(script), "exec")
     except SyntaxError as error:
-        raise _refused(script, f"not Python: {error.msg}" + (f" (line {error.lineno})" if error.lineno else "")) from None
+        raise _refused(
+            script, f"not Python: {error.msg}" + (f" (line {error.lineno})" if error.lineno else "")
+        ) from None
     except (ValueError, RecursionError) as error:
         raise _refused(script, f"not Python: {error}") from None
     return str(script.absolute()), *arguments
@@ -68,16 +72,19 @@ def configuration(run: RunDirectory) -> Path:
 
 
 def accelerate_variables(config: Path, precision: str) -> dict[str, str]:
-    """What `accelerate launch --config_file` would put into the environment of a script, by its own functions.
+    """What `accelerate launch --config_file` would put into the environment of a script, by its own
+    functions.
 
-    For the agent, which has imported torch anyway. `precision` is said here because the file must not say it with DeepSpeed.
+    For the agent, which has imported torch anyway. `precision` is said here because the file must not say it
+    with DeepSpeed.
     """
     from accelerate.commands import launch
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     arguments = launch.launch_command_parser().parse_args(["--config_file", str(config), "script"])
     arguments, defaults, _ = launch._validate_launch_command(arguments)
-    # Ranks and addresses are torchrun's; with one machine and any port that is free nothing of it is looked at here.
+    # Ranks and addresses are torchrun's; with one machine and any port that is free nothing of it is looked
+    # at here.
     arguments.num_machines, arguments.main_process_port = 1, 0
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
@@ -91,7 +98,8 @@ def accelerate_variables(config: Path, precision: str) -> dict[str, str]:
 
 
 def apply_configuration(run: RunDirectory, attempt: Path) -> None:
-    """In the agent: put what the configuration says into the environment of the ranks, and write it down in the attempt's directory."""
+    """In the agent: put what the configuration says into the environment of the ranks, and write it down in
+    the attempt's directory."""
     variables = accelerate_variables(configuration(run), Plan.read(run.plan_file).precision)
     write_atomically(attempt / "accelerate.json", json.dumps(variables, indent=2) + "\n")
     os.environ.update(variables)

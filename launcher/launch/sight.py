@@ -13,7 +13,8 @@ _MOST_CHILDREN = 256
 
 @dataclass(frozen=True)
 class Sight:
-    """One process as it was seen at one moment. `read_bytes` and `cpu_seconds` only ever grow; 0 where it was not looked at closely."""
+    """One process as it was seen at one moment. `read_bytes` and `cpu_seconds` only ever grow; 0 where it was
+    not looked at closely."""
 
     state: str
     """R, S, D, T, t, Z; empty where it is gone."""
@@ -48,7 +49,8 @@ def look(pid: int, closely: bool = True) -> Sight:
 
 
 def exit_code(pid: int) -> int | None:
-    """Return how a process ended that its parent has not waited for, a signal as a negative number; None where it has not ended.
+    """Return how a process ended that its parent has not waited for, a signal as a negative number; None
+    where it has not ended.
 
     proc(5): field 52 of /proc/PID/stat is its status as waitpid(2) has it, for processes of the same user.
     """
@@ -68,7 +70,10 @@ def _stat(pid: int) -> list[str]:
 
 
 def _tracer(pid: int) -> bool:
-    line = next((line for line in _read(f"/proc/{pid}/status").splitlines() if line.startswith("TracerPid:")), "TracerPid: 0")
+    line = next(
+        (line for line in _read(f"/proc/{pid}/status").splitlines() if line.startswith("TracerPid:")),
+        "TracerPid: 0",
+    )
     return line.split()[1] != "0"
 
 
@@ -98,7 +103,8 @@ def _threads(pid: int) -> list[str]:
 
 
 def lock_holder(path: Path) -> int:
-    """The process that holds an flock(2) on a file, as /proc/locks tells; 0 where nobody does or it is of another machine."""
+    """The process that holds an flock(2) on a file, as /proc/locks tells; 0 where nobody does or it is of
+    another machine."""
     try:
         inode = path.stat().st_ino
     except OSError:

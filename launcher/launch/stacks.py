@@ -1,8 +1,8 @@
 """Ask stalled ranks for their stacks, and read what they end in.
 
-A rank has faulthandler write its stacks into its own memory on STACKS_SIGNAL (launcher/training/rank.py), behind the page in which it
-says where it is: no disk is between. A process that is stopped, or blocked in the kernel, writes none: then the kernel's own word stands
-there.
+A rank has faulthandler write its stacks into its own memory on STACKS_SIGNAL (launcher/training/rank.py),
+behind the page in which it says where it is: no disk is between. A process that is stopped, or blocked in the
+kernel, writes none: then the kernel's own word stands there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _SECONDS_TO_WRITE = 1.0
 _SECONDS_FOR_PY_SPY = 10.0
 _MOST_BYTES = 1 << 18
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+|\?\?\?) in (?P<function>.+)$')
-_COLLECTIVE_FILES = re.compile(r"torch/distributed/(distributed_c10d|_functional_collectives)\.py$|deepspeed/comm/|_fsdp_collectives\.py$")
+_COLLECTIVE_FILES = re.compile(
+    r"torch/distributed/(distributed_c10d|_functional_collectives)\.py$|deepspeed/comm/|_fsdp_collectives\.py$"
+)
 _COLLECTIVE = re.compile(
     r"^_?(all_gather|all_reduce|reduce_scatter|broadcast|barrier|all_to_all|gather|scatter|reduce|recv|send|monitored)"
 )
@@ -42,7 +44,8 @@ class Stack:
     text: str
     """For people: all threads, or why there are none."""
     waits_in: str | None = None
-    """The collective in which its main thread waits; empty where it is elsewhere, None where nothing is known."""
+    """The collective in which its main thread waits; empty where it is elsewhere, None where nothing is
+    known."""
     frame: str = ""
     """`function (file.py:line)` of the innermost frame that is not Python's or PyTorch's own."""
 
@@ -87,7 +90,9 @@ def _size(path: str) -> int:
 def _stack(rank: int, pid: int, path: str, before: int) -> Stack:
     sight = look(pid)
     said = _written(path, max(before, PAGE_BYTES))
-    head = f"rank {rank}, process {pid}, state {sight.state or 'gone'}" + (f", in {sight.wchan}" if sight.wchan else "")
+    head = f"rank {rank}, process {pid}, state {sight.state or 'gone'}" + (
+        f", in {sight.wchan}" if sight.wchan else ""
+    )
     if sight.state == "T":
         head += ": stopped (SIGSTOP or the like), so that it writes no stack"
     elif not said:
@@ -113,7 +118,8 @@ def _kernel_stack(pid: int) -> str:
 
 
 def _flight_recorder(rank: int, pid: int) -> str:
-    """Have NCCL's flight recorder write down the collectives of a rank, where the job's environment has one that listens to a pipe."""
+    """Have NCCL's flight recorder write down the collectives of a rank, where the job's environment has one
+    that listens to a pipe."""
     variables = {}
     with contextlib.suppress(OSError):
         content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
@@ -129,23 +135,35 @@ def _flight_recorder(rank: int, pid: int) -> str:
     with contextlib.suppress(OSError):
         os.write(descriptor, b"1")
     os.close(descriptor)
-    return f"NCCL's flight recorder writes {variables.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE', '/tmp/nccl_trace_rank_')}{rank}"
+    return (
+        "NCCL's flight recorder writes "
+        f"{variables.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE', '/tmp/nccl_trace_rank_')}{rank}"
+    )
 
 
 def _py_spy(pid: int) -> str:
-    """What py-spy sees, native frames included, without stopping the process: a debugger's stop would look like life."""
+    """What py-spy sees, native frames included, without stopping the process: a debugger's stop would look
+    like life."""
     program = shutil.which("py-spy")
     if program is None:
         return ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = [program, "dump", "--nonblocking", "--pid", str(pid)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_FOR_PY_SPY, stdin=subprocess.DEVNULL, check=False)
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_FOR_PY_SPY,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
         return f"py-spy:\n{ended.stdout or ended.stderr}"
     return ""
 
 
 def innermost(text: str) -> tuple[str, str]:
-    """The collective that the main thread waits in, empty where it is in none, and its innermost telling frame, by faulthandler's text."""
+    """The collective that the main thread waits in, empty where it is in none, and its innermost telling
+    frame, by faulthandler's text."""
     frames = _main_thread(text)
     waits_in = ""
     for file, _, function in frames[:_INNERMOST]:
@@ -153,7 +171,9 @@ def innermost(text: str) -> tuple[str, str]:
             match = _COLLECTIVE.match(function)
             waits_in = match[1] if match and waits_in in ("", "a collective") else waits_in or "a collective"
     # The whole name tells more than its stem: all_gather_into_tensor is an all_gather to people.
-    telling = next((frame for frame in frames if not _NOT_TELLING.search(frame[0])), frames[0] if frames else None)
+    telling = next(
+        (frame for frame in frames if not _NOT_TELLING.search(frame[0])), frames[0] if frames else None
+    )
     return waits_in, f"{telling[2]} ({Path(telling[0]).name}:{telling[1]})" if telling else ""
 
 

@@ -31,7 +31,9 @@ class Signals:
             return
         # One that whoever started us has us ignore, as nohup does, stays ignored.
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS if number not in ignored}
+        before = {
+            number: signal.signal(number, self._handle) for number in STOP_SIGNALS if number not in ignored
+        }
         try:
             yield self
         finally:
@@ -43,6 +45,7 @@ class Signals:
         return self.received[0] if self.received else None
 
     def insisted(self) -> bool:
-        """Whether Ctrl-C was pressed after the stop had begun. A wrapper that passes the same key press on does not count."""
+        """Whether Ctrl-C was pressed after the stop had begun. A wrapper that passes the same key press on
+        does not count."""
         interrupts = [at for number, at in self.received if number == signal.SIGINT]
         return any(at - self.received[0][1] > _SAME_KEY_PRESS_SECONDS for at in interrupts)

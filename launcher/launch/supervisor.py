@@ -1,10 +1,12 @@
 """Watch one attempt: from the agent's start until every rank is gone.
 
-A signal to the launcher becomes SIGUSR1 to each rank, as soon as the rank has said that it can take it (rank-R.json). They then have
-the job's grace to agree, save and leave. After it, or at a second Ctrl-C, everything is killed. A dead rank is the agent's to
-notice; the supervisor holds the bounds that the agent does not have.
+A signal to the launcher becomes SIGUSR1 to each rank, as soon as the rank has said that it can take it
+(rank-R.json). They then have the job's grace to agree, save and leave. After it, or at a second Ctrl-C,
+everything is killed. A dead rank is the agent's to notice; the supervisor holds the bounds that the agent
+does not have.
 
-The loop waits for nothing but its own pace: what touches the run's disk is done by `Disk`, what touches a terminal by `Screen`.
+The loop waits for nothing but its own pace: what touches the run's disk is done by `Disk`, what touches a
+terminal by `Screen`.
 """
 
 from __future__ import annotations
@@ -129,7 +131,14 @@ class Supervisor:
         variables = {**variables, NOTICES_VARIABLE: self.notices.address}
         try:
             with open(self.directory / self.agent_log, "ab") as log:
-                return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                return subprocess.Popen(
+                    command,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -148,9 +157,16 @@ class Supervisor:
             self.screen.tick()
         stopped: tuple[int, ...] = ()
         if forced:
-            stopped = tuple(rank for rank, pid in sorted(self._ranks.items()) if look(pid, closely=False).state in ("T", "t"))
+            stopped = tuple(
+                rank
+                for rank, pid in sorted(self._ranks.items())
+                if look(pid, closely=False).state in ("T", "t")
+            )
             self._dump_stacks(forced)
-            if look(agent.pid, closely=False).state in ("T", "t"):  # one that runs tells itself how ranks ended, and which it ended
+            if look(agent.pid, closely=False).state in (
+                "T",
+                "t",
+            ):  # one that runs tells itself how ranks ended, and which it ended
                 self._note_unreaped()
             self._kill(agent)
         looked = self._last_look(forced)
@@ -177,7 +193,11 @@ class Supervisor:
             self._note(record)
         for rank, who in list(self.disk.ranks.items()):
             # Another machine's processes have numbers of their own.
-            if rank not in self._ranks and who["host"] == os.uname().nodename and parent_of(who["pid"]) == agent.pid:
+            if (
+                rank not in self._ranks
+                and who["host"] == os.uname().nodename
+                and parent_of(who["pid"]) == agent.pid
+            ):
                 self._ranks[rank] = who["pid"]
         for record in self.notices.records():
             self._heed(record)
@@ -242,7 +262,9 @@ class Supervisor:
         now = time.monotonic()
         if self.signals.insisted():
             return "second interrupt"
-        over = min((self._events[name] for name in ("finished", "stopped") if name in self._events), default=None)
+        over = min(
+            (self._events[name] for name in ("finished", "stopped") if name in self._events), default=None
+        )
         if over is not None:
             return "exit" if now - over > EXIT_SECONDS else ""
         if self._failed_at is not None and now - self._failed_at > FAILURE_SECONDS:
@@ -268,7 +290,14 @@ class Supervisor:
         told, host = {end.get("rank") for end in self._exits}, os.uname().nodename
         for rank, pid in self._ranks.items():
             if rank not in told and (code := exit_code(pid)) is not None:
-                end = {"rank": rank, "pid": pid, "code": code, "time": time.time(), "by_agent": False, "host": host}
+                end = {
+                    "rank": rank,
+                    "pid": pid,
+                    "code": code,
+                    "time": time.time(),
+                    "by_agent": False,
+                    "host": host,
+                }
                 self._exits.append(end)
 
     def _kill(self, agent: subprocess.Popen[bytes]) -> None:
@@ -280,7 +309,9 @@ class Supervisor:
         if agent.poll() is None:
             kill_group(agent.pid)
         deadline = time.monotonic() + 5
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel, as with a dead disk, does not even die
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # one that hangs in the kernel, as with a dead disk, does not even die
             agent.wait(5)
         while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -1,10 +1,11 @@
 """Judge whether a run hangs, from what its ranks and the kernel say of them.
 
-Pure: the time and what was seen are handed in, so that hours pass in a test within a second. `Stillness` belongs to a node, and counts by
-that node's clock how long each of its ranks has shown no life. `Judge` belongs to the run, and knows how long that may be.
+Pure: the time and what was seen are handed in, so that hours pass in a test within a second. `Stillness`
+belongs to a node, and counts by that node's clock how long each of its ranks has shown no life. `Judge`
+belongs to the run, and knows how long that may be.
 
-A run hangs when none of its ranks shows any life: as long as one goes on, the others may be waiting for it. Alone a process that is stopped
-needs no second opinion.
+A run hangs when none of its ranks shows any life: as long as one goes on, the others may be waiting for it.
+Alone a process that is stopped needs no second opinion.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ PHASES = {
     **dict.fromkeys(("waiting for the preparation",), "wait"),
     **dict.fromkeys(("leaving",), "none"),
 }
-"""What a rank at a place is judged by; `start` where nothing stands here. A rank that leaves has bounds of its own."""
+"""What a rank at a place is judged by; `start` where nothing stands here. A rank that leaves has bounds of
+its own."""
 GAP_SECONDS = 5.0
-"""Between two looks of a watcher: after more, it was itself suspended or stopped, and all clocks begin anew."""
+"""Between two looks of a watcher: after more, it was itself suspended or stopped, and all clocks begin anew.
+"""
 STOPPED_SECONDS, STOPPED_END_SECONDS = 10.0, 60.0
 BLOCKED_SECONDS = 30.0
 """In state D with nothing read: the storage does not answer."""
@@ -45,7 +48,8 @@ _REMEMBERED = 20
 _READ_BYTES = 1 << 20
 _CPU_SHARE, _CPU_WINDOW_SECONDS = 0.1, 2.0
 _BUSY_SECONDS = 1800.0
-"""So long computing alone is a sign of life: the process group gives up after as long, and a GPU's rank computes while it waits."""
+"""So long computing alone is a sign of life: the process group gives up after as long, and a GPU's rank
+computes while it waits."""
 _BEFORE_THE_RANKS_MEET = {"starting", "preparing", "waiting for the preparation", "building operators"}
 """Where nobody waits for another rank in a collective: computing is work for however long."""
 
@@ -99,7 +103,9 @@ class Stillness:
         if save != known.save:
             known.save, known.save_since = save, now
             if place.save:
-                known.since = now  # after a rank ran out of memory, threads save while all others stand in a pass
+                known.since = (
+                    now  # after a rank ran out of memory, threads save while all others stand in a pass
+                )
         return Seen(
             **vars(place),
             phase=phase,
@@ -113,7 +119,9 @@ class Stillness:
         )
 
     def _phase(self, known: _Known, place: Place) -> str:
-        phase = PHASES.get(place.place, "start") if place.count else "none"  # who says nothing is not judged by what it says
+        phase = (
+            PHASES.get(place.place, "start") if place.count else "none"
+        )  # who says nothing is not judged by what it says
         if phase == "evaluation" and place.done == 0:
             return "start"  # the first batch builds and compiles
         if phase != "step" or place.place == "waiting for the save":
@@ -124,13 +132,16 @@ class Stillness:
 
     @staticmethod
     def _lives(now: float, known: _Known, phase: str, place: Place, sight: Sight) -> bool:
-        """Whether it reads or computes. In steps only reading of the loader counts: a rank that waits for others may compute for ever."""
+        """Whether it reads or computes. In steps only reading of the loader counts: a rank that waits for
+        others may compute for ever."""
         if not sight.cpu_seconds:  # not looked at closely
             return False
         if not known.cpu_seconds:
             known.read_bytes, known.cpu_seconds, known.cpu_at = sight.read_bytes, sight.cpu_seconds, now
             return False
-        if (phase in ("start", "wait") or place.place == "data") and sight.read_bytes - known.read_bytes > _READ_BYTES:
+        if (
+            phase in ("start", "wait") or place.place == "data"
+        ) and sight.read_bytes - known.read_bytes > _READ_BYTES:
             known.read_bytes = sight.read_bytes
             return True
         if now - known.cpu_at < _CPU_WINDOW_SECONDS:
@@ -164,7 +175,9 @@ class Judge:
             return ""
         self._remember(now, min(ranks, key=lambda seen: seen.rank))
         suspect, end = self._limits(ranks)
-        stopped = max((seen.state_seconds for seen in ranks if seen.state == "T" and not seen.traced), default=0.0)
+        stopped = max(
+            (seen.state_seconds for seen in ranks if seen.state == "T" and not seen.traced), default=0.0
+        )
         self.seconds = max(stopped, _least_still(ranks))
         over = _least_still(ranks) >= end or stopped >= self._stopped_limits()[1]
         if over or _least_still(ranks) >= suspect or stopped >= self._stopped_limits()[0]:
@@ -192,21 +205,26 @@ class Judge:
         return (STOPPED_SECONDS, STOPPED_END_SECONDS) if not isinstance(after, float) else (after, 2 * after)
 
     def _limits(self, ranks: list[Seen]) -> tuple[float, float]:
-        """After how long without life a hang is suspected, and after how long the run is ended: the longest of all ranks' own."""
+        """After how long without life a hang is suspected, and after how long the run is ended: the longest
+        of all ranks' own."""
         if isinstance(self.hang_after, float):
             return self.hang_after, 2 * self.hang_after
-        limits = [self._of(seen) for seen in ranks if seen.phase not in ("wait", "none")] or [(START_SECONDS, LONGEST_SECONDS)]
+        limits = [self._of(seen) for seen in ranks if seen.phase not in ("wait", "none")] or [
+            (START_SECONDS, LONGEST_SECONDS)
+        ]
         suspect, end = max(limit[0] for limit in limits), max(limit[1] for limit in limits)
-        # Storage that does not answer is named soon; it may come back, and until then nothing is gained by ending the run.
+        # Storage that does not answer is named soon; it may come back, and until then nothing is gained by
+        # ending the run.
         blocked = [seen for seen in ranks if seen.state == "D" and seen.state_seconds >= BLOCKED_SECONDS]
         return (min(suspect, BLOCKED_SECONDS), LONGEST_SECONDS) if blocked else (suspect, end)
 
     def _of(self, seen: Seen) -> tuple[float, float]:
         if seen.phase == "storage":
             return STEP_SECONDS, LONGEST_SECONDS
-        usual = {"step": self.step_seconds, "evaluation": statistics.median(self._batches) if self._batches and seen.done else 0.0}.get(
-            seen.phase, 0.0
-        )
+        usual = {
+            "step": self.step_seconds,
+            "evaluation": statistics.median(self._batches) if self._batches and seen.done else 0.0,
+        }.get(seen.phase, 0.0)
         if usual == 0.0:
             return START_SECONDS, LONGEST_SECONDS
         limit = max(STEP_SECONDS, STEP_FACTOR * usual)
@@ -219,7 +237,9 @@ def _least_still(ranks: list[Seen]) -> float:
         return 0.0
     if all(seen.phase == "none" for seen in ranks):
         return 0.0
-    working = [seen for seen in ranks if seen.phase not in ("wait", "none")] or [seen for seen in ranks if seen.phase == "wait"]
+    working = [seen for seen in ranks if seen.phase not in ("wait", "none")] or [
+        seen for seen in ranks if seen.phase == "wait"
+    ]
     return min((seen.still_seconds for seen in working), default=math.inf)
 
 
@@ -229,7 +249,16 @@ def stalled_saves(ranks: Iterable[Seen], hang_after: HangAfter = None) -> list[S
         return []
     found = []
     for seen in ranks:
-        limit = hang_after if isinstance(hang_after, float) else max(SAVE_SECONDS, SAVE_FACTOR * seen.save_seconds)
-        if seen.save and not seen.save.startswith("waiting") and seen.save_still_seconds >= limit and not seen.traced:
+        limit = (
+            hang_after
+            if isinstance(hang_after, float)
+            else max(SAVE_SECONDS, SAVE_FACTOR * seen.save_seconds)
+        )
+        if (
+            seen.save
+            and not seen.save.startswith("waiting")
+            and seen.save_still_seconds >= limit
+            and not seen.traced
+        ):
             found.append(seen)
     return found

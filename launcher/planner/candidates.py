@@ -10,7 +10,10 @@ from launcher.planner.plan import Plan
 from launcher.planner.resolve.sharding import STAGES, zeropp
 
 ENGINE_NAMES: dict[EngineName, str] = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
-_OFFLOADS: dict[EngineName, tuple[Offload, ...]] = {"fsdp": ("parameters",), "deepspeed": ("optimizer", "parameters")}
+_OFFLOADS: dict[EngineName, tuple[Offload, ...]] = {
+    "fsdp": ("parameters",),
+    "deepspeed": ("optimizer", "parameters"),
+}
 """What each engine can offload, what moves least first."""
 
 
@@ -29,7 +32,10 @@ class EngineOption:
     def pinned(self, job: Job) -> Job:
         """Return the job as if it asked for that."""
         memory = {"offload": self.offload} | ({"offload_to": "cpu"} if self.offload == "none" else {})
-        sections = {"parallel": job.parallel.model_copy(update={"engine": self.engine}), "memory": job.memory.model_copy(update=memory)}
+        sections = {
+            "parallel": job.parallel.model_copy(update={"engine": self.engine}),
+            "memory": job.memory.model_copy(update=memory),
+        }
         return job.model_copy(update=sections)
 
 
@@ -78,7 +84,9 @@ def _fsdp_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
             words = []
             if replicate != mesh.replicate:
                 changed["parallel.replicate"] = replicate
-                words.append(f"a copy on each of the {replicate} nodes, so that only gradients cross the network")
+                words.append(
+                    f"a copy on each of the {replicate} nodes, so that only gradients cross the network"
+                )
             if sharding != plan.sharding:
                 changed["parallel.shard"] = sharding
                 words.append("parameters stay whole from the first pass to the end of the step")
@@ -91,7 +99,9 @@ def _zero_stages(job: Job, plan: Plan) -> Iterator[Cut]:
     zero_open = job.parallel.shard == "auto" and plan.offload_to == "cpu" and not zeropp(job)
     if plan.zero is None or plan.offload == "parameters" or not zero_open:
         return
-    words: dict[Sharding, str] = {"gradients": "ZeRO-2: each rank has the parameters whole, and gathers nothing for a pass"}
+    words: dict[Sharding, str] = {
+        "gradients": "ZeRO-2: each rank has the parameters whole, and gathers nothing for a pass"
+    }
     if plan.offload == "none":  # the gradients that ZeRO-1 keeps whole stay on the device
         words["optimizer"] = "ZeRO-1: each rank has parameters and gradients whole, and sends once a step"
     for sharding, clause in words.items():

@@ -65,7 +65,11 @@ class Change:
 def changes(before: Plan, after: Plan) -> list[Change]:
     """Every difference between two plans, by key."""
     old, new = _flat(before), _flat(after)
-    return [Change(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [
+        Change(key, old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def check(before: Plan, after: Plan) -> list[Change]:
@@ -79,13 +83,18 @@ def check(before: Plan, after: Plan) -> list[Change]:
 
 def _problem(change: Change) -> Problem:
     before = "absent" if change.before is None else repr(change.before)
-    reason = f"was {before} when the run began, and decides what is learned; put it back, or begin another run with --run-dir"
+    reason = (
+        f"was {before} when the run began, and decides what is learned; put it back, or begin another run "
+        "with --run-dir"
+    )
     return Problem(change.key, "absent" if change.after is None else change.after, reason)
 
 
 def _flat(plan: Plan) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    _flatten("", plan.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=_SAID_ELSEWHERE), flat)
+    _flatten(
+        "", plan.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=_SAID_ELSEWHERE), flat
+    )
     return flat
 
 

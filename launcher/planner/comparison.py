@@ -17,7 +17,13 @@ from launcher.planner.model.model_config import locate
 from launcher.planner.plan import Decision, Plan, Refused, Why
 from launcher.planner.resolve.batch import divisors, multiples_around, nearest
 from launcher.planner.search import plan_job
-from launcher.planner.smallest_cluster import Attempt, Offloading, SmallestCluster, offload_modes, refused_numbers
+from launcher.planner.smallest_cluster import (
+    Attempt,
+    Offloading,
+    SmallestCluster,
+    offload_modes,
+    refused_numbers,
+)
 from launcher.planner.suggestions import least, nearest_that_fit
 from launcher.planner.target import GPUS_PER_NODE, Target, node_of
 from launcher.runs.wording import duration
@@ -50,7 +56,11 @@ class PlanRow:
     @property
     def cost(self) -> float | None:
         """Return what all GPUs cost to the end of training."""
-        return None if self.hours is None or self.price is None else self.hours * self.plan.mesh.world_size * self.price
+        return (
+            None
+            if self.hours is None or self.price is None
+            else self.hours * self.plan.mesh.world_size * self.price
+        )
 
     @property
     def gpus(self) -> str:
@@ -59,7 +69,16 @@ class PlanRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for machines; sizes in bytes, times in seconds or hours as they are named."""
-        shown = {"engine", "sharding", "offload", "activation_checkpointing", "batch", "mesh", "decisions", "refused"}
+        shown = {
+            "engine",
+            "sharding",
+            "offload",
+            "activation_checkpointing",
+            "batch",
+            "mesh",
+            "decisions",
+            "refused",
+        }
         facts = {"gpu": self.gpu, "gpus": self.plan.mesh.world_size, "hours": self.hours, "cost": self.cost}
         facts |= {"why_not": self.why_not} | self.plan.model_dump(mode="json", include=shown)
         return facts | {"forecast": self.forecast.to_dict() if self.forecast else None}
@@ -73,7 +92,9 @@ def with_network(job: Job, network: str | None) -> Job:
     if network is None:
         return job
     if network not in NETWORKS:
-        raise ConfigurationError(Problem("--network", network, f"is not in the table; there are {', '.join(NETWORKS)}"))
+        raise ConfigurationError(
+            Problem("--network", network, f"is not in the table; there are {', '.join(NETWORKS)}")
+        )
     return job.model_copy(update={"cluster": job.cluster.model_copy(update={"network": network})})
 
 
@@ -89,13 +110,19 @@ def gpu_types(job: Job, names: str | None) -> list[GpuType]:
     else:
         here = seen(Hardware.detect())
         if here is None:
-            raise ConfigurationError(Problem("--gpu", None, "has to say which GPU, as there is none here; add --gpu h100-80gb"))
+            raise ConfigurationError(
+                Problem("--gpu", None, "has to say which GPU, as there is none here; add --gpu h100-80gb")
+            )
         types = [here]
     return [on_network(gpu, job.cluster.network) for gpu in types]
 
 
 def plan_on(
-    job: Job, gpu: GpuType, num_gpus: int | None = None, offloading: Offloading = "where needed", trace: Trace | None = None
+    job: Job,
+    gpu: GpuType,
+    num_gpus: int | None = None,
+    offloading: Offloading = "where needed",
+    trace: Trace | None = None,
 ) -> PlanRow:
     """Return the job's plan on such GPUs: as many as it says, or `num_gpus`: part of a node or whole ones."""
     cluster, ranks = job.cluster, _gpus_per_node(job)
@@ -108,7 +135,9 @@ def plan_on(
     pinned = job.model_copy(update={"cluster": cluster.model_copy(update=sizes)})
     plan = plan_job(pinned, None, node, local=False, offloading=offloading, trace=trace)
     target = Target(gpu.memory_bytes, gpu, node.memory_bytes)
-    return PlanRow(gpu.key, plan, forecast(plan, target), traced=forecast(plan, target, trace) if trace else None)
+    return PlanRow(
+        gpu.key, plan, forecast(plan, target), traced=forecast(plan, target, trace) if trace else None
+    )
 
 
 def _gpus_per_node(job: Job) -> int:
@@ -123,7 +152,9 @@ def compare(job: Job, names: str | None, network: str | None = None) -> list[Pla
     return [plan_on(job, gpu) for gpu in gpu_types(job, names)]
 
 
-def scale(job: Job, span: str, name: str | None, network: str | None = None) -> tuple[list[PlanRow], tuple[Refused, ...]]:
+def scale(
+    job: Job, span: str, name: str | None, network: str | None = None
+) -> tuple[list[PlanRow], tuple[Refused, ...]]:
     """Return the job's plans on the GPUs of a span (`8..1024`), doubled each time, and the numbers left out.
 
     Raises ConfigurationError where no number is possible, with the nearest that are.
@@ -131,7 +162,9 @@ def scale(job: Job, span: str, name: str | None, network: str | None = None) -> 
     first, _, last = span.partition("..")
     if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
         raise ConfigurationError(Problem("--scale", span, "is no span of numbers of GPUs; write 8..1024"))
-    numbers = [number for power in range(int(last).bit_length()) if (number := int(first) << power) <= int(last)]
+    numbers = [
+        number for power in range(int(last).bit_length()) if (number := int(first) << power) <= int(last)
+    ]
     job = with_network(job, network)
     gpu, *others = gpu_types(job, name)
     if others:
@@ -161,9 +194,13 @@ def _impossible(job: Job, num_gpus: int) -> str | None:
     return f"batch.global_batch_size {size} cannot be cut over so many" if size % num_gpus else None
 
 
-def _nothing_in_span(job: Job, gpu: GpuType, span: str, first: int, refused: Iterable[Refused]) -> ConfigurationError:
+def _nothing_in_span(
+    job: Job, gpu: GpuType, span: str, first: int, refused: Iterable[Refused]
+) -> ConfigurationError:
     """Return what is wrong with all numbers of a span, with the nearest that work or what is wrong there."""
-    possible = [number for number in divisors(job.batch.global_batch_size) if _impossible(job, number) is None]
+    possible = [
+        number for number in divisors(job.batch.global_batch_size) if _impossible(job, number) is None
+    ]
     below = [number for number in reversed(possible) if number <= first]
     working: list[int] = []
     error: ConfigurationError | None = None
@@ -179,10 +216,14 @@ def _nothing_in_span(job: Job, gpu: GpuType, span: str, first: int, refused: Ite
     if not working and error is not None:
         return error
     reasons = "; ".join(f"{each.what}: {each.reason}" for each in refused)
-    return ConfigurationError(Problem("--scale", span, f"{reasons}; the nearest that work: {nearest(first, working)}"))
+    return ConfigurationError(
+        Problem("--scale", span, f"{reasons}; the nearest that work: {nearest(first, working)}")
+    )
 
 
-def fewest_gpus(job: Job, deadline: str | None, most: int, names: str | None, network: str | None = None) -> list[PlanRow]:
+def fewest_gpus(
+    job: Job, deadline: str | None, most: int, names: str | None, network: str | None = None
+) -> list[PlanRow]:
     """Return of each kind of GPU the plan on the fewest that fit and, with a deadline, end within it.
 
     Looked at are at most `most`, within the range of nodes that the job may name. A kind of which no number
@@ -242,7 +283,9 @@ def _numbers_of_gpus(job: Job, most: int) -> list[int]:
     raise ConfigurationError(Problem("batch.global_batch_size", size, reason))
 
 
-def _fewest_of_type(job: Job, gpu: GpuType, numbers: list[int], most: int, seconds: float | None, deadline: str | None) -> PlanRow:
+def _fewest_of_type(
+    job: Job, gpu: GpuType, numbers: list[int], most: int, seconds: float | None, deadline: str | None
+) -> PlanRow:
     """Return the plan on the fewest GPUs of a kind that will do, or the nearest with why it will not.
 
     Raises ConfigurationError where the reason is neither memory nor time, and so the same for every number.
@@ -312,9 +355,13 @@ def with_prices(rows: list[PlanRow], texts: Iterable[str]) -> list[PlanRow]:
         except ValueError:
             price = float("nan")
         if not isfinite(price) or price < 0:
-            raise ConfigurationError(Problem("--price", text, "is no price; write NAME=AMOUNT, as h100-80gb=2.5"))
+            raise ConfigurationError(
+                Problem("--price", text, "is no price; write NAME=AMOUNT, as h100-80gb=2.5")
+            )
         prices[gpu_type(name, "--price").key] = price
     there = list(dict.fromkeys(row.gpu for row in rows))
     for name in prices.keys() - set(there):
-        raise ConfigurationError(Problem("--price", name, f"is of a GPU that is not planned for; there are {', '.join(there)}"))
+        raise ConfigurationError(
+            Problem("--price", name, f"is of a GPU that is not planned for; there are {', '.join(there)}")
+        )
     return [replace(row, price=prices.get(row.gpu)) for row in rows]

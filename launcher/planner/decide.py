@@ -68,7 +68,9 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
         length=length,
         batch=batch,
         mesh=mesh,
-        model=job.model.model_copy(update={"attention": "sdpa" if way.attention == "packed" else way.attention}),
+        model=job.model.model_copy(
+            update={"attention": "sdpa" if way.attention == "packed" else way.attention}
+        ),
         data=job.data.model_copy(update={"num_workers": num_workers, **settled}),
         training=job.training.model_copy(update={"epochs": length.value} if length.unit == "epochs" else {}),
         checkpoint=_checkpoint(decider, placed),
@@ -85,11 +87,17 @@ def _precision(decider: Decider, mesh: Mesh) -> Precision:
         weak = [gpu for gpu in decider.hardware.gpus if 0 < gpu.compute_capability < 8]
         if weak:
             return decider.decide("precision", "fp16", f"{weak[0].name} has no bf16 matrix units")
-        return decider.decide("precision", "bf16", "the GPU's matrix units run it at full rate, and it needs no loss scaling")
+        return decider.decide(
+            "precision", "bf16", "the GPU's matrix units run it at full rate, and it needs no loss scaling"
+        )
     flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in decider.hardware.cpu_flags]
     if flags:
         return decider.decide("precision", "bf16", f"this processor multiplies bf16 in hardware ({flags[0]})")
-    return decider.decide("precision", "fp32", "this processor has no bf16 units: it would make the products in fp32 and round them")
+    return decider.decide(
+        "precision",
+        "fp32",
+        "this processor has no bf16 units: it would make the products in fp32 and round them",
+    )
 
 
 def _trackers(decider: Decider) -> tuple[str, ...]:
@@ -97,11 +105,17 @@ def _trackers(decider: Decider) -> tuple[str, ...]:
     if asked == "auto":
         if importlib.util.find_spec("tensorboard"):
             return (decider.decide("trackers", "tensorboard", "it is installed"),)
-        decider.decide("trackers", "none", "tensorboard is not installed; metrics.jsonl is written in any case")
+        decider.decide(
+            "trackers", "none", "tensorboard is not installed; metrics.jsonl is written in any case"
+        )
         return ()
     for name in asked:
         if importlib.util.find_spec(name) is None:
-            decider.refuse("trackers", name, "the package is not installed; install it or leave it out (metrics.jsonl is always written)")
+            decider.refuse(
+                "trackers",
+                name,
+                "the package is not installed; install it or leave it out (metrics.jsonl is always written)",
+            )
     return asked
 
 
@@ -109,7 +123,9 @@ def _num_workers(decider: Decider) -> int:
     asked = decider.job.data.num_workers
     if asked != "auto":
         return asked
-    return decider.decide("data.num_workers", min(decider.hardware.num_cores, 16), "one for each core, before the ranks begin")
+    return decider.decide(
+        "data.num_workers", min(decider.hardware.num_cores, 16), "one for each core, before the ranks begin"
+    )
 
 
 def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
@@ -127,7 +143,9 @@ def _zero(decider: Decider, placed: Layout) -> Zero | None:
         return None
     parallel = decider.job.parallel
     sizes, reasons = Buckets.of(
-        ModelShape.read(decider.job.model), placed.offload_to != "cpu", placed.offload_to != "cpu" and placed.offload == "parameters"
+        ModelShape.read(decider.job.model),
+        placed.offload_to != "cpu",
+        placed.offload_to != "cpu" and placed.offload == "parameters",
     )
     for name, reason in reasons.items():
         decider.decide(f"zero.{name}", getattr(sizes, name), reason)
@@ -146,4 +164,6 @@ def _length(decider: Decider) -> Length:
         return Length(value=training.max_steps, unit="steps")
     if training.epochs is not None:
         return Length(value=training.epochs, unit="epochs")
-    return Length(value=decider.decide("training.epochs", 1.0, "neither epochs nor max_steps is given"), unit="epochs")
+    return Length(
+        value=decider.decide("training.epochs", 1.0, "neither epochs nor max_steps is given"), unit="epochs"
+    )

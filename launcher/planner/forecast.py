@@ -104,7 +104,13 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Return it for machines; sizes in bytes, times in seconds."""
         phases = {
-            phase.name: {"bytes": phase.total, "live": phase.peak, "host_bytes": phase.host, "at": phase.where, "parts": phase.parts}
+            phase.name: {
+                "bytes": phase.total,
+                "live": phase.peak,
+                "host_bytes": phase.host,
+                "at": phase.where,
+                "parts": phase.parts,
+            }
             for phase in self.footprint.phases
         }
         target, kind = self.target, kind_of(self.plan, self.target.gpu)
@@ -127,7 +133,11 @@ class Forecast:
                 "gpu_hours": d.total * self.plan.mesh.world_size / 3600,
             }  # fmt: skip
         if self.items:
-            content["epoch"] = {"items": self.items.num_items, "rows": self.items.num_rows, "mean_tokens": self.items.mean}
+            content["epoch"] = {
+                "items": self.items.num_items,
+                "rows": self.items.num_rows,
+                "mean_tokens": self.items.mean,
+            }
         return content
 
 
@@ -157,11 +167,15 @@ def forecast(plan: Plan, target: Target, trace: Trace | None = None) -> Forecast
         rate = speed(shorter, typical.units, typical.segments(), gpu, target.correction, roomy)
         share = items.mean / length
         rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
-    lasts = duration(plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, evaluation_items(plan))
+    lasts = duration(
+        plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, evaluation_items(plan)
+    )
     return replace(foreseen, speed=rate, duration=lasts, items=items, padded=padded)
 
 
-def forecast_here(plan: Plan, hardware: Hardware, network: NetworkName | None = None, trace: Trace | None = None) -> Forecast | None:
+def forecast_here(
+    plan: Plan, hardware: Hardware, network: NetworkName | None = None, trace: Trace | None = None
+) -> Forecast | None:
     """Return the forecast of a plan on this machine, with what was measured of it."""
     return forecast(plan, target_here(plan, hardware, network), trace)
 

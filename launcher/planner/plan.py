@@ -153,7 +153,8 @@ class Plan(Frozen):
     grace_seconds: float
     share_with_group: bool = False
     hang_after: float | Literal["off"] | None = None
-    """Seconds without a sign of life until a hang is suspected, in every phase; absent: each phase has its own."""
+    """Seconds without a sign of life until a hang is suspected, in every phase; absent: each phase has its
+    own."""
     length: Length
     batch: BatchPlan
     mesh: Mesh
@@ -164,14 +165,16 @@ class Plan(Frozen):
     checkpoint: Checkpoint
     evaluate_every: Interval | None = None
     script: tuple[str, ...] | None = None
-    """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and training are then its own."""
+    """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and
+    training are then its own."""
     decisions: tuple[Decision, ...] = ()
     refused: tuple[Refused, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _of_earlier_plans(cls, values: Any) -> Any:
-        """Take the task's columns; plans of before 2026-12 had one layout for each task, and one section `data` for all tasks."""
+        """Take the task's columns; plans of before 2026-12 had one layout for each task, and one section
+        `data` for all tasks."""
         if not isinstance(values, dict) or not isinstance(values.get("task"), str):
             return values
         data = values.get("data")
@@ -179,8 +182,12 @@ class Plan(Frozen):
             return values
         task = tasks.find(values["task"])
         if isinstance(data, dict):
-            of_others = {key for name in tasks.TASKS for key in tasks.find(name).Columns.model_fields} - task.Columns.model_fields.keys()
-            data = task.Columns.model_validate({key: value for key, value in data.items() if key not in of_others})
+            of_others = {
+                key for name in tasks.TASKS for key in tasks.find(name).Columns.model_fields
+            } - task.Columns.model_fields.keys()
+            data = task.Columns.model_validate(
+                {key: value for key, value in data.items() if key not in of_others}
+            )
         return {"layout": task.traits.layout} | values | {"data": data}
 
     def to_json(self) -> str:
@@ -189,17 +196,30 @@ class Plan(Frozen):
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan written at `path`. Raises ConfigurationError where it is none, OSError where it cannot be read."""
+        """The plan written at `path`. Raises ConfigurationError where it is none, OSError where it cannot be
+        read."""
         try:
             return cls.model_validate_json(read_text(path))
         except UnicodeDecodeError:
             raise ConfigurationError("not UTF-8 text, and no plan that launcher wrote", str(path)) from None
         except ValidationError as error:
-            problems = [Problem(".".join(map(str, item["loc"])), None, item["msg"]) for item in error.errors(include_url=False)]
+            problems = [
+                Problem(".".join(map(str, item["loc"])), None, item["msg"])
+                for item in error.errors(include_url=False)
+            ]
             raise ConfigurationError(problems, f"{path} is no plan that launcher wrote") from None
 
     def digest(self) -> str:
         """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
-        told_apart = {"decisions", "refused", "trackers", "grace_seconds", "share_with_group", "hang_after", "checkpoint", "slurm"}
+        told_apart = {
+            "decisions",
+            "refused",
+            "trackers",
+            "grace_seconds",
+            "share_with_group",
+            "hang_after",
+            "checkpoint",
+            "slurm",
+        }
         kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude=told_apart)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -20,7 +20,9 @@ from launcher.runs.machine import Machine
 _FORCE = "--force starts it all the same"
 
 
-def preflight(job: Job, plan: Plan, directory: Path, local: bool, force: bool = False, trace: Trace | None = None) -> Forecast | None:
+def preflight(
+    job: Job, plan: Plan, directory: Path, local: bool, force: bool = False, trace: Trace | None = None
+) -> Forecast | None:
     """Return the forecast of a plan about to start in `directory`; None where its model is not known.
 
     trace: goes by the model's real class where the formulas do not know it.
@@ -57,8 +59,12 @@ def _check_memory(foreseen: Forecast, per_node: int, assumed: bool) -> None:
     nearest = f"the nearest that fits: {suggestions[0].text}" if suggestions else "nothing near it fits"
     plan, lack = foreseen.plan, foreseen.lack
     if foreseen.fits_device:
-        lack += f" (of a node {gib(NODE_MEMORY)} are assumed; cluster.mem says what it has)" if assumed else ""
-        raise OutOfMemoryError(f"with memory.offload {plan.offload} this plan needs {lack}; {nearest}; {_FORCE}")
+        lack += (
+            f" (of a node {gib(NODE_MEMORY)} are assumed; cluster.mem says what it has)" if assumed else ""
+        )
+        raise OutOfMemoryError(
+            f"with memory.offload {plan.offload} this plan needs {lack}; {nearest}; {_FORCE}"
+        )
     highest = foreseen.footprint.highest
     largest = max(highest.parts, key=lambda kind: highest.parts[kind])
     memory, usable = foreseen.target.memory_bytes, foreseen.target.usable_bytes(plan.mesh.device)

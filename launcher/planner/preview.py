@@ -39,7 +39,11 @@ class Preview:
 
 
 def preview_job(
-    job: Job, nproc: int | None = None, gpu: str | None = None, network: str | None = None, trace: Trace | None = None
+    job: Job,
+    nproc: int | None = None,
+    gpu: str | None = None,
+    network: str | None = None,
+    trace: Trace | None = None,
 ) -> Preview:
     """Return the plan of a job on this machine, or on GPUs of the table, and its forecast.
 

@@ -14,10 +14,17 @@ _NO_BATCH = BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_step
 _OURS = ("cluster.", "parallel.", "zero.")
 
 
-def plan(job: Job, script: tuple[str, ...], nproc: int | None = None, hardware: Hardware | None = None, local: bool = True) -> Plan:
+def plan(
+    job: Job,
+    script: tuple[str, ...],
+    nproc: int | None = None,
+    hardware: Hardware | None = None,
+    local: bool = True,
+) -> Plan:
     """Decide what `job` leaves open about how `script` is run.
 
-    Batch, length and data in it are placeholders: one sample, one step. Raises ConfigurationError as for any job.
+    Batch, length and data in it are placeholders: one sample, one step. Raises ConfigurationError as for any
+    job.
     """
     hardware = hardware or Hardware.detect()
     mesh, _ = arrange(Decider(job, hardware, nproc, local))
@@ -27,7 +34,9 @@ def plan(job: Job, script: tuple[str, ...], nproc: int | None = None, hardware: 
             "batch": Batch(global_batch_size=mesh.world_size, micro_batch_size=1),
             "training": Training(max_steps=1, seed=job.training.seed),
             "model": job.model.model_copy(update={"attention": "eager"}),
-            "memory": job.memory.model_copy(update={"activation_checkpointing": "none" if checkpointing == "auto" else checkpointing}),
+            "memory": job.memory.model_copy(
+                update={"activation_checkpointing": "none" if checkpointing == "auto" else checkpointing}
+            ),
             "data": NO_DATA.model_copy(update={"num_workers": 1}),
             "trackers": (),
             "precision": "fp32" if job.precision == "auto" else job.precision,
@@ -38,5 +47,7 @@ def plan(job: Job, script: tuple[str, ...], nproc: int | None = None, hardware: 
     ours = tuple(decision for decision in decided.decisions if decision.key.startswith(_OURS))
     if job.precision == "auto":
         ours += (Decision(key="precision", value="fp32", reason="unless the script itself asks for another"),)
-    ours += tuple(Decision(key=key, value="not used", reason="the script brings its own") for key in unused(job))
+    ours += tuple(
+        Decision(key=key, value="not used", reason="the script brings its own") for key in unused(job)
+    )
     return decided.model_copy(update={"script": script, "decisions": ours, "batch": _NO_BATCH})

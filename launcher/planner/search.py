@@ -229,7 +229,9 @@ class _Search:
             if first is not None:
                 gain = f"{first.step / best.step:.2f}x as fast by the speed model, and it fits"
             reason = f"{taken.words}: {gain}"
-            decisions = tuple(Decision(key=key, value=value, reason=reason) for key, value in taken.changed.items())
+            decisions = tuple(
+                Decision(key=key, value=value, reason=reason) for key, value in taken.changed.items()
+            )
         self.fits.append(_Fit(option, best, decisions))
 
     def _cuts_worth_a_look(self, plan: Plan, first: Forecast | None) -> list[Cut]:
@@ -257,7 +259,11 @@ class _Search:
         """
         usable, least = self.target.usable_bytes(plan.mesh.device), least_bytes(plan, self.trace)
         if least > usable:
-            self.refuse(cut_words(plan), "does not fit", f"{gib(least)} of the {gib(usable)} of a rank whatever a pass takes")
+            self.refuse(
+                cut_words(plan),
+                "does not fit",
+                f"{gib(least)} of the {gib(usable)} of a rank whatever a pass takes",
+            )
             return None
         fitting: list[Forecast] = []
         too_large: list[Forecast] = []
@@ -272,7 +278,9 @@ class _Search:
         if too_large:
             names = " or ".join(each.plan.activation_checkpointing for each in too_large)
             nearest = min(too_large, key=lambda each: each.footprint.highest.total)
-            self.refuse(f"{cut_words(plan)}, recompute {names}", "does not fit", f"{nearest.lack} at the least")
+            self.refuse(
+                f"{cut_words(plan)}, recompute {names}", "does not fit", f"{nearest.lack} at the least"
+            )
         fastest = min(fitting, key=lambda each: each.step, default=None)
         for other in fitting:
             if fastest is not None and other is not fastest and other.speed:
@@ -281,7 +289,9 @@ class _Search:
                 self.refuse(what, "slower", f"{other.step / fastest.step:.2f}x the step")
         return fastest
 
-    def _fastest_micro_batch(self, plan: Plan, recompute: ActivationCheckpointing) -> tuple[Forecast | None, Forecast | None]:
+    def _fastest_micro_batch(
+        self, plan: Plan, recompute: ActivationCheckpointing
+    ) -> tuple[Forecast | None, Forecast | None]:
         """Return the fastest micro-batch that fits, of near equals the largest, and the least seen not to.
 
         Memory grows with the micro-batch, so that halving finds the largest that fits. The largest of all is
@@ -320,7 +330,9 @@ class _Search:
         sizes = divisors(plan.batch.micro_batch_size * plan.batch.accumulation_steps)
         return [size for size in reversed(sizes) if size <= most]
 
-    def _forecast(self, plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing) -> Forecast | None:
+    def _forecast(
+        self, plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing
+    ) -> Forecast | None:
         return forecast(with_batch(plan, micro_batch_size, recompute), self.target, self.trace)
 
     def fastest(self) -> Plan:
@@ -329,7 +341,9 @@ class _Search:
         Another engine than the first has to be worth it.
         """
         engine = self.first.engine
-        taken = min(self.fits, key=lambda fit: fit.forecast.step * (WORTH if fit.option.engine == engine else 1.0))
+        taken = min(
+            self.fits, key=lambda fit: fit.forecast.step * (WORTH if fit.option.engine == engine else 1.0)
+        )
         step = taken.forecast.step
         gain: float | None = None
         for fit in self.fits:
@@ -342,10 +356,14 @@ class _Search:
                 self.refuse(fit.option.words, "slower", reason)
         plan = taken.forecast.plan
         # Of another engine, what the first had to decide about its own no longer holds.
-        default = [each for each in self.first.decisions if each.key == "parallel.engine" and plan.engine == engine]
+        default = [
+            each for each in self.first.decisions if each.key == "parallel.engine" and plan.engine == engine
+        ]
         chosen = (*default, *plan.decisions, *self._decisions(taken, gain), *taken.decisions)
         decisions = {decision.key: decision for decision in chosen}
-        return plan.model_copy(update={"decisions": tuple(decisions.values()), "refused": tuple(self.refused)})
+        return plan.model_copy(
+            update={"decisions": tuple(decisions.values()), "refused": tuple(self.refused)}
+        )
 
     def _decisions(self, taken: _Fit, gain: float | None) -> list[Decision]:
         """Return what was decided here. gain: the first engine's step over this one's, where it fits too."""
@@ -362,7 +380,9 @@ class _Search:
             reason = "all of it fits the GPUs"
             if plan.offload != "none":
                 needed = f"{gib(taken.forecast.host_bytes)} of each node's own memory"
-                reason = f"nothing fits the GPUs without; takes {needed}, and the way there and back every step"
+                reason = (
+                    f"nothing fits the GPUs without; takes {needed}, and the way there and back every step"
+                )
             decisions.append(Decision(key="memory.offload", value=plan.offload, reason=reason))
         if job.memory.activation_checkpointing == "auto":
             highest, usable = taken.forecast.footprint.highest, self.target.usable_bytes(plan.mesh.device)
@@ -374,7 +394,9 @@ class _Search:
         if job.batch.micro_batch_size == "auto":
             samples = plan.batch.micro_batch_size * plan.batch.accumulation_steps
             reason = f"divides the {samples} samples of a rank exactly; {self._why_no_larger(taken.forecast)}"
-            decisions.append(Decision(key="batch.micro_batch_size", value=plan.batch.micro_batch_size, reason=reason))
+            decisions.append(
+                Decision(key="batch.micro_batch_size", value=plan.batch.micro_batch_size, reason=reason)
+            )
         return decisions
 
     def _why_no_larger(self, taken: Forecast) -> str:

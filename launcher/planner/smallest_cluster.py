@@ -33,7 +33,9 @@ class SmallestCluster:
     Each number that `candidates` yields is either added with its plan or rejected with an error.
     """
 
-    def __init__(self, counts: Iterable[int], modes: Iterable[Offloading], seconds: float | None = None) -> None:
+    def __init__(
+        self, counts: Iterable[int], modes: Iterable[Offloading], seconds: float | None = None
+    ) -> None:
         """Begin with the numbers to try, what may be offloaded in each round, and a deadline's seconds."""
         self.counts, self.modes, self.seconds = sorted(counts), tuple(modes), seconds
         self.taken: Attempt | None = None
@@ -53,7 +55,9 @@ class SmallestCluster:
         for mode in self.modes:
             self._mode = mode
             for count in self.counts:
-                if any(why == "not possible" and count in numbers for (why, _), numbers in self.reasons.items()):
+                if any(
+                    why == "not possible" and count in numbers for (why, _), numbers in self.reasons.items()
+                ):
                     continue
                 yield count, mode
                 if self.taken is not None or self.unknown is not None:
@@ -104,7 +108,9 @@ class SmallestCluster:
     def refused(self, unit: str) -> tuple[Refused, ...]:
         """Return why the numbers that were not taken will not do."""
         taken = self.taken and self.taken.count  # what did not fit without offloading may be taken with it
-        others = {key: [number for number in numbers if number != taken] for key, numbers in self.reasons.items()}
+        others = {
+            key: [number for number in numbers if number != taken] for key, numbers in self.reasons.items()
+        }
         return refused_numbers(others, unit)
 
 
@@ -123,4 +129,6 @@ def refused_numbers(reasons: Mapping[tuple[Why, str], list[int]], unit: str) -> 
 
 def offload_modes(job: Job, offloading: Offloading = "where needed") -> tuple[Offloading, ...]:
     """Return what may be offloaded in each round: nothing at first, as a larger cluster may do without."""
-    return ("never", "only") if job.memory.offload == "auto" and offloading == "where needed" else (offloading,)
+    return (
+        ("never", "only") if job.memory.offload == "auto" and offloading == "where needed" else (offloading,)
+    )

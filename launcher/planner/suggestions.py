@@ -79,7 +79,11 @@ def _keys(plan: Plan) -> dict[str, object]:
 def _that_fit(wanted: Forecast, per_node: int) -> Iterator[Forecast]:
     """Yield plans that fit: another cut or pass alone, then other changes with the smaller pass they take."""
     plan = wanted.plan
-    passes = (with_batch(plan, 1), with_batch(plan, plan.batch.micro_batch_size, "full"), with_batch(plan, 1, "full"))
+    passes = (
+        with_batch(plan, 1),
+        with_batch(plan, plan.batch.micro_batch_size, "full"),
+        with_batch(plan, 1, "full"),
+    )
     for changed in (*_cut_more(plan), *passes):
         other = _instead(wanted, changed) if _may_fit(wanted, changed) else None
         if other is not None and other.fits:
@@ -127,9 +131,14 @@ def _larger_changes(plan: Plan, per_node: int) -> Iterator[Iterable[Plan]]:
         num_ranks += [other.mesh.ranks_per_node for other in wider[-1:]]
         yield wider
     nodes = range(mesh.nodes + 1, mesh.nodes * _MORE_NODES + 1)
-    yield (other for count in nodes for ranks in num_ranks if (other := _on_more(plan, count, ranks)) is not None)
+    yield (
+        other for count in nodes for ranks in num_ranks if (other := _on_more(plan, count, ranks)) is not None
+    )
     lengths = [length for length in (plan.data.max_length // 2, plan.data.max_length // 4) if length >= 8]
-    yield (plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})}) for length in lengths)
+    yield (
+        plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
+        for length in lengths
+    )
 
 
 def _cut_more(plan: Plan) -> Iterator[Plan]:
@@ -174,10 +183,20 @@ def _on_more(plan: Plan, nodes: int, ranks_per_node: int) -> Plan | None:
         return None
     per_rank = batch.global_batch_size // world_size
     micro = largest_divisor(per_rank, batch.micro_batch_size)
-    sizes = {"data_parallel_size": world_size, "micro_batch_size": micro, "accumulation_steps": per_rank // micro}
+    sizes = {
+        "data_parallel_size": world_size,
+        "micro_batch_size": micro,
+        "accumulation_steps": per_rank // micro,
+    }
     wider = {"nodes": nodes, "ranks_per_node": ranks_per_node, "world_size": world_size}
-    other = plan.model_copy(update={"mesh": mesh.model_copy(update=wider), "batch": batch.model_copy(update=sizes)})
-    return _fully_cut(other, copies) if plan.sharding in ("none", "full") else with_cut(other, copies, plan.sharding)
+    other = plan.model_copy(
+        update={"mesh": mesh.model_copy(update=wider), "batch": batch.model_copy(update=sizes)}
+    )
+    return (
+        _fully_cut(other, copies)
+        if plan.sharding in ("none", "full")
+        else with_cut(other, copies, plan.sharding)
+    )
 
 
 @dataclass(frozen=True)
@@ -278,7 +297,9 @@ def _on_so_many(plan: Plan, cut: Setting, hardware: Hardware, have: str) -> Advi
         here = ranks <= len(hardware.gpus)
         instead = "take more nodes, or have ZeRO-3 keep it in the host's memory"
         elsewhere = f"{then}, but {len(hardware.gpus)} GPUs are here: {instead}"
-        offloaded = "--set parallel.engine=deepspeed --set parallel.shard=full --set memory.offload=parameters"
+        offloaded = (
+            "--set parallel.engine=deepspeed --set parallel.shard=full --set memory.offload=parameters"
+        )
     else:
         # Only where the system caps each process do more of them have more.
         here = bool(hardware.process_bytes) and ranks * cut.states() <= hardware.memory_bytes * SAFE_SHARE

@@ -60,7 +60,13 @@ def target_here(plan: Plan, hardware: Hardware, network: NetworkName | None = No
     """Return the device of one rank of a plan on this machine, with what runs here have shown."""
     machine, target, kind = Machine.read(), target_of(plan, hardware, network), slack_kind(plan, hardware)
     correction = machine.correction(kind_of(plan, target.gpu))
-    return replace(target, disk_rate=machine.disk_rate(), correction=correction, slack=machine.slack(kind), slack_kind=kind)
+    return replace(
+        target,
+        disk_rate=machine.disk_rate(),
+        correction=correction,
+        slack=machine.slack(kind),
+        slack_kind=kind,
+    )
 
 
 def target_of_job(job: Job, plan: Plan) -> Target:

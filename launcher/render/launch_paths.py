@@ -23,7 +23,7 @@ if [ ! -e "$run/plan.json" ]; then
   done
   cp -- "$rendered/plan.json" "$run/plan.json"
 fi
-"""
+"""  # noqa: E501
 """Shell lines over $run and $rendered."""
 
 
@@ -38,15 +38,30 @@ class Place:
     python: str = "python"
     """The interpreter on the nodes."""
     code: str = ""
-    """A directory that holds the launcher's own package as it was; empty for the one that the interpreter has."""
+    """A directory that holds the launcher's own package as it was; empty for the one that the interpreter
+    has."""
 
     def __post_init__(self) -> None:
-        for key, value in (("run directory", self.run), ("directory of the files", self.rendered), ("python", self.python)):
+        for key, value in (
+            ("run directory", self.run),
+            ("directory of the files", self.rendered),
+            ("python", self.python),
+        ):
             if _CONTROL.search(value):
-                raise ConfigurationError(Problem(key, value, "has a control character in it, which no script can carry; name another one"))
+                raise ConfigurationError(
+                    Problem(
+                        key,
+                        value,
+                        "has a control character in it, which no script can carry; name another one",
+                    )
+                )
         for key, value in (("run directory", self.run), ("directory of the files", self.rendered)):
             if not PurePosixPath(value).is_absolute():
-                raise ConfigurationError(Problem(key, value, "is relative, and means something else on another node; name it from / on"))
+                raise ConfigurationError(
+                    Problem(
+                        key, value, "is relative, and means something else on another node; name it from / on"
+                    )
+                )
 
 
 def quoted(words: list[str]) -> str:
@@ -56,4 +71,8 @@ def quoted(words: list[str]) -> str:
 
 def variables(plan: Plan) -> dict[str, str]:
     """What the ranks of any start see in their environment."""
-    return {"OMP_NUM_THREADS": str(plan.mesh.threads_per_rank), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    return {
+        "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }

@@ -33,7 +33,11 @@ def leaderboard(sweep: Sweep) -> list[Line]:
 
     def order(line: Line) -> tuple[bool, float, int]:
         known = line.best is not None and math.isfinite(line.best)
-        return (not known, (line.best if lower else -line.best) if known and line.best is not None else 0.0, line.point)
+        return (
+            not known,
+            (line.best if lower else -line.best) if known and line.best is not None else 0.0,
+            line.point,
+        )
 
     return sorted(lines, key=order)
 
@@ -45,4 +49,6 @@ def _line(sweep: Sweep, number: int, run: RunDirectory, lower: bool) -> Line:
     totals = Totals(run)
     status = read_status(run, totals)
     state = "given up" if status.state == "finished" and "halved" in totals.last else status.state
-    return Line(number, overrides, state, status.step, status.total_steps, *totals.measured(sweep.metric, lower))
+    return Line(
+        number, overrides, state, status.step, status.total_steps, *totals.measured(sweep.metric, lower)
+    )

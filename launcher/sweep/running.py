@@ -20,7 +20,8 @@ from launcher.sweep.sweep import Sweep
 
 
 def run_here(sweep: Sweep, watcher: Watcher) -> int:
-    """Every point that is left, in turn. One that fails or cannot begin does not keep the others from being tried; a stop ends the sweep.
+    """Every point that is left, in turn. One that fails or cannot begin does not keep the others from being
+    tried; a stop ends the sweep.
 
     Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed.
     """
@@ -41,9 +42,11 @@ def run_here(sweep: Sweep, watcher: Watcher) -> int:
 
 
 def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
-    """Every point that is left as one array, of which `parallel` run at a time; the array's number and the points in their order.
+    """Every point that is left as one array, of which `parallel` run at a time; the array's number and the
+    points in their order.
 
-    Raises RunInUseError where a point waits or runs already, ConfigurationError where points ask Slurm for different things.
+    Raises RunInUseError where a point waits or runs already, ConfigurationError where points ask Slurm for
+    different things.
     """
     submit_run.find_sbatch()
     numbers = sweep.left()
@@ -52,11 +55,15 @@ def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
     opened = [sweep.open(number, local=False) for number in numbers]
     _check_alike(opened, numbers)
     code = _one_snapshot(sweep.path)
-    job_id = submit_array(sweep.path, [run for run, _ in opened], opened[0][1], sys.executable, code, parallel)
+    job_id = submit_array(
+        sweep.path, [run for run, _ in opened], opened[0][1], sys.executable, code, parallel
+    )
     for index, (run, plan) in enumerate(opened):
         known = JobRecord.read(run)
         JobRecord(f"{job_id}_{index}", known.script if known else "", round(time.time(), 3)).write(run)
-        event(run.events_file, "submitted", job=f"{job_id}_{index}", nodes=plan.slurm.nodes or plan.mesh.nodes)
+        event(
+            run.events_file, "submitted", job=f"{job_id}_{index}", nodes=plan.slurm.nodes or plan.mesh.nodes
+        )
     return job_id, numbers
 
 
@@ -69,6 +76,13 @@ def _check_alike(opened: list[tuple[RunDirectory, Plan]], numbers: list[int]) ->
     """An array asks for the same nodes in all its tasks."""
     first = opened[0][1]
     for number, (_, plan) in zip(numbers, opened, strict=True):
-        if (plan.slurm, plan.mesh.nodes, plan.mesh.ranks_per_node) != (first.slurm, first.mesh.nodes, first.mesh.ranks_per_node):
-            reason = f"asks for other nodes than point {numbers[0]}, and one array has one request; sweep over cluster keys with --local"
+        if (plan.slurm, plan.mesh.nodes, plan.mesh.ranks_per_node) != (
+            first.slurm,
+            first.mesh.nodes,
+            first.mesh.ranks_per_node,
+        ):
+            reason = (
+                f"asks for other nodes than point {numbers[0]}, and one array has one request; sweep over "
+                "cluster keys with --local"
+            )
             raise ConfigurationError(Problem("--grid", f"point {number}", reason))

@@ -50,7 +50,8 @@ class Bench:
 
 
 def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
-    """Measure everything, with as many ranks for the messages, and files in `directory`. Raises StorageError where none can be written."""
+    """Measure everything, with as many ranks for the messages, and files in `directory`. Raises StorageError
+    where none can be written."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
     matrix = {}
@@ -68,20 +69,40 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
         messages, each = message_rates(num_ranks, device.type)
     report("the calling of operators")
     # Of a CPU, as its ranks call them: all at once, each with its share of the threads.
-    reference = reference_seconds("cuda") if device.type == "cuda" else in_fresh_ranks(reference_seconds, ("cpu",), num_ranks, {})
+    reference = (
+        reference_seconds("cuda")
+        if device.type == "cuda"
+        else in_fresh_ranks(reference_seconds, ("cpu",), num_ranks, {})
+    )
     report(f"files in {directory}")
     written, read = file_rates(directory)
     to_device, to_host = transfer_rates(device) if device.type == "cuda" else (None, None)
-    link = max((message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None)
-    rates = Rates(name, time.strftime("%Y-%m-%d"), matrix, bandwidth, link, reference, each, to_device, to_host, written, read)
+    link = max(
+        (message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None
+    )
+    rates = Rates(
+        name,
+        time.strftime("%Y-%m-%d"),
+        matrix,
+        bandwidth,
+        link,
+        reference,
+        each,
+        to_device,
+        to_host,
+        written,
+        read,
+    )
     rates = replace(rates, num_ranks=num_ranks)
     return Bench(rates, messages)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, budget: float = _SECONDS) -> float:
-    """The least of the times of one call, over as many calls as the budget has room for, after a first one that is not counted.
+    """The least of the times of one call, over as many calls as the budget has room for, after a first one
+    that is not counted.
 
-    What else a machine does only ever adds to it: beside a test suite the middle made two fifths of this processor's rate of it.
+    What else a machine does only ever adds to it: beside a test suite the middle made two fifths of this
+    processor's rate of it.
     """
     _timed(work, device)
     least, until = _timed(work, device), time.monotonic() + budget
@@ -99,7 +120,8 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of square products. They grow until one takes a tenth of the budget: some are slow on some processors."""
+    """Operations a second of square products. They grow until one takes a tenth of the budget: some are slow
+    on some processors."""
     size, rate = 128, 0.0
     while size <= _LARGEST_PRODUCT:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -122,7 +144,8 @@ def copy_rate(device: torch.device) -> float:
 
 
 def reference_seconds(device_type: str) -> dict[str, float]:
-    """A forward and backward pass of the reference model, which is nothing but the calling of operators, by what is computed again.
+    """A forward and backward pass of the reference model, which is nothing but the calling of operators, by
+    what is computed again.
 
     The least of several turns: what else a machine does only ever adds to it.
     """
@@ -159,7 +182,13 @@ def reference_batch(length: int, device: torch.device) -> dict[str, Any]:
     """One sample."""
     positions = torch.arange(length, device=device)
     ends = torch.tensor([0, length], dtype=torch.int32, device=device)
-    return {"input_ids": positions[None], "position_ids": positions[None], "targets": positions, "cu_seq_lens": ends, "max_length": length}
+    return {
+        "input_ids": positions[None],
+        "position_ids": positions[None],
+        "targets": positions,
+        "cu_seq_lens": ends,
+        "max_length": length,
+    }
 
 
 def transfer_rates(device: torch.device) -> tuple[float, float]:
@@ -172,7 +201,8 @@ def transfer_rates(device: torch.device) -> tuple[float, float]:
 
 
 def file_rates(directory: Path) -> tuple[float, float]:
-    """Bytes a second written and synced, and read again from the disk rather than from the page cache. Raises StorageError."""
+    """Bytes a second written and synced, and read again from the disk rather than from the page cache. Raises
+    StorageError."""
     block = os.urandom(_BLOCK_BYTES)
     try:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
@@ -188,33 +218,45 @@ def file_rates(directory: Path) -> tuple[float, float]:
                 pass
             read = time.perf_counter() - began
     except OSError as error:
-        raise StorageError(f"no file can be written in {directory}: {error.strerror or error}; name another place with --disk") from None
+        raise StorageError(
+            f"no file can be written in {directory}: {error.strerror or error}; name another place "
+            "with --disk"
+        ) from None
     return _FILE_BYTES / written, _FILE_BYTES / read
 
 
 def message_rates(num_ranks: int, device: str) -> tuple[tuple[Message, ...], float]:
-    """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them; what FSDP takes for each beside."""
+    """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them; what
+    FSDP takes for each beside."""
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         store = Path(folder) / "store"
         result = Path(folder) / "result.pt"
-        multiprocessing.start_processes(_rank, (num_ranks, device, str(store), str(result)), num_ranks, start_method="spawn")
+        multiprocessing.start_processes(
+            _rank, (num_ranks, device, str(store), str(result)), num_ranks, start_method="spawn"
+        )
         rows, each = torch.load(result, weights_only=True)
     return tuple(Message(*row) for row in rows), each
 
 
 def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> None:
-    warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 renames all_gather_into_tensor; 2.11 has only that name
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # PyTorch 2.13 renames all_gather_into_tensor; 2.11 has only that name
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(where)
     closing.stay_here()
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks
+    )
     rows = []
     for num_bytes in MESSAGE_BYTES:
         part = torch.ones(max(1, num_bytes // 4 // num_ranks), device=where)
         whole = torch.empty(part.numel() * num_ranks, device=where)
-        gather = _agreed_seconds(lambda part=part, whole=whole: distributed.all_gather_into_tensor(whole, part), where)  # type: ignore[misc]
+        gather = _agreed_seconds(
+            lambda part=part, whole=whole: distributed.all_gather_into_tensor(whole, part), where
+        )  # type: ignore[misc]
         reduce = _agreed_seconds(lambda whole=whole: distributed.all_reduce(whole), where)  # type: ignore[misc]
         received = whole.numel() * 4 * (num_ranks - 1) / num_ranks
         rows.append(("all-gather", num_bytes, gather, received / gather))
@@ -226,7 +268,8 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> No
 
 
 def unit_seconds(device: torch.device, num_units: int = 8) -> float:
-    """What FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same step without FSDP."""
+    """What FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same step
+    without FSDP."""
     taken = []
     for cut in (False, True):
         model = nn.Sequential(*(nn.Linear(16, 16, device=device) for _ in range(num_units)))

@@ -1,8 +1,9 @@
 """bf16 and fp16 products on processors without such units: widened to fp32, rounded once.
 
-PyTorch's own way there is 4 to 140 times slower than fp32 (docs/benchmarks/products.md). The result is the same but for the order of its
-sums: both add up in fp32. Of a product little is widened at a time, so that no large matrix is ever copied whole; attention is widened
-whole, queries, keys and values of one sample where samples are packed.
+PyTorch's own way there is 4 to 140 times slower than fp32 (docs/benchmarks/products.md). The result is the
+same but for the order of its sums: both add up in fp32. Of a product little is widened at a time, so that no
+large matrix is ever copied whole; attention is widened whole, queries, keys and values of one sample where
+samples are packed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _BLOCK_ELEMENTS = 1 << 20
 """Of each matrix that is widened at a time, 4 MiB in fp32: larger blocks were no faster."""
 _SHORTEST = 128
 """Rows, columns and inner size of a block, at least, where the matrix has so many: thinner ones are slow."""
-_UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
+_UNITS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
+}
 """By torch.cpu.get_capabilities(): x86 before Arm."""
 _installed: list[torch.library.Library] = []
 
@@ -33,7 +37,8 @@ def has_units(dtype: torch.dtype, capabilities: dict[str, Any] | None = None) ->
 
 
 def widen(dtype: torch.dtype) -> bool:
-    """From now on this process multiplies `dtype` by way of fp32, where the processor has no units for it. Returns whether it does."""
+    """From now on this process multiplies `dtype` by way of fp32, where the processor has no units for it.
+    Returns whether it does."""
     if dtype not in HALF or has_units(dtype):
         return False
     if not _installed:
@@ -41,10 +46,14 @@ def widen(dtype: torch.dtype) -> bool:
     return True
 
 
-def matrix_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None, finish: Finish | None = None) -> torch.Tensor:
-    """`left` [rows, inner] times `right` [inner, columns], both in half precision; into `out` where it is given.
+def matrix_product(
+    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None, finish: Finish | None = None
+) -> torch.Tensor:
+    """`left` [rows, inner] times `right` [inner, columns], both in half precision; into `out` where it is
+    given.
 
-    `finish` changes a block of the product in place while it is still in fp32: the block, its rows, its columns.
+    `finish` changes a block of the product in place while it is still in fp32: the block, its rows, its
+    columns.
     """
     rows, inner, columns = *left.shape, right.shape[1]
     if out is None:
@@ -81,7 +90,8 @@ def _parts(length: int, step: int) -> list[slice]:
 
 
 def _install() -> None:
-    """Put the widened products before PyTorch's own kernels, which go on to take everything that is not in half precision."""
+    """Put the widened products before PyTorch's own kernels, which go on to take everything that is not in
+    half precision."""
     library = torch.library.Library("aten", "IMPL")
     for name, function in _OPERATORS.items():
         kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
@@ -103,14 +113,20 @@ def _either(kernel: Any, function: Any) -> Any:
 
 def _agree(*tensors: torch.Tensor) -> bool:
     left, right = tensors[-2:]
-    return len({tensor.dtype for tensor in tensors}) == 1 and left.shape[:-2] == right.shape[:-2] and left.shape[-1] == right.shape[-2]
+    return (
+        len({tensor.dtype for tensor in tensors}) == 1
+        and left.shape[:-2] == right.shape[:-2]
+        and left.shape[-1] == right.shape[-2]
+    )
 
 
 def _mm(_: Any, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return matrix_product(left, right, out)
 
 
-def _addmm(_: Any, added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+def _addmm(
+    _: Any, added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
     spread = added.expand(left.shape[0], right.shape[1])
 
     def finish(block: torch.Tensor, row: slice, column: slice) -> None:
@@ -129,12 +145,16 @@ def _bmm(_: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(kernel: Any, *tensors_and_settings: Any, **named: Any) -> Any:
-    output, normalisers = kernel(*map(_wide, tensors_and_settings), **{name: _wide(value) for name, value in named.items()})
+    output, normalisers = kernel(
+        *map(_wide, tensors_and_settings), **{name: _wide(value) for name, value in named.items()}
+    )
     return output.to(tensors_and_settings[0].dtype), normalisers
 
 
 def _attention_backward(kernel: Any, *tensors_and_settings: Any, **named: Any) -> Any:
-    gradients = kernel(*map(_wide, tensors_and_settings), **{name: _wide(value) for name, value in named.items()})
+    gradients = kernel(
+        *map(_wide, tensors_and_settings), **{name: _wide(value) for name, value in named.items()}
+    )
     return tuple(gradient.to(tensors_and_settings[0].dtype) for gradient in gradients)
 
 

@@ -19,7 +19,14 @@ class EarlyEnd:
     `agree` tells whether any rank wishes something, `event` writes an event once for all.
     """
 
-    def __init__(self, run: RunDirectory, plan: Plan, leads: bool, agree: Callable[[bool], bool], event: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        plan: Plan,
+        leads: bool,
+        agree: Callable[[bool], bool],
+        event: Callable[..., None],
+    ) -> None:
         early = plan.training.early_stopping
         self._patience = None
         if early:
@@ -35,7 +42,8 @@ class EarlyEnd:
         return self._left_behind or (self._patience is not None and self._patience.exhausted)
 
     def judge(self, step: int, is_last: bool, metrics: dict[str, float]) -> None:
-        """What the evaluation after `step` means. Raises ConfigurationError for a metric that the task does not have."""
+        """What the evaluation after `step` means. Raises ConfigurationError for a metric that the task does
+        not have."""
         self._be_patient(step, metrics)
         if self._halving is not None and step > 0 and not is_last:
             self._left_behind = self._agree(self._leads and self._halving.gives_up(self._run))

@@ -36,11 +36,16 @@ from launcher.training.model.loss_check import check_loss
 from launcher.training.signals import StopRequest
 
 
-def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
-    """Evaluate what request.json names and write evaluation.json: {"before": {metric: value}, "after": {metric: value}}."""
+def measure(
+    scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
+) -> None:
+    """Evaluate what request.json names and write evaluation.json: {"before": {metric: value}, "after":
+    {metric: value}}."""
     request = read_json(scratch.path / "request.json")
     if plan.data.evaluation is None:
-        raise ConfigurationError(Problem("data.evaluation", None, "nothing to measure on; name held-out rows in the job file"))
+        raise ConfigurationError(
+            Problem("data.evaluation", None, "nothing to measure on; name held-out rows in the job file")
+        )
     run = Path(request["run"]) if request["run"] else None
     after = _as_it_stands(plan, request["model"]) if request["model"] else plan
     # Before the ranks know each other, who would wait in vain for whoever tokenises.
@@ -63,14 +68,20 @@ def measure(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, 
 
 
 def _as_it_stands(plan: Plan, model: str) -> Plan:
-    """The plan for a model's directory: what the job does to the model that it trains is done to that one alone."""
+    """The plan for a model's directory: what the job does to the model that it trains is done to that one
+    alone."""
     asked = plan.model
-    as_it_is = Model(name=model, task=asked.task, attention=asked.attention, trust_remote_code=asked.trust_remote_code)
+    as_it_is = Model(
+        name=model, task=asked.task, attention=asked.attention, trust_remote_code=asked.trust_remote_code
+    )
     return plan.model_copy(update={"model": as_it_is})
 
 
-def _material(scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None) -> tuple[Plan, Any, Task, Dataset]:
-    """The plan with its model's config, its task and its rows. Classes are those of the run, or of a model that stands for itself.
+def _material(
+    scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None
+) -> tuple[Plan, Any, Task, Dataset]:
+    """The plan with its model's config, its task and its rows. Classes are those of the run, or of a model
+    that stands for itself.
 
     Of the model that the job begins with they are those that it would be trained for.
     """
@@ -80,7 +91,9 @@ def _material(scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None) ->
     config = pretrained.read_config(plan)
     try:
         tokenizer = pretrained.read_tokenizer(plan)
-    except ConfigurationError:  # a directory with nothing but weights; the job's model says how texts are read
+    except (
+        ConfigurationError
+    ):  # a directory with nothing but weights; the job's model says how texts are read
         if begins:
             raise
         tokenizer = pretrained.read_tokenizer(job)
@@ -101,7 +114,9 @@ def _material(scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None) ->
 
 
 def _load(run: Path, plan: Plan, engine: FsdpEngine, step: int | None) -> None:
-    checkpointer = Checkpointer(RunDirectory(run), plan, distributed.get_rank(), distributed.get_world_size(), read_only=True)
+    checkpointer = Checkpointer(
+        RunDirectory(run), plan, distributed.get_rank(), distributed.get_world_size(), read_only=True
+    )
     if checkpointer.load(engine.state_dict(), step) is None:
         raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
     engine.after_load()

@@ -37,8 +37,8 @@ class TrainingInputs:
 
     @classmethod
     def prepare(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
-        """What a run trains on, said in its events before the first step. Raises DataError where the data is not what the run began with,
-        or where most rows would be dropped."""
+        """What a run trains on, said in its events before the first step. Raises DataError where the data is
+        not what the run began with, or where most rows would be dropped."""
         material = cls.of(run, plan)
         for dataset in material.datasets:
             refuse_mostly_dropped(dataset.report, plan)
@@ -54,16 +54,26 @@ class TrainingInputs:
 
     @classmethod
     def of(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
-        """Tokenised and packed data come from the cache where it has them; one process of a machine makes them, the others wait."""
+        """Tokenised and packed data come from the cache where it has them; one process of a machine makes
+        them, the others wait."""
         cache.hold_until_the_end(Path(plan.model.name))
         config = pretrained.read_config(plan)
         tokenizer = pretrained.read_tokenizer(plan)
         task = tasks.build(plan, tokenizer)
         task.adopt(config)
-        train = prepare(plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
+        train = prepare(
+            plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows")
+        )
         evaluation = None
         if plan.data.evaluation is not None:
-            evaluation = prepare(plan.data.evaluation, "evaluation", plan, task, tokenizer, phase_report(run, "preparing", "rows"))
+            evaluation = prepare(
+                plan.data.evaluation,
+                "evaluation",
+                plan,
+                task,
+                tokenizer,
+                phase_report(run, "preparing", "rows"),
+            )
         task.configure(config)
         for role, dataset in (("train", train), ("evaluation", evaluation)):
             refuse_tokens(dataset, f"data.{role}", tokenizer, config)
@@ -75,7 +85,8 @@ class TrainingInputs:
         return (self.train,) if self.evaluation is None else (self.train, self.evaluation)
 
     def save_model_files(self, run: RunDirectory, plan: Plan, model: PreTrainedModel) -> None:
-        """Write RUN/model once: what the model's directory holds beside weights, with this run's config, tokenizer and generation config.
+        """Write RUN/model once: what the model's directory holds beside weights, with this run's config,
+        tokenizer and generation config.
 
         For one rank to call.
         """
@@ -99,11 +110,20 @@ class TrainingInputs:
 def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     """Raise ConfigurationError where rows have a token for which the model's embedding has no row."""
     num_rows = getattr(config.get_text_config(), "vocab_size", None)
-    # To read every sample takes a while: only where the tokenizer has such tokens. Of characters there is no table.
-    if dataset is None or num_rows is None or pretrained.num_ids(tokenizer) <= num_rows or (highest := dataset.highest_token()) < num_rows:
+    # To read every sample takes a while: only where the tokenizer has such tokens. Of characters there is no
+    # table.
+    if (
+        dataset is None
+        or num_rows is None
+        or pretrained.num_ids(tokenizer) <= num_rows
+        or (highest := dataset.highest_token()) < num_rows
+    ):
         return
     token = tokenizer.convert_ids_to_tokens(highest)
-    reason = f"has the token {token!r} ({highest}), and the embedding has {num_rows:,} rows; write model.resize_embeddings: true"
+    reason = (
+        f"has the token {token!r} ({highest}), and the embedding has {num_rows:,} rows; write "
+        "model.resize_embeddings: true"
+    )
     raise ConfigurationError(Problem(key, None, reason))
 
 

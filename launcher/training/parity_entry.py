@@ -15,7 +15,9 @@ from launcher.training.signals import StopRequest
 from launcher.training.trainer import Trainer, train
 
 
-def compare(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
+def compare(
+    run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
+) -> None:
     """The trainer's own loop, on a model without dropout, and without checkpoints."""
     read_config = pretrained.read_config
 

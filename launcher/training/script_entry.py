@@ -2,7 +2,8 @@
 
     python -m launcher.training.script_entry RUN_DIRECTORY --attempt N -- SCRIPT [ARGUMENTS]
 
-The script runs as `python SCRIPT ARGUMENTS` would run it, in this process, with this rank's log, failure report and stop signals.
+The script runs as `python SCRIPT ARGUMENTS` would run it, in this process, with this rank's log, failure
+report and stop signals.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ _SECONDS_TO_HEAR = 10.0
 class Stop:
     """Stop signals to a rank whose script may know nothing of them.
 
-    A script that handles SIGTERM gets a SIGTERM for whichever signal came. One that does not is ended where it is, at once, even in a
-    collective that its peers will never join: a thread hears of each signal, and needs no step of the main thread for it.
+    A script that handles SIGTERM gets a SIGTERM for whichever signal came. One that does not is ended where
+    it is, at once, even in a collective that its peers will never join: a thread hears of each signal, and
+    needs no step of the main thread for it.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -60,7 +62,8 @@ class Stop:
         return self
 
     def hear_all(self) -> None:
-        """Wait until the thread has dealt with every signal that came before: a script may leave sooner than it was written down why."""
+        """Wait until the thread has dealt with every signal that came before: a script may leave sooner than
+        it was written down why."""
         os.write(self._writing, b"\0")
         self._heard_all.wait(_SECONDS_TO_HEAR)
 
@@ -107,7 +110,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         rank.begin()
         plan = Plan.read(rank.run.plan_file)
         saving = Saving(rank.number)
-        libraries.prepare(plan.mesh.device, Seen(rank.run, plan, rank.number).changes(), saving.changes(), meeting.changes())
+        libraries.prepare(
+            plan.mesh.device, Seen(rank.run, plan, rank.number).changes(), saving.changes(), meeting.changes()
+        )
         execute(options.script, saving.finish)
     except BaseException as error:  # whatever it was, the parent must hear of it
         stop.hear_all()
@@ -119,7 +124,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launcher.training.script_entry", description="One rank of a script's run; started by torchrun.")
+    parser = argparse.ArgumentParser(
+        prog="launcher.training.script_entry", description="One rank of a script's run; started by torchrun."
+    )
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--attempt", type=int, required=True, help="number of the attempt")
     ours, script = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
@@ -127,7 +134,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def execute(script: list[str], then: Callable[[], None]) -> None:
-    """Run a script with its arguments as Python itself would: its folder first on the path, and all that it leaves for its exit done.
+    """Run a script with its arguments as Python itself would: its folder first on the path, and all that it
+    leaves for its exit done.
 
     `then` is called between the script's last line and that.
     """

@@ -1,4 +1,5 @@
-"""Every injection of the fault matrix on its first engine; the others, and the table in docs/failures.md, by bench_fault_matrix.py."""
+"""Every injection of the fault matrix on its first engine; the others, and the table in docs/failures.md, by
+bench_fault_matrix.py."""
 
 from __future__ import annotations
 

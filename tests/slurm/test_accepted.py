@@ -16,18 +16,34 @@ from tests.unit.test_render import CASES, HOSTILE, plan_of
 
 SMALL = {"cluster.gpus_per_node": 0, "cluster.ranks_per_node": 1, "cluster.threads_per_rank": 1}
 # What the test cluster has not: the site's own partitions and features, and mail.
-NOT_HERE = ("cluster.partition", "cluster.constraint", "cluster.gpu_type", "cluster.mail_user", "cluster.mail_type")
+NOT_HERE = (
+    "cluster.partition",
+    "cluster.constraint",
+    "cluster.gpu_type",
+    "cluster.mail_user",
+    "cluster.mail_type",
+)
 
 
 def check(cluster: Cluster, script: Path) -> None:
-    done = subprocess.run(["sbatch", "--test-only", str(script)], env=cluster.environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["sbatch", "--test-only", str(script)],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr
 
 
 def test_every_rendered_script(cluster_with_gpus: Cluster, tmp_path: Path) -> None:
     for case, keys in CASES.items():
-        small = SMALL if keys.get("cluster.gpus_per_node") == 0 else {"cluster.gpus_per_node": 2, "cluster.threads_per_rank": 1}
+        small = (
+            SMALL
+            if keys.get("cluster.gpus_per_node") == 0
+            else {"cluster.gpus_per_node": 2, "cluster.threads_per_rank": 1}
+        )
         plan = plan_of({name: value for name, value in keys.items() if name not in NOT_HERE} | small)
         write(tmp_path / case, files(plan, Place(str(tmp_path / "run"), str(tmp_path / case))))
         check(cluster_with_gpus, tmp_path / case / "submit.sbatch")

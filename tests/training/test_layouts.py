@@ -1,4 +1,5 @@
-"""Padded rows, the model's own head and routers' losses give one process's numbers on any number of ranks, on both engines."""
+"""Padded rows, the model's own head and routers' losses give one process's numbers on any number of ranks, on
+both engines."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def samples_of(step: int) -> list[torch.Tensor]:
 
 def steps(plan: Plan) -> list[list[float]]:
     """Loss and gradient norm of two steps, the samples dealt evenly, two a pass."""
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
 
     class Task:
         auto_class = AutoModelForCausalLM
@@ -73,7 +76,9 @@ def plain(directory: Path) -> list[list[float]]:
     for step in range(2):
         loss = loss_alone(model, samples_of(step)) / (sum(LENGTHS) - len(LENGTHS))
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        )
         curve.append([float(loss), float(norm)])
         optimizer.step()
         optimizer.zero_grad()
@@ -91,7 +96,12 @@ def test_two_ranks_equal_transformers_alone(
 ) -> None:
     model_of(family, **changes).save_pretrained(tmp_path / "model")
     layout, implementation, head = way
-    options = ENGINES[engine] | {"layout": layout, "attention": implementation, "head": head, "batch": batch_of(2, 2, 2)}
+    options = ENGINES[engine] | {
+        "layout": layout,
+        "attention": implementation,
+        "head": head,
+        "batch": batch_of(2, 2, 2),
+    }
     plan = plan_of(tmp_path / "model", 2, training__clip_norm=0, **options)
     expected = torch.tensor(plain(tmp_path / "model"))
     for curve in on_ranks(2, steps, plan):

@@ -29,8 +29,12 @@ def test_units_of_a_processor(dtype: torch.dtype, capabilities: dict[str, Any], 
     assert cpu_half_matmul.has_units(dtype, capabilities) is expected
 
 
-@pytest.mark.parametrize(("precision", "asked"), [("bf16", [torch.bfloat16]), ("fp16", [torch.float16]), ("fp32", [torch.float32])])
-def test_a_rank_on_a_cpu_asks_for_them(precision: str, asked: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("precision", "asked"), [("bf16", [torch.bfloat16]), ("fp16", [torch.float16]), ("fp32", [torch.float32])]
+)
+def test_a_rank_on_a_cpu_asks_for_them(
+    precision: str, asked: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The process group itself is left out: this is one process."""
     from tests.training.plans import plan_of
 
@@ -57,9 +61,17 @@ def _results(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
     """Products that fit into a block and such as are cut along each side; with their gradients."""
     torch.manual_seed(0)
     found = []
-    for rows, inner, columns in ((64, 96, 200), (300, 96, 9000), (7, 9000, 30), (9000, 50, 60), (300, 1200, 1300)):
+    for rows, inner, columns in (
+        (64, 96, 200),
+        (300, 96, 9000),
+        (7, 9000, 30),
+        (9000, 50, 60),
+        (300, 1200, 1300),
+    ):
         scale = inner**-0.5
-        left, weight, bias = (torch.randn(shape).mul(scale).to(dtype) for shape in ((rows, inner), (columns, inner), (columns,)))
+        left, weight, bias = (
+            torch.randn(shape).mul(scale).to(dtype) for shape in ((rows, inner), (columns, inner), (columns,))
+        )
         for kind, arguments in (("addmm", (left, weight, bias)), ("mm", (left, weight))):
             leaves = [tensor.clone().requires_grad_() for tensor in arguments]
             output = functional.linear(*leaves)
@@ -73,7 +85,9 @@ def _results(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
     for masked in (False, True):
         query, key = (torch.randn(2, heads, 50, 16).to(dtype).requires_grad_() for heads in (6, 2))
         mask = torch.ones(50, 50, dtype=torch.bool).tril(3).triu(-9) if masked else None
-        output = functional.scaled_dot_product_attention(query, key, key, attn_mask=mask, is_causal=not masked, enable_gqa=True)
+        output = functional.scaled_dot_product_attention(
+            query, key, key, attn_mask=mask, is_causal=not masked, enable_gqa=True
+        )
         output.backward(torch.ones_like(output))
         found += [("attention", part) for part in (output.detach(), query.grad, key.grad) if part is not None]
     wide = torch.randn(40, 50)
@@ -84,7 +98,8 @@ def _results(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_same_numbers(dtype: torch.dtype) -> None:
-    """Sums in another order round differently now and then; attention rounds less often than PyTorch's kernel for half precision."""
+    """Sums in another order round differently now and then; attention rounds less often than PyTorch's kernel
+    for half precision."""
     compared = on_ranks(1, _both_ways, dtype)[0]
     assert len(compared) == 5 * 9 + 1 + 6 + 1
     for name, own, wide in compared:

@@ -9,7 +9,9 @@ import pytest
 
 from launcher.planner.hardware import detect
 
-CPUINFO = "".join(f"processor\t: {i}\nphysical id\t: 0\ncore id\t: {i // 2}\nflags\t\t: fpu amx_bf16\n\n" for i in range(8))
+CPUINFO = "".join(
+    f"processor\t: {i}\nphysical id\t: 0\ncore id\t: {i // 2}\nflags\t\t: fpu amx_bf16\n\n" for i in range(8)
+)
 ROWS = "0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559, 9.0\n1, GPU-bbb, Tesla T4, 15360, 7.5\n"
 
 
@@ -39,7 +41,13 @@ def test_gpus(smi: Path) -> None:
 
 @pytest.mark.parametrize(
     ("visible", "names"),
-    [("1", ["Tesla T4"]), ("GPU-b,0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]), ("", []), ("-1", []), ("0,7,1", ["NVIDIA H100 80GB HBM3"])],
+    [
+        ("1", ["Tesla T4"]),
+        ("GPU-b,0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]),
+        ("", []),
+        ("-1", []),
+        ("0,7,1", ["NVIDIA H100 80GB HBM3"]),
+    ],
 )
 def test_visible_gpus(smi: Path, monkeypatch: pytest.MonkeyPatch, visible: str, names: list[str]) -> None:
     program(smi, f"printf '{ROWS}'")
@@ -79,9 +87,16 @@ def test_nvidia_smi_that_cannot_be_started(smi: Path) -> None:
 
 @pytest.mark.parametrize(
     ("allowed", "quota", "cores"),
-    [(range(8), "max 100000", 4), ({0, 1, 2}, "", 2), (range(8), "250000 100000", 2), (range(8), "50000 100000", 1)],
+    [
+        (range(8), "max 100000", 4),
+        ({0, 1, 2}, "", 2),
+        (range(8), "250000 100000", 2),
+        (range(8), "50000 100000", 1),
+    ],
 )
-def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int], quota: str, cores: int) -> None:
+def test_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int], quota: str, cores: int
+) -> None:
     (tmp_path / "cpuinfo").write_text(CPUINFO)
     (tmp_path / "cpu.max").write_text(quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(allowed))

@@ -41,7 +41,11 @@ def test_the_costs_come_out_of_the_steps_that_they_make(kind: str) -> None:
     for plan, sizes in zip(both, (comm_benchmark.SMALL, comm_benchmark.LARGE), strict=True):
         units = Llama(sizes).units()
         sent = traffic(plan, units)
-        seconds.append(0.002 * sent.num_messages + 3e-9 * sent.received + optimizer_seconds(plan, units, rates))
+        seconds.append(
+            0.002 * sent.num_messages + 3e-9 * sent.received + optimizer_seconds(plan, units, rates)
+        )
     made = comm_benchmark.costs(both, (seconds[0], seconds[1]), rates)
     assert made == (pytest.approx(0.002), pytest.approx(3e-9))
-    assert comm_benchmark.costs(both, (seconds[1], seconds[0]), rates) is None, "bytes are not free, whatever else was done meanwhile"
+    assert comm_benchmark.costs(both, (seconds[1], seconds[0]), rates) is None, (
+        "bytes are not free, whatever else was done meanwhile"
+    )

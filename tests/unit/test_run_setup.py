@@ -26,7 +26,8 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, Rates, path
 
 SMALL: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 131, "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -88,10 +89,16 @@ def test_going_on_takes_the_stored_plan_as_it_is(job: Path, monkeypatch: pytest.
     assert events(run) == ["planned"]
 
 
-def test_what_was_decided_stays_when_something_else_changes(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_decided_stays_when_something_else_changes(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, plan = open_run(job, [], None, None)
     monkeypatch.setattr(search, "samples_per_pass", lambda plan: 1)
-    assert open_run(job, [], None, job.parent / "other")[1].batch.micro_batch_size == 1 < plan.batch.micro_batch_size
+    assert (
+        open_run(job, [], None, job.parent / "other")[1].batch.micro_batch_size
+        == 1
+        < plan.batch.micro_batch_size
+    )
     changed = reopen(run, ["checkpoint.keep_last=5"], None)
     assert changed.batch == plan.batch and changed.precision == plan.precision
     assert changed.checkpoint.keep_last == 5
@@ -114,7 +121,10 @@ def test_the_date_of_a_chat_stays(job: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("launcher.tasks.causal_lm.datetime.date", Later)
     assert reopen(run, ["training.max_steps=9"], None).data.date == plan.data.date
     assert open_run(job, asked, None, job.parent / "other")[1].data.date == "2100-01-01"
-    assert open_run(job, [*asked, "data.date=2026-02-28"], None, job.parent / "asked")[1].data.date == "2026-02-28"
+    assert (
+        open_run(job, [*asked, "data.date=2026-02-28"], None, job.parent / "asked")[1].data.date
+        == "2026-02-28"
+    )
     with pytest.raises(ConfigurationError, match=r"data\.date.*begin another run"):
         reopen(run, ["data.date=2026-02-28"], None)
     assert open_run(job, [], None, job.parent / "text")[1].data.date is None, "nothing else writes one"
@@ -126,7 +136,11 @@ def test_the_cut_that_was_chosen_stays(job: Path) -> None:
     cut = plan.mesh.model_copy(update={"reshard_after_forward": False})
     write_plan(run, plan.model_copy(update={"sharding": "gradients", "mesh": cut}))
     changed = reopen(run, ["checkpoint.keep_last=5"], None)
-    assert changed.sharding == "gradients" and not changed.mesh.reshard_after_forward and changed.checkpoint.keep_last == 5
+    assert (
+        changed.sharding == "gradients"
+        and not changed.mesh.reshard_after_forward
+        and changed.checkpoint.keep_last == 5
+    )
     copies = reopen(run, ["parallel.replicate=2"], None)
     assert copies.mesh.replicate == 2, "what is asked for goes before what was chosen"
 
@@ -137,7 +151,10 @@ def test_an_engine_that_was_chosen_stays_until_something_else_is_asked_for(job: 
     chosen = open_run(job, ["parallel.engine=deepspeed", "parallel.shard=gradients"], 2, Path("other"))[1]
     write_plan(run, chosen)
     changed = reopen(run, ["checkpoint.keep_last=5"], None)
-    assert (changed.engine, changed.sharding) == ("deepspeed", "gradients") and changed.checkpoint.keep_last == 5
+    assert (changed.engine, changed.sharding) == (
+        "deepspeed",
+        "gradients",
+    ) and changed.checkpoint.keep_last == 5
     asked = reopen(run, ["parallel.engine=fsdp"], None)
     assert (asked.engine, asked.sharding) == ("fsdp", "full")
     write_plan(run, plan)
@@ -152,7 +169,19 @@ def test_an_engine_that_was_chosen_stays_beside_a_cut_that_is_asked_for(engine: 
     cuts = {f"{name} gradients": (0.001, cost) for name, cost in costs.items()}
     run, plan = open_run(job, ["parallel.shard=gradients", f"parallel.engine={engine}"], 2, None)
     assert plan.engine == engine
-    Machine((Rates("cpu", "2026-11-24", {"fp32": 1e14}, 1e14, 2e9, engines={"lean": cuts, "roomy": cuts}, num_ranks=2),)).write()
+    Machine(
+        (
+            Rates(
+                "cpu",
+                "2026-11-24",
+                {"fp32": 1e14},
+                1e14,
+                2e9,
+                engines={"lean": cuts, "roomy": cuts},
+                num_ranks=2,
+            ),
+        )
+    ).write()
     try:
         changed = reopen(run, ["parallel.engine=auto", "checkpoint.keep_last=5"], None)
         fresh = open_run(job, ["parallel.shard=gradients"], 2, Path("fresh"))[1]
@@ -165,7 +194,12 @@ def test_another_number_of_ranks(job: Path) -> None:
     run, _ = open_run(job, [], None, None)
     plan = reopen(run, [], 3)
     assert (plan.mesh.world_size, plan.batch.global_batch_size) == (3, 12)
-    changed = [change["key"] for record in read(run.events_file) if record["event"] == "plan_changed" for change in record["changes"]]
+    changed = [
+        change["key"]
+        for record in read(run.events_file)
+        if record["event"] == "plan_changed"
+        for change in record["changes"]
+    ]
     assert "mesh.world_size" in changed
 
 
@@ -228,8 +262,11 @@ def test_a_run_that_goes_on_elsewise_is_foreseen_anew(job: Path) -> None:
     assert not run.forecast_file.exists() and expectation(run) == ""
 
 
-def test_with_a_trace_a_run_is_what_the_plan_with_a_trace_shows(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the formulas know the model it is not asked for; where not, decisions, forecast and refusal are by it."""
+def test_with_a_trace_a_run_is_what_the_plan_with_a_trace_shows(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the formulas know the model it is not asked for; where not, decisions, forecast and refusal are
+    by it."""
     asked: list[str] = []
 
     def trace(plan: Plan) -> Program:
@@ -257,7 +294,11 @@ def test_a_plan_changed_by_hand_is_refused_by_key_with_the_way_on(job: Path, tmp
     content["training"]["learning_rate"] = 5.0
     content["checkpoint"]["keep_last"] = 7
     run.plan_file.write_text(json.dumps(content))
-    for go_on in (lambda: reopen(run, [], None), lambda: open_run(job, [], 2, run.path), lambda: fit_to_nodes(run, 1)):
+    for go_on in (
+        lambda: reopen(run, [], None),
+        lambda: open_run(job, [], 2, run.path),
+        lambda: fit_to_nodes(run, 1),
+    ):
         with pytest.raises(ConfigurationError, match="was changed by hand") as caught:
             go_on()
         assert {problem.key: problem.value for problem in caught.value.problems} == {
@@ -269,7 +310,9 @@ def test_a_plan_changed_by_hand_is_refused_by_key_with_the_way_on(job: Path, tmp
     assert reopen(run, [], None) == plan, "white space is no change"
 
 
-def test_a_crash_between_the_copy_and_the_plan_is_no_change_by_hand(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_the_copy_and_the_plan_is_no_change_by_hand(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, plan = open_run(job, [], 2, tmp_path / "run")
     before = run.plan_file.read_text()
     reopen(run, ["checkpoint.keep_last=5"], None)
@@ -289,13 +332,20 @@ def test_what_is_no_plan_is_said_to_be_none(job: Path, tmp_path: Path, text: str
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_run_is_as_private_as_the_umask_says_or_open_to_the_group(job: Path, tmp_path: Path, shared: bool) -> None:
+def test_a_run_is_as_private_as_the_umask_says_or_open_to_the_group(
+    job: Path, tmp_path: Path, shared: bool
+) -> None:
     before = os.umask(0o077)
     try:
-        run, _ = open_run(job, [f"cluster.share_with_group={str(shared).lower()}"], 2, tmp_path / "runs" / "mine")
+        run, _ = open_run(
+            job, [f"cluster.share_with_group={str(shared).lower()}"], 2, tmp_path / "runs" / "mine"
+        )
         modes = {stat.S_IMODE(path.stat().st_mode) for path in (run.path, *run.path.rglob("*"))}
         assert modes == ({0o750, 0o640} if shared else {0o700, 0o600})
         reopen(run, ["cluster.share_with_group=true"], None)
-        assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (run.path, *run.path.rglob("*"))} == {0o050, 0o040}
+        assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (run.path, *run.path.rglob("*"))} == {
+            0o050,
+            0o040,
+        }
     finally:
         os.umask(before)

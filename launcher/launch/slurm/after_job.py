@@ -2,7 +2,8 @@
 
     python -m launcher.launch.slurm.after_job RUN STATUS
 
-It runs on the job's first node, in the batch step, which lives on for a moment when the ranks' step has been killed.
+It runs on the job's first node, in the batch step, which lives on for a moment when the ranks' step has been
+killed.
 """
 
 from __future__ import annotations
@@ -33,15 +34,21 @@ _SECONDS_TO_EXCLUDE = 5.0
 _MAY_BE_A_NODE = ("failed", "lost", "requeued", "signal")
 """Ends behind which there may be a node that died."""
 _SOMETHING_ELSE = ("started", "requeued", "training", "evaluated", "saved", "stopped", "failed")
-"""Events of an attempt, or of another reason: what the last of them is decides, and what lies before is not read."""
+"""Events of an attempt, or of another reason: what the last of them is decides, and what lies before is not
+read."""
 
 
 def main(arguments: list[str]) -> int:
-    """Decide what is next for the run, and do it; the exit code of the batch script, by which Slurm calls the job failed or not."""
+    """Decide what is next for the run, and do it; the exit code of the batch script, by which Slurm calls the
+    job failed or not."""
     allocation, status = Allocation.of(os.environ), int(arguments[1])
     run = _run_of(Path(arguments[0]), allocation)
     if run is None:
-        print(f"no run below {arguments[0]} is job {allocation.job_id}: it ended with code {status} before it had begun", flush=True)
+        print(
+            f"no run below {arguments[0]} is job {allocation.job_id}: it ended with code {status} "
+            "before it had begun",
+            flush=True,
+        )
         return status or 1
     if run.finished:
         return 0
@@ -68,7 +75,9 @@ def _run_of(path: Path, allocation: Allocation) -> RunDirectory | None:
     if (path / "plan.json").exists():
         return RunDirectory(path)
     runs = [RunDirectory(point) for point in sorted((path / "points").glob("*"))]
-    return next((run for run in runs if (known := JobRecord.read(run)) and known.job_id == allocation.job_id), None)
+    return next(
+        (run for run in runs if (known := JobRecord.read(run)) and known.job_id == allocation.job_id), None
+    )
 
 
 def _nodes_lost(run: RunDirectory, number: int) -> list[str]:
@@ -80,7 +89,8 @@ def _nodes_lost(run: RunDirectory, number: int) -> list[str]:
 
 
 def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
-    """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back. That is free; a time limit not for ever."""
+    """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back. That is free; a time
+    limit not for ever."""
     end = _meaning(allocation, TERMINATED)
     reason = f"{end} before it had begun"
     if end in ("preempted", "requeued"):
@@ -88,11 +98,21 @@ def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
     if end == "time limit":
         slurm = Plan.read(run.plan_file).slurm
         again = slurm.requeue and _times_in_a_row(run, reason) + 1 < slurm.attempts_without_progress
-        return _act(run, allocation, Decision(again, reason if again else f"{reason}: raise cluster.time_limit"), end, status)
+        return _act(
+            run,
+            allocation,
+            Decision(again, reason if again else f"{reason}: raise cluster.time_limit"),
+            end,
+            status,
+        )
     if status == RunInUseError.exit_code:
         print("another job of this run is there; this one leaves it alone", flush=True)
         return status
-    said = "cancelled" if end == "cancelled" else f"ended with code {status} before an attempt began: see the job's output"
+    said = (
+        "cancelled"
+        if end == "cancelled"
+        else f"ended with code {status} before an attempt began: see the job's output"
+    )
     event(run.events_file, "gave_up", job=allocation.job_id, reason=said)
     print(said, flush=True)
     return status or 1
@@ -122,7 +142,10 @@ def _meaning(allocation: Allocation, end: str) -> str:
         return "preempted"
     if state == "TIMEOUT" or known.get("Reason") == "TimeLimit":
         return "time limit"
-    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "NODE_FAIL") or int(known.get("Restarts", "0")) > allocation.restart:
+    if (
+        state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "NODE_FAIL")
+        or int(known.get("Restarts", "0")) > allocation.restart
+    ):
         return "node lost" if state == "NODE_FAIL" else "requeued"
     if state in ("CANCELLED", "COMPLETING"):
         return "cancelled"
@@ -137,14 +160,22 @@ def _act(run: RunDirectory, allocation: Allocation, decision: Decision, end: str
             event(run.events_file, decision.reason, job=allocation.job_id)
         print(f"not again: {decision.reason}", flush=True)
         return code
-    event(run.events_file, "requeued", job=allocation.job_id, reason=decision.reason, excluded=list(decision.exclude))
+    event(
+        run.events_file,
+        "requeued",
+        job=allocation.job_id,
+        reason=decision.reason,
+        excluded=list(decision.exclude),
+    )
     print(f"again: {decision.reason}", flush=True)
     try:
         _requeue(allocation, decision.exclude)
     except SchedulerError as error:
         if end in ("preempted", "requeued", "node lost"):
             return code  # Slurm has done it already
-        event(run.events_file, "gave_up", job=allocation.job_id, reason=f"Slurm would not requeue it: {error}")
+        event(
+            run.events_file, "gave_up", job=allocation.job_id, reason=f"Slurm would not requeue it: {error}"
+        )
         print(f"Slurm would not requeue it: {error}; go on with: launcher resume {run.path}", flush=True)
     return code
 
@@ -157,7 +188,14 @@ def _requeue(allocation: Allocation, exclude: tuple[str, ...]) -> None:
         with contextlib.suppress(SchedulerError):
             known = queue.record(allocation.raw_job_id).get("ExcNodeList", "")
             already = [] if known in ("", "(null)") else [known]
-            call(["scontrol", "update", f"JobId={allocation.job_id}", f"ExcNodeList={','.join([*already, *exclude])}"])
+            call(
+                [
+                    "scontrol",
+                    "update",
+                    f"JobId={allocation.job_id}",
+                    f"ExcNodeList={','.join([*already, *exclude])}",
+                ]
+            )
             return
         time.sleep(0.2)
 

@@ -42,7 +42,13 @@ class Allocation:
         """From Slurm's variables. Raises ConfigurationError where they are not there."""
         raw = environment.get("SLURM_JOB_ID", "")
         if not raw.isdigit():
-            raise ConfigurationError(Problem("SLURM_JOB_ID", raw or None, "is no number: this is started by Slurm, see `launcher submit`"))
+            raise ConfigurationError(
+                Problem(
+                    "SLURM_JOB_ID",
+                    raw or None,
+                    "is no number: this is started by Slurm, see `launcher submit`",
+                )
+            )
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         return cls(
             job_id=f"{array}_{task}" if array and task else raw,
@@ -89,7 +95,8 @@ class Assignment:
 
 
 def claim(run: RunDirectory, allocation: Allocation) -> None:
-    """Say that the run is this allocation's from now on. An older one that lives on where Slurm has given up a node sees it and ends."""
+    """Say that the run is this allocation's from now on. An older one that lives on where Slurm has given up
+    a node sees it and ends."""
     folder = run.path / "slurm"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / _CLAIM, json.dumps([allocation.job_id, allocation.restart]) + "\n")
@@ -106,7 +113,9 @@ def is_claimed_by_another(run: RunDirectory, allocation: Allocation) -> bool:
 def refuse(run: RunDirectory, allocation: Allocation) -> None:
     """Tell the other nodes that there will be no attempt, so that they do not wait for one."""
     (run.path / "slurm").mkdir(exist_ok=True)
-    write_atomically(run.path / "slurm" / _REFUSED, json.dumps([allocation.job_id, allocation.restart]) + "\n")
+    write_atomically(
+        run.path / "slurm" / _REFUSED, json.dumps([allocation.job_id, allocation.restart]) + "\n"
+    )
 
 
 def _is_refused(run: RunDirectory, allocation: Allocation) -> bool:
@@ -117,7 +126,8 @@ def _is_refused(run: RunDirectory, allocation: Allocation) -> bool:
 
 
 def begin_attempt(run: RunDirectory, assignment: Assignment) -> int:
-    """Make the next attempt's directory with the assignment and a secret in it from the first moment on; its number."""
+    """Make the next attempt's directory with the assignment and a secret in it from the first moment on; its
+    number."""
     run.attempts.mkdir(exist_ok=True)
     made = run.attempts / f".new-{secrets.token_hex(4)}"
     made.mkdir()
@@ -146,7 +156,11 @@ def find_attempt(run: RunDirectory, allocation: Allocation) -> int | None:
     """The attempt that this allocation's head has begun; None before it has."""
     number = run.last_attempt()
     assignment = read_assignment(run, number) if number else None
-    return number if assignment and (assignment.job_id, assignment.restart) == (allocation.job_id, allocation.restart) else None
+    return (
+        number
+        if assignment and (assignment.job_id, assignment.restart) == (allocation.job_id, allocation.restart)
+        else None
+    )
 
 
 def await_attempt(run: RunDirectory, allocation: Allocation, seconds: float) -> int | None:
@@ -161,7 +175,8 @@ def await_attempt(run: RunDirectory, allocation: Allocation, seconds: float) -> 
 
 
 def _look_afresh(directory: Path) -> None:
-    """An NFS client may show a directory as it was up to a minute ago, unless it has changed something there itself."""
+    """An NFS client may show a directory as it was up to a minute ago, unless it has changed something there
+    itself."""
     with contextlib.suppress(OSError):
         (directory / f".seen-{os.uname().nodename}").touch()
         (directory / f".seen-{os.uname().nodename}").unlink()

@@ -15,20 +15,36 @@ _UNREACHABLE = (
     "zero bytes were transmitted",
     "not responding",
 )
-_PREFIXES = ("sbatch: error: ", "squeue: error: ", "scontrol: error: ", "scancel: error: ", "sacct: error: ", "sinfo: error: ")
+_PREFIXES = (
+    "sbatch: error: ",
+    "squeue: error: ",
+    "scontrol: error: ",
+    "scancel: error: ",
+    "sacct: error: ",
+    "sinfo: error: ",
+)
 
 
 def call(command: Sequence[str], seconds: float = 30.0, environment: Mapping[str, str] | None = None) -> str:
     """What a command of Slurm prints. `environment` is another than one's own.
 
-    Raises ControllerUnreachableError where the controller did not answer, else SchedulerError with what Slurm said.
+    Raises ControllerUnreachableError where the controller did not answer, else SchedulerError with what Slurm
+    said.
     """
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, errors="replace"
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+            errors="replace",
         )
     except FileNotFoundError:
-        raise SchedulerError(f"{command[0]} is not on this machine: call this on a login node of the cluster") from None
+        raise SchedulerError(
+            f"{command[0]} is not on this machine: call this on a login node of the cluster"
+        ) from None
     except subprocess.TimeoutExpired:
         raise ControllerUnreachableError(f"{command[0]} got no answer in {seconds:g} s") from None
     if done.returncode == 0:
@@ -40,7 +56,8 @@ def call(command: Sequence[str], seconds: float = 30.0, environment: Mapping[str
 
 
 def patiently(command: Sequence[str], seconds: float) -> str:
-    """As `call`, again and again for so long as the controller does not answer. Only for what may be asked twice."""
+    """As `call`, again and again for so long as the controller does not answer. Only for what may be asked
+    twice."""
     until = time.monotonic() + seconds
     while True:
         try:

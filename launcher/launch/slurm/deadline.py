@@ -32,7 +32,8 @@ _NUM_STEPS = 20
 
 
 class Clock:
-    """The end of this job, and what Slurm gives between SIGTERM and SIGKILL. What is not known yet is None, or Slurm's default."""
+    """The end of this job, and what Slurm gives between SIGTERM and SIGKILL. What is not known yet is None,
+    or Slurm's default."""
 
     def __init__(self, job_id: str) -> None:
         self._job_id = job_id
@@ -50,7 +51,8 @@ class Clock:
         self._over.set()
 
     def _ask(self) -> None:
-        # Where Slurm's commands are not at hand, as in a container, the signal that Slurm sends before the end has to do.
+        # Where Slurm's commands are not at hand, as in a container, the signal that Slurm sends before the
+        # end has to do.
         with contextlib.suppress(LauncherError):
             self.term_seconds = _term_seconds(queue.record(self._job_id).get("Partition", ""))
         while not self._over.is_set():
@@ -63,7 +65,11 @@ class Clock:
 def _term_seconds(partition: str) -> float:
     """Between the SIGTERM of a preemption and the SIGKILL: the partition's grace, then KillWait."""
     wait = float(queue.setting("KillWait").split()[0])
-    described = queue.fields(call(["scontrol", "--oneliner", "show", "partition", partition]).strip()) if partition else {}
+    described = (
+        queue.fields(call(["scontrol", "--oneliner", "show", "partition", partition]).strip())
+        if partition
+        else {}
+    )
     grace = described.get("GraceTime", "0")
     return wait + (float(grace) if grace.isdigit() else 0.0)
 
@@ -77,13 +83,19 @@ def seconds_since_1970(text: str) -> float | None:
 
 
 def lead_seconds(run: RunDirectory, plan: Plan, totals: Totals) -> float:
-    """How long before the end the ranks must be told: for two steps and two saves as they were measured, and a margin.
+    """How long before the end the ranks must be told: for two steps and two saves as they were measured, and
+    a margin.
 
-    Before the first save of the run, for the grace that the job allows. Asked every few seconds by who must not miss a signal
-    meanwhile: `totals` are the run's, which take in what is new, and of the steps the last ones alone are read.
+    Before the first save of the run, for the grace that the job allows. Asked every few seconds by who must
+    not miss a signal meanwhile: `totals` are the run's, which take in what is new, and of the steps the last
+    ones alone are read.
     """
     saves = totals.refresh().save_seconds
-    times = [record["time"] for record in reversed(last_records(run.metrics_file, is_step, _NUM_STEPS)) if "time" in record]
+    times = [
+        record["time"]
+        for record in reversed(last_records(run.metrics_file, is_step, _NUM_STEPS))
+        if "time" in record
+    ]
     # The middle one: between two attempts lies a time that is no step.
     step = statistics.median([later - earlier for earlier, later in itertools.pairwise(times)] or [0.0])
     return 2 * (float(max(saves, default=plan.grace_seconds / 2)) + step) + _MARGIN_SECONDS

@@ -35,7 +35,9 @@ def interfaces() -> dict[str, str]:
     return found
 
 
-def choose(hosts: Sequence[str], own: int, asked: str | None, environment: Mapping[str, str]) -> tuple[str, str]:
+def choose(
+    hosts: Sequence[str], own: int, asked: str | None, environment: Mapping[str, str]
+) -> tuple[str, str]:
     """This node's interface towards the others, and its address there.
 
     `asked` (cluster.interface) goes first, then what the environment says, then the route to another node.
@@ -48,9 +50,13 @@ def choose(hosts: Sequence[str], own: int, asked: str | None, environment: Mappi
     key = "cluster.interface" if asked else "GLOO_SOCKET_IFNAME"
     if named not in there:
         known = ", ".join(name for name in sorted(there) if not is_loopback(there[name]))
-        raise ConfigurationError(Problem(key, named, f"{os.uname().nodename} has no such interface that is up; it has {known}"))
+        raise ConfigurationError(
+            Problem(key, named, f"{os.uname().nodename} has no such interface that is up; it has {known}")
+        )
     if is_loopback(there[named]):
-        raise ConfigurationError(Problem(key, named, "leads to no other node; leave it out, and the right one is found"))
+        raise ConfigurationError(
+            Problem(key, named, "leads to no other node; leave it out, and the right one is found")
+        )
     return named, there[named]
 
 
@@ -62,7 +68,10 @@ def _by_route(peer: str, there: Mapping[str, str]) -> tuple[str, str]:
         own = probe.getsockname()[0]
     name = next((name for name, address in there.items() if address == own), None)
     if name is None or is_loopback(own):
-        reason = f"no interface of {os.uname().nodename} leads there; name one with cluster.interface ({', '.join(sorted(there))})"
+        reason = (
+            f"no interface of {os.uname().nodename} leads there; name one with cluster.interface "
+            f"({', '.join(sorted(there))})"
+        )
         raise ConfigurationError(Problem("node", peer, reason))
     return name, own
 
@@ -72,7 +81,8 @@ def is_loopback(address: str) -> bool:
 
 
 def free_port(first: int, address: str) -> int:
-    """The first port from `first` on that nobody listens on. Raises ConfigurationError where a whole range is taken."""
+    """The first port from `first` on that nobody listens on. Raises ConfigurationError where a whole range is
+    taken."""
     for port in range(first, first + _PORTS_TRIED):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,5 +91,8 @@ def free_port(first: int, address: str) -> int:
                 return port
             except OSError:
                 continue
-    reason = f"and the {_PORTS_TRIED - 1} after it are all in use on {os.uname().nodename}; leave the node out with cluster.exclude"
+    reason = (
+        f"and the {_PORTS_TRIED - 1} after it are all in use on {os.uname().nodename}; leave the node out "
+        "with cluster.exclude"
+    )
     raise ConfigurationError(Problem("port", first, reason))

@@ -2,8 +2,9 @@
 
     python -m launcher.launch.slurm.node RUN
 
-The first node decides for all: what plan runs on the nodes there are, where they meet, what the attempt's number is, and in the end what
-came of it. The others read that in the run directory. Whatever the run is to do next is decided in the batch script, by `after`.
+The first node decides for all: what plan runs on the nodes there are, where they meet, what the attempt's
+number is, and in the end what came of it. The others read that in the run directory. Whatever the run is to
+do next is decided in the batch script, by `after`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class NodeTask:
 
 
 def work(run: RunDirectory) -> int:
-    """One node's part of one attempt, to its end; the exit code of the attempt on the first node, 0 on the others."""
+    """One node's part of one attempt, to its end; the exit code of the attempt on the first node, 0 on the
+    others."""
     signals = Signals()
     with signals.caught():
         allocation = Allocation.of(os.environ)
@@ -103,10 +105,17 @@ def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
         if end.forced == "superseded":
             return 0
         # When the time is up, what is left of it is for going on; nobody asks then what killed the ranks.
-        reports = [] if end.forced in ("grace", "gone") or end.is_disk_stuck or end.lost else _reports(run, number, plan.mesh.nodes)
+        reports = (
+            []
+            if end.forced in ("grace", "gone") or end.is_disk_stuck or end.lost
+            else _reports(run, number, plan.mesh.nodes)
+        )
         out_of_memory_killer = any([*reports, oom_kills() > killed_before])
         code = conclude(run, plan, number, end, screen, out_of_memory_killer, signals)
-        within(_SECONDS_FOR_OUTCOME, lambda: write_outcome(run, number, _why(run, end, code), signal=end.signal_name, exit_code=code))
+        within(
+            _SECONDS_FOR_OUTCOME,
+            lambda: write_outcome(run, number, _why(run, end, code), signal=end.signal_name, exit_code=code),
+        )
         screen.close(code, _SECONDS_FOR_OUTCOME)
         return code
 
@@ -124,7 +133,16 @@ def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meetin
         port = network.free_port(allocation.first_port, address)
     set_umask(plan.share_with_group)
     number = begin_attempt(
-        run, Assignment(allocation.job_id, allocation.restart, hosts, address, port, checkpoint_step(run), round(time.time(), 3))
+        run,
+        Assignment(
+            allocation.job_id,
+            allocation.restart,
+            hosts,
+            address,
+            port,
+            checkpoint_step(run),
+            round(time.time(), 3),
+        ),
     )
     details = {"job": allocation.job_id, "restart": allocation.restart, "nodes": list(hosts)}
     if left_out := allocation.hosts[plan.mesh.nodes :]:
@@ -148,7 +166,9 @@ def _note_previous(run: RunDirectory, allocation: Allocation) -> None:
     with contextlib.suppress(LauncherError):
         down = nodes_down(before.hosts)
     reason = f"node lost: {', '.join(down)}" if down else "Slurm requeued it"
-    write_outcome(run, number, "node lost" if down else "requeued", exit_code=(outcome or {}).get("exit_code", 0))
+    write_outcome(
+        run, number, "node lost" if down else "requeued", exit_code=(outcome or {}).get("exit_code", 0)
+    )
     event(run.events_file, "requeued", job=allocation.job_id, attempt=number, reason=reason, excluded=[])
 
 
@@ -163,7 +183,9 @@ def _follow(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
     killed_before = oom_kills()
     try:
         raise_open_files(plan)
-        interface, own = network.choose(assignment.hosts, allocation.node_index, plan.slurm.interface, os.environ)
+        interface, own = network.choose(
+            assignment.hosts, allocation.node_index, plan.slurm.interface, os.environ
+        )
     except LauncherError as error:
         failures.record(run.attempt(number), allocation.node_index * plan.mesh.ranks_per_node, error)
         return 0
@@ -171,7 +193,12 @@ def _follow(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
     meeting = Meeting(allocation.node_index, assignment.address, assignment.port, own, interface)
     screen = Screen(Watcher())
     end = _supervise(run, plan, number, signals, Clock(allocation.raw_job_id), allocation, meeting, screen)
-    report = {"host": os.uname().nodename, "code": end.code, "forced": end.forced, "out_of_memory_killer": oom_kills() > killed_before}
+    report = {
+        "host": os.uname().nodename,
+        "code": end.code,
+        "forced": end.forced,
+        "out_of_memory_killer": oom_kills() > killed_before,
+    }
     path = run.attempt(number) / f"node-{allocation.node_index}.json"
     within(_SECONDS_FOR_OUTCOME, lambda: write_atomically(path, json.dumps(report) + "\n"))
     screen.close(0, _SECONDS_FOR_OUTCOME)
@@ -197,9 +224,13 @@ def _supervise(
     command = agent_command(run, as_submitted(run, plan), number, meeting=meeting)
     variables = environment(run, plan, number, meeting) | {IGNORED_VARIABLE: TIME_LIMIT.name}
     node = meeting.node if meeting else 0
-    write_command(run.attempt(number) / (f"command-{node}.json" if node else "command.json"), command, variables)
+    write_command(
+        run.attempt(number) / (f"command-{node}.json" if node else "command.json"), command, variables
+    )
     try:
-        return NodeSupervisor(run, number, plan, signals, clock, allocation, screen).supervise(command, variables)
+        return NodeSupervisor(run, number, plan, signals, clock, allocation, screen).supervise(
+            command, variables
+        )
     finally:
         clock.stop()
 
@@ -230,7 +261,8 @@ def _reports(run: RunDirectory, number: int, num_nodes: int) -> list[bool]:
 
 
 def _why(run: RunDirectory, end: End, code: int) -> str:
-    """How the attempt ended, as far as it is known here; what Slurm meant by a SIGTERM is asked for in the batch script."""
+    """How the attempt ended, as far as it is known here; what Slurm meant by a SIGTERM is asked for in the
+    batch script."""
     if run.finished or code == 0:
         return "finished"
     if "stopped" not in end.events and end.forced != "grace":
@@ -243,9 +275,20 @@ def _why(run: RunDirectory, end: End, code: int) -> str:
 def _fail_to_begin(run: RunDirectory, allocation: Allocation, error: LauncherError) -> int:
     """An attempt that could not even begin, written down like any other."""
     number = find_attempt(run, allocation) or begin_attempt(
-        run, Assignment(allocation.job_id, allocation.restart, (), "", 0, checkpoint_step(run), round(time.time(), 3))
+        run,
+        Assignment(
+            allocation.job_id, allocation.restart, (), "", 0, checkpoint_step(run), round(time.time(), 3)
+        ),
     )
-    event(run.events_file, "started", attempt=number, world_size=0, job=allocation.job_id, restart=allocation.restart, nodes=[])
+    event(
+        run.events_file,
+        "started",
+        attempt=number,
+        world_size=0,
+        job=allocation.job_id,
+        restart=allocation.restart,
+        nodes=[],
+    )
     failures.record(run.attempt(number), 0, error)
     code = outcome(run, Plan.read(run.plan_file), number, End(1), Watcher(), False)
     write_outcome(run, number, "failed", signal="", exit_code=code)

@@ -10,7 +10,8 @@ from launcher.errors import GpuError, HungError, LauncherError, RankLostError
 from launcher.runs.cut_off import MADE_ANEW
 
 _NODE_FAULT = re.compile(
-    r"input/output error|stale file handle|uncorrectable|\becc\b|\bxid\b|fallen off the bus|nvml|cuda error: unknown|no cuda-capable",
+    r"input/output error|stale file handle|uncorrectable|\becc\b|\bxid\b|fallen off the bus|nvml|cuda "
+    r"error: unknown|no cuda-capable",
     re.IGNORECASE,
 )
 """What a node with a broken GPU or disk has its ranks say."""
@@ -18,7 +19,8 @@ _WORTH_ANOTHER_TRY = {RankLostError.failure_class, LauncherError.failure_class, 
 _HANGS_OF_A_NODE = 2
 """So many hangs that came from one node, and it is left out: one may be chance."""
 FREE = {"preempted", "node lost", "requeued", "time limit"}
-"""Ends that say nothing against the run, and do not count as attempts without progress; but for a time limit in which nothing was saved."""
+"""Ends that say nothing against the run, and do not count as attempts without progress; but for a time limit
+in which nothing was saved."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Attempt:
 
     number: int
     end: str
-    """finished, failed, lost (its launcher was killed), or why it stopped: preempted, time limit, cancelled, signal, node lost, ..."""
+    """finished, failed, lost (its launcher was killed), or why it stopped: preempted, time limit, cancelled,
+    signal, node lost, ..."""
     step_before: int
     step_after: int
     failure_class: str = ""
@@ -72,8 +75,16 @@ def decide(attempts: Sequence[Attempt], allowed: bool, bound: int) -> Decision:
 def _hangs_again(attempts: Sequence[Attempt]) -> bool:
     """Whether the last attempt hung because of a node that others have hung because of."""
     last = attempts[-1]
-    hung = [attempt for attempt in attempts if attempt.end == "failed" and attempt.failure_class == HungError.failure_class]
-    return last in hung and bool(last.host) and sum(attempt.host == last.host for attempt in hung) >= _HANGS_OF_A_NODE
+    hung = [
+        attempt
+        for attempt in attempts
+        if attempt.end == "failed" and attempt.failure_class == HungError.failure_class
+    ]
+    return (
+        last in hung
+        and bool(last.host)
+        and sum(attempt.host == last.host for attempt in hung) >= _HANGS_OF_A_NODE
+    )
 
 
 def _in_vain(attempts: Sequence[Attempt]) -> list[Attempt]:
@@ -89,10 +100,23 @@ def _in_vain(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 def _diagnosis(in_vain: Sequence[Attempt]) -> str:
     """What attempts that saved nothing new have in common."""
-    steps, causes = {attempt.step for attempt in in_vain}, {attempt.cause for attempt in in_vain if attempt.cause}
-    where = f"each time after step {steps.pop()}" if len(steps) == 1 else f"after steps {', '.join(str(step) for step in sorted(steps))}"
+    steps, causes = (
+        {attempt.step for attempt in in_vain},
+        {attempt.cause for attempt in in_vain if attempt.cause},
+    )
+    where = (
+        f"each time after step {steps.pop()}"
+        if len(steps) == 1
+        else f"after steps {', '.join(str(step) for step in sorted(steps))}"
+    )
     ends = sorted({attempt.failure_class or attempt.end for attempt in in_vain})
-    said = f", saying: {causes.pop()}" if len(causes) == 1 else f"; the last said: {in_vain[-1].cause}" if causes else ""
+    said = (
+        f", saying: {causes.pop()}"
+        if len(causes) == 1
+        else f"; the last said: {in_vain[-1].cause}"
+        if causes
+        else ""
+    )
     text = f"no progress in {len(in_vain)} attempts in a row: ended ({', '.join(ends)}) {where}{said}"
     if all(attempt.end == "time limit" for attempt in in_vain):
         text += "; the time limit is too short to load and save once: raise cluster.time_limit"

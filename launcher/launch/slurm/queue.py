@@ -22,7 +22,17 @@ _FIELDS = {
     "script": "%o",
 }
 _NOTHING = {"", "N/A", "None", "(null)", "Unknown"}
-OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
+OVER = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
 """States of jobs that will not run again, unless somebody requeues them."""
 
 
@@ -45,11 +55,21 @@ class Entry:
 
 
 def queue(job_ids: Iterable[str] = ()) -> dict[str, Entry]:
-    """The jobs with these numbers, or all of this user's, by number, in one question to the controller. A job that is gone is not there."""
+    """The jobs with these numbers, or all of this user's, by number, in one question to the controller. A job
+    that is gone is not there."""
     wanted = list(job_ids)
     which = [f"--jobs={','.join(wanted)}"] if wanted else ["--me"]
     try:
-        text = call(["squeue", "--noheader", "--array", "--states=all", *which, f"--format={_SEPARATOR.join(_FIELDS.values())}"])
+        text = call(
+            [
+                "squeue",
+                "--noheader",
+                "--array",
+                "--states=all",
+                *which,
+                f"--format={_SEPARATOR.join(_FIELDS.values())}",
+            ]
+        )
     except ControllerUnreachableError:
         raise
     except SchedulerError as error:
@@ -60,13 +80,16 @@ def queue(job_ids: Iterable[str] = ()) -> dict[str, Entry]:
     for line in text.splitlines():
         values = [value.strip() for value in line.split(_SEPARATOR)]
         if len(values) == len(_FIELDS):
-            known = {name: "" if value in _NOTHING else value for name, value in zip(_FIELDS, values, strict=True)}
+            known = {
+                name: "" if value in _NOTHING else value for name, value in zip(_FIELDS, values, strict=True)
+            }
             entries[known["job_id"]] = Entry(**known)
     return entries
 
 
 def record(job_id: str) -> dict[str, str]:
-    """What `scontrol show job` says, by its names (JobState, EndTime, PreemptTime, ...); empty for a job that it has forgotten."""
+    """What `scontrol show job` says, by its names (JobState, EndTime, PreemptTime, ...); empty for a job that
+    it has forgotten."""
     try:
         text = call(["scontrol", "--oneliner", "show", "job", job_id])
     except ControllerUnreachableError:
@@ -99,12 +122,22 @@ def setting(name: str) -> str:
 
 
 def accounting(job_id: str) -> dict[str, str]:
-    """What sacct says of a job that may be long over (State, ExitCode, Elapsed, NodeList, Reason); empty without accounting."""
+    """What sacct says of a job that may be long over (State, ExitCode, Elapsed, NodeList, Reason); empty
+    without accounting."""
     if shutil.which("sacct") is None:
         return {}
     names = ("State", "ExitCode", "Elapsed", "NodeList", "Reason")
     try:
-        text = call(["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", f"--format={','.join(names)}"])
+        text = call(
+            [
+                "sacct",
+                "--allocations",
+                "--noheader",
+                "--parsable2",
+                f"--jobs={job_id}",
+                f"--format={','.join(names)}",
+            ]
+        )
     except SchedulerError:
         return {}
     lines = [line for line in text.splitlines() if line]
@@ -114,4 +147,6 @@ def accounting(job_id: str) -> dict[str, str]:
 def nodes_down(hosts: Iterable[str]) -> list[str]:
     """Those of these nodes that Slurm does not reach, or has given up."""
     text = call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(hosts)}", "--format=%N %T"])
-    return sorted({line.split()[0] for line in text.splitlines() if line.split()[1].startswith(("down", "fail", "unk"))})
+    return sorted(
+        {line.split()[0] for line in text.splitlines() if line.split()[1].startswith(("down", "fail", "unk"))}
+    )

@@ -55,7 +55,9 @@ class JobRecord:
         if known is not None and known.job_id == job_id:
             return
         if known is not None and known.job_id and (live := _live(known.job_id)):
-            raise RunInUseError(f"{run.path} belongs to job {known.job_id} ({live}); two at once would mix their files")
+            raise RunInUseError(
+                f"{run.path} belongs to job {known.job_id} ({live}); two at once would mix their files"
+            )
         cls(job_id, known.script if known else "", round(time.time(), 3)).write(run)
 
 

@@ -22,17 +22,20 @@ _MOST_FILES = 50_000
 
 @dataclass
 class Chosen:
-    """Files by their path below the folder, with their content and whether they can be executed; and why others are not among them."""
+    """Files by their path below the folder, with their content and whether they can be executed; and why
+    others are not among them."""
 
     files: dict[Path, tuple[bytes, bool]] = field(default_factory=dict)
     left_out: dict[Path, str] = field(default_factory=dict)
 
 
 def choose(script: Path) -> Chosen:
-    """What is copied with a script: the files that git tracks in its folder, and sources (.py .json .yaml .toml .txt) that it does not.
+    """What is copied with a script: the files that git tracks in its folder, and sources (.py .json .yaml
+    .toml .txt) that it does not.
 
-    Never dot-files, links that lead out of the folder, what is no plain file, and what holds a secret. Raises ConfigurationError
-    where the script itself holds one, or where so much lies beside it that it cannot be code.
+    Never dot-files, links that lead out of the folder, what is no plain file, and what holds a secret. Raises
+    ConfigurationError where the script itself holds one, or where so much lies beside it that it cannot be
+    code.
     """
     folder, chosen, total = script.parent, Chosen(), 0
     tracked, untracked = _known_to_git(folder) or (set(), _below(folder, script))
@@ -44,13 +47,19 @@ def choose(script: Path) -> Chosen:
             try:
                 content = read_bytes(folder / name, _LARGEST_BYTES)
                 executable = bool((folder / name).stat().st_mode & stat.S_IXUSR)
-                reason = "holds what looks like a secret" if holds_secret(content.decode("utf-8", errors="replace")) else None
+                reason = (
+                    "holds what looks like a secret"
+                    if holds_secret(content.decode("utf-8", errors="replace"))
+                    else None
+                )
             except OSError as error:
                 reason = f"cannot be read: {error.strerror}"
         if reason is None:
             chosen.files[name] = content, executable
         elif name == own:
-            problem = f"{reason}; set it in the environment, and read it there" if "secret" in reason else reason
+            problem = (
+                f"{reason}; set it in the environment, and read it there" if "secret" in reason else reason
+            )
             raise ConfigurationError(Problem("--script", str(script), problem))
         else:
             chosen.left_out[name] = reason
@@ -84,7 +93,8 @@ def _why_not(folder: Path, name: Path, tracked: set[Path]) -> str | None:
 
 
 def _known_to_git(folder: Path) -> tuple[set[Path], set[Path]] | None:
-    """Files below `folder` that git tracks, and those that it neither tracks nor ignores; None where there is no git, or no repository."""
+    """Files below `folder` that git tracks, and those that it neither tracks nor ignores; None where there is
+    no git, or no repository."""
     found = []
     for which in (["--cached"], ["--others", "--exclude-standard"]):
         # A repository's own settings may name a program to run for this.
@@ -109,10 +119,20 @@ def _walk(folder: Path, script: Path) -> Iterator[Path]:
         inner[:] = [name for name in inner if not name.startswith(".") and name != "__pycache__"]
         number += len(names) + len(inner)
         if number > _MOST_FILES:
-            raise _too_much(script, f"more than {_MOST_FILES:,} files lie beside it, of which the sources are")
+            raise _too_much(
+                script, f"more than {_MOST_FILES:,} files lie beside it, of which the sources are"
+            )
         links = [name for name in inner if (Path(directory) / name).is_symlink()]  # which are not gone into
-        yield from ((Path(directory) / name).relative_to(folder) for name in (*names, *links) if not name.endswith(".pyc"))
+        yield from (
+            (Path(directory) / name).relative_to(folder)
+            for name in (*names, *links)
+            if not name.endswith(".pyc")
+        )
 
 
 def _too_much(script: Path, what: str) -> ConfigurationError:
-    return ConfigurationError(Problem("--script", str(script), f"{what} copied with it; put it into a folder with its own code only"))
+    return ConfigurationError(
+        Problem(
+            "--script", str(script), f"{what} copied with it; put it into a folder with its own code only"
+        )
+    )

@@ -72,7 +72,9 @@ class Site:
         if found is None:
             names = [partition.name for partition in self.partitions]
             near = difflib.get_close_matches(name, names, n=1) or sorted(names)
-            raise ConfigurationError(Problem("--partition", name, f"the site has no such partition; it has {', '.join(near)}"))
+            raise ConfigurationError(
+                Problem("--partition", name, f"the site has no such partition; it has {', '.join(near)}")
+            )
         return found
 
 
@@ -83,7 +85,9 @@ def ask() -> Site:
     configuration = settings(call(["scontrol", "show", "config"]))
     partitions = read_partitions(described, nodes)
     if not partitions:
-        raise SchedulerError("Slurm shows no partition to this user; `scontrol show partition --all` lists hidden ones")
+        raise SchedulerError(
+            "Slurm shows no partition to this user; `scontrol show partition --all` lists hidden ones"
+        )
     types = configuration.get("GresTypes", "").split(",")
     return Site(_word(configuration.get("ClusterName", "")), partitions, _account(), "gpu" in types)
 
@@ -106,7 +110,10 @@ def _account() -> str | None:
     except KeyError:
         return None
     try:
-        text = call(["sacctmgr", "--noheader", "--parsable2", "show", "user", user, "format=defaultaccount"], seconds=10)
+        text = call(
+            ["sacctmgr", "--noheader", "--parsable2", "show", "user", user, "format=defaultaccount"],
+            seconds=10,
+        )
     except SchedulerError:
         return None
     account = text.split("\n")[0].strip().rstrip("|")
@@ -114,7 +121,8 @@ def _account() -> str | None:
 
 
 def read_partitions(described: str, nodes: str) -> tuple[Partition, ...]:
-    """Partitions from `scontrol --oneliner show partition`, and the lines that sinfo was asked for. What cannot be read is left out."""
+    """Partitions from `scontrol --oneliner show partition`, and the lines that sinfo was asked for. What
+    cannot be read is left out."""
     of_nodes: dict[str, list[dict[str, str]]] = {}
     for line in nodes.splitlines():
         values = [value.strip() for value in line.split(_SEPARATOR)]
@@ -122,11 +130,19 @@ def read_partitions(described: str, nodes: str) -> tuple[Partition, ...]:
             node = dict(zip(_NODE, values, strict=True))
             of_nodes.setdefault(node["partition"], []).append(node)
     found = [fields(line) for line in described.splitlines()]
-    return tuple(_partition(known, of_nodes.get(known["PartitionName"], [])) for known in found if known.get("PartitionName"))
+    return tuple(
+        _partition(known, of_nodes.get(known["PartitionName"], []))
+        for known in found
+        if known.get("PartitionName")
+    )
 
 
 def _partition(known: dict[str, str], nodes: list[dict[str, str]]) -> Partition:
-    most = [number for number in (_number(known.get("MaxNodes", "")), _number(known.get("TotalNodes", "")) or len(nodes)) if number]
+    most = [
+        number
+        for number in (_number(known.get("MaxNodes", "")), _number(known.get("TotalNodes", "")) or len(nodes))
+        if number
+    ]
     gpus = [count_gpus(node["gres"]) for node in nodes]
     kinds = {(node["cpus"], node["memory"], node["gres"]) for node in nodes}
     accounts = known.get("AllowAccounts", "")
@@ -159,7 +175,8 @@ def _number(text: str) -> int | None:
 
 
 def count_gpus(gres: str) -> dict[str, int]:
-    """How many GPUs of each type, from Slurm's `gpu:a100:4(S:0-1),gpu:2`; the type is empty where none is said."""
+    """How many GPUs of each type, from Slurm's `gpu:a100:4(S:0-1),gpu:2`; the type is empty where none is
+    said."""
     found: dict[str, int] = {}
     for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
         kind, *rest = entry.strip().split(":")
@@ -171,7 +188,8 @@ def count_gpus(gres: str) -> dict[str, int]:
 
 
 def seconds(time: str) -> float | None:
-    """Slurm's `2-12:00:00`, `12:00:00`, `30:00` or `30` (minutes) as seconds; None for UNLIMITED and what is no time."""
+    """Slurm's `2-12:00:00`, `12:00:00`, `30:00` or `30` (minutes) as seconds; None for UNLIMITED and what is
+    no time."""
     days, dash, rest = time.rpartition("-")
     with contextlib.suppress(ValueError):
         parts = [int(part) for part in rest.split(":")]

@@ -15,7 +15,10 @@ _TAKEN_FOR_OTHERS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"
 
 def text(site: Site, chosen: Partition | None) -> str:
     """The YAML; `chosen` is the partition of jobs that name none."""
-    lines = [f"# The cluster {site.name}, as `launcher profile` found it. A job takes it with `cluster: {{profile: {site.name}}}`;"]
+    lines = [
+        f"# The cluster {site.name}, as `launcher profile` found it. A job takes it with `cluster: "
+        f"{{profile: {site.name}}}`;"
+    ]
     lines += ["# what stands in the job file goes before what stands here.", "cluster:"]
     lines += [f"  {line}" for line in _cluster(site, chosen)]
     lines += ["", "# What a job is refused over, before Slurm is asked.", "limits:"]
@@ -29,7 +32,11 @@ def _cluster(site: Site, chosen: Partition | None) -> list[str]:
         lines = ["# partition: the site has no default; name one of those below"]
     else:
         lines = [f"partition: {_scalar(chosen.name)}{'  # the default here' if chosen.is_default else ''}"]
-    lines += [f"account: {_scalar(site.account)}" if site.account else "# account: Slurm knows no default account of yours"]
+    lines += [
+        f"account: {_scalar(site.account)}"
+        if site.account
+        else "# account: Slurm knows no default account of yours"
+    ]
     return [*lines, *_gpus(site, chosen), *_to_fill_in()]
 
 
@@ -37,11 +44,20 @@ def _gpus(site: Site, chosen: Partition | None) -> list[str]:
     usual = chosen.usual_gpus if chosen and site.takes_gres else 0
     if not site.takes_gres:
         return ["gpus_per_node: 0  # Slurm hands out no GPUs here (GresTypes has no gpu)"]
-    differs = "" if chosen is None or chosen.is_uniform else f"  # nodes of this partition differ: up to {chosen.gpus_per_node}"
+    differs = (
+        ""
+        if chosen is None or chosen.is_uniform
+        else f"  # nodes of this partition differ: up to {chosen.gpus_per_node}"
+    )
     lines = [f"gpus_per_node: {usual}{differs or ('' if usual else '  # trains on CPUs')}"]
-    lines += ["gpu_option: gres  # --gres=gpu:N; gpus-per-node asks with --gpus-per-node=N, for sites that want that"]
+    lines += [
+        "gpu_option: gres  # --gres=gpu:N; gpus-per-node asks with --gpus-per-node=N, for sites that "
+        "want that"
+    ]
     types = sorted({name for partition in site.partitions for name in partition.gpu_types})
-    everywhere = all(partition.gpu_types == tuple(types) for partition in site.partitions if partition.gpus_per_node)
+    everywhere = all(
+        partition.gpu_types == tuple(types) for partition in site.partitions if partition.gpus_per_node
+    )
     if len(types) == 1 and everywhere and usual and _WORD.match(types[0]):
         lines += [f"gpu_type: {_scalar(types[0])}"]
     elif types:
@@ -50,7 +66,11 @@ def _gpus(site: Site, chosen: Partition | None) -> list[str]:
 
 
 def _to_fill_in() -> list[str]:
-    return ["# What Slurm cannot know, for you to fill in:", "# modules: [cuda]", "# setup: [source /path/of/your/environment.sh]"]
+    return [
+        "# What Slurm cannot know, for you to fill in:",
+        "# modules: [cuda]",
+        "# setup: [source /path/of/your/environment.sh]",
+    ]
 
 
 def _limits(partition: Partition) -> list[str]:

@@ -38,9 +38,11 @@ def _copied(source: Path, target: Path, name: str) -> Path:
 
 
 def of_script(run: RunDirectory, script: Path) -> Path:
-    """A copy of a training script with what `choose` takes of its folder, below RUN/code; the copy's own path.
+    """A copy of a training script with what `choose` takes of its folder, below RUN/code; the copy's own
+    path.
 
-    What was left out is named, with the reason, in RUN/code/left-out.txt. Raises ConfigurationError as `choose` does.
+    What was left out is named, with the reason, in RUN/code/left-out.txt. Raises ConfigurationError as
+    `choose` does.
     """
     chosen = choose(script)
     digest = hashlib.sha256()
@@ -52,12 +54,17 @@ def of_script(run: RunDirectory, script: Path) -> Path:
         shutil.rmtree(made, ignore_errors=True)
         for file, (content, executable) in chosen.files.items():
             (made / file).parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(made / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777 if executable else 0o666)
+            descriptor = os.open(
+                made / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777 if executable else 0o666
+            )
             with open(descriptor, "wb") as copy:
                 copy.write(content)
         made.rename(target)
     lines = [f"{str(file)!r}: {reason}\n" for file, reason in chosen.left_out.items()]
-    write_atomically(run.path / "code" / LEFT_OUT, "".join(lines[:_MOST_NAMED]) + (_more(lines) if len(lines) > _MOST_NAMED else ""))
+    write_atomically(
+        run.path / "code" / LEFT_OUT,
+        "".join(lines[:_MOST_NAMED]) + (_more(lines) if len(lines) > _MOST_NAMED else ""),
+    )
     return target / script.name
 
 
@@ -66,7 +73,8 @@ def _more(lines: list[str]) -> str:
 
 
 def left_out(run: RunDirectory) -> list[str]:
-    """A line for each file that the newest copy of the script does without, and why; none where it has no script."""
+    """A line for each file that the newest copy of the script does without, and why; none where it has no
+    script."""
     try:
         return (run.path / "code" / LEFT_OUT).read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -55,7 +55,8 @@ class Executor(submitit.SlurmExecutor):
 
 
 def _sbatch(script: Path) -> str:
-    """Submit a script, and give the job's number. After an answer that never came the queue is asked before anything is tried again."""
+    """Submit a script, and give the job's number. After an answer that never came the queue is asked before
+    anything is tried again."""
     until = time.monotonic() + _SECONDS_TO_FIND_OUT
     written = re.findall(r"^#SBATCH --([a-z0-9-]+)", script.read_text(encoding="utf-8"), re.MULTILINE)
     variables = inherited.environment(os.environ, written)
@@ -107,7 +108,8 @@ def parameters(plan: Plan, place: Place) -> dict[str, Any]:
 
 
 def place_of(run: RunDirectory, python: str, code: Path | None) -> Place:
-    """The run's own place, as every node sees it. Raises ConfigurationError for a path that Slurm could not carry."""
+    """The run's own place, as every node sees it. Raises ConfigurationError for a path that Slurm could not
+    carry."""
     return Place(str(run.path), str(run.rendered), python, str(code) if code else "")
 
 
@@ -116,7 +118,9 @@ def dry_run(run: RunDirectory, plan: Plan, python: str, code: Path | None) -> st
     return Executor(run, plan, place_of(run, python, code)).text()
 
 
-def submit(run: RunDirectory, plan: Plan, python: str, code: Path, more: Iterable[tuple[str, str]] = ()) -> str:
+def submit(
+    run: RunDirectory, plan: Plan, python: str, code: Path, more: Iterable[tuple[str, str]] = ()
+) -> str:
     """Submit a run, and give the job's number; a job of it that is there already is not submitted again.
 
     `more` are further options of sbatch.
@@ -124,7 +128,9 @@ def submit(run: RunDirectory, plan: Plan, python: str, code: Path, more: Iterabl
     """
     refuse_second(run)
     place = place_of(run, python, code)
-    asked = plan.model_copy(update={"slurm": plan.slurm.model_copy(update={"options": plan.slurm.options | dict(more)})})
+    asked = plan.model_copy(
+        update={"slurm": plan.slurm.model_copy(update={"options": plan.slurm.options | dict(more)})}
+    )
     try:
         executor = Executor(run, asked, place)
         folder(run).mkdir(parents=True, exist_ok=True)
@@ -135,8 +141,11 @@ def submit(run: RunDirectory, plan: Plan, python: str, code: Path, more: Iterabl
         raise SchedulerError(str(error).splitlines()[0]) from None
 
 
-def submit_array(sweep: Path, runs: Sequence[RunDirectory], plan: Plan, python: str, code: Path, parallel: int | None) -> str:
-    """Submit many runs as one array, task I being the run I, at most `parallel` at a time; the array's number.
+def submit_array(
+    sweep: Path, runs: Sequence[RunDirectory], plan: Plan, python: str, code: Path, parallel: int | None
+) -> str:
+    """Submit many runs as one array, task I being the run I, at most `parallel` at a time; the array's
+    number.
 
     `sweep` is the directory above the runs, which keeps what is submitted.
     """
@@ -152,12 +161,15 @@ def submit_array(sweep: Path, runs: Sequence[RunDirectory], plan: Plan, python: 
         delayed.dump(pickles[-1])
     job = executor._submit_command(executor._submitit_command_str)
     for index, pickle in enumerate(pickles):
-        utils.JobPaths(folder(above), job_id=f"{job.job_id}_{index}").move_temporary_file(pickle, "submitted_pickle")
+        utils.JobPaths(folder(above), job_id=f"{job.job_id}_{index}").move_temporary_file(
+            pickle, "submitted_pickle"
+        )
     return str(job.job_id)
 
 
 def refuse_second(run: RunDirectory) -> None:
-    """Raises RunInUseError where the run has a job that waits or runs; after a submission without an answer Slurm is asked for it first."""
+    """Raises RunInUseError where the run has a job that waits or runs; after a submission without an answer
+    Slurm is asked for it first."""
     known = JobRecord.read(run)
     if known is None:
         return
@@ -171,4 +183,7 @@ def refuse_second(run: RunDirectory) -> None:
     entry = queue([job_id]).get(job_id)
     if is_live(entry):
         assert entry is not None
-        raise RunInUseError(f"{run.path} is job {job_id} already ({entry.state.lower()}); see `launcher status {run.path.name}`")
+        raise RunInUseError(
+            f"{run.path} is job {job_id} already ({entry.state.lower()}); see `launcher status "
+            f"{run.path.name}`"
+        )

@@ -20,7 +20,11 @@ from launcher.runs.layout import RunDirectory
 
 
 def preview(
-    job_file: Path | None, overrides: list[str], directory: Path | None, script: tuple[str, ...] | None, trace: Trace | None = None
+    job_file: Path | None,
+    overrides: list[str],
+    directory: Path | None,
+    script: tuple[str, ...] | None,
+    trace: Trace | None = None,
 ) -> str:
     """The script that would be submitted. Writes nothing, and asks Slurm nothing."""
     job = run_setup.load_job(job_file, overrides, script)
@@ -40,9 +44,11 @@ def hand_over(
     force: bool = False,
     trace: Trace | None = None,
 ) -> tuple[RunDirectory, Plan, str]:
-    """Make, or go on with, a run, and submit it; with the number of its Slurm job. `after` are runs that must be over first.
+    """Make, or go on with, a run, and submit it; with the number of its Slurm job. `after` are runs that must
+    be over first.
 
-    Raises ConfigurationError, SchedulerError, RunInUseError, StorageError; OutOfMemoryError where it cannot fit, unless `force`.
+    Raises ConfigurationError, SchedulerError, RunInUseError, StorageError; OutOfMemoryError where it cannot
+    fit, unless `force`.
     """
     job = run_setup.load_job(job_file, overrides, script)
     _check(job)
@@ -50,7 +56,9 @@ def hand_over(
     _check_path(run)
     find_sbatch()
     refuse_second(run)
-    run, plan = run_setup.open_run(job_file, overrides, None, run.path, script, local=False, force=force, trace=trace)
+    run, plan = run_setup.open_run(
+        job_file, overrides, None, run.path, script, local=False, force=force, trace=trace
+    )
     return run, plan, _submit(run, plan, after)
 
 
@@ -80,10 +88,16 @@ def _dependency(plan: Plan, after: Sequence[str]) -> str:
         if other.finished:
             continue
         if known is None or not known.job_id:
-            raise ConfigurationError(Problem("--after", name, "was not submitted to Slurm, and is not finished; submit it first"))
+            raise ConfigurationError(
+                Problem("--after", name, "was not submitted to Slurm, and is not finished; submit it first")
+            )
         if not is_live(queue([known.job_id]).get(known.job_id)):
             raise ConfigurationError(
-                Problem("--after", name, f"its job {known.job_id} is over, and the run is not finished; resume it first")
+                Problem(
+                    "--after",
+                    name,
+                    f"its job {known.job_id} is over, and the run is not finished; resume it first",
+                )
             )
         numbers.append(known.job_id)
     asked = plan.slurm.options.get("dependency")
@@ -93,24 +107,36 @@ def _dependency(plan: Plan, after: Sequence[str]) -> str:
 def _check(job: Job) -> None:
     cluster = job.cluster
     if cluster.gpus_per_node == "auto":
-        reason = "the nodes are not this machine: write how many GPUs each has (0 trains on CPUs), or name a profile that says so"
+        reason = (
+            "the nodes are not this machine: write how many GPUs each has (0 trains on CPUs), or name a "
+            "profile that says so"
+        )
         raise ConfigurationError(Problem("cluster.gpus_per_node", "auto", reason))
     if cluster.interface is not None and cluster.interface.startswith("lo") and str(cluster.nodes) != "1":
         raise ConfigurationError(
-            Problem("cluster.interface", cluster.interface, "leads to no other node; leave it out, and the right one is found")
+            Problem(
+                "cluster.interface",
+                cluster.interface,
+                "leads to no other node; leave it out, and the right one is found",
+            )
         )
 
 
 def _check_path(run: RunDirectory) -> None:
     if any(sign in str(run.path) for sign in "%\\"):
-        reason = "has a sign in it that Slurm reads as a pattern (% or \\); name another directory with --run-dir"
+        reason = (
+            "has a sign in it that Slurm reads as a pattern (% or \\); name another directory with --run-dir"
+        )
         raise ConfigurationError(Problem("run directory", str(run.path), reason))
 
 
 def find_sbatch() -> None:
     """Raises SchedulerError where there is no Slurm."""
     if shutil.which("sbatch") is None:
-        raise SchedulerError("sbatch is not on this machine: submit from a login node of the cluster, or run here with `launcher run`")
+        raise SchedulerError(
+            "sbatch is not on this machine: submit from a login node of the cluster, or run here with "
+            "`launcher run`"
+        )
 
 
 def explain(error: LauncherError) -> LauncherError:
@@ -121,12 +147,16 @@ def explain(error: LauncherError) -> LauncherError:
         "account": "cluster.account; `sacctmgr show associations user=$USER` lists those you may use",
         "more processors": "cluster.nodes, ranks_per_node and threads_per_rank; `sinfo -Nl` lists the nodes",
         "node count": "cluster.nodes; `scontrol show partition` says how many there may be",
-        "node configuration": "cluster.gpus_per_node, mem, cpus_per_node or constraint; `sinfo -Nl` lists the nodes",
+        "node configuration": "cluster.gpus_per_node, mem, cpus_per_node or "
+        "constraint; `sinfo -Nl` lists the "
+        "nodes",
         "time limit": "cluster.time_limit; `scontrol show partition` says how long it may be",
         "qos": "cluster.qos",
         "reservation": "cluster.reservation",
     }
     hint = next((hint for words, hint in hints.items() if words in text.lower()), "")
     return (
-        SchedulerError(f"Slurm refused the job: {text}{f' (see {hint})' if hint else ''}") if isinstance(error, SchedulerError) else error
+        SchedulerError(f"Slurm refused the job: {text}{f' (see {hint})' if hint else ''}")
+        if isinstance(error, SchedulerError)
+        else error
     )

@@ -1,7 +1,8 @@
 """Supervise the ranks of one node of a cluster.
 
-The end of the job comes at a known time. A newer attempt of the same run may have begun elsewhere, because Slurm gave this node up:
-then this one ends at once, without another word. And people ask of far away whether it lives.
+The end of the job comes at a known time. A newer attempt of the same run may have begun elsewhere, because
+Slurm gave this node up: then this one ends at once, without another word. And people ask of far away whether
+it lives.
 """
 
 from __future__ import annotations
@@ -23,21 +24,32 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 
 TIME_LIMIT = signal.SIGUSR2
-"""What Slurm is asked to send before the time limit; the launcher itself takes it for that when its own clock says so."""
+"""What Slurm is asked to send before the time limit; the launcher itself takes it for that when its own clock
+says so."""
 _LOOK_SECONDS = 1.0
 _LEAD_SECONDS = 10.0
 """How often it is measured anew how long a step and a save take."""
 _MARGIN_SECONDS = 1.0
-"""Between the ranks' end by force and the time limit; after that Slurm leaves the batch script some time more."""
+"""Between the ranks' end by force and the time limit; after that Slurm leaves the batch script some time
+more."""
 _AFTERWARDS_SECONDS = 5.0
-"""Between the ranks' end by force and Slurm's SIGKILL: for the other nodes to leave, and for the request to go on."""
+"""Between the ranks' end by force and Slurm's SIGKILL: for the other nodes to leave, and for the request to
+go on."""
 
 
 class NodeSupervisor(Supervisor):
-    """One node's processes of an attempt. Only the first node heeds the clock: where it stops, all ranks stop."""
+    """One node's processes of an attempt. Only the first node heeds the clock: where it stops, all ranks
+    stop."""
 
     def __init__(
-        self, run: RunDirectory, attempt: int, plan: Plan, signals: Signals, clock: Clock, allocation: Allocation, screen: Screen
+        self,
+        run: RunDirectory,
+        attempt: int,
+        plan: Plan,
+        signals: Signals,
+        clock: Clock,
+        allocation: Allocation,
+        screen: Screen,
     ) -> None:
         self._plan, self._clock, self._allocation, self._node = plan, clock, allocation, allocation.node_index
         self._number = attempt
@@ -45,7 +57,9 @@ class NodeSupervisor(Supervisor):
         self._superseded = self._decided = False
         self._lead, self._totals = 0.0, Totals(run)
         self.leads = self._node == 0
-        super().__init__(run, attempt, plan.grace_seconds, screen, signals, plan.hang_after, self._node, plan.mesh.nodes)
+        super().__init__(
+            run, attempt, plan.grace_seconds, screen, signals, plan.hang_after, self._node, plan.mesh.nodes
+        )
         self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
 
     def grace(self) -> float:
@@ -63,13 +77,15 @@ class NodeSupervisor(Supervisor):
         super()._take_in(agent)
 
     def _note(self, record: dict[str, Any]) -> None:
-        """What Slurm keeps of the job's output says what became of the rows, as the display of `launcher run` does."""
+        """What Slurm keeps of the job's output says what became of the rows, as the display of `launcher run`
+        does."""
         super()._note(record)
         for said in prepared.lines(record) if self._node == 0 else ():
             self.screen.say(said)
 
     def _heed_the_clock(self) -> None:
-        """Slurm's signal comes up to a minute early, and by then half of a short job may be left: who knows the end decides by it."""
+        """Slurm's signal comes up to a minute early, and by then half of a short job may be left: who knows
+        the end decides by it."""
         received = self.signals.received
         if self._decided or (self._node == 0 and self._clock.end is None):
             return
@@ -89,10 +105,13 @@ class NodeSupervisor(Supervisor):
             self._lead, self._lead_at = lead_seconds(self.run, self._plan, self._totals), now
         if now - self._looked_at > _LOOK_SECONDS:
             self._looked_at = now
-            self._superseded = is_claimed_by_another(self.run, self._allocation) or self._is_over_at_the_head()
+            self._superseded = (
+                is_claimed_by_another(self.run, self._allocation) or self._is_over_at_the_head()
+            )
 
     def _is_over_at_the_head(self) -> bool:
-        """Whether the first node has given the attempt up: Slurm's step lasts until the last node leaves, and what follows waits."""
+        """Whether the first node has given the attempt up: Slurm's step lasts until the last node leaves, and
+        what follows waits."""
         outcome = read_outcome(self.run, self._number) if self._node > 0 else None
         return outcome is not None and outcome["end"] != "finished"
 

@@ -17,11 +17,21 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.status import Status, read_status
 from launcher.runs.totals import Totals
 
-_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"}
+_WAITING = {
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "SUSPENDED",
+    "STOPPED",
+}
 
 
 def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
-    """The status of a run, with what Slurm says of its job under `slurm`: from the queue, or from accounting once it is gone."""
+    """The status of a run, with what Slurm says of its job under `slurm`: from the queue, or from accounting
+    once it is gone."""
     known = JobRecord.read(run)
     if known is None:
         return read_status(run, totals).to_dict()
@@ -51,11 +61,17 @@ def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
 
 
 def _past(job_id: str) -> dict[str, str]:
-    """What accounting says of a job that the controller has forgotten; that nothing does, where there is none."""
+    """What accounting says of a job that the controller has forgotten; that nothing does, where there is
+    none."""
     past = accounting(job_id)
     if not past:
         return {"state": "", "note": "the controller has forgotten it, and accounting knows nothing of it"}
-    return {"state": past["State"], "exit_code": past["ExitCode"], "elapsed": past["Elapsed"], "nodes": past["NodeList"]}
+    return {
+        "state": past["State"],
+        "exit_code": past["ExitCode"],
+        "elapsed": past["Elapsed"],
+        "nodes": past["NodeList"],
+    }
 
 
 def _together(status: Status, entry: Entry | None, said: dict[str, Any]) -> dict[str, Any]:

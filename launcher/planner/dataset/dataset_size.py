@@ -51,23 +51,39 @@ class Items:
         """What there is, and what that rests on."""
         kind = "packs" if self.packed else "samples"
         how = "by the model's tokenizer" if self.by_tokenizer else f"at {CHARACTERS} characters a token"
-        return f"about {self.num_items:,} {kind} of {self.num_rows:,} rows, {how} ({len(self.lengths):,} rows looked at)"
+        return (
+            f"about {self.num_items:,} {kind} of {self.num_rows:,} rows, {how} ({len(self.lengths):,} rows "
+            "looked at)"
+        )
 
 
 def training_items(plan: Plan) -> Items | None:
     """One pass over the training data; None as for `one_pass`, and where a script brings its own."""
-    return None if plan.script else one_pass(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    return (
+        None
+        if plan.script
+        else one_pass(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    )
 
 
 def evaluation_items(plan: Plan) -> Items | None:
     """One pass over the rows held out; None where there are none, or as for the training data."""
     source = plan.data.evaluation
-    return None if plan.script or source is None else one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    return (
+        None
+        if plan.script or source is None
+        else one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    )
 
 
 def why_no_items(plan: Plan) -> str | None:
-    """Why nothing is known of a pass over the training data, in one clause; None where it is, and where a script brings its own."""
-    return None if plan.script else why_no_epoch(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    """Why nothing is known of a pass over the training data, in one clause; None where it is, and where a
+    script brings its own."""
+    return (
+        None
+        if plan.script
+        else why_no_epoch(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    )
 
 
 def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
@@ -91,8 +107,8 @@ def _changed(source: Source) -> int:
 
 @lru_cache(maxsize=8)
 def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | str:
-    """What there is, or why it is not known. A search asks for the same again and again; `changed` lets what was seen of an older file
-    be forgotten."""
+    """What there is, or why it is not known. A search asks for the same again and again; `changed` lets what
+    was seen of an older file be forgotten."""
     learned = tasks.find(task)(data)
     try:
         seen = look(source, learned.columns)
@@ -102,7 +118,10 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
         return f"{source.path} has no rows"
     found, by_tokenizer = lengths(seen.rows, learned, model)
     if not found:
-        return f"{source.path}: no row that was looked at can be used, the first for: {why_unusable(seen.rows, learned)}"
+        return (
+            f"{source.path}: no row that was looked at can be used, the first for: "
+            f"{why_unusable(seen.rows, learned)}"
+        )
     scale, packed = seen.num_rows / len(seen.rows), learned.packs
     number = ceil(scale * fewest_packs(found, data.max_length)) if packed else round(scale * len(found))
     return Items(max(1, number), seen.num_rows, found, by_tokenizer, packed)
@@ -111,7 +130,8 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
 def fewest_packs(found: Sequence[int], capacity: int) -> float:
     """Packs of `capacity` that samples of these lengths need at the least, which the packing comes close to.
 
-    The bound L2 of Martello and Toth 1990 (Knapsack Problems, section 8.3), but not rounded up, as the samples stand for many more.
+    The bound L2 of Martello and Toth 1990 (Knapsack Problems, section 8.3), but not rounded up, as the
+    samples stand for many more.
     """
     best = 0.0
     for small in {0, *(length for length in found if length <= capacity // 2)}:

@@ -25,11 +25,15 @@ class Findings:
 
 
 def look(job: Job) -> Findings:
-    """Return what a job's model and its tokenizer say against its data; nothing where they are not here, and for a script's own data."""
+    """Return what a job's model and its tokenizer say against its data; nothing where they are not here, and
+    for a script's own data."""
     if job.data.train.name == OWN or job.model.name == OWN:
         return Findings()
     found = [_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model)]
-    return Findings(tuple(one for each in found for one in each.problems), tuple(one for each in found for one in each.remarks))
+    return Findings(
+        tuple(one for each in found for one in each.problems),
+        tuple(one for each in found for one in each.remarks),
+    )
 
 
 def check(job: Job) -> list[Problem]:
@@ -43,10 +47,16 @@ def check(job: Job) -> list[Problem]:
 def _lengths(model: Model, data: Data) -> Findings:
     config = config_of(model) or {}
     if (table := positions.held(config)) is not None and data.max_length > table[0]:
-        reason = f"a {config['model_type']} model has no positions beyond {table[0]:,} ({table[1]}); write {table[0]} or less"
+        reason = (
+            f"a {config['model_type']} model has no positions beyond {table[0]:,} ({table[1]}); write "
+            f"{table[0]} or less"
+        )
         return Findings((Problem("data.max_length", data.max_length, reason),))
     if (made_for := positions.trained(config)) is not None and data.max_length > made_for[0]:
-        reason = f"the model was made for {made_for[0]:,} positions ({made_for[1]}): those beyond are new to it, and no error says so"
+        reason = (
+            f"the model was made for {made_for[0]:,} positions ({made_for[1]}): those beyond are new to "
+            "it, and no error says so"
+        )
         return Findings((), (Problem("data.max_length", data.max_length, reason),))
     return Findings()
 
@@ -58,21 +68,43 @@ def _tokens(model: Model) -> Findings:
         return Findings()
     shown = ", ".join(f"{name!r} ({number})" if name else str(number) for number, name in missing[:_SHOWN])
     shown += f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-    what = f"the tokenizer has {vocabulary.num_ids:,} tokens and the embedding {num_rows:,} rows (vocab_size): there is none for {shown}"
+    what = (
+        f"the tokenizer has {vocabulary.num_ids:,} tokens and the embedding {num_rows:,} rows "
+        f"(vocab_size): there is none for {shown}"
+    )
     if model.resize_embeddings is None:
-        reason = f"{what}. Write model.resize_embeddings: true for new rows, or false where no row of data has such a token"
+        reason = (
+            f"{what}. Write model.resize_embeddings: true for new rows, or false where no row of data has "
+            "such a token"
+        )
         return Findings((Problem("model.name", model.name, reason),))
     if model.resize_embeddings:
         reason = f"{what}. It gets {vocabulary.num_ids - num_rows:,} new rows, the mean of the old ones"
         return Findings((), (Problem("model.resize_embeddings", True, reason),))
-    return Findings((), (Problem("model.resize_embeddings", False, f"{what}. Data with such a token will be refused"),))
+    return Findings(
+        (), (Problem("model.resize_embeddings", False, f"{what}. Data with such a token will be refused"),)
+    )
 
 
 def _adapter(model: Model) -> Findings:
     kind = (config_of(model) or {}).get("model_type")
-    if model.adapter is None or (layer := WITHOUT_ADAPTER.get(str(kind))) is None or not model.adapter.takes(layer):
+    if (
+        model.adapter is None
+        or (layer := WITHOUT_ADAPTER.get(str(kind))) is None
+        or not model.adapter.takes(layer)
+    ):
         return Findings()
     what = f"{layer} of a {kind} model can have no adapter, as its kernels take the matrix past the layer"
     if model.adapter.targets == "all-linear":
-        return Findings((), (Problem("model.adapter.targets", "all-linear", f"{what}: the other linear layers get one"),))
-    return Findings((Problem("model.adapter.targets", list(model.adapter.targets), f"{what}; name others, or write all-linear"),))
+        return Findings(
+            (), (Problem("model.adapter.targets", "all-linear", f"{what}: the other linear layers get one"),)
+        )
+    return Findings(
+        (
+            Problem(
+                "model.adapter.targets",
+                list(model.adapter.targets),
+                f"{what}; name others, or write all-linear",
+            ),
+        )
+    )

@@ -12,17 +12,20 @@ from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
 MEASURED = "measured"
 """What rates are called that `launcher bench` found."""
 _MATRIX_SHARE, _MEMORY_SHARE = 0.85, 0.9
-"""Of what `launcher bench` measures of a GPU, what training reaches: the shares of the data sheet's rates (0.6 and 0.8) over what large
-products and copies reach of them, 70% and 90%. Assumed: no GPU was at hand."""
+"""Of what `launcher bench` measures of a GPU, what training reaches: the shares of the data sheet's rates
+(0.6 and 0.8) over what large products and copies reach of them, 70% and 90%. Assumed: no GPU was at hand."""
 _CPU_MATRIX_SHARE, _CPU_MEMORY_SHARE, _CALLING, _WAITING = 0.95, 0.35, 1.8, 1.5
-"""Of what `launcher bench` measures of a CPU: a layer's products reach nearly all of the rate, operators a third of a large copy's; they
-are called less fast where ranks do more between them, and ranks that send wait for each other. Fitted to 171 plans of six jobs on two
-ranks (seed 7 of tests/benchmarks/bench_auto.py); docs/benchmarks/auto.md is of another seed."""
+"""Of what `launcher bench` measures of a CPU: a layer's products reach nearly all of the rate, operators a
+third of a large copy's; they are called less fast where ranks do more between them, and ranks that send wait
+for each other. Fitted to 171 plans of six jobs on two ranks (seed 7 of tests/benchmarks/bench_auto.py);
+docs/benchmarks/auto.md is of another seed."""
 
 
 def kind_of(plan: Plan, rates: GpuType | None = None) -> str:
     """Runs that are alike in what the speed model may be wrong about, foreseen by `rates`."""
-    kind = f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
+    kind = (
+        f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
+    )
     parts = {
         f"{plan.offload} offloaded": plan.offload != "none",
         "adapter": plan.model.adapter is not None,
@@ -34,7 +37,8 @@ def kind_of(plan: Plan, rates: GpuType | None = None) -> str:
 
 
 def slack_kind(plan: Plan, hardware: Hardware) -> str:
-    """Runs that are alike in what their allocator keeps beside what lives: all of a device, or an engine never tried would look leaner."""
+    """Runs that are alike in what their allocator keeps beside what lives: all of a device, or an engine
+    never tried would look leaner."""
     return device_of(plan, hardware)
 
 
@@ -44,7 +48,8 @@ def device_of(plan: Plan, hardware: Hardware) -> str:
 
 
 def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) -> GpuType | None:
-    """What one rank of a plan on this machine computes with: as measured, else by the table of GPUs; None where neither knows."""
+    """What one rank of a plan on this machine computes with: as measured, else by the table of GPUs; None
+    where neither knows."""
     known = (machine or Machine.read()).of(device_of(plan, hardware))
     table = seen(hardware) if plan.mesh.device == "cuda" else None
     if known is None or not known.matrix.get("fp32"):
@@ -59,7 +64,8 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
         key=MEASURED,
         name=known.device,
         memory_bytes=hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node),
-        half_rate=known.matrix.get("fp16" if plan.precision == "fp16" else "bf16", known.matrix["fp32"]) / share,
+        half_rate=known.matrix.get("fp16" if plan.precision == "fp16" else "bf16", known.matrix["fp32"])
+        / share,
         full_rate=full,
         bandwidth=known.bandwidth / share,
         link=link,
@@ -78,8 +84,16 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
 def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
     """What of measured rates a step reaches."""
     if plan.mesh.device == "cpu":
-        return {"matrix_share": _CPU_MATRIX_SHARE, "memory_share": _CPU_MEMORY_SHARE, "link_share": LINK_SHARE / _WAITING}
-    return {"matrix_share": _MATRIX_SHARE, "memory_share": _MEMORY_SHARE, **({"link_share": 1.0} if link_known else {})}
+        return {
+            "matrix_share": _CPU_MATRIX_SHARE,
+            "memory_share": _CPU_MEMORY_SHARE,
+            "link_share": LINK_SHARE / _WAITING,
+        }
+    return {
+        "matrix_share": _MATRIX_SHARE,
+        "memory_share": _MEMORY_SHARE,
+        **({"link_share": 1.0} if link_known else {}),
+    }
 
 
 def _shared(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, float]]]:

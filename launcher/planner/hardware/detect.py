@@ -42,7 +42,8 @@ class Hardware:
         return cls(count_cores(), available_memory(), cpu_flags(), gpus, note, process_limit())
 
     def rank_memory(self, device: str, ranks_per_node: int) -> int:
-        """Bytes of one rank, of the device that it computes on; 0 where that is not known, as of GPUs that are not here."""
+        """Bytes of one rank, of the device that it computes on; 0 where that is not known, as of GPUs that
+        are not here."""
         if device == "cuda":
             return min((gpu.memory_bytes for gpu in self.gpus), default=0)
         share = self.memory_bytes // ranks_per_node
@@ -65,13 +66,18 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def count_cores(cpuinfo: Path = Path("/proc/cpuinfo"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Physical cores that this process may use: its affinity, two threads of a core counted once, within the cgroup's quota."""
+    """Physical cores that this process may use: its affinity, two threads of a core counted once, within the
+    cgroup's quota."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     try:
         blocks = list(_cpu_blocks(cpuinfo.read_text(encoding="utf-8", errors="replace")))
     except OSError:
         blocks = []
-    cores = {(b.get("physical id"), b["core id"]) for b in blocks if "core id" in b and int(b.get("processor", -1)) in allowed}
+    cores = {
+        (b.get("physical id"), b["core id"])
+        for b in blocks
+        if "core id" in b and int(b.get("processor", -1)) in allowed
+    }
     count = len(cores) or len(allowed)
     for folder in _cgroups(root):
         quota = _read(folder / "cpu.max").split()
@@ -88,8 +94,11 @@ def _read(path: Path) -> str:
 
 
 def _cgroups(root: Path) -> Iterator[Path]:
-    """This process's control group and every one above it, in version 2's tree (a container sees its own as the root)."""
-    own = next((line[3:] for line in _read(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")), "/")
+    """This process's control group and every one above it, in version 2's tree (a container sees its own as
+    the root)."""
+    own = next(
+        (line[3:] for line in _read(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")), "/"
+    )
     folder = root / own.strip("/")
     while folder != root and root in folder.parents:
         yield folder
@@ -98,7 +107,8 @@ def _cgroups(root: Path) -> Iterator[Path]:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that may still be taken: the machine's, within every limit of the control groups; files in the page cache count as free."""
+    """Bytes that may still be taken: the machine's, within every limit of the control groups; files in the
+    page cache count as free."""
     import psutil
 
     free: int = psutil.virtual_memory().available
@@ -115,7 +125,8 @@ def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def process_limit() -> int:
-    """Bytes that a process may have by `ulimit -d` and `ulimit -v`, which the ranks inherit; 0 where there is no limit."""
+    """Bytes that a process may have by `ulimit -d` and `ulimit -v`, which the ranks inherit; 0 where there is
+    no limit."""
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
     return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=0)
 
@@ -134,7 +145,11 @@ def find_gpus(timeout: float = 20.0) -> tuple[tuple[Gpu, ...], str]:
     if result.returncode:
         said = (result.stdout + result.stderr).strip().splitlines()
         return (), f"nvidia-smi failed: {said[0] if said else f'exit code {result.returncode}'}"
-    rows = [[part.strip() for part in line.split(",")] for line in result.stdout.splitlines() if line.count(",") >= 4]
+    rows = [
+        [part.strip() for part in line.split(",")]
+        for line in result.stdout.splitlines()
+        if line.count(",") >= 4
+    ]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         rows = _visible(rows, [part.strip() for part in visible.split(",") if part.strip()])
@@ -147,7 +162,9 @@ def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
     """CUDA's own rule: numbers or the beginnings of UUIDs, in their order, up to the first that is not there."""
     kept = []
     for name in wanted:
-        found = next((row for row in rows if row[0] == name or (not name.isdigit() and row[1].startswith(name))), None)
+        found = next(
+            (row for row in rows if row[0] == name or (not name.isdigit() and row[1].startswith(name))), None
+        )
         if found is None:
             break
         kept.append(found)

@@ -26,9 +26,10 @@ def fused(
     mask: int = 0,
     bias: SymbolicTensor | None = None,
 ) -> SymbolicTensor:
-    """`scaled_dot_product_attention`, flash: it keeps query, key, value, its output, one fp32 number of each head and query,
-    and the mask, of which it makes one in its own precision (`mask` is its number of elements). A `bias` is kept as it is; the gradient
-    of one that is learned, which a GPU's memory-efficient kernel makes, is one of every sample before it is summed."""
+    """`scaled_dot_product_attention`, flash: it keeps query, key, value, its output, one fp32 number of each
+    head and query, and the mask, of which it makes one in its own precision (`mask` is its number of
+    elements). A `bias` is kept as it is; the gradient of one that is learned, which a GPU's memory-efficient
+    kernel makes, is one of every sample before it is summed."""
     meter, size = query.meter, query.itemsize
     sizes = [tensor.num_elements * size for tensor in (query, key, value)]
     learned = bias.num_elements * size if bias is not None and bias.needs_gradient else 0
@@ -67,7 +68,8 @@ def plain(
     cuda: bool,
     bias: SymbolicTensor | None = None,
 ) -> SymbolicTensor:
-    """`_scaled_dot_product_attention_math`: in fp32, the scores written out. A CPU takes it to drop some of them, or to learn a bias."""
+    """`_scaled_dot_product_attention_math`: in fp32, the scores written out. A CPU takes it to drop some of
+    them, or to learn a bias."""
     size = query.itemsize
     wide = [cast(tensor, 4) for tensor in (query, key, value)]
     scaled = scale(wide[0])
@@ -93,9 +95,14 @@ def _batched(tensor: SymbolicTensor, batch: int) -> SymbolicTensor:
 
 
 def _added(scores: SymbolicTensor, bias: SymbolicTensor) -> SymbolicTensor:
-    """A bias added in place, learned or not; not in place under selective checkpointing, whose dispatch mode PyTorch heeds."""
+    """A bias added in place, learned or not; not in place under selective checkpointing, whose dispatch mode
+    PyTorch heeds."""
     meter, size = bias.meter, bias.num_elements * bias.itemsize
-    node = node_of(meter, (scores, bias), lambda gradient: [gradient, Storage(meter, size) if size < gradient.num_bytes else gradient])
+    node = node_of(
+        meter,
+        (scores, bias),
+        lambda gradient: [gradient, Storage(meter, size) if size < gradient.num_bytes else gradient],
+    )
     if meter.frame is not None and meter.frame.selective:
         result = new(meter, scores.num_elements, scores.itemsize, node)
     else:

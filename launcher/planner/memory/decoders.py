@@ -44,16 +44,27 @@ class Llama(ShadowProgram):
         found.append(("self_attn.o_proj.weight", (self.hidden, queries)))
         if self.normed:
             found += [("self_attn.q_norm.weight", (self.head,)), ("self_attn.k_norm.weight", (self.head,))]
-        found += [("mlp.gate_proj.weight", (self.wide, self.hidden)), ("mlp.up_proj.weight", (self.wide, self.hidden))]
+        found += [
+            ("mlp.gate_proj.weight", (self.wide, self.hidden)),
+            ("mlp.up_proj.weight", (self.wide, self.hidden)),
+        ]
         found.append(("mlp.down_proj.weight", (self.hidden, self.wide)))
-        return [*found, ("input_layernorm.weight", (self.hidden,)), ("post_attention_layernorm.weight", (self.hidden,))]
+        return [
+            *found,
+            ("input_layernorm.weight", (self.hidden,)),
+            ("post_attention_layernorm.weight", (self.hidden,)),
+        ]
 
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
         layers = [
-            Unit(tuple(Weight(f"model.layers.{i}.{name}", shape) for name, shape in self.layer_weights(i))) for i in range(self.num_layers)
+            Unit(tuple(Weight(f"model.layers.{i}.{name}", shape) for name, shape in self.layer_weights(i)))
+            for i in range(self.num_layers)
         ]
-        root = [Weight(self.embeddings, (self.vocabulary, self.hidden)), Weight("model.norm.weight", (self.hidden,))]
+        root = [
+            Weight(self.embeddings, (self.vocabulary, self.hidden)),
+            Weight("model.norm.weight", (self.hidden,)),
+        ]
         if not self.tied:
             root.append(Weight("lm_head.weight", (self.vocabulary, self.hidden)))
         return Unit(tuple(root), num_first=1), layers
@@ -64,12 +75,23 @@ class Llama(ShadowProgram):
         batch, size = setting.batch, setting.itemsize
         context.begin("stem")
         table = context.parameter(self.embeddings, self.vocabulary * self.hidden)
-        hidden = ops.embedding(context.tensor(batch.num_tokens, 8), batch.num_tokens, self.hidden, size, table)
-        cosine, sine = context.tensor(batch.num_tokens * self.head), context.tensor(batch.num_tokens * self.head)
-        embedded = hidden  # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
+        hidden = ops.embedding(
+            context.tensor(batch.num_tokens, 8), batch.num_tokens, self.hidden, size, table
+        )
+        cosine, sine = (
+            context.tensor(batch.num_tokens * self.head),
+            context.tensor(batch.num_tokens * self.head),
+        )
+        # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
+        embedded = hidden
         for index in of_stack(context, self.num_layers) if self.alike else range(self.num_layers):
             context.begin("layer", index)
-            hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x, cosine, sine), hidden)
+            hidden = checkpoint(
+                context.meter,
+                setting.checkpointing,
+                lambda x, i=index: self.layer(context, i, x, cosine, sine),
+                hidden,
+            )
         context.begin("tail")
         hidden = ops.rms_norm(hidden, self.hidden, context.parameter("model.norm.weight", self.hidden))
         del embedded
@@ -77,9 +99,19 @@ class Llama(ShadowProgram):
         supervised = batch.num_tokens - len(batch.lengths)
         return cross_entropy(context, hidden, self.hidden, self.vocabulary, supervised, weight)
 
-    def layer(self, context: Context, index: int, hidden: SymbolicTensor, cosine: SymbolicTensor, sine: SymbolicTensor) -> SymbolicTensor:
+    def layer(
+        self,
+        context: Context,
+        index: int,
+        hidden: SymbolicTensor,
+        cosine: SymbolicTensor,
+        sine: SymbolicTensor,
+    ) -> SymbolicTensor:
         """[tokens, hidden] -> [tokens, hidden]."""
-        weights = {name: context.parameter(f"model.layers.{index}.{name}", count(shape)) for name, shape in self.layer_weights(index)}
+        weights = {
+            name: context.parameter(f"model.layers.{index}.{name}", count(shape))
+            for name, shape in self.layer_weights(index)
+        }
         residual = hidden
         hidden = ops.rms_norm(hidden, self.hidden, weights["input_layernorm.weight"])
         hidden = self.attention(context, index, hidden, weights, cosine, sine)
@@ -90,7 +122,13 @@ class Llama(ShadowProgram):
         return ops.add(residual, hidden)
 
     def attention(
-        self, context: Context, index: int, hidden: SymbolicTensor, weights: dict[str, Any], cosine: SymbolicTensor, sine: SymbolicTensor
+        self,
+        context: Context,
+        index: int,
+        hidden: SymbolicTensor,
+        weights: dict[str, Any],
+        cosine: SymbolicTensor,
+        sine: SymbolicTensor,
     ) -> SymbolicTensor:
         queries, keys = self.heads * self.head, self.groups * self.head
         names = f"model.layers.{index}.self_attn."
@@ -110,25 +148,43 @@ class Llama(ShadowProgram):
         parameters = weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias")
         return adapted(context, f"{names}o_proj", mixed, queries, self.hidden, *parameters)
 
-    def feed_forward(self, context: Context, index: int, hidden: SymbolicTensor, weights: dict[str, Any]) -> SymbolicTensor:
+    def feed_forward(
+        self, context: Context, index: int, hidden: SymbolicTensor, weights: dict[str, Any]
+    ) -> SymbolicTensor:
         names = f"model.layers.{index}.mlp."
-        gate = adapted(context, f"{names}gate_proj", hidden, self.hidden, self.wide, weights["mlp.gate_proj.weight"])
+        gate = adapted(
+            context, f"{names}gate_proj", hidden, self.hidden, self.wide, weights["mlp.gate_proj.weight"]
+        )
         active = ops.pointwise(gate)
         del gate
-        up = adapted(context, f"{names}up_proj", hidden, self.hidden, self.wide, weights["mlp.up_proj.weight"])
+        up = adapted(
+            context, f"{names}up_proj", hidden, self.hidden, self.wide, weights["mlp.up_proj.weight"]
+        )
         both = ops.multiply(active, up)
         del active, up
-        return adapted(context, f"{names}down_proj", both, self.wide, self.hidden, weights["mlp.down_proj.weight"])
+        return adapted(
+            context, f"{names}down_proj", both, self.wide, self.hidden, weights["mlp.down_proj.weight"]
+        )
 
 
 def adapted(
-    context: Context, name: str, x: SymbolicTensor, num_in: int, num_out: int, weight: Parameter, bias: Parameter | None = None
+    context: Context,
+    name: str,
+    x: SymbolicTensor,
+    num_in: int,
+    num_out: int,
+    weight: Parameter,
+    bias: Parameter | None = None,
 ) -> SymbolicTensor:
-    """A linear layer as `ops.linear` has it; beside an adapter its input is kept for A, and what A makes for B."""
+    """A linear layer as `ops.linear` has it; beside an adapter its input is kept for A, and what A makes for
+    B."""
     made, adapter = ops.linear(x, num_in, num_out, weight, bias), context.setting.adapter
     if adapter is None or not adapter.takes(name):
         return made
-    down, up = (context.parameter(f"{name}.lora_{key}.weight", adapter.rank * size) for key, size in (("A", num_in), ("B", num_out)))
+    down, up = (
+        context.parameter(f"{name}.lora_{key}.weight", adapter.rank * size)
+        for key, size in (("A", num_in), ("B", num_out))
+    )
     dropped = ops.dropout(x, adapter.dropout if context.setting.training else 0.0, context.setting.cuda)
     inner = ops.linear(dropped, num_in, adapter.rank, down)
     del dropped
@@ -140,7 +196,12 @@ def adapted(
 
 
 def packed(
-    context: Context, query: SymbolicTensor, key: SymbolicTensor, value: SymbolicTensor, heads: int, drop: float = 0.0
+    context: Context,
+    query: SymbolicTensor,
+    key: SymbolicTensor,
+    value: SymbolicTensor,
+    heads: int,
+    drop: float = 0.0,
 ) -> SymbolicTensor:
     """`packed_attention`: each sample by itself, then one row again."""
     lengths, cuda = context.setting.batch.lengths, context.setting.cuda
@@ -156,7 +217,8 @@ def packed(
             parts.append(fused(q, k, v, heads, length))
     del q, k, v
     whole = parts[0] if len(parts) == 1 else ops.concatenate(*parts)
-    # One sample's result lies as [tokens, heads, head_dim] already; several have been joined along the tokens within each head.
+    # One sample's result lies as [tokens, heads, head_dim] already; several have been joined along the tokens
+    # within each head.
     return ops.copy(whole) if len(lengths) > 1 or (drop and not cuda) else whole
 
 
@@ -195,7 +257,8 @@ def split(x: SymbolicTensor, parts: int) -> list[SymbolicTensor]:
 
 
 class Gpt2(ShadowProgram):
-    """GPT-2: learned positions, one matrix for query, key and value, an activation written out in eight operators."""
+    """GPT-2: learned positions, one matrix for query, key and value, an activation written out in eight
+    operators."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.hidden: int = config["n_embd"]
@@ -209,7 +272,10 @@ class Gpt2(ShadowProgram):
 
     def layer_weights(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names within a layer, and shapes [in, out]."""
-        found: list[tuple[str, tuple[int, ...]]] = [("ln_1.weight", (self.hidden,)), ("ln_1.bias", (self.hidden,))]
+        found: list[tuple[str, tuple[int, ...]]] = [
+            ("ln_1.weight", (self.hidden,)),
+            ("ln_1.bias", (self.hidden,)),
+        ]
         parts = {"attn.c_attn": (self.hidden, 3 * self.hidden), "attn.c_proj": (self.hidden, self.hidden)}
         for name, (num_in, num_out) in parts.items():
             found += [(f"{name}.weight", (num_in, num_out)), (f"{name}.bias", (num_out,))]
@@ -222,10 +288,18 @@ class Gpt2(ShadowProgram):
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
         layers = [
-            Unit(tuple(Weight(f"transformer.h.{i}.{name}", shape, input_first=len(shape) == 2) for name, shape in self.layer_weights()))
+            Unit(
+                tuple(
+                    Weight(f"transformer.h.{i}.{name}", shape, input_first=len(shape) == 2)
+                    for name, shape in self.layer_weights()
+                )
+            )
             for i in range(self.num_layers)
         ]
-        root = [Weight(self.embeddings, (self.vocabulary, self.hidden)), Weight("transformer.wpe.weight", (self.positions, self.hidden))]
+        root = [
+            Weight(self.embeddings, (self.vocabulary, self.hidden)),
+            Weight("transformer.wpe.weight", (self.positions, self.hidden)),
+        ]
         last = [Weight(f"transformer.ln_f.{name}", (self.hidden,)) for name in ("weight", "bias")]
         return Unit((*root, *last), num_first=2), layers
 
@@ -234,39 +308,86 @@ class Gpt2(ShadowProgram):
         setting = context.setting
         tokens, size = setting.batch.num_tokens, setting.itemsize
         context.begin("stem")
-        weights = {weight.name: context.parameter(weight.name, weight.num_elements) for weight in self.units()[0].weights}
+        weights = {
+            weight.name: context.parameter(weight.name, weight.num_elements)
+            for weight in self.units()[0].weights
+        }
         ids = context.tensor(2 * tokens, 8)
         words = ops.embedding(ids, tokens, self.hidden, size, weights[self.embeddings])
         places = ops.embedding(ids, tokens, self.hidden, size, weights["transformer.wpe.weight"])
         hidden = ops.dropout(ops.add(words, places), self.drop["embd"], setting.cuda)
         for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
-            hidden = checkpoint(context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x), hidden)
+            hidden = checkpoint(
+                context.meter, setting.checkpointing, lambda x, i=index: self.layer(context, i, x), hidden
+            )
         context.begin("tail")
-        hidden = ops.layer_norm(hidden, self.hidden, weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"])
+        hidden = ops.layer_norm(
+            hidden, self.hidden, weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"]
+        )
         del words, places
-        return cross_entropy(context, hidden, self.hidden, self.vocabulary, tokens - len(setting.batch.lengths), weights[self.embeddings])
+        return cross_entropy(
+            context,
+            hidden,
+            self.hidden,
+            self.vocabulary,
+            tokens - len(setting.batch.lengths),
+            weights[self.embeddings],
+        )
 
     def layer(self, context: Context, index: int, hidden: SymbolicTensor) -> SymbolicTensor:
         """[tokens, hidden] -> [tokens, hidden]."""
         cuda, width = context.setting.cuda, self.hidden
         names = f"transformer.h.{index}."
-        weights = {name: context.parameter(f"transformer.h.{index}.{name}", count(shape)) for name, shape in self.layer_weights()}
+        weights = {
+            name: context.parameter(f"transformer.h.{index}.{name}", count(shape))
+            for name, shape in self.layer_weights()
+        }
         residual = hidden
         hidden = ops.layer_norm(hidden, width, weights["ln_1.weight"], weights["ln_1.bias"])
         three = adapted(
-            context, f"{names}attn.c_attn", hidden, width, 3 * width, weights["attn.c_attn.weight"], weights["attn.c_attn.bias"]
+            context,
+            f"{names}attn.c_attn",
+            hidden,
+            width,
+            3 * width,
+            weights["attn.c_attn.weight"],
+            weights["attn.c_attn.bias"],
         )
         query, key, value = split(three, 3)
         mixed = packed(context, query, key, value, self.heads, self.drop["attn"])
         del three, query, key, value
-        mixed = adapted(context, f"{names}attn.c_proj", mixed, width, width, weights["attn.c_proj.weight"], weights["attn.c_proj.bias"])
+        mixed = adapted(
+            context,
+            f"{names}attn.c_proj",
+            mixed,
+            width,
+            width,
+            weights["attn.c_proj.weight"],
+            weights["attn.c_proj.bias"],
+        )
         mixed = ops.dropout(mixed, self.drop["resid"], cuda)
         hidden = ops.add(mixed, residual)
         del mixed
         residual = hidden
         hidden = ops.layer_norm(hidden, width, weights["ln_2.weight"], weights["ln_2.bias"])
-        hidden = adapted(context, f"{names}mlp.c_fc", hidden, width, self.wide, weights["mlp.c_fc.weight"], weights["mlp.c_fc.bias"])
+        hidden = adapted(
+            context,
+            f"{names}mlp.c_fc",
+            hidden,
+            width,
+            self.wide,
+            weights["mlp.c_fc.weight"],
+            weights["mlp.c_fc.bias"],
+        )
         hidden = new_gelu(hidden)
-        hidden = adapted(context, f"{names}mlp.c_proj", hidden, self.wide, width, weights["mlp.c_proj.weight"], weights["mlp.c_proj.bias"])
+        hidden = adapted(
+            context,
+            f"{names}mlp.c_proj",
+            hidden,
+            self.wide,
+            width,
+            weights["mlp.c_proj.weight"],
+            weights["mlp.c_proj.bias"],
+        )
         return ops.add(residual, ops.dropout(hidden, self.drop["resid"], cuda))

@@ -56,7 +56,10 @@ class Bert(ShadowProgram):
             ("word_embeddings.weight", (self.vocabulary, self.hidden)),
             ("position_embeddings.weight", (self.positions, self.hidden)),
         ]
-        found += [("token_type_embeddings.weight", (self.types, self.hidden)), *norm("LayerNorm", self.hidden)]
+        found += [
+            ("token_type_embeddings.weight", (self.types, self.hidden)),
+            *norm("LayerNorm", self.hidden),
+        ]
         return [(f"{self.kind}.embeddings.{name}", shape) for name, shape in found]
 
     def layer_weights(self) -> Shapes:
@@ -64,23 +67,43 @@ class Bert(ShadowProgram):
         found: Shapes = []
         for name in ("query", "key", "value"):
             found += dense(f"attention.self.{name}", hidden, hidden)
-        found += [*dense("attention.output.dense", hidden, hidden), *norm("attention.output.LayerNorm", hidden)]
-        found += [*dense("intermediate.dense", wide, hidden), *dense("output.dense", hidden, wide), *norm("output.LayerNorm", hidden)]
+        found += [
+            *dense("attention.output.dense", hidden, hidden),
+            *norm("attention.output.LayerNorm", hidden),
+        ]
+        found += [
+            *dense("intermediate.dense", wide, hidden),
+            *dense("output.dense", hidden, wide),
+            *norm("output.LayerNorm", hidden),
+        ]
         return found
 
     def tail_weights(self) -> Shapes:
         if self.kind == "roberta":
-            return [*dense("classifier.dense", self.hidden, self.hidden), *dense("classifier.out_proj", self.num_labels, self.hidden)]
-        return [*dense("bert.pooler.dense", self.hidden, self.hidden), *dense("classifier", self.num_labels, self.hidden)]
+            return [
+                *dense("classifier.dense", self.hidden, self.hidden),
+                *dense("classifier.out_proj", self.num_labels, self.hidden),
+            ]
+        return [
+            *dense("bert.pooler.dense", self.hidden, self.hidden),
+            *dense("classifier", self.num_labels, self.hidden),
+        ]
 
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer."""
         layers = [
-            Unit(tuple(Weight(f"{self.kind}.encoder.layer.{i}.{name}", shape) for name, shape in self.layer_weights()))
+            Unit(
+                tuple(
+                    Weight(f"{self.kind}.encoder.layer.{i}.{name}", shape)
+                    for name, shape in self.layer_weights()
+                )
+            )
             for i in range(self.num_layers)
         ]
         stem = self.stem_weights()
-        return Unit(tuple(Weight(name, shape) for name, shape in [*stem, *self.tail_weights()]), num_first=len(stem)), layers
+        return Unit(
+            tuple(Weight(name, shape) for name, shape in [*stem, *self.tail_weights()]), num_first=len(stem)
+        ), layers
 
     def forward(self, context: Context) -> SymbolicTensor:
         """Sequence classification over padded samples."""
@@ -88,24 +111,36 @@ class Bert(ShadowProgram):
         batch, size, tokens = setting.batch, setting.itemsize, setting.batch.num_tokens
         context.begin("stem")
         weights = {
-            name.removeprefix(f"{self.kind}.embeddings."): context.parameter(name, count(shape)) for name, shape in self.stem_weights()
+            name.removeprefix(f"{self.kind}.embeddings."): context.parameter(name, count(shape))
+            for name, shape in self.stem_weights()
         }
         ids = context.tensor(2 * tokens, 8)
         words = ops.embedding(ids, tokens, self.hidden, size, weights["word_embeddings.weight"])
         types = ops.embedding(ids, tokens, self.hidden, size, weights["token_type_embeddings.weight"])
         hidden = ops.add(words, types)
         places = ops.embedding(
-            ids, tokens if self.kind == "roberta" else max(batch.lengths), self.hidden, size, weights["position_embeddings.weight"]
+            ids,
+            tokens if self.kind == "roberta" else max(batch.lengths),
+            self.hidden,
+            size,
+            weights["position_embeddings.weight"],
         )
         hidden = added_broadcast(hidden, places)
         del words, types, places
         hidden = ops.layer_norm(hidden, self.hidden, weights["LayerNorm.weight"], weights["LayerNorm.bias"])
         hidden = ops.dropout(hidden, self.drop, setting.cuda)
         mask = attention_mask(context)
-        embedded = hidden  # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
+        # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
+        embedded = hidden
         for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
-            hidden = checkpoint(context.meter, setting.checkpointing, lambda x, _, i=index: self.layer(context, i, x), hidden, mask)
+            hidden = checkpoint(
+                context.meter,
+                setting.checkpointing,
+                lambda x, _, i=index: self.layer(context, i, x),
+                hidden,
+                mask,
+            )
         context.begin("tail")
         del embedded
         result = self.head(context, hidden)
@@ -118,28 +153,54 @@ class Bert(ShadowProgram):
         shapes = dict(self.tail_weights())
         weight = {name: context.parameter(name, count(shape)) for name, shape in shapes.items()}
         pooled = first_token(hidden, batch, self.hidden)
-        pooled = ops.linear(pooled, self.hidden, self.hidden, weight[f"{first}.weight"], weight[f"{first}.bias"])
+        pooled = ops.linear(
+            pooled, self.hidden, self.hidden, weight[f"{first}.weight"], weight[f"{first}.bias"]
+        )
         pooled = ops.dropout(ops.pointwise(pooled, "output"), self.drop, cuda)
-        return classified(ops.linear(pooled, self.hidden, self.num_labels, weight[f"{second}.weight"], weight[f"{second}.bias"]))
+        return classified(
+            ops.linear(
+                pooled, self.hidden, self.num_labels, weight[f"{second}.weight"], weight[f"{second}.bias"]
+            )
+        )
 
     def layer(self, context: Context, index: int, hidden: SymbolicTensor) -> SymbolicTensor:
         """[samples x length, hidden] -> the same."""
         setting = context.setting
         weights = {
-            name: context.parameter(f"{self.kind}.encoder.layer.{index}.{name}", count(shape)) for name, shape in self.layer_weights()
+            name: context.parameter(f"{self.kind}.encoder.layer.{index}.{name}", count(shape))
+            for name, shape in self.layer_weights()
         }
         mixed = self_attention(
-            context, hidden, self.hidden, self.heads, weights, "attention.self.{}", ("query", "key", "value"), self.drop_attention
+            context,
+            hidden,
+            self.hidden,
+            self.heads,
+            weights,
+            "attention.self.{}",
+            ("query", "key", "value"),
+            self.drop_attention,
         )
         mixed = ops.linear(
-            mixed, self.hidden, self.hidden, weights["attention.output.dense.weight"], weights["attention.output.dense.bias"]
+            mixed,
+            self.hidden,
+            self.hidden,
+            weights["attention.output.dense.weight"],
+            weights["attention.output.dense.bias"],
         )
         mixed = ops.dropout(mixed, self.drop, setting.cuda)
         hidden = self._normed(ops.add(mixed, hidden), weights, "attention.output.LayerNorm")
         del mixed
-        wide = ops.linear(hidden, self.hidden, self.wide, weights["intermediate.dense.weight"], weights["intermediate.dense.bias"])
+        wide = ops.linear(
+            hidden,
+            self.hidden,
+            self.wide,
+            weights["intermediate.dense.weight"],
+            weights["intermediate.dense.bias"],
+        )
         wide = ops.pointwise(wide)
-        wide = ops.linear(wide, self.wide, self.hidden, weights["output.dense.weight"], weights["output.dense.bias"])
+        wide = ops.linear(
+            wide, self.wide, self.hidden, weights["output.dense.weight"], weights["output.dense.bias"]
+        )
         wide = ops.dropout(wide, self.drop, setting.cuda)
         return self._normed(ops.add(wide, hidden), weights, "output.LayerNorm")
 
@@ -213,4 +274,6 @@ def attend(
         mixed = plain(query, key, value, batch * heads * num_queries * num_keys, batch, drop, cuda, None)
         del mask
         return ops.copy(mixed) if num_queries > 1 and heads > 1 else mixed
-    return fused(query, key, value, heads * batch, num_queries, batch * num_queries * num_keys if masked else 0)
+    return fused(
+        query, key, value, heads * batch, num_queries, batch * num_queries * num_keys if masked else 0
+    )

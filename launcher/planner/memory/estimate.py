@@ -25,7 +25,8 @@ STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
 CUDA_SLACK = 0.05
-"""Assumed, not measured here: what PyTorch's caching allocator keeps beyond what is live, as a share of what comes and goes in a step."""
+"""Assumed, not measured here: what PyTorch's caching allocator keeps beyond what is live, as a share of what
+comes and goes in a step."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Footprint:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2) -> Footprint | None:
+def estimate(
+    plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2
+) -> Footprint | None:
     """The footprint of a plan; None where the model's architecture is not known to the formulas.
 
     `batch` is one micro-batch of a rank; left out, every sample is as long as the plan lets it be.
@@ -78,7 +81,11 @@ def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None, num
 
 
 def estimator(
-    plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2, slack: float | None = None
+    plan: Plan,
+    config: dict[str, Any],
+    batch: Batch | None = None,
+    num_labels: int = 2,
+    slack: float | None = None,
 ) -> Estimator | None:
     """As `estimate`, with what it is made from."""
     traits = tasks.find(plan.task).traits if plan.task in tasks.TASKS else None
@@ -108,7 +115,8 @@ class Estimator:
     """A plan, the program of its model, and one micro-batch."""
 
     def __init__(self, plan: Plan, program: Program, batch: Batch, slack: float | None = None) -> None:
-        """`slack` is the allocator's share of what comes and goes, where it was measured; where more is assumed, that counts."""
+        """`slack` is the allocator's share of what comes and goes, where it was measured; where more is
+        assumed, that counts."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
         self.units = _units(program, plan.model.freeze, self.adapter)
@@ -119,7 +127,11 @@ class Estimator:
             batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task,
             frozen=plan.model.freeze, adapter=self.adapter, half=plan.precision == "fp16",
         )  # fmt: skip
-        self.copies = STATE_COPIES[plan.training.optimizer] if plan.training.optimizer != "sgd" or plan.training.momentum else 0
+        self.copies = (
+            STATE_COPIES[plan.training.optimizer]
+            if plan.training.optimizer != "sgd" or plan.training.momentum
+            else 0
+        )
 
     def footprint(self) -> Footprint:
         """All phases."""
@@ -130,12 +142,26 @@ class Estimator:
         loading = Timeline(dict(loaded), sum(loaded.values()), "every parameter and its state", dict(loaded))
         saving = Timeline(dict(states), resident, "a copy, written while training goes on", dict(states))
         if not self.cuda and self.plan.checkpoint.asynchronous:
-            saving = Timeline({}, steady.peak + staged, f"a copy of the state; {steady.where}", steady.at_peak | {STAGED: staged})
+            saving = Timeline(
+                {},
+                steady.peak + staged,
+                f"a copy of the state; {steady.where}",
+                steady.at_peak | {STAGED: staged},
+            )
         evaluating = self._evaluation()
-        made = [("loading", loading), ("first step", steady), ("steady step", steady), ("evaluating", evaluating)]
-        phases = [self._phase(name, time, host) for name, time in [*made, ("saving", saving), ("resuming", loading)]]
+        made = [
+            ("loading", loading),
+            ("first step", steady),
+            ("steady step", steady),
+            ("evaluating", evaluating),
+        ]
+        phases = [
+            self._phase(name, time, host) for name, time in [*made, ("saving", saving), ("resuming", loading)]
+        ]
         if self.cuda and self.plan.checkpoint.asynchronous:
-            phases = [replace(phase, host=host + staged) if phase.name == "saving" else phase for phase in phases]
+            phases = [
+                replace(phase, host=host + staged) if phase.name == "saving" else phase for phase in phases
+            ]
         return Footprint(tuple(phases))
 
     @property
@@ -155,7 +181,8 @@ class Estimator:
         return {}, sum(engine.states().values()) + 4 * trained
 
     def least(self) -> int:
-        """Bytes of the device without which no pass is possible, however small: the state, and what stays whole after the forward pass."""
+        """Bytes of the device without which no pass is possible, however small: the state, and what stays
+        whole after the forward pass."""
         states, _ = self._states()
         mesh = self.plan.mesh
         whole = self.plan.zero is None and mesh.shard > 1 and not mesh.reshard_after_forward
@@ -164,17 +191,23 @@ class Estimator:
         return sum(states.values()) + gathered + (CUDA_CONTEXT if self.cuda else 0)
 
     def _loaded(self) -> int:
-        """Bytes that are on the device as the model is loaded and no longer after: shards whose masters are made in the host's memory."""
+        """Bytes that are on the device as the model is loaded and no longer after: shards whose masters are
+        made in the host's memory."""
         zero = self.plan.zero
         if zero is None or not self.cuda or self.plan.offload != "optimizer":
             return 0
         root, layers = self.units
         weights = [weight for unit in (root, *layers) for weight in unit.weights]
-        return -(-sum(weight.num_elements * (self.itemsize if weight.narrow else 4) for weight in weights) // self.plan.mesh.world_size)
+        return -(
+            -sum(weight.num_elements * (self.itemsize if weight.narrow else 4) for weight in weights)
+            // self.plan.mesh.world_size
+        )
 
     def _phase(self, name: str, time: Timeline, host: int) -> Phase:
         parts = {kind: size for kind, size in time.at_peak.items() if size > 0}
-        moving = time.peak - sum(size for kind, size in parts.items() if kind in (PARAMETERS, OPTIMIZER, STAGED))
+        moving = time.peak - sum(
+            size for kind, size in parts.items() if kind in (PARAMETERS, OPTIMIZER, STAGED)
+        )
         if slack := int(self.slack * moving):
             parts[SLACK] = slack
         if self.cuda:
@@ -183,7 +216,8 @@ class Estimator:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of a whole checkpoint: parameters and the optimizer's state in fp32; beside an adapter of what trains alone."""
+        """Of a whole checkpoint: parameters and the optimizer's state in fp32; beside an adapter of what
+        trains alone."""
         root, layers = self.units
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
@@ -199,7 +233,11 @@ class Estimator:
 
     def _engine(self) -> FsdpStep | ZeroStep:
         root, layers = self.units
-        return ZeroStep(root, layers, self._zero_cut()) if self.plan.zero is not None else FsdpStep(root, layers, self._cut())
+        return (
+            ZeroStep(root, layers, self._zero_cut())
+            if self.plan.zero is not None
+            else FsdpStep(root, layers, self._cut())
+        )
 
     def _cut(self) -> Cut:
         plan = self.plan
@@ -214,7 +252,9 @@ class Estimator:
             recomputes=plan.activation_checkpointing != "none",
             plain=plan.mesh.world_size == 1 and plan.precision == "fp32" and plan.offload == "none",
             offloads=self._offloads,
-            leaves_frozen=self.adapter is not None and plan.mesh.world_size == 1 and plan.offload != "parameters",
+            leaves_frozen=self.adapter is not None
+            and plan.mesh.world_size == 1
+            and plan.offload != "parameters",
         )
 
     def _sharded_gradient_bytes(self) -> int:

@@ -21,11 +21,13 @@ def _viewed(weight: Weight, share: float) -> Weight:
 class Mixture(Llama):
     """Llama's layers with several feed-forward parts, of which a router chooses some for each token.
 
-    transformers 5.23 multiplies with all experts at once wherever torch can (`experts_implementation` left out: `grouped_mm`, on a CPU
-    and on a GPU alike; a GPU older than Ampere takes a loop of the same sizes). The rows are copied, once for each expert that is chosen,
-    and sorted by expert: tokens x experts per token of them, however the router spreads them. So even routing and uneven need the same
-    memory to the byte; all parameters of all experts are gathered, and all have gradients, those of experts that no one chose zeros.
-    Not so with `experts_implementation: eager`, which goes through the experts one by one: the formulas do not know that.
+    transformers 5.23 multiplies with all experts at once wherever torch can (`experts_implementation` left
+    out: `grouped_mm`, on a CPU and on a GPU alike; a GPU older than Ampere takes a loop of the same sizes).
+    The rows are copied, once for each expert that is chosen, and sorted by expert: tokens x experts per token
+    of them, however the router spreads them. So even routing and uneven need the same memory to the byte; all
+    parameters of all experts are gathered, and all have gradients, those of experts that no one chose zeros.
+    Not so with `experts_implementation: eager`, which goes through the experts one by one: the formulas do
+    not know that.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -35,9 +37,13 @@ class Mixture(Llama):
         # KeyError by the name that the family's own config gives it.
         self.experts: int = both or config["num_local_experts" if self.kind == "mixtral" else "num_experts"]
         self.chosen: int = config["num_experts_per_tok"]
-        self.expert: int = config["moe_intermediate_size" if self.kind.endswith("_moe") else "intermediate_size"]
+        self.expert: int = config[
+            "moe_intermediate_size" if self.kind.endswith("_moe") else "intermediate_size"
+        ]
         self.shared: int = config["shared_expert_intermediate_size"] if self.kind == "qwen2_moe" else 0
-        self.biased = bool(config.get("qkv_bias", True) if self.kind == "qwen2_moe" else config.get("attention_bias", False))
+        self.biased = bool(
+            config.get("qkv_bias", True) if self.kind == "qwen2_moe" else config.get("attention_bias", False)
+        )
         self.normed = self.kind in ("qwen3_moe", "olmoe")
         self.normalises = self.kind == "mixtral" or bool(config.get("norm_topk_prob", False))
         plain, every = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
@@ -52,7 +58,9 @@ class Mixture(Llama):
         found: list[tuple[str, tuple[int, ...]]] = []
         for name, shape in super().layer_weights(index):
             if name.startswith("mlp."):
-                found += self._expert_weights() if self.sparse[index] and name == "mlp.gate_proj.weight" else []
+                found += (
+                    self._expert_weights() if self.sparse[index] and name == "mlp.gate_proj.weight" else []
+                )
                 found += [] if self.sparse[index] else [(name, shape)]
             elif self.kind == "olmoe" and name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
                 found.append((name, (self.head * (self.heads if "q_norm" in name else self.groups),)))
@@ -70,7 +78,10 @@ class Mixture(Llama):
         ]
         found = [*found, *router] if self.kind == "qwen3_moe" else [*router, *found]
         if self.shared:
-            found += [(f"mlp.shared_expert.{name}_proj.weight", (self.shared, self.hidden)) for name in ("gate", "up")]
+            found += [
+                (f"mlp.shared_expert.{name}_proj.weight", (self.shared, self.hidden))
+                for name in ("gate", "up")
+            ]
             found += [
                 ("mlp.shared_expert.down_proj.weight", (self.hidden, self.shared)),
                 ("mlp.shared_expert_gate.weight", (1, self.hidden)),
@@ -83,7 +94,9 @@ class Mixture(Llama):
         share = self.chosen / self.experts
         return root, [Unit(tuple(_viewed(weight, share) for weight in layer.weights)) for layer in layers]
 
-    def feed_forward(self, context: Context, index: int, hidden: SymbolicTensor, weights: dict[str, Any]) -> SymbolicTensor:
+    def feed_forward(
+        self, context: Context, index: int, hidden: SymbolicTensor, weights: dict[str, Any]
+    ) -> SymbolicTensor:
         if "mlp.gate.weight" not in weights:
             return super().feed_forward(context, index, hidden, weights)
         shared = self._shared_expert(hidden, weights) if self.shared else None
@@ -92,7 +105,9 @@ class Mixture(Llama):
         del scores, chosen
         if shared is None:
             return result
-        gate = ops.pointwise(ops.linear(hidden, self.hidden, 1, weights["mlp.shared_expert_gate.weight"]), "output")
+        gate = ops.pointwise(
+            ops.linear(hidden, self.hidden, 1, weights["mlp.shared_expert_gate.weight"]), "output"
+        )
         shared = ops.multiply(gate, shared)
         return ops.add(result, shared)
 
@@ -118,8 +133,11 @@ class Mixture(Llama):
             scores = _normalised(scores, tokens)
         return scores if self.kind == "mixtral" else ops.cast(scores, logits.itemsize), chosen
 
-    def _mixed(self, hidden: SymbolicTensor, scores: SymbolicTensor, weights: dict[str, Any]) -> SymbolicTensor:
-        """`grouped_mm_experts_forward`: rows sorted by expert, two products, weighted, in their old order again, added up."""
+    def _mixed(
+        self, hidden: SymbolicTensor, scores: SymbolicTensor, weights: dict[str, Any]
+    ) -> SymbolicTensor:
+        """`grouped_mm_experts_forward`: rows sorted by expert, two products, weighted, in their old order
+        again, added up."""
         meter, rows = hidden.meter, scores.num_elements
         sorted_experts, order = new(meter, rows, 8), new(meter, rows, 8)
         chosen = _rows(hidden, rows * self.hidden, new(meter, rows, 8))
@@ -134,7 +152,9 @@ class Mixture(Llama):
         weighted = ops.multiply(narrow, sorted_scores)
         back = new(meter, rows, 8)
         weighted = _rows(weighted, rows * self.hidden, back)
-        result = ops.cast(ops.pointwise(weighted, "nothing", num_elements=hidden.num_elements), hidden.itemsize)
+        result = ops.cast(
+            ops.pointwise(weighted, "nothing", num_elements=hidden.num_elements), hidden.itemsize
+        )
         del sorted_experts, histogram, both, narrow
         return result
 

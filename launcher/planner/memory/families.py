@@ -37,7 +37,8 @@ KNOWN = (*DECODERS, "gpt2", *MIXTURES, *ENCODERS, "vit", "bart", *TRANSLATORS)
 
 
 def program_of(config: dict[str, Any], num_labels: int = 2, traits: Traits | None = None) -> Program | None:
-    """Return the program of a model by its `model_type`; None where there is none for it, or not for tasks with these traits."""
+    """Return the program of a model by its `model_type`; None where there is none for it, or not for tasks
+    with these traits."""
     kind = config.get("model_type")
     generates = traits is None or (traits.causal and traits.head == "every-position")
     if kind in DECODERS and generates:
@@ -58,19 +59,31 @@ def program_of(config: dict[str, Any], num_labels: int = 2, traits: Traits | Non
 
 
 def nearest(kind: str, traits: Traits | None = None) -> str:
-    """Return the known architecture whose name is most like this one; with traits, of those that the formulas have for such tasks."""
-    known = KNOWN if traits is None else ENCODERS if traits.head == "one-per-sample" else (*DECODERS, "gpt2", *MIXTURES)
+    """Return the known architecture whose name is most like this one; with traits, of those that the formulas
+    have for such tasks."""
+    known = (
+        KNOWN
+        if traits is None
+        else ENCODERS
+        if traits.head == "one-per-sample"
+        else (*DECODERS, "gpt2", *MIXTURES)
+    )
     return next(iter(difflib.get_close_matches(kind, known, 1, 0.0)), known[0])
 
 
 def adapted(units: tuple[Unit, list[Unit]], adapter: Adapter) -> tuple[Unit, list[Unit]]:
-    """The units with an adapter's two matrices after each linear layer of a repeated layer that has one, and the rest not trained.
+    """The units with an adapter's two matrices after each linear layer of a repeated layer that has one, and
+    the rest not trained.
 
     Raises ConfigurationError for a pattern that matches none of them.
     """
     root, layers = units
-    linear = [weight.name.removesuffix(".weight") for unit in layers for weight in unit.weights if is_linear(weight)]
-    if problems := adapter.unmatched(linear, [weight.name for unit in (root, *layers) for weight in unit.weights]):
+    linear = [
+        weight.name.removesuffix(".weight") for unit in layers for weight in unit.weights if is_linear(weight)
+    ]
+    if problems := adapter.unmatched(
+        linear, [weight.name for unit in (root, *layers) for weight in unit.weights]
+    ):
         raise ConfigurationError(problems)
     return _beside(root, adapter, ()), [_beside(layer, adapter, linear) for layer in layers]
 
@@ -90,7 +103,10 @@ def _beside(unit: Unit, adapter: Adapter, linear: Sequence[str]) -> Unit:
         if last and module in names and adapter.takes(module):
             matrix = next(one for one in unit.weights if one.name == f"{module}.weight")
             num_out, num_in = reversed(matrix.shape) if matrix.input_first else matrix.shape
-            found += [Weight(f"{module}.lora_A.weight", (adapter.rank, num_in)), Weight(f"{module}.lora_B.weight", (num_out, adapter.rank))]
+            found += [
+                Weight(f"{module}.lora_A.weight", (adapter.rank, num_in)),
+                Weight(f"{module}.lora_B.weight", (num_out, adapter.rank)),
+            ]
     return replace(unit, weights=tuple(found))
 
 
@@ -98,7 +114,12 @@ def frozen(units: tuple[Unit, list[Unit]], patterns: tuple[str, ...]) -> tuple[U
     """The units with the parameters that match a pattern not trained."""
 
     def changed(unit: Unit) -> Unit:
-        return replace(unit, weights=tuple(replace(weight, trains=not matches(weight.name, patterns)) for weight in unit.weights))
+        return replace(
+            unit,
+            weights=tuple(
+                replace(weight, trains=not matches(weight.name, patterns)) for weight in unit.weights
+            ),
+        )
 
     root, layers = units
     return (changed(root), [changed(layer) for layer in layers]) if patterns else units

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.planner.memory.program import Segment, Unit
-from launcher.planner.memory.timeline import GATHERED, GRADIENTS, MESSAGES, OPTIMIZER, PARAMETERS, TEMPORARIES, Timeline, go_through
+from launcher.planner.memory.timeline import (
+    GATHERED,
+    GRADIENTS,
+    MESSAGES,
+    OPTIMIZER,
+    PARAMETERS,
+    TEMPORARIES,
+    Timeline,
+    go_through,
+)
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,11 @@ class FsdpStep:
         self.units = [*layers, root]
         self.time = Timeline()
         self.late: list[Unit] = []
-        """Units whose input needs no gradient: FSDP lets go of them only when the whole backward pass is over."""
+        """Units whose input needs no gradient: FSDP lets go of them only when the whole backward pass is
+        over."""
         self.held = 0
-        """Bytes of the result of the last gathering, kept in the forward pass until the next one is in place."""
+        """Bytes of the result of the last gathering, kept in the forward pass until the next one is in place.
+        """
         self.sent = 0
         """Bytes of the gradients that were sent last."""
         self.first_gradients = True
@@ -53,7 +64,10 @@ class FsdpStep:
         parameters = sum(unit.shard(self.cut.ranks) for unit in self.units)
         narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
-        return {PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow, OPTIMIZER: 4 * self.cut.state_copies * trained}
+        return {
+            PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow,
+            OPTIMIZER: 4 * self.cut.state_copies * trained,
+        }
 
     def _whole(self, unit: Unit) -> int:
         return unit.shard(self.cut.ranks, trained=self.cut.leaves_frozen) * self.cut.ranks * self.cut.itemsize
@@ -64,7 +78,9 @@ class FsdpStep:
         if cut.ranks == 1:
             return 0
         received = self._whole(unit)
-        cast = 0 if cut.itemsize == 4 else (unit.shard(cut.ranks) - unit.narrow_shard(cut.ranks)) * cut.itemsize
+        cast = (
+            0 if cut.itemsize == 4 else (unit.shard(cut.ranks) - unit.narrow_shard(cut.ranks)) * cut.itemsize
+        )
         self.time.touch(MESSAGES, cast + received * (2 if cut.gloo else 1), "gathering")
         self.time.up(MESSAGES, received, "gathering")
         return received
@@ -75,7 +91,8 @@ class FsdpStep:
         self.time.up(GATHERED, self._whole(unit), "gathering")
 
     def _cast_last(self, unit: Unit) -> int:
-        """On one rank each parameter is copied from a cast of it, which what is kept in the computation's precision does not take."""
+        """On one rank each parameter is copied from a cast of it, which what is kept in the computation's
+        precision does not take."""
         wide = max((weight.num_elements for weight in unit.weights if not weight.narrow), default=0)
         return wide * self.cut.itemsize * (self.cut.itemsize != 4)
 
@@ -160,7 +177,11 @@ class FsdpStep:
     def _backward(self, segments: list[Segment], last: bool) -> None:
         cut, time, layers = self.cut, self.time, self.layers
         passed = [segment for segment in segments if segment.backward]
-        first = None if any(segment.kind == "stem" for segment in passed) else min(segment.layer for segment in passed)
+        first = (
+            None
+            if any(segment.kind == "stem" for segment in passed)
+            else min(segment.layer for segment in passed)
+        )
         ahead = self._gather(layers[-1]) if cut.reshard else 0
         for segment in passed:
             unit = layers[segment.layer] if segment.kind == "layer" else None
@@ -197,5 +218,9 @@ class FsdpStep:
                 self.micro_step(segments, number == self.cut.accumulation - 1)
         if self.cut.gloo:
             # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.
-            self.time.touch(TEMPORARIES, 8 * max(unit.largest_shard(self.cut.ranks) for unit in self.units), "norm of the gradients")
+            self.time.touch(
+                TEMPORARIES,
+                8 * max(unit.largest_shard(self.cut.ranks) for unit in self.units),
+                "norm of the gradients",
+            )
         return self.time

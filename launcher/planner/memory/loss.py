@@ -13,7 +13,8 @@ MOST_CHUNKS = 3
 def cross_entropy(
     context: Context, hidden: SymbolicTensor, width: int, vocabulary: int, supervised: int, weight: Parameter
 ) -> SymbolicTensor:
-    """Chunked cross entropy: gradients of hidden states and weight are made in the forward pass (`_ChunkedCrossEntropy`)."""
+    """Chunked cross entropy: gradients of hidden states and weight are made in the forward pass
+    (`_ChunkedCrossEntropy`)."""
     meter, size = context.meter, hidden.itemsize
     num_tokens = hidden.num_elements // width
     chosen = hidden
@@ -41,8 +42,11 @@ def cross_entropy(
     return new(meter, 1, 4, node)
 
 
-def _chunks(context: Context, rows: int, width: int, vocabulary: int, size: int, learns: bool, needs_weight: bool) -> None:
-    """The loop over chunks; what one iteration leaves in its variables is there until the next one replaces it."""
+def _chunks(
+    context: Context, rows: int, width: int, vocabulary: int, size: int, learns: bool, needs_weight: bool
+) -> None:
+    """The loop over chunks; what one iteration leaves in its variables is there until the next one replaces
+    it."""
     meter, cuda = context.meter, context.setting.cuda
     chunk = max(128, CHUNK_ELEMENTS // vocabulary)
     whole, rest = divmod(rows, chunk)

@@ -9,7 +9,9 @@ from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor,
 Tensors = Sequence[SymbolicTensor]
 
 
-def linear(x: SymbolicTensor, num_in: int, num_out: int, weight: Parameter, bias: Parameter | None = None) -> SymbolicTensor:
+def linear(
+    x: SymbolicTensor, num_in: int, num_out: int, weight: Parameter, bias: Parameter | None = None
+) -> SymbolicTensor:
     """A matrix product with a weight, [rows, in] -> [rows, out]; it keeps `x` where the weight trains."""
     meter, rows, size = x.meter, x.num_elements // num_in, x.itemsize
     trained = weight.trains
@@ -35,7 +37,12 @@ def linear(x: SymbolicTensor, num_in: int, num_out: int, weight: Parameter, bias
 def product(a: SymbolicTensor, b: SymbolicTensor, num_elements: int) -> SymbolicTensor:
     """A batched matrix product of two activations; it keeps both."""
     meter, size = a.meter, a.itemsize
-    bytes_a, bytes_b, a_needs, b_needs = a.num_elements * size, b.num_elements * size, a.needs_gradient, b.needs_gradient
+    bytes_a, bytes_b, a_needs, b_needs = (
+        a.num_elements * size,
+        b.num_elements * size,
+        a.needs_gradient,
+        b.needs_gradient,
+    )
 
     def gradients(gradient: Storage) -> list[Storage | None]:
         return [Storage(meter, bytes_a) if a_needs else None, Storage(meter, bytes_b) if b_needs else None]
@@ -50,9 +57,14 @@ def product(a: SymbolicTensor, b: SymbolicTensor, num_elements: int) -> Symbolic
 
 
 def pointwise(
-    x: SymbolicTensor, saves: str = "input", itemsize: int | None = None, num_elements: int | None = None, temporaries: int = 0
+    x: SymbolicTensor,
+    saves: str = "input",
+    itemsize: int | None = None,
+    num_elements: int | None = None,
+    temporaries: int = 0,
 ) -> SymbolicTensor:
-    """One tensor in, one out: it keeps its `input`, its `output` or `nothing`; `temporaries` come and go in the backward pass."""
+    """One tensor in, one out: it keeps its `input`, its `output` or `nothing`; `temporaries` come and go in
+    the backward pass."""
     meter, before = x.meter, x.num_elements * x.itemsize
 
     def gradients(gradient: Storage) -> list[Storage | None]:
@@ -62,7 +74,9 @@ def pointwise(
     node = node_of(meter, (x,), gradients)
     if node is not None and saves == "input":
         node.save(x.storage)
-    result = new(meter, x.num_elements if num_elements is None else num_elements, itemsize or x.itemsize, node)
+    result = new(
+        meter, x.num_elements if num_elements is None else num_elements, itemsize or x.itemsize, node
+    )
     if node is not None and saves == "output":
         node.save(result.storage)
     return result
@@ -206,7 +220,9 @@ def dropout(x: SymbolicTensor, probability: float, cuda: bool) -> SymbolicTensor
     return new(meter, x.num_elements, x.itemsize, node)
 
 
-def embedding(meter_of: SymbolicTensor, num_tokens: int, width: int, itemsize: int, weight: Parameter) -> SymbolicTensor:
+def embedding(
+    meter_of: SymbolicTensor, num_tokens: int, width: int, itemsize: int, weight: Parameter
+) -> SymbolicTensor:
     """Rows of a table: it keeps the indices, and its gradient is as large as the table."""
     meter = meter_of.meter
     node = node_of(meter, (weight,), lambda gradient: [Storage(meter, weight.num_elements * itemsize)])

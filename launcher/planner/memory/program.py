@@ -25,8 +25,8 @@ class Weight:
     shape: tuple[int, ...]
     trains: bool = True
     viewed: bool = False
-    """Multiplied with as a view of it, which autograd keeps, as experts and their router are; not by `torch.nn.Linear`, which the engine
-    of ZeRO's third stage has compute otherwise."""
+    """Multiplied with as a view of it, which autograd keeps, as experts and their router are; not by
+    `torch.nn.Linear`, which the engine of ZeRO's third stage has compute otherwise."""
     input_first: bool = False
     """A linear layer's, [in, out], as GPT-2 has it."""
     used: float = 1.0
@@ -62,7 +62,9 @@ class Unit:
     def shard(self, ranks: int, trained: bool = False) -> int:
         """Elements of the largest rank's part."""
         if (ranks, trained) not in self._known:
-            self._known[ranks, trained] = sum(weight.shard(ranks) for weight in self.weights if weight.trains or not trained)
+            self._known[ranks, trained] = sum(
+                weight.shard(ranks) for weight in self.weights if weight.trains or not trained
+            )
         return self._known[ranks, trained]
 
     def narrow_shard(self, ranks: int) -> int:
@@ -117,7 +119,8 @@ class Setting:
     frozen: tuple[str, ...] = ()
     adapter: Adapter | None = None
     accumulates: bool = False
-    """Gradients of an earlier micro-batch are there already, and these are added to them; or they leave as soon as they are made."""
+    """Gradients of an earlier micro-batch are there already, and these are added to them; or they leave as
+    soon as they are made."""
     widens: bool = False
     """Each gradient is kept in fp32 as soon as it is made."""
     half: bool = False
@@ -136,7 +139,8 @@ class Segment:
     added: int = 0
     peak: int = 0
     gradients: tuple[tuple[int, int, int], ...] = ()
-    """Of each gradient as it is made: bytes above where the block began, its elements, and the most there were since the one before it."""
+    """Of each gradient as it is made: bytes above where the block began, its elements, and the most there
+    were since the one before it."""
     rest: int = 0
     """The most bytes above where the block began since its last gradient."""
     made: int = 0
@@ -175,8 +179,15 @@ class Context:
             last = self.segments[-1]
             last.added, last.rest = self.meter.live - self._level, self.meter.peak - self._level
             last.peak = max([last.rest, *(highest for _, _, highest in last.gradients)])
-            last.traffic, last.num_made = self.meter.written - self._written, self.meter.num_made - self._num_made
-        self._level, self._written, self._num_made = self.meter.mark(), self.meter.written, self.meter.num_made
+            last.traffic, last.num_made = (
+                self.meter.written - self._written,
+                self.meter.num_made - self._num_made,
+            )
+        self._level, self._written, self._num_made = (
+            self.meter.mark(),
+            self.meter.written,
+            self.meter.num_made,
+        )
 
     def tensor(self, num_elements: int, itemsize: int | None = None) -> SymbolicTensor:
         """Something that nothing is learned through."""
@@ -186,7 +197,9 @@ class Context:
         """The parameter of a name; tied ones share it."""
         if name not in self.parameters:
             setting = self.setting
-            made = Parameter(num_elements, trains=setting.training and trains(name, setting.frozen, setting.adapter))
+            made = Parameter(
+                num_elements, trains=setting.training and trains(name, setting.frozen, setting.adapter)
+            )
             made.gradient = Storage(self.meter, 0) if self.setting.accumulates else None
             self.parameters[name] = made
         return self.parameters[name]
@@ -195,7 +208,10 @@ class Context:
         """A gradient was made, and so much of it stays."""
         last = self.segments[-1]
         last.made += num_bytes
-        last.gradients = (*last.gradients, (self.meter.live - self._level, num_elements, self.meter.peak - self._level))
+        last.gradients = (
+            *last.gradients,
+            (self.meter.live - self._level, num_elements, self.meter.peak - self._level),
+        )
         self.meter.mark()
 
     def follow(self, tag: Any) -> None:
@@ -218,7 +234,11 @@ def trains(name: str, frozen: Sequence[str], adapter: Adapter | None) -> bool:
 def run(setting: Setting, model: Callable[[Context], SymbolicTensor]) -> list[Segment]:
     """Go through a model's forward pass and, where it trains, its backward pass; its blocks in their order."""
     context = Context(setting)
-    context.meter.on_node, context.meter.widens, context.meter.on_gradient = context.follow, setting.widens, context.note
+    context.meter.on_node, context.meter.widens, context.meter.on_gradient = (
+        context.follow,
+        setting.widens,
+        context.note,
+    )
     output = model(context)
     if setting.training:
         backward(output)
@@ -229,7 +249,8 @@ def run(setting: Setting, model: Callable[[Context], SymbolicTensor]) -> list[Se
 
 
 def of_stack(context: Context, num_layers: int, first: int = 0) -> list[int]:
-    """The layers of a stack that are gone through: the first ones and the last, by their numbers in the model; all, where they differ."""
+    """The layers of a stack that are gone through: the first ones and the last, by their numbers in the
+    model; all, where they differ."""
     if num_layers <= MOST_LAYERS or context.setting.frozen or _differ(context.setting.adapter):
         return list(range(first, first + num_layers))
     return [*range(first, first + MOST_LAYERS - 1), first + num_layers - 1]
@@ -237,16 +258,25 @@ def of_stack(context: Context, num_layers: int, first: int = 0) -> list[int]:
 
 def _differ(adapter: Adapter | None) -> bool:
     """Whether an adapter's patterns may tell one layer of a stack from another: they name a number."""
-    patterns = () if adapter is None else adapter.train_also + (() if adapter.targets == "all-linear" else adapter.targets)
+    patterns = (
+        ()
+        if adapter is None
+        else adapter.train_also + (() if adapter.targets == "all-linear" else adapter.targets)
+    )
     return any(character.isdigit() or character in "?[" for pattern in patterns for character in pattern)
 
 
 def spread(segments: list[Segment]) -> list[Segment]:
-    """The blocks of a model of which some layers were left out, with all of them: they are as the one before the gap."""
+    """The blocks of a model of which some layers were left out, with all of them: they are as the one before
+    the gap."""
     result: list[Segment] = []
     for segment in segments:
         before = result[-1] if result else None
-        if before is not None and segment.kind == before.kind == "layer" and segment.backward == before.backward:
+        if (
+            before is not None
+            and segment.kind == before.kind == "layer"
+            and segment.backward == before.backward
+        ):
             step = -1 if segment.backward else 1
             inner = segment if segment.backward else before
             missing = range(before.layer + step, segment.layer, step)
@@ -268,7 +298,8 @@ class ShadowProgram(ABC):
 
     @functools.cached_property
     def _gone_through(self) -> dict[Setting, list[Segment]]:
-        """A search over plans asks for the same blocks many times: they depend on no engine and no number of ranks."""
+        """A search over plans asks for the same blocks many times: they depend on no engine and no number of
+        ranks."""
         return {}
 
     def blocks(self, setting: Setting) -> list[Segment]:

@@ -102,12 +102,20 @@ def by_simple_rule(job: Job, plan: Plan, hardware: Hardware) -> Plan:
     return with_batch(plan, micro, recompute).model_copy(update={"decisions": tuple(decisions)})
 
 
-def _recomputation(plan: Plan, setting: Setting | None, memory_bytes: int) -> tuple[ActivationCheckpointing, str]:
+def _recomputation(
+    plan: Plan, setting: Setting | None, memory_bytes: int
+) -> tuple[ActivationCheckpointing, str]:
     """Return the least recomputation with which one sample fits, and why."""
     if not memory_bytes:
-        return "full", "the memory of the GPUs that it will run on is not known here, and this needs the least"
+        return (
+            "full",
+            "the memory of the GPUs that it will run on is not known here, and this needs the least",
+        )
     if setting is None:
-        return "none", "the model's size is not known before it is fetched; write full or selective if memory runs out"
+        return (
+            "none",
+            "the model's size is not known before it is fetched; write full or selective if memory runs out",
+        )
     num_tokens = plan.data.max_length
     free = int(memory_bytes * SAFE_SHARE) - setting.states()
     states = f"(states take about {gib(setting.states())} of a rank's {gib(memory_bytes)})"
@@ -121,7 +129,9 @@ def _recomputation(plan: Plan, setting: Setting | None, memory_bytes: int) -> tu
     return "full", f"about {needed} would be needed even so, and {there} {states}"
 
 
-def _largest_pass(plan: Plan, setting: Setting | None, recompute: ActivationCheckpointing, memory_bytes: int) -> tuple[int, str]:
+def _largest_pass(
+    plan: Plan, setting: Setting | None, recompute: ActivationCheckpointing, memory_bytes: int
+) -> tuple[int, str]:
     """Return the most samples of one pass, and what sets the limit."""
     num_tokens = plan.data.max_length
     fast = samples_per_pass(plan)

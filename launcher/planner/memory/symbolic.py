@@ -1,8 +1,9 @@
 """Symbolic tensors: forward and backward pass at the level of sizes, in plain Python.
 
-A `SymbolicTensor` stands for a tensor; its `Storage` counts its bytes on a `Meter` for as long as anything refers to it, by Python's own
-reference counts. So a layer that is written as its PyTorch code is written keeps what that code keeps and frees what that frees. What an
-operator saves for its backward pass, and what that makes, is PyTorch's own `derivatives.yaml` (torch 2.13).
+A `SymbolicTensor` stands for a tensor; its `Storage` counts its bytes on a `Meter` for as long as anything
+refers to it, by Python's own reference counts. So a layer that is written as its PyTorch code is written
+keeps what that code keeps and frees what that frees. What an operator saves for its backward pass, and what
+that makes, is PyTorch's own `derivatives.yaml` (torch 2.13).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 PACKED_AT_MOST = 3 << 19
-"""Bytes of the blocks in which oneDNN copies what it multiplies in half precision: up to 1.4 MB was seen (torch 2.13, avx512_bf16)."""
+"""Bytes of the blocks in which oneDNN copies what it multiplies in half precision: up to 1.4 MB was seen
+(torch 2.13, avx512_bf16)."""
 
 
 class Meter:
@@ -57,10 +59,11 @@ class Meter:
 
 
 def packed_bytes(rows: int, num_out: int) -> int:
-    """What the product [out, rows] x [rows, in] of a weight's gradient takes for itself on a CPU in half precision.
+    """What the product [out, rows] x [rows, in] of a weight's gradient takes for itself on a CPU in half
+    precision.
 
-    A block of each side, at most 256 of the outputs and 64 of the inputs, and their sum in fp32. Read off 34 products from 40 x 48 x 96 to
-    512 x 2,048 x 8,192: up to 600 rows within a tenth, above mostly over.
+    A block of each side, at most 256 of the outputs and 64 of the inputs, and their sum in fp32. Read off 34
+    products from 40 x 48 x 96 to 512 x 2,048 x 8,192: up to 600 rows within a tenth, above mostly over.
     """
     block = num_out / -(-num_out // 256)
     return min(PACKED_AT_MOST, int(1.05 * (2 * rows * (block + 64) + 256 * block)))
@@ -148,7 +151,12 @@ class Node:
 
     __slots__ = ("backward", "frame", "inputs", "meter", "ordinal", "saved", "sequence", "tag")
 
-    def __init__(self, meter: Meter, inputs: Sequence[Node | Parameter | None], backward: Callable[[Storage], list[Any]]) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        inputs: Sequence[Node | Parameter | None],
+        backward: Callable[[Storage], list[Any]],
+    ) -> None:
         self.meter, self.inputs, self.backward = meter, inputs, backward
         self.saved: list[Storage] = []
         self.frame: Frame | None = meter.frame
@@ -189,9 +197,16 @@ class Node:
         return saved
 
 
-def node_of(meter: Meter, inputs: Sequence[SymbolicTensor | Parameter | None], backward: Callable[[Storage], list[Any]]) -> Node | None:
+def node_of(
+    meter: Meter,
+    inputs: Sequence[SymbolicTensor | Parameter | None],
+    backward: Callable[[Storage], list[Any]],
+) -> Node | None:
     """The backward half of an operator; None where nothing that it takes needs a gradient."""
-    edges = [i.node if isinstance(i, SymbolicTensor) else i if isinstance(i, Parameter) and i.trains else None for i in inputs]
+    edges = [
+        i.node if isinstance(i, SymbolicTensor) else i if isinstance(i, Parameter) and i.trains else None
+        for i in inputs
+    ]
     if all(edge is None for edge in edges):
         return None
     node = Node(meter, edges, backward)
@@ -211,7 +226,9 @@ def node_of(meter: Meter, inputs: Sequence[SymbolicTensor | Parameter | None], b
     return node
 
 
-def new(meter: Meter, num_elements: int, itemsize: int, node: Node | None = None, kept_by_selective: bool = False) -> SymbolicTensor:
+def new(
+    meter: Meter, num_elements: int, itemsize: int, node: Node | None = None, kept_by_selective: bool = False
+) -> SymbolicTensor:
     """A new tensor; what selective checkpointing keeps is taken from there the second time."""
     frame = meter.frame
     if kept_by_selective and frame is not None and frame.selective:
@@ -224,7 +241,8 @@ def new(meter: Meter, num_elements: int, itemsize: int, node: Node | None = None
 
 
 def checkpoint(meter: Meter, mode: str, function: Callable[..., Result], *inputs: Any) -> Result:
-    """`function(*inputs)`, keeping of it what the mode keeps: `none` is all, `full` the inputs, `selective` matrix products as well."""
+    """`function(*inputs)`, keeping of it what the mode keeps: `none` is all, `full` the inputs, `selective`
+    matrix products as well."""
     if mode == "none":
         return function(*inputs)
     frame = Frame(mode == "selective")
@@ -237,11 +255,14 @@ def checkpoint(meter: Meter, mode: str, function: Callable[..., Result], *inputs
 
 
 def backward(output: SymbolicTensor) -> None:
-    """The backward pass of a scalar: nodes in the reverse order of their making, gradients added up where they meet."""
+    """The backward pass of a scalar: nodes in the reverse order of their making, gradients added up where
+    they meet."""
     meter = output.meter
     assert output.node is not None
     waiting: list[tuple[int, Node]] = [(-output.node.sequence, output.node)]
-    arrived: dict[int, Storage] = {output.node.sequence: Storage(meter, output.num_elements * output.itemsize)}
+    arrived: dict[int, Storage] = {
+        output.node.sequence: Storage(meter, output.num_elements * output.itemsize)
+    }
     while waiting:
         _, node = heapq.heappop(waiting)
         if meter.on_node is not None:
@@ -266,13 +287,15 @@ def backward(output: SymbolicTensor) -> None:
 
 
 def _sum(meter: Meter, first: Storage) -> Storage:
-    """Where two gradients meet the second is added into the first, unless something else still holds that one."""
+    """Where two gradients meet the second is added into the first, unless something else still holds that
+    one."""
     shared = sys.getrefcount(first) > 3
     return Storage(meter, first.num_bytes) if shared else first
 
 
 def _accumulate(meter: Meter, parameter: Parameter, gradient: Storage) -> None:
-    """A parameter's gradient stays as it is, or, where an engine adds them up in fp32, as that; a second one is added to the first."""
+    """A parameter's gradient stays as it is, or, where an engine adds them up in fp32, as that; a second one
+    is added to the first."""
     parameter.expected -= 1
     if parameter.arrived is None:
         parameter.arrived = gradient
@@ -281,7 +304,10 @@ def _accumulate(meter: Meter, parameter: Parameter, gradient: Storage) -> None:
     gradient, parameter.arrived = parameter.arrived, None
     first = parameter.gradient is None
     if meter.on_gradient is not None:
-        meter.on_gradient(parameter.num_elements, (parameter.num_elements * 4 if meter.widens else gradient.num_bytes) if first else 0)
+        meter.on_gradient(
+            parameter.num_elements,
+            (parameter.num_elements * 4 if meter.widens else gradient.num_bytes) if first else 0,
+        )
     if meter.widens:
         wide = Storage(meter, parameter.num_elements * 4)
         if first:

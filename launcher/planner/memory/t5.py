@@ -15,7 +15,8 @@ from launcher.planner.memory.program import Context, ShadowProgram, Unit, Weight
 from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, checkpoint, new, node_of
 
 BUCKET_BYTES = 53
-"""Of each pair of positions while its bucket is sought: about six tensors of int64 and the smaller ones between; a decoder's take 45."""
+"""Of each pair of positions while its bucket is sought: about six tensors of int64 and the smaller ones
+between; a decoder's take 45."""
 
 
 @dataclass
@@ -28,9 +29,11 @@ class _Biases:
 
 
 class T5(ShadowProgram):
-    """T5, mT5 and UMT5: norms without a mean before each part, learned biases by relative position, no other positions.
+    """T5, mT5 and UMT5: norms without a mean before each part, learned biases by relative position, no other
+    positions.
 
-    transformers 5.23 always ties the output matrix to the embeddings, whatever the config says. UMT5 has a bias in each layer.
+    transformers 5.23 always ties the output matrix to the embeddings, whatever the config says. UMT5 has a
+    bias in each layer.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -47,8 +50,11 @@ class T5(ShadowProgram):
         projection = config.get("feed_forward_proj", "relu" if self.kind == "t5" else "gated-gelu")
         self.gated = projection.startswith("gated-")
         self.activation = {"gated-gelu": "gelu_new"}.get(projection, projection.split("-")[-1])
-        # Of T5 alone the config's own word about tying says whether the decoder's output is scaled; the others always scale it.
-        self.scales = self.kind != "t5" or config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+        # Of T5 alone the config's own word about tying says whether the decoder's output is scaled; the
+        # others always scale it.
+        self.scales = self.kind != "t5" or config.get(
+            "scale_decoder_outputs", config.get("tie_word_embeddings", True)
+        )
 
     def layer_weights(self, side: str, index: int) -> Shapes:
         """Names within a layer, and shapes [out, in]."""
@@ -63,12 +69,20 @@ class T5(ShadowProgram):
         last = f"layer.{1 + (side == 'decoder')}"
         names = ("wi_0", "wi_1") if self.gated else ("wi",)
         found += [(f"{last}.DenseReluDense.{name}.weight", (self.wide, self.hidden)) for name in names]
-        return [*found, (f"{last}.DenseReluDense.wo.weight", (self.hidden, self.wide)), (f"{last}.layer_norm.weight", (self.hidden,))]
+        return [
+            *found,
+            (f"{last}.DenseReluDense.wo.weight", (self.hidden, self.wide)),
+            (f"{last}.layer_norm.weight", (self.hidden,)),
+        ]
 
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer, those of the encoder first."""
         layers = [
-            Unit(tuple(Weight(f"{side}.block.{i}.{name}", shape) for name, shape in self.layer_weights(side, i)))
+            Unit(
+                tuple(
+                    Weight(f"{side}.block.{i}.{name}", shape) for name, shape in self.layer_weights(side, i)
+                )
+            )
             for side in ("encoder", "decoder")
             for i in range(self.num_layers[side])
         ]
@@ -79,8 +93,15 @@ class T5(ShadowProgram):
     def forward(self, context: Context) -> SymbolicTensor:
         """Translation: padded sources, padded targets, chunked cross entropy."""
         setting = context.setting
-        batch, sources, targets = len(setting.batch.lengths), max(setting.batch.lengths), max(setting.batch.targets)
-        weights = {weight.name: context.parameter(weight.name, weight.num_elements) for weight in self.units()[0].weights}
+        batch, sources, targets = (
+            len(setting.batch.lengths),
+            max(setting.batch.lengths),
+            max(setting.batch.targets),
+        )
+        weights = {
+            weight.name: context.parameter(weight.name, weight.num_elements)
+            for weight in self.units()[0].weights
+        }
         context.begin("stem")
         context.inputs = context.tensor(2 * batch * (sources + targets), 8)
         hidden = self._embedded(context, batch * sources, weights)
@@ -98,10 +119,19 @@ class T5(ShadowProgram):
         hidden = self._normed(context, hidden, weights["decoder.final_layer_norm.weight"])
         if self.scales:
             hidden = ops.scale(hidden)
-        return cross_entropy(context, hidden, self.hidden, self.vocabulary, sum(setting.batch.targets), weights["shared.weight"])
+        return cross_entropy(
+            context,
+            hidden,
+            self.hidden,
+            self.vocabulary,
+            sum(setting.batch.targets),
+            weights["shared.weight"],
+        )
 
     def _embedded(self, context: Context, tokens: int, weights: dict[str, Parameter]) -> SymbolicTensor:
-        words = ops.embedding(context.inputs, tokens, self.hidden, context.setting.itemsize, weights["shared.weight"])
+        words = ops.embedding(
+            context.inputs, tokens, self.hidden, context.setting.itemsize, weights["shared.weight"]
+        )
         return ops.dropout(words, self._drop(context), context.setting.cuda)
 
     def _drop(self, context: Context) -> float:
@@ -120,17 +150,24 @@ class T5(ShadowProgram):
         sizes: tuple[int, int, int],
         mask: SymbolicTensor | None,
     ) -> SymbolicTensor:
-        """All layers of a side, each of which is given the mask. `sizes`: samples, their positions, those of their sources."""
+        """All layers of a side, each of which is given the mask. `sizes`: samples, their positions, those of
+        their sources."""
         first, biases = self.num_layers["encoder"] * (side == "decoder"), _Biases()
         for index in of_stack(context, self.num_layers[side], first):
             context.begin("layer", index)
 
             def layer(
-                x: SymbolicTensor, y: SymbolicTensor | None, before: _Biases, _: SymbolicTensor | None, index: int = index
+                x: SymbolicTensor,
+                y: SymbolicTensor | None,
+                before: _Biases,
+                _: SymbolicTensor | None,
+                index: int = index,
             ) -> tuple[SymbolicTensor, _Biases]:
                 return self._layer(context, side, index - first, x, y, before, sizes)
 
-            hidden, biases = checkpoint(context.meter, context.setting.checkpointing, layer, hidden, encoded, biases, mask)
+            hidden, biases = checkpoint(
+                context.meter, context.setting.checkpointing, layer, hidden, encoded, biases, mask
+            )
         return hidden
 
     def _layer(
@@ -144,12 +181,17 @@ class T5(ShadowProgram):
         sizes: tuple[int, int, int],
     ) -> tuple[SymbolicTensor, _Biases]:
         prefix, (batch, length, sources) = f"{side}.block.{index}", sizes
-        weights = {name: context.parameter(f"{prefix}.{name}", count(shape)) for name, shape in self.layer_weights(side, index)}
+        weights = {
+            name: context.parameter(f"{prefix}.{name}", count(shape))
+            for name, shape in self.layer_weights(side, index)
+        }
         biases = _Biases(before.own, before.other)
 
         def own() -> SymbolicTensor:
             if biases.own is None:
-                biases.own = self._bias(context, length, weights["layer.0.SelfAttention.relative_attention_bias.weight"])
+                biases.own = self._bias(
+                    context, length, weights["layer.0.SelfAttention.relative_attention_bias.weight"]
+                )
             return biases.own
 
         def other() -> SymbolicTensor:
@@ -157,9 +199,20 @@ class T5(ShadowProgram):
                 biases.other = context.tensor(self.heads * length * sources)
             return biases.other
 
-        hidden = self._attended(context, "layer.0", "SelfAttention", hidden, None, weights, own, (batch, length, length))
+        hidden = self._attended(
+            context, "layer.0", "SelfAttention", hidden, None, weights, own, (batch, length, length)
+        )
         if encoded is not None:
-            hidden = self._attended(context, "layer.1", "EncDecAttention", hidden, encoded, weights, other, (batch, length, sources))
+            hidden = self._attended(
+                context,
+                "layer.1",
+                "EncDecAttention",
+                hidden,
+                encoded,
+                weights,
+                other,
+                (batch, length, sources),
+            )
         hidden = self._fed_forward(context, f"layer.{1 if encoded is None else 2}", hidden, weights)
         return hidden, before if self.kind == "umt5" else biases
 
@@ -178,7 +231,8 @@ class T5(ShadowProgram):
         self, context: Context, place: str, part: str, hidden: SymbolicTensor, source: SymbolicTensor | None,
         weights: dict[str, Parameter], bias: Callable[[], SymbolicTensor], sizes: tuple[int, int, int],
     ) -> SymbolicTensor:  # fmt: skip
-        """A norm, an attention and its residual. The bias is made, where it is not there yet, after query, key and value."""
+        """A norm, an attention and its residual. The bias is made, where it is not there yet, after query,
+        key and value."""
         cuda, residual = context.setting.cuda, hidden
         hidden = t5_norm(hidden, self.hidden, weights[f"{place}.layer_norm.weight"])
         of = {name: weights[f"{place}.{part}.{name}.weight"] for name in ("q", "k", "v", "o")}
@@ -200,16 +254,21 @@ class T5(ShadowProgram):
         bias: SymbolicTensor,
         sizes: tuple[int, int, int],
     ) -> SymbolicTensor:
-        """`sdpa_attention_forward` with a position bias: on a CPU what drops or learns goes through the plain one."""
+        """`sdpa_attention_forward` with a position bias: on a CPU what drops or learns goes through the plain
+        one."""
         batch, num_queries, num_keys = sizes
         cuda, drop = context.setting.cuda, self._drop(context)
         added = self._masked(context, part, bias, sizes)
         if not cuda and (drop or added.needs_gradient):
-            mixed = plain(query, key, value, batch * self.heads * num_queries * num_keys, batch, drop, cuda, added)
+            mixed = plain(
+                query, key, value, batch * self.heads * num_queries * num_keys, batch, drop, cuda, added
+            )
             return ops.copy(mixed) if num_queries > 1 and self.heads > 1 else mixed
         return fused(query, key, value, self.heads * batch, num_queries, bias=added)
 
-    def _masked(self, context: Context, part: str, bias: SymbolicTensor, sizes: tuple[int, int, int]) -> SymbolicTensor:
+    def _masked(
+        self, context: Context, part: str, bias: SymbolicTensor, sizes: tuple[int, int, int]
+    ) -> SymbolicTensor:
         """`create_position_bias_mask`: the bias with what may not be seen taken out, in memory of its own."""
         batch, num_queries, num_keys = sizes
         causal = part == "SelfAttention" and context.segments[-1].layer >= self.num_layers["encoder"]
@@ -220,9 +279,15 @@ class T5(ShadowProgram):
             return _where(None, bias, batch * bias.num_elements)
         return ops.copy(bias) if part == "SelfAttention" else bias
 
-    def _fed_forward(self, context: Context, place: str, hidden: SymbolicTensor, weights: dict[str, Parameter]) -> SymbolicTensor:
+    def _fed_forward(
+        self, context: Context, place: str, hidden: SymbolicTensor, weights: dict[str, Parameter]
+    ) -> SymbolicTensor:
         cuda, residual = context.setting.cuda, hidden
-        of = {name.split(".")[-2]: weight for name, weight in weights.items() if name.startswith(f"{place}.DenseReluDense.")}
+        of = {
+            name.split(".")[-2]: weight
+            for name, weight in weights.items()
+            if name.startswith(f"{place}.DenseReluDense.")
+        }
         hidden = t5_norm(hidden, self.hidden, weights[f"{place}.layer_norm.weight"])
         if self.gated:
             first = self._active(ops.linear(hidden, self.hidden, self.wide, of["wi_0"]))
@@ -254,9 +319,16 @@ def t5_norm(x: SymbolicTensor, width: int, weight: Parameter) -> SymbolicTensor:
 
 
 def _where(seen: SymbolicTensor | None, bias: SymbolicTensor, num_elements: int) -> SymbolicTensor:
-    """`torch.where(seen, bias, least)`: it keeps the mask; its gradient is summed over the samples where the bias is one for all."""
+    """`torch.where(seen, bias, least)`: it keeps the mask; its gradient is summed over the samples where the
+    bias is one for all."""
     meter, own = bias.meter, bias.num_elements * bias.itemsize
-    node = node_of(meter, (bias,), lambda gradient: [Storage(meter, gradient.num_bytes) if gradient.num_bytes <= own else summed(gradient)])
+    node = node_of(
+        meter,
+        (bias,),
+        lambda gradient: [
+            Storage(meter, gradient.num_bytes) if gradient.num_bytes <= own else summed(gradient)
+        ],
+    )
 
     def summed(gradient: Storage) -> Storage:
         _of_all = Storage(meter, gradient.num_bytes)

@@ -10,7 +10,19 @@ PARAMETERS, OPTIMIZER, GRADIENTS = "parameters", "optimizer state", "gradients"
 ACTIVATIONS, RECOMPUTATION, LOSS = "activations kept", "recomputation", "logits and loss"
 GATHERED, MESSAGES, TEMPORARIES = "gathered layers", "communication", "temporaries"
 SLACK, CONTEXT = "allocator slack", "context"
-KINDS = (PARAMETERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, RECOMPUTATION, LOSS, GATHERED, MESSAGES, TEMPORARIES, SLACK, CONTEXT)
+KINDS = (
+    PARAMETERS,
+    OPTIMIZER,
+    GRADIENTS,
+    ACTIVATIONS,
+    RECOMPUTATION,
+    LOSS,
+    GATHERED,
+    MESSAGES,
+    TEMPORARIES,
+    SLACK,
+    CONTEXT,
+)
 
 
 @dataclass
@@ -44,7 +56,9 @@ class Timeline:
 def go_through(time: Timeline, segment: Segment, recomputes: bool) -> None:
     """One block of a model: up to its peak, and to where it ends."""
     where = f"{segment.kind}, {'backward' if segment.backward else 'forward'}"
-    kind = LOSS if segment.kind == "tail" else RECOMPUTATION if segment.backward and recomputes else TEMPORARIES
+    kind = (
+        LOSS if segment.kind == "tail" else RECOMPUTATION if segment.backward and recomputes else TEMPORARIES
+    )
     time.touch(kind, segment.peak, where)
     leave(time, segment)
 

@@ -19,7 +19,10 @@ class Bart(ShadowProgram):
         self.hidden: int = config["d_model"]
         self.num_layers = {"encoder": config["encoder_layers"], "decoder": config["decoder_layers"]}
         self.wide = {"encoder": config["encoder_ffn_dim"], "decoder": config["decoder_ffn_dim"]}
-        self.heads = {"encoder": config["encoder_attention_heads"], "decoder": config["decoder_attention_heads"]}
+        self.heads = {
+            "encoder": config["encoder_attention_heads"],
+            "decoder": config["decoder_attention_heads"],
+        }
         self.vocabulary: int = config["vocab_size"]
         self.positions: int = config["max_position_embeddings"] + 2
         self.drop: float = config.get("dropout", 0.1)
@@ -39,7 +42,12 @@ class Bart(ShadowProgram):
     def units(self) -> tuple[Unit, list[Unit]]:
         """What is outside of the layers, and each layer, those of the encoder first."""
         layers = [
-            Unit(tuple(Weight(f"model.{side}.layers.{i}.{name}", shape) for name, shape in self.layer_weights(side)))
+            Unit(
+                tuple(
+                    Weight(f"model.{side}.layers.{i}.{name}", shape)
+                    for name, shape in self.layer_weights(side)
+                )
+            )
             for side in ("encoder", "decoder")
             for i in range(self.num_layers[side])
         ]
@@ -53,8 +61,15 @@ class Bart(ShadowProgram):
     def forward(self, context: Context) -> SymbolicTensor:
         """Translation: padded sources, padded targets, chunked cross entropy."""
         setting = context.setting
-        batch, sources, targets = len(setting.batch.lengths), max(setting.batch.lengths), max(setting.batch.targets)
-        weights = {weight.name: context.parameter(weight.name, weight.num_elements) for weight in self.units()[0].weights}
+        batch, sources, targets = (
+            len(setting.batch.lengths),
+            max(setting.batch.lengths),
+            max(setting.batch.targets),
+        )
+        weights = {
+            weight.name: context.parameter(weight.name, weight.num_elements)
+            for weight in self.units()[0].weights
+        }
         context.begin("stem")
         context.inputs = context.tensor(2 * batch * (sources + targets), 8)
         encoded = self._embedded(context, "encoder", batch, sources, weights)
@@ -75,18 +90,27 @@ class Bart(ShadowProgram):
             context.begin("layer", index)
             hidden = checkpoint(
                 context.meter, setting.checkpointing,
-                lambda x, y, _, i=index - first: self._decode(context, i, x, y, batch, targets, sources), hidden, encoded, mask,
+                lambda x, y, _, i=index - first: self._decode(context, i, x, y, batch, targets, sources),
+                hidden, encoded, mask,
             )  # fmt: skip
         del mask
         context.begin("tail")
         supervised = sum(setting.batch.targets)
-        return cross_entropy(context, hidden, self.hidden, self.vocabulary, supervised, weights["model.shared.weight"])
+        return cross_entropy(
+            context, hidden, self.hidden, self.vocabulary, supervised, weights["model.shared.weight"]
+        )
 
-    def _embedded(self, context: Context, side: str, batch: int, length: int, weights: dict[str, Parameter]) -> SymbolicTensor:
+    def _embedded(
+        self, context: Context, side: str, batch: int, length: int, weights: dict[str, Parameter]
+    ) -> SymbolicTensor:
         tokens, size = batch * length, context.setting.itemsize
         assert context.inputs is not None
-        words = ops.scale(ops.embedding(context.inputs, tokens, self.hidden, size, weights["model.shared.weight"]))
-        places = ops.embedding(context.inputs, tokens, self.hidden, size, weights[f"model.{side}.embed_positions.weight"])
+        words = ops.scale(
+            ops.embedding(context.inputs, tokens, self.hidden, size, weights["model.shared.weight"])
+        )
+        places = ops.embedding(
+            context.inputs, tokens, self.hidden, size, weights[f"model.{side}.embed_positions.weight"]
+        )
         hidden = ops.add(words, places)
         name = f"model.{side}.layernorm_embedding"
         hidden = ops.layer_norm(hidden, self.hidden, weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -94,19 +118,51 @@ class Bart(ShadowProgram):
 
     def _weights(self, context: Context, side: str, index: int) -> dict[str, Parameter]:
         prefix = f"model.{side}.layers.{index}"
-        return {name: context.parameter(f"{prefix}.{name}", count(shape)) for name, shape in self.layer_weights(side)}
+        return {
+            name: context.parameter(f"{prefix}.{name}", count(shape))
+            for name, shape in self.layer_weights(side)
+        }
 
-    def _encode(self, context: Context, index: int, hidden: SymbolicTensor, batch: int, length: int) -> SymbolicTensor:
+    def _encode(
+        self, context: Context, index: int, hidden: SymbolicTensor, batch: int, length: int
+    ) -> SymbolicTensor:
         weights = self._weights(context, "encoder", index)
-        hidden = self._attended(context, "encoder", "self_attn", hidden, hidden, weights, (batch, length, length), is_masked(context))
+        hidden = self._attended(
+            context,
+            "encoder",
+            "self_attn",
+            hidden,
+            hidden,
+            weights,
+            (batch, length, length),
+            is_masked(context),
+        )
         return self._fed_forward(context, hidden, weights, self.wide["encoder"])
 
     def _decode(
-        self, context: Context, index: int, hidden: SymbolicTensor, encoded: SymbolicTensor, batch: int, length: int, sources: int
+        self,
+        context: Context,
+        index: int,
+        hidden: SymbolicTensor,
+        encoded: SymbolicTensor,
+        batch: int,
+        length: int,
+        sources: int,
     ) -> SymbolicTensor:
         weights = self._weights(context, "decoder", index)
-        hidden = self._attended(context, "decoder", "self_attn", hidden, hidden, weights, (batch, length, length), False)
-        hidden = self._attended(context, "decoder", "encoder_attn", hidden, encoded, weights, (batch, length, sources), is_masked(context))
+        hidden = self._attended(
+            context, "decoder", "self_attn", hidden, hidden, weights, (batch, length, length), False
+        )
+        hidden = self._attended(
+            context,
+            "decoder",
+            "encoder_attn",
+            hidden,
+            encoded,
+            weights,
+            (batch, length, sources),
+            is_masked(context),
+        )
         return self._fed_forward(context, hidden, weights, self.wide["decoder"])
 
     def _attended(
@@ -115,19 +171,35 @@ class Bart(ShadowProgram):
     ) -> SymbolicTensor:  # fmt: skip
         """An attention with its residual and its norm."""
         width = self.hidden
-        query = ops.linear(hidden, width, width, weights[f"{part}.q_proj.weight"], weights[f"{part}.q_proj.bias"])
-        key = ops.linear(source, width, width, weights[f"{part}.k_proj.weight"], weights[f"{part}.k_proj.bias"])
-        value = ops.linear(source, width, width, weights[f"{part}.v_proj.weight"], weights[f"{part}.v_proj.bias"])
+        query = ops.linear(
+            hidden, width, width, weights[f"{part}.q_proj.weight"], weights[f"{part}.q_proj.bias"]
+        )
+        key = ops.linear(
+            source, width, width, weights[f"{part}.k_proj.weight"], weights[f"{part}.k_proj.bias"]
+        )
+        value = ops.linear(
+            source, width, width, weights[f"{part}.v_proj.weight"], weights[f"{part}.v_proj.bias"]
+        )
         mixed = attend(context, query, key, value, self.heads[side], *sizes, self.drop_attention, masked)
         del query, key, value
-        mixed = ops.linear(mixed, width, width, weights[f"{part}.out_proj.weight"], weights[f"{part}.out_proj.bias"])
+        mixed = ops.linear(
+            mixed, width, width, weights[f"{part}.out_proj.weight"], weights[f"{part}.out_proj.bias"]
+        )
         mixed = ops.add(hidden, ops.dropout(mixed, self.drop, context.setting.cuda))
-        return ops.layer_norm(mixed, width, weights[f"{part}_layer_norm.weight"], weights[f"{part}_layer_norm.bias"])
+        return ops.layer_norm(
+            mixed, width, weights[f"{part}_layer_norm.weight"], weights[f"{part}_layer_norm.bias"]
+        )
 
-    def _fed_forward(self, context: Context, hidden: SymbolicTensor, weights: dict[str, Parameter], wide: int) -> SymbolicTensor:
+    def _fed_forward(
+        self, context: Context, hidden: SymbolicTensor, weights: dict[str, Parameter], wide: int
+    ) -> SymbolicTensor:
         residual, cuda = hidden, context.setting.cuda
-        hidden = ops.pointwise(ops.linear(hidden, self.hidden, wide, weights["fc1.weight"], weights["fc1.bias"]))
+        hidden = ops.pointwise(
+            ops.linear(hidden, self.hidden, wide, weights["fc1.weight"], weights["fc1.bias"])
+        )
         hidden = ops.dropout(hidden, self.drop_activation, cuda)
         hidden = ops.linear(hidden, wide, self.hidden, weights["fc2.weight"], weights["fc2.bias"])
         hidden = ops.add(residual, ops.dropout(hidden, self.drop, cuda))
-        return ops.layer_norm(hidden, self.hidden, weights["final_layer_norm.weight"], weights["final_layer_norm.bias"])
+        return ops.layer_norm(
+            hidden, self.hidden, weights["final_layer_norm.weight"], weights["final_layer_norm.bias"]
+        )

@@ -2,7 +2,8 @@
 
 Follows DeepSpeed's PartitionedParameterCoordinator (0.19.8).
 
-It fetches what a module needs, then what by the trace of the step before comes next, and lets go of what is not used again soon.
+It fetches what a module needs, then what by the trace of the step before comes next, and lets go of what is
+not used again soon.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ END: Key = ("end", -1, True)
 """Where nothing is fetched any more: what the last gradients are sent beside."""
 
 GLOO_THREADS = 2
-"""Threads of a gloo process group (`ProcessGroupGloo.Options`), each at one message at a time; a test holds it equal."""
+"""Threads of a gloo process group (`ProcessGroupGloo.Options`), each at one message at a time; a test holds
+it equal."""
 
 
 @dataclass
 class Module:
-    """A module at one place of the trace. Those without parameters of their own count too: each call of one fetches ahead."""
+    """A module at one place of the trace. Those without parameters of their own count too: each call of one
+    fetches ahead."""
 
     weights: tuple[Weight, ...]
     key: Key
     """The block that it is part of: kind, layer, backward."""
     leaves: bool = True
-    """Whether it lets go of its parameters here; an embedding has no input that a gradient goes to, and so no such moment."""
+    """Whether it lets go of its parameters here; an embedding has no input that a gradient goes to, and so no
+    such moment."""
     small: int = 0
     """Elements of parameters that are always whole."""
     keeps: bool = False
@@ -45,7 +49,8 @@ class Message:
     total: int
     """Elements."""
     awaited: set[str]
-    """Those whose module has not come yet: the buffer stays until the last one's has, though all are copied out at the first."""
+    """Those whose module has not come yet: the buffer stays until the last one's has, though all are copied
+    out at the first."""
     arrived: bool = False
 
 
@@ -64,20 +69,24 @@ class Coordinator:
     flying: dict[str, Message] = field(default_factory=dict)
     """What brings a parameter whose module has not come yet."""
     kept: set[str] = field(default_factory=set)
-    """What was let go of in the forward pass, and is still there: where a matrix is multiplied with as a view of it, autograd saves that
-    view, which DeepSpeed's emptying of the parameter does not reach."""
+    """What was let go of in the forward pass, and is still there: where a matrix is multiplied with as a view
+    of it, autograd saves that view, which DeepSpeed's emptying of the parameter does not reach."""
     held: int = 0
-    """Elements of all three, kept as they come and go: summed at each of a large model's messages they took most of a plan's time."""
+    """Elements of all three, kept as they come and go: summed at each of a large model's messages they took
+    most of a plan's time."""
     num_available: int = 0
     most: dict[Key, int] = field(default_factory=dict)
 
     def go(self) -> dict[Key, int]:
-        """The most elements that are held during each block, in a micro-batch whose trace is known, and those at its end.
+        """The most elements that are held during each block, in a micro-batch whose trace is known, and those
+        at its end.
 
         It begins with nothing whole.
         """
         self._fetched = dict[str, int]()
-        self._queue = deque((weight, step) for step, module in enumerate(self.trace) for weight in module.weights)
+        self._queue = deque(
+            (weight, step) for step, module in enumerate(self.trace) for weight in module.weights
+        )
         for step, module in enumerate(self.trace):
             self._fetch(module, step)
             if module.leaves:
@@ -88,9 +97,12 @@ class Coordinator:
     def _note(self, key: Key) -> None:
         held = self.held
         if self.gloo and self.flying:
-            # A thread of gloo gathers into a buffer of its own. How long that takes is up to the other ranks, which may be behind: the
-            # largest messages that the threads can be at are counted twice. NCCL gathers in place.
-            on_the_way = {id(message): message.total for message in self.flying.values() if not message.arrived}
+            # A thread of gloo gathers into a buffer of its own. How long that takes is up to the other ranks,
+            # which may be behind: the largest messages that the threads can be at are counted twice. NCCL
+            # gathers in place.
+            on_the_way = {
+                id(message): message.total for message in self.flying.values() if not message.arrived
+            }
             held += sum(sorted(on_the_way.values(), reverse=True)[:GLOO_THREADS])
         self.most[key] = max(self.most.get(key, 0), held)
 
@@ -103,7 +115,11 @@ class Coordinator:
         self._note(key)
 
     def _fetch(self, module: Module, step: int) -> None:
-        missing = [weight for weight in module.weights if weight.name not in self.whole and weight.name not in self.flying]
+        missing = [
+            weight
+            for weight in module.weights
+            if weight.name not in self.whole and weight.name not in self.flying
+        ]
         if missing:
             self._gather(missing, module.key)
         for weight in module.weights:
@@ -152,7 +168,11 @@ class Coordinator:
             if module.key[2] and name in self.kept:
                 self.kept.remove(name)
                 self.held -= weight.num_elements
-            done = self._fetched.get(name, -1) <= step and name not in self.external and not self._used_soon(name, step)
+            done = (
+                self._fetched.get(name, -1) <= step
+                and name not in self.external
+                and not self._used_soon(name, step)
+            )
             if done and name in self.whole and name not in self.flying:
                 self.whole.remove(name)
                 self.num_available -= weight.num_elements
@@ -179,7 +199,8 @@ class Coordinator:
 
 
 class Tracer:
-    """The modules of a step in their order: forward, and backward in reverse, each behind those that it is in."""
+    """The modules of a step in their order: forward, and backward in reverse, each behind those that it is
+    in."""
 
     def __init__(self, root: Unit, layers: list[Unit], persistence: int, head: Weight | None) -> None:
         self.root, self.layers, self.persistence, self.head = root, layers, persistence, head
@@ -187,7 +208,8 @@ class Tracer:
         """The path of the module before."""
 
     def trace(self, segments: list[Segment], recomputes: bool) -> list[Module]:
-        """All modules of a micro-batch. The head is multiplied with outside of its module, and registered with the whole model."""
+        """All modules of a micro-batch. The head is multiplied with outside of its module, and registered
+        with the whole model."""
         trace: list[Module] = []
         kinds, turned = {segment.kind for segment in segments}, None
         self._learning = {(segment.kind, segment.layer) for segment in segments if segment.backward}
@@ -204,7 +226,8 @@ class Tracer:
         return trace
 
     def _weights(self, segment: Segment, bridged: bool) -> tuple[Weight, ...]:
-        """Of one block. What is outside of the layers and not before them stands between two stacks, where there are two."""
+        """Of one block. What is outside of the layers and not before them stands between two stacks, where
+        there are two."""
         if segment.kind == "layer":
             return self.layers[segment.layer].weights
         first, last = self.root.weights[: self.root.num_first], self.root.weights[self.root.num_first :]
@@ -221,7 +244,8 @@ class Tracer:
         return found
 
     def _entered(self, path: tuple[str, ...]) -> int:
-        """How many modules are called on the way from the one before: a list of layers, whose parts have numbers, is not called."""
+        """How many modules are called on the way from the one before: a list of layers, whose parts have
+        numbers, is not called."""
         before, self._inside = self._inside, path
         outer = [path[:depth] for depth in range(1, len(path)) if not path[depth].isdigit()]
         return sum(before[: len(prefix)] != prefix for prefix in outer)
@@ -229,5 +253,10 @@ class Tracer:
     def _module(self, weights: list[Weight], key: Key) -> Module:
         large = tuple(weight for weight in weights if weight.num_elements > self.persistence)
         small = sum(weight.num_elements for weight in weights if weight not in large)
-        keeps = key[:2] in self._learning and key[0] != "stem" and not key[2] and not (self._recomputes and key[0] == "layer")
+        keeps = (
+            key[:2] in self._learning
+            and key[0] != "stem"
+            and not key[2]
+            and not (self._recomputes and key[0] == "layer")
+        )
         return Module(large, key, leaves=not (key[0] == "stem" and key[2]), small=small, keeps=keeps)

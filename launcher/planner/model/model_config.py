@@ -14,7 +14,8 @@ from launcher.planner.model.vocabulary import read_vocabulary
 
 
 def locate(name: str, revision: str | None = None) -> str:
-    """The directory of a model: as it is named, or where the hub's cache holds it, in that revision where one is named.
+    """The directory of a model: as it is named, or where the hub's cache holds it, in that revision where one
+    is named.
 
     Without one it is the main branch, else what was fetched last.
     """
@@ -62,9 +63,13 @@ def config_of(model: Model) -> dict[str, Any] | None:
     wrong = wrong_sizes(config or {})
     if wrong and model.config is None:
         path = Path(directory) / "config.json"
-        raise ConfigurationError([Problem("model.name", model.name, f"in {path}, {problem}") for problem in wrong])
+        raise ConfigurationError(
+            [Problem("model.name", model.name, f"in {path}, {problem}") for problem in wrong]
+        )
     if wrong:
-        raise ConfigurationError([Problem(f"model.config.{problem.key}", problem.value, problem.reason) for problem in wrong])
+        raise ConfigurationError(
+            [Problem(f"model.config.{problem.key}", problem.value, problem.reason) for problem in wrong]
+        )
     return _resized(config, model) if config is not None and model.resize_embeddings else config
 
 

@@ -37,12 +37,16 @@ class ModelShape:
 
     @classmethod
     def read(cls, model: Model) -> ModelShape | None:
-        """The shape of a model that is here, or whose sizes the job says; None where it cannot be known before it is fetched."""
+        """The shape of a model that is here, or whose sizes the job says; None where it cannot be known
+        before it is fetched."""
         config = config_of(model)
         if config is None:
             return None
         sizes = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
-        found = {key: next((sizes[name] for name in names if isinstance(sizes.get(name), int)), 0) for key, names in _NAMES.items()}
+        found = {
+            key: next((sizes[name] for name in names if isinstance(sizes.get(name), int)), 0)
+            for key, names in _NAMES.items()
+        }
         hidden, layers = found["hidden_size"], found["num_layers"]
         if not hidden or not layers:
             return None
@@ -51,7 +55,8 @@ class ModelShape:
         counted = 0 if made_up else stored_parameters(Path(locate(model.name, model.revision)))
         layer = _layer(sizes, hidden, intermediate)
         embeddings = found["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
-        # Positions that are computed take no parameters: what looks like more than all that is not layers is no table.
+        # Positions that are computed take no parameters: what looks like more than all that is not layers is
+        # no table.
         table = found["vocab_size"] * hidden
         table = max(table, min(found["positions"] * hidden, embeddings))
         return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer, table)
@@ -62,7 +67,11 @@ def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:
     heads = _whole(config, "num_attention_heads") or 1
     share = (_whole(config, "num_key_value_heads") or heads) / heads
     attention = hidden * hidden * (2 + 2 * share)
-    wide = intermediate * (_num_experts(config) or 1) // (config["num_experts_per_tok"] if _chosen_width(config) else 1)
+    wide = (
+        intermediate
+        * (_num_experts(config) or 1)
+        // (config["num_experts_per_tok"] if _chosen_width(config) else 1)
+    )
     feed_forward = hidden * wide * (3 if "silu" in str(config.get("hidden_act", "")) else 2)
     return int(attention + feed_forward)
 
@@ -85,7 +94,8 @@ def _chosen_width(config: dict[str, Any]) -> int:
 
 
 def stored_parameters(directory: Path) -> int:
-    """Parameters in a directory's safetensors files, counted from their headers; 0 where there are none that can be read."""
+    """Parameters in a directory's safetensors files, counted from their headers; 0 where there are none that
+    can be read."""
     total = 0
     for path in directory.glob("*.safetensors"):
         try:

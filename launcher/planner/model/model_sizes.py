@@ -38,20 +38,29 @@ _LARGEST = 2**53
 _MOST = {
     r"^(?!.*(head|hidden_size|dim)).*layers?$|^depths?$|^num_.*blocks?$": 2_000,
     r"experts?$|^num_local_experts$": 100_000,
-    r"(_size|_dim|_heads|^n_embd|^n_head|^n_inner|^d_(model|kv|ff)|_positions|_buckets|_channels|_width|_rank)$": 2**31 - 1,
+    r"(_size|_dim|_heads|^n_embd|^n_head|^n_inner|^d_(model|kv|ff)|_positions|_buckets|_channels|_width|_rank)$": 2  # noqa: E501
+    ** 31
+    - 1,
 }
-"""The most of a number by what its name ends in; far beyond any model that there is (126 layers, 2 million positions, 512 experts)."""
+"""The most of a number by what its name ends in; far beyond any model that there is (126 layers, 2 million
+positions, 512 experts)."""
 FAMILIES = {
     **dict.fromkeys(DECODERS, _LLAMA),
     "mixtral": Sizes((*_EXPERTS, "num_local_experts", "intermediate_size"), ("head_dim", "num_experts")),
     "olmoe": Sizes((*_EXPERTS, "num_experts", "intermediate_size"), ("head_dim", "num_local_experts")),
     "qwen2_moe": _QWEN,
     "qwen3_moe": _QWEN,
-    "gpt2": Sizes(("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"), ("n_inner",), (("n_embd", "n_head"),)),
-    **dict.fromkeys(ENCODERS, Sizes((*_COMMON, "intermediate_size", "max_position_embeddings", "type_vocab_size"))),
+    "gpt2": Sizes(
+        ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"), ("n_inner",), (("n_embd", "n_head"),)
+    ),
+    **dict.fromkeys(
+        ENCODERS, Sizes((*_COMMON, "intermediate_size", "max_position_embeddings", "type_vocab_size"))
+    ),
     "vit": Sizes((*_COMMON[:3], "intermediate_size", "image_size", "patch_size", "num_channels")),
     "bart": Sizes(
-        ("d_model", "vocab_size", "max_position_embeddings", *_LAYERS, *_HEADS), (), tuple(("d_model", heads) for heads in _HEADS)
+        ("d_model", "vocab_size", "max_position_embeddings", *_LAYERS, *_HEADS),
+        (),
+        tuple(("d_model", heads) for heads in _HEADS),
     ),
     **dict.fromkeys(TRANSLATORS, Sizes(_T5, ("num_decoder_layers",), ())),
 }
@@ -59,7 +68,8 @@ FAMILIES = {
 
 
 def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
-    """A problem for each size that the program of its architecture cannot go by, by its name; of any other, for those beyond any sense."""
+    """A problem for each size that the program of its architecture cannot go by, by its name; of any other,
+    for those beyond any sense."""
     if absurd := _beyond_any_sense(config):
         return absurd
     kind = config.get("model_type")
@@ -68,7 +78,12 @@ def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
     sizes = FAMILIES[kind]
     more = _of_mixture(config) if kind in MIXTURES else _of_translator(config) if kind in TRANSLATORS else []
     optional = [name for name in (*sizes.optional, *_OF_ANY) if name not in sizes.needed]
-    return [*_wrong(config, sizes.needed, False), *_wrong(config, dict.fromkeys(optional), True), *more, *_uneven(config, sizes)]
+    return [
+        *_wrong(config, sizes.needed, False),
+        *_wrong(config, dict.fromkeys(optional), True),
+        *more,
+        *_uneven(config, sizes),
+    ]
 
 
 def is_size(value: object) -> TypeGuard[int]:
@@ -77,7 +92,8 @@ def is_size(value: object) -> TypeGuard[int]:
 
 
 def _beyond_any_sense(config: dict[str, Any], prefix: str = "") -> list[Problem]:
-    """A problem for each number, whatever its name, that no model has: what counts by it would not come to an end."""
+    """A problem for each number, whatever its name, that no model has: what counts by it would not come to an
+    end."""
     found = []
     for name, value in config.items():
         if isinstance(value, dict):
@@ -85,7 +101,9 @@ def _beyond_any_sense(config: dict[str, Any], prefix: str = "") -> list[Problem]
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             most = next((most for words, most in _MOST.items() if re.search(words, str(name))), _LARGEST)
             if value > most and not (isinstance(value, float) and math.isinf(value)):
-                found.append(Problem(f"{prefix}{name}", value, f"is beyond any sense; write at most {most:,}"))
+                found.append(
+                    Problem(f"{prefix}{name}", value, f"is beyond any sense; write at most {most:,}")
+                )
     return found
 
 
@@ -116,7 +134,9 @@ def _of_mixture(config: dict[str, Any]) -> list[Problem]:
     if plain is not None and not isinstance(plain, (list, tuple)):
         return [Problem("mlp_only_layers", plain, "write a list of layers, as [0, 1], or null")]
     names = []
-    if kind == "qwen2_moe" and config.get("shared_expert_intermediate_size") != 0:  # there is no shared expert then
+    if (
+        kind == "qwen2_moe" and config.get("shared_expert_intermediate_size") != 0
+    ):  # there is no shared expert then
         names.append("shared_expert_intermediate_size")
     if kind.endswith("_moe") and (plain or config.get("decoder_sparse_step", 1) != 1):
         names.append("intermediate_size")
@@ -140,5 +160,11 @@ def _uneven(config: dict[str, Any], sizes: Sizes) -> list[Problem]:
     for width, heads in sizes.divided:
         whole, parts = config.get(width), config.get(heads)
         if is_size(whole) and is_size(parts) and whole % parts:
-            found.append(Problem(width, whole, f"{heads} = {parts} does not divide it; the nearest is {multiples_around(whole, parts)}"))
+            found.append(
+                Problem(
+                    width,
+                    whole,
+                    f"{heads} = {parts} does not divide it; the nearest is {multiples_around(whole, parts)}",
+                )
+            )
     return found

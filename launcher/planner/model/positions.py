@@ -8,15 +8,17 @@ from launcher.planner.model.model_sizes import is_size
 
 _OF_A_TABLE = {
     "max_position_embeddings": """
-        albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small canine convbert deberta
-        deberta-v2 distilbert electra ernie flaubert fnet git gpt_neo layoutlm layoutlmv2 marian mbart megatron-bert mobilebert mra mvp
-        nomic_bert nystromformer opt pegasus perceiver plbart prophetnet rembert roc_bert roformer squeezebert tapas trocr xlm yoso
+        albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small canine
+        convbert deberta deberta-v2 distilbert electra ernie flaubert fnet git gpt_neo layoutlm layoutlmv2
+        marian mbart megatron-bert mobilebert mra mvp nomic_bert nystromformer opt pegasus perceiver plbart
+        prophetnet rembert roc_bert roformer squeezebert tapas trocr xlm yoso
     """,
     "n_positions": "codegen ctrl gpt-sw3 gpt2 gpt_bigcode gptj openai-gpt",
     "max_target_positions": "whisper",
     "max_seq_len": "mpt",
 }
-"""Model types whose positions are rows of a table, learned or computed once, by the key that says how many. Read in transformers 5.23."""
+"""Model types whose positions are rows of a table, learned or computed once, by the key that says how many.
+Read in transformers 5.23."""
 _BEHIND_PADDING = frozenset(
     [
         "camembert",
@@ -43,7 +45,8 @@ _OTHER_NAMES = {"max_position_embeddings": "n_positions", "n_positions": "max_po
 
 
 def held(config: dict[str, Any]) -> tuple[int, str] | None:
-    """Return how many positions the model's table holds, and how its config says so; None for a model without such a table."""
+    """Return how many positions the model's table holds, and how its config says so; None for a model without
+    such a table."""
     kind = str(config.get("model_type"))
     if kind not in _KEYS and kind not in _BEHIND_PADDING:
         return None
@@ -59,11 +62,15 @@ def held(config: dict[str, Any]) -> tuple[int, str] | None:
         return number, f"{key} {number}"
     padding = config.get("pad_token_id", 1)
     first = padding + 1 if isinstance(padding, int) else 2
-    return number - first, f"{key} {number}, of which the first {first} are the padding token's and those before it"
+    return (
+        number - first,
+        f"{key} {number}, of which the first {first} are the padding token's and those before it",
+    )
 
 
 def trained(config: dict[str, Any]) -> tuple[int, str] | None:
-    """Return how many positions a rotary model was made for, scaling included, and how its config says so; None where it does not."""
+    """Return how many positions a rotary model was made for, scaling included, and how its config says so;
+    None where it does not."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     number = text.get("max_position_embeddings")
     if held(text) is not None or not is_size(number):
@@ -73,7 +80,12 @@ def trained(config: dict[str, Any]) -> tuple[int, str] | None:
     factor = scaling.get("factor")
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor <= 1:
         return number, f"max_position_embeddings {number}"
-    # A factor stretches what was there before; where that is not written down, it is what max_position_embeddings says.
-    before = scaling.get("original_max_position_embeddings") or text.get("original_max_position_embeddings") or number
+    # A factor stretches what was there before; where that is not written down, it is what
+    # max_position_embeddings says.
+    before = (
+        scaling.get("original_max_position_embeddings")
+        or text.get("original_max_position_embeddings")
+        or number
+    )
     stretched = max(number, int(before * factor)) if is_size(before) else number
     return stretched, f"max_position_embeddings {number}, stretched {factor:g}x"

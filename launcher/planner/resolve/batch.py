@@ -44,7 +44,9 @@ def divide(batch: Batch, data_parallel_size: int) -> BatchPlan:
     if size % (ranks * micro):
         raise ConfigurationError(_refusal(size, ranks, asked))
     steps = size // ranks // micro
-    return BatchPlan(global_batch_size=size, micro_batch_size=micro, accumulation_steps=steps, data_parallel_size=ranks)
+    return BatchPlan(
+        global_batch_size=size, micro_batch_size=micro, accumulation_steps=steps, data_parallel_size=ranks
+    )
 
 
 def with_batch(plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing | None = None) -> Plan:
@@ -66,4 +68,6 @@ def _refusal(size: int, ranks: int, micro: int | None) -> Problem:
     if size % (micro or 1) == 0:
         ways.append(f"ranks {nearest(ranks, divisors(size // (micro or 1)))}")
     parts = f"{ranks} ranks" + (f" x {micro} samples of a pass" if micro is not None else "")
-    return Problem("batch.global_batch_size", size, f"is not a whole multiple of {parts}; what works: {', '.join(ways)}")
+    return Problem(
+        "batch.global_batch_size", size, f"is not a whole multiple of {parts}; what works: {', '.join(ways)}"
+    )

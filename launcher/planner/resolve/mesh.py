@@ -32,13 +32,17 @@ def mesh(decider: Decider) -> tuple[Mesh, Layout]:
     if world % replicate:
         working = nearest(replicate, divisors(world))
         decider.refuse(
-            "parallel.replicate", replicate, f"{world} ranks cannot be cut into {replicate} equal copies; the nearest that work: {working}"
+            "parallel.replicate",
+            replicate,
+            f"{world} ranks cannot be cut into {replicate} equal copies; the nearest that work: {working}",
         )
         replicate = 1
     device: Literal["cpu", "cuda"] = "cuda" if num_gpus else "cpu"
     placed = layout(decider, world, device)
     if placed.sharding == "none" and replicate not in (1, world):
-        reason = f"shard: none is a whole copy on each of the {world} ranks; leave replicate out or write {world}"
+        reason = (
+            f"shard: none is a whole copy on each of the {world} ranks; leave replicate out or write {world}"
+        )
         decider.refuse("parallel.replicate", replicate, reason)
     replicate = world if placed.sharding == "none" else replicate
     made = Mesh(
@@ -57,13 +61,21 @@ def mesh(decider: Decider) -> tuple[Mesh, Layout]:
 def _num_gpus(decider: Decider) -> int:
     asked, seen = decider.job.cluster.gpus_per_node, len(decider.hardware.gpus)
     if asked == "auto":
-        note = f"{seen} seen: {decider.hardware.gpus[0].name}" if seen else f"none seen: {decider.hardware.gpu_note or 'CPU'}"
+        note = (
+            f"{seen} seen: {decider.hardware.gpus[0].name}"
+            if seen
+            else f"none seen: {decider.hardware.gpu_note or 'CPU'}"
+        )
         return decider.decide("cluster.gpus_per_node", seen, note)
     if decider.local and asked > seen:
         why = f" ({decider.hardware.gpu_note})" if decider.hardware.gpu_note else ""
         here = f"write {seen}{'' if seen else ' to train on the CPU'}"
-        elsewhere = "to plan for GPUs that are not here, name them: `launcher plan --gpu NAME`, or cluster.gpu"
-        decider.refuse("cluster.gpus_per_node", asked, f"{seen} seen on this machine{why}; {here}; {elsewhere}")
+        elsewhere = (
+            "to plan for GPUs that are not here, name them: `launcher plan --gpu NAME`, or cluster.gpu"
+        )
+        decider.refuse(
+            "cluster.gpus_per_node", asked, f"{seen} seen on this machine{why}; {here}; {elsewhere}"
+        )
     return asked
 
 
@@ -78,10 +90,16 @@ def _ranks(decider: Decider, num_gpus: int) -> int:
         return decider.decide("cluster.ranks_per_node", nproc, "asked for with --nproc")
     if asked != "auto":
         if num_gpus and asked != num_gpus:
-            decider.refuse("cluster.ranks_per_node", asked, f"each GPU has one rank, and there are {num_gpus}; leave it out")
+            decider.refuse(
+                "cluster.ranks_per_node",
+                asked,
+                f"each GPU has one rank, and there are {num_gpus}; leave it out",
+            )
         return asked
     if num_gpus:
         return decider.decide("cluster.ranks_per_node", num_gpus, "one for each GPU")
     return decider.decide(
-        "cluster.ranks_per_node", 1, "on a CPU one rank already uses every core; more only add communication (--nproc N to have them)"
+        "cluster.ranks_per_node",
+        1,
+        "on a CPU one rank already uses every core; more only add communication (--nproc N to have them)",
     )

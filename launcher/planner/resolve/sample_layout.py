@@ -16,7 +16,8 @@ _FLASH = "write sdpa or auto, which have no padding either"
 
 
 def choose_way(decider: Decider, device: str) -> Way:
-    """Decide attention, layout and head together; what cannot give transformers' own loss is refused with what to write instead."""
+    """Decide attention, layout and head together; what cannot give transformers' own loss is refused with
+    what to write instead."""
     job, model = decider.job, decider.job.model
     if job.data.train.name == OWN:  # a script brings its own model and data
         return Way("packed", "eager")
@@ -26,7 +27,12 @@ def choose_way(decider: Decider, device: str) -> Way:
     known = support(model.task, config, model.trust_remote_code, job.data.max_length)
     try:
         way = choose(
-            known, model.name, str((config or {}).get("model_type")), model.attention, job.data.packing, job.batch.micro_batch_size
+            known,
+            model.name,
+            str((config or {}).get("model_type")),
+            model.attention,
+            job.data.packing,
+            job.batch.micro_batch_size,
         )
     except ConfigurationError as error:
         decider.problems += error.problems
@@ -39,7 +45,10 @@ def one_a_pass(job: Job) -> Job:
     """The job with one sample a pass where its model can do no other, and the job leaves that open."""
     if job.batch.micro_batch_size != "auto" or job.data.train.name == OWN:
         return job
-    ways = fitting(support(job.model.task, config_of(job.model), job.model.trust_remote_code, job.data.max_length), job.model.attention)
+    ways = fitting(
+        support(job.model.task, config_of(job.model), job.model.trust_remote_code, job.data.max_length),
+        job.model.attention,
+    )
     if not ways or ways[0].layout != "single":
         return job
     return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_batch_size": 1})})
@@ -54,19 +63,43 @@ def _write_down(decider: Decider, way: Way, known: Support) -> None:
     elif not tried:
         proof = "an architecture that launcher has not tried: held to its own loss after loading"
     if way.attention == "packed":
-        decider.decide("model.attention", "packed", f"samples stand one after another without padding, and never see each other; {proof}")
+        decider.decide(
+            "model.attention",
+            "packed",
+            f"samples stand one after another without padding, and never see each other; {proof}",
+        )
     elif asked == "auto":
-        why = "PyTorch's own fused attention" if way.attention == "sdpa" else "as fused attention gives another loss"
+        why = (
+            "PyTorch's own fused attention"
+            if way.attention == "sdpa"
+            else "as fused attention gives another loss"
+        )
         decider.decide("model.attention", way.attention, f"{why if tried else 'every class has it'}; {proof}")
     if tasks.find(task).traits.layout == "packed" and way.layout == "padded":
-        why = "joined end to end they would see each other in this architecture" if tried else "every class can; packing: true has it tried"
+        why = (
+            "joined end to end they would see each other in this architecture"
+            if tried
+            else "every class can; packing: true has it tried"
+        )
         decider.decide("layout", "padded", f"one sample a row: {why}")
     if way.layout == "single":
-        decider.decide("layout", "single", "one sample a pass: with others in it its loss would be another one in this architecture")
+        decider.decide(
+            "layout",
+            "single",
+            "one sample a pass: with others in it its loss would be another one in this architecture",
+        )
     if way.head != "chunked":
         whose = "some hundred positions at a time" if way.head == "model" else "all logits at once"
-        why = "does more than multiply with the output matrix" if tried else "may do more than multiply with the output matrix"
-        decider.decide("head", way.head, f"the model's own {'head' if way.head == 'model' else 'forward'}, {whose}: it {why}")
+        why = (
+            "does more than multiply with the output matrix"
+            if tried
+            else "may do more than multiply with the output matrix"
+        )
+        decider.decide(
+            "head",
+            way.head,
+            f"the model's own {'head' if way.head == 'model' else 'forward'}, {whose}: it {why}",
+        )
 
 
 def _check_flash(decider: Decider, device: str) -> None:

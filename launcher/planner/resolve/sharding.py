@@ -41,7 +41,11 @@ def layout(decider: Decider, world_size: int, device: str) -> Layout:
     else:
         sharding = _refuse_for_deepspeed(decider, sharding, world_size, device)
     if memory.offload_to != "cpu" and memory.offload == "none":
-        decider.refuse("memory.offload_to", memory.offload_to, "nothing is offloaded; set memory.offload to optimizer or parameters too")
+        decider.refuse(
+            "memory.offload_to",
+            memory.offload_to,
+            "nothing is offloaded; set memory.offload to optimizer or parameters too",
+        )
     if decider.local and memory.offload != "none" and memory.offload_to != "cpu":
         _check_nvme(decider, memory.offload_to)
     offload: Offload = "none" if memory.offload == "auto" else memory.offload
@@ -55,7 +59,9 @@ def _settle_offload(decider: Decider, device: str) -> None:
         return
     kept = {"offload": "none"}
     if device == "cpu":
-        decider.decide("memory.offload", "none", "training on the CPU, all of it is in the host's memory already")
+        decider.decide(
+            "memory.offload", "none", "training on the CPU, all of it is in the host's memory already"
+        )
     else:
         kept["offload_to"] = "cpu"
     decider.job = decider.job.model_copy(update={"memory": memory.model_copy(update=kept)})
@@ -92,8 +98,14 @@ def _sharding(decider: Decider, engine: EngineName, world_size: int) -> Sharding
     parallel, memory = decider.job.parallel, decider.job.memory
     if parallel.shard != "auto":
         return parallel.shard
-    if engine == "deepspeed" and memory.activation_checkpointing == "selective" and memory.offload_to == "cpu":
-        return decider.decide("parallel.shard", "gradients", "ZeRO-2: the third stage does not allow selective recomputation")
+    if (
+        engine == "deepspeed"
+        and memory.activation_checkpointing == "selective"
+        and memory.offload_to == "cpu"
+    ):
+        return decider.decide(
+            "parallel.shard", "gradients", "ZeRO-2: the third stage does not allow selective recomputation"
+        )
     if engine == "deepspeed":
         return decider.decide("parallel.shard", "full", "ZeRO-3: the least memory of a rank")
     whole = world_size == parallel.replicate and memory.offload == "none"
@@ -104,21 +116,36 @@ def _sharding(decider: Decider, engine: EngineName, world_size: int) -> Sharding
 def _refuse_for_fsdp(decider: Decider, device: str) -> None:
     parallel, memory = decider.job.parallel, decider.job.memory
     if parallel.shard == "optimizer":
-        reason = "FSDP cuts gradients wherever it cuts the optimizer; write gradients, or parallel.engine: deepspeed (ZeRO-1)"
+        reason = (
+            "FSDP cuts gradients wherever it cuts the optimizer; write gradients, or parallel.engine: "
+            "deepspeed (ZeRO-1)"
+        )
         decider.refuse("parallel.shard", parallel.shard, reason)
     if memory.offload == "optimizer":
-        reason = "FSDP moves parameters, gradients and optimizer together; write parameters, or parallel.engine: deepspeed"
+        reason = (
+            "FSDP moves parameters, gradients and optimizer together; write parameters, or "
+            "parallel.engine: deepspeed"
+        )
         decider.refuse("memory.offload", memory.offload, reason)
     elif memory.offload == "parameters" and device == "cpu":
-        decider.refuse("memory.offload", memory.offload, "training on the CPU, all of it is in the host's memory already; write none")
+        decider.refuse(
+            "memory.offload",
+            memory.offload,
+            "training on the CPU, all of it is in the host's memory already; write none",
+        )
     if memory.offload != "none" and memory.offload_to != "cpu":
         reason = "FSDP offloads to the host's memory alone; write cpu, or parallel.engine: deepspeed"
         decider.refuse("memory.offload_to", memory.offload_to, reason)
     for key in ("quantized_weights", "quantized_gradients"):
         if getattr(parallel, key):
-            decider.refuse(f"parallel.{key}", True, "is ZeRO++; leave it out, or write parallel.engine: deepspeed")
+            decider.refuse(
+                f"parallel.{key}", True, "is ZeRO++; leave it out, or write parallel.engine: deepspeed"
+            )
     if parallel.secondary_shard > 1:
-        reason = "hpZ is ZeRO++; with FSDP the nearest is parallel.replicate, whole copies of which each is cut within a node"
+        reason = (
+            "hpZ is ZeRO++; with FSDP the nearest is parallel.replicate, whole copies of which each is cut "
+            "within a node"
+        )
         decider.refuse("parallel.secondary_shard", parallel.secondary_shard, reason)
 
 
@@ -126,21 +153,42 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
     """What ZeRO cannot do; the sharding that it does instead where that computes the same."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
     if parallel.replicate > 1:
-        reason = "ZeRO cuts over all ranks; leave it out, write parallel.engine: fsdp, or keep a copy on each node with secondary_shard"
+        reason = (
+            "ZeRO cuts over all ranks; leave it out, write parallel.engine: fsdp, or keep a copy on each "
+            "node with secondary_shard"
+        )
         decider.refuse("parallel.replicate", parallel.replicate, reason)
     if job.model.compile:
         decider.refuse("model.compile", True, "compiled layers are for parallel.engine: fsdp; leave it out")
     if sharding == "none":
-        reason = "stage 0 takes a wrong first step in half precision (tried with 0.19.8); stage 1 computes what it should, in less memory"
+        reason = (
+            "stage 0 takes a wrong first step in half precision (tried with 0.19.8); stage 1 computes what "
+            "it should, in less memory"
+        )
         sharding = decider.decide("parallel.shard", "optimizer", reason)
     if memory.activation_checkpointing == "selective" and sharding == "full":
-        reason = "ZeRO-3 gathers parameters again in the backward pass, which selective recomputation does not allow; write full"
+        reason = (
+            "ZeRO-3 gathers parameters again in the backward pass, which selective recomputation does not "
+            "allow; write full"
+        )
         decider.refuse("memory.activation_checkpointing", "selective", reason)
-    if job.precision == "fp16" and device == "cpu" and decider.local and "avx512_fp16" not in decider.hardware.cpu_flags:
-        reason = "DeepSpeed takes it on a CPU only where that has fp16 units (avx512_fp16); write fp32, or parallel.engine: fsdp"
+    if (
+        job.precision == "fp16"
+        and device == "cpu"
+        and decider.local
+        and "avx512_fp16" not in decider.hardware.cpu_flags
+    ):
+        reason = (
+            "DeepSpeed takes it on a CPU only where that has fp16 units (avx512_fp16); write fp32, or "
+            "parallel.engine: fsdp"
+        )
         decider.refuse("precision", "fp16", reason)
     if memory.offload == "parameters" and sharding != "full":
-        decider.refuse("memory.offload", "parameters", f"only ZeRO-3 offloads parameters, and parallel.shard is {sharding}; write full")
+        decider.refuse(
+            "memory.offload",
+            "parameters",
+            f"only ZeRO-3 offloads parameters, and parallel.shard is {sharding}; write full",
+        )
     if zeropp(decider.job) and sharding != "full":
         decider.refuse("parallel.shard", sharding, "ZeRO++ is part of ZeRO-3; write full")
     if world_size % parallel.secondary_shard:
@@ -156,19 +204,33 @@ def _check_nvme(decider: Decider, directory: str) -> None:
     """Offloading to files: the directory, and what DeepSpeed compiles its file operator from."""
     path = Path(directory)
     if not path.is_dir():
-        decider.refuse("memory.offload_to", directory, "no such directory on this machine; name one on a local NVMe disk, or write cpu")
+        decider.refuse(
+            "memory.offload_to",
+            directory,
+            "no such directory on this machine; name one on a local NVMe disk, or write cpu",
+        )
     elif not os.access(path, os.W_OK):
-        decider.refuse("memory.offload_to", directory, "cannot be written to; name a directory that can, or write cpu")
+        decider.refuse(
+            "memory.offload_to", directory, "cannot be written to; name a directory that can, or write cpu"
+        )
     if not any((Path(folder) / "libaio.h").exists() for folder in _header_folders()):
-        reason = "DeepSpeed compiles its file operator from libaio.h, which is not here; install libaio-dev (or libaio-devel), or write cpu"
+        reason = (
+            "DeepSpeed compiles its file operator from libaio.h, which is not here; install libaio-dev (or "
+            "libaio-devel), or write cpu"
+        )
         decider.refuse("memory.offload_to", directory, reason)
     beside = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
     missing = [program for program in ("ninja", "c++") if shutil.which(program, path=beside) is None]
     if missing:
-        reason = f"DeepSpeed compiles its file operator on first use, and {' and '.join(missing)} is not here; install it, or write cpu"
+        reason = (
+            f"DeepSpeed compiles its file operator on first use, and {' and '.join(missing)} is not here; "
+            "install it, or write cpu"
+        )
         decider.refuse("memory.offload_to", directory, reason)
 
 
 def _header_folders() -> list[str]:
-    more = [folder for name in ("CPATH", "CPLUS_INCLUDE_PATH") for folder in os.environ.get(name, "").split(":")]
+    more = [
+        folder for name in ("CPATH", "CPLUS_INCLUDE_PATH") for folder in os.environ.get(name, "").split(":")
+    ]
     return [*filter(None, more), *_HEADERS]

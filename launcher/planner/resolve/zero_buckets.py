@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from launcher.planner.model.model_shape import ModelShape
 
 _LEAST, _MOST = 1 << 20, 500_000_000
-"""Below the first a message costs more than what it carries; the second is DeepSpeed's own default for a bucket (0.19)."""
+"""Below the first a message costs more than what it carries; the second is DeepSpeed's own default for a
+bucket (0.19)."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Buckets:
     """At most so large is any parameter: asked for where parameters are on files; 0 where it is not known."""
 
     @classmethod
-    def of(cls, shape: ModelShape | None, offloads_to_files: bool, parameters_on_files: bool = False) -> tuple[Buckets, dict[str, str]]:
+    def of(
+        cls, shape: ModelShape | None, offloads_to_files: bool, parameters_on_files: bool = False
+    ) -> tuple[Buckets, dict[str, str]]:
         """The sizes for a model, and the reason of each by its name."""
         if shape is None:
             unknown = "DeepSpeed's own default, as the model's size is not known before it is fetched"
@@ -47,14 +50,22 @@ class Buckets:
             "reduce_bucket_size": f"one layer ({layer:,}): sent while the next one is computed",
             "allgather_bucket_size": f"one layer ({layer:,}) at a time after a step",
             "prefetch_bucket_size": f"one layer ({layer:,}): gathered while the one before is computed",
-            "persistence_threshold": "10 x hidden: norms and biases stay whole, as gathering them costs more than holding them",
-            "max_live_parameters": "embeddings and three layers: the one in use, its neighbour, and one on the way",
+            "persistence_threshold": "10 x hidden: norms and biases stay whole, as gathering "
+            "them costs more than holding "
+            "them",
+            "max_live_parameters": "embeddings and three layers: the one in use, its "
+            "neighbour, and one on the way",
             "sub_group_size": swapped if offloads_to_files else stepped,
         }
         if parameters_on_files:
-            sizes = replace(sizes, prefetch_bucket_size=0, largest_parameter=max(shape.table_parameters, layer))
-            reasons["largest_parameter"] = (
-                "a table of embeddings, or at most a whole layer: what the ranks' buffers for files hold together"
+            sizes = replace(
+                sizes, prefetch_bucket_size=0, largest_parameter=max(shape.table_parameters, layer)
             )
-            reasons["prefetch_bucket_size"] = "nothing ahead: each parameter in use takes one of the few buffers that files are read into"
+            reasons["largest_parameter"] = (
+                "a table of embeddings, or at most a whole layer: what the ranks' buffers for files "
+                "hold together"
+            )
+            reasons["prefetch_bucket_size"] = (
+                "nothing ahead: each parameter in use takes one of the few buffers that files are read into"
+            )
         return sizes, reasons

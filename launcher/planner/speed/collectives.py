@@ -29,9 +29,10 @@ class Traffic:
 def traffic(plan: Plan, units: Units) -> Traffic:
     """What a step sends.
 
-    FSDP gathers what it keeps cut for each pass, and the rest once; it sends gradients once a step, or with every micro-batch where there
-    are too many. ZeRO-1 and 2 gather what was trained, once, and reduce gradients by all-reducing them, in fp32: DeepSpeed 0.19.8's
-    `use_multi_rank_bucket_allreduce`, which is on, receives twice what a reduce-scatter would.
+    FSDP gathers what it keeps cut for each pass, and the rest once; it sends gradients once a step, or with
+    every micro-batch where there are too many. ZeRO-1 and 2 gather what was trained, once, and reduce
+    gradients by all-reducing them, in fp32: DeepSpeed 0.19.8's `use_multi_rank_bucket_allreduce`, which is
+    on, receives twice what a reduce-scatter would.
     """
     root, layers = units
     mesh, zero = plan.mesh, plan.zero
@@ -44,7 +45,9 @@ def traffic(plan: Plan, units: Units) -> Traffic:
         gatherings = _gatherings(plan, units, times)
         number = sum(gatherings) + times.root
         gathered = sum(count * unit.num_elements() for count, unit in zip(gatherings, layers, strict=True))
-        gathered += times.root * root.num_elements() - (0.0 if zero is None else times.layer * _stays(plan, units))
+        gathered += times.root * root.num_elements() - (
+            0.0 if zero is None else times.layer * _stays(plan, units)
+        )
     number += times.gradients * (len(layers) + 1) * (2 if mesh.replicate > 1 else 1)
     reduced = (8 if zero is not None and zero.stage < 3 else 4) * times.gradients * trained
     # Copies add up their gradients, each rank its part of them.
@@ -53,7 +56,8 @@ def traffic(plan: Plan, units: Units) -> Traffic:
 
 
 def _gatherings(plan: Plan, units: Units, times: _Times) -> list[int]:
-    """How often each layer is gathered in a step: backward where that goes through it, and by FSDP, which looks ahead, one more."""
+    """How often each layer is gathered in a step: backward where that goes through it, and by FSDP, which
+    looks ahead, one more."""
     back = passing_back(units)
     if plan.zero is None and True in back:
         back[max(0, back.index(True) - 1)] = True
@@ -61,14 +65,16 @@ def _gatherings(plan: Plan, units: Units, times: _Times) -> list[int]:
 
 
 def _stays(plan: Plan, units: Units) -> int:
-    """Elements that ZeRO-3 does not gather again for a backward pass: the last ones, as they are used again soon, and a table of words
-    that the pass does not come to."""
+    """Elements that ZeRO-3 does not gather again for a backward pass: the last ones, as they are used again
+    soon, and a table of words that the pass does not come to."""
     root, layers = units
     assert plan.zero is not None
     first, last = root.weights[: root.num_first], root.weights[root.num_first :]
     unused = 0 if any(weight.trains for weight in first) else sum(weight.num_elements for weight in first)
     kept, reach = 0, plan.zero.max_live_parameters if plan.zero.prefetch_bucket_size else 0
-    for weight in reversed([weight for weights in (*(unit.weights for unit in layers), last) for weight in weights]):
+    for weight in reversed(
+        [weight for weights in (*(unit.weights for unit in layers), last) for weight in weights]
+    ):
         if kept >= reach:
             break
         kept += weight.num_elements
@@ -122,8 +128,8 @@ def _itemsize(plan: Plan) -> int:
 def seconds(sent: Traffic, plan: Plan, gpu: GpuType, roomy: bool) -> float:
     """Of all messages, one after another, on links that are otherwise free.
 
-    Between nodes all GPUs of a node share what they receive alike. Copies are told apart by it: each rank's is another part, so that of
-    several parts in a node each has its own GPU's way out.
+    Between nodes all GPUs of a node share what they receive alike. Copies are told apart by it: each rank's
+    is another part, so that of several parts in a node each has its own GPU's way out.
     """
     mesh = plan.mesh
     if mesh.world_size == 1:
@@ -131,12 +137,15 @@ def seconds(sent: Traffic, plan: Plan, gpu: GpuType, roomy: bool) -> float:
     within, ranks = min(mesh.ranks_per_node, mesh.world_size), ranks_of(plan)
     between = min(gpu.link, gpu.network * within)
     each, per_byte = _costs(plan, gpu, gpu.link if ranks <= within else between, roomy)
-    among_copies = gpu.link if mesh.world_size <= within else min(gpu.link, gpu.network * within / min(ranks, within))
+    among_copies = (
+        gpu.link if mesh.world_size <= within else min(gpu.link, gpu.network * within / min(ranks, within))
+    )
     return sent.received * per_byte + sent.num_messages * each + sent.copied / (among_copies * gpu.link_share)
 
 
 def _costs(plan: Plan, gpu: GpuType, link: float, roomy: bool) -> tuple[float, float]:
-    """Seconds of a message, and of each byte that a rank receives: as measured of that engine on one CPU, or by the link."""
+    """Seconds of a message, and of each byte that a rank receives: as measured of that engine on one CPU, or
+    by the link."""
     measured = gpu.engine_seconds.get("roomy" if roomy else "lean", {}).get(f"{plan.engine} {plan.sharding}")
     if measured is not None and plan.mesh.nodes == 1:
         return measured
@@ -158,10 +167,12 @@ def offloads(plan: Plan) -> bool:
 
 
 def moved(plan: Plan, units: Units, training: bool = True) -> float:
-    """Bytes of a step, or of its forward passes alone, between a rank and the host's memory, for its part of all parameters.
+    """Bytes of a step, or of its forward passes alone, between a rank and the host's memory, for its part of
+    all parameters.
 
-    FSDP copies fp32 shards to the device before it casts and gathers them, and fp32 gradients back. ZeRO adds gradients up in the
-    host's memory and copies parameters in the computation's precision (Ren et al. 2021, arXiv 2101.06840, section 4.1).
+    FSDP copies fp32 shards to the device before it casts and gathers them, and fp32 gradients back. ZeRO adds
+    gradients up in the host's memory and copies parameters in the computation's precision (Ren et al. 2021,
+    arXiv 2101.06840, section 4.1).
     """
     if not offloads(plan):
         return 0.0
@@ -169,15 +180,21 @@ def moved(plan: Plan, units: Units, training: bool = True) -> float:
     itemsize, ranks, passes = _itemsize(plan), ranks_of(plan), plan.batch.accumulation_steps
     trained = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks
     times = _Times.of(plan, int(trained * ranks))
-    # ZeRO's parameters are there in the computation's precision, FSDP's in fp32, but those that stay as they are beside an adapter.
+    # ZeRO's parameters are there in the computation's precision, FSDP's in fp32, but those that stay as they
+    # are beside an adapter.
     wide = 4 if plan.zero is None else itemsize
 
     def kept(unit: Unit) -> float:
-        return sum(weight.num_elements * (itemsize if weight.narrow else wide) for weight in unit.weights) / ranks
+        return (
+            sum(weight.num_elements * (itemsize if weight.narrow else wide) for weight in unit.weights)
+            / ranks
+        )
 
     back = passing_back(units) if training else [False] * len(layers)
     fetched = times.root * kept(root)
-    fetched += sum((times.layer + times.layer_back * goes) * kept(unit) for goes, unit in zip(back, layers, strict=True))
+    fetched += sum(
+        (times.layer + times.layer_back * goes) * kept(unit) for goes, unit in zip(back, layers, strict=True)
+    )
     if plan.zero is None:
         return fetched + (4 * times.gradients * trained if training else 0.0)
     fetched = fetched if plan.offload == "parameters" else 0.0

@@ -13,11 +13,13 @@ from launcher.planner.speed.step_time import Speed
 from launcher.values import Interval
 
 DISK_RATE = 2e9
-"""Bytes a second that one node reads and writes, where nothing was measured: what a single NVMe drive does, and few shared disks exceed."""
+"""Bytes a second that one node reads and writes, where nothing was measured: what a single NVMe drive does,
+and few shared disks exceed."""
 TOKEN_BYTES = 8
 """Of a prepared token on the disk: what goes in and what is to come out."""
 TOKEN_SECONDS = 15e-9
-"""Of putting a token into its batch: 5 to 14 ns were measured, of samples of 1,024 to 50 tokens on one core of an EPYC."""
+"""Of putting a token into its batch: 5 to 14 ns were measured, of samples of 1,024 to 50 tokens on one core
+of an EPYC."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Duration:
     last_save: float
     """The one at the end, which is waited for."""
     num_evaluations: int = 0
-    """With those before the first step and after the last; 0 as well where it is not known how many rows are held out."""
+    """With those before the first step and after the last; 0 as well where it is not known how many rows are
+    held out."""
     evaluation: float = 0.0
     """Of one of them."""
 
@@ -61,10 +64,11 @@ def duration(
     items: Items | None = None,
     held_out: Items | None = None,
 ) -> Duration | None:
-    """From the first evaluation to the last save; None for epochs where `items`, what one of them takes, is not known.
+    """From the first evaluation to the last save; None for epochs where `items`, what one of them takes, is
+    not known.
 
-    disk_rate: bytes a second of one node's disk, where it was measured. Each node reads and writes its own part. held_out: what an
-    evaluation goes through.
+    disk_rate: bytes a second of one node's disk, where it was measured. Each node reads and writes its own
+    part. held_out: what an evaluation goes through.
     """
     num_steps = _num_steps(plan, items)
     if num_steps is None:
@@ -75,10 +79,15 @@ def duration(
     written = checkpoint_bytes / nodes / disk
     step = rate.step + data
     evaluated = _evaluated(plan, num_steps, step, items)
-    saved = {num_steps, *_due(plan.checkpoint.every, plan, num_steps, step, items), *(evaluated if plan.checkpoint.keep_best else ())}
+    saved = {
+        num_steps,
+        *_due(plan.checkpoint.every, plan, num_steps, step, items),
+        *(evaluated if plan.checkpoint.keep_best else ()),
+    }
     waits = written
     if plan.checkpoint.asynchronous:
-        # What goes on is stopped for the copy, and where a save is still being written when the next one comes.
+        # What goes on is stopped for the copy, and where a save is still being written when the next one
+        # comes.
         waits = _copy_seconds(plan, checkpoint_bytes, gpu) + max(0.0, written - num_steps / len(saved) * step)
     made = Duration(num_steps, rate.step, data, len(saved), waits, written)
     if held_out is None:
@@ -91,11 +100,18 @@ def _num_steps(plan: Plan, items: Items | None) -> int | None:
     """As the trainer has it: whole steps, the last of them with what is left."""
     if plan.length.unit == "steps":
         return int(plan.length.value)
-    return None if items is None else -(-max(1, round(plan.length.value * items.num_items)) // plan.batch.global_batch_size)
+    return (
+        None
+        if items is None
+        else -(-max(1, round(plan.length.value * items.num_items)) // plan.batch.global_batch_size)
+    )
 
 
-def _due(every: Interval | None, plan: Plan, num_steps: int, step: float, items: Items | None) -> Iterable[int]:
-    """The steps before the end after which something that happens every so often is due; of epochs whose length is not known none."""
+def _due(
+    every: Interval | None, plan: Plan, num_steps: int, step: float, items: Items | None
+) -> Iterable[int]:
+    """The steps before the end after which something that happens every so often is due; of epochs whose
+    length is not known none."""
     if every is None or (every.unit == "epochs" and items is None):
         return ()
     if every.unit == "epochs" and items is not None:
@@ -107,7 +123,11 @@ def _due(every: Interval | None, plan: Plan, num_steps: int, step: float, items:
 
 def _evaluated(plan: Plan, num_steps: int, step: float, items: Items | None) -> set[int]:
     """The steps after which held-out rows are gone through: none, all, and what is due between."""
-    return set() if plan.data.evaluation is None else {0, num_steps, *_due(plan.evaluate_every, plan, num_steps, step, items)}
+    return (
+        set()
+        if plan.data.evaluation is None
+        else {0, num_steps, *_due(plan.evaluate_every, plan, num_steps, step, items)}
+    )
 
 
 def _copy_seconds(plan: Plan, checkpoint_bytes: int, gpu: GpuType) -> float:

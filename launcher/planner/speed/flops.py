@@ -34,9 +34,10 @@ class Operations:
 def operations(plan: Plan, units: Units, tokens: int) -> Operations:
     """Of a micro-batch of so many tokens.
 
-    Two for each element of a matrix and token, once forward, once for the gradient of what goes in where something before it trains, and
-    once for its own where it trains itself (Kaplan et al. 2020, arXiv 2001.08361, table 1). Attention takes 4 x width x length forward
-    and twice that backward, half of it where it is causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    Two for each element of a matrix and token, once forward, once for the gradient of what goes in where
+    something before it trains, and once for its own where it trains itself (Kaplan et al. 2020, arXiv
+    2001.08361, table 1). Attention takes 4 x width x length forward and twice that backward, half of it where
+    it is causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     root, layers = units
     length, traits = plan.data.max_length, tasks.find(plan.task).traits
@@ -67,14 +68,21 @@ def passing_back(units: Units) -> list[bool]:
 
 
 def matrix_elements(unit: Unit, trained: bool = False) -> float:
-    """Of the matrices that one token is multiplied with: of experts, those that are chosen; with `trained` of those alone that train."""
-    return sum(weight.num_elements * weight.used for weight in unit.weights if len(weight.shape) >= 2 and (weight.trains or not trained))
+    """Of the matrices that one token is multiplied with: of experts, those that are chosen; with `trained` of
+    those alone that train."""
+    return sum(
+        weight.num_elements * weight.used
+        for weight in unit.weights
+        if len(weight.shape) >= 2 and (weight.trains or not trained)
+    )
 
 
 def attention_width(unit: Unit) -> int:
     """heads x head_dim of a layer: what goes into its output projection."""
     names = ("o_proj.weight", "out_proj.weight", "c_proj.weight", "output.dense.weight", ".o.weight")
-    found = [weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name]
+    found = [
+        weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name
+    ]
     return found[0][-1] if found else 0
 
 

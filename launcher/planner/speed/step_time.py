@@ -27,7 +27,8 @@ class Speed:
     """What of them nothing runs beside."""
     optimizer: float
     tokens: int
-    """Of a global batch: of samples as long as they may be, or as those were that were looked at, without their padding."""
+    """Of a global batch: of samples as long as they may be, or as those were that were looked at, without
+    their padding."""
     model_flops: float
     """Operations of a global batch that a model needs, without recomputation."""
     peak_rate: float
@@ -51,28 +52,44 @@ class Speed:
         return self.model_flops / self.step / self.peak_rate
 
 
-def speed(plan: Plan, units: Units, segments: list[Segment], gpu: GpuType, correction: float = 1.0, roomy: bool = False) -> Speed:
+def speed(
+    plan: Plan,
+    units: Units,
+    segments: list[Segment],
+    gpu: GpuType,
+    correction: float = 1.0,
+    roomy: bool = False,
+) -> Speed:
     """The speed of a plan on such GPUs.
 
-    `roomy`: ranks of a CPU keep what they free. `segments` are the blocks of one micro-batch (bytes they write: `Segment.traffic`).
+    `roomy`: ranks of a CPU keep what they free. `segments` are the blocks of one micro-batch (bytes they
+    write: `Segment.traffic`).
     """
     mesh, batch = plan.mesh, plan.batch
     tokens = batch.micro_batch_size * plan.data.max_length
     rate = gpu.full_rate if plan.precision == "fp32" else gpu.half_rate
     done = operations(plan, units, tokens)
     read_and_written = (1 + READS) * sum(segment.traffic for segment in segments)
-    pass_seconds = done.made / (rate * gpu.matrix_share) + read_and_written / (gpu.bandwidth * gpu.memory_share)
-    called = sum(segment.num_made for segment in segments) * gpu.operator_seconds.get(plan.activation_checkpointing, 0.0)
+    pass_seconds = done.made / (rate * gpu.matrix_share) + read_and_written / (
+        gpu.bandwidth * gpu.memory_share
+    )
+    called = sum(segment.num_made for segment in segments) * gpu.operator_seconds.get(
+        plan.activation_checkpointing, 0.0
+    )
     # A GPU computes while the next operators are called; a CPU does one after the other.
     pass_seconds = max(pass_seconds, called) if mesh.device == "cuda" else pass_seconds + called
     compute = pass_seconds * batch.accumulation_steps
     over_host = gpu.host_link * gpu.link_share
     sent = seconds_of(traffic(plan, units), plan, gpu, roomy) + moved(plan, units) / over_host
     forward = compute * done.forward / done.made if done.made else 0.0
-    for_evaluation = seconds_of(evaluation_traffic(plan, units), plan, gpu, roomy) + moved(plan, units, training=False) / over_host
+    for_evaluation = (
+        seconds_of(evaluation_traffic(plan, units), plan, gpu, roomy)
+        + moved(plan, units, training=False) / over_host
+    )
     return Speed(
         compute, sent, exposed(sent, compute, plan, units), optimizer_seconds(plan, units, gpu),
-        tokens * batch.accumulation_steps * mesh.world_size, done.needed * batch.accumulation_steps * mesh.world_size,
+        tokens * batch.accumulation_steps * mesh.world_size,
+        done.needed * batch.accumulation_steps * mesh.world_size,
         rate * mesh.world_size, correction, forward + exposed(for_evaluation, forward, plan, units),
     )  # fmt: skip
 

@@ -11,7 +11,8 @@ from launcher.training.engines.fsdp import FsdpEngine
 
 
 def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> Engine:
-    """The plan's engine with its model loaded. `ds_config` is the rendered configuration, for DeepSpeed alone."""
+    """The plan's engine with its model loaded. `ds_config` is the rendered configuration, for DeepSpeed
+    alone."""
     if plan.engine == "fsdp":
         return FsdpEngine(plan, task, config)
     from launcher.training.engines.deepspeed import DeepSpeedEngine

@@ -21,18 +21,24 @@ def cut_rows(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in replaced:
-                replaced[parameter] = nn.Parameter(_cut(parameter, mesh), requires_grad=parameter.requires_grad)
+                replaced[parameter] = nn.Parameter(
+                    _cut(parameter, mesh), requires_grad=parameter.requires_grad
+                )
             module._parameters[key] = replaced[parameter]
 
 
 def _cut(parameter: nn.Parameter, mesh: DeviceMesh) -> DTensor:
     if not parameter.dim():
-        reason = "it has a parameter that is a single number, which cannot be cut; on one rank it can be trained"
+        reason = (
+            "it has a parameter that is a single number, which cannot be cut; on one rank it can be trained"
+        )
         raise ConfigurationError(Problem("model.name", None, reason))
     placements = [Shard(0)]
     shape, _ = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     local = torch.empty(shape, dtype=parameter.dtype, device="meta")
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
@@ -44,7 +50,8 @@ def gathered(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def replaced_one_by_one(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Name, old and new of each parameter, the new one whole and in the model's places of the old one; at most one is gathered ahead."""
+    """Name, old and new of each parameter, the new one whole and in the model's places of the old one; at
+    most one is gathered ahead."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     names: dict[nn.Parameter, str] = {}
     for path, module in model.named_modules():

@@ -1,7 +1,8 @@
 """LoRA adapters made by peft: where they go, what trains, which names they are kept by.
 
-peft puts each adapted layer into a module of its own, which changes the names below it. transformers must not see those while it
-reads a model's files, nor does anybody who reads a checkpoint: `plain` gives every parameter the name that it has without adapters.
+peft puts each adapted layer into a module of its own, which changes the names below it. transformers must not
+see those while it reads a model's files, nor does anybody who reads a checkpoint: `plain` gives every
+parameter the name that it has without adapters.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ Layers = Callable[[PreTrainedModel], list[nn.Module]]
 
 
 def plain(name: str) -> str:
-    """A parameter's name without what peft puts around it; of an adapter's matrix `...q_proj.lora_A.weight`, as in peft's own files."""
+    """A parameter's name without what peft puts around it; of an adapter's matrix `...q_proj.lora_A.weight`,
+    as in peft's own files."""
     return _MATRIX.sub(r".\1", _LAYER.sub("", name))
 
 
@@ -50,16 +52,25 @@ def is_matrix(name: str) -> bool:
 
 
 def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[str]:
-    """The names of the linear layers that get an adapter. Raises ConfigurationError for a pattern that matches none."""
+    """The names of the linear layers that get an adapter. Raises ConfigurationError for a pattern that
+    matches none."""
     # The loss multiplies with the head's weight itself: what stood beside it would never be asked.
     head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
     if problems := adapter.unmatched(linear, [name for name, _ in named_parameters(model)]):
         raise ConfigurationError(problems)
     if adapter.targets == "all-linear":
         repeated = {id(module) for layer in layers(model) for module in layer.modules()}
         without = WITHOUT_ADAPTER.get(model.config.model_type)
-        found = [name for name, module in linear.items() if id(module) in repeated and name.rpartition(".")[2] != without]
+        found = [
+            name
+            for name, module in linear.items()
+            if id(module) in repeated and name.rpartition(".")[2] != without
+        ]
         if not found:
             reason = f"the repeated layers of {type(model).__name__} hold no linear layer"
             raise ConfigurationError(Problem("model.adapter.targets", adapter.targets, reason))
@@ -74,14 +85,16 @@ def trained(model: nn.Module, adapter: Adapter, new: tuple[str, ...]) -> None:
 
 
 def narrow(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
-    """Of a model without numbers: what will not train gets the dtype of the computation, in which its files are then read."""
+    """Of a model without numbers: what will not train gets the dtype of the computation, in which its files
+    are then read."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not adapter.trains_also(name):
             parameter.data = parameter.data.to(dtype)
 
 
 def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """fp32, by seed and plain name alone: A as `nn.Linear` has it at first (uniform within 1 / sqrt(inputs)), B zero."""
+    """fp32, by seed and plain name alone: A as `nn.Linear` has it at first (uniform within 1 / sqrt(inputs)),
+    B zero."""
     whole = torch.zeros(shape)
     if name.endswith(".lora_A.weight"):
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -91,10 +104,11 @@ def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The values that training begins with, fp32 and whole, by the name that the parameter has in the model with adapters.
+    """The values that training begins with, fp32 and whole, by the name that the parameter has in the model
+    with adapters.
 
-    Of a new adapter its first ones; of one that is gone on with those in its file, of what is trained beside it too. Raises
-    ConfigurationError where the file is not of these layers and sizes.
+    Of a new adapter its first ones; of one that is gone on with those in its file, of what is trained beside
+    it too. Raises ConfigurationError where the file is not of these layers and sizes.
     """
     if adapter.weights is None:
         for name, parameter in model.named_parameters():
@@ -105,13 +119,30 @@ def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[s
 
     with safe_open(Path(adapter.weights) / WEIGHTS, "pt") as file:
         stored = {name.removeprefix(_PEFT_PREFIX): name for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        wanted = {plain(name): (name, parameter) for name, parameter in model.named_parameters() if adapter.trains(plain(name))}
+        wanted = {
+            plain(name): (name, parameter)
+            for name, parameter in model.named_parameters()
+            if adapter.trains(plain(name))
+        }
         aliases = {plain(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-        missing, strange = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys() - aliases)
-        shapes = [name for name, (_, one) in wanted.items() if name in stored and file.get_slice(stored[name]).get_shape() != [*one.shape]]
-        for names, what in ((missing, "lacks"), (strange, "has, and the model does not,"), (shapes, "has in another size")):
+        missing, strange = (
+            sorted(wanted.keys() - stored.keys()),
+            sorted(stored.keys() - wanted.keys() - aliases),
+        )
+        shapes = [
+            name
+            for name, (_, one) in wanted.items()
+            if name in stored and file.get_slice(stored[name]).get_shape() != [*one.shape]
+        ]
+        for names, what in (
+            (missing, "lacks"),
+            (strange, "has, and the model does not,"),
+            (shapes, "has in another size"),
+        ):
             if names:
-                reason = f"the adapter is not of this model: it {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+                reason = f"the adapter is not of this model: it {what} {names[0]}" + (
+                    f" and {len(names) - 1} more" if names[1:] else ""
+                )
                 raise ConfigurationError(Problem("model.adapter.weights", adapter.weights, reason))
         for name, (there, _) in wanted.items():
             yield there, file.get_tensor(stored[name]).float()
@@ -122,11 +153,19 @@ def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:
     from peft import LoraConfig
 
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
-    return LoraConfig(r=adapter.rank, lora_alpha=alpha, lora_dropout=adapter.dropout, target_modules=names, bias="none", **more)
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=names,
+        bias="none",
+        **more,
+    )
 
 
 class Injected:
-    """The adapters of one model, which can be taken out for as long as somebody needs the tree that the model has without them."""
+    """The adapters of one model, which can be taken out for as long as somebody needs the tree that the model
+    has without them."""
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter, layers: Layers) -> None:
         """Put them in: fp32 and without memory of their own yet."""
@@ -134,7 +173,9 @@ class Injected:
 
         names = targets(model, adapter, layers)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that Conv1D holds its weight the other way round, which peft sees to
+            warnings.simplefilter(
+                "ignore"
+            )  # that Conv1D holds its weight the other way round, which peft sees to
             inject_adapter_in_model(settings(adapter, names), model, NAME, low_cpu_mem_usage=True)
         self._places: list[tuple[nn.Module, str, Any]] = []
         for name in names:
@@ -142,7 +183,9 @@ class Injected:
             wrapper: Any = model.get_submodule(name)
             self._places.append((model.get_submodule(path), key, wrapper))
             for matrix in (wrapper.lora_A[NAME], wrapper.lora_B[NAME]):
-                matrix.weight = nn.Parameter(torch.empty(matrix.weight.shape, dtype=torch.float32, device="meta"))
+                matrix.weight = nn.Parameter(
+                    torch.empty(matrix.weight.shape, dtype=torch.float32, device="meta")
+                )
 
     def take_out(self) -> None:
         """The tree as it is without them."""

@@ -1,9 +1,9 @@
 """Attention over several samples in one row that never see each other.
 
-The row holds the samples one after another; `cu_seq_lens_q` says where each begins, by the name that transformers'
-FlashAttentionKwargs use. Each sample attends within itself by PyTorch's fused causal kernel: no mask is ever built, and the work is
-the sum of the samples' squares instead of the square of the row. Soft-capped scores and sinks, which that kernel does not have, are
-written out, sample by sample.
+The row holds the samples one after another; `cu_seq_lens_q` says where each begins, by the name that
+transformers' FlashAttentionKwargs use. Each sample attends within itself by PyTorch's fused causal kernel: no
+mask is ever built, and the work is the sum of the samples' squares instead of the square of the row.
+Soft-capped scores and sinks, which that kernel does not have, are written out, sample by sample.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample of one row.
 
-    `query` is [1, heads, tokens, head_dim]; `key` and `value` may have fewer heads. Returns [1, tokens, heads, head_dim].
-    Raises ValueError where the model's class keeps to itself where samples begin.
+    `query` is [1, heads, tokens, head_dim]; `key` and `value` may have fewer heads. Returns [1, tokens,
+    heads, head_dim]. Raises ValueError where the model's class keeps to itself where samples begin.
     """
     if cu_seq_lens_q is None:
         raise ValueError("the model's class does not hand on to its attention where samples begin")
@@ -85,8 +85,9 @@ def _written_out(
 ) -> torch.Tensor:
     """One sample's causal attention with its scores in full, [1, heads, tokens, head_dim].
 
-    `softcap` c makes scores c tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); `sinks` [heads] are one more logit of each
-    row that no value answers to (gpt-oss, arXiv 2508.10925, section 2.2). Both as transformers' eager attention has them.
+    `softcap` c makes scores c tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); `sinks` [heads] are one
+    more logit of each row that no value answers to (gpt-oss, arXiv 2508.10925, section 2.2). Both as
+    transformers' eager attention has them.
     """
     num_heads, num_tokens = query.shape[1], query.shape[2]
     key, value = (tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1) for tensor in (key, value))
@@ -98,13 +99,16 @@ def _written_out(
         visible &= ~torch.ones_like(visible).tril(-window)
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, num_heads, num_tokens, 1).to(scores.dtype)], dim=-1)
+        scores = torch.cat(
+            [scores, sinks.view(1, -1, 1, 1).expand(1, num_heads, num_tokens, 1).to(scores.dtype)], dim=-1
+        )
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., :num_tokens]
     return functional.dropout(weights, dropout) @ value
 
 
 def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """The mask of a sliding window where the sample is longer than it; None where plain causal attention is the same."""
+    """The mask of a sliding window where the sample is longer than it; None where plain causal attention is
+    the same."""
     if window is None or length <= window:
         return None
     position = torch.arange(length, device=device)

@@ -1,8 +1,8 @@
 """Convert weights whole where transformers joins or splits them, and shard them afterwards.
 
-transformers cuts each tensor of a file as it reads it, and converts what is left (5.23). Where the conversion goes along the axis of the
-cut, a rank then has other rows than its own, in the right number: of q, k and v in one matrix, its part of each instead of its part of
-all. Nothing would tell but the loss.
+transformers cuts each tensor of a file as it reads it, and converts what is left (5.23). Where the conversion
+goes along the axis of the cut, a rank then has other rows than its own, in the right number: of q, k and v in
+one matrix, its part of each instead of its part of all. Nothing would tell but the loss.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ def converted_whole() -> Iterator[None]:
     """While inside, from_pretrained gives each rank of a cut model its own rows of what it converts."""
     original = modeling_utils.convert_and_load_state_dict_in_model
 
-    def convert(model: PreTrainedModel, state_dict: dict[str, Any], load_config: Any, *rest: Any, **named: Any) -> Any:
-        converters = [each for each in load_config.weight_mapping or () if isinstance(each, WeightConverter) and _crosses(each)]
+    def convert(
+        model: PreTrainedModel, state_dict: dict[str, Any], load_config: Any, *rest: Any, **named: Any
+    ) -> Any:
+        converters = [
+            each
+            for each in load_config.weight_mapping or ()
+            if isinstance(each, WeightConverter) and _crosses(each)
+        ]
         if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             converters = []
         with _read_whole(converters, state_dict):
@@ -40,8 +46,11 @@ def converted_whole() -> Iterator[None]:
 
 
 def _crosses(converter: WeightConverter) -> bool:
-    """Whether numbers move along the first axis, by which parameters are cut. Experts that come one by one are the first axis."""
-    return not any("*" in pattern for pattern in converter.source_patterns) and not all(map(_keeps_first_axis, converter.operations))
+    """Whether numbers move along the first axis, by which parameters are cut. Experts that come one by one
+    are the first axis."""
+    return not any("*" in pattern for pattern in converter.source_patterns) and not all(
+        map(_keeps_first_axis, converter.operations)
+    )
 
 
 def _keeps_first_axis(operation: ConversionOps) -> bool:
@@ -59,7 +68,11 @@ def _read_whole(converters: list[WeightConverter], state_dict: dict[str, Any]) -
     original = WeightConverter.add_tensor
 
     def add_tensor(self: WeightConverter, target: str, source: str, pattern: str, piece: Any) -> None:
-        whole = functools.partial(_whole, state_dict[source], piece) if isinstance(self.operations[-1], _Cut) else piece
+        whole = (
+            functools.partial(_whole, state_dict[source], piece)
+            if isinstance(self.operations[-1], _Cut)
+            else piece
+        )
         original(self, target, source, pattern, whole)
 
     WeightConverter.add_tensor = add_tensor
@@ -81,7 +94,9 @@ def _whole(source: Any, piece: Any) -> torch.Tensor:
 class _Cut(ConversionOps):
     """The last operation of a conversion: what of each result is this rank's."""
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: PreTrainedModel, **_: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, model: PreTrainedModel, **_: Any
+    ) -> dict[str, torch.Tensor]:
         named = next((pattern for pattern in input_dict if pattern in full_layer_name), "")
         prefix, suffix = full_layer_name.split(named, 1) if named else ("", "")
         results = {}

@@ -36,7 +36,9 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, changes: dict[str, list[Change]]) -> None:
         self._changes = changes
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         changes = self._changes.pop(name, None)
         if changes is None:
             return None
@@ -66,8 +68,8 @@ class _Loader(importlib.abc.Loader):
 def _leave_embeddings_to_accelerate(fsdp: ModuleType) -> None:
     """Make no FSDP unit of a layer that holds the input embeddings, as BertEmbeddings does.
 
-    Accelerate makes a unit of the embeddings themselves afterwards, and a parameter cannot be cut twice: BERT and its like failed with
-    "Invariant encountered: value was None when it should not be".
+    Accelerate makes a unit of the embeddings themselves afterwards, and a parameter cannot be cut twice: BERT
+    and its like failed with "Invariant encountered: value was None when it should not be".
     """
     prepare_policy = fsdp.fsdp2_prepare_auto_wrap_policy
 
@@ -76,7 +78,10 @@ def _leave_embeddings_to_accelerate(fsdp: ModuleType) -> None:
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         if policy is None or embeddings is None:
             return policy
-        return lambda module: policy(module) and (module is embeddings or all(part is not embeddings for part in module.modules()))
+        return lambda module: (
+            policy(module)
+            and (module is embeddings or all(part is not embeddings for part in module.modules()))
+        )
 
     fsdp.__dict__["fsdp2_prepare_auto_wrap_policy"] = fsdp2_prepare_auto_wrap_policy
 
@@ -84,14 +89,19 @@ def _leave_embeddings_to_accelerate(fsdp: ModuleType) -> None:
 def _choose_gloo(state: ModuleType) -> None:
     """Give ranks without a GPU the gloo backend, and let FSDP and DeepSpeed in.
 
-    Without it Accelerate takes plain data parallelism on CPUs and leaves FSDP out in silence, and gives DeepSpeed no backend. It takes
-    FSDP for what it calls several GPUs; the device is a CPU by ACCELERATE_TORCH_DEVICE.
+    Without it Accelerate takes plain data parallelism on CPUs and leaves FSDP out in silence, and gives
+    DeepSpeed no backend. It takes FSDP for what it calls several GPUs; the device is a CPU by
+    ACCELERATE_TORCH_DEVICE.
     """
     choose = state.PartialState._prepare_backend
 
-    def _prepare_backend(self: Any, cpu: bool = False, sagemaker_dp: bool = False, backend: str | None = None) -> tuple[Any, Any]:
+    def _prepare_backend(
+        self: Any, cpu: bool = False, sagemaker_dp: bool = False, backend: str | None = None
+    ) -> tuple[Any, Any]:
         chosen, kind = choose(self, cpu, sagemaker_dp, backend)
-        sharded = any(state.parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+        sharded = any(
+            state.parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED")
+        )
         if kind is state.DistributedType.NO and not cpu and sharded:
             return "gloo", state.DistributedType.MULTI_GPU
         return chosen, kind
@@ -100,5 +110,6 @@ def _choose_gloo(state: ModuleType) -> None:
 
 
 def _build_nothing(operators: ModuleType) -> None:
-    """Have DeepSpeed compile no operator for collectives in shared memory: minutes of compiling, for what gloo does."""
+    """Have DeepSpeed compile no operator for collectives in shared memory: minutes of compiling, for what
+    gloo does."""
     operators.__compatible_ops__["deepspeed_shm_comm"] = False

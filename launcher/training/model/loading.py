@@ -1,8 +1,9 @@
 """Load a Hugging Face model in shards, and find its repeated layers.
 
-transformers reads each rank's slices straight from the safetensors files once the parameters are DTensors. What is ours is the
-cut: every repeated layer becomes a unit of its own, for any architecture, and the run stops where that is not possible
-(transformers' own plans leave BERT, GPT-2, T5 and others as one unit, which gathers the whole model on every rank).
+transformers reads each rank's slices straight from the safetensors files once the parameters are DTensors.
+What is ours is the cut: every repeated layer becomes a unit of its own, for any architecture, and the run
+stops where that is not possible (transformers' own plans leave BERT, GPT-2, T5 and others as one unit, which
+gathers the whole model on every rank).
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class LoadedModel:
 def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     """The model of the plan, its weights in fp32, cut by `shard` before a single weight is read.
 
-    Beside an adapter, what does not train has the precision of the computation: no fp32 master is needed of what never changes.
+    Beside an adapter, what does not train has the precision of the computation: no fp32 master is needed of
+    what never changes.
     """
     source: dict[str, Any] = {"state_dict": {}} if plan.model.weights == "random" else {}
     name = None if plan.model.weights == "random" else plan.model.name
@@ -70,7 +72,11 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     if plan.mesh.world_size == 1 or device != _device(plan.mesh):
         model.to(device)
     if mismatched := information.get("mismatched_keys"):
-        raise ConfigurationError(Problem("model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"))
+        raise ConfigurationError(
+            Problem(
+                "model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"
+            )
+        )
     _copy_out_of_files(model)
     restore_buffers(model, kind, config, plan)
     missing = {*information["missing_keys"], *_materialise(model, device)}
@@ -85,7 +91,11 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
 
 
 def _add_adapter(
-    model: PreTrainedModel, injected: adapters.Injected | None, plan: Plan, new: tuple[str, ...], device: torch.device
+    model: PreTrainedModel,
+    injected: adapters.Injected | None,
+    plan: Plan,
+    new: tuple[str, ...],
+    device: torch.device,
 ) -> None:
     """The plan's adapter, with its first values; put in already where the model was cut before it was read."""
     if plan.model.adapter is None:
@@ -106,8 +116,8 @@ def _add_adapter(
 def _copy_out_of_files(model: PreTrainedModel) -> None:
     """Give memory of its own to each parameter on the CPU, one by one, and so let go of the files.
 
-    Where nothing had to be converted, a parameter is a slice of the mapped file (a tensor does not say so): the whole file would count
-    as this rank's memory, and who writes to the file would write to the weights.
+    Where nothing had to be converted, a parameter is a slice of the mapped file (a tensor does not say so):
+    the whole file would count as this rank's memory, and who writes to the file would write to the weights.
     """
     for parameter in model.parameters():
         part = local_part(parameter)
@@ -120,7 +130,8 @@ def _copy_out_of_files(model: PreTrainedModel) -> None:
 
 
 def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:
-    """Give memory to parameters that transformers left without, a tied pair of which the files hold neither; their names."""
+    """Give memory to parameters that transformers left without, a tied pair of which the files hold neither;
+    their names."""
     left = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_meta]
     for name, parameter in left:
         _replace(model, name, parameter, torch.empty_like(local_part(parameter), device=device))
@@ -162,7 +173,9 @@ class _Seam:
         """While inside, from_pretrained cuts the model with `shard` where it would follow its own plan."""
         original = PreTrainedModel.__dict__.get("maybe_distribute_model")
 
-        def distribute(cls: type, model: PreTrainedModel, distributed_config: Any, mesh_manager: Any) -> PreTrainedModel:
+        def distribute(
+            cls: type, model: PreTrainedModel, distributed_config: Any, mesh_manager: Any
+        ) -> PreTrainedModel:
             self._prepare(model, mesh_manager)
             return model
 
@@ -176,7 +189,8 @@ class _Seam:
                 PreTrainedModel.maybe_distribute_model = original
 
     def _prepare(self, model: PreTrainedModel, mesh_manager: Any) -> None:
-        """The cut takes adapters in with the layers that they stand beside; while files are read the tree is as it was without them."""
+        """The cut takes adapters in with the layers that they stand beside; while files are read the tree is
+        as it was without them."""
         adapter = self._plan.model.adapter
         if adapter is not None:
             model.tie_weights()  # what is tied is one parameter, with one name, on any number of ranks
@@ -194,7 +208,8 @@ class _Seam:
 
 
 def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that repeat, in the order of the model: the units of sharding and of activation checkpointing.
+    """The layers that repeat, in the order of the model: the units of sharding and of activation
+    checkpointing.
 
     They are the elements of the outermost ModuleLists whose class the model names as not to be split,
     else of all outermost ModuleLists of two or more. Raises ConfigurationError where there are none.
@@ -209,7 +224,8 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def is_unsplit(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """Whether the model names the layer's class as not to be split. FSDP makes a class of its own of it, which has that one as its base."""
+    """Whether the model names the layer's class as not to be split. FSDP makes a class of its own of it,
+    which has that one as its base."""
     unsplit = set(model._no_split_modules or ())
     return any(kind.__name__ in unsplit for kind in type(layer).__mro__)
 
@@ -228,7 +244,11 @@ def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> Non
     """
     wanted = set(names)
     for path, module in model.named_modules():
-        own = {key: parameter for key, parameter in module.named_parameters(recurse=False) if f"{path}.{key}".lstrip(".") in wanted}
+        own = {
+            key: parameter
+            for key, parameter in module.named_parameters(recurse=False)
+            if f"{path}.{key}".lstrip(".") in wanted
+        }
         if not own:
             continue
         digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
@@ -256,7 +276,8 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Stop the training of parameters whose name matches a pattern. A pattern that matches nothing is refused."""
+    """Stop the training of parameters whose name matches a pattern. A pattern that matches nothing is
+    refused."""
     names = [name for name, _ in model.named_parameters()]
     problems = [
         Problem("model.freeze", pattern, f"matches no parameter; they look like {names[0]}, {names[-1]}")
@@ -269,7 +290,11 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
     if patterns and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigurationError(Problem("model.freeze", list(patterns), "freezes every parameter, so that nothing is left to train"))
+        raise ConfigurationError(
+            Problem(
+                "model.freeze", list(patterns), "freezes every parameter, so that nothing is left to train"
+            )
+        )
 
 
 def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -1,7 +1,8 @@
 """Check the engine's loss on two short rows against the model's own class, after loading.
 
-The planner's table says what every architecture can do with several samples in a pass; this finds what no table has: code that came
-with a model, a config with a value that no tiny model had, a newer transformers, a fault of our own.
+The planner's table says what every architecture can do with several samples in a pass; this finds what no
+table has: code that came with a model, a config with a value that no tiny model had, a newer transformers, a
+fault of our own.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ Event = Callable[..., None]
 
 
 def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event) -> None:
-    """Hold the plan's way of computing the loss to the model's own; where they differ, go over to a way that is right, on all ranks.
+    """Hold the plan's way of computing the loss to the model's own; where they differ, go over to a way that
+    is right, on all ranks.
 
-    Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next token as their target.
+    Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next
+    token as their target.
     """
     with shortened(engine.model):
         _check_loss(engine, task, dataset, plan, event)
@@ -57,10 +60,15 @@ def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event:
     planned = way = Way(task.layout, plan.attention, task.head)
     own, size = _own(engine, task, rows[1], plan)
     first = found = _ours(engine, task, rows, plan, planned)
-    others = iter(way for way in _FALLBACKS if way != planned and (task.traits.causal or way.head == "chunked"))
+    others = iter(
+        way for way in _FALLBACKS if way != planned and (task.traits.causal or way.head == "chunked")
+    )
     while found is None or _differ(found, own, size) > TOLERANCE[plan.precision]:
         if (other := next(others, None)) is None:
-            reason = f"a row behind another in one pass has {_number(first)}, and alone by the model's own class {_number(own)}"
+            reason = (
+                f"a row behind another in one pass has {_number(first)}, and alone by the model's own "
+                f"class {_number(own)}"
+            )
             cure = "launcher cannot train it truly; write batch.micro_batch_size: 1, or another model"
             raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: {cure}"))
         way, found = other, _ours(engine, task, rows, plan, other)
@@ -73,7 +81,8 @@ def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event:
 
 @contextlib.contextmanager
 def shortened(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, each list of layers ends where every kind of layer has been seen: what all kinds do right, all layers do.
+    """While inside, each list of layers ends where every kind of layer has been seen: what all kinds do
+    right, all layers do.
 
     Lists that hold parts of layers are left alone: a model counts those by itself.
     """
@@ -91,7 +100,8 @@ def shortened(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, ...]]:
-    """Each layer by the classes in it, their settings and its type in the config. A setting unlike all others makes a kind of its own."""
+    """Each layer by the classes in it, their settings and its type in the config. A setting unlike all others
+    makes a kind of its own."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     named = types if len(types) == len(layers) else [""] * len(layers)
     plain = (bool, int, float, str, type(None))
@@ -110,15 +120,19 @@ def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, 
 
 
 def _rows(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[Sample]:
-    """Two samples of the data, cut short, of which the second counts. Raises DataError for one that is not what the task makes."""
+    """Two samples of the data, cut short, of which the second counts. Raises DataError for one that is not
+    what the task makes."""
     samples = [sample for index in range(min(2, dataset.num_items)) for sample in dataset.item(index)]
-    first, second = (task.shortened(sample, length, ends) for length, sample in zip(LENGTHS, (*samples, *samples), strict=False))
+    first, second = (
+        task.shortened(sample, length, ends)
+        for length, sample in zip(LENGTHS, (*samples, *samples), strict=False)
+    )
     return [first.as_filler(), second]
 
 
 def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: Way) -> torch.Tensor | None:
-    """What the engine makes of the second row behind the first (alone, where the run has one sample a pass); None where the model's code
-    cannot do it that way, which is so on all ranks."""
+    """What the engine makes of the second row behind the first (alone, where the run has one sample a pass);
+    None where the model's code cannot do it that way, which is so on all ranks."""
     task.layout, task.head = way.layout, way.head
     shared = rows[1:] if plan.batch.micro_batch_size == 1 and not plan.data.packing else rows
     _attend(engine.model, way.attention)
@@ -150,13 +164,19 @@ def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Ten
     own = _values(output, row)
     if not _all(bool(own.isfinite().all()), own.device):
         reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"
-        raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it"))
+        raise ConfigurationError(
+            Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it")
+        )
     return own, torch.maximum(own.float().abs().max(), output.num_correct.float())
 
 
 def _values(output: Output, row: Sample) -> torch.Tensor:
     """What is compared: the loss of a token, or a classifier's outputs."""
-    return output.loss_sum.reshape(1) / (row.length - 1) if output.predictions is None else output.predictions[-1]
+    return (
+        output.loss_sum.reshape(1) / (row.length - 1)
+        if output.predictions is None
+        else output.predictions[-1]
+    )
 
 
 def _alone(model: PreTrainedModel, batch: Batch) -> Output:
@@ -168,22 +188,29 @@ def _alone(model: PreTrainedModel, batch: Batch) -> Output:
         return Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
     entropy = functional.cross_entropy(logits[0, :-1], ids[1:])
     loss = entropy if getattr(output, "loss", None) is None else output.loss.float()
-    # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of saying each token again.
+    # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of
+    # saying each token again.
     if torch.isclose(loss, functional.cross_entropy(logits[0], ids), rtol=1e-4):
         loss = entropy
-    return Output(loss * (len(ids) - 1), torch.ones_like(loss))  # of what is known by heart less than rounding is left
+    return Output(
+        loss * (len(ids) - 1), torch.ones_like(loss)
+    )  # of what is known by heart less than rounding is left
 
 
 @contextlib.contextmanager
 def _size_of_outputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """While inside, how large a classifier's outputs usually are, by its last matrix and what goes into it, is added to a list.
+    """While inside, how large a classifier's outputs usually are, by its last matrix and what goes into it,
+    is added to a list.
 
-    A single output is a sum of many terms and by chance near zero, where rounding of the terms is no small part of it.
+    A single output is a sum of many terms and by chance near zero, where rounding of the terms is no small
+    part of it.
     """
     sizes: list[torch.Tensor] = []
 
     def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        if isinstance(module, torch.nn.Linear) and module.out_features == getattr(model.config, "num_labels", 0):
+        if isinstance(module, torch.nn.Linear) and module.out_features == getattr(
+            model.config, "num_labels", 0
+        ):
             norms = inputs[0].float().norm(dim=-1).max() * module.weight.float().norm(dim=1).max()
             sizes.append(norms / module.in_features**0.5)
 

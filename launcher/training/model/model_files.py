@@ -16,8 +16,28 @@ from transformers.utils.hub import HF_MODULES_CACHE
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz", ".index.json")
-_OF_ITSELF = ("README.md", ".gitattributes", ".gitignore", "trainer_state.json", "adapter_config.json", "all_results.json")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".gguf",
+    ".npz",
+    ".index.json",
+)
+_OF_ITSELF = (
+    "README.md",
+    ".gitattributes",
+    ".gitignore",
+    "trainer_state.json",
+    "adapter_config.json",
+    "all_results.json",
+)
 """What says something of that model, or of its own training, and would be wrong of another."""
 _OF_A_MODEL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".codes", ".vocab", ".spm")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -25,7 +45,8 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def directory_of(plan: Plan) -> Path | None:
-    """Return the directory that holds the plan's model: as it is named, or the hub's cache; None where it is in neither."""
+    """Return the directory that holds the plan's model: as it is named, or the hub's cache; None where it is
+    in neither."""
     path = Path(plan.model.name)
     if path.is_dir():
         return path
@@ -42,7 +63,8 @@ def is_weights(path: Path) -> bool:
 
 
 def kept(directory: Path) -> Iterator[Path]:
-    """Yield, relative to a model's directory, what an export has of it: all at its top but weights, named chat templates, and code."""
+    """Yield, relative to a model's directory, what an export has of it: all at its top but weights, named
+    chat templates, and code."""
     for path in sorted(directory.iterdir()):
         if path.is_file() and not is_weights(path) and path.name not in _OF_ITSELF:
             yield path.relative_to(directory)
@@ -55,9 +77,11 @@ def kept(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def own_code(plan: Plan) -> Iterator[None]:
-    """While inside, this process alone of its machine copies a model's code to where transformers imports it from, and imports it.
+    """While inside, this process alone of its machine copies a model's code to where transformers imports it
+    from, and imports it.
 
-    The ranks of a machine share that folder, and transformers does not keep one from importing what another has half written.
+    The ranks of a machine share that folder, and transformers does not keep one from importing what another
+    has half written.
     """
     if not plan.model.trust_remote_code:
         yield
@@ -73,7 +97,8 @@ def own_code(plan: Plan) -> Iterator[None]:
 
 
 def copy(directory: Path, target: Path) -> None:
-    """Copy what goes along with a model into a directory, which is made; whatever else somebody keeps beside the model does not."""
+    """Copy what goes along with a model into a directory, which is made; whatever else somebody keeps beside
+    the model does not."""
     for inside in kept(directory):
         if inside.suffix not in _OF_A_MODEL and not inside.name.startswith(_LICENCES):
             continue
@@ -83,7 +108,8 @@ def copy(directory: Path, target: Path) -> None:
 
 
 def name_own_code(target: Path, plan: Plan) -> None:
-    """Let the config and the tokenizer in a directory name the code that lies beside them, and no longer the repository that it is from."""
+    """Let the config and the tokenizer in a directory name the code that lies beside them, and no longer the
+    repository that it is from."""
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         path = target / name
         if not path.is_file():
@@ -91,13 +117,20 @@ def name_own_code(target: Path, plan: Plan) -> None:
         content = read_json(path)
         references = content.get("auto_map")
         if isinstance(references, dict):
-            changed = {key: _without_repository(value, f"{plan.model.name}--", target) for key, value in references.items()}
+            changed = {
+                key: _without_repository(value, f"{plan.model.name}--", target)
+                for key, value in references.items()
+            }
             if changed != references:
-                path.write_text(json.dumps(content | {"auto_map": changed}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                path.write_text(
+                    json.dumps(content | {"auto_map": changed}, indent=2, sort_keys=True) + "\n",
+                    encoding="utf-8",
+                )
 
 
 def _without_repository(reference: Any, repository: str, target: Path) -> Any:
-    """A reference, or a pair of them, to code: `repository--module.Class` as `module.Class` where that module is in `target`."""
+    """A reference, or a pair of them, to code: `repository--module.Class` as `module.Class` where that module
+    is in `target`."""
     if isinstance(reference, (list, tuple)):
         return [_without_repository(one, repository, target) for one in reference]
     if not isinstance(reference, str) or not reference.startswith(repository):

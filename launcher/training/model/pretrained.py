@@ -18,7 +18,8 @@ from launcher.training.model.model_files import own_code
 
 
 def read_config(plan: Plan) -> Any:
-    """The model's config, with the names that decide which attention it runs, and a row for each token where the plan adds them."""
+    """The model's config, with the names that decide which attention it runs, and a row for each token where
+    the plan adds them."""
     config = _made_up(plan) if plan.model.config is not None else _in_files(plan)
     if plan.model.resize_embeddings:
         text = config.get_text_config()
@@ -43,18 +44,27 @@ def _in_files(plan: Plan) -> Any:
 
 
 def settled(plan: Plan) -> Plan:
-    """The plan with attention, layout and head as the model's architecture needs them, where the planner had no config to go by.
+    """The plan with attention, layout and head as the model's architecture needs them, where the planner had
+    no config to go by.
 
     Raises ConfigurationError for a model that cannot be trained truly, and where there is none by that name.
     """
     config = read_config(plan.model_copy(update={"attention": "eager"}))
-    known = model_support.support(plan.task, config.to_dict(), plan.model.trust_remote_code, plan.data.max_length)
+    known = model_support.support(
+        plan.task, config.to_dict(), plan.model.trust_remote_code, plan.data.max_length
+    )
     planned = model_support.Way(plan.layout, plan.attention, plan.head)
-    if known.ways and (known is model_support.untried(plan.task) or planned in known.ways or plan.attention == "flash_attention_2"):
+    if known.ways and (
+        known is model_support.untried(plan.task)
+        or planned in known.ways
+        or plan.attention == "flash_attention_2"
+    ):
         return plan
     # A plan holds no `auto`: what it says of a model that was not there is what most models can.
     asked = "auto" if plan.model.attention == "sdpa" else plan.model.attention
-    way = model_support.choose(known, plan.model.name, config.model_type, asked, plan.data.packing, plan.batch.micro_batch_size)
+    way = model_support.choose(
+        known, plan.model.name, config.model_type, asked, plan.data.packing, plan.batch.micro_batch_size
+    )
     return plan.model_copy(update=way._asdict())
 
 
@@ -63,8 +73,12 @@ def _made_up(plan: Plan) -> Any:
     sizes = dict(plan.model.config or {})
     kind = sizes.pop("model_type", None)
     try:
-        return AutoConfig.for_model(str(kind), attn_implementation=attention.register(plan.attention), **sizes)
-    except Exception as error:  # transformers checks sizes in classes of its own, each with its own kind of error
+        return AutoConfig.for_model(
+            str(kind), attn_implementation=attention.register(plan.attention), **sizes
+        )
+    except (
+        Exception
+    ) as error:  # transformers checks sizes in classes of its own, each with its own kind of error
         raise ConfigurationError(Problem("model.config", kind, first_line(error))) from None
 
 
@@ -76,7 +90,9 @@ def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
                 plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
             )
     except (OSError, ValueError) as error:
-        raise ConfigurationError(Problem("model.name", plan.model.name, f"no tokenizer: {first_line(error)}")) from None
+        raise ConfigurationError(
+            Problem("model.name", plan.model.name, f"no tokenizer: {first_line(error)}")
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -88,7 +104,8 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
-    """What the Auto class `loader` would make of a config. Raises ConfigurationError for a model that cannot do the plan's task."""
+    """What the Auto class `loader` would make of a config. Raises ConfigurationError for a model that cannot
+    do the plan's task."""
     reference = (getattr(config, "auto_map", None) or {}).get(loader.__name__)
     try:
         if plan.model.trust_remote_code and reference:
@@ -108,12 +125,15 @@ def why_not_read(error: Exception) -> str | None:
     if isinstance(error, pickle.UnpicklingError):
         # torch goes on to say how to run what stands there; nobody should.
         return (
-            "its weights are a pickle (pytorch_model.bin) that is damaged, or holds more than tensors, as code; nothing of it was run. "
+            "its weights are a pickle (pytorch_model.bin) that is damaged, or holds more than tensors, "
+            "as code; nothing of it was run. "
             "Take the model's safetensors files, or have whoever made it save them"
         )
     if isinstance(error, SafetensorError):
         return f"one of its safetensors files is damaged or cut off ({first_line(error)}); fetch it again"
-    if isinstance(error, EOFError) or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)):
+    if isinstance(error, EOFError) or (
+        isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
+    ):
         return f"one of its weight files is damaged or cut off ({first_line(error)}); fetch it again"
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return None

@@ -1,7 +1,8 @@
 """Tensors that are not read as they stand: a new head, an embedding with added rows.
 
-transformers would compare the shapes itself, but of a model that is cut it compares one rank's part of them: the part may agree on one
-rank and not on another. So the names are found beforehand, and the files' tensors are changed on their way to the model.
+transformers would compare the shapes itself, but of a model that is cut it compares one rank's part of them:
+the part may agree on one rank and not on another. So the names are found beforehand, and the files' tensors
+are changed on their way to the model.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ class Changes:
     """Names of a model's parameters whose values in its files are not taken as they are."""
 
     left_out: frozenset[str] = frozenset()
-    """Not read: the head of another classification than the model will do. They count as missing, and are made anew."""
+    """Not read: the head of another classification than the model will do. They count as missing, and are
+    made anew."""
     grown: frozenset[str] = frozenset()
     """With a row for each token: those that the files lack are the mean of those that they have."""
 
     @classmethod
     def of(cls, plan: Plan, kind: type[PreTrainedModel], config: Any) -> Changes:
-        """Return the changes on the way from a plan's model in its files to the model that `config` describes."""
+        """Return the changes on the way from a plan's model in its files to the model that `config`
+        describes."""
         if plan.model.weights == "random" or plan.model.config is not None:
             return cls()
         grown = _following(kind, config, "vocab_size") if plan.model.resize_embeddings else frozenset()
-        return cls(_following(kind, config, "num_labels") if _other_head(plan, config) else frozenset(), grown)
+        return cls(
+            _following(kind, config, "num_labels") if _other_head(plan, config) else frozenset(), grown
+        )
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -69,16 +74,22 @@ class Changes:
 
 
 def _other_head(plan: Plan, config: Any) -> bool:
-    """Return whether the files' head, if there is any, is for other classes, or for the same in another order."""
+    """Return whether the files' head, if there is any, is for other classes, or for the same in another
+    order."""
     if tasks.find(plan.task).traits.head == "every-position":
         return False
-    stored = AutoConfig.from_pretrained(plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code)
+    stored = AutoConfig.from_pretrained(
+        plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
+    )
     own = classes.of_model(stored)
-    return own is None or not classes.same(own, [config.id2label[number] for number in range(config.num_labels)])
+    return own is None or not classes.same(
+        own, [config.id2label[number] for number in range(config.num_labels)]
+    )
 
 
 def _following(kind: type[PreTrainedModel], config: Any, size: str) -> frozenset[str]:
-    """Return the parameters and buffers whose number of rows is the config's `size`, found by making the model twice without memory."""
+    """Return the parameters and buffers whose number of rows is the config's `size`, found by making the
+    model twice without memory."""
     shapes = []
     for more in (0, 1):
         changed = copy.deepcopy(config)
@@ -92,8 +103,11 @@ def _following(kind: type[PreTrainedModel], config: Any, size: str) -> frozenset
 
 
 def _named(key: str, names: frozenset[str]) -> str | None:
-    """Return which of `names` a file's key stands for: files have names with or without the name of the model inside."""
-    return next((name for name in names if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")), None)
+    """Return which of `names` a file's key stands for: files have names with or without the name of the model
+    inside."""
+    return next(
+        (name for name in names if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")), None
+    )
 
 
 def _with_rows(value: Any, num_rows: int) -> Any:
@@ -117,7 +131,9 @@ class _Grown:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows, *rest = index if isinstance(index, tuple) else (index,)
-        start, stop, _ = slice(None).indices(self._shape[0]) if rows is Ellipsis else rows.indices(self._shape[0])
+        start, stop, _ = (
+            slice(None).indices(self._shape[0]) if rows is Ellipsis else rows.indices(self._shape[0])
+        )
         old: torch.Tensor = self._source[(slice(min(start, self._num_old), min(stop, self._num_old)), *rest)]
         num_new = max(0, stop - max(start, self._num_old))
         if not num_new:

@@ -35,11 +35,13 @@ class Divergence:
 
     @property
     def suspicious(self) -> bool:
-        """Whether the last losses stand out, and may prove to be a spike: no state to keep as one to go back to."""
+        """Whether the last losses stand out, and may prove to be a spike: no state to keep as one to go back
+        to."""
         return self.rewinds and bool(self._watch.above or self._num_skipped_in_a_row)
 
     def judge(self, step: int, loss: float, gradient_norm: float, scale: LossScale) -> Verdict:
-        """What is to be made of the numbers of `step`, counted from 1. Raises DivergedError where it cannot go on like this."""
+        """What is to be made of the numbers of `step`, counted from 1. Raises DivergedError where it cannot
+        go on like this."""
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self._num_skipped_in_a_row = 0
             scale.good()
@@ -53,7 +55,10 @@ class Divergence:
         if not self._watch.lasts(loss):
             return "apply"
         above, median = self._watch.above, self._watch.median
-        reason = f"the loss stayed above {limit:.4g} for {len(above)} steps in a row, up to {max(above):.4g}; its median was {median:.4g}"
+        reason = (
+            f"the loss stayed above {limit:.4g} for {len(above)} steps in a row, up to {max(above):.4g}; "
+            f"its median was {median:.4g}"
+        )
         return self._bad(step, len(above), reason)
 
     def _not_finite(self, step: int, what: str) -> Verdict:
@@ -72,18 +77,27 @@ class Divergence:
         if self.rewinds and self.ledger.num_rewinds < policy.times:
             return "rewind"
         if not self.rewinds and not self._num_skipped_in_a_row:
-            self._event("symptom", kind="spike", step=step, text=f"{reason}; training.on_spike can have the run go back")
+            self._event(
+                "symptom",
+                kind="spike",
+                step=step,
+                text=f"{reason}; training.on_spike can have the run go back",
+            )
             self._watch.begin_anew()
             return "apply"
         tried = f", after {self.ledger.num_rewinds} rewinds" if self.rewinds else ""
-        rate = f"lower training.learning_rate ({self._training.learning_rate:g}) or look at the rows of the last steps"
+        rate = (
+            f"lower training.learning_rate ({self._training.learning_rate:g}) or look at the rows of the "
+            "last steps"
+        )
         raise DivergedError(f"{reason}{tried}; {rate}")
 
     def checkpoints_before(self) -> Iterator[int]:
         """The newest steps of which a checkpoint may be to go back to, the better one first.
 
-        A loss is that of the weights before its step, so the update of the step before the first bad one may be what spoiled them. Where
-        nothing was good since the last rewind, what that one went back to was not good enough either.
+        A loss is that of the weights before its step, so the update of the step before the first bad one may
+        be what spoiled them. Where nothing was good since the last rewind, what that one went back to was not
+        good enough either.
         """
         last = self.ledger.last_rewind
         again = last is not None and last["last"] == self._first_bad_step - 1
@@ -93,7 +107,13 @@ class Divergence:
     def rewound(self, checkpoint: int, step: int) -> None:
         """Note that the weights are those of `checkpoint` again, and the steps up to `step` are left out."""
         self.ledger.rewind(checkpoint, step, self._reason)
-        self._event("rewound", step=step, checkpoint_step=checkpoint, reason=self._reason, times=self.ledger.num_rewinds)
+        self._event(
+            "rewound",
+            step=step,
+            checkpoint_step=checkpoint,
+            reason=self._reason,
+            times=self.ledger.num_rewinds,
+        )
         self._watch.above.clear()
         self._num_skipped_in_a_row = 0
 
@@ -104,7 +124,11 @@ class Divergence:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         watched = {"losses": list(self._watch.losses), "above": list(self._watch.above)}
-        return {"num_skipped_in_a_row": self._num_skipped_in_a_row, "ledger": self.ledger.entries, "watched": watched}
+        return {
+            "num_skipped_in_a_row": self._num_skipped_in_a_row,
+            "ledger": self.ledger.entries,
+            "watched": watched,
+        }
 
     def restore(self, extra: dict[str, Any]) -> None:
         """Go on from a checkpoint's."""

@@ -21,13 +21,15 @@ NUM_STEPS = 3
 BETWEEN = "between steps"
 STEADY = "steady step"
 _LEAST = 1 << 30
-"""Bytes that come and go in a step: where it is less, libraries that are loaded meanwhile are most of what was not foreseen."""
+"""Bytes that come and go in a step: where it is less, libraries that are loaded meanwhile are most of what
+was not foreseen."""
 _MOST = 1.0
 """Of what comes and goes: more than that is something else than an allocator's slack."""
 
 
 class ForecastCheck:
-    """One rank's comparison with the run's forecast. Made before the model is loaded, so that what the bare process has is known."""
+    """One rank's comparison with the run's forecast. Made before the model is loaded, so that what the bare
+    process has is known."""
 
     def __init__(self, run: RunDirectory, device: torch.device) -> None:
         self._run, self._device = run, device
@@ -53,7 +55,8 @@ class ForecastCheck:
         self._teaches = False
 
     def note(self, num_tokens: int, seconds: float) -> dict[str, Any] | None:
-        """Take note of a step of all ranks; what came of the comparison after the last one that counts, else None."""
+        """Take note of a step of all ranks; what came of the comparison after the last one that counts, else
+        None."""
         self.ended(STEADY if self._rates else "first step")
         self._rates.append(num_tokens / seconds)
         if len(self._rates) != NUM_STEPS:
@@ -89,8 +92,12 @@ class ForecastCheck:
         return found
 
     def _ratio(self, speed: dict[str, float], lasts: dict[str, float] | None) -> float:
-        """What a step took of what the speed model alone had said; what it waits for its data is foreseen beside that."""
-        bare_rate, seconds = speed["tokens_per_second"] * speed["correction"], 1 / statistics.median(self._rates[1:])
+        """What a step took of what the speed model alone had said; what it waits for its data is foreseen
+        beside that."""
+        bare_rate, seconds = (
+            speed["tokens_per_second"] * speed["correction"],
+            1 / statistics.median(self._rates[1:]),
+        )
         tokens = speed["tokens_per_second"] * speed["step_seconds"]
         data = lasts["data_seconds"] / lasts["steps"] / tokens if lasts else 0.0
         return bare_rate * max(seconds - data, 0.1 * seconds)
@@ -98,12 +105,18 @@ class ForecastCheck:
     def _with_slack(self, machine: Machine, forecast: dict[str, Any]) -> Machine:
         """With the share of what comes and goes in a step that was there beside what was foreseen to live."""
         phase, kind = forecast["phases"][STEADY], forecast.get("slack_kind")
-        moving = phase["live"] - sum(phase["parts"].get(name, 0) for name in ("parameters", "optimizer state"))
+        moving = phase["live"] - sum(
+            phase["parts"].get(name, 0) for name in ("parameters", "optimizer state")
+        )
         if not kind or not self._teaches or moving < _LEAST:
             return machine
         return machine.with_slack(kind, min(_MOST, max(0.0, (self._held - phase["live"]) / moving)))
 
 
 def _keeps_freed_memory() -> bool:
-    """Whether the C library was told to keep what is freed, as ranks on a CPU are where there is room: that is no slack of the plan's."""
-    return os.environ.get("MALLOC_TRIM_THRESHOLD_", "0").isdigit() and int(os.environ.get("MALLOC_TRIM_THRESHOLD_", "0")) >= 1 << 30
+    """Whether the C library was told to keep what is freed, as ranks on a CPU are where there is room: that
+    is no slack of the plan's."""
+    return (
+        os.environ.get("MALLOC_TRIM_THRESHOLD_", "0").isdigit()
+        and int(os.environ.get("MALLOC_TRIM_THRESHOLD_", "0")) >= 1 << 30
+    )

@@ -1,7 +1,8 @@
 """Measure each rank's own work without waiting, and find the slow one.
 
-The time of a rank's own work rides in the exchange that each step has anyway, one number a rank, every tenth step or so. All ranks thus
-know all of them; the slow one finds out why it is slow, as what can be seen of it is seen on its node.
+The time of a rank's own work rides in the exchange that each step has anyway, one number a rank, every tenth
+step or so. All ranks thus know all of them; the slow one finds out why it is slow, as what can be seen of it
+is seen on its node.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ SLOW_SECONDS = 30.0
 SLOW_MARGIN_SECONDS = 0.02
 """Below this difference a step's own work is noise, whatever the factor."""
 STOPPED_SHARE = 0.3
-"""Of a supervisor's looks: a rank that is stopped so often is slow, also where it is so mostly while it waits."""
+"""Of a supervisor's looks: a rank that is stopped so often is slow, also where it is so mostly while it
+waits."""
 _FEWEST_RIDES, _FEWEST_LOOKS = 3, 20
 _LONG_STEP_SECONDS = 1.0
-"""Where a step takes longer than this, the numbers ride in every one, so that a slow rank is known within a minute."""
+"""Where a step takes longer than this, the numbers ride in every one, so that a slow rank is known within a
+minute."""
 _SECONDS_BETWEEN_EVIDENCE, _SECONDS_BETWEEN_JUDGEMENTS = 5.0, 1.0
 
 
@@ -46,8 +49,9 @@ class _Ride:
 class Own:
     """The seconds of a rank's own work in a step.
 
-    On a CPU: those from the beginning of the step to the exchange, without those in which it waited. On a GPU, where waiting is invisible
-    from Python: what the loader takes, and what the repeated layers take forward by CUDA's events, which begin after their parameters came.
+    On a CPU: those from the beginning of the step to the exchange, without those in which it waited. On a
+    GPU, where waiting is invisible from Python: what the loader takes, and what the repeated layers take
+    forward by CUDA's events, which begin after their parameters came.
     """
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
@@ -72,7 +76,8 @@ class Own:
             self._loader += seconds
 
     def end(self) -> float | None:
-        """What the step's own work took. On a GPU of the last measured one whose events are over; None where there is none."""
+        """What the step's own work took. On a GPU of the last measured one whose events are over; None where
+        there is none."""
         if not self._on_gpu:
             return time.perf_counter() - self._began - (waited.seconds - self._waited)
         if not self._events or not self._events[-1][1].query():
@@ -99,8 +104,15 @@ class Own:
 class Pace:
     """Who is slow. Every rank has one, and all come to the same."""
 
-    def __init__(self, rank: int, world_size: int, say: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> None:
-        """`say(**fields)` is called once, on a rank that is slow, in a thread of its own: with rank, factor, seconds, median and reason."""
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        say: Callable[..., None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`say(**fields)` is called once, on a rank that is slow, in a thread of its own: with rank, factor,
+        seconds, median and reason."""
         self._rank, self._world_size, self._say, self._clock = rank, world_size, say, clock
         self._own: list[float] = []
         self._last_own = 0.0
@@ -130,9 +142,11 @@ class Pace:
         return self._world_size > 1 and self._steps % self._every == 0
 
     def share(self) -> list[float]:
-        """What this rank adds to the exchange: a number for each rank, of which its own is not 0 in a step in which they ride.
+        """What this rank adds to the exchange: a number for each rank, of which its own is not 0 in a step in
+        which they ride.
 
-        As many in every step: how a sum is rounded may hang on the length of what is summed, and a resumed run counts its steps anew.
+        As many in every step: how a sum is rounded may hang on the length of what is summed, and a resumed
+        run counts its steps anew.
         """
         if self._world_size == 1:
             return []
@@ -160,11 +174,17 @@ class Pace:
             self._is_said = True
             here.slow(factor)
             lasted = now - self._rides[0].time
-            threading.Thread(target=self._explain, args=(self._evidence[0][1], lasted, factor, seconds, others), daemon=True).start()
+            threading.Thread(
+                target=self._explain,
+                args=(self._evidence[0][1], lasted, factor, seconds, others),
+                daemon=True,
+            ).start()
 
     def _note(self, now: float, own: list[float]) -> None:
         """Keep what the last half minute says, and a little more."""
-        self._rides.append(_Ride(now, own[self._rank], statistics.median(own[: self._rank] + own[self._rank + 1 :])))
+        self._rides.append(
+            _Ride(now, own[self._rank], statistics.median(own[: self._rank] + own[self._rank + 1 :]))
+        )
         while len(self._rides) > _FEWEST_RIDES and now - self._rides[1].time >= SLOW_SECONDS:
             self._rides.popleft()
         if not self._evidence or now - self._evidence[-1][0] >= _SECONDS_BETWEEN_EVIDENCE:
@@ -173,15 +193,23 @@ class Pace:
             self._evidence.popleft()
 
     def _slowness(self) -> tuple[float, float, float]:
-        """How many times slower than the others this rank was since then, 0 where it is not slow; its own seconds, and theirs.
+        """How many times slower than the others this rank was since then, 0 where it is not slow; its own
+        seconds, and theirs.
 
         It counts as slow where it was in most of the comparisons: one long pause makes no slow rank.
         """
-        seconds, usual = (statistics.fmean(getattr(ride, name) for ride in self._rides) for name in ("mine", "others"))
+        seconds, usual = (
+            statistics.fmean(getattr(ride, name) for ride in self._rides) for name in ("mine", "others")
+        )
         often = sum(ride.mine > SLOW_FACTOR * ride.others for ride in self._rides) > len(self._rides) / 2
-        if self._is_said or (often and seconds > SLOW_FACTOR * usual and seconds - usual > SLOW_MARGIN_SECONDS):
+        if self._is_said or (
+            often and seconds > SLOW_FACTOR * usual and seconds - usual > SLOW_MARGIN_SECONDS
+        ):
             return seconds / usual, seconds, usual
-        looks, stopped = (after - before for before, after in zip(self._evidence[0][1].looks[:2], here.looks()[:2], strict=True))
+        looks, stopped = (
+            after - before
+            for before, after in zip(self._evidence[0][1].looks[:2], here.looks()[:2], strict=True)
+        )
         if looks >= _FEWEST_LOOKS and stopped >= STOPPED_SHARE * looks:
             return looks / max(1, looks - stopped), seconds, usual
         return 0.0, seconds, usual

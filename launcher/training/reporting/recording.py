@@ -35,7 +35,8 @@ class Recorder:
         self._kept_at = time.monotonic()
 
     def loaded(self) -> None:
-        """The model and its state are there. Whatever the files of earlier attempts hold is read now, not between two steps."""
+        """The model and its state are there. Whatever the files of earlier attempts hold is read now, not
+        between two steps."""
         self._foreseen.ended("loading")
         self._keep()
 
@@ -44,9 +45,17 @@ class Recorder:
         self._foreseen.saves()
 
     def step(
-        self, step: int, batch: StepBatch, loss: float, gradient_norm: float, learning_rate: float, seconds: float, tokens_so_far: int
+        self,
+        step: int,
+        batch: StepBatch,
+        loss: float,
+        gradient_norm: float,
+        learning_rate: float,
+        seconds: float,
+        tokens_so_far: int,
     ) -> None:
-        """One optimizer step of all ranks, which took so many seconds. tokens_so_far: of all steps of the run that count."""
+        """One optimizer step of all ranks, which took so many seconds. tokens_so_far: of all steps of the run
+        that count."""
         record = {
             "kind": "train",
             "step": step,
@@ -64,7 +73,9 @@ class Recorder:
         self._journal.append(self._run.metrics_file, record)
         if compared := self._foreseen.note(batch.num_tokens, seconds):
             self._journal.event(self._run.events_file, "compared", **compared)
-        self._trackers.log({f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, step)
+        self._trackers.log(
+            {f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, step
+        )
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
             self._keep()
 
@@ -81,7 +92,8 @@ class Recorder:
         self._keep()
 
     def _keep(self) -> None:
-        """Write down what the files come to, so that nobody has to read them from their beginning. A full disk loses nothing by it."""
+        """Write down what the files come to, so that nobody has to read them from their beginning. A full
+        disk loses nothing by it."""
         for fold in self._folds:
             with contextlib.suppress(OSError):
                 fold.refresh().keep()
@@ -89,8 +101,12 @@ class Recorder:
 
 
 def description(engine: Engine, config: Any, length: int) -> dict[str, Any]:
-    """Return what the event `training` says of a model: its size, what of it trains and is new, what a token costs at that length."""
-    sizes = [(models.whole_shape(parameter).numel(), parameter.requires_grad) for parameter in engine.model.parameters()]
+    """Return what the event `training` says of a model: its size, what of it trains and is new, what a token
+    costs at that length."""
+    sizes = [
+        (models.whole_shape(parameter).numel(), parameter.requires_grad)
+        for parameter in engine.model.parameters()
+    ]
     return {
         "num_parameters": sum(size for size, _ in sizes),
         "num_trainable": sum(size for size, trains in sizes if trains),

@@ -50,11 +50,19 @@ def reason(before: Evidence, after: Evidence) -> str:
     looks = max(1, after.looks[0] - before.looks[0])
     shares = {
         "stopped in {:.0%} of the looks at it": (after.looks[1] - before.looks[1]) / looks,
-        "blocked in the kernel (storage) in {:.0%} of the looks at it": (after.looks[2] - before.looks[2]) / looks,
-        "waited for a core {:.0%} of the time": (after.run_delay_seconds - before.run_delay_seconds) / seconds,
-        "throttled by its control group {:.0%} of the time": (after.throttled_seconds - before.throttled_seconds) / seconds,
+        "blocked in the kernel (storage) in {:.0%} of the looks at it": (after.looks[2] - before.looks[2])
+        / looks,
+        "waited for a core {:.0%} of the time": (after.run_delay_seconds - before.run_delay_seconds)
+        / seconds,
+        "throttled by its control group {:.0%} of the time": (
+            after.throttled_seconds - before.throttled_seconds
+        )
+        / seconds,
     }
-    found = sorted(((share, text.format(min(1.0, share))) for text, share in shares.items() if share >= _TELLING_SHARE), reverse=True)
+    found = sorted(
+        ((share, text.format(min(1.0, share))) for text, share in shares.items() if share >= _TELLING_SHARE),
+        reverse=True,
+    )
     said = [text for _, text in found]
     faults = (after.major_faults - before.major_faults) / seconds
     if faults >= _MANY_FAULTS:
@@ -96,12 +104,27 @@ def _slow_clock() -> str:
 
     if not torch.cuda.is_available():
         return ""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,temperature.gpu", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=clocks.sm,clocks.max.sm,temperature.gpu",
+        "--format=csv,noheader,nounits",
+    ]
     number = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    which = number[torch.cuda.current_device()] if number != [""] and torch.cuda.current_device() < len(number) else ""
+    which = (
+        number[torch.cuda.current_device()]
+        if number != [""] and torch.cuda.current_device() < len(number)
+        else ""
+    )
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
         command = [*query, "-i", which or str(torch.cuda.current_device())]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_FOR_SMI, check=True, stdin=subprocess.DEVNULL)
+        said = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_FOR_SMI,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
         now, highest, temperature = (int(part) for part in said.stdout.split(","))
         if now < _SLOW_CLOCK * highest:
             return f"its GPU runs at {now} of {highest} MHz, at {temperature} degrees"

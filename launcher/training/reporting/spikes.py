@@ -11,9 +11,11 @@ from typing import Any
 from launcher.job.schema import OnSpike
 
 _NORMAL = 1.4826
-"""Times the median absolute deviation is the standard deviation, where a normal distribution is what deviates."""
+"""Times the median absolute deviation is the standard deviation, where a normal distribution is what
+deviates."""
 _LEAST_DEVIATION = 0.05
-"""Of the median: what a loss may differ by in any case. Losses of a small window can lie closer together by chance."""
+"""Of the median: what a loss may differ by in any case. Losses of a small window can lie closer together by
+chance."""
 
 
 @dataclass
@@ -59,9 +61,11 @@ class SpikeWatch:
 
 @dataclass
 class Ledger:
-    """Which steps of a run left no trace in its weights, and why: ranges of steps, in the order in which it was decided.
+    """Which steps of a run left no trace in its weights, and why: ranges of steps, in the order in which it
+    was decided.
 
-    The samples of these steps are not trained on again: a step has the same samples whatever happened before it.
+    The samples of these steps are not trained on again: a step has the same samples whatever happened before
+    it.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -84,4 +88,6 @@ class Ledger:
 
     def rewind(self, checkpoint: int, step: int, reason: str) -> None:
         """Note that the steps after `checkpoint`, up to `step`, were taken back."""
-        self.entries.append({"first": checkpoint + 1, "last": step, "checkpoint": checkpoint, "reason": reason})
+        self.entries.append(
+            {"first": checkpoint + 1, "last": step, "checkpoint": checkpoint, "reason": reason}
+        )

@@ -19,7 +19,8 @@ from launcher.training.schedule import Schedule
 _STEPS = 30
 """Whose mean loss is looked at, and after so many updates whether the parameters moved."""
 _OF_CHANCE = 0.98
-"""Times the loss of guessing: from there on the model knows nothing of the answers. A language model knows more after a few steps."""
+"""Times the loss of guessing: from there on the model knows nothing of the answers. A language model knows
+more after a few steps."""
 _FALL = 0.005
 """Of the earlier half's mean loss: what the later half is lower by where something is learned."""
 _TIMES_MEDIAN = 10.0
@@ -45,7 +46,8 @@ class Symptoms:
         first_step: int = 0,
         said: list[str] | None = None,
     ) -> None:
-        """`chance`: the loss of guessing, if there is one. `first_step`: steps done before this attempt, with what was `said` in them."""
+        """`chance`: the loss of guessing, if there is one. `first_step`: steps done before this attempt, with
+        what was `said` in them."""
         self._training, self._schedule, self._chance, self._event = training, schedule, chance, event
         self._sampled = sampled
         self._losses: collections.deque[float] = collections.deque(maxlen=_STEPS)
@@ -79,11 +81,19 @@ class Symptoms:
         mean = statistics.fmean(self._losses)
         if len(self._losses) == _STEPS and mean >= _OF_CHANCE * self._chance and not self._is_falling():
             place = "is above" if mean > (2 - _OF_CHANCE) * self._chance else "stays at"
-            text = f"the loss {place} what guessing gives: {mean:.4g} over {_STEPS} steps, and guessing {self._chance:.4g}"
-            self._say("chance", step, f"{text}; lower {self._rate}, or look at the labels and at what of a row is learned")
+            text = (
+                f"the loss {place} what guessing gives: {mean:.4g} over {_STEPS} steps, and guessing "
+                f"{self._chance:.4g}"
+            )
+            self._say(
+                "chance",
+                step,
+                f"{text}; lower {self._rate}, or look at the labels and at what of a row is learned",
+            )
 
     def _is_falling(self) -> bool:
-        """Whether the later half of the last losses is lower: a model that begins with nothing learns, if late."""
+        """Whether the later half of the last losses is lower: a model that begins with nothing learns, if
+        late."""
         losses = list(self._losses)
         earlier, later = statistics.fmean(losses[: _STEPS // 2]), statistics.fmean(losses[_STEPS // 2 :])
         return later < (1 - _FALL) * earlier
@@ -115,7 +125,10 @@ class Symptoms:
             return
         self._looked = True
         if (move := self._sampled.move()) is not None and move < _SMALLEST_MOVE:
-            text = f"after {self._num_updates} updates what is trained has moved by {move:.1g} of its size, less than fp32 can tell"
+            text = (
+                f"after {self._num_updates} updates what is trained has moved by {move:.1g} of its size, "
+                "less than fp32 can tell"
+            )
             self._say("no effect", step, f"{text}: raise {self._rate}")
 
 
@@ -124,12 +137,15 @@ class Sample:
 
     def __init__(self, engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
         """`tensors`: the engine's, whose storage stays the same all through training."""
-        trained = (name for name, parameter in adapters.named_parameters(engine.model) if parameter.requires_grad)
+        trained = (
+            name for name, parameter in adapters.named_parameters(engine.model) if parameter.requires_grad
+        )
         self._tensors = [tensors[f"model.{name}"] for name in trained if f"model.{name}" in tensors]
         self._before = self._now()
 
     def move(self) -> float | None:
-        """The mean distance from where they were, over their mean size; None where this rank has none, or all are 0."""
+        """The mean distance from where they were, over their mean size; None where this rank has none, or all
+        are 0."""
         size = float(self._before.abs().mean()) if len(self._before) else 0.0
         return float((self._now() - self._before).abs().mean()) / size if size else None
 

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Appends to the run's files. What a full disk refuses waits, in its order, for the next record that it takes.
+    """Appends to the run's files. What a full disk refuses waits, in its order, for the next record that it
+    takes.
 
     For several threads of one process.
     """

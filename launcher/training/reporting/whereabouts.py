@@ -16,9 +16,11 @@ from launcher.runs.places import here
 
 
 class Waited:
-    """The time that this process's main thread has waited for other ranks, in seconds, since it was first watched.
+    """The time that this process's main thread has waited for other ranks, in seconds, since it was first
+    watched.
 
-    It is that of `Work.wait`, in which every collective of FSDP and of DeepSpeed ends on a CPU. On a GPU a wait is only put in the queue.
+    It is that of `Work.wait`, in which every collective of FSDP and of DeepSpeed ends on a CPU. On a GPU a
+    wait is only put in the queue.
     """
 
     def __init__(self) -> None:

@@ -14,15 +14,24 @@ from launcher.training.tracing.program import Traced
 
 
 def trace(plan: Plan) -> Traced:
-    """What the planner asks for where it goes by the model's real class; built once for all plans that differ in what an engine does.
+    """What the planner asks for where it goes by the model's real class; built once for all plans that differ
+    in what an engine does.
 
-    Raises ConfigurationError for a plan with an adapter, and for a model that is not there, that cannot do the task, or that has no
-    repeated layers.
+    Raises ConfigurationError for a plan with an adapter, and for a model that is not there, that cannot do
+    the task, or that has no repeated layers.
     """
     if plan.model.adapter is not None:
         reason = "a trace does not know adapters; leave it out, and the formulas say what they know"
         raise ConfigurationError(Problem("--trace", plan.model.name, reason))
-    key = (plan.model.model_dump_json(), plan.task, plan.attention, plan.layout, plan.head, plan.precision, plan.data.model_dump_json())
+    key = (
+        plan.model.model_dump_json(),
+        plan.task,
+        plan.attention,
+        plan.layout,
+        plan.head,
+        plan.precision,
+        plan.data.model_dump_json(),
+    )
     if key not in _BUILT:
         _BUILT.clear()
         _BUILT[key] = _built(plan)

@@ -57,7 +57,8 @@ class Foreign:
     parameters: dict[str, ForeignTensor] = field(default_factory=dict)
     buffers: dict[str, ForeignTensor] = field(default_factory=dict)
     states: dict[str, dict[str, ForeignTensor]] = field(default_factory=dict)
-    """The optimizer's tensors that have their parameter's shape: by parameter, then by key (`exp_avg`, ...)."""
+    """The optimizer's tensors that have their parameter's shape: by parameter, then by key (`exp_avg`, ...).
+    """
     optimizer_steps: set[float] = field(default_factory=set)
     """How many steps the optimizer took, as each of its states says."""
     step: int | None = None
@@ -77,7 +78,8 @@ def plain_name(name: str) -> str:
 def read_file(path: Path) -> dict[str, Any]:
     """What `torch.save` wrote, its tensors as views of the file. Nothing in it is executed.
 
-    Raises CheckpointError, in one line, where it is missing, cut off, no dictionary, or names a class that no checkpoint needs.
+    Raises CheckpointError, in one line, where it is missing, cut off, no dictionary, or names a class that no
+    checkpoint needs.
     """
     try:
         with torch.serialization.safe_globals(_STAND_INS):
@@ -86,7 +88,11 @@ def read_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"names {named[1]}, which no checkpoint needs" if named else f"holds what no checkpoint needs ({_brief(error)})"
+        what = (
+            f"names {named[1]}, which no checkpoint needs"
+            if named
+            else f"holds what no checkpoint needs ({_brief(error)})"
+        )
         raise CheckpointError(f"{path}: {what}; it is refused, and nothing of it was executed") from None
     except Exception as error:
         raise CheckpointError(f"{path} is cut off or garbled: {_brief(error)}") from None
@@ -101,7 +107,8 @@ def _brief(error: BaseException) -> str:
 
 
 def trainer_step(directory: Path) -> int | None:
-    """The step in the trainer_state.json that Hugging Face's Trainer writes beside a checkpoint; None without one."""
+    """The step in the trainer_state.json that Hugging Face's Trainer writes beside a checkpoint; None without
+    one."""
     try:
         found = read_json(directory / "trainer_state.json")["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -126,9 +133,17 @@ def open_foreign(source: Path) -> Foreign:
     from launcher.training.checkpoint.foreign import from_accelerate, from_deepspeed
 
     if not source.is_dir():
-        raise CheckpointError(f"{source} is {'no directory' if source.exists() else 'missing'}; name the directory of a checkpoint")
+        raise CheckpointError(
+            f"{source} is {'no directory' if source.exists() else 'missing'}; name the directory of a "
+            "checkpoint"
+        )
     for reader in (from_deepspeed, from_accelerate):
         if reader.found(source):
             return reader.read(source)
-    expected = "global_step*/*_optim_states.pt with latest (DeepSpeed), pytorch_model_fsdp_0/ or pytorch_model_fsdp.bin (Accelerate)"
-    raise CheckpointError(f"{source} holds no checkpoint of DeepSpeed or of Accelerate's FSDP: looked for {expected}")
+    expected = (
+        "global_step*/*_optim_states.pt with latest (DeepSpeed), pytorch_model_fsdp_0/ or "
+        "pytorch_model_fsdp.bin (Accelerate)"
+    )
+    raise CheckpointError(
+        f"{source} holds no checkpoint of DeepSpeed or of Accelerate's FSDP: looked for {expected}"
+    )

@@ -69,7 +69,12 @@ def _tensors(directory: Path) -> Iterator[tuple[str, ForeignTensor]]:
             raise CheckpointError(f"{path} is {'cut off' if path.exists() else 'missing'}")
     for name, described in reader.metadata.state_dict_metadata.items():
         if isinstance(described, TensorStorageMetadata):
-            yield name, ForeignTensor(described.size, described.properties.dtype, functools.partial(_flat, reader, name))
+            yield (
+                name,
+                ForeignTensor(
+                    described.size, described.properties.dtype, functools.partial(_flat, reader, name)
+                ),
+            )
 
 
 def _flat(reader: CheckpointReader, name: str) -> torch.Tensor:
@@ -88,9 +93,16 @@ def _read_full(source: Path, foreign: Foreign) -> None:
         states: dict[str, dict[str, Any]] = content["state"]
         foreign.settings = [dict(group) for group in content["param_groups"]]
         for name, state in states.items():
-            _add(foreign, path, name, {key: whole_tensor(value) for key, value in state.items() if isinstance(value, torch.Tensor)})
+            _add(
+                foreign,
+                path,
+                name,
+                {key: whole_tensor(value) for key, value in state.items() if isinstance(value, torch.Tensor)},
+            )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no optimizer state by parameter name: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"{path} is no optimizer state by parameter name: {type(error).__name__}: {error}"
+        ) from None
 
 
 def _add(foreign: Foreign, path: Path, parameter: str, states: dict[str, ForeignTensor]) -> None:

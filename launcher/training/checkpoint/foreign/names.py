@@ -33,12 +33,16 @@ class Expected:
 
 
 def expected(plan: Plan, foreign: Foreign) -> Expected:
-    """Made from the model's config alone, no weight of it in memory. A new head is as wide as the checkpoint's.
+    """Made from the model's config alone, no weight of it in memory. A new head is as wide as the
+    checkpoint's.
 
     Raises ConfigurationError where there is no such model, and where the run trains adapters beside it.
     """
     if plan.model.adapter is not None:
-        reason = "a checkpoint of another system is of a whole model, and this run trains adapters; leave model.adapter out"
+        reason = (
+            "a checkpoint of another system is of a whole model, and this run trains adapters; leave "
+            "model.adapter out"
+        )
         raise ConfigurationError(Problem("model.adapter", f"rank {plan.model.adapter.rank}", reason))
     config = pretrained.read_config(plan)
     task = tasks.build(plan, pretrained.read_tokenizer(plan))
@@ -58,7 +62,9 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
 
 def _empty(plan: Plan, auto_class: Any, config: Any) -> Any:
     with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=plan.model.trust_remote_code)
+        model = auto_class.from_config(
+            config, dtype=torch.float32, trust_remote_code=plan.model.trust_remote_code
+        )
     model.tie_weights()
     return model
 
@@ -68,7 +74,9 @@ def _take_num_labels(plan: Plan, auto_class: Any, config: Any, foreign: Foreign)
     shapes = []
     for number in (2, 3):
         config.num_labels = number
-        shapes.append({name: parameter.shape for name, parameter in _empty(plan, auto_class, config).named_parameters()})
+        shapes.append(
+            {name: parameter.shape for name, parameter in _empty(plan, auto_class, config).named_parameters()}
+        )
     for name in (name for name, shape in shapes[0].items() if shape != shapes[1][name]):
         if name in foreign.parameters and foreign.parameters[name].shape:
             config.num_labels = foreign.parameters[name].shape[0]
@@ -77,7 +85,8 @@ def _take_num_labels(plan: Plan, auto_class: Any, config: Any, foreign: Foreign)
 def matched(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[ForeignTensor, torch.dtype]]:
     """Each tensor of our checkpoint and the foreign tensor that it is.
 
-    Raises CheckpointError where names, shapes, tied values or the optimizer's state are not those of the plan's model.
+    Raises CheckpointError where names, shapes, tied values or the optimizer's state are not those of the
+    plan's model.
     """
     here = foreign.parameters | foreign.buffers
     chosen: dict[str, tuple[ForeignTensor, torch.dtype]] = {}
@@ -99,13 +108,20 @@ def matched(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[F
         problems.append(f"it lacks {_listed(missing, unexpected)}")
     if unexpected:
         problems.append(f"it has {_listed(unexpected, missing)}, which the model does not")
-    other = [name for name, shape in shapes.items() if f"model.{name}" in chosen and chosen[f"model.{name}"][0].shape != shape]
+    other = [
+        name
+        for name, shape in shapes.items()
+        if f"model.{name}" in chosen and chosen[f"model.{name}"][0].shape != shape
+    ]
     if other:
         found, needed = (tuple(shape) for shape in (chosen[f"model.{other[0]}"][0].shape, shapes[other[0]]))
-        problems.append(f"{len(other)} tensors have another shape, {other[0]} {found} there and {needed} in the model")
+        problems.append(
+            f"{len(other)} tensors have another shape, {other[0]} {found} there and {needed} in the model"
+        )
     if problems:
         raise CheckpointError(
-            f"the checkpoint ({foreign.origin}) is not of {wanted.architecture}, {plan.model.name}: {'; '.join(problems)}"
+            f"the checkpoint ({foreign.origin}) is not of {wanted.architecture}, {plan.model.name}: "
+            f"{'; '.join(problems)}"
         )
     return chosen | _states(foreign, wanted, plan)
 
@@ -116,7 +132,10 @@ def _one_of(names: list[str], foreign: Foreign) -> ForeignTensor:
     first = next((name for name in names if name in foreign.states), names[0])
     for other in (name for name in names if name != first):
         if here[other].shape != here[first].shape or not torch.equal(here[other].flat(), here[first].flat()):
-            raise CheckpointError(f"{first} and {other} are one parameter in the model, and two with different values in the checkpoint")
+            raise CheckpointError(
+                f"{first} and {other} are one parameter in the model, and two with different values in "
+                "the checkpoint"
+            )
     return here[first]
 
 
@@ -128,7 +147,9 @@ def _states(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[F
     for name, names in wanted.aliases.items():
         if name in wanted.frozen:
             continue
-        there: dict[str, ForeignTensor] = next((foreign.states[other] for other in names if other in foreign.states), {})
+        there: dict[str, ForeignTensor] = next(
+            (foreign.states[other] for other in names if other in foreign.states), {}
+        )
         if missing := [key for key in keys if key not in there]:
             without.append((name, missing, sorted(there)))
         states |= {f"optimizer.{name}.{key}": (there[key], torch.float32) for key in keys if key in there}
@@ -140,12 +161,21 @@ def _states(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[F
 def _why_no_state(foreign: Foreign, plan: Plan, without: list[tuple[str, list[str], list[str]]]) -> str:
     _, missing, there = without[0]
     if not foreign.states:
-        return f"the checkpoint ({foreign.origin}) holds no state of an optimizer; to begin with its weights alone, name them as model.name"
+        return (
+            f"the checkpoint ({foreign.origin}) holds no state of an optimizer; to begin with its weights "
+            "alone, name them as model.name"
+        )
     if there:
-        reason = f"its optimizer kept {', '.join(there)}, and training.optimizer={plan.training.optimizer} needs {', '.join(missing)}"
+        reason = (
+            f"its optimizer kept {', '.join(there)}, and training.optimizer={plan.training.optimizer} "
+            f"needs {', '.join(missing)}"
+        )
         return f"the checkpoint ({foreign.origin}) is of another optimizer: {reason}"
     names = _listed([entry[0] for entry in without], [])
-    return f"the checkpoint ({foreign.origin}) has no {missing[0]} of {names}: where they were frozen, name them in model.freeze"
+    return (
+        f"the checkpoint ({foreign.origin}) has no {missing[0]} of {names}: where they were frozen, name "
+        "them in model.freeze"
+    )
 
 
 def _listed(names: Iterable[str], near: Iterable[str]) -> str:
