@@ -1,18 +1,20 @@
 """Every failure that launcher can name, with its exit code.
 
-LauncherError                     1   something in launcher itself is wrong ├── ConfigurationError
-2   the job file or the command line cannot be used as it is ├── DataError                     3   a data file
-is missing, unreadable, changed, or has rows the policy refuses ├── OutOfMemoryError              4   a rank
-needed more memory than it has ├── StorageError                  5   a disk is full, read-only or out of reach
-├── CheckpointError               6   no whole checkpoint can be read where one is needed ├── RunInUseError
-7   another process works in this run directory ├── DivergedError                 8   the loss or the gradient
-was not finite too many steps in a row, or jumped too often ├── RankLostError                 9   a rank died
-without saying why ├── ScriptError                  10   a training script of the user's own raised an error,
-or left with a code that is not 0 ├── SchedulerError               11   Slurm refused a request │   └──
-ControllerUnreachableError   12   Slurm's controller did not answer: what was asked may have been done all the
-same ├── HungError                    13   no rank went on for longer than `cluster.hang_after` allows, and
-all were ended ├── GpuError                     14   a GPU is broken: an ECC error, fallen off the bus └──
-Stopped                      75   stopped on request with everything saved: run it again to go on
+LauncherError                     1   something in launcher itself is wrong
+├── ConfigurationError            2   the job file or the command line cannot be used as it is
+├── DataError                     3   a data file is missing, unreadable, changed, or has rows the policy refuses
+├── OutOfMemoryError              4   a rank needed more memory than it has
+├── StorageError                  5   a disk is full, read-only or out of reach
+├── CheckpointError               6   no whole checkpoint can be read where one is needed
+├── RunInUseError                 7   another process works in this run directory
+├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row, or jumped
+├── RankLostError                 9   a rank died without saying why
+├── ScriptError                  10   the user's own script raised an error, or left with another code than 0
+├── SchedulerError               11   Slurm refused a request
+│   └── ControllerUnreachableError   12   Slurm's controller did not answer; it may have done what was asked
+├── HungError                    13   no rank went on for longer than `cluster.hang_after` allows, and all were ended
+├── GpuError                     14   a GPU is broken: an ECC error, fallen off the bus
+└── Stopped                      75   stopped on request with everything saved: run it again to go on
 
 0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped.
 130 is a second Ctrl-C, or grace that ran out: nothing more was saved.

@@ -1,5 +1,4 @@
-"""Packages that are imported where they are first used: planning names them in modules that training shares,
-and must not wait for them."""
+"""Import packages at their first use, so that planning need not wait for those that only training uses."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The formats of data files, a class each: how rows are read, how many there are, and some from all over a
-large file."""
+"""The formats of data files, a class each: read rows, count them, sample some from all over a file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Read files of text line by line: each row with its line, one that cannot be read as a RowProblem in its
-place."""
+"""Read files of text line by line: each row with its line, or a RowProblem where it cannot be read."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def exit_codes_page() -> str:
         meaning = (
             "Something in launcher itself is wrong."
             if error is errors.LauncherError
-            else (inspect.getdoc(error) or "").splitlines()[0]
+            else " ".join((inspect.getdoc(error) or "").partition("\n\n")[0].split())
         )
         lines.append(f"| {error.exit_code} | {error.__name__} | {error.failure_class} | {meaning} |")
     lines += [

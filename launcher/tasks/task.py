@@ -1,5 +1,4 @@
-"""The contract of a task: all that the job file, the planner, the data and the trainer ask of what is being
-learned.
+"""The contract of a task: all that job file, planner, data and trainer ask of what is learned.
 
 A task is one module with a subclass of `Task` and one line in `launcher.tasks`; a package of the user's own
 names its task as an entry point of the group `launcher.tasks`. Importing it imports neither torch nor numpy

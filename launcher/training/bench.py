@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +255,8 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> No
     for num_bytes in MESSAGE_BYTES:
         part = torch.ones(max(1, num_bytes // 4 // num_ranks), device=where)
         whole = torch.empty(part.numel() * num_ranks, device=where)
-        gather = _agreed_seconds(
-            lambda part=part, whole=whole: distributed.all_gather_into_tensor(whole, part), where
-        )  # type: ignore[misc]
-        reduce = _agreed_seconds(lambda whole=whole: distributed.all_reduce(whole), where)  # type: ignore[misc]
+        gather = _agreed_seconds(partial(distributed.all_gather_into_tensor, whole, part), where)
+        reduce = _agreed_seconds(partial(distributed.all_reduce, whole), where)
         received = whole.numel() * 4 * (num_ranks - 1) / num_ranks
         rows.append(("all-gather", num_bytes, gather, received / gather))
         rows.append(("all-reduce", num_bytes, reduce, 2 * received / reduce))

@@ -1,5 +1,4 @@
-"""The same messages in other forms: contents as text or as parts, arguments of calls as objects or as JSON
-text."""
+"""Write messages in other forms: contents as text or parts, arguments of calls as objects or JSON."""
 
 from __future__ import annotations
 

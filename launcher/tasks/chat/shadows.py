@@ -1,5 +1,4 @@
-"""A message whose characters stand for others of the same message (their shadows), and where in a text of a
-template they stand."""
+"""Replace a message's characters by others (their shadows), and find those in a template's text."""
 
 from __future__ import annotations
 

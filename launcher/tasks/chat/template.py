@@ -1,5 +1,4 @@
-"""A chat as the tokenizer's own template writes it, and which of it is learned: what the assistant says, each
-turn with what ends it."""
+"""Write a chat by the tokenizer's own template, and mark what is learned: the assistant's turns with their ends."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Where the turns of a chat stand in the text that a template makes of it, whatever the template does around
-them.
+"""Find the turns of a chat in the text that a template makes of it, whatever it writes around them.
 
 The chat is written twice: as it is, and with each character that a message says replaced by one that stands
 for it (its shadow) and for the message. Where the two texts differ, a message speaks; what they share is the
