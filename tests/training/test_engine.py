@@ -151,7 +151,12 @@ def test_any_cut_of_the_batch_gives_the_same_numbers(world_size: int, micro: int
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"replicate": 2, "shard": 2}, {"replicate": 4, "shard": 1}, {"reshard_after_forward": False}]
+    "mesh",
+    [
+        {"dp_replicate": 2, "dp_shard": 2},
+        {"dp_replicate": 4, "dp_shard": 1},
+        {"reshard_after_forward": False},
+    ],
 )
 def test_hybrid_and_kept_parameters_equal_full_sharding(mesh: dict[str, Any], directory: Path) -> None:
     path = _save(directory, "llama")

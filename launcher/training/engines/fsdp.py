@@ -102,7 +102,7 @@ class FsdpEngine:
 
     def squared_gradient_norm(self) -> torch.Tensor:
         # Replicas hold equal gradients, so each counts for its share.
-        return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.replicate
+        return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.dp_replicate
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         if multiplier != 1.0:
@@ -156,7 +156,7 @@ def _mesh(model: PreTrainedModel, plan: Plan) -> DeviceMesh:
     if manager is None:
         return init_device_mesh(plan.mesh.device, (1,), mesh_dim_names=("fsdp",))
     mesh: DeviceMesh = (
-        manager.get_mesh(("dp_replicate", "fsdp")) if plan.mesh.replicate > 1 else manager.get_mesh("fsdp")
+        manager.get_mesh(("dp_replicate", "fsdp")) if plan.mesh.dp_replicate > 1 else manager.get_mesh("fsdp")
     )
     return mesh
 
