@@ -32,7 +32,8 @@ class Mesh(Section):
     tp: int = 1
     """Ranks that share the samples and the matrices of a layer (tensor parallelism)."""
     ep: int = 1
-    """Ranks that share the experts of a layer (expert parallelism): they are counted by the other axes already."""
+    """Ranks that share the experts of a layer (expert parallelism): they are counted by the other axes
+    already."""
     reshard_after_forward: bool
     device: Literal["cpu", "cuda"]
     threads_per_rank: int
@@ -80,7 +81,8 @@ class Mesh(Section):
         return rank // (self.world_size // self.data_parallel_size)
 
     def counts(self, rank: int, axes: tuple[str, ...]) -> bool:
-        """Return whether a value of this rank belongs into a sum over all ranks that is meant over these axes alone.
+        """Return whether a value of this rank belongs into a sum over all ranks that is meant over these axes
+        alone.
 
         Ranks that differ along other axes hold the same value, and the first of them stands for all.
         """

@@ -155,7 +155,7 @@ def sharded_llama(world_size: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def checkpointer(run: Path, rank: int, world_size: int, **checkpoint: Any) -> Checkpointer:
-    return Checkpointer(RunDirectory(run), make_plan(world_size, **checkpoint), rank, world_size)
+    return Checkpointer(RunDirectory(run), make_plan(world_size, **checkpoint), rank, world_size).open()
 
 
 def _rank_main(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,11 +32,13 @@ pytestmark = pytest.mark.distributed
 
 class Causal:
     auto_class = AutoModelForCausalLM
+    companions: ClassVar[dict[str, Any]] = {}
     loss = staticmethod(heads.causal_lm)
 
 
 class Classifying:
     auto_class = AutoModelForSequenceClassification
+    companions: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
     def loss(model: Any, batch: Any) -> Output:
