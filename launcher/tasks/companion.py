@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,9 +11,9 @@ class Companion:
 
     name: str
     """A directory with a Hugging Face model, or a model's name on the hub."""
-    auto_class: Any
-    """The transformers Auto class that makes it."""
     key: str
     """The key of the job file that names it, for messages."""
+    auto_class: str | None = None
+    """The name of the transformers Auto class that makes it; None: the task's own."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""

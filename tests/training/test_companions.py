@@ -35,7 +35,7 @@ class Distilled:
     auto_class = AutoModelForCausalLM
 
     def __init__(self, teacher: Path) -> None:
-        self.companions = {"teacher": Companion(str(teacher), AutoModelForCausalLM, "data.teacher")}
+        self.companions = {"teacher": Companion(str(teacher), "data.teacher", "AutoModelForCausalLM")}
 
     def loss(self, model: Any, batch: Mapping[str, torch.Tensor], others: Mapping[str, nn.Module]) -> Output:
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,7 +29,7 @@ def load(plan: Plan, task: Task) -> dict[str, nn.Module]:
 
     Raises ConfigurationError where one cannot be read, or where its files lack some of its weights.
     """
-    return {name: _load(plan, companion) for name, companion in task.companions.items()}
+    return {name: _load(plan, task, companion) for name, companion in task.companions.items()}
 
 
 def bind_loss(model: PreTrainedModel, task: Task, others: Mapping[str, nn.Module]) -> None:
@@ -38,7 +39,7 @@ def bind_loss(model: PreTrainedModel, task: Task, others: Mapping[str, nn.Module
     model.forward = functools.partial(loss, model, **({"others": others} if others else {}))
 
 
-def _load(plan: Plan, companion: Companion) -> PreTrainedModel:
+def _load(plan: Plan, task: Task, companion: Companion) -> PreTrainedModel:
     own = Model(
         name=companion.name,
         revision=companion.revision,
@@ -46,9 +47,10 @@ def _load(plan: Plan, companion: Companion) -> PreTrainedModel:
         trust_remote_code=plan.model.trust_remote_code,
     )
     plan = plan.model_copy(update={"model": own})
+    auto_class = getattr(transformers, companion.auto_class) if companion.auto_class else task.auto_class
     try:
         config = pretrained.read_config(plan)
-        loaded = models.load(plan, companion.auto_class, config, functools.partial(_shard, plan))
+        loaded = models.load(plan, auto_class, config, functools.partial(_shard, plan))
     except ConfigurationError as error:
         raise ConfigurationError(
             [Problem(companion.key, companion.name, problem.reason) for problem in error.problems]
