@@ -218,12 +218,12 @@ def plan_of_case(case: Published, directory: Path) -> Plan:
         "device": "cuda",
         "nodes": max(1, case.num_gpus // 8),
         "ranks_per_node": 8,
-        "replicate": case.replicate,
+        "dp_replicate": case.replicate,
     }
     changes: dict[str, Any] = {f"mesh__{key}": value for key, value in mesh.items()}
     changes |= {f"batch__{key}": value for key, value in batch.items()}
     changes |= {
-        "mesh__shard": case.num_gpus // case.replicate,
+        "mesh__dp_shard": case.num_gpus // case.replicate,
         "batch__global_batch_size": case.micro_batch * case.accumulation * case.num_gpus,
     }
     if case.adapter is not None:

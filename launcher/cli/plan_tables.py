@@ -29,7 +29,7 @@ _HEADER = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "
 def table(plan: Plan) -> str:
     """Return the plan for people: what it comes to, then each decision with its reason."""
     mesh, batch = plan.mesh, plan.batch
-    cut = f"{mesh.replicate} x {mesh.shard} (copies x shards)"
+    cut = f"{mesh.dp_replicate} x {mesh.dp_shard} (copies x shards)"
     ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {cut}"
     per_rank = f"{batch.micro_batch_size} x {batch.accumulation_steps}"
     sizes = f"{batch.global_batch_size} = {per_rank} x {batch.data_parallel_size}"

@@ -212,7 +212,7 @@ def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], readi
         reading.say("sharding", _SHARDING[value], prefix + key)
     if value.startswith("HYBRID"):
         nodes = reading.count(content, "num_machines") or 1
-        reading.say("mesh.replicate", nodes, prefix + key)
+        reading.say("mesh.dp_replicate", nodes, prefix + key)
         reading.remark(
             "changes meaning", prefix + key, value, f"a copy on each node, as parallel.replicate: {nodes}"
         )
@@ -319,7 +319,7 @@ def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
     }
     prefix = "parallelism_config."
     if (copies := reading.count(parallel, "dp_replicate_size", prefix) or 1) > 1:
-        reading.say("mesh.replicate", copies, prefix + "dp_replicate_size")
+        reading.say("mesh.dp_replicate", copies, prefix + "dp_replicate_size")
     for key, name in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
         if (reading.count(parallel, key, prefix) or 1) > 1:
             text = (

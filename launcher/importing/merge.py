@@ -15,7 +15,7 @@ from launcher.importing.reading import Fact, Reading, Remark
 JOB_KEYS = {
     "engine": "parallel.engine",
     "sharding": "parallel.shard",
-    "mesh.replicate": "parallel.replicate",
+    "mesh.dp_replicate": "parallel.replicate",
     "zero.secondary_shard": "parallel.secondary_shard",
     "zero.quantized_weights": "parallel.quantized_weights",
     "zero.quantized_gradients": "parallel.quantized_gradients",
@@ -158,7 +158,7 @@ def _of_engine(reading: Reading, engine: str | None, merged: Merged) -> list[Fac
     return [fact for fact in reading.facts if fact not in lost]
 
 
-_LAYOUT = ("sharding", "mesh.replicate", "offload", "offload_to")
+_LAYOUT = ("sharding", "mesh.dp_replicate", "offload", "offload_to")
 
 
 def _same(one: Any, other: Any) -> bool:

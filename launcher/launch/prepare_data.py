@@ -45,7 +45,7 @@ def _here(job: Job) -> Plan:
     except ConfigurationError:
         plan = plan_job(job, local=False)
     one = plan.mesh.model_copy(
-        update=dict.fromkeys(("nodes", "ranks_per_node", "world_size", "replicate", "shard"), 1)
+        update=dict.fromkeys(("nodes", "ranks_per_node", "world_size", "dp_replicate", "dp_shard"), 1)
     )
     return plan.model_copy(
         update={

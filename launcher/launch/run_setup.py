@@ -287,7 +287,7 @@ def _as_placed(job: Job, stored: Plan, copies: bool) -> dict[str, object]:
     if parallel.shard == "auto" and "replicate" not in parallel.model_fields_set:
         cut = {"engine": stored.engine, "shard": stored.sharding}
         cut |= (
-            {"replicate": stored.mesh.replicate}
+            {"replicate": stored.mesh.dp_replicate}
             if copies and stored.engine == "fsdp" and stored.sharding != "none"
             else {}
         )

@@ -75,14 +75,14 @@ def other_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
 def _fsdp_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
     """Yield copies on each node, and parameters that stay whole."""
     mesh, parallel = plan.mesh, job.parallel
-    if plan.sharding != "full" or mesh.shard == 1 or plan.offload != "none":
+    if plan.sharding != "full" or mesh.dp_shard == 1 or plan.offload != "none":
         return
     may_copy = "replicate" not in parallel.model_fields_set and mesh.nodes > 1 and mesh.ranks_per_node > 1
-    for replicate in (mesh.replicate, mesh.nodes) if may_copy else (mesh.replicate,):
+    for replicate in (mesh.dp_replicate, mesh.nodes) if may_copy else (mesh.dp_replicate,):
         for sharding in ("full", "gradients") if parallel.shard == "auto" else ("full",):
             changed: dict[str, str | int] = {}
             words = []
-            if replicate != mesh.replicate:
+            if replicate != mesh.dp_replicate:
                 changed["parallel.replicate"] = replicate
                 words.append(
                     f"a copy on each of the {replicate} nodes, so that only gradients cross the network"
@@ -106,12 +106,12 @@ def _zero_stages(job: Job, plan: Plan) -> Iterator[Cut]:
         words["optimizer"] = "ZeRO-1: each rank has parameters and gradients whole, and sends once a step"
     for sharding, clause in words.items():
         if STAGES[sharding] < plan.zero.stage:
-            yield Cut(with_cut(plan, plan.mesh.replicate, sharding), {"parallel.shard": sharding}, clause)
+            yield Cut(with_cut(plan, plan.mesh.dp_replicate, sharding), {"parallel.shard": sharding}, clause)
 
 
 def with_cut(plan: Plan, replicate: int, sharding: Sharding) -> Plan:
     """Return the plan cut otherwise, in so many copies, with the same micro-batch and recomputation."""
-    sizes = {"replicate": replicate, "shard": plan.mesh.world_size // replicate}
+    sizes = {"dp_replicate": replicate, "dp_shard": plan.mesh.world_size // replicate}
     mesh = plan.mesh.model_copy(update=sizes | {"reshard_after_forward": sharding == "full"})
     zero = plan.zero and plan.zero.model_copy(update={"stage": STAGES[sharding]})
     return plan.model_copy(update={"sharding": sharding, "mesh": mesh, "zero": zero})
@@ -122,5 +122,5 @@ def cut_words(plan: Plan) -> str:
     if plan.zero is not None:
         name = f"ZeRO-{plan.zero.stage}"
     else:
-        name = f"{ENGINE_NAMES[plan.engine]} {plan.sharding}, {plan.mesh.replicate} x {plan.mesh.shard}"
+        name = f"{ENGINE_NAMES[plan.engine]} {plan.sharding}, {plan.mesh.dp_replicate} x {plan.mesh.dp_shard}"
     return name if plan.offload == "none" else f"{name}, {plan.offload} offloaded"

@@ -41,7 +41,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
     asked = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
     if decider.problems:
         raise ConfigurationError(decider.problems)
-    batch = divide(job.batch, mesh.world_size)
+    batch = divide(job.batch, mesh.data_parallel_size)
     recompute = job.memory.activation_checkpointing
     length = _length(decider)
     left_open = tasks.find(job.model.task)(job.data).left_open()

@@ -187,10 +187,13 @@ def least_bytes(plan: Plan, trace: Trace | None = None) -> int:
 
 
 def _estimator(plan: Plan, trace: Trace | None = None, slack: float | None = None) -> Estimator | None:
-    """Return what a plan's memory is estimated with; None where the formulas do not know the model.
+    """Return what a plan's memory is estimated with; None where the formulas do not know the model, or
+    where the task asks others beside it.
 
     Raises ConfigurationError for a config without a size that they need.
     """
+    if tasks.unprepared(plan).companions:
+        return None
     if trace is not None:
         return Estimator(plan, trace(plan), batch_of(plan), slack)
     config = config_of(plan.model)
@@ -207,6 +210,8 @@ def _estimator(plan: Plan, trace: Trace | None = None, slack: float | None = Non
 def formulas_know(plan: Plan) -> bool:
     """Return whether the formulas know the plan's model and task."""
     config = config_of(plan.model)
+    if tasks.unprepared(plan).companions:
+        return False
     if config is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
         return False
     try:
@@ -218,6 +223,8 @@ def formulas_know(plan: Plan) -> bool:
 def why_not(plan: Plan) -> str:
     """Return why there is no forecast, in one clause."""
     config = config_of(plan.model)
+    if beside := tasks.unprepared(plan).companions:
+        return f"the task asks models beside this one ({', '.join(beside)}), whose memory nothing counts"
     if config is None:
         ways = "fetch it, name its directory, or write model.config"
         return f"no config.json of {plan.model.name} on this machine; {ways}"

@@ -29,6 +29,7 @@ from launcher.job.schema import (
     Training,
 )
 from launcher.plain_files import read_text
+from launcher.planner.axes import Mesh
 from launcher.tasks.task import Head, SampleLayout
 
 
@@ -73,19 +74,6 @@ class BatchPlan(Frozen):
     micro_batch_size: int
     accumulation_steps: int
     data_parallel_size: int
-
-
-class Mesh(Frozen):
-    """world_size = replicate x shard."""
-
-    nodes: int
-    ranks_per_node: int
-    world_size: int
-    replicate: int
-    shard: int
-    reshard_after_forward: bool
-    device: Literal["cpu", "cuda"]
-    threads_per_rank: int
 
 
 class Zero(Frozen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.job import profile
 from launcher.job.schema import ActivationCheckpointing, Job, node_range
@@ -145,8 +146,9 @@ def _best_plan(request: _Request) -> Plan:
     first = request.candidate(job)
     target = (target_here if request.local else target_of)(first, request.hardware, job.cluster.network)
     known = formulas_know(first)
-    search = _Search(job, first, target, None if known else request.trace)
-    if not target.memory_bytes or not (known or request.trace) or search.nothing_is_open():
+    trace = None if known or tasks.unprepared(first).companions else request.trace
+    search = _Search(job, first, target, trace)
+    if not target.memory_bytes or not (known or trace) or search.nothing_is_open():
         return by_simple_rule(job, first, request.hardware)
     together = request.by_speed and request.local and _both_engines_measured(first, target)
     for group in candidates.engine_options(job, first, together):

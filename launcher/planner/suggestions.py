@@ -70,7 +70,7 @@ def _keys(plan: Plan) -> dict[str, object]:
         "data.max_length": plan.data.max_length,
         "memory.offload": plan.offload,
         "parallel.shard": plan.sharding,
-        "parallel.replicate": mesh.replicate,
+        "parallel.replicate": mesh.dp_replicate,
         "batch.micro_batch_size": plan.batch.micro_batch_size,
         "memory.activation_checkpointing": plan.activation_checkpointing,
     }
@@ -147,8 +147,8 @@ def _cut_more(plan: Plan) -> Iterator[Plan]:
     if mesh.world_size == 1:
         return
     if not full and plan.sharding != "none":
-        yield _fully_cut(plan, mesh.replicate)
-    if mesh.replicate > 1 and plan.sharding != "none":
+        yield _fully_cut(plan, mesh.dp_replicate)
+    if mesh.dp_replicate > 1 and plan.sharding != "none":
         yield with_cut(plan, 1, plan.sharding)
     if not full:
         yield _fully_cut(plan, 1)
@@ -168,7 +168,7 @@ def _offloaded(plan: Plan) -> Iterator[Plan]:
     if plan.mesh.device != "cuda" or plan.offload != "none" or "memory.offload" in decided:
         return
     if plan.sharding == "none" and "parallel.shard" in decided:
-        plan = _fully_cut(plan, plan.mesh.replicate)  # as the planner has it where something is offloaded
+        plan = _fully_cut(plan, plan.mesh.dp_replicate)  # as the planner has it where something is offloaded
     if plan.zero is not None:
         yield plan.model_copy(update={"offload": "optimizer"})
     if plan.zero is None or plan.zero.stage == 3:
@@ -178,7 +178,7 @@ def _offloaded(plan: Plan) -> Iterator[Plan]:
 def _on_more(plan: Plan, nodes: int, ranks_per_node: int) -> Plan | None:
     """Return the plan on more ranks, whole copies cut over them; None where batch or copies do not divide."""
     mesh, batch, world_size = plan.mesh, plan.batch, nodes * ranks_per_node
-    copies = 1 if plan.sharding == "none" else mesh.replicate
+    copies = 1 if plan.sharding == "none" else mesh.dp_replicate
     if batch.global_batch_size % world_size or world_size % copies:
         return None
     per_rank = batch.global_batch_size // world_size
@@ -274,7 +274,7 @@ def _another_cut(plan: Plan, setting: Setting, hardware: Hardware, memory: int) 
     world_size = plan.mesh.world_size
     full = replace(setting, shard=world_size, gathered=False)
     if full.states() < setting.states() and _least_needed(plan, full) <= memory * SAFE_SHARE:
-        copies = " --set parallel.replicate=1" if plan.mesh.replicate > 1 else ""
+        copies = " --set parallel.replicate=1" if plan.mesh.dp_replicate > 1 else ""
         then = f"cut in full over the {world_size} ranks it is {gib(full.states())}"
         return Advice(f"--set parallel.shard=full{copies}", f"{have}; {then}")
     more = [ranks for ranks in divisors(plan.batch.global_batch_size) if ranks > world_size]
@@ -314,5 +314,5 @@ def _on_so_many(plan: Plan, cut: Setting, hardware: Hardware, have: str) -> Advi
         options.append(f"--set batch.micro_batch_size={micro}")
     if not any(decision.key == "parallel.shard" for decision in plan.decisions):
         options += ["--set parallel.shard=full"] if plan.sharding != "full" else []
-        options += ["--set parallel.replicate=1"] if plan.mesh.replicate > 1 else []
+        options += ["--set parallel.replicate=1"] if plan.mesh.dp_replicate > 1 else []
     return Advice(" ".join(options), then)

@@ -45,10 +45,10 @@ def config(plan: Plan, deepspeed_file: str = "ds_config.json") -> dict[str, Any]
         content["dynamo_config"] = {"dynamo_backend": "INDUCTOR", "dynamo_use_regional_compilation": True}
     if content["distributed_type"] == "FSDP":
         content["fsdp_config"] = _fsdp(plan)
-        if mesh.replicate > 1:
+        if mesh.dp_replicate > 1:
             content["parallelism_config"] = {
-                "parallelism_config_dp_replicate_size": mesh.replicate,
-                "parallelism_config_dp_shard_size": mesh.shard,
+                "parallelism_config_dp_replicate_size": mesh.dp_replicate,
+                "parallelism_config_dp_shard_size": mesh.dp_shard,
                 "parallelism_config_tp_size": 1,
                 "parallelism_config_cp_size": 1,
             }

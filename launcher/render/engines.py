@@ -124,14 +124,14 @@ def _to_deepspeed(
             "computes the same in less memory"
         )
         notes.append(Note("parallel.shard", "none", text))
-    elif plan.mesh.replicate > 1:
-        shard = plan.mesh.shard if plan.sharding == "full" else 1
+    elif plan.mesh.dp_replicate > 1:
+        shard = plan.mesh.dp_shard if plan.sharding == "full" else 1
         parallel["secondary_shard"] = shard
         kept = f"; taken: hpZ over {shard} ranks, which keeps the parameters as near" if shard > 1 else ""
         notes.append(
             Note(
                 "parallel.replicate",
-                plan.mesh.replicate,
+                plan.mesh.dp_replicate,
                 f"ZeRO cuts over all ranks{kept}, and holds the optimizer once",
             )
         )

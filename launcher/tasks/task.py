@@ -16,6 +16,7 @@ from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.lazy import Lazy
+from launcher.tasks.companion import Companion
 
 if TYPE_CHECKING:
     import numpy as np
@@ -255,6 +256,15 @@ class Task(ABC):
         """Return the loss of guessing, which a model that learns nothing stays at; None where there is no
         such number."""
         return None
+
+    @property
+    def companions(self) -> Mapping[str, Companion]:
+        """Return the frozen models that compute beside the one that trains, by name.
+
+        A task that has some gets them in `loss` by a further argument, `others`: modules by these names. Such a
+        task's `plain_batch` returns None, as the model's own class knows nothing of them.
+        """
+        return {}
 
     # Rows and samples.
 

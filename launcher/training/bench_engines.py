@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed, multiprocessing
@@ -29,6 +29,7 @@ class _Reference:
     """A task that has no data."""
 
     auto_class = AutoModelForCausalLM
+    companions: ClassVar[dict[str, Any]] = {}
     loss = staticmethod(heads.causal_lm)
 
 

@@ -29,7 +29,7 @@ class Cadence:
         return self._periods(step) > self._periods(self.last_step)
 
     def done(self, step: int, now: float) -> None:
-        """It happened."""
+        """Note that it happened after `step` steps at time `now`, in seconds."""
         self.last_step, self.last_time = step, now
 
     def _periods(self, step: int) -> int:

@@ -54,6 +54,7 @@ def measure(
     result = {}
     for name, (measured, config, task, dataset) in prepared.items():
         engine = FsdpEngine(measured, task, config, trains=False)
+        engine.load()
         check_loss(engine, task, dataset, measured, functools.partial(_event, scratch))
         if name == "after" and run is not None:
             _load(run, plan, engine, request["step"])
@@ -114,9 +115,8 @@ def _material(
 
 
 def _load(run: Path, plan: Plan, engine: FsdpEngine, step: int | None) -> None:
-    checkpointer = Checkpointer(
-        RunDirectory(run), plan, distributed.get_rank(), distributed.get_world_size(), read_only=True
-    )
+    checkpointer = Checkpointer(RunDirectory(run), plan, distributed.get_rank(), distributed.get_world_size())
+    checkpointer.open(read_only=True)
     if checkpointer.load(engine.state_dict(), step) is None:
         raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
     engine.after_load()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import distributed
 
+from launcher.planner.axes import DATA_AXES
 from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Draws, Task
@@ -36,12 +37,13 @@ def evaluate(
     `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
     Interrupted.
     """
-    rank, size = distributed.get_rank(), plan.batch.data_parallel_size
+    mesh, size = plan.mesh, plan.batch.data_parallel_size
+    data_rank = mesh.data_rank(distributed.get_rank())
     micro = plan.batch.micro_batch_size
     cut = BatchPlan(
         global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size
     )
-    batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, rank, dataset.num_items)
+    batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, data_rank, dataset.num_items)
     evaluator = task.evaluator()
     here.at("evaluating", total=batches.num_steps)
     for step in range(batches.num_steps):
@@ -53,5 +55,7 @@ def evaluate(
         report(step + 1, batches.num_steps)
     here.at("measuring")
     states = exchange.all_gather_arrays(evaluator.state())
-    metrics = evaluator.compute(states) if rank == 0 else {}
+    # Ranks that share their samples have seen the same: the first of them stands for all.
+    seen = [state for rank, state in enumerate(states) if mesh.counts(rank, DATA_AXES)]
+    metrics = evaluator.compute(seen) if distributed.get_rank() == 0 else {}
     return dict(exchange.from_first({name: float(value) for name, value in metrics.items()}))

@@ -9,11 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launcher.errors import CheckpointError
 from launcher.runs.checkpoints import MANIFEST_NAME, Count, Progress
+from launcher.training.data.batches import StepBatch
+from launcher.training.early_stopping import EarlyEnd
+from launcher.training.precision import LossScale
+from launcher.training.reporting.divergence import Divergence
 
 
 @dataclass
 class State:
-    """Where the run is. What a checkpoint carries beside tensors."""
+    """Count how far the run is."""
 
     step: int = 0
     num_items: int = 0
@@ -23,8 +27,14 @@ class State:
     evaluated_step: int = -1
     """The step after which that was; -1 before the first."""
 
+    def took(self, batch: StepBatch) -> None:
+        """Count one more step, over this global batch."""
+        self.step += 1
+        self.num_items += batch.num_items
+        self.num_tokens += batch.num_tokens
+
     def progress(self, extra: dict[str, Any]) -> Progress:
-        """As a checkpoint stores it."""
+        """Return it as a checkpoint stores it."""
         kept = {"metrics": self.metrics, "evaluated_step": self.evaluated_step}
         return Progress(step=self.step, samples=self.num_items, tokens=self.num_tokens, extra=kept | extra)
 
@@ -64,3 +74,38 @@ class TrainerState(BaseModel):
             raise CheckpointError(
                 f"{checkpoint}: {reason}; move the checkpoint away, and the one before it is taken"
             ) from None
+
+
+@dataclass
+class Counters:
+    """All that a run counts and watches beside tensors, of which a checkpoint keeps what it needs to go
+    on."""
+
+    state: State
+    loss_scale: LossScale
+    divergence: Divergence
+    early_end: EarlyEnd
+    told: list[str] = field(default_factory=list)
+    """The kinds of symptoms that the run was told of."""
+
+    def progress(self) -> Progress:
+        """Return what a checkpoint keeps of it."""
+        extra: dict[str, Any] = {
+            "loss_scale": self.loss_scale.value,
+            "good_steps": self.loss_scale.good_steps,
+        }
+        return self.state.progress(
+            extra | self.early_end.state() | self.divergence.state() | {"said": self.told}
+        )
+
+    def restore(self, progress: Progress, checkpoint: str) -> None:
+        """Go on from a checkpoint's, by its name. Raises CheckpointError where a trainer did not write it."""
+        kept = TrainerState.of(progress, checkpoint)
+        state, scale = self.state, self.loss_scale
+        state.step, state.num_items, state.num_tokens = progress.step, progress.samples, progress.tokens
+        state.metrics = kept.metrics
+        state.evaluated_step = progress.step if kept.evaluated_step is None else kept.evaluated_step
+        scale.value, scale.good_steps = kept.loss_scale if scale.used else 1.0, kept.good_steps
+        self.early_end.restore(kept.best, kept.num_worse)
+        self.divergence.restore(kept.model_dump())
+        self.told[:] = kept.said

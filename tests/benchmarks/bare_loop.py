@@ -99,6 +99,7 @@ def take_turns(run: Any, plan: Any, attempt: int, stop: Any, *, stop_at: int | N
     device = start_process_group(plan)
     rank = distributed.get_rank()
     trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))
+    trainer.load()
     trainer.schedule = SimpleNamespace(at=lambda step: 0.0)  # type: ignore[assignment]
     steps = [trainer.batches.step(number) for number in range(trainer.num_steps)]
     batches = [[material.task.collate(items) for items in step.micro_batches] for step in steps]

@@ -114,7 +114,7 @@ def _variants(job: Job, engine: EngineName) -> list[Plan]:
     """Every cut of an engine."""
     pinned = job.model_copy(update={"parallel": job.parallel.model_copy(update={"engine": engine})})
     made = plan_job(pinned, RANKS, Hardware(2, 1 << 40))
-    mesh = made.mesh.model_copy(update={"replicate": 1, "shard": RANKS, "reshard_after_forward": True})
+    mesh = made.mesh.model_copy(update={"dp_replicate": 1, "dp_shard": RANKS, "reshard_after_forward": True})
     zero = made.zero and made.zero.model_copy(update={"stage": 3})
     least = made.model_copy(update={"sharding": "full", "mesh": mesh, "zero": zero})
     return [least, *(cut.plan for cut in other_cuts(pinned, least))]

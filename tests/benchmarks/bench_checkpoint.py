@@ -92,7 +92,7 @@ def loop(
 def measure(settings: Settings, run: RunDirectory) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tensors = make_tensors(settings, world_size)
-    saver = Checkpointer(run, make_plan(world_size, keep_last=1), rank, world_size)
+    saver = Checkpointer(run, make_plan(world_size, keep_last=1), rank, world_size).open()
     loop(settings, saver, tensors, wait=False, first_step=0)
     seconds: dict[str, list[float]] = {"none": [], "plain": [], "async": []}
     for number in range(settings.rounds):
@@ -122,7 +122,7 @@ def measure_writers(settings: Settings, run: RunDirectory) -> dict[str, Any]:
     both synced to the disk."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tensors = make_tensors(settings, world_size)
-    saver = Checkpointer(run, make_plan(world_size, keep_last=1), rank, world_size)
+    saver = Checkpointer(run, make_plan(world_size, keep_last=1), rank, world_size).open()
     seconds: dict[str, list[float]] = {"ours": [], "dcp": []}
     for number in range(settings.rounds + 1):  # the first one warms both up
         for name in ("ours", "dcp") if number % 2 else ("dcp", "ours"):

@@ -128,6 +128,7 @@ def be_a_rank(mode: str, model: Path) -> None:
         plan = decide(job)
         # Loading alone is measured: the optimizer's state is made after it, and is twice the shard.
         engine = fsdp.FsdpEngine(plan, CausalLM(plan.data), pretrained.read_config(plan), trains=False)
+        engine.load()
         # A shard may still be pages of the mapped file. The first step writes them, so they are written here
         # and count.
         with torch.no_grad():

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from _report import conditions, sentence, table, timed, write
@@ -59,6 +59,7 @@ class Causal:
     """As much of a task as an engine needs."""
 
     auto_class = AutoModelForCausalLM
+    companions: ClassVar[dict[str, Any]] = {}
     loss = staticmethod(heads.causal_lm)
 
 
@@ -124,7 +125,7 @@ def synced(directory: Path) -> None:
 def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
     engine = engine_of(plan)
     step(engine)
-    saver = Checkpointer(RunDirectory(scratch / "run"), plan, distributed.get_rank(), SAVING)
+    saver = Checkpointer(RunDirectory(scratch / "run"), plan, distributed.get_rank(), SAVING).open()
     found: dict[str, list[float]] = {"ours": [], "deepspeed": [], "deepspeed, synced": []}
     theirs = scratch / "deepspeed"
 
@@ -188,7 +189,9 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
 
 def load_ours(plan: Plan, scratch: Path) -> dict[str, Any]:
     engine = engine_of(plan)
-    saver = Checkpointer(RunDirectory(scratch / "run"), plan, distributed.get_rank(), LOADING, read_only=True)
+    saver = Checkpointer(RunDirectory(scratch / "run"), plan, distributed.get_rank(), LOADING).open(
+        read_only=True
+    )
 
     def load() -> None:
         assert saver.load(engine.state_dict()) is not None

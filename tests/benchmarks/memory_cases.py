@@ -98,7 +98,7 @@ class Case:
 
     def _sharding(self) -> dict[str, Any]:
         if self.engine == "fsdp 2 copies":
-            return {"mesh__replicate": 2, "mesh__shard": self.world_size // 2}
+            return {"mesh__dp_replicate": 2, "mesh__dp_shard": self.world_size // 2}
         if self.engine == "fsdp gradients":
             return {"mesh__reshard_after_forward": False, "sharding": "gradients"}
         if self.engine == "fsdp":

@@ -3,7 +3,7 @@ yet."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
@@ -28,6 +28,7 @@ class Causal:
     """Samples one after another in one row."""
 
     auto_class = AutoModelForCausalLM
+    companions: ClassVar[dict[str, Any]] = {}
     loss = staticmethod(heads.causal_lm)
 
     @staticmethod
@@ -47,6 +48,7 @@ class Classifying:
     """Samples padded to the longest."""
 
     auto_class = AutoModelForSequenceClassification
+    companions: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
     def loss(model: Any, batch: dict[str, Any]) -> Output:
@@ -73,6 +75,7 @@ class Translating:
     """An encoder-decoder: padded sources, padded targets."""
 
     auto_class = AutoModelForSeq2SeqLM
+    companions: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
     def loss(model: Any, batch: dict[str, Any]) -> Output:
@@ -121,6 +124,7 @@ class Seeing:
     """Images of the config's size, classified."""
 
     auto_class = AutoModelForImageClassification
+    companions: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
     def loss(model: Any, batch: dict[str, Any]) -> Output:

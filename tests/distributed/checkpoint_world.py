@@ -60,8 +60,8 @@ def make_plan(world_size: int, **checkpoint: Any) -> Plan:
             nodes=1,
             ranks_per_node=world_size,
             world_size=world_size,
-            replicate=1,
-            shard=world_size,
+            dp_replicate=1,
+            dp_shard=world_size,
             reshard_after_forward=True,
             device="cpu",
             threads_per_rank=1,
@@ -155,7 +155,7 @@ def sharded_llama(world_size: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def checkpointer(run: Path, rank: int, world_size: int, **checkpoint: Any) -> Checkpointer:
-    return Checkpointer(RunDirectory(run), make_plan(world_size, **checkpoint), rank, world_size)
+    return Checkpointer(RunDirectory(run), make_plan(world_size, **checkpoint), rank, world_size).open()
 
 
 def _rank_main(

@@ -155,7 +155,7 @@ def goes_on(run: RunDirectory, plan: Plan) -> list[float]:
     )
     engine = build(plan, Causal, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]
     rank = torch.distributed.get_rank()
-    progress = Checkpointer(run, plan, rank, plan.mesh.world_size).load(engine.state_dict())
+    progress = Checkpointer(run, plan, rank, plan.mesh.world_size).open().load(engine.state_dict())
     assert progress is not None
     engine.after_load()
     losses = []

@@ -411,9 +411,9 @@ def test_retention_follows_the_settings_and_a_step_saved_again_is_replaced(tmp_p
 def test_looking_on_leaves_a_live_writers_attempt_alone(tmp_path: Path) -> None:
     attempt = tmp_path / "checkpoints" / ".attempt-00000001-x"
     attempt.mkdir(parents=True)
-    module.Checkpointer(RunDirectory(tmp_path), saver_plan(), 0, 1, read_only=True)
+    module.Checkpointer(RunDirectory(tmp_path), saver_plan(), 0, 1).open(read_only=True)
     assert attempt.is_dir()
-    module.Checkpointer(RunDirectory(tmp_path), saver_plan(), 0, 1)
+    module.Checkpointer(RunDirectory(tmp_path), saver_plan(), 0, 1).open()
     assert not attempt.exists()
 
 

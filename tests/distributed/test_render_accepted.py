@@ -156,11 +156,11 @@ def test_accelerates_own_plugin_takes_the_fsdp_files(
         "CPUOffloadPolicy" if plan.offload == "parameters" else "OffloadPolicy"
     )
     assert plugin.activation_checkpointing
-    if plan.mesh.replicate > 1:
+    if plan.mesh.dp_replicate > 1:
         sizes = ParallelismConfig()
         assert (sizes.dp_replicate_size, sizes.dp_shard_size, sizes.total_size) == (
-            plan.mesh.replicate,
-            plan.mesh.shard,
+            plan.mesh.dp_replicate,
+            plan.mesh.dp_shard,
             plan.mesh.world_size,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,11 +32,13 @@ pytestmark = pytest.mark.distributed
 
 class Causal:
     auto_class = AutoModelForCausalLM
+    companions: ClassVar[dict[str, Any]] = {}
     loss = staticmethod(heads.causal_lm)
 
 
 class Classifying:
     auto_class = AutoModelForSequenceClassification
+    companions: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
     def loss(model: Any, batch: Any) -> Output:
@@ -151,7 +153,12 @@ def test_any_cut_of_the_batch_gives_the_same_numbers(world_size: int, micro: int
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"replicate": 2, "shard": 2}, {"replicate": 4, "shard": 1}, {"reshard_after_forward": False}]
+    "mesh",
+    [
+        {"dp_replicate": 2, "dp_shard": 2},
+        {"dp_replicate": 4, "dp_shard": 1},
+        {"reshard_after_forward": False},
+    ],
 )
 def test_hybrid_and_kept_parameters_equal_full_sharding(mesh: dict[str, Any], directory: Path) -> None:
     path = _save(directory, "llama")

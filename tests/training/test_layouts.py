@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -50,6 +50,7 @@ def steps(plan: Plan) -> list[list[float]]:
 
     class Task:
         auto_class = AutoModelForCausalLM
+        companions: ClassVar[dict[str, Any]] = {}
         loss = staticmethod(functools.partial(heads.causal_lm, head=plan.head))
 
     engine = build(plan, Task(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]

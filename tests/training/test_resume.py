@@ -82,18 +82,18 @@ def asked_while_evaluating(step: int, rank: int, stop: StopRequest) -> None:
 
 def loaded_state(path: Path, rank: int, stop: StopRequest) -> None:
     """A hook: write down every tensor, whole, right after the checkpoint was loaded."""
-    from launcher.training.trainer import Trainer
+    from launcher.training.state_keeper import StateKeeper
 
-    restore = Trainer._restore
+    restore = StateKeeper.restore
 
-    def noted(self: Trainer, tensors: dict[str, torch.Tensor]) -> list[str]:
-        said = restore(self, tensors)
-        loaded = {name: whole(tensor) for name, tensor in self.engine.state_dict().items()}
+    def noted(self: StateKeeper) -> dict[str, torch.Tensor]:
+        tensors = restore(self)
+        loaded = {name: whole(tensor) for name, tensor in self._engine.state_dict().items()}
         if rank == 0:
             torch.save(loaded, path)
-        return said
+        return tensors
 
-    Trainer._restore = noted  # type: ignore[method-assign]
+    StateKeeper.restore = noted  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")

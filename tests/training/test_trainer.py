@@ -107,7 +107,7 @@ def test_the_cut_is_really_another(
     assert not torch.isclose(numbers(other)[0], numbers(whole)[0], rtol=1e-3).any()
 
 
-@pytest.mark.parametrize("mesh", [{"replicate": 2, "shard": 2}, {"replicate": 4, "shard": 1}])
+@pytest.mark.parametrize("mesh", [{"dp_replicate": 2, "dp_shard": 2}, {"dp_replicate": 4, "dp_shard": 1}])
 def test_replicas_of_shards_equal_full_shards(
     mesh: dict[str, int], whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:

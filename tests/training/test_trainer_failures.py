@@ -68,7 +68,7 @@ def keep_local(path: Path, inner: Any, rank: int, stop: StopRequest) -> None:
 def test_one_bad_rank_makes_all_skip_the_step(
     what: str, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
-    plan = plan_for(model, data, 2, 6, mesh__replicate=2, mesh__shard=1, checkpoint=EVERY_STEP)
+    plan = plan_for(model, data, 2, 6, mesh__dp_replicate=2, mesh__dp_shard=1, checkpoint=EVERY_STEP)
     run = new_run(tmp_path / "run", plan)
     finish(run, 2, functools.partial(keep_local, tmp_path, functools.partial(poisoned, what, (4,))))
     [skipped] = named(run, "skipped")

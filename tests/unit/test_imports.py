@@ -65,7 +65,7 @@ FLOORS = {
 }
 """What each package may import, besides itself."""
 TRAINING_MAY_IMPORT = {
-    *("launcher.planner.plan", "launcher.planner.model.model_support"),
+    *("launcher.planner.plan", "launcher.planner.axes", "launcher.planner.model.model_support"),
     *("launcher.job.schema", "launcher.job.adapter"),
 }
 """What will run, what is known of architectures, and what was asked."""

@@ -118,7 +118,7 @@ def test_what_is_asked_for_is_not_decided() -> None:
         3,
     )
     assert made.mesh.model_dump() == {
-        "nodes": 1, "ranks_per_node": 2, "world_size": 2, "replicate": 1, "shard": 2,
+        "nodes": 1, "ranks_per_node": 2, "world_size": 2, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1, "ep": 1,
         "reshard_after_forward": False, "device": "cpu", "threads_per_rank": 1,
     }  # fmt: skip
 
@@ -177,8 +177,8 @@ def test_attention() -> None:
 )
 def test_mesh(keys: dict[str, Any], nproc: int, expected: tuple[int, int, bool]) -> None:
     mesh = plan_job(job(**keys), nproc, CPU).mesh
-    assert (mesh.replicate, mesh.shard, mesh.reshard_after_forward) == expected
-    assert mesh.replicate * mesh.shard == mesh.world_size == nproc
+    assert (mesh.dp_replicate, mesh.dp_shard, mesh.reshard_after_forward) == expected
+    assert mesh.dp_replicate * mesh.dp_shard == mesh.world_size == nproc
 
 
 def test_refused_meshes() -> None:
@@ -371,7 +371,7 @@ def test_the_engine_is_the_one_that_can(keys: dict[str, Any], reason: str) -> No
 def test_stages_of_deepspeed(shard: str, stage: int) -> None:
     made = plan_job(job(parallel__shard=shard, **DEEPSPEED), 2, CPU)
     assert made.zero is not None and made.zero.stage == stage
-    assert (made.mesh.replicate, made.mesh.shard) == (1, 2)
+    assert (made.mesh.dp_replicate, made.mesh.dp_shard) == (1, 2)
     if shard == "none":
         assert "stage 0" in next(
             decision.reason for decision in made.decisions if decision.key == "parallel.shard"

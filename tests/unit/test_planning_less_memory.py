@@ -97,7 +97,10 @@ def test_more_ranks_where_the_pass_is_the_least_already(model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({"mesh__replicate": 4, "mesh__shard": 1}, "--set parallel.shard=full --set parallel.replicate=1"),
+        (
+            {"mesh__dp_replicate": 4, "mesh__dp_shard": 1},
+            "--set parallel.shard=full --set parallel.replicate=1",
+        ),
         ({"sharding": "gradients", "mesh__reshard_after_forward": False}, "--set parallel.shard=full"),
     ],
 )

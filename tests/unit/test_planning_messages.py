@@ -93,7 +93,7 @@ def test_bytes_by_hand(
 
 
 def test_copies_add_up_gradients_as_often_as_they_are_sent() -> None:
-    made = plan(8, 2, mesh__replicate=2, mesh__shard=4)
+    made = plan(8, 2, mesh__dp_replicate=2, mesh__dp_shard=4)
     assert traffic(made, MODEL).copied == pytest.approx(8 * P / 4 / 2)
     assert traffic(made, MODEL).num_messages == 4 * 3 + 1 + 2 * 4
 
@@ -115,8 +115,8 @@ def test_each_part_of_a_node_has_its_own_way_to_its_copies() -> None:
             mesh__nodes=2,
             mesh__ranks_per_node=8,
             mesh__device="cuda",
-            mesh__replicate=replicate,
-            mesh__shard=shard,
+            mesh__dp_replicate=replicate,
+            mesh__dp_shard=shard,
         )
 
     own, shared = (seconds(sent, nodes(replicate), gpu, False) for replicate in (2, 16))

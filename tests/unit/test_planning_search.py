@@ -49,7 +49,7 @@ def decided(plan: Plan, key: str) -> str:
 
 def test_a_slow_network_gets_a_copy_on_each_node_and_a_fast_one_the_least_memory(tmp_path: Path) -> None:
     fast = preview_job(job_of(tmp_path, cluster={"nodes": 2}), network="ib400").plan
-    assert (fast.mesh.replicate, fast.mesh.shard, fast.sharding, fast.mesh.reshard_after_forward) == (
+    assert (fast.mesh.dp_replicate, fast.mesh.dp_shard, fast.sharding, fast.mesh.reshard_after_forward) == (
         1,
         16,
         "full",
@@ -57,7 +57,7 @@ def test_a_slow_network_gets_a_copy_on_each_node_and_a_fast_one_the_least_memory
     )
     slow = preview_job(job_of(tmp_path, cluster={"network": "ethernet25", "nodes": 2}))
     plan = slow.plan
-    assert (plan.mesh.replicate, plan.mesh.shard, plan.sharding, plan.mesh.reshard_after_forward) == (
+    assert (plan.mesh.dp_replicate, plan.mesh.dp_shard, plan.sharding, plan.mesh.reshard_after_forward) == (
         2,
         8,
         "gradients",
@@ -74,7 +74,7 @@ def test_a_slow_network_gets_a_copy_on_each_node_and_a_fast_one_the_least_memory
             parallel={"replicate": 1, "shard": "full"},
         )
     )
-    assert (pinned.plan.mesh.replicate, pinned.plan.sharding) == (1, "full")
+    assert (pinned.plan.mesh.dp_replicate, pinned.plan.sharding) == (1, "full")
     assert pinned.forecast is not None and pinned.forecast.speed is not None
     assert pinned.forecast.speed.step > 1.5 * slow.forecast.speed.step
 
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_not_taken_however_fast(tmp_path: Path) -> None:
     cluster = {"gpu": "rtx4090", "network": "ethernet25", "gpus_per_node": 4, "nodes": 8}
     small = preview_job(job_of(tmp_path, cluster=cluster))
     assert small.forecast is not None and small.forecast.fits
-    assert small.plan.mesh.replicate == 1
+    assert small.plan.mesh.dp_replicate == 1
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,13 @@ def test_what_the_job_leaves_open(
     job = job_of(tmp_path, parallel=parallel)
     made = preview_job(job, network="ib400").plan
     plans = [made, *(cut.plan for cut in other_cuts(job, made))]
-    assert {(plan.mesh.replicate, plan.sharding) for plan in plans} == cuts and len(plans) == len(cuts)
+    assert {(plan.mesh.dp_replicate, plan.sharding) for plan in plans} == cuts and len(plans) == len(cuts)
     for plan in plans:
         mesh, zero = plan.mesh, plan.zero
         assert zero is None or zero.stage == {"full": 3, "gradients": 2, "optimizer": 1}[plan.sharding]
-        assert mesh.replicate * mesh.shard == 32 and mesh.reshard_after_forward == (plan.sharding == "full")
+        assert mesh.dp_replicate * mesh.dp_shard == 32 and mesh.reshard_after_forward == (
+            plan.sharding == "full"
+        )
 
 
 def test_a_candidate_has_the_least_of_what_is_searched_and_decides_none_of_it(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_what_the_job_says_is_not_decided(tmp_path: Path) -> None:
     plan = preview_job(
         job_of(tmp_path, parallel={"replicate": 2}, cluster={"network": "ethernet25", "gpu": "h200"})
     ).plan
-    assert plan.mesh.replicate == 2 and "parallel.replicate" not in {
+    assert plan.mesh.dp_replicate == 2 and "parallel.replicate" not in {
         decision.key for decision in plan.decisions
     }
 
@@ -174,7 +176,7 @@ def test_copies_pay_between_two_nodes(tmp_path: Path) -> None:
     """Of P parameters 8P(n-1)/n bytes cross a node's network for n copies, and 6P where all that is cut over
     the nodes stays whole."""
     rows, _ = scale(job_of(tmp_path), "8..64", "h100-80gb", "ethernet25")
-    assert [(row.plan.mesh.replicate, row.plan.sharding) for row in rows[1:]] == [
+    assert [(row.plan.mesh.dp_replicate, row.plan.sharding) for row in rows[1:]] == [
         (2, "gradients"),
         (1, "gradients"),
         (1, "gradients"),
@@ -186,7 +188,7 @@ def test_copies_gather_within_their_node(tmp_path: Path) -> None:
     made = preview_job(job, network="ethernet25")
     assert made.forecast is not None and made.forecast.speed is not None
     plan, gpu = made.plan, on_network(gpu_type("h100-80gb"), "ethernet25")
-    one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"replicate": 1, "shard": 32})})
+    one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"dp_replicate": 1, "dp_shard": 32})})
     from launcher.planner.memory.estimate import estimator
     from launcher.planner.model.model_config import read_config
 

@@ -253,7 +253,7 @@ def test_going_on_in_a_range_keeps_engine_and_cut_and_never_copies_alone(
     monkeypatch.chdir(tmp_path)
     range_of_cpu_nodes(tmp_path)
     run, plan = open_run(tmp_path / "job.yaml", [], None, tmp_path / "run", local=False)
-    wide = {"nodes": 4, "world_size": 8, "replicate": 4, "shard": 2}
+    wide = {"nodes": 4, "world_size": 8, "dp_replicate": 4, "dp_shard": 2}
     batch = {"data_parallel_size": 8, "micro_batch_size": 1, "accumulation_steps": 3}
     older = plan.model_copy(
         update={"mesh": plan.mesh.model_copy(update=wide), "batch": plan.batch.model_copy(update=batch)}
@@ -262,7 +262,7 @@ def test_going_on_in_a_range_keeps_engine_and_cut_and_never_copies_alone(
     again = open_run(tmp_path / "job.yaml", ["checkpoint.keep_last=5"], None, tmp_path / "run", local=False)[
         1
     ]
-    assert again.mesh.shard > 1 and (again.engine, again.sharding) == ("fsdp", "full")
+    assert again.mesh.dp_shard > 1 and (again.engine, again.sharding) == ("fsdp", "full")
     asked = ["parallel.engine=deepspeed", "parallel.shard=gradients"]
     zero = open_run(tmp_path / "job.yaml", asked, None, tmp_path / "other", local=False)[1]
     write_plan(run, zero)

@@ -267,8 +267,8 @@ def job_of(keys: dict[str, Any]) -> Job:
             {"offload": "none"},
             "memory.offload",
         ),
-        ({"parallel.secondary_shard": 8}, "fsdp", {"mesh.replicate": 2}, "parallel.secondary_shard"),
-        ({"parallel.secondary_shard": 16}, "fsdp", {"mesh.replicate": 1}, "parallel.secondary_shard"),
+        ({"parallel.secondary_shard": 8}, "fsdp", {"mesh.dp_replicate": 2}, "parallel.secondary_shard"),
+        ({"parallel.secondary_shard": 16}, "fsdp", {"mesh.dp_replicate": 1}, "parallel.secondary_shard"),
         ({"parallel.quantized_weights": True}, "fsdp", {"sharding": "full"}, "parallel.quantized_weights"),
         ({"parallel.replicate": 2}, "deepspeed", {"zero.secondary_shard": 8}, "parallel.replicate"),
         (

@@ -142,7 +142,7 @@ def test_the_cut_that_was_chosen_stays(job: Path) -> None:
         and changed.checkpoint.keep_last == 5
     )
     copies = reopen(run, ["parallel.replicate=2"], None)
-    assert copies.mesh.replicate == 2, "what is asked for goes before what was chosen"
+    assert copies.mesh.dp_replicate == 2, "what is asked for goes before what was chosen"
 
 
 def test_an_engine_that_was_chosen_stays_until_something_else_is_asked_for(job: Path) -> None:

@@ -177,7 +177,7 @@ class Estimator:
             return engine.states(), engine.host() if self.plan.offload_to == "cpu" else 0
         if not self._offloads:
             return engine.states(), 0
-        trained = sum(unit.shard(self.plan.mesh.shard, trained=True) for unit in engine.units)
+        trained = sum(unit.shard(self.plan.mesh.dp_shard, trained=True) for unit in engine.units)
         return {}, sum(engine.states().values()) + 4 * trained
 
     def least(self) -> int:
@@ -185,7 +185,7 @@ class Estimator:
         whole after the forward pass."""
         states, _ = self._states()
         mesh = self.plan.mesh
-        whole = self.plan.zero is None and mesh.shard > 1 and not mesh.reshard_after_forward
+        whole = self.plan.zero is None and mesh.dp_shard > 1 and not mesh.reshard_after_forward
         root, layers = self.units
         gathered = self.itemsize * sum(unit.num_elements() for unit in (root, *layers)) if whole else 0
         return sum(states.values()) + gathered + (CUDA_CONTEXT if self.cuda else 0)
@@ -242,7 +242,7 @@ class Estimator:
     def _cut(self) -> Cut:
         plan = self.plan
         return Cut(
-            ranks=plan.mesh.shard,
+            ranks=plan.mesh.dp_shard,
             itemsize=self.itemsize,
             reshard=plan.mesh.reshard_after_forward,
             state_copies=self.copies,

@@ -48,9 +48,9 @@ class Setting:
         if shape is None:
             return None
         adapter_rank = plan.model.adapter.rank if plan.model.adapter else 0
-        gathered = plan.mesh.shard > 1 and not plan.mesh.reshard_after_forward
+        gathered = plan.mesh.dp_shard > 1 and not plan.mesh.reshard_after_forward
         state_bytes = STATE_BYTES[plan.training.optimizer]
-        return cls(shape, plan.precision, state_bytes, plan.mesh.shard, gathered, adapter_rank)
+        return cls(shape, plan.precision, state_bytes, plan.mesh.dp_shard, gathered, adapter_rank)
 
     @property
     def _bytes(self) -> int:

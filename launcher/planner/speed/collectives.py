@@ -48,10 +48,10 @@ def traffic(plan: Plan, units: Units) -> Traffic:
         gathered += times.root * root.num_elements() - (
             0.0 if zero is None else times.layer * _stays(plan, units)
         )
-    number += times.gradients * (len(layers) + 1) * (2 if mesh.replicate > 1 else 1)
+    number += times.gradients * (len(layers) + 1) * (2 if mesh.dp_replicate > 1 else 1)
     reduced = (8 if zero is not None and zero.stage < 3 else 4) * times.gradients * trained
     # Copies add up their gradients, each rank its part of them.
-    copied = 8 * times.gradients * trained / ranks * (mesh.replicate - 1) / mesh.replicate
+    copied = 8 * times.gradients * trained / ranks * (mesh.dp_replicate - 1) / mesh.dp_replicate
     return Traffic(number, (_itemsize(plan) * gathered + reduced) * (ranks - 1) / ranks, copied)
 
 
@@ -118,7 +118,7 @@ class _Times:
 
 def ranks_of(plan: Plan) -> int:
     """Over which the parameters, or what is made of them, are cut."""
-    return plan.mesh.shard if plan.zero is None else plan.mesh.world_size
+    return plan.mesh.dp_shard if plan.zero is None else plan.mesh.world_size
 
 
 def _itemsize(plan: Plan) -> int:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlan
@@ -68,8 +68,8 @@ def _key(tensors: Tensors) -> tuple[object, ...]:
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every method but `finish_here` is collective: all ranks call it, in the
-    same order.
+    """The checkpoints of one run; `open` them first. Every method but `finish_here` is collective: all ranks
+    call it, in the same order.
 
     A save that fails, on whichever rank, fails for all: the attempt is removed, the event `save_failed` says
     why, a warning is printed, and training goes on with the checkpoints there were.
@@ -81,26 +81,30 @@ class Checkpointer:
         plan: Plan,
         rank: int,
         world_size: int,
-        read_only: bool = False,
         write_event: Callable[..., None] = event,
     ) -> None:
-        """Needs the default process group where world_size is above 1.
-
-        Leftovers of dead attempts are cleared away, as whoever started us holds the run's lock; `read_only`
-        leaves all as it is. `write_event(path, name, **fields)` is called from the background thread as well.
-        """
+        """Store what `open` needs. `write_event(path, name, **fields)` is called from the background thread
+        too."""
         self._run, self._plan = run, plan
-        self._rank, self._world_size = rank, world_size
-        self._ranks = Ranks(rank, world_size)
-        run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
+        self._rank, self._world_size, self._event = rank, world_size, write_event
         self._num_saves = 0
         self._layout: _Layout | None = None
-        self._underway = Underway(rank, world_size, plan.hang_after)
-        self._leader = Leader(run, plan, run_id, world_size, write_event)
         self._step = 0
         """Of the save that was begun last."""
         self.problem: str | None = None
         """Why the last save that is over failed; None where it succeeded."""
+
+    def open(self, read_only: bool = False) -> Self:
+        """Meet the other ranks, and clear away what dead attempts left; return the checkpointer itself.
+
+        Whoever started the ranks holds the run's lock. Needs the default process group where there is more
+        than one rank. `read_only` leaves all files as they are.
+        """
+        self._ranks = Ranks(self._rank, self._world_size)
+        run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
+        self._underway = Underway(self._rank, self._world_size, self._plan.hang_after)
+        self._leader = Leader(self._run, self._plan, run_id, self._world_size, self._event)
+        return self
 
     def _prepare(self, read_only: bool) -> tuple[str, str]:
         if not read_only:

@@ -115,7 +115,7 @@ class Leader:
             step=save.progress.step,
             engine=self._plan.engine,
             world_size=self._world_size,
-            mesh={"replicate": mesh.replicate, "shard": mesh.shard},
+            mesh={"replicate": mesh.dp_replicate, "shard": mesh.dp_shard},
             plan_digest=self._plan.digest(),
             created=time.time(),
             progress=save.progress,

@@ -11,10 +11,13 @@ from launcher.training.engines.fsdp import FsdpEngine
 
 
 def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> Engine:
-    """The plan's engine with its model loaded. `ds_config` is the rendered configuration, for DeepSpeed
-    alone."""
+    """Return the plan's engine with its model loaded. Called by all ranks together. `ds_config` is the
+    rendered configuration, for DeepSpeed alone."""
     if plan.engine == "fsdp":
-        return FsdpEngine(plan, task, config)
-    from launcher.training.engines.deepspeed import DeepSpeedEngine
+        engine: Engine = FsdpEngine(plan, task, config)
+    else:
+        from launcher.training.engines.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(plan, task, config, ds_config)
+        engine = DeepSpeedEngine(plan, task, config, ds_config)
+    engine.load()
+    return engine

@@ -24,6 +24,7 @@ from launcher.runs.places import here
 from launcher.tasks.task import Output, Task
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
+from launcher.training.engines import companions
 from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
@@ -38,23 +39,28 @@ class DeepSpeedEngine:
     """The engine protocol over `deepspeed.initialize`."""
 
     def __init__(self, plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> None:
+        """Take the rendered configuration as it is."""
+        self._plan, self._task, self._config = plan, task, config
+        self._ds_config = _taken_over(ds_config)
+        self._frozen: dict[str, torch.Tensor] = {}
+
+    def load(self) -> None:
         """Load the model cut evenly, hand it to DeepSpeed parameter by parameter, and set its fp32 masters to
         the loaded values."""
-        assert plan.zero is not None
-        self._plan = plan
+        plan, zero = self._plan, self._plan.zero
+        assert zero is not None
         self._deepspeed = _import(plan)
-        self._ds_config = _taken_over(ds_config)
-        loaded = models.load(plan, task.auto_class, config, self._cut)
+        loaded = models.load(plan, self._task.auto_class, self._config, self._cut)
         self.model: PreTrainedModel = loaded.model
         self.new_parameters = loaded.new_parameters
-        if plan.zero.stage == 3:
+        if zero.stage == 3:
             keep_parameters_not_matrices(self.model)
         for layer in models.repeated_layers(self.model):
             checkpoint_activations(layer, plan.activation_checkpointing)
-        self._frozen: dict[str, torch.Tensor] = {}
         masters = self._convert()
         self.model.train()
-        self.model.forward = functools.partial(task.loss, self.model)
+        self.companions = companions.load(plan, self._task)
+        companions.bind_loss(self.model, self._task, self.companions)
         self._register_head()
         optimizer = optimizers.construct(self.model, plan.training)
         with _one_optimizer_for_all_stages(self._deepspeed):
@@ -62,7 +68,7 @@ class DeepSpeedEngine:
                 model=self.model, optimizer=optimizer, config=self._ds_config, dist_init_required=False
             )
         self._zero: Any = self._engine.optimizer
-        kind = StageThree if plan.zero.stage == 3 else StageOneOrTwo
+        kind = StageThree if zero.stage == 3 else StageOneOrTwo
         self._stage = kind(self._zero, plan.training)
         self._set_masters(masters)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from launcher.tasks.task import Output
@@ -17,6 +18,12 @@ class Engine(Protocol):
 
     model: PreTrainedModel
     new_parameters: tuple[str, ...]
+    """Names that the model's files did not hold, as a classification head's."""
+    companions: dict[str, nn.Module]
+    """The task's frozen models beside the one that trains, by name; no checkpoint holds them."""
+
+    def load(self) -> None:
+        """Load the model and its companions, sharded, and build the optimizer."""
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
         """Forward and backward of one micro-batch, its summed loss multiplied by `factor`; gradients add up

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Output, Task
 from launcher.training import optimizer as optimizers
+from launcher.training.engines import companions
 from launcher.training.engines.recompute import checkpoint_activations
+from launcher.training.engines.units import shard_units
 from launcher.training.heads import Batch
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
-from launcher.training.precision import DTYPES
 
 _DEFERRED_GRADIENT_BYTES = 4 << 30
 """Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it,
@@ -32,14 +30,17 @@ class FsdpEngine:
     """The engine protocol over `fully_shard`; a single fp32 device is left as plain PyTorch."""
 
     def __init__(self, plan: Plan, task: Task, config: Any, trains: bool = True) -> None:
-        """Load and cut the model; without `trains` there is no optimizer, for evaluation alone."""
-        self._plan = plan
-        loaded = models.load(plan, task.auto_class, config, self._shard)
+        """Without `trains` there will be no optimizer, for evaluation alone."""
+        self._plan, self._task, self._config, self._trains = plan, task, config, trains
+
+    def load(self) -> None:
+        loaded = models.load(self._plan, self._task.auto_class, self._config, self._shard)
         self.model: PreTrainedModel = loaded.model
         self.new_parameters = loaded.new_parameters
         self.model.train()
-        self.model.forward = functools.partial(task.loss, self.model)
-        self._optimizer = optimizers.build(self.model, plan.training) if trains else None
+        self.companions = companions.load(self._plan, self._task)
+        companions.bind_loss(self.model, self._task, self.companions)
+        self._optimizer = optimizers.build(self.model, self._plan.training) if self._trains else None
         gradient_bytes = 4 * sum(
             parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad
         )
@@ -61,25 +62,7 @@ class FsdpEngine:
             and self._plan.offload == "none"
         ):
             return
-        mesh = _mesh(model, self._plan)
-        policy = MixedPrecisionPolicy(param_dtype=DTYPES[self._plan.precision], reduce_dtype=torch.float32)
-        where: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-        if self._plan.offload == "parameters":
-            where["offload_policy"] = CPUOffloadPolicy(pin_memory=self._plan.mesh.device == "cuda")
-        if (
-            self._plan.model.adapter is not None
-            and self._plan.mesh.world_size == 1
-            and self._plan.offload != "parameters"
-        ):
-            # They are in the computation's precision already, and there is nobody to share them with:
-            # gathering would only copy them.
-            where["ignored_params"] = {
-                parameter for parameter in model.parameters() if not parameter.requires_grad
-            }
-        for layer in layers:
-            fully_shard(layer, reshard_after_forward=self._plan.mesh.reshard_after_forward, **where)
-        fully_shard(model, reshard_after_forward=False, **where)
-        _assert_units(model, layers)
+        shard_units(model, layers, self._plan)
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
         if isinstance(self.model, FSDPModule):
@@ -90,6 +73,7 @@ class FsdpEngine:
             self.model.set_reshard_after_backward(last, recurse=not self._plan.mesh.reshard_after_forward)
         output: Output = self.model(batch)
         here.turn("backward")
+        # FSDP averages gradients over the ranks, and the step's loss is a sum.
         (output.loss_sum * (factor * self._plan.batch.data_parallel_size)).backward()
         return output
 
@@ -102,7 +86,7 @@ class FsdpEngine:
 
     def squared_gradient_norm(self) -> torch.Tensor:
         # Replicas hold equal gradients, so each counts for its share.
-        return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.replicate
+        return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.dp_replicate
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         if multiplier != 1.0:
@@ -148,22 +132,3 @@ class FsdpEngine:
     def _gradients(self) -> list[torch.Tensor]:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-
-
-def _mesh(model: PreTrainedModel, plan: Plan) -> DeviceMesh:
-    """The mesh that loading uses, replicate x shard; one rank has none yet."""
-    manager = getattr(model, "_mesh_manager", None)
-    if manager is None:
-        return init_device_mesh(plan.mesh.device, (1,), mesh_dim_names=("fsdp",))
-    mesh: DeviceMesh = (
-        manager.get_mesh(("dp_replicate", "fsdp")) if plan.mesh.replicate > 1 else manager.get_mesh("fsdp")
-    )
-    return mesh
-
-
-def _assert_units(model: PreTrainedModel, layers: list[nn.Module]) -> None:
-    """Refuse to start where the repeated layers did not become units of their own."""
-    loose = [type(layer).__name__ for layer in layers if not isinstance(layer, FSDPModule)]
-    if loose:
-        reason = f"{len(loose)} of {len(layers)} layers ({loose[0]}) could not be made units of their own"
-        raise ConfigurationError(Problem("model.name", model.name_or_path, reason))

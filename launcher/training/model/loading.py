@@ -50,7 +50,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     """
     source: dict[str, Any] = {"state_dict": {}} if plan.model.weights == "random" else {}
     name = None if plan.model.weights == "random" else plan.model.name
-    distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
+    distributed = DistributedConfig(fsdp_size=plan.mesh.dp_shard, dp_replicate_size=plan.mesh.dp_replicate)
     kind = pretrained.model_class(auto_class, config, plan)
     seam = _Seam(plan, shard)
     with seam.in_place(), converted_whole(), Changes.of(plan, kind, config).in_place(), tensors_counted():

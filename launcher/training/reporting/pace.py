@@ -7,12 +7,14 @@ is seen on its node.
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import nn
 
 from launcher.runs.places import here
 from launcher.training.reporting.slowness import Evidence, reason
+from launcher.training.reporting.tracking import Journal
 from launcher.training.reporting.whereabouts import waited
 
 STEPS_BETWEEN = 10
@@ -219,3 +222,15 @@ class Pace:
         why = reason(began, Evidence.now())
         own = {"own_seconds": round(seconds, 4), "median_seconds": round(others, 4)}
         self._say(rank=self._rank, factor=round(factor, 2), seconds=round(lasted, 1), reason=why, **own)
+
+
+def straggler(journal: Journal, events_file: Path, **fields: Any) -> None:
+    """Write the event of a slow rank with a line for people. The rank itself does, which alone sees why it is
+    slow."""
+    host = os.uname().nodename
+    slow = f"rank {fields['rank']} on {host} is {fields['factor']:.1f} times slower than the others"
+    own, others = fields["own_seconds"], fields["median_seconds"]
+    # One that is stopped again and again may be so while it waits; then its own work tells nothing.
+    numbers = f" ({own:.2f} s a step of its own, median {others:.2f} s)" if own > SLOW_FACTOR * others else ""
+    line = f"{slow} for {fields['seconds']:.0f} s{numbers}: {fields['reason']}"
+    journal.event(events_file, "straggler", host=host, line=line, **fields)

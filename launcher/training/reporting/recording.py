@@ -19,6 +19,7 @@ from launcher.training.engines.engine import Engine
 from launcher.training.model import loading as models
 from launcher.training.reporting.forecast_check import ForecastCheck
 from launcher.training.reporting.tracking import Journal, Trackers
+from launcher.training.state import State
 
 _SECONDS_BETWEEN_KEEPING = 30.0
 """Readers take in what came after that line by line: some thousands at most, in milliseconds."""
@@ -46,16 +47,15 @@ class Recorder:
 
     def step(
         self,
-        step: int,
+        state: State,
         batch: StepBatch,
         loss: float,
         gradient_norm: float,
         learning_rate: float,
         seconds: float,
-        tokens_so_far: int,
     ) -> None:
-        """One optimizer step of all ranks, which took so many seconds. tokens_so_far: of all steps of the run
-        that count."""
+        """Record one optimizer step of all ranks, after which the run stands at `state`; it took `seconds`."""
+        step = state.step
         record = {
             "kind": "train",
             "step": step,
@@ -64,7 +64,7 @@ class Recorder:
             "learning_rate": learning_rate,
             "num_samples": batch.num_samples,
             "num_tokens": batch.num_tokens,
-            "tokens_so_far": tokens_so_far,
+            "tokens_so_far": state.num_tokens,
             "tokens_per_second": round(batch.num_tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(self._device),
             "sample_ids": batch.sample_ids,

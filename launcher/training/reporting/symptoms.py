@@ -55,7 +55,7 @@ class Symptoms:
         self._num_exploded = self._num_zero = self._num_updates = 0
         self._judges_from = max(first_step, schedule.num_warmup_steps)
         self._looked = False
-        self.said = said or []
+        self.said = [] if said is None else said
         """The kinds of what was said in this run."""
 
     def note(self, step: int, loss: float, gradient_norm: float) -> None:

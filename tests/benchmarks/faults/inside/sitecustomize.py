@@ -19,7 +19,7 @@ from pathlib import Path
 MOMENTS = {
     "preparing": "launcher.training.trainer:TrainingInputs.prepare",
     "loading": "launcher.training.trainer:engines.build",
-    "restoring": "launcher.training.trainer:Trainer._restore",
+    "restoring": "launcher.training.state_keeper:StateKeeper.restore",
     "evaluating": "launcher.training.trainer:evaluate",
     "data": "launcher.training.data.batches:Batches.step",
     "step": "launcher.training.trainer:Trainer._step",

@@ -1,0 +1,74 @@
+"""Load the frozen models that compute beside the one that trains, sharded over the same ranks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Model
+from launcher.planner.plan import Plan
+from launcher.tasks.companion import Companion
+from launcher.tasks.task import Output, Task
+from launcher.training.engines.units import shard_units
+from launcher.training.model import loading as models
+from launcher.training.model import pretrained
+from launcher.training.precision import DTYPES
+
+
+def load(plan: Plan, task: Task) -> dict[str, nn.Module]:
+    """Return the task's companions by name: frozen, in the plan's precision, without dropout. For all ranks
+    together.
+
+    FSDP2 shards them beside either engine. Nothing of them trains, so all that ZeRO could do is to gather
+    them as well.
+
+    Raises ConfigurationError where one cannot be read, or where its files lack some of its weights.
+    """
+    return {name: _load(plan, task, companion) for name, companion in task.companions.items()}
+
+
+def bind_loss(model: PreTrainedModel, task: Task, others: Mapping[str, nn.Module]) -> None:
+    """Have the model's own forward compute the task's loss, inside its sharding hooks; `others` are its
+    companions."""
+    loss: Callable[..., Output] = task.loss
+    model.forward = functools.partial(loss, model, **({"others": others} if others else {}))
+
+
+def _load(plan: Plan, task: Task, companion: Companion) -> PreTrainedModel:
+    own = Model(
+        name=companion.name,
+        revision=companion.revision,
+        task=plan.model.task,
+        trust_remote_code=plan.model.trust_remote_code,
+    )
+    plan = plan.model_copy(update={"model": own})
+    auto_class = getattr(transformers, companion.auto_class) if companion.auto_class else task.auto_class
+    try:
+        config = pretrained.read_config(plan)
+        loaded = models.load(plan, auto_class, config, functools.partial(_shard, plan))
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            [Problem(companion.key, companion.name, problem.reason) for problem in error.problems]
+        ) from None
+    if loaded.new_parameters:
+        missing = loaded.new_parameters[0]
+        reason = f"its files hold no {missing}: what is asked beside the model must be trained already"
+        raise ConfigurationError(Problem(companion.key, companion.name, reason))
+    return loaded.model.eval()
+
+
+def _shard(plan: Plan, model: PreTrainedModel) -> None:
+    """Freeze the model and shard it. Its numbers are read in the precision of the computation: no fp32 master
+    is needed."""
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(DTYPES[plan.precision])
+    if plan.mesh.world_size > 1 or plan.offload == "parameters":
+        shard_units(model, models.repeated_layers(model), plan, reshard_root=True)
