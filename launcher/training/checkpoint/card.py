@@ -25,6 +25,8 @@ from launcher.sources.section import Source
 from launcher.training.model_files import directory_of
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
+_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".tsv": "csv", ".txt": "text"}
+"""What `datasets` calls the reader of a kind of files, where that is not their ending."""
 _LICENCE = ("license", "license_name", "license_link", "language")
 
 
@@ -65,7 +67,8 @@ class Card:
         source = self._plan.data.evaluation
         if source is None or tag is None:
             return []
-        kind = source.name or PurePath(str(source.path)).suffix.lstrip(".") or "files"
+        suffix = PurePath(str(source.path)).suffix.lower()
+        kind = source.name or _BUILDERS.get(suffix, suffix.lstrip(".")) or "arrow"
         of: dict[str, Any] = {"task_type": tag, "dataset_type": kind, "dataset_name": _name(source)}
         if source.name:
             of |= {"dataset_config": source.subset, "dataset_split": source.split}
@@ -91,7 +94,7 @@ class Card:
         if self._adapter:
             base = f'{kind}.from_pretrained("{self._base}"{self._num_labels()})'
             return f'from peft import PeftModel\nfrom transformers import {kind}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
-        lines = [f"from transformers import AutoTokenizer, {kind}", ""]
+        lines = [f"from transformers import {', '.join(sorted(('AutoTokenizer', kind)))}", ""]
         lines += [f'model = {kind}.from_pretrained("DIRECTORY")', 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")']
         return "\n".join(lines)
 
@@ -127,7 +130,8 @@ class Card:
         said = self._totals.last.get("training", {})
         ranks = f"{plan.mesh.world_size} rank{'s' * (plan.mesh.world_size != 1)}"
         yield "hardware", f"{ranks} on {plan.mesh.nodes} node{'s' * (plan.mesh.nodes != 1)}, {said.get('device') or plan.mesh.device}"
-        yield "time", f"{duration(self._totals.seconds_in_attempts)} over {max(1, self._run.last_attempt())} attempts"
+        attempts = max(1, self._run.last_attempt())
+        yield "time", f"{duration(self._totals.seconds_in_attempts)} over {attempts} attempt{'s' * (attempts != 1)}"
         yield "engine", f"{plan.engine}, {plan.sharding} sharding, {plan.precision}"
         yield "batch", f"{plan.batch.global_batch_size} samples a step"
         rate = f"learning rate {training.learning_rate:g}, {training.schedule}"
