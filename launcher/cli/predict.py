@@ -27,8 +27,8 @@ def predict(
 ) -> None:
     """Write what a model says of every row of a file; one that was stopped goes on where it was."""
     from launcher.cli.display import Display
-    from launcher.scheduling.evaluation import Request
-    from launcher.scheduling.prediction import Prediction
+    from launcher.launch.evaluation import Request
+    from launcher.launch.prediction import Prediction
     from launcher.tasks.task import AnswerOptions
 
     request = Request.of(model, job, checkpoint, nproc, overrides)

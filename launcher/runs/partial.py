@@ -11,7 +11,7 @@ from typing import Any
 from launcher.errors import ConfigurationError, Problem, StorageError
 from launcher.plain_files import read_json
 from launcher.runs.layout import sync_directory, write_atomically
-from launcher.runs.words import finite
+from launcher.runs.wording import finite
 
 KEY = "--output"
 

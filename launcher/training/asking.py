@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.tasks.task import AnswerOptions, Sample, Task
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine

@@ -13,12 +13,13 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Model
 from launcher.plain_files import read_json
-from launcher.planning.model_support import Way
-from launcher.planning.plan import Plan
+from launcher.planner.model.model_support import Way
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.tasks.task import Task
-from launcher.training import engines, pretrained
+from launcher.training import engines
+from launcher.training.model import pretrained
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines.engine import Engine
 

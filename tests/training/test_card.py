@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.card import pipeline_tag
 from launcher.training.checkpoint.export import export

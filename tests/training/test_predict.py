@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from launcher.errors import ConfigurationError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training.engines.fsdp import FsdpEngine
-from launcher.training.measure import measure
-from launcher.training.predict import predict
+from launcher.training.evaluate_entry import measure
+from launcher.training.predict_entry import predict
 from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
 from tests.training.runs import batch_of, errors_of, finish, model_directory, new_run, plan_for, texts, write_rows

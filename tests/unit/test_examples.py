@@ -8,7 +8,7 @@ import pytest
 
 from launcher import tasks
 from launcher.job.load import load
-from launcher.planning.search import plan_job
+from launcher.planner.search import plan_job
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").rglob("*.yaml"))
 

@@ -15,14 +15,14 @@ from transformers.modelcard import TASK_MAPPING
 
 from launcher import __version__, tasks
 from launcher.plain_files import read_json, read_text
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.redaction import redact
 from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
-from launcher.runs.words import duration
-from launcher.sources.section import Source
-from launcher.training.model_files import directory_of
+from launcher.runs.wording import duration
+from launcher.data.section import Source
+from launcher.training.model.model_files import directory_of
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
 _BUILDERS = {".jsonl": "json", ".ndjson": "json", ".tsv": "csv", ".txt": "text"}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from launcher.sources.rows import Row, RowProblem
+from launcher.data.rows import Row, RowProblem
 from launcher.tasks.task import Encoded, Sample, Task
 from launcher.training import exchange
 from launcher.training.data.sources import Rows
