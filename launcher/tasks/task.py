@@ -201,7 +201,7 @@ class Task(ABC):
     labels: list[str] | None = None
     """The names of the classes in the order of their ids, where the task has classes and they are known."""
     for_prediction: bool = False
-    """Whether rows are to be answered: labels may lack, and `columns`, `texts` and `encode` ask for none."""
+    """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
 
     def __init__(self, data: Any, labels: list[str] | None = None) -> None:
         self.data = data
