@@ -54,7 +54,9 @@ def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[
         known = candidates.get((span.start, span.end))
         if known is None or span.score > known.score:  # windows share tokens, and both may point there
             candidates[span.start, span.end] = span
-    best = sorted(candidates.values(), key=lambda span: (-span.score, span.start, span.end))[: max(NUM_COMPARED, options["top_k"] or 1)]
+    best = sorted(candidates.values(), key=lambda span: (-span.score, span.start, span.end))[
+        : max(NUM_COMPARED, options["top_k"] or 1)
+    ]
     none = min(part["none"] for part in parts)
     doubt = no_answer(none, best[0].score if best else -math.inf)
     given = best[0] if best and (threshold is None or doubt <= threshold) else Pointed("", 0, 0, none)
@@ -67,7 +69,10 @@ def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[
         said |= {"no_answer": doubt} if threshold is not None else {}
     if options["top_k"]:
         shown = zip(best[: options["top_k"]], shares, strict=False)
-        said["answers"] = [{"answer": one.answer, "start": one.start, "end": one.end, "probability": share} for one, share in shown]
+        said["answers"] = [
+            {"answer": one.answer, "start": one.start, "end": one.end, "probability": share}
+            for one, share in shown
+        ]
     return said
 
 
@@ -132,7 +137,9 @@ def _windows(state: Sequence[np.ndarray]) -> Iterable[_Window]:
     _, numbers, lengths, content = state
     ends = np.cumsum(lengths).tolist()
     texts = [content[begin:end].tobytes().decode() for begin, end in zip([0, *ends], ends, strict=False)]
-    for (row, number, score, none), answer, references in zip(numbers.tolist(), texts[::2], texts[1::2], strict=True):
+    for (row, number, score, none), answer, references in zip(
+        numbers.tolist(), texts[::2], texts[1::2], strict=True
+    ):
         yield _Window(int(row), int(number), score, none, answer, references)
 
 
@@ -140,4 +147,6 @@ def _asked(windows: Sequence[_Window]) -> squad.Asked:
     """Return the best answer of a row's windows; of equally good ones that of the earlier window."""
     best = max(windows, key=lambda window: window.score)
     references = json.loads(windows[0].references)
-    return squad.Asked(tuple(references), best.answer, no_answer(min(window.none for window in windows), best.score))
+    return squad.Asked(
+        tuple(references), best.answer, no_answer(min(window.none for window in windows), best.score)
+    )

@@ -51,7 +51,9 @@ def answers_of(row: dict[str, Any], column: str, start_column: str | None, conte
     pairs = _pairs(value, column) if start_column is None else _beside(row, value, column, start_column)
     answers = [_checked(text, start, context, column) for text, start in pairs]
     if impossible and answers:
-        raise RowProblem(BAD_LABEL, f"{IMPOSSIBLE} is true, and {column!r} has an answer: {_short(answers[0].text)}")
+        raise RowProblem(
+            BAD_LABEL, f"{IMPOSSIBLE} is true, and {column!r} has an answer: {_short(answers[0].text)}"
+        )
     return answers
 
 
@@ -78,10 +80,14 @@ def _pairs(value: Any, column: str) -> list[tuple[Any, Any]]:
             reason = "is a text without the place where it begins; name data.answer_start, or write {text: [...], answer_start: [...]}"
             raise RowProblem(BAD_LABEL, f"{column!r} {reason}") from None
     if isinstance(value, dict):
-        return _paired(_entry(value, "text", column), _entry(value, "answer_start", column), "text", "answer_start")
+        return _paired(
+            _entry(value, "text", column), _entry(value, "answer_start", column), "text", "answer_start"
+        )
     if not isinstance(value, (list, tuple)) or not all(isinstance(one, dict) for one in value):
         shown = "a list of other things" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
-        raise RowProblem(BAD_LABEL, f"{column!r} is {shown}, not answers as {{text: [...], answer_start: [...]}}")
+        raise RowProblem(
+            BAD_LABEL, f"{column!r} is {shown}, not answers as {{text: [...], answer_start: [...]}}"
+        )
     for one in value:
         if absent := {"text", "answer_start"} - one.keys():
             raise RowProblem(BAD_LABEL, f"an answer in {column!r} has no {' and no '.join(sorted(absent))}")
@@ -90,14 +96,19 @@ def _pairs(value: Any, column: str) -> list[tuple[Any, Any]]:
 
 def _entry(value: dict[str, Any], name: str, column: str) -> list[Any]:
     if name not in value:
-        raise RowProblem(BAD_LABEL, f"{column!r} has no {name!r}; it has {', '.join(map(repr, value)) or 'nothing'}")
+        raise RowProblem(
+            BAD_LABEL, f"{column!r} has no {name!r}; it has {', '.join(map(repr, value)) or 'nothing'}"
+        )
     found = value[name]
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
 def _paired(texts: list[Any], starts: list[Any], name: str, start_name: str) -> list[tuple[Any, Any]]:
     if len(texts) != len(starts):
-        raise RowProblem(BAD_LABEL, f"{len(texts)} of {name!r}, and {len(starts)} of {start_name!r}: each answer has one of both")
+        raise RowProblem(
+            BAD_LABEL,
+            f"{len(texts)} of {name!r}, and {len(starts)} of {start_name!r}: each answer has one of both",
+        )
     return list(zip(texts, starts, strict=True))
 
 
@@ -107,15 +118,22 @@ def _checked(text: Any, start: Any, context: str, column: str) -> Answer:
     if isinstance(start, float) and start.is_integer():
         start = int(start)
     if not isinstance(text, str) or isinstance(start, bool) or not isinstance(start, int):
-        raise RowProblem(BAD_LABEL, f"an answer is a text and a whole number; here are {text!r:.80} and {start!r:.40}")
+        raise RowProblem(
+            BAD_LABEL, f"an answer is a text and a whole number; here are {text!r:.80} and {start!r:.40}"
+        )
     if not text.strip():
         raise RowProblem(BAD_LABEL, f"an answer in {column!r} has no text")
     check_encodable(text, column)
     if not 0 <= start <= len(context) - len(text):
-        reason = f"{_short(text)} from character {start:,} on is outside of its text, which has {len(context):,}"
+        reason = (
+            f"{_short(text)} from character {start:,} on is outside of its text, which has {len(context):,}"
+        )
         raise RowProblem(BAD_LABEL, reason + _elsewhere(text, context))
     if (there := context[start : start + len(text)]) != text:
-        raise RowProblem(BAD_LABEL, f"at character {start:,} stands {_short(there)}, not {_short(text)}" + _elsewhere(text, context))
+        raise RowProblem(
+            BAD_LABEL,
+            f"at character {start:,} stands {_short(there)}, not {_short(text)}" + _elsewhere(text, context),
+        )
     return Answer(text, start)
 
 
@@ -139,9 +157,15 @@ def best_spans(logits: np.ndarray, longest: int, number: int) -> list[Span]:
         return []
     widths = np.arange(longest)
     last = np.arange(num_tokens)[:, None] + widths
-    scores = np.where(last < num_tokens, starts[:, None] + ends[np.minimum(last, num_tokens - 1)], -np.inf).reshape(-1)
+    scores = np.where(
+        last < num_tokens, starts[:, None] + ends[np.minimum(last, num_tokens - 1)], -np.inf
+    ).reshape(-1)
     order = np.argsort(-scores, kind="stable")[:number]
-    found = [(int(place) // longest, int(place) % longest, float(scores[place])) for place in order if scores[place] > -np.inf]
+    found = [
+        (int(place) // longest, int(place) % longest, float(scores[place]))
+        for place in order
+        if scores[place] > -np.inf
+    ]
     return [Span(first, first + width, score) for first, width, score in found]
 
 

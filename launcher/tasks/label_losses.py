@@ -34,7 +34,11 @@ class LabelLoss:
         """Return the loss of each sample, fp32 [n], by its logits, fp32 [n, outputs], and labels as `collate` has them."""
         if self.problem == "regression":
             return torch.nn.functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
-        weights = None if self.weights is None else torch.tensor(self.weights, dtype=torch.float32, device=logits.device)
+        weights = (
+            None
+            if self.weights is None
+            else torch.tensor(self.weights, dtype=torch.float32, device=logits.device)
+        )
         if self.problem == "multi-label":
             return self._several(logits, labels.float(), weights).mean(dim=-1)
         return self._one(logits, labels.view(-1), weights)
@@ -44,22 +48,30 @@ class LabelLoss:
         from torch.nn import functional
 
         smoothing = self.smoothing
-        entropies = functional.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
+        entropies = functional.cross_entropy(
+            logits, labels, weight=weights, label_smoothing=smoothing, reduction="none"
+        )
         if self.gamma is None:
             return entropies
         # As a difference of logarithms: a power of 1 - p has no gradient where p is 1.
         others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
         return entropies * (self.gamma * (others.logsumexp(dim=1) - logits.logsumexp(dim=1))).exp()
 
-    def _several(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _several(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
         """Return torch's binary cross entropy of each class, labels drawn towards 1/2 by the smoothing; with gamma as above."""
         from torch.nn import functional
 
         targets = labels * (1 - self.smoothing) + 0.5 * self.smoothing
-        entropies = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+        entropies = functional.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=weights, reduction="none"
+        )
         if self.gamma is None:
             return entropies
-        return entropies * (self.gamma * functional.logsigmoid(torch.where(labels > 0.5, -logits, logits))).exp()
+        return (
+            entropies * (self.gamma * functional.logsigmoid(torch.where(labels > 0.5, -logits, logits))).exp()
+        )
 
 
 def balanced(labels: np.ndarray, num_labels: int) -> list[float]:

@@ -22,7 +22,9 @@ Thresholds = Sequence[float] | Literal["fit"] | None
 class LabelScores(Evaluator):
     """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson, Spearman and MSE."""
 
-    def __init__(self, problem: str, labels: Sequence[str], thresholds: Thresholds = None, top_k: int | None = None) -> None:
+    def __init__(
+        self, problem: str, labels: Sequence[str], thresholds: Thresholds = None, top_k: int | None = None
+    ) -> None:
         self._problem, self._labels, self._thresholds, self._top_k = problem, labels, thresholds, top_k
         self._loss_sum = 0.0
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []
@@ -35,7 +37,10 @@ class LabelScores(Evaluator):
         self._seen.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
 
     def state(self) -> list[np.ndarray]:
-        return [np.array([self._loss_sum]), *(np.concatenate(pieces) for pieces in zip(*self._seen, strict=True))]
+        return [
+            np.array([self._loss_sum]),
+            *(np.concatenate(pieces) for pieces in zip(*self._seen, strict=True)),
+        ]
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         loss_sum = float(np.sum([sums for sums, *_ in states]))
@@ -49,7 +54,11 @@ class LabelScores(Evaluator):
         if self._problem == "multi-label":
             return loss | self._several(predictions, labels)
         self._details = one_label_details(predictions, labels, self._labels)
-        more = {} if self._top_k is None else {f"top_{self._top_k}_accuracy": measure.top_k_accuracy(predictions, labels, self._top_k)}
+        more = (
+            {}
+            if self._top_k is None
+            else {f"top_{self._top_k}_accuracy": measure.top_k_accuracy(predictions, labels, self._top_k)}
+        )
         return loss | measure.single_label(predictions, labels, len(self._labels)) | more
 
     def _several(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -81,7 +90,9 @@ def fitted_thresholds(logits: np.ndarray, labels: np.ndarray) -> list[float]:
 
     Logits and labels (0 or 1) are [n, classes]. A class that no sample has keeps 1/2. Of equally good thresholds the highest is taken.
     """
-    return [_fitted(logits[:, one].astype(np.float64), labels[:, one] > 0.5) for one in range(logits.shape[1])]
+    return [
+        _fitted(logits[:, one].astype(np.float64), labels[:, one] > 0.5) for one in range(logits.shape[1])
+    ]
 
 
 def _fitted(logits: np.ndarray, wanted: np.ndarray) -> float:
@@ -106,7 +117,11 @@ def one_label_details(predictions: np.ndarray, labels: np.ndarray, names: Sequen
     chosen = (predictions.argmax(axis=1) if predictions.ndim == 2 else predictions).astype(np.int64)
     ids = np.arange(len(names))
     matrix = confusion_matrix(labels.astype(np.int64).reshape(-1), chosen, labels=ids)
-    return {"labels": list(names), "confusion_matrix": matrix.tolist(), "per_class": _per_class(labels.reshape(-1), chosen, names)}
+    return {
+        "labels": list(names),
+        "confusion_matrix": matrix.tolist(),
+        "per_class": _per_class(labels.reshape(-1), chosen, names),
+    }
 
 
 def several_labels_details(
@@ -130,4 +145,7 @@ def _per_class(wanted: np.ndarray, chosen: np.ndarray, names: Sequence[str]) -> 
 
     columns = precision_recall_fscore_support(wanted, chosen, labels=np.arange(len(names)), zero_division=0)
     keys = ("precision", "recall", "f1", "support")
-    return {name: dict(zip(keys, map(float, values), strict=True)) for name, *values in zip(names, *columns, strict=True)}
+    return {
+        name: dict(zip(keys, map(float, values), strict=True))
+        for name, *values in zip(names, *columns, strict=True)
+    }

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, IfThere, RowProblem, text_of
+from launcher.sources.rows import BAD_LABEL, IfThere, RowProblem, text_of
 from launcher.sources.section import Data
 from launcher.tasks import answer_spans
 from launcher.tasks.answer_scores import NUM_COMPARED, AnswerScores, answer_of, pointed
 from launcher.tasks.answer_spans import IMPOSSIBLE, Answer
+from launcher.tasks.answer_windows import SEPARATORS, Asked, windows_of
 from launcher.tasks.padding import padded
-from launcher.tasks.task import (
-    Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits, finding, sample_at,
-)  # fmt: skip
+from launcher.tasks.task import Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits
+from launcher.tasks.task import finding, sample_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,11 +32,6 @@ _ANSWERED: dict[str, Better] = {"loss": "lower", "exact_match": "higher", "f1": 
 _UNANSWERABLE: dict[str, Better] = dict.fromkeys(
     ("has_answer_exact_match", "has_answer_f1", "no_answer_accuracy", "best_exact_match", "best_f1"), "higher"
 )
-_NOWHERE = 2**31 - 1
-"""The position of an answer that no window holds: beyond every sequence, which transformers' loss leaves out."""
-
-_SEPARATORS = 3
-"""In a sequence for Longformer, which gives global attention to what stands before the first of exactly so many."""
 
 
 class QuestionColumns(Data):
@@ -73,13 +67,10 @@ class QuestionAnswering(Task):
     def __init__(self, data: QuestionColumns, labels: list[str] | None = None) -> None:
         super().__init__(data, labels)
         self._pad = 0
-        self._first: tuple[int, ...] = ()
-        """The tokens of which the first in a sequence stands for no answer."""
         self._finds_question = False
         """Whether the model itself finds the question, by separators."""
         self._separator: int | None = None
         """Where it does, the token of which every sequence has three."""
-        self._has_types = False
         self._threshold = 0.5 if data.no_answer_threshold == "fit" else data.no_answer_threshold
 
     def checks(self) -> Iterator[Finding]:
@@ -93,9 +84,17 @@ class QuestionAnswering(Task):
         if data.no_answer_threshold != "fit" and not data.unanswerable:
             reason = "every question has an answer here; leave it out, or write data.unanswerable: true"
             yield finding("data.no_answer_threshold", data.no_answer_threshold, reason, "data.unanswerable")
-        names = {"question": data.question, "context": data.context, "answers": data.answers, "answer_start": data.answer_start}
+        names = {
+            "question": data.question,
+            "context": data.context,
+            "answers": data.answers,
+            "answer_start": data.answer_start,
+        }
         for key, name in names.items():
-            if name is not None and (same := next(other for other, value in names.items() if value == name)) != key:
+            if (
+                name is not None
+                and (same := next(other for other, value in names.items() if value == name)) != key
+            ):
                 yield finding(f"data.{key}", name, f"is the column of data.{same} too", f"data.{same}")
 
     @property
@@ -130,7 +129,9 @@ class QuestionAnswering(Task):
             return []
         answers = answer_spans.answers_of(row, self.data.answers, self.data.answer_start, context)
         if not answers and not self.data.unanswerable:
-            raise RowProblem(BAD_LABEL, "a question without an answer; write data.unanswerable: true to learn those too")
+            raise RowProblem(
+                BAD_LABEL, "a question without an answer; write data.unanswerable: true to learn those too"
+            )
         return answers
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
@@ -141,13 +142,13 @@ class QuestionAnswering(Task):
         if not processor.is_fast:
             reason = f"its tokenizer ({type(processor).__name__}) does not say where in the text its tokens stand; take a fast one"
             raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
-        self._has_types = "token_type_ids" in processor.model_input_names
-        self._pad = next((one for one in (processor.pad_token_id, processor.eos_token_id) if one is not None), 0)
-        self._first = tuple(one for one in (processor.cls_token_id, processor.bos_token_id) if one is not None)
+        self._pad = next(
+            (one for one in (processor.pad_token_id, processor.eos_token_id) if one is not None), 0
+        )
         if self._finds_question:
             self._separator = processor.sep_token_id
-            if (number := processor("a", "a")["input_ids"].count(self._separator)) != _SEPARATORS:
-                reason = f"the model finds the question by {_SEPARATORS} separators in a sequence, and its tokenizer puts {number} there"
+            if (number := processor("a", "a")["input_ids"].count(self._separator)) != SEPARATORS:
+                reason = f"the model finds the question by {SEPARATORS} separators in a sequence, and its tokenizer puts {number} there"
                 raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
@@ -166,7 +167,9 @@ class QuestionAnswering(Task):
                 one.pad_token_id = self._pad
         self._pad = config.pad_token_id
 
-    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | tuple[Encoded, ...] | RowProblem]:
+    def encode(
+        self, rows: Sequence[dict[str, Any]], processor: Any
+    ) -> list[Encoded | tuple[Encoded, ...] | RowProblem]:
         """Return the windows of each row, as many as its text needs.
 
         `input_ids` and, where the tokenizer gives them, `token_type_ids`, int32 [n]; `positions`, of the answer's first and last token,
@@ -175,72 +178,26 @@ class QuestionAnswering(Task):
         `references`, a JSON list: both UTF-8 as uint8.
         """
         read = [self._read(row) for row in rows]
-        tokenised = iter(self._tokenised([one for one in read if not isinstance(one, RowProblem)], processor))
-        return [one if isinstance(one, RowProblem) else self._windows(one, next(tokenised)) for one in read]
+        good = [one for one in read if not isinstance(one, RowProblem)]
+        windows = iter(windows_of(good, processor, self.data, self._separator))
+        return [one if isinstance(one, RowProblem) else next(windows) for one in read]
 
-    def _read(self, row: dict[str, Any]) -> _Read | RowProblem:
+    def _read(self, row: dict[str, Any]) -> Asked | RowProblem:
         try:
             question, context = self.texts(row)
-            return _Read(question, context, self._answers(row, context))
+            return Asked(question, context, self._answers(row, context))
         except RowProblem as problem:
             return problem
-
-    def _tokenised(self, read: Sequence[_Read], tokenizer: Any) -> list[list[Any] | RowProblem]:
-        """Return the tokenizer's encodings of each row's windows, or why there are none."""
-        if not read:
-            return []
-        questions = tokenizer([one.question for one in read], add_special_tokens=False, verbose=False)["input_ids"]
-        rooms = [self.data.max_length - len(ids) - self.added_tokens(2, tokenizer) for ids in questions]
-        # Where windows could not move on, the library ends the process rather than raise an error.
-        cut = iter(_encodings(tokenizer, [one for one, room in zip(read, rooms, strict=True) if room > self.data.doc_stride], self.data))
-        found: list[list[Any] | RowProblem] = []
-        for one, room in zip(read, rooms, strict=True):
-            windows = next(cut) if room > self.data.doc_stride else _encodings(tokenizer, [one], None)[0]
-            if len(windows[0].ids) > self.data.max_length:
-                what = f"the question leaves {max(0, room)} of max_length = {self.data.max_length} tokens for its text"
-                found.append(RowProblem(BAD_VALUE, f"{what}, and windows share doc_stride = {self.data.doc_stride}"))
-            else:
-                found.append(windows)
-        return found
-
-    def _windows(self, read: _Read, encodings: list[Any] | RowProblem) -> tuple[Encoded, ...] | RowProblem:
-        if isinstance(encodings, RowProblem):
-            return encodings
-        if len(encodings) > 1 and self.data.too_long != "cut":
-            return RowProblem(TOO_LONG, f"question and text have more than max_length = {self.data.max_length:,} tokens")
-        if self._finds_question and any(one.ids.count(self._separator) != _SEPARATORS for one in encodings):
-            return RowProblem(BAD_VALUE, "it holds a separator of the tokenizer as a word, and the model finds the question by those")
-        inside = [np.flatnonzero([number == 1 for number in one.sequence_ids]) for one in encodings]
-        if any(not len(positions) for positions in inside):
-            return RowProblem(BAD_VALUE, f"{self.data.context!r} has no token")
-        spans = [np.array(one.offsets, dtype=np.int32)[positions] for one, positions in zip(encodings, inside, strict=True)]
-        places = [answer_spans.place_of(read.answers[0], one) if read.answers else None for one in spans]
-        lost = bool(read.answers) and not any(places)
-        windows = []
-        for number, (encoding, positions, span, place) in enumerate(zip(encodings, inside, spans, places, strict=True)):
-            none = next((encoding.ids.index(token) for token in self._first if token in encoding.ids), 0)
-            target = (_NOWHERE, _NOWHERE) if lost else (none, none)
-            if place is not None:
-                target = (int(positions[place[0]]), int(positions[place[1]]))
-            begin, end = int(span[:, 0].min()), int(span[:, 1].max())
-            references = json.dumps([answer.text for answer in read.answers], ensure_ascii=False) if number == 0 else ""
-            arrays = {
-                "input_ids": np.array(encoding.ids, dtype=np.int32),
-                "positions": np.array(target, dtype=np.int32),
-                "spans": span,
-                "place": np.array([positions[0], begin, none], dtype=np.int32),
-                "text": _bytes(read.context[begin:end]),
-                "references": _bytes(references),
-            }
-            if self._has_types:
-                arrays["token_type_ids"] = np.array(encoding.type_ids, dtype=np.int32)
-            windows.append(Encoded(arrays, int(not lost), len(encoding.ids), cut=lost))
-        return tuple(windows)
 
     def example(self, length: int) -> Sample:
         ids, nothing = np.zeros(length, dtype=np.int32), np.zeros(0, dtype=np.uint8)
         spans = np.zeros((length - 1, 2), dtype=np.int32)
-        arrays = {"input_ids": ids, "positions": np.array([0, 0], dtype=np.int32), "spans": spans, "place": np.array([1, 0, 0])}
+        arrays = {
+            "input_ids": ids,
+            "positions": np.array([0, 0], dtype=np.int32),
+            "spans": spans,
+            "place": np.array([1, 0, 0]),
+        }
         return Sample(arrays | {"text": nothing, "references": nothing}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
@@ -248,7 +205,9 @@ class QuestionAnswering(Task):
         int64 [B, 2]; `weights` float32 [B], 0 for filler; and the samples `aside`."""
         samples = [sample for item in items for sample in item]
         batch = padded(samples, {"input_ids": self._pad, "token_type_ids": 0})
-        batch["positions"] = torch.from_numpy(np.stack([sample["positions"] for sample in samples]).astype(np.int64))
+        batch["positions"] = torch.from_numpy(
+            np.stack([sample["positions"] for sample in samples]).astype(np.int64)
+        )
         batch["weights"] = torch.tensor([float(sample.weight) for sample in samples])
         return batch | {"aside": {"samples": samples}}
 
@@ -263,7 +222,9 @@ class QuestionAnswering(Task):
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         names = ("input_ids", "token_type_ids")
-        return {name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in names if name in sample}
+        return {
+            name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in names if name in sample
+        }
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         """Return the sum over windows of the mean cross entropy of where the answer begins and ends, and the logits [B, L, 2] in fp32.
@@ -274,15 +235,26 @@ class QuestionAnswering(Task):
 
         from launcher.training.heads import own_forward
 
-        outputs = own_forward(model, {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch})
+        outputs = own_forward(
+            model,
+            {
+                name: batch[name]
+                for name in ("input_ids", "attention_mask", "token_type_ids")
+                if name in batch
+            },
+        )
         logits = torch.stack((outputs.start_logits, outputs.end_logits), dim=-1).float()
         # Padding is no place to answer; counted in, it would have a window's loss hang on the others of its pass.
         logits = logits.masked_fill(batch["attention_mask"].unsqueeze(-1) == 0, -torch.inf)
         beyond = logits.shape[1]
         positions = batch["positions"].clamp(0, beyond)
-        losses = functional.cross_entropy(logits, positions, ignore_index=beyond, reduction="none").mean(dim=-1)
+        losses = functional.cross_entropy(logits, positions, ignore_index=beyond, reduction="none").mean(
+            dim=-1
+        )
         correct = (logits.argmax(dim=1) == positions).all(dim=-1).float()
-        return Output((losses * batch["weights"]).sum(), (correct * batch["weights"]).sum().detach(), logits.detach())
+        return Output(
+            (losses * batch["weights"]).sum(), (correct * batch["weights"]).sum().detach(), logits.detach()
+        )
 
     def evaluator(self) -> Evaluator:
         threshold = None if self.data.no_answer_threshold == "fit" else self.data.no_answer_threshold
@@ -293,7 +265,9 @@ class QuestionAnswering(Task):
         if self.data.no_answer_threshold == "fit":
             self._threshold = float(details.get("no_answer_threshold", self._threshold))
 
-    def answers(self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions) -> list[Any]:
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
         """Return of each window its best spans with the characters where they stand, and the score of no answer."""
         assert output.predictions is not None
         logits = output.predictions.float().cpu().numpy()
@@ -301,7 +275,9 @@ class QuestionAnswering(Task):
         parts = []
         for scores, sample in zip(logits, samples, strict=True):
             spans, none = pointed(sample, scores, number, self.data.max_answer_length)
-            parts.append({"spans": [one._asdict() for one in spans], "none": none, "options": asdict(options)})
+            parts.append(
+                {"spans": [one._asdict() for one in spans], "none": none, "options": asdict(options)}
+            )
         return parts
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
@@ -310,30 +286,3 @@ class QuestionAnswering(Task):
         With probabilities `probability` and `no_answer`, with top_k `answers`: the best ones with their probabilities, of the 20 best.
         """
         return answer_of(parts, self._threshold if self.data.unanswerable else None)
-
-
-class _Read(NamedTuple):
-    """A row as it was read."""
-
-    question: str
-    context: str
-    answers: list[Answer]
-
-
-def _encodings(tokenizer: Any, read: Sequence[_Read], data: QuestionColumns | None) -> list[list[Any]]:
-    """Return the encodings of each row: of the whole, or of windows of max_length."""
-    if not read:
-        return []
-    options: dict[str, Any] = {"truncation": False}
-    if data is not None:
-        options = {"truncation": "only_second", "max_length": data.max_length, "stride": data.doc_stride}
-    questions, contexts = [one.question for one in read], [one.context for one in read]
-    encoded = tokenizer(questions, contexts, return_overflowing_tokens=True, verbose=False, **options)
-    found: list[list[Any]] = [[] for _ in read]
-    for row, encoding in zip(encoded["overflow_to_sample_mapping"], encoded.encodings, strict=True):
-        found[row].append(encoding)
-    return found
-
-
-def _bytes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), dtype=np.uint8)

@@ -53,7 +53,10 @@ def f1(answer: str, references: Sequence[str], empty_is_a_word: bool = False) ->
     Where no word is left on either side, version 1.1 of the script says 0. With `empty_is_a_word`, as version 2.0, nothing equals
     nothing: 1 where both are empty.
     """
-    return max(_f1(normalize(answer).split(), normalize(reference).split(), empty_is_a_word) for reference in references)
+    return max(
+        _f1(normalize(answer).split(), normalize(reference).split(), empty_is_a_word)
+        for reference in references
+    )
 
 
 def _f1(answer: list[str], reference: list[str], empty_is_a_word: bool) -> float:
@@ -74,7 +77,9 @@ def answered(asked: Sequence[Asked]) -> dict[str, float]:
     }
 
 
-def with_unanswerable(asked: Sequence[Asked], threshold: float | None) -> tuple[dict[str, float], dict[str, float]]:
+def with_unanswerable(
+    asked: Sequence[Asked], threshold: float | None
+) -> tuple[dict[str, float], dict[str, float]]:
     """Return the metrics of evaluate-v2.0.py, 0 to 1, and beside them its thresholds and numbers of questions.
 
     A question gets no answer where `no_answer` is above the threshold; None takes the one with the best F1. What there is no question
@@ -82,9 +87,14 @@ def with_unanswerable(asked: Sequence[Asked], threshold: float | None) -> tuple[
     """
     wanted = [tuple(text for text in one.references if normalize(text)) or ("",) for one in asked]
     exact = np.array([exact_match(one.answer, texts) for one, texts in zip(asked, wanted, strict=True)])
-    overlap = np.array([f1(one.answer, texts, empty_is_a_word=True) for one, texts in zip(asked, wanted, strict=True)])
+    overlap = np.array(
+        [f1(one.answer, texts, empty_is_a_word=True) for one, texts in zip(asked, wanted, strict=True)]
+    )
     answerable = np.array([bool(one.references) for one in asked])
-    empty, doubt = np.array([not one.answer for one in asked]), np.array([one.no_answer for one in asked], dtype=np.float64)
+    empty, doubt = (
+        np.array([not one.answer for one in asked]),
+        np.array([one.no_answer for one in asked], dtype=np.float64),
+    )
     best_exact, best_f1 = (best_threshold(scores, doubt, answerable, empty) for scores in (exact, overlap))
     taken = best_f1.threshold if threshold is None else threshold
     exact, overlap = (np.where(doubt > taken, ~answerable, scores) for scores in (exact, overlap))
@@ -97,11 +107,20 @@ def with_unanswerable(asked: Sequence[Asked], threshold: float | None) -> tuple[
         "best_exact_match": best_exact.score,
         "best_f1": best_f1.score,
     }
-    beside = {"no_answer_threshold": taken, "best_exact_match_threshold": best_exact.threshold, "best_f1_threshold": best_f1.threshold}
-    return metrics, beside | {"num_with_answer": int(answerable.sum()), "num_without_answer": int((~answerable).sum())}
+    beside = {
+        "no_answer_threshold": taken,
+        "best_exact_match_threshold": best_exact.threshold,
+        "best_f1_threshold": best_f1.threshold,
+    }
+    return metrics, beside | {
+        "num_with_answer": int(answerable.sum()),
+        "num_without_answer": int((~answerable).sum()),
+    }
 
 
-def best_threshold(scores: np.ndarray, no_answer: np.ndarray, answerable: np.ndarray, empty: np.ndarray) -> Best:
+def best_threshold(
+    scores: np.ndarray, no_answer: np.ndarray, answerable: np.ndarray, empty: np.ndarray
+) -> Best:
     """Return the best mean score over all thresholds of `no_answer`, as `find_best_thresh` of evaluate-v2.0.py goes through them.
 
     All are [questions]: the score of the answer, the probability of none, whether the question has an answer, whether none was found.
