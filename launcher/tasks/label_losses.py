@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
+from launcher.tasks.task import Output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,3 +88,24 @@ def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
         others = np.full(num_labels, len(labels) / num_labels)
     usual = (counts > 0) & (others > 0)
     return [float(weight) for weight in np.where(usual, others / np.where(usual, counts, 1), 1.0)]
+
+
+def label_loss(model: torch.nn.Module, batch: dict[str, Any], loss: LabelLoss | str) -> Output:
+    """Return the summed loss of the samples, each by its weight, with fp32 logits [samples, outputs] as predictions.
+
+    `loss` may be the name of a problem alone. An evaluation measures the loss without options.
+    """
+    from launcher.training.heads import own_forward
+
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights")}
+    logits = own_forward(model, inputs).logits.float()
+    labels, weights = batch["labels"], batch["weights"]
+    loss = LabelLoss(loss) if isinstance(loss, str) else loss
+    losses = (loss if model.training else loss.plain()).of(logits, labels)
+    if loss.problem == "single-label":
+        correct = (logits.argmax(dim=-1) == labels.view(-1)).float()
+    elif loss.problem == "multi-label":
+        correct = ((logits > 0) == (labels > 0.5)).all(dim=-1).float()
+    else:
+        correct = torch.zeros_like(losses)
+    return Output((losses * weights).sum(), (correct * weights).sum().detach(), logits.detach())
