@@ -47,7 +47,8 @@ def no_answer(none: float, best: float) -> float:
 
 
 def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[str, Any]:
-    """Return a row's answer from what was pointed at in its windows; `threshold` is None where every question has an answer."""
+    """Return a row's answer from what was pointed at in its windows; `threshold` is None where every question
+    has an answer."""
     options = parts[0]["options"]
     candidates: dict[tuple[int, int], Pointed] = {}
     for span in (Pointed(**span) for part in parts for span in part["spans"]):
@@ -77,7 +78,8 @@ def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[
 
 
 class AnswerScores(Evaluator):
-    """`loss` of the windows; exact match and F1 of the questions, and with unanswerable ones those of either kind."""
+    """`loss` of the windows; exact match and F1 of the questions, and with unanswerable ones those of either
+    kind."""
 
     def __init__(self, unanswerable: bool, threshold: float | None, longest: int) -> None:
         self._unanswerable, self._threshold, self._longest = unanswerable, threshold, longest
@@ -99,7 +101,8 @@ class AnswerScores(Evaluator):
                 self._texts += [best.answer.encode(), sample["references"].tobytes()]
 
     def state(self) -> list[np.ndarray]:
-        """Return the sums; of each window its row, its number, the scores of its answer and of none; and the texts as bytes."""
+        """Return the sums; of each window its row, its number, the scores of its answer and of none; and the
+        texts as bytes."""
         lengths = np.array([len(text) for text in self._texts], dtype=np.int64)
         numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 4)
         return [self._sums, numbers, lengths, np.frombuffer(b"".join(self._texts), dtype=np.uint8)]

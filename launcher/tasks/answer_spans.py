@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from launcher.data.rows import BAD_LABEL, RowProblem, check_encodable, is_missing, missing
+from launcher.data.written import list_in
 from launcher.lazy import Lazy
-from launcher.sources.rows import BAD_LABEL, RowProblem, check_encodable, is_missing, missing
-from launcher.sources.written import list_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,9 +39,9 @@ class Span(NamedTuple):
 def answers_of(row: dict[str, Any], column: str, start_column: str | None, context: str) -> list[Answer]:
     """Return the answers that a row gives, none for a question that has none.
 
-    Read are `{"text": [...], "answer_start": [...]}`, a list of `{"text": ..., "answer_start": ...}`, either of them written as JSON, and
-    text beside a column with where it starts. Raises RowProblem for what is none of these, and where the context does not have the text
-    at that place.
+    Read are `{"text": [...], "answer_start": [...]}`, a list of `{"text": ..., "answer_start": ...}`, either
+    of them written as JSON, and text beside a column with where it starts. Raises RowProblem for what is none
+    of these, and where the context does not have the text at that place.
     """
     value, impossible = row.get(column), row.get(IMPOSSIBLE) in (True, 1, "true", "True")
     if is_missing(value):
@@ -65,7 +65,8 @@ def _beside(row: dict[str, Any], value: Any, column: str, start_column: str) -> 
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return a list as it is, or as it is written in a text, and nothing for an empty text; any other value as a list of itself."""
+    """Return a list as it is, or as it is written in a text, and nothing for an empty text; any other value
+    as a list of itself."""
     if isinstance(value, str):
         found = list_in(value)
         return found if found is not None else [value] if value.strip() else []
@@ -77,7 +78,10 @@ def _pairs(value: Any, column: str) -> list[tuple[Any, Any]]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            reason = "is a text without the place where it begins; name data.answer_start, or write {text: [...], answer_start: [...]}"
+            reason = (
+                "is a text without the place where it begins; name data.answer_start, or write {text: "
+                "[...], answer_start: [...]}"
+            )
             raise RowProblem(BAD_LABEL, f"{column!r} {reason}") from None
     if isinstance(value, dict):
         return _paired(
@@ -170,9 +174,11 @@ def best_spans(logits: np.ndarray, longest: int, number: int) -> list[Span]:
 
 
 def place_of(answer: Answer, spans: np.ndarray) -> tuple[int, int] | None:
-    """Return the first and the last token of an answer among tokens with these `spans` of characters, int [tokens, 2].
+    """Return the first and the last token of an answer among tokens with these `spans` of characters, int
+    [tokens, 2].
 
-    None where they do not hold all of it. The space around it need not be there: many tokenizers have no token for that.
+    None where they do not hold all of it. The space around it need not be there: many tokenizers have no
+    token for that.
     """
     end = answer.start + len(answer.text.rstrip())
     start = answer.start + len(answer.text) - len(answer.text.lstrip())

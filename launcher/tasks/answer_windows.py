@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from launcher.data.rows import BAD_VALUE, TOO_LONG, RowProblem
 from launcher.lazy import Lazy
-from launcher.sources.rows import BAD_VALUE, TOO_LONG, RowProblem
 from launcher.tasks.answer_spans import Answer, place_of
 from launcher.tasks.task import Encoded
 
@@ -19,9 +19,11 @@ else:
     np = Lazy("numpy")
 
 SEPARATORS = 3
-"""In a sequence for Longformer, which gives global attention to what stands before the first of exactly so many."""
+"""In a sequence for Longformer, which gives global attention to what stands before the first of exactly so
+many."""
 _NOWHERE = 2**31 - 1
-"""The position of an answer that no window holds: beyond every sequence, which transformers' loss leaves out."""
+"""The position of an answer that no window holds: beyond every sequence, which transformers' loss leaves out.
+"""
 
 
 class Asked(NamedTuple):

@@ -16,7 +16,8 @@ else:
 
 
 def one_label_answer(logits: np.ndarray, names: Sequence[str], options: AnswerOptions) -> dict[str, Any]:
-    """Return the most probable `label` by logits [classes], its `probability` on request, and the `top_k` best as `labels`."""
+    """Return the most probable `label` by logits [classes], its `probability` on request, and the `top_k`
+    best as `labels`."""
     powers = np.exp(logits.astype(np.float64) - logits.max())
     shares = powers / powers.sum()
     order = np.argsort(-shares, kind="stable")
@@ -28,8 +29,11 @@ def one_label_answer(logits: np.ndarray, names: Sequence[str], options: AnswerOp
     return said
 
 
-def several_labels_answer(logits: np.ndarray, given: np.ndarray, names: Sequence[str], options: AnswerOptions) -> dict[str, Any]:
-    """Return the names of the classes that are given, bool [classes], as `labels`; each class's probability on request.
+def several_labels_answer(
+    logits: np.ndarray, given: np.ndarray, names: Sequence[str], options: AnswerOptions
+) -> dict[str, Any]:
+    """Return the names of the classes that are given, bool [classes], as `labels`; each class's probability
+    on request.
 
     With `top_k` the most probable classes, given or not, as `most_probable`.
     """

@@ -22,17 +22,20 @@ class LabelLoss:
 
     problem: str
     weights: Sequence[float] | None = None
-    """Of a sample by its class; of several classes at once, of a class that the sample has against one that it has not."""
+    """Of a sample by its class; of several classes at once, of a class that the sample has against one that
+    it has not."""
     smoothing: float = 0.0
     gamma: float | None = None
     """Of focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5)."""
 
     def plain(self) -> LabelLoss:
-        """Return the loss without options, which an evaluation measures: so jobs that differ in them can be compared."""
+        """Return the loss without options, which an evaluation measures: so jobs that differ in them can be
+        compared."""
         return LabelLoss(self.problem)
 
     def of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each sample, fp32 [n], by its logits, fp32 [n, outputs], and labels as `collate` has them."""
+        """Return the loss of each sample, fp32 [n], by its logits, fp32 [n, outputs], and labels as `collate`
+        has them."""
         if self.problem == "regression":
             return torch.nn.functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
         weights = (
@@ -45,7 +48,8 @@ class LabelLoss:
         return self._one(logits, labels.view(-1), weights)
 
     def _one(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Return torch's own cross entropy; with gamma times (1 - p)^gamma, where p is the probability of the right class."""
+        """Return torch's own cross entropy; with gamma times (1 - p)^gamma, where p is the probability of the
+        right class."""
         from torch.nn import functional
 
         smoothing = self.smoothing
@@ -61,7 +65,8 @@ class LabelLoss:
     def _several(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return torch's binary cross entropy of each class, labels drawn towards 1/2 by the smoothing; with gamma as above."""
+        """Return torch's binary cross entropy of each class, labels drawn towards 1/2 by the smoothing; with
+        gamma as above."""
         from torch.nn import functional
 
         targets = labels * (1 - self.smoothing) + 0.5 * self.smoothing
@@ -76,10 +81,11 @@ class LabelLoss:
 
 
 def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
-    """Return weights by which every class counts as much as any other; a class that never occurs has weight 1.
+    """Return weights by which every class counts as much as any other; a class that never occurs has weight
+    1.
 
-    `labels` are class ids, int [n]: n / (num_labels x number of the class), as scikit-learn's `balanced`. Or 0 and 1, float
-    [n, num_labels]: those without the class for each that has it.
+    `labels` are class ids, int [n]: n / (num_labels x number of the class), as scikit-learn's `balanced`. Or
+    0 and 1, float [n, num_labels]: those without the class for each that has it.
     """
     if np.issubdtype(labels.dtype, np.floating):
         counts, others = labels.sum(axis=0), (1 - labels).sum(axis=0)
@@ -91,7 +97,8 @@ def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
 
 
 def label_loss(model: torch.nn.Module, batch: dict[str, Any], loss: LabelLoss | str) -> Output:
-    """Return the summed loss of the samples, each by its weight, with fp32 logits [samples, outputs] as predictions.
+    """Return the summed loss of the samples, each by its weight, with fp32 logits [samples, outputs] as
+    predictions.
 
     `loss` may be the name of a problem alone. An evaluation measures the loss without options.
     """

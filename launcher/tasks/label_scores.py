@@ -16,11 +16,13 @@ else:
     np = Lazy("numpy")
 
 Thresholds = Sequence[float] | Literal["fit"] | None
-"""The probability from which each class is given, of several at once: given, fitted on the evaluation, or 1/2."""
+"""The probability from which each class is given, of several at once: given, fitted on the evaluation, or
+1/2."""
 
 
 class LabelScores(Evaluator):
-    """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson, Spearman and MSE."""
+    """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson,
+    Spearman and MSE."""
 
     def __init__(
         self, problem: str, labels: Sequence[str], thresholds: Thresholds = None, top_k: int | None = None
@@ -75,7 +77,8 @@ class LabelScores(Evaluator):
 
 
 def chosen_classes(logits: np.ndarray, thresholds: Sequence[float] | None) -> np.ndarray:
-    """Return whether each class is given, bool [n, classes], where its probability is above its threshold, 1/2 by default."""
+    """Return whether each class is given, bool [n, classes], where its probability is above its threshold,
+    1/2 by default."""
     return np.greater(logits, 0.0 if thresholds is None else [_logit(threshold) for threshold in thresholds])
 
 
@@ -88,7 +91,8 @@ def _logit(probability: float) -> float:
 def fitted_thresholds(logits: np.ndarray, labels: np.ndarray) -> list[float]:
     """Return for each class the threshold with the best F1: half-way between the logits that it tells apart.
 
-    Logits and labels (0 or 1) are [n, classes]. A class that no sample has keeps 1/2. Of equally good thresholds the highest is taken.
+    Logits and labels (0 or 1) are [n, classes]. A class that no sample has keeps 1/2. Of equally good
+    thresholds the highest is taken.
     """
     return [
         _fitted(logits[:, one].astype(np.float64), labels[:, one] > 0.5) for one in range(logits.shape[1])
@@ -108,7 +112,8 @@ def _fitted(logits: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def one_label_details(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Return the confusion matrix, a row for each true class and a column for each predicted one, and measures of each class.
+    """Return the confusion matrix, a row for each true class and a column for each predicted one, and
+    measures of each class.
 
     Predictions are scores [n, classes] or class ids [n].
     """
@@ -127,7 +132,8 @@ def one_label_details(predictions: np.ndarray, labels: np.ndarray, names: Sequen
 def several_labels_details(
     chosen: np.ndarray, labels: np.ndarray, names: Sequence[str], thresholds: Sequence[float]
 ) -> dict[str, Any]:
-    """Return of each class its threshold, its confusion matrix [[without, wrongly given], [missed, rightly given]] and its measures."""
+    """Return of each class its threshold, its confusion matrix [[without, wrongly given], [missed, rightly
+    given]] and its measures."""
     from sklearn.metrics import multilabel_confusion_matrix
 
     wanted = (labels > 0.5).astype(np.int64)

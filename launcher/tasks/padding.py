@@ -16,10 +16,11 @@ else:
 
 
 def padded(samples: Sequence[Sample], fills: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Return the named arrays, filled up on the right to the longest sample, and `attention_mask`: int64 [samples, longest] each.
+    """Return the named arrays, filled up on the right to the longest sample, and `attention_mask`: int64
+    [samples, longest] each.
 
-    Names that samples do not have are left out. On the right whatever the tokenizer does for generation: learned positions begin at the
-    first column.
+    Names that samples do not have are left out. On the right whatever the tokenizer does for generation:
+    learned positions begin at the first column.
     """
     lengths = np.array([sample.length for sample in samples])
     mask = np.arange(lengths.max()) < lengths[:, None]

@@ -8,17 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from launcher.data.rows import BAD_LABEL, IfThere, RowProblem, text_of
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import BAD_LABEL, IfThere, RowProblem, text_of
-from launcher.sources.section import Data
 from launcher.tasks import answer_spans
 from launcher.tasks.answer_scores import NUM_COMPARED, AnswerScores, answer_of, pointed
 from launcher.tasks.answer_spans import IMPOSSIBLE, Answer
 from launcher.tasks.answer_windows import SEPARATORS, Asked, windows_of
 from launcher.tasks.padding import padded
-from launcher.tasks.task import Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits
-from launcher.tasks.task import finding, sample_at
+from launcher.tasks.task import (
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Output,
+    Sample,
+    Task,
+    Traits,
+    finding,
+    sample_at,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,17 +53,22 @@ class QuestionColumns(Data):
     context: str = "context"
     """The column of the text that holds the answer."""
     answers: str = "answers"
-    """The column of the answers: `{text: [...], answer_start: [...]}`, a list of `{text, answer_start}`, or text beside `answer_start`."""
+    """The column of the answers: `{text: [...], answer_start: [...]}`, a list of `{text, answer_start}`, or
+    text beside `answer_start`."""
     answer_start: str | None = None
-    """The column of the character, counted from 0, at which the answer begins, where `answers` holds its text alone."""
+    """The column of the character, counted from 0, at which the answer begins, where `answers` holds its text
+    alone."""
     doc_stride: int = Field(default=128, ge=0, le=1_000_000)
-    """Tokens of the text that a window shares with the one before, where question and text together have more than max_length."""
+    """Tokens of the text that a window shares with the one before, where question and text together have more
+    than max_length."""
     max_answer_length: int = Field(default=30, ge=1, le=100_000)
     """Tokens of the longest answer that is given."""
     unanswerable: bool = False
-    """Whether a question may have no answer in its text, as in SQuAD 2.0; else a row without one cannot be used."""
+    """Whether a question may have no answer in its text, as in SQuAD 2.0; else a row without one cannot be
+    used."""
     no_answer_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["fit"] = "fit"
-    """The probability of there being no answer above which none is given; `fit` takes the one with the best F1 on the evaluation."""
+    """The probability of there being no answer above which none is given; `fit` takes the one with the best
+    F1 on the evaluation."""
 
 
 class QuestionAnswering(Task):
@@ -79,7 +95,10 @@ class QuestionAnswering(Task):
             reason = "only causal-lm packs; windows are sorted by length and padded, so set it to false"
             yield finding("data.packing", True, reason, "model.task")
         if data.doc_stride >= data.max_length:
-            reason = f"windows of max_length = {data.max_length} tokens would share all of their text; write at most {data.max_length // 3}"
+            reason = (
+                f"windows of max_length = {data.max_length} tokens would share all of their text; write at "
+                f"most {data.max_length // 3}"
+            )
             yield finding("data.doc_stride", data.doc_stride, reason, "data.max_length")
         if data.no_answer_threshold != "fit" and not data.unanswerable:
             reason = "every question has an answer here; leave it out, or write data.unanswerable: true"
@@ -138,9 +157,13 @@ class QuestionAnswering(Task):
         return 3 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(True))
 
     def prepare(self, processor: Any) -> None:
-        """Take the padding token and the one that stands for no answer. Raises ConfigurationError for a tokenizer without offsets."""
+        """Take the padding token and the one that stands for no answer. Raises ConfigurationError for a
+        tokenizer without offsets."""
         if not processor.is_fast:
-            reason = f"its tokenizer ({type(processor).__name__}) does not say where in the text its tokens stand; take a fast one"
+            reason = (
+                f"its tokenizer ({type(processor).__name__}) does not say where in the text its tokens "
+                "stand; take a fast one"
+            )
             raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
         self._pad = next(
             (one for one in (processor.pad_token_id, processor.eos_token_id) if one is not None), 0
@@ -148,7 +171,10 @@ class QuestionAnswering(Task):
         if self._finds_question:
             self._separator = processor.sep_token_id
             if (number := processor("a", "a")["input_ids"].count(self._separator)) != SEPARATORS:
-                reason = f"the model finds the question by {SEPARATORS} separators in a sequence, and its tokenizer puts {number} there"
+                reason = (
+                    f"the model finds the question by {SEPARATORS} separators in a sequence, and its "
+                    f"tokenizer puts {number} there"
+                )
                 raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
@@ -156,7 +182,10 @@ class QuestionAnswering(Task):
         self._finds_question = config.model_type == "longformer"
         kinds = getattr(config, "architectures", None) or ()
         if as_it_stands and not any("ForQuestionAnswering" in kind for kind in kinds):
-            reason = f"the model ({', '.join(kinds) or 'of no known class'}) has no head for answers; train it first, and measure the run"
+            reason = (
+                f"the model ({', '.join(kinds) or 'of no known class'}) has no head for answers; train it "
+                "first, and measure the run"
+            )
             raise ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
 
     def configure(self, config: Any) -> None:
@@ -172,10 +201,11 @@ class QuestionAnswering(Task):
     ) -> list[Encoded | tuple[Encoded, ...] | RowProblem]:
         """Return the windows of each row, as many as its text needs.
 
-        `input_ids` and, where the tokenizer gives them, `token_type_ids`, int32 [n]; `positions`, of the answer's first and last token,
-        int32 [2]; `spans`, the characters of each token of the text, int32 [tokens, 2]; `place`, int32 [3]: where these tokens begin in
-        the sequence and in the row's text, and the position of no answer; `text`, those characters, and in the first window
-        `references`, a JSON list: both UTF-8 as uint8.
+        `input_ids` and, where the tokenizer gives them, `token_type_ids`, int32 [n]; `positions`, of the
+        answer's first and last token, int32 [2]; `spans`, the characters of each token of the text, int32
+        [tokens, 2]; `place`, int32 [3]: where these tokens begin in the sequence and in the row's text, and
+        the position of no answer; `text`, those characters, and in the first window `references`, a JSON
+        list: both UTF-8 as uint8.
         """
         read = [self._read(row) for row in rows]
         good = [one for one in read if not isinstance(one, RowProblem)]
@@ -201,8 +231,9 @@ class QuestionAnswering(Task):
         return Sample(arrays | {"text": nothing, "references": nothing}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return `input_ids`, `attention_mask` and, where there are any, `token_type_ids`, int64 [B, L] padded to the longest; `positions`
-        int64 [B, 2]; `weights` float32 [B], 0 for filler; and the samples `aside`."""
+        """Return `input_ids`, `attention_mask` and, where there are any, `token_type_ids`, int64 [B, L]
+        padded to the longest; `positions` int64 [B, 2]; `weights` float32 [B], 0 for filler; and the samples
+        `aside`."""
         samples = [sample for item in items for sample in item]
         batch = padded(samples, {"input_ids": self._pad, "token_type_ids": 0})
         batch["positions"] = torch.from_numpy(
@@ -227,7 +258,8 @@ class QuestionAnswering(Task):
         }
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the sum over windows of the mean cross entropy of where the answer begins and ends, and the logits [B, L, 2] in fp32.
+        """Return the sum over windows of the mean cross entropy of where the answer begins and ends, and the
+        logits [B, L, 2] in fp32.
 
         As transformers has it for each window by itself: positions beyond the sequence count for nothing.
         """
@@ -244,7 +276,8 @@ class QuestionAnswering(Task):
             },
         )
         logits = torch.stack((outputs.start_logits, outputs.end_logits), dim=-1).float()
-        # Padding is no place to answer; counted in, it would have a window's loss hang on the others of its pass.
+        # Padding is no place to answer; counted in, it would have a window's loss hang on the others of its
+        # pass.
         logits = logits.masked_fill(batch["attention_mask"].unsqueeze(-1) == 0, -torch.inf)
         beyond = logits.shape[1]
         positions = batch["positions"].clamp(0, beyond)
@@ -268,7 +301,8 @@ class QuestionAnswering(Task):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return of each window its best spans with the characters where they stand, and the score of no answer."""
+        """Return of each window its best spans with the characters where they stand, and the score of no
+        answer."""
         assert output.predictions is not None
         logits = output.predictions.float().cpu().numpy()
         number = max(options.top_k or 1, NUM_COMPARED)
@@ -281,8 +315,10 @@ class QuestionAnswering(Task):
         return parts
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return `answer`, its `start` and `end` in characters of the text; an empty answer where there is none.
+        """Return `answer`, its `start` and `end` in characters of the text; an empty answer where there is
+        none.
 
-        With probabilities `probability` and `no_answer`, with top_k `answers`: the best ones with their probabilities, of the 20 best.
+        With probabilities `probability` and `no_answer`, with top_k `answers`: the best ones with their
+        probabilities, of the 20 best.
         """
         return answer_of(parts, self._threshold if self.data.unanswerable else None)

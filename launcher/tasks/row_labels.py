@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from launcher.data.labels import class_names, number_of
+from launcher.data.rows import BAD_LABEL, Row, RowProblem
 from launcher.lazy import Lazy
-from launcher.sources.labels import class_names, number_of
-from launcher.sources.rows import BAD_LABEL, Row, RowProblem
 from launcher.tasks.classes import Classes
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ else:
 
 
 def label_of(row: dict[str, Any], column: str, problem: str) -> list[str] | float:
-    """Return the names of a row's classes, or its number. Raises RowProblem where the label is missing or of another kind."""
+    """Return the names of a row's classes, or its number. Raises RowProblem where the label is missing or of
+    another kind."""
     return number_of(row, column) if problem == "regression" else class_names(row, column, problem)
 
 
@@ -34,7 +35,8 @@ def names_in(rows: Iterable[Row], column: str, problem: str) -> set[str]:
 
 
 def label_array(label: list[str] | float, ids: Classes, problem: str, whose: str) -> np.ndarray:
-    """Return float32 [1] of a number, int64 [1] of one class, float32 [classes] of several. Raises RowProblem for an unknown class.
+    """Return float32 [1] of a number, int64 [1] of one class, float32 [classes] of several. Raises RowProblem
+    for an unknown class.
 
     `whose` says in the message where the classes come from.
     """

@@ -43,15 +43,16 @@ def normalize(text: str) -> str:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """Return 1 where the answer is one of the references once both are normalised, else 0. There must be a reference."""
+    """Return 1 where the answer is one of the references once both are normalised, else 0. There must be a
+    reference."""
     return float(any(normalize(answer) == normalize(reference) for reference in references))
 
 
 def f1(answer: str, references: Sequence[str], empty_is_a_word: bool = False) -> float:
     """Return the highest F1 of the answer's bag of words with that of a reference, 0 to 1.
 
-    Where no word is left on either side, version 1.1 of the script says 0. With `empty_is_a_word`, as version 2.0, nothing equals
-    nothing: 1 where both are empty.
+    Where no word is left on either side, version 1.1 of the script says 0. With `empty_is_a_word`, as version
+    2.0, nothing equals nothing: 1 where both are empty.
     """
     return max(
         _f1(normalize(answer).split(), normalize(reference).split(), empty_is_a_word)
@@ -70,7 +71,8 @@ def _f1(answer: list[str], reference: list[str], empty_is_a_word: bool) -> float
 
 
 def answered(asked: Sequence[Asked]) -> dict[str, float]:
-    """Return `exact_match` and `f1`, 0 to 1, where every question has an answer: evaluate-v1.1.py, which counts in percent."""
+    """Return `exact_match` and `f1`, 0 to 1, where every question has an answer: evaluate-v1.1.py, which
+    counts in percent."""
     return {
         "exact_match": float(np.mean([exact_match(one.answer, one.references) for one in asked])),
         "f1": float(np.mean([f1(one.answer, one.references) for one in asked])),
@@ -80,10 +82,11 @@ def answered(asked: Sequence[Asked]) -> dict[str, float]:
 def with_unanswerable(
     asked: Sequence[Asked], threshold: float | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics of evaluate-v2.0.py, 0 to 1, and beside them its thresholds and numbers of questions.
+    """Return the metrics of evaluate-v2.0.py, 0 to 1, and beside them its thresholds and numbers of
+    questions.
 
-    A question gets no answer where `no_answer` is above the threshold; None takes the one with the best F1. What there is no question
-    of is NaN.
+    A question gets no answer where `no_answer` is above the threshold; None takes the one with the best F1.
+    What there is no question of is NaN.
     """
     wanted = [tuple(text for text in one.references if normalize(text)) or ("",) for one in asked]
     exact = np.array([exact_match(one.answer, texts) for one, texts in zip(asked, wanted, strict=True)])
@@ -121,10 +124,11 @@ def with_unanswerable(
 def best_threshold(
     scores: np.ndarray, no_answer: np.ndarray, answerable: np.ndarray, empty: np.ndarray
 ) -> Best:
-    """Return the best mean score over all thresholds of `no_answer`, as `find_best_thresh` of evaluate-v2.0.py goes through them.
+    """Return the best mean score over all thresholds of `no_answer`, as `find_best_thresh` of
+    evaluate-v2.0.py goes through them.
 
-    All are [questions]: the score of the answer, the probability of none, whether the question has an answer, whether none was found.
-    At threshold 0 no question is answered.
+    All are [questions]: the score of the answer, the probability of none, whether the question has an answer,
+    whether none was found. At threshold 0 no question is answered.
     """
     order = np.argsort(no_answer, kind="stable")
     gains = np.where(answerable, scores, np.where(empty, 0.0, -1.0))[order]

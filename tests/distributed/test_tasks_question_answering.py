@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from launcher import tasks
+from launcher.data.rows import RowProblem
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Source
 from launcher.tasks.question_answering import QuestionAnswering, QuestionColumns
 from launcher.tasks.task import AnswerOptions, Encoded, Output, Sample
 from tests.distributed.data_world import plan_of, word_tokenizer
@@ -29,7 +29,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "electra": SMALL | {"embedding_size": 24},
     "longformer": SMALL | {"attention_window": 4, "sep_token_id": 3, "max_position_embeddings": 64},
     "llama": SMALL | {"num_key_value_heads": 2},
-    "t5": {"d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "t5": {
+        "d_model": 48,
+        "d_kv": 12,
+        "d_ff": 80,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
 }
 
 
@@ -40,12 +47,16 @@ def task_of(tokenizer: Any = TOKENIZER, **settings: Any) -> QuestionAnswering:
     return task
 
 
-def row_of(text: str | None = "cat", question: str = "the cat", context: str = CONTEXT, **more: Any) -> dict[str, Any]:
+def row_of(
+    text: str | None = "cat", question: str = "the cat", context: str = CONTEXT, **more: Any
+) -> dict[str, Any]:
     answers = [] if text is None else [{"text": text, "answer_start": context.index(text)}]
     return {"question": question, "context": context, "answers": answers} | more
 
 
-def windows_of(task: QuestionAnswering, row: dict[str, Any], tokenizer: Any = TOKENIZER, id: int = 0) -> list[Sample]:
+def windows_of(
+    task: QuestionAnswering, row: dict[str, Any], tokenizer: Any = TOKENIZER, id: int = 0
+) -> list[Sample]:
     [result] = task.encode([row], tokenizer)
     if isinstance(result, RowProblem):
         raise result
@@ -104,7 +115,9 @@ def test_rows_that_need_windows_follow_the_policy() -> None:
     for policy in ("drop", "refuse"):
         task = task_of(max_length=12, too_long=policy)
         assert len(windows_of(task, row_of("cat", context="the cat sat ."))) == 1
-        with pytest.raises(RowProblem, match="too long: question and text have more than max_length = 12 tokens"):
+        with pytest.raises(
+            RowProblem, match="too long: question and text have more than max_length = 12 tokens"
+        ):
             windows_of(task, row_of())
 
 
@@ -112,14 +125,21 @@ def test_rows_that_need_windows_follow_the_policy() -> None:
 def test_a_question_that_leaves_no_room(question: str) -> None:
     task = task_of(max_length=12, doc_stride=5)
     room = max(0, 9 - len(question.split()))
-    with pytest.raises(RowProblem, match=f"the question leaves {room} of max_length = 12 tokens for its text, and windows share doc_"):
+    with pytest.raises(
+        RowProblem,
+        match=f"the question leaves {room} of max_length = 12 tokens for its text, and windows share doc_",
+    ):
         windows_of(task, row_of(question=question))
-    problem, other = task.encode([row_of(question=question), row_of("cat", "the cat", "the cat sat .")], TOKENIZER)
+    problem, other = task.encode(
+        [row_of(question=question), row_of("cat", "the cat", "the cat sat .")], TOKENIZER
+    )
     assert isinstance(problem, RowProblem) and isinstance(other, tuple)
 
 
 def test_a_long_question_with_a_short_text_is_one_window() -> None:
-    [sample] = windows_of(task_of(max_length=12, doc_stride=5), row_of("cat", "the cat sat on the", "the cat"))
+    [sample] = windows_of(
+        task_of(max_length=12, doc_stride=5), row_of("cat", "the cat sat on the", "the cat")
+    )
     assert words(sample["input_ids"]) == "[CLS] the cat sat on the [SEP] the cat [SEP]"
 
 
@@ -136,7 +156,10 @@ def test_questions_without_an_answer() -> None:
         ({"question": " ", "context": CONTEXT, "answers": []}, "empty: 'question' has no text"),
         ({"question": "a", "answers": []}, "missing key: no 'context'"),
         ({"question": "a", "context": CONTEXT}, "missing key: no 'answers'"),
-        ({"question": "a", "context": CONTEXT, "answers": [{"text": "cat", "answer_start": 1}]}, "at character 1 stands 'ne '"),
+        (
+            {"question": "a", "context": CONTEXT, "answers": [{"text": "cat", "answer_start": 1}]},
+            "at character 1 stands 'ne '",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used(row: dict[str, Any], message: str) -> None:
@@ -151,7 +174,10 @@ def test_what_contradicts_itself_is_refused() -> None:
 
     assert problems() == ""
     assert "data.packing" in problems(packing=True)
-    assert "data.doc_stride = 64: windows of max_length = 64 tokens would share all of their text" in problems(doc_stride=64)
+    assert (
+        "data.doc_stride = 64: windows of max_length = 64 tokens would share all of their text"
+        in problems(doc_stride=64)
+    )
     assert "write data.unanswerable: true" in problems(no_answer_threshold=0.3)
     assert problems(no_answer_threshold=0.3, unanswerable=True) == ""
     assert "data.answers = 'context': is the column of data.context too" in problems(answers="context")
@@ -161,7 +187,9 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
     class Slow:
         is_fast, name_or_path = False, "somewhere"
 
-    with pytest.raises(ConfigurationError, match=r"model\.name = 'somewhere': its tokenizer \(Slow\) does not say where"):
+    with pytest.raises(
+        ConfigurationError, match=r"model\.name = 'somewhere': its tokenizer \(Slow\) does not say where"
+    ):
         task_of(Slow())
 
 
@@ -170,7 +198,9 @@ def test_a_model_that_stands_needs_a_head_for_answers() -> None:
     task_of().adopt(config, as_it_stands=True)
     config.architectures = ["BertModel"]
     task_of().adopt(config)
-    with pytest.raises(ConfigurationError, match=r"MODEL: the model \(BertModel\) has no head for answers; train it first"):
+    with pytest.raises(
+        ConfigurationError, match=r"MODEL: the model \(BertModel\) has no head for answers; train it first"
+    ):
         task_of().adopt(config, as_it_stands=True)
 
 
@@ -186,7 +216,9 @@ def separated_tokenizer() -> Any:
 
     tokenizer = word_tokenizer("left")
     cls, sep = (tokenizer.convert_tokens_to_ids(token) for token in ("[CLS]", "[SEP]"))
-    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(("[SEP]", sep), ("[CLS]", cls), trim_offsets=False)
+    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(
+        ("[SEP]", sep), ("[CLS]", cls), trim_offsets=False
+    )
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
@@ -199,12 +231,18 @@ def test_the_loss_is_that_of_transformers_for_each_window_alone(kind: str) -> No
     task.prepare(tokenizer)
     task.configure(model.config)
     rows = [row_of("cat sat"), row_of(None, "a dog"), row_of("mat", "one"), row_of("cat", context="the cat")]
-    samples = [sample for number, row in enumerate(rows) for sample in windows_of(task, row, tokenizer, number)]
+    samples = [
+        sample for number, row in enumerate(rows) for sample in windows_of(task, row, tokenizer, number)
+    ]
     assert len({sample.length for sample in samples}) > 1 and len(samples) > len(rows)
     output = task.loss(model, task.collate([[sample] for sample in samples] + [[samples[0].as_filler()]]))
     expected = torch.zeros(())
     for number, sample in enumerate(samples):
-        inputs = {key: torch.tensor(sample[key].astype(np.int64))[None] for key in ("input_ids", "token_type_ids") if key in sample}
+        inputs = {
+            key: torch.tensor(sample[key].astype(np.int64))[None]
+            for key in ("input_ids", "token_type_ids")
+            if key in sample
+        }
         start, end = torch.tensor(sample["positions"].astype(np.int64))
         alone = model(**inputs, start_positions=start[None], end_positions=end[None])
         expected = expected + alone.loss
@@ -226,8 +264,12 @@ def test_positions_beyond_the_window_count_for_nothing_as_in_transformers() -> N
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
     whole = model(**inputs, start_positions=starts.clone(), end_positions=ends.clone())
     both = torch.stack((whole.start_logits, whole.end_logits), -1)
-    sums = torch.nn.functional.cross_entropy(both, batch["positions"].clamp(max=both.shape[1]), reduction="none", ignore_index=both.shape[1])
-    assert float(whole.loss.detach()) == pytest.approx(float(sums[:, 0].sum() / 2 + sums[:, 1].sum() / 3) / 2, rel=1e-6)
+    sums = torch.nn.functional.cross_entropy(
+        both, batch["positions"].clamp(max=both.shape[1]), reduction="none", ignore_index=both.shape[1]
+    )
+    assert float(whole.loss.detach()) == pytest.approx(
+        float(sums[:, 0].sum() / 2 + sums[:, 1].sum() / 3) / 2, rel=1e-6
+    )
     assert float(task.loss(model, batch).loss_sum.detach()) == pytest.approx(float(sums.sum()) / 2, rel=1e-6)
 
 
@@ -241,8 +283,12 @@ def test_a_separator_among_the_words_of_a_longformers_row() -> None:
     assert "holds a separator of the tokenizer as a word" in str(other)
     [sample] = windows_of(task, row_of(), tokenizer)
     short = task.shortened(sample, 7, [])
-    assert short.length < sample.length and np.count_nonzero(short["input_ids"] == tokenizer.sep_token_id) == 3
-    with pytest.raises(ConfigurationError, match="by 3 separators in a sequence, and its tokenizer puts 2 there"):
+    assert (
+        short.length < sample.length and np.count_nonzero(short["input_ids"] == tokenizer.sep_token_id) == 3
+    )
+    with pytest.raises(
+        ConfigurationError, match="by 3 separators in a sequence, and its tokenizer puts 2 there"
+    ):
         task.prepare(TOKENIZER)
 
 
@@ -261,7 +307,9 @@ def measured(task: QuestionAnswering, parts: list[tuple[list[Sample], torch.Tens
         evaluator = task.evaluator()
         if samples:
             items = [[sample] for sample in samples] + [[samples[0].as_filler()]]
-            output = Output(torch.tensor(2.0 * len(samples)), torch.tensor(0.0), torch.cat([logits, logits[:1]]))
+            output = Output(
+                torch.tensor(2.0 * len(samples)), torch.tensor(0.0), torch.cat([logits, logits[:1]])
+            )
             evaluator.update(output, task.collate(items))
         states.append(evaluator.state())
     return task.evaluator().compute(states)
@@ -274,27 +322,42 @@ def test_the_best_window_answers_and_ranks_do_not_matter() -> None:
     assert len(first) == len(second) == 3
     places = [tuple(sample["positions"].tolist()) for sample in samples]
     heights = [5.0 if place != (0, 0) else 1.0 for place in places]
-    points = [(*(place if height > 1 else (4, 4)), height) for place, height in zip(places, heights, strict=True)]
+    points = [
+        (*(place if height > 1 else (4, 4)), height) for place, height in zip(places, heights, strict=True)
+    ]
     logits = logits_at(samples, *points)
     together = measured(task, [(samples, logits)])
     assert together == {"loss": 2.0, "exact_match": 1.0, "f1": 1.0}
     order = [4, 0, 2, 5, 1, 3]
     mixed = [samples[number] for number in order]
-    assert measured(task, [(mixed[:4], logits[order[:4]]), (mixed[4:], logits[order[4:]]), ([], logits[:0])]) == together
+    assert (
+        measured(task, [(mixed[:4], logits[order[:4]]), (mixed[4:], logits[order[4:]]), ([], logits[:0])])
+        == together
+    )
 
 
 def test_answers_are_judged_with_and_without_a_threshold() -> None:
     task = task_of(unanswerable=True, no_answer_threshold=0.5)
-    samples = [windows_of(task, row, id=number)[0] for number, row in enumerate([row_of("cat"), row_of(None), row_of("mat")])]
+    samples = [
+        windows_of(task, row, id=number)[0]
+        for number, row in enumerate([row_of("cat"), row_of(None), row_of("mat")])
+    ]
     # The first is right, the second has an answer that there is not, the third none though there is one.
-    logits = logits_at(samples, (*samples[0]["positions"].tolist(), 8.0), (6, 6, 2.0), (*samples[2]["positions"].tolist(), 2.0))
+    logits = logits_at(
+        samples,
+        (*samples[0]["positions"].tolist(), 8.0),
+        (6, 6, 2.0),
+        (*samples[2]["positions"].tolist(), 2.0),
+    )
     logits[2, 0] = 3.0
     found = measured(task, [(samples, logits)])
     assert (found["has_answer_exact_match"], found["no_answer_accuracy"]) == (0.5, 0.0)
     assert found["exact_match"] == pytest.approx(1 / 3) and found["best_exact_match"] == pytest.approx(2 / 3)
     assert set(found) == set(task.metrics)
     evaluator = task_of(unanswerable=True).evaluator()
-    evaluator.update(Output(torch.tensor(6.0), torch.tensor(0.0), logits), task.collate([[sample] for sample in samples]))
+    evaluator.update(
+        Output(torch.tensor(6.0), torch.tensor(0.0), logits), task.collate([[sample] for sample in samples])
+    )
     fitted = evaluator.compute([evaluator.state()])
     assert fitted["f1"] == fitted["best_f1"] == pytest.approx(2 / 3)
     assert evaluator.details()["num_without_answer"] == 1
@@ -307,14 +370,19 @@ def test_an_answer_is_at_most_so_long() -> None:
     [sample] = windows_of(task_of(), row_of("cat"))
     logits = logits_at([sample], (4, 17, 9.0))
     task = task_of(max_answer_length=3)
-    [part] = task.answers(Output(torch.tensor(0.0), torch.tensor(0.0), logits), {}, [sample], AnswerOptions(False, None))
+    [part] = task.answers(
+        Output(torch.tensor(0.0), torch.tensor(0.0), logits), {}, [sample], AnswerOptions(False, None)
+    )
     assert len(task.answer({}, [part])["answer"].split()) <= 3
 
 
 def test_what_the_model_says_of_a_row() -> None:
     task = task_of(max_length=12, unanswerable=True, no_answer_threshold=0.5)
     samples = windows_of(task, row_of("cat"))
-    points = [(*sample["positions"].tolist(), 8.0) if sample["positions"].any() else (4, 4, 1.0) for sample in samples]
+    points = [
+        (*sample["positions"].tolist(), 8.0) if sample["positions"].any() else (4, 4, 1.0)
+        for sample in samples
+    ]
     output = Output(torch.tensor(0.0), torch.tensor(0.0), logits_at(samples, *points))
     said = task.answer(row_of(), task.answers(output, {}, samples, AnswerOptions(False, None)))
     assert said == {"answer": "cat", "start": CONTEXT.index("cat"), "end": CONTEXT.index("cat") + 3}

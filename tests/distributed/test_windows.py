@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.planning.plan import BatchPlan
-from launcher.sources.rows import RowProblem
+from launcher.data.rows import RowProblem
+from launcher.planner.plan import BatchPlan
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.task import Draws, Encoded, Sample, sample_at
 from launcher.training.data import encode
@@ -30,11 +30,19 @@ WIDTH, STEP = 8, 6
 class Windowed(CausalLM):
     """Windows of 8 tokens, of which 2 are shared; a text that begins with "nothing" makes none."""
 
-    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | tuple[Encoded, ...] | RowProblem]:  # type: ignore[override]
+    def encode(
+        self, rows: Sequence[dict[str, Any]], processor: Any
+    ) -> list[Encoded | tuple[Encoded, ...] | RowProblem]:  # type: ignore[override]
         whole = super().encode(rows, processor)
         made: list[Encoded | tuple[Encoded, ...] | RowProblem] = []
         for row, one in zip(rows, whole, strict=True):
-            made.append(() if row["text"].startswith("nothing") else one if isinstance(one, RowProblem) else self.windows(one))
+            made.append(
+                ()
+                if row["text"].startswith("nothing")
+                else one
+                if isinstance(one, RowProblem)
+                else self.windows(one)
+            )
         return made
 
     def windows(self, one: Encoded) -> tuple[Encoded, ...]:
@@ -57,7 +65,9 @@ def made(tmp_path: Path, rows: list[Any] = TEXTS, num_workers: int = 1, **settin
 
 
 def numbers(dataset: Dataset) -> list[tuple[int, int]]:
-    return [(sample.id, sample.window) for index in range(dataset.num_items) for sample in dataset.item(index)]
+    return [
+        (sample.id, sample.window) for index in range(dataset.num_items) for sample in dataset.item(index)
+    ]
 
 
 def test_the_windows_of_a_row_share_its_number(tmp_path: Path) -> None:
@@ -93,7 +103,10 @@ def test_packs_hold_every_window_once(tmp_path: Path) -> None:
 def test_a_row_without_a_window_is_dropped_and_said(tmp_path: Path) -> None:
     dataset = made(tmp_path, [*TEXTS, {"text": "nothing at all"}])
     assert dataset.report.dropped == {"nothing left to learn": 1} and dataset.report.rows_used == 12
-    assert dataset.report.examples[-1]["detail"] == "the task makes no sample of it" and dataset.report.examples[-1]["line"] == 13
+    assert (
+        dataset.report.examples[-1]["detail"] == "the task makes no sample of it"
+        and dataset.report.examples[-1]["line"] == 13
+    )
 
 
 def test_a_row_that_is_cut_counts_once(tmp_path: Path) -> None:
@@ -106,7 +119,9 @@ def test_ranks_share_windows_as_they_share_samples(tmp_path: Path) -> None:
     order = Order(3, dataset.num_items, shuffle=True)
     seen: dict[int, list[tuple[int, int]]] = {}
     for size in (1, 2):
-        batch = BatchPlan(global_batch_size=4, micro_batch_size=4 // size, accumulation_steps=1, data_parallel_size=size)
+        batch = BatchPlan(
+            global_batch_size=4, micro_batch_size=4 // size, accumulation_steps=1, data_parallel_size=size
+        )
         items = [
             item
             for step in range(-(-dataset.num_items // 4))

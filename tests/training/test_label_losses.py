@@ -27,8 +27,12 @@ def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_cross_entropy_is_torchs(weights: list[float] | None, smoothing: float) -> None:
     logits, labels, _ = drawn()
     tensor = None if weights is None else torch.tensor(weights)
-    expected = functional.cross_entropy(logits, labels, weight=tensor, label_smoothing=smoothing, reduction="sum")
-    torch.testing.assert_close(LabelLoss("single-label", weights, smoothing).of(logits, labels).sum(), expected, **CLOSE)
+    expected = functional.cross_entropy(
+        logits, labels, weight=tensor, label_smoothing=smoothing, reduction="sum"
+    )
+    torch.testing.assert_close(
+        LabelLoss("single-label", weights, smoothing).of(logits, labels).sum(), expected, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
@@ -37,8 +41,12 @@ def test_several_classes_are_torchs_binary_cross_entropy(weights: list[float] | 
     tensor = None if weights is None else torch.tensor(weights)
     for smoothing in (0.0, 0.1):
         targets = torch.where(labels > 0, 1 - smoothing / 2, smoothing / 2)
-        expected = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=tensor, reduction="none").mean(dim=1)
-        torch.testing.assert_close(LabelLoss("multi-label", weights, smoothing).of(logits, labels), expected, **CLOSE)
+        expected = functional.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=tensor, reduction="none"
+        ).mean(dim=1)
+        torch.testing.assert_close(
+            LabelLoss("multi-label", weights, smoothing).of(logits, labels), expected, **CLOSE
+        )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
@@ -47,12 +55,22 @@ def test_focal_loss_is_the_published_one(gamma: float) -> None:
     logits, labels, several = drawn()
     right = logits.double().softmax(dim=1)[torch.arange(9), labels]
     expected = -torch.tensor(WEIGHTS).double()[labels] * (1 - right) ** gamma * right.log()
-    torch.testing.assert_close(LabelLoss("single-label", WEIGHTS, gamma=gamma).of(logits, labels).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        LabelLoss("single-label", WEIGHTS, gamma=gamma).of(logits, labels).double(),
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     yes = logits.double().sigmoid()
     right = torch.where(several > 0, yes, 1 - yes)
     alpha = torch.where(several > 0, torch.tensor(WEIGHTS).double(), 1.0)
     expected = (-alpha * (1 - right) ** gamma * right.log()).mean(dim=1)
-    torch.testing.assert_close(LabelLoss("multi-label", WEIGHTS, gamma=gamma).of(logits, several).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        LabelLoss("multi-label", WEIGHTS, gamma=gamma).of(logits, several).double(),
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("problem", ["single-label", "multi-label"])
@@ -65,11 +83,18 @@ def test_focal_loss_has_a_gradient_where_the_model_is_sure(problem: str) -> None
 
 def test_without_options_it_is_transformers_own() -> None:
     logits, labels, several = drawn()
-    for problem, wanted in (("single-label", labels), ("multi-label", several), ("regression", labels.float())):
+    for problem, wanted in (
+        ("single-label", labels),
+        ("multi-label", several),
+        ("regression", labels.float()),
+    ):
         plain = LabelLoss(problem, WEIGHTS, 0.1).plain()
         assert plain == LabelLoss(problem)
         given = logits[:, :1] if problem == "regression" else logits
-        losses = {"single-label": functional.cross_entropy, "multi-label": functional.binary_cross_entropy_with_logits}
+        losses = {
+            "single-label": functional.cross_entropy,
+            "multi-label": functional.binary_cross_entropy_with_logits,
+        }
         own = losses.get(problem, functional.mse_loss)
         torch.testing.assert_close(plain.of(given, wanted).mean(), own(given.squeeze(-1), wanted), **CLOSE)
 

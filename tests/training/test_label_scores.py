@@ -15,11 +15,19 @@ from launcher.tasks.label_scores import LabelScores, chosen_classes, fitted_thre
 def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Logits on a grid, so that some are equal, and several classes of each sample."""
     generator = np.random.default_rng(seed)
-    return generator.integers(-8, 9, (25, 4)).astype(np.float32) / 4, (generator.random((25, 4)) < 0.3).astype(np.float32)
+    return generator.integers(-8, 9, (25, 4)).astype(np.float32) / 4, (
+        generator.random((25, 4)) < 0.3
+    ).astype(np.float32)
 
 
 def computed(evaluator: LabelScores, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return evaluator.compute([[np.array([1.0]), logits[:10], labels[:10]], [np.array([0.0])], [np.array([1.0]), logits[10:], labels[10:]]])
+    return evaluator.compute(
+        [
+            [np.array([1.0]), logits[:10], labels[:10]],
+            [np.array([0.0])],
+            [np.array([1.0]), logits[10:], labels[10:]],
+        ]
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -30,7 +38,9 @@ def test_no_other_threshold_has_a_better_f1(seed: int) -> None:
     for one in range(4):
         wanted = labels[:, one] > 0
         ours = f1_score(wanted, given[:, one], zero_division=0)
-        others = [f1_score(wanted, logits[:, one] > value, zero_division=0) for value in np.arange(-2.2, 2.2, 0.1)]
+        others = [
+            f1_score(wanted, logits[:, one] > value, zero_division=0) for value in np.arange(-2.2, 2.2, 0.1)
+        ]
         assert ours == pytest.approx(max(others)), one
 
 
@@ -52,7 +62,9 @@ def test_fitted_thresholds_make_the_metrics_and_are_told() -> None:
     told = fitted.details()
     again = LabelScores("multi-label", list("abcd"), list(told["thresholds"].values()))
     assert computed(again, logits, labels) == better
-    assert told["per_class"]["a"]["support"] == labels[:, 0].sum() and set(plain.details()["thresholds"].values()) == {0.5}
+    assert told["per_class"]["a"]["support"] == labels[:, 0].sum() and set(
+        plain.details()["thresholds"].values()
+    ) == {0.5}
     [[without, wrong], [missed, right]] = told["confusion_matrices"]["a"]
     assert without + wrong + missed + right == 25 and missed + right == labels[:, 0].sum()
     json.dumps(told)

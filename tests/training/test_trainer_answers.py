@@ -14,13 +14,24 @@ from tokenizers import processors
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from launcher import tasks
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.tasks.task import AnswerOptions, Sample
 from launcher.training.checkpoint.export import export
 from tests.training.plans import deepspeed
 from tests.training.runs import (
-    assert_equal, batch_of, curve, evaluations, finish, model_directory, named, new_run, plan_for, state, tokenizer, write_rows,
+    assert_equal,
+    batch_of,
+    curve,
+    evaluations,
+    finish,
+    model_directory,
+    named,
+    new_run,
+    plan_for,
+    state,
+    tokenizer,
+    write_rows,
 )  # fmt: skip
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -31,7 +42,12 @@ NUM_STEPS = 40
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two layers with dropout, and a tokenizer for pairs that pads on the left."""
     directory = model_directory(
-        tmp_path_factory.mktemp("encoder"), "bert", "AutoModel", num_hidden_layers=2, initializer_range=0.1, max_position_embeddings=64
+        tmp_path_factory.mktemp("encoder"),
+        "bert",
+        "AutoModel",
+        num_hidden_layers=2,
+        initializer_range=0.1,
+        max_position_embeddings=64,
     )
     pairs = tokenizer()
     pairs.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -58,9 +74,23 @@ def rows(num_rows: int, seed: int = 5) -> list[dict[str, Any]]:
 
 
 def plan_of(encoder: Path, directory: Path, world_size: int = 2, num_steps: int = 8, **changes: Any) -> Plan:
-    data: dict[str, Any] = {"train": write_rows(directory / "rows.jsonl", rows(96)), "max_length": 24, "doc_stride": 6, "num_workers": 1}
-    data |= {"evaluation": write_rows(directory / "held-out.jsonl", rows(24, seed=6)), "unanswerable": True, "max_answer_length": 4}
-    task = {"model__task": "question-answering", "task": "question-answering", "attention": "sdpa", "layout": "padded"}
+    data: dict[str, Any] = {
+        "train": write_rows(directory / "rows.jsonl", rows(96)),
+        "max_length": 24,
+        "doc_stride": 6,
+        "num_workers": 1,
+    }
+    data |= {
+        "evaluation": write_rows(directory / "held-out.jsonl", rows(24, seed=6)),
+        "unanswerable": True,
+        "max_answer_length": 4,
+    }
+    task = {
+        "model__task": "question-answering",
+        "task": "question-answering",
+        "attention": "sdpa",
+        "layout": "padded",
+    }
     values = {"batch": batch_of(world_size, 16 // world_size), "training": {"learning_rate": 4e-3}} | changes
     return plan_for(encoder, data, world_size, num_steps, **task, **values)
 
@@ -152,14 +182,20 @@ def test_every_cut_and_engine_gives_the_same_numbers(
     world_size: int, changes: dict[str, Any], short: RunDirectory, encoder: Path, tmp_path: Path
 ) -> None:
     run = run_of(tmp_path / "run", plan_of(still(encoder, tmp_path), tmp_path, world_size, **changes))
-    ours, theirs = ([[record["loss"], record["grad_norm"]] for record in curve(one).values()] for one in (run, short))
+    ours, theirs = (
+        [[record["loss"], record["grad_norm"]] for record in curve(one).values()] for one in (run, short)
+    )
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-6)
-    assert [record["sample_ids"] for record in curve(run).values()] == [record["sample_ids"] for record in curve(short).values()]
+    assert [record["sample_ids"] for record in curve(run).values()] == [
+        record["sample_ids"] for record in curve(short).values()
+    ]
     assert evaluations(run)[8] == pytest.approx(evaluations(short)[8], rel=1e-4, nan_ok=True)
 
 
 def test_a_stop_changes_no_bit(encoder: Path, tmp_path: Path) -> None:
-    whole, stopped = (new_run(tmp_path / name, plan_of(encoder, tmp_path, num_steps=4)) for name in ("whole", "stopped"))
+    whole, stopped = (
+        new_run(tmp_path / name, plan_of(encoder, tmp_path, num_steps=4)) for name in ("whole", "stopped")
+    )
     finish(whole, 2)
     finish(stopped, 2, stop_at=2)
     finish(stopped, 2)

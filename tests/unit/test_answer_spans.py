@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.sources.rows import RowProblem
+from launcher.data.rows import RowProblem
 from launcher.tasks.answer_spans import Answer, answers_of, best_spans, place_of
 
 CONTEXT = "The cat sat on the mat."
@@ -21,7 +21,10 @@ CAT = [Answer("cat", 4)]
         ({"text": ["cat"], "answer_start": [4]}, CAT),
         ({"text": "cat", "answer_start": 4}, CAT),
         ([{"text": "cat", "answer_start": 4}], CAT),
-        ([{"text": "cat", "answer_start": 4}, {"text": "mat", "answer_start": 19}], [*CAT, Answer("mat", 19)]),
+        (
+            [{"text": "cat", "answer_start": 4}, {"text": "mat", "answer_start": 19}],
+            [*CAT, Answer("mat", 19)],
+        ),
         ('{"text": ["cat"], "answer_start": [4]}', CAT),
         ('[{"text": "cat", "answer_start": 4}]', CAT),
         ({"text": ["cat"], "answer_start": [4.0]}, CAT),
@@ -37,7 +40,13 @@ def test_answers_in_one_column(value: Any, expected: list[Answer]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "start", "expected"),
-    [("cat", 4, CAT), ("cat", "4", CAT), (["cat"], [4], CAT), ("['cat', 'mat']", "[4, 19]", [*CAT, Answer("mat", 19)]), ("", None, [])],
+    [
+        ("cat", 4, CAT),
+        ("cat", "4", CAT),
+        (["cat"], [4], CAT),
+        ("['cat', 'mat']", "[4, 19]", [*CAT, Answer("mat", 19)]),
+        ("", None, []),
+    ],
 )
 def test_answers_in_two_columns(text: Any, start: Any, expected: list[Answer]) -> None:
     assert answers_of({"a": text, "s": start}, "a", "s", CONTEXT) == expected
@@ -46,7 +55,9 @@ def test_answers_in_two_columns(text: Any, start: Any, expected: list[Answer]) -
 def test_a_question_that_is_said_to_have_no_answer() -> None:
     assert answers_of({"answers": None, "is_impossible": True}, "answers", None, CONTEXT) == []
     with pytest.raises(RowProblem, match="is_impossible is true, and 'answers' has an answer: 'cat'"):
-        answers_of({"answers": [{"text": "cat", "answer_start": 4}], "is_impossible": True}, "answers", None, CONTEXT)
+        answers_of(
+            {"answers": [{"text": "cat", "answer_start": 4}], "is_impossible": True}, "answers", None, CONTEXT
+        )
 
 
 @pytest.mark.parametrize(
@@ -59,15 +70,24 @@ def test_a_question_that_is_said_to_have_no_answer() -> None:
         ({"text": ["cat"]}, "'answers' has no 'answer_start'; it has 'text'"),
         ([{"txt": "cat", "answer_start": 4}], "an answer in 'answers' has no text"),
         ({"text": ["cat", "mat"], "answer_start": [4]}, "2 of 'text', and 1 of 'answer_start'"),
-        ({"text": ["cat"], "answer_start": ["four"]}, "an answer is a text and a whole number; here are 'cat' and 'four'"),
+        (
+            {"text": ["cat"], "answer_start": ["four"]},
+            "an answer is a text and a whole number; here are 'cat' and 'four'",
+        ),
         ({"text": ["cat"], "answer_start": [True]}, "a text and a whole number"),
         ({"text": ["cat"], "answer_start": [4.5]}, "a text and a whole number"),
         ({"text": [4], "answer_start": [4]}, "a text and a whole number"),
         ({"text": [" "], "answer_start": [3]}, "an answer in 'answers' has no text"),
-        ({"text": ["mat"], "answer_start": [22]}, "'mat' from character 22 on is outside of its text, which has 23; that begins at 19"),
+        (
+            {"text": ["mat"], "answer_start": [22]},
+            "'mat' from character 22 on is outside of its text, which has 23; that begins at 19",
+        ),
         ({"text": ["cat"], "answer_start": [-1]}, "outside of its text"),
         ({"text": ["cat"], "answer_start": [5]}, "at character 5 stands 'at ', not 'cat'; that begins at 4"),
-        ({"text": ["dog"], "answer_start": [4]}, "at character 4 stands 'cat', not 'dog'; it stands nowhere in it"),
+        (
+            {"text": ["dog"], "answer_start": [4]},
+            "at character 4 stands 'cat', not 'dog'; it stands nowhere in it",
+        ),
         ({"text": ["\ud800"], "answer_start": [4]}, "lone surrogate"),
     ],
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.sources.formats import format_of
-from launcher.sources.rows import IfThere, RowProblem
+from launcher.data.formats import format_of
+from launcher.data.rows import IfThere, RowProblem
 
 COLUMNS = ("question", "context", "answers", IfThere("is_impossible"))
 CAT = [{"text": "cat", "answer_start": 4}]
@@ -23,13 +23,27 @@ SQUAD: dict[str, Any] = {
                     "context": "The cat sat.",
                     "qas": [
                         {"id": "1", "question": "Who sat?", "answers": CAT},
-                        {"id": "2", "question": "Who ran?", "answers": [], "is_impossible": True, "plausible_answers": CAT},
+                        {
+                            "id": "2",
+                            "question": "Who ran?",
+                            "answers": [],
+                            "is_impossible": True,
+                            "plausible_answers": CAT,
+                        },
                     ],
                 },
-                {"context": "A dog ran.", "qas": [{"id": "3", "question": "Who ran?", "answers": [{"text": "dog", "answer_start": 2}]}]},
+                {
+                    "context": "A dog ran.",
+                    "qas": [
+                        {"id": "3", "question": "Who ran?", "answers": [{"text": "dog", "answer_start": 2}]}
+                    ],
+                },
             ],
         },
-        {"title": "Mats", "paragraphs": [{"context": "On it.", "qas": [{"id": "4", "question": "Where?", "answers": []}]}]},
+        {
+            "title": "Mats",
+            "paragraphs": [{"context": "On it.", "qas": [{"id": "4", "question": "Where?", "answers": []}]}],
+        },
     ],
 }
 
@@ -72,7 +86,9 @@ def test_a_wrong_name_leaves_the_questions_as_they_are(tmp_path: Path) -> None:
 
 
 def test_what_is_no_object_among_the_questions_is_said(tmp_path: Path) -> None:
-    rows = read(tmp_path, {"data": [{"paragraphs": [{"context": "a", "qas": [7, {"question": "b", "answers": []}]}]}]})
+    rows = read(
+        tmp_path, {"data": [{"paragraphs": [{"context": "a", "qas": [7, {"question": "b", "answers": []}]}]}]}
+    )
     assert isinstance(rows[0][1], RowProblem) and "a int, not an object" in str(rows[0][1])
     assert rows[1][1]["question"] == "b"
 

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.tasks.squad import Asked, answered, best_threshold, exact_match, f1, normalize, with_unanswerable
+from launcher.tasks.squad import (
+    Asked,
+    answered,
+    best_threshold,
+    exact_match,
+    f1,
+    normalize,
+    with_unanswerable,
+)
 
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 TEXTS = [
@@ -48,7 +56,13 @@ def questions(seed: int, number: int, unanswerable: bool) -> list[Asked]:
     found = []
     for _ in range(number):
         references = tuple(generator.choice(TEXTS) for _ in range(generator.randrange(not unanswerable, 4)))
-        found.append(Asked(references, generator.choice(TEXTS), generator.choice([0.0, 0.2, 0.2, 0.5, 0.9, 1.0, generator.random()])))
+        found.append(
+            Asked(
+                references,
+                generator.choice(TEXTS),
+                generator.choice([0.0, 0.2, 0.2, 0.5, 0.9, 1.0, generator.random()]),
+            )
+        )
     return found
 
 
@@ -61,9 +75,15 @@ def script_v2(asked: list[Asked], threshold: float) -> dict[str, float]:
         partial.append(max(overlap(one.answer, text, 2) for text in gold))
     found: dict[str, float] = {}
     for name, scores in (("exact_match", exact), ("f1", partial)):
-        given = [score if one.no_answer <= threshold else float(not one.references) for one, score in zip(asked, scores, strict=True)]
+        given = [
+            score if one.no_answer <= threshold else float(not one.references)
+            for one, score in zip(asked, scores, strict=True)
+        ]
         found[name] = sum(given) / len(given)
-        kinds = {"has_answer": [bool(one.references) for one in asked], "no_answer": [not one.references for one in asked]}
+        kinds = {
+            "has_answer": [bool(one.references) for one in asked],
+            "no_answer": [not one.references for one in asked],
+        }
         for kind, chosen in kinds.items():
             of_kind = [score for score, taken in zip(given, chosen, strict=True) if taken]
             found[f"{kind}_{name}"] = sum(of_kind) / len(of_kind) if of_kind else math.nan
@@ -88,7 +108,9 @@ def test_scores_of_single_answers(answer: str) -> None:
     for reference in TEXTS:
         assert exact_match(answer, [reference]) == float(plain(answer) == plain(reference))
         assert f1(answer, [reference]) == pytest.approx(overlap(answer, reference, 1), abs=1e-12)
-        assert f1(answer, [reference], empty_is_a_word=True) == pytest.approx(overlap(answer, reference, 2), abs=1e-12)
+        assert f1(answer, [reference], empty_is_a_word=True) == pytest.approx(
+            overlap(answer, reference, 2), abs=1e-12
+        )
 
 
 def test_the_best_of_several_references_counts() -> None:
@@ -102,7 +124,9 @@ def test_every_question_has_an_answer(seed: int) -> None:
     found = answered(asked)
     best = [max(overlap(one.answer, text, 1) for text in one.references) for one in asked]
     assert found["f1"] == pytest.approx(sum(best) / 40)
-    assert found["exact_match"] == pytest.approx(sum(exact_match(one.answer, one.references) for one in asked) / 40)
+    assert found["exact_match"] == pytest.approx(
+        sum(exact_match(one.answer, one.references) for one in asked) / 40
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -114,7 +138,9 @@ def test_with_unanswerable_questions(seed: int, threshold: float | None) -> None
     expected = script_v2(asked, taken)
     assert beside["no_answer_threshold"] == taken
     names = {"no_answer_accuracy": "no_answer_exact_match"}
-    for name, value in (metrics | {key: beside[key] for key in ("best_f1_threshold", "best_exact_match_threshold")}).items():
+    for name, value in (
+        metrics | {key: beside[key] for key in ("best_f1_threshold", "best_exact_match_threshold")}
+    ).items():
         assert value == pytest.approx(expected[names.get(name, name)], abs=1e-12, nan_ok=True), name
     assert metrics["f1"] == pytest.approx(metrics["best_f1"]) or threshold is not None or _tied(asked)
 
@@ -129,7 +155,11 @@ def test_one_kind_of_question_alone() -> None:
     assert math.isnan(metrics["no_answer_accuracy"]) and metrics["has_answer_f1"] == 1.0
     assert (beside["num_with_answer"], beside["num_without_answer"]) == (1, 0)
     metrics, _ = with_unanswerable([Asked((), "cat", 0.3)], 0.5)
-    assert math.isnan(metrics["has_answer_f1"]) and metrics["no_answer_accuracy"] == 0.0 and metrics["best_f1"] == 1.0
+    assert (
+        math.isnan(metrics["has_answer_f1"])
+        and metrics["no_answer_accuracy"] == 0.0
+        and metrics["best_f1"] == 1.0
+    )
 
 
 def test_the_best_threshold_is_the_first_that_is_best() -> None:
