@@ -16,33 +16,58 @@ _MOST_CLASSES = 20
 
 
 def learning_curve(losses: list[tuple[int, float]], evaluations: list[tuple[int, dict[str, float]]]) -> str:
-    """Return the loss of the steps, and each metric of the evaluations over the steps; empty where nothing has two points."""
+    """Return the loss of the steps, and each metric of the evaluations over the steps; empty where nothing
+    has two points."""
     series = {"training loss": [(float(step), loss) for step, loss in losses]}
     for step, metrics in evaluations:
         for name, value in metrics.items():
             series.setdefault(f"evaluation: {name}", []).append((float(step), value))
-    finite = {name: [point for point in points if abs(point[1]) < float("inf")] for name, points in series.items()}
-    return "\n".join(line_plot(points, WIDTH, ylabel=name) for name, points in finite.items() if len(points) > 1)
+    finite = {
+        name: [point for point in points if abs(point[1]) < float("inf")] for name, points in series.items()
+    }
+    return "\n".join(
+        line_plot(points, WIDTH, ylabel=name) for name, points in finite.items() if len(points) > 1
+    )
 
 
 def confusion(table: dict[str, Any]) -> str:
-    """Return a confusion matrix as text: a row for each true class, a column for each that the model said."""
-    labels, counts = [str(label) for label in table["labels"]], table["counts"]
+    """Return the `confusion_matrix` of an evaluation's details as text: a row for each true class, a column
+    for each that the model said."""
+    labels, counts = [str(label) for label in table["labels"]], table["confusion_matrix"]
     if len(labels) > _MOST_CLASSES:
-        return "\n".join(["the pairs of classes that were mistaken most, of the true one for the other:", *_mistaken(labels, counts)])
+        return "\n".join(
+            [
+                "the pairs of classes that were mistaken most, of the true one for the other:",
+                *_mistaken(labels, counts),
+            ]
+        )
     numbers = [str(number) for number in range(len(labels))]
-    widths = [max(len(number), *(len(str(row[place])) for row in counts)) for place, number in enumerate(numbers)]
+    widths = [
+        max(len(number), *(len(str(row[place])) for row in counts)) for place, number in enumerate(numbers)
+    ]
     names = [f"{number} {label}"[:40] for number, label in zip(numbers, labels, strict=True)]
     first = max(map(len, names))
     lines = ["rows: the true class; columns: what the model says, by the same numbers", ""]
     for name, cells in [("", numbers), *zip(names, counts, strict=True)]:
-        lines.append("  ".join([name.ljust(first), *(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True))]))
+        lines.append(
+            "  ".join(
+                [
+                    name.ljust(first),
+                    *(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True)),
+                ]
+            )
+        )
     return "\n".join(lines)
 
 
 def _mistaken(labels: list[str], counts: list[list[int]]) -> Iterator[str]:
     """The most frequent mistakes, one a line."""
-    pairs = [(count, labels[i], labels[j]) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count]
+    pairs = [
+        (count, labels[i], labels[j])
+        for i, row in enumerate(counts)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
     for count, true, said in sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CLASSES]:
         yield f"{count:8,}  {true} -> {said}"
 

@@ -15,12 +15,24 @@ from launcher.cli.plan import AsJson, NumRanks
 
 def predict(
     model: RunOrModel,
-    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="The rows: .jsonl .csv .tsv .parquet .arrow .json .txt.")],
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="A new .jsonl file: an answer for each row, in order.")],
+    rows: Annotated[
+        Path,
+        typer.Option(
+            "--input", metavar="FILE", help="The rows: .jsonl .csv .tsv .parquet .arrow .json .txt."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", metavar="FILE", help="A new .jsonl file: an answer for each row, in order."),
+    ],
     job: JobOfModel = None,
     checkpoint: Checkpoint = None,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="With the probability of every class.")] = False,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, metavar="K", help="With the K likeliest answers.")] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="With the probability of every class.")
+    ] = False,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, metavar="K", help="With the K likeliest answers.")
+    ] = None,
     nproc: NumRanks = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
@@ -41,10 +53,14 @@ def predict(
 
 def described(summary: dict[str, Any]) -> str:
     """What was written, and what could not be answered, in a line or two."""
-    lines = [f"{summary['rows']:,} rows in {summary['output']}, {summary['rows_per_second']:,.1f} rows a second"]
+    lines = [
+        f"{summary['rows']:,} rows in {summary['output']}, {summary['rows_per_second']:,.1f} rows a second"
+    ]
     if summary["rows_before"]:
         lines[0] += f" ({summary['rows_before']:,} were there already)"
     if problems := summary["problems"]:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(problems.items(), key=lambda item: -item[1]))
+        reasons = ", ".join(
+            f"{count:,} {reason}" for reason, count in sorted(problems.items(), key=lambda item: -item[1])
+        )
         lines.append(f"{sum(problems.values()):,} of them could not be used and say why: {reasons}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Have a run's model, or one in a directory, answer every row of a file on this machine, supervised like an attempt."""
+"""Answer every row of a file by a run's model, or one in a directory, supervised like an attempt."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.runs.partial import KEY, refuse_existing
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
+from launcher.runs.partial import KEY, refuse_existing
 from launcher.tasks.task import AnswerOptions
 
 
@@ -24,7 +24,8 @@ class Prediction:
     options: AnswerOptions
 
     def run(self, watcher: Watcher) -> dict[str, Any]:
-        """Write the answers; the summary. Raises Stopped where a stop was asked for, else the failure's own class."""
+        """Write the answers; the summary. Raises Stopped where a stop was asked for, else the failure's own
+        class."""
         if self.output.suffix != ".jsonl":
             reason = "answers are written as JSON lines; give it a name that ends in .jsonl"
             raise ConfigurationError(Problem(KEY, str(self.output), reason))

@@ -17,7 +17,8 @@ KEY = "--output"
 
 
 class Partial:
-    """OUTPUT.partial, with OUTPUT.partial.json: what it is made of, and how many rows and bytes of it are whole."""
+    """OUTPUT.partial, with OUTPUT.partial.json: what it is made of, and how many rows and bytes of it are
+    whole."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -32,15 +33,17 @@ class Partial:
     def begin(self, of: dict[str, Any]) -> int:
         """Return how many rows are there already of an output that was begun of the same.
 
-        `of`: JSON values by names for people. Raises ConfigurationError where another output was begun there, or the
-        output is finished; StorageError where the place takes no files.
+        `of`: JSON values by names for people. Raises ConfigurationError where another output was begun
+        there, or the output is finished; StorageError where the place takes no files.
         """
         self._of = json.loads(json.dumps(of))
         try:
             refuse_existing(self.output)
             if not self.state_file.exists():
                 if self.path.exists():
-                    reason = f"{self.path} is there, and nothing says what it is of; remove it, or name another output"
+                    reason = (
+                        f"{self.path} is there, and nothing says what it is of; remove it, or name another"
+                    )
                     raise ConfigurationError(Problem(KEY, str(self.output), reason))
                 self._keep()
             else:
@@ -57,7 +60,9 @@ class Partial:
             began, self.num_rows, self._num_bytes = dict(state["of"]), int(state["rows"]), int(state["bytes"])
             self.problems = dict(state["problems"])
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"{self.state_file} is not what was written there ({error}); remove it and {self.path.name}"
+            reason = (
+                f"{self.state_file} is not what was written there ({error}); remove it and {self.path.name}"
+            )
             raise ConfigurationError(Problem(KEY, str(self.output), reason)) from None
         names = sorted(began.keys() | self._of.keys())
         if other := [name for name in names if began.get(name) != self._of.get(name)]:
@@ -72,7 +77,9 @@ class Partial:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows behind the others, durably. Raises StorageError where the disk does not take them."""
         # A lone surrogate of a text is written as JSON's own escape.
-        content = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+        content = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows).encode(
+            "utf-8", "backslashreplace"
+        )
         try:
             with open(self.path, "ab") as file:
                 file.write(content)
@@ -106,6 +113,8 @@ class Partial:
 def refuse_existing(output: Path) -> None:
     """Raise ConfigurationError where an output is there already, or has no folder to lie in."""
     if output.exists():
-        raise ConfigurationError(Problem(KEY, str(output), "is there already; name another file, or remove it"))
+        raise ConfigurationError(
+            Problem(KEY, str(output), "is there already; name another file, or remove it")
+        )
     if not output.parent.is_dir():
         raise ConfigurationError(Problem(KEY, str(output), f"the folder {output.parent} is not there"))

@@ -24,9 +24,14 @@ def write(run: RunDirectory, step: int, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def newest(run: RunDirectory) -> tuple[int, list[dict[str, Any]]] | None:
-    """Return the step of the newest samples, and the samples; None where there are none, or they cannot be read."""
+    """Return the step of the newest samples, and the samples; None where there are none, or they cannot be
+    read."""
     try:
-        found = [(int(match[1]), path) for path in (run.path / "samples").iterdir() if (match := _FILE.match(path.name))]
+        found = [
+            (int(match[1]), path)
+            for path in (run.path / "samples").iterdir()
+            if (match := _FILE.match(path.name))
+        ]
         if not found:
             return None
         step, path = max(found)

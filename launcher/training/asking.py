@@ -20,12 +20,17 @@ def says(task: Task) -> bool:
 def refuse_silent(task: Task) -> None:
     """Raise ConfigurationError for a task that does not tell what its model says."""
     if not says(task):
-        reason = f"{type(task).__name__} has no method `answers`, so that nothing can be said of a row; write one"
+        reason = (
+            f"{type(task).__name__} has no method `answers`, so that nothing can be said of a row; write one"
+        )
         raise ConfigurationError(Problem("model.task", task.name, reason))
 
 
-def ask(engine: Engine, task: Task, samples: Sequence[Sample], options: AnswerOptions, plan: Plan) -> list[Any]:
-    """Return what the model says of each of these samples, as JSON values; of filler nothing. Called by all ranks together."""
+def ask(
+    engine: Engine, task: Task, samples: Sequence[Sample], options: AnswerOptions, plan: Plan
+) -> list[Any]:
+    """Return what the model says of each of these samples, as JSON values; of filler nothing. Called by all
+    ranks together."""
     batch = task.collate([[sample] for sample in samples])
     output = engine.evaluate(to_device(batch, plan.mesh.device))
     said = task.answers(output, batch, samples, options)

@@ -1,7 +1,8 @@
 """Bootstrap intervals of an evaluation's metrics: the rows drawn anew, with replacement, as often as asked for.
 
-Percentile intervals after Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 13.3). A row is drawn with all its
-samples. Equal draws before and after training give the interval of the change, which is narrower than the two would suggest.
+Percentile intervals after Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 13.3). A
+row is drawn with all its samples. Equal draws before and after training give the interval of the change,
+which is narrower than the two would suggest.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Whole(Evaluator):
         """`make` returns the task's evaluator, empty."""
         self.make, self.own = make, make()
         self.metrics: dict[str, float] = {}
-        self.tables: dict[str, Any] = {}
-        """On the rank that computes."""
+        self.shown: dict[str, Any] = {}
+        """Its details, on the rank that computes."""
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         self.own.update(output, batch)
@@ -37,8 +38,11 @@ class Whole(Evaluator):
         return self.own.state()
 
     def compute(self, states: Sequence[State]) -> dict[str, float]:
-        self.tables = self.own.tables(states)
         return self.own.compute(states)
+
+    def details(self) -> dict[str, Any]:
+        self.shown = self.own.details()
+        return self.shown
 
 
 class Apart(Whole):
@@ -72,33 +76,40 @@ class Apart(Whole):
         return super().compute([state for row in self.rows.values() for state in row])
 
     def drawn(self, number: int, seed: int) -> dict[str, np.ndarray]:
-        """Return each metric of so many drawings of as many rows as there are, float64 [number]. Equal seeds draw equal rows."""
-        units = list(self.rows.values())
+        """Return each metric of so many drawings of as many rows as there are, float64 [number]. Equal
+        seeds draw equal rows."""
+        units, own = list(self.rows.values()), self.make()
         found: dict[str, list[float]] = {}
         generator = np.random.default_rng(seed)
         here.at("measuring", total=number)
         for drawing in range(number):
             places = generator.integers(0, len(units), len(units)).tolist()
-            states = [self.own.told_apart(state, copy) for copy, place in enumerate(places) for state in units[place]]
-            for name, value in self.own.compute(states).items():
+            states = [
+                own.told_apart(state, copy) for copy, place in enumerate(places) for state in units[place]
+            ]
+            for name, value in own.compute(states).items():
                 found.setdefault(name, []).append(float(value))
             here.moved(drawing + 1)
         return {name: np.array(values) for name, values in found.items()}
 
 
 def ids_of(batches: Batches) -> list[int]:
-    """The rows of a rank's batches of one item each, in the order in which they come; without filler, which comes last."""
+    """The rows of a rank's batches of one item each, in the order in which they come; without filler, which
+    comes last."""
     found: list[int] = []
     for step in range(batches.num_steps):
         real = batches.indices(step)
-        [[place]] = deal(batches.lengths(real), batches.batch, batches.dataset.padding_free)[:, batches.rank].tolist()
+        [[place]] = deal(batches.lengths(real), batches.batch, batches.dataset.padding_free)[
+            :, batches.rank
+        ].tolist()
         if place < len(real):
             found += batches.dataset.sample_ids(real[[place]]).tolist()
     return found
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Return the middle LEVEL of these values, from and to; NaN where all of them are, as of a correlation with a constant."""
+    """Return the middle LEVEL of these values, from and to; NaN where all of them are, as of a correlation
+    with a constant."""
     tail = 50 * (1 - LEVEL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

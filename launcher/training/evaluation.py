@@ -9,7 +9,7 @@ from torch import distributed
 
 from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs.places import here
-from launcher.tasks.task import Draws, Task
+from launcher.tasks.task import Draws, Evaluator, Task
 from launcher.training import exchange
 from launcher.training.data.batches import Batches
 from launcher.training.data.dataset import Dataset
@@ -32,11 +32,13 @@ def evaluate(
     report: Report = lambda done, total: None,
     stopping: Callable[[], bool] = lambda: False,
     details: Callable[[dict[str, Any]], object] = lambda details: None,
+    evaluator: Evaluator | None = None,
 ) -> dict[str, float]:
     """Metrics over every sample of `dataset`, equal on all ranks.
 
     `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
-    Interrupted. `details` is called on rank 0 with what no single number shows.
+    Interrupted. `details` is called on rank 0 with what no single number shows. `evaluator`, where it is
+    given, takes the place of the task's own.
     """
     rank, size = distributed.get_rank(), plan.batch.data_parallel_size
     micro = plan.batch.micro_batch_size
@@ -44,7 +46,7 @@ def evaluate(
         global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size
     )
     batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, rank, dataset.num_items)
-    evaluator = task.evaluator()
+    evaluator = evaluator or task.evaluator()
     here.at("evaluating", total=batches.num_steps)
     for step in range(batches.num_steps):
         if stopping():

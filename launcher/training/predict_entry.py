@@ -1,7 +1,8 @@
 """Write what a model says of every row of a file: what `launcher predict` starts.
 
-It runs in a scratch run directory with a plan and a request, so that it is supervised like any other attempt. A stretch of rows is
-read, encoded in shares, dealt into passes of like lengths, and written in the rows' order before the next is read.
+It runs in a scratch run directory with a plan and a request, so that it is supervised like any other
+attempt. A stretch of rows is read, encoded in shares, dealt into passes of like lengths, and written in the
+rows' order before the next is read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import xxhash
 from torch import distributed
 
+from launcher.data.rows import Row, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
@@ -25,7 +27,6 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.partial import Partial
 from launcher.runs.phases import PhaseReport
 from launcher.runs.places import here
-from launcher.data.rows import Row, RowProblem
 from launcher.tasks.task import AnswerOptions
 from launcher.training import entry, exchange
 from launcher.training.asking import ask, refuse_silent
@@ -39,7 +40,8 @@ from launcher.training.signals import StopRequest
 from launcher.training.subject import Subject, as_trained
 
 _PASSES = 16
-"""Of each rank in a stretch: what a stop or a crash may lose, and among how many rows like lengths are looked for."""
+"""Of each rank in a stretch: what a stop or a crash may lose, and among how many rows like lengths are
+looked for."""
 
 
 @dataclass
@@ -73,16 +75,25 @@ class Predicting:
             if self._stops():
                 raise Interrupted
             answers = ask(self.engine, self.subject.task, samples, self.options, self.subject.plan)
-            for sample, answer in zip(samples, answers, strict=False):  # of filler, at the end, there is no answer
+            for sample, answer in zip(
+                samples, answers, strict=False
+            ):  # of filler, at the end, there is no answer
                 said.setdefault(sample.id, []).append((sample.window, answer))
             here.moved(number + 1)
         return [self._record(row, share, said.get(row.id, [])) for row in share.rows]
 
     def _record(self, row: Row, share: Share, parts: list[tuple[int, Any]]) -> dict[str, Any]:
         if (problem := share.problems.get(row.id)) is not None:
-            return {"row": row.id, "problem": problem.reason, "detail": problem.detail[:200], "line": row.line}
+            return {
+                "row": row.id,
+                "problem": problem.reason,
+                "detail": problem.detail[:200],
+                "line": row.line,
+            }
         assert not isinstance(row.values, RowProblem)
-        answer = self.subject.task.answer(row.values, [answer for _, answer in sorted(parts, key=lambda part: part[0])])
+        answer = self.subject.task.answer(
+            row.values, [answer for _, answer in sorted(parts, key=lambda part: part[0])]
+        )
         return {"row": row.id, **answer} | ({"cut": True} if row.id in share.cut else {})
 
     def _stops(self) -> bool:
@@ -91,8 +102,11 @@ class Predicting:
         return bool(vote > 0)
 
 
-def predict(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
-    """Write what the model of request.json says of the plan's evaluation rows; the summary into prediction.json."""
+def predict(
+    scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
+) -> None:
+    """Write what the model of request.json says of the plan's evaluation rows; the summary into
+    prediction.json."""
     request = read_json(scratch.path / "request.json")
     run, model = (Path(request["run"]) if request["run"] else None), request["model"]
     options = AnswerOptions(**request["options"])
@@ -124,25 +138,43 @@ def predict(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, 
     if leads:
         if not stopped:
             output.finish()
-        _conclude(scratch, output, stopped, skipped, {"step": step, "seconds": round(time.monotonic() - began, 3)})
+        _conclude(
+            scratch, output, stopped, skipped, {"step": step, "seconds": round(time.monotonic() - began, 3)}
+        )
     distributed.barrier()
 
 
-def _identity(subject: Subject, rows: Rows, run: Path | None, model: str | None, step: int | None) -> dict[str, Any]:
+def _identity(
+    subject: Subject, rows: Rows, run: Path | None, model: str | None, step: int | None
+) -> dict[str, Any]:
     """What decides the answers, by names for people."""
-    data = subject.plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers", "unusable", "packing"})
+    data = subject.plan.data.model_dump(
+        mode="json", exclude={"train", "evaluation", "num_workers", "unusable", "packing"}
+    )
     of = {"the input's contents": rows.digest, "the task": subject.plan.task, "data": data}
     if run is not None:
         return of | {"the run": RunDirectory(run).run_id(), "the checkpoint's step": step}
-    weights = [path for path in sorted(Path(str(model)).iterdir()) if is_weights(path) or path.name == "config.json"]
+    weights = [
+        path for path in sorted(Path(str(model)).iterdir()) if is_weights(path) or path.name == "config.json"
+    ]
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
     return of | {"the model's files": xxhash.xxh3_64_hexdigest(json.dumps(files).encode())}
 
 
-def _conclude(scratch: RunDirectory, output: Partial, stopped: bool, skipped: int, facts: dict[str, Any]) -> None:
+def _conclude(
+    scratch: RunDirectory, output: Partial, stopped: bool, skipped: int, facts: dict[str, Any]
+) -> None:
     done = output.num_rows - skipped
-    summary = {"rows": output.num_rows, "answered": output.num_rows - sum(output.problems.values()), "problems": output.problems}
-    summary |= {"rows_before": skipped, **facts, "rows_per_second": round(done / max(facts["seconds"], 1e-9), 1)}
+    summary = {
+        "rows": output.num_rows,
+        "answered": output.num_rows - sum(output.problems.values()),
+        "problems": output.problems,
+    }
+    summary |= {
+        "rows_before": skipped,
+        **facts,
+        "rows_per_second": round(done / max(facts["seconds"], 1e-9), 1),
+    }
     write_atomically(scratch.path / "prediction.json", json.dumps(summary) + "\n")
     if stopped:
         line = f"stopped; {output.num_rows:,} rows are in {output.path}; the same command goes on there"

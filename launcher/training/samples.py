@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
+from launcher.data.rows import RowProblem
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
-from launcher.data.rows import RowProblem
 from launcher.tasks.task import AnswerOptions, Sample, Task
 from launcher.training import exchange
 from launcher.training.asking import ask, says
@@ -27,7 +27,8 @@ _LONGEST = 2000
 
 @dataclass(frozen=True)
 class Shown:
-    """A few rows from all over the held-out ones: the same at every evaluation, on any number of ranks, and after a resume."""
+    """A few rows from all over the held-out ones: the same at every evaluation, on any number of ranks, and
+    after a resume."""
 
     samples: list[list[Sample]]
     """Of each row, in window order."""
@@ -42,7 +43,10 @@ class Shown:
             return None
         found = dataset.first_ids(_LOOKED_AT)
         distinct = list(dict.fromkeys(found))
-        ids = [distinct[place] for place in np.unique(np.linspace(0, len(distinct) - 1, number).round().astype(int))]
+        ids = [
+            distinct[place]
+            for place in np.unique(np.linspace(0, len(distinct) - 1, number).round().astype(int))
+        ]
         samples = [dataset.samples_of(id) for id in ids]
         rows = {}
         if rank == 0:
@@ -53,9 +57,11 @@ class Shown:
         return cls(samples, rows)
 
     def answers(self, engine: Engine, task: Task, plan: Plan) -> list[dict[str, Any]]:
-        """Return each row with what the model says of it, on rank 0; nothing on the others. Called by all ranks together.
+        """Return each row with what the model says of it, on rank 0; nothing on the others. Called by all
+        ranks together.
 
-        Draws no random numbers and changes nothing of the state: a run with samples and one without go the same way.
+        Draws no random numbers and changes nothing of the state: a run with samples and one without go the
+        same way.
         """
         size, rank, micro = plan.batch.data_parallel_size, distributed.get_rank(), plan.batch.micro_batch_size
         flat = [sample for row in self.samples for sample in row]
@@ -75,7 +81,13 @@ class Shown:
         for row in self.samples:
             id = row[0].id
             answer = task.answer(self.rows[id], [next(parts) for _ in row])
-            told.append({"row": id, "input": {name: _short(value) for name, value in self.rows[id].items()}, "answer": answer})
+            told.append(
+                {
+                    "row": id,
+                    "input": {name: _short(value) for name, value in self.rows[id].items()},
+                    "answer": answer,
+                }
+            )
         return told
 
 

@@ -42,6 +42,7 @@ from launcher.training.reporting.symptoms import Sample, Symptoms
 from launcher.training.reporting.tracking import Journal
 from launcher.training.reporting.whereabouts import say_compiling, waited
 from launcher.training.rescue import Rescue
+from launcher.training.samples import Shown
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.state import State, TrainerState
@@ -116,6 +117,7 @@ class Trainer:
         here.at("checking the loss")
         self.event("phase", phase="checking the loss")
         check_loss(self.engine, self.task, material.train, plan, self.event)
+        self.shown = Shown.of(self.task, material.evaluation, plan, self.rank)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
         self.divergence = Divergence(plan.training, self.event)
@@ -310,8 +312,9 @@ class Trainer:
         except Interrupted:
             return False
         self._evaluated(metrics)
+        answers = self.shown.answers(self.engine, self.task, self.plan) if self.shown else []
         if self.recorder:
-            self.recorder.evaluation(self.state.step, metrics, details)
+            self.recorder.evaluation(self.state.step, metrics, details, answers)
         self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
         return True
 

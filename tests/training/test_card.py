@@ -21,10 +21,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Two steps of LoRA on a base with a licence, as a job of the user's own."""
     folder = tmp_path_factory.mktemp("card")
     model = model_directory(folder / "tiny-llama", "llama")
-    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en, de]\ntags: [x]\n---\n# The base\n")
+    (model / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage: [en, de]\ntags: [x]\n---\n# The base\n"
+    )
     plan = plan_for(model, causal_data(folder / "data"), 1, 2, model__adapter={"rank": 2})
     run = new_run(folder / "run", plan)
-    job = {"name": "test", "model": {"name": str(model)}, "data": {"train": {"path": str(folder / "data" / "train.jsonl")}}}
+    job = {
+        "name": "test",
+        "model": {"name": str(model)},
+        "data": {"train": {"path": str(folder / "data" / "train.jsonl")}},
+    }
     run.job_file.write_text(yaml.safe_dump(job | {"cluster": {"account": "somebody"}}))
     finish(run, 1)
     return run
@@ -71,7 +77,9 @@ def test_what_is_not_known_is_said(run: RunDirectory, tmp_path: Path) -> None:
 
 def test_a_step_without_an_evaluation_claims_no_metrics(run: RunDirectory, tmp_path: Path) -> None:
     plan = Plan.read(run.plan_file)
-    other = new_run(tmp_path / "run", plan.model_copy(update={"length": plan.length.model_copy(update={"value": 3})}))
+    other = new_run(
+        tmp_path / "run", plan.model_copy(update={"length": plan.length.model_copy(update={"value": 3})})
+    )
     finish(other, 1, stop_at=1)
     export(other, tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -79,7 +87,11 @@ def test_a_step_without_an_evaluation_claims_no_metrics(run: RunDirectory, tmp_p
 
 
 def test_tags_of_pipelines_by_the_class_of_the_model() -> None:
-    named = {"bert": "BertForSequenceClassification", "roberta": "RobertaForMaskedLM", "t5": "T5ForConditionalGeneration"}
+    named = {
+        "bert": "BertForSequenceClassification",
+        "roberta": "RobertaForMaskedLM",
+        "t5": "T5ForConditionalGeneration",
+    }
     tags = [pipeline_tag({"model_type": kind, "architectures": [name]}) for kind, name in named.items()]
     assert tags == ["text-classification", "fill-mask", "text2text-generation"]
     assert pipeline_tag({"model_type": "own", "architectures": ["Own"]}) is None and pipeline_tag({}) is None

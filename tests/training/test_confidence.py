@@ -26,7 +26,7 @@ class Mean(Evaluator):
         return [np.array(self.seen)]
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
-        return {"loss": float(np.concatenate([seen for seen, in states]).mean())}
+        return {"loss": float(np.concatenate([seen for (seen,) in states]).mean())}
 
 
 def seen(values: Sequence[float], ids: Sequence[int], num_ranks: int) -> Apart:
@@ -46,7 +46,9 @@ def seen(values: Sequence[float], ids: Sequence[int], num_ranks: int) -> Apart:
 def test_they_are_those_of_scipy() -> None:
     values = np.random.default_rng(1).exponential(size=50)
     found = interval(seen(values.tolist(), range(50), 1).drawn(2000, seed=5)["loss"])
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(5))
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(5)
+    )
     assert found == pytest.approx([theirs.confidence_interval.low, theirs.confidence_interval.high], rel=0.01)
 
 

@@ -21,9 +21,22 @@ from launcher.training.evaluate_entry import measure
 from launcher.training.predict_entry import predict
 from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
-from tests.training.runs import batch_of, errors_of, finish, model_directory, new_run, plan_for, texts, write_rows
+from tests.training.runs import (
+    batch_of,
+    errors_of,
+    finish,
+    model_directory,
+    new_run,
+    plan_for,
+    texts,
+    write_rows,
+)
 
-CLASSIFIER: dict[str, Any] = {"task": "sequence-classification", "model__task": "sequence-classification", "layout": "padded"}
+CLASSIFIER: dict[str, Any] = {
+    "task": "sequence-classification",
+    "model__task": "sequence-classification",
+    "layout": "padded",
+}
 LABELS = ["a", "b", "c"]
 
 
@@ -31,7 +44,10 @@ LABELS = ["a", "b", "c"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier, a language model, and rows of which some cannot be used."""
     folder = tmp_path_factory.mktemp("predict")
-    order = {"id2label": dict(enumerate(LABELS)), "label2id": {label: number for number, label in enumerate(LABELS)}}
+    order = {
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {label: number for number, label in enumerate(LABELS)},
+    }
     model_directory(folder / "bert", "bert", "AutoModelForSequenceClassification", num_labels=3, **order)
     model_directory(folder / "llama", "llama")
     rows: list[dict[str, Any]] = [{"text": text} for text in texts(90)]
@@ -45,11 +61,21 @@ def plan(folder: Path, model: str, world_size: int, **changes: Any) -> Plan:
     data = {"train": source, "evaluation": source, "text": "text", "max_length": 48, "num_workers": 1}
     batch = changes.pop("batch", batch_of(world_size, 2))
     if model == "bert":
-        return plan_for(folder / model, data | {"label": "label"}, world_size, batch=batch, attention="sdpa", **CLASSIFIER, **changes)
+        return plan_for(
+            folder / model,
+            data | {"label": "label"},
+            world_size,
+            batch=batch,
+            attention="sdpa",
+            **CLASSIFIER,
+            **changes,
+        )
     return plan_for(folder / model, data, world_size, batch=batch, **changes)
 
 
-def scratch(path: Path, plan: Plan, output: Path, model: Path | None = None, run: Path | None = None, **options: Any) -> RunDirectory:
+def scratch(
+    path: Path, plan: Plan, output: Path, model: Path | None = None, run: Path | None = None, **options: Any
+) -> RunDirectory:
     made = new_run(path, plan)
     request = {"run": run and str(run), "model": model and str(model), "step": None, "output": str(output)}
     told = {"probabilities": False, "top_k": None} | options
@@ -69,7 +95,9 @@ def test_two_ranks_say_what_transformers_says(folder: Path, tmp_path: Path) -> N
     assert [row["row"] for row in found] == list(range(len(given)))
     reasons = {row["row"]: row["problem"] for row in found if "problem" in row}
     assert reasons == {3: "empty", 40: "missing key", 89: "missing key"}
-    asked = pipeline("text-classification", str(folder / "bert"), tokenizer=str(folder / "bert"), top_k=None, device="cpu")
+    asked = pipeline(
+        "text-classification", str(folder / "bert"), tokenizer=str(folder / "bert"), top_k=None, device="cpu"
+    )
     for row in found:
         if "problem" in row:
             continue
@@ -128,7 +156,11 @@ def test_stopped_and_gone_on_it_is_the_same_file(folder: Path, tmp_path: Path) -
     finish(scratch(tmp_path / "second", asked, output, folder / "bert"), 2, entry=predict)
     assert [json.loads(line) for line in output.read_text().splitlines()] == whole
     summary = json.loads((tmp_path / "second" / "prediction.json").read_text())
-    assert (summary["rows"], summary["rows_before"], summary["problems"]) == (90, 32, {"empty": 1, "missing key": 2})
+    assert (summary["rows"], summary["rows_before"], summary["problems"]) == (
+        90,
+        32,
+        {"empty": 1, "missing key": 2},
+    )
 
 
 @pytest.mark.slow
@@ -139,14 +171,15 @@ def test_a_run_answers_under_zero_as_under_fsdp_and_as_exported(folder: Path, tm
     rows = [{"text": text, "label": LABELS[number % 3]} for number, text in enumerate(texts(40, seed=3))]
     source = write_rows(tmp_path / "labelled.jsonl", rows)
     trained = plan(folder, "bert", 2, num_steps=3, training={"learning_rate": 1e-3})
-    data = trained.data.model_copy(update={name: type(trained.data.train)(**source) for name in ("train", "evaluation")})
+    data = trained.data.model_copy(
+        update={name: type(trained.data.train)(**source) for name in ("train", "evaluation")}
+    )
     trained = trained.model_copy(update={"data": data})
     run = new_run(tmp_path / "run", trained)
     finish(run, 2)
     export(run, tmp_path / "export")
     said, measured = {}, {}
-    zero = {key: value for key, value in deepspeed(3).items()}
-    for engine, changes in (("fsdp", {}), ("zero", zero)):
+    for engine, changes in (("fsdp", {}), ("zero", deepspeed(3))):
         asked = Plan.model_validate(trained.model_dump(by_alias=True) | changes)
         output = tmp_path / f"{engine}.jsonl"
         finish(scratch(tmp_path / engine, asked, output, run=run.path, probabilities=True), 2, entry=predict)

@@ -13,7 +13,17 @@ from transformers import AutoModelForCausalLM
 from launcher.runs import samples
 from launcher.runs.layout import RunDirectory
 from launcher.training.reporting.tracking import Trackers
-from tests.training.runs import assert_equal, batch_of, causal_data, curve, finish, model_directory, new_run, plan_for, state
+from tests.training.runs import (
+    assert_equal,
+    batch_of,
+    causal_data,
+    curve,
+    finish,
+    model_directory,
+    new_run,
+    plan_for,
+    state,
+)
 
 EVERY = {"value": 2, "unit": "steps"}
 
@@ -23,9 +33,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_directory(tmp_path_factory.mktemp("model") / "llama", "llama")
 
 
-def trained(path: Path, model: Path, number: int, world_size: int = 1, stops: tuple[int, ...] = ()) -> RunDirectory:
+def trained(
+    path: Path, model: Path, number: int, world_size: int = 1, stops: tuple[int, ...] = ()
+) -> RunDirectory:
     training = {"learning_rate": 1e-3, "evaluation_samples": number}
-    options: dict[str, Any] = {"evaluate_every": EVERY, "training": training, "batch": batch_of(world_size, 4 // world_size)}
+    options: dict[str, Any] = {
+        "evaluate_every": EVERY,
+        "training": training,
+        "batch": batch_of(world_size, 4 // world_size),
+    }
     run = new_run(path, plan_for(model, causal_data(path.parent / "data"), world_size, 4, **options))
     for stop_at in (*stops, None):
         finish(run, world_size, stop_at=stop_at)

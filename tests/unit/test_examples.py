@@ -19,7 +19,9 @@ def test_an_example_loads_and_plans(path: Path) -> None:
     plan = plan_job(job)
     assert plan.task == job.model.task
     assert plan.batch.global_batch_size == job.batch.global_batch_size
-    assert path.read_text(encoding="utf-8").startswith("#"), "it begins with a comment that says what it is and how it is run"
+    assert path.read_text(encoding="utf-8").startswith("#"), (
+        "it begins with a comment that says what it is and how it is run"
+    )
 
 
 def test_every_task_has_an_example() -> None:

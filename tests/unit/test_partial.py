@@ -44,7 +44,9 @@ def test_what_json_has_no_way_to_write_is_written_in_words(tmp_path: Path) -> No
 def test_another_request_is_refused_with_what_differs(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     Partial(output).begin(OF)
-    with pytest.raises(ConfigurationError, match=r"the input's contents was abc, and is def; ask for the same, or remove it"):
+    with pytest.raises(
+        ConfigurationError, match=r"the input's contents was abc, and is def; ask for the same, or remove it"
+    ):
         Partial(output).begin(OF | {"the input's contents": "def"})
 
 
@@ -54,10 +56,15 @@ def test_another_request_is_refused_with_what_differs(tmp_path: Path) -> None:
         ({"out.jsonl": "x"}, "is there already; name another file"),
         ({"out.jsonl.partial": "x"}, "nothing says what it is of"),
         ({"out.jsonl.partial.json": "{"}, "is not what was written there"),
-        ({"out.jsonl.partial.json": json.dumps({"of": OF, "rows": 3, "bytes": 40, "problems": {}})}, "0 bytes, and 40 were"),
+        (
+            {"out.jsonl.partial.json": json.dumps({"of": OF, "rows": 3, "bytes": 40, "problems": {}})},
+            "0 bytes, and 40 were",
+        ),
     ],
 )
-def test_files_that_do_not_go_together_are_refused_and_left_alone(files: dict[str, str], match: str, tmp_path: Path) -> None:
+def test_files_that_do_not_go_together_are_refused_and_left_alone(
+    files: dict[str, str], match: str, tmp_path: Path
+) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigurationError, match=match):
@@ -66,7 +73,7 @@ def test_files_that_do_not_go_together_are_refused_and_left_alone(files: dict[st
 
 
 def test_no_folder_and_a_folder_that_takes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="the folder .* is not there"):
+    with pytest.raises(ConfigurationError, match=r"the folder .* is not there"):
         Partial(tmp_path / "none" / "out.jsonl").begin(OF)
     one = Partial(tmp_path / "out.jsonl")
     one.begin(OF)

@@ -14,7 +14,10 @@ def test_the_newest_are_found_by_their_step(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000, 7):
         samples.write(run, step, [{"row": step, "input": {"text": "ü"}, "answer": {"label": "a"}}])
     (tmp_path / "samples" / "step-999999999999.jsonl.swp").write_text("x")
-    assert samples.newest(run) == (100_000_000, [{"row": 100_000_000, "input": {"text": "ü"}, "answer": {"label": "a"}}])
+    assert samples.newest(run) == (
+        100_000_000,
+        [{"row": 100_000_000, "input": {"text": "ü"}, "answer": {"label": "a"}}],
+    )
 
 
 def test_a_damaged_file_shows_what_is_whole(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Write a model card, README.md: what a model was made of, how good it was before and after, and how to load it."""
+"""Write a model card: what a model was made of, how good it is, and how to load it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from launcher import __version__, tasks
+from launcher.data.section import Source
 from launcher.plain_files import read_json, read_text
 from launcher.planner.plan import Plan
 from launcher.redaction import redact
@@ -21,7 +22,6 @@ from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.runs.wording import duration
-from launcher.data.section import Source
 from launcher.training.model.model_files import directory_of
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
@@ -33,8 +33,11 @@ _LICENCE = ("license", "license_name", "license_link", "language")
 class Card:
     """The card of a run's model at a step."""
 
-    def __init__(self, run: RunDirectory, plan: Plan, step: int, metrics: Mapping[str, float], adapter: bool) -> None:
-        """`metrics` are those of that step, empty where it was not evaluated; `adapter`: the adapter alone is exported."""
+    def __init__(
+        self, run: RunDirectory, plan: Plan, step: int, metrics: Mapping[str, float], adapter: bool
+    ) -> None:
+        """`metrics` are those of that step, empty where it was not evaluated; `adapter`: the adapter alone
+        is exported."""
         self._run, self._plan, self._step, self._metrics, self._adapter = run, plan, step, metrics, adapter
         self._totals = Totals(run).refresh()
         self._config: dict[str, Any] = read_json(run.path / "model" / "config.json")
@@ -43,7 +46,9 @@ class Card:
     def write(self, directory: Path) -> None:
         """Write README.md into a model's directory. Raises OSError."""
         text = "\n\n".join(part for part in self._parts() if part)
-        (directory / "README.md").write_text(f"---\n{self._data().to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+        (directory / "README.md").write_text(
+            f"---\n{self._data().to_yaml()}\n---\n\n{text}\n", encoding="utf-8"
+        )
 
     def _data(self) -> ModelCardData:
         """What a hub reads."""
@@ -73,7 +78,9 @@ class Card:
         if source.name:
             of |= {"dataset_config": source.subset, "dataset_split": source.split}
         finite = {name: value for name, value in self._metrics.items() if math.isfinite(value)}
-        return [EvalResult(**of, metric_type=name, metric_value=round(value, 6)) for name, value in finite.items()]
+        return [
+            EvalResult(**of, metric_type=name, metric_value=round(value, 6)) for name, value in finite.items()
+        ]
 
     def _parts(self) -> Iterator[str]:
         plan = self._plan
@@ -82,7 +89,8 @@ class Card:
         begins = f"{what} `{self._base}`" if self._base else "Trained from random weights"
         yield f"{begins}, for {plan.task}: {self._step:,} steps of launcher {__version__}."
         if not _licence(plan):
-            yield "The licence of the base model was not found beside it; add `license` above before you share this model."
+            unknown = "The licence of the base model was not found beside it"
+            yield f"{unknown}; add `license` above before you share this model."
         yield f"## Load it\n\n```python\n{self._loading()}\n```"
         yield "## Data\n\n" + "\n".join(self._rows())
         yield self._measured()
@@ -93,9 +101,13 @@ class Card:
         kind = tasks.unprepared(self._plan).auto_class.__name__
         if self._adapter:
             base = f'{kind}.from_pretrained("{self._base}"{self._num_labels()})'
-            return f'from peft import PeftModel\nfrom transformers import {kind}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
+            imports = f"from peft import PeftModel\nfrom transformers import {kind}"
+            return f'{imports}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
         lines = [f"from transformers import {', '.join(sorted(('AutoTokenizer', kind)))}", ""]
-        lines += [f'model = {kind}.from_pretrained("DIRECTORY")', 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")']
+        lines += [
+            f'model = {kind}.from_pretrained("DIRECTORY")',
+            'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
+        ]
         return "\n".join(lines)
 
     def _num_labels(self) -> str:
@@ -108,7 +120,9 @@ class Card:
             said = self._totals.prepared.get(role)
             rows = "" if said is None else f": {prepared.line(said).removeprefix(f'{role}: ')}"
             digest = _digest(self._run, role)
-            yield f"- {role}: `{_name(source)}`{rows}" + (f"; xxh3 of the contents {digest}" if digest else "")
+            yield f"- {role}: `{_name(source)}`{rows}" + (
+                f"; xxh3 of the contents {digest}" if digest else ""
+            )
 
     def _measured(self) -> str:
         if self._plan.data.evaluation is None:
@@ -118,7 +132,11 @@ class Card:
         if not self._metrics and not before:
             return ""
         where = f"On `{_name(self._plan.data.evaluation)}`, in {self._plan.precision}"
-        lines = [f"{where}; after step {self._step:,}." if self._metrics else f"{where}. Step {self._step:,} itself was not evaluated."]
+        lines = [
+            f"{where}; after step {self._step:,}."
+            if self._metrics
+            else f"{where}. Step {self._step:,} itself was not evaluated."
+        ]
         lines += ["", "| metric | before | after |", "|---|---|---|"]
         for name in dict.fromkeys([*self._metrics, *before]):
             cells = (f"{of[name]:.4f}" if name in of else "" for of in (before, self._metrics))
@@ -128,14 +146,21 @@ class Card:
     def _training(self) -> Iterator[tuple[str, str]]:
         plan, training = self._plan, self._plan.training
         said = self._totals.last.get("training", {})
-        ranks = f"{plan.mesh.world_size} rank{'s' * (plan.mesh.world_size != 1)}"
-        yield "hardware", f"{ranks} on {plan.mesh.nodes} node{'s' * (plan.mesh.nodes != 1)}, {said.get('device') or plan.mesh.device}"
+        ranks, nodes = plan.mesh.world_size, plan.mesh.nodes
+        device = said.get("device") or plan.mesh.device
+        yield "hardware", f"{ranks} rank{'s' * (ranks != 1)} on {nodes} node{'s' * (nodes != 1)}, {device}"
         attempts = max(1, self._run.last_attempt())
-        yield "time", f"{duration(self._totals.seconds_in_attempts)} over {attempts} attempt{'s' * (attempts != 1)}"
+        yield (
+            "time",
+            f"{duration(self._totals.seconds_in_attempts)} over {attempts} attempt{'s' * (attempts != 1)}",
+        )
         yield "engine", f"{plan.engine}, {plan.sharding} sharding, {plan.precision}"
         yield "batch", f"{plan.batch.global_batch_size} samples a step"
         rate = f"learning rate {training.learning_rate:g}, {training.schedule}"
-        yield "optimizer", f"{training.optimizer}, {rate}, weight decay {training.weight_decay:g}, seed {training.seed}"
+        yield (
+            "optimizer",
+            f"{training.optimizer}, {rate}, weight decay {training.weight_decay:g}, seed {training.seed}",
+        )
         versions = [f"launcher {__version__}"]
         for name in _PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -144,7 +169,8 @@ class Card:
 
 
 def pipeline_tag(config: dict[str, Any]) -> str | None:
-    """Return the kind of pipeline that a model's class is for, as transformers names them; None where it has none."""
+    """Return the kind of pipeline that a model's class is for, as transformers names them; None where it
+    has none."""
     own = set(config.get("architectures") or ())
     for tag, mapping in TASK_MAPPING.items():
         names = mapping.get(config.get("model_type"), ())
@@ -154,7 +180,8 @@ def pipeline_tag(config: dict[str, Any]) -> str | None:
 
 
 def _base(plan: Plan) -> str | None:
-    """The model that the run began with: its name on the hub, or its directory's; None where its weights were made up."""
+    """The model that the run began with: its name on the hub, or its directory's; None where its weights
+    were made up."""
     if plan.model.weights == "random" or plan.model.config is not None:
         return None
     return Path(plan.model.name).name if Path(plan.model.name).is_absolute() else plan.model.name

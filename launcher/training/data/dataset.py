@@ -167,6 +167,13 @@ class Dataset:
         found: list[int] = self._sample_ids[self._sample_windows == 0][:count].tolist()
         return found
 
+    def samples_of(self, id: int) -> list[Sample]:
+        """The samples of a row in window order; none where the row is not used."""
+        places = np.flatnonzero(np.isin(self._item_samples, np.flatnonzero(self._sample_ids == id)))
+        items = np.unique(np.searchsorted(self._item_offsets, places, side="right") - 1)
+        found = [sample for item in self.items(items) for sample in item if sample.id == id]
+        return sorted(found, key=lambda sample: sample.window)
+
     def find(self, id: int) -> tuple[int, Sample] | None:
         """The first sample of a row, and how many others are in its item; None where the row is not used."""
         [found] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from launcher.data.rows import Row, RowProblem
+from launcher.data.rows import NOTHING_TO_LEARN, Row, RowProblem
 from launcher.tasks.task import Encoded, Sample, Task
 from launcher.training import exchange
 from launcher.training.data.sources import Rows
@@ -19,14 +19,15 @@ def stretches(rows: Rows, skip: int, size: int) -> Iterator[list[Row]]:
 
 
 class Share:
-    """One rank's rows of a stretch: every one whose place there is `rank` plus a multiple of the number of ranks."""
+    """One rank's rows of a stretch: every one whose place there is `rank` plus a multiple of the number of
+    ranks."""
 
     def __init__(self, rows: Sequence[Row], task: Task, tokenizer: Any) -> None:
         self.rows = rows
         self.problems: dict[int, RowProblem] = {}
         """Why a row cannot be used, by its id."""
         self.cut: set[int] = set()
-        """The ids of the rows that were cut to max_length."""
+        """The ids of the rows of which something was left out, as by max_length."""
         self.samples: list[Sample] = []
         """The samples of all rows, the longest first: one that is too large for memory is met at once."""
         values = [row.values for row in rows if not isinstance(row.values, RowProblem)]
@@ -35,17 +36,25 @@ class Share:
             self._take(row.id, row.values if isinstance(row.values, RowProblem) else next(encoded))
         self.samples.sort(key=lambda sample: -sample.length)
 
-    def _take(self, id: int, made: Encoded | RowProblem) -> None:
+    def _take(self, id: int, made: Encoded | tuple[Encoded, ...] | RowProblem) -> None:
         if isinstance(made, RowProblem):
             self.problems[id] = made
             return
-        if made.cut:
+        windows = (made,) if isinstance(made, Encoded) else made
+        if not windows:
+            self.problems[id] = RowProblem(NOTHING_TO_LEARN, "the task makes no sample of it")
+        if any(window.cut for window in windows):
             self.cut.add(id)
-        self.samples.append(Sample(made.arrays, id, made.length))
+        for number, window in enumerate(windows):
+            self.samples.append(Sample(window.arrays, id, window.length, window=number))
 
     def passes(self, micro_batch_size: int) -> list[list[Sample]]:
-        """Return the samples in passes; as many on every rank, with filler at the end. Called by all ranks together."""
-        own = [self.samples[begin : begin + micro_batch_size] for begin in range(0, len(self.samples), micro_batch_size)]
+        """Return the samples in passes; as many on every rank, with filler at the end. Called by all ranks
+        together."""
+        own = [
+            self.samples[begin : begin + micro_batch_size]
+            for begin in range(0, len(self.samples), micro_batch_size)
+        ]
         numbers = exchange.all_gather(len(own))
         spare = self.samples[-1] if self.samples else None
         if max(numbers) and not min(numbers):

@@ -10,11 +10,14 @@ from launcher.training.engines.engine import Engine
 from launcher.training.engines.fsdp import FsdpEngine
 
 
-def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> Engine:
+def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any], trains: bool = True) -> Engine:
     """The plan's engine with its model loaded. `ds_config` is the rendered configuration, for DeepSpeed
-    alone."""
+    alone.
+
+    Without `trains` FSDP has no optimizer. ZeRO has one in any case, as its shards of fp32 belong to it.
+    """
     if plan.engine == "fsdp":
-        return FsdpEngine(plan, task, config)
+        return FsdpEngine(plan, task, config, trains)
     from launcher.training.engines.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(plan, task, config, ds_config)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from launcher.planner.plan import Plan
+from launcher.runs import samples
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.totals import Totals
@@ -80,8 +81,11 @@ class Recorder:
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
             self._keep()
 
-    def evaluation(self, step: int, metrics: dict[str, float], details: dict[str, Any]) -> None:
-        """One evaluation; what no single number shows of it gets a file of its own."""
+    def evaluation(
+        self, step: int, metrics: dict[str, float], details: dict[str, Any], answers: list[dict[str, Any]]
+    ) -> None:
+        """One evaluation; what no single number shows of it, and what the model says of some rows, get files of
+        their own."""
         self._foreseen.ended("evaluating")
         if details:
             file = self._run.evaluation(step)
@@ -93,6 +97,10 @@ class Recorder:
         self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
         self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
         self._trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, step)
+        if answers:
+            with contextlib.suppress(OSError):  # as above
+                samples.write(self._run, step, answers)
+            self._trackers.log({"samples": "\n\n".join(samples.lines(answers))}, step)
 
     def finish(self) -> None:
         """Let every tracker write what it holds, and readers find the whole."""
