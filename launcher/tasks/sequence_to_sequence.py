@@ -10,8 +10,8 @@ from pydantic import Field
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import BAD_VALUE, TOO_LONG, IfThere, RowProblem, is_missing, text_of
-from launcher.sources.section import Data
+from launcher.data.rows import (BAD_VALUE, TOO_LONG, IfThere, RowProblem, is_missing, text_of)
+from launcher.data.section import Data
 from launcher.tasks.generation import GenerationOptions, padded_prompts
 from launcher.tasks.task import IGNORE, Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Traits, finding
 from launcher.tasks.text_scores import OVERLAP

@@ -21,7 +21,7 @@ from transformers import (
 )  # fmt: skip
 
 from launcher.tasks.generation import Generate, GenerationOptions
-from launcher.training.attention import PACKED
+from launcher.training.model.attention import PACKED
 from launcher.training.heads import Batch, model_class_of
 
 EachToken = Callable[[], bool]
