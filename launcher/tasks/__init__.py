@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TASKS = {
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
+    "sequence-to-sequence": "launcher.tasks.sequence_to_sequence:SequenceToSequence",
 }
 GROUP = "launcher.tasks"
 """The entry points by which an installed package brings a task of its own: `name = "package.module:Class"`.

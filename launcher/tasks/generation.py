@@ -1,4 +1,4 @@
-"""The section `evaluation` of a job file: what the model writes while it is measured, and what that is held to."""
+"""The section `evaluation` of a job file: what a model writes while it is measured, and how."""
 
 from __future__ import annotations
 
@@ -53,12 +53,13 @@ class Evaluation(Section):
     """What is done with the held-out rows beside computing their loss."""
 
     generate: Annotated[Generate | None, BeforeValidator(as_section)] = None
-    """Have the model write an answer to each row, and compare it with what the row has; `true` writes greedily."""
+    """Have the model write an answer to each row, and compare it with what the row has; `true` writes
+    greedily."""
     bleu_tokenizer: Literal["13a", "intl", "zh", "char", "none"] = "13a"
     """How sacrebleu cuts texts into words: `zh` for Chinese, `char` for languages without spaces."""
     scorer: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """A function of your own, as `module:function`. It gets all answers and, for each, the list of its references, and returns a
-    number, higher being better; its name is the metric's."""
+    """A function of your own, as `module:function`. It gets all answers and, for each, the list of its
+    references, and returns a number, higher being better; its name is the metric's."""
 
     @property
     def scorer_name(self) -> str | None:
@@ -71,7 +72,8 @@ class GenerationOptions:
     """What goes to transformers' `generate` with every batch of prompts."""
 
     arguments: Mapping[str, Any]
-    """Its keyword arguments that do not depend on the batch; `tokenizer` is among them where there are stop strings."""
+    """Its keyword arguments that do not depend on the batch; `tokenizer` is among them where there are stop
+    strings."""
     drawn: Generate | None = None
     """Where tokens are drawn: how. The draws of a row hang on the seed, its number and the position alone."""
 
@@ -81,7 +83,7 @@ class GenerationOptions:
 
 
 def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = ()) -> GenerationOptions:
-    """Return the settings as keyword arguments of `generate`: whatever the model's own generation config says of drawing is overruled.
+    """Return the settings as keyword arguments of `generate`, which overrule what the model's config says.
 
     `end_tokens` end an answer beside those that the model's generation config names.
     """
@@ -105,8 +107,11 @@ def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = (
     return GenerationOptions(arguments, settings if settings.do_sample else None)
 
 
-def padded_prompts(prompts: Sequence[np.ndarray], samples: Sequence[Sample], padding: int, on_the_left: bool) -> dict[str, Any]:
-    """Return prompts, int [n] each, as a batch: `input_ids` and `attention_mask` int64 [B, L], and which rows they are of."""
+def padded_prompts(
+    prompts: Sequence[np.ndarray], samples: Sequence[Sample], padding: int, on_the_left: bool
+) -> dict[str, Any]:
+    """Return prompts, int [n] each, as a batch: `input_ids` and `attention_mask` int64 [B, L], and which
+    rows they are of."""
     import torch
 
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -114,5 +119,11 @@ def padded_prompts(prompts: Sequence[np.ndarray], samples: Sequence[Sample], pad
     real = places >= (lengths.max() - lengths)[:, None] if on_the_left else places < lengths[:, None]
     ids = np.full(real.shape, padding, dtype=np.int64)
     ids[real] = np.concatenate(prompts)
-    batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(real.astype(np.int64))}
-    return batch | {"ids": [sample.id for sample in samples], "windows": [getattr(sample, "window", 0) for sample in samples]}
+    batch: dict[str, Any] = {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(real.astype(np.int64)),
+    }
+    return batch | {
+        "ids": [sample.id for sample in samples],
+        "windows": [getattr(sample, "window", 0) for sample in samples],
+    }

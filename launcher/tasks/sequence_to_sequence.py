@@ -1,4 +1,4 @@
-"""Sequence to sequence: a text read by an encoder, and another one written by a decoder, as in translation and summarisation."""
+"""Sequence to sequence: an encoder reads a text and a decoder writes one (translation, summarisation)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from launcher.data.rows import BAD_VALUE, TOO_LONG, IfThere, RowProblem, is_missing, text_of
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.data.rows import (BAD_VALUE, TOO_LONG, IfThere, RowProblem, is_missing, text_of)
-from launcher.data.section import Data
 from launcher.tasks.generation import GenerationOptions, padded_prompts
-from launcher.tasks.task import IGNORE, Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Traits, finding
+from launcher.tasks.task import (
+    IGNORE,
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Output,
+    Sample,
+    Traits,
+    finding,
+)
 from launcher.tasks.text_scores import OVERLAP
 from launcher.tasks.token_losses import TokenLosses
 from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
@@ -33,11 +44,13 @@ class PairColumns(Data):
     target: str
     """The column of the text that is written: learned."""
     references: str | None = None
-    """The column with a list of texts that an answer is compared with, of held-out rows that have it; else it is the target."""
+    """The column with a list of texts that an answer is compared with, of held-out rows that have it; else
+    it is the target."""
     prefix: str = ""
     """Put before every source, as T5 wants it (`translate English to German: `)."""
     source_language: str | None = None
-    """The source's language, by the code that a multilingual model's tokenizer has for it (mBART `de_DE`, NLLB `deu_Latn`)."""
+    """The source's language, by the code that a multilingual model's tokenizer has for it (mBART `de_DE`,
+    NLLB `deu_Latn`)."""
     target_language: str | None = None
     """The target's language, by such a code: what is written begins with it."""
     max_target_length: int = Field(default=128, ge=8, le=100_000_000)
@@ -47,10 +60,13 @@ class PairColumns(Data):
 
 
 class SequenceToSequence(WritingTask):
-    """Read a source and write its target, by an encoder-decoder model; every token of the target and its end are learned."""
+    """Read a source and write its target, by an encoder-decoder model; every token of the target and its end
+    are learned."""
 
     name = "sequence-to-sequence"
-    traits = Traits("padded", causal=False, head="every-position", encoder_decoder=True, peft_type="SEQ_2_SEQ_LM")
+    traits = Traits(
+        "padded", causal=False, head="every-position", encoder_decoder=True, peft_type="SEQ_2_SEQ_LM"
+    )
     Columns = PairColumns
     column_ways = (("source", "target"),)
     compared_by = OVERLAP
@@ -70,7 +86,11 @@ class SequenceToSequence(WritingTask):
             reason = "only causal-lm packs; pairs are sorted by length and padded, so set it to false"
             yield finding("data.packing", True, reason, "model.task")
         if self.data.source == self.data.target:
-            yield finding("data.target", self.data.target, "is the source as well; name the column of what is to be written")
+            yield finding(
+                "data.target",
+                self.data.target,
+                "is the source as well; name the column of what is to be written",
+            )
 
     @property
     def metrics(self) -> Mapping[str, Better]:
@@ -98,7 +118,8 @@ class SequenceToSequence(WritingTask):
         return math.log(config.get_text_config(decoder=True).vocab_size)
 
     def prepare(self, processor: Any) -> None:
-        """Set the languages. Raises ConfigurationError where the tokenizer has no such code, or no padding token."""
+        """Set the languages. Raises ConfigurationError where the tokenizer has no such code, or no padding
+        token."""
         self.tokenizer = processor
         for key, attribute in (("source_language", "src_lang"), ("target_language", "tgt_lang")):
             if (code := getattr(self.data, key)) is not None:
@@ -109,13 +130,18 @@ class SequenceToSequence(WritingTask):
         self._pad = processor.pad_token_id
         around = processor(text_target="")["input_ids"]
         if self.data.target_language is not None and around:
-            # mBART-50, M2M100 and NLLB write the code first; of mBART's first version it is what the decoder starts from.
-            self._first, self._start = (None, around[-1]) if around[0] == processor.eos_token_id else (around[0], None)
+            # mBART-50, M2M100 and NLLB write the code first; the first mBART's decoder starts from it.
+            self._first, self._start = (
+                (None, around[-1]) if around[0] == processor.eos_token_id else (around[0], None)
+            )
         elif processor.bos_token_id is not None or processor.cls_token_id is not None:
-            self._start = processor.cls_token_id if processor.cls_token_id is not None else processor.bos_token_id
+            self._start = (
+                processor.cls_token_id if processor.cls_token_id is not None else processor.bos_token_id
+            )
 
     def configure(self, config: Any) -> None:
-        """Write the padding token and the decoder's first token where the config has none, as one of two encoders."""
+        """Write the padding token and the decoder's first token where the config has none, as one of two
+        encoders."""
         if self.tokenizer is None:
             return
         language = self.data.target_language is not None and self._first is None
@@ -129,11 +155,14 @@ class SequenceToSequence(WritingTask):
         return ["references", self.for_prediction] if self.generates or self.for_prediction else None
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return `input_ids` and `labels`, int32 each, for every row that can be used; with generation `references` too, as bytes."""
+        """Return `input_ids` and `labels`, int32 each, for every row that can be used; with generation
+        `references` too, as bytes."""
         read = [self._read(row) for row in rows]
         good = [texts for texts in read if not isinstance(texts, RowProblem)]
         sources = self._tokens(processor, [texts[0] for texts in good], self.data.max_length, "text")
-        targets = self._tokens(processor, [texts[1] for texts in good], self.data.max_target_length, "text_target")
+        targets = self._tokens(
+            processor, [texts[1] for texts in good], self.data.max_target_length, "text_target"
+        )
         encoded = iter([self._encoded(*one) for one in zip(good, sources, targets, strict=True)])
         return [one if isinstance(one, RowProblem) else next(encoded) for one in read]
 
@@ -165,45 +194,63 @@ class SequenceToSequence(WritingTask):
         self, texts: tuple[str, str, list[str]], source: tuple[list[int], int], target: tuple[list[int], int]
     ) -> Encoded | RowProblem:
         named = (("source", source, "max_length"), ("target", target, "max_target_length"))
-        long = [f"{count:,} tokens of the {name}, and {key} is {len(ids):,}" for name, (ids, count), key in named if count > len(ids)]
+        long = [
+            f"{count:,} tokens of the {name}, and {key} is {len(ids):,}"
+            for name, (ids, count), key in named
+            if count > len(ids)
+        ]
         if long and self.data.too_long != "cut":
             return RowProblem(TOO_LONG, "; ".join(long))
-        arrays = {"input_ids": np.array(source[0], dtype=np.int32), "labels": np.array(target[0], dtype=np.int32)}
+        arrays = {
+            "input_ids": np.array(source[0], dtype=np.int32),
+            "labels": np.array(target[0], dtype=np.int32),
+        }
         if self.generates:
             arrays["references"] = as_bytes(texts[2])
         return Encoded(arrays, len(target[0]), len(source[0]) + len(target[0]), cut=bool(long))
 
     def example(self, length: int) -> Sample:
-        """Return a source of so many tokens, and a target as much shorter as max_target_length is than max_length."""
+        """Return a source of so many tokens, and a target as much shorter as max_target_length is than
+        max_length."""
         targets = max(1, math.ceil(length * self.data.max_target_length / self.data.max_length))
         arrays = {"input_ids": np.zeros(length, dtype=np.int32), "labels": np.zeros(targets, dtype=np.int32)}
         return Sample(arrays | {"references": as_bytes([""])}, 0, length + targets)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return `input_ids` and `attention_mask` int64 [B, source], and `labels` int64 [B, target], padded with -100; `targets` are
-        the labels, and -100 in filler: of that the decoder still reads something."""
+        """Return `input_ids` and `attention_mask` int64 [B, source], and `labels` int64 [B, target], padded
+        with -100; `targets` are the labels, and -100 in filler: of that the decoder still reads something."""
         samples = [sample for item in items for sample in item]
-        read = padded_prompts([sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False)
+        read = padded_prompts(
+            [sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False
+        )
         lengths = np.array([len(sample["labels"]) for sample in samples])
         real = np.arange(lengths.max()) < lengths[:, None]
         labels = np.full(real.shape, IGNORE, dtype=np.int64)
         labels[real] = np.concatenate([sample["labels"] for sample in samples])
         weights = np.array([sample.weight for sample in samples])
-        batch = {name: read[name] for name in ("input_ids", "attention_mask")} | {"labels": torch.from_numpy(labels)}
+        batch = {name: read[name] for name in ("input_ids", "attention_mask")} | {
+            "labels": torch.from_numpy(labels)
+        }
         batch["targets"] = torch.from_numpy(np.where(weights[:, None] > 0, labels, IGNORE))
         return batch | ({"aside": self.aside(samples)} if self.generates else {})
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Return the sample with both texts cut to about `length` tokens, the last ones kept."""
         names = ("input_ids", "labels")
-        short = {name: sample[name][np.r_[: min(length, len(sample[name])) - 1, len(sample[name]) - 1]] for name in names}
+        short = {
+            name: sample[name][np.r_[: min(length, len(sample[name])) - 1, len(sample[name]) - 1]]
+            for name in names
+        }
         return Sample({**sample, **short}, sample.id, sum(map(len, short.values())), sample.weight)
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
-        return {name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in ("input_ids", "labels")}
+        return {
+            name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in ("input_ids", "labels")
+        }
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the targets' tokens. Labels are smoothed in training alone, so that perplexity stays comparable."""
+        """Return the summed loss of the targets' tokens. Labels are smoothed in training alone, so that
+        perplexity stays comparable."""
         from launcher.training.heads import encoder_decoder
 
         return encoder_decoder(model, batch, self.data.label_smoothing if torch.is_grad_enabled() else 0.0)
@@ -223,18 +270,24 @@ class SequenceToSequence(WritingTask):
         return [end for end in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if end is not None]
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        return padded_prompts([sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False)
+        return padded_prompts(
+            [sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False
+        )
 
     def evaluator(self) -> Evaluator:
         return TextEvaluator(self) if self.generates else TokenLosses()
 
 
 def _set_language(tokenizer: Any, key: str, attribute: str, code: str) -> None:
-    """Set one of a multilingual tokenizer's languages. Raises ConfigurationError where it has no languages, or not this one."""
+    """Set one of a multilingual tokenizer's languages. Raises ConfigurationError where it has no languages,
+    or not this one."""
     if not hasattr(tokenizer, attribute):
-        reason = f"a {type(tokenizer).__name__} has no language codes; leave it out, or say the language in data.prefix"
+        name = type(tokenizer).__name__
+        reason = f"a {name} has no language codes; leave it out, or say the language in data.prefix"
         raise ConfigurationError(Problem(key, code, reason))
-    codes = sorted(getattr(tokenizer, "lang_code_to_id", None) or getattr(tokenizer, "fairseq_language_code", None) or ())
+    codes = sorted(
+        getattr(tokenizer, "lang_code_to_id", None) or getattr(tokenizer, "fairseq_language_code", None) or ()
+    )
     tokens = tokenizer.convert_tokens_to_ids([code, f"__{code}__"])
     if set(tokens) <= {None, tokenizer.unk_token_id}:
         import difflib

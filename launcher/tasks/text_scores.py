@@ -1,6 +1,7 @@
-"""Scores of what a model wrote against references: BLEU, chrF, ROUGE, exact match, and a function of the user's own.
+"""Scores of written texts against references: BLEU, chrF, ROUGE, exact match, a function of one's own.
 
-All are of the whole evaluation at once and in per cent, as papers print them; sacrebleu and rouge-score compute them.
+All are of the whole evaluation at once and in per cent, as papers print them; sacrebleu and rouge-score
+compute them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ EXACT: dict[str, Better] = {"exact_match": "higher"}
 References = Sequence[Sequence[str]]
 
 
-def scores(answers: Sequence[str], references: References, evaluation: Evaluation, names: Sequence[str]) -> dict[str, float]:
-    """Return the named scores of answers against one or several references each, and what the job's own scorer says.
+def scores(
+    answers: Sequence[str], references: References, evaluation: Evaluation, names: Sequence[str]
+) -> dict[str, float]:
+    """Return the named scores of answers against one or several references each, and what the job's own
+    scorer says.
 
     Raises ConfigurationError where that scorer cannot be called or gives no number.
     """
@@ -29,7 +33,10 @@ def scores(answers: Sequence[str], references: References, evaluation: Evaluatio
     if "rouge1" in names:
         found |= rouge(answers, references)
     if "exact_match" in names:
-        equal = [answer.strip() in {text.strip() for text in texts} for answer, texts in zip(answers, references, strict=True)]
+        equal = [
+            answer.strip() in {text.strip() for text in texts}
+            for answer, texts in zip(answers, references, strict=True)
+        ]
         found["exact_match"] = 100 * sum(equal) / max(1, len(equal))
     if evaluation.scorer is not None and evaluation.scorer_name is not None:
         found[evaluation.scorer_name] = _by_own(evaluation.scorer, answers, references)
@@ -37,21 +44,24 @@ def scores(answers: Sequence[str], references: References, evaluation: Evaluatio
 
 
 def overlap(answers: Sequence[str], references: References, tokenizer: str = "13a") -> dict[str, float]:
-    """Return `bleu` (arXiv 1804.08771) and `chrf` (chrF2, W15-3049), 0 to 100, of the whole corpus by sacrebleu."""
+    """Return `bleu` (arXiv 1804.08771) and `chrf` (chrF2, W15-3049), 0 to 100, of the whole corpus by
+    sacrebleu."""
     import sacrebleu
 
     if not answers:
         return {"bleu": 0.0, "chrf": 0.0}
     # sacrebleu wants the first reference of every row, then the second; None where a row has fewer.
     most = max(map(len, references))
-    streams = [[texts[number] if number < len(texts) else None for texts in references] for number in range(most)]
+    streams = [
+        [texts[number] if number < len(texts) else None for texts in references] for number in range(most)
+    ]
     bleu = sacrebleu.BLEU(tokenize=tokenizer).corpus_score(list(answers), streams)
     chrf = sacrebleu.CHRF().corpus_score(list(answers), streams)
     return {"bleu": bleu.score, "chrf": chrf.score}
 
 
 def rouge(answers: Sequence[str], references: References) -> dict[str, float]:
-    """Return the mean F1 of ROUGE-1, -2 and -L (W04-1013), 0 to 100, with stems, by rouge-score; a row counts by its best reference.
+    """Return the mean F1 of ROUGE-1, -2 and -L (W04-1013), 0 to 100, by stems; the best reference counts.
 
     Its words are of ASCII letters and digits: for other scripts BLEU and chrF say more.
     """
@@ -59,12 +69,15 @@ def rouge(answers: Sequence[str], references: References) -> dict[str, float]:
 
     kinds = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(kinds, use_stemmer=True)
-    rows = [scorer.score_multi(list(texts), answer) for answer, texts in zip(answers, references, strict=True)]
+    rows = [
+        scorer.score_multi(list(texts), answer) for answer, texts in zip(answers, references, strict=True)
+    ]
     return {kind: 100 * sum(row[kind].fmeasure for row in rows) / max(1, len(rows)) for kind in kinds}
 
 
 def own_scorer(name: str) -> Callable[..., Any]:
-    """Return the function that `evaluation.scorer` names. Raises ConfigurationError where it cannot be imported."""
+    """Return the function that `evaluation.scorer` names. Raises ConfigurationError where it cannot be
+    imported."""
     module, _, function = name.partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
@@ -72,7 +85,9 @@ def own_scorer(name: str) -> Callable[..., Any]:
         reason = f"cannot be imported: {type(error).__name__}: {error}; the module must lie on PYTHONPATH"
         raise ConfigurationError(Problem("evaluation.scorer", name, reason)) from None
     if not callable(found):
-        raise ConfigurationError(Problem("evaluation.scorer", name, f"is a {type(found).__name__}, not a function"))
+        raise ConfigurationError(
+            Problem("evaluation.scorer", name, f"is a {type(found).__name__}, not a function")
+        )
     return found
 
 
@@ -82,5 +97,6 @@ def _by_own(name: str, answers: Sequence[str], references: References) -> float:
     except ConfigurationError:
         raise
     except Exception as error:
-        reason = f"failed on {len(answers):,} answers: {type(error).__name__}: {error}; it takes (answers, references) and returns a number"
+        what = f"failed on {len(answers):,} answers: {type(error).__name__}: {error}"
+        reason = f"{what}; it takes (answers, references) and returns a number"
         raise ConfigurationError(Problem("evaluation.scorer", name, reason)) from None

@@ -18,7 +18,8 @@ else:
 class TokenLosses(Evaluator):
     """`loss` and `perplexity` per supervised token, and `accuracy`, the share of them predicted.
 
-    The routers' loss of a mixture of experts is part of `loss`, as it is of transformers' own, and not of `perplexity`.
+    The routers' loss of a mixture of experts is part of `loss`, as it is of transformers' own, and not of
+    `perplexity`.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,9 @@ class TokenLosses(Evaluator):
         return [self._sums]
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
-        loss_sum, num_correct, num_supervised, router_loss_sum = np.sum([sums for sums, *_ in states], axis=0).tolist()
+        loss_sum, num_correct, num_supervised, router_loss_sum = np.sum(
+            [sums for sums, *_ in states], axis=0
+        ).tolist()
         num_tokens = max(num_supervised, 1)
         entropy = (loss_sum - router_loss_sum) / num_tokens
         perplexity = math.exp(entropy) if entropy < 700 else math.inf

@@ -1,4 +1,4 @@
-"""What tasks have in common whose model writes texts: how it writes while it is measured, and what that is held to."""
+"""What tasks have in common whose model writes texts: how it does, and what the texts are held to."""
 
 from __future__ import annotations
 
@@ -43,20 +43,29 @@ class WritingTask(Task):
         evaluation, settings = self.evaluation, self.evaluation.generate
         if settings is None:
             if evaluation.scorer is not None:
-                reason = "scores what the model writes, and it writes nothing: write evaluation.generate: true"
+                reason = (
+                    "scores what the model writes, and it writes nothing: write evaluation.generate: true"
+                )
                 yield finding("evaluation.scorer", evaluation.scorer, reason, "evaluation.generate")
             return
         if self.data.evaluation is None:
             reason = "there are no rows to write to: name data.evaluation, or leave it out"
             yield finding("evaluation.generate", None, reason, "data.evaluation")
         if settings.do_sample and settings.num_beams > 1:
-            reason = "with do_sample each token is drawn, and beams are for the likeliest text; write 1, or do_sample: false"
-            yield finding("evaluation.generate.num_beams", settings.num_beams, reason, "evaluation.generate.do_sample")
+            reason = "beams look for the likeliest text, and do_sample draws: write 1, or do_sample: false"
+            yield finding(
+                "evaluation.generate.num_beams", settings.num_beams, reason, "evaluation.generate.do_sample"
+            )
         drawing = {"temperature", "top_k", "top_p", "seed"} & settings.model_fields_set
         for key in sorted(drawing) if not settings.do_sample else ():
             reason = "only counts when tokens are drawn: write do_sample: true, or leave it out"
-            yield finding(f"evaluation.generate.{key}", getattr(settings, key), reason, "evaluation.generate.do_sample")
-        if (name := evaluation.scorer_name) is not None and name in {**self.compared_by, **dict.fromkeys(LOSSES)}:
+            yield finding(
+                f"evaluation.generate.{key}", getattr(settings, key), reason, "evaluation.generate.do_sample"
+            )
+        if (name := evaluation.scorer_name) is not None and name in {
+            **self.compared_by,
+            **dict.fromkeys(LOSSES),
+        }:
             reason = f"{name} is measured already; give the function another name"
             yield finding("evaluation.scorer", evaluation.scorer, reason)
 
@@ -70,13 +79,15 @@ class WritingTask(Task):
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
     def decode(self, ids: np.ndarray) -> str:
-        """Return the text of what was written, int [n], up to the first stop string and without special tokens."""
+        """Return the text of what was written, int [n], up to the first stop string and without special
+        tokens."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         ends = [place for stop in self.settings.stop_strings if (place := text.find(stop)) >= 0]
         return (text[: min(ends)] if ends else text).strip()
 
     def aside(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return what the evaluator needs of a batch's samples: which rows they are, their weights and their references."""
+        """Return what the evaluator needs of a batch's samples: which rows they are, their weights and their
+        references."""
         return {
             "ids": [sample.id for sample in samples],
             "windows": [sample.window for sample in samples],

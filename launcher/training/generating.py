@@ -1,7 +1,8 @@
 """Have a model write texts by transformers' `generate`, sharded or not, on all ranks together.
 
-Where a model's parameters are gathered pass by pass, every rank has to make as many passes as the one that writes longest:
-`synced_gpus` sees to that. Where they fit into memory whole they are gathered once, and each rank writes by itself.
+Where a model's parameters are gathered pass by pass, every rank has to make as many passes as the one that
+writes longest: `synced_gpus` sees to that. Where they fit into memory whole they are gathered once, and each
+rank writes by itself.
 """
 
 from __future__ import annotations
@@ -17,23 +18,31 @@ import psutil
 import torch
 from torch import distributed
 from transformers import (
-    LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TopKLogitsWarper, TopPLogitsWarper,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )  # fmt: skip
 
 from launcher.tasks.generation import Generate, GenerationOptions
-from launcher.training.model.attention import PACKED
 from launcher.training.heads import Batch, model_class_of
+from launcher.training.model.attention import PACKED
 
 EachToken = Callable[[], bool]
 """Called before every pass of the model; a yes ends the writing of this rank, with what is written so far."""
 SHARE_FOR_PARAMETERS = 0.5
-"""Of the memory that is free when writing begins: as much may become whole parameters. The rest is for keys, values and logits."""
+"""Of the memory that is free when writing begins: as much may become whole parameters. The rest is for keys,
+values and logits."""
 
 
 def generate(
     model: PreTrainedModel, batch: Batch, options: GenerationOptions, each_token: EachToken, synced: bool
 ) -> torch.Tensor:
-    """Return what the model writes to the prompts of `batch`, int64 [B, n], padded behind its end; of a causal LM without the prompt.
+    """Return what the model writes to the prompts of `batch`, int64 [B, n], padded behind its end; of a
+    causal LM without the prompt.
 
     `synced`: parameters are gathered in every pass, so that all ranks must make equally many.
     """
@@ -44,7 +53,11 @@ def generate(
         arguments["logits_processor"] = LogitsProcessorList([_Drawn(options.drawn, rows)])
     leaving = _Leaving()
     arguments["stopping_criteria"] = StoppingCriteriaList([leaving])
-    with _own_forward(model, each_token, leaving), _plain_attention(model), torch.compiler.set_stance("force_eager"):
+    with (
+        _own_forward(model, each_token, leaving),
+        _plain_attention(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
         written: torch.Tensor = model.generate(**prompts, **arguments, synced_gpus=synced)
     # What an encoder-decoder writes begins with its decoder's first token, which may be the one that ends texts.
     first = 1 if model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
@@ -52,9 +65,14 @@ def generate(
 
 
 def fits_whole(num_bytes: int, device: torch.device, ranks_per_node: int) -> bool:
-    """Return whether so many bytes fit into the memory of every rank, beside what writing needs. Called by all ranks together."""
+    """Return whether so many bytes fit into the memory of every rank, beside what writing needs. Called by
+    all ranks together."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     else:
         free = psutil.virtual_memory().available // ranks_per_node
     fits = torch.tensor(float(num_bytes <= SHARE_FOR_PARAMETERS * free), device=device)
@@ -87,7 +105,8 @@ class _Leaving(StoppingCriteria):
 
 @contextlib.contextmanager
 def _own_forward(model: PreTrainedModel, each_token: EachToken, leaving: _Leaving) -> Iterator[None]:
-    """While inside, the model computes as its own class does, in the place of the task's loss, and each pass asks `each_token`."""
+    """While inside, the model computes as its own class does, in the place of the task's loss, and each pass
+    asks `each_token`."""
     task_loss = model.__dict__["forward"]
     own = types.MethodType(model_class_of(model).forward, model)
 
@@ -123,7 +142,8 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
 class _Drawn(LogitsProcessor):
     """Turns the likeliest token into one that is drawn, by Gumbel noise on the logits (arXiv 1411.0030).
 
-    The noise of a row hangs on the seed, the row and the position alone, so that the same is drawn on any number of ranks.
+    The noise of a row hangs on the seed, the row and the position alone, so that the same is drawn on any
+    number of ranks.
     """
 
     def __init__(self, how: Generate, rows: list[tuple[int, int]]) -> None:
@@ -135,6 +155,9 @@ class _Drawn(LogitsProcessor):
             scores = TopKLogitsWarper(how.top_k)(input_ids, scores)
         if how.top_p < 1:
             scores = TopPLogitsWarper(how.top_p)(input_ids, scores)
-        of_rows = [np.random.default_rng((how.seed, *row, self._position)).gumbel(size=scores.shape[-1]) for row in self._rows]
+        of_rows = [
+            np.random.default_rng((how.seed, *row, self._position)).gumbel(size=scores.shape[-1])
+            for row in self._rows
+        ]
         self._position += 1
         return scores + torch.from_numpy(np.stack(of_rows).astype(np.float32)).to(scores.device)

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, EncoderDecoderConfig, EncoderDecoderModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    PreTrainedModel,
+)
 
 from tests.training.runs import tokenizer
 
@@ -25,7 +31,14 @@ BART: dict[str, Any] = COMMON | {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
-T5: dict[str, Any] = COMMON | {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+T5: dict[str, Any] = COMMON | {
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "t5": T5,
     "mt5": T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -35,7 +48,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pegasus": BART | {"decoder_start_token_id": 0},
     "m2m_100": BART,
 }
-BERT: dict[str, Any] = {"model_type": "bert", "vocab_size": 124, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+BERT: dict[str, Any] = {
+    "model_type": "bert",
+    "vocab_size": 124,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+}
 
 
 def config_of(family: str, **changes: Any) -> Any:
@@ -52,7 +71,9 @@ def model_of(family: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     config = config_of(family, **changes)
     model: PreTrainedModel = (
-        EncoderDecoderModel(config) if family == "encoder-decoder" else AutoModelForSeq2SeqLM.from_config(config)
+        EncoderDecoderModel(config)
+        if family == "encoder-decoder"
+        else AutoModelForSeq2SeqLM.from_config(config)
     )
     return model.float()
 
@@ -71,6 +92,9 @@ def pairs(num_rows: int, seed: int = 0, longest: int = 12) -> list[dict[str, str
     generator = random.Random(seed)
     rows = []
     for _ in range(num_rows):
-        words = [f"w{generator.randrange(40)}" for _ in range(1 + min(longest - 1, int(generator.expovariate(1 / 4))))]
+        words = [
+            f"w{generator.randrange(40)}"
+            for _ in range(1 + min(longest - 1, int(generator.expovariate(1 / 4))))
+        ]
         rows.append({"source": " ".join(words), "target": " ".join(reversed(words))})
     return rows

@@ -26,7 +26,13 @@ ROWS = (3, 30, 7, 12, 25, 5)
 """Tokens of the prompts."""
 ENDS = list(range(2, 30))
 """So many tokens end an answer that answers differ in length."""
-PLAIN: dict[str, Any] = {"max_new_tokens": 24, "num_beams": 1, "do_sample": False, "pad_token_id": 0, "eos_token_id": ENDS}
+PLAIN: dict[str, Any] = {
+    "max_new_tokens": 24,
+    "num_beams": 1,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": ENDS,
+}
 OPTIONS = {
     "greedy": GenerationOptions(PLAIN),
     "beams": GenerationOptions({**PLAIN, "num_beams": 3, "length_penalty": 2.0}),
@@ -41,7 +47,10 @@ class Plain:
         self.auto_class = AutoModelForSeq2SeqLM if reads_pairs else AutoModelForCausalLM
 
     def loss(self, model: Any, batch: Any) -> Output:
-        return Output(own_forward(model, batch | {"labels": batch["input_ids"], "use_cache": False}).loss, torch.zeros(()))
+        return Output(
+            own_forward(model, batch | {"labels": batch["input_ids"], "use_cache": False}).loss,
+            torch.zeros(()),
+        )
 
 
 def prompts(rows: range, on_the_left: bool) -> dict[str, Any]:
@@ -87,7 +96,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def batch_of(size: int) -> dict[str, int]:
-    return {"global_batch_size": 6, "micro_batch_size": 6 // size, "accumulation_steps": 1, "data_parallel_size": size}
+    return {
+        "global_batch_size": 6,
+        "micro_batch_size": 6 // size,
+        "accumulation_steps": 1,
+        "data_parallel_size": size,
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,11 +110,17 @@ def batch_of(size: int) -> dict[str, int]:
         ("t5", {}),
         ("llama", deepspeed(3)),
         pytest.param("bart", deepspeed(3), marks=pytest.mark.very_slow),
-        pytest.param("llama", {"precision": "fp32", "activation_checkpointing": "selective"}, marks=pytest.mark.very_slow),
+        pytest.param(
+            "llama",
+            {"precision": "fp32", "activation_checkpointing": "selective"},
+            marks=pytest.mark.very_slow,
+        ),
         pytest.param("t5", deepspeed(2), marks=pytest.mark.very_slow),
     ],
 )
-def test_three_ranks_write_what_one_writes(family: str, engine: dict[str, Any], models: dict[str, Path]) -> None:
+def test_three_ranks_write_what_one_writes(
+    family: str, engine: dict[str, Any], models: dict[str, Path]
+) -> None:
     reads_pairs = family != "llama"
     [alone] = on_ranks(1, write, plan_of(models[family], 1, batch=batch_of(1)), reads_pairs)
     shared = on_ranks(3, write, plan_of(models[family], 3, batch=batch_of(3), **engine), reads_pairs)

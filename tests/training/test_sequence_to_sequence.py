@@ -29,7 +29,13 @@ def task_of(**keys: Any) -> SequenceToSequence:
 
 def samples() -> list[Sample]:
     generator = np.random.default_rng(0)
-    made = [{name: generator.integers(3, 120, n, dtype=np.int32) for name, n in zip(("input_ids", "labels"), both, strict=True)} for both in LENGTHS]
+    made = [
+        {
+            name: generator.integers(3, 120, n, dtype=np.int32)
+            for name, n in zip(("input_ids", "labels"), both, strict=True)
+        }
+        for both in LENGTHS
+    ]
     for one in made:
         one["labels"][-1] = 2
     return [Sample(one, number, sum(map(len, one.values()))) for number, one in enumerate(made)]
@@ -62,7 +68,13 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(family: str, smoot
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     gradients = {name: parameter.grad for name, parameter in own.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad,
+            gradients[name],
+            rtol=1e-3,
+            atol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_an_evaluation_does_not_smooth_and_counts_what_is_right() -> None:
@@ -80,7 +92,9 @@ def test_filler_is_not_learned(family: str) -> None:
     batch = task_of().collate([[first], *([one.as_filler()] for one in others)])
     alone = task_of().collate([[first]])
     with torch.no_grad():
-        torch.testing.assert_close(task_of().loss(model, batch).loss_sum, task_of().loss(model, alone).loss_sum)
+        torch.testing.assert_close(
+            task_of().loss(model, batch).loss_sum, task_of().loss(model, alone).loss_sum
+        )
 
 
 def test_the_head_computes_as_before_behind_a_loss() -> None:
