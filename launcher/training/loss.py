@@ -49,6 +49,8 @@ class CrossEntropy(NamedTuple):
 
     loss_sum: torch.Tensor
     num_correct: torch.Tensor
+    losses: torch.Tensor | None = None
+    """Of each position, fp32 [tokens], 0 where nothing is supervised; where nothing is trained."""
 
 
 def chunked_cross_entropy(
@@ -65,15 +67,19 @@ def chunked_cross_entropy(
     [vocabulary, hidden].
 
     `smoothing` is the share of a target's probability that is spread evenly over the vocabulary (arXiv
-    1512.00567, section 7).
-    Targets of -100 are not supervised and cost nothing. `num_correct` is counted only where asked for; it
-    costs a pass over the logits.
+    1512.00567, section 7). Targets of -100 are not supervised and cost nothing. `num_correct` is counted, and
+    `losses` are kept, only where asked for; to count costs a pass over the logits.
     """
-    hidden, targets = supervised_only(hidden, targets)
-    loss_sum, num_correct = _ChunkedCrossEntropy.apply(
-        hidden, weight, bias, targets, transform, count_correct, smoothing
+    supervised, wanted = supervised_only(hidden, targets)
+    loss_sum, num_correct, losses = _ChunkedCrossEntropy.apply(
+        supervised, weight, bias, wanted, transform, count_correct, smoothing
     )
-    return CrossEntropy(loss_sum, num_correct)
+    return CrossEntropy(loss_sum, num_correct, spread(losses, targets) if count_correct else None)
+
+
+def spread(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the losses of supervised positions, fp32 [supervised], in their places among `targets` [tokens]."""
+    return losses.new_zeros(targets.shape).masked_scatter_(targets != IGNORED, losses)
 
 
 def supervised_only(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +107,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         transform: LogitTransform,
         count_correct: bool,
         smoothing: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(
+            hidden.shape[0] if count_correct else 0, dtype=torch.float32, device=hidden.device
+        )
         needs = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
@@ -117,8 +126,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             expected = logits.gather(1, target)
             if smoothing:
                 expected = (1 - smoothing) * expected + smoothing * logits.mean(dim=1, keepdim=True)
-            loss_sum += (normaliser - expected).sum()
+            each = normaliser - expected
+            loss_sum += each.sum()
             if count_correct:
+                losses[begin : begin + chunk] = each.squeeze(1)
                 num_correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
             if not any(needs):
                 continue
@@ -138,11 +149,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _accumulate(grad_weight, gradient, part)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(num_correct)
-        return loss_sum, num_correct
+        ctx.mark_non_differentiable(num_correct, losses)
+        return loss_sum, num_correct, losses
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.gradients
         ctx.gradients = None
         weight_dtype, bias_dtype = ctx.dtypes

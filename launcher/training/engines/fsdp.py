@@ -121,7 +121,7 @@ class FsdpEngine:
         if not units:
             yield True
             return
-        fully_shard.state(self.model)._lazy_init()  # type: ignore[attr-defined]  # else the encoder, called first, would be the root
+        fully_shard.state(self.model)._lazy_init()  # else the encoder, called first, would be the root
         num_bytes = DTYPES[self._plan.precision].itemsize * sum(
             parameter.numel() for parameter in self.model.parameters()
         )
