@@ -151,7 +151,7 @@ class DeepSpeedEngine:
         if self._plan.zero.stage < 3:
             yield True
             return
-        absent: list[Any] = [one for one in self.model.parameters() if one.ds_status.name != "AVAILABLE"]  # type: ignore[attr-defined]
+        absent: list[Any] = [one for one in self.model.parameters() if one.ds_status.name != "AVAILABLE"]
         num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in absent)
         device = torch.device(self._plan.mesh.device)
         if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):

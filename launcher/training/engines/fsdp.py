@@ -121,13 +121,13 @@ class FsdpEngine:
         if not units:
             yield True
             return
-        fully_shard.state(self.model)._lazy_init()  # else the encoder, called first, would be the root
+        self.model._get_fsdp_state()._lazy_init()  # else an encoder, which is called first, would be the root
         num_bytes = DTYPES[self._plan.precision].itemsize * sum(
             parameter.numel() for parameter in self.model.parameters()
         )
         device = torch.device(self._plan.mesh.device)
         if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
-            self.model.unshard()  # type: ignore[operator]  # an encoder is called beside the root's own forward
+            self.model.unshard()  # an encoder is called beside the root's own forward
             yield self._plan.mesh.world_size == 1
             return
         for unit in units:
