@@ -16,6 +16,7 @@ from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.lazy import Lazy
+from launcher.tasks.generation import Evaluation, GenerationOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +53,8 @@ class Traits:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem, and every key it rests on: where one of those is already refused, this one says nothing new."""
+    """A problem, and every key it rests on: where one of those is already refused, this one says nothing
+    new."""
 
     problem: Problem
     keys: tuple[str, ...]
@@ -82,7 +84,8 @@ class AnswerOptions:
 
 
 class Encoded(NamedTuple):
-    """A sample's arrays by name, each with one entry per position or of any shape that `collate` understands."""
+    """A sample's arrays by name, each with one entry per position or of any shape that `collate`
+    understands."""
 
     arrays: dict[str, np.ndarray]
     num_supervised: int
@@ -153,6 +156,9 @@ class Output(NamedTuple):
     losses: torch.Tensor | None = None
     """fp32, flat over the positions: the loss of each, 0 where nothing is learned. Of an evaluation of a
     language model alone."""
+    generated: torch.Tensor | None = None
+    """What the model wrote to each sample of the batch, int64 [samples, n], where the task has it write; set
+    beside `loss`."""
 
 
 class Evaluator(ABC):
@@ -203,6 +209,8 @@ class Task(ABC):
     """The names of the classes in the order of their ids, where the task has classes and they are known."""
     for_prediction: bool = False
     """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
+    evaluation: Evaluation = Evaluation()
+    """What is done with held-out rows beside computing their loss: the section `evaluation` of the job."""
 
     def __init__(self, data: Any, labels: list[str] | None = None) -> None:
         self.data = data
@@ -357,6 +365,24 @@ class Task(ABC):
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         """Return the summed loss of a collated micro-batch. Runs as the model's own forward, inside its
         sharding hooks."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes an answer to each sample of an evaluation."""
+        return False
+
+    @property
+    def generation(self) -> GenerationOptions:
+        """How it writes. Raises NotImplementedError for a task whose model does not write."""
+        raise NotImplementedError(f"the model of a {self.name} task writes nothing")
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what it reads before it writes, for the samples of a batch in the order of `collate`.
+
+        `input_ids` and `attention_mask` int64 [samples, longest], and `ids` and `windows` of the samples, by
+        which draws are told apart. Raises NotImplementedError for a task whose model does not write.
+        """
+        raise NotImplementedError(f"the model of a {self.name} task writes nothing")
 
     @abstractmethod
     def evaluator(self) -> Evaluator:

@@ -10,6 +10,7 @@ from launcher.planner.plan import Plan
 from launcher.tasks.task import AnswerOptions, Sample, Task
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
+from launcher.training.evaluation import written
 
 
 def says(task: Task) -> bool:
@@ -33,5 +34,8 @@ def ask(
     ranks together."""
     batch = task.collate([[sample] for sample in samples])
     output = engine.evaluate(to_device(batch, plan.mesh.device))
+    if task.generates:
+        items = [[sample] for sample in samples]
+        output = output._replace(generated=written(engine, task, items, plan.mesh.device))
     said = task.answers(output, batch, samples, options)
     return [one for one, sample in zip(said, samples, strict=True) if sample.weight]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -61,8 +62,74 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
     return Output(loss_sum, entropy.num_correct, router_loss_sum=router.detach(), losses=entropy.losses)
 
 
+def encoder_decoder(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0) -> Output:
+    """Return the summed loss of a collated micro-batch of pairs: cross entropy of the targets, smoothed
+    where asked for.
+
+    `input_ids`, `attention_mask` [samples, longest source]; `labels` [samples, longest target], which the
+    decoder reads one token later, as the model's own class has it; `targets` alike, -100 where nothing is
+    learned. The logits exist in chunks alone.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+    inputs["decoder_input_ids"] = _one_later(model, batch["labels"])
+    head = model.get_output_embeddings()
+    with _hidden_states_of(head) as seen:
+        own_forward(model, inputs)
+    if not seen:
+        raise NotImplementedError(
+            f"{type(model).__name__} does not send its decoder's output through its output embeddings"
+        )
+    bias = [part for part in (head.bias, getattr(model, "final_logits_bias", None)) if part is not None]
+    entropy = chunked_cross_entropy(
+        seen[-1].flatten(0, 1),
+        head.weight,
+        batch["targets"].flatten(),
+        bias=sum(part.flatten().to(head.weight.dtype) for part in bias) if bias else None,
+        transform=LogitTransform.of(model.config.get_text_config(decoder=True)),
+        count_correct=not torch.is_grad_enabled(),
+        smoothing=smoothing,
+    )
+    return Output(entropy.loss_sum, entropy.num_correct, losses=entropy.losses)
+
+
+def _one_later(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads to write `labels`, int64 [samples, longest]: by the rule of the model's own
+    class.
+
+    Raises NotImplementedError for a class that does not say.
+    """
+    kind = model_class_of(model)
+    if hasattr(kind, "prepare_decoder_input_ids_from_labels"):
+        return kind.prepare_decoder_input_ids_from_labels(model, labels=labels)
+    if (shift := getattr(sys.modules[kind.__module__], "shift_tokens_right", None)) is None:
+        raise NotImplementedError(f"{kind.__name__} does not say what its decoder reads")
+    shifted: torch.Tensor = shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+    return shifted
+
+
+@contextlib.contextmanager
+def _hidden_states_of(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """While inside, what goes into the head is added to a list, and no logits are made of it."""
+    seen: list[torch.Tensor] = []
+    before = head.__dict__.get("forward")
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return hidden.new_zeros(1, 1, 1)
+
+    head.forward = forward
+    try:
+        yield seen
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
-    """Return what the model's own class makes of `inputs`, of which those are left out that it does not know."""
+    """Return what the model's own class makes of `inputs`, of which those are left out that it does not
+    know."""
     forward = model_class_of(model).forward
     return forward(model, **_accepted(model_class_of(model), inputs))
 

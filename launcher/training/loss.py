@@ -19,7 +19,8 @@ _CHUNK_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What some models do to their logits: multiply them (Granite, Cohere), then cap them softly (Gemma 2)."""
+    """What some models do to their logits: multiply them (Granite, Cohere), then cap them softly (Gemma
+    2)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -60,16 +61,18 @@ def chunked_cross_entropy(
     bias: torch.Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
     count_correct: bool = False,
+    smoothing: float = 0.0,
 ) -> CrossEntropy:
     """Summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through `weight`
     [vocabulary, hidden].
 
-    Targets of -100 are not supervised and cost nothing. `num_correct` is counted, and `losses` are kept, only
-    where asked for; to count costs a pass over the logits.
+    `smoothing` is the share of a target's probability that is spread evenly over the vocabulary (arXiv
+    1512.00567, section 7). Targets of -100 are not supervised and cost nothing. `num_correct` is counted, and
+    `losses` are kept, only where asked for; to count costs a pass over the logits.
     """
     supervised, wanted = supervised_only(hidden, targets)
     loss_sum, num_correct, losses = _ChunkedCrossEntropy.apply(
-        supervised, weight, bias, wanted, transform, count_correct
+        supervised, weight, bias, wanted, transform, count_correct, smoothing
     )
     return CrossEntropy(loss_sum, num_correct, spread(losses, targets) if count_correct else None)
 
@@ -103,6 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         transform: LogitTransform,
         count_correct: bool,
+        smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -119,7 +123,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raw = part @ weight.t() if bias is None else torch.addmm(bias, part, weight.t())
             logits = transform.forward(raw.float())
             normaliser = logits.logsumexp(dim=1, keepdim=True)
-            each = normaliser - logits.gather(1, target)
+            expected = logits.gather(1, target)
+            if smoothing:
+                expected = (1 - smoothing) * expected + smoothing * logits.mean(dim=1, keepdim=True)
+            each = normaliser - expected
             loss_sum += each.sum()
             if count_correct:
                 losses[begin : begin + chunk] = each.squeeze(1)
@@ -129,7 +136,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # Only a soft cap needs the logits again after they have become probabilities.
             kept = logits.clone() if transform.softcap is not None else logits
             gradient = logits.sub_(normaliser).exp_()
-            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+            if smoothing:
+                gradient -= smoothing / gradient.shape[1]
+            gradient.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=gradient.dtype))
             gradient = transform.backward(gradient, kept)
             if grad_bias is not None:
                 grad_bias += gradient.sum(dim=0)
@@ -151,7 +160,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = None if grad_hidden is None else grad_hidden.mul_(grad_loss)
         grad_weight = None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype)
         grad_bias = None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _accumulate(total: torch.Tensor, gradient: torch.Tensor, part: torch.Tensor) -> None:

@@ -307,6 +307,7 @@ class Trainer:
                 self.plan,
                 report,
                 lambda: self._agree(self.stop.requested),
+                lambda: self.stop.requested,
                 details.update,
             )
         except Interrupted:

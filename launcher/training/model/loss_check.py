@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.model.model_support import Way
 from launcher.planner.plan import Plan
-from launcher.tasks.task import Output, Sample, Task
+from launcher.tasks.task import IGNORE, Output, Sample, Task
 from launcher.training import heads
 from launcher.training.data.dataset import Dataset
 from launcher.training.devices import to_device
@@ -188,6 +188,11 @@ def _alone(model: PreTrainedModel, batch: Batch) -> Output:
     ).float()
     if "labels" not in batch:
         return Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
+    if batch["labels"].shape != batch["input_ids"].shape or bool(
+        (batch["labels"] != batch["input_ids"]).any()
+    ):
+        # What is written is another text than what is read: the labels are not shifted.
+        return Output(output.loss.float() * (batch["labels"] != IGNORE).sum(), torch.ones_like(output.loss))
     entropy = functional.cross_entropy(logits[0, :-1], ids[1:])
     loss = entropy if getattr(output, "loss", None) is None else output.loss.float()
     # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of
