@@ -157,8 +157,6 @@ class Training(Section):
     """Of the order of the data, dropout and new weights."""
     evaluate_every: Every | None = None
     """Steps, a time, or epochs between evaluations; at the start and the end in any case."""
-    evaluation_samples: int = Field(default=4, ge=0, le=1000)
-    """Held-out rows whose answers each evaluation writes to RUN/samples and to the trackers; 0 for none."""
     early_stopping: EarlyStopping | None = None
     """Stop when a metric no longer gets better."""
     skip_nonfinite: int = Field(default=10, ge=0)

@@ -41,7 +41,6 @@ ALLOWED = (
     "training.epochs",
     "training.max_steps",
     "training.evaluate_every",
-    "training.evaluation_samples",
     "training.early_stopping",
     "training.skip_nonfinite",
     "training.on_spike",

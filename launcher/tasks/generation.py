@@ -52,6 +52,8 @@ def as_section(value: object) -> object:
 class Evaluation(Section):
     """What is done with the held-out rows beside computing their loss."""
 
+    samples: int = Field(default=4, ge=0, le=1000)
+    """Rows whose answers each evaluation writes to RUN/samples and to the trackers; 0 for none."""
     generate: Annotated[Generate | None, BeforeValidator(as_section)] = None
     """Have the model write an answer to each row, and compare it with what the row has; `true` writes
     greedily."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
@@ -28,14 +28,22 @@ def refuse_silent(task: Task) -> None:
 
 
 def ask(
-    engine: Engine, task: Task, samples: Sequence[Sample], options: AnswerOptions, plan: Plan
+    engine: Engine,
+    task: Task,
+    samples: Sequence[Sample],
+    options: AnswerOptions,
+    plan: Plan,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> list[Any]:
     """Return what the model says of each of these samples, as JSON values; of filler nothing. Called by all
-    ranks together."""
+    ranks together.
+
+    `leaving` is asked before every token that is written, on each rank by itself; a yes cuts its texts short.
+    """
     batch = task.collate([[sample] for sample in samples])
     output = engine.evaluate(to_device(batch, plan.mesh.device))
     if task.generates:
         items = [[sample] for sample in samples]
-        output = output._replace(generated=written(engine, task, items, plan.mesh.device))
+        output = output._replace(generated=written(engine, task, items, plan.mesh.device, leaving))
     said = task.answers(output, batch, samples, options)
     return [one for one, sample in zip(said, samples, strict=True) if sample.weight]

@@ -69,17 +69,22 @@ class Predicting:
 
     def _records(self, share: Share) -> list[dict[str, Any]]:
         said: dict[int, list[tuple[int, Any]]] = {}
+        task = self.subject.task
         passes = share.passes(self.subject.plan.batch.micro_batch_size)
         here.at("evaluating", total=len(passes))
         for number, samples in enumerate(passes):
             if self._stops():
                 raise Interrupted
-            answers = ask(self.engine, self.subject.task, samples, self.options, self.subject.plan)
+            answers = ask(
+                self.engine, task, samples, self.options, self.subject.plan, lambda: self.stop.requested
+            )
             for sample, answer in zip(
                 samples, answers, strict=False
             ):  # of filler, at the end, there is no answer
                 said.setdefault(sample.id, []).append((sample.window, answer))
             here.moved(number + 1)
+        if task.generates and self._stops():
+            raise Interrupted  # what was written last may have been cut short
         return [self._record(row, share, said.get(row.id, [])) for row in share.rows]
 
     def _record(self, row: Row, share: Share, parts: list[tuple[int, Any]]) -> dict[str, Any]:

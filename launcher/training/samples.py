@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -38,7 +39,7 @@ class Shown:
     @classmethod
     def of(cls, task: Task, dataset: Dataset | None, plan: Plan, rank: int) -> Shown | None:
         """The rows to be shown; None where there are none, or the task does not tell what its model says."""
-        number, source = plan.training.evaluation_samples, plan.data.evaluation
+        number, source = task.evaluation.samples, plan.data.evaluation
         if dataset is None or source is None or number == 0 or not says(task):
             return None
         found = dataset.first_ids(_LOOKED_AT)
@@ -56,12 +57,14 @@ class Shown:
                     rows[row.id] = row.values
         return cls(samples, rows)
 
-    def answers(self, engine: Engine, task: Task, plan: Plan) -> list[dict[str, Any]]:
+    def answers(
+        self, engine: Engine, task: Task, plan: Plan, leaving: Callable[[], bool] = lambda: False
+    ) -> list[dict[str, Any]]:
         """Return each row with what the model says of it, on rank 0; nothing on the others. Called by all
         ranks together.
 
         Draws no random numbers and changes nothing of the state: a run with samples and one without go the
-        same way.
+        same way. `leaving`, asked on each rank by itself, cuts what is written short.
         """
         size, rank, micro = plan.batch.data_parallel_size, distributed.get_rank(), plan.batch.micro_batch_size
         flat = [sample for row in self.samples for sample in row]
@@ -71,7 +74,7 @@ class Shown:
         said: list[Any] = []
         for number in range(num_passes):
             samples = own[number * micro : (number + 1) * micro] or [filler]
-            said += ask(engine, task, samples, AnswerOptions(), plan)
+            said += ask(engine, task, samples, AnswerOptions(), plan, leaving)
             here.moved(number + 1)
         gathered = exchange.all_gather(said)
         if rank != 0:

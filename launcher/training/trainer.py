@@ -313,11 +313,18 @@ class Trainer:
         except Interrupted:
             return False
         self._evaluated(metrics)
-        answers = self.shown.answers(self.engine, self.task, self.plan) if self.shown else []
+        answers = self._answers()
         if self.recorder:
             self.recorder.evaluation(self.state.step, metrics, details, answers)
         self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
         return True
+
+    def _answers(self) -> list[dict[str, Any]]:
+        """What the model says of the rows that are shown; nothing where a stop came while it wrote."""
+        if self.shown is None:
+            return []
+        answers = self.shown.answers(self.engine, self.task, self.plan, lambda: self.stop.requested)
+        return [] if self.task.generates and self._agree(self.stop.requested) else answers
 
     def _evaluated(self, metrics: dict[str, float]) -> None:
         self.state.metrics, self.state.evaluated_step = metrics, self.state.step

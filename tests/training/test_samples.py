@@ -36,10 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(
     path: Path, model: Path, number: int, world_size: int = 1, stops: tuple[int, ...] = ()
 ) -> RunDirectory:
-    training = {"learning_rate": 1e-3, "evaluation_samples": number}
     options: dict[str, Any] = {
         "evaluate_every": EVERY,
-        "training": training,
+        "evaluation": {"samples": number},
         "batch": batch_of(world_size, 4 // world_size),
     }
     run = new_run(path, plan_for(model, causal_data(path.parent / "data"), world_size, 4, **options))
