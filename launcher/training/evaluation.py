@@ -40,8 +40,8 @@ def evaluate(
 
     `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
     Interrupted. `leaving` is asked before every token that is written, on each rank by itself; a yes ends
-    the writing of this rank, where `stopping` will be a yes too. `details` is called on rank 0 with what no
-    single number shows. `evaluator`, where it is given, takes the place of the task's own.
+    the writing of this rank, where `stopping` will be a yes too. `details` is called with what no single
+    number shows. `evaluator`, where it is given, takes the place of the task's own.
     """
     rank, size = distributed.get_rank(), plan.batch.data_parallel_size
     micro = plan.batch.micro_batch_size
@@ -67,9 +67,10 @@ def evaluate(
     here.at("measuring")
     states = exchange.all_gather_arrays(evaluator.state())
     metrics = evaluator.compute(states) if rank == 0 else {}
-    if rank == 0:
-        details(evaluator.details())
-    return dict(exchange.from_first({name: float(value) for name, value in metrics.items()}))
+    told = evaluator.details() if rank == 0 else {}
+    metrics, told = exchange.from_first([{name: float(value) for name, value in metrics.items()}, told])
+    details(told)
+    return dict(metrics)
 
 
 def written(

@@ -313,6 +313,7 @@ class Trainer:
         except Interrupted:
             return False
         self._evaluated(metrics)
+        self.task.adopt_evaluation(details)
         answers = self._answers()
         if self.recorder:
             self.recorder.evaluation(self.state.step, metrics, details, answers)
