@@ -18,6 +18,7 @@ from launcher.cli.progress import Progress, metrics_line, notice
 from launcher.launch.local import shown
 from launcher.launch.screen import Watcher
 from launcher.planner.plan import Plan
+from launcher.runs import samples
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import current_phase
@@ -29,6 +30,7 @@ from launcher.runs.wording import duration
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 15.0
 _ROWS = 4
+_SAID_WIDTH = 160
 
 
 _PHASES_SAID = ("preparing", "building operators", "loading", "saving", "exporting")
@@ -216,5 +218,7 @@ def summary(run: RunDirectory, path: str) -> str:
             f"  before      {metrics_line(before['metrics'])}",
             f"  after       {metrics_line(after['metrics'])}",
         ]
+    if (newest := samples.newest(run)) is not None:
+        lines += [f"  says        {said[:_SAID_WIDTH]}" for said in samples.lines(newest[1])]
     lines += ["next:", f"  launcher evaluate {path}", f"  launcher export {path} --out DIRECTORY"]
     return "\n".join(lines)

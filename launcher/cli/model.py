@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,15 @@ from launcher.cli.run import Run
 Checkpoint = Annotated[
     int | None,
     typer.Option("--checkpoint", metavar="STEP", help="The step; the newest whole one by default."),
+]
+
+
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run, or a directory with a model (then with --job).")
+]
+JobOfModel = Annotated[
+    Path | None,
+    typer.Option("--job", metavar="JOB", help="The job whose data and task are taken with a MODEL."),
 ]
 
 
@@ -71,17 +80,24 @@ def export(
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL", help="A run, or a directory with an exported model (then with --job)."
-        ),
-    ],
-    job: Annotated[
-        Path | None,
-        typer.Option("--job", metavar="JOB", help="The job whose data and task a MODEL is measured by."),
-    ] = None,
+    model: RunOrModel,
+    job: JobOfModel = None,
     checkpoint: Checkpoint = None,
+    on: Annotated[
+        Path | None,
+        typer.Option(
+            "--on", metavar="FILE|JOB", help="Measure on this file, or on another job's held-out rows."
+        ),
+    ] = None,
+    bootstrap: Annotated[
+        int,
+        typer.Option(
+            "--bootstrap", min=0, metavar="N", help="95% intervals: draw the rows anew N times (1000)."
+        ),
+    ] = 0,
+    plots: Annotated[
+        bool, typer.Option("--plots", help="Draw the learning curve and the confusion matrix.")
+    ] = False,
     nproc: NumRanks = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
@@ -90,18 +106,68 @@ def evaluate(
     from launcher.launch.evaluation import Request, evaluate_locally
     from launcher.launch.screen import Watcher
 
-    result = evaluate_locally(Request.of(model, job, checkpoint, nproc, overrides), Watcher())
+    request = Request.of(model, job, checkpoint, nproc, overrides)
+    if on is not None:
+        request = request.measured_on(on)
+    result = evaluate_locally(request, Watcher(), bootstrap)
+    drawn = _drawn(request.run, result) if plots else {}
     if as_json:
         print_json(result)
-    else:
-        typer.echo(table(result))
+        return
+    typer.echo(table(result))
+    for text in drawn.values():
+        typer.echo(f"\n{text}")
+    if file := result.get("file"):
+        typer.echo(f"written: {file}", err=True)
 
 
-def table(result: dict[str, dict[str, float]]) -> str:
-    """One line a metric: before, after, and what changed."""
-    before, after = result["before"], result["after"]
+def table(result: dict[str, Any]) -> str:
+    """One line a metric: before, after, and what changed; with intervals, those of both and of the change
+    below it."""
+    before, after, intervals = result["before"], result["after"], result.get("confidence", {})
     width = max(map(len, [*after, "metric"])) + 2
-    lines = [f"{'metric':<{width}}{'before':>12}{'after':>12}{'change':>12}"]
+    lines = [f"{'metric':<{width}}{'before':>20}{'after':>20}{'change':>20}"]
     for name, value in after.items():
-        lines.append(f"{name:<{width}}{before[name]:>12.4f}{value:>12.4f}{value - before[name]:>+12.4f}")
+        lines.append(f"{name:<{width}}{before[name]:>20.4f}{value:>20.4f}{value - before[name]:>+20.4f}")
+        if intervals:
+            cells = (intervals[when].get(name) for when in ("before", "after", "change"))
+            lines.append(" " * width + "".join(f"{_interval(*cell) if cell else '':>20}" for cell in cells))
+    if intervals:
+        lines.append(
+            f"in brackets: {intervals['level']:.0%} intervals of {intervals['resamples']:,} drawings of the rows"
+        )
     return "\n".join(lines)
+
+
+def _interval(low: float, high: float) -> str:
+    return f"[{low:.4f}, {high:.4f}]"
+
+
+def _drawn(run: Path | None, result: dict[str, Any]) -> dict[str, str]:
+    """The drawings of an evaluation by name, each written beside its JSON as well."""
+    from launcher.cli import plots
+    from launcher.errors import StorageError
+    from launcher.runs.curve import Curve
+    from launcher.runs.events import read
+    from launcher.runs.layout import RunDirectory
+
+    found: dict[str, str] = {}
+    if run is not None:
+        records = [
+            record for record in read(RunDirectory(run).metrics_file) if record.get("kind") == "evaluation"
+        ]
+        evaluations = [(record["step"], record["metrics"]) for record in records]
+        found["learning-curve"] = plots.learning_curve(Curve(RunDirectory(run)).refresh().points, evaluations)
+    details = result.get("details", {}).get("after", {})
+    if "confusion_matrix" in details:
+        found["confusion"] = plots.confusion(details)
+    found = {name: text for name, text in found.items() if text}
+    if run is None:
+        return found
+    file = Path(result["file"])
+    try:
+        for name, text in found.items():
+            plots.write_svg(file.with_name(f"{file.stem}-{name}.svg"), text, f"{run.name}: {name}")
+    except OSError as error:
+        raise StorageError(f"{error.filename}: {error.strerror}") from None
+    return found

@@ -8,19 +8,12 @@ from typing import Any
 import typer
 
 from launcher.redaction import redact_all
+from launcher.runs.wording import finite
 
 
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object, without secrets. JSON has no infinities and no NaN: they are written as words."""
-    typer.echo(json.dumps(_finite(redact_all(content)), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and value - value != 0:
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+    typer.echo(json.dumps(finite(redact_all(content)), indent=2))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -127,7 +127,7 @@ def _open(
                 raise ConfigurationError(Problem(option, None, reason))
         return Sweep.read(what)
     job = load_job(what, overrides, None)
-    task = tasks.find(job.model.task)(job.data)
+    task = tasks.of_job(job)
     if metric not in task.metrics:
         reason = f"a {task.kind} evaluation does not measure it; it measures {', '.join(task.metrics)}"
         raise ConfigurationError(Problem("--metric", metric, reason))

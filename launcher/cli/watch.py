@@ -106,6 +106,12 @@ def screen(seen: dict[str, Any], width: int) -> Layout:
         Layout(Panel(ranks, title="ranks"), size=_RANKS_WIDTH),
     )
     below.update(Panel(events(seen["events"]), title="events"))
+    if seen["samples"]:
+        step, rows = seen["samples"]
+        said = Layout(
+            Panel(samples(rows), title=f"what the model says after step {step}"), size=2 + len(rows)
+        )
+        layout.add_split(said)
     return layout
 
 
@@ -187,6 +193,15 @@ def ranks_table(ranks: list[dict[str, Any]]) -> Table:
         )
         table.add_row(*cells, size(rank["memory_bytes"]), style="bold" if slow else None)
     return table
+
+
+def samples(rows: list[dict[str, Any]]) -> Text:
+    """Each row with the model's answer, one a line."""
+    from rich.text import Text
+
+    from launcher.runs.samples import lines
+
+    return Text("\n".join(lines(rows)), no_wrap=True, overflow="ellipsis")
 
 
 def events(records: list[dict[str, Any]]) -> Text:

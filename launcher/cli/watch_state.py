@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from launcher.launch.slurm.view import view
+from launcher.runs import samples
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.seen import ranks_of
@@ -35,8 +36,8 @@ class Watched:
         self._slurm: dict[str, Any] = {}
 
     def look(self, ask: bool) -> dict[str, Any]:
-        """Status, losses, ranks and events as they are now; Slurm is asked only where `ask` says so, else
-        what it said last is shown."""
+        """Status, losses, ranks, events and samples as they are now; Slurm is asked only where `ask` says
+        so, else what it said last is shown."""
         if ask:
             status = view(self.run, self._totals)
             self._slurm = status.get("slurm", {})
@@ -50,6 +51,7 @@ class Watched:
             "losses": self._curve.refresh().points,
             "ranks": self._ranks(),
             "events": list(self._last),
+            "samples": samples.newest(self.run),
             "goes_on": not self.run.finished and self._slurm.get("state") in _LIVE,
         }
 

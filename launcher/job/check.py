@@ -15,7 +15,7 @@ from launcher.tasks.task import Finding, finding
 def findings(job: Job) -> Iterator[Finding]:
     """Everything in a job that contradicts itself."""
     yield from _sources(job)
-    yield from tasks.find(job.model.task)(job.data).checks()
+    yield from tasks.of_job(job).checks()
     yield from _adapter(job)
     yield from _training(job)
     yield from _evaluation(job)
@@ -128,7 +128,7 @@ def _evaluation(job: Job) -> Iterator[Finding]:
 
 
 def _metrics(job: Job) -> Iterator[Finding]:
-    task, early = tasks.find(job.model.task)(job.data), job.training.early_stopping
+    task, early = tasks.of_job(job), job.training.early_stopping
     watched = {"checkpoint.metric": job.checkpoint.metric if job.checkpoint.keep_best else "loss"}
     watched["training.early_stopping.metric"] = early.metric if early else "loss"
     for key, metric in watched.items():

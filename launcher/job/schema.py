@@ -25,6 +25,7 @@ from launcher import tasks
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError
 from launcher.job.adapter import Adapter
+from launcher.tasks.generation import Evaluation
 from launcher.values import (
     Every,
     Fraction,
@@ -323,6 +324,7 @@ class Job(Section):
     data: SerializeAsAny[Data]
     batch: Batch = Batch()
     training: Training = Training()
+    evaluation: Evaluation = Evaluation()
     precision: Precision | Auto = "auto"
     """Of the computation; parameters that train and their optimizer state are fp32 in any case."""
     memory: Memory = Memory()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, Problem, StorageError
 from launcher.job.load import load
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
-from launcher.runs.layout import RunDirectory
+from launcher.runs.layout import RunDirectory, make_directory, write_atomically
+from launcher.runs.wording import finite
 
 
 @dataclass(frozen=True)
@@ -23,40 +27,81 @@ class Request:
     run: Path | None
     model: str | None
     step: int | None
+    on: Path | None = None
+    """What took the place of the job's own held-out rows."""
 
     @classmethod
     def of(
         cls, target: str, job: Path | None, step: int | None, num_ranks: int | None, overrides: list[str]
     ) -> Request:
-        """From the command line. Raises ConfigurationError where the target is neither a run nor a model with
-        a job."""
+        """From the command line. Raises ConfigurationError where the target is neither a run nor a model
+        with a job."""
         if job is None:
             run = RunDirectory.find(target)
             if Plan.read(run.plan_file).script:
-                raise ConfigurationError(
-                    Problem(
-                        "RUN", target, "runs a script of its own, which alone knows how to measure its model"
-                    )
-                )
+                reason = "runs a script of its own, which alone knows how to measure its model"
+                raise ConfigurationError(Problem("RUN", target, reason))
             return cls(plan_job(load(run.job_file, overrides), num_ranks), run.path, None, step)
         if not (Path(target) / "config.json").is_file():
-            raise ConfigurationError(
-                Problem(
-                    "MODEL", target, "no config.json there; with --job it must be a directory with a model"
-                )
-            )
+            reason = "no config.json there; with --job it must be a directory with a model"
+            raise ConfigurationError(Problem("MODEL", target, reason))
         if step is not None:
             raise ConfigurationError(
                 Problem("--checkpoint", step, "a model has no checkpoints; leave it out, or name a run")
             )
         return cls(plan_job(load(job, overrides), num_ranks), None, str(Path(target).resolve()), None)
 
+    def measured_on(self, other: Path) -> Request:
+        """The same on another file with the same columns, or on the held-out rows of another job.
 
-def evaluate_locally(request: Request, watcher: Watcher) -> dict[str, Any]:
-    """{"before": metrics, "after": metrics}. Raises the failure's own class where the ranks failed."""
-    asked = {
-        "run": None if request.run is None else str(request.run),
-        "model": request.model,
-        "step": request.step,
-    }
-    return ask(request.plan, "launcher.training.evaluate_entry", asked, "evaluation.json", watcher)
+        Raises ConfigurationError where that job has none, or another task.
+        """
+        data = self.plan.data
+        if other.suffix in (".yaml", ".yml"):
+            theirs = plan_job(load(other), self.plan.mesh.world_size)
+            if theirs.task != self.plan.task:
+                reason = f"is a job of {theirs.task}, and what is measured does {self.plan.task}"
+                raise ConfigurationError(Problem("--on", str(other), reason))
+            if theirs.data.evaluation is None:
+                raise ConfigurationError(
+                    Problem("--on", str(other), "names no held-out rows (data.evaluation)")
+                )
+            data = theirs.data
+        else:
+            data = data.model_copy(update={"evaluation": type(data.train)(path=str(other.absolute()))})
+        return Request(self.plan.model_copy(update={"data": data}), self.run, self.model, self.step, other)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the ranks are told."""
+        return {"run": None if self.run is None else str(self.run), "model": self.model, "step": self.step}
+
+
+def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> dict[str, Any]:
+    """{"before": metrics, "after": metrics, ...}, also written below the run. Raises the failure's own
+    class where the ranks failed.
+
+    `resamples`: how often rows are drawn anew for intervals, by the seed of the job; 0 for none.
+    """
+    plan = request.plan
+    asked = request.asked | {"resamples": resamples, "seed": plan.training.seed}
+    result = ask(plan, "launcher.training.evaluate_entry", asked, "evaluation.json", watcher)
+    result |= {"on": request.on and str(request.on), "engine": plan.engine, "precision": plan.precision}
+    result |= {"ranks": plan.mesh.world_size, "time": round(time.time(), 3)}
+    if request.run is not None:
+        result["file"] = str(_keep(request, request.run, result))
+    return result
+
+
+def _keep(request: Request, run: Path, result: dict[str, Any]) -> Path:
+    """Write what was found into the run; one of the same step on the same rows is written over."""
+    name = f"evaluate-step-{result['step']:08d}"
+    if request.on is not None:
+        name += "-" + re.sub(r"[^A-Za-z0-9._-]+", "-", request.on.stem)[:80]
+    path = run / "evaluations" / f"{name}.json"
+    try:
+        make_directory(path.parent)
+        write_atomically(path, json.dumps(finite(result), indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path

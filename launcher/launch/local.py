@@ -30,6 +30,8 @@ from launcher.runs.sharing import set_umask
 from launcher.runs.status import last_step
 from launcher.runs.tail import last_record
 
+REQUEST = "request.json"
+"""What a command asks of its ranks, in a directory of its own."""
 FORCED_EXIT = 130
 """Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved.
 """
@@ -77,6 +79,11 @@ def run(
             code = conclude(run, plan, number, end, screen, oom_kills() > killed_before, signals)
             screen.close(code, _SHORT_SECONDS if signals.first else _LONG_SECONDS, signals.insisted)
         return code
+
+
+def is_scratch(run: RunDirectory) -> bool:
+    """Return whether it is the directory of a command (evaluate, predict) that nobody can go on with later."""
+    return (run.path / REQUEST).is_file()
 
 
 def shown(path: Path) -> str:
@@ -148,7 +155,7 @@ def outcome(
         end.events.add("stopped")
     if "stopped" in end.events:
         said = "stopped; the script goes on from what it saved itself" if plan.script else _stopped(run)
-        screen.say(f"{said}; go on with: launcher resume {shown(run.path)}")
+        screen.say(said if is_scratch(run) else f"{said}; go on with: launcher resume {shown(run.path)}")
         return Stopped.exit_code
     failure = _failure(run, number, end, plan, out_of_memory_killer)
     failure = dataclasses.replace(failure, step=last_step(run))
@@ -244,6 +251,10 @@ def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
 def _stopped(run: RunDirectory) -> str:
     """What the ranks' last word about a stop comes to: saved, or why not and what that loses."""
     record = last_record(run.events_file, lambda record: record.get("event") == "stopped") or {}
+    if line := record.get("line"):
+        return str(line)
+    if is_scratch(run):
+        return "stopped before anything was done"
     if reason := record.get("reason"):
         kept = (
             f"the newest checkpoint is of step {record['step']}"
@@ -308,6 +319,8 @@ def _last_line(path: Path) -> str:
 def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]:
     """What to type next, and why. After out of memory, with the first change that makes a rank need less,
     where one is known."""
+    if is_scratch(run):
+        return "", ""
     command = f"launcher resume {shown(run.path)}"
     if failure.failure_class != OutOfMemoryError.failure_class or plan.script:
         return command, ""

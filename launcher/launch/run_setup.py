@@ -249,7 +249,7 @@ def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Pla
         return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)
     if job.precision == "auto":
         updates["precision"] = stored.precision
-    if left := [one.key for one in tasks.find(job.model.task)(job.data).left_open()]:
+    if left := [one.key for one in tasks.of_job(job).left_open()]:
         updates["data"] = job.data.model_copy(update={key: getattr(stored.data, key) for key in left})
     if job.memory.activation_checkpointing == "auto":
         updates["memory"] = job.memory.model_copy(

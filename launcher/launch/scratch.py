@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import by_failure_class
+from launcher.errors import Stopped, by_failure_class
 from launcher.launch import local
 from launcher.launch.screen import Watcher
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
+from launcher.render import deepspeed
 from launcher.runs import failure as failures
 from launcher.runs import prepared
 from launcher.runs.events import read
@@ -24,10 +25,13 @@ def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: 
     with tempfile.TemporaryDirectory(prefix="launcher-") as directory:
         scratch = RunDirectory(Path(directory))
         write_atomically(scratch.plan_file, plan.to_json())
-        write_atomically(scratch.path / "request.json", json.dumps(request))
+        if plan.engine == "deepspeed":
+            scratch.rendered.mkdir()
+            write_atomically(scratch.rendered / "ds_config.json", json.dumps(deepspeed.config(plan)) + "\n")
+        write_atomically(scratch.path / local.REQUEST, json.dumps(request))
         code = local.run(scratch, plan, watcher, entry=module)
         if code != 0:
-            _raise(scratch)
+            _raise(scratch, code)
         for record in read(scratch.events_file):
             for said in prepared.lines(record):
                 watcher.say(said)
@@ -35,7 +39,11 @@ def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: 
         return result
 
 
-def _raise(scratch: RunDirectory) -> None:
+def _raise(scratch: RunDirectory, code: int) -> None:
+    if code == Stopped.exit_code:
+        stops = [record for record in read(scratch.events_file) if record.get("event") == "stopped"]
+        said = next((record["line"] for record in reversed(stops) if "line" in record), None)
+        raise Stopped(said or "stopped before anything was done; the same command begins anew")
     failure = failures.read(scratch.attempt(scratch.last_attempt()) / "failure.json")
     if failure is None:
         raise KeyboardInterrupt

@@ -28,6 +28,7 @@ ALLOWED = (
     "hang_after",
     "length",
     "evaluate_every",
+    "evaluation",
     "batch.micro_batch_size",
     "batch.accumulation_steps",
     "batch.data_parallel_size",

@@ -19,6 +19,7 @@ from launcher.planner.resolve.mesh import mesh as arrange
 from launcher.planner.resolve.sample_layout import choose_way
 from launcher.planner.resolve.sharding import STAGES, Layout
 from launcher.planner.resolve.zero_buckets import Buckets
+from launcher.tasks.generation import Evaluation
 
 
 def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
@@ -44,7 +45,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
     batch = divide(job.batch, mesh.data_parallel_size)
     recompute = job.memory.activation_checkpointing
     length = _length(decider)
-    left_open = tasks.find(job.model.task)(job.data).left_open()
+    left_open = tasks.of_job(job).left_open()
     settled = {left.key: decider.decide(f"data.{left.key}", left.value, left.reason) for left in left_open}
     return Plan(
         name=job.name,
@@ -75,6 +76,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
         training=job.training.model_copy(update={"epochs": length.value} if length.unit == "epochs" else {}),
         checkpoint=_checkpoint(decider, placed),
         evaluate_every=job.training.evaluate_every,
+        evaluation=None if job.evaluation == Evaluation() else job.evaluation,
         decisions=tuple(decider.decisions),
     )
 

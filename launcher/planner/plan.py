@@ -30,6 +30,7 @@ from launcher.job.schema import (
 )
 from launcher.plain_files import read_text
 from launcher.planner.axes import Mesh
+from launcher.tasks.generation import Evaluation
 from launcher.tasks.task import Head, SampleLayout
 
 
@@ -152,6 +153,8 @@ class Plan(Frozen):
     training: Training
     checkpoint: Checkpoint
     evaluate_every: Interval | None = None
+    evaluation: Evaluation | None = None
+    """Where the job says what is done with held-out rows beside computing their loss."""
     script: tuple[str, ...] | None = None
     """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and
     training are then its own."""
@@ -208,6 +211,7 @@ class Plan(Frozen):
             "hang_after",
             "checkpoint",
             "slurm",
+            "evaluation",
         }
         kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude=told_apart)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -214,6 +214,11 @@ class Whereabouts(Page):
         if detail is not None:
             self._say_detail(detail)
 
+    @property
+    def done(self) -> int:
+        """Return how much is done at this place."""
+        return int(self._numbers[_DONE])
+
     def waits(self, more: int) -> None:
         """Wait for the other ranks from now on (1), or no longer (-1)."""
         self._numbers[_WAITING] += more

@@ -62,7 +62,7 @@ class Sweep:
             )  # what no point can be is said before any has begun
         if halving:
             _check_comparable(job, metric)
-        better = tasks.find(job.model.task)(job.data).metrics[metric]
+        better = tasks.of_job(job).metrics[metric]
         sweep = cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better)
         (path / "points").mkdir(parents=True, exist_ok=True)
         content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from launcher.errors import ConfigurationError, Problem
 
 if TYPE_CHECKING:
+    from launcher.tasks.generation import Evaluation
     from launcher.tasks.task import Task
 
 TASKS = {
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
+    "sequence-to-sequence": "launcher.tasks.sequence_to_sequence:SequenceToSequence",
 }
 GROUP = "launcher.tasks"
 """The entry points by which an installed package brings a task of its own: `name = "package.module:Class"`.
@@ -32,6 +34,19 @@ class Planned(Protocol):
     def layout(self) -> Any: ...
     @property
     def head(self) -> Any: ...
+    @property
+    def evaluation(self) -> Evaluation | None: ...
+
+
+class Asked(Protocol):
+    """What of a job makes a task."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def evaluation(self) -> Evaluation: ...
 
 
 @functools.cache
@@ -54,6 +69,13 @@ def find(name: str) -> type[Task]:
     )
 
 
+def of_job(job: Asked) -> Task:
+    """Return a job's task, without a processor. Raises ConfigurationError for an unknown one."""
+    task = find(job.model.task)(job.data)
+    task.evaluation = job.evaluation
+    return task
+
+
 def build(plan: Planned, processor: Any, labels: list[str] | None = None) -> Task:
     """Return the plan's task, prepared with the model's processor. `labels` are the classes of a model that
     has them already.
@@ -70,4 +92,5 @@ def unprepared(plan: Planned, labels: list[str] | None = None) -> Task:
     for an unknown one."""
     task = find(plan.task)(plan.data, labels)
     task.layout, task.head = plan.layout, plan.head
+    task.evaluation = plan.evaluation or task.evaluation
     return task

@@ -22,6 +22,7 @@ from launcher.tasks.encoding import (
 )
 from launcher.tasks.task import (
     IGNORE,
+    AnswerOptions,
     Better,
     Draws,
     Encoded,
@@ -34,6 +35,7 @@ from launcher.tasks.task import (
     Traits,
     finding,
 )
+from launcher.tasks.token_losses import TokenLosses
 from launcher.values import Columns, Day, Tools
 
 if TYPE_CHECKING:
@@ -317,34 +319,23 @@ class CausalLM(Task):
     def evaluator(self) -> Evaluator:
         return TokenLosses()
 
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return of each sample the log-probability of what is learned of it, the number of its tokens, and its
+        perplexity."""
+        assert output.losses is not None
+        losses, targets = output.losses.double().cpu().numpy(), batch["targets"].numpy()
+        lengths = np.array(batch["lengths"])
+        packed, width = self.layout == "packed", batch["input_ids"].shape[1]
+        begins = np.cumsum(lengths) - lengths if packed else np.arange(len(lengths)) * width
+        found = []
+        for begin, end in zip(begins, begins + lengths, strict=True):
+            total, num_tokens = float(losses[begin:end].sum()), int((targets[begin:end] != IGNORE).sum())
+            perplexity = math.exp(min(total / max(num_tokens, 1), 700.0))
+            found.append({"log_probability": -total, "tokens": num_tokens, "perplexity": perplexity})
+        return found
+
 
 def _targets(sample: Sample) -> np.ndarray:
     return sample["targets"] if sample.weight else np.full_like(sample["targets"], IGNORE)
-
-
-class TokenLosses(Evaluator):
-    """`loss` and `perplexity` per supervised token, and `accuracy`, the share of them predicted.
-
-    The routers' loss of a mixture of experts is part of `loss`, as it is of transformers' own, and not of
-    `perplexity`.
-    """
-
-    def __init__(self) -> None:
-        self._sums = np.zeros(4)
-
-    def update(self, output: Output, batch: dict[str, Any]) -> None:
-        router = 0.0 if output.router_loss_sum is None else float(output.router_loss_sum)
-        num_supervised = int((batch["targets"] != IGNORE).sum())
-        self._sums += [float(output.loss_sum), float(output.num_correct), num_supervised, router]
-
-    def state(self) -> list[np.ndarray]:
-        return [self._sums]
-
-    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
-        loss_sum, num_correct, num_supervised, router_loss_sum = np.sum(
-            [sums for sums, *_ in states], axis=0
-        ).tolist()
-        num_tokens = max(num_supervised, 1)
-        entropy = (loss_sum - router_loss_sum) / num_tokens
-        perplexity = math.exp(entropy) if entropy < 700 else math.inf
-        return {"loss": loss_sum / num_tokens, "perplexity": perplexity, "accuracy": num_correct / num_tokens}

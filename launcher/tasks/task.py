@@ -17,6 +17,7 @@ from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.lazy import Lazy
 from launcher.tasks.companion import Companion
+from launcher.tasks.generation import Evaluation, GenerationOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +54,8 @@ class Traits:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem, and every key it rests on: where one of those is already refused, this one says nothing new."""
+    """A problem, and every key it rests on: where one of those is already refused, this one says nothing
+    new."""
 
     problem: Problem
     keys: tuple[str, ...]
@@ -72,36 +74,51 @@ class Left(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What is to be told beside what the model says."""
+
+    probabilities: bool = False
+    """The probability of every class, where the task has classes."""
+    top_k: int | None = None
+    """So many of the likeliest candidates; None for the likeliest alone."""
+
+
 class Encoded(NamedTuple):
-    """A sample's arrays by name, each with one entry per position or of any shape that `collate` understands."""
+    """A sample's arrays by name, each with one entry per position or of any shape that `collate`
+    understands."""
 
     arrays: dict[str, np.ndarray]
     num_supervised: int
     """Supervised tokens, or 1 where the sample as a whole is."""
     length: int
     """The positions that it costs in a pass; of text, its tokens."""
-    cut: bool = False
-    """Whether it was longer than max_length."""
+    cut: bool | str = False
+    """Whether it was longer than max_length, or in words what of the row was left out."""
 
 
 class Sample(dict[str, "np.ndarray"]):
     """One sample's arrays by name.
 
-    `id` is its row number in the source, `length` the positions that it costs. A `weight` of 0 marks filler,
-    which only keeps shapes equal among ranks: `collate` must leave nothing of it supervised.
+    `id` is its row number in the source, `window` its number among the samples of that row, `length` the
+    positions that it costs. A `weight` of 0 marks filler, which only keeps shapes equal among ranks:
+    `collate` must leave nothing of it supervised.
     """
 
-    __slots__ = ("id", "length", "weight")
+    __slots__ = ("id", "length", "weight", "window")
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], id: int, length: int, weight: int = 1) -> None:
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], id: int, length: int, weight: int = 1, window: int = 0
+    ) -> None:
         super().__init__(arrays)
         self.id = id
         self.length = length
         self.weight = weight
+        self.window = window
 
     def as_filler(self) -> Sample:
         """Return the same arrays with weight 0."""
-        return Sample(self, self.id, self.length, weight=0)
+        return Sample(self, self.id, self.length, 0, self.window)
 
 
 def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
@@ -110,7 +127,7 @@ def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
     arrays = {
         name: array[positions] if len(array) == sample.length else array for name, array in sample.items()
     }
-    return Sample(arrays, sample.id, len(positions), sample.weight)
+    return Sample(arrays, sample.id, len(positions), sample.weight, sample.window)
 
 
 @dataclass(frozen=True)
@@ -123,7 +140,7 @@ class Draws:
 
     def of(self, sample: Sample) -> np.random.Generator:
         """Return a generator of this sample's own."""
-        return np.random.default_rng((self.seed, self.step, sample.id))
+        return np.random.default_rng((self.seed, self.step, sample.id, sample.window))
 
 
 class Output(NamedTuple):
@@ -137,6 +154,12 @@ class Output(NamedTuple):
     """What the task's evaluator needs beside the sums."""
     router_loss_sum: torch.Tensor | None = None
     """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
+    losses: torch.Tensor | None = None
+    """fp32, flat over the positions: the loss of each, 0 where nothing is learned. Of an evaluation of a
+    language model alone."""
+    generated: torch.Tensor | None = None
+    """What the model wrote to each sample of the batch, int64 [samples, n], where the task has it write; set
+    beside `loss`."""
 
 
 class Evaluator(ABC):
@@ -154,6 +177,18 @@ class Evaluator(ABC):
     @abstractmethod
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         """Return the metrics of all ranks' states; `loss` is always among them. Called on one rank."""
+
+    def details(self) -> dict[str, Any]:
+        """Return what no single number shows of the metrics just computed, as JSON values: a confusion
+        matrix, a fitted threshold."""
+        return {}
+
+    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+        """Return the state of one row's sample as that of its `copy`, from 0: drawn anew, a row may come twice.
+
+        For an evaluator that merges what it saw by the ids of rows; others count an equal state twice anyway.
+        """
+        return state
 
 
 class Task(ABC):
@@ -173,6 +208,10 @@ class Task(ABC):
     """Where the loss of a causal LM comes from."""
     labels: list[str] | None = None
     """The names of the classes in the order of their ids, where the task has classes and they are known."""
+    for_prediction: bool = False
+    """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
+    evaluation: Evaluation = Evaluation()
+    """What is done with held-out rows beside computing their loss: the section `evaluation` of the job."""
 
     def __init__(self, data: Any, labels: list[str] | None = None) -> None:
         self.data = data
@@ -293,8 +332,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return a sample for each row, or why there is none. Deterministic; called in worker processes."""
+    def encode(
+        self, rows: Sequence[dict[str, Any]], processor: Any
+    ) -> Sequence[Encoded | tuple[Encoded, ...] | RowProblem]:
+        """Return for each row a sample, several (overlapping windows of a long row), or why there is none.
+
+        Deterministic; called in worker processes.
+        """
 
     @abstractmethod
     def example(self, length: int) -> Sample:
@@ -303,7 +347,11 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return the tensors of a micro-batch of items. `draws` is None where nothing may be random."""
+        """Return the tensors of a micro-batch of items. `draws` is None where nothing may be random.
+
+        What only the evaluator reads (arrays, texts) goes under the key `aside`, which never reaches a device
+        or the model.
+        """
 
     # Loss and metrics.
 
@@ -328,6 +376,45 @@ class Task(ABC):
         """Return the summed loss of a collated micro-batch. Runs as the model's own forward, inside its
         sharding hooks."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes an answer to each sample of an evaluation."""
+        return False
+
+    @property
+    def generation(self) -> GenerationOptions:
+        """How it writes. Raises NotImplementedError for a task whose model does not write."""
+        raise NotImplementedError(f"the model of a {self.name} task writes nothing")
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what it reads before it writes, for the samples of a batch in the order of `collate`.
+
+        `input_ids` and `attention_mask` int64 [samples, longest], and `ids` and `windows` of the samples, by
+        which draws are told apart. Raises NotImplementedError for a task whose model does not write.
+        """
+        raise NotImplementedError(f"the model of a {self.name} task writes nothing")
+
     @abstractmethod
     def evaluator(self) -> Evaluator:
         """Return what collects an evaluation, empty."""
+
+    # What the model says.
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return what the model says of each sample, as JSON values: classes, tags, spans, text.
+
+        `output` is that of `batch`, which `collate` made of the samples, one an item; of filler anything will
+        do. A task that leaves this out can be trained and measured, and not asked.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell what its model says")
+
+    def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
+        """Return the answer for a row from those of its samples, in window order: of a single one that one's."""
+        [only] = parts
+        return dict(only)
+
+    def adopt_evaluation(self, details: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take what an evaluation of the model fitted, as a threshold, from `Evaluator.details`. Called
+        before anything is predicted."""

@@ -5,126 +5,178 @@ It runs in a scratch run directory with a plan and a request, so that it is supe
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 
-from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import Model
 from launcher.plain_files import read_json
-from launcher.planner.plan import Plan
+from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.tasks.task import Task
-from launcher.training import entry
-from launcher.training.checkpoint.checkpointer import Checkpointer
+from launcher.training import confidence, entry
+from launcher.training.confidence import Apart, Whole
+from launcher.training.data.batches import Batches
 from launcher.training.data.dataset import Dataset
+from launcher.training.data.order import Order
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.data.sources import open_source
 from launcher.training.devices import start_process_group
-from launcher.training.engines.fsdp import FsdpEngine
-from launcher.training.evaluation import evaluate
+from launcher.training.engines.engine import Engine
+from launcher.training.evaluation import Interrupted, evaluate
 from launcher.training.inputs import phase_report, refuse_tokens
-from launcher.training.model import pretrained
 from launcher.training.model.loss_check import check_loss
 from launcher.training.signals import StopRequest
+from launcher.training.subject import Subject
+
+
+@dataclass
+class Measuring:
+    """One rank's part in measuring a model, or two."""
+
+    scratch: RunDirectory
+    stop: StopRequest
+    resamples: int
+    """How often rows are drawn anew for intervals; 0 for none."""
+    seed: int
+
+    def dataset(self, subject: Subject, leads: bool) -> Dataset:
+        """The held-out rows as samples for this model. Called before the ranks know each other."""
+        source, plan, task = subject.plan.data.evaluation, subject.plan, subject.task
+        assert source is not None
+        if task.labels_given:
+            task.refuse_unknown(open_source(source, task.columns))
+        dataset = prepare(
+            source,
+            "evaluation",
+            plan,
+            task,
+            subject.tokenizer,
+            phase_report(self.scratch, "preparing", "rows"),
+        )
+        refuse_mostly_dropped(dataset.report, plan)
+        if leads:
+            events.event(self.scratch.events_file, "prepared", **dataset.report.to_dict())
+        task.configure(subject.config)
+        refuse_tokens(dataset, "data.evaluation", subject.tokenizer, subject.config)
+        return dataset
+
+    def engine(self, subject: Subject, dataset: Dataset) -> Engine:
+        """The model in shards, its loss checked."""
+        engine = subject.build(self.scratch)
+        check_loss(engine, subject.task, dataset, subject.plan, self.event)
+        return engine
+
+    def look(self, subject: Subject, engine: Engine, dataset: Dataset) -> Whole:
+        """The metrics and details of the rows, with what was seen of each row where intervals are asked for."""
+        plan = subject.plan
+        evaluator = Whole(subject.task.evaluator)
+        if self.resamples:
+            size = plan.batch.data_parallel_size
+            each = BatchPlan(
+                global_batch_size=size, micro_batch_size=1, accumulation_steps=1, data_parallel_size=size
+            )
+            plan = plan.model_copy(update={"batch": each})
+            order = Order(0, dataset.num_items, shuffle=False)
+            batches = Batches(dataset, order, each, distributed.get_rank(), dataset.num_items)
+            evaluator = Apart(subject.task.evaluator, confidence.ids_of(batches))
+        report = (
+            phase_report(self.scratch, "evaluating", "batches") if distributed.get_rank() == 0 else _silent
+        )
+        evaluator.metrics = evaluate(
+            engine, subject.task, dataset, plan, report, self.stops, evaluator=evaluator
+        )
+        return evaluator
+
+    def stops(self) -> bool:
+        """Whether any rank was asked to stop."""
+        vote = torch.tensor(float(self.stop.requested))
+        distributed.all_reduce(vote)
+        return bool(vote > 0)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """An event, written once for all ranks."""
+        if distributed.get_rank() == 0:
+            events.event(self.scratch.events_file, name, **fields)
+
+    def intervals(self, found: dict[str, Whole]) -> dict[str, Any]:
+        """The interval of each metric before and after, and of its change; on the rank that computes."""
+        draws = {
+            name: one.drawn(self.resamples, self.seed)
+            for name, one in found.items()
+            if isinstance(one, Apart)
+        }
+        both = draws["before"].keys() & draws["after"].keys()
+        draws["change"] = {name: draws["after"][name] - draws["before"][name] for name in sorted(both)}
+        shown = {
+            name: {metric: confidence.interval(values) for metric, values in of.items()}
+            for name, of in draws.items()
+        }
+        return {"level": confidence.LEVEL, "resamples": self.resamples, "seed": self.seed, **shown}
 
 
 def measure(
     scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """Evaluate what request.json names and write evaluation.json: {"before": {metric: value}, "after":
-    {metric: value}}."""
+    """Evaluate what request.json names and write evaluation.json: metrics and details before and after,
+    and intervals if asked for."""
     request = read_json(scratch.path / "request.json")
     if plan.data.evaluation is None:
         raise ConfigurationError(
             Problem("data.evaluation", None, "nothing to measure on; name held-out rows in the job file")
         )
-    run = Path(request["run"]) if request["run"] else None
-    after = _as_it_stands(plan, request["model"]) if request["model"] else plan
+    run, model = (Path(request["run"]) if request["run"] else None), request["model"]
+    own = Measuring(scratch, stop, request["resamples"], request["seed"])
+    if own.resamples:  # rows are drawn, and a pack has several
+        plan = plan.model_copy(update={"data": plan.data.model_copy(update={"packing": False})})
+    # A run has one model with two states; of a directory the model that the job begins with is another one.
+    subjects = [Subject.of(plan, run, None), *([Subject.of(plan, None, model)] if model else [])]
     # Before the ranks know each other, who would wait in vain for whoever tokenises.
-    prepared = {"before": _material(scratch, plan, plan, run), "after": _material(scratch, after, plan, run)}
+    datasets = [
+        own.dataset(one, one is subjects[0] and os.environ.get("RANK", "0") == "0") for one in subjects
+    ]
     start_process_group(plan)
-    result = {}
-    for name, (measured, config, task, dataset) in prepared.items():
-        engine = FsdpEngine(measured, task, config, trains=False)
-        engine.load()
-        check_loss(engine, task, dataset, measured, functools.partial(_event, scratch))
-        if name == "after" and run is not None:
-            _load(run, plan, engine, request["step"])
-        report = phase_report(scratch, "evaluating", "batches") if distributed.get_rank() == 0 else _silent
-        result[name] = evaluate(engine, task, dataset, measured, report)
-        del engine
-        gc.collect()
-    if distributed.get_rank() == 0:
-        write_atomically(scratch.path / "evaluation.json", json.dumps(result) + "\n")
-        events.event(scratch.events_file, "finished", step=0, metrics=result["after"])
+    found: dict[str, Whole] = {}
+    step = None
+    try:
+        for subject, dataset in zip(subjects, datasets, strict=True):
+            engine = own.engine(subject, dataset)
+            found["after" if found else "before"] = own.look(subject, engine, dataset)
+            if run is not None:
+                step = subject.load(run, engine, request["step"])
+                found["after"] = own.look(subject, engine, dataset)
+            del engine
+            gc.collect()
+    except Interrupted:
+        own.event(
+            "stopped", step=0, line="stopped before everything was measured; the same command begins anew"
+        )
+    else:
+        if distributed.get_rank() == 0:
+            _write(
+                scratch,
+                found,
+                {"step": step} | ({"confidence": own.intervals(found)} if own.resamples else {}),
+                datasets[0],
+            )
     distributed.barrier()
 
 
-def _as_it_stands(plan: Plan, model: str) -> Plan:
-    """The plan for a model's directory: what the job does to the model that it trains is done to that one
-    alone."""
-    asked = plan.model
-    as_it_is = Model(
-        name=model, task=asked.task, attention=asked.attention, trust_remote_code=asked.trust_remote_code
-    )
-    return plan.model_copy(update={"model": as_it_is})
-
-
-def _material(
-    scratch: RunDirectory, plan: Plan, job: Plan, run: Path | None
-) -> tuple[Plan, Any, Task, Dataset]:
-    """The plan with its model's config, its task and its rows. Classes are those of the run, or of a model
-    that stands for itself.
-
-    Of the model that the job begins with they are those that it would be trained for.
-    """
-    source = plan.data.evaluation
-    assert source is not None
-    begins, plan = plan is job, pretrained.settled(plan)
-    config = pretrained.read_config(plan)
-    try:
-        tokenizer = pretrained.read_tokenizer(plan)
-    except (
-        ConfigurationError
-    ):  # a directory with nothing but weights; the job's model says how texts are read
-        if begins:
-            raise
-        tokenizer = pretrained.read_tokenizer(job)
-    task = tasks.build(plan, tokenizer)
-    if run is not None and (run / "model" / "config.json").is_file():
-        task.adopt(pretrained.read_config(_as_it_stands(plan, str(run / "model"))), as_it_stands=True)
-    else:
-        task.adopt(config, as_it_stands=not begins)
-    if task.labels_given:
-        task.refuse_unknown(open_source(source, task.columns))
-    dataset = prepare(source, "evaluation", plan, task, tokenizer, phase_report(scratch, "preparing", "rows"))
-    refuse_mostly_dropped(dataset.report, plan)
-    if begins and os.environ.get("RANK", "0") == "0":
-        events.event(scratch.events_file, "prepared", **dataset.report.to_dict())
-    task.configure(config)
-    refuse_tokens(dataset, "data.evaluation", tokenizer, config)
-    return plan, config, task, dataset
-
-
-def _load(run: Path, plan: Plan, engine: FsdpEngine, step: int | None) -> None:
-    checkpointer = Checkpointer(RunDirectory(run), plan, distributed.get_rank(), distributed.get_world_size())
-    checkpointer.open(read_only=True)
-    if checkpointer.load(engine.state_dict(), step) is None:
-        raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
-    engine.after_load()
-
-
-def _event(scratch: RunDirectory, name: str, **fields: Any) -> None:
-    if distributed.get_rank() == 0:
-        events.event(scratch.events_file, name, **fields)
+def _write(scratch: RunDirectory, found: dict[str, Whole], more: dict[str, Any], dataset: Dataset) -> None:
+    result: dict[str, Any] = {name: one.metrics for name, one in found.items()}
+    if any(one.shown for one in found.values()):
+        result["details"] = {name: one.shown for name, one in found.items()}
+    report = dataset.report.to_dict()
+    kept = ("files", "source_hash", "rows_read", "rows_used", "dropped", "num_cut")
+    result["data"] = {key: report[key] for key in kept}
+    write_atomically(scratch.path / "evaluation.json", json.dumps(result | more) + "\n")
+    events.event(scratch.events_file, "finished", step=0, metrics=result["after"])
 
 
 def _silent(done: int, total: int) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -26,6 +27,7 @@ from launcher.training.loss import (
     LogitTransform,
     chunk_length,
     chunked_cross_entropy,
+    spread,
     supervised_only,
 )
 
@@ -55,12 +57,79 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
         entropy = _ENTROPIES[head](model, outputs, batch["targets"])
     router = _router_loss(model, outputs, batch) if routes else None
     if router is None:
-        return Output(entropy.loss_sum, entropy.num_correct)
-    return Output(entropy.loss_sum + router, entropy.num_correct, None, router.detach())
+        return Output(entropy.loss_sum, entropy.num_correct, losses=entropy.losses)
+    loss_sum = entropy.loss_sum + router
+    return Output(loss_sum, entropy.num_correct, router_loss_sum=router.detach(), losses=entropy.losses)
+
+
+def encoder_decoder(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0) -> Output:
+    """Return the summed loss of a collated micro-batch of pairs: cross entropy of the targets, smoothed
+    where asked for.
+
+    `input_ids`, `attention_mask` [samples, longest source]; `labels` [samples, longest target], which the
+    decoder reads one token later, as the model's own class has it; `targets` alike, -100 where nothing is
+    learned. The logits exist in chunks alone.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+    inputs["decoder_input_ids"] = _one_later(model, batch["labels"])
+    head = model.get_output_embeddings()
+    with _hidden_states_of(head) as seen:
+        own_forward(model, inputs)
+    if not seen:
+        raise NotImplementedError(
+            f"{type(model).__name__} does not send its decoder's output through its output embeddings"
+        )
+    bias = [part for part in (head.bias, getattr(model, "final_logits_bias", None)) if part is not None]
+    entropy = chunked_cross_entropy(
+        seen[-1].flatten(0, 1),
+        head.weight,
+        batch["targets"].flatten(),
+        bias=sum(part.flatten().to(head.weight.dtype) for part in bias) if bias else None,
+        transform=LogitTransform.of(model.config.get_text_config(decoder=True)),
+        count_correct=not torch.is_grad_enabled(),
+        smoothing=smoothing,
+    )
+    return Output(entropy.loss_sum, entropy.num_correct, losses=entropy.losses)
+
+
+def _one_later(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads to write `labels`, int64 [samples, longest]: by the rule of the model's own
+    class.
+
+    Raises NotImplementedError for a class that does not say.
+    """
+    kind = model_class_of(model)
+    if hasattr(kind, "prepare_decoder_input_ids_from_labels"):
+        return kind.prepare_decoder_input_ids_from_labels(model, labels=labels)
+    if (shift := getattr(sys.modules[kind.__module__], "shift_tokens_right", None)) is None:
+        raise NotImplementedError(f"{kind.__name__} does not say what its decoder reads")
+    shifted: torch.Tensor = shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+    return shifted
+
+
+@contextlib.contextmanager
+def _hidden_states_of(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """While inside, what goes into the head is added to a list, and no logits are made of it."""
+    seen: list[torch.Tensor] = []
+    before = head.__dict__.get("forward")
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return hidden.new_zeros(1, 1, 1)
+
+    head.forward = forward
+    try:
+        yield seen
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
 
 
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
-    """Return what the model's own class makes of `inputs`, of which those are left out that it does not know."""
+    """Return what the model's own class makes of `inputs`, of which those are left out that it does not
+    know."""
     forward = model_class_of(model).forward
     return forward(model, **_accepted(model_class_of(model), inputs))
 
@@ -124,22 +193,28 @@ def _chunked(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> Cro
 def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
     """Through all that the model's own forward does after its decoder, a few hundred positions at a time,
     each computed again backward."""
-    hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
+    hidden, wanted = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
     loss_sum = num_correct = torch.zeros((), device=hidden.device)
+    losses = [hidden.new_zeros(0, dtype=torch.float32)]
 
-    def of(part: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(
+        part: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         with _answering(decoder_of(model), outputs, last_hidden_state=part[None]):
             logits = own_forward(model, {"input_ids": target[None], "use_cache": False}).logits
         return tuple(_cross_entropy(logits[0], target))  # type: ignore[return-value]
 
     step = chunk_length(model.config.get_text_config().vocab_size)
     for begin in range(0, hidden.shape[0], step):
-        part, target = hidden[begin : begin + step], targets[begin : begin + step]
-        loss, correct = (
+        part, target = hidden[begin : begin + step], wanted[begin : begin + step]
+        loss, correct, each = (
             checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
         )
         loss_sum, num_correct = loss_sum + loss, num_correct + correct
-    return CrossEntropy(loss_sum, num_correct)
+        losses += [] if each is None else [each]
+    return CrossEntropy(
+        loss_sum, num_correct, None if torch.is_grad_enabled() else spread(torch.cat(losses), targets)
+    )
 
 
 _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {
@@ -150,8 +225,12 @@ _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntrop
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
     """Of logits [tokens, vocabulary] that are all there."""
-    loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-    return CrossEntropy(loss_sum, (logits.argmax(dim=-1) == targets).sum().float().detach())
+    num_correct = (logits.argmax(dim=-1) == targets).sum().float().detach()
+    if torch.is_grad_enabled():
+        loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        return CrossEntropy(loss_sum, num_correct)
+    losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    return CrossEntropy(losses.sum(), num_correct, losses)
 
 
 @contextlib.contextmanager

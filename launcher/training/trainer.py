@@ -40,6 +40,7 @@ from launcher.training.reporting.symptoms import Sample, Symptoms
 from launcher.training.reporting.tracking import Journal
 from launcher.training.reporting.whereabouts import say_compiling, waited
 from launcher.training.rescue import Rescue
+from launcher.training.samples import Shown
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.state import Counters, State
@@ -118,6 +119,7 @@ class Trainer:
         here.at("checking the loss")
         self.event("phase", phase="checking the loss")
         check_loss(self.engine, self.task, self.material.train, self.plan, self.event)
+        self.shown = Shown.of(self.task, self.material.evaluation, self.plan, self.rank)
         world_size = self.plan.mesh.world_size
         self.checkpointer = Checkpointer(
             self.run, self.plan, self.rank, world_size, write_event=self.journal.event
@@ -254,33 +256,45 @@ class Trainer:
         return totals
 
     def _evaluate(self) -> bool:
-        """Measure on the held-out rows. False where a stop was asked for meanwhile: the next attempt then
-        measures."""
-        metrics: dict[str, float] = {}
-        if self.material.evaluation is not None:
-            report = (
-                phase_report(self.run, "evaluating", "batches")
-                if self.rank == 0
-                else lambda done, total: None
+        """Measure on the held-out rows. Return False where a stop was asked for; the next attempt measures."""
+        if self.material.evaluation is None:
+            self._evaluated({})
+            return True
+        report = (
+            phase_report(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
+        )
+        details: dict[str, Any] = {}
+        try:
+            metrics = evaluate(
+                self.engine,
+                self.task,
+                self.material.evaluation,
+                self.plan,
+                report,
+                lambda: self._agree(self.stop.requested),
+                lambda: self.stop.requested,
+                details.update,
             )
-            try:
-                metrics = evaluate(
-                    self.engine,
-                    self.task,
-                    self.material.evaluation,
-                    self.plan,
-                    report,
-                    lambda: self._agree(self.stop.requested),
-                )
-            except Interrupted:
-                return False
+        except Interrupted:
+            return False
+        self._evaluated(metrics)
+        self.task.adopt_evaluation(details)
+        answers = self._answers()
+        if self.recorder:
+            self.recorder.evaluation(self.state.step, metrics, details, answers)
+        self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
+        return True
+
+    def _answers(self) -> list[dict[str, Any]]:
+        """Return what the model says of the rows that are shown; nothing where a stop came while it wrote."""
+        if self.shown is None:
+            return []
+        answers = self.shown.answers(self.engine, self.task, self.plan, lambda: self.stop.requested)
+        return [] if self.task.generates and self._agree(self.stop.requested) else answers
+
+    def _evaluated(self, metrics: dict[str, float]) -> None:
         self.state.metrics, self.state.evaluated_step = metrics, self.state.step
         self.evaluating.done(self.state.step, time.monotonic())
-        if self.material.evaluation is not None:
-            if self.recorder:
-                self.recorder.evaluation(self.state.step, metrics)
-            self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
-        return True
 
     def _save(self, wait: bool = False, must: bool = True) -> bool:
         """Save, and `wait` until it is committed. Return whether it is, as far as that is known.

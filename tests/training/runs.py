@@ -225,8 +225,10 @@ def start(
     hook: Hook | None = None,
     stop_at: int | None = None,
     cache: Path | None = None,
+    entry: Callable[..., None] | None = None,
 ) -> Attempt:
-    """Start an attempt as torchrun would, with forked processes in the place of new interpreters."""
+    """Start an attempt as torchrun would, with forked processes in the place of new interpreters; of `entry`
+    in the place of the trainer."""
     port = free_port()
     environment = {
         "WORLD_SIZE": str(world_size),
@@ -239,7 +241,8 @@ def start(
     for rank in range(world_size):
         receiving, sending = _CONTEXT.Pipe(duplex=False)
         ranked = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = _CONTEXT.Process(target=_rank, args=(run, ranked, sending, hook, stop_at), daemon=True)
+        arguments = (run, ranked, sending, hook, stop_at, entry)
+        process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
         process.start()
         sending.close()
         attempt.processes.append(process)
@@ -247,20 +250,26 @@ def start(
     return attempt
 
 
-def finish(
-    run: RunDirectory,
-    world_size: int,
-    hook: Hook | None = None,
-    stop_at: int | None = None,
-    cache: Path | None = None,
-) -> None:
-    """One attempt to its end; AssertionError with the ranks' errors where it has any."""
-    errors = [error for error in start(run, world_size, hook, stop_at, cache).errors() if error is not None]
+def errors_of(
+    run: RunDirectory, world_size: int, hook: Hook | None = None, **options: Any
+) -> list[BaseException]:
+    """One attempt to its end; what its ranks raised."""
+    return [error for error in start(run, world_size, hook, **options).errors() if error is not None]
+
+
+def finish(run: RunDirectory, world_size: int, hook: Hook | None = None, **options: Any) -> None:
+    """One attempt to its end, with the options of `start`; AssertionError with the ranks' errors, if any."""
+    errors = errors_of(run, world_size, hook, **options)
     assert not errors, "\n".join(str(error) for error in errors)
 
 
 def _rank(
-    run: RunDirectory, environment: dict[str, str], pipe: Connection, hook: Hook | None, stop_at: int | None
+    run: RunDirectory,
+    environment: dict[str, str],
+    pipe: Connection,
+    hook: Hook | None,
+    stop_at: int | None,
+    entry: Callable[..., None] | None,
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -272,7 +281,7 @@ def _rank(
         stop = StopRequest(30.0)
         if hook:
             hook(int(environment["RANK"]), stop)
-        train(run, Plan.read(run.plan_file), 1, stop, stop_at=stop_at)
+        (entry or train)(run, Plan.read(run.plan_file), 1, stop, stop_at=stop_at)
     except BaseException as raised:
         traceback.print_exc()
         error = _portable(raised)

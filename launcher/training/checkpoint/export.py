@@ -20,6 +20,7 @@ from launcher.runs.checkpoints import Stored as StoredCheckpoint
 from launcher.runs.checkpoints import look, newest_valid, verify
 from launcher.runs.layout import RunDirectory, sync_directory
 from launcher.runs.sharing import set_umask
+from launcher.training.checkpoint.card import Card
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.weights import (
     SAFETENSORS_NAMES,
@@ -72,7 +73,8 @@ def export(
     weights = _weights(run, CheckpointReader(chosen.directory), dtype, adapter)
     # peft reads one file.
     shards = [weights.entries()] if adapter else _shards(weights.entries(), max_shard_bytes)
-    set_umask(run.plan_file.is_file() and Plan.read(run.plan_file).share_with_group)
+    plan = Plan.read(run.plan_file) if run.plan_file.is_file() else None
+    set_umask(plan is not None and plan.share_with_group)
     temporary = out.with_name(f".{out.name}.export-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
@@ -85,6 +87,10 @@ def export(
             weights.write_settings(temporary)
         else:
             _set_dtype(temporary / "config.json", shards)
+        if plan is not None and plan.script is None:
+            Card(run, plan, chosen.step, chosen.manifest.metrics if chosen.manifest else {}, adapter).write(
+                temporary
+            )
         sync_directory(temporary)
         temporary.rename(out)
     except OSError as error:

@@ -68,7 +68,7 @@ class Batches:
     def step(self, step: int) -> StepBatch:
         """Everything rank `rank` needs at `step`, counted from 0. Raises IndexError past the end."""
         real = self.indices(step)
-        places = deal(self._lengths(real), self.batch, self.dataset.padding_free)[:, self.rank]
+        places = deal(self.lengths(real), self.batch, self.dataset.padding_free)[:, self.rank]
         items = self._items(real, places.reshape(-1))
         size = self.batch.micro_batch_size
         micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
@@ -83,7 +83,7 @@ class Batches:
             ),
         )
 
-    def _lengths(self, real: np.ndarray) -> np.ndarray:
+    def lengths(self, real: np.ndarray) -> np.ndarray:
         """Tokens of each place of the global batch; a filler is as long as the shortest item."""
         lengths = self.dataset.item_lengths[real]
         return np.concatenate([lengths, np.repeat(lengths.min(), self.batch.global_batch_size - len(real))])

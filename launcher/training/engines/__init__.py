@@ -10,11 +10,14 @@ from launcher.training.engines.engine import Engine
 from launcher.training.engines.fsdp import FsdpEngine
 
 
-def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> Engine:
-    """Return the plan's engine with its model loaded. Called by all ranks together. `ds_config` is the
-    rendered configuration, for DeepSpeed alone."""
+def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any], trains: bool = True) -> Engine:
+    """Return the plan's engine with its model loaded. Called by all ranks together.
+
+    `ds_config` is the rendered configuration, for DeepSpeed alone. Without `trains` FSDP has no optimizer.
+    ZeRO has one in any case, as its shards of fp32 belong to it.
+    """
     if plan.engine == "fsdp":
-        engine: Engine = FsdpEngine(plan, task, config)
+        engine: Engine = FsdpEngine(plan, task, config, trains)
     else:
         from launcher.training.engines.deepspeed import DeepSpeedEngine
 

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
+from launcher.tasks.generation import GenerationOptions
 from launcher.tasks.task import Output, Task
+from launcher.training import generating
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.engines import companions
@@ -33,6 +35,9 @@ from launcher.training.heads import Batch
 from launcher.training.model import adapters, pretrained
 from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
+
+_WRITING = -1
+"""The number of a module that does not exist, which uses every parameter while texts are written."""
 
 
 class DeepSpeedEngine:
@@ -134,6 +139,38 @@ class DeepSpeedEngine:
             output: Output = self._engine(batch)
         self._engine.train()
         return output
+
+    def generate(
+        self, batch: Batch, options: GenerationOptions, each_token: generating.EachToken = lambda: False
+    ) -> torch.Tensor:
+        self._engine.eval()
+        with torch.no_grad(), self._whole_where_it_fits() as is_whole:
+            written = generating.generate(self.model, batch, options, each_token, synced=not is_whole)
+        self._engine.train()
+        return written
+
+    @contextlib.contextmanager
+    def _whole_where_it_fits(self) -> Iterator[bool]:
+        """While inside, every rank has all parameters, where all ranks have the memory; say whether it is
+        so."""
+        assert self._plan.zero is not None
+        if self._plan.zero.stage < 3:
+            yield True
+            return
+        absent: list[Any] = [one for one in self.model.parameters() if one.ds_status.name != "AVAILABLE"]
+        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in absent)
+        device = torch.device(self._plan.mesh.device)
+        if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
+            yield self._plan.mesh.world_size == 1
+            return
+        with self._deepspeed.zero.GatheredParameters(absent):
+            for parameter in absent:  # what a module uses that is never left, ZeRO's hooks do not free
+                parameter.ds_active_sub_modules.add(_WRITING)
+            try:
+                yield True
+            finally:
+                for parameter in absent:
+                    parameter.ds_active_sub_modules.discard(_WRITING)
 
     def squared_gradient_norm(self) -> torch.Tensor:
         return self._stage.squared_gradient_norm()

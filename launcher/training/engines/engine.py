@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from launcher.tasks.generation import GenerationOptions
 from launcher.tasks.task import Output
+from launcher.training.generating import EachToken
 from launcher.training.heads import Batch
 
 
@@ -31,6 +33,13 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch) -> Output:
         """Forward alone, without dropout or gradients."""
+
+    def generate(
+        self, batch: Batch, options: GenerationOptions, each_token: EachToken = lambda: False
+    ) -> torch.Tensor:
+        """Write to a batch of prompts (`Task.prompts`): int64 [samples, n], padded behind each one's end,
+        without a prompt of the same sequence. `each_token` is asked on each rank by itself before every
+        pass, and a yes ends this rank's writing."""
 
     def squared_gradient_norm(self) -> torch.Tensor:
         """fp32 scalar: this rank's share of the squared global norm; the shares of all ranks add up to it."""

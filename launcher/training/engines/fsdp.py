@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from transformers import PreTrainedModel
 
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
+from launcher.tasks.generation import GenerationOptions
 from launcher.tasks.task import Output, Task
+from launcher.training import generating
 from launcher.training import optimizer as optimizers
 from launcher.training.engines import companions
 from launcher.training.engines.recompute import checkpoint_activations
@@ -20,6 +24,7 @@ from launcher.training.engines.units import shard_units
 from launcher.training.heads import Batch
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
+from launcher.training.precision import DTYPES
 
 _DEFERRED_GRADIENT_BYTES = 4 << 30
 """Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it,
@@ -83,6 +88,42 @@ class FsdpEngine:
             output: Output = self.model(batch)
         self.model.train()
         return output
+
+    def generate(
+        self, batch: Batch, options: GenerationOptions, each_token: generating.EachToken = lambda: False
+    ) -> torch.Tensor:
+        self.model.eval()
+        with torch.no_grad(), self._whole_where_it_fits() as is_whole:
+            written = generating.generate(self.model, batch, options, each_token, synced=not is_whole)
+        self.model.train()
+        return written
+
+    @contextlib.contextmanager
+    def _whole_where_it_fits(self) -> Iterator[bool]:
+        """While inside, every rank has all parameters, where all ranks have the memory; say whether it is
+        so."""
+        units = [module for module in nn.Module.modules(self.model) if isinstance(module, FSDPModule)]
+        if not units:
+            yield True
+            return
+        self.model._get_fsdp_state()._lazy_init()  # else an encoder, which is called first, would be the root
+        num_bytes = DTYPES[self._plan.precision].itemsize * sum(
+            parameter.numel() for parameter in self.model.parameters()
+        )
+        device = torch.device(self._plan.mesh.device)
+        if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
+            self.model.unshard()  # an encoder is called beside the root's own forward
+            yield self._plan.mesh.world_size == 1
+            return
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield True
+        finally:
+            for layer in units[1:]:
+                layer.set_reshard_after_forward(self._plan.mesh.reshard_after_forward, recurse=False)
+            self._reshard()
 
     def squared_gradient_norm(self) -> torch.Tensor:
         # Replicas hold equal gradients, so each counts for its share.

@@ -1,0 +1,131 @@
+"""The section `evaluation` of a job file: what a model writes while it is measured, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from launcher.lazy import Lazy
+from launcher.values import Section
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from launcher.tasks.task import Sample
+else:
+    np = Lazy("numpy")
+
+
+class Generate(Section):
+    """How answers are written, by the names that transformers' GenerationConfig has."""
+
+    max_new_tokens: int = Field(default=128, ge=1, le=1_000_000)
+    """Tokens of the longest answer."""
+    num_beams: int = Field(default=1, ge=1, le=1000)
+    """Beams of beam search; 1 is greedy."""
+    length_penalty: float = 1.0
+    """With beams: above 0 longer answers are favoured, below 0 shorter ones."""
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    """The length of word pieces' runs that may stand in an answer only once; 0 allows all."""
+    do_sample: bool = False
+    """Draw each token by its probability, in place of taking the likeliest."""
+    temperature: float = Field(default=1.0, gt=0)
+    """When drawing: logits are divided by it."""
+    top_k: int = Field(default=0, ge=0)
+    """When drawing: only from the likeliest so many tokens; 0 is all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """When drawing: only from the likeliest tokens that have this share of the probability together."""
+    seed: int = Field(default=17, ge=0)
+    """Of what is drawn; the same row draws the same on any number of ranks."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts at which an answer ends; they are not part of it."""
+
+
+def as_section(value: object) -> object:
+    """Read `true` as an empty section and `false` as none."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+class Evaluation(Section):
+    """What is done with the held-out rows beside computing their loss."""
+
+    samples: int = Field(default=4, ge=0, le=1000)
+    """Rows whose answers each evaluation writes to RUN/samples and to the trackers; 0 for none."""
+    generate: Annotated[Generate | None, BeforeValidator(as_section)] = None
+    """Have the model write an answer to each row, and compare it with what the row has; `true` writes
+    greedily."""
+    bleu_tokenizer: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """How sacrebleu cuts texts into words: `zh` for Chinese, `char` for languages without spaces."""
+    scorer: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """A function of your own, as `module:function`. It gets all answers and, for each, the list of its
+    references, and returns a number, higher being better; its name is the metric's."""
+
+    @property
+    def scorer_name(self) -> str | None:
+        """The metric that the user's own function computes."""
+        return None if self.scorer is None else self.scorer.partition(":")[2]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What goes to transformers' `generate` with every batch of prompts."""
+
+    arguments: Mapping[str, Any]
+    """Its keyword arguments that do not depend on the batch; `tokenizer` is among them where there are stop
+    strings."""
+    drawn: Generate | None = None
+    """Where tokens are drawn: how. The draws of a row hang on the seed, its number and the position alone."""
+
+    def also(self, **arguments: Any) -> GenerationOptions:
+        """Return the options with more arguments."""
+        return replace(self, arguments={**self.arguments, **arguments})
+
+
+def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = ()) -> GenerationOptions:
+    """Return the settings as keyword arguments of `generate`, which overrule what the model's config says.
+
+    `end_tokens` end an answer beside those that the model's generation config names.
+    """
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    arguments: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "num_beams": settings.num_beams,
+        "length_penalty": settings.length_penalty,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
+        "pad_token_id": padding,
+        # Drawing is done by processors of launcher's own, so that it does not hang on what shares a batch.
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+    }
+    if settings.stop_strings:
+        arguments |= {"stop_strings": list(settings.stop_strings), "tokenizer": tokenizer}
+    if end_tokens:
+        arguments["eos_token_id"] = sorted(set(end_tokens))
+    return GenerationOptions(arguments, settings if settings.do_sample else None)
+
+
+def padded_prompts(
+    prompts: Sequence[np.ndarray], samples: Sequence[Sample], padding: int, on_the_left: bool
+) -> dict[str, Any]:
+    """Return prompts, int [n] each, as a batch: `input_ids` and `attention_mask` int64 [B, L], and which
+    rows they are of."""
+    import torch
+
+    lengths = np.array([len(prompt) for prompt in prompts])
+    places = np.arange(lengths.max())
+    real = places >= (lengths.max() - lengths)[:, None] if on_the_left else places < lengths[:, None]
+    ids = np.full(real.shape, padding, dtype=np.int64)
+    ids[real] = np.concatenate(prompts)
+    batch: dict[str, Any] = {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(real.astype(np.int64)),
+    }
+    return batch | {
+        "ids": [sample.id for sample in samples],
+        "windows": [getattr(sample, "window", 0) for sample in samples],
+    }

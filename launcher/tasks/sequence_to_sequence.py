@@ -1,0 +1,298 @@
+"""Sequence to sequence: an encoder reads a text and a decoder writes one (translation, summarisation)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from launcher.data.rows import BAD_VALUE, TOO_LONG, IfThere, RowProblem, is_missing, text_of
+from launcher.data.section import Data
+from launcher.errors import ConfigurationError, Problem
+from launcher.lazy import Lazy
+from launcher.tasks.generation import GenerationOptions, padded_prompts
+from launcher.tasks.task import (
+    IGNORE,
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Output,
+    Sample,
+    Traits,
+    finding,
+)
+from launcher.tasks.text_scores import OVERLAP
+from launcher.tasks.token_losses import TokenLosses
+from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+
+class PairColumns(Data):
+    """Rows of a text and what it becomes."""
+
+    source: str
+    """The column of the text that is read."""
+    target: str
+    """The column of the text that is written: learned."""
+    references: str | None = None
+    """The column with a list of texts that an answer is compared with, of held-out rows that have it; else
+    it is the target."""
+    prefix: str = ""
+    """Put before every source, as T5 wants it (`translate English to German: `)."""
+    source_language: str | None = None
+    """The source's language, by the code that a multilingual model's tokenizer has for it (mBART `de_DE`,
+    NLLB `deu_Latn`)."""
+    target_language: str | None = None
+    """The target's language, by such a code: what is written begins with it."""
+    max_target_length: int = Field(default=128, ge=8, le=100_000_000)
+    """Tokens of the longest target; max_length is the source's."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """The share of each target's probability that is spread over all tokens, in training alone."""
+
+
+class SequenceToSequence(WritingTask):
+    """Read a source and write its target, by an encoder-decoder model; every token of the target and its end
+    are learned."""
+
+    name = "sequence-to-sequence"
+    traits = Traits(
+        "padded", causal=False, head="every-position", encoder_decoder=True, peft_type="SEQ_2_SEQ_LM"
+    )
+    Columns = PairColumns
+    column_ways = (("source", "target"),)
+    compared_by = OVERLAP
+    data: PairColumns
+
+    def __init__(self, data: PairColumns, labels: list[str] | None = None) -> None:
+        super().__init__(data, labels)
+        self._pad = 0
+        self._first: int | None = None
+        """The language code that what is written begins with."""
+        self._start: int | None = None
+        """The token that the decoder starts from, where the model's config does not say."""
+
+    def checks(self) -> Iterator[Finding]:
+        yield from super().checks()
+        if self.data.packing:
+            reason = "only causal-lm packs; pairs are sorted by length and padded, so set it to false"
+            yield finding("data.packing", True, reason, "model.task")
+        if self.data.source == self.data.target:
+            yield finding(
+                "data.target",
+                self.data.target,
+                "is the source as well; name the column of what is to be written",
+            )
+
+    @property
+    def metrics(self) -> Mapping[str, Better]:
+        return {**LOSSES, **self.written_metrics}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        own = (self.data.source, self.data.target if not self.for_prediction else IfThere(self.data.target))
+        return own if self.data.references is None else (*own, IfThere(self.data.references))
+
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        source = self.data.prefix + text_of(row, self.data.source)
+        return [source] if self.for_prediction else [source, text_of(row, self.data.target)]
+
+    def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
+        return num_texts * (1 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(False)))
+
+    @property
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForSeq2SeqLM
+
+        return AutoModelForSeq2SeqLM
+
+    def chance_loss(self, config: Any) -> float | None:
+        return math.log(config.get_text_config(decoder=True).vocab_size)
+
+    def prepare(self, processor: Any) -> None:
+        """Set the languages. Raises ConfigurationError where the tokenizer has no such code, or no padding
+        token."""
+        self.tokenizer = processor
+        for key, attribute in (("source_language", "src_lang"), ("target_language", "tgt_lang")):
+            if (code := getattr(self.data, key)) is not None:
+                _set_language(processor, f"data.{key}", attribute, code)
+        if processor.pad_token_id is None:
+            reason = "its tokenizer has no padding token, and batches of texts need one to pad with"
+            raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+        self._pad = processor.pad_token_id
+        around = processor(text_target="")["input_ids"]
+        if self.data.target_language is not None and around:
+            # mBART-50, M2M100 and NLLB write the code first; the first mBART's decoder starts from it.
+            self._first, self._start = (
+                (None, around[-1]) if around[0] == processor.eos_token_id else (around[0], None)
+            )
+        elif processor.bos_token_id is not None or processor.cls_token_id is not None:
+            self._start = (
+                processor.cls_token_id if processor.cls_token_id is not None else processor.bos_token_id
+            )
+
+    def configure(self, config: Any) -> None:
+        """Write the padding token and the decoder's first token where the config has none, as one of two
+        encoders."""
+        if self.tokenizer is None:
+            return
+        language = self.data.target_language is not None and self._first is None
+        if getattr(config, "decoder_start_token_id", None) is None or language:
+            config.decoder_start_token_id = self._start
+        if config.pad_token_id is None:
+            config.pad_token_id = self._pad
+
+    @property
+    def key(self) -> Any:
+        return ["references", self.for_prediction] if self.generates or self.for_prediction else None
+
+    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
+        """Return `input_ids` and `labels`, int32 each, for every row that can be used; with generation
+        `references` too, as bytes."""
+        read = [self._read(row) for row in rows]
+        good = [texts for texts in read if not isinstance(texts, RowProblem)]
+        sources = self._tokens(processor, [texts[0] for texts in good], self.data.max_length, "text")
+        targets = self._tokens(
+            processor, [texts[1] for texts in good], self.data.max_target_length, "text_target"
+        )
+        encoded = iter([self._encoded(*one) for one in zip(good, sources, targets, strict=True)])
+        return [one if isinstance(one, RowProblem) else next(encoded) for one in read]
+
+    def _read(self, row: dict[str, Any]) -> tuple[str, str, list[str]] | RowProblem:
+        try:
+            source, *targets = self.texts(row)
+            return source, (targets or [""])[0], self._references(row) or targets
+        except RowProblem as problem:
+            return problem
+
+    def _references(self, row: dict[str, Any]) -> list[str]:
+        column = self.data.references
+        if column is None or is_missing(texts := row.get(column)):
+            return []
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise RowProblem(BAD_VALUE, f"{column!r} is not a list of texts")
+        return texts
+
+    def _tokens(self, processor: Any, texts: list[str], limit: int, role: str) -> list[tuple[list[int], int]]:
+        """The tokens of each text, cut to `limit` with its end kept, and how many there were."""
+        if not texts:
+            return []
+        whole = processor(**{role: texts}, truncation=False, verbose=False)["input_ids"]
+        cut = processor(**{role: texts}, truncation=True, max_length=limit, verbose=False)["input_ids"]
+        return [(short, len(long)) for short, long in zip(cut, whole, strict=True)]
+
+    def _encoded(
+        self, texts: tuple[str, str, list[str]], source: tuple[list[int], int], target: tuple[list[int], int]
+    ) -> Encoded | RowProblem:
+        named = (("source", source, "max_length"), ("target", target, "max_target_length"))
+        long = [
+            f"{count:,} tokens of the {name}, and {key} is {len(ids):,}"
+            for name, (ids, count), key in named
+            if count > len(ids)
+        ]
+        if long and self.data.too_long != "cut":
+            return RowProblem(TOO_LONG, "; ".join(long))
+        arrays = {
+            "input_ids": np.array(source[0], dtype=np.int32),
+            "labels": np.array(target[0], dtype=np.int32),
+        }
+        if self.generates:
+            arrays["references"] = as_bytes(texts[2])
+        return Encoded(arrays, len(target[0]), len(source[0]) + len(target[0]), cut=bool(long))
+
+    def example(self, length: int) -> Sample:
+        """Return a source of so many tokens, and a target as much shorter as max_target_length is than
+        max_length."""
+        targets = max(1, math.ceil(length * self.data.max_target_length / self.data.max_length))
+        arrays = {"input_ids": np.zeros(length, dtype=np.int32), "labels": np.zeros(targets, dtype=np.int32)}
+        return Sample(arrays | {"references": as_bytes([""])}, 0, length + targets)
+
+    def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
+        """Return `input_ids` and `attention_mask` int64 [B, source], and `labels` int64 [B, target], padded
+        with -100; `targets` are the labels, and -100 in filler: of that the decoder still reads something."""
+        samples = [sample for item in items for sample in item]
+        read = padded_prompts(
+            [sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False
+        )
+        lengths = np.array([len(sample["labels"]) for sample in samples])
+        real = np.arange(lengths.max()) < lengths[:, None]
+        labels = np.full(real.shape, IGNORE, dtype=np.int64)
+        labels[real] = np.concatenate([sample["labels"] for sample in samples])
+        weights = np.array([sample.weight for sample in samples])
+        batch = {name: read[name] for name in ("input_ids", "attention_mask")} | {
+            "labels": torch.from_numpy(labels)
+        }
+        batch["targets"] = torch.from_numpy(np.where(weights[:, None] > 0, labels, IGNORE))
+        return batch | ({"aside": self.aside(samples)} if self.generates else {})
+
+    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
+        """Return the sample with both texts cut to about `length` tokens, the last ones kept."""
+        names = ("input_ids", "labels")
+        short = {
+            name: sample[name][np.r_[: min(length, len(sample[name])) - 1, len(sample[name]) - 1]]
+            for name in names
+        }
+        return Sample({**sample, **short}, sample.id, sum(map(len, short.values())), sample.weight)
+
+    def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
+        return {
+            name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in ("input_ids", "labels")
+        }
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+        """Return the summed loss of the targets' tokens. Labels are smoothed in training alone, so that
+        perplexity stays comparable."""
+        from launcher.training.heads import encoder_decoder
+
+        return encoder_decoder(model, batch, self.data.label_smoothing if torch.is_grad_enabled() else 0.0)
+
+    @property
+    def generates(self) -> bool:
+        return self.for_prediction or self.evaluation.generate is not None
+
+    @property
+    def generation(self) -> GenerationOptions:
+        options = super().generation
+        return options if self._first is None else options.also(forced_bos_token_id=self._first)
+
+    @property
+    def end_tokens(self) -> Sequence[int]:
+        # A decoder made of a BERT writes its separator last.
+        return [end for end in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if end is not None]
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        return padded_prompts(
+            [sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False
+        )
+
+    def evaluator(self) -> Evaluator:
+        return TextEvaluator(self) if self.generates else TokenLosses()
+
+
+def _set_language(tokenizer: Any, key: str, attribute: str, code: str) -> None:
+    """Set one of a multilingual tokenizer's languages. Raises ConfigurationError where it has no languages,
+    or not this one."""
+    if not hasattr(tokenizer, attribute):
+        name = type(tokenizer).__name__
+        reason = f"a {name} has no language codes; leave it out, or say the language in data.prefix"
+        raise ConfigurationError(Problem(key, code, reason))
+    codes = sorted(
+        getattr(tokenizer, "lang_code_to_id", None) or getattr(tokenizer, "fairseq_language_code", None) or ()
+    )
+    tokens = tokenizer.convert_tokens_to_ids([code, f"__{code}__"])
+    if set(tokens) <= {None, tokenizer.unk_token_id}:
+        import difflib
+
+        near = difflib.get_close_matches(code, codes, n=1, cutoff=0.0)
+        reason = "the tokenizer has no such language code" + (f"; the nearest is {near[0]}" if near else "")
+        raise ConfigurationError(Problem(key, code, reason))
+    setattr(tokenizer, attribute, code)

@@ -1,0 +1,139 @@
+"""What tasks have in common whose model writes texts: how it does, and what the texts are held to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.lazy import Lazy
+from launcher.tasks.generation import Generate, GenerationOptions, options_of
+from launcher.tasks.task import Better, Finding, Output, Sample, Task, finding
+from launcher.tasks.text_scores import scores
+from launcher.tasks.token_losses import TokenLosses
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+
+class WritingTask(Task):
+    """A task whose model can write an answer to a row; `prompts` says what it reads for that."""
+
+    tokenizer: Any = None
+    """The model's, once prepared."""
+    compared_by: Mapping[str, Better] = {}
+    """What answers are held to references by."""
+
+    @property
+    def settings(self) -> Generate:
+        """How answers are written: as the job says, else greedily."""
+        return self.evaluation.generate or Generate()
+
+    @property
+    def written_metrics(self) -> Mapping[str, Better]:
+        """What an evaluation measures beside the losses, where the model writes."""
+        if self.evaluation.generate is None:
+            return {}
+        own = self.evaluation.scorer_name
+        return {**self.compared_by, **({} if own is None else {own: "higher"})}
+
+    def checks(self) -> Iterator[Finding]:
+        evaluation, settings = self.evaluation, self.evaluation.generate
+        if settings is None:
+            if evaluation.scorer is not None:
+                reason = (
+                    "scores what the model writes, and it writes nothing: write evaluation.generate: true"
+                )
+                yield finding("evaluation.scorer", evaluation.scorer, reason, "evaluation.generate")
+            return
+        if self.data.evaluation is None:
+            reason = "there are no rows to write to: name data.evaluation, or leave it out"
+            yield finding("evaluation.generate", None, reason, "data.evaluation")
+        if settings.do_sample and settings.num_beams > 1:
+            reason = "beams look for the likeliest text, and do_sample draws: write 1, or do_sample: false"
+            yield finding(
+                "evaluation.generate.num_beams", settings.num_beams, reason, "evaluation.generate.do_sample"
+            )
+        drawing = {"temperature", "top_k", "top_p", "seed"} & settings.model_fields_set
+        for key in sorted(drawing) if not settings.do_sample else ():
+            reason = "only counts when tokens are drawn: write do_sample: true, or leave it out"
+            yield finding(
+                f"evaluation.generate.{key}", getattr(settings, key), reason, "evaluation.generate.do_sample"
+            )
+        if (name := evaluation.scorer_name) is not None and name in {
+            **self.compared_by,
+            **dict.fromkeys(LOSSES),
+        }:
+            reason = f"{name} is measured already; give the function another name"
+            yield finding("evaluation.scorer", evaluation.scorer, reason)
+
+    @property
+    def generation(self) -> GenerationOptions:
+        return options_of(self.settings, self.tokenizer, self.end_tokens)
+
+    @property
+    def end_tokens(self) -> Sequence[int]:
+        """The ids at which an answer ends, beside those of the model's generation config."""
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Return the text of what was written, int [n], up to the first stop string and without special
+        tokens."""
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        ends = [place for stop in self.settings.stop_strings if (place := text.find(stop)) >= 0]
+        return (text[: min(ends)] if ends else text).strip()
+
+    def aside(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what the evaluator needs of a batch's samples: which rows they are, their weights and their
+        references."""
+        return {
+            "ids": [sample.id for sample in samples],
+            "windows": [sample.window for sample in samples],
+            "weights": [sample.weight for sample in samples],
+            "references": [from_bytes(sample["references"]) for sample in samples],
+        }
+
+
+LOSSES: dict[str, Better] = {"loss": "lower", "perplexity": "lower", "accuracy": "higher"}
+"""What is measured of the tokens of a reference."""
+
+
+class TextEvaluator(TokenLosses):
+    """The losses of the references' tokens, and the scores of what was written against the references."""
+
+    def __init__(self, task: WritingTask) -> None:
+        super().__init__()
+        self._task = task
+        self._rows: list[tuple[int, int, str, list[str]]] = []
+
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        super().update(output, batch)
+        if output.generated is None:
+            return
+        aside = batch["aside"]
+        named = zip(aside["ids"], aside["windows"], aside["weights"], aside["references"], strict=True)
+        for ids, (id, window, weight, references) in zip(output.generated.cpu().numpy(), named, strict=True):
+            if weight:
+                self._rows.append((id, window, self._task.decode(ids), references))
+
+    def state(self) -> list[np.ndarray]:
+        return [*super().state(), as_bytes(self._rows)]
+
+    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+        losses = super().compute(states)
+        # Whatever rank wrote them, the rows stand in their own order, so that sums over them are rounded alike.
+        rows = sorted((row for _, written in states for row in from_bytes(written)), key=lambda row: row[:2])
+        answers, references = [row[2] for row in rows], [row[3] for row in rows]
+        return losses | scores(answers, references, self._task.evaluation, tuple(self._task.compared_by))
+
+
+def as_bytes(value: Any) -> np.ndarray:
+    """Return what JSON can hold as the bytes of its text, uint8 [n]."""
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def from_bytes(content: np.ndarray) -> Any:
+    """Return what `as_bytes` made bytes of."""
+    return json.loads(content.tobytes())

@@ -1,0 +1,163 @@
+"""Have a model write texts by transformers' `generate`, sharded or not, on all ranks together.
+
+Where a model's parameters are gathered pass by pass, every rank has to make as many passes as the one that
+writes longest: `synced_gpus` sees to that. Where they fit into memory whole they are gathered once, and each
+rank writes by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import distributed
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)  # fmt: skip
+
+from launcher.tasks.generation import Generate, GenerationOptions
+from launcher.training.heads import Batch, model_class_of
+from launcher.training.model.attention import PACKED
+
+EachToken = Callable[[], bool]
+"""Called before every pass of the model; a yes ends the writing of this rank, with what is written so far."""
+SHARE_FOR_PARAMETERS = 0.5
+"""Of the memory that is free when writing begins: as much may become whole parameters. The rest is for keys,
+values and logits."""
+
+
+def generate(
+    model: PreTrainedModel, batch: Batch, options: GenerationOptions, each_token: EachToken, synced: bool
+) -> torch.Tensor:
+    """Return what the model writes to the prompts of `batch`, int64 [B, n], padded behind its end; of a
+    causal LM without the prompt.
+
+    `synced`: parameters are gathered in every pass, so that all ranks must make equally many.
+    """
+    prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    arguments: dict[str, Any] = {**options.arguments, "eos_token_id": _ends(model, options)}
+    if options.drawn is not None:
+        rows = list(zip(batch["ids"], batch["windows"], strict=True))
+        arguments["logits_processor"] = LogitsProcessorList([_Drawn(options.drawn, rows)])
+    leaving = _Leaving()
+    arguments["stopping_criteria"] = StoppingCriteriaList([leaving])
+    with (
+        _own_forward(model, each_token, leaving),
+        _plain_attention(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        written: torch.Tensor = model.generate(**prompts, **arguments, synced_gpus=synced)
+    # What an encoder-decoder writes begins with its decoder's first token, which may be the one that ends texts.
+    first = 1 if model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
+    return _padded_behind_ends(written[:, first:], arguments["eos_token_id"] or [], arguments["pad_token_id"])
+
+
+def fits_whole(num_bytes: int, device: torch.device, ranks_per_node: int) -> bool:
+    """Return whether so many bytes fit into the memory of every rank, beside what writing needs. Called by
+    all ranks together."""
+    if device.type == "cuda":
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    else:
+        free = psutil.virtual_memory().available // ranks_per_node
+    fits = torch.tensor(float(num_bytes <= SHARE_FOR_PARAMETERS * free), device=device)
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(fits, distributed.ReduceOp.MIN)
+    return bool(fits)
+
+
+def _ends(model: PreTrainedModel, options: GenerationOptions) -> list[int] | None:
+    """The tokens at which an answer ends: the model's own and the task's."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({*own, *options.arguments.get("eos_token_id", ())}) or None
+
+
+def _padded_behind_ends(written: torch.Tensor, ends: list[int], padding: int) -> torch.Tensor:
+    """Beam search fills with end tokens what is behind an end, where the padding token's id is 0."""
+    is_end = torch.isin(written, torch.tensor(ends, device=written.device, dtype=written.dtype)).long()
+    return written.masked_fill(is_end.cumsum(dim=1) - is_end > 0, padding)
+
+
+class _Leaving(StoppingCriteria):
+    """Ends all rows of a batch once this rank is to leave."""
+
+    leaves = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.leaves, dtype=torch.bool, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _own_forward(model: PreTrainedModel, each_token: EachToken, leaving: _Leaving) -> Iterator[None]:
+    """While inside, the model computes as its own class does, in the place of the task's loss, and each pass
+    asks `each_token`."""
+    task_loss = model.__dict__["forward"]
+    own = types.MethodType(model_class_of(model).forward, model)
+
+    @functools.wraps(own)  # `generate` asks for its signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        leaving.leaves = each_token() or leaving.leaves
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        model.forward = task_loss
+
+
+@contextlib.contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, attention is one that takes masks and a cache: that for packed samples has neither."""
+    before = model.config._attn_implementation
+    if before != PACKED:
+        yield
+        return
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # a class that has none
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class _Drawn(LogitsProcessor):
+    """Turns the likeliest token into one that is drawn, by Gumbel noise on the logits (arXiv 1411.0030).
+
+    The noise of a row hangs on the seed, the row and the position alone, so that the same is drawn on any
+    number of ranks.
+    """
+
+    def __init__(self, how: Generate, rows: list[tuple[int, int]]) -> None:
+        self._how, self._rows, self._position = how, rows, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        how, scores = self._how, scores.float() / self._how.temperature
+        if how.top_k:
+            scores = TopKLogitsWarper(how.top_k)(input_ids, scores)
+        if how.top_p < 1:
+            scores = TopPLogitsWarper(how.top_p)(input_ids, scores)
+        of_rows = [
+            np.random.default_rng((how.seed, *row, self._position)).gumbel(size=scores.shape[-1])
+            for row in self._rows
+        ]
+        self._position += 1
+        return scores + torch.from_numpy(np.stack(of_rows).astype(np.float32)).to(scores.device)

@@ -1,0 +1,109 @@
+"""The loss of pairs is the model's own, smoothed as transformers smooths it, for every family of encoder-decoders."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.trainer_pt_utils import LabelSmoother
+
+from launcher import tasks
+from launcher.data.section import Source
+from launcher.tasks.sequence_to_sequence import PairColumns, SequenceToSequence
+from launcher.tasks.task import Sample
+from tests.training.pairs import FAMILIES, model_of
+
+LENGTHS = ((9, 4), (3, 7), (5, 1), (2, 2))
+
+
+def task_of(**keys: Any) -> SequenceToSequence:
+    task = tasks.find("sequence-to-sequence")(
+        PairColumns(**{"train": Source(path="rows.jsonl"), "source": "source", "target": "target", **keys})
+    )
+    assert isinstance(task, SequenceToSequence)
+    return task
+
+
+def samples() -> list[Sample]:
+    generator = np.random.default_rng(0)
+    made = [
+        {
+            name: generator.integers(3, 120, n, dtype=np.int32)
+            for name, n in zip(("input_ids", "labels"), both, strict=True)
+        }
+        for both in LENGTHS
+    ]
+    for one in made:
+        one["labels"][-1] = 2
+    return [Sample(one, number, sum(map(len, one.values()))) for number, one in enumerate(made)]
+
+
+def both(family: str, smoothing: float) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+    """Our model and transformers' with equal weights, after a loss and a backward pass each."""
+    ours, own = model_of(family).train(), model_of(family).train()
+    for module in [*ours.modules(), *own.modules()]:
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    batch = task_of(label_smoothing=smoothing).collate([[sample] for sample in samples()])
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    output = own(**plain)
+    expected = LabelSmoother(smoothing)(output, batch["labels"]) if smoothing else output.loss
+    expected = expected * (batch["labels"] != -100).sum()
+    found = task_of(label_smoothing=smoothing).loss(ours, batch).loss_sum
+    expected.backward()
+    found.backward()
+    return ours, own, found, expected
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "encoder-decoder"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_and_its_gradients_are_those_of_transformers(family: str, smoothing: float) -> None:
+    ours, own, found, expected = both(family, smoothing)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    gradients = {name: parameter.grad for name, parameter in own.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad,
+            gradients[name],
+            rtol=1e-3,
+            atol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def test_an_evaluation_does_not_smooth_and_counts_what_is_right() -> None:
+    model, batch = model_of("t5").eval(), task_of().collate([[sample] for sample in samples()])
+    with torch.no_grad():
+        smoothed, plain = (task_of(label_smoothing=value).loss(model, batch) for value in (0.5, 0.0))
+        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).logits
+    assert float(smoothed.loss_sum) == float(plain.loss_sum)
+    assert int(plain.num_correct) == int((logits.argmax(-1) == batch["labels"]).sum())
+
+
+@pytest.mark.parametrize("family", ["t5", "mbart"])
+def test_filler_is_not_learned(family: str) -> None:
+    model, (first, *others) = model_of(family).eval(), samples()
+    batch = task_of().collate([[first], *([one.as_filler()] for one in others)])
+    alone = task_of().collate([[first]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            task_of().loss(model, batch).loss_sum, task_of().loss(model, alone).loss_sum
+        )
+
+
+def test_the_head_computes_as_before_behind_a_loss() -> None:
+    model, batch = model_of("bart").eval(), task_of().collate([[sample] for sample in samples()])
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        before = model(**plain).logits
+        task_of().loss(model, batch)
+        assert torch.equal(model(**plain).logits, before)
+        with contextlib.suppress(KeyError):
+            task_of().loss(model, {"labels": batch["labels"], "targets": batch["targets"]})
+        assert torch.equal(model(**plain).logits, before), "after an error too"
