@@ -7,7 +7,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
+from launcher.data.rows import (
+    EMPTY,
+    NOTHING_TO_LEARN,
+    TOO_LONG,
+    IfThere,
+    RowProblem,
+    check_encodable,
+    required,
+    text_of,
+)
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
@@ -20,6 +29,7 @@ from launcher.tasks.encoding import (
     puts_space_before,
     tokenise,
 )
+from launcher.tasks.generation import padded_prompts
 from launcher.tasks.task import (
     IGNORE,
     AnswerOptions,
@@ -31,11 +41,12 @@ from launcher.tasks.task import (
     Left,
     Output,
     Sample,
-    Task,
     Traits,
     finding,
 )
+from launcher.tasks.text_scores import EXACT, OVERLAP
 from launcher.tasks.token_losses import TokenLosses
+from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
 from launcher.values import Columns, Day, Tools
 
 if TYPE_CHECKING:
@@ -70,7 +81,7 @@ class CausalColumns(Data):
     attempts of a run."""
 
 
-class CausalLM(Task):
+class CausalLM(WritingTask):
     """Predict the next token; which tokens are learned depends on the columns that the job names.
 
     Text: all of them, and the end of the text. Prompt and completion: the completion and its end; the two are
@@ -82,6 +93,7 @@ class CausalLM(Task):
     traits = Traits("packed", causal=True, head="every-position", peft_type="CAUSAL_LM")
     Columns = CausalColumns
     column_ways = (("prompt", "completion"), ("messages",), ("text",))
+    compared_by = EXACT | OVERLAP
     data: CausalColumns
 
     def __init__(self, data: CausalColumns, labels: list[str] | None = None) -> None:
@@ -92,6 +104,10 @@ class CausalLM(Task):
         self._chat: ChatTemplate | None = None
 
     def checks(self) -> Iterator[Finding]:
+        yield from super().checks()
+        if self.data.text and self.generates:
+            reason = "plain text asks nothing: name prompt and completion, or messages, or leave it out"
+            yield finding("evaluation.generate", None, reason, "data.text")
         data, kinds = self.data, ("data.text", "data.prompt", "data.completion", "data.messages")
         if (data.prompt is None) != (data.completion is None):
             there, absent = ("prompt", "completion") if data.completion is None else ("completion", "prompt")
@@ -126,21 +142,23 @@ class CausalLM(Task):
 
     @property
     def metrics(self) -> Mapping[str, Better]:
-        return {"loss": "lower", "perplexity": "lower", "accuracy": "higher"}
+        return {**LOSSES, **self.written_metrics}
 
     @property
     def columns(self) -> tuple[str, ...]:
         if self.data.messages is not None:
             return chat_columns(self.data.messages, self.data.tools)
         if self.data.prompt is not None and self.data.completion is not None:
-            return (self.data.prompt, self.data.completion)
+            completion = IfThere(self.data.completion) if self._answers else self.data.completion
+            return (self.data.prompt, completion)
         return (self.data.text,) if isinstance(self.data.text, str) else tuple(self.data.text or ())
 
     def texts(self, row: dict[str, Any]) -> list[str]:
         if (column := self.data.messages) is not None:
-            texts = list(texts_of(messages_of(row, column), tools_of(row, self.data.tools)))
+            messages = messages_of(row, column, is_answered=not self._answers)
+            texts = list(texts_of(messages, tools_of(row, self.data.tools)))
         else:
-            texts = [text_of(row, column) for column in self.columns]
+            texts = [text_of(row, column) for column in required(self.columns)]
         for text in texts:
             check_encodable(text, self.columns[0])
         return texts
@@ -168,6 +186,7 @@ class CausalLM(Task):
     def prepare(self, processor: Any) -> None:
         """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a
         template for chat."""
+        self.tokenizer = processor
         if self.data.messages is not None:
             from launcher.tasks.chat.template import ChatTemplate
 
@@ -188,7 +207,17 @@ class CausalLM(Task):
 
     @property
     def key(self) -> Any:
-        return self._chat.key if self._chat is not None else None
+        chat = self._chat.key if self._chat is not None else None
+        return ["references", self.for_prediction, chat] if self.generates else chat
+
+    @property
+    def generates(self) -> bool:
+        return self.evaluation.generate is not None
+
+    @property
+    def _answers(self) -> bool:
+        """Whether rows are questions alone."""
+        return self.for_prediction and self.generates
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
         """Return `input_ids` and `targets`, int32 [n] each, for every row that can be used."""
@@ -203,9 +232,12 @@ class CausalLM(Task):
         """The row's text and what of it is learned."""
         try:
             if self._chat is not None:
-                written = self._chat.written(row, self.columns[0])
+                ask = self._chat.question if self._answers else self._chat.written
+                written = ask(row, self.columns[0])
                 check_encodable(written.text, self.columns[0])
                 return written
+            if self._answers:
+                return Written("".join(self.texts(row)), [])
             *before, last = self.texts(row)
         except RowProblem as problem:
             return problem
@@ -215,6 +247,10 @@ class CausalLM(Task):
     def _apart(self, written: Sequence[Written], tokenizer: Any) -> list[Tokens]:
         """Between the tokens that begin and end a text: what is read and what is learned, each by itself."""
         assert self._end is not None
+        if self._answers:
+            asked = tokenise(tokenizer, [one.text for one in written])["input_ids"] if written else []
+            questions = [np.array([*self._first, *ids], dtype=np.int32) for ids in asked]
+            return [Tokens(ids, np.zeros(len(ids), dtype=bool)) for ids in questions]
         pairs = [(one.text[: one.learned[0][0]], one.text[one.learned[0][0] :]) for one in written]
         flat = tokenise(tokenizer, [text for pair in pairs for text in pair])["input_ids"] if pairs else []
         seconds = continue_texts(tokenizer, pairs) if self._spaced else flat[1::2]
@@ -228,7 +264,7 @@ class CausalLM(Task):
         if isinstance(tokens, RowProblem):
             return tokens
         length = len(tokens.ids)
-        if length > self.data.max_length and self.data.too_long != "cut":
+        if length > self.data.max_length and (self.data.too_long != "cut" or self._answers):
             return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
         ids, learned = tokens.ids[: self.data.max_length], tokens.learned[: self.data.max_length]
         if length == 0:
@@ -236,6 +272,8 @@ class CausalLM(Task):
         targets = np.full(len(ids), IGNORE, dtype=np.int32)
         targets[:-1] = np.where(learned[1:], ids[1:], IGNORE)
         num_supervised = int(np.count_nonzero(learned[1:]))
+        if self._answers:
+            return Encoded({"input_ids": ids, "targets": targets, "references": as_bytes([])}, 1, len(ids))
         if num_supervised == 0:
             detail = (
                 f"what is not learned fills max_length = {self.data.max_length:,}"
@@ -243,13 +281,33 @@ class CausalLM(Task):
                 else "too few tokens"
             )
             return RowProblem(NOTHING_TO_LEARN, detail)
-        return Encoded(
-            {"input_ids": ids, "targets": targets}, num_supervised, len(ids), cut=length > len(ids)
-        )
+        arrays = {"input_ids": ids, "targets": targets}
+        if self.generates:
+            arrays["references"] = as_bytes([self._last_learned(tokens, _asked(arrays))])
+        return Encoded(arrays, num_supervised, len(ids), cut=length > len(ids))
+
+    def _last_learned(self, tokens: Tokens, begin: int) -> str:
+        """The text that is learned from `begin` on, in one piece, though the sample may be cut before its
+        end."""
+        unlearned = np.flatnonzero(~tokens.learned[begin:])
+        end = begin + int(unlearned[0]) if len(unlearned) else len(tokens.ids)
+        return str(self.tokenizer.decode(tokens.ids[begin:end], skip_special_tokens=True)).strip()
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return of each sample what stands before the last that is learned: before the completion, or
+        before the assistant's last turn."""
+        padding = self.generation.arguments["pad_token_id"]
+        asked = [sample["input_ids"][: _asked(sample)] for sample in samples]
+        return padded_prompts(asked, samples, padding, on_the_left=True)
+
+    @property
+    def end_tokens(self) -> Sequence[int]:
+        # A chat's turn ends otherwise than a text may.
+        return self._chat.end_ids if self._chat is not None else super().end_tokens
 
     def example(self, length: int) -> Sample:
         ids = np.zeros(length, dtype=np.int32)
-        return Sample({"input_ids": ids, "targets": ids}, 0, length)
+        return Sample({"input_ids": ids, "targets": ids, "references": as_bytes([""])}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
         """Packed: all samples end to end, `input_ids` and `position_ids` int64 [1, T], the latter from 0 in
@@ -260,8 +318,9 @@ class CausalLM(Task):
         Both: `targets` int64 [T] or [B x L], and `lengths` of the samples."""
         samples = [sample for item in items for sample in item]
         lengths = np.array([sample.length for sample in samples], dtype=np.int64)
+        aside = {"aside": self.aside(samples)} if self.generates else {}
         if self.layout != "packed":
-            return self._padded(samples, lengths)
+            return self._padded(samples, lengths) | aside
         ends = np.cumsum(lengths)
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         return {
@@ -275,7 +334,7 @@ class CausalLM(Task):
             "cu_seq_lens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
             "max_length": int(lengths.max()),
             "lengths": lengths.tolist(),
-        }
+        } | aside
 
     def _padded(self, samples: Sequence[Sample], lengths: np.ndarray) -> dict[str, Any]:
         real = np.arange(lengths.max()) < lengths[:, None]
@@ -302,6 +361,8 @@ class CausalLM(Task):
                 "data and run again"
             )
         short = super().shortened(sample, length, ends)
+        if "references" in sample:
+            short["references"] = sample["references"]
         short["targets"] = np.append(short["input_ids"][1:], IGNORE).astype(np.int32)
         return short
 
@@ -317,13 +378,15 @@ class CausalLM(Task):
         return causal_lm(model, batch, self.head)
 
     def evaluator(self) -> Evaluator:
-        return TokenLosses()
+        return TextEvaluator(self) if self.generates else TokenLosses()
 
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return of each sample the log-probability of what is learned of it, the number of its tokens, and its
-        perplexity."""
+        """Return the answer to each sample where the model writes; else the log-probability of what is
+        learned of it, the number of its tokens, and its perplexity."""
+        if output.generated is not None:
+            return self.texts_of(output)
         assert output.losses is not None
         losses, targets = output.losses.double().cpu().numpy(), batch["targets"].numpy()
         lengths = np.array(batch["lengths"])
@@ -335,6 +398,15 @@ class CausalLM(Task):
             perplexity = math.exp(min(total / max(num_tokens, 1), 700.0))
             found.append({"log_probability": -total, "tokens": num_tokens, "perplexity": perplexity})
         return found
+
+
+def _asked(sample: Mapping[str, np.ndarray]) -> int:
+    """The number of tokens before the last piece that is learned; all of them where none is."""
+    learned = np.flatnonzero(sample["targets"] != IGNORE) + 1
+    if not len(learned):
+        return len(sample["input_ids"])
+    begins = np.flatnonzero(np.diff(learned) > 1) + 1
+    return int(learned[begins[-1] if len(begins) else 0])
 
 
 def _targets(sample: Sample) -> np.ndarray:

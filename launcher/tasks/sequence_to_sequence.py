@@ -15,6 +15,7 @@ from launcher.lazy import Lazy
 from launcher.tasks.generation import GenerationOptions, padded_prompts
 from launcher.tasks.task import (
     IGNORE,
+    AnswerOptions,
     Better,
     Draws,
     Encoded,
@@ -273,6 +274,12 @@ class SequenceToSequence(WritingTask):
         return padded_prompts(
             [sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False
         )
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return what the model writes to each sample."""
+        return self.texts_of(output)
 
     def evaluator(self) -> Evaluator:
         return TextEvaluator(self) if self.generates else TokenLosses()

@@ -85,6 +85,11 @@ class WritingTask(Task):
         ends = [place for stop in self.settings.stop_strings if (place := text.find(stop)) >= 0]
         return (text[: min(ends)] if ends else text).strip()
 
+    def texts_of(self, output: Output) -> list[Any]:
+        """Return what was written to each sample, as `{"text": ...}`."""
+        assert output.generated is not None
+        return [{"text": self.decode(ids)} for ids in output.generated.cpu().numpy()]
+
     def aside(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return what the evaluator needs of a batch's samples: which rows they are, their weights and their
         references."""

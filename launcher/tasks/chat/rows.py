@@ -30,9 +30,9 @@ def chat_columns(messages: str, tools: Tools | None) -> tuple[str, ...]:
     return messages, tools if isinstance(tools, str) else IfThere("tools")
 
 
-def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages of the chat in `column`. Raises RowProblem where there are none, or none that can be
-    learned."""
+def messages_of(values: dict[str, Any], column: str, is_answered: bool = True) -> list[dict[str, Any]]:
+    """The messages of the chat in `column`. Raises RowProblem where there are none, or, of a chat that is
+    answered, none that can be learned."""
     messages = values.get(column)
     if is_missing(messages):
         raise missing(values, column)
@@ -52,6 +52,8 @@ def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
     messages = [_without_nan(message) for message in messages]
     for number, message in enumerate(messages, start=1):
         _check_content(message, number)
+    if not is_answered:
+        return messages
     if not any(message["role"] == "assistant" for message in messages):
         raise RowProblem(NOTHING_TO_LEARN, "no message has the role 'assistant'")
     if not any(is_learned(message, number) for number, message in enumerate(messages, start=1)):

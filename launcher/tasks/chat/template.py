@@ -6,11 +6,11 @@ import contextlib
 import datetime
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from launcher.data.rows import BAD_VALUE, RowProblem
+from launcher.data.rows import BAD_VALUE, EMPTY, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
 from launcher.tasks.chat.forms import (
@@ -93,13 +93,37 @@ class ChatTemplate:
         written, and what ends turns."""
         return [self._day if self._writes_date else None, self._ends]
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids of the tokens that end a turn."""
+        with self._dated():
+            ends = {*self._ends, *self._marks(self._tokenizer.get_chat_template(None, None)).ends}
+        tokens = {found[0] for end in ends if (found := self._added.search(end))}
+        return sorted(self._tokenizer.convert_tokens_to_ids(token) for token in tokens)
+
     def written(self, row: dict[str, Any], column: str) -> Written:
         """The text of a row's chat and what of it is learned. Raises RowProblem where it has none that can be
         learned."""
         messages, tools = messages_of(row, column), tools_of(row, self._data.tools)
+        return self._by_template(column, lambda: self._marked(self._form(messages, tools), tools))
+
+    def question(self, row: dict[str, Any], column: str) -> Written:
+        """The text of a row's chat up to where the assistant is to speak: a turn of its own at the end is left
+        out. Raises RowProblem where nothing is asked."""
+        messages, tools = messages_of(row, column, is_answered=False), tools_of(row, self._data.tools)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise RowProblem(EMPTY, f"{column!r} has no message that the assistant could answer")
+        return self._by_template(
+            column, lambda: Written(self._write(tools, self._form(messages, tools), prompt=True), [])
+        )
+
+    def _by_template(self, column: str, write: Callable[[], Written]) -> Written:
+        """What the template writes, on the run's date."""
         with self._dated():
             try:
-                return self._marked(self._form(messages, tools), tools)
+                return write()
             except RowProblem:
                 raise
             # A template is a program of the model's author: it may raise anything at messages it does not
