@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
+    "question-answering": "launcher.tasks.question_answering:QuestionAnswering",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
 }
 GROUP = "launcher.tasks"
