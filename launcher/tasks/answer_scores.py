@@ -124,6 +124,10 @@ class AnswerScores(Evaluator):
     def details(self) -> dict[str, Any]:
         return self._details
 
+    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+        sums, numbers, *texts = state
+        return [sums, np.column_stack([np.full(len(numbers), float(copy)), numbers[:, 1:]]), *texts]
+
 
 class _Window(NamedTuple):
     """What one window has to say."""

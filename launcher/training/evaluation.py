@@ -36,7 +36,7 @@ def evaluate(
     """Metrics over every sample of `dataset`, equal on all ranks.
 
     `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
-    Interrupted. `details` is called on rank 0 with what no single number shows.
+    Interrupted. `details` is called with what no single number shows.
     """
     rank, size = distributed.get_rank(), plan.batch.data_parallel_size
     micro = plan.batch.micro_batch_size
@@ -56,6 +56,7 @@ def evaluate(
     here.at("measuring")
     states = exchange.all_gather_arrays(evaluator.state())
     metrics = evaluator.compute(states) if rank == 0 else {}
-    if rank == 0:
-        details(evaluator.details())
-    return dict(exchange.from_first({name: float(value) for name, value in metrics.items()}))
+    told = evaluator.details() if rank == 0 else {}
+    metrics, told = exchange.from_first([{name: float(value) for name, value in metrics.items()}, told])
+    details(told)
+    return dict(metrics)

@@ -26,6 +26,7 @@ from launcher.training.loss import (
     LogitTransform,
     chunk_length,
     chunked_cross_entropy,
+    spread,
     supervised_only,
 )
 
@@ -55,8 +56,9 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
         entropy = _ENTROPIES[head](model, outputs, batch["targets"])
     router = _router_loss(model, outputs, batch) if routes else None
     if router is None:
-        return Output(entropy.loss_sum, entropy.num_correct)
-    return Output(entropy.loss_sum + router, entropy.num_correct, None, router.detach())
+        return Output(entropy.loss_sum, entropy.num_correct, losses=entropy.losses)
+    loss_sum = entropy.loss_sum + router
+    return Output(loss_sum, entropy.num_correct, router_loss_sum=router.detach(), losses=entropy.losses)
 
 
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
@@ -124,22 +126,28 @@ def _chunked(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> Cro
 def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
     """Through all that the model's own forward does after its decoder, a few hundred positions at a time,
     each computed again backward."""
-    hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
+    hidden, wanted = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
     loss_sum = num_correct = torch.zeros((), device=hidden.device)
+    losses = [hidden.new_zeros(0, dtype=torch.float32)]
 
-    def of(part: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(
+        part: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         with _answering(decoder_of(model), outputs, last_hidden_state=part[None]):
             logits = own_forward(model, {"input_ids": target[None], "use_cache": False}).logits
         return tuple(_cross_entropy(logits[0], target))  # type: ignore[return-value]
 
     step = chunk_length(model.config.get_text_config().vocab_size)
     for begin in range(0, hidden.shape[0], step):
-        part, target = hidden[begin : begin + step], targets[begin : begin + step]
-        loss, correct = (
+        part, target = hidden[begin : begin + step], wanted[begin : begin + step]
+        loss, correct, each = (
             checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
         )
         loss_sum, num_correct = loss_sum + loss, num_correct + correct
-    return CrossEntropy(loss_sum, num_correct)
+        losses += [] if each is None else [each]
+    return CrossEntropy(
+        loss_sum, num_correct, None if torch.is_grad_enabled() else spread(torch.cat(losses), targets)
+    )
 
 
 _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {
@@ -150,8 +158,12 @@ _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntrop
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
     """Of logits [tokens, vocabulary] that are all there."""
-    loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-    return CrossEntropy(loss_sum, (logits.argmax(dim=-1) == targets).sum().float().detach())
+    num_correct = (logits.argmax(dim=-1) == targets).sum().float().detach()
+    if torch.is_grad_enabled():
+        loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        return CrossEntropy(loss_sum, num_correct)
+    losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    return CrossEntropy(losses.sum(), num_correct, losses)
 
 
 @contextlib.contextmanager

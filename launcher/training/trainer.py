@@ -310,6 +310,7 @@ class Trainer:
         except Interrupted:
             return False
         self._evaluated(metrics)
+        self.task.adopt_evaluation(details)
         if self.recorder:
             self.recorder.evaluation(self.state.step, metrics, details)
         self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
