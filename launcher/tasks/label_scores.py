@@ -66,7 +66,7 @@ class LabelScores(Evaluator):
         return loss | measure.single_label(predictions, labels, len(self._labels)) | more
 
     def _taken(self, predictions: np.ndarray, labels: np.ndarray) -> Sequence[float] | None:
-        return fitted_thresholds(predictions, labels) if self._thresholds == "fit" else self._thresholds  # type: ignore[return-value]
+        return fitted_thresholds(predictions, labels) if self._thresholds == "fit" else self._thresholds
 
     def details(self) -> dict[str, Any]:
         """Return the confusion matrix and the measures of each class; of several at once the thresholds too."""

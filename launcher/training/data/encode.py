@@ -74,8 +74,8 @@ def encode_chunk(rows: list[Row], task: Task, tokenizer: Any) -> Chunk:
     lengths, supervised = (
         np.array([getattr(s, name) for s in samples], dtype=np.int64) for name in ("length", "num_supervised")
     )
-    numbers = (np.array(values, dtype=np.int64) for values in (ids, windows))
-    chunk = Chunk(len(rows), *numbers, lengths, supervised, problems=problems)
+    rows_of, places = (np.array(values, dtype=np.int64) for values in (ids, windows))
+    chunk = Chunk(len(rows), rows_of, places, lengths, supervised, problems=problems)
     for name in samples[0].arrays if samples else ():
         arrays = [sample.arrays[name] for sample in samples]
         chunk.columns[name] = (
