@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ def _json_object(line: bytes) -> Values:
 
 
 def read_json(path: Path, columns: Sequence[str]) -> Read:
-    """A list of objects, an object that holds one such list, or one object a line. The line given is the
-    row's number."""
+    """A list of objects, an object that holds one such list, or one object a line; rows may stand inside the
+    objects. The line given is the row's number."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         whole = json.loads(content.decode("utf-8"))
@@ -83,13 +83,45 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
         rows = lists[0] if len(lists) == 1 and not set(required(columns)) & set(whole) else [whole]
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}, not a list of objects")
-    for number, row in enumerate(rows, start=1):
+    asked = set(required(columns))
+    flat = (row for value in rows for row in _unnested(value, asked))
+    for number, row in enumerate(flat, start=1):
         yield (
             number,
             row
             if isinstance(row, dict)
             else RowProblem(UNREADABLE, f"a {type(row).__name__}, not an object"),
         )
+
+
+def _unnested(value: Any, asked: set[str]) -> Iterator[Any]:
+    """Yield the rows that stand inside an object, each with what stands around it; any other value as it is.
+
+    So SQuAD's questions are rows, which stand in paragraphs with a text, which stand in articles.
+    """
+    key = _key_of_rows(value, asked) if isinstance(value, dict) else None
+    if key is None:
+        yield value
+        return
+    around = {name: one for name, one in value.items() if name != key}
+    for inside in value[key]:
+        yield from _unnested(around | inside, asked) if isinstance(inside, dict) else [inside]
+
+
+def _key_of_rows(value: dict[str, Any], asked: set[str]) -> str | None:
+    """Return the key of the list that holds the columns missing in an object; None where there is no such
+    list.
+
+    The columns must stand at two levels at least: objects that alone have all of them may be anything.
+    """
+    if asked <= value.keys():
+        return None
+    for key, inside in value.items():
+        objects = [one for one in inside if isinstance(one, dict)] if isinstance(inside, list) else []
+        held = bool(asked & value.keys()) and any((asked - value.keys()) & one.keys() for one in objects)
+        if held or any(_key_of_rows(one, asked) for one in objects):
+            return key
+    return None
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Read:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
+    "question-answering": "launcher.tasks.question_answering:QuestionAnswering",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
     "sequence-to-sequence": "launcher.tasks.sequence_to_sequence:SequenceToSequence",
 }

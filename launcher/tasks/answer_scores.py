@@ -92,7 +92,7 @@ class AnswerScores(Evaluator):
         assert output.predictions is not None
         logits = output.predictions.float().cpu().numpy()
         learned = (batch["positions"].numpy() < logits.shape[1]).any(axis=1) & (batch["weights"].numpy() > 0)
-        self._sums += [float(output.loss_sum), np.count_nonzero(learned)]
+        self._sums += [float(output.loss_sum), float(np.count_nonzero(learned))]
         for scores, sample in zip(logits, batch["aside"]["samples"], strict=True):
             if sample.weight:
                 spans, none = pointed(sample, scores, 1, self._longest)
@@ -123,6 +123,10 @@ class AnswerScores(Evaluator):
 
     def details(self) -> dict[str, Any]:
         return self._details
+
+    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+        sums, numbers, *texts = state
+        return [sums, np.column_stack([np.full(len(numbers), float(copy)), numbers[:, 1:]]), *texts]
 
 
 class _Window(NamedTuple):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from launcher.data.labels import WHOLE as _WHOLE
+from launcher.errors import ConfigurationError, Problem
 
 _GENERIC = re.compile(r"label[ _-]?(\d+)", re.IGNORECASE)
 """transformers' own name of a class that nobody named: LABEL_0, LABEL_1 ..."""
@@ -93,3 +95,39 @@ class Classes:
             name not in self._exact and spelling(name) not in self._spelt and self.id_of(name) is not None
             for name in names
         )
+
+
+def taken_by_number(own: Classes) -> str:
+    """Return what people are told where labels are taken for the ids of a model's classes."""
+    shown = ", ".join(f"{number} is {name!r}" for number, name in enumerate(own.names[:8]))
+    return f"the labels are numbers, and are taken for the ids of the model's classes: {shown}"
+
+
+def new_head(own: list[str], found: set[str], unknown: list[str]) -> str:
+    """Return what people are told where a model's own classes are not those of the rows."""
+    theirs, ours = ", ".join(map(repr, own[:8])), ", ".join(map(repr, unknown[:8]))
+    return (
+        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does "
+        f"not have {ours}. "
+        "A new classification head is made and trained, and the model's own is not used"
+    )
+
+
+def by_class(key: str, given: float | Mapping[str, float], names: Sequence[str], other: float) -> list[float]:
+    """Return a number for each class, where one is given for all, or some by name; `other` for those that are
+    not named.
+
+    Raises ConfigurationError for a name that means none of the classes.
+    """
+    if not isinstance(given, Mapping):
+        return [given] * len(names)
+    ids, found = Classes(names), [other] * len(names)
+    for name, value in given.items():
+        if (number := ids.id_of(name)) is None:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            reason = f"there is no such class among {len(names)}" + (
+                f"; the nearest is {near[0]!r}" if near else ""
+            )
+            raise ConfigurationError(Problem(key, name, reason))
+        found[number] = value
+    return found

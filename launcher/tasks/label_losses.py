@@ -88,7 +88,8 @@ def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
     0 and 1, float [n, num_labels]: those without the class for each that has it.
     """
     if np.issubdtype(labels.dtype, np.floating):
-        counts, others = labels.sum(axis=0), (1 - labels).sum(axis=0)
+        counts = labels.sum(axis=0, dtype=np.float64)
+        others = len(labels) - counts
     else:
         counts = np.bincount(labels.reshape(-1), minlength=num_labels).astype(np.float64)
         others = np.full(num_labels, len(labels) / num_labels)

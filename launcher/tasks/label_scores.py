@@ -30,7 +30,7 @@ class LabelScores(Evaluator):
         self._problem, self._labels, self._thresholds, self._top_k = problem, labels, thresholds, top_k
         self._loss_sum = 0.0
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []
-        self._details: dict[str, Any] = {}
+        self._last: tuple[np.ndarray, np.ndarray] | None = None
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         self._loss_sum += float(output.loss_sum)
@@ -46,34 +46,54 @@ class LabelScores(Evaluator):
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         loss_sum = float(np.sum([sums for sums, *_ in states]))
-        parts = [seen for _, *seen in states if seen]  # a rank without a batch has seen nothing
-        if not parts:
+        self._last = _together(states)
+        if self._last is None:
             return {"loss": loss_sum}
-        predictions, labels = map(np.concatenate, zip(*parts, strict=True))
+        predictions, labels = self._last
         loss = {"loss": loss_sum / len(labels)}
         if self._problem == "regression":
             return loss | measure.regression(predictions, labels)
         if self._problem == "multi-label":
-            return loss | self._several(predictions, labels)
-        self._details = one_label_details(predictions, labels, self._labels)
+            return loss | measure.multi_label(
+                chosen_classes(predictions, self._taken(predictions, labels)), labels
+            )
+        number = self._top_k
         more = (
             {}
-            if self._top_k is None
-            else {f"top_{self._top_k}_accuracy": measure.top_k_accuracy(predictions, labels, self._top_k)}
+            if number is None
+            else {f"top_{number}_accuracy": measure.top_k_accuracy(predictions, labels, number)}
         )
         return loss | measure.single_label(predictions, labels, len(self._labels)) | more
 
-    def _several(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        thresholds = self._thresholds
-        if thresholds == "fit":
-            thresholds = fitted_thresholds(predictions, labels)
-        chosen = chosen_classes(predictions, thresholds)
-        shown = [0.5] * labels.shape[1] if thresholds is None else list(thresholds)
-        self._details = several_labels_details(chosen, labels, self._labels, shown)
-        return measure.multi_label(chosen, labels)
+    def _taken(self, predictions: np.ndarray, labels: np.ndarray) -> Sequence[float] | None:
+        return fitted_thresholds(predictions, labels) if self._thresholds == "fit" else self._thresholds
 
     def details(self) -> dict[str, Any]:
-        return self._details
+        """Return the confusion matrix and the measures of each class; of several at once the thresholds too."""
+        if self._last is None or self._problem == "regression":
+            return {}
+        predictions, labels = self._last
+        if self._problem == "single-label":
+            return one_label_details(predictions, labels, self._labels)
+        thresholds = self._taken(predictions, labels)
+        chosen = chosen_classes(predictions, thresholds)
+        return several_labels_details(chosen, labels, self._labels, thresholds or [0.5] * labels.shape[1])
+
+    def tables(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
+        seen = _together(states)
+        if seen is None or self._problem != "single-label":
+            return {}
+        found = one_label_details(*seen, self._labels)
+        return {"confusion": {"labels": found["labels"], "counts": found["confusion_matrix"]}}
+
+
+def _together(states: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return what all ranks saw; None where there was nothing. A rank without a batch has seen nothing."""
+    parts = [seen for _, *seen in states if seen]
+    if not parts:
+        return None
+    predictions, labels = map(np.concatenate, zip(*parts, strict=True))
+    return predictions, labels
 
 
 def chosen_classes(logits: np.ndarray, thresholds: Sequence[float] | None) -> np.ndarray:

@@ -31,6 +31,13 @@ def single_label(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -
     }
 
 
+def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, number: int) -> float:
+    """Return the share of samples whose class has one of the `number` highest scores [n, classes]; of equal
+    ones the first count."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :number]
+    return float((best == labels.reshape(-1, 1)).any(axis=1).mean())
+
+
 def multi_label(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """`accuracy` (every class of a sample right), `f1_micro` and `f1_macro`.
 

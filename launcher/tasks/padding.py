@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
 from launcher.tasks.task import Sample
@@ -31,3 +32,15 @@ def padded(samples: Sequence[Sample], fills: Mapping[str, int]) -> dict[str, tor
             whole[mask] = np.concatenate([sample[name] for sample in samples])
             batch[name] = torch.from_numpy(whole)
     return batch
+
+
+def counts_positions_from_padding(config: Any) -> bool:
+    """Return whether the model's first position is the one behind its padding token's id, as in RoBERTa and
+    what was made after it."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if getattr(config, "pad_token_id", None) is None or type(config) not in MODEL_MAPPING:
+        return False
+    module = sys.modules[MODEL_MAPPING[type(config)].__module__]
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+    return any(hasattr(kind, "create_position_ids_from_input_ids") for kind in kinds)

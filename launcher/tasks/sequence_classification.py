@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from launcher.data.labels import class_names, number_of
-from launcher.data.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
-from launcher.data.section import Data
+from launcher.data.rows import BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
 from launcher.tasks import classes
-from launcher.tasks import metrics as measure
-from launcher.tasks.classes import Classes, is_number
+from launcher.tasks.classes import Classes, by_class, is_number, new_head, taken_by_number
+from launcher.tasks.label_answers import one_label_answer, several_labels_answer
+from launcher.tasks.label_columns import LabelledColumns, contradictions
+from launcher.tasks.label_losses import LabelLoss, balanced, label_loss
+from launcher.tasks.label_scores import LabelScores, Thresholds, chosen_classes
+from launcher.tasks.padding import counts_positions_from_padding, padded
+from launcher.tasks.row_labels import label_array, label_of, names_in
 from launcher.tasks.task import (
     Better,
     Draws,
@@ -25,14 +27,14 @@ from launcher.tasks.task import (
     Sample,
     Task,
     Traits,
-    finding,
     sample_at,
 )
-from launcher.values import Columns
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from launcher.tasks.task import AnswerOptions
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
@@ -51,17 +53,6 @@ _METRICS: dict[str, dict[str, Better]] = {
 }
 
 
-class LabelledColumns(Data):
-    """Rows of a text, or of a pair of texts, with a label."""
-
-    text: Columns | None = None
-    """The column of the text, or two columns for a pair."""
-    label: str | None = None
-    """The column of the label: a class, a list of classes, or a number for regression."""
-    problem: Literal["single-label", "multi-label", "regression"] = "single-label"
-    """What kind of label: one class, several at once, or a number."""
-
-
 class SequenceClassification(Task):
     """A text, or a pair of texts, to a class, several classes, or a number."""
 
@@ -77,30 +68,19 @@ class SequenceClassification(Task):
         self._reads_last_end = False
         self._ends: tuple[int, int] | None = None
         """Where that counts: the end token, and how many of them a text without any in its own words has."""
+        self._weights: list[float] | None = None
+        self._fitted: list[float] | None = None
+        """The thresholds of the classes, where an evaluation fitted them."""
 
     def checks(self) -> Iterator[Finding]:
-        text = self.data.text
-        if text is None:
-            reason = "is missing: sequence-classification reads a column of text, or two for a pair"
-            yield finding("data.text", None, reason, "model.task")
-        if isinstance(text, tuple) and len(text) not in (1, 2):
-            yield finding(
-                "data.text", list(text), f"a pair is exactly two columns; here are {len(text)}", "model.task"
-            )
-        if self.data.label is None:
-            yield finding(
-                "data.label", None, "is missing: sequence-classification learns a label", "model.task"
-            )
-        if self.data.packing:
-            reason = (
-                "only causal-lm packs; classification batches are sorted by length and padded, so set it "
-                "to false"
-            )
-            yield finding("data.packing", True, reason, "model.task")
+        yield from contradictions(self.data)
 
     @property
     def metrics(self) -> Mapping[str, Better]:
-        return _METRICS[self.data.problem]
+        top_k: dict[str, Better] = (
+            {} if self.data.top_k is None else {f"top_{self.data.top_k}_accuracy": "higher"}
+        )
+        return _METRICS[self.data.problem] | top_k
 
     @property
     def kind(self) -> str:
@@ -118,11 +98,12 @@ class SequenceClassification(Task):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (*self._text_columns, self._label_column)
+        return self._text_columns if self.for_prediction else (*self._text_columns, self._label_column)
 
     def texts(self, row: dict[str, Any]) -> list[str]:
         texts = [text_of(row, column) for column in self._text_columns]
-        self._read_label(row)
+        if not self.for_prediction:
+            label_of(row, self._label_column, self.data.problem)
         return texts
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
@@ -172,7 +153,7 @@ class SequenceClassification(Task):
             has = (
                 "no classification head"
                 if self.own_labels is None
-                else f"{len(self.own_labels)} classes, and a number is one output"
+                else (f"{len(self.own_labels)} classes, and a number is one output")
             )
             reason = f"the model has {has}; train it first, and measure the run"
             raise ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
@@ -186,43 +167,61 @@ class SequenceClassification(Task):
         Else in the order of their numbers where all are numbers, else by name. Raises DataError where there
         are fewer than two.
         """
-        found = self._names_in(rows)
+        found = names_in(rows, self._label_column, self.data.problem)
         if found and self.own_labels is not None:
             own = Classes(self.own_labels, by_number=True)
             if not (unknown := own.unknown(found)):
-                self.labels, self.remarks = self.own_labels, [_by_number(own)] if own.numbered(found) else []
+                self.labels, self.remarks = (
+                    self.own_labels,
+                    [taken_by_number(own)] if own.numbered(found) else [],
+                )
                 return
-            self.remarks = [_new_head(self.own_labels, found, unknown)]
+            self.remarks = [new_head(self.own_labels, found, unknown)]
         if len(found) < 2:
             shown = f"only {next(iter(found))!r}" if found else "no label"
             raise DataError(
-                f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier "
-                "needs at least two classes"
+                f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier needs "
+                "at least two classes"
             )
         self.labels = sorted(found, key=int) if all(is_number(name) for name in found) else sorted(found)
-
-    def _names_in(self, rows: Iterable[Row]) -> set[str]:
-        found: set[str] = set()
-        for row in rows:
-            if not isinstance(row.values, RowProblem):
-                try:
-                    found.update(class_names(row.values, self._label_column, self.data.problem))
-                except RowProblem:
-                    continue
-        return found
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:
         """Raise ConfigurationError where rows have classes that the model does not: what it says of those
         rows would count for nothing."""
         if not self.needs_labels or self.labels is None:
             return
-        if unknown := Classes(self.labels, by_number=True).unknown(self._names_in(rows)):
+        if unknown := Classes(self.labels, by_number=True).unknown(
+            names_in(rows, self._label_column, self.data.problem)
+        ):
             shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, self.labels[:8]))
             reason = (
                 f"the rows have {len(unknown)} classes that the model does not know ({shown}); its own are "
                 f"{own}"
             )
             raise ConfigurationError(Problem("data.label", self._label_column, reason))
+
+    def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:
+        """Take what each class weighs. Raises ConfigurationError for weights and thresholds of what is no
+        class, and for a `top_k` of all."""
+        names = list(self.labels or ())
+        if self.data.top_k is not None and self.data.top_k >= len(names):
+            reason = f"there are {len(names)} classes, and the right one is always among so many"
+            raise ConfigurationError(Problem("data.top_k", self.data.top_k, reason))
+        self._numbers("thresholds", 0.5)
+        self._weights = self._numbers("class_weights", 1.0)
+        if self.data.class_weights == "balanced" and (labels := column("label")) is not None:
+            self._weights = balanced(
+                labels.reshape(-1, len(names)) if self.data.problem == "multi-label" else labels, len(names)
+            )
+
+    def _numbers(self, key: str, other: float) -> list[float] | None:
+        """Return what a key gives for each class; None where it gives no numbers."""
+        given = getattr(self.data, key)
+        return (
+            None
+            if given is None or isinstance(given, str)
+            else by_class(f"data.{key}", given, self.labels or (), other)
+        )
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
         """Return what the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32
@@ -239,35 +238,15 @@ class SequenceClassification(Task):
     def _texts_and_label(
         self, row: dict[str, Any], ids: Classes
     ) -> tuple[tuple[str, ...], np.ndarray] | RowProblem:
+        problem, whose = self.data.problem, "model" if ids.names == self.own_labels else "training rows"
         try:
-            return tuple(self.texts(row)), self._label(row, ids)
-        except RowProblem as problem:
-            return problem
-
-    def _read_label(self, row: dict[str, Any]) -> list[str] | float:
-        """Return the names of a row's classes, or its number. Raises RowProblem where the label is missing or
-        of another kind."""
-        if self.data.problem == "regression":
-            return number_of(row, self._label_column)
-        return class_names(row, self._label_column, self.data.problem)
-
-    def _label(self, row: dict[str, Any], ids: Classes) -> np.ndarray:
-        label = self._read_label(row)
-        if isinstance(label, float):
-            return np.array([label], dtype=np.float32)
-        found = []
-        for name in label:
-            if (number := ids.id_of(name)) is None:
-                whose = "model" if ids.names == self.own_labels else "training rows"
-                raise RowProblem(
-                    BAD_LABEL, f"{name!r} is not among the {len(ids.names)} classes of the {whose}"
-                )
-            found.append(number)
-        if self.data.problem == "single-label":
-            return np.array([found[0]], dtype=np.int64)
-        several = np.zeros(len(ids.names), dtype=np.float32)
-        several[found] = 1
-        return several
+            texts = tuple(self.texts(row))
+            if self.for_prediction:
+                size = len(ids.names) if problem == "multi-label" else 1
+                return texts, np.zeros(size, dtype=np.int64 if problem == "single-label" else np.float32)
+            return texts, label_array(label_of(row, self._label_column, problem), ids, problem, whose)
+        except RowProblem as unusable:
+            return unusable
 
     def _encoded(
         self, arrays: dict[str, list[int]], row: tuple[tuple[str, ...], np.ndarray], tokenizer: Any
@@ -301,17 +280,7 @@ class SequenceClassification(Task):
         [B, L] padded to the longest; `labels` int64 [B], float32 [B, num_labels] or float32 [B]; `weights`
         float32 [B], 0 for filler."""
         samples = [sample for item in items for sample in item]
-        lengths = np.array([sample.length for sample in samples])
-        columns = np.arange(lengths.max())
-        # On the right whatever the tokenizer does for generation: learned positions begin at the first
-        # column.
-        mask = columns < lengths[:, None]
-        batch: dict[str, Any] = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
-        for name, fill in (("input_ids", self._pad or 0), ("token_type_ids", 0)):
-            if name in samples[0]:
-                padded = np.full(mask.shape, fill, dtype=np.int64)
-                padded[mask] = np.concatenate([sample[name] for sample in samples])
-                batch[name] = torch.from_numpy(padded)
+        batch: dict[str, Any] = padded(samples, {"input_ids": self._pad or 0, "token_type_ids": 0})
         labels = np.stack([sample["label"] for sample in samples])
         batch["labels"] = torch.from_numpy(
             labels if self.data.problem == "multi-label" else labels[:, 0].copy()
@@ -332,7 +301,7 @@ class SequenceClassification(Task):
         config.problem_type = HF_PROBLEM[self.data.problem]
         if self._pad is None:
             return  # no tokenizer: the model is looked at, and no batch is made
-        if _counts_positions_from_padding(config):
+        if counts_positions_from_padding(config):
             # Another padding token would move every position of the model; filler is masked, so that it may
             # as well be the model's.
             self._pad = config.pad_token_id
@@ -355,69 +324,36 @@ class SequenceClassification(Task):
         }
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        return label_loss(model, batch, self.data.problem)
+        data = self.data
+        return label_loss(
+            model,
+            batch,
+            LabelLoss(data.problem, self._weights, data.label_smoothing or 0.0, data.focal_gamma),
+        )
 
     def evaluator(self) -> Evaluator:
-        return LabelScores(self.data.problem, len(self.labels or ()))
+        thresholds: Thresholds = "fit" if self.data.thresholds == "fit" else self._numbers("thresholds", 0.5)
+        return LabelScores(self.data.problem, self.labels or (), thresholds, self.data.top_k)
 
+    def adopt_evaluation(self, details: Mapping[str, Any]) -> None:
+        """Take the thresholds that an evaluation of the model fitted, where the job leaves them to that."""
+        if self.data.thresholds == "fit" and "thresholds" in details:
+            self._fitted = [float(details["thresholds"].get(name, 0.5)) for name in self.labels or ()]
 
-def label_loss(model: torch.nn.Module, batch: dict[str, Any], problem: str) -> Output:
-    """Return the summed loss of the samples, each weighted, with fp32 logits [samples, outputs] as
-    predictions."""
-    from torch.nn import functional
-
-    from launcher.training.heads import own_forward
-
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights")}
-    logits = own_forward(model, inputs).logits.float()
-    labels, weights = batch["labels"], batch["weights"]
-    if problem == "single-label":
-        losses = functional.cross_entropy(logits, labels.view(-1), reduction="none")
-        correct = (logits.argmax(dim=-1) == labels.view(-1)).float()
-    elif problem == "multi-label":
-        losses = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(
-            dim=-1
-        )
-        correct = ((logits > 0) == (labels > 0.5)).all(dim=-1).float()
-    else:
-        losses = functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
-        correct = torch.zeros_like(losses)
-    return Output((losses * weights).sum(), (correct * weights).sum().detach(), logits.detach())
-
-
-class LabelScores(Evaluator):
-    """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson,
-    Spearman and MSE."""
-
-    def __init__(self, problem: str, num_labels: int) -> None:
-        self._problem, self._num_labels = problem, num_labels
-        self._loss_sum = 0.0
-        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def update(self, output: Output, batch: dict[str, Any]) -> None:
-        self._loss_sum += float(output.loss_sum)
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return of each sample its `label`, its `labels`, or its `value`; probabilities and the most
+        probable classes on request."""
         assert output.predictions is not None
-        real = batch["weights"].numpy() > 0
-        self._seen.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
-
-    def state(self) -> list[np.ndarray]:
-        return [
-            np.array([self._loss_sum]),
-            *(np.concatenate(pieces) for pieces in zip(*self._seen, strict=True)),
-        ]
-
-    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
-        loss_sum = float(np.sum([sums for sums, *_ in states]))
-        parts = [seen for _, *seen in states if seen]  # a rank without a batch has seen nothing
-        if not parts:
-            return {"loss": loss_sum}
-        predictions, labels = map(np.concatenate, zip(*parts, strict=True))
-        loss = {"loss": loss_sum / len(labels)}
-        if self._problem == "regression":
-            return loss | measure.regression(predictions, labels)
-        if self._problem == "multi-label":
-            return loss | measure.multi_label(predictions, labels)
-        return loss | measure.single_label(predictions, labels, self._num_labels)
+        logits = output.predictions.float().cpu().numpy()
+        if self.data.problem == "regression":
+            return [{"value": float(row[0])} for row in logits]
+        names = list(self.labels or ())
+        if self.data.problem == "single-label":
+            return [one_label_answer(row, names, options) for row in logits]
+        given = chosen_classes(logits, self._fitted or self._numbers("thresholds", 0.5))
+        return [several_labels_answer(*row, names, options) for row in zip(logits, given, strict=True)]
 
 
 def _tokenise(
@@ -431,29 +367,3 @@ def _tokenise(
         *columns, truncation="longest_first" if max_length else False, max_length=max_length, verbose=False
     )
     return [{name: encoded[name][number] for name in encoded} for number in range(len(texts))]
-
-
-def _by_number(own: Classes) -> str:
-    shown = ", ".join(f"{number} is {name!r}" for number, name in enumerate(own.names[:8]))
-    return f"the labels are numbers, and are taken for the ids of the model's classes: {shown}"
-
-
-def _new_head(own: list[str], found: set[str], unknown: list[str]) -> str:
-    theirs, ours = ", ".join(map(repr, own[:8])), ", ".join(map(repr, unknown[:8]))
-    return (
-        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does "
-        f"not have {ours}. "
-        "A new classification head is made and trained, and the model's own is not used"
-    )
-
-
-def _counts_positions_from_padding(config: Any) -> bool:
-    """Return whether the model's first position is the one behind its padding token's id, as in RoBERTa and
-    what was made after it."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    if getattr(config, "pad_token_id", None) is None or type(config) not in MODEL_MAPPING:
-        return False
-    module = sys.modules[MODEL_MAPPING[type(config)].__module__]
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
-    return any(hasattr(kind, "create_position_ids_from_input_ids") for kind in kinds)

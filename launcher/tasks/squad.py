@@ -85,7 +85,7 @@ def with_unanswerable(
     """Return the metrics of evaluate-v2.0.py, 0 to 1, and beside them its thresholds and numbers of
     questions.
 
-    A question gets no answer where `no_answer` is above the threshold; None takes the one with the best F1.
+    A question gets no answer where `no_answer` is above the threshold; None takes one with the best F1.
     What there is no question of is NaN.
     """
     wanted = [tuple(text for text in one.references if normalize(text)) or ("",) for one in asked]
@@ -99,7 +99,7 @@ def with_unanswerable(
         np.array([one.no_answer for one in asked], dtype=np.float64),
     )
     best_exact, best_f1 = (best_threshold(scores, doubt, answerable, empty) for scores in (exact, overlap))
-    taken = best_f1.threshold if threshold is None else threshold
+    taken = _above(best_f1.threshold, doubt) if threshold is None else threshold
     exact, overlap = (np.where(doubt > taken, ~answerable, scores) for scores in (exact, overlap))
     metrics = {
         "exact_match": _mean(exact),
@@ -135,6 +135,13 @@ def best_threshold(
     sums = np.cumsum(np.concatenate([[np.count_nonzero(~answerable)], gains]))
     best = int(np.argmax(sums))
     return Best(float(sums[best] / len(scores)), float(no_answer[order[best - 1]]) if best else 0.0)
+
+
+def _above(threshold: float, doubt: np.ndarray) -> float:
+    """Return what parts the questions as the threshold does, half-way to the next one: no rounding moves a
+    question across."""
+    rest = doubt[doubt > threshold]
+    return float((threshold + rest.min()) / 2) if len(rest) else 1.0
 
 
 def _mean(scores: np.ndarray) -> float:

@@ -8,7 +8,7 @@ names its task as an entry point of the group `launcher.tasks`. Importing it imp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -184,7 +184,8 @@ class Evaluator(ABC):
         return {}
 
     def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
-        """Return the state of one row's sample as that of its `copy`, from 0: drawn anew, a row may come twice.
+        """Return the state of one row's sample as that of its `copy`, from 0: drawn anew, a row may come
+        twice.
 
         For an evaluator that merges what it saw by the ids of rows; others count an equal state twice anyway.
         """
@@ -323,6 +324,13 @@ class Task(ABC):
 
     def fit(self, rows: Iterable[Row]) -> None:  # noqa: B027
         """Learn the classes from the training rows."""
+
+    def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:  # noqa: B027
+        """Take from the prepared training samples what the loss needs, as how common each class is.
+
+        `column` gives an array of all samples, end to end. Raises ConfigurationError for settings that these
+        samples do not go with.
+        """
 
     def prepare(self, processor: Any) -> None:  # noqa: B027
         """Take from the model's processor (a tokenizer) what the task needs of it. Called before any row is

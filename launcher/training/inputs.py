@@ -74,6 +74,7 @@ class TrainingInputs:
                 tokenizer,
                 phase_report(run, "preparing", "rows"),
             )
+        task.learn_from(train.column)
         task.configure(config)
         for role, dataset in (("train", train), ("evaluation", evaluation)):
             refuse_tokens(dataset, f"data.{role}", tokenizer, config)

@@ -388,7 +388,7 @@ def test_what_the_model_says_of_a_row() -> None:
     assert said == {"answer": "cat", "start": CONTEXT.index("cat"), "end": CONTEXT.index("cat") + 3}
     json.dumps(task.answers(output, {}, samples, AnswerOptions(True, 3)))
     more = task.answer(row_of(), task.answers(output, {}, samples, AnswerOptions(True, 3)))
-    assert [one["answer"] for one in more["answers"]][0] == "cat" and len(more["answers"]) == 3
+    assert more["answers"][0]["answer"] == "cat" and len(more["answers"]) == 3
     assert more["probability"] == more["answers"][0]["probability"] > 0.2 and more["no_answer"] < 0.1
     assert sum(one["probability"] for one in more["answers"]) < 1
     spans = [(one["start"], one["end"]) for one in more["answers"]]

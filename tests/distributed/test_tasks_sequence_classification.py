@@ -13,7 +13,7 @@ from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
 from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
-from launcher.tasks.task import Output, Sample, Task
+from launcher.tasks.task import AnswerOptions, Output, Sample, Task
 from tests.distributed.data_world import byte_tokenizer, plan_of, word_tokenizer
 from tests.encoding import arrays_of
 
@@ -440,3 +440,132 @@ def test_metrics_of_numbers() -> None:
     constant = measured(task_of(problem="regression"), np.ones(4), np.arange(4.0))
     assert math.isnan(constant["pearson"])
     assert constant["mse"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"problem": "regression", "class_weights": "balanced"},
+            "data.class_weights = 'balanced': is for classes",
+        ),
+        ({"problem": "regression", "label_smoothing": 0.1}, "data.label_smoothing = 0.1: is for classes"),
+        ({"problem": "regression", "focal_gamma": 2.0}, "data.focal_gamma = 2.0: is for classes"),
+        (
+            {"problem": "regression", "thresholds": 0.3},
+            "data.thresholds = 0.3: are for several classes at once",
+        ),
+        ({"thresholds": "fit"}, "data.thresholds = 'fit': are for several classes at once"),
+        (
+            {"problem": "multi-label", "top_k": 3},
+            "data.top_k = 3: is for one class of each sample, and data.problem is multi-label",
+        ),
+        ({"label_smoothing": 0.1, "focal_gamma": 2.0}, "data.label_smoothing = 0.1: the focal loss goes by"),
+        ({"class_weights": {"a": 2.0}, "label_smoothing": 0.1, "top_k": 3}, ""),
+        (
+            {"problem": "multi-label", "class_weights": "balanced", "focal_gamma": 2.0, "thresholds": "fit"},
+            "",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    data = LabelledColumns(train=TRAIN, text="text", label="label", **settings)
+    found = [str(one.problem) for one in SequenceClassification(data).checks()]
+    assert len(found) == bool(message) and all(message in one for one in found), found
+
+
+def nothing(name: str) -> None:
+    return None
+
+
+def test_weights_and_thresholds_go_by_the_names_of_the_classes() -> None:
+    task = task_of(["no", "yes"], class_weights={"YES": 3.0})
+    task.learn_from(nothing)
+    assert task._weights == [1.0, 3.0]
+    balanced = task_of(["no", "yes"], class_weights="balanced")
+    balanced.learn_from(lambda name: np.array([0, 0, 0, 1]) if name == "label" else None)
+    assert balanced._weights == [4 / 6, 2.0]
+    several = task_of(["no", "yes"], problem="multi-label", class_weights="balanced")
+    several.learn_from(lambda name: np.array([1, 0, 1, 0, 0, 1, 1, 0], dtype=np.float32))
+    assert several._weights == [1 / 3, 3.0]
+    for settings, key in (
+        ({"class_weights": {"yeah": 2.0}}, "class_weights"),
+        ({"thresholds": {"yeah": 0.2}}, "thresholds"),
+    ):
+        with pytest.raises(
+            ConfigurationError,
+            match=rf"data\.{key} = 'yeah': there is no such class among 2; the nearest is 'yes'",
+        ):
+            task_of(["no", "yes"], problem="multi-label", **settings).learn_from(nothing)
+    with pytest.raises(
+        ConfigurationError,
+        match=r"data\.top_k = 2: there are 2 classes, and the right one is always among so many",
+    ):
+        task_of(["no", "yes"], top_k=2).learn_from(nothing)
+
+
+def test_options_are_for_training_and_an_evaluation_measures_without_them() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
+    config = BertConfig(**small, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3)
+    model = BertForSequenceClassification(config)
+    plain = task_of(["a", "b", "c"])
+    other = task_of(["a", "b", "c"], class_weights={"a": 5.0, "b": 2.0}, label_smoothing=0.2)
+    other.learn_from(nothing)
+    batch = plain.collate([[sample([5, 6, 7], [1])], [sample([8], [0])], [sample([9], [2]).as_filler()]])
+    logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+    weights = torch.tensor([5.0, 2.0, 1.0])
+    expected = torch.nn.functional.cross_entropy(
+        logits[:2], batch["labels"][:2], weight=weights, label_smoothing=0.2, reduction="sum"
+    )
+    torch.testing.assert_close(other.loss(model.train(), batch).loss_sum, expected, rtol=1e-6, atol=1e-6)
+    model.eval()
+    assert other.loss(model, batch).loss_sum == plain.loss(model, batch).loss_sum
+    own = model(**{key: batch[key][:2] for key in ("input_ids", "attention_mask", "labels")}).loss
+    torch.testing.assert_close(plain.loss(model, batch).loss_sum / 2, own, rtol=1e-6, atol=1e-6)
+
+
+def output_of(logits: Any) -> Output:
+    return Output(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(logits))
+
+
+def test_what_the_model_says() -> None:
+    plain, all_of_it = AnswerOptions(False, None), AnswerOptions(True, 2)
+    one = task_of(["a", "b", "c"])
+    logits = [[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]
+    assert one.answers(output_of(logits), {}, [], plain) == [{"label": "b"}, {"label": "a"}]
+    said = one.answers(output_of(logits), {}, [], all_of_it)[0]
+    shares = torch.tensor(logits[0], dtype=torch.float64).softmax(0).tolist()
+    assert said["probability"] == pytest.approx(shares[1])
+    assert [entry["label"] for entry in said["labels"]] == ["b", "c"]
+    assert [entry["probability"] for entry in said["labels"]] == pytest.approx([shares[1], shares[2]])
+    several = task_of(["a", "b", "c"], problem="multi-label", thresholds={"c": 0.8})
+    several.learn_from(nothing)
+    assert several.answers(output_of(logits), {}, [], plain) == [{"labels": ["b"]}, {"labels": ["a"]}]
+    said = several.answers(output_of(logits), {}, [], all_of_it)[0]
+    assert said["probabilities"] == pytest.approx({"a": 0.5, "b": 0.8807971, "c": 0.7310586})
+    assert [entry["label"] for entry in said["most_probable"]] == ["b", "c"]
+    fitted = task_of(["a", "b", "c"], problem="multi-label", thresholds="fit")
+    fitted.adopt_evaluation({"thresholds": {"a": 0.4, "b": 0.95, "c": 0.7}})
+    assert fitted.answers(output_of(logits), {}, [], plain) == [{"labels": ["a", "c"]}, {"labels": ["a"]}]
+    number = task_of(problem="regression")
+    assert number.answers(output_of([[2.5], [1.0]]), {}, [], all_of_it) == [{"value": 2.5}, {"value": 1.0}]
+    assert number.answer({}, [{"value": 2.5}]) == {"value": 2.5}
+
+
+@pytest.mark.parametrize("problem", ["single-label", "multi-label", "regression"])
+def test_rows_to_be_predicted_need_no_label(problem: str) -> None:
+    task = task_of(["a", "b", "c"], problem=problem)
+    task.for_prediction = True
+    assert task.columns == ("text",)
+    arrays = arrays_of(task, {"text": "the cat"}, TOKENIZER)
+    assert arrays["label"].shape == ((3,) if problem == "multi-label" else (1,))
+    task.collate([[Sample(arrays, 0, 4)]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_the_windows_of_a_row_share_its_number(tmp_path: Path) -> None:
     found = numbers(dataset)
     assert [row for row, window in found if window == 0] == list(range(12))
     assert found == sorted(found) and len(found) == dataset.num_samples == dataset.num_items > 24
-    for (row, window), (after, next_window) in zip(found, found[1:], strict=False):
+    for (row, window), (after, next_window) in itertools.pairwise(found):
         assert (after, next_window) in ((row, window + 1), (row + 1, 0))
     assert dataset.report.rows_used == dataset.report.rows_read == 12
     assert f"12 of 12 rows used, {dataset.num_items} windows" in dataset.report.summary()

@@ -115,7 +115,7 @@ def test_it_learns_in_windows(learned: RunDirectory) -> None:
     assert after["has_answer_f1"] > 0.5 and after["no_answer_accuracy"] > 0.5, after
     told = json.loads(learned.evaluation(NUM_STEPS).read_text())
     assert told["metrics"] == after and told["details"]["num_without_answer"] == 6
-    assert told["details"]["no_answer_threshold"] == told["details"]["best_f1_threshold"]
+    assert told["details"]["no_answer_threshold"] >= told["details"]["best_f1_threshold"]
 
 
 def test_an_export_answers_as_the_run(learned: RunDirectory, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from launcher.planner.plan import Plan
+from launcher.tasks.sequence_classification import SequenceClassification
+from launcher.training.inputs import TrainingInputs
 from tests.training.runs import (
     assert_equal,
     curve,
@@ -50,7 +53,7 @@ def rows(problem: str, num_rows: int = 96) -> list[dict[str, Any]]:
     return found
 
 
-def plan_of(encoder: Path, directory: Path, problem: str, num_steps: int) -> Plan:
+def plan_of(encoder: Path, directory: Path, problem: str, num_steps: int, **options: Any) -> Plan:
     source = write_rows(directory / "rows.jsonl", rows(problem))
     data = {
         "train": source,
@@ -60,6 +63,7 @@ def plan_of(encoder: Path, directory: Path, problem: str, num_steps: int) -> Pla
         "problem": problem,
         "max_length": 32,
         "num_workers": 1,
+        **options,
     }
     batch = {"global_batch_size": 16, "micro_batch_size": 8, "accumulation_steps": 1, "data_parallel_size": 2}
     changes = {
@@ -81,6 +85,24 @@ def test_it_learns(problem: str, metric: str, wanted: float, encoder: Path, tmp_
     before, after = evaluations(run)[0], evaluations(run)[24]
     assert after["loss"] < 0.5 * before["loss"], (before, after)
     assert after[metric] > wanted, (before, after)
+    if problem == "regression":
+        assert not run.evaluation(24).exists()
+        return
+    told = json.loads(run.evaluation(24).read_text())
+    assert told["metrics"] == after and told["step"] == 24
+    matrix = "confusion_matrix" if problem == "single-label" else "confusion_matrices"
+    assert told["details"][matrix] and told["details"]["per_class"][told["details"]["labels"][0]]["f1"] > 0.8
+
+
+def test_balanced_weights_are_those_of_the_training_rows(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plan = plan_of(encoder, tmp_path, "single-label", 2, class_weights="balanced")
+    task = TrainingInputs.of(new_run(tmp_path / "run", plan), plan).task
+    assert isinstance(task, SequenceClassification)
+    kinds = [row["label"] for row in rows("single-label")]
+    assert task._weights == pytest.approx([96 / 3 / kinds.count(f"kind {number}") for number in range(3)])
 
 
 def test_dropout_does_not_know_of_a_stop(encoder: Path, tmp_path: Path) -> None:
