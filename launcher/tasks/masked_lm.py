@@ -225,7 +225,7 @@ class MaskedLM(Task):
 
         # What is between an encoder and its output matrix differs from class to class: its own head, at hidden tokens alone.
         way = "forward" if self.head == "forward" else "model"
-        output = heads.language_model(model, batch, way)
+        output = heads.causal_lm(model, batch, way)
         return output._replace(predictions=heads.logits_where_supervised(model, batch)) if self.for_prediction else output
 
     def evaluator(self) -> Evaluator:

@@ -40,13 +40,14 @@ def word_of_each(offsets: Sequence[tuple[int, int]], words: Sequence[tuple[int, 
     """
     begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     firsts, lasts = np.array(words, dtype=np.int64).reshape(-1, 2).T
-    # Words without a character end where they begin, and no piece is theirs.
-    number = np.searchsorted(lasts, begins, side="right")
-    there = np.minimum(number, max(len(firsts) - 1, 0))
-    has = (number < len(firsts)) & (begins < ends)
-    if len(firsts):
-        has &= firsts[there] < ends
-    return np.where(has, number, -1).astype(np.int32)
+    # Words without a character have no piece, wherever they stand.
+    filled = np.flatnonzero(firsts < lasts)
+    if not len(filled):
+        return np.full(len(begins), -1, dtype=np.int32)
+    number = np.searchsorted(lasts[filled], begins, side="right")
+    there = filled[np.minimum(number, len(filled) - 1)]
+    has = (number < len(filled)) & (begins < ends) & (firsts[there] < ends)
+    return np.where(has, there, -1).astype(np.int32)
 
 
 @dataclass(frozen=True)
