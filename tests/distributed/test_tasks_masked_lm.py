@@ -153,7 +153,9 @@ MODELS = {
     "roberta": (RobertaForMaskedLM, RobertaConfig(**SIZES, initializer_range=0.3, pad_token_id=0)),
     "modernbert": (
         ModernBertForMaskedLM,
-        ModernBertConfig(**SIZES, initializer_range=0.3, pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3),
+        ModernBertConfig(
+            **SIZES, initializer_range=0.3, local_attention=16, pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3
+        ),
     ),
 }
 
