@@ -11,8 +11,8 @@ from pydantic import Field
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, text_of
-from launcher.sources.section import Data
+from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, text_of
+from launcher.data.section import Data
 from launcher.tasks.causal_lm import TokenLosses
 from launcher.tasks.encoding import tokenise
 from launcher.tasks.task import IGNORE, Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits, finding

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from launcher.sources.rows import BAD_LABEL, RowProblem
+from launcher.data.rows import BAD_LABEL, RowProblem
 
 Scheme = Literal["BIO", "BIOES", "IO", "none"]
 """BIO is IOB2 (Ramshaw and Marcus 1995, arXiv cmp-lg/9505040, with a B before every entity). BIOES marks the end and single words too

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from launcher.sources.labels import class_name
-from launcher.sources.rows import BAD_LABEL, BAD_VALUE, EMPTY, RowProblem, check_encodable, is_missing, missing, text_of
-from launcher.sources.section import Data
-from launcher.sources.written import list_in
+from launcher.data.labels import class_name
+from launcher.data.rows import (BAD_LABEL, BAD_VALUE, EMPTY, RowProblem, check_encodable, is_missing, missing, text_of)
+from launcher.data.section import Data
+from launcher.data.written import list_in
 from launcher.tasks import schemes
 from launcher.tasks.schemes import Entity, Scheme
 from launcher.tasks.words import words_of

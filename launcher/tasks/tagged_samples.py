@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from launcher.lazy import Lazy
-from launcher.sources.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem
+from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem
 from launcher.tasks.tag_scores import CONTINUES, NOT_SEEN
 from launcher.tasks.tagged_rows import TaggedColumns
 from launcher.tasks.task import IGNORE, Encoded

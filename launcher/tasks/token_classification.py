@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import BAD_LABEL, Row, RowProblem
+from launcher.data.rows import BAD_LABEL, Row, RowProblem
 from launcher.tasks import classes, schemes, tagged_answers, tagged_rows
 from launcher.tasks.classes import Classes
 from launcher.tasks.encoding import tokenise

@@ -10,11 +10,11 @@ from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBe
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Source
+from launcher.data.rows import RowProblem
+from launcher.data.section import Source
 from launcher.tasks.masked_lm import MaskedColumns, MaskedLM
 from launcher.tasks.task import Draws, Encoded, Sample
-from launcher.training import attention
+from launcher.training.model import attention
 from tests.distributed.data_world import plan_of, word_tokenizer
 from tests.distributed.test_tasks_token_classification import TOKENIZER
 

@@ -13,8 +13,8 @@ from transformers import BertConfig, BertForTokenClassification, PreTrainedToken
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, DataError
-from launcher.sources.rows import Row, RowProblem
-from launcher.sources.section import Source
+from launcher.data.rows import Row, RowProblem
+from launcher.data.section import Source
 from launcher.tasks import tag_scores
 from launcher.tasks.tagged_rows import TaggedColumns
 from launcher.tasks.task import Encoded, Output, Sample, Task

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from tests.distributed.test_tasks_token_classification import piece_tokenizer
 from tests.training.plans import deepspeed

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from launcher.errors import DataError
-from launcher.sources.conll import read_conll
-from launcher.sources.rows import RowProblem
+from launcher.data.conll import read_conll
+from launcher.data.rows import RowProblem
 
 
 def rows(tmp_path: Path, content: str | bytes, *columns: str) -> list[tuple[int, Any]]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Source
+from launcher.data.rows import RowProblem
+from launcher.data.section import Source
 from launcher.tasks import schemes, tagged_rows
 from launcher.tasks.schemes import Entity
 from launcher.tasks.tagged_rows import TaggedColumns
