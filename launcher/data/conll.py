@@ -1,23 +1,26 @@
-"""Read files of columns as CoNLL's tasks have them: a line for each word, an empty line behind each sentence."""
+"""Read files of columns as CoNLL's tasks have them: a line for each word, an empty line behind each
+sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.data.rows import NOT_UTF8, UNREADABLE, Read, RowProblem, Values, required
 from launcher.errors import DataError
 from launcher.plain_files import plain
-from launcher.data.rows import NOT_UTF8, UNREADABLE, Read, RowProblem, Values, required
 
 _DOCUMENT = "-DOCSTART-"
 """What CoNLL-2003 has in the place of a word where a document begins."""
 
 
 def read_conll(path: Path, columns: Sequence[str]) -> Read:
-    """A sentence is a row, at its first line; a column is the list of what stands in it, by its number from 0, or from -1 backward.
+    """A sentence is a row, at its first line; a column is the list of what stands in it, by its number from
+    0, or from -1 backward.
 
-    Tabs stand between columns where the first word's line has one, else spaces. Lines that begin documents are left out, and of files
-    with tabs also comments: lines that begin with # and have no tab. Raises DataError for columns that the file does not have.
+    Tabs stand between columns where the first word's line has one, else spaces. Lines that begin documents
+    are left out, and of files with tabs also comments: lines that begin with # and have no tab. Raises
+    DataError for columns that the file does not have.
     """
     tabs, width, first = _has_tabs(path), 0, 0
     lines: list[list[str]] = []
@@ -32,7 +35,9 @@ def read_conll(path: Path, columns: Sequence[str]) -> Read:
                 width = len(fields)
                 _check_columns(path, columns, width)
             elif fields and len(fields) != width:
-                problem = problem or RowProblem(UNREADABLE, f"line {number} has {len(fields)} columns, and the file begins with {width}")
+                problem = problem or RowProblem(
+                    UNREADABLE, f"line {number} has {len(fields)} columns, and the file begins with {width}"
+                )
             if fields:
                 first = first if lines else number
                 lines.append(fields)
@@ -68,7 +73,9 @@ def _check_columns(path: Path, columns: Sequence[str], width: int) -> None:
     numbers = {str(number) for number in range(-width, width)}
     for column in required(columns):
         if column not in numbers:
-            reason = f"a .conll file names its columns by number, here '0' to '{width - 1}', or '-1' for the last"
+            reason = (
+                f"a .conll file names its columns by number, here '0' to '{width - 1}', or '-1' for the last"
+            )
             raise DataError(f"{path} has no column {column!r}: {reason}")
 
 

@@ -14,7 +14,8 @@ _BETWEEN = re.compile(r"[\s_-]+")
 
 
 def of_model(config: Any, head: str = "SequenceClassification") -> list[str] | None:
-    """Return the names of the classes of a checkpoint with such a head, in the order of their ids; None without one.
+    """Return the names of the classes of a checkpoint with such a head, in the order of their ids; None
+    without one.
 
     Every config of transformers has an id2label: that there is a head, the class says that it was saved from,
     or names of its own.
@@ -24,9 +25,9 @@ def of_model(config: Any, head: str = "SequenceClassification") -> list[str] | N
         return None
     named = any(_GENERIC.fullmatch(name) is None for name in names.values())
     architectures = [str(name) for name in getattr(config, "architectures", None) or ()]
-    own_code = str(
-        (getattr(config, "auto_map", None) or {}).get(f"AutoModelFor{head}", "")
-    ).rpartition(".")[2]
+    own_code = str((getattr(config, "auto_map", None) or {}).get(f"AutoModelFor{head}", "")).rpartition(".")[
+        2
+    ]
     has_head = (
         any(name.endswith(f"For{head}") or name == own_code for name in architectures)
         if architectures
@@ -57,7 +58,8 @@ def new_head(own: list[str], found: set[str], unknown: list[str]) -> str:
     """Return what people are told where the rows have classes that the model does not."""
     theirs, ours = ", ".join(map(repr, own[:8])), ", ".join(map(repr, unknown[:8]))
     return (
-        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does not have {ours}. "
+        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does not "
+        f"have {ours}. "
         "A new classification head is made and trained, and the model's own is not used"
     )
 

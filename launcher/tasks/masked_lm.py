@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from launcher.errors import ConfigurationError, Problem
-from launcher.lazy import Lazy
 from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, text_of
 from launcher.data.section import Data
+from launcher.errors import ConfigurationError, Problem
+from launcher.lazy import Lazy
 from launcher.tasks.causal_lm import TokenLosses
 from launcher.tasks.encoding import tokenise
-from launcher.tasks.task import IGNORE, Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits, finding
+from launcher.tasks.masking import hide, num_hidden, units_of
+from launcher.tasks.task import (
+    IGNORE,
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Head,
+    Output,
+    Sample,
+    Task,
+    Traits,
+    finding,
+)
 from launcher.tasks.token_batches import first_position, joined, padded
-from launcher.tasks.words import Around, around, word_of_each, words_of
+from launcher.tasks.words import Around, around
 from launcher.values import Columns
 
 if TYPE_CHECKING:
@@ -26,8 +40,6 @@ if TYPE_CHECKING:
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
-_MASKED, _RANDOM = 0.8, 0.1
-"""Of the chosen tokens, those replaced by the mask and by any other token (Devlin et al. 2019, arXiv 1810.04805, section 3.1)."""
 _FIXED = Draws(0, 0)
 """Where nothing may be random."""
 
@@ -38,16 +50,18 @@ class MaskedColumns(Data):
     text: Columns | None = None
     """The column of the text; of several, the texts are joined, each on a line of its own."""
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """The share of a sample's tokens that are hidden and learned, drawn anew in each step; rounded, and at least one."""
+    """The share of a sample's tokens that are hidden and learned, drawn anew in each step; rounded, and at
+    least one."""
     mask_whole_words: bool = False
     """Hide all pieces of a word together."""
     long_texts: Literal["pieces", "first"] = "pieces"
-    """What becomes of a text of more than max_length tokens where `too_long` is `cut`: pieces of max_length, each a sample, so that
-    nothing is lost; or its first tokens alone."""
+    """What becomes of a text of more than max_length tokens where `too_long` is `cut`: pieces of max_length,
+    each a sample, so that nothing is lost; or its first tokens alone."""
 
 
 class MaskedLM(Task):
-    """Predict hidden tokens from those around them: 80 % of them are masked, 10 % another token, 10 % left as they are."""
+    """Predict hidden tokens from those around them: 80 % of them are masked, 10 % another token, 10 % left as
+    they are."""
 
     name = "masked-lm"
     traits = Traits("packed", causal=False, head="every-position")
@@ -61,12 +75,14 @@ class MaskedLM(Task):
         self._around = Around((), ())
         self._mask = self._first_position = 0
         self._tokenizer: Any = None
-        self._others: np.ndarray | None = None
+        self._others: np.ndarray = np.zeros(0, dtype=np.int64)
         """The tokens that may stand in another's place, int64."""
 
     def checks(self) -> Iterator[Finding]:
         if not self.data.text:
-            yield finding("data.text", None, "is missing: masked-lm reads a column of text, or several", "model.task")
+            yield finding(
+                "data.text", None, "is missing: masked-lm reads a column of text, or several", "model.task"
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -88,28 +104,35 @@ class MaskedLM(Task):
         return math.log(config.get_text_config().vocab_size)
 
     def prepare(self, processor: Any) -> None:
-        """Take the mask and what is put around a text. Raises ConfigurationError for a tokenizer without a mask, or one that does not
-        say where its pieces stand where whole words are hidden."""
+        """Take the mask and what is put around a text. Raises ConfigurationError for a tokenizer without a
+        mask, or one that does not say where its pieces stand where whole words are hidden."""
         key, name = "model.name", processor.name_or_path or None
         if processor.mask_token_id is None:
-            reason = "its tokenizer has no mask token, and masked-lm hides tokens by it; take a model such as BERT, or causal-lm"
+            reason = "its tokenizer has no mask token to hide others by; take a model such as BERT, or causal-lm"
             raise ConfigurationError(Problem(key, name, reason))
         if self.data.mask_whole_words and not processor.is_fast:
-            reason = "its tokenizer does not say where its pieces stand in a text; write data.mask_whole_words: false"
+            reason = "its tokenizer does not say where its tokens stand; write data.mask_whole_words: false"
             raise ConfigurationError(Problem(key, name, reason))
         self._mask, self._around = processor.mask_token_id, around(processor)
         self._tokenizer = processor
-        self._others = np.array(sorted(set(processor.get_vocab().values()) - set(processor.all_special_ids)), dtype=np.int64)
+        self._others = np.array(
+            sorted(set(processor.get_vocab().values()) - set(processor.all_special_ids)), dtype=np.int64
+        )
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Raise ConfigurationError for a model that reads one sequence and writes another, or that has no row for the mask."""
+        """Raise ConfigurationError for a model that reads one sequence and writes another, or that has no row
+        for the mask."""
         if config.is_encoder_decoder:
-            reason = f"a {config.model_type} model reads one sequence and writes another; masked-lm is for encoders such as BERT"
+            kind = f"a {config.model_type} model reads one sequence and writes another"
+            reason = f"{kind}; masked-lm is for encoders such as BERT"
             raise ConfigurationError(Problem("model.task", self.name, reason))
         num_rows = config.get_text_config().vocab_size
         if self._mask >= num_rows:
-            reason = f"its mask is token {self._mask}, and its embedding has {num_rows:,} rows; write model.resize_embeddings: true"
-            raise ConfigurationError(Problem("model.name", getattr(config, "name_or_path", None) or None, reason))
+            rows = f"its mask is token {self._mask}, and its embedding has {num_rows:,} rows"
+            reason = f"{rows}; write model.resize_embeddings: true"
+            raise ConfigurationError(
+                Problem("model.name", getattr(config, "name_or_path", None) or None, reason)
+            )
 
     def configure(self, config: Any) -> None:
         """Take how many tokens the model knows, and from where it counts positions."""
@@ -118,14 +141,13 @@ class MaskedLM(Task):
             self._others = self._others[self._others < config.get_text_config().vocab_size]
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
-        """Return for each row its pieces: `input_ids` and `units`, int32 [n], the latter counting what is hidden together from 0, and -1
-        where nothing is ever hidden."""
+        """Return for each row its pieces: `input_ids` and `units`, int32 [n], the latter counting what is
+        hidden together from 0, and -1 where nothing is ever hidden."""
         texts = [self._text(row) for row in rows]
         good = [text for text in texts if isinstance(text, str)]
         options = {"return_offsets_mapping": True} if self.data.mask_whole_words else {}
         flat = tokenise(processor, good, **options) if good else {}
-        special = set(processor.all_special_ids)
-        encoded = iter([self._pieces(flat["input_ids"][n], self._units(flat, n, text, special)) for n, text in enumerate(good)])
+        encoded = (self._pieces(text, flat, number, processor) for number, text in enumerate(good))
         return [next(encoded) if isinstance(text, str) else text for text in texts]
 
     def _text(self, row: dict[str, Any]) -> str | RowProblem:
@@ -134,16 +156,10 @@ class MaskedLM(Task):
         except RowProblem as problem:
             return problem
 
-    def _units(self, flat: Any, number: int, text: str, special: set[int]) -> np.ndarray:
-        """What of a text is hidden together: words or tokens, numbered in order."""
-        ids = np.array(flat["input_ids"][number], dtype=np.int64)
-        begins = np.ones(len(ids), dtype=bool)
-        if self.data.mask_whole_words:
-            of = word_of_each(flat["offset_mapping"][number], words_of(text))
-            begins[1:] = (of[1:] != of[:-1]) | (of[1:] < 0)
-        return np.where(np.isin(ids, list(special)), -1, np.cumsum(begins) - 1)
-
-    def _pieces(self, ids: list[int], units: np.ndarray) -> tuple[Encoded, ...] | RowProblem:
+    def _pieces(self, text: str, flat: Any, number: int, tokenizer: Any) -> tuple[Encoded, ...] | RowProblem:
+        ids = list(flat["input_ids"][number])
+        offsets = flat["offset_mapping"][number] if self.data.mask_whole_words else None
+        units = units_of(ids, tokenizer.all_special_ids, text, offsets)
         if not ids:
             return RowProblem(EMPTY, "no tokens")
         length, room = len(ids) + len(self._around), self.data.max_length - len(self._around)
@@ -154,64 +170,59 @@ class MaskedLM(Task):
         ends = range(0, room if cut else len(ids), room)
         pieces = [self._piece(ids[begin : begin + room], units[begin : begin + room], cut) for begin in ends]
         used = tuple(piece for piece in pieces if piece.num_supervised)
-        missing = f"it has no {self._tokenizer.mask_token} to fill" if self.for_prediction else "it has special tokens alone"
+        missing = (
+            f"it has no {self._tokenizer.mask_token} to fill"
+            if self.for_prediction
+            else "it has special tokens alone"
+        )
         return used or RowProblem(NOTHING_TO_LEARN, missing)
 
     def _piece(self, ids: list[int], units: np.ndarray, cut: bool) -> Encoded:
         around = self._around
-        num_hidden = ids.count(self._mask) if self.for_prediction else self._num_hidden(units)
-        spread = np.array([-1] * len(around.before) + units.tolist() + [-1] * len(around.behind), dtype=np.int32)
-        return Encoded({"input_ids": around.put(ids), "units": spread}, num_hidden, len(spread), cut)
-
-    def _num_hidden(self, units: np.ndarray) -> int:
-        """How many tokens of a sample are learned. It has to be known before the draw, as the loss is divided by it."""
-        hideable = int((units >= 0).sum())
-        return min(hideable, max(1, round(self.data.mask_probability * hideable)))
+        number = (
+            ids.count(self._mask) if self.for_prediction else num_hidden(units, self.data.mask_probability)
+        )
+        spread = np.array(
+            [-1] * len(around.before) + units.tolist() + [-1] * len(around.behind), dtype=np.int32
+        )
+        return Encoded({"input_ids": around.put(ids), "units": spread}, number, len(spread), cut)
 
     def hidden(self, sample: Sample, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-        """Return a sample's tokens as the model sees them, and its targets, int64 [n] each: a hidden token, or -100.
-
-        Units are hidden as a whole, in the order that was drawn, until there are as many tokens as are to be learned. What of the last
-        word is more than that is hidden too, and not learned.
-        """
-        ids, units = sample["input_ids"].astype(np.int64), sample["units"]
-        targets = np.full(len(ids), IGNORE, dtype=np.int64)
+        """Return a sample's tokens as the model sees them, and its targets, int64 [n] each: a hidden token,
+        or -100."""
+        ids, nothing = sample["input_ids"].astype(np.int64), np.full(sample.length, IGNORE, dtype=np.int64)
         if not sample.weight:
-            return ids, targets
+            return ids, nothing
         if "targets" in sample:
             return ids, sample["targets"].astype(np.int64)
         if self.for_prediction:
-            return ids, np.where(ids == self._mask, ids, targets)
-        generator = draws.of(sample)
-        numbers, which = np.unique(units, return_inverse=True)
-        order = generator.permutation(len(numbers))[which].astype(np.float64)
-        order[units < 0] = np.inf
-        chosen = np.argsort(order, kind="stable")[: self._num_hidden(units)]
-        whole = np.flatnonzero(order <= order[chosen[-1]])
-        targets[chosen] = ids[chosen]
-        draw = generator.random(len(ids))[whole]
-        others = generator.choice(self._others, len(whole)) if self._others is not None and len(self._others) else ids[whole]
-        seen = np.where(draw < _MASKED, self._mask, np.where(draw < _MASKED + _RANDOM, others, ids[whole]))
-        ids[whole] = seen
-        return ids, targets
+            return ids, np.where(ids == self._mask, ids, nothing)
+        number = num_hidden(sample["units"], self.data.mask_probability)
+        return hide(ids, sample["units"], number, draws.of(sample), self._mask, self._others)
 
     def example(self, length: int) -> Sample:
         zeros = np.zeros(length, dtype=np.int32)
-        return Sample({"input_ids": zeros, "units": np.arange(length, dtype=np.int32), "targets": zeros}, 0, length)
+        return Sample(
+            {"input_ids": zeros, "units": np.arange(length, dtype=np.int32), "targets": zeros}, 0, length
+        )
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Every second token is masked, and all but the first are learned: as many as of a text whose next tokens are."""
+        """Every second token is masked, and all but the first are learned: as many as of a text whose next
+        tokens are."""
         short = super().shortened(sample, length, ends)
         short["targets"] = np.where(np.arange(short.length) > 0, short["input_ids"], IGNORE)
         short["input_ids"] = np.where(np.arange(short.length) % 2, self._mask, short["input_ids"])
         return short
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return what `token_batches` makes of the samples with tokens hidden; `targets` are those tokens, and -100 everywhere else."""
+        """Return what `token_batches` makes of the samples with tokens hidden; `targets` are those tokens,
+        and -100 everywhere else."""
         samples = []
         for sample in itertools.chain.from_iterable(items):
             ids, targets = self.hidden(sample, draws or _FIXED)
-            samples.append(Sample({"input_ids": ids, "targets": targets}, sample.id, sample.length, sample.weight))
+            samples.append(
+                Sample({"input_ids": ids, "targets": targets}, sample.id, sample.length, sample.weight)
+            )
         return joined(samples, self._first_position) if self.layout == "packed" else padded(samples)
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
@@ -220,23 +231,34 @@ class MaskedLM(Task):
         return {name: torch.from_numpy(sample[own].astype(np.int64))[None] for name, own in names.items()}
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the hidden tokens, and while predicting fp32 logits [hidden tokens, vocabulary]."""
+        """Return the summed loss of the hidden tokens, and while predicting fp32 logits [hidden tokens,
+        vocabulary]."""
         from launcher.training import heads
 
-        # What is between an encoder and its output matrix differs from class to class: its own head, at hidden tokens alone.
-        way = "forward" if self.head == "forward" else "model"
+        # What is between an encoder and its output matrix differs from class to class: its own head, at
+        # hidden tokens alone.
+        way: Head = "forward" if self.head == "forward" else "model"
         output = heads.causal_lm(model, batch, way)
-        return output._replace(predictions=heads.logits_where_supervised(model, batch)) if self.for_prediction else output
+        return (
+            output._replace(predictions=heads.logits_where_supervised(model, batch))
+            if self.for_prediction
+            else output
+        )
 
     def evaluator(self) -> Evaluator:
         return TokenLosses()
 
-    def answers(self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: Any) -> list[Any]:
-        """Return for each sample and each of its masks the likeliest tokens: `token` and `probability`, `top_k` of them, else one."""
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: Any
+    ) -> list[Any]:
+        """Return for each sample and each of its masks the likeliest tokens: `token` and `probability`,
+        `top_k` of them, else one."""
         assert output.predictions is not None
         best = output.predictions.float().softmax(dim=-1).topk(options.top_k or 1)
         rows = iter(zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        numbers = [int((sample["input_ids"] == self._mask).sum()) if sample.weight else 0 for sample in samples]
+        numbers = [
+            int((sample["input_ids"] == self._mask).sum()) if sample.weight else 0 for sample in samples
+        ]
         return [[self._likeliest(*next(rows)) for _ in range(number)] for number in numbers]
 
     def _likeliest(self, shares: list[float], ids: list[int]) -> list[dict[str, Any]]:

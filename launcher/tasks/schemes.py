@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple
 from launcher.data.rows import BAD_LABEL, RowProblem
 
 Scheme = Literal["BIO", "BIOES", "IO", "none"]
-"""BIO is IOB2 (Ramshaw and Marcus 1995, arXiv cmp-lg/9505040, with a B before every entity). BIOES marks the end and single words too
-(Ratinov and Roth 2009, W09-1119, as BILOU). IO says only what is inside. With none, tags are classes of words, and there are no entities."""
+"""BIO is IOB2 (Ramshaw and Marcus 1995, arXiv cmp-lg/9505040, with a B before every entity). BIOES marks the
+end and single words too (Ratinov and Roth 2009, W09-1119, as BILOU). IO says only what is inside. With none,
+tags are classes of words, and there are no entities."""
 PREFIXES = {"BIO": "BI", "BIOES": "BIES", "IO": "I"}
 _BILOU = str.maketrans("LU", "ES")
 OUTSIDE = "O"
@@ -34,21 +35,29 @@ def all_tags(kinds: Iterable[str], scheme: Scheme) -> list[str]:
 
 
 def split(name: str) -> tuple[str, str] | None:
-    """Return a tag's prefix and kind, `L` and `U` of BILOU as `E` and `S`; None for what is no tag of any scheme."""
+    """Return a tag's prefix and kind, `L` and `U` of BILOU as `E` and `S`; None for what is no tag of any
+    scheme."""
     prefix, dash, kind = name.partition("-")
     prefix = prefix.translate(_BILOU)
-    if prefix not in ("O", "B", "I", "E", "S") or len(prefix) != 1 or bool(dash) != bool(kind) or (prefix == "O" and dash):
+    if (
+        prefix not in ("O", "B", "I", "E", "S")
+        or len(prefix) != 1
+        or bool(dash) != bool(kind)
+        or (prefix == "O" and dash)
+    ):
         return None
     return prefix, kind
 
 
 def inside(name: str) -> str:
-    """Return the tag of what follows within the same word or entity: of `B-person`, `I-person`; any other goes on as it is."""
+    """Return the tag of what follows within the same word or entity: of `B-person`, `I-person`; any other
+    goes on as it is."""
     return f"I{name[1:]}" if name[:1] == "B" and split(name) else name
 
 
 def entities(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
-    """Return the entities that tags mark. Raises RowProblem for tags that the scheme does not have, or not in this order."""
+    """Return the entities that tags mark. Raises RowProblem for tags that the scheme does not have, or not in
+    this order."""
     found: list[Entity] = []
     open_: Entity | None = None
     for number, name in enumerate([*tags, OUTSIDE]):
@@ -61,11 +70,17 @@ def entities(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
             continue
         if open_ is not None:
             if scheme == "BIOES":
-                raise _out_of_order(tags, number, f"the {open_.kind or 'entity'} before it has no end (E, or S for a single word)")
+                raise _out_of_order(
+                    tags,
+                    number,
+                    f"the {open_.kind or 'entity'} before it has no end (E, or S for a single word)",
+                )
             found.append(open_)
             open_ = None
         if prefix in "IE" and scheme != "IO":
-            raise _out_of_order(tags, number, f"no {kind or 'entity'} begins before it: that is a B in {scheme}")
+            raise _out_of_order(
+                tags, number, f"no {kind or 'entity'} begins before it: that is a B in {scheme}"
+            )
         if prefix == "S":
             found.append(Entity(kind, number, number + 1))
         elif prefix != "O":
@@ -76,7 +91,8 @@ def entities(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
 def _split(name: str, number: int, scheme: Scheme) -> tuple[str, str]:
     found = split(name)
     if found is None or found[0] not in f"O{PREFIXES[scheme]}":
-        there = f"{scheme} has O and, with a type behind it, {', '.join(f'{prefix}-' for prefix in PREFIXES[scheme])}"
+        prefixes = ", ".join(f"{prefix}-" for prefix in PREFIXES[scheme])
+        there = f"{scheme} has O and, with a type behind it, {prefixes}"
         raise RowProblem(BAD_LABEL, f"tag {number + 1}, {name!r}, is none of {scheme}: {there}")
     return found
 

@@ -1,4 +1,5 @@
-"""Scores of tagged words: of entities as seqeval counts them, in all and by type, and the share of words that are right."""
+"""Scores of tagged words: of entities as seqeval counts them, in all and by type, and the share of words that
+are right."""
 
 from __future__ import annotations
 
@@ -15,13 +16,15 @@ else:
     np = Lazy("numpy")
 
 CONTINUES, NOT_SEEN = -1, -2
-"""In the place of a prediction: a word without a piece of its own, and one behind the end of what was read."""
+"""In the place of a prediction: a word without a piece of its own, and one behind the end of what was
+read."""
 
 
 def entity_scores(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> dict[str, float]:
     """Return `precision`, `recall` and `f1` of all entities, and of each type as `f1_TYPE` and so on.
 
-    By seqeval's default, which is conlleval's: a tag that cannot follow begins an entity. A share of nothing is 0.
+    By seqeval's default, which is conlleval's: a tag that cannot follow begins an entity. A share of nothing
+    is 0.
     """
     from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 
@@ -33,7 +36,9 @@ def entity_scores(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> 
     each = precision_recall_fscore_support(list(gold), list(predicted), average=None, zero_division=0)
     for name, values in zip(("precision", "recall", "f1"), each[:3], strict=True):
         # seqeval's name for entities without a type, of which there is then one alone.
-        scores |= {f"{name}_{kind}": float(value) for kind, value in zip(kinds, values, strict=True) if kind != "_"}
+        scores |= {
+            f"{name}_{kind}": float(value) for kind, value in zip(kinds, values, strict=True) if kind != "_"
+        }
     return scores
 
 
@@ -41,11 +46,14 @@ def loose_entities(tags: Sequence[str]) -> list[Entity]:
     """Return the entities in a model's tags as they are scored, in any order of tags and any scheme."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    return [Entity("" if kind == "_" else kind, first, last + 1) for kind, first, last in get_entities(list(tags))]
+    return [
+        Entity("" if kind == "_" else kind, first, last + 1) for kind, first, last in get_entities(list(tags))
+    ]
 
 
 def completed(tags: Sequence[int], names: Sequence[str]) -> list[str]:
-    """Return the names of predicted tags. A word without a piece goes on with the entity before it; one that was not read has none."""
+    """Return the names of predicted tags. A word without a piece goes on with the entity before it; one that
+    was not read has none."""
     found: list[str] = []
     for number in tags:
         before = found[-1] if found else OUTSIDE
@@ -55,7 +63,8 @@ def completed(tags: Sequence[int], names: Sequence[str]) -> list[str]:
 
 
 class TagScores(Evaluator):
-    """`loss`, `accuracy` over words and the scores of entities; without a scheme `f1_macro` over the classes that occur."""
+    """`loss`, `accuracy` over words and the scores of entities; without a scheme `f1_macro` over the classes
+    that occur."""
 
     def __init__(self, names: Sequence[str], scheme: Scheme) -> None:
         self._names, self._scheme = list(names), scheme
@@ -90,11 +99,14 @@ class TagScores(Evaluator):
         from sklearn.metrics import f1_score
 
         classes = sorted(set(self._names) & {*flat[0], *flat[1]})
-        return metrics | {"f1_macro": float(f1_score(*flat, labels=classes, average="macro", zero_division=0))}
+        return metrics | {
+            "f1_macro": float(f1_score(*flat, labels=classes, average="macro", zero_division=0))
+        }
 
 
 def _rows(words: np.ndarray) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Each row with the tags and the predictions of its words in order, whichever windows and ranks they come from."""
+    """Each row with the tags and the predictions of its words in order, whichever windows and ranks they come
+    from."""
     ordered = words[np.lexsort((words[:, 1], words[:, 0]))]
     ends = np.flatnonzero(np.diff(ordered[:, 0])) + 1
     for part in np.split(ordered, ends) if len(ordered) else ():

@@ -17,8 +17,11 @@ else:
     np = Lazy("numpy")
 
 
-def of_samples(shares: np.ndarray, samples: Sequence[Sample], names: Sequence[str], options: Any) -> list[dict[str, Any]]:
-    """Return for each sample its words' numbers in the row, tags by number, and probabilities; on request the likeliest tags.
+def of_samples(
+    shares: np.ndarray, samples: Sequence[Sample], names: Sequence[str], options: Any
+) -> list[dict[str, Any]]:
+    """Return for each sample its words' numbers in the row, tags by number, and probabilities; on request the
+    likeliest tags.
 
     `shares`: of each tag, float [words with a piece, tags], of one sample after another, filler left out.
     """
@@ -38,17 +41,22 @@ def of_samples(shares: np.ndarray, samples: Sequence[Sample], names: Sequence[st
             likeliest: list[Any] = [None] * len(places)
             for word, share in zip(read.tolist(), own, strict=True):
                 best = np.argsort(-share, kind="stable")[: options.top_k].tolist()
-                likeliest[word] = [{"tag": names[number], "probability": float(share[number])} for number in best]
+                likeliest[word] = [
+                    {"tag": names[number], "probability": float(share[number])} for number in best
+                ]
             part["likeliest"] = likeliest
         found.append(part)
     return found
 
 
-def of_row(marked: Marked, parts: Sequence[dict[str, Any]], names: Sequence[str], scheme: Scheme) -> dict[str, Any]:
-    """Return the `tags` of a row's words, and with a scheme its `entities`; on request `probabilities` and the `likeliest` tags.
+def of_row(
+    marked: Marked, parts: Sequence[dict[str, Any]], names: Sequence[str], scheme: Scheme
+) -> dict[str, Any]:
+    """Return the `tags` of a row's words, and with a scheme its `entities`; on request `probabilities` and
+    the `likeliest` tags.
 
-    An entity has its type, text, `start` and `end` in characters (of a list of words, in the words joined by spaces), `words` (the
-    first, and the one behind the last), and as probability the mean of its words'.
+    An entity has its type, text, `start` and `end` in characters (of a list of words, in the words joined by
+    spaces), `words` (the first, and the one behind the last), and as probability the mean of its words'.
     """
     order = np.argsort(np.concatenate([part["words"] for part in parts]), kind="stable").tolist()
 
@@ -63,7 +71,13 @@ def of_row(marked: Marked, parts: Sequence[dict[str, Any]], names: Sequence[str]
         for kind, first, behind in loose_entities(tags):
             start, end = marked.words[first][0], marked.words[behind - 1][1]
             sure = [one for one in probabilities[first:behind] if one is not None]
-            entity = {"type": kind, "text": marked.text[start:end], "start": start, "end": end, "words": [first, behind]}
+            entity = {
+                "type": kind,
+                "text": marked.text[start:end],
+                "start": start,
+                "end": end,
+                "words": [first, behind],
+            }
             answer["entities"].append(entity | {"probability": sum(sure) / len(sure)})
     if parts[0]["asked"]:
         answer["probabilities"] = probabilities

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from launcher.data.labels import class_name
-from launcher.data.rows import (BAD_LABEL, BAD_VALUE, EMPTY, RowProblem, check_encodable, is_missing, missing, text_of)
+from launcher.data.rows import (
+    BAD_LABEL,
+    BAD_VALUE,
+    EMPTY,
+    RowProblem,
+    check_encodable,
+    is_missing,
+    missing,
+    text_of,
+)
 from launcher.data.section import Data
 from launcher.data.written import list_in
 from launcher.tasks import schemes
 from launcher.tasks.schemes import Entity, Scheme
+from launcher.tasks.task import Finding, finding
 from launcher.tasks.words import words_of
 
 
@@ -21,14 +31,15 @@ class TaggedColumns(Data):
     words: str | None = None
     """The column with a list of words; of a .conll file, its number from 0."""
     tags: str | None = None
-    """The column with a list of tags, one for each word; of a .conll file, its number from 0, or -1 for the last."""
+    """The column with a list of tags, one for each word; of a .conll file, its number from 0, or -1 for the
+    last."""
     tag_names: tuple[str, ...] | None = None
     """The names of tags that are numbers, in their order: [O, B-person, I-person]."""
     text: str | None = None
     """The column of a text, where entities are given as spans."""
     spans: str | None = None
-    """The column with a list of spans over the text: objects with `start`, `end` (in characters, the end not included) and `label`, or
-    lists of these three."""
+    """The column with a list of spans over the text: objects with `start`, `end` (in characters, the end not
+    included) and `label`, or lists of these three."""
     scheme: Scheme = "BIO"
     """How the model writes entities in tags; none where tags are classes of words, as parts of speech."""
     rows_scheme: Scheme | None = None
@@ -36,9 +47,38 @@ class TaggedColumns(Data):
     label_pieces: Literal["first", "all"] = "first"
     """Whether the first piece of a word learns its tag, or all of its pieces; the first alone is read."""
     long_texts: Literal["windows", "first"] = "windows"
-    """What becomes of a text of more than max_length tokens where `too_long` is `cut`: windows that overlap, or its first tokens alone."""
+    """What becomes of a text of more than max_length tokens where `too_long` is `cut`: windows that overlap,
+    or its first tokens alone."""
     window_overlap: int | None = None
     """Tokens that two windows of a text may share, at most half of max_length; left out, a quarter of it."""
+
+
+def checks(data: TaggedColumns) -> Iterator[Finding]:
+    """Yield what in these keys contradicts itself."""
+    kinds = ("data.words", "data.tags", "data.text", "data.spans")
+    named = [key for key in ("words", "tags", "text", "spans") if getattr(data, key) is not None]
+    if named not in (["words", "tags"], ["text", "spans"]):
+        there = f"there is {' and '.join(named)}" if named else "there is none"
+        yield finding(
+            "data", None, f"token-classification reads words + tags, or text + spans; {there}", *kinds
+        )
+    if data.scheme == "none" and data.spans is not None:
+        reason = "spans are entities, and entities are written in tags by a scheme: write BIO, BIOES or IO"
+        yield finding("data.scheme", "none", reason, "data.spans")
+    written = data.rows_scheme
+    if written is not None and data.spans is not None:
+        yield finding(
+            "data.rows_scheme", written, "spans are written in no scheme: leave it out", "data.spans"
+        )
+    elif written is not None and (written == "none") != (data.scheme == "none"):
+        yield finding("data.rows_scheme", written, f"cannot be converted to {data.scheme}", "data.scheme")
+    overlap, most = data.window_overlap, data.max_length // 2
+    if overlap is not None and not 0 <= overlap <= most:
+        reason = f"write 0 to {most}, half of data.max_length"
+        yield finding("data.window_overlap", overlap, reason, "data.max_length")
+    if data.packing:
+        reason = "token-classification sorts its batches by length and pads them, so set it to false"
+        yield finding("data.packing", True, reason, "model.task")
 
 
 class Marked(NamedTuple):
@@ -58,7 +98,10 @@ def read(row: dict[str, Any], data: TaggedColumns, with_tags: bool) -> Marked:
             return Marked(text, places, None)
         marked = _covered(_spans(row, str(data.spans), text), places, text)
         return Marked(text, places, schemes.write(marked, len(places), data.scheme))
-    words = [_word(value, number, str(data.words)) for number, value in enumerate(_list(row, str(data.words)), start=1)]
+    words = [
+        _word(value, number, str(data.words))
+        for number, value in enumerate(_list(row, str(data.words)), start=1)
+    ]
     if not any(word.strip() for word in words):
         raise RowProblem(EMPTY, f"{data.words!r} has no words")
     ends = list(itertools.accumulate((len(word) + 1 for word in words), initial=0))
@@ -69,7 +112,9 @@ def read(row: dict[str, Any], data: TaggedColumns, with_tags: bool) -> Marked:
 def _tags(row: dict[str, Any], data: TaggedColumns, num_words: int) -> list[str]:
     values = _list(row, str(data.tags))
     if len(values) != num_words:
-        raise RowProblem(BAD_LABEL, f"{num_words} words in {data.words!r} and {len(values)} tags in {data.tags!r}")
+        raise RowProblem(
+            BAD_LABEL, f"{num_words} words in {data.words!r} and {len(values)} tags in {data.tags!r}"
+        )
     tags = [_name(value, data.tag_names) for value in values]
     written = data.rows_scheme or data.scheme
     if written == "none" or data.scheme == "none":
@@ -111,8 +156,9 @@ def _spans(row: dict[str, Any], column: str, text: str) -> list[Entity]:
     spans = sorted(_span(value, number, text) for number, value in enumerate(_list(row, column), start=1))
     for (_, before, first), (_, after, second) in itertools.pairwise(spans):
         if after.start < before.end:
-            reason = f"span {second} ({after.start} to {after.end}) begins within span {first} ({before.start} to {before.end})"
-            raise RowProblem(BAD_LABEL, f"{reason}: a word has one tag")
+            within = f"span {first} ({before.start} to {before.end})"
+            reason = f"span {second} ({after.start} to {after.end}) begins within {within}: a word has one tag"
+            raise RowProblem(BAD_LABEL, reason)
     return [span for _, span, _ in spans]
 
 
@@ -121,13 +167,26 @@ def _span(value: Any, number: int, text: str) -> tuple[int, Entity, int]:
     keys = ("start", "end", "label")
     if isinstance(value, dict):
         value = [value.get(key) for key in keys]
-    if not isinstance(value, (list, tuple)) or len(value) != 3 or any(isinstance(part, bool) for part in value):
-        raise RowProblem(BAD_LABEL, f"span {number} is {value!r}, not an object with start, end and label, nor a list of the three")
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 3
+        or any(isinstance(part, bool) for part in value)
+    ):
+        raise RowProblem(
+            BAD_LABEL,
+            f"span {number} is {value!r}, not an object with start, end and label, nor a list of the three",
+        )
     start, end, kind = value
     if not isinstance(start, int) or not isinstance(end, int):
-        raise RowProblem(BAD_LABEL, f"span {number}: start and end are whole numbers of characters, and here {start!r} and {end!r}")
+        raise RowProblem(
+            BAD_LABEL,
+            f"span {number}: start and end are whole numbers of characters, and here {start!r} and {end!r}",
+        )
     if not 0 <= start < end <= len(text):
-        raise RowProblem(BAD_LABEL, f"span {number} ({start} to {end}) is not within its text, which has {len(text)} characters")
+        raise RowProblem(
+            BAD_LABEL,
+            f"span {number} ({start} to {end}) is not within its text, which has {len(text)} characters",
+        )
     return start, Entity(class_name(kind), start, end), number
 
 

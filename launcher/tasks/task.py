@@ -43,8 +43,8 @@ class Traits:
     causal: bool
     """Whether a token sees only those before it."""
     head: Literal["every-position", "one-per-sample", "few-per-position"]
-    """Where the model's head computes: logits of the vocabulary at every position, one vector for each sample, or a few numbers at every
-    position, as tags have."""
+    """Where the model's head computes: logits of the vocabulary at every position, one vector for each
+    sample, or a few numbers at every position, as tags have."""
     encoder_decoder: bool = False
     """Whether the model reads one sequence and writes another."""
     peft_type: str | None = None
@@ -53,7 +53,8 @@ class Traits:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem, and every key it rests on: where one of those is already refused, this one says nothing new."""
+    """A problem, and every key it rests on: where one of those is already refused, this one says nothing
+    new."""
 
     problem: Problem
     keys: tuple[str, ...]
@@ -73,7 +74,8 @@ class Left(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A sample's arrays by name, each with one entry per position or of any shape that `collate` understands."""
+    """A sample's arrays by name, each with one entry per position or of any shape that `collate`
+    understands."""
 
     arrays: dict[str, np.ndarray]
     num_supervised: int

@@ -6,16 +6,27 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launcher.data.rows import BAD_LABEL, Row, RowProblem
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
-from launcher.data.rows import BAD_LABEL, Row, RowProblem
-from launcher.tasks import classes, schemes, tagged_answers, tagged_rows
+from launcher.tasks import classes, schemes, tagged_answers, tagged_rows, tagged_samples
 from launcher.tasks.classes import Classes
 from launcher.tasks.encoding import tokenise
-from launcher.tasks.tag_scores import TagScores, completed
+from launcher.tasks.tag_scores import TagScores
 from launcher.tasks.tagged_rows import Marked, TaggedColumns
-from launcher.tasks.task import IGNORE, Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits, finding
-from launcher.tasks.tagged_samples import Pieces, samples
+from launcher.tasks.tagged_samples import Pieces
+from launcher.tasks.task import (
+    IGNORE,
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Output,
+    Sample,
+    Task,
+    Traits,
+)
 from launcher.tasks.words import Around, around
 
 if TYPE_CHECKING:
@@ -24,7 +35,13 @@ if TYPE_CHECKING:
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
-_ENTITIES: dict[str, Better] = {"loss": "lower", "f1": "higher", "precision": "higher", "recall": "higher", "accuracy": "higher"}
+_ENTITIES: dict[str, Better] = {
+    "loss": "lower",
+    "f1": "higher",
+    "precision": "higher",
+    "recall": "higher",
+    "accuracy": "higher",
+}
 _WORDS: dict[str, Better] = {"loss": "lower", "accuracy": "higher", "f1_macro": "higher"}
 
 
@@ -44,23 +61,7 @@ class TokenClassification(Task):
         self._pad = 0
 
     def checks(self) -> Iterator[Finding]:
-        data, kinds = self.data, ("data.words", "data.tags", "data.text", "data.spans")
-        named = [key for key in ("words", "tags", "text", "spans") if getattr(data, key) is not None]
-        if named not in (["words", "tags"], ["text", "spans"]):
-            there = f"there is {' and '.join(named)}" if named else "there is none"
-            yield finding("data", None, f"token-classification reads words + tags, or text + spans; {there}", *kinds)
-        if data.scheme == "none" and data.spans is not None:
-            reason = "spans are entities, and entities are written in tags by a scheme: write BIO, BIOES or IO"
-            yield finding("data.scheme", "none", reason, "data.spans")
-        if data.rows_scheme is not None and data.spans is not None:
-            yield finding("data.rows_scheme", data.rows_scheme, "spans are written in no scheme: leave it out", "data.spans")
-        elif data.rows_scheme is not None and (data.rows_scheme == "none") != (data.scheme == "none"):
-            yield finding("data.rows_scheme", data.rows_scheme, f"cannot be converted to {data.scheme}", "data.scheme")
-        if (overlap := data.window_overlap) is not None and not 0 <= overlap <= data.max_length // 2:
-            yield finding("data.window_overlap", overlap, f"write 0 to {data.max_length // 2}, half of data.max_length", "data.max_length")
-        if data.packing:
-            reason = "token-classification sorts its batches by length and pads them, so set it to false"
-            yield finding("data.packing", True, reason, "model.task")
+        return tagged_rows.checks(self.data)
 
     @property
     def metrics(self) -> Mapping[str, Better]:
@@ -68,7 +69,9 @@ class TokenClassification(Task):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(column for column in (self.data.words, self.data.text, self._label_column) if column is not None)
+        return tuple(
+            column for column in (self.data.words, self.data.text, self._label_column) if column is not None
+        )
 
     @property
     def _label_column(self) -> str | None:
@@ -90,17 +93,21 @@ class TokenClassification(Task):
         return math.log(max(2, config.num_labels))
 
     def prepare(self, processor: Any) -> None:
-        """Take what the tokenizer puts around a text. Raises ConfigurationError for one that does not say where its pieces stand."""
+        """Take what the tokenizer puts around a text. Raises ConfigurationError for one that does not say
+        where its pieces stand."""
         if not processor.is_fast:
-            reason = "its tokenizer does not say where its pieces stand in a text, and tags are of words; it needs a fast tokenizer"
+            reason = "its tokenizer does not say where its pieces stand in a text; tags need a fast tokenizer"
             raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
         self._around, self._pad = around(processor), processor.pad_token_id or 0
         if self.data.max_length <= 2 * len(self._around):
-            reason = f"leaves no room beside the {len(self._around)} tokens that the tokenizer puts around a text"
+            reason = (
+                f"leaves no room beside the {len(self._around)} tokens that the tokenizer puts around a text"
+            )
             raise ConfigurationError(Problem("data.max_length", self.data.max_length, reason))
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take the tags of a model that has a head for them already. Raises ConfigurationError where it stands without one."""
+        """Take the tags of a model that has a head for them already. Raises ConfigurationError where it
+        stands without one."""
         self.own_labels = classes.of_model(config, "TokenClassification")
         if not as_it_stands:
             return
@@ -117,9 +124,11 @@ class TokenClassification(Task):
         config.label2id = {name: number for number, name in enumerate(names)}
 
     def fit(self, rows: Iterable[Row]) -> None:
-        """Take the tags from the rows: the model's own in its own order, where each of the rows' tags is one of them.
+        """Take the tags from the rows: the model's own in its own order, where each of the rows' tags is one
+        of them.
 
-        Else all that the scheme has for the types that occur. Raises DataError where there are fewer than two.
+        Else all that the scheme has for the types that occur. Raises DataError where there are fewer than
+        two.
         """
         found = self._tags_in(rows)
         if found and self.own_labels is not None:
@@ -133,7 +142,8 @@ class TokenClassification(Task):
             self.labels = schemes.all_tags(kinds, self.data.scheme)
         if len(self.labels) < 2:
             shown = f"only {self.labels[0]!r}" if self.labels else "no tag"
-            raise DataError(f"data.{self._label_key} = {self._label_column!r}: the training rows have {shown}; at least two are needed")
+            key = f"data.{self._label_key} = {self._label_column!r}"
+            raise DataError(f"{key}: the training rows have {shown}; at least two are needed")
 
     @property
     def _label_key(self) -> str:
@@ -142,7 +152,9 @@ class TokenClassification(Task):
     def _tags_in(self, rows: Iterable[Row]) -> set[str]:
         found: set[str] = set()
         for row in rows:
-            if not isinstance(row.values, RowProblem) and not isinstance(marked := self._marked(row.values), RowProblem):
+            if not isinstance(row.values, RowProblem) and not isinstance(
+                marked := self._marked(row.values), RowProblem
+            ):
                 found.update(marked.tags or ())
         return found | {schemes.inside(name) for name in found if self._goes_on}
 
@@ -155,7 +167,9 @@ class TokenClassification(Task):
         """Raise ConfigurationError where rows have tags that the model does not."""
         if self.labels is not None and (unknown := Classes(self.labels).unknown(self._tags_in(rows))):
             shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, self.labels[:8]))
-            reason = f"the rows have {len(unknown)} tags that the model does not know ({shown}); its own are {own}"
+            reason = (
+                f"the rows have {len(unknown)} tags that the model does not know ({shown}); its own are {own}"
+            )
             raise ConfigurationError(Problem(f"data.{self._label_key}", self._label_column, reason))
 
     def _read(self, row: dict[str, Any]) -> Marked:
@@ -168,32 +182,50 @@ class TokenClassification(Task):
             return problem
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
-        """Return for each row its windows: `input_ids` and `labels`, int32 [n], and of the words that it answers for `words` (their
-        numbers in the row), `places` (of their first pieces, or why there is none) and `tags`, int32 [words]."""
+        """Return for each row its windows: `input_ids` and `labels`, int32 [n], and of the words that it
+        answers for `words` (their numbers in the row), `places` (of their first pieces, or why there is none)
+        and `tags`, int32 [words]."""
         marked = [self._marked(row) for row in rows]
         texts = [one.text for one in marked if isinstance(one, Marked)]
-        flat = tokenise(processor, texts, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
+        flat = (
+            tokenise(processor, texts, return_offsets_mapping=True)
+            if texts
+            else {"input_ids": [], "offset_mapping": []}
+        )
         pieces = iter(zip(flat["input_ids"], flat["offset_mapping"], strict=True))
         ids = Classes(self.labels or ())
-        return [one if isinstance(one, RowProblem) else self._encoded(one, *next(pieces), ids) for one in marked]
+        return [
+            one if isinstance(one, RowProblem) else self._encoded(one, *next(pieces), ids) for one in marked
+        ]
 
-    def _encoded(self, row: Marked, pieces: list[int], offsets: Any, ids: Classes) -> tuple[Encoded, ...] | RowProblem:
+    def _encoded(
+        self, row: Marked, pieces: list[int], offsets: Any, ids: Classes
+    ) -> tuple[Encoded, ...] | RowProblem:
         tags = np.full(len(row.words), IGNORE, dtype=np.int32)
         for number, name in enumerate(row.tags or ()):
             if (found := ids.id_of(name)) is None:
                 whose = "model" if ids.names == self.own_labels else "training rows"
-                return RowProblem(BAD_LABEL, f"{name!r} is not among the {len(ids.names)} tags of the {whose}")
+                return RowProblem(
+                    BAD_LABEL, f"{name!r} is not among the {len(ids.names)} tags of the {whose}"
+                )
             tags[number] = found
-        later = None
-        if self.data.label_pieces == "all" and row.tags is not None:
-            found = [ids.id_of(schemes.inside(name)) if self._goes_on else number for number, name in enumerate(ids.names)]
-            later = np.array([number if after is None else after for number, after in enumerate(found)], dtype=np.int32)
-        return samples(Pieces(pieces, offsets, row.words), tags, later, self.data, self._around)
+        later = self._later(ids) if self.data.label_pieces == "all" else None
+        return tagged_samples.samples(
+            Pieces(pieces, offsets, row.words), tags, later, self.data, self._around
+        )
+
+    def _later(self, ids: Classes) -> np.ndarray:
+        """What other pieces of a word learn, by the tag of the word."""
+        after = [ids.id_of(schemes.inside(name)) if self._goes_on else None for name in ids.names]
+        found = [number if inside is None else inside for number, inside in enumerate(after)]
+        return np.array(found, dtype=np.int32)
 
     def example(self, length: int) -> Sample:
         every = np.arange(length, dtype=np.int32)
         zeros = np.zeros_like(every)
-        return Sample({"input_ids": zeros, "labels": zeros, "words": every, "places": every, "tags": zeros}, 0, length)
+        return Sample(
+            {"input_ids": zeros, "labels": zeros, "words": every, "places": every, "tags": zeros}, 0, length
+        )
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Keep the tokens; each of them counts as a word."""
@@ -203,31 +235,21 @@ class TokenClassification(Task):
         return short
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return `input_ids`, `attention_mask` and `labels`, int64 [B, L] padded to the longest; `positions` int64 [words], of first pieces
-        in all B x L; and aside, for the evaluator alone, `words` int64 [words, 4]: row, number in it, tag, and column or why there is
-        none. Of filler nothing is learned, and no word is there."""
-        batch_samples = [sample for item in items for sample in item]
-        lengths = np.array([sample.length for sample in batch_samples])
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        input_ids, labels = np.full(mask.shape, self._pad, dtype=np.int64), np.full(mask.shape, IGNORE, dtype=np.int64)
-        input_ids[mask] = np.concatenate([sample["input_ids"] for sample in batch_samples])
-        words, positions = [np.zeros((0, 4), dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for number, sample in enumerate(batch_samples):
-            if sample.weight:
-                labels[number, : sample.length] = sample["labels"]
-                places = sample["places"].astype(np.int64)
-                words.append(np.stack([np.full(len(places), sample.id), sample["words"], sample["tags"], places], axis=1).astype(np.int64))
-                positions.append(places[places >= 0] + number * mask.shape[1])
-        tensors = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "labels": labels, "positions": np.concatenate(positions)}
-        return {name: torch.from_numpy(array) for name, array in tensors.items()} | {"aside": {"words": np.concatenate(words)}}
+        """Return the tensors of `tagged_samples.collate`."""
+        return tagged_samples.collate([sample for item in items for sample in item], self._pad)
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the pieces that learn a tag, with fp32 logits [words, tags] of first pieces as predictions."""
+        """Return the summed loss of the pieces that learn a tag, with fp32 logits [words, tags] of first
+        pieces as predictions."""
         from torch.nn import functional
 
         from launcher.training.heads import own_forward
 
-        logits = own_forward(model, {name: batch[name] for name in ("input_ids", "attention_mask")}).logits.float().flatten(0, 1)
+        logits = (
+            own_forward(model, {name: batch[name] for name in ("input_ids", "attention_mask")})
+            .logits.float()
+            .flatten(0, 1)
+        )
         labels = batch["labels"].flatten()
         loss_sum = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         num_correct = (logits.detach().argmax(dim=-1) == labels).sum().float()
@@ -236,7 +258,9 @@ class TokenClassification(Task):
     def evaluator(self) -> Evaluator:
         return TagScores(self.labels or (), self.data.scheme)
 
-    def answers(self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: Any) -> list[Any]:
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: Any
+    ) -> list[Any]:
         """Return for each sample the tags of its words, as `tagged_answers` has them."""
         assert output.predictions is not None
         shares = output.predictions.float().softmax(dim=-1).cpu().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -18,23 +19,28 @@ else:
     np = Lazy("numpy")
 
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-"""Kana and Chinese characters, which are written without spaces: each is a word, as in BERT's own tokenizer."""
+"""Kana and Chinese characters, which are written without spaces: each is a word, as in BERT's own
+tokenizer."""
 
 
 @functools.cache
 def _word() -> re.Pattern[str]:
     # Python's \w leaves out the marks that stand on a letter, and Hindi writes most of its vowels with them.
-    marks = "".join(chr(number) for number in range(0x300, 0x1F000) if unicodedata.category(chr(number))[0] == "M")
+    marks = "".join(
+        chr(number) for number in range(0x300, 0x1F000) if unicodedata.category(chr(number))[0] == "M"
+    )
     return re.compile(rf"[{_ALONE}]|[^\W{_ALONE}](?:[^\W{_ALONE}]|[{marks}\u200c\u200d])*|\S")
 
 
 def words_of(text: str) -> list[tuple[int, int]]:
-    """Return from where to where each word of a text stands, in characters; every other sign that is no space is a word too."""
+    """Return from where to where each word of a text stands, in characters; every other sign that is no space
+    is a word too."""
     return [match.span() for match in _word().finditer(text)]
 
 
 def word_of_each(offsets: Sequence[tuple[int, int]], words: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return the number of the first word that each piece has a character of, int32 [pieces]; -1 where it has none.
+    """Return the number of the first word that each piece has a character of, int32 [pieces]; -1 where it has
+    none.
 
     Both are places in the same text, in characters; words do not overlap, and stand in order.
     """
@@ -87,10 +93,12 @@ class Window(NamedTuple):
 
 
 def windows(starts: np.ndarray, num_pieces: int, room: int, overlap: int) -> list[Window]:
-    """Return windows of at most `room` pieces, of which two neighbours share at most `overlap`, with each piece answered for by one.
+    """Return windows of at most `room` pieces, of which two neighbours share at most `overlap`, with each
+    piece answered for by one.
 
-    `starts`: where words begin, sorted, int [n]. A window begins and ends there, so that a word is cut only where it is longer than
-    the room. In what two windows share, the border is in the middle: each piece is answered for where more is seen around it.
+    `starts`: where words begin, sorted, int [n]. A window begins and ends there, so that a word is cut only
+    where it is longer than the room. In what two windows share, the border is in the middle: each piece is
+    answered for where more is seen around it.
     """
     bounds, begin = [], 0
     while True:
@@ -102,7 +110,7 @@ def windows(starts: np.ndarray, num_pieces: int, room: int, overlap: int) -> lis
         behind = min(_following(starts, end, num_pieces), end + room)
         begin = _following(starts, max(end - overlap, begin + 1, behind - room) - 1, end)
     borders = [0]
-    for (_, end), (start, _) in zip(bounds, bounds[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(bounds):
         borders.append(_following(starts, (start + end) // 2 - 1, end))
     borders.append(num_pieces)
     return [Window(*bound, borders[number], borders[number + 1]) for number, bound in enumerate(bounds)]

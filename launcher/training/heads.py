@@ -60,7 +60,8 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
 
 
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
-    """Return what the model's own class makes of `inputs`, of which those are left out that it does not know."""
+    """Return what the model's own class makes of `inputs`, of which those are left out that it does not
+    know."""
     forward = model_class_of(model).forward
     return forward(model, **_accepted(model_class_of(model), inputs))
 
@@ -126,7 +127,8 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) ->
     each computed again backward."""
     hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
     if not len(targets):
-        # Where nothing is learned, as in filler, the head is gone through all the same: all ranks add up its gradient together.
+        # Where nothing is learned, as in filler, the head is gone through all the same: all ranks add up its
+        # gradient together.
         hidden, targets = outputs.last_hidden_state.flatten(0, 1)[:1], targets.new_full((1,), IGNORED)
     loss_sum = num_correct = torch.zeros((), device=hidden.device)
 
@@ -146,7 +148,8 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) ->
 
 
 def logits_where_supervised(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Return what the model's own head makes of the supervised positions alone, fp32 [positions, vocabulary]."""
+    """Return what the model's own head makes of the supervised positions alone, fp32 [positions,
+    vocabulary]."""
     inputs = _inputs(batch)
     decoder = decoder_of(model)
     outputs = decoder(**_accepted(type(decoder), inputs))

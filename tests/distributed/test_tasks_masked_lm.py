@@ -6,12 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM, RobertaConfig, RobertaForMaskedLM, T5Config
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+)
 
 from launcher import tasks
-from launcher.errors import ConfigurationError
 from launcher.data.rows import RowProblem
 from launcher.data.section import Source
+from launcher.errors import ConfigurationError
 from launcher.tasks.masked_lm import MaskedColumns, MaskedLM
 from launcher.tasks.task import Draws, Encoded, Sample
 from launcher.training.model import attention
@@ -20,11 +28,19 @@ from tests.distributed.test_tasks_token_classification import TOKENIZER
 
 MASK = TOKENIZER.mask_token_id
 TEXT = "some words that are hidden, 12 of them and more than that"
-SIZES = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 
 
 def task_of(tokenizer: Any = TOKENIZER, **settings: Any) -> MaskedLM:
-    data = MaskedColumns(**{"train": Source(path="unused.jsonl"), "text": "text", "max_length": 64, **settings})
+    data = MaskedColumns(
+        **{"train": Source(path="unused.jsonl"), "text": "text", "max_length": 64, **settings}
+    )
     task = tasks.build(plan_of(data, "masked-lm"), tokenizer)
     assert isinstance(task, MaskedLM)
     task.configure(BertConfig(**SIZES))
@@ -73,9 +89,14 @@ def test_several_columns_are_one_text() -> None:
         pieces_of(task, {"title": "a"})
 
 
-@pytest.mark.parametrize("row", [{"text": None}, {"text": " "}, {"text": ["a"]}, {"text": "[MASK] [SEP]"}, {"text": "\ufe0f"}])
+@pytest.mark.parametrize(
+    "row", [{"text": None}, {"text": " "}, {"text": ["a"]}, {"text": "[MASK] [SEP]"}, {"text": "\ufe0f"}]
+)
 def test_rows_that_cannot_be_used(row: dict[str, Any]) -> None:
-    with pytest.raises(RowProblem, match="missing key|empty|value that cannot be used|nothing left to learn: it has special tokens alone"):
+    with pytest.raises(
+        RowProblem,
+        match=r"missing key|empty|value that cannot be used|nothing left to learn: it has special tokens alone",
+    ):
         pieces_of(task_of(), row)
 
 
@@ -83,11 +104,14 @@ def test_a_tokenizer_without_a_mask_and_models_that_cannot_are_refused() -> None
     with pytest.raises(ConfigurationError, match="its tokenizer has no mask token"):
         task_of(word_tokenizer())
     slow = types.SimpleNamespace(is_fast=False, mask_token_id=4, name_or_path="some/model")
-    with pytest.raises(ConfigurationError, match="write data.mask_whole_words: false"):
+    with pytest.raises(ConfigurationError, match=r"write data\.mask_whole_words: false"):
         task_of(slow, mask_whole_words=True)
     with pytest.raises(ConfigurationError, match="a t5 model reads one sequence and writes another"):
         task_of().adopt(T5Config())
-    with pytest.raises(ConfigurationError, match=r"its mask is token 4, and its embedding has 4 rows; write model\.resize_embeddings"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"its mask is token 4, and its embedding has 4 rows; write model\.resize_embeddings",
+    ):
         task_of().adopt(BertConfig(vocab_size=4))
     [problem] = MaskedLM(MaskedColumns(train=Source(path="t.jsonl"))).checks()
     assert str(problem.problem) == "data.text: is missing: masked-lm reads a column of text, or several"
@@ -154,7 +178,14 @@ MODELS = {
     "modernbert": (
         ModernBertForMaskedLM,
         ModernBertConfig(
-            **SIZES, initializer_range=0.3, local_attention=16, pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3
+            **SIZES,
+            initializer_range=0.3,
+            local_attention=16,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+            cls_token_id=2,
+            sep_token_id=3,
         ),
     ),
 }
@@ -178,7 +209,9 @@ def test_the_loss_is_that_of_transformers(kind: str, layout: str) -> None:
     for number, (tokens, targets) in enumerate(ready):
         ids[number, : len(tokens)], labels[number, : len(tokens)] = tokens, targets
     mask = np.arange(longest) < np.array([[sample.length] for sample in samples])
-    own = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask).long(), labels=torch.tensor(labels))
+    own = model(
+        input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask).long(), labels=torch.tensor(labels)
+    )
     model.set_attn_implementation(attention.register("packed" if layout == "packed" else "sdpa"))
     batch = task.collate([[sample] for sample in samples], Draws(0, 1))
     num_learned = int((batch["targets"] >= 0).sum())

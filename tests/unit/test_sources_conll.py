@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import DataError
 from launcher.data.conll import read_conll
 from launcher.data.rows import RowProblem
+from launcher.errors import DataError
 
 
 def rows(tmp_path: Path, content: str | bytes, *columns: str) -> list[tuple[int, Any]]:
@@ -30,8 +30,12 @@ def test_columns_from_the_last(tmp_path: Path) -> None:
 
 def test_beginnings_of_documents_and_comments_are_no_words(tmp_path: Path) -> None:
     assert [line for line, _ in rows(tmp_path, "-DOCSTART- -X- O\n\na b O\n", "0")] == [3]
-    assert rows(tmp_path, "# sent_id = 1\na\tO\n# text\nb\tO\n", "0") == [(2, {"0": ["a", "b"], "1": ["O", "O"]})]
-    assert rows(tmp_path, "# O\na O\n", "0") == [(1, {"0": ["#", "a"], "1": ["O", "O"]})], "with spaces, # is a word"
+    assert rows(tmp_path, "# sent_id = 1\na\tO\n# text\nb\tO\n", "0") == [
+        (2, {"0": ["a", "b"], "1": ["O", "O"]})
+    ]
+    assert rows(tmp_path, "# O\na O\n", "0") == [(1, {"0": ["#", "a"], "1": ["O", "O"]})], (
+        "with spaces, # is a word"
+    )
     assert rows(tmp_path, "", "0") == []
 
 
@@ -47,7 +51,10 @@ def test_a_sentence_with_a_line_that_cannot_be_read_is_one_problem(tmp_path: Pat
 
 
 def test_a_column_that_the_file_has_not(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.conll has no column 'words': a \.conll file names its columns by number, here '0' to '1'"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.conll has no column 'words': a \.conll file names its columns by number, here '0' to '1'",
+    ):
         rows(tmp_path, "a\tO\n", "words")
     with pytest.raises(DataError, match="has no column '2'"):
         rows(tmp_path, "a\tO\n", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_windows_answer_for_each_piece_once_and_overlap_where_words_begin() -> N
             assert window.begin <= window.first <= window.last and 0 < window.end - window.begin <= room
             # What it answers for it has read.
             assert window.last <= window.end
-        for before, after in zip(found, found[1:], strict=False):
+        for before, after in itertools.pairwise(found):
             assert after.begin <= before.end < after.end
             assert before.end - after.begin <= overlap
 
@@ -73,13 +74,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(("scheme", "tags", "expected"), CASES)
-def test_tags_are_entities_and_back(scheme: Any, tags: list[str], expected: list[tuple[str, int, int]]) -> None:
+def test_tags_are_entities_and_back(
+    scheme: Any, tags: list[str], expected: list[tuple[str, int, int]]
+) -> None:
     found = schemes.entities(tags, scheme)
     assert found == [Entity(*one) for one in expected]
     if not {"U-a", "L-b"} & set(tags):
         assert schemes.write(found, len(tags), scheme) == tags
     for other in ("BIO", "BIOES"):
-        assert schemes.entities(schemes.write(found, len(tags), other), other) == found, "nothing is lost in a conversion"
+        assert schemes.entities(schemes.write(found, len(tags), other), other) == found, (
+            "nothing is lost in a conversion"
+        )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,14 @@ def test_tags_that_a_scheme_does_not_have(scheme: Any, tags: list[str], message:
 def test_every_tag_of_a_scheme() -> None:
     assert schemes.all_tags(["b", "a"], "BIO") == ["O", "B-a", "I-a", "B-b", "I-b"]
     assert schemes.all_tags([""], "BIOES") == ["O", "B", "I", "E", "S"]
-    assert [schemes.inside(name) for name in ("B-a", "I-a", "O", "B", "S-a", "BLUE")] == ["I-a", "I-a", "O", "I", "S-a", "BLUE"]
+    assert [schemes.inside(name) for name in ("B-a", "I-a", "O", "B", "S-a", "BLUE")] == [
+        "I-a",
+        "I-a",
+        "O",
+        "I",
+        "S-a",
+        "BLUE",
+    ]
 
 
 def columns(**settings: Any) -> TaggedColumns:
@@ -134,12 +146,20 @@ def test_lists_in_a_cell_and_numbers_with_names() -> None:
 
 def test_rows_of_another_scheme_are_converted() -> None:
     row = {"words": list("abcd"), "tags": ["I-x", "I-x", "O", "I-y"]}
-    assert tagged_rows.read(row, columns(**WORDS, scheme="BIOES", rows_scheme="IO"), True).tags == ["B-x", "E-x", "O", "S-y"]
+    assert tagged_rows.read(row, columns(**WORDS, scheme="BIOES", rows_scheme="IO"), True).tags == [
+        "B-x",
+        "E-x",
+        "O",
+        "S-y",
+    ]
     assert tagged_rows.read(row, columns(**WORDS, scheme="none"), True).tags == row["tags"]
 
 
 def test_spans_over_a_text() -> None:
-    row = {"text": "Anna lives in New York.", "spans": [{"start": 14, "end": 22, "label": "place"}, [0, 4, "person"]]}
+    row = {
+        "text": "Anna lives in New York.",
+        "spans": [{"start": 14, "end": 22, "label": "place"}, [0, 4, "person"]],
+    }
     marked = tagged_rows.read(row, columns(**SPANS), True)
     assert marked.tags == ["B-person", "O", "O", "B-place", "I-place", "O"]
     assert tagged_rows.read({"text": "Anna", "spans": []}, columns(**SPANS), True).tags == ["O"]
@@ -148,13 +168,19 @@ def test_spans_over_a_text() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"words": ["a", "b"], "tags": ["O"]}, "label that cannot be used: 2 words in 'words' and 1 tags in 'tags'"),
+        (
+            {"words": ["a", "b"], "tags": ["O"]},
+            "label that cannot be used: 2 words in 'words' and 1 tags in 'tags'",
+        ),
         ({"words": ["a"], "tags": ["X-a"]}, "label that cannot be used: tag 1, 'X-a', is none of BIO"),
         ({"words": ["a"], "tags": [None]}, "missing key: a label is missing in the list"),
         ({"words": ["a"]}, "missing key: no 'tags'; the row has 'words'"),
         ({"words": None, "tags": []}, "missing key: 'words' is null"),
         ({"words": "plain text", "tags": ["O"]}, "value that cannot be used: 'words' is a str, not a list"),
-        ({"words": ["a", None], "tags": ["O", "O"]}, "value that cannot be used: word 2 of 'words' is None, not text"),
+        (
+            {"words": ["a", None], "tags": ["O", "O"]},
+            "value that cannot be used: word 2 of 'words' is None, not text",
+        ),
         ({"words": ["\ud800"], "tags": ["O"]}, "not UTF-8"),
         ({"words": [], "tags": []}, "empty: 'words' has no words"),
         ({"words": [" "], "tags": ["O"]}, "empty: 'words' has no words"),
@@ -175,7 +201,10 @@ def test_rows_of_words_that_cannot_be_used(row: dict[str, Any], message: str) ->
         ([[2, 3, "a"]], "the span 2 to 3, ' ', holds no word"),
         ([[0, 5, "a"], [3, 5, "b"]], r"span 2 \(3 to 5\) begins within span 1 \(0 to 5\)"),
         ([{"start": 0, "end": 2}], "missing key: a label is missing"),
-        ([{"begin": 0, "end": 2, "label": "a"}], "start and end are whole numbers of characters, and here None and 2"),
+        (
+            [{"begin": 0, "end": 2, "label": "a"}],
+            "start and end are whole numbers of characters, and here None and 2",
+        ),
         ([[0.0, 2, "a"]], "whole numbers of characters"),
         ([[0, True, "a"]], "not an object with start, end and label"),
         ([0], "span 1 is 0, not an object with start, end and label"),

@@ -48,10 +48,12 @@ def packed_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within each sample of one row, causal unless the call or the module says that it is not, as in an encoder.
+    """Attention within each sample of one row, causal unless the call or the module says that it is not, as
+    in an encoder.
 
     `query` is [1, heads, tokens, head_dim]; `key` and `value` may have fewer heads. Returns [1, tokens,
-    heads, head_dim].     Raises ValueError where the model's class keeps to itself where samples begin, and for scores of an encoder that no kernel has.
+    heads, head_dim]. Raises ValueError where the model's class keeps to itself where samples begin, and for
+    scores of an encoder that no kernel has.
     """
     if cu_seq_lens_q is None:
         raise ValueError("the model's class does not hand on to its attention where samples begin")
@@ -70,7 +72,8 @@ def packed_attention(
         parts.append(
             functional.scaled_dot_product_attention(
                 query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
-                attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scaling, enable_gqa=grouped,
+                attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None,
+                scale=scaling, enable_gqa=grouped,
             )
         )  # fmt: skip
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -111,7 +114,8 @@ def _written_out(
 
 
 def _window(length: int, window: int | None, device: torch.device, causal: bool) -> torch.Tensor | None:
-    """The mask of a sliding window where the sample is longer than it; None where plain attention is the same.
+    """The mask of a sliding window where the sample is longer than it; None where plain attention is the
+    same.
 
     Of an encoder it reaches as far to both sides, as transformers' own masks of windows do.
     """
