@@ -136,6 +136,11 @@ class RunDirectory:
         """Where the committed checkpoint of `step` is, or would be."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def evaluation(self, step: int) -> Path:
+        """What no single number shows of the evaluation at `step`: {"step", "metrics", "details"}; missing
+        where there is nothing of it."""
+        return self.path / "evaluations" / f"step-{step:08d}.json"
+
     def attempt(self, number: int) -> Path:
         """The directory of one attempt: rank logs, failure.json, command.json."""
         return self.attempts / f"{number:04d}"

@@ -82,28 +82,32 @@ class Encoded(NamedTuple):
     """Supervised tokens, or 1 where the sample as a whole is."""
     length: int
     """The positions that it costs in a pass; of text, its tokens."""
-    cut: bool = False
-    """Whether it was longer than max_length."""
+    cut: bool | str = False
+    """Whether it was longer than max_length, or in words what of the row was left out."""
 
 
 class Sample(dict[str, "np.ndarray"]):
     """One sample's arrays by name.
 
-    `id` is its row number in the source, `length` the positions that it costs. A `weight` of 0 marks filler,
-    which only keeps shapes equal among ranks: `collate` must leave nothing of it supervised.
+    `id` is its row number in the source, `window` its number among the samples of that row, `length` the
+    positions that it costs. A `weight` of 0 marks filler, which only keeps shapes equal among ranks:
+    `collate` must leave nothing of it supervised.
     """
 
-    __slots__ = ("id", "length", "weight")
+    __slots__ = ("id", "length", "weight", "window")
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], id: int, length: int, weight: int = 1) -> None:
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], id: int, length: int, weight: int = 1, window: int = 0
+    ) -> None:
         super().__init__(arrays)
         self.id = id
         self.length = length
         self.weight = weight
+        self.window = window
 
     def as_filler(self) -> Sample:
         """Return the same arrays with weight 0."""
-        return Sample(self, self.id, self.length, weight=0)
+        return Sample(self, self.id, self.length, 0, self.window)
 
 
 def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
@@ -112,7 +116,7 @@ def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
     arrays = {
         name: array[positions] if len(array) == sample.length else array for name, array in sample.items()
     }
-    return Sample(arrays, sample.id, len(positions), sample.weight)
+    return Sample(arrays, sample.id, len(positions), sample.weight, sample.window)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Draws:
 
     def of(self, sample: Sample) -> np.random.Generator:
         """Return a generator of this sample's own."""
-        return np.random.default_rng((self.seed, self.step, sample.id))
+        return np.random.default_rng((self.seed, self.step, sample.id, sample.window))
 
 
 class Output(NamedTuple):
@@ -156,6 +160,11 @@ class Evaluator(ABC):
     @abstractmethod
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         """Return the metrics of all ranks' states; `loss` is always among them. Called on one rank."""
+
+    def details(self) -> dict[str, Any]:
+        """Return what no single number shows of the metrics just computed, as JSON values: a confusion
+        matrix, a fitted threshold."""
+        return {}
 
 
 class Task(ABC):
@@ -286,8 +295,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return a sample for each row, or why there is none. Deterministic; called in worker processes."""
+    def encode(
+        self, rows: Sequence[dict[str, Any]], processor: Any
+    ) -> Sequence[Encoded | tuple[Encoded, ...] | RowProblem]:
+        """Return for each row a sample, several (overlapping windows of a long row), or why there is none.
+
+        Deterministic; called in worker processes.
+        """
 
     @abstractmethod
     def example(self, length: int) -> Sample:
@@ -296,7 +310,11 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return the tensors of a micro-batch of items. `draws` is None where nothing may be random."""
+        """Return the tensors of a micro-batch of items. `draws` is None where nothing may be random.
+
+        What only the evaluator reads (arrays, texts) goes under the key `aside`, which never reaches a device
+        or the model.
+        """
 
     # Loss and metrics.
 
@@ -324,3 +342,7 @@ class Task(ABC):
     @abstractmethod
     def evaluator(self) -> Evaluator:
         """Return what collects an evaluation, empty."""
+
+    def adopt_evaluation(self, details: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take what an evaluation of the model fitted, as a threshold, from `Evaluator.details`. Called
+        before anything is predicted."""

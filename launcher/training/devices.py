@@ -43,12 +43,11 @@ def start_process_group(plan: Plan) -> torch.device:
 
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The batch with its tensors on `device`."""
-    if str(device) == "cpu":
-        return batch
+    """Return the batch with its tensors on `device`, without what is kept `aside` for the evaluator."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
+        if key != "aside"
     }
 
 

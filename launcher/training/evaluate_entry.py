@@ -40,7 +40,10 @@ def measure(
     scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
     """Evaluate what request.json names and write evaluation.json: {"before": {metric: value}, "after":
-    {metric: value}}."""
+    {metric: value}}.
+
+    With `details` beside them where a task has what no single number shows.
+    """
     request = read_json(scratch.path / "request.json")
     if plan.data.evaluation is None:
         raise ConfigurationError(
@@ -51,14 +54,17 @@ def measure(
     # Before the ranks know each other, who would wait in vain for whoever tokenises.
     prepared = {"before": _material(scratch, plan, plan, run), "after": _material(scratch, after, plan, run)}
     start_process_group(plan)
-    result = {}
+    result: dict[str, Any] = {}
     for name, (measured, config, task, dataset) in prepared.items():
         engine = FsdpEngine(measured, task, config, trains=False)
         check_loss(engine, task, dataset, measured, functools.partial(_event, scratch))
         if name == "after" and run is not None:
             _load(run, plan, engine, request["step"])
         report = phase_report(scratch, "evaluating", "batches") if distributed.get_rank() == 0 else _silent
-        result[name] = evaluate(engine, task, dataset, measured, report)
+        details: dict[str, Any] = {}
+        result[name] = evaluate(engine, task, dataset, measured, report, details=details.update)
+        if details:
+            result.setdefault("details", {})[name] = details
         del engine
         gc.collect()
     if distributed.get_rank() == 0:

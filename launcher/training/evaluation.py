@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import distributed
 
@@ -30,11 +31,12 @@ def evaluate(
     plan: Plan,
     report: Report = lambda done, total: None,
     stopping: Callable[[], bool] = lambda: False,
+    details: Callable[[dict[str, Any]], object] = lambda details: None,
 ) -> dict[str, float]:
     """Metrics over every sample of `dataset`, equal on all ranks.
 
     `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
-    Interrupted.
+    Interrupted. `details` is called on rank 0 with what no single number shows.
     """
     rank, size = distributed.get_rank(), plan.batch.data_parallel_size
     micro = plan.batch.micro_batch_size
@@ -54,4 +56,6 @@ def evaluate(
     here.at("measuring")
     states = exchange.all_gather_arrays(evaluator.state())
     metrics = evaluator.compute(states) if rank == 0 else {}
+    if rank == 0:
+        details(evaluator.details())
     return dict(exchange.from_first({name: float(value) for name, value in metrics.items()}))

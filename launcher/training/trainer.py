@@ -296,6 +296,7 @@ class Trainer:
         report = (
             phase_report(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
         )
+        details: dict[str, Any] = {}
         try:
             metrics = evaluate(
                 self.engine,
@@ -304,12 +305,13 @@ class Trainer:
                 self.plan,
                 report,
                 lambda: self._agree(self.stop.requested),
+                details.update,
             )
         except Interrupted:
             return False
         self._evaluated(metrics)
         if self.recorder:
-            self.recorder.evaluation(self.state.step, metrics)
+            self.recorder.evaluation(self.state.step, metrics, details)
         self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
         return True
 

@@ -107,6 +107,7 @@ class Dataset:
         self._item_offsets = self._load("item_offsets")
         self._item_samples = self._load("item_samples")
         self._sample_ids = self._load("sample_ids")
+        self._sample_windows = self._load("sample_windows")
         self._sample_lengths = self._load("sample_lengths")
         self._sample_hashes = self._load(HASHES)
         self._item_lengths = self._load("item_lengths")
@@ -162,12 +163,12 @@ class Dataset:
         return next((flat for own, flat, _ in self._columns if own == name), None)
 
     def first_ids(self, count: int) -> list[int]:
-        """The row numbers of the first samples."""
-        found: list[int] = self._sample_ids[:count].tolist()
+        """The numbers of the first rows that are used."""
+        found: list[int] = self._sample_ids[self._sample_windows == 0][:count].tolist()
         return found
 
     def find(self, id: int) -> tuple[int, Sample] | None:
-        """The sample of a row, and how many others are in its item; None where the row is not used."""
+        """The first sample of a row, and how many others are in its item; None where the row is not used."""
         [found] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
         if found is None:
             return None
@@ -191,19 +192,17 @@ class Dataset:
             for _, flat, o in self._columns
         ]
         names = [name for name, _, _ in self._columns]
-        ids, lengths = self._sample_ids[samples].tolist(), self._sample_lengths[samples].tolist()
-        expected = self._sample_hashes[samples].tolist()
-        for number, (i, *arrays) in enumerate(zip(ids, *columns, strict=True)):
-            if sample_hash(i, arrays) != expected[number]:
+        own = (self._sample_ids, self._sample_windows, self._sample_lengths, self._sample_hashes)
+        whole: list[Sample] = []
+        for number, (i, window, length, expected, *arrays) in enumerate(
+            zip(*(one[samples].tolist() for one in own), *columns, strict=True)
+        ):
+            if sample_hash(i, window, arrays) != expected:
                 raise self._changed(int(samples[number]), i)
-        whole = iter(
-            [
-                Sample(dict(zip(names, arrays, strict=True)), i, n)
-                for i, n, *arrays in zip(ids, lengths, *columns, strict=True)
-            ]
-        )
+            whole.append(Sample(dict(zip(names, arrays, strict=True)), i, length, window=window))
         counts = self._item_offsets[indices + 1] - self._item_offsets[indices]
-        return [list(islice(whole, count)) for count in counts.tolist()]
+        rest = iter(whole)
+        return [list(islice(rest, count)) for count in counts.tolist()]
 
     def _changed(self, sample: int, row: int) -> DataError:
         places = []
@@ -247,9 +246,10 @@ class Dataset:
         return self._sample_ids[self._item_samples[gather(self._item_offsets, chosen)]]
 
 
-def sample_hash(id: int, arrays: Sequence[np.ndarray]) -> int:
-    """Return xxh3 of one sample's columns in their order, begun with its row number."""
-    digest = id
+def sample_hash(id: int, window: int, arrays: Sequence[np.ndarray]) -> int:
+    """Return xxh3 of one sample's columns in their order, begun with its row number and its number among the
+    samples of that row."""
+    digest = id ^ (window << 40)
     for array in arrays:
         digest = xxhash.xxh3_64_intdigest(array.data, seed=digest)
     return digest

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from launcher.data.rows import TOO_LONG, Row, RowProblem
+from launcher.data.rows import NOTHING_TO_LEARN, TOO_LONG, Row, RowProblem
 from launcher.errors import OutOfMemoryError
 from launcher.runs.processes import die_with_parent
 from launcher.tasks.task import Encoded, Task
@@ -37,8 +37,9 @@ class Chunk:
 
     num_rows: int
     ids: np.ndarray
+    windows: np.ndarray
+    """Of the samples, int64, as all here: each one's number among those of its row."""
     lengths: np.ndarray
-    """Of the samples, int64."""
     supervised: np.ndarray
     columns: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     problems: list[dict[str, Any]] = field(default_factory=list)
@@ -51,20 +52,30 @@ def encode_chunk(rows: list[Row], task: Task, tokenizer: Any) -> Chunk:
     encoded = iter(task.encode(values, tokenizer))
     samples: list[Encoded] = []
     ids: list[int] = []
+    windows: list[int] = []
     problems: list[dict[str, Any]] = []
     for row in rows:
         result = row.values if isinstance(row.values, RowProblem) else next(encoded)
         if isinstance(result, RowProblem):
             problems.append(_problem(row, result.reason, result.detail))
             continue
-        if result.cut:
-            problems.append(_problem(row, TOO_LONG, f"cut to {result.length:,} tokens"))
-        samples.append(result)
-        ids.append(row.id)
+        several = (result,) if isinstance(result, Encoded) else result
+        if not several:
+            problems.append(_problem(row, NOTHING_TO_LEARN, "the task makes no sample of it"))
+        if cut := next((one.cut for one in several if one.cut), False):
+            problems.append(
+                _problem(
+                    row, TOO_LONG, cut if isinstance(cut, str) else f"cut to {several[0].length:,} tokens"
+                )
+            )
+        samples += several
+        ids += [row.id] * len(several)
+        windows += range(len(several))
     lengths, supervised = (
         np.array([getattr(s, name) for s in samples], dtype=np.int64) for name in ("length", "num_supervised")
     )
-    chunk = Chunk(len(rows), np.array(ids, dtype=np.int64), lengths, supervised, problems=problems)
+    numbers = (np.array(values, dtype=np.int64) for values in (ids, windows))
+    chunk = Chunk(len(rows), *numbers, lengths, supervised, problems=problems)
     for name in samples[0].arrays if samples else ():
         arrays = [sample.arrays[name] for sample in samples]
         chunk.columns[name] = (
@@ -138,12 +149,15 @@ class Writer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.num_rows = 0
+        """Of which there are samples."""
         self.num_samples = 0
         self.num_supervised = 0
         self._columns: dict[str, _GrowingFile] = {}
         self._counts: dict[str, list[np.ndarray]] = {}
         self._lengths: list[np.ndarray] = []
         self._ids: list[np.ndarray] = []
+        self._windows: list[np.ndarray] = []
         self._hashes: list[int] = []
         self._supervised: list[np.ndarray] = []
 
@@ -156,12 +170,13 @@ class Writer:
             written = self._columns[name].append(flat)
             self._counts.setdefault(name, []).append(counts)
             parts.append(np.split(written, np.cumsum(counts)[:-1]))
-        self._hashes += [
-            sample_hash(id, arrays) for id, *arrays in zip(chunk.ids.tolist(), *parts, strict=True)
-        ]
+        whole = zip(chunk.ids.tolist(), chunk.windows.tolist(), *parts, strict=True)
+        self._hashes += [sample_hash(id, window, arrays) for id, window, *arrays in whole]
         self._ids.append(chunk.ids)
+        self._windows.append(chunk.windows)
         self._lengths.append(chunk.lengths)
         self._supervised.append(chunk.supervised)
+        self.num_rows += int(np.count_nonzero(chunk.windows == 0))
         self.num_samples += len(chunk.ids)
         self.num_supervised += int(chunk.supervised.sum())
 
@@ -182,6 +197,7 @@ class Writer:
                 self._save(f"{name}_offsets", offsets)
             columns[name] = named[content]
         self._save("sample_ids", np.concatenate(self._ids))
+        self._save("sample_windows", np.concatenate(self._windows))
         self._save("sample_lengths", self.lengths())
         self._save(HASHES, np.array(self._hashes, dtype=np.uint64))
         self._save("item_offsets", packs.offsets)

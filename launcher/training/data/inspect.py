@@ -16,7 +16,7 @@ from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.tasks.task import IGNORE, Sample
+from launcher.tasks.task import IGNORE, Encoded, Sample
 from launcher.training import entry
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import refuse_mostly_dropped
@@ -154,6 +154,8 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
         if isinstance(row.values, RowProblem)
         else material.task.encode([row.values], material.tokenizer)[0]
     )
+    if isinstance(encoded, tuple) and not isinstance(encoded, Encoded):
+        encoded = encoded[0]
     if isinstance(encoded, RowProblem) or found is None:
         problem = encoded if isinstance(encoded, RowProblem) else RowProblem("not used")
         return {"reason": problem.reason, "detail": problem.detail}
@@ -162,7 +164,7 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
     shown: dict[str, Any] = {
         "num_tokens": len(ids),
         "num_learned": sum(learned),
-        "cut": encoded.cut,
+        "cut": bool(encoded.cut),
         "num_beside": beside,
     }
     shown["label"] = _label(sample, dataset)

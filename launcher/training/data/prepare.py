@@ -26,7 +26,7 @@ from launcher.training.data.encode import Writer, encode_rows
 from launcher.training.data.packing import one_each, pack
 from launcher.training.data.sources import Rows, difference, hash_file, open_source
 
-FORMAT = 6
+FORMAT = 7
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
 Role = Literal["train", "evaluation"]
@@ -229,16 +229,15 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
         )
     packs = pack(writer.lengths(), plan.data.max_length) if task.packs else one_each(writer.num_samples)
     columns = writer.finish(packs)
-    report.rows_used, report.num_items = writer.num_samples, len(packs.offsets) - 1
+    report.rows_used, report.num_items = writer.num_rows, len(packs.offsets) - 1
     report.num_tokens, report.num_supervised = int(writer.lengths().sum()), writer.num_supervised
     report.longest = int(writer.lengths().max())
     report.fill = report.num_tokens / (report.num_items * plan.data.max_length) if task.packs else None
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
     # Without what later formats added to the same samples: so those of an older format are known as the same.
-    made = {
-        name: digest for name, digest in files.items() if name not in (f"{HASHES}.npy", "sample_lengths.npy")
-    }
+    later = (f"{HASHES}.npy", "sample_lengths.npy", "sample_windows.npy")
+    made = {name: digest for name, digest in files.items() if name not in later}
     report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(made).encode())
     meta = {
         "format": FORMAT,

@@ -142,7 +142,7 @@ def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: W
         output = engine.evaluate(to_device(task.collate([[row] for row in shared]), plan.mesh.device))
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
         return None
-    return _values(output, rows[1])
+    return _values(task, output, rows[1])
 
 
 def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +163,7 @@ def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Ten
         reason = f"its own class refuses a row of the data: {pretrained.first_line(error)}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     _attend(engine.model, name)
-    own = _values(output, row)
+    own = _values(task, output, row)
     if not _all(bool(own.isfinite().all()), own.device):
         reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"
         raise ConfigurationError(
@@ -172,20 +172,22 @@ def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Ten
     return own, torch.maximum(own.float().abs().max(), output.num_correct.float())
 
 
-def _values(output: Output, row: Sample) -> torch.Tensor:
-    """What is compared: the loss of a token, or a classifier's outputs."""
-    return (
-        output.loss_sum.reshape(1) / (row.length - 1)
-        if output.predictions is None
-        else output.predictions[-1]
-    )
+def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
+    """What is compared: the loss of a token, or a classifier's outputs, those of padding left out."""
+    if output.predictions is None:
+        return output.loss_sum.reshape(1) / (row.length - 1)
+    predictions = output.predictions[-1]
+    return predictions[: row.length] if task.traits.head == "every-position" else predictions
 
 
 def _alone(model: PreTrainedModel, batch: Batch) -> Output:
     """The loss or the outputs of one row; in the place of `num_correct` how large they usually are."""
     with _size_of_outputs(model) as sizes:
         output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
-    logits = output.logits.float()
+    # A head for answers has two outputs, for where they begin and where they end.
+    logits = (
+        output.logits if "logits" in output else torch.stack((output.start_logits, output.end_logits), dim=-1)
+    ).float()
     if "labels" not in batch:
         return Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
     entropy = functional.cross_entropy(logits[0, :-1], ids[1:])

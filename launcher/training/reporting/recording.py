@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from launcher.planner.plan import Plan
 from launcher.runs.curve import Curve
-from launcher.runs.layout import RunDirectory
+from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.totals import Totals
 from launcher.training import operations
 from launcher.training.data.batches import StepBatch
@@ -79,9 +80,16 @@ class Recorder:
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
             self._keep()
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """One evaluation."""
+    def evaluation(self, step: int, metrics: dict[str, float], details: dict[str, Any]) -> None:
+        """One evaluation; what no single number shows of it gets a file of its own."""
         self._foreseen.ended("evaluating")
+        if details:
+            file = self._run.evaluation(step)
+            with contextlib.suppress(OSError):  # a full disk stops no training
+                file.parent.mkdir(exist_ok=True)
+                write_atomically(
+                    file, json.dumps({"step": step, "metrics": metrics, "details": details}) + "\n"
+                )
         self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
         self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
         self._trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, step)

@@ -8,6 +8,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.memory.program import Setting
 from launcher.planner.plan import Plan
+from launcher.training.devices import to_device
 from launcher.training.model import pretrained
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.program import Traced
@@ -53,7 +54,7 @@ def _built(plan: Plan) -> Traced:
 
     def make_batch(setting: Setting, config: Any) -> dict[str, Any]:
         """Return samples of the lengths that are planned for, as the task collates them."""
-        return task.collate([[task.example(length)] for length in setting.batch.lengths])
+        return to_device(task.collate([[task.example(length)] for length in setting.batch.lengths]), "cpu")
 
     options = {"trust_remote_code": plan.model.trust_remote_code}
     return Traced(config, task.auto_class, task.loss, make_batch, DTYPES[plan.precision], **options)

@@ -1,0 +1,155 @@
+"""Measure answers to questions: the best span over the windows of a row, and what SQuAD's scripts say of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launcher.lazy import Lazy
+from launcher.tasks import squad
+from launcher.tasks.answer_spans import best_spans, probabilities
+from launcher.tasks.task import Evaluator, Output, Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+NUM_COMPARED = 20
+"""Spans among which probabilities are shared out, as in transformers' examples."""
+
+
+class Pointed(NamedTuple):
+    """A span of a row's text, in characters, with the sum of its two logits."""
+
+    answer: str
+    start: int
+    end: int
+    score: float
+
+
+def pointed(sample: Sample, logits: np.ndarray, number: int, longest: int) -> tuple[list[Pointed], float]:
+    """Return the best spans of a window by its logits [positions, 2], and the score of there being no answer."""
+    first, begin, none = sample["place"].tolist()
+    spans, text = sample["spans"], sample["text"].tobytes().decode()
+    found = []
+    for span in best_spans(logits[first : first + len(spans)], longest, number):
+        start, end = int(spans[span.first, 0]), int(spans[span.last, 1])
+        found.append(Pointed(text[start - begin : end - begin], start, end, span.score))
+    return found, float(logits[none].astype(np.float64).sum())
+
+
+def no_answer(none: float, best: float) -> float:
+    """Return the probability of no answer against that of the best one."""
+    return 1 / (1 + math.exp(min(best - none, 700))) if best > -math.inf else 1.0
+
+
+def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[str, Any]:
+    """Return a row's answer from what was pointed at in its windows; `threshold` is None where every question
+    has an answer."""
+    options = parts[0]["options"]
+    candidates: dict[tuple[int, int], Pointed] = {}
+    for span in (Pointed(**span) for part in parts for span in part["spans"]):
+        known = candidates.get((span.start, span.end))
+        if known is None or span.score > known.score:  # windows share tokens, and both may point there
+            candidates[span.start, span.end] = span
+    best = sorted(candidates.values(), key=lambda span: (-span.score, span.start, span.end))[
+        : max(NUM_COMPARED, options["top_k"] or 1)
+    ]
+    none = min(part["none"] for part in parts)
+    doubt = no_answer(none, best[0].score if best else -math.inf)
+    given = best[0] if best and (threshold is None or doubt <= threshold) else Pointed("", 0, 0, none)
+    # Beside no answer, where that is among them, as transformers' examples have it.
+    scores = [span.score for span in best] + ([none] if threshold is not None else [])
+    shares = probabilities(scores) if scores else []
+    said: dict[str, Any] = {"answer": given.answer, "start": given.start, "end": given.end}
+    if options["probabilities"]:
+        said["probability"] = shares[best.index(given)] if given in best else (shares[-1] if shares else 1.0)
+        said |= {"no_answer": doubt} if threshold is not None else {}
+    if options["top_k"]:
+        shown = zip(best[: options["top_k"]], shares, strict=False)
+        said["answers"] = [
+            {"answer": one.answer, "start": one.start, "end": one.end, "probability": share}
+            for one, share in shown
+        ]
+    return said
+
+
+class AnswerScores(Evaluator):
+    """`loss` of the windows; exact match and F1 of the questions, and with unanswerable ones those of either
+    kind."""
+
+    def __init__(self, unanswerable: bool, threshold: float | None, longest: int) -> None:
+        self._unanswerable, self._threshold, self._longest = unanswerable, threshold, longest
+        self._sums = np.zeros(2)
+        self._numbers: list[tuple[float, ...]] = []
+        self._texts: list[bytes] = []
+        self._details: dict[str, Any] = {}
+
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        assert output.predictions is not None
+        logits = output.predictions.float().cpu().numpy()
+        learned = (batch["positions"].numpy() < logits.shape[1]).any(axis=1) & (batch["weights"].numpy() > 0)
+        self._sums += [float(output.loss_sum), np.count_nonzero(learned)]
+        for scores, sample in zip(logits, batch["aside"]["samples"], strict=True):
+            if sample.weight:
+                spans, none = pointed(sample, scores, 1, self._longest)
+                best = spans[0] if spans else Pointed("", 0, 0, -math.inf)
+                self._numbers.append((sample.id, sample.window, best.score, none))
+                self._texts += [best.answer.encode(), sample["references"].tobytes()]
+
+    def state(self) -> list[np.ndarray]:
+        """Return the sums; of each window its row, its number, the scores of its answer and of none; and the
+        texts as bytes."""
+        lengths = np.array([len(text) for text in self._texts], dtype=np.int64)
+        numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 4)
+        return [self._sums, numbers, lengths, np.frombuffer(b"".join(self._texts), dtype=np.uint8)]
+
+    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+        loss_sum, num_learned = np.sum([sums for sums, *_ in states], axis=0).tolist()
+        windows = sorted(window for state in states for window in _windows(state))
+        rows: dict[int, list[_Window]] = {}
+        for window in windows:
+            rows.setdefault(window.row, []).append(window)
+        asked = [_asked(own) for own in rows.values()]
+        loss = {"loss": loss_sum / max(1.0, num_learned)}
+        if not self._unanswerable:
+            self._details = {"num_questions": len(asked)}
+            return loss | squad.answered(asked)
+        metrics, self._details = squad.with_unanswerable(asked, self._threshold)
+        return loss | metrics
+
+    def details(self) -> dict[str, Any]:
+        return self._details
+
+
+class _Window(NamedTuple):
+    """What one window has to say."""
+
+    row: int
+    number: int
+    score: float
+    none: float
+    answer: str
+    references: str
+
+
+def _windows(state: Sequence[np.ndarray]) -> Iterable[_Window]:
+    _, numbers, lengths, content = state
+    ends = np.cumsum(lengths).tolist()
+    texts = [content[begin:end].tobytes().decode() for begin, end in zip([0, *ends], ends, strict=False)]
+    for (row, number, score, none), answer, references in zip(
+        numbers.tolist(), texts[::2], texts[1::2], strict=True
+    ):
+        yield _Window(int(row), int(number), score, none, answer, references)
+
+
+def _asked(windows: Sequence[_Window]) -> squad.Asked:
+    """Return the best answer of a row's windows; of equally good ones that of the earlier window."""
+    best = max(windows, key=lambda window: window.score)
+    references = json.loads(windows[0].references)
+    return squad.Asked(
+        tuple(references), best.answer, no_answer(min(window.none for window in windows), best.score)
+    )

@@ -1,0 +1,149 @@
+"""A question and its text as tokens, in as many overlapping windows as the text needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launcher.data.rows import BAD_VALUE, TOO_LONG, RowProblem
+from launcher.lazy import Lazy
+from launcher.tasks.answer_spans import Answer, place_of
+from launcher.tasks.task import Encoded
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from launcher.tasks.question_answering import QuestionColumns
+else:
+    np = Lazy("numpy")
+
+SEPARATORS = 3
+"""In a sequence for Longformer, which gives global attention to what stands before the first of exactly so
+many."""
+_NOWHERE = 2**31 - 1
+"""The position of an answer that no window holds: beyond every sequence, which transformers' loss leaves out.
+"""
+
+
+class Asked(NamedTuple):
+    """A row as it was read."""
+
+    question: str
+    context: str
+    answers: list[Answer]
+
+
+def windows_of(
+    asked: Sequence[Asked], tokenizer: Any, data: QuestionColumns, separator: int | None
+) -> list[tuple[Encoded, ...] | RowProblem]:
+    """Return the windows of each row, as `QuestionAnswering.encode` describes them, or why there are none.
+
+    `separator` is the token by which the model finds the question, if it does.
+    """
+    special = [one for one in (tokenizer.cls_token_id, tokenizer.bos_token_id) if one is not None]
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    found: list[tuple[Encoded, ...] | RowProblem] = []
+    for one, encodings in zip(asked, _tokenised(asked, tokenizer, data), strict=True):
+        if isinstance(encodings, RowProblem):
+            found.append(encodings)
+        elif len(encodings) > 1 and data.too_long != "cut":
+            found.append(
+                RowProblem(
+                    TOO_LONG, f"question and text have more than max_length = {data.max_length:,} tokens"
+                )
+            )
+        elif separator is not None and any(
+            encoding.ids.count(separator) != SEPARATORS for encoding in encodings
+        ):
+            reason = (
+                "it holds a separator of the tokenizer as a word, and the model finds the question by those"
+            )
+            found.append(RowProblem(BAD_VALUE, reason))
+        elif not all(1 in encoding.sequence_ids for encoding in encodings):
+            found.append(RowProblem(BAD_VALUE, f"{data.context!r} has no token"))
+        else:
+            found.append(_encoded(one, encodings, special, has_types))
+    return found
+
+
+def _tokenised(asked: Sequence[Asked], tokenizer: Any, data: QuestionColumns) -> list[list[Any] | RowProblem]:
+    """Return the tokenizer's encodings of each row's windows, or why there are none."""
+    if not asked:
+        return []
+    questions = tokenizer([one.question for one in asked], add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    around = tokenizer.num_special_tokens_to_add(True)
+    rooms = [data.max_length - len(ids) - around for ids in questions]
+    # Where windows could not move on, the library ends the process rather than raise an error.
+    cut = iter(
+        _encodings(
+            [one for one, room in zip(asked, rooms, strict=True) if room > data.doc_stride], tokenizer, data
+        )
+    )
+    found: list[list[Any] | RowProblem] = []
+    for one, room in zip(asked, rooms, strict=True):
+        windows = next(cut) if room > data.doc_stride else _encodings([one], tokenizer, None)[0]
+        if len(windows[0].ids) > data.max_length:
+            what = f"the question leaves {max(0, room)} of max_length = {data.max_length} tokens for its text"
+            found.append(RowProblem(BAD_VALUE, f"{what}, and windows share doc_stride = {data.doc_stride}"))
+        else:
+            found.append(windows)
+    return found
+
+
+def _encodings(asked: Sequence[Asked], tokenizer: Any, data: QuestionColumns | None) -> list[list[Any]]:
+    """Return the encodings of each row: of the whole, or of windows of max_length."""
+    if not asked:
+        return []
+    options: dict[str, Any] = {"truncation": False}
+    if data is not None:
+        options = {"truncation": "only_second", "max_length": data.max_length, "stride": data.doc_stride}
+    questions, contexts = [one.question for one in asked], [one.context for one in asked]
+    encoded = tokenizer(questions, contexts, return_overflowing_tokens=True, verbose=False, **options)
+    found: list[list[Any]] = [[] for _ in asked]
+    for row, encoding in zip(encoded["overflow_to_sample_mapping"], encoded.encodings, strict=True):
+        found[row].append(encoding)
+    return found
+
+
+def _encoded(
+    asked: Asked, encodings: Sequence[Any], special: Sequence[int], has_types: bool
+) -> tuple[Encoded, ...]:
+    inside = [np.flatnonzero([number == 1 for number in one.sequence_ids]) for one in encodings]
+    spans = [
+        np.array(one.offsets, dtype=np.int32)[positions]
+        for one, positions in zip(encodings, inside, strict=True)
+    ]
+    places = [place_of(asked.answers[0], one) if asked.answers else None for one in spans]
+    lost = bool(asked.answers) and not any(places)
+    windows = []
+    for number, (encoding, positions, span, place) in enumerate(
+        zip(encodings, inside, spans, places, strict=True)
+    ):
+        none = next((encoding.ids.index(token) for token in special if token in encoding.ids), 0)
+        target = (_NOWHERE, _NOWHERE) if lost else (none, none)
+        if place is not None:
+            target = (int(positions[place[0]]), int(positions[place[1]]))
+        begin, end = int(span[:, 0].min()), int(span[:, 1].max())
+        references = (
+            json.dumps([answer.text for answer in asked.answers], ensure_ascii=False) if number == 0 else ""
+        )
+        arrays = {
+            "input_ids": np.array(encoding.ids, dtype=np.int32),
+            "positions": np.array(target, dtype=np.int32),
+            "spans": span,
+            "place": np.array([positions[0], begin, none], dtype=np.int32),
+            "text": _bytes(asked.context[begin:end]),
+            "references": _bytes(references),
+        }
+        if has_types:
+            arrays["token_type_ids"] = np.array(encoding.type_ids, dtype=np.int32)
+        cut = "no window holds the whole answer: it is not learned" if lost else False
+        windows.append(Encoded(arrays, int(not lost), len(encoding.ids), cut))
+    return tuple(windows)
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8)

@@ -1,0 +1,50 @@
+"""What a classifier says of a sample, as JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.lazy import Lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from launcher.tasks.task import AnswerOptions
+else:
+    np = Lazy("numpy")
+
+
+def one_label_answer(logits: np.ndarray, names: Sequence[str], options: AnswerOptions) -> dict[str, Any]:
+    """Return the most probable `label` by logits [classes], its `probability` on request, and the `top_k`
+    best as `labels`."""
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    shares = powers / powers.sum()
+    order = np.argsort(-shares, kind="stable")
+    said: dict[str, Any] = {"label": names[int(order[0])]}
+    if options.probabilities:
+        said["probability"] = float(shares[order[0]])
+    if options.top_k:
+        said["labels"] = _listed(order[: options.top_k], shares, names)
+    return said
+
+
+def several_labels_answer(
+    logits: np.ndarray, given: np.ndarray, names: Sequence[str], options: AnswerOptions
+) -> dict[str, Any]:
+    """Return the names of the classes that are given, bool [classes], as `labels`; each class's probability
+    on request.
+
+    With `top_k` the most probable classes, given or not, as `most_probable`.
+    """
+    shares = 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700)))
+    said: dict[str, Any] = {"labels": [name for name, is_given in zip(names, given, strict=True) if is_given]}
+    if options.probabilities:
+        said["probabilities"] = {name: float(share) for name, share in zip(names, shares, strict=True)}
+    if options.top_k:
+        said["most_probable"] = _listed(np.argsort(-shares, kind="stable")[: options.top_k], shares, names)
+    return said
+
+
+def _listed(order: np.ndarray, shares: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"label": names[number], "probability": float(shares[number])} for number in order.tolist()]

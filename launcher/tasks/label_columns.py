@@ -1,0 +1,88 @@
+"""The section `data` of a job that classifies, and what in it contradicts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launcher.data.section import Data
+from launcher.tasks.task import Finding, finding
+from launcher.values import Columns, Fraction
+
+Problem = Literal["single-label", "multi-label", "regression"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class LabelledColumns(Data):
+    """Rows of a text, or of a pair of texts, with a label."""
+
+    text: Columns | None = None
+    """The column of the text, or two columns for a pair."""
+    label: str | None = None
+    """The column of the label: a class, a list of classes, or a number for regression."""
+    problem: Problem = "single-label"
+    """What kind of label: one class, several at once, or a number."""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """How much a sample counts in training by its class, 1 where a class is not named; of several at once,
+    how much having the class counts against not having it. `balanced` has every class count the same."""
+    label_smoothing: Fraction | None = None
+    """The share of a label that is spread over all classes in training (Szegedy et al. 2016, arXiv
+    1512.00567)."""
+    focal_gamma: float | None = Field(default=None, gt=0, le=100)
+    """Train by the focal loss (Lin et al. 2017, arXiv 1708.02002) with this gamma: what the model is sure of
+    counts less."""
+    thresholds: Literal["fit"] | Probability | dict[str, Probability] | None = None
+    """Of several classes at once, the probability above which a class is given: one for all, or by class (1/2
+    where it is not named). `fit` takes for each class the one with the best F1 on the evaluation. Left out,
+    1/2."""
+    top_k: int | None = Field(default=None, ge=2)
+    """Measure too whether the class is among the so many most probable ones."""
+
+
+def contradictions(data: LabelledColumns) -> Iterator[Finding]:
+    """Yield what is missing, or makes no sense beside the rest."""
+    text = data.text
+    if text is None:
+        reason = "is missing: sequence-classification reads a column of text, or two for a pair"
+        yield finding("data.text", None, reason, "model.task")
+    if isinstance(text, tuple) and len(text) not in (1, 2):
+        yield finding(
+            "data.text", list(text), f"a pair is exactly two columns; here are {len(text)}", "model.task"
+        )
+    if data.label is None:
+        yield finding("data.label", None, "is missing: sequence-classification learns a label", "model.task")
+    if data.packing:
+        reason = (
+            "only causal-lm packs; classification batches are sorted by length and padded, so set it to false"
+        )
+        yield finding("data.packing", True, reason, "model.task")
+    for_classes = {
+        "class_weights": data.class_weights,
+        "label_smoothing": data.label_smoothing,
+        "focal_gamma": data.focal_gamma,
+    }
+    for key, value in for_classes.items():
+        if value is not None and data.problem == "regression":
+            yield finding(
+                f"data.{key}",
+                value,
+                "is for classes, and a regression has none; leave it out",
+                "data.problem",
+            )
+    if data.thresholds is not None and data.problem != "multi-label":
+        reason = (
+            "are for several classes at once (data.problem: multi-label); else the most probable class is "
+            "taken. Leave it out"
+        )
+        yield finding("data.thresholds", data.thresholds, reason, "data.problem")
+    if data.top_k is not None and data.problem != "single-label":
+        reason = f"is for one class of each sample, and data.problem is {data.problem}; leave it out"
+        yield finding("data.top_k", data.top_k, reason, "data.problem")
+    if data.label_smoothing and data.focal_gamma is not None:
+        reason = (
+            "the focal loss goes by the probability of the one right class, which smoothing does away "
+            "with; leave one out"
+        )
+        yield finding("data.label_smoothing", data.label_smoothing, reason, "data.focal_gamma")

@@ -1,0 +1,118 @@
+"""Losses of classes and numbers: cross entropy with weights and smoothing, focal loss, squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.lazy import Lazy
+from launcher.tasks.task import Output
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """The loss of each sample by its logits: what `problem` says, with the options of the job."""
+
+    problem: str
+    weights: Sequence[float] | None = None
+    """Of a sample by its class; of several classes at once, of a class that the sample has against one that
+    it has not."""
+    smoothing: float = 0.0
+    gamma: float | None = None
+    """Of focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5)."""
+
+    def plain(self) -> LabelLoss:
+        """Return the loss without options, which an evaluation measures: so jobs that differ in them can be
+        compared."""
+        return LabelLoss(self.problem)
+
+    def of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each sample, fp32 [n], by its logits, fp32 [n, outputs], and labels as `collate`
+        has them."""
+        if self.problem == "regression":
+            return torch.nn.functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
+        weights = (
+            None
+            if self.weights is None
+            else torch.tensor(self.weights, dtype=torch.float32, device=logits.device)
+        )
+        if self.problem == "multi-label":
+            return self._several(logits, labels.float(), weights).mean(dim=-1)
+        return self._one(logits, labels.view(-1), weights)
+
+    def _one(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Return torch's own cross entropy; with gamma times (1 - p)^gamma, where p is the probability of the
+        right class."""
+        from torch.nn import functional
+
+        smoothing = self.smoothing
+        entropies = functional.cross_entropy(
+            logits, labels, weight=weights, label_smoothing=smoothing, reduction="none"
+        )
+        if self.gamma is None:
+            return entropies
+        # As a difference of logarithms: a power of 1 - p has no gradient where p is 1.
+        others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+        return entropies * (self.gamma * (others.logsumexp(dim=1) - logits.logsumexp(dim=1))).exp()
+
+    def _several(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return torch's binary cross entropy of each class, labels drawn towards 1/2 by the smoothing; with
+        gamma as above."""
+        from torch.nn import functional
+
+        targets = labels * (1 - self.smoothing) + 0.5 * self.smoothing
+        entropies = functional.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=weights, reduction="none"
+        )
+        if self.gamma is None:
+            return entropies
+        return (
+            entropies * (self.gamma * functional.logsigmoid(torch.where(labels > 0.5, -logits, logits))).exp()
+        )
+
+
+def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
+    """Return weights by which every class counts as much as any other; a class that never occurs has weight
+    1.
+
+    `labels` are class ids, int [n]: n / (num_labels x number of the class), as scikit-learn's `balanced`. Or
+    0 and 1, float [n, num_labels]: those without the class for each that has it.
+    """
+    if np.issubdtype(labels.dtype, np.floating):
+        counts, others = labels.sum(axis=0), (1 - labels).sum(axis=0)
+    else:
+        counts = np.bincount(labels.reshape(-1), minlength=num_labels).astype(np.float64)
+        others = np.full(num_labels, len(labels) / num_labels)
+    usual = (counts > 0) & (others > 0)
+    return [float(weight) for weight in np.where(usual, others / np.where(usual, counts, 1), 1.0)]
+
+
+def label_loss(model: torch.nn.Module, batch: dict[str, Any], loss: LabelLoss | str) -> Output:
+    """Return the summed loss of the samples, each by its weight, with fp32 logits [samples, outputs] as
+    predictions.
+
+    `loss` may be the name of a problem alone. An evaluation measures the loss without options.
+    """
+    from launcher.training.heads import own_forward
+
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights")}
+    logits = own_forward(model, inputs).logits.float()
+    labels, weights = batch["labels"], batch["weights"]
+    loss = LabelLoss(loss) if isinstance(loss, str) else loss
+    losses = (loss if model.training else loss.plain()).of(logits, labels)
+    if loss.problem == "single-label":
+        correct = (logits.argmax(dim=-1) == labels.view(-1)).float()
+    elif loss.problem == "multi-label":
+        correct = ((logits > 0) == (labels > 0.5)).all(dim=-1).float()
+    else:
+        correct = torch.zeros_like(losses)
+    return Output((losses * weights).sum(), (correct * weights).sum().detach(), logits.detach())

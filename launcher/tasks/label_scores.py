@@ -1,0 +1,157 @@
+"""Measure classes and numbers: the evaluator of classification, thresholds, and what no single number shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from launcher.lazy import Lazy
+from launcher.tasks import metrics as measure
+from launcher.tasks.task import Evaluator, Output
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+Thresholds = Sequence[float] | Literal["fit"] | None
+"""The probability from which each class is given, of several at once: given, fitted on the evaluation, or
+1/2."""
+
+
+class LabelScores(Evaluator):
+    """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson,
+    Spearman and MSE."""
+
+    def __init__(
+        self, problem: str, labels: Sequence[str], thresholds: Thresholds = None, top_k: int | None = None
+    ) -> None:
+        self._problem, self._labels, self._thresholds, self._top_k = problem, labels, thresholds, top_k
+        self._loss_sum = 0.0
+        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
+        self._details: dict[str, Any] = {}
+
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        self._loss_sum += float(output.loss_sum)
+        assert output.predictions is not None
+        real = batch["weights"].numpy() > 0
+        self._seen.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
+
+    def state(self) -> list[np.ndarray]:
+        return [
+            np.array([self._loss_sum]),
+            *(np.concatenate(pieces) for pieces in zip(*self._seen, strict=True)),
+        ]
+
+    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+        loss_sum = float(np.sum([sums for sums, *_ in states]))
+        parts = [seen for _, *seen in states if seen]  # a rank without a batch has seen nothing
+        if not parts:
+            return {"loss": loss_sum}
+        predictions, labels = map(np.concatenate, zip(*parts, strict=True))
+        loss = {"loss": loss_sum / len(labels)}
+        if self._problem == "regression":
+            return loss | measure.regression(predictions, labels)
+        if self._problem == "multi-label":
+            return loss | self._several(predictions, labels)
+        self._details = one_label_details(predictions, labels, self._labels)
+        more = (
+            {}
+            if self._top_k is None
+            else {f"top_{self._top_k}_accuracy": measure.top_k_accuracy(predictions, labels, self._top_k)}
+        )
+        return loss | measure.single_label(predictions, labels, len(self._labels)) | more
+
+    def _several(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        thresholds = self._thresholds
+        if thresholds == "fit":
+            thresholds = fitted_thresholds(predictions, labels)
+        chosen = chosen_classes(predictions, thresholds)
+        shown = [0.5] * labels.shape[1] if thresholds is None else list(thresholds)
+        self._details = several_labels_details(chosen, labels, self._labels, shown)
+        return measure.multi_label(chosen, labels)
+
+    def details(self) -> dict[str, Any]:
+        return self._details
+
+
+def chosen_classes(logits: np.ndarray, thresholds: Sequence[float] | None) -> np.ndarray:
+    """Return whether each class is given, bool [n, classes], where its probability is above its threshold,
+    1/2 by default."""
+    return np.greater(logits, 0.0 if thresholds is None else [_logit(threshold) for threshold in thresholds])
+
+
+def _logit(probability: float) -> float:
+    if probability in (0.0, 1.0):
+        return math.copysign(math.inf, probability - 0.5)
+    return math.log(probability) - math.log1p(-probability)
+
+
+def fitted_thresholds(logits: np.ndarray, labels: np.ndarray) -> list[float]:
+    """Return for each class the threshold with the best F1: half-way between the logits that it tells apart.
+
+    Logits and labels (0 or 1) are [n, classes]. A class that no sample has keeps 1/2. Of equally good
+    thresholds the highest is taken.
+    """
+    return [
+        _fitted(logits[:, one].astype(np.float64), labels[:, one] > 0.5) for one in range(logits.shape[1])
+    ]
+
+
+def _fitted(logits: np.ndarray, wanted: np.ndarray) -> float:
+    if not wanted.any():
+        return 0.5
+    order = np.argsort(-logits, kind="stable")
+    logits, num_right = logits[order], np.cumsum(wanted[order])
+    scores = 2 * num_right / (np.arange(1, len(logits) + 1) + wanted.sum())
+    following = np.append(logits[1:], logits[-1] - 1.0)
+    scores[following == logits] = -1.0  # no threshold parts equal logits
+    best = int(np.argmax(scores))
+    return 1 / (1 + math.exp(-(logits[best] + following[best]) / 2))
+
+
+def one_label_details(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Return the confusion matrix, a row for each true class and a column for each predicted one, and
+    measures of each class.
+
+    Predictions are scores [n, classes] or class ids [n].
+    """
+    from sklearn.metrics import confusion_matrix
+
+    chosen = (predictions.argmax(axis=1) if predictions.ndim == 2 else predictions).astype(np.int64)
+    ids = np.arange(len(names))
+    matrix = confusion_matrix(labels.astype(np.int64).reshape(-1), chosen, labels=ids)
+    return {
+        "labels": list(names),
+        "confusion_matrix": matrix.tolist(),
+        "per_class": _per_class(labels.reshape(-1), chosen, names),
+    }
+
+
+def several_labels_details(
+    chosen: np.ndarray, labels: np.ndarray, names: Sequence[str], thresholds: Sequence[float]
+) -> dict[str, Any]:
+    """Return of each class its threshold, its confusion matrix [[without, wrongly given], [missed, rightly
+    given]] and its measures."""
+    from sklearn.metrics import multilabel_confusion_matrix
+
+    wanted = (labels > 0.5).astype(np.int64)
+    matrices = multilabel_confusion_matrix(wanted, chosen.astype(np.int64)).tolist()
+    return {
+        "labels": list(names),
+        "thresholds": dict(zip(names, thresholds, strict=True)),
+        "confusion_matrices": dict(zip(names, matrices, strict=True)),
+        "per_class": _per_class(wanted, chosen.astype(np.int64), names),
+    }
+
+
+def _per_class(wanted: np.ndarray, chosen: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(wanted, chosen, labels=np.arange(len(names)), zero_division=0)
+    keys = ("precision", "recall", "f1", "support")
+    return {
+        name: dict(zip(keys, map(float, values), strict=True))
+        for name, *values in zip(names, *columns, strict=True)
+    }

@@ -1,0 +1,33 @@
+"""Samples of unlike lengths as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from launcher.lazy import Lazy
+from launcher.tasks.task import Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+
+def padded(samples: Sequence[Sample], fills: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Return the named arrays, filled up on the right to the longest sample, and `attention_mask`: int64
+    [samples, longest] each.
+
+    Names that samples do not have are left out. On the right whatever the tokenizer does for generation:
+    learned positions begin at the first column.
+    """
+    lengths = np.array([sample.length for sample in samples])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    batch = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    for name, fill in fills.items():
+        if name in samples[0]:
+            whole = np.full(mask.shape, fill, dtype=np.int64)
+            whole[mask] = np.concatenate([sample[name] for sample in samples])
+            batch[name] = torch.from_numpy(whole)
+    return batch
