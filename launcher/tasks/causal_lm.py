@@ -34,6 +34,7 @@ from launcher.tasks.task import (
     Traits,
     finding,
 )
+from launcher.tasks.token_batches import joined, padded
 from launcher.values import Columns, Day, Tools
 
 if TYPE_CHECKING:
@@ -250,46 +251,9 @@ class CausalLM(Task):
         return Sample({"input_ids": ids, "targets": ids}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Packed: all samples end to end, `input_ids` and `position_ids` int64 [1, T], the latter from 0 in
-        every sample, `cu_seq_lens` int32 [num_samples + 1], where samples begin and end, and `max_length`,
-        the longest sample. Else one row a sample, padded on the right: `input_ids` int64 [B, L] and, where
-        they differ in length, `attention_mask` int64 [B, L].
-
-        Both: `targets` int64 [T] or [B x L], and `lengths` of the samples."""
+        """Return the samples end to end, or a row for each, as `token_batches` has them."""
         samples = [sample for item in items for sample in item]
-        lengths = np.array([sample.length for sample in samples], dtype=np.int64)
-        if self.layout != "packed":
-            return self._padded(samples, lengths)
-        ends = np.cumsum(lengths)
-        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        return {
-            "input_ids": torch.from_numpy(
-                np.concatenate([s["input_ids"] for s in samples]).astype(np.int64)
-            ).unsqueeze(0),
-            "position_ids": torch.from_numpy(positions).unsqueeze(0),
-            "targets": torch.from_numpy(
-                np.concatenate([_targets(sample) for sample in samples]).astype(np.int64)
-            ),
-            "cu_seq_lens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-            "max_length": int(lengths.max()),
-            "lengths": lengths.tolist(),
-        }
-
-    def _padded(self, samples: Sequence[Sample], lengths: np.ndarray) -> dict[str, Any]:
-        real = np.arange(lengths.max()) < lengths[:, None]
-        # Of padding nothing is seen or learned, so that any token will do: the first is in every vocabulary.
-        input_ids = np.zeros(real.shape, dtype=np.int64)
-        targets = np.full(real.shape, IGNORE, dtype=np.int64)
-        input_ids[real] = np.concatenate([sample["input_ids"] for sample in samples])
-        targets[real] = np.concatenate([_targets(sample) for sample in samples])
-        # Without padding there is nothing to mask, and fused attention has a faster way.
-        mask = {} if real.all() else {"attention_mask": torch.from_numpy(real.astype(np.int64))}
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "targets": torch.from_numpy(targets.reshape(-1)),
-            "lengths": lengths.tolist(),
-        }
-        return batch | mask
+        return joined(samples) if self.layout == "packed" else padded(samples)
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         ids, targets = sample["input_ids"], sample["targets"]
@@ -316,10 +280,6 @@ class CausalLM(Task):
 
     def evaluator(self) -> Evaluator:
         return TokenLosses()
-
-
-def _targets(sample: Sample) -> np.ndarray:
-    return sample["targets"] if sample.weight else np.full_like(sample["targets"], IGNORE)
 
 
 class TokenLosses(Evaluator):

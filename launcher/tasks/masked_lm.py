@@ -108,7 +108,9 @@ class MaskedLM(Task):
         mask, or one that does not say where its pieces stand where whole words are hidden."""
         key, name = "model.name", processor.name_or_path or None
         if processor.mask_token_id is None:
-            reason = "its tokenizer has no mask token to hide others by; take a model such as BERT, or causal-lm"
+            reason = (
+                "its tokenizer has no mask token to hide others by; take a model such as BERT, or causal-lm"
+            )
             raise ConfigurationError(Problem(key, name, reason))
         if self.data.mask_whole_words and not processor.is_fast:
             reason = "its tokenizer does not say where its tokens stand; write data.mask_whole_words: false"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +27,7 @@ from launcher.tasks.task import (
     finding,
     sample_at,
 )
+from launcher.tasks.token_batches import counts_positions_from_padding
 from launcher.values import Columns
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class SequenceClassification(Task):
             if not (unknown := own.unknown(found)):
                 self.labels, self.remarks = self.own_labels, [_by_number(own)] if own.numbered(found) else []
                 return
-            self.remarks = [_new_head(self.own_labels, found, unknown)]
+            self.remarks = [classes.new_head(self.own_labels, found, unknown)]
         if len(found) < 2:
             shown = f"only {next(iter(found))!r}" if found else "no label"
             raise DataError(
@@ -332,7 +332,7 @@ class SequenceClassification(Task):
         config.problem_type = HF_PROBLEM[self.data.problem]
         if self._pad is None:
             return  # no tokenizer: the model is looked at, and no batch is made
-        if _counts_positions_from_padding(config):
+        if counts_positions_from_padding(config):
             # Another padding token would move every position of the model; filler is masked, so that it may
             # as well be the model's.
             self._pad = config.pad_token_id
@@ -436,24 +436,3 @@ def _tokenise(
 def _by_number(own: Classes) -> str:
     shown = ", ".join(f"{number} is {name!r}" for number, name in enumerate(own.names[:8]))
     return f"the labels are numbers, and are taken for the ids of the model's classes: {shown}"
-
-
-def _new_head(own: list[str], found: set[str], unknown: list[str]) -> str:
-    theirs, ours = ", ".join(map(repr, own[:8])), ", ".join(map(repr, unknown[:8]))
-    return (
-        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does "
-        f"not have {ours}. "
-        "A new classification head is made and trained, and the model's own is not used"
-    )
-
-
-def _counts_positions_from_padding(config: Any) -> bool:
-    """Return whether the model's first position is the one behind its padding token's id, as in RoBERTa and
-    what was made after it."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    if getattr(config, "pad_token_id", None) is None or type(config) not in MODEL_MAPPING:
-        return False
-    module = sys.modules[MODEL_MAPPING[type(config)].__module__]
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
-    return any(hasattr(kind, "create_position_ids_from_input_ids") for kind in kinds)

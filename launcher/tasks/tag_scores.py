@@ -20,26 +20,22 @@ CONTINUES, NOT_SEEN = -1, -2
 read."""
 
 
-def entity_scores(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> dict[str, float]:
-    """Return `precision`, `recall` and `f1` of all entities, and of each type as `f1_TYPE` and so on.
+def entity_scores(
+    gold: Sequence[list[str]], predicted: Sequence[list[str]]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return `precision`, `recall` and `f1` of all entities; and by type the same with `num_entities`.
 
     By seqeval's default, which is conlleval's: a tag that cannot follow begins an entity. A share of nothing
     is 0.
     """
     from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 
-    if not gold:
-        return {}
+    names = ("precision", "recall", "f1", "num_entities")
     whole = precision_recall_fscore_support(list(gold), list(predicted), average="micro", zero_division=0)
-    scores = dict(zip(("precision", "recall", "f1"), map(float, whole[:3]), strict=True))
-    kinds = sorted({kind for tags in (*gold, *predicted) for kind, *_ in get_entities(tags)})
     each = precision_recall_fscore_support(list(gold), list(predicted), average=None, zero_division=0)
-    for name, values in zip(("precision", "recall", "f1"), each[:3], strict=True):
-        # seqeval's name for entities without a type, of which there is then one alone.
-        scores |= {
-            f"{name}_{kind}": float(value) for kind, value in zip(kinds, values, strict=True) if kind != "_"
-        }
-    return scores
+    kinds = sorted({kind for tags in (*gold, *predicted) for kind, *_ in get_entities(tags)})
+    of_types = [dict(zip(names, map(float, values), strict=True)) for values in zip(*each, strict=True)]
+    return dict(zip(names[:3], map(float, whole[:3]), strict=True)), dict(zip(kinds, of_types, strict=True))
 
 
 def loose_entities(tags: Sequence[str]) -> list[Entity]:
@@ -70,6 +66,7 @@ class TagScores(Evaluator):
         self._names, self._scheme = list(names), scheme
         self._sums = np.zeros(2)
         self._words: list[np.ndarray] = []
+        self._types: dict[str, dict[str, float]] = {}
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         words = batch["aside"]["words"].copy()  # row, number in the row, tag, place: see `collate`
@@ -95,13 +92,19 @@ class TagScores(Evaluator):
             return metrics
         metrics["accuracy"] = float(np.mean(np.array(flat[0]) == np.array(flat[1])))
         if self._scheme != "none":
-            return metrics | entity_scores(gold, predicted)
+            scores, self._types = entity_scores(gold, predicted)
+            # seqeval's name for entities without a type, of which there is then one alone.
+            named = {kind: values["f1"] for kind, values in self._types.items() if kind != "_"}
+            return metrics | scores | {f"f1_{kind}": value for kind, value in named.items()}
         from sklearn.metrics import f1_score
 
         classes = sorted(set(self._names) & {*flat[0], *flat[1]})
         return metrics | {
             "f1_macro": float(f1_score(*flat, labels=classes, average="macro", zero_division=0))
         }
+
+    def details(self) -> dict[str, Any]:
+        return {"types": self._types} if self._types else {}
 
 
 def _rows(words: np.ndarray) -> Iterator[tuple[int, list[int], list[int]]]:

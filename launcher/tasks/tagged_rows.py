@@ -157,7 +157,9 @@ def _spans(row: dict[str, Any], column: str, text: str) -> list[Entity]:
     for (_, before, first), (_, after, second) in itertools.pairwise(spans):
         if after.start < before.end:
             within = f"span {first} ({before.start} to {before.end})"
-            reason = f"span {second} ({after.start} to {after.end}) begins within {within}: a word has one tag"
+            reason = (
+                f"span {second} ({after.start} to {after.end}) begins within {within}: a word has one tag"
+            )
             raise RowProblem(BAD_LABEL, reason)
     return [span for _, span, _ in spans]
 

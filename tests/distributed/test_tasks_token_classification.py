@@ -293,25 +293,23 @@ def test_filler_counts_for_nothing() -> None:
     assert float(only.loss_sum) == 0 and only.loss_sum.requires_grad
 
 
-def as_seqeval(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+def as_seqeval(gold: list[list[str]], predicted: list[list[str]]) -> tuple[dict[str, float], dict[str, Any]]:
+    """What seqeval says of all entities, and of each type."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = (
-            seqeval.classification_report(gold, predicted, output_dict=True, zero_division=0)
-            if any(map(any, gold))
-            else {}
-        )
+        report = seqeval.classification_report(gold, predicted, output_dict=True, zero_division=0)
         scores = {
             "precision": seqeval.precision_score(gold, predicted),
-            "recall": seqeval.recall_score(gold, predicted),
+            "f1": seqeval.f1_score(gold, predicted),
         }
         scores |= {
-            "f1": seqeval.f1_score(gold, predicted),
+            "recall": seqeval.recall_score(gold, predicted),
             "accuracy": seqeval.accuracy_score(gold, predicted),
         }
-    names = {"f1-score": "f1", "precision": "precision", "recall": "recall"}
+    names = {"precision": "precision", "recall": "recall", "f1-score": "f1", "support": "num_entities"}
     kinds = {kind: values for kind, values in report.items() if not kind.endswith(" avg")}
-    return scores | {f"{names[key]}_{kind}": values[key] for kind, values in kinds.items() for key in names}
+    types = {kind: {names[key]: value for key, value in values.items()} for kind, values in kinds.items()}
+    return scores | {f"f1_{kind}": values["f1"] for kind, values in types.items()}, types
 
 
 def tagged(task: Task, gold: list[list[str]], predicted: list[list[str]], ranks: int = 1) -> dict[str, float]:
@@ -325,7 +323,8 @@ def tagged(task: Task, gold: list[list[str]], predicted: list[list[str]], ranks:
         logits = torch.nn.functional.one_hot(torch.tensor(ids[1], dtype=torch.int64), len(TAGS)).float()
         batch = {"labels": torch.tensor([ids[0]]), "aside": {"words": words}}
         evaluators[row % ranks].update(Output(torch.tensor(1.0), torch.tensor(0.0), logits), batch)
-    return evaluators[0].compute([evaluator.state() for evaluator in evaluators])
+    metrics = evaluators[0].compute([evaluator.state() for evaluator in evaluators])
+    return metrics, evaluators[0].details().get("types", {})
 
 
 def test_scores_are_those_of_seqeval() -> None:
@@ -334,17 +333,19 @@ def test_scores_are_those_of_seqeval() -> None:
         lengths = [generator.randrange(1, 12) for _ in range(generator.randrange(1, 9))]
         # Any order of tags: a model is not held to the scheme.
         gold, predicted = ([generator.choices(TAGS[: 1 + trial % 5], k=n) for n in lengths] for _ in range(2))
-        found = tagged(task_of(), gold, predicted, ranks=1 + trial % 3)
-        expected = as_seqeval(gold, predicted)
+        found, found_types = tagged(task_of(), gold, predicted, ranks=1 + trial % 3)
+        expected, types = as_seqeval(gold, predicted)
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
         assert set(found) == {*expected, "loss"}
+        assert found_types == types
 
 
 def test_scores_of_odd_evaluations() -> None:
     task = task_of()
-    assert tagged(task, [], []) == {"loss": 0.0}
+    assert tagged(task, [], []) == ({"loss": 0.0}, {})
     assert task.evaluator().compute([task.evaluator().state(), task.evaluator().state()]) == {"loss": 0.0}
-    nothing = tagged(task, [["O", "O"]], [["O", "O"]])
+    nothing, types = tagged(task, [["O", "O"]], [["O", "O"]])
+    assert not types
     assert (nothing["f1"], nothing["accuracy"]) == (0.0, 1.0), "where there is no entity, seqeval's F1 is 0"
     plain = task_of(["NOUN", "VERB"], scheme="none")
     evaluator = plain.evaluator()
