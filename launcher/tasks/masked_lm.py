@@ -235,14 +235,14 @@ class MaskedLM(Task):
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         """Return the summed loss of the hidden tokens, and while predicting fp32 logits [hidden tokens,
         vocabulary]."""
-        from launcher.training import heads
+        from launcher.training.heads import causal_lm, logits_where_supervised
 
         # What is between an encoder and its output matrix differs from class to class: its own head, at
         # hidden tokens alone.
         way: Head = "forward" if self.head == "forward" else "model"
-        output = heads.causal_lm(model, batch, way)
+        output = causal_lm(model, batch, way)
         return (
-            output._replace(predictions=heads.logits_where_supervised(model, batch))
+            output._replace(predictions=logits_where_supervised(model, batch))
             if self.for_prediction
             else output
         )
