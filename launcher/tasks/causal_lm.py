@@ -22,6 +22,7 @@ from launcher.tasks.encoding import (
 )
 from launcher.tasks.task import (
     IGNORE,
+    AnswerOptions,
     Better,
     Draws,
     Encoded,
@@ -280,6 +281,23 @@ class CausalLM(Task):
 
     def evaluator(self) -> Evaluator:
         return TokenLosses()
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return of each sample the log-probability of what is learned of it, the number of its tokens, and its
+        perplexity."""
+        assert output.losses is not None
+        losses, targets = output.losses.double().cpu().numpy(), batch["targets"].numpy()
+        lengths = np.array(batch["lengths"])
+        packed, width = self.layout == "packed", batch["input_ids"].shape[1]
+        begins = np.cumsum(lengths) - lengths if packed else np.arange(len(lengths)) * width
+        found = []
+        for begin, end in zip(begins, begins + lengths, strict=True):
+            total, num_tokens = float(losses[begin:end].sum()), int((targets[begin:end] != IGNORE).sum())
+            perplexity = math.exp(min(total / max(num_tokens, 1), 700.0))
+            found.append({"log_probability": -total, "tokens": num_tokens, "perplexity": perplexity})
+        return found
 
 
 class TokenLosses(Evaluator):

@@ -18,12 +18,12 @@ from launcher.tasks.encoding import tokenise
 from launcher.tasks.masking import hide, num_hidden, units_of
 from launcher.tasks.task import (
     IGNORE,
+    AnswerOptions,
     Better,
     Draws,
     Encoded,
     Evaluator,
     Finding,
-    Head,
     Output,
     Sample,
     Task,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
+MOST_TOLD = 100
+"""The likeliest tokens for a mask that are told at most."""
 _FIXED = Draws(0, 0)
 """Where nothing may be random."""
 
@@ -217,15 +219,17 @@ class MaskedLM(Task):
         return short
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return what `token_batches` makes of the samples with tokens hidden; `targets` are those tokens,
-        and -100 everywhere else."""
+        """Return what `token_batches` makes of the samples with tokens hidden: `targets` are those tokens,
+        and -100 everywhere else. And `told`, how many tokens are told for each where nothing may be
+        random."""
         samples = []
         for sample in itertools.chain.from_iterable(items):
             ids, targets = self.hidden(sample, draws or _FIXED)
-            samples.append(
-                Sample({"input_ids": ids, "targets": targets}, sample.id, sample.length, sample.weight)
-            )
-        return joined(samples, self._first_position) if self.layout == "packed" else padded(samples)
+            arrays = {"input_ids": ids, "targets": targets}
+            samples.append(Sample(arrays, sample.id, sample.length, sample.weight))
+        asked = draws is None and not any("targets" in sample for item in items for sample in item)
+        batch = joined(samples, self._first_position) if self.layout == "packed" else padded(samples)
+        return batch | {"told": (MOST_TOLD if self.for_prediction else 1) if asked else 0}
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         """Return a shortened sample's tokens, with its targets as labels."""
@@ -233,43 +237,52 @@ class MaskedLM(Task):
         return {name: torch.from_numpy(sample[own].astype(np.int64))[None] for name, own in names.items()}
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the hidden tokens, and while predicting fp32 logits [hidden tokens,
-        vocabulary]."""
-        from launcher.training.heads import causal_lm, logits_where_supervised
+        """Return the summed loss of the hidden tokens; where a batch is asked for, also the likeliest
+        ones."""
+        from launcher.training.heads import causal_lm, likeliest
 
+        if batch["told"]:
+            return likeliest(model, batch, min(batch["told"], model.config.get_text_config().vocab_size))
         # What is between an encoder and its output matrix differs from class to class: its own head, at
-        # hidden tokens alone.
-        way: Head = "forward" if self.head == "forward" else "model"
-        output = causal_lm(model, batch, way)
-        return (
-            output._replace(predictions=logits_where_supervised(model, batch))
-            if self.for_prediction
-            else output
-        )
+        # hidden
+        # tokens alone.
+        return causal_lm(model, batch, "forward" if self.head == "forward" else "model")
 
     def evaluator(self) -> Evaluator:
         return TokenLosses()
 
     def answers(
-        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: Any
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return for each sample and each of its masks the likeliest tokens: `token` and `probability`,
-        `top_k` of them, else one."""
+        """Return for each sample its `hidden` tokens, and for each the likeliest: `token` and `probability`,
+        `top_k` of them, else one. Raises ConfigurationError for more than are told."""
+        if (number := options.top_k or 1) > MOST_TOLD:
+            raise ConfigurationError(
+                Problem("--top-k", number, f"masked-lm tells {MOST_TOLD} tokens at most")
+            )
         assert output.predictions is not None
-        best = output.predictions.float().softmax(dim=-1).topk(options.top_k or 1)
-        rows = iter(zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        numbers = [
-            int((sample["input_ids"] == self._mask).sum()) if sample.weight else 0 for sample in samples
-        ]
-        return [[self._likeliest(*next(rows)) for _ in range(number)] for number in numbers]
+        best = iter(output.predictions[:, :number].cpu().tolist())
+        found = []
+        for sample in samples:
+            targets = self.hidden(sample, _FIXED)[1]
+            hidden = [self._written(token) for token in targets[targets != IGNORE]]
+            told = [
+                [{"token": self._written(token), "probability": share} for token, share in next(best)]
+                for _ in hidden
+            ]
+            found.append({"hidden": hidden, "told": told})
+        return found
 
-    def _likeliest(self, shares: list[float], ids: list[int]) -> list[dict[str, Any]]:
-        texts = [self._tokenizer.decode([number]).strip() for number in ids]
-        return [{"token": text, "probability": share} for text, share in zip(texts, shares, strict=True)]
+    def _written(self, token: float) -> str:
+        return str(self._tokenizer.decode([int(token)])).strip()
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the `text` of a row with its masks filled, and in `masks` the likeliest tokens of each."""
-        masks = [mask for part in parts for mask in part]
+        """Return the likeliest tokens for each mask of a row in `masks`, and in `text` the row with the first
+        of them in their places; of a row that was learned, the `hidden` tokens and those `told` for them."""
+        told = [mask for part in parts for mask in part["told"]]
+        if not self.for_prediction:
+            hidden = [token for part in parts for token in part["hidden"]]
+            return {"hidden": hidden, "told": [mask[0]["token"] for mask in told]}
         first, *rest = self.texts(row)[0].split(self._tokenizer.mask_token)
-        filled = [mask[0]["token"] + text for mask, text in zip(masks, rest, strict=True)]
-        return {"text": "".join([first, *filled]), "masks": masks}
+        filled = [mask[0]["token"] + text for mask, text in zip(told, rest, strict=True)]
+        return {"text": "".join([first, *filled]), "masks": told}

@@ -9,7 +9,7 @@ from launcher.lazy import Lazy
 from launcher.tasks.schemes import Scheme
 from launcher.tasks.tag_scores import completed, loose_entities
 from launcher.tasks.tagged_rows import Marked
-from launcher.tasks.task import Sample
+from launcher.tasks.task import AnswerOptions, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,7 @@ else:
 
 
 def of_samples(
-    shares: np.ndarray, samples: Sequence[Sample], names: Sequence[str], options: Any
+    shares: np.ndarray, samples: Sequence[Sample], names: Sequence[str], options: AnswerOptions
 ) -> list[dict[str, Any]]:
     """Return for each sample its words' numbers in the row, tags by number, and probabilities; on request the
     likeliest tags.

@@ -73,6 +73,16 @@ class Left(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What is to be told beside what the model says."""
+
+    probabilities: bool = False
+    """The probability of every class, where the task has classes."""
+    top_k: int | None = None
+    """So many of the likeliest candidates; None for the likeliest alone."""
+
+
 class Encoded(NamedTuple):
     """A sample's arrays by name, each with one entry per position or of any shape that `collate`
     understands."""
@@ -143,6 +153,9 @@ class Output(NamedTuple):
     """What the task's evaluator needs beside the sums."""
     router_loss_sum: torch.Tensor | None = None
     """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
+    losses: torch.Tensor | None = None
+    """fp32, flat over the positions: the loss of each, 0 where nothing is learned. Of an evaluation of a
+    language model alone."""
 
 
 class Evaluator(ABC):
@@ -166,6 +179,13 @@ class Evaluator(ABC):
         matrix, a fitted threshold."""
         return {}
 
+    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+        """Return the state of one row's sample as that of its `copy`, from 0: drawn anew, a row may come twice.
+
+        For an evaluator that merges what it saw by the ids of rows; others count an equal state twice anyway.
+        """
+        return state
+
 
 class Task(ABC):
     """What is learned, from the columns of a row to the metrics of an evaluation."""
@@ -184,6 +204,8 @@ class Task(ABC):
     """Where the loss of a causal LM comes from."""
     labels: list[str] | None = None
     """The names of the classes in the order of their ids, where the task has classes and they are known."""
+    for_prediction: bool = False
+    """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
 
     def __init__(self, data: Any, labels: list[str] | None = None) -> None:
         self.data = data
@@ -342,6 +364,23 @@ class Task(ABC):
     @abstractmethod
     def evaluator(self) -> Evaluator:
         """Return what collects an evaluation, empty."""
+
+    # What the model says.
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return what the model says of each sample, as JSON values: classes, tags, spans, text.
+
+        `output` is that of `batch`, which `collate` made of the samples, one an item; of filler anything will
+        do. A task that leaves this out can be trained and measured, and not asked.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell what its model says")
+
+    def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
+        """Return the answer for a row from those of its samples, in window order: of a single one that one's."""
+        [only] = parts
+        return dict(only)
 
     def adopt_evaluation(self, details: Mapping[str, Any]) -> None:  # noqa: B027
         """Take what an evaluation of the model fitted, as a threshold, from `Evaluator.details`. Called

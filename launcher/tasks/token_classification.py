@@ -17,6 +17,7 @@ from launcher.tasks.tagged_rows import Marked, TaggedColumns
 from launcher.tasks.tagged_samples import Pieces
 from launcher.tasks.task import (
     IGNORE,
+    AnswerOptions,
     Better,
     Draws,
     Encoded,
@@ -259,7 +260,7 @@ class TokenClassification(Task):
         return TagScores(self.labels or (), self.data.scheme)
 
     def answers(
-        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: Any
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
         """Return for each sample the tags of its words, as `tagged_answers` has them."""
         assert output.predictions is not None

@@ -26,6 +26,7 @@ from launcher.training.loss import (
     LogitTransform,
     chunk_length,
     chunked_cross_entropy,
+    spread,
     supervised_only,
 )
 
@@ -55,8 +56,9 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
         entropy = _ENTROPIES[head](model, outputs, batch["targets"])
     router = _router_loss(model, outputs, batch) if routes else None
     if router is None:
-        return Output(entropy.loss_sum, entropy.num_correct)
-    return Output(entropy.loss_sum + router, entropy.num_correct, None, router.detach())
+        return Output(entropy.loss_sum, entropy.num_correct, losses=entropy.losses)
+    loss_sum = entropy.loss_sum + router
+    return Output(loss_sum, entropy.num_correct, router_loss_sum=router.detach(), losses=entropy.losses)
 
 
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
@@ -125,37 +127,61 @@ def _chunked(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> Cro
 def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
     """Through all that the model's own forward does after its decoder, a few hundred positions at a time,
     each computed again backward."""
-    hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
-    if not len(targets):
+    hidden, wanted = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
+    if not len(wanted):
         # Where nothing is learned, as in filler, the head is gone through all the same: all ranks add up its
         # gradient together.
-        hidden, targets = outputs.last_hidden_state.flatten(0, 1)[:1], targets.new_full((1,), IGNORED)
+        hidden, wanted = outputs.last_hidden_state.flatten(0, 1)[:1], targets.new_full((1,), IGNORED)
     loss_sum = num_correct = torch.zeros((), device=hidden.device)
+    losses = [hidden.new_zeros(0, dtype=torch.float32)]
 
-    def of(part: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with _answering(decoder_of(model), outputs, last_hidden_state=part[None]):
-            logits = own_forward(model, {"input_ids": target[None], "use_cache": False}).logits
-        return tuple(_cross_entropy(logits[0], target))  # type: ignore[return-value]
+    def of(
+        part: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return tuple(_cross_entropy(_logits(model, outputs, part, target), target))  # type: ignore[return-value]
 
-    step = chunk_length(model.config.get_text_config().vocab_size)
-    for begin in range(0, hidden.shape[0], step):
-        part, target = hidden[begin : begin + step], targets[begin : begin + step]
-        loss, correct = (
+    for part, target in _chunks(model, hidden, wanted):
+        loss, correct, each = (
             checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
         )
         loss_sum, num_correct = loss_sum + loss, num_correct + correct
-    return CrossEntropy(loss_sum, num_correct)
+        losses += [] if each is None else [each]
+    return CrossEntropy(
+        loss_sum, num_correct, None if torch.is_grad_enabled() else spread(torch.cat(losses), targets)
+    )
 
 
-def logits_where_supervised(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Return what the model's own head makes of the supervised positions alone, fp32 [positions,
-    vocabulary]."""
-    inputs = _inputs(batch)
+def _chunks(
+    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """So many positions at a time as may have their logits held."""
+    step = chunk_length(model.config.get_text_config().vocab_size)
+    yield from zip(hidden.split(step), targets.split(step), strict=True)
+
+
+def _logits(
+    model: PreTrainedModel, outputs: Any, hidden: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """What the model's own forward makes of hidden states [positions, hidden], [positions, vocabulary]."""
+    with _answering(decoder_of(model), outputs, last_hidden_state=hidden[None]):
+        logits: torch.Tensor = own_forward(model, {"input_ids": targets[None], "use_cache": False}).logits[0]
+    return logits
+
+
+def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
+    """Return the summed loss of supervised positions by the model's own head, and as predictions the `number`
+    likeliest tokens of each with their probabilities, fp32 [positions, number, 2]. Without a gradient."""
     decoder = decoder_of(model)
-    outputs = decoder(**_accepted(type(decoder), inputs))
+    outputs = decoder(**_accepted(type(decoder), _inputs(batch)))
     hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), batch["targets"])
-    with _answering(decoder, outputs, last_hidden_state=hidden[None]):
-        return own_forward(model, {"input_ids": targets[None], "use_cache": False}).logits[0].float()
+    sums, best = torch.zeros(2, device=hidden.device), [hidden.new_zeros((0, number, 2), dtype=torch.float32)]
+    for part, target in _chunks(model, hidden, targets):
+        logits = _logits(model, outputs, part, target)
+        entropy = _cross_entropy(logits, target)
+        sums += torch.stack([entropy.loss_sum, entropy.num_correct])
+        found = logits.float().softmax(dim=-1).topk(number)
+        best.append(torch.stack([found.indices.float(), found.values], dim=-1))
+    return Output(sums[0], sums[1], torch.cat(best))
 
 
 _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {
@@ -166,8 +192,12 @@ _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntrop
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
     """Of logits [tokens, vocabulary] that are all there."""
-    loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-    return CrossEntropy(loss_sum, (logits.argmax(dim=-1) == targets).sum().float().detach())
+    num_correct = (logits.argmax(dim=-1) == targets).sum().float().detach()
+    if torch.is_grad_enabled():
+        loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        return CrossEntropy(loss_sum, num_correct)
+    losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    return CrossEntropy(losses.sum(), num_correct, losses)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,8 @@ class CrossEntropy(NamedTuple):
 
     loss_sum: torch.Tensor
     num_correct: torch.Tensor
+    losses: torch.Tensor | None = None
+    """Of each position, fp32 [tokens], 0 where nothing is supervised; where nothing is trained."""
 
 
 def chunked_cross_entropy(
@@ -62,14 +64,19 @@ def chunked_cross_entropy(
     """Summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through `weight`
     [vocabulary, hidden].
 
-    Targets of -100 are not supervised and cost nothing. `num_correct` is counted only where asked for; it
-    costs a pass over the logits.
+    Targets of -100 are not supervised and cost nothing. `num_correct` is counted, and `losses` are kept, only
+    where asked for; to count costs a pass over the logits.
     """
-    hidden, targets = supervised_only(hidden, targets)
-    loss_sum, num_correct = _ChunkedCrossEntropy.apply(
-        hidden, weight, bias, targets, transform, count_correct
+    supervised, wanted = supervised_only(hidden, targets)
+    loss_sum, num_correct, losses = _ChunkedCrossEntropy.apply(
+        supervised, weight, bias, wanted, transform, count_correct
     )
-    return CrossEntropy(loss_sum, num_correct)
+    return CrossEntropy(loss_sum, num_correct, spread(losses, targets) if count_correct else None)
+
+
+def spread(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the losses of supervised positions, fp32 [supervised], in their places among `targets` [tokens]."""
+    return losses.new_zeros(targets.shape).masked_scatter_(targets != IGNORED, losses)
 
 
 def supervised_only(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,9 +103,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         transform: LogitTransform,
         count_correct: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(
+            hidden.shape[0] if count_correct else 0, dtype=torch.float32, device=hidden.device
+        )
         needs = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
@@ -109,8 +119,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raw = part @ weight.t() if bias is None else torch.addmm(bias, part, weight.t())
             logits = transform.forward(raw.float())
             normaliser = logits.logsumexp(dim=1, keepdim=True)
-            loss_sum += (normaliser - logits.gather(1, target)).sum()
+            each = normaliser - logits.gather(1, target)
+            loss_sum += each.sum()
             if count_correct:
+                losses[begin : begin + chunk] = each.squeeze(1)
                 num_correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
             if not any(needs):
                 continue
@@ -128,11 +140,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _accumulate(grad_weight, gradient, part)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(num_correct)
-        return loss_sum, num_correct
+        ctx.mark_non_differentiable(num_correct, losses)
+        return loss_sum, num_correct, losses
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.gradients
         ctx.gradients = None
         weight_dtype, bias_dtype = ctx.dtypes

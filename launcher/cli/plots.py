@@ -1,0 +1,59 @@
+"""Draw what an evaluation found, with characters: on the terminal, and as SVG beside its JSON."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.cli.output import line_plot
+
+WIDTH = 100
+_MOST_CLASSES = 20
+"""Of a confusion matrix: more fit on no terminal."""
+
+
+def learning_curve(losses: list[tuple[int, float]], evaluations: list[tuple[int, dict[str, float]]]) -> str:
+    """Return the loss of the steps, and each metric of the evaluations over the steps; empty where nothing has two points."""
+    series = {"training loss": [(float(step), loss) for step, loss in losses]}
+    for step, metrics in evaluations:
+        for name, value in metrics.items():
+            series.setdefault(f"evaluation: {name}", []).append((float(step), value))
+    finite = {name: [point for point in points if abs(point[1]) < float("inf")] for name, points in series.items()}
+    return "\n".join(line_plot(points, WIDTH, ylabel=name) for name, points in finite.items() if len(points) > 1)
+
+
+def confusion(table: dict[str, Any]) -> str:
+    """Return a confusion matrix as text: a row for each true class, a column for each that the model said."""
+    labels, counts = [str(label) for label in table["labels"]], table["counts"]
+    if len(labels) > _MOST_CLASSES:
+        return "\n".join(["the pairs of classes that were mistaken most, of the true one for the other:", *_mistaken(labels, counts)])
+    numbers = [str(number) for number in range(len(labels))]
+    widths = [max(len(number), *(len(str(row[place])) for row in counts)) for place, number in enumerate(numbers)]
+    names = [f"{number} {label}"[:40] for number, label in zip(numbers, labels, strict=True)]
+    first = max(map(len, names))
+    lines = ["rows: the true class; columns: what the model says, by the same numbers", ""]
+    for name, cells in [("", numbers), *zip(names, counts, strict=True)]:
+        lines.append("  ".join([name.ljust(first), *(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True))]))
+    return "\n".join(lines)
+
+
+def _mistaken(labels: list[str], counts: list[list[int]]) -> Iterator[str]:
+    """The most frequent mistakes, one a line."""
+    pairs = [(count, labels[i], labels[j]) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count]
+    for count, true, said in sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CLASSES]:
+        yield f"{count:8,}  {true} -> {said}"
+
+
+def write_svg(path: Path, text: str, title: str) -> None:
+    """Write a drawing of characters as a picture. Raises OSError."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(record=True, width=WIDTH + 4, file=io.StringIO(), highlight=False)
+    console.print(Text.from_ansi(text), soft_wrap=False)
+    # Without the fonts that a viewer would fetch from elsewhere: any font of equal widths will do.
+    drawn = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title), flags=re.DOTALL)
+    path.write_text(drawn, encoding="utf-8")

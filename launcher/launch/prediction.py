@@ -1,0 +1,38 @@
+"""Have a run's model, or one in a directory, answer every row of a file on this machine, supervised like an attempt."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.launch.evaluation import Request
+from launcher.launch.scratch import ask
+from launcher.launch.screen import Watcher
+from launcher.runs.partial import KEY, refuse_existing
+from launcher.tasks.task import AnswerOptions
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Which model answers which rows, and where the answers go."""
+
+    request: Request
+    rows: Path
+    output: Path
+    options: AnswerOptions
+
+    def run(self, watcher: Watcher) -> dict[str, Any]:
+        """Write the answers; the summary. Raises Stopped where a stop was asked for, else the failure's own class."""
+        if self.output.suffix != ".jsonl":
+            reason = "answers are written as JSON lines; give it a name that ends in .jsonl"
+            raise ConfigurationError(Problem(KEY, str(self.output), reason))
+        refuse_existing(self.output)
+        data = self.request.plan.data
+        source = type(data.train)(path=str(self.rows.absolute()))
+        data = data.model_copy(update={"evaluation": source, "packing": False})
+        plan = self.request.plan.model_copy(update={"data": data})
+        asked = self.request.asked | {"output": str(self.output.absolute()), "options": asdict(self.options)}
+        summary = ask(plan, "launcher.training.predict_entry", asked, "prediction.json", watcher)
+        return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}

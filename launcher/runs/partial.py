@@ -1,0 +1,111 @@
+"""An output of many rows that grows beside its final name, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem, StorageError
+from launcher.plain_files import read_json
+from launcher.runs.layout import sync_directory, write_atomically
+from launcher.runs.wording import finite
+
+KEY = "--output"
+
+
+class Partial:
+    """OUTPUT.partial, with OUTPUT.partial.json: what it is made of, and how many rows and bytes of it are whole."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.with_name(f"{output.name}.partial")
+        self.state_file = output.with_name(f"{output.name}.partial.json")
+        self.num_rows = 0
+        self.problems: dict[str, int] = {}
+        """Rows with a `problem` in them, by that."""
+        self._num_bytes = 0
+        self._of: dict[str, Any] = {}
+
+    def begin(self, of: dict[str, Any]) -> int:
+        """Return how many rows are there already of an output that was begun of the same.
+
+        `of`: JSON values by names for people. Raises ConfigurationError where another output was begun there, or the
+        output is finished; StorageError where the place takes no files.
+        """
+        self._of = json.loads(json.dumps(of))
+        try:
+            refuse_existing(self.output)
+            if not self.state_file.exists():
+                if self.path.exists():
+                    reason = f"{self.path} is there, and nothing says what it is of; remove it, or name another output"
+                    raise ConfigurationError(Problem(KEY, str(self.output), reason))
+                self._keep()
+            else:
+                self._go_on()
+            with open(self.path, "ab") as file:
+                file.truncate(self._num_bytes)  # a crash may have left more than was counted
+        except OSError as error:
+            raise self._refused(error) from None
+        return self.num_rows
+
+    def _go_on(self) -> None:
+        try:
+            state = read_json(self.state_file)
+            began, self.num_rows, self._num_bytes = dict(state["of"]), int(state["rows"]), int(state["bytes"])
+            self.problems = dict(state["problems"])
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{self.state_file} is not what was written there ({error}); remove it and {self.path.name}"
+            raise ConfigurationError(Problem(KEY, str(self.output), reason)) from None
+        names = sorted(began.keys() | self._of.keys())
+        if other := [name for name in names if began.get(name) != self._of.get(name)]:
+            was = "; ".join(f"{name} was {began.get(name)}, and is {self._of.get(name)}" for name in other)
+            reason = f"{self.path.name} was begun of something else: {was}; ask for the same, or remove it"
+            raise ConfigurationError(Problem(KEY, str(self.output), reason))
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < self._num_bytes:
+            reason = f"{self.path.name} has {there:,} bytes, and {self._num_bytes:,} were written; remove it"
+            raise ConfigurationError(Problem(KEY, str(self.output), f"{reason} and {self.state_file.name}"))
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows behind the others, durably. Raises StorageError where the disk does not take them."""
+        # A lone surrogate of a text is written as JSON's own escape.
+        content = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+        try:
+            with open(self.path, "ab") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            self.num_rows, self._num_bytes = self.num_rows + len(rows), self._num_bytes + len(content)
+            for problem in (row["problem"] for row in rows if "problem" in row):
+                self.problems[problem] = self.problems.get(problem, 0) + 1
+            self._keep()
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def finish(self) -> None:
+        """Give the output its name. Raises StorageError."""
+        try:
+            self.path.replace(self.output)
+            self.state_file.unlink()
+            sync_directory(self.output.parent)
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _keep(self) -> None:
+        state = {"of": self._of, "rows": self.num_rows, "bytes": self._num_bytes, "problems": self.problems}
+        write_atomically(self.state_file, json.dumps(state) + "\n")
+
+    def _refused(self, error: OSError) -> StorageError:
+        kept = f"; {self.num_rows:,} rows are kept in {self.path}" if self.num_rows else ""
+        return StorageError(f"{KEY} {self.output}: {error.strerror or error}{kept}")
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise ConfigurationError where an output is there already, or has no folder to lie in."""
+    if output.exists():
+        raise ConfigurationError(Problem(KEY, str(output), "is there already; name another file, or remove it"))
+    if not output.parent.is_dir():
+        raise ConfigurationError(Problem(KEY, str(output), f"the folder {output.parent} is not there"))

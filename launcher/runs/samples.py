@@ -1,0 +1,56 @@
+"""Samples of what a model says at its evaluations: RUN/samples/step-00000120.jsonl, a row a line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.plain_files import read_bytes
+from launcher.runs.layout import RunDirectory, make_directory, write_atomically
+from launcher.runs.records import parse
+
+_FILE = re.compile(r"^step-(\d{8,})\.jsonl$")
+_WIDTH = 300
+
+
+def write(run: RunDirectory, step: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the samples of the evaluation after a step. Raises OSError."""
+    directory = run.path / "samples"
+    make_directory(directory)
+    text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
+    write_atomically(directory / f"step-{step:08d}.jsonl", text)
+
+
+def newest(run: RunDirectory) -> tuple[int, list[dict[str, Any]]] | None:
+    """Return the step of the newest samples, and the samples; None where there are none, or they cannot be read."""
+    try:
+        found = [(int(match[1]), path) for path in (run.path / "samples").iterdir() if (match := _FILE.match(path.name))]
+        if not found:
+            return None
+        step, path = max(found)
+        return step, [record for line in read_bytes(path).split(b"\n") if (record := parse(line)) is not None]
+    except OSError:
+        return None
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return each sample as a line for people: the row's texts, and what the model says of them."""
+    return [f"{_short(_told(row.get('input')))} -> {_short(_told(row.get('answer')))}" for row in rows]
+
+
+def _told(value: Any) -> str:
+    """A value without JSON's marks where it is a single text, or an object with one key."""
+    if isinstance(value, dict) and len(value) == 1:
+        [value] = value.values()
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_told(inner)}" for key, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"

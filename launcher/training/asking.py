@@ -1,0 +1,32 @@
+"""Ask a sharded model what it says of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.plan import Plan
+from launcher.tasks.task import AnswerOptions, Sample, Task
+from launcher.training.devices import to_device
+from launcher.training.engines.engine import Engine
+
+
+def says(task: Task) -> bool:
+    """Return whether a task tells what its model says; one of a package of the user's own may leave that out."""
+    return type(task).answers is not Task.answers
+
+
+def refuse_silent(task: Task) -> None:
+    """Raise ConfigurationError for a task that does not tell what its model says."""
+    if not says(task):
+        reason = f"{type(task).__name__} has no method `answers`, so that nothing can be said of a row; write one"
+        raise ConfigurationError(Problem("model.task", task.name, reason))
+
+
+def ask(engine: Engine, task: Task, samples: Sequence[Sample], options: AnswerOptions, plan: Plan) -> list[Any]:
+    """Return what the model says of each of these samples, as JSON values; of filler nothing. Called by all ranks together."""
+    batch = task.collate([[sample] for sample in samples])
+    output = engine.evaluate(to_device(batch, plan.mesh.device))
+    said = task.answers(output, batch, samples, options)
+    return [one for one, sample in zip(said, samples, strict=True) if sample.weight]

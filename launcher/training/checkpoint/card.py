@@ -1,0 +1,204 @@
+"""Write a model card, README.md: what a model was made of, how good it was before and after, and how to load it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.modelcard import TASK_MAPPING
+
+from launcher import __version__, tasks
+from launcher.data.section import Source
+from launcher.plain_files import read_json, read_text
+from launcher.planner.plan import Plan
+from launcher.redaction import redact
+from launcher.runs import prepared
+from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
+from launcher.runs.wording import duration
+from launcher.training.model.model_files import directory_of
+
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
+_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".tsv": "csv", ".txt": "text"}
+"""What `datasets` calls the reader of a kind of files, where that is not their ending."""
+_LICENCE = ("license", "license_name", "license_link", "language")
+
+
+class Card:
+    """The card of a run's model at a step."""
+
+    def __init__(self, run: RunDirectory, plan: Plan, step: int, metrics: Mapping[str, float], adapter: bool) -> None:
+        """`metrics` are those of that step, empty where it was not evaluated; `adapter`: the adapter alone is exported."""
+        self._run, self._plan, self._step, self._metrics, self._adapter = run, plan, step, metrics, adapter
+        self._totals = Totals(run).refresh()
+        self._config: dict[str, Any] = read_json(run.path / "model" / "config.json")
+        self._base = _base(plan)
+
+    def write(self, directory: Path) -> None:
+        """Write README.md into a model's directory. Raises OSError."""
+        text = "\n\n".join(part for part in self._parts() if part)
+        (directory / "README.md").write_text(f"---\n{self._data().to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+
+    def _data(self) -> ModelCardData:
+        """What a hub reads."""
+        plan, tag = self._plan, pipeline_tag(self._config)
+        sources = [source for source in (plan.data.train, plan.data.evaluation) if source is not None]
+        extra: dict[str, Any] = _licence(plan)
+        if self._adapter:
+            extra["tags"] = ["lora", *([f"base_model:adapter:{self._base}"] if self._base else [])]
+        return ModelCardData(
+            base_model=self._base,
+            datasets=sorted({source.name for source in sources if source.name}) or None,
+            library_name="peft" if self._adapter else "transformers",
+            metrics=[name for name in self._metrics if name != "loss"] or None,
+            model_name=plan.name,
+            pipeline_tag=tag,
+            eval_results=self._results(tag) or None,
+            **extra,
+        )
+
+    def _results(self, tag: str | None) -> list[EvalResult]:
+        source = self._plan.data.evaluation
+        if source is None or tag is None:
+            return []
+        suffix = PurePath(str(source.path)).suffix.lower()
+        kind = source.name or _BUILDERS.get(suffix, suffix.lstrip(".")) or "arrow"
+        of: dict[str, Any] = {"task_type": tag, "dataset_type": kind, "dataset_name": _name(source)}
+        if source.name:
+            of |= {"dataset_config": source.subset, "dataset_split": source.split}
+        finite = {name: value for name, value in self._metrics.items() if math.isfinite(value)}
+        return [EvalResult(**of, metric_type=name, metric_value=round(value, 6)) for name, value in finite.items()]
+
+    def _parts(self) -> Iterator[str]:
+        plan = self._plan
+        yield f"# {plan.name}"
+        what = "An adapter (LoRA) for" if self._adapter else "Fine-tuned from"
+        begins = f"{what} `{self._base}`" if self._base else "Trained from random weights"
+        yield f"{begins}, for {plan.task}: {self._step:,} steps of launcher {__version__}."
+        if not _licence(plan):
+            yield "The licence of the base model was not found beside it; add `license` above before you share this model."
+        yield f"## Load it\n\n```python\n{self._loading()}\n```"
+        yield "## Data\n\n" + "\n".join(self._rows())
+        yield self._measured()
+        yield "## Training\n\n" + "\n".join(f"- {name}: {value}" for name, value in self._training())
+        yield f"The job:\n\n```yaml\n{_job(self._run, plan)}```"
+
+    def _loading(self) -> str:
+        kind = tasks.unprepared(self._plan).auto_class.__name__
+        if self._adapter:
+            base = f'{kind}.from_pretrained("{self._base}"{self._num_labels()})'
+            return f'from peft import PeftModel\nfrom transformers import {kind}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
+        lines = [f"from transformers import {', '.join(sorted(('AutoTokenizer', kind)))}", ""]
+        lines += [f'model = {kind}.from_pretrained("DIRECTORY")', 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")']
+        return "\n".join(lines)
+
+    def _num_labels(self) -> str:
+        return f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""
+
+    def _rows(self) -> Iterator[str]:
+        for role, source in (("train", self._plan.data.train), ("evaluation", self._plan.data.evaluation)):
+            if source is None:
+                continue
+            said = self._totals.prepared.get(role)
+            rows = "" if said is None else f": {prepared.line(said).removeprefix(f'{role}: ')}"
+            digest = _digest(self._run, role)
+            yield f"- {role}: `{_name(source)}`{rows}" + (f"; xxh3 of the contents {digest}" if digest else "")
+
+    def _measured(self) -> str:
+        if self._plan.data.evaluation is None:
+            return ""
+        first = (self._totals.evaluations or ({},))[0]
+        before = first.get("metrics", {}) if first.get("step") == 0 else {}
+        if not self._metrics and not before:
+            return ""
+        where = f"On `{_name(self._plan.data.evaluation)}`, in {self._plan.precision}"
+        lines = [f"{where}; after step {self._step:,}." if self._metrics else f"{where}. Step {self._step:,} itself was not evaluated."]
+        lines += ["", "| metric | before | after |", "|---|---|---|"]
+        for name in dict.fromkeys([*self._metrics, *before]):
+            cells = (f"{of[name]:.4f}" if name in of else "" for of in (before, self._metrics))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return "## Metrics\n\n" + "\n".join(lines)
+
+    def _training(self) -> Iterator[tuple[str, str]]:
+        plan, training = self._plan, self._plan.training
+        said = self._totals.last.get("training", {})
+        ranks = f"{plan.mesh.world_size} rank{'s' * (plan.mesh.world_size != 1)}"
+        yield "hardware", f"{ranks} on {plan.mesh.nodes} node{'s' * (plan.mesh.nodes != 1)}, {said.get('device') or plan.mesh.device}"
+        attempts = max(1, self._run.last_attempt())
+        yield "time", f"{duration(self._totals.seconds_in_attempts)} over {attempts} attempt{'s' * (attempts != 1)}"
+        yield "engine", f"{plan.engine}, {plan.sharding} sharding, {plan.precision}"
+        yield "batch", f"{plan.batch.global_batch_size} samples a step"
+        rate = f"learning rate {training.learning_rate:g}, {training.schedule}"
+        yield "optimizer", f"{training.optimizer}, {rate}, weight decay {training.weight_decay:g}, seed {training.seed}"
+        versions = [f"launcher {__version__}"]
+        for name in _PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions.append(f"{name} {importlib.metadata.version(name)}")
+        yield "versions", ", ".join(versions)
+
+
+def pipeline_tag(config: dict[str, Any]) -> str | None:
+    """Return the kind of pipeline that a model's class is for, as transformers names them; None where it has none."""
+    own = set(config.get("architectures") or ())
+    for tag, mapping in TASK_MAPPING.items():
+        names = mapping.get(config.get("model_type"), ())
+        if own & ({names} if isinstance(names, str) else set(names)):
+            return str(tag)
+    return None
+
+
+def _base(plan: Plan) -> str | None:
+    """The model that the run began with: its name on the hub, or its directory's; None where its weights were made up."""
+    if plan.model.weights == "random" or plan.model.config is not None:
+        return None
+    return Path(plan.model.name).name if Path(plan.model.name).is_absolute() else plan.model.name
+
+
+def _licence(plan: Plan) -> dict[str, Any]:
+    """What the base model's own card says of its licence and language."""
+    directory = directory_of(plan)
+    if directory is None or not (directory / "README.md").is_file():
+        return {}
+    try:
+        said = ModelCard(read_text(directory / "README.md"), ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {key: said[key] for key in _LICENCE if said.get(key)}
+
+
+def _name(source: Source) -> str:
+    return source.name or PurePath(str(source.path)).name
+
+
+def _digest(run: RunDirectory, role: str) -> str | None:
+    try:
+        return str(read_json(run.path / f"data-{role}.json")["source_hash"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _job(run: RunDirectory, plan: Plan) -> str:
+    """The job file without what concerns a machine or a site, and files by their names alone."""
+    try:
+        content = yaml.safe_load(read_text(run.job_file))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        content = {"name": plan.name, "model": {"name": plan.model.name, "task": plan.task}}
+    kept = {key: _short(value) for key, value in content.items() if key != "cluster"}
+    return redact(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, default_flow_style=False))
+
+
+def _short(value: Any) -> Any:
+    """The same with absolute paths as names."""
+    if isinstance(value, dict):
+        return {key: _short(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_short(inner) for inner in value]
+    return PurePath(value).name if isinstance(value, str) and value.startswith("/") else value

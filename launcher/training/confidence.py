@@ -1,0 +1,106 @@
+"""Bootstrap intervals of an evaluation's metrics: the rows drawn anew, with replacement, as often as asked for.
+
+Percentile intervals after Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 13.3). A row is drawn with all its
+samples. Equal draws before and after training give the interval of the change, which is narrower than the two would suggest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from launcher.runs.places import here
+from launcher.tasks.task import Evaluator, Output
+from launcher.training.data.batches import Batches, deal
+
+LEVEL = 0.95
+State = Sequence[np.ndarray]
+
+
+class Whole(Evaluator):
+    """The task's own evaluator, with what it came to."""
+
+    def __init__(self, make: Callable[[], Evaluator]) -> None:
+        """`make` returns the task's evaluator, empty."""
+        self.make, self.own = make, make()
+        self.metrics: dict[str, float] = {}
+        self.tables: dict[str, Any] = {}
+        """On the rank that computes."""
+
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        self.own.update(output, batch)
+
+    def state(self) -> list[np.ndarray]:
+        return self.own.state()
+
+    def compute(self, states: Sequence[State]) -> dict[str, float]:
+        self.tables = self.own.tables(states)
+        return self.own.compute(states)
+
+
+class Apart(Whole):
+    """The same, of batches of one sample each, with what was seen of each row kept apart."""
+
+    def __init__(self, make: Callable[[], Evaluator], ids: Sequence[int]) -> None:
+        """`ids` are the rows of this rank's batches, without filler, which comes last."""
+        super().__init__(make)
+        self._ids = list(ids)
+        self._states: list[list[np.ndarray]] = []
+        self.rows: dict[int, list[State]] = {}
+        """On the rank that computes: the states of each row's samples, by its id."""
+
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        one = self.make()
+        one.update(output, batch)
+        self._states.append(one.state())
+
+    def state(self) -> list[np.ndarray]:
+        """Return the ids, the number of arrays of each state, and the arrays."""
+        kept = self._states[: len(self._ids)]
+        counts = np.array([len(state) for state in kept], dtype=np.int64)
+        return [np.array(self._ids, dtype=np.int64), counts, *(array for state in kept for array in state)]
+
+    def compute(self, states: Sequence[State]) -> dict[str, float]:
+        for ids, counts, *arrays in states:
+            ends = np.cumsum(counts)
+            for id, begin, end in zip(ids.tolist(), ends - counts, ends, strict=True):
+                self.rows.setdefault(id, []).append(arrays[begin:end])
+        self.rows = dict(sorted(self.rows.items()))
+        return super().compute([state for row in self.rows.values() for state in row])
+
+    def drawn(self, number: int, seed: int) -> dict[str, np.ndarray]:
+        """Return each metric of so many drawings of as many rows as there are, float64 [number]. Equal seeds draw equal rows."""
+        units = list(self.rows.values())
+        found: dict[str, list[float]] = {}
+        generator = np.random.default_rng(seed)
+        here.at("measuring", total=number)
+        for drawing in range(number):
+            places = generator.integers(0, len(units), len(units)).tolist()
+            states = [self.own.told_apart(state, copy) for copy, place in enumerate(places) for state in units[place]]
+            for name, value in self.own.compute(states).items():
+                found.setdefault(name, []).append(float(value))
+            here.moved(drawing + 1)
+        return {name: np.array(values) for name, values in found.items()}
+
+
+def ids_of(batches: Batches) -> list[int]:
+    """The rows of a rank's batches of one item each, in the order in which they come; without filler, which comes last."""
+    found: list[int] = []
+    for step in range(batches.num_steps):
+        real = batches.indices(step)
+        [[place]] = deal(batches.lengths(real), batches.batch, batches.dataset.padding_free)[:, batches.rank].tolist()
+        if place < len(real):
+            found += batches.dataset.sample_ids(real[[place]]).tolist()
+    return found
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Return the middle LEVEL of these values, from and to; NaN where all of them are, as of a correlation with a constant."""
+    tail = 50 * (1 - LEVEL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, high = np.nanpercentile(values, [tail, 100 - tail])
+    return [float(low), float(high)]

@@ -1,0 +1,155 @@
+"""Write what a model says of every row of a file: what `launcher predict` starts.
+
+It runs in a scratch run directory with a plan and a request, so that it is supervised like any other attempt. A stretch of rows is
+read, encoded in shares, dealt into passes of like lengths, and written in the rows' order before the next is read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import distributed
+
+from launcher.data.rows import Row, RowProblem
+from launcher.errors import ConfigurationError, Problem
+from launcher.plain_files import read_json
+from launcher.planner.plan import Plan
+from launcher.runs import events
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.partial import Partial
+from launcher.runs.phases import PhaseReport
+from launcher.runs.places import here
+from launcher.tasks.task import AnswerOptions
+from launcher.training import entry, exchange
+from launcher.training.asking import ask, refuse_silent
+from launcher.training.data.sources import Rows, open_source
+from launcher.training.data.stretches import Share, stretches
+from launcher.training.devices import start_process_group
+from launcher.training.engines.engine import Engine
+from launcher.training.evaluation import Interrupted
+from launcher.training.model.model_files import is_weights
+from launcher.training.signals import StopRequest
+from launcher.training.subject import Subject, as_trained
+
+_PASSES = 16
+"""Of each rank in a stretch: what a stop or a crash may lose, and among how many rows like lengths are looked for."""
+
+
+@dataclass
+class Predicting:
+    """One rank's part in a prediction."""
+
+    subject: Subject
+    engine: Engine
+    options: AnswerOptions
+    rows: Rows
+    stop: StopRequest
+
+    def stretches(self, skip: int) -> Iterator[list[dict[str, Any]]]:
+        """Yield the records of the rows behind the first `skip`, in order, on rank 0; empty lists on the others.
+
+        Raises Interrupted between two passes where any rank was asked to stop.
+        """
+        batch, rank = self.subject.plan.batch, distributed.get_rank()
+        size = batch.data_parallel_size
+        for rows in stretches(self.rows, skip, _PASSES * batch.micro_batch_size * size):
+            here.at("preparing", detail=rows[0].file)
+            share = Share(rows[rank::size], self.subject.task, self.subject.tokenizer)
+            gathered = exchange.all_gather(self._records(share))
+            yield [gathered[place % size][place // size] for place in range(len(rows))] if rank == 0 else []
+
+    def _records(self, share: Share) -> list[dict[str, Any]]:
+        said: dict[int, list[tuple[int, Any]]] = {}
+        passes = share.passes(self.subject.plan.batch.micro_batch_size)
+        here.at("evaluating", total=len(passes))
+        for number, samples in enumerate(passes):
+            if self._stops():
+                raise Interrupted
+            answers = ask(self.engine, self.subject.task, samples, self.options, self.subject.plan)
+            for sample, answer in zip(samples, answers, strict=False):  # of filler, at the end, there is no answer
+                said.setdefault(sample.id, []).append((sample.window, answer))
+            here.moved(number + 1)
+        return [self._record(row, share, said.get(row.id, [])) for row in share.rows]
+
+    def _record(self, row: Row, share: Share, parts: list[tuple[int, Any]]) -> dict[str, Any]:
+        if (problem := share.problems.get(row.id)) is not None:
+            return {"row": row.id, "problem": problem.reason, "detail": problem.detail[:200], "line": row.line}
+        assert not isinstance(row.values, RowProblem)
+        answer = self.subject.task.answer(row.values, [answer for _, answer in sorted(parts, key=lambda part: part[0])])
+        return {"row": row.id, **answer} | ({"cut": True} if row.id in share.cut else {})
+
+    def _stops(self) -> bool:
+        vote = torch.tensor(float(self.stop.requested), device=self.subject.plan.mesh.device)
+        distributed.all_reduce(vote)
+        return bool(vote > 0)
+
+
+def predict(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
+    """Write what the model of request.json says of the plan's evaluation rows; the summary into prediction.json."""
+    request = read_json(scratch.path / "request.json")
+    run, model = (Path(request["run"]) if request["run"] else None), request["model"]
+    options = AnswerOptions(**request["options"])
+    subject = Subject.of(as_trained(plan, run), run, model)
+    source = subject.plan.data.evaluation
+    if source is None:
+        raise ConfigurationError(Problem("--input", None, "is missing"))
+    refuse_silent(subject.task)
+    subject.task.for_prediction = True
+    rows = open_source(source, subject.task.columns)
+    start_process_group(plan)
+    subject.task.configure(subject.config)
+    engine = subject.build(scratch)
+    step = subject.load(run, engine, request["step"]) if run is not None else None
+    began, leads = time.monotonic(), distributed.get_rank() == 0
+    output = Partial(Path(request["output"]))
+    of = _identity(subject, rows, run, model, step) | {"options": request["options"]}
+    skipped = int(exchange.from_first(output.begin(of) if leads else 0))
+    report = PhaseReport(scratch, "predicting", "rows")
+    stopped = False
+    try:
+        for records in Predicting(subject, engine, options, rows, stop).stretches(skipped):
+            if leads:
+                here.at("recording", detail=str(output.path))
+                output.append(records)
+                report(output.num_rows, max(rows.num_rows_expected, output.num_rows))
+    except Interrupted:
+        stopped = True
+    if leads:
+        if not stopped:
+            output.finish()
+        _conclude(scratch, output, stopped, skipped, {"step": step, "seconds": round(time.monotonic() - began, 3)})
+    distributed.barrier()
+
+
+def _identity(subject: Subject, rows: Rows, run: Path | None, model: str | None, step: int | None) -> dict[str, Any]:
+    """What decides the answers, by names for people."""
+    data = subject.plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers", "unusable", "packing"})
+    of = {"the input's contents": rows.digest, "the task": subject.plan.task, "data": data}
+    if run is not None:
+        return of | {"the run": RunDirectory(run).run_id(), "the checkpoint's step": step}
+    weights = [path for path in sorted(Path(str(model)).iterdir()) if is_weights(path) or path.name == "config.json"]
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    return of | {"the model's files": xxhash.xxh3_64_hexdigest(json.dumps(files).encode())}
+
+
+def _conclude(scratch: RunDirectory, output: Partial, stopped: bool, skipped: int, facts: dict[str, Any]) -> None:
+    done = output.num_rows - skipped
+    summary = {"rows": output.num_rows, "answered": output.num_rows - sum(output.problems.values()), "problems": output.problems}
+    summary |= {"rows_before": skipped, **facts, "rows_per_second": round(done / max(facts["seconds"], 1e-9), 1)}
+    write_atomically(scratch.path / "prediction.json", json.dumps(summary) + "\n")
+    if stopped:
+        line = f"stopped; {output.num_rows:,} rows are in {output.path}; the same command goes on there"
+        events.event(scratch.events_file, "stopped", step=0, line=line)
+    else:
+        events.event(scratch.events_file, "finished", step=0, metrics={})
+
+
+if __name__ == "__main__":
+    entry.main(train=predict)

@@ -1,0 +1,90 @@
+"""The held-out rows whose answers are shown at every evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch import distributed
+
+from launcher.data.rows import RowProblem
+from launcher.planner.plan import Plan
+from launcher.runs.places import here
+from launcher.tasks.task import AnswerOptions, Sample, Task
+from launcher.training import exchange
+from launcher.training.asking import ask, says
+from launcher.training.data.dataset import Dataset
+from launcher.training.data.sources import open_source
+from launcher.training.engines.engine import Engine
+
+_LOOKED_AT = 10_000
+"""Samples among which the rows are spread: to read the texts of rows far behind takes a while at every start."""
+_LONGEST = 2000
+"""Characters of a value that are kept."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A few rows from all over the held-out ones: the same at every evaluation, on any number of ranks, and after a resume."""
+
+    samples: list[list[Sample]]
+    """Of each row, in window order."""
+    rows: dict[int, dict[str, Any]]
+    """What stands in them, by row; on rank 0 alone."""
+
+    @classmethod
+    def of(cls, task: Task, dataset: Dataset | None, plan: Plan, rank: int) -> Shown | None:
+        """The rows to be shown; None where there are none, or the task does not tell what its model says."""
+        number, source = plan.training.evaluation_samples, plan.data.evaluation
+        if dataset is None or source is None or number == 0 or not says(task):
+            return None
+        found = dataset.first_ids(_LOOKED_AT)
+        distinct = list(dict.fromkeys(found))
+        ids = [distinct[place] for place in np.unique(np.linspace(0, len(distinct) - 1, number).round().astype(int))]
+        samples = [dataset.samples_of(id) for id in ids]
+        rows = {}
+        if rank == 0:
+            wanted = set(ids)
+            for row in islice(open_source(source, task.columns), ids[-1] + 1):
+                if row.id in wanted and not isinstance(row.values, RowProblem):
+                    rows[row.id] = row.values
+        return cls(samples, rows)
+
+    def answers(self, engine: Engine, task: Task, plan: Plan) -> list[dict[str, Any]]:
+        """Return each row with what the model says of it, on rank 0; nothing on the others. Called by all ranks together.
+
+        Draws no random numbers and changes nothing of the state: a run with samples and one without go the same way.
+        """
+        size, rank, micro = plan.batch.data_parallel_size, distributed.get_rank(), plan.batch.micro_batch_size
+        flat = [sample for row in self.samples for sample in row]
+        num_passes = -(-len(flat) // (size * micro))
+        here.at("evaluating", total=num_passes)
+        own, filler = flat[rank::size], flat[0].as_filler()
+        said: list[Any] = []
+        for number in range(num_passes):
+            samples = own[number * micro : (number + 1) * micro] or [filler]
+            said += ask(engine, task, samples, AnswerOptions(), plan)
+            here.moved(number + 1)
+        gathered = exchange.all_gather(said)
+        if rank != 0:
+            return []
+        parts = iter([gathered[place % size][place // size] for place in range(len(flat))])
+        told = []
+        for row in self.samples:
+            id = row[0].id
+            answer = task.answer(self.rows[id], [next(parts) for _ in row])
+            told.append({"row": id, "input": {name: _short(value) for name, value in self.rows[id].items()}, "answer": answer})
+        return told
+
+
+def _short(value: Any) -> Any:
+    """A value as JSON, a long text cut."""
+    if isinstance(value, str):
+        return value if len(value) <= _LONGEST else value[:_LONGEST] + "…"
+    if isinstance(value, dict):
+        return {str(key): _short(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_short(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)

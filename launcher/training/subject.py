@@ -1,0 +1,89 @@
+"""The model that is measured or asked: a run's, or one that stands in a directory; before its weights are read, and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+from transformers import PreTrainedTokenizerBase
+
+from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Model
+from launcher.plain_files import read_json
+from launcher.planner.model.model_support import Way
+from launcher.planner.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
+from launcher.tasks.task import Task
+from launcher.training import engines
+from launcher.training.checkpoint.checkpointer import Checkpointer
+from launcher.training.engines.engine import Engine
+from launcher.training.model import pretrained
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its config, its tokenizer and its task; `configure` writes the task into the config before `build`."""
+
+    plan: Plan
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+
+    @classmethod
+    def of(cls, plan: Plan, run: Path | None, model: str | None) -> Subject:
+        """The model in a directory, where one is named; else the one that the job begins with, with the classes of the run.
+
+        Of the model that a job begins with they are those that it would be trained for. Raises ConfigurationError.
+        """
+        planned = pretrained.settled(plan if model is None else as_it_stands(plan, model))
+        config = pretrained.read_config(planned)
+        task = tasks.build(planned, tokenizer := _tokenizer(planned, plan, model))
+        if run is not None and (run / "model" / "config.json").is_file():
+            task.adopt(pretrained.read_config(as_it_stands(planned, str(run / "model"))), as_it_stands=True)
+        else:
+            task.adopt(config, as_it_stands=model is not None)
+        return cls(planned, config, tokenizer, task)
+
+    def build(self, scratch: RunDirectory) -> Engine:
+        """The plan's engine with the model loaded. Called by all ranks together."""
+        ds_config = read_json(scratch.rendered / "ds_config.json") if self.plan.engine == "deepspeed" else {}
+        return engines.build(self.plan, self.task, self.config, ds_config, trains=False)
+
+    def load(self, run: Path, engine: Engine, step: int | None) -> int:
+        """Put the run's newest whole checkpoint, or `step`'s, into the engine; its step. Called by all ranks together.
+
+        Raises ConfigurationError where there is none, CheckpointError where it is not whole.
+        """
+        found = RunDirectory(run)
+        ranks = distributed.get_rank(), distributed.get_world_size()
+        progress = Checkpointer(found, self.plan, *ranks, read_only=True).load(engine.state_dict(), step)
+        if progress is None:
+            raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
+        engine.after_load()
+        return progress.step
+
+
+def as_it_stands(plan: Plan, model: str) -> Plan:
+    """The plan for a model's directory: what the job does to the model that it trains is done to that one alone."""
+    asked = plan.model
+    own = Model(name=model, task=asked.task, attention=asked.attention, trust_remote_code=asked.trust_remote_code)
+    return plan.model_copy(update={"model": own})
+
+
+def as_trained(plan: Plan, run: Path | None) -> Plan:
+    """The plan with the way in which the run's samples share a pass, where its check after loading took another than planned."""
+    taken = Totals(RunDirectory(run)).refresh().last.get("layout", {}).get("taken") if run is not None else None
+    return plan.model_copy(update=Way(*taken.split())._asdict()) if taken else plan
+
+
+def _tokenizer(plan: Plan, job: Plan, model: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return pretrained.read_tokenizer(plan)
+    except ConfigurationError:  # a directory with nothing but weights; the job's model says how texts are read
+        if model is None:
+            raise
+        return pretrained.read_tokenizer(job)

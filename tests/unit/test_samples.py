@@ -1,0 +1,38 @@
+"""Samples of what a model says, as they lie in a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.runs import samples
+from launcher.runs.layout import RunDirectory
+
+
+def test_the_newest_are_found_by_their_step(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert samples.newest(run) is None
+    for step in (99_999_999, 100_000_000, 7):
+        samples.write(run, step, [{"row": step, "input": {"text": "ü"}, "answer": {"label": "a"}}])
+    (tmp_path / "samples" / "step-999999999999.jsonl.swp").write_text("x")
+    assert samples.newest(run) == (100_000_000, [{"row": 100_000_000, "input": {"text": "ü"}, "answer": {"label": "a"}}])
+
+
+def test_a_damaged_file_shows_what_is_whole(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    samples.write(run, 1, [{"row": 0, "answer": {"label": "a"}}])
+    path = tmp_path / "samples" / "step-00000001.jsonl"
+    path.write_text(path.read_text() + '{"row": 1, "ans')
+    found = samples.newest(run)
+    assert found is not None and [row["row"] for row in found[1]] == [0]
+    path.write_bytes(b"\xff\xfe")
+    assert samples.newest(run) in (None, (1, []))
+
+
+def test_lines_are_short_and_tell_the_texts(tmp_path: Path) -> None:
+    rows = [
+        {"row": 0, "input": {"text": "good  film"}, "answer": {"label": "positive", "probability": 0.98765}},
+        {"row": 1, "input": {"question": "why?", "context": "x" * 1000}, "answer": {"text": "so"}},
+    ]
+    first, second = samples.lines(rows)
+    assert first == "good film -> label: positive, probability: 0.9877"
+    assert second.startswith("question: why?, context: xxx") and second.endswith("… -> so")
