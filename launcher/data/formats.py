@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from launcher.data import arrow, readers, sample_parquet
+from launcher.data.conll import read_conll
 from launcher.data.parts import Part, Seen
 from launcher.data.rows import Read
 from launcher.data.sample_lines import Layout, look_in_places, table_layout
@@ -121,6 +122,16 @@ class Tsv(Lines):
         return table_layout(path, columns, readers.PlainTabs, quoted=False)
 
 
+class Conll(Format):
+    """Columns of words and tags, a line each; a row is a sentence."""
+
+    suffixes = (".conll",)
+    most_bytes = 1 << 28
+
+    def read(self, path: Path, columns: Sequence[str]) -> Read:
+        return read_conll(path, columns)
+
+
 class Parquet(Format):
     """Parquet, group by group."""
 
@@ -153,7 +164,7 @@ class Arrow(Format):
 
 FORMATS: dict[str, Format] = {
     suffix: one
-    for one in (Json(), JsonLines(), Csv(), Tsv(), Parquet(), Arrow(), Text())
+    for one in (Json(), JsonLines(), Csv(), Tsv(), Parquet(), Arrow(), Text(), Conll())
     for suffix in one.suffixes
 }
 """By the ending of a file's name, in the order in which people are told of them."""

@@ -1,4 +1,5 @@
-"""The section `data` of a job file, as far as it is the same for every task; each task adds its own columns."""
+"""The section `data` of a job file, as far as it is the same for every task; each task adds its own
+columns."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ class Source(Section):
     """Where rows come from."""
 
     path: str | None = None
-    """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt) or a directory that `save_to_disk` of
+    """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt .conll) or a directory that `save_to_disk` of
     `datasets` wrote, relative to the job file; or a pattern of several files."""
     name: str | None = None
     """A data set's name on the hub, instead of a path."""

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 TASKS = {
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
+    "masked-lm": "launcher.tasks.masked_lm:MaskedLM",
     "question-answering": "launcher.tasks.question_answering:QuestionAnswering",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
     "sequence-to-sequence": "launcher.tasks.sequence_to_sequence:SequenceToSequence",
+    "token-classification": "launcher.tasks.token_classification:TokenClassification",
 }
 GROUP = "launcher.tasks"
 """The entry points by which an installed package brings a task of its own: `name = "package.module:Class"`.

@@ -45,6 +45,7 @@ from launcher.tasks.task import (
     finding,
 )
 from launcher.tasks.text_scores import EXACT, OVERLAP
+from launcher.tasks.token_batches import joined, padded
 from launcher.tasks.token_losses import TokenLosses
 from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
 from launcher.values import Columns, Day, Tools
@@ -310,47 +311,10 @@ class CausalLM(WritingTask):
         return Sample({"input_ids": ids, "targets": ids, "references": as_bytes([""])}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Packed: all samples end to end, `input_ids` and `position_ids` int64 [1, T], the latter from 0 in
-        every sample, `cu_seq_lens` int32 [num_samples + 1], where samples begin and end, and `max_length`,
-        the longest sample. Else one row a sample, padded on the right: `input_ids` int64 [B, L] and, where
-        they differ in length, `attention_mask` int64 [B, L].
-
-        Both: `targets` int64 [T] or [B x L], and `lengths` of the samples."""
+        """Return the samples end to end, or a row for each, as `token_batches` has them."""
         samples = [sample for item in items for sample in item]
-        lengths = np.array([sample.length for sample in samples], dtype=np.int64)
         aside = {"aside": self.aside(samples)} if self.generates else {}
-        if self.layout != "packed":
-            return self._padded(samples, lengths) | aside
-        ends = np.cumsum(lengths)
-        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        return {
-            "input_ids": torch.from_numpy(
-                np.concatenate([s["input_ids"] for s in samples]).astype(np.int64)
-            ).unsqueeze(0),
-            "position_ids": torch.from_numpy(positions).unsqueeze(0),
-            "targets": torch.from_numpy(
-                np.concatenate([_targets(sample) for sample in samples]).astype(np.int64)
-            ),
-            "cu_seq_lens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-            "max_length": int(lengths.max()),
-            "lengths": lengths.tolist(),
-        } | aside
-
-    def _padded(self, samples: Sequence[Sample], lengths: np.ndarray) -> dict[str, Any]:
-        real = np.arange(lengths.max()) < lengths[:, None]
-        # Of padding nothing is seen or learned, so that any token will do: the first is in every vocabulary.
-        input_ids = np.zeros(real.shape, dtype=np.int64)
-        targets = np.full(real.shape, IGNORE, dtype=np.int64)
-        input_ids[real] = np.concatenate([sample["input_ids"] for sample in samples])
-        targets[real] = np.concatenate([_targets(sample) for sample in samples])
-        # Without padding there is nothing to mask, and fused attention has a faster way.
-        mask = {} if real.all() else {"attention_mask": torch.from_numpy(real.astype(np.int64))}
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "targets": torch.from_numpy(targets.reshape(-1)),
-            "lengths": lengths.tolist(),
-        }
-        return batch | mask
+        return (joined(samples) if self.layout == "packed" else padded(samples)) | aside
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         ids, targets = sample["input_ids"], sample["targets"]
@@ -407,7 +371,3 @@ def _asked(sample: Mapping[str, np.ndarray]) -> int:
         return len(sample["input_ids"])
     begins = np.flatnonzero(np.diff(learned) > 1) + 1
     return int(learned[begins[-1] if len(begins) else 0])
-
-
-def _targets(sample: Sample) -> np.ndarray:
-    return sample["targets"] if sample.weight else np.full_like(sample["targets"], IGNORE)

@@ -15,9 +15,9 @@ _GENERIC = re.compile(r"label[ _-]?(\d+)", re.IGNORECASE)
 _BETWEEN = re.compile(r"[\s_-]+")
 
 
-def of_model(config: Any) -> list[str] | None:
-    """Return the names of the classes of a checkpoint with a classification head, in the order of their ids;
-    None without such a head.
+def of_model(config: Any, head: str = "SequenceClassification") -> list[str] | None:
+    """Return the names of the classes of a checkpoint with such a head, in the order of their ids; None
+    without one.
 
     Every config of transformers has an id2label: that there is a head, the class says that it was saved from,
     or names of its own.
@@ -27,11 +27,11 @@ def of_model(config: Any) -> list[str] | None:
         return None
     named = any(_GENERIC.fullmatch(name) is None for name in names.values())
     architectures = [str(name) for name in getattr(config, "architectures", None) or ()]
-    own_code = str(
-        (getattr(config, "auto_map", None) or {}).get("AutoModelForSequenceClassification", "")
-    ).rpartition(".")[2]
+    own_code = str((getattr(config, "auto_map", None) or {}).get(f"AutoModelFor{head}", "")).rpartition(".")[
+        2
+    ]
     has_head = (
-        any(name.endswith("ForSequenceClassification") or name == own_code for name in architectures)
+        any(name.endswith(f"For{head}") or name == own_code for name in architectures)
         if architectures
         else named
     )

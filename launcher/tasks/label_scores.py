@@ -79,13 +79,6 @@ class LabelScores(Evaluator):
         chosen = chosen_classes(predictions, thresholds)
         return several_labels_details(chosen, labels, self._labels, thresholds or [0.5] * labels.shape[1])
 
-    def tables(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
-        seen = _together(states)
-        if seen is None or self._problem != "single-label":
-            return {}
-        found = one_label_details(*seen, self._labels)
-        return {"confusion": {"labels": found["labels"], "counts": found["confusion_matrix"]}}
-
 
 def _together(states: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray] | None:
     """Return what all ranks saw; None where there was nothing. A rank without a batch has seen nothing."""

@@ -44,8 +44,9 @@ class Traits:
     """How its samples share a pass in most models."""
     causal: bool
     """Whether a token sees only those before it."""
-    head: Literal["every-position", "one-per-sample"]
-    """Where the model's head computes: logits at every position, or one vector for each sample."""
+    head: Literal["every-position", "one-per-sample", "few-per-position"]
+    """Where the model's head computes: logits of the vocabulary at every position, one vector for each
+    sample, or a few numbers at every position, as tags have."""
     encoder_decoder: bool = False
     """Whether the model reads one sequence and writes another."""
     peft_type: str | None = None

@@ -194,19 +194,19 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) ->
     """Through all that the model's own forward does after its decoder, a few hundred positions at a time,
     each computed again backward."""
     hidden, wanted = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
+    if not len(wanted):
+        # Where nothing is learned, as in filler, the head is gone through all the same: all ranks add up its
+        # gradient together.
+        hidden, wanted = outputs.last_hidden_state.flatten(0, 1)[:1], targets.new_full((1,), IGNORED)
     loss_sum = num_correct = torch.zeros((), device=hidden.device)
     losses = [hidden.new_zeros(0, dtype=torch.float32)]
 
     def of(
         part: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        with _answering(decoder_of(model), outputs, last_hidden_state=part[None]):
-            logits = own_forward(model, {"input_ids": target[None], "use_cache": False}).logits
-        return tuple(_cross_entropy(logits[0], target))  # type: ignore[return-value]
+        return tuple(_cross_entropy(_logits(model, outputs, part, target), target))  # type: ignore[return-value]
 
-    step = chunk_length(model.config.get_text_config().vocab_size)
-    for begin in range(0, hidden.shape[0], step):
-        part, target = hidden[begin : begin + step], wanted[begin : begin + step]
+    for part, target in _chunks(model, hidden, wanted):
         loss, correct, each = (
             checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
         )
@@ -215,6 +215,39 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) ->
     return CrossEntropy(
         loss_sum, num_correct, None if torch.is_grad_enabled() else spread(torch.cat(losses), targets)
     )
+
+
+def _chunks(
+    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """So many positions at a time as may have their logits held."""
+    step = chunk_length(model.config.get_text_config().vocab_size)
+    yield from zip(hidden.split(step), targets.split(step), strict=True)
+
+
+def _logits(
+    model: PreTrainedModel, outputs: Any, hidden: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """What the model's own forward makes of hidden states [positions, hidden], [positions, vocabulary]."""
+    with _answering(decoder_of(model), outputs, last_hidden_state=hidden[None]):
+        logits: torch.Tensor = own_forward(model, {"input_ids": targets[None], "use_cache": False}).logits[0]
+    return logits
+
+
+def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
+    """Return the summed loss of supervised positions by the model's own head, and as predictions the `number`
+    likeliest tokens of each with their probabilities, fp32 [positions, number, 2]. Without a gradient."""
+    decoder = decoder_of(model)
+    outputs = decoder(**_accepted(type(decoder), _inputs(batch)))
+    hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), batch["targets"])
+    sums, best = torch.zeros(2, device=hidden.device), [hidden.new_zeros((0, number, 2), dtype=torch.float32)]
+    for part, target in _chunks(model, hidden, targets):
+        logits = _logits(model, outputs, part, target)
+        entropy = _cross_entropy(logits, target)
+        sums += torch.stack([entropy.loss_sum, entropy.num_correct])
+        found = logits.float().softmax(dim=-1).topk(number)
+        best.append(torch.stack([found.indices.float(), found.values], dim=-1))
+    return Output(sums[0], sums[1], torch.cat(best))
 
 
 _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {

@@ -45,15 +45,21 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sample of one row.
+    """Attention within each sample of one row, causal unless the call or the module says that it is not, as
+    in an encoder.
 
     `query` is [1, heads, tokens, head_dim]; `key` and `value` may have fewer heads. Returns [1, tokens,
-    heads, head_dim]. Raises ValueError where the model's class keeps to itself where samples begin.
+    heads, head_dim]. Raises ValueError where the model's class keeps to itself where samples begin, and for
+    scores of an encoder that no kernel has.
     """
     if cu_seq_lens_q is None:
         raise ValueError("the model's class does not hand on to its attention where samples begin")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal and (softcap is not None or s_aux is not None):
+        raise ValueError("soft-capped scores and sinks are known of causal attention alone")
     bounds = cu_seq_lens_q.tolist()
     grouped = key.shape[1] != query.shape[1]
     parts = []
@@ -62,11 +68,12 @@ def packed_attention(
             sample = (query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end])
             parts.append(_written_out(*sample, scaling, dropout, sliding_window, softcap, s_aux))
             continue
-        mask = _window(end - begin, sliding_window, query.device)
+        mask = _window(end - begin, sliding_window, query.device, causal)
         parts.append(
             functional.scaled_dot_product_attention(
                 query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
-                attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped,
+                attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None,
+                scale=scaling, enable_gqa=grouped,
             )
         )  # fmt: skip
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -106,11 +113,14 @@ def _written_out(
     return functional.dropout(weights, dropout) @ value
 
 
-def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """The mask of a sliding window where the sample is longer than it; None where plain causal attention is
-    the same."""
+def _window(length: int, window: int | None, device: torch.device, causal: bool) -> torch.Tensor | None:
+    """The mask of a sliding window where the sample is longer than it; None where plain attention is the
+    same.
+
+    Of an encoder it reaches as far to both sides, as transformers' own masks of windows do.
+    """
     if window is None or length <= window:
         return None
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+    return (distance >= 0) & (distance < window) if causal else distance.abs() < window

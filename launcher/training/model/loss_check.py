@@ -61,7 +61,9 @@ def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event:
     own, size = _own(engine, task, rows[1], plan)
     first = found = _ours(engine, task, rows, plan, planned)
     others = iter(
-        way for way in _FALLBACKS if way != planned and (task.traits.causal or way.head == "chunked")
+        way
+        for way in _FALLBACKS
+        if way != planned and (task.traits.head == "every-position" or way.head == "chunked")
     )
     while found is None or _differ(found, own, size) > TOLERANCE[plan.precision]:
         if (other := next(others, None)) is None:

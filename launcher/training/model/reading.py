@@ -81,7 +81,7 @@ def _other_head(plan: Plan, config: Any) -> bool:
     stored = AutoConfig.from_pretrained(
         plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
     )
-    own = classes.of_model(stored)
+    own = classes.of_model(stored, tasks.unprepared(plan).auto_class.__name__.removeprefix("AutoModelFor"))
     return own is None or not classes.same(
         own, [config.id2label[number] for number in range(config.num_labels)]
     )

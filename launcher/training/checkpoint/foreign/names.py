@@ -46,7 +46,7 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
         raise ConfigurationError(Problem("model.adapter", f"rank {plan.model.adapter.rank}", reason))
     config = pretrained.read_config(plan)
     task = tasks.build(plan, pretrained.read_tokenizer(plan))
-    if task.traits.head == "one-per-sample":
+    if task.traits.head != "every-position":
         _take_num_labels(plan, task.auto_class, config, foreign)
     model = _empty(plan, task.auto_class, config)
     models.freeze(model, plan.model.freeze)

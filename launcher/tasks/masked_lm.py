@@ -1,0 +1,288 @@
+"""Masked language modelling: some tokens of a text are hidden, and learned from all others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, text_of
+from launcher.data.section import Data
+from launcher.errors import ConfigurationError, Problem
+from launcher.lazy import Lazy
+from launcher.tasks.encoding import tokenise
+from launcher.tasks.masking import hide, num_hidden, units_of
+from launcher.tasks.task import (
+    IGNORE,
+    AnswerOptions,
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Output,
+    Sample,
+    Task,
+    Traits,
+    finding,
+)
+from launcher.tasks.token_batches import first_position, joined, padded
+from launcher.tasks.token_losses import TokenLosses
+from launcher.tasks.words import Around, around
+from launcher.values import Columns
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+MOST_TOLD = 100
+"""The likeliest tokens for a mask that are told at most."""
+_FIXED = Draws(0, 0)
+"""Where nothing may be random."""
+
+
+class MaskedColumns(Data):
+    """Rows of text."""
+
+    text: Columns | None = None
+    """The column of the text; of several, the texts are joined, each on a line of its own."""
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """The share of a sample's tokens that are hidden and learned, drawn anew in each step; rounded, and at
+    least one."""
+    mask_whole_words: bool = False
+    """Hide all pieces of a word together."""
+    long_texts: Literal["pieces", "first"] = "pieces"
+    """What becomes of a text of more than max_length tokens where `too_long` is `cut`: pieces of max_length,
+    each a sample, so that nothing is lost; or its first tokens alone."""
+
+
+class MaskedLM(Task):
+    """Predict hidden tokens from those around them: 80 % of them are masked, 10 % another token, 10 % left as
+    they are."""
+
+    name = "masked-lm"
+    traits = Traits("packed", causal=False, head="every-position")
+    Columns = MaskedColumns
+    column_ways = (("text",),)
+    data: MaskedColumns
+    metrics: Mapping[str, Better] = {"loss": "lower", "perplexity": "lower", "accuracy": "higher"}
+
+    def __init__(self, data: MaskedColumns, labels: list[str] | None = None) -> None:
+        super().__init__(data, labels)
+        self._around = Around((), ())
+        self._mask = self._first_position = 0
+        self._tokenizer: Any = None
+        self._others: np.ndarray = np.zeros(0, dtype=np.int64)
+        """The tokens that may stand in another's place, int64."""
+
+    def checks(self) -> Iterator[Finding]:
+        if not self.data.text:
+            yield finding(
+                "data.text", None, "is missing: masked-lm reads a column of text, or several", "model.task"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.data.text,) if isinstance(self.data.text, str) else tuple(self.data.text or ())
+
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        return ["\n".join(text_of(row, column) for column in self.columns)]
+
+    def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
+        return 2 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(False))
+
+    @property
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForMaskedLM
+
+        return AutoModelForMaskedLM
+
+    def chance_loss(self, config: Any) -> float | None:
+        return math.log(config.get_text_config().vocab_size)
+
+    def prepare(self, processor: Any) -> None:
+        """Take the mask and what is put around a text. Raises ConfigurationError for a tokenizer without a
+        mask, or one that does not say where its pieces stand where whole words are hidden."""
+        key, name = "model.name", processor.name_or_path or None
+        if processor.mask_token_id is None:
+            reason = (
+                "its tokenizer has no mask token to hide others by; take a model such as BERT, or causal-lm"
+            )
+            raise ConfigurationError(Problem(key, name, reason))
+        if self.data.mask_whole_words and not processor.is_fast:
+            reason = "its tokenizer does not say where its tokens stand; write data.mask_whole_words: false"
+            raise ConfigurationError(Problem(key, name, reason))
+        self._mask, self._around = processor.mask_token_id, around(processor)
+        self._tokenizer = processor
+        self._others = np.array(
+            sorted(set(processor.get_vocab().values()) - set(processor.all_special_ids)), dtype=np.int64
+        )
+
+    def adopt(self, config: Any, as_it_stands: bool = False) -> None:
+        """Raise ConfigurationError for a model that reads one sequence and writes another, or that has no row
+        for the mask."""
+        if config.is_encoder_decoder:
+            kind = f"a {config.model_type} model reads one sequence and writes another"
+            reason = f"{kind}; masked-lm is for encoders such as BERT"
+            raise ConfigurationError(Problem("model.task", self.name, reason))
+        num_rows = config.get_text_config().vocab_size
+        if self._mask >= num_rows:
+            rows = f"its mask is token {self._mask}, and its embedding has {num_rows:,} rows"
+            reason = f"{rows}; write model.resize_embeddings: true"
+            raise ConfigurationError(
+                Problem("model.name", getattr(config, "name_or_path", None) or None, reason)
+            )
+
+    def configure(self, config: Any) -> None:
+        """Take how many tokens the model knows, and from where it counts positions."""
+        self._first_position = first_position(config)
+        if self._others is not None:
+            self._others = self._others[self._others < config.get_text_config().vocab_size]
+
+    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
+        """Return for each row its pieces: `input_ids` and `units`, int32 [n], the latter counting what is
+        hidden together from 0, and -1 where nothing is ever hidden."""
+        texts = [self._text(row) for row in rows]
+        good = [text for text in texts if isinstance(text, str)]
+        options = {"return_offsets_mapping": True} if self.data.mask_whole_words else {}
+        flat = tokenise(processor, good, **options) if good else {}
+        encoded = (self._pieces(text, flat, number, processor) for number, text in enumerate(good))
+        return [next(encoded) if isinstance(text, str) else text for text in texts]
+
+    def _text(self, row: dict[str, Any]) -> str | RowProblem:
+        try:
+            return self.texts(row)[0]
+        except RowProblem as problem:
+            return problem
+
+    def _pieces(self, text: str, flat: Any, number: int, tokenizer: Any) -> tuple[Encoded, ...] | RowProblem:
+        ids = list(flat["input_ids"][number])
+        offsets = flat["offset_mapping"][number] if self.data.mask_whole_words else None
+        units = units_of(ids, tokenizer.all_special_ids, text, offsets)
+        if not ids:
+            return RowProblem(EMPTY, "no tokens")
+        length, room = len(ids) + len(self._around), self.data.max_length - len(self._around)
+        is_long = len(ids) > room
+        if is_long and self.data.too_long != "cut":
+            return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
+        cut = is_long and self.data.long_texts == "first"
+        ends = range(0, room if cut else len(ids), room)
+        pieces = [self._piece(ids[begin : begin + room], units[begin : begin + room], cut) for begin in ends]
+        used = tuple(piece for piece in pieces if piece.num_supervised)
+        missing = (
+            f"it has no {self._tokenizer.mask_token} to fill"
+            if self.for_prediction
+            else "it has special tokens alone"
+        )
+        return used or RowProblem(NOTHING_TO_LEARN, missing)
+
+    def _piece(self, ids: list[int], units: np.ndarray, cut: bool) -> Encoded:
+        around = self._around
+        number = (
+            ids.count(self._mask) if self.for_prediction else num_hidden(units, self.data.mask_probability)
+        )
+        spread = np.array(
+            [-1] * len(around.before) + units.tolist() + [-1] * len(around.behind), dtype=np.int32
+        )
+        return Encoded({"input_ids": around.put(ids), "units": spread}, number, len(spread), cut)
+
+    def hidden(self, sample: Sample, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Return a sample's tokens as the model sees them, and its targets, int64 [n] each: a hidden token,
+        or -100."""
+        ids, nothing = sample["input_ids"].astype(np.int64), np.full(sample.length, IGNORE, dtype=np.int64)
+        if not sample.weight:
+            return ids, nothing
+        if "targets" in sample:
+            return ids, sample["targets"].astype(np.int64)
+        if self.for_prediction:
+            return ids, np.where(ids == self._mask, ids, nothing)
+        number = num_hidden(sample["units"], self.data.mask_probability)
+        return hide(ids, sample["units"], number, draws.of(sample), self._mask, self._others)
+
+    def example(self, length: int) -> Sample:
+        zeros = np.zeros(length, dtype=np.int32)
+        return Sample(
+            {"input_ids": zeros, "units": np.arange(length, dtype=np.int32), "targets": zeros}, 0, length
+        )
+
+    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
+        """Every second token is masked, and all but the first are learned: as many as of a text whose next
+        tokens are."""
+        short = super().shortened(sample, length, ends)
+        short["targets"] = np.where(np.arange(short.length) > 0, short["input_ids"], IGNORE)
+        short["input_ids"] = np.where(np.arange(short.length) % 2, self._mask, short["input_ids"])
+        return short
+
+    def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
+        """Return what `token_batches` makes of the samples with tokens hidden: `targets` are those tokens,
+        and -100 everywhere else. And `told`, how many tokens are told for each where nothing may be
+        random."""
+        samples = []
+        for sample in itertools.chain.from_iterable(items):
+            ids, targets = self.hidden(sample, draws or _FIXED)
+            arrays = {"input_ids": ids, "targets": targets}
+            samples.append(Sample(arrays, sample.id, sample.length, sample.weight))
+        asked = draws is None and not any("targets" in sample for item in items for sample in item)
+        batch = joined(samples, self._first_position) if self.layout == "packed" else padded(samples)
+        return batch | {"told": (MOST_TOLD if self.for_prediction else 1) if asked else 0}
+
+    def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
+        """Return a shortened sample's tokens, with its targets as labels."""
+        names = {"input_ids": "input_ids", "labels": "targets"}
+        return {name: torch.from_numpy(sample[own].astype(np.int64))[None] for name, own in names.items()}
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+        """Return the summed loss of the hidden tokens; where a batch is asked for, also the likeliest
+        ones."""
+        from launcher.training.heads import causal_lm, likeliest
+
+        if batch["told"]:
+            return likeliest(model, batch, min(batch["told"], model.config.get_text_config().vocab_size))
+        # What is between an encoder and its output matrix differs from class to class: its own head, at
+        # hidden
+        # tokens alone.
+        return causal_lm(model, batch, "forward" if self.head == "forward" else "model")
+
+    def evaluator(self) -> Evaluator:
+        return TokenLosses()
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return for each sample its `hidden` tokens, and for each the likeliest: `token` and `probability`,
+        `top_k` of them, else one. Raises ConfigurationError for more than are told."""
+        if (number := options.top_k or 1) > MOST_TOLD:
+            raise ConfigurationError(
+                Problem("--top-k", number, f"masked-lm tells {MOST_TOLD} tokens at most")
+            )
+        assert output.predictions is not None
+        best = iter(output.predictions[:, :number].cpu().tolist())
+        found = []
+        for sample in samples:
+            targets = self.hidden(sample, _FIXED)[1]
+            hidden = [self._written(token) for token in targets[targets != IGNORE]]
+            told = [
+                [{"token": self._written(token), "probability": share} for token, share in next(best)]
+                for _ in hidden
+            ]
+            found.append({"hidden": hidden, "told": told})
+        return found
+
+    def _written(self, token: float) -> str:
+        return str(self._tokenizer.decode([int(token)])).strip()
+
+    def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
+        """Return the likeliest tokens for each mask of a row in `masks`, and in `text` the row with the first
+        of them in their places; of a row that was learned, the `hidden` tokens and those `told` for them."""
+        told = [mask for part in parts for mask in part["told"]]
+        if not self.for_prediction:
+            hidden = [token for part in parts for token in part["hidden"]]
+            return {"hidden": hidden, "told": [mask[0]["token"] for mask in told]}
+        first, *rest = self.texts(row)[0].split(self._tokenizer.mask_token)
+        filled = [mask[0]["token"] + text for mask, text in zip(told, rest, strict=True)]
+        return {"text": "".join([first, *filled]), "masks": told}

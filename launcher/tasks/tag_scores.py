@@ -1,0 +1,120 @@
+"""Scores of tagged words: of entities as seqeval counts them, in all and by type, and the share of words that
+are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.lazy import Lazy
+from launcher.tasks.schemes import OUTSIDE, Entity, Scheme, inside
+from launcher.tasks.task import Evaluator, Output
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+CONTINUES, NOT_SEEN = -1, -2
+"""In the place of a prediction: a word without a piece of its own, and one behind the end of what was
+read."""
+
+
+def entity_scores(
+    gold: Sequence[list[str]], predicted: Sequence[list[str]]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return `precision`, `recall` and `f1` of all entities; and by type the same with `num_entities`.
+
+    By seqeval's default, which is conlleval's: a tag that cannot follow begins an entity. A share of nothing
+    is 0.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
+
+    names = ("precision", "recall", "f1", "num_entities")
+    whole = precision_recall_fscore_support(list(gold), list(predicted), average="micro", zero_division=0)
+    each = precision_recall_fscore_support(list(gold), list(predicted), average=None, zero_division=0)
+    kinds = sorted({kind for tags in (*gold, *predicted) for kind, *_ in get_entities(tags)})
+    of_types = [dict(zip(names, map(float, values), strict=True)) for values in zip(*each, strict=True)]
+    return dict(zip(names[:3], map(float, whole[:3]), strict=True)), dict(zip(kinds, of_types, strict=True))
+
+
+def loose_entities(tags: Sequence[str]) -> list[Entity]:
+    """Return the entities in a model's tags as they are scored, in any order of tags and any scheme."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    return [
+        Entity("" if kind == "_" else kind, first, last + 1) for kind, first, last in get_entities(list(tags))
+    ]
+
+
+def completed(tags: Sequence[int], names: Sequence[str]) -> list[str]:
+    """Return the names of predicted tags. A word without a piece goes on with the entity before it; one that
+    was not read has none."""
+    found: list[str] = []
+    for number in tags:
+        before = found[-1] if found else OUTSIDE
+        goes_on = number == CONTINUES and before[:1] in ("B", "I")
+        found.append(names[number] if number >= 0 else inside(before) if goes_on else OUTSIDE)
+    return found
+
+
+class TagScores(Evaluator):
+    """`loss`, `accuracy` over words and the scores of entities; without a scheme `f1_macro` over the classes
+    that occur."""
+
+    def __init__(self, names: Sequence[str], scheme: Scheme) -> None:
+        self._names, self._scheme = list(names), scheme
+        self._sums = np.zeros(2)
+        self._words: list[np.ndarray] = []
+        self._types: dict[str, dict[str, float]] = {}
+
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        words = batch["aside"]["words"].copy()  # row, number in the row, tag, place: see `collate`
+        assert output.predictions is not None
+        read = words[:, 3] >= 0
+        words[read, 3] = output.predictions.argmax(dim=-1).cpu().numpy()
+        self._words.append(words)
+        self._sums += [float(output.loss_sum), int((batch["labels"] >= 0).sum())]
+
+    def state(self) -> list[np.ndarray]:
+        return [self._sums, np.concatenate([np.zeros((0, 4), dtype=np.int64), *self._words])]
+
+    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+        sums, words = state
+        return [sums, words + np.array([copy << 40, 0, 0, 0])]
+
+    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+        loss_sum, num_learned = np.sum([sums for sums, _ in states], axis=0).tolist()
+        gold: list[list[str]] = []
+        predicted: list[list[str]] = []
+        for _, tags, found in _rows(np.concatenate([words for _, words in states])):
+            gold.append([self._names[number] for number in tags])
+            predicted.append(completed(found, self._names))
+        metrics = {"loss": loss_sum / max(num_learned, 1)}
+        flat = [[name for tags in side for name in tags] for side in (gold, predicted)]
+        if not flat[0]:
+            return metrics
+        metrics["accuracy"] = float(np.mean(np.array(flat[0]) == np.array(flat[1])))
+        if self._scheme != "none":
+            scores, self._types = entity_scores(gold, predicted)
+            # seqeval's name for entities without a type, of which there is then one alone.
+            named = {kind: values["f1"] for kind, values in self._types.items() if kind != "_"}
+            return metrics | scores | {f"f1_{kind}": value for kind, value in named.items()}
+        from sklearn.metrics import f1_score
+
+        classes = sorted(set(self._names) & {*flat[0], *flat[1]})
+        return metrics | {
+            "f1_macro": float(f1_score(*flat, labels=classes, average="macro", zero_division=0))
+        }
+
+    def details(self) -> dict[str, Any]:
+        return {"types": self._types} if self._types else {}
+
+
+def _rows(words: np.ndarray) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Each row with the tags and the predictions of its words in order, whichever windows and ranks they come
+    from."""
+    ordered = words[np.lexsort((words[:, 1], words[:, 0]))]
+    ends = np.flatnonzero(np.diff(ordered[:, 0])) + 1
+    for part in np.split(ordered, ends) if len(ordered) else ():
+        yield int(part[0, 0]), part[:, 2].tolist(), part[:, 3].tolist()

@@ -1,0 +1,273 @@
+"""Classification of the words of a text: entities in tags, or a class for each word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.data.rows import BAD_LABEL, Row, RowProblem
+from launcher.errors import ConfigurationError, DataError, Problem
+from launcher.lazy import Lazy
+from launcher.tasks import classes, schemes, tagged_answers, tagged_rows, tagged_samples
+from launcher.tasks.classes import Classes
+from launcher.tasks.encoding import tokenise
+from launcher.tasks.tag_scores import TagScores
+from launcher.tasks.tagged_rows import Marked, TaggedColumns
+from launcher.tasks.tagged_samples import Pieces
+from launcher.tasks.task import (
+    IGNORE,
+    AnswerOptions,
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Output,
+    Sample,
+    Task,
+    Traits,
+)
+from launcher.tasks.words import Around, around
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+_ENTITIES: dict[str, Better] = {
+    "loss": "lower",
+    "f1": "higher",
+    "precision": "higher",
+    "recall": "higher",
+    "accuracy": "higher",
+}
+_WORDS: dict[str, Better] = {"loss": "lower", "accuracy": "higher", "f1_macro": "higher"}
+
+
+class TokenClassification(Task):
+    """A tag for each word of a text, at the first of its pieces."""
+
+    name = "token-classification"
+    traits = Traits("padded", causal=False, head="few-per-position", peft_type="TOKEN_CLS")
+    Columns = TaggedColumns
+    column_ways = (("words", "tags"), ("text", "spans"))
+    data: TaggedColumns
+    needs_labels = True
+
+    def __init__(self, data: TaggedColumns, labels: list[str] | None = None) -> None:
+        super().__init__(data, labels)
+        self._around = Around((), ())
+        self._pad = 0
+
+    def checks(self) -> Iterator[Finding]:
+        return tagged_rows.checks(self.data)
+
+    @property
+    def metrics(self) -> Mapping[str, Better]:
+        return _WORDS if self.data.scheme == "none" else _ENTITIES
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(
+            column for column in (self.data.words, self.data.text, self._label_column) if column is not None
+        )
+
+    @property
+    def _label_column(self) -> str | None:
+        return None if self.for_prediction else self.data.tags or self.data.spans
+
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        return [self._read(row).text]
+
+    def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
+        return 2 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(False))
+
+    @property
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification
+
+    def chance_loss(self, config: Any) -> float | None:
+        return math.log(max(2, config.num_labels))
+
+    def prepare(self, processor: Any) -> None:
+        """Take what the tokenizer puts around a text. Raises ConfigurationError for one that does not say
+        where its pieces stand."""
+        if not processor.is_fast:
+            reason = "its tokenizer does not say where its pieces stand in a text; tags need a fast tokenizer"
+            raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+        self._around, self._pad = around(processor), processor.pad_token_id or 0
+        if self.data.max_length <= 2 * len(self._around):
+            reason = (
+                f"leaves no room beside the {len(self._around)} tokens that the tokenizer puts around a text"
+            )
+            raise ConfigurationError(Problem("data.max_length", self.data.max_length, reason))
+
+    def adopt(self, config: Any, as_it_stands: bool = False) -> None:
+        """Take the tags of a model that has a head for them already. Raises ConfigurationError where it
+        stands without one."""
+        self.own_labels = classes.of_model(config, "TokenClassification")
+        if not as_it_stands:
+            return
+        if self.own_labels is None:
+            reason = "the model has no head for tags; train it first, and measure the run"
+            raise ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
+        self.labels, self.labels_given = self.own_labels, True
+
+    def configure(self, config: Any) -> None:
+        """Write the tags into the model's config."""
+        names = self.labels or ["?"]
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        """Take the tags from the rows: the model's own in its own order, where each of the rows' tags is one
+        of them.
+
+        Else all that the scheme has for the types that occur. Raises DataError where there are fewer than
+        two.
+        """
+        found = self._tags_in(rows)
+        if found and self.own_labels is not None:
+            if not (unknown := Classes(self.own_labels).unknown(found)):
+                self.labels = self.own_labels
+                return
+            self.remarks = [classes.new_head(self.own_labels, found, unknown)]
+        self.labels = sorted(found)
+        if self.data.scheme != "none":
+            kinds = {split[1] for name in found if (split := schemes.split(name)) and name != schemes.OUTSIDE}
+            self.labels = schemes.all_tags(kinds, self.data.scheme)
+        if len(self.labels) < 2:
+            shown = f"only {self.labels[0]!r}" if self.labels else "no tag"
+            key = f"data.{self._label_key} = {self._label_column!r}"
+            raise DataError(f"{key}: the training rows have {shown}; at least two are needed")
+
+    @property
+    def _label_key(self) -> str:
+        return "tags" if self.data.tags is not None else "spans"
+
+    def _tags_in(self, rows: Iterable[Row]) -> set[str]:
+        found: set[str] = set()
+        for row in rows:
+            if not isinstance(row.values, RowProblem) and not isinstance(
+                marked := self._marked(row.values), RowProblem
+            ):
+                found.update(marked.tags or ())
+        return found | {schemes.inside(name) for name in found if self._goes_on}
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether later pieces of a word learn that they are inside of an entity."""
+        return self.data.label_pieces == "all" and self.data.scheme != "none"
+
+    def refuse_unknown(self, rows: Iterable[Row]) -> None:
+        """Raise ConfigurationError where rows have tags that the model does not."""
+        if self.labels is not None and (unknown := Classes(self.labels).unknown(self._tags_in(rows))):
+            shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, self.labels[:8]))
+            reason = (
+                f"the rows have {len(unknown)} tags that the model does not know ({shown}); its own are {own}"
+            )
+            raise ConfigurationError(Problem(f"data.{self._label_key}", self._label_column, reason))
+
+    def _read(self, row: dict[str, Any]) -> Marked:
+        return tagged_rows.read(row, self.data, with_tags=not self.for_prediction)
+
+    def _marked(self, row: dict[str, Any]) -> Marked | RowProblem:
+        try:
+            return self._read(row)
+        except RowProblem as problem:
+            return problem
+
+    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
+        """Return for each row its windows: `input_ids` and `labels`, int32 [n], and of the words that it
+        answers for `words` (their numbers in the row), `places` (of their first pieces, or why there is none)
+        and `tags`, int32 [words]."""
+        marked = [self._marked(row) for row in rows]
+        texts = [one.text for one in marked if isinstance(one, Marked)]
+        flat = (
+            tokenise(processor, texts, return_offsets_mapping=True)
+            if texts
+            else {"input_ids": [], "offset_mapping": []}
+        )
+        pieces = iter(zip(flat["input_ids"], flat["offset_mapping"], strict=True))
+        ids = Classes(self.labels or ())
+        return [
+            one if isinstance(one, RowProblem) else self._encoded(one, *next(pieces), ids) for one in marked
+        ]
+
+    def _encoded(
+        self, row: Marked, pieces: list[int], offsets: Any, ids: Classes
+    ) -> tuple[Encoded, ...] | RowProblem:
+        tags = np.full(len(row.words), IGNORE, dtype=np.int32)
+        for number, name in enumerate(row.tags or ()):
+            if (found := ids.id_of(name)) is None:
+                whose = "model" if ids.names == self.own_labels else "training rows"
+                return RowProblem(
+                    BAD_LABEL, f"{name!r} is not among the {len(ids.names)} tags of the {whose}"
+                )
+            tags[number] = found
+        later = self._later(ids) if self.data.label_pieces == "all" else None
+        return tagged_samples.samples(
+            Pieces(pieces, offsets, row.words), tags, later, self.data, self._around
+        )
+
+    def _later(self, ids: Classes) -> np.ndarray:
+        """What other pieces of a word learn, by the tag of the word."""
+        after = [ids.id_of(schemes.inside(name)) if self._goes_on else None for name in ids.names]
+        found = [number if inside is None else inside for number, inside in enumerate(after)]
+        return np.array(found, dtype=np.int32)
+
+    def example(self, length: int) -> Sample:
+        every = np.arange(length, dtype=np.int32)
+        zeros = np.zeros_like(every)
+        return Sample(
+            {"input_ids": zeros, "labels": zeros, "words": every, "places": every, "tags": zeros}, 0, length
+        )
+
+    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
+        """Keep the tokens; each of them counts as a word."""
+        kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
+        short = Sample(self.example(len(kept)), sample.id, len(kept), sample.weight)
+        short["input_ids"] = sample["input_ids"][kept]
+        return short
+
+    def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
+        """Return the tensors of `tagged_samples.collate`."""
+        return tagged_samples.collate([sample for item in items for sample in item], self._pad)
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+        """Return the summed loss of the pieces that learn a tag, with fp32 logits [words, tags] of first
+        pieces as predictions."""
+        from torch.nn import functional
+
+        from launcher.training.heads import own_forward
+
+        logits = (
+            own_forward(model, {name: batch[name] for name in ("input_ids", "attention_mask")})
+            .logits.float()
+            .flatten(0, 1)
+        )
+        labels = batch["labels"].flatten()
+        loss_sum = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        num_correct = (logits.detach().argmax(dim=-1) == labels).sum().float()
+        return Output(loss_sum, num_correct, logits.detach().index_select(0, batch["positions"]))
+
+    def evaluator(self) -> Evaluator:
+        return TagScores(self.labels or (), self.data.scheme)
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return for each sample the tags of its words, as `tagged_answers` has them."""
+        assert output.predictions is not None
+        shares = output.predictions.float().softmax(dim=-1).cpu().numpy()
+        return tagged_answers.of_samples(shares, samples, self.labels or (), options)
+
+    def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
+        """Return the tags and the entities of a row, from its windows' answers."""
+        marked = tagged_rows.read(row, self.data, with_tags=False)
+        return tagged_answers.of_row(marked, parts, self.labels or (), self.data.scheme)

@@ -1,0 +1,129 @@
+"""Words of a text, the pieces that a tokenizer makes of them, and windows of pieces that fit a model."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launcher.lazy import Lazy
+from launcher.tasks.encoding import tokenise
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Kana and Chinese characters, which are written without spaces: each is a word, as in BERT's own
+tokenizer."""
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    # Python's \w leaves out the marks that stand on a letter, and Hindi writes most of its vowels with them.
+    marks = "".join(
+        chr(number) for number in range(0x300, 0x1F000) if unicodedata.category(chr(number))[0] == "M"
+    )
+    return re.compile(rf"[{_ALONE}]|[^\W{_ALONE}](?:[^\W{_ALONE}]|[{marks}\u200c\u200d])*|\S")
+
+
+def words_of(text: str) -> list[tuple[int, int]]:
+    """Return from where to where each word of a text stands, in characters; every other sign that is no space
+    is a word too."""
+    return [match.span() for match in _word().finditer(text)]
+
+
+def word_of_each(offsets: Sequence[tuple[int, int]], words: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the number of the first word that each piece has a character of, int32 [pieces]; -1 where it has
+    none.
+
+    Both are places in the same text, in characters; words do not overlap, and stand in order.
+    """
+    begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    firsts, lasts = np.array(words, dtype=np.int64).reshape(-1, 2).T
+    # Words without a character have no piece, wherever they stand.
+    filled = np.flatnonzero(firsts < lasts)
+    if not len(filled):
+        return np.full(len(begins), -1, dtype=np.int32)
+    number = np.searchsorted(lasts[filled], begins, side="right")
+    there = filled[np.minimum(number, len(filled) - 1)]
+    has = (number < len(filled)) & (begins < ends) & (firsts[there] < ends)
+    return np.where(has, there, -1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Around:
+    """The tokens that a tokenizer puts before and behind a text."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.behind)
+
+    def put(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the tokens of a text between them, int32 [n]."""
+        return np.array([*self.before, *ids, *self.behind], dtype=np.int32)
+
+
+def around(tokenizer: Any) -> Around:
+    """Return what a tokenizer puts around a single text."""
+    whole = list(tokenizer("a")["input_ids"])
+    bare = list(tokenise(tokenizer, ["a"])["input_ids"][0])
+    for begin in range(len(whole) - len(bare) + 1):
+        if bare and whole[begin : begin + len(bare)] == bare:
+            return Around(tuple(whole[:begin]), tuple(whole[begin + len(bare) :]))
+    return Around((), ())
+
+
+class Window(NamedTuple):
+    """A stretch of a text's pieces, and which of them it answers for."""
+
+    begin: int
+    end: int
+    first: int
+    """The first of its own; those before it are there to be read."""
+    last: int
+    """Behind its last own one."""
+
+
+def windows(starts: np.ndarray, num_pieces: int, room: int, overlap: int) -> list[Window]:
+    """Return windows of at most `room` pieces, of which two neighbours share at most `overlap`, with each
+    piece answered for by one.
+
+    `starts`: where words begin, sorted, int [n]. A window begins and ends there, so that a word is cut only
+    where it is longer than the room. In what two windows share, the border is in the middle: each piece is
+    answered for where more is seen around it.
+    """
+    bounds, begin = [], 0
+    while True:
+        end = _end(starts, begin, num_pieces, room)
+        bounds.append((begin, end))
+        if end == num_pieces:
+            break
+        # The next window has to hold a word more, or it would end where this one does.
+        behind = min(_following(starts, end, num_pieces), end + room)
+        begin = _following(starts, max(end - overlap, begin + 1, behind - room) - 1, end)
+    borders = [0]
+    for (_, end), (start, _) in itertools.pairwise(bounds):
+        borders.append(_following(starts, (start + end) // 2 - 1, end))
+    borders.append(num_pieces)
+    return [Window(*bound, borders[number], borders[number + 1]) for number, bound in enumerate(bounds)]
+
+
+def _end(starts: np.ndarray, begin: int, num_pieces: int, room: int) -> int:
+    if num_pieces - begin <= room:
+        return num_pieces
+    ends = starts[(starts > begin) & (starts <= begin + room)]
+    return int(ends[-1]) if len(ends) else begin + room
+
+
+def _following(starts: np.ndarray, place: int, most: int) -> int:
+    """The first beginning of a word behind a place, at most `most`."""
+    number = int(np.searchsorted(starts, place, side="right"))
+    return min(int(starts[number]), most) if number < len(starts) else most
