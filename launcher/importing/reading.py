@@ -102,6 +102,26 @@ class Reading:
         shown = "(not shown)" if _SECRET.search(said) and value is not None else redact_all(value)
         self.remarks.append(Remark(kind, self.source, said, shown, redact(text)))
 
+    def cannot_say(self, said: str, value: Any, text: str) -> None:
+        """Remark what a job has no word for."""
+        self.remark("cannot be said", said, value, text)
+
+    def change(self, said: str, value: Any, text: str) -> None:
+        """Remark what means something else in a job."""
+        self.remark("changes meaning", said, value, text)
+
+    def ignore(self, said: str, value: Any, text: str) -> None:
+        """Remark what a job does not need."""
+        self.remark("ignored", said, value, text)
+
+    def choose(self, said: str, value: Any, text: str) -> None:
+        """Remark what launcher chooses."""
+        self.remark("chosen", said, value, text)
+
+    def fill_in(self, said: str, value: Any, text: str) -> None:
+        """Remark what people have to write themselves."""
+        self.remark("fill in", said, value, text)
+
     def refuse(self, said: str, value: Any, reason: str) -> None:
         said = self._spelled(said)
         shown = None if _SECRET.search(said) or isinstance(value, (dict, list)) else value
@@ -128,9 +148,8 @@ class Reading:
             return None
         number = as_number(value)
         if number is None or not math.isfinite(number) or abs(number) > _LARGEST or number < least:
-            self.refuse(
-                f"{prefix}{key}", value, f"write a number of at least {least:g}, and at most {_LARGEST:g}"
-            )
+            reason = f"write a number of at least {least:g}, and at most {_LARGEST:g}"
+            self.refuse(f"{prefix}{key}", value, reason)
             return None
         return number
 

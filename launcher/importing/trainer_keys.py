@@ -12,44 +12,33 @@ from launcher.importing.reading import Reading, brief
 
 REPORTS = {
     "output_dir", "overwrite_output_dir", "do_train", "do_eval", "do_predict", "prediction_loss_only",
-    "log_level", "log_level_replica",
-    "log_on_each_node", "logging_dir", "logging_strategy", "logging_first_step", "logging_steps",
-    "logging_nan_inf_filter",
-    "save_safetensors", "save_on_each_node", "save_only_model", "enable_jit_checkpoint", "disable_tqdm",
-    "push_to_hub", "hub_token",
+    "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_strategy",
+    "logging_first_step", "logging_steps", "logging_nan_inf_filter", "save_safetensors", "save_on_each_node",
+    "save_only_model", "enable_jit_checkpoint", "disable_tqdm", "push_to_hub", "hub_token",
     "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
-    "push_to_hub_model_id",
-    "push_to_hub_organization", "push_to_hub_token", "include_num_input_tokens_seen",
-    "include_tokens_per_second",
-    "include_inputs_for_metrics", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
-    "eval_use_gather_object",
-    "eval_on_start", "eval_delay", "eval_accumulation_steps", "per_device_eval_batch_size",
-    "per_gpu_eval_batch_size",
-    "skip_memory_metrics", "debug", "project", "trackio_space_id", "trackio_bucket_id",
-    "trackio_static_space_id", "label_names",
+    "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "include_num_input_tokens_seen",
+    "include_tokens_per_second", "include_inputs_for_metrics", "include_for_metrics", "batch_eval_metrics",
+    "eval_do_concat_batches", "eval_use_gather_object", "eval_on_start", "eval_delay",
+    "eval_accumulation_steps", "per_device_eval_batch_size", "per_gpu_eval_batch_size", "skip_memory_metrics",
+    "debug", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "label_names",
     "greater_is_better", "plot_loss", "max_eval_samples", "max_predict_samples", "wandb_project",
-    "wandb_entity", "wandb_watch",
-    "wandb_name", "wandb_log_model", "wandb_run_id", "wandb_mode", "with_tracking", "metric",
+    "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_run_id", "wandb_mode",
+    "with_tracking", "metric",
 }  # fmt: skip
 """What is reported, measured, written and pushed: nothing of it changes a weight."""
 PLACES = {
     "torch_empty_cache_steps", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
-    "remove_unused_columns",
-    "length_column_name", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-    "ddp_static_graph", "ddp_backend",
-    "ddp_timeout", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "full_determinism",
-    "local_rank", "ignore_data_skip",
-    "restore_callback_states_from_checkpoint", "torch_compile_backend", "torch_compile_mode", "jit_mode_eval",
-    "use_ipex",
-    "use_mps_device", "ray_scope", "fp16_opt_level", "half_precision_backend", "fp16_backend",
-    "use_liger_kernel", "liger_kernel_config",
-    "use_cache", "cache_dir", "use_fast_tokenizer", "use_slow_tokenizer", "token", "use_auth_token",
-    "low_cpu_mem_usage",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    "dataloader_in_order", "remove_unused_columns", "length_column_name", "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout",
+    "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "full_determinism", "local_rank",
+    "ignore_data_skip", "restore_callback_states_from_checkpoint", "torch_compile_backend",
+    "torch_compile_mode", "jit_mode_eval", "use_ipex", "use_mps_device", "ray_scope", "fp16_opt_level",
+    "half_precision_backend", "fp16_backend", "use_liger_kernel", "liger_kernel_config", "use_cache",
+    "cache_dir", "use_fast_tokenizer", "use_slow_tokenizer", "token", "use_auth_token", "low_cpu_mem_usage",
     "overwrite_cache", "preprocessing_num_workers", "dataset_num_proc", "dataset_batch_size", "num_proc",
-    "activation_offloading",
-    "shuffle_dataset", "padding_free", "pad_to_multiple_of", "pad_token", "eval_packing", "lazy_preprocess",
+    "activation_offloading", "shuffle_dataset", "padding_free", "pad_to_multiple_of", "pad_token",
+    "eval_packing", "lazy_preprocess",
 }  # fmt: skip
 """Where and how fast it is computed, and the order of the rows, which is launcher's own: rounding apart, the
 same is learned."""
@@ -143,15 +132,10 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
     }
     options = kept.pop("accelerator_config", None)
     if not isinstance(options, dict) and options is not None:
-        reading.remark(
-            "cannot be said",
-            "accelerator_config",
-            brief(options),
-            "a file of its own kind, which is not read",
-        )
+        reading.cannot_say("accelerator_config", brief(options), "a file of its own kind, which is not read")
     elif options is not None and options.get("split_batches"):
         text = "per_device_train_batch_size is then the batch of all ranks; write batch.global_batch_size"
-        reading.remark("cannot be said", "accelerator_config.split_batches", True, text)
+        reading.cannot_say("accelerator_config.split_batches", True, text)
     for key, value in kept.items():
         unknown = "launcher knows no such key, and it may change what is computed; left out"
         if key in _NEAREST:
@@ -162,13 +146,13 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
         neutral, text = NEUTRAL.get(key, (None, unknown))
         if key in REPORTS or key in PLACES or (key in NEUTRAL and _same(value, neutral)):
             continue
-        reading.remark("cannot be said", key, brief(value), text)
+        reading.cannot_say(key, brief(value), text)
     for keys, text in (
         (REPORTS, "what is reported, saved and pushed; nothing of it changes what is learned"),
         (PLACES, "how and in which order it is computed; the same is learned"),
     ):
         if found := sorted(key for key, value in kept.items() if key in keys and value is not False):
-            reading.remark("ignored", ", ".join(found), None, text)
+            reading.ignore(", ".join(found), None, text)
 
 
 def _same(value: Any, neutral: Any) -> bool:
