@@ -159,22 +159,13 @@ def _deepspeed(section: dict[str, Any], reading: Reading) -> None:
     file = reading.word(section, "deepspeed_config_file", prefix)
     if file is not None:
         reading.follow.append(file)
-        others = [key for key in section if key in _DEEPSPEED_INLINE]
-        if others:
-            text = "Accelerate refuses these beside deepspeed_config_file; the DeepSpeed file says them"
-            reading.ignore(
-                ", ".join(prefix + key for key in others),
-                ", ".join(brief(section[key]) for key in others),
-                text,
-            )
+        text = "Accelerate refuses these beside deepspeed_config_file; the DeepSpeed file says them"
+        reading.ignore_all(section, (key for key in section if key in _DEEPSPEED_INLINE), text, prefix)
     else:
         _deepspeed_inline(section, reading)
     always = [key for key in section if key not in (*_DEEPSPEED_INLINE, "deepspeed_config_file")]
-    if always:
-        text = "how Accelerate starts and saves; launcher loads in shards and exports by itself"
-        reading.ignore(
-            ", ".join(prefix + key for key in always), ", ".join(brief(section[key]) for key in always), text
-        )
+    text = "how Accelerate starts and saves; launcher loads in shards and exports by itself"
+    reading.ignore_all(section, always, text, prefix)
 
 
 _DEEPSPEED_INLINE = (
@@ -226,12 +217,9 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
-    nodes = reading.count(content, "num_machines")
-    processes = reading.count(content, "num_processes") if content.get("num_processes") != -1 else None
-    if nodes is not None:
-        reading.say("mesh.nodes", nodes, "num_machines")
-    if processes is not None:
-        reading.say("mesh.world_size", processes, "num_processes")
+    reading.take(content, {"num_machines": "mesh.nodes"}, Reading.count)
+    if content.get("num_processes") != -1:
+        reading.take(content, {"num_processes": "mesh.world_size"}, Reading.count)
     on_cpu = reading.flag(content, "use_cpu")
     if on_cpu or kind == "MULTI_CPU":
         reading.say("mesh.device", "cpu", "use_cpu" if on_cpu else "distributed_type")
@@ -254,10 +242,9 @@ def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
 
 
 def _rest(content: dict[str, Any], reading: Reading) -> None:
-    place = [key for key in content if key in _PLACE and content[key] not in (None, [], {})]
-    if place:
-        text = "where and how Accelerate starts processes; launcher finds its own ports, and Slurm's nodes"
-        reading.ignore(", ".join(place), ", ".join(brief(content[key]) for key in place), text)
+    place = (key for key in content if key in _PLACE and content[key] not in (None, [], {}))
+    text = "where and how Accelerate starts processes; launcher finds its own ports, and Slurm's nodes"
+    reading.ignore_all(content, place, text)
     for key, value in content.items():
         if key not in _KNOWN and key not in _PLACE and value not in (None, {}, []):
             text = "no key of Accelerate's that launcher knows; left out"

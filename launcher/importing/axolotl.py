@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing import defaults, lora, sft, trainer
+from launcher.importing import defaults, lora, sft, trainer, trainer_keys
 from launcher.importing.reading import Reading, as_number, brief
 from launcher.importing.trainer_keys import HELD_OUT
 
@@ -60,39 +60,31 @@ _NOTHING = {
     "dataset_num_proc", "low_cpu_mem_usage",
 }  # fmt: skip
 """Keys that change nothing of what is computed: paths, processes, reports."""
-_CHANGES: dict[str, tuple[Any, str]] = {
-    "train_on_inputs": (
-        False,
-        "launcher learns completions, or what the assistant says; a column of whole texts is learned whole",
-    ),
-    "val_set_size": (0, HELD_OUT),
-    "early_stopping_patience": (None, "training.early_stopping.patience with data.evaluation"),
-    "unfrozen_parameters": (None, "launcher freezes by names: model.freeze"),
-    "special_tokens": (None, "launcher takes the tokenizer as it lies with the model; set them there"),
-    "tokens": (
-        None,
-        "launcher takes the tokenizer as it lies with the model; add them there, and write "
-        "model.resize_embeddings: true",
-    ),
-    "lora_model_dir": (
-        None,
-        "launcher goes on with an adapter by model.adapter.weights; name its directory there",
-    ),
-    "base_model_config": (None, "launcher takes the config that lies with the model"),
-    "tokenizer_config": (None, "launcher takes the tokenizer that lies with the model"),
-    "plugins": (None, "launcher loads no plugin"),
-    "curriculum_sampling": (None, "launcher shuffles by training.seed"),
-    "dataset_exact_deduplication": (None, "launcher learns rows as often as they stand there"),
-    "pretraining_dataset": (None, "launcher reads whole data sets: write it as data.train"),
-    "rope_scaling": (None, "launcher takes the model's config as it lies; set it there"),
-    "reward_model": (None, "launcher trains causal-lm and sequence-classification"),
-    "lr_groups": (None, "launcher has one learning rate"),
-    "embedding_lr": (None, "launcher has one learning rate"),
-    "cosine_constant_lr_ratio": (None, "launcher's cosine falls to the last step"),
-    "min_sample_len": (2, "launcher leaves no row out for being short"),
-    "batch_size": (None, "write gradient_accumulation_steps, or batch.global_batch_size"),
+_CHANGES: dict[str, str] = {
+    "train_on_inputs": "launcher learns completions, or what the assistant says; a column of whole texts is "
+    "learned whole",
+    "val_set_size": HELD_OUT,
+    "early_stopping_patience": "training.early_stopping.patience with data.evaluation",
+    "unfrozen_parameters": "launcher freezes by names: model.freeze",
+    "special_tokens": "launcher takes the tokenizer as it lies with the model; set them there",
+    "tokens": "launcher takes the tokenizer as it lies with the model; add them there, and write "
+    "model.resize_embeddings: true",
+    "lora_model_dir": "launcher goes on with an adapter by model.adapter.weights; name its directory there",
+    "base_model_config": "launcher takes the config that lies with the model",
+    "tokenizer_config": "launcher takes the tokenizer that lies with the model",
+    "plugins": "launcher loads no plugin",
+    "curriculum_sampling": "launcher shuffles by training.seed",
+    "dataset_exact_deduplication": "launcher learns rows as often as they stand there",
+    "pretraining_dataset": "launcher reads whole data sets: write it as data.train",
+    "rope_scaling": "launcher takes the model's config as it lies; set it there",
+    "reward_model": "launcher trains causal-lm and sequence-classification",
+    "lr_groups": "launcher has one learning rate",
+    "embedding_lr": "launcher has one learning rate",
+    "cosine_constant_lr_ratio": "launcher's cosine falls to the last step",
+    "min_sample_len": "launcher leaves no row out for being short",
+    "batch_size": "write gradient_accumulation_steps, or batch.global_batch_size",
 }
-"""Keys that change what is learned: the value at which they do nothing, and what is nearest."""
+"""Keys that change what is learned, and what is nearest."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
@@ -227,8 +219,7 @@ def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> N
 
 def _tokens(content: dict[str, Any], reading: Reading) -> None:
     """Length, packing and template."""
-    if (packs := reading.flag(content, "sample_packing")) is not None:
-        reading.say("data.packing", packs, "sample_packing")
+    reading.take(content, {"sample_packing": "data.packing"}, Reading.flag)
     strategy = reading.word(content, "excess_length_strategy")
     if strategy is not None:
         found = {"drop": "drop", "truncate": "cut", "raise": "refuse"}.get(strategy.lower())
@@ -258,12 +249,9 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
     }
     if found := [name for name, keys in trackers.items() if any(content.get(key) for key in keys)]:
         reading.say("trackers", found, "use_*")
-    for key, (neutral, text) in _CHANGES.items():
-        value = content.get(key, neutral)
-        if key == "special_tokens" and isinstance(value, dict) and set(value) <= {"pad_token"}:
-            continue
-        if value not in (neutral, None, False, "", [], {}):
-            reading.cannot_say(key, brief(value), text)
+    tokens = content.get("special_tokens")
+    is_padding = isinstance(tokens, dict) and set(tokens) <= {"pad_token"}
+    trainer_keys.changes(content | ({"special_tokens": None} if is_padding else {}), _CHANGES, reading)
     for said, key in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluate_every")):
         if (times := reading.count(content, said, least=0)) == 1:
             reading.say(key, "epoch", said)

@@ -17,6 +17,15 @@ _SIZES = {
     "stage3_max_live_parameters": "zero.max_live_parameters",
     "sub_group_size": "zero.sub_group_size",
 }
+_BATCH = {
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.accumulation_steps",
+}
+_QUANTISED = {
+    "zero_quantized_weights": "zero.quantized_weights",
+    "zero_quantized_gradients": "zero.quantized_gradients",
+}
 _REPORTS = (
     "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "flops_profiler",
     "tensorboard", "wandb", "csv_monitor", "comms_logger", "comet", "log_level", "monitor_config",
@@ -42,13 +51,7 @@ _ZERO_KNOWN = {
 def read(content: dict[str, Any], reading: Reading) -> None:
     """Say what a DeepSpeed JSON says."""
     reading.say("engine", "deepspeed", "(a DeepSpeed file)")
-    for said, key in (
-        ("train_batch_size", "batch.global_batch_size"),
-        ("train_micro_batch_size_per_gpu", "batch.micro_batch_size"),
-        ("gradient_accumulation_steps", "batch.accumulation_steps"),
-    ):
-        if (count := reading.count(content, said)) is not None:
-            reading.say(key, count, said)
+    reading.take(content, _BATCH, Reading.count)
     if (clip := reading.number(content, "gradient_clipping")) is not None:
         reading.say("training.clip_norm", clip, "gradient_clipping")
     elif "gradient_clipping" not in content:
@@ -125,26 +128,13 @@ def _zero(zero: dict[str, Any], there: bool, reading: Reading) -> None:
         )
         reading.change(said, 0, text)
     _offload(zero, stage, reading)
-    for key, name in (
-        ("zero_hpz_partition_size", "zero.secondary_shard"),
-        ("zero_quantized_weights", "zero.quantized_weights"),
-        ("zero_quantized_gradients", "zero.quantized_gradients"),
-    ):
-        value = (
-            reading.count(zero, key, prefix)
-            if name == "zero.secondary_shard"
-            else reading.flag(zero, key, prefix)
-        )
-        if value is not None:
-            reading.say(name, value, prefix + key)
-    for key, name in _SIZES.items():
-        if key in zero and (size := reading.count(zero, key, prefix, 0)) is not None:
-            reading.say(name, size, prefix + key)
+    reading.take(zero, {"zero_hpz_partition_size": "zero.secondary_shard"}, Reading.count, prefix)
+    reading.take(zero, _QUANTISED, Reading.flag, prefix)
+    reading.take(zero, _SIZES, Reading.size, prefix)
     if given := [key for key in _SIZES if key in zero]:
         text = "no key of the job file: `launcher plan` chooses these sizes from the model, and says why"
-        reading.choose(
-            ", ".join(prefix + key for key in given), ", ".join(brief(zero[key]) for key in given), text
-        )
+        values = ", ".join(brief(zero[key]) for key in given)
+        reading.choose(", ".join(prefix + key for key in given), values, text)
     _rest(zero, prefix, _ZERO_KNOWN | _SIZES.keys(), reading)
 
 
@@ -167,12 +157,10 @@ def _offload(zero: dict[str, Any], stage: int, reading: Reading) -> None:
             reading.refuse(prefix + "nvme_path", None, "is missing, and the device is nvme: name a directory")
             continue
         devices[key], paths[key] = device, (path or "") if device == "nvme" else device
-        rest = {name: value for name, value in section.items() if name not in ("device", "nvme_path")}
-        if rest:
-            text = "chosen by the renderer: pinned memory where there are GPUs, buffers from the model"
-            reading.ignore(
-                ", ".join(prefix + name for name in rest), ", ".join(map(brief, rest.values())), text
-            )
+        text = "chosen by the renderer: pinned memory where there are GPUs, buffers from the model"
+        reading.ignore_all(
+            section, (name for name in section if name not in ("device", "nvme_path")), text, prefix
+        )
     _place(devices, paths, stage, reading)
 
 
@@ -206,15 +194,9 @@ def _rest(content: dict[str, Any], prefix: str, known: set[str], reading: Readin
     """The keys that say nothing of the plan: reports, what is so in any case, and what launcher has no word
     for."""
     rest = [key for key in content if key not in known]
-    reports, always = [key for key in rest if key in _REPORTS], [key for key in rest if key in _ALWAYS]
-    for keys, text in (
-        (reports, "a report, which changes nothing of what is computed"),
-        (always, "chosen by the renderer"),
-    ):
-        if keys:
-            reading.ignore(
-                ", ".join(prefix + key for key in keys), ", ".join(brief(content[key]) for key in keys), text
-            )
+    text = "a report, which changes nothing of what is computed"
+    reading.ignore_all(content, (key for key in rest if key in _REPORTS), text, prefix)
+    reading.ignore_all(content, (key for key in rest if key in _ALWAYS), "chosen by the renderer", prefix)
     for key in rest:
         if key not in _REPORTS and key not in _ALWAYS:
             reading.cannot_say(prefix + key, brief(content[key]), "launcher has no key for it; left out")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing import defaults, lora, trainer
-from launcher.importing.reading import Reading, brief
+from launcher.importing import defaults, lora, trainer, trainer_keys
+from launcher.importing.reading import Reading
 from launcher.importing.trainer_keys import HELD_OUT
 
 MARKS = {
@@ -32,31 +32,24 @@ _NOTHING = {
     "include_effective_tokens_per_second", "predict_with_generate", "use_swanlab",
 }  # fmt: skip
 """Keys that change nothing of what is computed: paths, processes, reports."""
-_CHANGES: dict[str, tuple[Any, str]] = {
-    "train_on_prompt": (
-        False,
-        "launcher learns completions, or what the assistant says; a column of whole texts is learned whole",
-    ),
-    "mask_history": (False, "launcher learns every turn of the assistant, not the last alone"),
-    "freeze_trainable_layers": (2, "launcher freezes by names: model.freeze"),
-    "adapter_name_or_path": (
-        None,
-        "launcher goes on with an adapter by model.adapter.weights; name its directory there",
-    ),
-    "pure_bf16": (False, "launcher keeps what trains in fp32, and computes in bf16"),
-    "disable_shuffling": (False, "launcher shuffles by training.seed"),
-    "early_stopping_steps": (None, "training.early_stopping with data.evaluation"),
-    "streaming": (False, "launcher reads the whole data set before it begins"),
-    "tokenized_path": (None, "launcher tokenises by itself"),
-    "rope_scaling": (None, "launcher takes the model's config as it lies; set it there"),
-    "resize_vocab": (
-        False,
-        "model.resize_embeddings: true makes rows for added tokens, each the mean of the old ones, and "
-        "no row beyond",
-    ),
-    "val_size": (0, HELD_OUT),
+_CHANGES: dict[str, str] = {
+    "train_on_prompt": "launcher learns completions, or what the assistant says; a column of whole texts is "
+    "learned whole",
+    "mask_history": "launcher learns every turn of the assistant, not the last alone",
+    "freeze_trainable_layers": "launcher freezes by names: model.freeze",
+    "adapter_name_or_path": "launcher goes on with an adapter by model.adapter.weights; name its directory "
+    "there",
+    "pure_bf16": "launcher keeps what trains in fp32, and computes in bf16",
+    "disable_shuffling": "launcher shuffles by training.seed",
+    "early_stopping_steps": "training.early_stopping with data.evaluation",
+    "streaming": "launcher reads the whole data set before it begins",
+    "tokenized_path": "launcher tokenises by itself",
+    "rope_scaling": "launcher takes the model's config as it lies; set it there",
+    "resize_vocab": "model.resize_embeddings: true makes rows for added tokens, each the mean of the old "
+    "ones, and no row beyond",
+    "val_size": HELD_OUT,
 }
-"""Keys that change what is learned: the value at which they do nothing, and what is nearest."""
+"""Keys that change what is learned, and what is nearest."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
@@ -77,9 +70,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
         reading.cannot_say("flash_attn", attention, why)
     if (plain := reading.flag(content, "disable_gradient_checkpointing")) is not None:
         reading.say("activation_checkpointing", "none" if plain else "full", "disable_gradient_checkpointing")
-    for key, (neutral, text) in _CHANGES.items():
-        if (value := content.get(key, neutral)) not in (neutral, None, False, "", [], {}):
-            reading.cannot_say(key, brief(value), text)
+    trainer_keys.changes(content, _CHANGES, reading)
     if found := sorted(key for key in _NOTHING if content.get(key) not in (None, "")):
         reading.ignore(", ".join(found), None, "how it is computed and reported; the same is learned")
     own = {
@@ -125,8 +116,8 @@ def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:
         length -= 1 if packs else 0
         reading.say("data.max_length", length, "cutoff_len")
     text = (
-        "of a row that is too long both prompt and answer are cut there; launcher keeps its beginning, or "
-        "by data.too_long: drop leaves it"
+        "of a row that is too long both prompt and answer are cut there; launcher keeps its beginning, "
+        "or by data.too_long: drop leaves it"
     )
     reading.cannot_say(
         "cutoff_len", length if length is not None else 2048, text + " out. Shorter rows are the same"
@@ -154,5 +145,4 @@ def _rows(content: dict[str, Any], reading: Reading) -> None:
         if len(names) > 1:
             text = "launcher reads one data set: write the rows of all to one file, and name that"
             reading.cannot_say(said, ", ".join(names), text)
-    if (limit := reading.count(content, "max_samples")) is not None:
-        reading.say("data.train.limit", limit, "max_samples")
+    reading.take(content, {"max_samples": "data.train.limit"}, Reading.count)

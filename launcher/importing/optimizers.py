@@ -196,12 +196,10 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
         reading.say("training.schedule", found, "scheduler.type")
     if kind not in _DEEPSPEED_SCHEDULES:
         return
-    if (steps := reading.count(params, "warmup_num_steps", prefix, 0)) is not None:
-        reading.say("training.warmup", steps, prefix + "warmup_num_steps")
-    elif "warmup_num_steps" not in params:
+    reading.take(params, {"warmup_num_steps": "training.warmup"}, Reading.size, prefix)
+    if "warmup_num_steps" not in params:
         reading.default("training.warmup", 1000.0, prefix + "warmup_num_steps")
-    if (total := reading.count(params, "total_num_steps", prefix)) is not None:
-        reading.say("training.max_steps", total, prefix + "total_num_steps")
+    reading.take(params, {"total_num_steps": "training.max_steps"}, Reading.count, prefix)
     if rate := reading.number(params, "warmup_max_lr", prefix):
         reading.say("training.learning_rate", rate, prefix + "warmup_max_lr")
     elif kind == "WarmupDecayLR" and "warmup_max_lr" not in params:

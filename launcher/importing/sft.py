@@ -6,7 +6,7 @@ from pathlib import PurePath
 from typing import Any
 
 from launcher.data.formats import FORMATS
-from launcher.importing import defaults, lora
+from launcher.importing import defaults, lora, trainer_keys
 from launcher.importing.reading import Reading, brief
 from launcher.importing.trainer_keys import HELD_OUT
 
@@ -37,31 +37,21 @@ _TEMPLATE = (
     "launcher writes a chat by the tokenizer's own template; where this is another, put it into the "
     "model's tokenizer_config.json"
 )
-_LEARNED = {
-    "eos_token": (
-        None,
-        "launcher ends a text with the tokenizer's own eos_token; set it in the model's tokenizer_config.json",
-    ),
-    "chat_template": (None, _TEMPLATE),
-    "chat_template_path": (None, _TEMPLATE),
-    "truncation_mode": (
-        "keep_start",
-        "launcher keeps the beginning of what is too long; data.too_long: drop leaves it out",
-    ),
-    "model_init_kwargs": (None, "launcher loads the model by the keys of its own section"),
-    "dataset_kwargs": (None, "launcher prepares the rows by itself"),
-    "dataset_streaming": (False, "launcher reads the whole data set before it begins"),
-    "formatting_func": (
-        None,
-        "launcher takes columns: data.text, data.prompt and data.completion, or data.messages",
-    ),
-    "router_aux_loss_coef": (
-        None,
-        "launcher takes it from the model's config, where output_router_logits is true; write it there",
-    ),
-    "ignore_bias_buffers": (False, "launcher has no such key"),
+_LEARNED: dict[str, str] = {
+    "eos_token": "launcher ends a text with the tokenizer's own eos_token; set it in the model's "
+    "tokenizer_config.json",
+    "chat_template": _TEMPLATE,
+    "chat_template_path": _TEMPLATE,
+    "truncation_mode": "launcher keeps the beginning of what is too long; data.too_long: drop leaves it out",
+    "model_init_kwargs": "launcher loads the model by the keys of its own section",
+    "dataset_kwargs": "launcher prepares the rows by itself",
+    "dataset_streaming": "launcher reads the whole data set before it begins",
+    "formatting_func": "launcher takes columns: data.text, data.prompt and data.completion, or data.messages",
+    "router_aux_loss_coef": "launcher takes it from the model's config, where output_router_logits is true; "
+    "write it there",
+    "ignore_bias_buffers": "launcher has no such key",
 }
-"""Keys that change what is learned: the value at which they do nothing, and what is nearest."""
+"""Keys that change what is learned, and what is nearest."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> set[str]:
@@ -80,9 +70,7 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
     named = data_set(content, reading, evaluates=_evaluates(content))
     _loss(content, mixed, reading)
     _packing(content, reading)
-    for key, (neutral, text) in _LEARNED.items():
-        if (value := content.get(key, neutral)) not in (neutral, None, "", {}, [], f"<{key.upper()}>"):
-            reading.cannot_say(key, brief(value), text)
+    trainer_keys.changes(content, _LEARNED, reading)
     if "max_length" in content and content["max_length"] is None and content.get("max_seq_length") is None:
         reading.leave_open("data.max_length")
         why = "nothing is cut there; launcher's data.max_length must be a number: write it"

@@ -216,11 +216,7 @@ def _hosts(file: str, reading: Reading) -> dict[str, int]:
 
 
 def _counted(flags: dict[str, Any], several: str, per_node: str, starter: str, reading: Reading) -> None:
-    nodes, ranks = reading.count(flags, several), reading.count(flags, per_node)
-    if nodes is not None:
-        reading.say("mesh.nodes", nodes, several)
-    if ranks is not None:
-        reading.say("mesh.ranks_per_node", ranks, per_node)
+    reading.take(flags, {several: "mesh.nodes", per_node: "mesh.ranks_per_node"}, Reading.count)
     if rest := [key for key in flags if key not in (per_node, several, "m", "module", "u")]:
         text = f"how {starter} starts processes; launcher finds its own ports, and Slurm's nodes"
         reading.ignore(", ".join(rest), None, text)

@@ -72,14 +72,9 @@ def arguments(
 ) -> None:
     """Say what the Trainer's own arguments say, and what they leave out; `read_elsewhere` are the keys that
     were read before."""
-    for said, key in _NUMBERS.items():
-        if (number := reading.number(content, said)) is not None:
-            reading.say(key, number, said)
-    for said, key in _COUNTS.items():
-        if (count := reading.count(content, said)) is not None:
-            reading.say(key, count, said)
-    if (seed := reading.count(content, "seed", least=0)) is not None:
-        reading.say("training.seed", seed, "seed")
+    reading.take(content, _NUMBERS, Reading.number)
+    reading.take(content, _COUNTS, Reading.count)
+    reading.take(content, {"seed": "training.seed"}, Reading.size)
     _words(content, reading, read_elsewhere)
     _length(content, reading)
     _optimizer(content, reading, defaults)
