@@ -123,27 +123,3 @@ def add_states(foreign: Foreign, name: str, states: Iterable[tuple[str, ForeignT
             foreign.optimizer_steps.add(float(value.flat()[0]))
         elif value.shape.numel() == foreign.parameters[name].shape.numel():
             foreign.states.setdefault(name, {})[key] = value
-
-
-def open_foreign(source: Path) -> Foreign:
-    """Look at a checkpoint that DeepSpeed or Accelerate wrote. Its tensors are not read yet.
-
-    Raises CheckpointError where it is neither, or not whole.
-    """
-    from launcher.training.checkpoint.foreign import from_accelerate, from_deepspeed
-
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{source} is {'no directory' if source.exists() else 'missing'}; name the directory of a "
-            "checkpoint"
-        )
-    for reader in (from_deepspeed, from_accelerate):
-        if reader.found(source):
-            return reader.read(source)
-    expected = (
-        "global_step*/*_optim_states.pt with latest (DeepSpeed), pytorch_model_fsdp_0/ or "
-        "pytorch_model_fsdp.bin (Accelerate)"
-    )
-    raise CheckpointError(
-        f"{source} holds no checkpoint of DeepSpeed or of Accelerate's FSDP: looked for {expected}"
-    )
