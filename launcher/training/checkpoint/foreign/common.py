@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, first_line
 from launcher.plain_files import read_json
 
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -91,19 +91,14 @@ def read_file(path: Path) -> dict[str, Any]:
         what = (
             f"names {named[1]}, which no checkpoint needs"
             if named
-            else f"holds what no checkpoint needs ({_brief(error)})"
+            else f"holds what no checkpoint needs ({first_line(error)})"
         )
         raise CheckpointError(f"{path}: {what}; it is refused, and nothing of it was executed") from None
     except Exception as error:
-        raise CheckpointError(f"{path} is cut off or garbled: {_brief(error)}") from None
+        raise CheckpointError(f"{path} is cut off or garbled: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, and no dictionary of a checkpoint")
     return content
-
-
-def _brief(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def trainer_step(directory: Path) -> int | None:
