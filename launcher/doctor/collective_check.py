@@ -12,18 +12,18 @@ from typing import Any
 
 from launcher.launch.agent import NODE_VARIABLE
 from launcher.launch.command import Meeting, agent_of
+from launcher.launch.fork_server import VARIABLE as WARM_VARIABLE
 from launcher.launch.rendezvous import ATTEMPT_VARIABLE
-from launcher.runs import failure
-from launcher.runs.doors import INTERFACE_VARIABLES
-from launcher.runs.processes import PARENT_VARIABLE
+from launcher.runs import doors, failure
+from launcher.runs.processes import PARENT_VARIABLE, RUN_VARIABLE
 from launcher.runs.secret import SECRET_VARIABLE, make
 
 SECONDS = 180
-"""For the agents to import torch, which over a network takes a while, and to meet; for the ranks to add up.
-"""
+"""For the agents to import torch, which over a network takes a while, and to meet; and for the ranks."""
 SECONDS_TO_ADD_UP = 60
 """For the ranks alone, once they have imported torch."""
-_PROGRAM = "launcher.training.all_reduce"
+_PROGRAM, _MARK = "launcher.training.all_reduce", '{"import_seconds"'
+"""The ranks' module, and how the line that each writes begins."""
 
 
 def add_up(place: Meeting, num_nodes: int, num_gpus: int, word: str) -> dict[str, Any]:
@@ -34,16 +34,19 @@ def add_up(place: Meeting, num_nodes: int, num_gpus: int, word: str) -> dict[str
     with tempfile.TemporaryDirectory(prefix="launcher-doctor-") as attempt:
         program = [_PROGRAM, attempt, "nccl" if num_gpus else "gloo", str(SECONDS_TO_ADD_UP)]
         command = agent_of(num_nodes, num_gpus or 1, place if num_nodes > 1 else None, program)
+        interface = place.interface or doors.loopback()
         more = {PARENT_VARIABLE: str(os.getpid()), ATTEMPT_VARIABLE: attempt, NODE_VARIABLE: str(place.node)}
         more |= {SECRET_VARIABLE: str(make(Path(attempt), word)), "OMP_NUM_THREADS": "1"}
-        more |= dict.fromkeys(INTERFACE_VARIABLES, place.interface) if place.interface else {}
+        more |= {RUN_VARIABLE: "", WARM_VARIABLE: "0"}  # of a run in whose job this is called
+        more |= dict.fromkeys(doors.INTERFACE_VARIABLES, interface) if interface else {}
+        variables = {**os.environ, **more}
         try:
             done = subprocess.run(
-                command, env={**os.environ, **more}, capture_output=True, text=True, timeout=SECONDS
+                command, env=variables, capture_output=True, text=True, errors="replace", timeout=SECONDS
             )
         except subprocess.TimeoutExpired:
             return {"problem": f"not done after {SECONDS} s"}
-        answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(_MARK)]
         if len(answers) == (num_gpus or 1):
             return dict(max(answers, key=lambda answer: float(answer["seconds"])))
         if (first := failure.first(Path(attempt))) is not None:
