@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_LONGEST = 400
+
 
 class LauncherError(Exception):
     """The root of everything launcher raises on purpose; its text is for people."""
@@ -167,3 +169,20 @@ def leaves(root: type[LauncherError] = LauncherError) -> list[type[LauncherError
 def by_failure_class(failure_class: str) -> type[LauncherError]:
     """The exception class with this failure class; LauncherError where it is not known."""
     return next((error for error in leaves() if error.failure_class == failure_class), LauncherError)
+
+
+def one_line(error: BaseException) -> str:
+    """Write an error as one line of at most 400 characters.
+
+    launcher's own text stands as it is, another's behind the name of its type.
+    """
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if not isinstance(error, LauncherError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's text, or its type's name where it has none: for a sentence of ours."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:_LONGEST]

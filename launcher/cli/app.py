@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from launcher import __version__
-from launcher.cli.main import COMMANDS, SUMMARY, available, help_text
+from launcher.cli.commands import COMMANDS, SUMMARY, available, help_text
 
 SCRIPT_ARGUMENTS = "script_arguments"
 """Where a command finds, in its context, what stood behind `--`."""

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launcher.cli.progress import Progress, metrics_line, notice
+from launcher.cli.progress import AttemptView, metrics_line, notice
 from launcher.launch.local import shown
 from launcher.launch.screen import Watcher
 from launcher.planner.plan import Plan
@@ -58,7 +58,7 @@ class Display(Watcher):
         self.console = console or _Console(
             file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None
         )
-        self.progress = Progress(peak=_peak(plan) if plan else None)
+        self.progress = AttemptView(peak=_peak(plan) if plan else None)
         self._quiet = quiet
         self._line_seconds = line_seconds
         self._live: Live | None = None
@@ -171,7 +171,7 @@ class Display(Watcher):
         return Group(*parts)
 
 
-def _count(progress: Progress) -> str:
+def _count(progress: AttemptView) -> str:
     return f"step {progress.step}" + (f" of {progress.total_steps}" if progress.total_steps else "")
 
 

@@ -17,7 +17,7 @@ _REMEMBERED_STEPS = 50
 
 
 @dataclass
-class Progress:
+class AttemptView:
     """The state of one attempt. `peak` is the rate of all its devices together, in operations a second, where
     it is known."""
 

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import launcher
-from launcher.doctor import compare, probe
+from launcher.doctor import collective_check, compare, probe
 from launcher.doctor.compare import Node
 from launcher.doctor.directory import write
 from launcher.doctor.finding import Report, failed
 from launcher.doctor.machine import nearest
-from launcher.doctor.reduction import IMPORT_SECONDS, SECONDS
-from launcher.doctor.step import Step
+from launcher.doctor.srun import Step
 from launcher.errors import SchedulerError
-from launcher.launch.slurm.network import is_loopback
 
 _SECONDS = {
-    "hello": 90.0,
     "meet": 45.0,
     "connect": 45.0,
     "write": 90.0,
     "read": 45.0,
-    "prepare": IMPORT_SECONDS + 10.0,
+    "reduce": collective_check.SECONDS + 15.0,
 }
-_SECONDS |= {"reduce": SECONDS + 15.0}
-"""What a node has at most for each; then it counts as silent."""
-_LOGIN = "login"
+"""The orders, and what a node has at most for each; then it counts as silent."""
+_SECONDS_FOR_HELLO = 90.0
+_TOLD = {"addresses", "port", "num_gpus", "address"}
+"""What all nodes are told of each other, of what they have said so far."""
+_LOGIN = "this machine"
+_OPTIONS = ("--ntasks-per-node=1", "--label", "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mpi=none")
+"""srun's: a node that fails takes no other along."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,14 @@ class Request:
     minutes: int = 10
 
     def command(self, word: str, inside: bool) -> list[str]:
-        """srun, one task on each node; a node that fails takes no other along. Inside of a job it is a step
-        beside what runs there."""
-        asked = [
-            f"--nodes={self.num_nodes}",
-            f"--ntasks={self.num_nodes}",
-            "--ntasks-per-node=1",
-            f"--time={self.minutes}",
-        ]
-        asked += [
-            "--label",
-            "--no-kill",
-            "--kill-on-bad-exit=0",
-            "--wait=0",
-            "--mpi=none",
-            "--job-name=launcher-doctor",
-        ]
+        """Give the call of srun, one task on each node. Inside of a job it is a step beside what runs there."""
+        counts = [f"--nodes={self.num_nodes}", f"--ntasks={self.num_nodes}", f"--time={self.minutes}"]
         if self.gpus_per_node:
-            asked += [f"--gres=gpu:{self.gpus_per_node}", f"--cpus-per-task={2 * self.gpus_per_node}"]
-        asked += ["--overlap"] if inside else []
+            counts += [f"--gres=gpu:{self.gpus_per_node}", f"--cpus-per-task={2 * self.gpus_per_node}"]
+        named = ["--job-name=launcher-doctor", *(["--overlap"] if inside else [])]
         program = [sys.executable, "-u", "-m", probe.__name__, str(nearest(self.directory)), word]
-        return ["srun", *asked, *self.options, *program, *([self.interface] if self.interface else [])]
+        asked = [self.interface] if self.interface else []
+        return ["srun", *counts, *_OPTIONS, *named, *self.options, *program, *asked]
 
 
 @dataclass
@@ -82,7 +70,7 @@ class Examination:
     job: str = ""
 
     def after(self, own: Report, environment: Mapping[str, str]) -> list[Report]:
-        """This machine's report, and one for each node; where the job gets none, the first says why."""
+        """Give this machine's report, and one for each node; where the job gets none, the first says why."""
         try:
             return [own, *self.run(environment)]
         except SchedulerError as error:
@@ -92,113 +80,64 @@ class Examination:
             return [Report(own.node, (*own.findings, failed("allocation", str(error), advice)))]
 
     def run(self, environment: Mapping[str, str]) -> list[Report]:
-        """A report for each node. Raises SchedulerError where the job gets no nodes."""
+        """Give a report for each node. Raises SchedulerError where the job gets no nodes."""
         word, inside = secrets.token_hex(8), "SLURM_JOB_ID" in environment
         place = nearest(self.request.directory)
-        path = os.pathsep.join(
-            [str(Path(launcher.__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
-        )
-        step = Step(self.request.command(word, inside), {**environment, "PYTHONPATH": path}, self.say)
+        folder = probe.folder(place, word)
+        paths = [str(Path(launcher.__file__).parents[1]), environment.get("PYTHONPATH", "")]
+        variables = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        step = Step(self.request.command(word, inside), variables, self.say)
         try:
             self._greet(step)
-            self._go_round(step, place, word)
+            wrote_here = []
+            with contextlib.suppress(OSError):
+                folder.mkdir()
+                write(folder / _LOGIN, word, size=0)
+                wrote_here = [_LOGIN]
+            self._go_round(step, wrote_here)
         finally:
             step.end(self._whole(inside))
-            shutil.rmtree(probe.folder(place, word), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         return compare.reports(self.nodes, place)
 
     def _whole(self, inside: bool) -> str:
-        """What to cancel: our own job; of somebody's job our step alone."""
+        """Name what to cancel: our own job; of somebody's job our step alone."""
         step = next((node.said("hello").get("step") for node in self.nodes if node.said("hello")), "")
         return (f"{self.job}.{step}" if self.job and step else "") if inside else self.job
 
     def _greet(self, step: Step) -> None:
-        first = step.first(self.request.wait_seconds)
-        hello = next(iter(first.values()))
-        self.job = hello.get("job", "")
+        """Wait for the nodes to come, and have those that do say what they are."""
+        hello = next(iter(step.first(self.request.wait_seconds).values()))
         names = hello.get("hosts") or [f"node {index}" for index in range(self.request.num_nodes)]
-        self.nodes = [Node(name) for name in names]
+        self.job, self.nodes = hello.get("job", ""), [Node(name) for name in names]
         self.say(f"job {self.job} on {', '.join(names)}")
-        left = [index for index in range(len(names)) if index not in first]
-        self._note("hello", first | (step.answers("hello", left, _SECONDS["hello"]) if left else {}), step)
+        self._note("hello", range(len(names)), step, _SECONDS_FOR_HELLO)
 
-    def _go_round(self, step: Step, place: Path, word: str) -> None:
-        heard = {node.name: node.said("hello") for node in self._there()}
-        addresses = {
-            name: [one for one in said["addresses"].values() if not is_loopback(one)]
-            for name, said in heard.items()
-        }
-        self._order(step, "meet", addresses=addresses)
-        reachable = {
-            node.name: (node.said("meet").get("address") or (addresses[node.name] or [""])[0])
-            for node in self._there()
-        }
-        if len(self.nodes) > 1:
-            self._order(
-                step,
-                "connect",
-                peers={name: (address, heard[name]["port"]) for name, address in reachable.items()},
-            )
-        self._share(step, place, word)
-        if self._there() and all(not node.said("meet").get("problem") for node in self._there()):
-            self._reduce(step, heard, reachable)
+    def _go_round(self, step: Step, wrote_here: list[str]) -> None:
+        """Give each order to all that still talk, with what they have said so far."""
+        secret = secrets.token_hex(32)
+        for order, seconds in _SECONDS.items():
+            there = {
+                index: node
+                for index, node in enumerate(self.nodes)
+                if not node.silent_at and "problem" not in node.said("hello")
+            }
+            if not there:
+                return
+            self.say(order)
+            wrote = [*wrote_here, *(node.name for node in self.nodes if "free" in node.said("write"))]
+            peers = {
+                node.name: {key: said[key] for said in node.answers.values() for key in said.keys() & _TOLD}
+                for node in there.values()
+            }
+            step.tell(order, peers=peers, wrote=wrote, secret=secret)
+            self._note(order, there.keys(), step, seconds)
 
-    def _share(self, step: Step, place: Path, word: str) -> None:
-        """Everybody writes, this machine too; then everybody reads."""
-        self._order(step, "write")
-        wrote = [f"node-{index}" for index, node in enumerate(self.nodes) if "free" in node.said("write")]
-        if wrote:
-            folder = probe.folder(place, word)
-            folder.mkdir(exist_ok=True)
-            write(folder / _LOGIN, word, size=0)
-            self._order(step, "read", names=[*wrote, _LOGIN])
-        names = {f"node-{index}": node.name for index, node in enumerate(self.nodes)} | {
-            _LOGIN: "this machine"
-        }
-        for node in self.nodes:
-            if "missing" in node.said("read"):
-                node.said("read")["missing"] = [names[name] for name in node.said("read")["missing"]]
-
-    def _reduce(self, step: Step, heard: dict[str, dict[str, Any]], addresses: dict[str, str]) -> None:
-        """Over the GPUs that every node has, or one rank a node over gloo."""
-        order = [index for index, node in enumerate(self.nodes) if not node.silent_at]
-        gpus = min(heard[self.nodes[index].name]["num_gpus"] for index in order)
-        first = self.nodes[order[0]].name
-        meeting = {
-            "address": addresses[first] or "127.0.0.1",
-            "port": heard[first]["port"] + 1,
-            "prefix": secrets.token_hex(16),
-        }
-        self._order(
-            step,
-            "prepare",
-            nodes=order,
-            ranks_per_node=gpus or 1,
-            backend="nccl" if gpus else "gloo",
-            **meeting,
-        )
-        if all("problem" not in node.said("prepare") for node in self._there()) and len(self._there()) == len(
-            order
-        ):
-            self._order(step, "reduce")
-
-    def _there(self) -> list[Node]:
-        return [node for node in self.nodes if not node.silent_at and "problem" not in node.said("hello")]
-
-    def _order(self, step: Step, order: str, **arguments: Any) -> None:
-        """Give an order to all, and take the answers of those that still talk."""
-        talking = [index for index, node in enumerate(self.nodes) if node in self._there()]
-        if not talking:
-            return
-        self.say(order)
-        step.tell(order, **arguments)
-        self._note(order, step.answers(order, talking, _SECONDS[order]), step, talking)
-
-    def _note(
-        self, order: str, answers: dict[int, dict[str, Any]], step: Step, asked: Iterable[int] | None = None
-    ) -> None:
-        for index in range(len(self.nodes)) if asked is None else asked:
+    def _note(self, order: str, expected: Collection[int], step: Step, seconds: float) -> None:
+        answers = step.answers(order, expected, seconds)
+        for index in expected:
             if index in answers:
                 self.nodes[index].answers[order] = answers[index]
             else:
-                self.nodes[index].silent_at, self.nodes[index].last_words = order, step.last_words(index)
+                self.nodes[index].silent_at = order
+                self.nodes[index].last_words = step.last_words.get(index, "")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 from launcher.doctor.finding import Finding, failed, ok, warning
+from launcher.errors import first_line
 from launcher.runs import kernel
 
 _CHECK = "GPUs"
@@ -36,11 +37,10 @@ def check() -> tuple[Finding, int]:
     try:
         table = query()
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return failed(
-            _CHECK,
-            f"nvidia-smi does not answer: {_one_line(error)}",
-            "leave the node out, and tell whoever runs it",
-        ), 0
+        late = f"not within {_SECONDS:g} s"
+        reason = late if isinstance(error, subprocess.TimeoutExpired) else first_line(error)
+        advice = "leave the node out, and tell whoever runs it"
+        return failed(_CHECK, f"nvidia-smi does not answer: {reason}", advice), 0
     return judge(table, xids(kernel.kernel_log() or None)), len(table)
 
 
@@ -119,11 +119,3 @@ def xids(log: str | None) -> list[str] | None:
     if log is None:
         return None
     return [f"{number} on {where}" for number, where in kernel.xids(log)]
-
-
-def _one_line(error: Exception) -> str:
-    return (
-        f"not within {_SECONDS:g} s"
-        if isinstance(error, subprocess.TimeoutExpired)
-        else str(error).splitlines()[0]
-    )

@@ -16,14 +16,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from launcher.doctor import controller, gpus, machine
-from launcher.doctor import directory as directories
-from launcher.doctor.link import encode
-from launcher.doctor.neighbours import Listener, reach, resolve
-from launcher.doctor.reduction import Ranks
+from launcher.doctor import collective_check, controller, directory, gpus, machine, srun
+from launcher.doctor.connectivity import Listener, reach, resolve
 from launcher.errors import LauncherError
+from launcher.launch.command import Meeting
 from launcher.launch.slurm import network
 from launcher.launch.slurm.allocation import Allocation
 
@@ -31,136 +30,168 @@ _SECONDS_TO_SEE = 20.0
 """For a file that another node has written: a network's file system may show it late."""
 
 
-def folder(directory: Path, word: str) -> Path:
-    """What the nodes write into, and what is removed at the end."""
-    return directory / f".launcher-doctor-{word}"
+def folder(place: Path, word: str) -> Path:
+    """Name what the nodes write into, and what is removed at the end."""
+    return place / f".launcher-doctor-{word}"
 
 
 class Probe:
-    """One node. Each order is a method; what it returns is the answer."""
+    """One node. Each order is a method; what it returns is the answer, and empty where there is nothing to
+    say."""
 
-    def __init__(self, directory: Path, word: str, interface: str | None) -> None:
+    def __init__(self, place: Path, word: str, interface: str | None) -> None:
         step = os.environ.get("SLURM_STEP_NODELIST")
         self._allocation = Allocation.of({**os.environ, **({"SLURM_JOB_NODELIST": step} if step else {})})
         self._node, self._hosts = self._allocation.node_index, self._allocation.hosts
-        self._directory, self._word, self._asked = directory, word, interface
+        self._folder, self._word, self._requested = folder(place, word), word, interface
+        self._own_file = self._folder / self._hosts[self._node]
         self._listener = Listener(self._allocation.first_port, word)
         self._interface = self._address = ""
-        self._ranks = Ranks()
+        self._peers: dict[str, dict[str, Any]] = {}
+        """What each node has said so far, this one too, of those that still talk."""
+        self._wrote: list[str] = []
+        """The machines that have written a file."""
+        self._secret = ""
 
     def hello(self) -> dict[str, Any]:
         known = machine.versions()
         gpu, num_gpus = gpus.check()
-        findings = [gpu, machine.check_caches(os.environ)]
+        findings = [machine.check_versions(known), gpu, machine.check_caches(os.environ)]
         if shutil.which("scontrol"):
             findings.append(controller.controller())
         return {
-            "host": machine.own_name(),
             "job": self._allocation.raw_job_id,
             "step": os.environ.get("SLURM_STEP_ID", ""),
             "hosts": self._hosts,
             "versions": known,
-            "addresses": network.interfaces(),
+            "addresses": [one for one in network.interfaces().values() if not network.is_loopback(one)],
             "port": self._listener.port,
             "num_gpus": num_gpus,
-            "findings": [finding.to_dict() for finding in [machine.check_versions(known), *findings]],
+            "findings": [finding.to_dict() for finding in findings],
         }
 
-    def meet(self, addresses: dict[str, list[str]]) -> dict[str, Any]:
-        """Look the others up, and choose the interface that leads to them; an address does for one that has
-        no name here."""
-        found = resolve(list(addresses))
+    def meet(self) -> dict[str, Any]:
+        """Look the others up, and choose the interface that leads to them.
+
+        An address does for one that has no name here.
+        """
+        known = resolve([*self._peers])
         wrong = {
-            name: address for name, address in found.items() if address and address not in addresses[name]
+            name: one for name, one in known.items() if one and one not in self._peers[name]["addresses"]
         }
-        usable = [found.get(name) or next(iter(addresses.get(name, [])), name) for name in self._hosts]
         answer: dict[str, Any] = {
-            "unresolved": [name for name, address in found.items() if not address],
+            "unresolved": [name for name, one in known.items() if not one],
             "wrong": wrong,
         }
         if len(self._hosts) > 1:
+            usable = [known.get(name) or self._address_of(name) or name for name in self._hosts]
             try:
-                self._interface, self._address = network.choose(usable, self._node, self._asked, os.environ)
+                self._interface, self._address = network.choose(
+                    usable, self._node, self._requested, os.environ
+                )
             except LauncherError as error:
-                answer["problem"] = str(error)
+                return answer | {"problem": str(error)}
         return answer | {"interface": self._interface, "address": self._address}
 
-    def connect(self, peers: dict[str, tuple[str, int]]) -> dict[str, Any]:
-        found = reach(
-            {name: (address, port) for name, (address, port) in peers.items()}, self._address, self._word
-        )
+    def _address_of(self, name: str) -> str:
+        """Give the address that a node has chosen, or any that it has; empty for none."""
+        peer = self._peers.get(name, {"addresses": []})
+        return str(peer.get("address") or next(iter(peer["addresses"]), ""))
+
+    def connect(self) -> dict[str, Any]:
+        if len(self._hosts) == 1:
+            return {}
+        peers = {name: (self._address_of(name), int(peer["port"])) for name, peer in self._peers.items()}
+        reached = reach(peers, self._address, self._word)
         return {
-            "unreachable": {name: reason for name, (reason, _) in found.items() if reason},
-            "ahead": {name: seconds for name, (reason, seconds) in found.items() if not reason},
+            "unreachable": {name: reason for name, (reason, _) in reached.items() if reason},
+            "ahead": {name: seconds for name, (reason, seconds) in reached.items() if not reason},
         }
 
     def write(self) -> dict[str, Any]:
-        place = folder(self._directory, self._word)
         with contextlib.suppress(FileExistsError):
-            place.mkdir()  # not its parents: a directory that is not there is something to tell
-        speed = directories.write(place / f"node-{self._node}", self._word)
-        return {"bytes_per_second": speed, "free": shutil.disk_usage(place).free}
+            self._folder.mkdir()  # not its parents: a directory that is not there is something to tell
+        speed = directory.write(self._own_file, self._word)
+        return {"bytes_per_second": speed, "free": shutil.disk_usage(self._folder).free}
 
-    def read(self, names: list[str]) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         """Wait for the files of the others to be seen in full."""
-        place, before = folder(self._directory, self._word), time.monotonic()
-        missing = set(names)
+        before, missing = time.monotonic(), set(self._wrote) if self._own_file.exists() else set()
+        seen = self._own_file.with_name(f"{self._own_file.name}.seen")
         while missing and time.monotonic() - before < _SECONDS_TO_SEE:
             with contextlib.suppress(OSError):
                 # A client of NFS looks afresh at a directory in which it has changed something itself.
-                (place / f"seen-{self._node}").touch()
-                (place / f"seen-{self._node}").unlink()
-                missing -= {path.name for path in place.iterdir() if directories.is_whole(path, self._word)}
+                seen.touch()
+                seen.unlink()
+                missing -= {
+                    path.name for path in self._folder.iterdir() if directory.is_whole(path, self._word)
+                }
             time.sleep(0.1 if missing else 0)
-        return {"missing": sorted(missing), "seconds": time.monotonic() - before}
-
-    def prepare(self, **message: Any) -> dict[str, Any]:
-        return self._ranks.start(message, self._node, self._interface)
+        return {
+            "missing": [name for name in self._wrote if name in missing],
+            "seconds": time.monotonic() - before,
+        }
 
     def reduce(self) -> dict[str, Any]:
-        return self._ranks.release()
+        """Add up over the GPUs that every node has, or one rank a node over gloo; nothing where one found no
+        way."""
+        if any("address" not in peer for peer in self._peers.values()):
+            return {}
+        first = next(iter(self._peers))
+        place = Meeting(
+            node=[*self._peers].index(self._hosts[self._node]),
+            address=self._address_of(first),
+            port=self._peers[first]["port"] + 1,
+            own_address=self._address,
+            interface=self._interface,
+        )
+        num_gpus = min(peer["num_gpus"] for peer in self._peers.values())
+        return collective_check.add_up(place, len(self._peers), num_gpus, self._secret)
 
     def close(self) -> None:
         """Remove what this node wrote; the folder goes with the last one."""
-        self._ranks.end()
-        self._listener.close()
-        place = folder(self._directory, self._word)
+        self._listener.server_close()
         with contextlib.suppress(OSError):
-            (place / f"node-{self._node}").unlink(missing_ok=True)
-            place.rmdir()
+            self._own_file.unlink(missing_ok=True)
+            self._folder.rmdir()
 
-    def obey(self, order: str, **arguments: Any) -> dict[str, Any]:
-        """Do one thing; whatever goes wrong with it is an answer too."""
+    def obey(self, order: str, peers: Any = None, wrote: Any = None, secret: str = "") -> None:
+        """Do one thing, and answer; whatever goes wrong with it is an answer too."""
+        self._peers, self._wrote, self._secret = peers, wrote, secret
         try:
-            return dict(getattr(self, order)(**arguments))
+            answer = getattr(self, order)()
         except LauncherError as error:
-            return {"problem": str(error)}
+            answer = {"problem": str(error)}
         except OSError as error:
-            return {"problem": f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")}
+            answer = {"problem": f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")}
+        _say(order, answer)
 
 
 def main(arguments: list[str]) -> int:
-    """Answers to orders, until there are none any more."""
+    """Answer to orders, until there are none any more."""
     # Slurm ends a job with SIGTERM: what was written is removed then too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _leave)
     try:
         probe = Probe(Path(arguments[0]), arguments[1], arguments[2] if len(arguments) > 2 else None)
     except LauncherError as error:
         _say("hello", {"problem": str(error)})
         return error.exit_code
     try:
-        _say("hello", probe.obey("hello"))
+        probe.obey("hello")
         for line in sys.stdin:
-            order = json.loads(line)
-            name = order.pop("order")
-            _say(name, probe.obey(name, **order))
+            probe.obey(**json.loads(line))
     finally:
         probe.close()
     return 0
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # the agent passes on its own
+    sys.exit(128 + number)
+
+
 def _say(order: str, answer: dict[str, Any]) -> None:
-    sys.stdout.write(encode({"order": order, **answer}))
+    sys.stdout.write(srun.encode({"order": order, **answer}))
     sys.stdout.flush()
 
 

@@ -16,49 +16,19 @@ _SHARDING = {
     "HYBRID_SHARD_ZERO2": "gradients",
 }
 _COPIES = (
-    "MULTI_GPU",
-    "MULTI_CPU",
-    "MULTI_XPU",
-    "MULTI_NPU",
-    "MULTI_MLU",
-    "MULTI_HPU",
-    "MULTI_SDAA",
-    "MULTI_MUSA",
+    "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_SDAA", "MULTI_MUSA",
     "MULTI_NEURON",
-)
+)  # fmt: skip
 _PLACE = (
-    "compute_environment",
-    "debug",
-    "machine_rank",
-    "main_process_ip",
-    "main_process_port",
-    "main_training_function",
-    "rdzv_backend",
-    "same_network",
-    "gpu_ids",
-    "enable_cpu_affinity",
-    "downcast_bf16",
-    "tpu_name",
-    "tpu_zone",
-    "tpu_use_cluster",
-    "tpu_use_sudo",
-    "tpu_vm",
-    "tpu_env",
-    "command_file",
-    "commands",
-    "mpirun_config",
-)
+    "compute_environment", "debug", "machine_rank", "main_process_ip", "main_process_port",
+    "main_training_function", "rdzv_backend", "same_network", "gpu_ids", "enable_cpu_affinity",
+    "downcast_bf16", "tpu_name", "tpu_zone", "tpu_use_cluster", "tpu_use_sudo", "tpu_vm", "tpu_env",
+    "command_file", "commands", "mpirun_config",
+)  # fmt: skip
 _KNOWN = {
-    "distributed_type",
-    "mixed_precision",
-    "num_machines",
-    "num_processes",
-    "use_cpu",
-    "fsdp_config",
-    "deepspeed_config",
-    "parallelism_config",
-    "dynamo_config",
-}
+    "distributed_type", "mixed_precision", "num_machines", "num_processes", "use_cpu", "fsdp_config",
+    "deepspeed_config", "parallelism_config", "dynamo_config",
+}  # fmt: skip
 _FSDP_ALWAYS = {
     "state_dict_type": "launcher's checkpoints are always sharded; `launcher export` writes whole ones",
     "cpu_ram_efficient_loading": "each rank reads its own shard of the weights",
@@ -77,12 +47,8 @@ def read(content: dict[str, Any], reading: Reading, has_own_precision: bool = Fa
     kind = (reading.word(content, "distributed_type") or "NO").upper()
     if brief(content.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         value = content["compute_environment"]
-        reading.remark(
-            "cannot be said",
-            "compute_environment",
-            brief(value),
-            "launcher runs on machines of its own or under Slurm",
-        )
+        text = "launcher runs on machines of its own or under Slurm"
+        reading.cannot_say("compute_environment", brief(value), text)
     _engine(kind, content, reading)
     places(content, reading, kind)
     if not has_own_precision:
@@ -97,12 +63,8 @@ def places(content: dict[str, Any], reading: Reading, kind: str = "") -> None:
     backend = brief(dynamo.get("dynamo_backend", dynamo.get("backend", "NO"))).upper()
     if backend != "NO":
         reading.say("model.compile", True, "dynamo_config.dynamo_backend")
-        reading.remark(
-            "changes meaning",
-            "dynamo_config",
-            backend,
-            "launcher compiles each repeated layer by itself, with inductor",
-        )
+        text = "launcher compiles each repeated layer by itself, with inductor"
+        reading.change("dynamo_config", backend, text)
     _rest(content, reading)
 
 
@@ -116,28 +78,17 @@ def _engine(kind: str, content: dict[str, Any], reading: Reading) -> None:
         reading.say("engine", "fsdp", "distributed_type")
         reading.say("sharding", "none", "distributed_type")
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-            reading.remark(
-                "cannot be said",
-                "distributed_type",
-                kind,
-                "launcher knows NVIDIA GPUs and CPUs; taken as GPUs",
-            )
+            reading.cannot_say("distributed_type", kind, "launcher knows NVIDIA GPUs and CPUs; taken as GPUs")
     else:
         words = "NO, MULTI_GPU, MULTI_CPU, FSDP and DEEPSPEED"
-        reading.remark(
-            "cannot be said",
-            "distributed_type",
-            kind,
-            f"launcher reads {words}; the engine is left to `launcher plan`",
-        )
+        text = f"launcher reads {words}; the engine is left to `launcher plan`"
+        reading.cannot_say("distributed_type", kind, text)
     for name, used, section in (
         ("fsdp_config", kind == "FSDP", fsdp),
         ("deepspeed_config", kind == "DEEPSPEED", deepspeed),
     ):
         if section and not used:
-            reading.remark(
-                "ignored", name, "{...}", f"Accelerate does not read it with distributed_type: {kind}"
-            )
+            reading.ignore(name, "{...}", f"Accelerate does not read it with distributed_type: {kind}")
 
 
 def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> None:
@@ -150,12 +101,8 @@ def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> No
         reading.refuse(f"{prefix}version", version, "write 1 or 2")
     reading.say("engine", "fsdp", "distributed_type")
     if version == 1:
-        reading.remark(
-            "changes meaning",
-            f"{prefix}version",
-            version,
-            "launcher has FSDP2: the same is cut, parameter by parameter",
-        )
+        text = "launcher has FSDP2: the same is cut, parameter by parameter"
+        reading.change(f"{prefix}version", version, text)
     _sharding(fsdp, version, content, reading)
     if (offloads := reading.flag(fsdp, "offload_params", prefix)) is not None:
         reading.say("offload", "parameters" if offloads else "none", f"{prefix}offload_params")
@@ -165,27 +112,17 @@ def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> No
         )
     policy = (reading.word(fsdp, "auto_wrap_policy", prefix) or "TRANSFORMER_BASED_WRAP").upper()
     if policy != "TRANSFORMER_BASED_WRAP":
-        reading.remark(
-            "changes meaning",
-            f"{prefix}auto_wrap_policy",
-            policy,
-            "the repeated layers are units of their own in any case",
-        )
+        text = "the repeated layers are units of their own in any case"
+        reading.change(f"{prefix}auto_wrap_policy", policy, text)
     known = {
-        "version",
-        "offload_params",
-        "activation_checkpointing",
-        "auto_wrap_policy",
-        "sharding_strategy",
+        "version", "offload_params", "activation_checkpointing", "auto_wrap_policy", "sharding_strategy",
         "reshard_after_forward",
-    }
+    }  # fmt: skip
     for key, value in fsdp.items():
         if key in _FSDP_ALWAYS:
-            reading.remark("ignored", prefix + key, brief(value), _FSDP_ALWAYS[key])
+            reading.ignore(prefix + key, brief(value), _FSDP_ALWAYS[key])
         elif key not in known and value not in (None, False, "false"):
-            reading.remark(
-                "cannot be said", prefix + key, brief(value), "launcher has no key for it; left out"
-            )
+            reading.cannot_say(prefix + key, brief(value), "launcher has no key for it; left out")
 
 
 def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], reading: Reading) -> None:
@@ -193,7 +130,7 @@ def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], readi
     if version == 2:
         if "sharding_strategy" in fsdp:
             text = "Accelerate does not read it with FSDP2; fsdp_reshard_after_forward says it"
-            reading.remark("ignored", f"{prefix}sharding_strategy", brief(fsdp["sharding_strategy"]), text)
+            reading.ignore(f"{prefix}sharding_strategy", brief(fsdp["sharding_strategy"]), text)
         reshards = reading.flag(fsdp, "reshard_after_forward", prefix)
         said = f"{prefix}reshard_after_forward" if reshards is not None else "(FSDP2 reshards by default)"
         reading.say("sharding", "gradients" if reshards is False else "full", said)
@@ -202,7 +139,7 @@ def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], readi
     value = (reading.word(fsdp, key, prefix) or "FULL_SHARD").upper()
     if value.isdigit() and 1 <= int(value) <= len(_STRATEGIES):
         name = _STRATEGIES[int(value) - 1]
-        reading.remark("changes meaning", prefix + key, value, f"the number of {name}")
+        reading.change(prefix + key, value, f"the number of {name}")
         value = name
     if value in ("NO_SHARD", "NO_RESHARD"):
         reading.say("sharding", "none" if value == "NO_SHARD" else "gradients", prefix + key)
@@ -213,9 +150,7 @@ def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], readi
     if value.startswith("HYBRID"):
         nodes = reading.count(content, "num_machines") or 1
         reading.say("mesh.dp_replicate", nodes, prefix + key)
-        reading.remark(
-            "changes meaning", prefix + key, value, f"a copy on each node, as parallel.replicate: {nodes}"
-        )
+        reading.change(prefix + key, value, f"a copy on each node, as parallel.replicate: {nodes}")
 
 
 def _deepspeed(section: dict[str, Any], reading: Reading) -> None:
@@ -224,37 +159,19 @@ def _deepspeed(section: dict[str, Any], reading: Reading) -> None:
     file = reading.word(section, "deepspeed_config_file", prefix)
     if file is not None:
         reading.follow.append(file)
-        others = [key for key in section if key in _DEEPSPEED_INLINE]
-        if others:
-            text = "Accelerate refuses these beside deepspeed_config_file; the DeepSpeed file says them"
-            reading.remark(
-                "ignored",
-                ", ".join(prefix + key for key in others),
-                ", ".join(brief(section[key]) for key in others),
-                text,
-            )
+        text = "Accelerate refuses these beside deepspeed_config_file; the DeepSpeed file says them"
+        reading.ignore_all(section, (key for key in section if key in _DEEPSPEED_INLINE), text, prefix)
     else:
         _deepspeed_inline(section, reading)
     always = [key for key in section if key not in (*_DEEPSPEED_INLINE, "deepspeed_config_file")]
-    if always:
-        text = "how Accelerate starts and saves; launcher loads in shards and exports by itself"
-        reading.remark(
-            "ignored",
-            ", ".join(prefix + key for key in always),
-            ", ".join(brief(section[key]) for key in always),
-            text,
-        )
+    text = "how Accelerate starts and saves; launcher loads in shards and exports by itself"
+    reading.ignore_all(section, always, text, prefix)
 
 
 _DEEPSPEED_INLINE = (
-    "zero_stage",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "offload_optimizer_device",
-    "offload_param_device",
-    "offload_optimizer_nvme_path",
-    "offload_param_nvme_path",
-)
+    "zero_stage", "gradient_accumulation_steps", "gradient_clipping", "offload_optimizer_device",
+    "offload_param_device", "offload_optimizer_nvme_path", "offload_param_nvme_path",
+)  # fmt: skip
 
 
 def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
@@ -292,9 +209,7 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
         return
     word = "no" if value is False else brief(value).lower()
     if word == "fp8":
-        reading.remark(
-            "cannot be said", "mixed_precision", word, "launcher computes in bf16, fp16 or fp32; taken: bf16"
-        )
+        reading.cannot_say("mixed_precision", word, "launcher computes in bf16, fp16 or fp32; taken: bf16")
     elif word not in ("no", "fp16", "bf16"):
         reading.refuse("mixed_precision", value, "write no, fp16 or bf16")
         return
@@ -302,12 +217,9 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
-    nodes = reading.count(content, "num_machines")
-    processes = reading.count(content, "num_processes") if content.get("num_processes") != -1 else None
-    if nodes is not None:
-        reading.say("mesh.nodes", nodes, "num_machines")
-    if processes is not None:
-        reading.say("mesh.world_size", processes, "num_processes")
+    reading.take(content, {"num_machines": "mesh.nodes"}, Reading.count)
+    if content.get("num_processes") != -1:
+        reading.take(content, {"num_processes": "mesh.world_size"}, Reading.count)
     on_cpu = reading.flag(content, "use_cpu")
     if on_cpu or kind == "MULTI_CPU":
         reading.say("mesh.device", "cpu", "use_cpu" if on_cpu else "distributed_type")
@@ -326,15 +238,14 @@ def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
                 f"launcher has no {name} parallelism; these ranks cut parameters instead, and each has its "
                 "own samples"
             )
-            reading.remark("cannot be said", prefix + key, parallel[key], text)
+            reading.cannot_say(prefix + key, parallel[key], text)
 
 
 def _rest(content: dict[str, Any], reading: Reading) -> None:
-    place = [key for key in content if key in _PLACE and content[key] not in (None, [], {})]
-    if place:
-        text = "where and how Accelerate starts processes; launcher finds its own ports, and Slurm's nodes"
-        reading.remark("ignored", ", ".join(place), ", ".join(brief(content[key]) for key in place), text)
+    place = (key for key in content if key in _PLACE and content[key] not in (None, [], {}))
+    text = "where and how Accelerate starts processes; launcher finds its own ports, and Slurm's nodes"
+    reading.ignore_all(content, place, text)
     for key, value in content.items():
         if key not in _KNOWN and key not in _PLACE and value not in (None, {}, []):
             text = "no key of Accelerate's that launcher knows; left out"
-            reading.remark("cannot be said", key, brief(value), text)
+            reading.cannot_say(key, brief(value), text)

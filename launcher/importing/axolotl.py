@@ -7,20 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing import defaults, lora, sft, trainer
+from launcher.importing import defaults, lora, sft, trainer, trainer_keys
 from launcher.importing.reading import Reading, as_number, brief
 from launcher.importing.trainer_keys import HELD_OUT
 
 MARKS = {
-    "micro_batch_size",
-    "sequence_len",
-    "adapter",
-    "num_epochs",
-    "datasets",
-    "val_set_size",
-    "lora_target_linear",
-    "sample_packing",
-}
+    "micro_batch_size", "sequence_len", "adapter", "num_epochs", "datasets", "val_set_size",
+    "lora_target_linear", "sample_packing",
+}  # fmt: skip
 """Keys that stand beside `base_model`."""
 ADAPTER = lora.Names(
     rank="lora_r",
@@ -55,54 +49,42 @@ _RENAMED = {
 _ATTENTION = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
 _NOTHING = {
     "model_type", "tokenizer_type", "processor_type", "tokenizer_use_fast", "is_llama_derived_model",
-    "is_mistral_derived_model",
-    "is_falcon_derived_model", "is_qwen_derived_model", "strict", "dataset_prepared_path",
-    "dataset_processes", "dataset_keep_in_memory",
-    "shuffle_merged_datasets", "shuffle_before_merging_datasets", "eval_sample_packing", "eval_sequence_len",
-    "eval_batch_size",
+    "is_mistral_derived_model", "is_falcon_derived_model", "is_qwen_derived_model", "strict",
+    "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory", "shuffle_merged_datasets",
+    "shuffle_before_merging_datasets", "eval_sample_packing", "eval_sequence_len", "eval_batch_size",
     "pad_to_sequence_len", "sample_packing_group_size", "sample_packing_bin_size", "xformers_attention",
-    "flash_attn_cross_entropy",
-    "flash_attn_fuse_mlp", "save_first_step", "local_rank", "ddp", "gc_steps", "hf_use_auth_token",
-    "use_tensorboard", "mlflow_experiment_name", "mlflow_tracking_uri", "wandb_run_id",
-    "auto_resume_from_checkpoints", "debug",
-    "chunked_cross_entropy", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation",
-    "liger_layer_norm",
-    "liger_fused_linear_cross_entropy", "dataset_num_proc", "low_cpu_mem_usage",
+    "flash_attn_cross_entropy", "flash_attn_fuse_mlp", "save_first_step", "local_rank", "ddp", "gc_steps",
+    "hf_use_auth_token", "use_tensorboard", "mlflow_experiment_name", "mlflow_tracking_uri", "wandb_run_id",
+    "auto_resume_from_checkpoints", "debug", "chunked_cross_entropy", "cut_cross_entropy", "liger_rope",
+    "liger_rms_norm", "liger_glu_activation", "liger_layer_norm", "liger_fused_linear_cross_entropy",
+    "dataset_num_proc", "low_cpu_mem_usage",
 }  # fmt: skip
 """Keys that change nothing of what is computed: paths, processes, reports."""
-_CHANGES: dict[str, tuple[Any, str]] = {
-    "train_on_inputs": (
-        False,
-        "launcher learns completions, or what the assistant says; a column of whole texts is learned whole",
-    ),
-    "val_set_size": (0, HELD_OUT),
-    "early_stopping_patience": (None, "training.early_stopping.patience with data.evaluation"),
-    "unfrozen_parameters": (None, "launcher freezes by names: model.freeze"),
-    "special_tokens": (None, "launcher takes the tokenizer as it lies with the model; set them there"),
-    "tokens": (
-        None,
-        "launcher takes the tokenizer as it lies with the model; add them there, and write "
-        "model.resize_embeddings: true",
-    ),
-    "lora_model_dir": (
-        None,
-        "launcher goes on with an adapter by model.adapter.weights; name its directory there",
-    ),
-    "base_model_config": (None, "launcher takes the config that lies with the model"),
-    "tokenizer_config": (None, "launcher takes the tokenizer that lies with the model"),
-    "plugins": (None, "launcher loads no plugin"),
-    "curriculum_sampling": (None, "launcher shuffles by training.seed"),
-    "dataset_exact_deduplication": (None, "launcher learns rows as often as they stand there"),
-    "pretraining_dataset": (None, "launcher reads whole data sets: write it as data.train"),
-    "rope_scaling": (None, "launcher takes the model's config as it lies; set it there"),
-    "reward_model": (None, "launcher trains causal-lm and sequence-classification"),
-    "lr_groups": (None, "launcher has one learning rate"),
-    "embedding_lr": (None, "launcher has one learning rate"),
-    "cosine_constant_lr_ratio": (None, "launcher's cosine falls to the last step"),
-    "min_sample_len": (2, "launcher leaves no row out for being short"),
-    "batch_size": (None, "write gradient_accumulation_steps, or batch.global_batch_size"),
+_CHANGES: dict[str, str] = {
+    "train_on_inputs": "launcher learns completions, or what the assistant says; a column of whole texts is "
+    "learned whole",
+    "val_set_size": HELD_OUT,
+    "early_stopping_patience": "training.early_stopping.patience with data.evaluation",
+    "unfrozen_parameters": "launcher freezes by names: model.freeze",
+    "special_tokens": "launcher takes the tokenizer as it lies with the model; set them there",
+    "tokens": "launcher takes the tokenizer as it lies with the model; add them there, and write "
+    "model.resize_embeddings: true",
+    "lora_model_dir": "launcher goes on with an adapter by model.adapter.weights; name its directory there",
+    "base_model_config": "launcher takes the config that lies with the model",
+    "tokenizer_config": "launcher takes the tokenizer that lies with the model",
+    "plugins": "launcher loads no plugin",
+    "curriculum_sampling": "launcher shuffles by training.seed",
+    "dataset_exact_deduplication": "launcher learns rows as often as they stand there",
+    "pretraining_dataset": "launcher reads whole data sets: write it as data.train",
+    "rope_scaling": "launcher takes the model's config as it lies; set it there",
+    "reward_model": "launcher trains causal-lm and sequence-classification",
+    "lr_groups": "launcher has one learning rate",
+    "embedding_lr": "launcher has one learning rate",
+    "cosine_constant_lr_ratio": "launcher's cosine falls to the last step",
+    "min_sample_len": "launcher leaves no row out for being short",
+    "batch_size": "write gradient_accumulation_steps, or batch.global_batch_size",
 }
-"""Keys that change what is learned: the value at which they do nothing, and what is nearest."""
+"""Keys that change what is learned, and what is nearest."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
@@ -111,11 +93,8 @@ def read(content: dict[str, Any], reading: Reading) -> None:
         theirs: own for own, theirs in _RENAMED.items() if own in content or theirs not in content
     }
     if (kind := content.get("rl")) not in (None, False, ""):
-        reading.refuse(
-            "rl",
-            brief(kind),
-            "learns by another loss than cross entropy, which is all launcher has; leave it out for SFT",
-        )
+        reason = "learns by another loss than cross entropy, which is all launcher has; leave it out for SFT"
+        reading.refuse("rl", brief(kind), reason)
     _adapter(content, reading)
     _data(content, reading)
     _tokens(content, reading)
@@ -133,17 +112,15 @@ def read(content: dict[str, Any], reading: Reading) -> None:
             "recomputed from activations that are kept off the GPU; launcher recomputes from those on it: "
             "the same is learned"
         )
-        reading.remark("ignored", "gradient_checkpointing", content["gradient_checkpointing"], text)
+        reading.ignore("gradient_checkpointing", content["gradient_checkpointing"], text)
     if isinstance(config := content.get("fsdp_config"), dict):
         made["fsdp"] = content.get("fsdp") or True
         made["fsdp_config"] = {"fsdp_version": content.get("fsdp_version"), **config}
     own = {
         "datasets", "test_datasets", "chat_template", "chat_template_jinja", "rl", "sample_packing",
-        "excess_length_strategy", "adapter",
-        "fsdp_version", "bfloat16", "float32", "float16", "cosine_min_lr_ratio", "wandb_project", "use_wandb",
-        "use_mlflow", "tf32",
-        "saves_per_epoch", "evals_per_epoch",
-        *lora.QUANTISED, *ADAPTER.all(), *_ATTENTION, *_NOTHING, *_CHANGES,
+        "excess_length_strategy", "adapter", "fsdp_version", "bfloat16", "float32", "float16",
+        "cosine_min_lr_ratio", "wandb_project", "use_wandb", "use_mlflow", "tf32", "saves_per_epoch",
+        "evals_per_epoch", *lora.QUANTISED, *ADAPTER.all(), *_ATTENTION, *_NOTHING, *_CHANGES,
     }  # fmt: skip
     trainer.arguments(made, reading, defaults.AXOLOTL, own)
     fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
@@ -152,7 +129,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
             "left out, axolotl warms up over 3% of the steps, rounded down, and at most 100; here over 3%, "
             "rounded up"
         )
-        reading.remark("cannot be said", "warmup_ratio", fact.value, text)
+        reading.cannot_say("warmup_ratio", fact.value, text)
 
 
 def _schedule(content: dict[str, Any], made: dict[str, Any]) -> None:
@@ -172,9 +149,7 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
     else:
         lora.unused(content, ADAPTER, "without an adapter axolotl reads none of them", reading)
         if kind is not None:
-            reading.remark(
-                "cannot be said", "adapter", kind, "launcher has lora; taken: the whole model trains"
-            )
+            reading.cannot_say("adapter", kind, "launcher has lora; taken: the whole model trains")
     told = any(content.get(key) for key in lora.QUANTISED)
     lora.quantised(content, ("adapter",) if kind == "qlora" and not told else lora.QUANTISED, reading)
     if kind is None and content.get("bf16") in (True, "true", "full", "auto", None):
@@ -182,7 +157,7 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
             "the weights themselves are kept and updated in bf16 there; launcher keeps what trains in "
             "fp32, and computes in bf16"
         )
-        reading.remark("cannot be said", "bf16", brief(content.get("bf16", "auto")), text)
+        reading.cannot_say("bf16", brief(content.get("bf16", "auto")), text)
 
 
 def _data(content: dict[str, Any], reading: Reading) -> None:
@@ -190,17 +165,13 @@ def _data(content: dict[str, Any], reading: Reading) -> None:
         listed = content.get(said)
         entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         if listed and not entries:
-            reading.remark(
-                "cannot be said", said, brief(listed), f"cannot be read as data sets; write {key} yourself"
-            )
+            reading.cannot_say(said, brief(listed), f"cannot be read as data sets; write {key} yourself")
         if len(entries) > 1:
             text = (
                 f"launcher reads one data set; taken: {entries[0].get('path')}. Write the rows of all to "
                 "one file, and name that"
             )
-            reading.remark(
-                "cannot be said", said, ", ".join(str(entry.get("path")) for entry in entries)[:120], text
-            )
+            reading.cannot_say(said, ", ".join(str(entry.get("path")) for entry in entries)[:120], text)
         if entries:
             _data_set({str(name): value for name, value in entries[0].items()}, said, key, reading)
 
@@ -225,24 +196,16 @@ def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> N
             "axolotl's own way to write a row; launcher takes columns as they are, by data.text, "
             "data.prompt and completion, or messages"
         )
-        reading.remark("cannot be said", f"{said}.type", brief(way), text)
+        reading.cannot_say(f"{said}.type", brief(way), text)
     neutral = {
         "roles_to_train": (["assistant"], ["assistant", "gpt"], None),
         "train_on_eos": ("turn", None),
         "train_on_eot": ("turn", None),
     }
     known = {
-        "path",
-        "type",
-        "name",
-        "split",
-        "data_files",
-        "ds_type",
-        "field_messages",
-        "field",
-        "trust_remote_code",
-        *neutral,
-    }
+        "path", "type", "name", "split", "data_files", "ds_type", "field_messages", "field",
+        "trust_remote_code", *neutral,
+    }  # fmt: skip
     for name, value in entry.items():
         if (name not in known and value not in (None, "", [], {}, False)) or (
             name in neutral and value not in neutral[name]
@@ -251,13 +214,12 @@ def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> N
                 "launcher has no key for it; it learns what messages with role and content say, and the "
                 "assistant's turns of them"
             )
-            reading.remark("cannot be said", f"{said}.{name}", brief(value), text)
+            reading.cannot_say(f"{said}.{name}", brief(value), text)
 
 
 def _tokens(content: dict[str, Any], reading: Reading) -> None:
     """Length, packing and template."""
-    if (packs := reading.flag(content, "sample_packing")) is not None:
-        reading.say("data.packing", packs, "sample_packing")
+    reading.take(content, {"sample_packing": "data.packing"}, Reading.flag)
     strategy = reading.word(content, "excess_length_strategy")
     if strategy is not None:
         found = {"drop": "drop", "truncate": "cut", "raise": "refuse"}.get(strategy.lower())
@@ -271,11 +233,8 @@ def _tokens(content: dict[str, Any], reading: Reading) -> None:
             "launcher writes a chat by the tokenizer's own template; it is the same only where the model's "
             "own is this one. Put it into "
         )
-        reading.remark(
-            "cannot be said",
-            "chat_template",
-            brief(template or "jinja"),
-            text + "the model's tokenizer_config.json",
+        reading.cannot_say(
+            "chat_template", brief(template or "jinja"), text + "the model's tokenizer_config.json"
         )
 
 
@@ -290,24 +249,15 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
     }
     if found := [name for name, keys in trackers.items() if any(content.get(key) for key in keys)]:
         reading.say("trackers", found, "use_*")
-    for key, (neutral, text) in _CHANGES.items():
-        value = content.get(key, neutral)
-        if key == "special_tokens" and isinstance(value, dict) and set(value) <= {"pad_token"}:
-            continue
-        if value not in (neutral, None, False, "", [], {}):
-            reading.remark("cannot be said", key, brief(value), text)
+    tokens = content.get("special_tokens")
+    is_padding = isinstance(tokens, dict) and set(tokens) <= {"pad_token"}
+    trainer_keys.changes(content | ({"special_tokens": None} if is_padding else {}), _CHANGES, reading)
     for said, key in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluate_every")):
         if (times := reading.count(content, said, least=0)) == 1:
             reading.say(key, "epoch", said)
         elif times:
-            reading.remark(
-                "changes meaning", said, times, "launcher takes steps, a time or whole epochs; left out"
-            )
+            reading.change(said, times, "launcher takes steps, a time or whole epochs; left out")
     if content.get("tf32") in (True, "true"):
-        reading.remark(
-            "cannot be said", "tf32", True, "launcher leaves the products of fp32 as PyTorch has them"
-        )
+        reading.cannot_say("tf32", True, "launcher leaves the products of fp32 as PyTorch has them")
     if found := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):
-        reading.remark(
-            "ignored", ", ".join(found), None, "how it is computed, reported and saved; the same is learned"
-        )
+        reading.ignore(", ".join(found), None, "how it is computed, reported and saved; the same is learned")

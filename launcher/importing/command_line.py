@@ -14,21 +14,14 @@ from launcher.importing import axolotl, llama_factory, shell, slurm, starting, t
 from launcher.importing.reading import Reading, Remark
 
 STARTERS = (
-    "accelerate-launch",
-    "accelerate",
-    "torchrun",
-    "deepspeed",
-    "llamafactory-cli",
-    "axolotl",
-    "trl",
+    "accelerate-launch", "accelerate", "torchrun", "deepspeed", "llamafactory-cli", "axolotl", "trl",
     "python",
-)
+)  # fmt: skip
 _NO_WRAPPERS = {
     "echo", "printf", "which", "type", "module", "ml", "pip", "pip3", "source", ".", "cd", "ls", "git", "apt",
-    "apt-get", "grep", "kill",
-    "pkill", "killall", "rm", "mkdir", "cp", "mv", "ln", "find", "test", "[", "[[", "set", "alias", "trap",
-    "wait", "sleep", "cat", "tee",
-    "hash", "command", "unset", "scontrol", "curl", "wget", "sed", "awk", "chmod", "pyenv", "brew",
+    "apt-get", "grep", "kill", "pkill", "killall", "rm", "mkdir", "cp", "mv", "ln", "find", "test", "[", "[[",
+    "set", "alias", "trap", "wait", "sleep", "cat", "tee", "hash", "command", "unset", "scontrol", "curl",
+    "wget", "sed", "awk", "chmod", "pyenv", "brew",
 }  # fmt: skip
 """Programs that start no other, whatever words follow."""
 _WITH_RUN = ("conda", "mamba", "micromamba", "uv", "poetry", "pixi", "pdm", "hatch", "docker", "podman")
@@ -43,16 +36,8 @@ _STARTING_MODULES = {
     "llamafactory.cli": "llamafactory-cli",
 }
 _OTHER_MODULES = (
-    "pip",
-    "venv",
-    "ensurepip",
-    "http.server",
-    "json.tool",
-    "ipykernel",
-    "site",
-    "build",
-    "pytest",
-)
+    "pip", "venv", "ensurepip", "http.server", "json.tool", "ipykernel", "site", "build", "pytest",
+)  # fmt: skip
 _OTHER_LOSSES = re.compile(
     r"(?:^|_)(dpo|orpo|kto|ppo|grpo|rloo|reward|reward_modeling|rm|gkd|cpo|simpo|xpo)$", re.IGNORECASE
 )
@@ -81,9 +66,7 @@ def read_script(text: str, reading: Reading) -> None:
     except ValueError as error:
         return reading.refuse("command line", None, f"cannot be split into words: {error}")
     for name, default in script.variables.chosen.items():
-        reading.remark(
-            "chosen", name, default[:40], "the script's own default, which its environment may change"
-        )
+        reading.choose(name, default[:40], "the script's own default, which its environment may change")
     _read_commands(script, reading)
     if directives := {
         key: value for words in script.directives for key, value in slurm.options(words)[0].items()
@@ -120,7 +103,7 @@ def _read_commands(script: shell.Script, reading: Reading) -> None:
         return reading.refuse("command line", None, _nothing(script))
     for other in found[1:]:
         text = f"starts a training too, and one job is one training; taken: {found[0]}"
-        reading.remark("cannot be said", "command", str(other), text)
+        reading.cannot_say("command", str(other), text)
     _read(found[0], reading)
     for index, word in enumerate(found[0].before):
         if PurePath(word).name == "srun":
@@ -223,12 +206,8 @@ def _read(training: Training, reading: Reading) -> None:
         )
         return reading.refuse("script", script, text)
     if script and not is_sft:
-        reading.remark(
-            "ignored",
-            "script",
-            script,
-            "launcher brings its own loop; `launcher run --script` would start yours",
-        )
+        text = "launcher brings its own loop; `launcher run --script` would start yours"
+        reading.ignore("script", script, text)
     _arguments(words, is_sft or re.search(r"(?:^|_)sft$", stem) is not None, starter, script, reading)
     return None
 
@@ -249,14 +228,12 @@ def _arguments(words: list[str], is_sft: bool, starter: str, script: str, readin
                 "the shell fills this in; nothing is executed here, so what stands in it is not read: "
                 "import the file that it names too"
             )
-            reading.remark("fill in", "(an argument)", word[:60], text)
+            reading.fill_in("(an argument)", word[:60], text)
             reading.is_partial = True
         elif _is_file(word) and not file:
             file = word
         else:
-            reading.remark(
-                "cannot be said", "(an argument)", word[:60], "launcher knows no argument without a name"
-            )
+            reading.cannot_say("(an argument)", word[:60], "launcher knows no argument without a name")
     content = starting.without_variables(named, reading)
     reading.is_partial |= not {"config", "config_yaml"}.isdisjoint(reading.unknown)
     if file:
@@ -269,7 +246,7 @@ def _arguments(words: list[str], is_sft: bool, starter: str, script: str, readin
                 "its own defaults are not known here: where no argument says them, launcher's stand "
                 "(launcher validate shows the job)"
             )
-            reading.remark("fill in", "script", script, text)
+            reading.fill_in("script", script, text)
 
 
 def read_arguments(content: dict[str, Any], is_sft: bool, starter: str, reading: Reading) -> None:

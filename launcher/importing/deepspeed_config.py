@@ -17,75 +17,41 @@ _SIZES = {
     "stage3_max_live_parameters": "zero.max_live_parameters",
     "sub_group_size": "zero.sub_group_size",
 }
+_BATCH = {
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.accumulation_steps",
+}
+_QUANTISED = {
+    "zero_quantized_weights": "zero.quantized_weights",
+    "zero_quantized_gradients": "zero.quantized_gradients",
+}
 _REPORTS = (
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "dump_state",
-    "memory_breakdown",
-    "flops_profiler",
-    "tensorboard",
-    "wandb",
-    "csv_monitor",
-    "comms_logger",
-    "comet",
-    "log_level",
-    "monitor_config",
-)
+    "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "flops_profiler",
+    "tensorboard", "wandb", "csv_monitor", "comms_logger", "comet", "log_level", "monitor_config",
+)  # fmt: skip
 _ALWAYS = (
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "aio",
-    "allgather_partitions",
-    "reduce_scatter",
-    "overlap_comm",
-    "contiguous_gradients",
-    "round_robin_gradients",
-    "stage3_max_reuse_distance",
-    "stage3_gather_16bit_weights_on_model_save",
-    "stage3_gather_fp16_weights_on_model_save",
-    "memory_efficient_linear",
-    "load_from_fp32_weights",
-    "elastic_checkpoint",
-    "ignore_unused_parameters",
-)
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "allgather_partitions",
+    "reduce_scatter", "overlap_comm", "contiguous_gradients", "round_robin_gradients",
+    "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save", "memory_efficient_linear", "load_from_fp32_weights",
+    "elastic_checkpoint", "ignore_unused_parameters",
+)  # fmt: skip
 _KNOWN = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "bfloat16",
-    "fp16",
-    "data_types",
-    "communication_data_type",
-    "seq_parallel_communication_data_type",
-    "zero_optimization",
-    "optimizer",
-    "scheduler",
-}
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "bf16", "bfloat16", "fp16", "data_types", "communication_data_type",
+    "seq_parallel_communication_data_type", "zero_optimization", "optimizer", "scheduler",
+}  # fmt: skip
 _ZERO_KNOWN = {
-    "stage",
-    "offload_optimizer",
-    "offload_param",
-    "cpu_offload",
-    "cpu_offload_params",
-    "cpu_offload_param",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_gradients",
-}
+    "stage", "offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params", "cpu_offload_param",
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
+}  # fmt: skip
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
     """Say what a DeepSpeed JSON says."""
     reading.say("engine", "deepspeed", "(a DeepSpeed file)")
-    for said, key in (
-        ("train_batch_size", "batch.global_batch_size"),
-        ("train_micro_batch_size_per_gpu", "batch.micro_batch_size"),
-        ("gradient_accumulation_steps", "batch.accumulation_steps"),
-    ):
-        if (count := reading.count(content, said)) is not None:
-            reading.say(key, count, said)
+    reading.take(content, _BATCH, Reading.count)
     if (clip := reading.number(content, "gradient_clipping")) is not None:
         reading.say("training.clip_norm", clip, "gradient_clipping")
     elif "gradient_clipping" not in content:
@@ -109,11 +75,8 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
     fp16 = reading.section(content, "fp16")
     is_bf16, is_fp16 = reading.flag(bf16, "enabled", f"{bf16_key}."), reading.flag(fp16, "enabled", "fp16.")
     if is_bf16 and is_fp16:
-        reading.refuse(
-            "fp16.enabled",
-            True,
-            f"{bf16_key}.enabled is true too, and a model computes in one; DeepSpeed refuses it as well",
-        )
+        reason = f"{bf16_key}.enabled is true too, and a model computes in one; DeepSpeed refuses it as well"
+        reading.refuse("fp16.enabled", True, reason)
     elif is_bf16 or is_fp16:
         reading.say(
             "precision", "bf16" if is_bf16 else "fp16", f"{bf16_key}.enabled" if is_bf16 else "fp16.enabled"
@@ -125,12 +88,8 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
     for prefix, section in (("", content), ("data_types.", reading.section(content, "data_types"))):
         for key in ("communication_data_type", "seq_parallel_communication_data_type", "grad_accum_dtype"):
             if section.get(key) not in (None, "fp32"):
-                reading.remark(
-                    "changes meaning",
-                    f"{prefix}{key}",
-                    brief(section[key]),
-                    "gradients are reduced and added up in fp32 in any case",
-                )
+                text = "gradients are reduced and added up in fp32 in any case"
+                reading.change(f"{prefix}{key}", brief(section[key]), text)
 
 
 def _loss_scale(fp16: dict[str, Any], reading: Reading) -> None:
@@ -148,7 +107,7 @@ def _loss_scale(fp16: dict[str, Any], reading: Reading) -> None:
             "the loss scale begins at 2^16, is halved at once after an overflow and doubled after 2,000 "
             "good steps"
         )
-        reading.remark("changes meaning", ", ".join(f"fp16.{key}" for key in other), values, text)
+        reading.change(", ".join(f"fp16.{key}" for key in other), values, text)
 
 
 def _zero(zero: dict[str, Any], there: bool, reading: Reading) -> None:
@@ -157,9 +116,8 @@ def _zero(zero: dict[str, Any], there: bool, reading: Reading) -> None:
     if stage is None:
         return
     if stage not in _STAGES:
-        reading.refuse(
-            "zero_optimization.stage", stage, "ZeRO has the stages 0, 1, 2 and 3; the nearest is 3"
-        )
+        reason = "ZeRO has the stages 0, 1, 2 and 3; the nearest is 3"
+        reading.refuse("zero_optimization.stage", stage, reason)
         return
     said = "zero_optimization.stage" if there else "(no zero_optimization)"
     reading.say("sharding", _STAGES[stage], said)
@@ -168,31 +126,15 @@ def _zero(zero: dict[str, Any], there: bool, reading: Reading) -> None:
             "stage 0 takes a wrong first step in half precision; ZeRO-1 runs instead, which computes the "
             "same in less memory"
         )
-        reading.remark("changes meaning", said, 0, text)
+        reading.change(said, 0, text)
     _offload(zero, stage, reading)
-    for key, name in (
-        ("zero_hpz_partition_size", "zero.secondary_shard"),
-        ("zero_quantized_weights", "zero.quantized_weights"),
-        ("zero_quantized_gradients", "zero.quantized_gradients"),
-    ):
-        value = (
-            reading.count(zero, key, prefix)
-            if name == "zero.secondary_shard"
-            else reading.flag(zero, key, prefix)
-        )
-        if value is not None:
-            reading.say(name, value, prefix + key)
-    for key, name in _SIZES.items():
-        if key in zero and (size := reading.count(zero, key, prefix, 0)) is not None:
-            reading.say(name, size, prefix + key)
+    reading.take(zero, {"zero_hpz_partition_size": "zero.secondary_shard"}, Reading.count, prefix)
+    reading.take(zero, _QUANTISED, Reading.flag, prefix)
+    reading.take(zero, _SIZES, Reading.size, prefix)
     if given := [key for key in _SIZES if key in zero]:
         text = "no key of the job file: `launcher plan` chooses these sizes from the model, and says why"
-        reading.remark(
-            "chosen",
-            ", ".join(prefix + key for key in given),
-            ", ".join(brief(zero[key]) for key in given),
-            text,
-        )
+        values = ", ".join(brief(zero[key]) for key in given)
+        reading.choose(", ".join(prefix + key for key in given), values, text)
     _rest(zero, prefix, _ZERO_KNOWN | _SIZES.keys(), reading)
 
 
@@ -206,9 +148,7 @@ def _offload(zero: dict[str, Any], stage: int, reading: Reading) -> None:
         device = reading.word(section, "device", prefix) or "none"
         if reading.flag(zero, old, "zero_optimization."):
             device = "cpu"
-            reading.remark(
-                "changes meaning", f"zero_optimization.{old}", True, f"an old name of {key}.device: cpu"
-            )
+            reading.change(f"zero_optimization.{old}", True, f"an old name of {key}.device: cpu")
         if device not in ("none", "cpu", "nvme"):
             reading.refuse(prefix + "device", device, "write none, cpu or nvme")
             continue
@@ -217,15 +157,10 @@ def _offload(zero: dict[str, Any], stage: int, reading: Reading) -> None:
             reading.refuse(prefix + "nvme_path", None, "is missing, and the device is nvme: name a directory")
             continue
         devices[key], paths[key] = device, (path or "") if device == "nvme" else device
-        rest = {name: value for name, value in section.items() if name not in ("device", "nvme_path")}
-        if rest:
-            text = "chosen by the renderer: pinned memory where there are GPUs, buffers from the model"
-            reading.remark(
-                "ignored",
-                ", ".join(prefix + name for name in rest),
-                ", ".join(map(brief, rest.values())),
-                text,
-            )
+        text = "chosen by the renderer: pinned memory where there are GPUs, buffers from the model"
+        reading.ignore_all(
+            section, (name for name in section if name not in ("device", "nvme_path")), text, prefix
+        )
     _place(devices, paths, stage, reading)
 
 
@@ -233,26 +168,18 @@ def _place(devices: dict[str, str], paths: dict[str, str], stage: int, reading: 
     optimizer, parameters = devices.get("offload_optimizer", "none"), devices.get("offload_param", "none")
     said = "zero_optimization.offload_param"
     if parameters != "none" and stage < 3:
-        reading.remark(
-            "ignored",
-            f"{said}.device",
-            parameters,
-            f"only stage 3 offloads parameters, and this is stage {stage}",
-        )
+        text = f"only stage 3 offloads parameters, and this is stage {stage}"
+        reading.ignore(f"{said}.device", parameters, text)
         parameters = "none"
     if parameters != "none" and optimizer == "none":
-        reading.remark(
-            "changes meaning",
-            f"{said}.device",
-            parameters,
-            "offloading parameters, launcher offloads the optimizer state too",
-        )
+        text = "offloading parameters, launcher offloads the optimizer state too"
+        reading.change(f"{said}.device", parameters, text)
     if "none" not in (parameters, optimizer) and paths["offload_optimizer"] != paths["offload_param"]:
         text = (
             f"the optimizer state goes to {paths['offload_optimizer']}; launcher has one place for both, "
             "and takes this one"
         )
-        reading.remark("cannot be said", said, paths["offload_param"], text)
+        reading.cannot_say(said, paths["offload_param"], text)
     offload = "parameters" if parameters != "none" else "optimizer" if optimizer != "none" else "none"
     reading.say("offload", offload, "zero_optimization.offload_*")
     if offload != "none":
@@ -267,20 +194,9 @@ def _rest(content: dict[str, Any], prefix: str, known: set[str], reading: Readin
     """The keys that say nothing of the plan: reports, what is so in any case, and what launcher has no word
     for."""
     rest = [key for key in content if key not in known]
-    reports, always = [key for key in rest if key in _REPORTS], [key for key in rest if key in _ALWAYS]
-    for keys, text in (
-        (reports, "a report, which changes nothing of what is computed"),
-        (always, "chosen by the renderer"),
-    ):
-        if keys:
-            reading.remark(
-                "ignored",
-                ", ".join(prefix + key for key in keys),
-                ", ".join(brief(content[key]) for key in keys),
-                text,
-            )
+    text = "a report, which changes nothing of what is computed"
+    reading.ignore_all(content, (key for key in rest if key in _REPORTS), text, prefix)
+    reading.ignore_all(content, (key for key in rest if key in _ALWAYS), "chosen by the renderer", prefix)
     for key in rest:
         if key not in _REPORTS and key not in _ALWAYS:
-            reading.remark(
-                "cannot be said", prefix + key, brief(content[key]), "launcher has no key for it; left out"
-            )
+            reading.cannot_say(prefix + key, brief(content[key]), "launcher has no key for it; left out")

@@ -188,9 +188,8 @@ def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
             overrides, is_sft = reading.overrides.get(name, ({}, False))
             found = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
             if found is None:
-                reading.remark(
-                    "fill in", "(a file that it names)", name, "is not here; import it together with this one"
-                )
+                text = "is not here; import it together with this one"
+                reading.fill_in("(a file that it names)", name, text)
                 if name in reading.overrides:
                     reading.is_partial = True
                     command_line.read_arguments(overrides, is_sft, "", reading)

@@ -54,14 +54,14 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
             f"what is added counts alpha / sqrt(rank) times there; alpha = {made:g} x sqrt({rank}) is the "
             "same here"
         )
-        reading.remark("changes meaning", names.stabilised, True, text)
+        reading.change(names.stabilised, True, text)
         made *= math.sqrt(rank)
     if made is not None:
         (reading.default if alpha is None else reading.say)("model.adapter.alpha", made, names.alpha)
     for said, value in ((names.rank, rank), (names.alpha, made)):
         if value is None:
             text = "is missing; launcher's own stands under model.adapter"
-            reading.remark("fill in", said, "(nothing)", text)
+            reading.fill_in(said, "(nothing)", text)
     dropout = reading.number(content, names.dropout)
     (reading.default if dropout is None else reading.say)(
         "model.adapter.dropout", defaults.dropout if dropout is None else dropout, names.dropout
@@ -73,7 +73,7 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
         value = content.get(key)
         if value not in (None, False, "", [], {}, "false", "False", 0):
             text = "another kind of adapter than LoRA's B A x alpha / rank; taken: LoRA without it"
-            reading.remark("cannot be said", key, brief(value), text)
+            reading.cannot_say(key, brief(value), text)
 
 
 def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Reading) -> None:
@@ -93,7 +93,7 @@ def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Readi
         text = (
             "a regular expression; launcher has patterns of names, as q_proj or layers.3.*: taken: all-linear"
         )
-        reading.remark("cannot be said", names.targets, value, text)
+        reading.cannot_say(names.targets, value, text)
         return reading.say("model.adapter.targets", "all-linear", names.targets)
     return reading.say("model.adapter.targets", said, names.targets)
 
@@ -101,7 +101,7 @@ def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Readi
 def unused(content: dict[str, Any], names: Names, why: str, reading: Reading) -> None:
     """Say of an adapter's keys that the tool reads none of them."""
     if found := sorted(key for key in names.all() if content.get(key) not in (None, False, "", [], {})):
-        reading.remark("ignored", ", ".join(found), None, why)
+        reading.ignore(", ".join(found), None, why)
 
 
 def quantised(content: dict[str, Any], keys: tuple[str, ...], reading: Reading) -> None:
@@ -111,7 +111,7 @@ def quantised(content: dict[str, Any], keys: tuple[str, ...], reading: Reading) 
             text = (
                 "launcher quantises no model; taken: the same training over the model in the plan's precision"
             )
-            reading.remark("cannot be said", key, brief(content[key]), text)
+            reading.cannot_say(key, brief(content[key]), text)
 
 
 def words_of(value: Any) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from launcher.errors import Problem
 from launcher.importing.defaults import differs
 from launcher.importing.foreign_files import WINNERS
-from launcher.importing.reading import Fact, Reading, Remark
+from launcher.importing.reading import Fact, Kind, Reading, Remark
 
 JOB_KEYS = {
     "engine": "parallel.engine",
@@ -27,18 +27,9 @@ JOB_KEYS = {
 """Keys of the plan that stand elsewhere in a job; the others stand where they are, or nowhere (`zero.`,
 `mesh.`)."""
 _PARTS = (
-    "name",
-    "model",
-    "data",
-    "batch",
-    "training",
-    "precision",
-    "memory",
-    "parallel",
-    "checkpoint",
-    "cluster",
+    "name", "model", "data", "batch", "training", "precision", "memory", "parallel", "checkpoint", "cluster",
     "trackers",
-)
+)  # fmt: skip
 MODEL, TRAIN = "./FILL-IN-model", "FILL-IN.jsonl"
 _BATCH = ("batch.global_batch_size", "batch.micro_batch_size", "batch.accumulation_steps", "mesh.world_size")
 
@@ -50,6 +41,12 @@ class Merged:
     facts: dict[str, Fact] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    def remark(self, kind: Kind, fact: Fact, text: str) -> None:
+        self.remarks.append(Remark(kind, fact.source, fact.said, fact.value, text))
+
+    def refuse(self, fact: Fact, reason: str) -> None:
+        self.problems.append(Problem(f"{fact.source}: {fact.said}", fact.value, reason))
 
     def value(self, key: str) -> Any:
         return self.facts[key].value if key in self.facts else None
@@ -78,7 +75,7 @@ def merge(readings: list[Reading]) -> Merged:
                 winner = ranks[first.source]
                 reason = by_rank[winner] if winner != reading.rank else "it comes first"
                 text = f"{first.said} in {first.source} says {first.value}, which won: {reason}"
-                merged.remarks.append(Remark("conflict", fact.source, fact.said, fact.value, text))
+                merged.remark("conflict", fact, text)
     _end_once(merged)
     is_open = any(reading.lacks_engine for reading in readings)
     _take_defaults(
@@ -96,7 +93,7 @@ def _end_once(merged: Merged) -> None:
     if fact is not None and fact.said.startswith("scheduler.") and "training.epochs" in merged.facts:
         del merged.facts["training.max_steps"]
         text = "launcher's schedule ends with the run, whose epochs are said; taken: the epochs"
-        merged.remarks.append(Remark("cannot be said", fact.source, fact.said, fact.value, text))
+        merged.remark("cannot be said", fact, text)
 
 
 def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None:
@@ -114,7 +111,7 @@ def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None
                     f"{fact.source} leaves gradient_clipping out: DeepSpeed then clips at {fact.value}, "
                     "whatever is said here"
                 )
-                merged.remarks.append(Remark("conflict", first.source, first.said, first.value, text))
+                merged.remark("conflict", first, text)
             merged.facts[fact.key] = fact
         elif _OTHERWISE.get(fact.key) not in said:
             merged.facts.setdefault(fact.key, fact)
@@ -182,7 +179,7 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
                 f"is no multiple of micro-batch x accumulation = {micro} x {steps or 1}; the nearest that "
                 f"is: {_near(total, passes)}"
             )
-            merged.problems.append(Problem(f"{fact.source}: {fact.said}", total, reason))
+            merged.refuse(fact, reason)
         elif steps:
             _fill(merged, "mesh.world_size", total // passes, f"{total} / ({micro} x {steps})")
     elif micro and not total and (of_shell := _shells_numbers(merged, unknown)):
@@ -210,7 +207,7 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
         fact = merged.facts[_BATCH[0]]
         product = f"{micro} x {steps} x {ranks} = {micro * steps * ranks}"
         text = f"micro-batch x accumulation x ranks = {product}; {total} won: it decides what is learned"
-        merged.remarks.append(Remark("conflict", fact.source, fact.said, total, text))
+        merged.remark("conflict", fact, text)
         if total % (micro * ranks):
             merged.facts.pop("batch.micro_batch_size")
             merged.facts.pop("batch.accumulation_steps")
@@ -231,7 +228,7 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
     if ranks and ranks % nodes:
         fact = merged.facts["mesh.world_size"]
         reason = f"does not divide over {nodes} nodes; the nearest that does: {_near(ranks, nodes)}"
-        merged.problems.append(Problem(f"{fact.source}: {fact.said}", ranks, reason))
+        merged.refuse(fact, reason)
 
 
 def _shells_numbers(merged: Merged, unknown: set[str]) -> list[str]:
@@ -255,7 +252,7 @@ def _count_ranks(merged: Merged) -> None:
             f"{total.said} in {total.source} says {total.value} ranks, which won; {each.value} on each of "
             f"{nodes} nodes would be others"
         )
-        merged.remarks.append(Remark("conflict", each.source, each.said, each.value, text))
+        merged.remark("conflict", each, text)
 
 
 def _near(value: int, unit: int) -> int:
@@ -326,18 +323,14 @@ def _cluster(merged: Merged) -> dict[str, Any]:
     if device == "cuda" and not ranks:
         fact = merged.facts["mesh.device"]
         text = "no file says how many GPUs; write cluster.gpus_per_node, or it is what this machine has"
-        merged.remarks.append(Remark("fill in", fact.source, fact.said, fact.value, text))
+        merged.remark("fill in", fact, text)
     if ranks:
         made["ranks_per_node" if device == "cpu" else "gpus_per_node"] = max(1, ranks // nodes)
         if device is None and nodes == 1:
             fact = merged.facts["mesh.world_size"]
-            merged.remarks.append(
-                Remark(
-                    "chosen",
-                    fact.source,
-                    fact.said,
-                    ranks,
-                    "taken as GPUs of one node; write cluster.nodes for more, and gpus_per_node: 0 for CPUs",
-                )
+            merged.remark(
+                "chosen",
+                fact,
+                "taken as GPUs of one node; write cluster.nodes for more, and gpus_per_node: 0 for CPUs",
             )
     return made

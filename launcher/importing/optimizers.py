@@ -38,8 +38,7 @@ _DEEPSPEED_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "Warm
 _NEAREST_DEEPSPEED_SCHEDULE = {"OneCycle": "cosine", "LRRangeTest": "linear"}
 _ADAMW = (
     "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_torch_npu_fused",
-    "adamw_apex_fused", "adamw",
-    "paged_adamw_32bit", "paged_adamw",
+    "adamw_apex_fused", "adamw", "paged_adamw_32bit", "paged_adamw",
 )  # fmt: skip
 """AdamW with fp32 states, wherever they are computed or kept."""
 
@@ -49,12 +48,8 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
     found = _SCHEDULES.get(name)
     if found is None:
         found = _NEAREST_SCHEDULE.get(name, "linear")
-        reading.remark(
-            "cannot be said",
-            said,
-            name,
-            f"launcher has linear, cosine, constant and inverse-sqrt; taken: {found}",
-        )
+        text = f"launcher has linear, cosine, constant and inverse-sqrt; taken: {found}"
+        reading.cannot_say(said, name, text)
     options = dict(options)
     rate = reading.said_value("training.learning_rate")
     least, share = as_number(options.pop("min_lr", None)), as_number(options.pop("min_lr_rate", None))
@@ -67,28 +62,22 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
             "training.minimum_learning_rate", least, "lr_scheduler_kwargs" if name != "polynomial" else said
         )
     elif share is not None:
-        reading.remark(
-            "fill in",
-            "lr_scheduler_kwargs",
-            share,
-            "a share of the learning rate: write training.minimum_learning_rate",
-        )
+        text = "a share of the learning rate: write training.minimum_learning_rate"
+        reading.fill_in("lr_scheduler_kwargs", share, text)
     for key, value in options.items():
         if as_number(value) != _NEUTRAL.get(name, {}).get(key):
             text = f"launcher's {found} has no such key; left out"
-            reading.remark("cannot be said", f"lr_scheduler_kwargs.{key}", brief(value), text)
+            reading.cannot_say(f"lr_scheduler_kwargs.{key}", brief(value), text)
     if name == "constant" and reading.said_value("training.warmup"):
         reading.facts = [fact for fact in reading.facts if fact.key != "training.warmup"]
-        reading.remark(
-            "ignored", "warmup_steps, warmup_ratio", None, "the Trainer's `constant` does not warm up"
-        )
+        reading.ignore("warmup_steps, warmup_ratio", None, "the Trainer's `constant` does not warm up")
         reading.say("training.warmup", 0.0, said)
     if name == "inverse_sqrt" and not reading.said_value("training.warmup"):
         text = (
             "without a warm-up transformers falls as if 10,000 steps had gone, which is hardly at all; "
             "taken: constant"
         )
-        reading.remark("cannot be said", said, name, text)
+        reading.cannot_say(said, name, text)
         found = "constant"
     reading.say("training.schedule", found, said)
 
@@ -101,7 +90,7 @@ def warmup(reading: Reading) -> None:
             "of W steps of warm-up step k (from 0) has k/W of the learning rate there and (k + 1)/W here; "
             "every later step has the same"
         )
-        reading.remark("cannot be said", fact.said, fact.value, text)
+        reading.cannot_say(fact.said, fact.value, text)
 
 
 def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
@@ -111,9 +100,7 @@ def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
         reading.say("training.momentum", 0.0, said)
         return
     if name not in _ADAMW:
-        reading.remark(
-            "cannot be said", said, name, "launcher has adamw, adam and sgd with fp32 states; taken: adamw"
-        )
+        reading.cannot_say(said, name, "launcher has adamw, adam and sgd with fp32 states; taken: adamw")
     reading.say("training.optimizer", "adamw", said)
 
 
@@ -135,7 +122,7 @@ def deepspeed(content: dict[str, Any], reading: Reading) -> None:
         names = ", ".join(
             name for name, there in (("optimizer", optimizer), ("scheduler", scheduler)) if there
         )
-        reading.remark("changes meaning", names, "{...}", text)
+        reading.change(names, "{...}", text)
 
 
 def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], reading: Reading) -> None:
@@ -146,18 +133,12 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
         if name in ("adam", "adamw"):
             found = "adamw" if name == "adamw" or decoupled else "adam"
             if name == "adam" and decoupled:
-                reading.remark(
-                    "changes meaning",
-                    "optimizer.type",
-                    kind,
-                    "DeepSpeed's Adam decays as AdamW unless adam_w_mode is false",
-                )
+                text = "DeepSpeed's Adam decays as AdamW unless adam_w_mode is false"
+                reading.change("optimizer.type", kind, text)
         else:
             found = "sgd" if name == "sgd" else "adamw"
             if name != "sgd":
-                reading.remark(
-                    "cannot be said", "optimizer.type", kind, "launcher has adamw, adam and sgd; taken: adamw"
-                )
+                reading.cannot_say("optimizer.type", kind, "launcher has adamw, adam and sgd; taken: adamw")
         reading.say("training.optimizer", found, "optimizer.type")
     for said, key in (
         ("lr", "training.learning_rate"),
@@ -173,28 +154,16 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
         reading.default("training.momentum", 0.0, prefix + "momentum")  # torch.optim.SGD
     if reading.said_value("training.weight_decay"):
         text = "DeepSpeed's own optimizer decays biases and norms too; launcher decays matrices alone"
-        reading.remark(
-            "cannot be said", prefix + "weight_decay", reading.said_value("training.weight_decay"), text
-        )
+        reading.cannot_say(prefix + "weight_decay", reading.said_value("training.weight_decay"), text)
     betas(params.get("betas"), "optimizer.params.betas", reading)
     known = {
-        "lr",
-        "weight_decay",
-        "eps",
-        "momentum",
-        "betas",
-        "adam_w_mode",
-        "torch_adam",
-        "bias_correction",
-        "nesterov",
-        "dampening",
-    }
+        "lr", "weight_decay", "eps", "momentum", "betas", "adam_w_mode", "torch_adam", "bias_correction",
+        "nesterov", "dampening",
+    }  # fmt: skip
     neutral = {"bias_correction": True, "nesterov": False, "dampening": 0}
     for key, value in params.items():
         if key not in known or (key in neutral and value not in (neutral[key], "auto")):
-            reading.remark(
-                "cannot be said", prefix + key, brief(value), "launcher has no key for it; left out"
-            )
+            reading.cannot_say(prefix + key, brief(value), "launcher has no key for it; left out")
 
 
 def betas(value: Any, said: str, reading: Reading) -> None:
@@ -222,21 +191,15 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
     if kind is not None:
         found = _DEEPSPEED_SCHEDULES.get(kind) or _NEAREST_DEEPSPEED_SCHEDULE.get(kind, "linear")
         if kind not in _DEEPSPEED_SCHEDULES:
-            reading.remark(
-                "cannot be said",
-                "scheduler.type",
-                kind,
-                f"launcher has linear, cosine and constant; taken: {found}",
-            )
+            text = f"launcher has linear, cosine and constant; taken: {found}"
+            reading.cannot_say("scheduler.type", kind, text)
         reading.say("training.schedule", found, "scheduler.type")
     if kind not in _DEEPSPEED_SCHEDULES:
         return
-    if (steps := reading.count(params, "warmup_num_steps", prefix, 0)) is not None:
-        reading.say("training.warmup", steps, prefix + "warmup_num_steps")
-    elif "warmup_num_steps" not in params:
+    reading.take(params, {"warmup_num_steps": "training.warmup"}, Reading.size, prefix)
+    if "warmup_num_steps" not in params:
         reading.default("training.warmup", 1000.0, prefix + "warmup_num_steps")
-    if (total := reading.count(params, "total_num_steps", prefix)) is not None:
-        reading.say("training.max_steps", total, prefix + "total_num_steps")
+    reading.take(params, {"total_num_steps": "training.max_steps"}, Reading.count, prefix)
     if rate := reading.number(params, "warmup_max_lr", prefix):
         reading.say("training.learning_rate", rate, prefix + "warmup_max_lr")
     elif kind == "WarmupDecayLR" and "warmup_max_lr" not in params:
@@ -250,10 +213,10 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
         )
     for key in ("warmup_min_lr", "warmup_min_ratio"):
         if least := reading.number(params, key, prefix):
-            reading.remark("cannot be said", prefix + key, least, "launcher warms up from 0")
+            reading.cannot_say(prefix + key, least, "launcher warms up from 0")
     shape = "linear" if params.get("warmup_type", "log") == "linear" else "logarithmic"
     text = (
         f"DeepSpeed's warm-up is {shape}, and its first two steps have the least rate; launcher's is "
         "linear, and two steps ahead"
     )
-    reading.remark("cannot be said", prefix + "warmup_type", params.get("warmup_type", "log"), text)
+    reading.cannot_say(prefix + "warmup_type", params.get("warmup_type", "log"), text)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from launcher.errors import Problem
 from launcher.redaction import redact, redact_all
 
+Read = Callable[["Reading", dict[str, Any], str, str], Any]
 Kind = Literal["conflict", "changes meaning", "cannot be said", "default", "ignored", "chosen", "fill in"]
 _SECRET = re.compile(
     r"(?<!eos_)(?<!pad_)(?<!bos_)(?<!unk_)token(?!i[sz]|s\b|s_)|secret|passw|credential|api_?key|access_?key",
@@ -79,6 +81,12 @@ class Reading:
         if not self.says(key) and key not in self.left_open and self.unknown.isdisjoint(said.split(", ")):
             self.facts.append(Fact(key, value, self.source, self._spelled(said), is_default=True))
 
+    def take(self, content: dict[str, Any], keys: dict[str, str], read: Read, prefix: str = "") -> None:
+        """Say what stands at each of the file's keys as the job's key, as `read`, one of ours, reads it."""
+        for said, key in keys.items():
+            if (value := read(self, content, said, prefix)) is not None:
+                self.say(key, value, prefix + said)
+
     def say_once(self, key: str, value: Any, said: str) -> None:
         """Say a value, unless another key of the file has said one before."""
         if not self.says(key):
@@ -101,6 +109,33 @@ class Reading:
         said = self._spelled(said)
         shown = "(not shown)" if _SECRET.search(said) and value is not None else redact_all(value)
         self.remarks.append(Remark(kind, self.source, said, shown, redact(text)))
+
+    def cannot_say(self, said: str, value: Any, text: str) -> None:
+        """Remark what a job has no word for."""
+        self.remark("cannot be said", said, value, text)
+
+    def change(self, said: str, value: Any, text: str) -> None:
+        """Remark what means something else in a job."""
+        self.remark("changes meaning", said, value, text)
+
+    def ignore(self, said: str, value: Any, text: str) -> None:
+        """Remark what a job does not need."""
+        self.remark("ignored", said, value, text)
+
+    def ignore_all(self, content: dict[str, Any], keys: Iterable[str], text: str, prefix: str = "") -> None:
+        """Remark in one line what a job needs none of; nothing where there are none."""
+        if keys := [*keys]:
+            self.ignore(
+                ", ".join(prefix + key for key in keys), ", ".join(brief(content[key]) for key in keys), text
+            )
+
+    def choose(self, said: str, value: Any, text: str) -> None:
+        """Remark what launcher chooses."""
+        self.remark("chosen", said, value, text)
+
+    def fill_in(self, said: str, value: Any, text: str) -> None:
+        """Remark what people have to write themselves."""
+        self.remark("fill in", said, value, text)
 
     def refuse(self, said: str, value: Any, reason: str) -> None:
         said = self._spelled(said)
@@ -128,9 +163,8 @@ class Reading:
             return None
         number = as_number(value)
         if number is None or not math.isfinite(number) or abs(number) > _LARGEST or number < least:
-            self.refuse(
-                f"{prefix}{key}", value, f"write a number of at least {least:g}, and at most {_LARGEST:g}"
-            )
+            reason = f"write a number of at least {least:g}, and at most {_LARGEST:g}"
+            self.refuse(f"{prefix}{key}", value, reason)
             return None
         return number
 
@@ -141,6 +175,10 @@ class Reading:
             self.refuse(f"{prefix}{key}", content[key], "write a whole number")
             return None
         return None if number is None else int(number)
+
+    def size(self, content: dict[str, Any], key: str, prefix: str = "") -> int | None:
+        """A whole number that may be 0; None as for `number`."""
+        return self.count(content, key, prefix, 0)
 
     def flag(self, content: dict[str, Any], key: str, prefix: str = "") -> bool | None:
         """true or false, as YAML, JSON or a command line write it; None as for `number`."""

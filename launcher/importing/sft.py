@@ -6,17 +6,15 @@ from pathlib import PurePath
 from typing import Any
 
 from launcher.data.formats import FORMATS
-from launcher.importing import defaults, lora
+from launcher.importing import defaults, lora, trainer_keys
 from launcher.importing.reading import Reading, brief
 from launcher.importing.trainer_keys import HELD_OUT
 
 DEFAULTS = defaults.TRL
 MARKS = {
     "use_peft", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss", "dataset_mixer",
-    "dataset_mixture",
-    "dataset_splits", "dataset_text_field", "dataset_train_split", "dataset_test_split", "eval_packing",
-    "padding_free",
-    "lora_task_type", "chat_template_path",
+    "dataset_mixture", "dataset_splits", "dataset_text_field", "dataset_train_split", "dataset_test_split",
+    "eval_packing", "padding_free", "lora_task_type", "chat_template_path",
 }  # fmt: skip
 """Names that only TRL gave."""
 ADAPTER = lora.Names(
@@ -29,8 +27,8 @@ ADAPTER = lora.Names(
 )
 _OTHER_LOSSES = (
     "beta", "max_prompt_length", "max_completion_length", "num_generations", "desirable_weight",
-    "precompute_ref_log_probs",
-    "reward_model_path", "missing_eos_penalty", "simpo_gamma", "cpo_alpha", "stepwise_aggregation",
+    "precompute_ref_log_probs", "reward_model_path", "missing_eos_penalty", "simpo_gamma", "cpo_alpha",
+    "stepwise_aggregation",
 )  # fmt: skip
 """Keys of DPO, ORPO, KTO, GRPO and their like (TRL 1.16): SFT has none of them."""
 _DATA = {"dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split", "dataset_test_split"}
@@ -39,31 +37,21 @@ _TEMPLATE = (
     "launcher writes a chat by the tokenizer's own template; where this is another, put it into the "
     "model's tokenizer_config.json"
 )
-_LEARNED = {
-    "eos_token": (
-        None,
-        "launcher ends a text with the tokenizer's own eos_token; set it in the model's tokenizer_config.json",
-    ),
-    "chat_template": (None, _TEMPLATE),
-    "chat_template_path": (None, _TEMPLATE),
-    "truncation_mode": (
-        "keep_start",
-        "launcher keeps the beginning of what is too long; data.too_long: drop leaves it out",
-    ),
-    "model_init_kwargs": (None, "launcher loads the model by the keys of its own section"),
-    "dataset_kwargs": (None, "launcher prepares the rows by itself"),
-    "dataset_streaming": (False, "launcher reads the whole data set before it begins"),
-    "formatting_func": (
-        None,
-        "launcher takes columns: data.text, data.prompt and data.completion, or data.messages",
-    ),
-    "router_aux_loss_coef": (
-        None,
-        "launcher takes it from the model's config, where output_router_logits is true; write it there",
-    ),
-    "ignore_bias_buffers": (False, "launcher has no such key"),
+_LEARNED: dict[str, str] = {
+    "eos_token": "launcher ends a text with the tokenizer's own eos_token; set it in the model's "
+    "tokenizer_config.json",
+    "chat_template": _TEMPLATE,
+    "chat_template_path": _TEMPLATE,
+    "truncation_mode": "launcher keeps the beginning of what is too long; data.too_long: drop leaves it out",
+    "model_init_kwargs": "launcher loads the model by the keys of its own section",
+    "dataset_kwargs": "launcher prepares the rows by itself",
+    "dataset_streaming": "launcher reads the whole data set before it begins",
+    "formatting_func": "launcher takes columns: data.text, data.prompt and data.completion, or data.messages",
+    "router_aux_loss_coef": "launcher takes it from the model's config, where output_router_logits is true; "
+    "write it there",
+    "ignore_bias_buffers": "launcher has no such key",
 }
-"""Keys that change what is learned: the value at which they do nothing, and what is nearest."""
+"""Keys that change what is learned, and what is nearest."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> set[str]:
@@ -82,26 +70,15 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
     named = data_set(content, reading, evaluates=_evaluates(content))
     _loss(content, mixed, reading)
     _packing(content, reading)
-    for key, (neutral, text) in _LEARNED.items():
-        if (value := content.get(key, neutral)) not in (neutral, None, "", {}, [], f"<{key.upper()}>"):
-            reading.remark("cannot be said", key, brief(value), text)
+    trainer_keys.changes(content, _LEARNED, reading)
     if "max_length" in content and content["max_length"] is None and content.get("max_seq_length") is None:
         reading.leave_open("data.max_length")
-        reading.remark(
-            "cannot be said",
-            "max_length",
-            None,
-            "nothing is cut there; launcher's data.max_length must be a number: write it",
-        )
+        why = "nothing is cut there; launcher's data.max_length must be a number: write it"
+        reading.cannot_say("max_length", None, why)
     learned = {
-        "completion_only_loss",
-        "assistant_only_loss",
-        "loss_type",
-        "packing",
-        "packing_strategy",
-        "use_peft",
+        "completion_only_loss", "assistant_only_loss", "loss_type", "packing", "packing_strategy", "use_peft",
         "dataset_splits",
-    }
+    }  # fmt: skip
     read_keys = {*ADAPTER.all(), *lora.QUANTISED, *_MIXTURES, *_LEARNED, *learned, *named}
     if reading.says("data.messages") or content.get("completion_only_loss") is not None:
         return read_keys | {"dataset_text_field"}
@@ -110,7 +87,7 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
             "the column, where the rows are texts; TRL finds chats, and prompts with completions, by their "
             "own columns"
         )
-        reading.remark("chosen", "dataset_text_field", brief(content["dataset_text_field"]), text)
+        reading.choose("dataset_text_field", brief(content["dataset_text_field"]), text)
     return read_keys
 
 
@@ -190,7 +167,7 @@ def _mixture(content: dict[str, Any], reading: Reading) -> list[str]:
     entries, more = _entries(content[key], content.get("dataset_splits"), reading)
     if not entries or not isinstance(entries[0].get("id"), str):
         text = "cannot be read as data sets with their names; write data.train yourself"
-        reading.remark("cannot be said", key, brief(content[key]), text)
+        reading.cannot_say(key, brief(content[key]), text)
         return []
     first = entries[0]
     kind, name = source(first["id"])
@@ -203,17 +180,15 @@ def _mixture(content: dict[str, Any], reading: Reading) -> list[str]:
             f"launcher reads one data set; taken: {first['id']}. Write the rows of all to one file, and "
             "name that"
         )
-        reading.remark(
-            "cannot be said", key, ", ".join(str(entry.get("id")) for entry in entries)[:120], text
-        )
+        reading.cannot_say(key, ", ".join(str(entry.get("id")) for entry in entries)[:120], text)
     if first.get("weight") not in (None, 1, 1.0):
         text = (
             "a share of its rows, drawn at random; launcher takes all, or by data.train.limit the first so "
             "many"
         )
-        reading.remark("cannot be said", f"{key}.weight", first["weight"], text)
+        reading.cannot_say(f"{key}.weight", first["weight"], text)
     for said, value in more.items():
-        reading.remark("cannot be said", f"{key}.{said}", brief(value), HELD_OUT)
+        reading.cannot_say(f"{key}.{said}", brief(value), HELD_OUT)
     columns = first.get("columns")
     return [str(column) for column in columns] if isinstance(columns, list) else []
 
@@ -260,7 +235,7 @@ def _loss(content: dict[str, Any], columns: list[str], reading: Reading) -> None
     )
     kind = reading.word(content, "loss_type") or "nll"
     if kind not in ("nll", "chunked_nll"):
-        reading.remark("cannot be said", "loss_type", kind, "launcher has plain cross entropy")
+        reading.cannot_say("loss_type", kind, "launcher has plain cross entropy")
     if not whole or "messages" in columns:
         reading.say("data.messages", "messages", "columns" if whole else "assistant_only_loss")
     if whole:
@@ -272,10 +247,10 @@ def _loss(content: dict[str, Any], columns: list[str], reading: Reading) -> None
             "prompts with completions, are learned alike; for a whole chat, write it out in a column and "
             "name that as data.text"
         )
-        reading.remark("cannot be said", "assistant_only_loss", False, text)
+        reading.cannot_say("assistant_only_loss", False, text)
     if answers is False:
         text = "prompts are learned too there; write both into one column and name that as data.text"
-        reading.remark("cannot be said", "completion_only_loss", False, text)
+        reading.cannot_say("completion_only_loss", False, text)
 
 
 def _packing(content: dict[str, Any], reading: Reading) -> None:
@@ -287,4 +262,4 @@ def _packing(content: dict[str, Any], reading: Reading) -> None:
             "cuts rows to fill each pack; launcher packs whole rows by best fit, and they never see each "
             "other"
         )
-        reading.remark("cannot be said", "packing_strategy", strategy, text)
+        reading.cannot_say("packing_strategy", strategy, text)

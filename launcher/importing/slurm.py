@@ -19,11 +19,8 @@ _LONG = {
 """sbatch's short options; srun has the same, but for -K, -l, -u and -W."""
 _SWITCHES = {
     "exclusive", "requeue", "no-requeue", "hold", "no-kill", "overcommit", "oversubscribe", "quiet",
-    "verbose", "parsable",
-    "wait-all-nodes", "contiguous", "spread-job", "use-min-nodes", "ignore-pbs", "reboot", "label",
-    "unbuffered", "kill-on-bad-exit",
-    "overlap", "exact",
-    "whole", "pty", "l", "u", "K",
+    "verbose", "parsable", "wait-all-nodes", "contiguous", "spread-job", "use-min-nodes", "ignore-pbs",
+    "reboot", "label", "unbuffered", "kill-on-bad-exit", "overlap", "exact", "whole", "pty", "l", "u", "K",
 }  # fmt: skip
 """Options that stand without a value, or with one behind `=`."""
 _SAME = {
@@ -35,11 +32,9 @@ _SAME = {
 }  # fmt: skip
 _OWN = {
     "output", "error", "open-mode", "signal", "ntasks", "ntasks-per-node", "input", "export", "quiet",
-    "verbose", "parsable",
-    "get-user-env", "chdir", "cpus-per-task", "gpu-bind", "cpu-bind", "distribution", "kill-on-bad-exit",
-    "wait", "no-kill",
-    "gpus-per-task",
-    "ntasks-per-gpu", "tasks-per-node", "threads-per-core",
+    "verbose", "parsable", "get-user-env", "chdir", "cpus-per-task", "gpu-bind", "cpu-bind", "distribution",
+    "kill-on-bad-exit", "wait", "no-kill", "gpus-per-task", "ntasks-per-gpu", "tasks-per-node",
+    "threads-per-core",
 }  # fmt: skip
 """What launcher's own script says: one task a node, logs in the run directory, a signal before the end."""
 _GPUS = ("gres", "gpus-per-node", "gpus", "gpus-per-task", "ntasks-per-gpu")
@@ -67,12 +62,8 @@ def read(given: dict[str, str], reading: Reading) -> None:
     """Say what sbatch's options say of the cluster."""
     said = {name: f"#SBATCH --{name}" for name in given}
     for name in [name for name, value in given.items() if "$" in value or "`" in value]:
-        reading.remark(
-            "fill in",
-            said[name],
-            given.pop(name)[:40],
-            "the shell fills this in; nothing is executed here, so write it yourself",
-        )
+        text = "the shell fills this in; nothing is executed here, so write it yourself"
+        reading.fill_in(said[name], given.pop(name)[:40], text)
     nodes = _nodes(given, reading)
     gpus(given, nodes, reading)
     if "job-name" in given:
@@ -82,9 +73,8 @@ def read(given: dict[str, str], reading: Reading) -> None:
         if seconds is not None:
             reading.say("cluster.time_limit", int(seconds), said["time"])
         elif given["time"].upper() not in ("UNLIMITED", "INFINITE", "0"):
-            reading.refuse(
-                said["time"], given["time"], "write a time as Slurm has it: 30, 2:30:00, 1-12:00:00"
-            )
+            reason = "write a time as Slurm has it: 30, 2:30:00, 1-12:00:00"
+            reading.refuse(said["time"], given["time"], reason)
     for name, key in _SAME.items():
         if given.get(name):
             reading.say(f"cluster.{key}", given[name], said[name])
@@ -97,19 +87,10 @@ def read(given: dict[str, str], reading: Reading) -> None:
         reading.say("cluster.cpus_per_node", int(cores) * _tasks(given, nodes), said["cpus-per-task"])
     if "array" in given:
         text = "one job here; `launcher sweep` makes an array of jobs that differ in keys"
-        reading.remark("cannot be said", said["array"], given["array"], text)
+        reading.cannot_say(said["array"], given["array"], text)
     read_keys = {
-        "nodes",
-        "job-name",
-        "time",
-        "exclusive",
-        "requeue",
-        "no-requeue",
-        "array",
-        *_SAME,
-        *_GPUS,
-        *_OWN,
-    }
+        "nodes", "job-name", "time", "exclusive", "requeue", "no-requeue", "array", *_SAME, *_GPUS, *_OWN,
+    }  # fmt: skip
     for name, value in given.items():
         if name not in read_keys and re.fullmatch(r"[A-Za-z][\w-]*", name):
             reading.say(f"cluster.sbatch.{name}", value or True, said[name])
@@ -118,7 +99,7 @@ def read(given: dict[str, str], reading: Reading) -> None:
             "launcher's own script says it: one task a node, logs in the run directory, a signal in time "
             "to save"
         )
-        reading.remark("ignored", ", ".join(own), None, text)
+        reading.ignore(", ".join(own), None, text)
 
 
 def _tasks(given: dict[str, str], nodes: int | None) -> int:

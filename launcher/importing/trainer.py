@@ -34,23 +34,18 @@ _ATTENTION = ("sdpa", "eager", "flash_attention_2")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 MARKS = {
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs",
-    "lr_scheduler_type",
-    "gradient_accumulation_steps", "warmup_ratio", "max_grad_norm", "save_total_limit", "evaluation_strategy",
-    "eval_strategy",
-    "save_strategy", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "label_smoothing_factor",
+    "lr_scheduler_type", "gradient_accumulation_steps", "warmup_ratio", "max_grad_norm", "save_total_limit",
+    "evaluation_strategy", "eval_strategy", "save_strategy", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "optim", "label_smoothing_factor",
 }  # fmt: skip
 """Names that the Trainer gave: a script with one of them has the Trainer's defaults for the others."""
 READ = {
     "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16",
-    "gradient_checkpointing",
-    "activation_checkpointing", "seed", "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy",
-    "eval_steps",
-    "load_best_model_at_end", "metric_for_best_model", "report_to", "torch_compile", "use_cpu", "no_cuda",
-    "fsdp", "fsdp_config",
-    "deepspeed", "deepspeed_config", "trust_remote_code", "torch_dtype", "dtype", *_NUMBERS, *_COUNTS,
-    *_WORDS, *_LENGTHS,
+    "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16",
+    "fp16", "gradient_checkpointing", "activation_checkpointing", "seed", "save_strategy", "save_steps",
+    "eval_strategy", "evaluation_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
+    "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config", "deepspeed",
+    "deepspeed_config", "trust_remote_code", "torch_dtype", "dtype", *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS,
 }  # fmt: skip
 
 
@@ -77,14 +72,9 @@ def arguments(
 ) -> None:
     """Say what the Trainer's own arguments say, and what they leave out; `read_elsewhere` are the keys that
     were read before."""
-    for said, key in _NUMBERS.items():
-        if (number := reading.number(content, said)) is not None:
-            reading.say(key, number, said)
-    for said, key in _COUNTS.items():
-        if (count := reading.count(content, said)) is not None:
-            reading.say(key, count, said)
-    if (seed := reading.count(content, "seed", least=0)) is not None:
-        reading.say("training.seed", seed, "seed")
+    reading.take(content, _NUMBERS, Reading.number)
+    reading.take(content, _COUNTS, Reading.count)
+    reading.take(content, {"seed": "training.seed"}, Reading.size)
     _words(content, reading, read_elsewhere)
     _length(content, reading)
     _optimizer(content, reading, defaults)
@@ -105,12 +95,8 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
         word = None if said in read_elsewhere else reading.word(content, said)
         if word is not None and key == "model.attention" and word not in _ATTENTION:
             if word != "auto":
-                reading.remark(
-                    "cannot be said",
-                    said,
-                    word,
-                    f"launcher has {', '.join(_ATTENTION)}; left to `launcher plan`",
-                )
+                text = f"launcher has {', '.join(_ATTENTION)}; left to `launcher plan`"
+                reading.cannot_say(said, word, text)
         elif word is not None:
             reading.say(key, word, said)
     for said in _LENGTHS:
@@ -121,15 +107,11 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
                     "scripts with a block_size join all texts and cut them every so many tokens; launcher "
                     "keeps rows apart"
                 )
-                reading.remark("cannot be said", said, length, text)
+                reading.cannot_say(said, length, text)
     if reading.flag(content, "trust_remote_code"):
         reading.say("model.trust_remote_code", True, "trust_remote_code")
-        reading.remark(
-            "chosen",
-            "trust_remote_code",
-            True,
-            "as it is there: code that comes with the model runs, so read it first",
-        )
+        text = "as it is there: code that comes with the model runs, so read it first"
+        reading.choose("trust_remote_code", True, text)
     reports = content.get("report_to")
     listed = [
         brief(name)
@@ -143,7 +125,7 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
             f"launcher has {', '.join(_TRACKERS)}, and always metrics.jsonl; nothing that is learned "
             "changes by it"
         )
-        reading.remark("ignored", "report_to", ", ".join(other), text)
+        reading.ignore("report_to", ", ".join(other), text)
 
 
 def _length(content: dict[str, Any], reading: Reading) -> None:
@@ -153,9 +135,7 @@ def _length(content: dict[str, Any], reading: Reading) -> None:
     if steps is not None:
         reading.say("training.max_steps", steps, counted)
         if epochs is not None:
-            reading.remark(
-                "ignored", "num_train_epochs", epochs, f"{counted} is there too, and goes before it"
-            )
+            reading.ignore("num_train_epochs", epochs, f"{counted} is there too, and goes before it")
     elif epochs:
         reading.say("training.epochs", epochs, "num_train_epochs")
     said = "warmup_steps" if "warmup_steps" in content else "num_warmup_steps"
@@ -166,9 +146,7 @@ def _length(content: dict[str, Any], reading: Reading) -> None:
     if steps_of_warmup:
         reading.say("training.warmup", steps_of_warmup, said)
         if ratio:
-            reading.remark(
-                "ignored", "warmup_ratio", ratio, f"{said} is there too, and the Trainer goes by it"
-            )
+            reading.ignore("warmup_ratio", ratio, f"{said} is there too, and the Trainer goes by it")
     elif ratio is not None or steps_of_warmup is not None:
         reading.say("training.warmup", ratio or 0.0, "warmup_ratio" if ratio is not None else said)
 
@@ -180,7 +158,7 @@ def _epochs(reading: Reading) -> None:
             "an epoch of the Trainer's ends with a smaller batch where its rows do not divide; launcher's "
             "batches go on into the next"
         )
-        reading.remark("changes meaning", fact.said, fact.value, text)
+        reading.change(fact.said, fact.value, text)
 
 
 def _accumulation(reading: Reading) -> None:
@@ -196,7 +174,7 @@ def _accumulation(reading: Reading) -> None:
             f"{fact.value} times launcher's: training.clip_norm and epsilon divided by {fact.value} make "
             "AdamW the same"
         )
-        reading.remark("cannot be said", fact.said, fact.value, text)
+        reading.cannot_say(fact.said, fact.value, text)
 
 
 def _optimizer(content: dict[str, Any], reading: Reading, defaults: Defaults | None) -> None:
@@ -207,12 +185,8 @@ def _optimizer(content: dict[str, Any], reading: Reading, defaults: Defaults | N
     if name is not None:
         optimizers.trainer_schedule(name.rpartition(".")[2].lower(), options, "lr_scheduler_type", reading)
     elif options:
-        reading.remark(
-            "cannot be said",
-            "lr_scheduler_kwargs",
-            "{...}",
-            "no lr_scheduler_type says which schedule they are of",
-        )
+        text = "no lr_scheduler_type says which schedule they are of"
+        reading.cannot_say("lr_scheduler_kwargs", "{...}", text)
     if reading.flag(content, "adafactor"):
         optimizers.trainer_optimizer("adafactor", "adafactor", reading)
     elif (name := reading.word(content, "optim")) is not None:
@@ -228,9 +202,8 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
         None if content.get(key) == "auto" else reading.flag(content, key) for key in ("bf16", "fp16")
     )
     if bf16 and fp16:
-        reading.refuse(
-            "fp16", True, "bf16 is true too, and a model computes in one; the Trainer refuses it as well"
-        )
+        reason = "bf16 is true too, and a model computes in one; the Trainer refuses it as well"
+        reading.refuse("fp16", True, reason)
     elif bf16 or fp16:
         reading.say("precision", "bf16" if bf16 else "fp16", "bf16" if bf16 else "fp16")
     _kept_in(content, reading)
@@ -241,9 +214,7 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
             reading.say("activation_checkpointing", "full" if recomputes else "none", said)
     if reading.flag(content, "torch_compile"):
         reading.say("model.compile", True, "torch_compile")
-        reading.remark(
-            "changes meaning", "torch_compile", True, "launcher compiles each repeated layer by itself"
-        )
+        reading.change("torch_compile", True, "launcher compiles each repeated layer by itself")
     if reading.flag(content, "use_cpu") or reading.flag(content, "no_cuda"):
         reading.say("mesh.device", "cpu", "use_cpu" if "use_cpu" in content else "no_cuda")
 
@@ -259,18 +230,14 @@ def _kept_in(content: dict[str, Any], reading: Reading) -> None:
         if short is not None:
             reading.say_once("precision", short, said)
         if short is not None and any(fact.key.startswith("model.adapter.") for fact in reading.facts):
-            reading.remark(
-                "ignored",
-                said,
-                kept,
-                "beside an adapter the model is kept in the plan's precision in any case",
-            )
+            text = "beside an adapter the model is kept in the plan's precision in any case"
+            reading.ignore(said, kept, text)
         else:
             text = (
                 "the weights themselves are kept and updated in it there; launcher keeps what trains in "
                 "fp32, and computes in precision"
             )
-            reading.remark("cannot be said", said, kept, text)
+            reading.cannot_say(said, kept, text)
 
 
 def _saving(content: dict[str, Any], reading: Reading) -> None:
@@ -285,21 +252,13 @@ def _saving(content: dict[str, Any], reading: Reading) -> None:
             reading.say(key, "epoch", strategy)
         elif number is not None and (way in ("steps", "") and (way or strategy == "save_strategy")):
             if number < 1:
-                reading.remark(
-                    "changes meaning",
-                    steps,
-                    number,
-                    "a share of all steps; launcher takes steps, a time or epochs: left out",
-                )
+                text = "a share of all steps; launcher takes steps, a time or epochs: left out"
+                reading.change(steps, number, text)
             else:
                 reading.say(key, int(number), steps)
         elif way in ("no", "false") and strategy == "save_strategy":
-            reading.remark(
-                "changes meaning",
-                strategy,
-                "no",
-                "launcher saves at the end in any case, and every 15 minutes unless told",
-            )
+            text = "launcher saves at the end in any case, and every 15 minutes unless told"
+            reading.change(strategy, "no", text)
     if reading.flag(content, "load_best_model_at_end"):
         reading.say("checkpoint.keep_best", 1, "load_best_model_at_end")
         metric = (reading.word(content, "metric_for_best_model") or "loss").removeprefix("eval_")
@@ -307,7 +266,7 @@ def _saving(content: dict[str, Any], reading: Reading) -> None:
         text = (
             "the best checkpoint is kept beside the last ones; `launcher export --checkpoint STEP` takes it"
         )
-        reading.remark("changes meaning", "load_best_model_at_end", True, text)
+        reading.change("load_best_model_at_end", True, text)
 
 
 def _engine(content: dict[str, Any], reading: Reading) -> None:
@@ -326,12 +285,8 @@ def _engine(content: dict[str, Any], reading: Reading) -> None:
     ]
     config = content.get("fsdp_config")
     if isinstance(config, str):
-        reading.remark(
-            "cannot be said",
-            "fsdp_config",
-            config,
-            "a file of its own kind; write its keys into the arguments' JSON instead",
-        )
+        text = "a file of its own kind; write its keys into the arguments' JSON instead"
+        reading.cannot_say("fsdp_config", config, text)
     made = {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
     for word in words:
         if word.upper() in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"):
@@ -339,7 +294,6 @@ def _engine(content: dict[str, Any], reading: Reading) -> None:
         elif word == "offload":
             made["fsdp_offload_params"] = True
         elif word not in ("auto_wrap", "True", "true"):
-            reading.refuse(
-                "fsdp", word, "write full_shard, shard_grad_op, no_shard, hybrid_shard, offload or auto_wrap"
-            )
+            reason = "write full_shard, shard_grad_op, no_shard, hybrid_shard, offload or auto_wrap"
+            reading.refuse("fsdp", word, reason)
     accelerate.read({"distributed_type": "FSDP", "fsdp_config": made}, reading, has_own_precision=True)

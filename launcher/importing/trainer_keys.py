@@ -12,44 +12,33 @@ from launcher.importing.reading import Reading, brief
 
 REPORTS = {
     "output_dir", "overwrite_output_dir", "do_train", "do_eval", "do_predict", "prediction_loss_only",
-    "log_level", "log_level_replica",
-    "log_on_each_node", "logging_dir", "logging_strategy", "logging_first_step", "logging_steps",
-    "logging_nan_inf_filter",
-    "save_safetensors", "save_on_each_node", "save_only_model", "enable_jit_checkpoint", "disable_tqdm",
-    "push_to_hub", "hub_token",
+    "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_strategy",
+    "logging_first_step", "logging_steps", "logging_nan_inf_filter", "save_safetensors", "save_on_each_node",
+    "save_only_model", "enable_jit_checkpoint", "disable_tqdm", "push_to_hub", "hub_token",
     "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
-    "push_to_hub_model_id",
-    "push_to_hub_organization", "push_to_hub_token", "include_num_input_tokens_seen",
-    "include_tokens_per_second",
-    "include_inputs_for_metrics", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
-    "eval_use_gather_object",
-    "eval_on_start", "eval_delay", "eval_accumulation_steps", "per_device_eval_batch_size",
-    "per_gpu_eval_batch_size",
-    "skip_memory_metrics", "debug", "project", "trackio_space_id", "trackio_bucket_id",
-    "trackio_static_space_id", "label_names",
+    "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "include_num_input_tokens_seen",
+    "include_tokens_per_second", "include_inputs_for_metrics", "include_for_metrics", "batch_eval_metrics",
+    "eval_do_concat_batches", "eval_use_gather_object", "eval_on_start", "eval_delay",
+    "eval_accumulation_steps", "per_device_eval_batch_size", "per_gpu_eval_batch_size", "skip_memory_metrics",
+    "debug", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "label_names",
     "greater_is_better", "plot_loss", "max_eval_samples", "max_predict_samples", "wandb_project",
-    "wandb_entity", "wandb_watch",
-    "wandb_name", "wandb_log_model", "wandb_run_id", "wandb_mode", "with_tracking", "metric",
+    "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_run_id", "wandb_mode",
+    "with_tracking", "metric",
 }  # fmt: skip
 """What is reported, measured, written and pushed: nothing of it changes a weight."""
 PLACES = {
     "torch_empty_cache_steps", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
-    "remove_unused_columns",
-    "length_column_name", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-    "ddp_static_graph", "ddp_backend",
-    "ddp_timeout", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "full_determinism",
-    "local_rank", "ignore_data_skip",
-    "restore_callback_states_from_checkpoint", "torch_compile_backend", "torch_compile_mode", "jit_mode_eval",
-    "use_ipex",
-    "use_mps_device", "ray_scope", "fp16_opt_level", "half_precision_backend", "fp16_backend",
-    "use_liger_kernel", "liger_kernel_config",
-    "use_cache", "cache_dir", "use_fast_tokenizer", "use_slow_tokenizer", "token", "use_auth_token",
-    "low_cpu_mem_usage",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    "dataloader_in_order", "remove_unused_columns", "length_column_name", "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout",
+    "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "full_determinism", "local_rank",
+    "ignore_data_skip", "restore_callback_states_from_checkpoint", "torch_compile_backend",
+    "torch_compile_mode", "jit_mode_eval", "use_ipex", "use_mps_device", "ray_scope", "fp16_opt_level",
+    "half_precision_backend", "fp16_backend", "use_liger_kernel", "liger_kernel_config", "use_cache",
+    "cache_dir", "use_fast_tokenizer", "use_slow_tokenizer", "token", "use_auth_token", "low_cpu_mem_usage",
     "overwrite_cache", "preprocessing_num_workers", "dataset_num_proc", "dataset_batch_size", "num_proc",
-    "activation_offloading",
-    "shuffle_dataset", "padding_free", "pad_to_multiple_of", "pad_token", "eval_packing", "lazy_preprocess",
+    "activation_offloading", "shuffle_dataset", "padding_free", "pad_to_multiple_of", "pad_token",
+    "eval_packing", "lazy_preprocess",
 }  # fmt: skip
 """Where and how fast it is computed, and the order of the rows, which is launcher's own: rounding apart, the
 same is learned."""
@@ -57,54 +46,44 @@ HELD_OUT = (
     "launcher takes no share of the training rows: write it to a file of its own and name that under "
     "data.evaluation"
 )
-NEUTRAL: dict[str, tuple[Any, str]] = {
-    "label_smoothing_factor": (0, "launcher has plain cross entropy"),
-    "neftune_noise_alpha": (None, "launcher adds no noise to embeddings"),
-    "auto_find_batch_size": (
-        False,
-        "`launcher plan` finds a micro-batch that fits and keeps the global batch",
-    ),
-    "optim_args": (
-        None,
-        "launcher's optimizers have betas, epsilon, momentum and weight_decay, under training",
-    ),
-    "optim_target_modules": (None, "every matrix gets the same optimizer; model.freeze leaves some out"),
-    "tf32": (False, "launcher leaves the products of fp32 as PyTorch has them"),
-    "bf16_full_eval": (False, "launcher evaluates in the precision of the training"),
-    "fp16_full_eval": (False, "launcher evaluates in the precision of the training"),
-    "data_seed": (None, "launcher has one seed, training.seed"),
-    "dataloader_drop_last": (False, "launcher leaves no row out"),
-    "group_by_length": (
-        False,
-        "launcher draws batches by seed alone, whatever the lengths; data.packing saves the padding",
-    ),
-    "train_sampling_strategy": ("random", "launcher draws batches by seed alone"),
-    "average_tokens_across_devices": (
-        True,
-        "every token of the global batch counts the same in launcher, whatever its rank",
-    ),
-    "resume_from_checkpoint": (
-        None,
-        "a new run begins anew; `launcher checkpoint import` takes such a checkpoint in",
-    ),
-    "parallelism_config": (
-        None,
-        "launcher has data parallelism and sharding: parallel.shard, parallel.replicate",
-    ),
-    "tokenizer_name": (None, "launcher takes the tokenizer that lies with the model"),
-    "config_name": (
-        None,
-        "launcher takes the config that lies with the model; model.config makes another one",
-    ),
-    "config_overrides": (None, "model.config makes another config, with weights: random"),
-    "load_in_4bit": (False, "launcher quantises no model; taken: the model in the plan's precision"),
-    "load_in_8bit": (False, "launcher quantises no model; taken: the model in the plan's precision"),
-    "validation_split_percentage": (None, HELD_OUT),
-    "val_size": (0, HELD_OUT),
-    "val_set_size": (0, HELD_OUT),
+CHANGES: dict[str, str] = {
+    "label_smoothing_factor": "launcher has plain cross entropy",
+    "neftune_noise_alpha": "launcher adds no noise to embeddings",
+    "auto_find_batch_size": "`launcher plan` finds a micro-batch that fits and keeps the global batch",
+    "optim_args": "launcher's optimizers have betas, epsilon, momentum and weight_decay, under training",
+    "optim_target_modules": "every matrix gets the same optimizer; model.freeze leaves some out",
+    "tf32": "launcher leaves the products of fp32 as PyTorch has them",
+    "bf16_full_eval": "launcher evaluates in the precision of the training",
+    "fp16_full_eval": "launcher evaluates in the precision of the training",
+    "data_seed": "launcher has one seed, training.seed",
+    "dataloader_drop_last": "launcher leaves no row out",
+    "group_by_length": "launcher draws batches by seed alone, whatever the lengths; data.packing saves the "
+    "padding",
+    "train_sampling_strategy": "launcher draws batches by seed alone",
+    "average_tokens_across_devices": "every token of the global batch counts the same in launcher, whatever "
+    "its rank",
+    "resume_from_checkpoint": "a new run begins anew; `launcher checkpoint import` takes such a checkpoint "
+    "in",
+    "parallelism_config": "launcher has data parallelism and sharding: parallel.shard, parallel.replicate",
+    "tokenizer_name": "launcher takes the tokenizer that lies with the model",
+    "config_name": "launcher takes the config that lies with the model; model.config makes another one",
+    "config_overrides": "model.config makes another config, with weights: random",
+    "load_in_4bit": "launcher quantises no model; taken: the model in the plan's precision",
+    "load_in_8bit": "launcher quantises no model; taken: the model in the plan's precision",
+    "validation_split_percentage": HELD_OUT,
+    "val_size": HELD_OUT,
+    "val_set_size": HELD_OUT,
 }
-"""Keys that change what is learned: the value at which they do nothing, and what is nearest in launcher."""
-
+"""Keys that change what is learned, and what is nearest in launcher."""
+NEUTRAL = {
+    "train_sampling_strategy": "random",
+    "average_tokens_across_devices": True,
+    "data_seed": None,
+    "freeze_trainable_layers": 2,
+    "min_sample_len": 2,
+    "truncation_mode": "keep_start",
+}
+"""Where a key that changes what is learned does nothing, if not at false or 0."""
 
 _NEAREST = {
     "lr": "training.learning_rate", "batch_size": "batch.global_batch_size",
@@ -143,42 +122,37 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
     }
     options = kept.pop("accelerator_config", None)
     if not isinstance(options, dict) and options is not None:
-        reading.remark(
-            "cannot be said",
-            "accelerator_config",
-            brief(options),
-            "a file of its own kind, which is not read",
-        )
+        reading.cannot_say("accelerator_config", brief(options), "a file of its own kind, which is not read")
     elif options is not None and options.get("split_batches"):
         text = "per_device_train_batch_size is then the batch of all ranks; write batch.global_batch_size"
-        reading.remark("cannot be said", "accelerator_config.split_batches", True, text)
+        reading.cannot_say("accelerator_config.split_batches", True, text)
     for key, value in kept.items():
-        unknown = "launcher knows no such key, and it may change what is computed; left out"
+        text = CHANGES.get(key, "launcher knows no such key, and it may change what is computed; left out")
         if key in _NEAREST:
-            unknown = (
+            text = (
                 "a name of the script's own, and left out; where it means what it seems to, write "
                 f"{_NEAREST[key]}"
             )
-        neutral, text = NEUTRAL.get(key, (None, unknown))
-        if key in REPORTS or key in PLACES or (key in NEUTRAL and _same(value, neutral)):
-            continue
-        reading.remark("cannot be said", key, brief(value), text)
+        if key not in REPORTS | PLACES and not (key in CHANGES and does_nothing(key, value)):
+            reading.cannot_say(key, brief(value), text)
     for keys, text in (
         (REPORTS, "what is reported, saved and pushed; nothing of it changes what is learned"),
         (PLACES, "how and in which order it is computed; the same is learned"),
     ):
         if found := sorted(key for key, value in kept.items() if key in keys and value is not False):
-            reading.remark("ignored", ", ".join(found), None, text)
+            reading.ignore(", ".join(found), None, text)
 
 
-def _same(value: Any, neutral: Any) -> bool:
-    words = {
-        "true": True,
-        "false": False,
-        "none": None,
-        "auto": False if neutral is False else None,
-        "0": 0,
-        "0.0": 0,
-    }
-    value = words.get(value.lower(), value) if isinstance(value, str) else value
-    return bool(value == neutral) or (neutral is None and value is False)
+def changes(content: dict[str, Any], table: dict[str, str], reading: Reading) -> None:
+    """Say of each key of a table that it changes what is learned, unless its value changes nothing."""
+    for key, text in table.items():
+        if not does_nothing(key, content.get(key)):
+            reading.cannot_say(key, brief(content[key]), text)
+
+
+def does_nothing(key: str, value: Any) -> bool:
+    """Whether a key that changes what is learned has a value, as files or command lines write it, that does
+    not."""
+    words = {"true": True, "false": False, "none": None, "auto": None, "": None, "0": 0, "0.0": 0}
+    value, neutral = words.get(str(value).lower(), value), NEUTRAL.get(key, False)
+    return value in (None, [], {}, neutral, f"<{key.upper()}>") or (value is False and neutral is not True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import tasks
-from launcher.errors import Problem
+from launcher.errors import Problem, one_line
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Model
 from launcher.plain_files import plain, read_json
@@ -49,11 +49,7 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
         in_full = _trained_in_full(directory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         return model, [
-            Problem(
-                key,
-                str(directory),
-                f"{SETTINGS} or {WEIGHTS} cannot be read: {type(error).__name__}: {error}",
-            )
+            Problem(key, str(directory), f"{SETTINGS} or {WEIGHTS} cannot be read: {one_line(error)}")
         ]
     targets = found["target_modules"]
     asked = {

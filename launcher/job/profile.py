@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job import slurm_options
+from launcher.job import job_file, slurm_options
 from launcher.job.schema import Cluster
 from launcher.values import Seconds, Section
 
@@ -81,9 +81,7 @@ def find(name: str, folder: Path) -> Path:
 
 def read(path: Path) -> tuple[Profile, dict[str, Any]]:
     """A profile, and its `cluster` as it is written. Raises ConfigurationError with what is wrong with it."""
-    from launcher.job.load import read as read_mapping
-
-    content = read_mapping(path)
+    content = job_file.read(path)
     try:
         profile = Profile.model_validate(content)
     except ValidationError as error:

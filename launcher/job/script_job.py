@@ -10,7 +10,8 @@ from launcher import tasks
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError
 from launcher.job import check, paths, profile
-from launcher.job.load import override, read, validate, without
+from launcher.job.job_file import read
+from launcher.job.load import override, validate, without
 from launcher.job.problems import refused
 from launcher.job.schema import Job
 

@@ -35,12 +35,10 @@ from launcher.launch.fork_server import VARIABLE, WarmProcess, attach
 from launcher.launch.rendezvous import ATTEMPT_VARIABLE
 from launcher.runs.failure import record, write_exits
 from launcher.runs.notices import tell
-from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
+from launcher.runs.processes import PARENT_VARIABLE, RUN_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
 
 NODE_VARIABLE = "LAUNCHER_NODE"
 """Which of the attempt's nodes this is, from 0 on."""
-RUN_VARIABLE = "LAUNCHER_RUN_DIRECTORY"
-"""Set where the ranks run a script of the user's own, which may want to know it."""
 _SECONDS_TO_REAP = 5
 
 

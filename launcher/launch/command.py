@@ -74,29 +74,30 @@ def agent_command(
 ) -> list[str]:
     """The agent over `entry` on every rank of this machine; without it over the trainer, or the plan's
     script."""
-    command = [
-        *(sys.executable, "-m", "launcher.launch.agent"),
-        f"--nnodes={plan.mesh.nodes}",
-        f"--nproc-per-node={plan.mesh.ranks_per_node}",
-        "--max-restarts=0",
-        *_rendezvous(meeting),
-        "--monitor-interval=0.1",
-        *("-m", entry or (scripts.ENTRY if plan.script else ENTRY), str(run.path), "--attempt", str(attempt)),
-    ]
+    program = [entry or (scripts.ENTRY if plan.script else ENTRY), str(run.path), "--attempt", str(attempt)]
+    command = agent_of(plan.mesh.nodes, plan.mesh.ranks_per_node, meeting, program)
     if plan.script:
         return [*command, "--", *plan.script]
     return command if stop_at is None else [*command, "--stop-at", str(stop_at)]
 
 
-def _rendezvous(meeting: Meeting | None) -> list[str]:
-    """Addresses by number need no name service. Each of several nodes knows its place, so that rank 0 is
-    always on the first."""
-    if meeting is None:
-        return [f"--rdzv-backend={rendezvous.BACKEND}", f"--rdzv-endpoint={rendezvous.HERE}"]
+def agent_of(num_nodes: int, num_ranks: int, meeting: Meeting | None, program: list[str]) -> list[str]:
+    """Give the agent over `program`, a module with its arguments, on each of this machine's ranks.
+
+    Addresses by number need no name service. Each of several nodes knows its place, so that rank 0 is always
+    on the first.
+    """
+    endpoint = rendezvous.HERE if meeting is None else f"{meeting.address}:{meeting.port}"
     return [
+        *(sys.executable, "-m", "launcher.launch.agent"),
+        f"--nnodes={num_nodes}",
+        f"--nproc-per-node={num_ranks}",
+        "--max-restarts=0",
         f"--rdzv-backend={rendezvous.BACKEND}",
-        f"--rdzv-endpoint={meeting.address}:{meeting.port}",
-        f"--local-addr={meeting.own_address}",
+        f"--rdzv-endpoint={endpoint}",
+        *([f"--local-addr={meeting.own_address}"] if meeting is not None else []),
+        "--monitor-interval=0.1",
+        *("-m", *program),
     ]
 
 

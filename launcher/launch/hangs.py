@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import HungError
+from launcher.errors import HungError, one_line
 from launcher.launch import culprit, sight, stacks
 from launcher.launch.watchdog import HangAfter, Judge, Stillness, stalled_saves
 from launcher.plain_files import read_json
@@ -109,9 +109,7 @@ class Hangs:
             while not self._over.wait(_LOOK_SECONDS):
                 self._look(time.monotonic())
         except Exception as error:  # a fault in the watch is no reason to end a training run
-            self._lines.append(
-                f"hangs are no longer watched for ({type(error).__name__}: {error}); the run goes on"
-            )
+            self._lines.append(f"hangs are no longer watched for ({one_line(error)}); the run goes on")
 
     def _look(self, now: float) -> None:
         self._take_in(now)

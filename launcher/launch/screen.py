@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from launcher.errors import one_line
 from launcher.runs.aside import Aside
 from launcher.runs.layout import RunDirectory
 
@@ -95,7 +96,7 @@ class Screen:
         except BaseException as error:
             self._watcher = Watcher()
             with contextlib.suppress(Exception):
-                self._watcher.say(f"the display stopped ({type(error).__name__}: {error}); the run goes on")
+                self._watcher.say(f"the display stopped ({one_line(error)}); the run goes on")
 
 
 def mute() -> None:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.launch.agent import RUN_VARIABLE
 from launcher.planner.plan import Plan
 from launcher.render.script_files import files
 from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.processes import RUN_VARIABLE
 
 ENTRY = "launcher.training.script_entry"
 _READ_BY_SCRIPTS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")

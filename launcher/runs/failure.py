@@ -33,6 +33,7 @@ from launcher.errors import (
     ScriptError,
     StorageError,
     by_failure_class,
+    one_line,
 )
 from launcher.plain_files import plain, read_json
 from launcher.redaction import redact
@@ -154,14 +155,6 @@ def named(error: OSError) -> LauncherError | None:
     if error.filename is not None:
         return StorageError(f"{os.fsdecode(error.filename)}: {error.strerror}")
     return StorageError(error.strerror) if error.errno in _STORAGE_ERRORS else None
-
-
-def one_line(error: BaseException) -> str:
-    """The error as one line: launcher's own text as it is, another's with the name of its type."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    if not isinstance(error, LauncherError):
-        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= _LONGEST_CAUSE else text[: _LONGEST_CAUSE - 1] + "…"
 
 
 def of(rank: int, error: BaseException, step: int = 0) -> Failure:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 PARENT_VARIABLE = "LAUNCHER_PARENT"
+RUN_VARIABLE = "LAUNCHER_RUN_DIRECTORY"
+"""Set where the ranks run a script of the user's own, which may want to know it."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Each of them asks for a polite stop, whether the launcher, the agent or a rank gets it."""
 IGNORED_VARIABLE = "LAUNCHER_IGNORED_SIGNAL"

@@ -10,21 +10,21 @@ STORE_VARIABLE = "LAUNCHER_STORE"
 """Set for the ranks of one machine: the file through which they meet."""
 SECRET_VARIABLE = "LAUNCHER_SECRET_FILE"
 """Set for the agents and ranks of several nodes: the file with the attempt's secret."""
-PREFIX_VARIABLE = "LAUNCHER_STORE_PREFIX"
-"""Set for the ranks of `launcher doctor`: what the names in their store begin with."""
 NAME = "secret"
 _NUM_BYTES = 32
 
 
-def make(directory: Path) -> None:
-    """Write a new secret into an attempt's directory, whole, for its owner alone whatever the umask says.
-    Raises OSError."""
+def make(directory: Path, secret: str = "") -> Path:
+    """Write a secret, or a new one, into an attempt's directory, and give its file.
+
+    It is written whole, for its owner alone whatever the umask says. Raises OSError.
+    """
     made = directory / f".{NAME}-{secrets.token_hex(4)}"
     descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         os.fchmod(descriptor, 0o600)
-        file.write(secrets.token_hex(_NUM_BYTES))
-    made.rename(directory / NAME)
+        file.write(secret or secrets.token_hex(_NUM_BYTES))
+    return made.rename(directory / NAME)
 
 
 def read(path: Path) -> str:

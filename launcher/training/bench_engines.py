@@ -11,6 +11,7 @@ import torch
 from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM
 
+from launcher.errors import first_line
 from launcher.planner.plan import Plan
 from launcher.training import engines, heads
 from launcher.training.bench import Report, reference_batch
@@ -49,8 +50,7 @@ def extra_seconds(
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             raised = [line for line in str(error).splitlines() if _RAISED.match(line)]
             report(
-                f"{engine} does not run here, and is left out: "
-                f"{' '.join(raised[-1:]) or pretrained.first_line(error)}"
+                f"{engine} does not run here, and is left out: {' '.join(raised[-1:]) or first_line(error)}"
             )
             return {}
     return found

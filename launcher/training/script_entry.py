@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launcher.errors import LauncherError, ScriptError
+from launcher.errors import LauncherError, ScriptError, one_line
 from launcher.planner.plan import Plan
 from launcher.runs import failure
 from launcher.runs.events import event
@@ -157,7 +157,7 @@ def _named(error: BaseException) -> BaseException:
         said = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
         named = ScriptError(f"the script left with {said}")
     elif failure.classify(error)[0] is LauncherError:
-        named = ScriptError(failure.one_line(error))
+        named = ScriptError(one_line(error))
     else:
         return error
     named.__cause__ = error

@@ -16,7 +16,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.machines import poll
 
 MARK = "launcher-doctor"
-ORDERS = ("hello", "meet", "connect", "write", "read", "prepare", "reduce")
+ORDERS = ("hello", "meet", "connect", "write", "read", "reduce")
 
 
 def doctor(

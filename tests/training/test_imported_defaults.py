@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 from transformers import TrainingArguments, get_scheduler
 
-from launcher.importing import defaults, sft, trainer, trainer_keys
+from launcher.importing import accelerate, defaults, sft, starting, trainer, trainer_keys
 from launcher.importing.job import import_files
 from launcher.job.schema import Training
 from launcher.training.schedule import Schedule
@@ -54,16 +59,29 @@ def test_every_argument_of_the_trainer_is_in_a_table() -> None:
         trainer.READ
         | trainer_keys.REPORTS
         | trainer_keys.PLACES
-        | trainer_keys.NEUTRAL.keys()
+        | trainer_keys.CHANGES.keys()
         | {"accelerator_config"}
     )
     assert fields_of(TrainingArguments).keys() - tables == set()
 
 
-@pytest.mark.parametrize("key", sorted(trainer_keys.NEUTRAL.keys() & fields_of(TrainingArguments).keys()))
+@pytest.mark.parametrize("key", sorted(trainer_keys.CHANGES.keys() & fields_of(TrainingArguments).keys()))
 def test_what_the_trainer_has_by_default_changes_nothing(key: str) -> None:
     found = fields_of(TrainingArguments)[key]
-    assert found in (trainer_keys.NEUTRAL[key][0], None, False)
+    assert trainer_keys.does_nothing(key, found)
+
+
+@pytest.mark.parametrize("parser", [launch_command_parser, get_args_parser], ids=["accelerate", "torchrun"])
+def test_every_flag_that_takes_no_value_is_known_as_such(parser: Callable[[], ArgumentParser]) -> None:
+    """Another one would take the next word, which may be the script, for its value."""
+    flags = {name for action in parser()._actions if action.nargs == 0 for name in action.option_strings}
+    assert {name.lstrip("-").replace("-", "_") for name in flags} - starting._SWITCHES == set()
+
+
+def test_every_key_of_accelerates_file_is_known() -> None:
+    own = {field.name for field in dataclasses.fields(ClusterConfig)}
+    lacking = {"fp8_config", "megatron_lm_config"}  # which an import says
+    assert own - accelerate._KNOWN - {*accelerate._PLACE} == lacking
 
 
 def test_trls() -> None:
@@ -87,7 +105,7 @@ def test_trls() -> None:
         *trainer_keys.REPORTS,
         *trainer_keys.PLACES,
     }
-    read |= {*trainer_keys.NEUTRAL, "accelerator_config", *sft.MARKS, "loss_type"}
+    read |= {*trainer_keys.CHANGES, "accelerator_config", *sft.MARKS, "loss_type"}
     own = found.keys() | adapter.keys() | fields_of(trl.ScriptArguments).keys()
     assert own - read == set()
 

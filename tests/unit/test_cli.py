@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from launcher import __version__
+from launcher.cli import commands
 from launcher.cli import main as cli
 from launcher.cli.app import load
 from launcher.errors import CheckpointError
@@ -80,27 +81,27 @@ def test_help_lists_the_commands_that_are_there(capsys: pytest.CaptureFixture[st
     assert call(flag) == 0
     out = capsys.readouterr().out
     listed = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
-    assert listed == list(cli.available())
+    assert listed == list(commands.available())
     assert max(map(len, out.splitlines())) <= 100
 
 
 def test_a_command_without_its_module_is_not_listed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "later", cli.Command("later", "later", "Comes later."))
+    monkeypatch.setitem(commands.COMMANDS, "later", commands.Command("later", "later", "Comes later."))
     assert call("--help") == 0
     assert "later" not in capsys.readouterr().out
     assert call("later") == 2
 
 
-@pytest.mark.parametrize("name", list(cli.available()))
+@pytest.mark.parametrize("name", list(commands.available()))
 def test_every_command_loads_and_is_described_in_the_table(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = load(name)
-    assert inspect.cleandoc(command.help).splitlines()[0] == cli.COMMANDS[name].help
+    assert inspect.cleandoc(command.help).splitlines()[0] == commands.COMMANDS[name].help
     assert call(name, "--help") == 0
-    assert cli.COMMANDS[name].help in " ".join(capsys.readouterr().out.split())
+    assert commands.COMMANDS[name].help in " ".join(capsys.readouterr().out.split())
 
 
 def test_error_class_gives_the_exit_code(

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from launcher.cli.display import Display, summary
-from launcher.cli.progress import Progress, notice
+from launcher.cli.progress import AttemptView, notice
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.wording import duration
@@ -100,7 +100,7 @@ def test_a_display_without_anything_to_show_ends_quietly(run: RunDirectory) -> N
 
 
 def test_time_left_leaves_evaluations_out() -> None:
-    progress = Progress()
+    progress = AttemptView()
     progress.event({"event": "training", "first_step": 0, "total_steps": 10})
     for number, at in ((1, 1.0), (2, 2.0)):
         progress.metric({"step": number, "loss": 1.0, "time": at})
@@ -113,9 +113,9 @@ def test_time_left_leaves_evaluations_out() -> None:
 
 
 def test_utilisation_needs_a_known_device() -> None:
-    progress = Progress(peak=989e12, flops_per_token=1e9, record={"tokens_per_second": 494_500})
+    progress = AttemptView(peak=989e12, flops_per_token=1e9, record={"tokens_per_second": 494_500})
     assert progress.share_of_peak() == pytest.approx(0.5)
-    assert Progress(flops_per_token=1e9, record={"tokens_per_second": 1}).share_of_peak() is None
+    assert AttemptView(flops_per_token=1e9, record={"tokens_per_second": 1}).share_of_peak() is None
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_events_that_are_not_have_none() -> None:
 
 
 def test_phases_follow_the_events() -> None:
-    progress = Progress()
+    progress = AttemptView()
     for record, phase in (
         ({"event": "phase", "phase": "loading"}, "loading"),
         ({"event": "training"}, "training"),

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from launcher.cli.app import command
-from launcher.cli.main import COMMANDS, available
+from launcher.cli.commands import COMMANDS, available
 from launcher.job import check
 from launcher.job.describe import keys
 from launcher.job.load import validate, without

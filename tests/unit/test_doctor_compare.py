@@ -39,8 +39,7 @@ def healthy(name: str, number: int = 3, **changes: dict[str, Any]) -> Node:
         "connect": {"unreachable": {}, "ahead": dict.fromkeys(others, 0.0)},
         "write": {"bytes_per_second": 1e9, "free": 1e12},
         "read": {"missing": [], "seconds": 0.1},
-        "prepare": {"import_seconds": 3.0},
-        "reduce": {"seconds": 1.0, "bytes_per_second": 1e9},
+        "reduce": {"import_seconds": 3.0, "seconds": 1.0, "bytes_per_second": 1e9},
     }
     return Node(name, {order: {**answer, **changes.get(order, {})} for order, answer in answers.items()})
 
@@ -88,7 +87,7 @@ class TestCompare:
             ({"read": {"missing": ["n1"]}}, [("directory", "failed")], "what n1 wrote is not seen here"),
             ({"read": {"seconds": 8.0}}, [("directory", "warning")], "seen after 8 s"),
             ({"write": {"free": 1e9}}, [("directory", "warning")], "1 GB free"),
-            ({"prepare": {"problem": "a rank ended with code 1"}}, [("all-reduce", "failed")], "code 1"),
+            ({"reduce": {"problem": "a rank ended with code 1"}}, [("all-reduce", "failed")], "code 1"),
             (
                 {"reduce": {"problem": "not done after 60 s"}},
                 [("all-reduce", "failed")],
@@ -133,6 +132,6 @@ class TestCompare:
 
     def test_one_node_alone(self) -> None:
         alone = healthy("n1", meet={"interface": "", "address": ""})
-        del alone.answers["connect"], alone.answers["reduce"], alone.answers["prepare"]
+        del alone.answers["connect"], alone.answers["reduce"]
         (report,) = compared(alone)
         assert wrong(report) == [] and report.found("interface") == "one node needs none"

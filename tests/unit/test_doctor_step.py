@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -14,57 +15,14 @@ from launcher.cli import main as cli
 from launcher.doctor import local
 from launcher.doctor.cluster import Examination, Request
 from launcher.doctor.compare import Node
+from launcher.doctor.connectivity import Listener, reach, resolve
 from launcher.doctor.finding import Finding, Report, failed, ok, warning
-from launcher.doctor.link import Decoder, encode, labelled
-from launcher.doctor.neighbours import Listener, reach, resolve
-from launcher.doctor.step import Step, _numbers
+from launcher.doctor.srun import Step, encode
 from launcher.errors import SchedulerError
 from tests.unit.programs import Programs, programs
 
 __all__ = ["programs"]
 PLACE = Path("/shared")
-
-
-@pytest.mark.parametrize("size", [0, 10, 599, 600, 601, 5000])
-def test_messages_arrive_whole_however_srun_mixes_their_lines(size: int) -> None:
-    messages = [{"text": f"{node} " * size, "signs": "äß\n\x00'\"\\"} for node in range(3)]
-    lines = [
-        [f"{node}: {line}" for line in encode(message).splitlines(keepends=True)]
-        for node, message in enumerate(messages)
-    ]
-    assert all(len(line) < 1000 for each in lines for line in each)
-    decoder, found = Decoder(), {}
-    while any(lines):
-        for each in lines:
-            if each and (said := decoder.feed(each.pop(0))) is not None:
-                found[said[0]] = said[1]
-    assert found == dict(enumerate(messages))
-
-
-def test_what_is_no_message_is_none() -> None:
-    decoder = Decoder()
-    for line in (
-        "",
-        "0: hello",
-        "@doctor . {}",
-        "x: @doctor . {}",
-        "0: @doctor . {broken",
-        "1: @doctor . [1]",
-        "2: @doctor ? {}",
-    ):
-        assert decoder.feed(line) is None
-    assert decoder.feed(' 12: @doctor . {"a": 1}\n') == (12, {"a": 1})
-    assert (
-        labelled(" 3: slurmstepd: error") == (3, "slurmstepd: error")
-        and labelled("srun: error: n1: task 0") is None
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "numbers"), [("0", {0}), ("0,2-4", {0, 2, 3, 4}), ("", set()), ("a-b,7,", {7})]
-)
-def test_numbers_of_tasks(text: str, numbers: set[int]) -> None:
-    assert _numbers(text) == numbers
 
 
 class TestNeighbours:
@@ -86,12 +44,52 @@ class TestNeighbours:
                 in reach({"a": ("127.0.0.1", listener.port)}, "", "wrong")["a"][0]
             )
         finally:
-            listener.close()
+            listener.server_close()
 
 
 class TestStep:
     def step(self, script: str, said: list[str] | None = None) -> Step:
         return Step(["/bin/bash", "-c", script], dict(os.environ), (said if said is not None else []).append)
+
+    @pytest.mark.parametrize("size", [0, 10, 599, 600, 601, 5000])
+    def test_messages_arrive_whole_however_srun_mixes_their_lines(self, size: int, tmp_path: Path) -> None:
+        messages = [{"text": f"{node} " * size, "signs": "äß\n\x00'\"\\"} for node in range(3)]
+        lines = [
+            [f"{node}: {line}" for line in encode({"order": "hello", **message}).splitlines(keepends=True)]
+            for node, message in enumerate(messages)
+        ]
+        assert all(len(line) < 1000 for each in lines for line in each)
+        mixed = [line for some in itertools.zip_longest(*lines, fillvalue="srun: odd\n") for line in some]
+        (tmp_path / "lines").write_text("".join(mixed), encoding="utf-8")
+        step = self.step(f"cat {tmp_path / 'lines'}")
+        assert step.answers("hello", range(3), 20) == dict(enumerate(messages))
+        step.end("")
+
+    def test_what_is_no_message_is_none(self, tmp_path: Path) -> None:
+        begun = (
+            "",
+            "0: hello",
+            "@doctor {}",
+            "x: @doctor {}",
+            "0: @doctor {broken",
+            "1: @doctor [1]",
+            "2: @doctor? {}",
+            "3: @doctor {}",
+        )
+        (tmp_path / "lines").write_text(
+            "".join(f"{line}\n" for line in (*begun, *(f"{node}: @doctor." for node in range(5))))
+        )
+        with (tmp_path / "lines").open("a", encoding="utf-8") as file:
+            file.write(' 12: @doctor {"order": "hello", "a": 1}\n 12: @doctor.\n')
+        step = self.step(f"cat {tmp_path / 'lines'}")
+        assert step.first(20) == {12: {"a": 1}}
+        step.end("")
+
+    @pytest.mark.parametrize(("text", "numbers"), [("0", {0}), ("0,2-4", {0, 2, 3, 4}), ("7,", {7})])
+    def test_numbers_of_tasks(self, text: str, numbers: set[int]) -> None:
+        step = self.step(f"echo 'srun: error: n1: tasks {text}: Exited' >&2; exec sleep 60")
+        assert step.answers("hello", numbers, 20) == {} and step.ended == numbers
+        step.end("")
 
     def test_no_srun(self) -> None:
         with pytest.raises(SchedulerError, match="no-srun is not on this machine"):
@@ -123,23 +121,20 @@ class TestStep:
         step.end("")
 
     def test_answers_of_those_that_are_left(self) -> None:
-        message = '@doctor . {"order": "hello"}'
-        script = f"""echo '0: {message}'; echo '2: @doctor . {{"order": "old"}}'
-echo '1: Traceback: it broke' >&2; echo 'srun: error: n2: tasks 1-2: Exited with exit code 1' >&2; read line; read line; echo "0: $line" """
+        script = """echo '0: @doctor {"order": "hello"}'; echo '0: @doctor.'
+echo '2: @doctor {"order": "old"}'; echo '2: @doctor.'; echo '1: Traceback: it broke' >&2
+echo 'srun: error: n2: tasks 1-2: Exited with exit code 1' >&2; read line; read line; echo "0: $line" """
         step = self.step(script)
         assert set(step.first(20)) == {0}
-        assert step.answers("hello", [1, 2], 20) == {}
-        assert (
-            step.ended == {1, 2} and step.last_words(1) == "Traceback: it broke" and step.last_words(0) == ""
-        )
+        assert step.answers("hello", [1, 2], 20) == {0: {}}
+        assert step.ended == {1, 2} and step.last_words == {1: "Traceback: it broke"}
         step.tell("nothing")
         step.end("")
 
     def test_what_does_not_end_is_killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("launcher.doctor.step._SECONDS_TO_END", 0.3)
-        step = self.step(
-            "trap '' TERM; echo '0: @doctor . {\"order\": \"hello\"}'; while :; do sleep 0.1; done"
-        )
+        monkeypatch.setattr("launcher.doctor.srun._SECONDS_TO_END", 0.3)
+        said = """echo '0: @doctor {"order": "hello"}'; echo '0: @doctor.'"""
+        step = self.step(f"trap '' TERM; {said}; while :; do sleep 0.1; done")
         step.first(20)
         step.end("no-such-job")
         assert step._srun.returncode == -9

@@ -49,3 +49,16 @@ def test_unknown_failure_class_is_internal() -> None:
 )
 def test_configuration_error_text(problems: str | Problem | list[Problem], source: str, text: str) -> None:
     assert str(ConfigurationError(problems, source)) == text
+
+
+def test_an_error_is_one_line_of_bounded_length() -> None:
+    assert errors.one_line(ValueError("first\n  second\n\n")) == "ValueError: first second"
+    assert errors.one_line(errors.DataError("row 7")) == "row 7"
+    assert errors.one_line(MemoryError()) == "MemoryError"
+    assert len(errors.one_line(ValueError("x" * 10_000))) == 400
+
+
+def test_the_first_line_of_an_error_that_has_any() -> None:
+    assert errors.first_line(ValueError("\n  first\nsecond")) == "first"
+    assert errors.first_line(MemoryError()) == "MemoryError"
+    assert len(errors.first_line(ValueError("x" * 10_000))) == 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.main import available
+from launcher.cli.commands import available
 
 ROOT = Path(__file__).parents[2] / "launcher"
 FILES = sorted(ROOT.rglob("*.py"))
@@ -30,7 +31,7 @@ HEAVY = {
 SLOW_TO_START = HEAVY | {"numpy", "psutil", "rich", "pydantic"}
 COMMAND_FILES = sorted(
     {ROOT / "cli" / f"{command.module}.py" for command in available().values()}
-    | {ROOT / "cli/app.py", ROOT / "cli/main.py"}
+    | {ROOT / "cli/app.py", ROOT / "cli/commands.py", ROOT / "cli/main.py"}
 )
 FLOORS = {
     "errors": set(),
@@ -79,15 +80,16 @@ def package(path: Path) -> str:
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
-def at_module_level(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every statement that runs on import: not those in functions, nor those for type checkers only."""
+def at_module_level(tree: ast.AST, functions: bool = False) -> Iterator[ast.AST]:
+    """Every statement that runs on import: not those in functions, unless asked for, nor those for type
+    checkers only."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if not functions and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         yield node
-        yield from at_module_level(node)
+        yield from at_module_level(node, functions)
 
 
 def modules(nodes: Iterator[ast.AST]) -> set[str]:
@@ -152,6 +154,29 @@ def test_commands_import_the_rest_only_when_called(path: Path) -> None:
     assert {
         module for module in ours if module.split(".")[1] not in ("errors", "cli", "__version__")
     } == set()
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """The modules of one circle of imports, those in functions too; none where there is none."""
+    graph = {}
+    for name, source in sources.items():
+        imported = modules(at_module_level(ast.parse(source), functions=True))
+        graph[name] = {module for module in imported if module in sources and module != name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    names = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in FILES}
+    sources = {
+        name.removesuffix(".__init__"): path.read_text(encoding="utf-8") for path, name in names.items()
+    }
+    assert circle(sources) == []
+    assert circle({"a": "import b", "b": "def f():\n    from c import d", "c": "import a"}) != []
+    assert circle({"a": "import b", "b": "if TYPE_CHECKING:\n    import a"}) == []
 
 
 def test_the_walk_sees_what_it_should() -> None:

@@ -118,13 +118,6 @@ def test_classify(error: BaseException, known: type[LauncherError], consequence:
     assert failure.classify(error) == (known, consequence)
 
 
-def test_a_cause_is_one_line_of_bounded_length() -> None:
-    assert failure.one_line(ValueError("first\n  second\n\n")) == "ValueError: first second"
-    assert failure.one_line(DataError("row 7")) == "row 7"
-    assert failure.one_line(MemoryError()) == "MemoryError"
-    assert len(failure.one_line(ValueError("x" * 10_000))) == 400
-
-
 def test_record_is_read_back_as_it_was(tmp_path: Path) -> None:
     try:
         raise DataError("row 7")

@@ -12,7 +12,13 @@ from typing import Any
 import submitit
 from submitit.core import utils
 
-from launcher.errors import ControllerUnreachableError, RunInUseError, SchedulerError, StorageError
+from launcher.errors import (
+    ControllerUnreachableError,
+    RunInUseError,
+    SchedulerError,
+    StorageError,
+    first_line,
+)
 from launcher.launch.slurm import client, inherited
 from launcher.launch.slurm.node import NodeTask
 from launcher.launch.slurm.queue import queue
@@ -138,7 +144,7 @@ def submit(
     except PermissionError as error:
         raise StorageError(f"{error.filename}: {error.strerror}; name another place with --run-dir") from None
     except utils.FailedSubmissionError as error:
-        raise SchedulerError(str(error).splitlines()[0]) from None
+        raise SchedulerError(first_line(error)) from None
 
 
 def submit_array(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from launcher.errors import LauncherError, by_failure_class
+from launcher.errors import LauncherError, by_failure_class, one_line
 from launcher.training import exchange
 
 T = TypeVar("T")
@@ -32,9 +32,7 @@ def describe(error: BaseException) -> str:
             if error.filename
             else error.strerror
         )
-    if isinstance(error, RefusedError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return str(error) if isinstance(error, RefusedError) else one_line(error)
 
 
 class Ranks:

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.data.arrow import names_of_classes, no_column, there, with_names, without_nulls
 from launcher.data.rows import Read, required
 from launcher.data.section import Source
-from launcher.errors import DataError
+from launcher.errors import DataError, first_line
 
 
 def load_hub(source: Source) -> Any:
@@ -19,8 +19,7 @@ def load_hub(source: Source) -> Any:
         return datasets.load_dataset(source.name, source.subset, split=source.split)
     except Exception as error:
         where = source.name if source.subset is None else f"{source.name} ({source.subset})"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{where}, split {source.split!r}, cannot be loaded: {reason}") from error
+        raise DataError(f"{where}, split {source.split!r}, cannot be loaded: {first_line(error)}") from error
 
 
 def hub_rows(source: Source, columns: Sequence[str]) -> Read:

@@ -30,7 +30,7 @@ FORMAT = 7
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
 Role = Literal["train", "evaluation"]
-Progress = Callable[[int, int], None]
+ReportRows = Callable[[int, int], None]
 
 
 def prepare(
@@ -39,7 +39,7 @@ def prepare(
     plan: Plan,
     task: Task,
     tokenizer: Any,
-    report: Progress = lambda done, total: None,
+    report: ReportRows = lambda done, total: None,
 ) -> Dataset:
     """Read, tokenise and pack a source, or map what an earlier call with equal contents and settings made.
 
@@ -155,7 +155,7 @@ def _open(directory: Path) -> Dataset | None:
 
 
 @contextlib.contextmanager
-def _locked(root: Path, name: str, report: Progress) -> Iterator[None]:
+def _locked(root: Path, name: str, report: ReportRows) -> Iterator[None]:
     """Hold the one right of this machine to prepare `name`, saying now and then that this process still waits
     for it."""
     import filelock
@@ -190,7 +190,7 @@ def _storage_error(root: Path, error: OSError) -> StorageError:
     )
 
 
-def _build(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, Progress]) -> None:
+def _build(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, ReportRows]) -> None:
     """Make the directory whole under another name, and rename it."""
     root = directory.parent
     temporary: Path | None = None
@@ -207,7 +207,7 @@ def _build(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, Progress]) -> None:
+def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, ReportRows]) -> None:
     task, tokenizer, progress = using
     began = time.monotonic()
     if role == "train" and task.needs_labels and not task.labels_given:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.generation import GenerationOptions
@@ -32,7 +32,7 @@ from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.heads import Batch
-from launcher.training.model import adapters, pretrained
+from launcher.training.model import adapters
 from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
 
@@ -244,7 +244,7 @@ def _import(plan: Plan) -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        reason = f"DeepSpeed cannot be imported: {pretrained.first_line(error)}"
+        reason = f"DeepSpeed cannot be imported: {first_line(error)}"
         raise ConfigurationError(Problem("parallel.engine", "deepspeed", reason)) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if plan.mesh.device == "cpu":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.plan import Plan
 from launcher.runs import cache
 
@@ -54,10 +54,8 @@ def _build(report: Report) -> None:
         try:
             get_accelerator().get_op_builder(name)().load(verbose=False)
         except Exception as error:
-            shown = str(error).strip().splitlines()
             reason = (
-                f"DeepSpeed's {name.removesuffix('Builder')} operator could not be built: "
-                f"{shown[0] if shown else type(error).__name__}"
+                f"DeepSpeed's {name.removesuffix('Builder')} operator could not be built: {first_line(error)}"
             )
             raise ConfigurationError(Problem("memory.offload_to", None, f"{reason}; write cpu")) from error
         report(number + 1, len(_FOR_FILES))

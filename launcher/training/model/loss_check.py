@@ -17,7 +17,7 @@ from torch import distributed, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.model.model_support import Way
 from launcher.planner.plan import Plan
 from launcher.tasks.task import IGNORE, Output, Sample, Task
@@ -26,7 +26,7 @@ from launcher.training.data.dataset import Dataset
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
 from launcher.training.heads import Batch
-from launcher.training.model import attention, pretrained
+from launcher.training.model import attention
 from launcher.training.model import loading as models
 
 LENGTHS = (11, 7)
@@ -160,7 +160,7 @@ def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Ten
             with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
                 output = engine.evaluate(to_device(plain, plan.mesh.device))
     except ValueError as error:
-        reason = f"its own class refuses a row of the data: {pretrained.first_line(error)}"
+        reason = f"its own class refuses a row of the data: {first_line(error)}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     _attend(engine.model, name)
     own = _values(task, output, row)

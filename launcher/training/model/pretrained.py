@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.model import model_support
 from launcher.planner.plan import Plan
 from launcher.training.model import attention
@@ -138,8 +138,3 @@ def why_not_read(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return None
     return first_line(error) if isinstance(error, (OSError, ValueError, ImportError)) else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its class where it has none."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

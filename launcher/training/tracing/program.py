@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.memory.program import (
     MOST_LAYERS,
     Context,
@@ -40,7 +40,6 @@ from launcher.training import operations
 from launcher.training.engines.linear import is_plain
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.model import loading as models
-from launcher.training.model import pretrained
 from launcher.training.tracing.counting import Counting
 
 MakeBatch = Callable[[Setting, Any], dict[str, Any]]
@@ -133,7 +132,7 @@ class Traced:
             reason = f"its code goes by the numbers in tensors ({error.func}), which a trace does not have"
             raise ConfigurationError(Problem("--trace", type(self._model).__name__, reason)) from None
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-            reason = f"its code does not run without numbers: {pretrained.first_line(error)}"
+            reason = f"its code does not run without numbers: {first_line(error)}"
             raise ConfigurationError(Problem("--trace", type(self._model).__name__, reason)) from None
         finally:
             masking_utils.is_tracing = before

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, first_line
 from launcher.plain_files import read_json
 
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -91,19 +91,14 @@ def read_file(path: Path) -> dict[str, Any]:
         what = (
             f"names {named[1]}, which no checkpoint needs"
             if named
-            else f"holds what no checkpoint needs ({_brief(error)})"
+            else f"holds what no checkpoint needs ({first_line(error)})"
         )
         raise CheckpointError(f"{path}: {what}; it is refused, and nothing of it was executed") from None
     except Exception as error:
-        raise CheckpointError(f"{path} is cut off or garbled: {_brief(error)}") from None
+        raise CheckpointError(f"{path} is cut off or garbled: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, and no dictionary of a checkpoint")
     return content
-
-
-def _brief(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def trainer_step(directory: Path) -> int | None:
@@ -123,27 +118,3 @@ def add_states(foreign: Foreign, name: str, states: Iterable[tuple[str, ForeignT
             foreign.optimizer_steps.add(float(value.flat()[0]))
         elif value.shape.numel() == foreign.parameters[name].shape.numel():
             foreign.states.setdefault(name, {})[key] = value
-
-
-def open_foreign(source: Path) -> Foreign:
-    """Look at a checkpoint that DeepSpeed or Accelerate wrote. Its tensors are not read yet.
-
-    Raises CheckpointError where it is neither, or not whole.
-    """
-    from launcher.training.checkpoint.foreign import from_accelerate, from_deepspeed
-
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{source} is {'no directory' if source.exists() else 'missing'}; name the directory of a "
-            "checkpoint"
-        )
-    for reader in (from_deepspeed, from_accelerate):
-        if reader.found(source):
-            return reader.read(source)
-    expected = (
-        "global_step*/*_optim_states.pt with latest (DeepSpeed), pytorch_model_fsdp_0/ or "
-        "pytorch_model_fsdp.bin (Accelerate)"
-    )
-    raise CheckpointError(
-        f"{source} holds no checkpoint of DeepSpeed or of Accelerate's FSDP: looked for {expected}"
-    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, one_line
 from launcher.training.checkpoint.foreign.common import (
     Foreign,
     ForeignTensor,
@@ -100,9 +100,7 @@ def _read_full(source: Path, foreign: Foreign) -> None:
                 {key: whole_tensor(value) for key, value in state.items() if isinstance(value, torch.Tensor)},
             )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is no optimizer state by parameter name: {type(error).__name__}: {error}"
-        ) from None
+        raise CheckpointError(f"{path} is no optimizer state by parameter name: {one_line(error)}") from None
 
 
 def _add(foreign: Foreign, path: Path, parameter: str, states: dict[str, ForeignTensor]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, one_line
 from launcher.training.checkpoint.foreign.common import (
     Foreign,
     ForeignTensor,
@@ -50,9 +50,7 @@ def read(source: Path) -> Foreign:
     except CheckpointError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{directory} is not what DeepSpeed writes: {type(error).__name__}: {error}"
-        ) from None
+        raise CheckpointError(f"{directory} is not what DeepSpeed writes: {one_line(error)}") from None
 
 
 def _tag(source: Path) -> Path:

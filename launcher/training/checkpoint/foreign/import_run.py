@@ -21,8 +21,9 @@ from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.sharing import set_umask
 from launcher.training.checkpoint.boxes import FlatShard
-from launcher.training.checkpoint.foreign.common import Foreign, ForeignTensor, open_foreign
+from launcher.training.checkpoint.foreign.common import Foreign, ForeignTensor
 from launcher.training.checkpoint.foreign.names import expected, matched
+from launcher.training.checkpoint.foreign.opening import open_foreign
 from launcher.training.checkpoint.storage import (
     METADATA_NAME,
     FileLayout,
