@@ -12,7 +12,8 @@ LauncherError                     1   something in launcher itself is wrong
 ├── ScriptError                  10   the user's own script raised an error, or left with another code than 0
 ├── SchedulerError               11   Slurm refused a request
 │   └── ControllerUnreachableError   12   Slurm's controller did not answer; it may have done what was asked
-├── HungError                    13   no rank went on for longer than `cluster.hang_after` allows, and all were ended
+├── HungError                    13   no rank went on for longer than `cluster.hang_after` allows, and all
+were ended
 ├── GpuError                     14   a GPU is broken: an ECC error, fallen off the bus
 └── Stopped                      75   stopped on request with everything saved: run it again to go on
 

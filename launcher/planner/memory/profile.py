@@ -1,7 +1,9 @@
 """A model's block profile: what each block adds to memory, as lines in the number of samples.
 
-A trace of the model's own class makes it (`launcher/training/tracing`), at one, two and eight samples. From two samples
-on every tensor of a block is affine in their number, so that each level of memory is a line through what two and eight
+A trace of the model's own class makes it (`launcher/training/tracing`), at one, two and eight samples. From
+two samples
+on every tensor of a block is affine in their number, so that each level of memory is a line through what two
+and eight
 have; the peak of a block is the highest of its lines. Any plan afterwards is arithmetic.
 """
 
@@ -12,13 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Literal
 
-from launcher.planning.footprint.program import Segment, Setting, Unit, Weight
+from launcher.planner.memory.program import Segment, Setting, Unit, Weight
 
 RECOMPUTATIONS = ("none", "selective", "full")
 FEW, MANY = 2, 8
 """The numbers of samples that a line goes through."""
 Stays = Literal["gradient", "nothing", "fp32"]
-"""What stays of a gradient once it is made: itself, nothing where one was there to add it to, or a copy in fp32."""
+"""What stays of a gradient once it is made: itself, nothing where one was there to add it to, or a copy in
+fp32."""
 Line = tuple[int, int]
 """Bytes at `FEW` and at `MANY` samples."""
 
@@ -31,7 +34,8 @@ class Scale:
     length: float = 1.0
 
     def at(self, line: Line) -> int:
-        """Return the bytes of a line there; shorter samples are taken to need their share, which is never too little."""
+        """Return the bytes of a line there; shorter samples are taken to need their share, which is never too
+        little."""
         few, many = line
         slope = (many - few) / (MANY - FEW)
         return round(few - FEW * slope + slope * self.samples * self.length)
@@ -56,7 +60,8 @@ class Block:
     backward: bool
     added: Line
     gaps: tuple[tuple[Line, ...], ...]
-    """The levels that may be the highest before each gradient, and after the last one, above where the block began."""
+    """The levels that may be the highest before each gradient, and after the last one, above where the block
+    began."""
     gradients: tuple[Gradient, ...]
     traffic: Line
     num_made: int
@@ -139,12 +144,15 @@ class Pass:
     def segments(self, scale: Scale, stays: Stays, traffic_scale: Scale) -> list[Segment]:
         """Return the bytes of each block for so many samples."""
         made = [block.segment(scale, stays, traffic_scale) for block in self.blocks]
-        return [made[number] if layer < 0 else replace(made[number], layer=layer) for number, layer in self.order]
+        return [
+            made[number] if layer < 0 else replace(made[number], layer=layer) for number, layer in self.order
+        ]
 
 
 @dataclass(eq=False)
 class Profile:
-    """A model's real class as a program of the planner: its parameters, and the passes of one sample and of several."""
+    """A model's real class as a program of the planner: its parameters, and the passes of one sample and of
+    several."""
 
     length: int
     """Positions of a sample in the trace."""
@@ -153,7 +161,8 @@ class Profile:
     passes: Mapping[str, tuple[Pass, Pass]] = field(default_factory=dict)
     """By what is recomputed, and `evaluation`: one sample, and the lines of several."""
     tails: Mapping[str, tuple[tuple[int, Block], ...]] = field(default_factory=dict)
-    """What is behind the layers, in training and in evaluation, by samples, where its loss in chunks makes it no line."""
+    """What is behind the layers, in training and in evaluation, by samples, where its loss in chunks makes it
+    no line."""
     quadratic: float = 0.0
     """The share of what a sample writes that grows with the square of its length."""
     untraceable: str | None = None
@@ -186,8 +195,14 @@ class Profile:
             "length": self.length,
             "root": _unit_to_json(self.root),
             "layers": [_unit_to_json(unit) for unit in self.layers],
-            "passes": {name: [{"blocks": [astuple(b) for b in each.blocks], "order": each.order} for each in pair] for name, pair in self.passes.items()},
-            "tails": {name: [(number, astuple(block)) for number, block in tails] for name, tails in self.tails.items()},
+            "passes": {
+                name: [{"blocks": [astuple(b) for b in each.blocks], "order": each.order} for each in pair]
+                for name, pair in self.passes.items()
+            },
+            "tails": {
+                name: [(number, astuple(block)) for number, block in tails]
+                for name, tails in self.tails.items()
+            },
             "quadratic": self.quadratic,
             "untraceable": self.untraceable,
         }
@@ -198,7 +213,10 @@ class Profile:
         passes = {}
         for name, (one, several) in content["passes"].items():
             passes[name] = _pass_of_json(one), _pass_of_json(several)
-        tails = {name: tuple((number, _block_of_json(block)) for number, block in tails) for name, tails in content["tails"].items()}
+        tails = {
+            name: tuple((number, _block_of_json(block)) for number, block in tails)
+            for name, tails in content["tails"].items()
+        }
         layers = tuple(_unit_of_json(unit) for unit in content["layers"])
         root, length = _unit_of_json(content["root"]), content["length"]
         return cls(length, root, layers, passes, tails, content["quadratic"], content["untraceable"])
@@ -209,7 +227,8 @@ def _is_tail(segment: Segment) -> bool:
 
 
 def _tail(tails: Sequence[tuple[int, Block]], samples: float) -> Segment:
-    """Return what is behind the layers, between the two numbers of samples that were gone through: the peak is that of the larger."""
+    """Return what is behind the layers, between the two numbers of samples that were gone through: the peak
+    is that of the larger."""
     numbers = [number for number, _ in tails]
     place = bisect_left(numbers, samples)
     at = [block.segment(Scale(FEW), "gradient") for _, block in tails]
@@ -222,14 +241,24 @@ def _tail(tails: Sequence[tuple[int, Block]], samples: float) -> Segment:
         less, more = getattr(at[low], name), getattr(at[high], name)
         return round(less + part * (more - less))
 
-    line = {name: between(name) for name in ("added", "peak", "rest", "traffic", "num_made")}
+    peak, rest = between("peak"), between("rest")
     if part < 1:
-        line |= {"peak": max(at[low].peak, at[high].peak), "rest": max(at[low].rest, at[high].rest)}
-    return replace(at[high], **line)
+        peak, rest = max(at[low].peak, at[high].peak), max(at[low].rest, at[high].rest)
+    return replace(
+        at[high],
+        added=between("added"),
+        peak=peak,
+        rest=rest,
+        traffic=between("traffic"),
+        num_made=between("num_made"),
+    )
 
 
 def _unit_to_json(unit: Unit) -> dict[str, Any]:
-    return {"num_first": unit.num_first, "weights": [list(asdict(weight).values()) for weight in unit.weights]}
+    return {
+        "num_first": unit.num_first,
+        "weights": [list(asdict(weight).values()) for weight in unit.weights],
+    }
 
 
 def _unit_of_json(content: dict[str, Any]) -> Unit:
@@ -244,6 +273,8 @@ def _pass_of_json(content: dict[str, Any]) -> Pass:
 
 def _block_of_json(content: list[Any]) -> Block:
     kind, layer, backward, (few, many), gaps, gradients, traffic, num_made = content
-    made = tuple(Gradient((level[0], level[1]), num_elements, itemsize) for level, num_elements, itemsize in gradients)
+    made = tuple(
+        Gradient((level[0], level[1]), num_elements, itemsize) for level, num_elements, itemsize in gradients
+    )
     lines = tuple(tuple((low, high) for low, high in gap) for gap in gaps)
     return Block(kind, layer, backward, (few, many), lines, made, (traffic[0], traffic[1]), num_made)

@@ -1,4 +1,5 @@
-"""Write a chat by the tokenizer's own template, and mark what is learned: the assistant's turns with their ends."""
+"""Write a chat by the tokenizer's own template, and mark what is learned: the assistant's turns with their
+ends."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from launcher.planning.footprint.profile import Block
+from launcher.planner.memory.profile import Block
 
 _FIRST = 3
-"""So many layers at the beginning of a stack are traced in any case: what is before the layers may still be let go of in them."""
+"""So many layers at the beginning of a stack are traced in any case: what is before the layers may still be
+let go of in them."""
 _NUMBERS = ("idx", "index", "layer_id", "layer_number", "layer_num")
 """In the names of what a layer knows of its own place, which makes it no other layer."""
 
@@ -40,9 +41,14 @@ class Layer:
 
 
 def places(model: PreTrainedModel, layers: Sequence[nn.Module], every: bool = False) -> list[Layer]:
-    """Return the layers with what each is traced by: the first and the last of a stack, and one of each kind between them."""
+    """Return the layers with what each is traced by: the first and the last of a stack, and one of each kind
+    between them."""
     number = {id(layer): index for index, layer in enumerate(layers)}
-    stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) and id(module[0]) in number]
+    stacks = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and id(module[0]) in number
+    ]
     kinds = _kinds(model, layers)
     result = []
     for position, stack in enumerate(stacks):
@@ -54,12 +60,15 @@ def places(model: PreTrainedModel, layers: Sequence[nn.Module], every: bool = Fa
         for index in own:
             begins = ("stem" if position == 0 else "bridge") if index == own[0] else None
             ends = ("tail" if position == len(stacks) - 1 else "bridge") if index == own[-1] else None
-            result.append(Layer(layers[index], index, index if index in kept else inner[kinds[index]], begins, ends))
+            result.append(
+                Layer(layers[index], index, index if index in kept else inner[kinds[index]], begins, ends)
+            )
     return result
 
 
 def _kinds(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[Any]:
-    """Return what tells each layer from others: its modules with their settings, its shapes, what trains in and before it."""
+    """Return what tells each layer from others: its modules with their settings, its shapes, what trains in
+    and before it."""
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
     first = next(name for name, parameter in model.named_parameters() if id(parameter) in own)
     before = False
@@ -77,15 +86,21 @@ def _kinds(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[Any]:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Return the plain values of a module. Of a fraction only whether there is one: drop paths grow from layer to layer."""
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, str, float))}
+    """Return the plain values of a module. Of a fraction only whether there is one: drop paths grow from
+    layer to layer."""
+    plain = {
+        name: value for name, value in vars(module).items() if isinstance(value, (bool, int, str, float))
+    }
     kept = {name: bool(value) if isinstance(value, float) else value for name, value in plain.items()}
-    return tuple(sorted((name, value) for name, value in kept.items() if not any(word in name for word in _NUMBERS)))
+    return tuple(
+        sorted((name, value) for name, value in kept.items() if not any(word in name for word in _NUMBERS))
+    )
 
 
 @dataclass
 class Skipped:
-    """What the layers of a stack that are not traced do in its place: they hand on what they get, as a layer gives it back."""
+    """What the layers of a stack that are not traced do in its place: they hand on what they get, as a layer
+    gives it back."""
 
     output: Any = field(default=None)
     """What the last layer that was gone through gave back."""
@@ -109,11 +124,14 @@ class Skipped:
 def first_tensor(tree: Any) -> torch.Tensor | None:
     """Return the first tensor of fractions in a tree; None where there is none."""
     leaves = pytree.tree_leaves(tree)
-    return next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
+    return next(
+        (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None
+    )
 
 
 def spread(blocks: Sequence[Block], layers: Sequence[Layer]) -> list[Block]:
-    """Return the blocks of a pass with those of the layers that were left out, each as the layer's that stands in for it.
+    """Return the blocks of a pass with those of the layers that were left out, each as the layer's that
+    stands in for it.
 
     Raises ValueError where layers were left out and the others did not run one after another.
     """
@@ -141,6 +159,10 @@ def spread(blocks: Sequence[Block], layers: Sequence[Layer]) -> list[Block]:
             if (found := own.get((layer.stands_in, block.backward))) is not None:
                 result.append(replace(found, layer=layer.index))
     order = [(block.layer, block.backward) for block in blocks if block.kind == "layer"]
-    if order != [place for place in ((block.layer, block.backward) for block in result if block.kind == "layer") if place in own]:
+    if order != [
+        place
+        for place in ((block.layer, block.backward) for block in result if block.kind == "layer")
+        if place in own
+    ]:
         raise ValueError("its layers do not run one after another")
     return result

@@ -11,7 +11,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _aten = torch.ops.aten
 _MOST = 1 << 21
-"""Elements of a tensor whose numbers are kept: masks of pairs of positions may be very large, and decide nothing."""
+"""Elements of a tensor whose numbers are kept: masks of pairs of positions may be very large, and decide
+nothing."""
 _BY_MASK = {_aten.index.Tensor: 1, _aten.index_put.default: 1, _aten.index_put_.default: 1}
 """Operators that take masks among their indices, and the place of these."""
 
@@ -32,7 +33,8 @@ class Numbers:
         return self._real.get(tensor) if isinstance(tensor, torch.Tensor) else None
 
     def answer(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Return the real result of an operator whose shape or value hangs on numbers; None where that cannot be known."""
+        """Return the real result of an operator whose shape or value hangs on numbers; None where that cannot
+        be known."""
         if not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(function.tags):
             return None
         known = self._known(args, kwargs)
@@ -42,7 +44,8 @@ class Numbers:
             return function(*known[0], **known[1])
 
     def without_masks(self, function: Any, args: Any) -> tuple[Any, list[torch.Tensor]]:
-        """Return the arguments of an indexing operator with each mask replaced by the positions in it, and those, real."""
+        """Return the arguments of an indexing operator with each mask replaced by the positions in it, and
+        those, real."""
         if function not in _BY_MASK:
             return args, []
         place, indices, made = _BY_MASK[function], [], []
@@ -63,7 +66,12 @@ class Numbers:
         if isinstance(first, torch.Tensor) and first not in self._real:
             return
         known = self._known(args, kwargs)
-        if known is None or not self._small(result) or "empty" in function.__name__ or "rand" in function.__name__:
+        if (
+            known is None
+            or not self._small(result)
+            or "empty" in function.__name__
+            or "rand" in function.__name__
+        ):
             if function._schema.is_mutable and isinstance(first, torch.Tensor):
                 self._real.pop(first, None)
             return
@@ -76,7 +84,9 @@ class Numbers:
     @staticmethod
     def _small(result: Any) -> bool:
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        return bool(tensors) and all(tensor.numel() <= _MOST and tensor.device.type == "cpu" for tensor in tensors)
+        return bool(tensors) and all(
+            tensor.numel() <= _MOST and tensor.device.type == "cpu" for tensor in tensors
+        )
 
     def _known(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Return the arguments with numbers in place of fake tensors; None where one is not known."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from launcher.planning.footprint.profile import Block, Gradient, Line, envelope
-from launcher.planning.footprint.shadow import Meter
+from launcher.planner.memory.profile import Block, Gradient, Line, envelope
+from launcher.planner.memory.symbolic import Meter
 
 
 class Levels(Meter):
@@ -89,7 +89,8 @@ def joined(few: Passed, many: Passed) -> Block:
     if [gradient[1:] for gradient in few.gradients] != [gradient[1:] for gradient in many.gradients]:
         raise ValueError(f"{few.kind}: its gradients come in another order with more samples")
     gradients = tuple(
-        Gradient((ours[0], theirs[0]), *ours[1:]) for ours, theirs in zip(few.gradients, many.gradients, strict=True)
+        Gradient((ours[0], theirs[0]), *ours[1:])
+        for ours, theirs in zip(few.gradients, many.gradients, strict=True)
     )
     gaps = tuple(_lines(*levels) for levels in zip(few.gaps, many.gaps, strict=True))
     added, traffic = (few.added, many.added), (few.traffic, many.traffic)

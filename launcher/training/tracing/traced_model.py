@@ -1,6 +1,7 @@
 """A model's real class, gone through with fake tensors: the memory of its blocks.
 
-`torch`'s FakeTensorMode computes shapes, autograd keeps and frees what it always does, and a dispatch mode sees each
+`torch`'s FakeTensorMode computes shapes, autograd keeps and frees what it always does, and a dispatch mode
+sees each
 tensor come and go. No process group is needed: what an engine gathers, sends and keeps between the blocks is the
 planner's, so that one trace serves FSDP and ZeRO, and any number of ranks.
 """
@@ -13,18 +14,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from transformers import PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from launcher.job.adapter import Adapter
-from launcher.planning.footprint.program import Unit, Weight
-from launcher.training import adapters, operations, pretrained
-from launcher.training import model as models
+from launcher.planner.memory.program import Unit, Weight
+from launcher.training import operations
 from launcher.training.engines.linear import is_plain
 from launcher.training.engines.recompute import checkpoint_activations
-from launcher.training.tracing.counting_new import Counting
+from launcher.training.model import adapters, pretrained
+from launcher.training.model import loading as models
+from launcher.training.tracing.counting import Counting
 from launcher.training.tracing.layers import Layer, Skipped, first_tensor, places
 from launcher.training.tracing.recorder import Passed, Recorder
 
@@ -40,7 +46,9 @@ class Untraceable(Exception):
 class TracedModel:
     """A model without numbers, whose passes can be gone through."""
 
-    def __init__(self, config: Any, auto_class: Any, forward: Forward, dtype: torch.dtype, **options: Any) -> None:
+    def __init__(
+        self, config: Any, auto_class: Any, forward: Forward, dtype: torch.dtype, **options: Any
+    ) -> None:
         """`dtype` is what it computes in, `options` go to `from_config`."""
         self._forward, self._dtype = forward, dtype
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -49,7 +57,8 @@ class TracedModel:
             self.model.tie_weights()
 
     def add_adapter(self, adapter: Adapter, new: Callable[[PreTrainedModel], tuple[str, ...]]) -> None:
-        """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that matches nothing."""
+        """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that
+        matches nothing."""
         with self._mode:
             adapters.Injected(self.model, adapter, models.repeated_layers)
             for module in self.model.modules():
@@ -59,7 +68,8 @@ class TracedModel:
             adapters.trained(self.model, adapter, new(self.model))
 
     def units(self, narrow: bool = False) -> tuple[Unit, list[Unit]]:
-        """Return what is outside of the layers, and each layer. narrow: what does not train is kept in the computation's precision.
+        """Return what is outside of the layers, and each layer. narrow: what does not train is kept in the
+        computation's precision.
 
         Raises ConfigurationError for a model without repeated layers.
         """
@@ -69,7 +79,9 @@ class TracedModel:
         """Return the repeated layers, and which of them are gone through; with `every` all."""
         return places(self.model, models.repeated_layers(self.model), every)
 
-    def go(self, batch: dict[str, Any], layers: Sequence[Layer], checkpointing: str, training: bool, cuda: bool) -> list[Passed]:
+    def go(
+        self, batch: dict[str, Any], layers: Sequence[Layer], checkpointing: str, training: bool, cuda: bool
+    ) -> list[Passed]:
         """Go through a micro-batch, forward and, where it trains, backward; its blocks in their order.
 
         Raises Untraceable where the model's code does not run without numbers.
@@ -82,7 +94,11 @@ class TracedModel:
             counting = Counting(recorder.meter, self._held(), cuda)
             with self._prepared(recorder, layers, checkpointing), counting, _decided_by_numbers():
                 recorder.begin("stem")
-                self._pass(recorder, {key: self._without_numbers(key, value, counting) for key, value in batch.items()}, training)
+                self._pass(
+                    recorder,
+                    {key: self._without_numbers(key, value, counting) for key, value in batch.items()},
+                    training,
+                )
         return recorder.blocks
 
     def _without_numbers(self, key: str, value: Any, counting: Counting) -> Any:
@@ -113,9 +129,12 @@ class TracedModel:
 
     @contextlib.contextmanager
     def _prepared(self, recorder: Recorder, layers: Sequence[Layer], checkpointing: str) -> Iterator[None]:
-        """With the layers computed again or not, or left out, and with what begins a block and notes a gradient."""
+        """With the layers computed again or not, or left out, and with what begins a block and notes a
+        gradient."""
         hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda parameter: recorder.note(parameter.numel(), parameter.grad.itemsize))
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: recorder.note(parameter.numel(), parameter.grad.itemsize)
+            )
             for parameter in self.model.parameters()
             if parameter.requires_grad
         ]
@@ -145,12 +164,15 @@ class TracedModel:
 
 @contextlib.contextmanager
 def _decided_by_numbers() -> Iterator[None]:
-    """Masks are made or left out as in a real step. Raises Untraceable for a model whose code asks for other numbers."""
+    """Masks are made or left out as in a real step. Raises Untraceable for a model whose code asks for other
+    numbers."""
     masking_utils.is_tracing, before = lambda *_: False, masking_utils.is_tracing
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise Untraceable(f"its code goes by the numbers in tensors ({error.func}), which a trace does not have") from None
+        raise Untraceable(
+            f"its code goes by the numbers in tensors ({error.func}), which a trace does not have"
+        ) from None
     except Exception as error:  # code of others may raise anything
         raise Untraceable(f"its code does not run without numbers: {pretrained.first_line(error)}") from error
     finally:
