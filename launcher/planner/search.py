@@ -203,7 +203,8 @@ def _with_unknown_memory(job: Job, plan: Plan) -> Plan:
         return plan
     samples = plan.batch.micro_batch_size * plan.batch.accumulation_steps
     micro = largest_divisor(samples, samples_per_pass(plan))
-    reason = f"divides the {samples} samples of a rank exactly; more than {TOKENS_PER_PASS[plan.mesh.device]} tokens of a pass are no faster"
+    enough = f"more than {TOKENS_PER_PASS[plan.mesh.device]} tokens of a pass are no faster"
+    reason = f"divides the {samples} samples of a rank exactly; {enough}"
     decisions = {decision.key: decision for decision in plan.decisions}
     decisions["batch.micro_batch_size"] = Decision(key="batch.micro_batch_size", value=micro, reason=reason)
     larger = with_batch(plan, micro, plan.activation_checkpointing)

@@ -296,7 +296,8 @@ def _another_cut(plan: Plan, found: Program | Unknown, hardware: Hardware, memor
     if _least_needed(plan, found) <= usable:
         return Advice(reason=f"{have}: by that it should do, and nothing that needs less is left to change")
     most = wider[-1] if wider else full
-    then = f"cut over {most.mesh.world_size} ranks, one for each sample of the batch, it is still {gib(_states(most, found))}"
+    still = gib(_states(most, found))
+    then = f"cut over {most.mesh.world_size} ranks, one for each sample of the batch, it is still {still}"
     return Advice(reason=f"{have}; {then}")
 
 

@@ -90,10 +90,8 @@ class Profiles:
                 f"no profile of this {kind} model for {plan.task} is in the cache, and none is made now"
             )
         if answer is None:
-            self.say(
-                f"tracing {plan.model.name}, a {kind} model, for its memory; later plans find the profile in
-                the cache ..."
-            )
+            what = f"tracing {plan.model.name}, a {kind} model, for its memory"
+            self.say(f"{what}; later plans find the profile in the cache ...")
             answer = _trace(plan)
             if "profile" in answer:
                 _keep(path, answer)
