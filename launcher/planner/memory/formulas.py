@@ -69,8 +69,12 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
 
 @functools.lru_cache(maxsize=8)
 def _formulas(config: str, freeze: tuple[str, ...], adapter: Adapter | None) -> Formulas:
-    content = json.loads(config)
-    return Formulas(Gpt2(content) if content["model_type"] == "gpt2" else Llama(content), freeze, adapter)
+    return Formulas(program_of(json.loads(config)), freeze, adapter)
+
+
+def program_of(config: dict[str, Any]) -> SymbolicProgram:
+    """Return the program of a model of one of `KNOWN`. Raises KeyError for a config without a size that it needs."""
+    return Gpt2(config) if config["model_type"] == "gpt2" else Llama(config)
 
 
 def adapted(units: tuple[Unit, list[Unit]], adapter: Adapter) -> tuple[Unit, list[Unit]]:
