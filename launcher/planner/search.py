@@ -150,7 +150,10 @@ def _best_plan(request: _Request) -> Plan:
     target = (target_here if request.local else target_of)(first, request.hardware, job.cluster.network)
     if job.model.name == OWN:  # a script's own model; what is decided here stands for nothing
         return _with_the_least(job, first, "only the script knows its model")
-    program = request.profiles.find(first)
+    try:
+        program = request.profiles.find(first)
+    except ConfigurationError as error:  # whoever forecasts the plan is told, and most commands need none
+        return _with_the_least(job, first, error.problems[0].reason)
     if isinstance(program, Unknown):
         return _with_the_least(job, first, f"what a pass needs is not known: {program.reason}")
     search = _Search(job, first, target, program)

@@ -51,7 +51,7 @@ class Profiles:
     """Go by the formulas where they know the model."""
     say: Callable[[str], None] = lambda line: None
     """Told in one line why the seconds of a trace pass."""
-    _known: dict[str, Program | Unknown] = field(default_factory=dict)
+    _known: dict[str, Program | Unknown | ConfigurationError] = field(default_factory=dict)
 
     def find(self, plan: Plan) -> Program | Unknown:
         """Return the program of a plan's model, or why there is none.
@@ -69,7 +69,10 @@ class Profiles:
         key = _key(plan, config)
         if key not in self._known:
             self._known[key] = self._profile(plan, key)
-        return self._known[key]
+        found = self._known[key]
+        if isinstance(found, ConfigurationError):
+            raise found
+        return found
 
     def program(self, plan: Plan) -> Program | None:
         """Return the program of a plan's model; None where no pass can be forecast."""
@@ -81,7 +84,7 @@ class Profiles:
         program = self.find(plan)
         return program.reason if isinstance(program, Unknown) else ""
 
-    def _profile(self, plan: Plan, key: str) -> Program | Unknown:
+    def _profile(self, plan: Plan, key: str) -> Program | Unknown | ConfigurationError:
         path = cache.root() / "profiles" / f"{key}.json"
         answer = _read(path)
         kind = (config_of(plan.model) or {}).get("model_type")
@@ -96,7 +99,7 @@ class Profiles:
             if "profile" in answer:
                 _keep(path, answer)
         if "problems" in answer:
-            raise ConfigurationError([Problem(*problem) for problem in answer["problems"]])
+            return ConfigurationError([Problem(*problem) for problem in answer["problems"]])
         if "profile" not in answer:
             return Unknown(f"its class cannot be traced: {answer['failure']}")
         profile = Profile.from_json(answer["profile"])
