@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.planner.memory.simple_rule import gib
+from launcher.planner.memory.limits import gib
 from launcher.runs.wording import duration
 
 if TYPE_CHECKING:
@@ -56,10 +56,11 @@ def _kinds(forecast: Forecast) -> list[str]:
     return list(dict.fromkeys(kind for phase in forecast.footprint.phases for kind in phase.parts))
 
 
-def beside_trace(traced: Forecast, formulas: Forecast | None, no_forecast: str | None) -> str:
-    """Return what the formulas say beside a trace, in a line, or why they say nothing."""
-    if formulas is None:
-        return f"  traced from the model's own class; {no_forecast}"
+def beside_trace(traced: Forecast, formulas: Forecast | None) -> str:
+    """Return where a forecast is from that goes by a model's own class, with what the formulas say, in a
+    line."""
+    if formulas is None or formulas.traced:
+        return "  by a profile of the model's own class"
     ours, theirs = traced.footprint.phase("steady step").peak, formulas.footprint.phase("steady step").peak
     difference = f"{gib(theirs)}, {theirs / ours - 1:+.1%}"
     return f"  traced from the model's own class; of a steady step the formulas say {difference}"

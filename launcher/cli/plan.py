@@ -13,7 +13,7 @@ from launcher.cli.job import JobFile, Overrides
 if TYPE_CHECKING:
     from launcher.job.schema import Job
     from launcher.planner.comparison import PlanRow
-    from launcher.planner.forecast import Trace
+    from launcher.planner.memory.profiles import Profiles
     from launcher.planner.plan import Refused
     from launcher.planner.preview import Preview
 
@@ -54,9 +54,12 @@ Scale = Annotated[
     typer.Option("--scale", metavar="FROM..TO", help="How memory and speed change with the number of GPUs."),
 ]
 Traced = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--trace", help="Go by the model's real class (imports torch), and compare with the formulas."
+        "--trace/--no-trace",
+        help="Trace the model's class beside the formulas; or start no trace. [default: where there is neither "
+        "formula nor profile]",
+        show_default=False,
     ),
 ]
 Picture = Annotated[
@@ -77,7 +80,7 @@ def plan(
     price: Prices = [],  # noqa: B006
     explain: Explain = None,
     picture: Picture = None,
-    trace: Traced = False,
+    trace: Traced = None,
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.job.load import load
@@ -85,26 +88,34 @@ def plan(
     from launcher.planner.preview import preview_job
 
     wanted = load(job, overrides)
+    profiles = profiles_for(trace is not False)
     fewest = deadline is not None or max_gpus is not None
     if fewest or scale is not None or price or (gpu is not None and "," in gpu):
         drawn = None if picture is None else str(picture)
         _refuse_of_one_plan({"--nproc": nproc, "--explain": explain, "--picture": drawn}, trace)
-        rows, left_out = _rows(wanted, gpu, network, scale, (deadline, max_gpus or _MOST) if fewest else None)
+        searched = (deadline, max_gpus or _MOST) if fewest else None
+        rows, left_out = _rows(wanted, gpu, network, scale, searched, profiles)
         _print_rows(with_prices(rows, price), left_out, fewest, as_json)
         return
-    preview = preview_job(wanted, nproc, gpu, network, tracing() if trace else None)
+    compared = profiles_for(starts=True, formulas=False) if trace else None
+    preview = preview_job(wanted, nproc, gpu, network, profiles, compared)
     if picture is not None:
         _draw(picture, preview)
     if explain is not None:
         _explain(preview, explain, as_json)
     elif as_json:
-        _print_as_json(preview, trace)
+        _print_as_json(preview, bool(trace))
     else:
         _print(preview)
 
 
 def _rows(
-    job: Job, gpu: str | None, network: str | None, scale: str | None, fewest: tuple[str | None, int] | None
+    job: Job,
+    gpu: str | None,
+    network: str | None,
+    scale: str | None,
+    fewest: tuple[str | None, int] | None,
+    profiles: Profiles,
 ) -> tuple[list[PlanRow], tuple[Refused, ...] | None]:
     """Return plans beside each other, and a scale's numbers left out. fewest: deadline and most GPUs.
 
@@ -117,10 +128,10 @@ def _rows(
         reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest"
         raise ConfigurationError(Problem("--scale", scale, f"{reason}; leave one of them out"))
     if fewest is not None:
-        return comparison.fewest_gpus(job, *fewest, gpu, network), None
+        return comparison.fewest_gpus(job, *fewest, gpu, network, profiles), None
     if scale is not None:
-        return comparison.scale(job, scale, gpu, network)
-    return comparison.compare(job, gpu, network), None
+        return comparison.scale(job, scale, gpu, network, profiles)
+    return comparison.compare(job, gpu, network, profiles), None
 
 
 def _print_rows(
@@ -143,10 +154,12 @@ def _print(preview: Preview) -> None:
     forecast = preview.shown
     typer.echo(table(preview.plan))
     if forecast is None:
-        way = "`launcher plan --trace` goes by the model's own class"
-        typer.echo(f"\nNo forecast of memory: {preview.no_forecast}. {way}.")
+        typer.echo(f"\nNo forecast of memory: {preview.no_forecast}.")
+        typer.echo(
+            "What is open is decided as it needs the least; `launcher run` checks the training state alone."
+        )
         return
-    traced = beside_trace(forecast, preview.forecast, preview.no_forecast) if preview.traced else ""
+    traced = beside_trace(forecast, preview.forecast) if preview.traced or forecast.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
     typer.echo(
         "\n".join(filter(None, [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]))
@@ -170,7 +183,6 @@ def _draw(file: Path, preview: Preview) -> None:
 
     if preview.shown is None:
         reason = f"there is no forecast to draw, as {preview.no_forecast}"
-        reason += "; `launcher plan --trace` goes by the model's own class"
         raise ConfigurationError(Problem("--picture", str(file), reason))
     file.write_text(picture(preview.shown), encoding="utf-8")
 
@@ -187,7 +199,7 @@ def _explain(preview: Preview, key: str, as_json: bool) -> None:
     print_json(decision_of(preview.plan, key).model_dump(mode="json") | beside)
 
 
-def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool) -> None:
+def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool | None) -> None:
     """Raise ConfigurationError for options that are of one plan, where several are asked for."""
     from launcher.errors import ConfigurationError, Problem
 
@@ -199,15 +211,12 @@ def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool) -> No
         raise ConfigurationError(problems)
 
 
-def tracing() -> Trace:
-    """Return the trainer's side of a trace; a line on the terminal explains the seconds of importing it."""
-    import gc
+def profiles_for(starts: bool, formulas: bool = True) -> Profiles:
+    """Return where models come from, with a line on the terminal where the seconds of a trace pass.
 
-    from rich.console import Console
+    starts: a trace may be started where there is neither formula nor profile. formulas: where they know a
+    model, it goes by them.
+    """
+    from launcher.planner.memory.profiles import Profiles
 
-    gc.disable()  # a fifth of the import's time
-    with Console(stderr=True).status("importing the model's class ..."):
-        from launcher.training.tracing.plan_trace import trace
-    gc.freeze()
-    gc.enable()
-    return trace
+    return Profiles(starts, formulas, lambda line: typer.echo(line, err=True))

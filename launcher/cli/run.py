@@ -11,7 +11,7 @@ import typer
 from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
-from launcher.cli.plan import AsJson, NumRanks, tracing
+from launcher.cli.plan import AsJson, NumRanks, profiles_for
 
 if TYPE_CHECKING:
     from launcher.planner.plan import Plan
@@ -25,7 +25,8 @@ Force = Annotated[bool, typer.Option("--force", help="Begin it though the plan s
 Judged = Annotated[
     bool,
     typer.Option(
-        "--trace", help="Judge a model that the formulas do not know by its real class (imports torch)."
+        "--trace/--no-trace",
+        help="Trace a model that has neither formula nor profile, in a process that imports torch.",
     ),
 ]
 StopAt = Annotated[
@@ -52,7 +53,7 @@ def run(
     run_dir: RunPath = None,
     stop_at: StopAt = None,
     force: Force = False,
-    trace: Judged = False,
+    trace: Judged = True,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -63,7 +64,7 @@ def run(
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     opened, plan = open_run(
-        job, overrides, nproc, run_dir, command, force=force, trace=tracing() if trace else None
+        job, overrides, nproc, run_dir, command, force=force, profiles=profiles_for(trace)
     )
     if opened.last_attempt() == 0 and not as_json:
         typer.echo("\n".join(filter(None, [table(plan), expectation(opened)])) + "\n", err=True)

@@ -9,7 +9,7 @@ import typer
 from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
-from launcher.cli.plan import AsJson, tracing
+from launcher.cli.plan import AsJson, profiles_for
 from launcher.cli.run import Force, Judged, Run, RunPath, ScriptFile
 
 After = Annotated[
@@ -31,7 +31,7 @@ def submit(
     after: After = [],  # noqa: B006
     dry_run: DryRun = False,
     force: Force = False,
-    trace: Judged = False,
+    trace: Judged = True,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -45,13 +45,11 @@ def submit(
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     if dry_run:
-        typer.echo(
-            submit_run.preview(job, overrides, run_dir, command, tracing() if trace else None), nl=False
-        )
+        typer.echo(submit_run.preview(job, overrides, run_dir, command, profiles_for(trace)), nl=False)
         return
     try:
         run, plan, job_id = submit_run.hand_over(
-            job, overrides, run_dir, command, after, force, tracing() if trace else None
+            job, overrides, run_dir, command, after, force, profiles_for(trace)
         )
     except SchedulerError as error:
         raise submit_run.explain(error) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from launcher.plain_files import read_json
-from launcher.planner.memory.simple_rule import keeps_freed
+from launcher.planner.memory.limits import keeps_freed
 from launcher.runs.layout import RunDirectory
 
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}

@@ -19,7 +19,8 @@ from launcher.launch.plan_file import read_plan, write_plan
 from launcher.launch.script_run import write_configuration
 from launcher.plain_files import read_json
 from launcher.planner.changes import Change, check
-from launcher.planner.forecast import Forecast, Trace
+from launcher.planner.forecast import Forecast
+from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
 from launcher.planner.preflight import preflight
 from launcher.planner.resolve.sharding import only_deepspeed
@@ -42,14 +43,14 @@ def open_run(
     script: tuple[str, ...] | None = None,
     local: bool = True,
     force: bool = False,
-    trace: Trace | None = None,
+    profiles: Profiles = CACHED,
 ) -> tuple[RunDirectory, Plan]:
     """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one
     goes on.
 
     `script` is a script of the user's own with its arguments; then a job file may be missing. Not `local`: it
-    will run on other machines. `force`: begin it though it cannot fit. `trace` judges a model that the
-    formulas do not know, where the run is a new one.
+    will run on other machines. `force`: begin it though it cannot fit. `profiles` is where a new
+    run's model is known from.
 
     Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that
     would make it another run; RunInUseError where the run is under way; OutOfMemoryError or StorageError
@@ -68,8 +69,8 @@ def open_run(
                 "--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"
             )
         )
-    plan = decide_for(job, nproc, script, local, trace)
-    made = preflight(job, plan, run.path, local, force, trace)
+    plan = decide_for(job, nproc, script, local, profiles)
+    made = preflight(job, plan, run.path, local, force, profiles)
     set_umask(plan.share_with_group)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
@@ -151,13 +152,13 @@ def _most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
 
 
 def decide_for(
-    job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool, trace: Trace | None = None
+    job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool, profiles: Profiles = CACHED
 ) -> Plan:
     """The plan of a job, or of a script of the user's own."""
     return (
         decide_script(job, script, nproc, local=local)
         if script
-        else plan_job(job, nproc, local=local, trace=trace)
+        else plan_job(job, nproc, local=local, profiles=profiles)
     )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, node_range
 from launcher.planner.dataset.dataset_size import why_no_epoch
-from launcher.planner.forecast import Forecast, Trace, forecast
+from launcher.planner.forecast import Forecast, forecast
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import NETWORKS, GpuType, gpu_type, on_network, seen
+from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.model.model_config import locate
 from launcher.planner.plan import Decision, Plan, Refused, Why
 from launcher.planner.resolve.batch import divisors, multiples_around, nearest
@@ -44,8 +45,8 @@ class PlanRow:
     """Of one GPU and hour."""
     why_not: str | None = None
     """Why it will not do, where one was sought that does."""
-    traced: Forecast | None = None
-    """By the model's real class, where that was asked for."""
+    target: Target | None = None
+    """The device that it is for."""
 
     @property
     def hours(self) -> float | None:
@@ -122,7 +123,7 @@ def plan_on(
     gpu: GpuType,
     num_gpus: int | None = None,
     offloading: Offloading = "where needed",
-    trace: Trace | None = None,
+    profiles: Profiles = CACHED,
 ) -> PlanRow:
     """Return the job's plan on such GPUs: as many as it says, or `num_gpus`: part of a node or whole ones."""
     cluster, ranks = job.cluster, _gpus_per_node(job)
@@ -133,11 +134,9 @@ def plan_on(
     sizes = {"gpus_per_node": ranks, "ranks_per_node": "auto", "nodes": nodes}
     node = node_of(cluster, gpu, ranks)
     pinned = job.model_copy(update={"cluster": cluster.model_copy(update=sizes)})
-    plan = plan_job(pinned, None, node, local=False, offloading=offloading, trace=trace)
+    plan = plan_job(pinned, None, node, local=False, offloading=offloading, profiles=profiles)
     target = Target(gpu.memory_bytes, gpu, node.memory_bytes)
-    return PlanRow(
-        gpu.key, plan, forecast(plan, target), traced=forecast(plan, target, trace) if trace else None
-    )
+    return PlanRow(gpu.key, plan, forecast(plan, target, profiles), target=target)
 
 
 def _gpus_per_node(job: Job) -> int:
@@ -146,14 +145,16 @@ def _gpus_per_node(job: Job) -> int:
     return GPUS_PER_NODE if asked in ("auto", 0) else int(asked)
 
 
-def compare(job: Job, names: str | None, network: str | None = None) -> list[PlanRow]:
+def compare(
+    job: Job, names: str | None, network: str | None = None, profiles: Profiles = CACHED
+) -> list[PlanRow]:
     """Return the job's plan on each of several kinds of GPU, by their names with commas (`gpu_types`)."""
     job = with_network(job, network)
-    return [plan_on(job, gpu) for gpu in gpu_types(job, names)]
+    return [plan_on(job, gpu, profiles=profiles) for gpu in gpu_types(job, names)]
 
 
 def scale(
-    job: Job, span: str, name: str | None, network: str | None = None
+    job: Job, span: str, name: str | None, network: str | None = None, profiles: Profiles = CACHED
 ) -> tuple[list[PlanRow], tuple[Refused, ...]]:
     """Return the job's plans on the GPUs of a span (`8..1024`), doubled each time, and the numbers left out.
 
@@ -175,7 +176,7 @@ def scale(
         reason = _impossible(job, number)
         if reason is None:
             try:
-                rows.append(plan_on(job, gpu, number))
+                rows.append(plan_on(job, gpu, number, profiles=profiles))
                 continue
             except ConfigurationError as error:
                 reason = f"{error.problems[0].key}: {error.problems[0].reason}"
@@ -222,7 +223,12 @@ def _nothing_in_span(
 
 
 def fewest_gpus(
-    job: Job, deadline: str | None, most: int, names: str | None, network: str | None = None
+    job: Job,
+    deadline: str | None,
+    most: int,
+    names: str | None,
+    network: str | None = None,
+    profiles: Profiles = CACHED,
 ) -> list[PlanRow]:
     """Return of each kind of GPU the plan on the fewest that fit and, with a deadline, end within it.
 
@@ -233,7 +239,7 @@ def fewest_gpus(
     seconds = None if deadline is None else _seconds(job, deadline)
     job = with_network(job, network)
     types, numbers = gpu_types(job, names), _numbers_of_gpus(job, most)
-    rows = [_fewest_of_type(job, gpu, numbers, most, seconds, deadline) for gpu in types]
+    rows = [_fewest_of_type(job, gpu, numbers, most, seconds, deadline, profiles) for gpu in types]
     if all(row.why_not for row in rows):
         problems = []
         for row in rows:
@@ -284,7 +290,13 @@ def _numbers_of_gpus(job: Job, most: int) -> list[int]:
 
 
 def _fewest_of_type(
-    job: Job, gpu: GpuType, numbers: list[int], most: int, seconds: float | None, deadline: str | None
+    job: Job,
+    gpu: GpuType,
+    numbers: list[int],
+    most: int,
+    seconds: float | None,
+    deadline: str | None,
+    profiles: Profiles,
 ) -> PlanRow:
     """Return the plan on the fewest GPUs of a kind that will do, or the nearest with why it will not.
 
@@ -293,11 +305,11 @@ def _fewest_of_type(
     smallest = SmallestCluster(numbers, offload_modes(job), seconds)
     for number, offloading in smallest.candidates():
         try:
-            row = plan_on(job, gpu, number, offloading)
+            row = plan_on(job, gpu, number, offloading, profiles)
         except ConfigurationError as error:
             smallest.reject(number, error)
         else:
-            smallest.add(Attempt(number, row.plan, row.forecast))
+            smallest.add(Attempt(number, row.plan, row.forecast, profiles.why_not(row.plan)))
     if smallest.taken is None:
         if smallest.hopeless is not None:
             raise smallest.hopeless

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher import tasks
-from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import NetworkName
 from launcher.planner.dataset.dataset_size import Items, evaluation_items, training_items
 from launcher.planner.hardware.calibration import kind_of
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.estimate import Estimator, Footprint, batch_of
-from launcher.planner.memory.estimate import estimator as make_estimator
-from launcher.planner.memory.families import KNOWN, WITH_ADAPTERS, Program, nearest, program_of
-from launcher.planner.memory.simple_rule import gib, keeps_freed
-from launcher.planner.model.model_config import config_of
+from launcher.planner.memory.estimate import Estimator, Footprint
+from launcher.planner.memory.formulas import Formulas
+from launcher.planner.memory.limits import gib, keeps_freed
+from launcher.planner.memory.profiles import CACHED, Profiles
+from launcher.planner.memory.program import Program
 from launcher.planner.plan import Plan
 from launcher.planner.speed.duration import Duration, duration
 from launcher.planner.speed.step_time import Speed, speed
 from launcher.planner.target import USABLE, Target, target_here
 from launcher.runs import wording
-
-Trace = Callable[[Plan], Program]
-"""Makes a program of a plan's model from its real class."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +31,8 @@ class Forecast:
     """The device that it counts with."""
     checkpoint_bytes: int
     """Of one checkpoint on the disk."""
-    trace: Trace | None = None
-    """What it went by in place of the formulas: the model's real class."""
+    program: Program
+    """What its model is to it: formulas, or a profile of the model's real class."""
     speed: Speed | None = None
     """None where the device's rates are not known."""
     duration: Duration | None = None
@@ -47,6 +41,11 @@ class Forecast:
     """What was seen of the training data; None where that is not in files here."""
     padded: float | None = None
     """Tokens of a sample with its padding, that the speed is of; None: all are as long as they may be."""
+
+    @property
+    def traced(self) -> bool:
+        """Return whether it goes by a profile of the model's real class."""
+        return not isinstance(self.program, Formulas)
 
     @property
     def step(self) -> float:
@@ -115,7 +114,7 @@ class Forecast:
         }
         target, kind = self.target, kind_of(self.plan, self.target.gpu)
         content: dict[str, Any] = {"fits": self.fits, "memory_bytes": target.memory_bytes, "phases": phases}
-        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind, "traced": self.trace is not None}
+        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind, "traced": self.traced}
         content |= {"slack": target.slack, "slack_kind": target.slack_kind}
         if self.speed:
             s = self.speed
@@ -141,16 +140,19 @@ class Forecast:
         return content
 
 
-def forecast(plan: Plan, target: Target, trace: Trace | None = None) -> Forecast | None:
-    """Return the forecast of a plan; None where its config is not here or the formulas do not know it.
+def forecast(
+    plan: Plan, target: Target, profiles: Profiles = CACHED, program: Program | None = None
+) -> Forecast | None:
+    """Return the forecast of a plan; None where no pass of its model can be forecast.
 
-    trace: goes by the model's real class in place of the formulas.
+    profiles: where the model's program comes from. program: the one that is known already.
     """
-    estimator = _estimator(plan, trace, target.slack)
-    if estimator is None:
+    program = program or profiles.program(plan)
+    if program is None:
         return None
+    estimator = Estimator(plan, program, slack=target.slack)
     footprint, gpu = estimator.footprint(), target.gpu
-    foreseen = Forecast(plan, footprint, target, estimator.checkpoint_bytes, trace)
+    foreseen = Forecast(plan, footprint, target, estimator.checkpoint_bytes, program)
     if gpu is None:
         return foreseen
     roomy = keeps_freed(max(phase.peak for phase in footprint.phases), target.memory_bytes)
@@ -162,8 +164,7 @@ def forecast(plan: Plan, target: Target, trace: Trace | None = None) -> Forecast
         padded = items.mean if plan.layout == "packed" else items.padded(plan.batch)
         length = max(1, round(padded))
         shorter = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
-        typical = _estimator(shorter, trace)
-        assert typical is not None  # of the same model
+        typical = Estimator(shorter, program)
         rate = speed(shorter, typical.units, typical.segments(), gpu, target.correction, roomy)
         share = items.mean / length
         rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
@@ -174,64 +175,16 @@ def forecast(plan: Plan, target: Target, trace: Trace | None = None) -> Forecast
 
 
 def forecast_here(
-    plan: Plan, hardware: Hardware, network: NetworkName | None = None, trace: Trace | None = None
+    plan: Plan,
+    hardware: Hardware,
+    network: NetworkName | None = None,
+    profiles: Profiles = CACHED,
+    program: Program | None = None,
 ) -> Forecast | None:
     """Return the forecast of a plan on this machine, with what was measured of it."""
-    return forecast(plan, target_here(plan, hardware, network), trace)
+    return forecast(plan, target_here(plan, hardware, network), profiles, program)
 
 
-def least_bytes(plan: Plan, trace: Trace | None = None) -> int:
-    """Return the bytes that a rank needs whatever a pass takes; 0 where the formulas know nothing."""
-    estimator = _estimator(plan, trace)
-    return estimator.least() if estimator is not None else 0
-
-
-def _estimator(plan: Plan, trace: Trace | None = None, slack: float | None = None) -> Estimator | None:
-    """Return what a plan's memory is estimated with; None where the formulas do not know the model, or
-    where the task asks others beside it.
-
-    Raises ConfigurationError for a config without a size that they need.
-    """
-    if tasks.unprepared(plan).companions:
-        return None
-    if trace is not None:
-        return Estimator(plan, trace(plan), batch_of(plan), slack)
-    config = config_of(plan.model)
-    try:
-        return None if config is None else make_estimator(plan, config, slack=slack)
-    except KeyError as error:
-        key, value, where = "model.name", plan.model.name, "its config.json"
-        if plan.model.config is not None:
-            key, value, where = "model.config", str(plan.model.config.get("model_type")), "it"
-        reason = f"{where} has no {error.args[0]}, which a {config and config.get('model_type')} model needs"
-        raise ConfigurationError(Problem(key, value, reason)) from None
-
-
-def formulas_know(plan: Plan) -> bool:
-    """Return whether the formulas know the plan's model and task."""
-    config = config_of(plan.model)
-    if tasks.unprepared(plan).companions:
-        return False
-    if config is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
-        return False
-    try:
-        return program_of(config, traits=tasks.find(plan.task).traits) is not None
-    except KeyError:
-        return False
-
-
-def why_not(plan: Plan) -> str:
-    """Return why there is no forecast, in one clause."""
-    config = config_of(plan.model)
-    if beside := tasks.unprepared(plan).companions:
-        return f"the task asks models beside this one ({', '.join(beside)}), whose memory nothing counts"
-    if config is None:
-        ways = "fetch it, name its directory, or write model.config"
-        return f"no config.json of {plan.model.name} on this machine; {ways}"
-    kind = str(config.get("model_type"))
-    if plan.model.adapter is not None and kind not in WITH_ADAPTERS:
-        return f"the formulas know adapters beside {', '.join(WITH_ADAPTERS)}, and this is a {kind} model"
-    if kind in KNOWN:
-        return f"the formulas have {kind} for other tasks than {plan.task}"
-    closest = nearest(kind, tasks.find(plan.task).traits)
-    return f"the formulas do not know the architecture {kind}; the nearest they know is {closest}"
+def least_bytes(plan: Plan, program: Program) -> int:
+    """Return the bytes that a rank needs whatever a pass takes."""
+    return Estimator(plan, program).least()

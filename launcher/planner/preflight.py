@@ -7,25 +7,26 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
 from launcher.job.schema import Job
-from launcher.planner.forecast import Forecast, Trace, forecast, formulas_know
+from launcher.planner.forecast import Forecast, forecast, least_bytes
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.simple_rule import gib
+from launcher.planner.memory.limits import gib
+from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.slurm_request import node_memory
 from launcher.planner.speed.duration import DISK_RATE
 from launcher.planner.suggestions import nearest_that_fit
-from launcher.planner.target import GPUS_PER_NODE, NODE_MEMORY, target_here, target_of_job
+from launcher.planner.target import GPUS_PER_NODE, NODE_MEMORY, Target, target_here, target_of_job
 from launcher.runs.machine import Machine
 
 _FORCE = "--force starts it all the same"
 
 
 def preflight(
-    job: Job, plan: Plan, directory: Path, local: bool, force: bool = False, trace: Trace | None = None
+    job: Job, plan: Plan, directory: Path, local: bool, force: bool = False, profiles: Profiles = CACHED
 ) -> Forecast | None:
     """Return the forecast of a plan about to start in `directory`; None where its model is not known.
 
-    trace: goes by the model's real class where the formulas do not know it.
+    profiles: where the model's program comes from.
     Raises OutOfMemoryError, StorageError or ConfigurationError where it cannot run, unless `force`.
     """
     _check_sizes(plan)
@@ -33,7 +34,12 @@ def preflight(
         return None
     here = Hardware.detect() if local else None
     target = target_of_job(job, plan) if here is None else target_here(plan, here, job.cluster.network)
-    foreseen = forecast(plan, target, None if formulas_know(plan) else trace)
+    found = profiles.find(plan)
+    if isinstance(found, Unknown):
+        if not force:
+            _check_state(plan, target, found)
+        return None
+    foreseen = forecast(plan, target, program=found)
     if foreseen is None or force:
         return foreseen
     assumed = here is None and node_memory(job.cluster) is None
@@ -49,6 +55,19 @@ def _check_sizes(plan: Plan) -> None:
         ways = "leave it out where its weights are loaded, or write model.weights: random"
         reason = f"stands for a model that is not here yet; {ways}"
         raise ConfigurationError(Problem("model.config", None, reason))
+
+
+def _check_state(plan: Plan, target: Target, unknown: Unknown) -> None:
+    """Raise OutOfMemoryError where the training state alone is too much of a model whose passes cannot be
+    forecast."""
+    if unknown.profile is None or not target.memory_bytes:
+        return
+    needed, usable = least_bytes(plan, unknown.profile), target.usable_bytes(plan.mesh.device)
+    if needed > usable:
+        raise OutOfMemoryError(
+            f"the parameters and their training state alone take {gib(needed)} of a rank, and {gib(usable)} of "
+            f"{gib(target.memory_bytes)} can be used; cut them over more ranks, or train an adapter; {_FORCE}"
+        )
 
 
 def _check_memory(foreseen: Forecast, per_node: int, assumed: bool) -> None:

@@ -8,8 +8,9 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.planner.comparison import gpu_types, plan_on, with_network
 from launcher.planner.dataset.dataset_size import why_no_items
-from launcher.planner.forecast import Forecast, Trace, forecast, why_not
+from launcher.planner.forecast import Forecast, forecast
 from launcher.planner.hardware.detect import Hardware
+from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
 from launcher.planner.suggestions import Suggestion, nearest_that_fit
@@ -22,11 +23,11 @@ class Preview:
 
     plan: Plan
     forecast: Forecast | None
-    """By the formulas."""
+    """By what decided: the formulas, or a profile of the model's real class."""
     traced: Forecast | None
     """By the model's real class, where that was asked for."""
     no_forecast: str | None
-    """Why the formulas have none."""
+    """Why there is none."""
     no_epoch: str | None
     """Why nothing is known of an epoch."""
     suggestions: tuple[Suggestion, ...]
@@ -43,9 +44,12 @@ def preview_job(
     nproc: int | None = None,
     gpu: str | None = None,
     network: str | None = None,
-    trace: Trace | None = None,
+    profiles: Profiles = CACHED,
+    compared: Profiles | None = None,
 ) -> Preview:
     """Return the plan of a job on this machine, or on GPUs of the table, and its forecast.
+
+    profiles: where the model's program comes from. compared: another source, whose forecast stands beside.
 
     Raises ConfigurationError for a GPU or a network that the table does not have, and for ranks of this
     machine beside such a GPU.
@@ -53,18 +57,21 @@ def preview_job(
     job, per_node = with_network(job, network), GPUS_PER_NODE
     if gpu is None and job.cluster.gpu is None:
         hardware = Hardware.detect()
-        plan, per_node = plan_job(job, nproc, hardware, trace=trace), len(hardware.gpus)
+        plan, per_node = plan_job(job, nproc, hardware, profiles=profiles), len(hardware.gpus)
         target = target_here(plan, hardware, job.cluster.network)
-        foreseen, traced = forecast(plan, target), forecast(plan, target, trace) if trace else None
+        foreseen = forecast(plan, target, profiles)
+        traced = forecast(plan, target, compared) if compared else None
     else:
         if nproc is not None:
             raise ConfigurationError(_ranks_of_this_machine(job, nproc, gpu))
         [kind] = gpu_types(job, gpu)
-        row = plan_on(job, kind, trace=trace)
-        plan, foreseen, traced = row.plan, row.forecast, row.traced
+        row = plan_on(job, kind, profiles=profiles)
+        plan, foreseen, traced = row.plan, row.forecast, None
+        if compared is not None and row.target is not None:
+            traced = forecast(plan, row.target, compared)
     shown = traced or foreseen
     suggestions = nearest_that_fit(shown, per_node=per_node) if shown and not shown.fits else []
-    no_forecast = None if foreseen else why_not(plan)
+    no_forecast = None if foreseen else profiles.why_not(plan)
     return Preview(plan, foreseen, traced, no_forecast, why_no_items(plan), tuple(suggestions))
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.job import profile
 from launcher.job.schema import ActivationCheckpointing, Job, node_range
+from launcher.job.script_job import OWN
 from launcher.planner import candidates
 from launcher.planner.candidates import ENGINE_NAMES, Cut, EngineOption, cut_words
 from launcher.planner.decide import candidate
-from launcher.planner.forecast import Forecast, Trace, forecast, formulas_know, least_bytes
+from launcher.planner.forecast import Forecast, forecast, least_bytes
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.simple_rule import by_simple_rule, gib, recomputations, samples_per_pass
+from launcher.planner.memory.formulas import Formulas
+from launcher.planner.memory.limits import TOKENS_PER_PASS, gib, recomputations, samples_per_pass
+from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
+from launcher.planner.memory.program import Program
 from launcher.planner.plan import Decision, Plan, Refused, Why
-from launcher.planner.resolve.batch import divisors, with_batch
+from launcher.planner.resolve.batch import divisors, largest_divisor, with_batch
 from launcher.planner.resolve.sample_layout import one_a_pass
 from launcher.planner.smallest_cluster import Attempt, Offloading, SmallestCluster, offload_modes
 from launcher.planner.target import Target, hardware_of, target_here, target_of
@@ -36,7 +39,7 @@ class _Request:
     hardware: Hardware
     local: bool
     offloading: Offloading
-    trace: Trace | None
+    profiles: Profiles
     by_speed: bool
 
     def candidate(self, job: Job) -> Plan:
@@ -49,21 +52,21 @@ def plan_job(
     hardware: Hardware | None = None,
     local: bool = True,
     offloading: Offloading = "where needed",
-    trace: Trace | None = None,
+    profiles: Profiles = CACHED,
     by_speed: bool = True,
 ) -> Plan:
     """Return the plan of a job: everything that it leaves open is decided, each with its reason.
 
     nproc: ranks of a node, where they are given. local: it runs on this machine; a plan for other machines
-    is not refused for what this one lacks. trace: judges a model that the formulas do not know by its real
-    class. by_speed: of engines that were both measured here the faster is taken; else FSDP goes first.
+    is not refused for what this one lacks. profiles: where the model's program comes from. by_speed: of
+    engines that were both measured here the faster is taken; else FSDP goes first.
 
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
     divide, packages that are missing.
     """
     job = one_a_pass(job)
     hardware = hardware or hardware_of(job, local)
-    request = _Request(job, nproc, hardware, local, offloading, trace, by_speed)
+    request = _Request(job, nproc, hardware, local, offloading, profiles, by_speed)
     low, high = node_range(job.cluster.nodes)
     return _plan_fewest_nodes(request) if low < high and not local else _best_plan(request)
 
@@ -90,8 +93,8 @@ def _plan_fewest_nodes(request: _Request) -> Plan:
             smallest.reject(count, error)
             continue
         target = target_of(plan, request.hardware, cluster.network)
-        trace = None if formulas_know(plan) else request.trace
-        smallest.add(Attempt(count, plan, forecast(plan, target, trace) if target.memory_bytes else None))
+        judged = forecast(plan, target, request.profiles) if target.memory_bytes else None
+        smallest.add(Attempt(count, plan, judged, request.profiles.why_not(plan)))
     if smallest.taken is not None:
         reason = f"the fewest of {low}-{high} that fit"
         reason += "; without offloading none of them does" if smallest.needs_offloading else ""
@@ -140,16 +143,24 @@ def _best_plan(request: _Request) -> Plan:
     """Return the plan of a job on as many nodes as it says.
 
     Where nothing is known of the model or of the device's memory, and where nothing fits, it is what the job
-    begins with, completed by the simple rule.
+    begins with, which needs the least.
     """
     job = request.job
     first = request.candidate(job)
     target = (target_here if request.local else target_of)(first, request.hardware, job.cluster.network)
-    known = formulas_know(first)
-    trace = None if known or tasks.unprepared(first).companions else request.trace
-    search = _Search(job, first, target, trace)
-    if not target.memory_bytes or not (known or trace) or search.nothing_is_open():
-        return by_simple_rule(job, first, request.hardware)
+    if job.model.name == OWN:  # a script's own model; what is decided here stands for nothing
+        return _with_the_least(job, first, "only the script knows its model")
+    try:
+        program = request.profiles.find(first)
+    except ConfigurationError as error:  # whoever forecasts the plan is told, and most commands need none
+        return _with_the_least(job, first, error.problems[0].reason)
+    if isinstance(program, Unknown):
+        return _with_the_least(job, first, f"what a pass needs is not known: {program.reason}")
+    search = _Search(job, first, target, program)
+    if not target.memory_bytes:
+        return _with_unknown_memory(job, first)
+    if search.nothing_is_open():
+        return _with_the_least(job, first, "nothing else is open")
     together = request.by_speed and request.local and _both_engines_measured(first, target)
     for group in candidates.engine_options(job, first, together):
         offloads = group[0].offload != first.offload
@@ -165,7 +176,47 @@ def _best_plan(request: _Request) -> Plan:
                 search.look_at(option, plan)
         if search.fits:
             return search.fastest()
-    return by_simple_rule(job, first, request.hardware).model_copy(update={"refused": tuple(search.refused)})
+    plan = _with_the_least(job, first, "nothing fits")
+    return plan.model_copy(update={"refused": tuple(search.refused)})
+
+
+def _with_the_least(job: Job, plan: Plan, why: str) -> Plan:
+    """Return the plan with what is open as it needs the least memory, which is as a candidate begins. why: in
+    a clause."""
+    decisions = (
+        [] if job.memory.offload != "auto" or plan.mesh.device == "cpu" else [_nothing_offloaded(plan)]
+    )
+    if job.memory.activation_checkpointing == "auto":
+        reason = f"needs the least; {why}"
+        value = plan.activation_checkpointing
+        decisions.append(Decision(key="memory.activation_checkpointing", value=value, reason=reason))
+    if job.batch.micro_batch_size == "auto":
+        reason = f"needs the least; {why}"
+        decisions.append(
+            Decision(key="batch.micro_batch_size", value=plan.batch.micro_batch_size, reason=reason)
+        )
+    return plan.model_copy(update={"decisions": (*plan.decisions, *decisions)})
+
+
+def _with_unknown_memory(job: Job, plan: Plan) -> Plan:
+    """Return the plan for a device whose memory is not known: all computed again, and as many samples as are
+    any faster."""
+    plan = _with_the_least(job, plan, "the memory of the GPUs that it will run on is not known here")
+    if job.batch.micro_batch_size != "auto":
+        return plan
+    samples = plan.batch.micro_batch_size * plan.batch.accumulation_steps
+    micro = largest_divisor(samples, samples_per_pass(plan))
+    enough = f"more than {TOKENS_PER_PASS[plan.mesh.device]} tokens of a pass are no faster"
+    reason = f"divides the {samples} samples of a rank exactly; {enough}"
+    decisions = {decision.key: decision for decision in plan.decisions}
+    decisions["batch.micro_batch_size"] = Decision(key="batch.micro_batch_size", value=micro, reason=reason)
+    larger = with_batch(plan, micro, plan.activation_checkpointing)
+    return larger.model_copy(update={"decisions": tuple(decisions.values())})
+
+
+def _nothing_offloaded(plan: Plan) -> Decision:
+    reason = "nothing has to leave the GPUs, as far as is known"
+    return Decision(key="memory.offload", value=plan.offload, reason=reason)
 
 
 def _both_engines_measured(plan: Plan, target: Target) -> bool:
@@ -189,9 +240,10 @@ class _Fit:
 class _Search:
     """The plans of one job that are looked at on one device; of those not taken it is kept why."""
 
-    def __init__(self, job: Job, first: Plan, target: Target, trace: Trace | None) -> None:
-        """Begin with `first`, the plan of the job's default engine. trace: in place of the formulas."""
-        self.job, self.first, self.target, self.trace = job, first, target, trace
+    def __init__(self, job: Job, first: Plan, target: Target, program: Program) -> None:
+        """Begin with `first`, the plan of the job's default engine. program: what its model is at the level
+        of sizes."""
+        self.job, self.first, self.target, self.program = job, first, target, program
         self.default = EngineOption(first.engine, first.offload)
         self.fits: list[_Fit] = []
         self.refused: list[Refused] = []
@@ -259,7 +311,7 @@ class _Search:
 
         Without rates the least recomputation that fits is taken for the fastest.
         """
-        usable, least = self.target.usable_bytes(plan.mesh.device), least_bytes(plan, self.trace)
+        usable, least = self.target.usable_bytes(plan.mesh.device), least_bytes(plan, self.program)
         if least > usable:
             self.refuse(
                 cut_words(plan),
@@ -335,7 +387,7 @@ class _Search:
     def _forecast(
         self, plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing
     ) -> Forecast | None:
-        return forecast(with_batch(plan, micro_batch_size, recompute), self.target, self.trace)
+        return forecast(with_batch(plan, micro_batch_size, recompute), self.target, program=self.program)
 
     def fastest(self) -> Plan:
         """Return the fastest of the plans that fit, with its decisions and with what was not taken.
@@ -388,7 +440,7 @@ class _Search:
             decisions.append(Decision(key="memory.offload", value=plan.offload, reason=reason))
         if job.memory.activation_checkpointing == "auto":
             highest, usable = taken.forecast.footprint.highest, self.target.usable_bytes(plan.mesh.device)
-            source = "the trace" if self.trace else "the formulas"
+            source = "the formulas" if isinstance(self.program, Formulas) else "its class's profile"
             reason = f"{gib(highest.total)} of the {gib(usable)} that can be used of a rank"
             reason += f", by {source} ({highest.name}: {highest.where})"
             value = plan.activation_checkpointing

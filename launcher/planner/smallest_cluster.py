@@ -8,7 +8,7 @@ from typing import Literal
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
-from launcher.planner.forecast import Forecast, why_not
+from launcher.planner.forecast import Forecast
 from launcher.planner.plan import Plan, Refused, Why
 from launcher.runs import wording
 
@@ -25,6 +25,8 @@ class Attempt:
     count: int
     plan: Plan
     forecast: Forecast | None
+    why_unknown: str = ""
+    """Why there is no forecast."""
 
 
 class SmallestCluster:
@@ -42,7 +44,7 @@ class SmallestCluster:
         self.attempts: list[Attempt] = []
         self.late: list[Attempt] = []
         """Those that fit and end too late."""
-        self.unknown: Plan | None = None
+        self.unknown: Attempt | None = None
         """A plan without a forecast, at which the search ends."""
         self.error: ConfigurationError | None = None
         """What is wrong with the first number that is not possible."""
@@ -68,7 +70,7 @@ class SmallestCluster:
         self.attempts.append(attempt)
         forecast = attempt.forecast
         if forecast is None:
-            self.unknown = attempt.plan
+            self.unknown = attempt
             return
         needed = forecast.duration.total if forecast.duration else float("inf")
         if not forecast.fits:
@@ -102,7 +104,9 @@ class SmallestCluster:
     def hopeless(self) -> ConfigurationError | None:
         """Return what is wrong with all numbers, where it is not that they do not fit or end too late."""
         if self.unknown is not None:
-            return ConfigurationError(Problem("model.name", self.unknown.model.name, why_not(self.unknown)))
+            return ConfigurationError(
+                Problem("model.name", self.unknown.plan.model.name, self.unknown.why_unknown)
+            )
         return self.error if self.reasons and all(why == "not possible" for why, _ in self.reasons) else None
 
     def refused(self, unit: str) -> tuple[Refused, ...]:

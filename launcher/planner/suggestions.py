@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from launcher.planner.candidates import with_cut
 from launcher.planner.forecast import Forecast, forecast, forecast_here, least_bytes
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.simple_rule import SAFE_SHARE, Setting, gib
+from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.limits import gib
+from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
+from launcher.planner.memory.program import Program
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.batch import divisors, largest_divisor, with_batch
-from launcher.planner.target import GPUS_PER_NODE
+from launcher.planner.target import GPUS_PER_NODE, USABLE, Target
 
 _MORE_NODES = 64
 """So many times the nodes are looked at, at most."""
@@ -97,14 +100,14 @@ def _that_fit(wanted: Forecast, per_node: int) -> Iterator[Forecast]:
 
 def _instead(wanted: Forecast, plan: Plan) -> Forecast | None:
     """Return the forecast of another plan on the same target."""
-    return forecast(plan, wanted.target, wanted.trace)
+    return forecast(plan, wanted.target, program=wanted.program)
 
 
 def _may_fit(wanted: Forecast, plan: Plan) -> bool:
     """Return whether a plan is worth a forecast: what it needs whatever a pass takes is quickly known."""
     target = wanted.target
-    judged = target.memory_bytes and wanted.trace is None
-    return not judged or least_bytes(plan) <= target.usable_bytes(plan.mesh.device)
+    usable = target.usable_bytes(plan.mesh.device)
+    return not target.memory_bytes or least_bytes(plan, wanted.program) <= usable
 
 
 def _with_smaller_pass(wanted: Forecast, plan: Plan) -> Forecast | None:
@@ -209,35 +212,35 @@ class Advice:
     """One clause with the figures; empty where the options speak for themselves."""
 
 
-def less_memory(plan: Plan, hardware: Hardware, peak: int = 0) -> Advice:
+def less_memory(plan: Plan, hardware: Hardware, peak: int = 0, profiles: Profiles = CACHED) -> Advice:
     """Return the cheapest change after which a plan would have fitted: a smaller pass, else another cut.
 
-    peak: bytes that a rank was seen to have, where that was measured. Where the formulas do not know the
-    model, the simple rule of `memory.py` decides.
+    peak: bytes that a rank was seen to have, where that was measured. Of a model whose passes cannot be
+    forecast, what its state takes decides.
     """
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-    advice = _smaller_pass(plan, hardware, peak) if memory else None
+    found = profiles.find(plan)
+    advice = _smaller_pass(plan, hardware, peak, found) if memory and not isinstance(found, Unknown) else None
     if advice is not None:
         return advice
     micro = plan.batch.micro_batch_size
     smaller = "" if plan.activation_checkpointing == "full" else "--set memory.activation_checkpointing=full"
     smaller = f"--set batch.micro_batch_size={largest_divisor(micro, micro // 2)}" if micro > 1 else smaller
-    setting = Setting.of(plan)
-    if setting is None or not memory or plan.offload != "none":
+    if (isinstance(found, Unknown) and found.profile is None) or not memory or plan.offload != "none":
         return Advice(smaller)
-    if smaller and _least_needed(plan, setting) <= memory * SAFE_SHARE:
+    usable = Target(memory).usable_bytes(plan.mesh.device)
+    if smaller and _least_needed(plan, found) <= usable:
         return Advice(smaller)
-    return _another_cut(plan, setting, hardware, memory)
+    return _another_cut(plan, found, hardware, memory)
 
 
-def _smaller_pass(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
-    """Return the fastest smaller pass that fits; None where none does, or the formulas do not know the model.
+def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -> Advice | None:
+    """Return the fastest smaller pass that fits; None where none does.
 
     Fewer samples at a time cost least, then more recomputation, then both.
     """
-    wanted = forecast_here(plan, hardware)
-    if wanted is None:
-        return None
+    wanted = forecast_here(plan, hardware, program=program)
+    assert wanted is not None  # its program is known
     expected, memory = wanted.footprint.highest, wanted.target.memory_bytes
     # What was seen and not foreseen counts for every other plan too.
     usable = wanted.target.usable_bytes(plan.mesh.device) - max(0, peak - expected.total)
@@ -248,7 +251,7 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
         for size in sizes:
             smaller = with_batch(plan, size, recompute)
             options = " ".join(f"--set {key}={value}" for key, value in changes(plan, smaller).items())
-            other = forecast_here(smaller, hardware) if options else None
+            other = forecast_here(smaller, hardware, program=program) if options else None
             if other is None or not other.fits_host:
                 continue
             if other.footprint.highest.total < expected.total and other.footprint.highest.total <= usable:
@@ -262,37 +265,46 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int) -> Advice | None:
     return Advice(options, f"{foreseen}{measured}; {then}")
 
 
-def _least_needed(plan: Plan, setting: Setting) -> int:
-    """Return the bytes of a rank with one sample a pass, all of it computed again."""
-    return setting.states() + setting.of_token("full") * plan.data.max_length
+def _least_needed(plan: Plan, found: Program | Unknown) -> int:
+    """Return the bytes of a rank with one sample a pass, all of it computed again; of the state alone where no
+    pass can be forecast."""
+    if isinstance(found, Unknown):
+        return _states(plan, found)
+    return Estimator(with_batch(plan, 1, "full"), found).footprint().highest.total
 
 
-def _another_cut(plan: Plan, setting: Setting, hardware: Hardware, memory: int) -> Advice:
-    """Return the fewest ranks that hold the training state by the simple rule, or that none do."""
-    needed = f"the model and its training state take about {gib(_least_needed(plan, setting))}"
+def _states(plan: Plan, found: Program | Unknown) -> int:
+    program = found.profile if isinstance(found, Unknown) else found
+    return 0 if program is None else least_bytes(plan, program)
+
+
+def _another_cut(plan: Plan, found: Program | Unknown, hardware: Hardware, memory: int) -> Advice:
+    """Return the fewest ranks that hold the training state and a pass, or that none do."""
+    usable, world_size = Target(memory).usable_bytes(plan.mesh.device), plan.mesh.world_size
+    needed = f"the model and its training state take about {gib(_least_needed(plan, found))}"
     have = f"{needed} of a rank, which has {gib(memory)}"
-    world_size = plan.mesh.world_size
-    full = replace(setting, shard=world_size, gathered=False)
-    if full.states() < setting.states() and _least_needed(plan, full) <= memory * SAFE_SHARE:
+    full = _fully_cut(plan, 1)
+    if _states(full, found) < _states(plan, found) and _least_needed(full, found) <= usable:
         copies = " --set parallel.replicate=1" if plan.mesh.dp_replicate > 1 else ""
-        then = f"cut in full over the {world_size} ranks it is {gib(full.states())}"
+        then = f"cut in full over the {world_size} ranks it is {gib(_states(full, found))}"
         return Advice(f"--set parallel.shard=full{copies}", f"{have}; {then}")
     more = [ranks for ranks in divisors(plan.batch.global_batch_size) if ranks > world_size]
-    wider = (replace(setting, shard=ranks, gathered=False) for ranks in more)
-    enough = next((cut for cut in wider if _least_needed(plan, cut) <= memory * SAFE_SHARE), None)
+    wider = [_fully_cut(other, 1) for ranks in more if (other := _on_more(full, 1, ranks)) is not None]
+    enough = next((cut for cut in wider if _least_needed(cut, found) <= usable), None)
     if enough is not None:
-        return _on_so_many(plan, enough, hardware, have)
-    if _least_needed(plan, setting) <= memory * SAFE_SHARE:
+        return _on_so_many(plan, enough, _states(enough, found), hardware, have)
+    if _least_needed(plan, found) <= usable:
         return Advice(reason=f"{have}: by that it should do, and nothing that needs less is left to change")
-    most = replace(setting, shard=plan.batch.global_batch_size, gathered=False)
-    then = f"cut over {most.shard} ranks, one for each sample of the batch, it is still {gib(most.states())}"
+    most = wider[-1] if wider else full
+    still = gib(_states(most, found))
+    then = f"cut over {most.mesh.world_size} ranks, one for each sample of the batch, it is still {still}"
     return Advice(reason=f"{have}; {then}")
 
 
-def _on_so_many(plan: Plan, cut: Setting, hardware: Hardware, have: str) -> Advice:
+def _on_so_many(plan: Plan, cut: Plan, num_bytes: int, hardware: Hardware, have: str) -> Advice:
     """Return how to have so many ranks, or why this machine cannot."""
-    ranks = cut.shard
-    then = f"{have}; cut over {ranks} ranks it is {gib(cut.states())}"
+    ranks = cut.mesh.world_size
+    then = f"{have}; cut over {ranks} ranks it is {gib(num_bytes)}"
     if plan.mesh.device == "cuda":
         here = ranks <= len(hardware.gpus)
         instead = "take more nodes, or have ZeRO-3 keep it in the host's memory"
@@ -302,7 +314,7 @@ def _on_so_many(plan: Plan, cut: Setting, hardware: Hardware, have: str) -> Advi
         )
     else:
         # Only where the system caps each process do more of them have more.
-        here = bool(hardware.process_bytes) and ranks * cut.states() <= hardware.memory_bytes * SAFE_SHARE
+        here = bool(hardware.process_bytes) and ranks * num_bytes <= hardware.memory_bytes * USABLE["cpu"]
         instead = "take more nodes, or let ZeRO-3 offload to NVMe (memory.offload_to)"
         elsewhere = f"{then}, which this machine has not: {instead}"
         offloaded = ""

@@ -130,8 +130,11 @@ def _hidden_states_of(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
     """Return what the model's own class makes of `inputs`, of which those are left out that it does not
     know."""
-    forward = model_class_of(model).forward
-    return forward(model, **_accepted(model_class_of(model), inputs))
+    kind = model_class_of(model)
+    if "use_cache" in inspect.signature(kind.forward).parameters:
+        # A layer that is computed again would add its keys to the cache a second time.
+        inputs = {"use_cache": False, **inputs}
+    return kind.forward(model, **_accepted(kind, inputs))
 
 
 def model_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -32,7 +32,7 @@ from launcher.planner.candidates import other_cuts
 from launcher.planner.forecast import forecast
 from launcher.planner.hardware.calibration import rates_for
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.simple_rule import RECOMPUTATIONS, keeps_freed, recomputations
+from launcher.planner.memory.limits import RECOMPUTATIONS, keeps_freed, recomputations
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.batch import divisors, with_batch
 from launcher.planner.search import plan_job

@@ -21,9 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
+from launcher.planner.memory.families import Program
 
 from launcher.planner.memory.estimate import Estimator, estimate
-from launcher.planner.memory.families import Program
 from launcher.planner.model.model_config import read_config
 from launcher.planner.plan import Plan
 from tests.benchmarks.memory_cases import POOLS, Case, draw
@@ -100,11 +100,11 @@ def predicted(case: Case, directory: Path) -> dict[str, Any]:
 
 def traced(case: Case, plan: Plan) -> Program:
     """The model's own class as the planner's program."""
+    from launcher.training.tracing.program import Traced
     from transformers import AutoConfig
 
     from launcher.training.model import attention
     from launcher.training.precision import DTYPES
-    from launcher.training.tracing.program import Traced
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import TASKS
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.planner.memory.families import program_of
+
 from launcher.planner.memory.program import Batch
 from launcher.planner.plan import Plan
 from tests.training.plans import plan_of

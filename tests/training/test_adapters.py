@@ -25,7 +25,6 @@ from launcher.training.checkpoint.foreign.names import expected
 from launcher.training.model import adapters
 from launcher.training.model.loading import repeated_layers
 from launcher.training.operations import flops_per_token
-from launcher.training.tracing.plan_trace import trace
 from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -507,11 +506,6 @@ def test_a_classifier_is_exported_with_its_head(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(kind.from_pretrained(directory, num_labels=2), tmp_path / "adapter")
     torch.testing.assert_close(_logits(loaded), _logits(merged), rtol=1e-5, atol=1e-5)
     assert torch.equal(merged.classifier.weight, state(run)["model.classifier.weight"])
-
-
-def test_a_trace_is_refused(llama: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"--trace.*does not know adapters"):
-        trace(plan_of(llama, 1, model__adapter=LORA))
 
 
 def test_one_rank_in_half_precision_shares_nothing(llama: Path) -> None:

@@ -24,7 +24,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from launcher.errors import OutOfMemoryError
-from launcher.planner.memory.simple_rule import STATE_BYTES, gib
+from launcher.planner.memory.limits import gib
 from launcher.runs.layout import RunDirectory
 from tests.benchmarks import _report
 from tests.training.runs import curve, named, texts, tokenizer, write_rows
@@ -85,7 +85,7 @@ def _figures() -> Iterator[None]:
 
 
 def state_bytes() -> int:
-    return int(FIGURES["num_parameters"]) * STATE_BYTES["adamw"]
+    return int(FIGURES["num_parameters"]) * 16
 
 
 class Watch:

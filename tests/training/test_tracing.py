@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from launcher.training.tracing.plan_trace import trace
+from launcher.training.tracing.program import Traced
 from torch import distributed
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,8 +33,6 @@ from launcher.planner.target import USABLE, Target
 from launcher.tasks.task import Output
 from launcher.training import heads
 from launcher.training.model import attention
-from launcher.training.tracing.plan_trace import trace
-from launcher.training.tracing.program import Traced
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request
 from tests.training.batches import batch_of_samples

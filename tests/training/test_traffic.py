@@ -11,7 +11,7 @@ from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from launcher.planner.memory.estimate import estimator
+from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.model.model_config import read_config
 from launcher.planner.plan import Plan
 from launcher.planner.speed.collectives import traffic
@@ -118,6 +118,6 @@ def test_ranks_send_what_is_foreseen(cut: str, passes: int, frozen: bool, model:
 
 def units_of(plan: Plan) -> Units:
     config = read_config(plan.model.name)
-    made = config and estimator(plan, config)
+    made = config and formulas_of(plan, config)
     assert made
-    return made.units
+    return made.units()

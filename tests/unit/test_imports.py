@@ -72,7 +72,11 @@ TRAINING_MAY_IMPORT = {
 """What will run, what is known of architectures, and what was asked."""
 TASKS_MAY_IMPORT = {"launcher.training.heads"}
 """The last steps of a model's forward pass: a task's loss calls them on a rank, where torch is there."""
-TRACING_MAY_IMPORT = {"launcher.planner.memory.program", "launcher.planner.memory.symbolic"}
+TRACING_MAY_IMPORT = {
+    "launcher.planner.memory.profile",
+    "launcher.planner.memory.program",
+    "launcher.planner.memory.symbolic",
+}
 """What writes a model down as the planner reads it."""
 
 

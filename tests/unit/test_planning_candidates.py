@@ -18,7 +18,7 @@ from launcher.planner.candidates import engine_options
 from launcher.planner.forecast import Forecast, forecast, least_bytes
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import gpu_type
-from launcher.planner.memory.simple_rule import RECOMPUTATIONS
+from launcher.planner.memory.limits import RECOMPUTATIONS
 from launcher.planner.plan import Plan
 from launcher.planner.preview import preview_job
 from launcher.planner.resolve.batch import divisors, with_batch
@@ -344,7 +344,7 @@ def test_what_is_offloaded_is_not_on_the_device(tmp_path: Path) -> None:
         sizes[offload] = (
             made.footprint.phase("saving").peak,
             made.footprint.phase("steady step").host,
-            least_bytes(plan),
+            least_bytes(plan, made.program),
         )
     num_parameters = 2 * 32000 * 2048 + 12 * (2048 * (2 * 2048 + 2 * 1024) + 3 * 2048 * 5632)
     share = num_parameters / NUM_GPUS

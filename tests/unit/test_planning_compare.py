@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from launcher import tasks
 from launcher.cli.forecast import bars, nearest, picture, speed_lines
 from launcher.cli.plan_tables import cells, explained, scaling_plots
 from launcher.data.section import Source
@@ -19,7 +18,9 @@ from launcher.planner.dataset.dataset_size import why_no_items
 from launcher.planner.forecast import forecast
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import TABLE, gpu_type, seen
-from launcher.planner.memory.families import Program, program_of
+from launcher.planner.memory.formulas import formulas_of
+from launcher.planner.memory.profiles import Profiles
+from launcher.planner.memory.program import Program
 from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.plan import Plan
 from launcher.planner.preview import preview_job
@@ -320,18 +321,18 @@ def test_ranks_of_this_machine_are_none_of_gpus_elsewhere(job: Job) -> None:
         preview_job(changed(job, cluster={"gpu": "h200"}), 2)
 
 
-def by_formulas(plan: Plan) -> Program:
+class ByFormulas(Profiles):
     """In the place of a trace, which needs torch."""
-    config = config_of(plan.model)
-    assert config is not None
-    program = program_of(config, traits=tasks.find(plan.task).traits)
-    assert program is not None
-    return program
+
+    def find(self, plan: Plan) -> Program:
+        formulas = formulas_of(plan, config_of(plan.model) or {})
+        assert formulas is not None
+        return formulas
 
 
 def test_a_trace_is_held_to_the_hosts_memory_too(job: Job) -> None:
     asked = changed(job, memory={"offload": "parameters"}, cluster={"mem": "64G", "gpus_per_node": 1})
-    made = preview_job(asked, gpu="h100-80gb", trace=by_formulas)
+    made = preview_job(asked, gpu="h100-80gb", compared=ByFormulas())
     assert (
         made.forecast is not None
         and made.traced is not None

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.planner.forecast import forecast, formulas_know, why_not
+from launcher.planner.forecast import forecast
 from launcher.planner.memory import operators as ops
 from launcher.planner.memory.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
-from launcher.planner.memory.families import KNOWN, nearest, program_of
+from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.loss import CHUNK_ELEMENTS
+from launcher.planner.memory.profiles import CACHED
 from launcher.planner.memory.program import Batch
 from launcher.planner.memory.symbolic import (
     Meter,
@@ -43,15 +43,6 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
     "tie_word_embeddings": False,
-}
-BERT: dict[str, Any] = {
-    "model_type": "bert",
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "vocab_size": 30522,
-    "max_position_embeddings": 512,
 }
 
 
@@ -209,27 +200,9 @@ def test_a_pattern_that_matches_nothing_is_refused_before_a_start(adapter: dict[
         footprint(model__adapter=adapter)
 
 
-def test_adapters_beside_other_models_are_not_known(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(BERT), encoding="utf-8")
-    plan = plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa", model__adapter={})
-    assert forecast(plan, Target(1 << 30)) is None and not formulas_know(plan)
-    assert (
-        why_not(plan)
-        == "the formulas know adapters beside llama, mistral, qwen2, qwen3, gpt2, and this is a bert model"
-    )
-    assert formulas_know(plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa"))
-
-
 def test_an_evaluation_keeps_nothing_for_a_backward_pass() -> None:
     made = footprint()
     assert made.phase("evaluating").peak < 0.6 * made.phase("steady step").peak
-
-
-def test_padding_counts_and_a_mask_is_kept() -> None:
-    options: dict[str, Any] = {"attention": "sdpa", "task": "sequence-classification"}
-    equal = footprint(BERT, lengths=(128, 128), **options).phase("steady step").peak
-    shorter = footprint(BERT, lengths=(128, 100), **options).phase("steady step").peak
-    assert equal < shorter
 
 
 def test_offloaded_state_is_in_the_hosts_memory() -> None:
@@ -244,20 +217,23 @@ def test_the_parts_add_up_to_the_peak() -> None:
 
 
 def test_unknown_architectures_and_configs_without_sizes(tmp_path: Path) -> None:
-    assert (
-        program_of({"model_type": "mamba"}) is None
-        and program_of(BERT, traits=tasks.find("causal-lm").traits) is None
-    )
-    assert nearest("lama") == "llama" and set(KNOWN) >= {"bert", "vit", "bart"}
     plan = plan_of(tmp_path, 1)
-    assert "no config.json" in why_not(plan) and forecast(plan, Target()) is None
+    assert "no config.json" in CACHED.why_not(plan) and forecast(plan, Target()) is None
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    assert "do not know the architecture mamba" in why_not(plan)
-    (tmp_path / "config.json").write_text(json.dumps(BERT))
-    assert "for other tasks than causal-lm" in why_not(plan)
+    assert "no profile of this mamba model" in CACHED.why_not(plan)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(ConfigurationError, match="has no num_hidden_layers"):
         forecast(plan, Target())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention": "eager"}, {"layout": "padded"}, {"head": "model"}, {"task": "sequence-classification"}],
+)
+def test_the_formulas_are_of_packed_decoders_alone(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Another attention keeps other tensors, and another head makes other logits."""
+    assert formulas_of(plan_of(tmp_path, 1), LLAMA) is not None
+    assert formulas_of(plan_of(tmp_path, 1, **changes), LLAMA) is None
 
 
 def test_a_model_of_405_billion_parameters_is_planned_without_torch_in_little_memory(tmp_path: Path) -> None:

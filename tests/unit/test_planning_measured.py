@@ -17,7 +17,7 @@ from launcher.planner.hardware.calibration import _CALLING, _WAITING, MEASURED, 
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import gpu_type
 from launcher.planner.memory.estimate import CUDA_SLACK
-from launcher.planner.memory.families import program_of
+from launcher.planner.memory.formulas import program_of
 from launcher.planner.model import model_config
 from launcher.planner.search import plan_job
 from launcher.planner.speed.collectives import LATENCY, traffic
@@ -192,7 +192,6 @@ def test_an_engine_counts_with_its_own_messages_where_they_were_measured(tmp_pat
     config = model_config.config_of(plan.model)
     assert config is not None
     program = program_of(config)
-    assert program is not None
     known = replace(CPU, engines=engines, num_ranks=plan.mesh.world_size // 2)
     Machine((known,)).write()
     assert Machine.read().rates == (known,)

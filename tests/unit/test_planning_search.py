@@ -17,15 +17,15 @@ from launcher.planner.decide import candidate
 from launcher.planner.forecast import forecast_here
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import gpu_type, on_network
-from launcher.planner.memory.simple_rule import by_simple_rule
 from launcher.planner.plan import Plan
 from launcher.planner.preview import preview_job
 from launcher.planner.resolve.batch import with_batch
-from launcher.planner.search import NEARLY, plan_job
+from launcher.planner.search import NEARLY, _with_the_least, plan_job
 from launcher.planner.speed.step_time import speed
 from launcher.planner.target import hardware_of
 from launcher.runs.machine import Machine, Rates, path
-from tests.unit.test_planning_footprint import BERT, LLAMA
+from tests.unit.given_profiles import given, traced
+from tests.unit.test_planning_footprint import LLAMA
 
 
 def job_of(directory: Path, **sections: dict[str, Any]) -> Job:
@@ -116,7 +116,7 @@ def test_what_the_job_leaves_open(
 
 
 def test_a_candidate_has_the_least_of_what_is_searched_and_decides_none_of_it(tmp_path: Path) -> None:
-    """So that nothing is decided twice: the search decides it, or the simple rule."""
+    """So that nothing is decided twice: the search decides it, or the least that is needed."""
     job, keys = (
         job_of(tmp_path),
         {"batch.micro_batch_size", "memory.activation_checkpointing", "memory.offload"},
@@ -124,8 +124,7 @@ def test_a_candidate_has_the_least_of_what_is_searched_and_decides_none_of_it(tm
     first = candidate(job, None, hardware_of(job, local=False), local=False)
     assert (first.batch.micro_batch_size, first.activation_checkpointing) == (1, "full")
     assert not keys & {decision.key for decision in first.decisions}
-    by_rule = by_simple_rule(job, first, hardware_of(job, local=False))
-    for plan in (by_rule, plan_job(job, local=False)):
+    for plan in (_with_the_least(job, first, "of a test"), plan_job(job, local=False)):
         assert sorted(decision.key for decision in plan.decisions if decision.key in keys) == sorted(keys)
     said = job.model_copy(
         update={
@@ -189,13 +188,15 @@ def test_copies_gather_within_their_node(tmp_path: Path) -> None:
     assert made.forecast is not None and made.forecast.speed is not None
     plan, gpu = made.plan, on_network(gpu_type("h100-80gb"), "ethernet25")
     one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"dp_replicate": 1, "dp_shard": 32})})
-    from launcher.planner.memory.estimate import estimator
+    from launcher.planner.memory.estimate import Estimator
+    from launcher.planner.memory.formulas import formulas_of
     from launcher.planner.model.model_config import read_config
 
     config = read_config(str(tmp_path))
     assert config is not None
-    estimated = estimator(plan, config)
-    assert estimated is not None
+    program = formulas_of(plan, config)
+    assert program is not None
+    estimated = Estimator(plan, program)
     seconds = [speed(p, estimated.units, estimated.segments(), gpu).communication for p in (plan, one)]
     assert seconds[0] < 0.9 * seconds[1], "8 x 3/4 of the bytes that gathering twice and sending once take"
 
@@ -207,12 +208,8 @@ def test_a_smaller_micro_batch_is_taken_where_it_pads_less(tmp_path: Path) -> No
         for number in range(500)
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            BERT
-            | {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 2}
-        )
-    )
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    profiles = given(traced("bert"))
     content = {
         "name": "test",
         "model": {"name": str(tmp_path), "task": "sequence-classification"},
@@ -228,12 +225,12 @@ def test_a_smaller_micro_batch_is_taken_where_it_pads_less(tmp_path: Path) -> No
     }
     Machine((Rates("cpu", "2026-11-26", {"fp32": 50e9}, 2e10, 2e9),)).write()
     here = Hardware(2, 64 << 30)
-    plan = plan_job(Job.model_validate(content), 2, here)
-    said = forecast_here(with_batch(plan, 16), here)
+    plan = plan_job(Job.model_validate(content), 2, here, profiles=profiles)
+    said = forecast_here(with_batch(plan, 16), here, profiles=profiles)
     assert said is not None and f"of {said.items.mean:.0f} tokens, padded to " in speed_lines(said)  # type: ignore[union-attr]
     steps = {}
     for micro in (1, 2, 4, 8, 16, 32):
-        made = forecast_here(with_batch(plan, micro), here)
+        made = forecast_here(with_batch(plan, micro), here, profiles=profiles)
         assert made is not None and made.speed is not None and made.fits
         steps[micro] = made.speed.step
     path().unlink()

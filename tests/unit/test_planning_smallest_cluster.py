@@ -221,7 +221,7 @@ def test_the_command_says_why_it_is_that_many(tmp_path: Path, capsys: pytest.Cap
             {},
             "'q_prj': matches no linear layer that can have one; the nearest are q_proj",
         ),
-        ({}, {"model_type": "mamba"}, "the formulas do not know the architecture mamba"),
+        ({}, {"model_type": "mamba"}, "no profile of this mamba model"),
         ({"parallel": {"engine": "deepspeed", "replicate": 2}}, {}, "parallel.replicate"),
     ],
 )

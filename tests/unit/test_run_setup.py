@@ -19,7 +19,8 @@ from launcher.launch.run_setup import expectation, fit_to_nodes, open_run, reope
 from launcher.planner import search
 from launcher.planner.hardware import detect
 from launcher.planner.memory.decoders import Llama
-from launcher.planner.memory.families import Program
+from launcher.planner.memory.profiles import Profiles, Unknown
+from launcher.planner.memory.program import Program
 from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
@@ -269,22 +270,25 @@ def test_with_a_trace_a_run_is_what_the_plan_with_a_trace_shows(
     by it."""
     asked: list[str] = []
 
-    def trace(plan: Plan) -> Program:
-        asked.append(plan.activation_checkpointing)
-        return Llama(SMALL)
+    class Traced(Profiles):
+        def _profile(self, plan: Plan, key: str) -> Program | Unknown:
+            asked.append(plan.activation_checkpointing)
+            return Llama(SMALL)
+
+    trace = Traced()
 
     (job.parent / "model" / "config.json").write_text(json.dumps(SMALL))
-    open_run(job, [], 1, Path("known"), trace=trace)
+    open_run(job, [], 1, Path("known"), profiles=trace)
     assert asked == []
     (job.parent / "model" / "config.json").write_text(json.dumps(SMALL | {"model_type": "unheard"}))
     assert not open_run(job, [], 1, Path("unknown"))[0].forecast_file.exists()
-    run, plan = open_run(job, [], 1, Path("traced"), trace=trace)
+    run, plan = open_run(job, [], 1, Path("traced"), profiles=trace)
     assert asked and json.loads(run.forecast_file.read_text())["traced"] is True
     (reason,) = [d.reason for d in plan.decisions if d.key == "memory.activation_checkpointing"]
-    assert "by the trace" in reason
+    assert "by its class's profile" in reason
     monkeypatch.setattr(detect.Hardware, "detect", classmethod(lambda cls: detect.Hardware(2, 1 << 18)))
     with pytest.raises(OutOfMemoryError, match="--force"):
-        open_run(job, [], 1, Path("large"), trace=trace)
+        open_run(job, [], 1, Path("large"), profiles=trace)
 
 
 def test_a_plan_changed_by_hand_is_refused_by_key_with_the_way_on(job: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from launcher.launch import run_setup
 from launcher.launch.slurm import snapshot
 from launcher.launch.slurm.record import JobRecord, is_live
 from launcher.launch.slurm.submission import dry_run, queue, refuse_second, submit
-from launcher.planner.forecast import Trace
+from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
@@ -24,14 +24,14 @@ def preview(
     overrides: list[str],
     directory: Path | None,
     script: tuple[str, ...] | None,
-    trace: Trace | None = None,
+    profiles: Profiles = CACHED,
 ) -> str:
     """The script that would be submitted. Writes nothing, and asks Slurm nothing."""
     job = run_setup.load_job(job_file, overrides, script)
     _check(job)
     run = RunDirectory((directory or Path("runs") / job.name).absolute())
     _check_path(run)
-    plan = run_setup.decide_for(job, None, script, local=False, trace=trace)
+    plan = run_setup.decide_for(job, None, script, local=False, profiles=profiles)
     return dry_run(run, plan, sys.executable, run.path / "code" / "launcher")
 
 
@@ -42,7 +42,7 @@ def hand_over(
     script: tuple[str, ...] | None,
     after: Sequence[str] = (),
     force: bool = False,
-    trace: Trace | None = None,
+    profiles: Profiles = CACHED,
 ) -> tuple[RunDirectory, Plan, str]:
     """Make, or go on with, a run, and submit it; with the number of its Slurm job. `after` are runs that must
     be over first.
@@ -57,7 +57,7 @@ def hand_over(
     find_sbatch()
     refuse_second(run)
     run, plan = run_setup.open_run(
-        job_file, overrides, None, run.path, script, local=False, force=force, trace=trace
+        job_file, overrides, None, run.path, script, local=False, force=force, profiles=profiles
     )
     return run, plan, _submit(run, plan, after)
 

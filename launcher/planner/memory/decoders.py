@@ -7,11 +7,14 @@ from typing import Any
 from launcher.planner.memory import operators as ops
 from launcher.planner.memory.attention import fused, plain, rotate
 from launcher.planner.memory.loss import cross_entropy
-from launcher.planner.memory.program import Context, ShadowProgram, Unit, Weight, of_stack
+from launcher.planner.memory.program import Context, SymbolicProgram, Unit, Weight, of_stack
 from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, checkpoint, node_of
 
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+"""Built as Llama is."""
 
-class Llama(ShadowProgram):
+
+class Llama(SymbolicProgram):
     """Llama, Mistral, Qwen 2 and 3: RMS norms, rotary positions, grouped queries, a gated feed-forward part."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -256,7 +259,7 @@ def split(x: SymbolicTensor, parts: int) -> list[SymbolicTensor]:
     return [SymbolicTensor(x.num_elements // parts, x.itemsize, x.storage, node) for _ in range(parts)]
 
 
-class Gpt2(ShadowProgram):
+class Gpt2(SymbolicProgram):
     """GPT-2: learned positions, one matrix for query, key and value, an activation written out in eight
     operators."""
 

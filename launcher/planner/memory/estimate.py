@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import tasks
-from launcher.job.adapter import Adapter
-from launcher.planner.memory.families import WITH_ADAPTERS, Program, adapted, frozen, program_of
+from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.fsdp import Cut, FsdpStep
-from launcher.planner.memory.program import Batch, Segment, Setting, Unit
+from launcher.planner.memory.program import Batch, Program, Segment, Setting
 from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
 from launcher.planner.memory.zero import ZeroCut, ZeroStep
 from launcher.planner.plan import Plan
-from launcher.tasks.task import Traits
 
 DEFERRED_GRADIENT_BYTES = 4 << 30
 """`_DEFERRED_GRADIENT_BYTES` of the FSDP engine, which a test holds equal."""
@@ -68,42 +64,14 @@ class Footprint:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-def estimate(
-    plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2
-) -> Footprint | None:
-    """The footprint of a plan; None where the model's architecture is not known to the formulas.
+def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None) -> Footprint | None:
+    """Return the footprint of a plan by the formulas; None where they do not know the model.
 
     `batch` is one micro-batch of a rank; left out, every sample is as long as the plan lets it be.
-    Raises KeyError where the config lacks a size.
+    Raises ConfigurationError where the config lacks a size.
     """
-    made = estimator(plan, config, batch, num_labels)
-    return None if made is None else made.footprint()
-
-
-def estimator(
-    plan: Plan,
-    config: dict[str, Any],
-    batch: Batch | None = None,
-    num_labels: int = 2,
-    slack: float | None = None,
-) -> Estimator | None:
-    """As `estimate`, with what it is made from."""
-    traits = tasks.find(plan.task).traits if plan.task in tasks.TASKS else None
-    program = _program(json.dumps(config, default=str), num_labels, traits)
-    if program is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
-        return None
-    return Estimator(plan, program, batch or batch_of(plan), slack)
-
-
-@functools.lru_cache(maxsize=8)
-def _program(config: str, num_labels: int, traits: Traits | None) -> Program | None:
-    return program_of(json.loads(config), num_labels, traits)
-
-
-@functools.lru_cache(maxsize=8)
-def _units(program: Program, freeze: tuple[str, ...], adapter: Adapter | None) -> tuple[Unit, list[Unit]]:
-    """Once for all plans of a model: a unit remembers its sums, too."""
-    return frozen(program.units(), freeze) if adapter is None else adapted(program.units(), adapter)
+    program = formulas_of(plan, config)
+    return None if program is None else Estimator(plan, program, batch).footprint()
 
 
 def batch_of(plan: Plan) -> Batch:
@@ -114,17 +82,21 @@ def batch_of(plan: Plan) -> Batch:
 class Estimator:
     """A plan, the program of its model, and one micro-batch."""
 
-    def __init__(self, plan: Plan, program: Program, batch: Batch, slack: float | None = None) -> None:
-        """`slack` is the allocator's share of what comes and goes, where it was measured; where more is
+    def __init__(
+        self, plan: Plan, program: Program, batch: Batch | None = None, slack: float | None = None
+    ) -> None:
+        """`batch`: where it is left out every sample is as long as it may be. `slack` is the allocator's
+        share of what comes and goes, where it was measured; where more is
         assumed, that counts."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
-        self.units = _units(program, plan.model.freeze, self.adapter)
+        self.units = program.units()
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
         self.slack = max(slack or 0.0, CUDA_SLACK if self.cuda else 0.0)
         self.setting = Setting(
-            batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task,
+            batch or batch_of(plan), self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda,
+            plan.task,
             frozen=plan.model.freeze, adapter=self.adapter, half=plan.precision == "fp16",
         )  # fmt: skip
         self.copies = (
@@ -278,7 +250,7 @@ class Estimator:
             max_live=zero.max_live_parameters,
             sub_group=zero.sub_group_size,
             recomputes=plan.activation_checkpointing != "none",
-            speaks=plan.task == "translation" or tasks.find(plan.task).traits.head == "every-position",
+            speaks=tasks.find(plan.task).traits.head == "every-position",
             offloads_optimizer=self.cuda and plan.offload != "none",
             offloads_parameters=self.cuda and plan.offload == "parameters",
         )
@@ -304,6 +276,3 @@ class Estimator:
                 engine.micro_step(segments, True)
         engine.time.touch(TEMPORARIES, 0, "between steps")
         return engine.time
-
-
-__all__ = ["Estimator", "Footprint", "Phase", "batch_of", "estimate", "estimator"]

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from launcher.job.adapter import Adapter
 from launcher.planner.memory.symbolic import Meter, Parameter, Storage, SymbolicTensor, backward, new
@@ -285,7 +285,21 @@ def spread(segments: list[Segment]) -> list[Segment]:
     return result
 
 
-class ShadowProgram(ABC):
+class Program(Protocol):
+    """A model at the level of sizes."""
+
+    def units(self) -> tuple[Unit, list[Unit]]:
+        """Return what is outside of the layers, and each layer, with what of them trains."""
+        ...
+
+    def blocks(self, setting: Setting) -> list[Segment]:
+        """Return the blocks of one micro-batch, all layers of the model among them."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+class SymbolicProgram(ABC):
     """A model written down as code over shadows."""
 
     @abstractmethod

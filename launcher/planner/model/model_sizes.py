@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from launcher.errors import Problem
-from launcher.planner.memory.families import DECODERS, ENCODERS, MIXTURES, TRANSLATORS
+from launcher.planner.memory.decoders import LLAMAS
 from launcher.planner.resolve.batch import multiples_around
 
 
@@ -28,11 +28,6 @@ _OF_ANY = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_v
 """What `ModelShape` reads of any model, beside the names that its own class has for them."""
 _COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _LLAMA = Sizes((*_COMMON, "intermediate_size"), ("head_dim",))
-_EXPERTS = (*_COMMON, "num_experts_per_tok", "decoder_sparse_step")
-_QWEN = Sizes((*_EXPERTS, "num_experts", "moe_intermediate_size"), ("head_dim", "num_local_experts"))
-_HEADS = ("encoder_attention_heads", "decoder_attention_heads")
-_LAYERS = ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
-_T5 = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "relative_attention_num_buckets")
 
 _LARGEST = 2**53
 _MOST = {
@@ -45,24 +40,10 @@ _MOST = {
 """The most of a number by what its name ends in; far beyond any model that there is (126 layers, 2 million
 positions, 512 experts)."""
 FAMILIES = {
-    **dict.fromkeys(DECODERS, _LLAMA),
-    "mixtral": Sizes((*_EXPERTS, "num_local_experts", "intermediate_size"), ("head_dim", "num_experts")),
-    "olmoe": Sizes((*_EXPERTS, "num_experts", "intermediate_size"), ("head_dim", "num_local_experts")),
-    "qwen2_moe": _QWEN,
-    "qwen3_moe": _QWEN,
+    **dict.fromkeys(LLAMAS, _LLAMA),
     "gpt2": Sizes(
         ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"), ("n_inner",), (("n_embd", "n_head"),)
     ),
-    **dict.fromkeys(
-        ENCODERS, Sizes((*_COMMON, "intermediate_size", "max_position_embeddings", "type_vocab_size"))
-    ),
-    "vit": Sizes((*_COMMON[:3], "intermediate_size", "image_size", "patch_size", "num_channels")),
-    "bart": Sizes(
-        ("d_model", "vocab_size", "max_position_embeddings", *_LAYERS, *_HEADS),
-        (),
-        tuple(("d_model", heads) for heads in _HEADS),
-    ),
-    **dict.fromkeys(TRANSLATORS, Sizes(_T5, ("num_decoder_layers",), ())),
 }
 """By `model_type`."""
 
@@ -76,12 +57,10 @@ def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         return []
     sizes = FAMILIES[kind]
-    more = _of_mixture(config) if kind in MIXTURES else _of_translator(config) if kind in TRANSLATORS else []
     optional = [name for name in (*sizes.optional, *_OF_ANY) if name not in sizes.needed]
     return [
         *_wrong(config, sizes.needed, False),
         *_wrong(config, dict.fromkeys(optional), True),
-        *more,
         *_uneven(config, sizes),
     ]
 
@@ -126,30 +105,6 @@ def _nearest(value: object) -> str:
         return f"; the nearest is {max(1, value if isinstance(value, int) else round(float(value)))}"
     except (ValueError, OverflowError):  # no number, NaN, infinity
         return ""
-
-
-def _of_mixture(config: dict[str, Any]) -> list[Problem]:
-    """Which layers have experts, and the widths that only some of these models have."""
-    plain, kind = config.get("mlp_only_layers"), config["model_type"]
-    if plain is not None and not isinstance(plain, (list, tuple)):
-        return [Problem("mlp_only_layers", plain, "write a list of layers, as [0, 1], or null")]
-    names = []
-    if (
-        kind == "qwen2_moe" and config.get("shared_expert_intermediate_size") != 0
-    ):  # there is no shared expert then
-        names.append("shared_expert_intermediate_size")
-    if kind.endswith("_moe") and (plain or config.get("decoder_sparse_step", 1) != 1):
-        names.append("intermediate_size")
-        if "intermediate_size" not in config:
-            reason = "is missing, and the layers without experts are that wide; write a positive whole number"
-            return [Problem("intermediate_size", None, reason), *_wrong(config, names, False)]
-    return _wrong(config, names, False)
-
-
-def _of_translator(config: dict[str, Any]) -> list[Problem]:
-    projection = config.get("feed_forward_proj", "")
-    reason = "write the name of an activation, as relu or gated-gelu"
-    return [] if isinstance(projection, str) else [Problem("feed_forward_proj", projection, reason)]
 
 
 def _uneven(config: dict[str, Any], sizes: Sizes) -> list[Problem]:

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from launcher.planner.memory.program import Batch
 from launcher.planner.memory.symbolic import Meter, packed_bytes
+from launcher.training.tracing.numbers import Numbers
 
 _aten = torch.ops.aten
 _HELD_BY_THE_CALL = 4
@@ -25,43 +25,51 @@ class Counting(TorchDispatchMode):
     """Counts storages on a meter, and answers for numbers that are not there. To be entered inside of a
     FakeTensorMode."""
 
-    def __init__(self, meter: Meter, held: Iterable[torch.Tensor], batch: Batch, cuda: bool) -> None:
+    def __init__(self, meter: Meter, held: Iterable[torch.Tensor], cuda: bool) -> None:
         """`held` was there before, and is not counted."""
         super().__init__()
-        self._meter, self._batch, self._cuda = meter, batch, cuda
+        self._meter, self._cuda = meter, cuda
+        self.numbers = Numbers()
         self._live: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in held}
         self._num_bytes: dict[int, int] = {}
-        self._verdicts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = self._of_numbers(function, args)
+        kwargs = kwargs or {}
+        answer = self._of_numbers(function, args, kwargs)
         if answer is not None:
             return answer
-        result = function(*args, **(kwargs or {}))
-        if function is _aten.all.default:
-            # A mask of samples is full where they are of one length; of the targets some are never
-            # supervised.
-            self._verdicts[result] = args[0].dim() > 1 and len(set(self._batch.lengths)) == 1
+        args, positions = self.numbers.without_masks(function, args)
+        args = pytree.tree_map_only(torch.Tensor, self._fake, args) if positions else args
+        result = function(*args, **kwargs)
         if _sums_gradients(function, args):
             self._hand_on(args[0].untyped_storage(), result.untyped_storage())
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor.untyped_storage())
+        self.numbers.follow(function, args, kwargs, result)
         self._meter.transient(hidden_bytes(function, args, result, self._cuda))
         return result
 
-    def _of_numbers(self, function: Any, args: Any) -> Any:
-        """What the model's code decides by, where the numbers would say it."""
+    def _of_numbers(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Return what the model's code decides by, where the numbers say it; None for any other operator."""
+        real = self.numbers.answer(function, args, kwargs)
+        if real is not None:
+            return pytree.tree_map_only(torch.Tensor, self._fake, real)
         if function is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return self._verdicts.get(args[0], False)
-        if function is _aten.nonzero.default:
-            batch = self._batch
-            supervised = sum(batch.targets) or batch.num_tokens - len(batch.lengths)
-            return self._new(args[0], (supervised, args[0].dim()), torch.int64)
+            return False  # whether activations are finite, or all alike
         if function is _aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             # Its shapes are known in bf16 only; a CPU multiplies in any precision.
             return self._new(args[0], _grouped_shape(*args[:3]), args[0].dtype)
         return None
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a counted fake tensor for a real one, whose numbers are known; a fake one as it is."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self.count(made.untyped_storage())
+        self.numbers.know(made, tensor)
+        return made
 
     def _new(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         made = like.new_empty(shape, dtype=dtype)

@@ -1,0 +1,280 @@
+"""A model's block profile: what each block adds to memory, as lines in the number of samples.
+
+A trace of the model's own class makes it (`launcher/training/tracing`), at one, two and eight samples. From
+two samples
+on every tensor of a block is affine in their number, so that each level of memory is a line through what two
+and eight
+have; the peak of a block is the highest of its lines. Any plan afterwards is arithmetic.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
+from typing import Any, Literal
+
+from launcher.planner.memory.program import Segment, Setting, Unit, Weight
+
+RECOMPUTATIONS = ("none", "selective", "full")
+FEW, MANY = 2, 8
+"""The numbers of samples that a line goes through."""
+Stays = Literal["gradient", "nothing", "fp32"]
+"""What stays of a gradient once it is made: itself, nothing where one was there to add it to, or a copy in
+fp32."""
+Line = tuple[int, int]
+"""Bytes at `FEW` and at `MANY` samples."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where on the lines a micro-batch stands: its samples, and their length over that of the trace."""
+
+    samples: int
+    length: float = 1.0
+
+    def at(self, line: Line) -> int:
+        """Return the bytes of a line there; shorter samples are taken to need their share, which is never too
+        little."""
+        few, many = line
+        slope = (many - few) / (MANY - FEW)
+        return round(few - FEW * slope + slope * self.samples * self.length)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient at the moment when it is made."""
+
+    level: Line
+    """Bytes above where the block began."""
+    num_elements: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a pass, forward or backward, where each gradient stays as it is made."""
+
+    kind: str
+    layer: int
+    backward: bool
+    added: Line
+    gaps: tuple[tuple[Line, ...], ...]
+    """The levels that may be the highest before each gradient, and after the last one, above where the block
+    began."""
+    gradients: tuple[Gradient, ...]
+    traffic: Line
+    num_made: int
+
+    def segment(self, scale: Scale, stays: Stays, traffic_scale: Scale | None = None) -> Segment:
+        """Return the block's bytes for so many samples, with what stays of its gradients."""
+        own = kept = reached = 0
+        gradients = []
+        for lines, gradient in zip(self.gaps, self.gradients, strict=False):
+            high = max(reached, self._top(lines, scale) - own + kept)
+            num_bytes = gradient.num_elements * gradient.itemsize
+            # One that was added to another is gone before anybody is told of it.
+            level = scale.at(gradient.level) - own + kept - num_bytes * (stays == "nothing")
+            gradients.append((level, gradient.num_elements, max(high, level)))
+            own, reached = own + num_bytes, level
+            if stays == "fp32":
+                reached = level + 4 * gradient.num_elements
+                kept += 4 * gradient.num_elements
+            elif stays == "gradient":
+                kept = own
+        rest = max(reached, self._top(self.gaps[-1], scale) - own + kept)
+        wide = stays == "fp32"
+        return Segment(
+            self.kind, self.layer, self.backward,
+            added=scale.at(self.added) - own + kept,
+            peak=max([rest, *(high for _, _, high in gradients)]),
+            gradients=tuple(gradients),
+            rest=rest,
+            made=kept,
+            traffic=(traffic_scale or scale).at(self.traffic) + kept * wide,
+            num_made=self.num_made + len(gradients) * wide,
+        )  # fmt: skip
+
+    @staticmethod
+    def _top(lines: Sequence[Line], scale: Scale) -> int:
+        return max((scale.at(line) for line in lines), default=-(1 << 62))
+
+
+def envelope(lines: Iterable[Line]) -> tuple[Line, ...]:
+    """Return those of many lines that are the highest for some number of samples from `FEW` on."""
+    steepest: dict[int, int] = {}
+    for few, many in lines:
+        steepest[many - few] = max(few, steepest.get(many - few, few))
+    upper: list[tuple[int, int]] = []  # by slope, the flattest first
+    for slope, few in sorted(steepest.items()):
+        while upper and few >= upper[-1][1]:
+            upper.pop()
+        while len(upper) > 1 and _meet(upper[-1], (slope, few)) <= _meet(upper[-2], upper[-1]):
+            upper.pop()
+        upper.append((slope, few))
+    return tuple((few, few + slope) for slope, few in upper)
+
+
+def _meet(flat: tuple[int, int], steep: tuple[int, int]) -> float:
+    """Where the steeper of two lines overtakes the flatter, from `FEW` on."""
+    return (flat[1] - steep[1]) / (steep[0] - flat[0])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The blocks of a pass in their order, those of equal layers once."""
+
+    blocks: tuple[Block, ...]
+    order: tuple[tuple[int, int], ...]
+    """Which of them comes next, and for which layer."""
+
+    @classmethod
+    def of(cls, blocks: Iterable[Block]) -> Pass:
+        """Return a pass of these blocks."""
+        distinct: dict[Block, int] = {}
+        order = []
+        for block in blocks:
+            alike = replace(block, layer=min(block.layer, 0))
+            order.append((distinct.setdefault(alike, len(distinct)), block.layer))
+        return cls(tuple(distinct), tuple(order))
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self.blocks[number] for number, _ in self.order)
+
+    def segments(self, scale: Scale, stays: Stays, traffic_scale: Scale) -> list[Segment]:
+        """Return the bytes of each block for so many samples."""
+        made = [block.segment(scale, stays, traffic_scale) for block in self.blocks]
+        return [
+            made[number] if layer < 0 else replace(made[number], layer=layer) for number, layer in self.order
+        ]
+
+
+@dataclass(eq=False)
+class Profile:
+    """A model's real class as a program of the planner: its parameters, and the passes of one sample and of
+    several."""
+
+    length: int
+    """Positions of a sample in the trace."""
+    root: Unit
+    layers: tuple[Unit, ...]
+    passes: Mapping[str, tuple[Pass, Pass]] = field(default_factory=dict)
+    """By what is recomputed, and `evaluation`: one sample, and the lines of several."""
+    tails: Mapping[str, tuple[tuple[int, Block], ...]] = field(default_factory=dict)
+    """What is behind the layers, in training and in evaluation, by samples, where its loss in chunks makes it
+    no line."""
+    quadratic: float = 0.0
+    """The share of what a sample writes that grows with the square of its length."""
+    untraceable: str | None = None
+    """Why there are no passes."""
+    _known: dict[Setting, list[Segment]] = field(init=False, default_factory=dict, repr=False)
+
+    def units(self) -> tuple[Unit, list[Unit]]:
+        """Return what is outside of the layers, and each layer; what trains is marked in them."""
+        return self.root, list(self.layers)
+
+    def blocks(self, setting: Setting) -> list[Segment]:
+        """Return the blocks of one micro-batch, all layers of the model among them."""
+        if setting not in self._known:
+            self._known[setting] = self._blocks(setting)
+        return self._known[setting]
+
+    def _blocks(self, setting: Setting) -> list[Segment]:
+        samples, share = len(setting.batch.lengths), max(setting.batch.lengths) / self.length
+        stays: Stays = "nothing" if setting.accumulates else "fp32" if setting.widens else "gradient"
+        one, several = self.passes[setting.checkpointing if setting.training else "evaluation"]
+        written = Scale(samples, (1 - self.quadratic) * share + self.quadratic * share * share)
+        taken = one if samples == 1 and share == 1 else several
+        segments = taken.segments(Scale(samples, share), stays, written)
+        tails = self.tails.get("training" if setting.training else "evaluation", ())
+        return [_tail(tails, samples * share) if tails and _is_tail(each) else each for each in segments]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the profile as JSON has it."""
+        return {
+            "length": self.length,
+            "root": _unit_to_json(self.root),
+            "layers": [_unit_to_json(unit) for unit in self.layers],
+            "passes": {
+                name: [{"blocks": [astuple(b) for b in each.blocks], "order": each.order} for each in pair]
+                for name, pair in self.passes.items()
+            },
+            "tails": {
+                name: [(number, astuple(block)) for number, block in tails]
+                for name, tails in self.tails.items()
+            },
+            "quadratic": self.quadratic,
+            "untraceable": self.untraceable,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Profile:
+        """Return the profile of its JSON. Raises KeyError, TypeError or ValueError where it is none."""
+        passes = {}
+        for name, (one, several) in content["passes"].items():
+            passes[name] = _pass_of_json(one), _pass_of_json(several)
+        tails = {
+            name: tuple((number, _block_of_json(block)) for number, block in tails)
+            for name, tails in content["tails"].items()
+        }
+        layers = tuple(_unit_of_json(unit) for unit in content["layers"])
+        root, length = _unit_of_json(content["root"]), content["length"]
+        return cls(length, root, layers, passes, tails, content["quadratic"], content["untraceable"])
+
+
+def _is_tail(segment: Segment) -> bool:
+    return segment.kind == "tail" and not segment.backward
+
+
+def _tail(tails: Sequence[tuple[int, Block]], samples: float) -> Segment:
+    """Return what is behind the layers, between the two numbers of samples that were gone through: the peak
+    is that of the larger."""
+    numbers = [number for number, _ in tails]
+    place = bisect_left(numbers, samples)
+    at = [block.segment(Scale(FEW), "gradient") for _, block in tails]
+    if place < len(tails) and (numbers[place] == samples or place == 0):
+        return at[place]
+    low, high = (place - 1, place) if place < len(tails) else (-2, -1)
+    part = (samples - numbers[low]) / (numbers[high] - numbers[low])
+
+    def between(name: str) -> int:
+        less, more = getattr(at[low], name), getattr(at[high], name)
+        return round(less + part * (more - less))
+
+    peak, rest = between("peak"), between("rest")
+    if part < 1:
+        peak, rest = max(at[low].peak, at[high].peak), max(at[low].rest, at[high].rest)
+    return replace(
+        at[high],
+        added=between("added"),
+        peak=peak,
+        rest=rest,
+        traffic=between("traffic"),
+        num_made=between("num_made"),
+    )
+
+
+def _unit_to_json(unit: Unit) -> dict[str, Any]:
+    return {
+        "num_first": unit.num_first,
+        "weights": [list(asdict(weight).values()) for weight in unit.weights],
+    }
+
+
+def _unit_of_json(content: dict[str, Any]) -> Unit:
+    weights = (Weight(name, tuple(shape), *others) for name, shape, *others in content["weights"])
+    return Unit(tuple(weights), content["num_first"])
+
+
+def _pass_of_json(content: dict[str, Any]) -> Pass:
+    order = tuple((number, layer) for number, layer in content["order"])
+    return Pass(tuple(_block_of_json(block) for block in content["blocks"]), order)
+
+
+def _block_of_json(content: list[Any]) -> Block:
+    kind, layer, backward, (few, many), gaps, gradients, traffic, num_made = content
+    made = tuple(
+        Gradient((level[0], level[1]), num_elements, itemsize) for level, num_elements, itemsize in gradients
+    )
+    lines = tuple(tuple((low, high) for low, high in gap) for gap in gaps)
+    return Block(kind, layer, backward, (few, many), lines, made, (traffic[0], traffic[1]), num_made)

@@ -1,0 +1,193 @@
+"""Find the program of a plan's model: the formulas, a profile in the cache, or a trace that is started for
+it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
+from launcher.plain_files import read_json
+from launcher.planner.memory.formulas import formulas_of
+from launcher.planner.memory.profile import Profile
+from launcher.planner.memory.program import Program
+from launcher.planner.model.model_config import config_of, locate
+from launcher.planner.plan import Plan
+from launcher.runs import cache
+
+FORMAT = 1
+"""Of the files: another one is no profile."""
+SECONDS = 600.0
+"""The longest that a trace may take."""
+_PACKAGES = ("torch", "transformers", "launcher", "peft")
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A model of which no pass can be forecast."""
+
+    reason: str
+    """Why, in one clause."""
+    profile: Profile | None = None
+    """Its parameters, where they are known all the same."""
+
+
+@dataclass(eq=False)
+class Profiles:
+    """Where the planner has models from."""
+
+    starts: bool = False
+    """Start a trace, in a process of its own, where there is neither formula nor profile."""
+    formulas: bool = True
+    """Go by the formulas where they know the model."""
+    say: Callable[[str], None] = lambda line: None
+    """Told in one line why the seconds of a trace pass."""
+    _known: dict[str, Program | Unknown | ConfigurationError] = field(default_factory=dict)
+
+    def find(self, plan: Plan) -> Program | Unknown:
+        """Return the program of a plan's model, or why there is none.
+
+        Raises ConfigurationError for a config without a size that the formulas need, and for what a trace
+        shows that the trainer would refuse: a task that the model cannot do, patterns that match nothing.
+        """
+        config = config_of(plan.model)
+        if config is None:
+            ways = "fetch it, name its directory, or write model.config"
+            return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
+        if beside := tasks.unprepared(plan).companions:
+            return Unknown(
+                f"the task asks models beside this one ({', '.join(beside)}), which nothing counts"
+            )
+        if self.formulas and (formulas := formulas_of(plan, config)) is not None:
+            return formulas
+        # What of the plan a profile does not hang on changes thousands of times in a search.
+        key = _key(plan, config)
+        if key not in self._known:
+            self._known[key] = self._profile(plan, key)
+        found = self._known[key]
+        if isinstance(found, ConfigurationError):
+            raise found
+        return found
+
+    def program(self, plan: Plan) -> Program | None:
+        """Return the program of a plan's model; None where no pass can be forecast."""
+        program = self.find(plan)
+        return None if isinstance(program, Unknown) else program
+
+    def why_not(self, plan: Plan) -> str:
+        """Return why no pass of a plan's model can be forecast, in one clause; empty where it can."""
+        program = self.find(plan)
+        return program.reason if isinstance(program, Unknown) else ""
+
+    def _profile(self, plan: Plan, key: str) -> Program | Unknown | ConfigurationError:
+        path = cache.root() / "profiles" / f"{key}.json"
+        answer = _read(path)
+        kind = (config_of(plan.model) or {}).get("model_type")
+        if answer is None and not self.starts:
+            return Unknown(
+                f"no profile of this {kind} model for {plan.task} is in the cache, and none is made now"
+            )
+        if answer is None:
+            what = f"tracing {plan.model.name}, a {kind} model, for its memory"
+            self.say(f"{what}; later plans find the profile in the cache ...")
+            answer = _trace(plan)
+            if "profile" in answer:
+                _keep(path, answer)
+        if "problems" in answer:
+            return ConfigurationError([Problem(*problem) for problem in answer["problems"]])
+        if "profile" not in answer:
+            return Unknown(f"its class cannot be traced: {answer['failure']}")
+        profile = Profile.from_json(answer["profile"])
+        return (
+            profile
+            if profile.untraceable is None
+            else Unknown(f"its class cannot be traced: {profile.untraceable}", profile)
+        )
+
+
+CACHED = Profiles()
+"""Those that are in the cache: nothing is started."""
+
+
+def _key(plan: Plan, config: dict[str, Any]) -> str:
+    model = plan.model.model_dump(mode="json", exclude={"name", "revision", "config"})
+    data = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
+    hangs_on = [
+        FORMAT, config, model, data, plan.task, plan.attention, plan.layout, plan.head, plan.precision,
+        plan.mesh.device,
+        _own_code(plan.model.name, plan.model.revision) if "auto_map" in config else None, _versions(),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(hangs_on, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _own_code(name: str, revision: str | None) -> list[tuple[str, int, int]]:
+    files = sorted(Path(locate(name, revision)).glob("*.py"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+@functools.cache
+def _versions() -> list[str]:
+    found = []
+    for name in _PACKAGES:
+        try:
+            found.append(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            found.append("")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what a trace answered before; None where there is nothing, or nothing whole."""
+    try:
+        answer = read_json(path)
+        Profile.from_json(answer["profile"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return answer
+
+
+def _keep(path: Path, answer: dict[str, Any]) -> None:
+    """Write an answer into the cache, whole or not at all; a cache that cannot be written is done without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".new", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(answer, file)
+        Path(file.name).replace(path)
+    except OSError:
+        return
+
+
+def _trace(plan: Plan) -> dict[str, Any]:
+    """Return what a trace of the plan's model says, made by a process of its own: this one imports no torch."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "profile.json"
+        command = [sys.executable, "-m", "launcher.training.tracing.make_profile", str(out)]
+        try:
+            done = subprocess.run(
+                command, input=plan.to_json(), capture_output=True, text=True, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return {"failure": f"not within {SECONDS:.0f} s"}
+        except OSError as error:
+            return {"failure": str(error)}
+        try:
+            answer: dict[str, Any] = read_json(out)
+        except (OSError, ValueError):
+            last = next(
+                (line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing"
+            )
+            return {"failure": f"its process left with code {done.returncode}: {last}"}
+        return answer

@@ -1,0 +1,266 @@
+"""Make the block profile of a plan's model: `python -m launcher.training.tracing.make_profile OUT`, the plan
+on stdin."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher import tasks
+from launcher.errors import ConfigurationError
+from launcher.planner.memory.profile import FEW, MANY, RECOMPUTATIONS, Block, Pass, Profile
+from launcher.planner.plan import Plan
+from launcher.tasks.task import Draws, Sample, Task
+from launcher.training.loss import chunk_length
+from launcher.training.model import pretrained
+from launcher.training.precision import DTYPES
+from launcher.training.tracing.layers import Layer, spread
+from launcher.training.tracing.recorder import Passed, joined, same
+from launcher.training.tracing.traced_model import TracedModel, Untraceable
+
+_MOST_TOKENS = 1 << 15
+"""Tokens of a pass beyond which nobody goes, up to which a loss in chunks is traced."""
+_MOST_CHUNKS = 3
+"""More chunks of a loss than these need no more memory."""
+_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+class ProfileMaker:
+    """A plan's model and task, to be gone through."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Build the model without numbers. Raises ConfigurationError where its class cannot be built, or
+        cannot do the task."""
+        # The kernel of flash-attn runs on a GPU alone; PyTorch's own keeps the same.
+        self.plan = (
+            plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
+        )
+        self.config = config = pretrained.read_config(self.plan)
+        self.task: Task = tasks.unprepared(self.plan)
+        self.task.adopt(config)
+        self.task.labels = (self.task.own_labels or ["0", "1"]) if self.task.needs_labels else None
+        self.task.configure(config)
+        for one in (config, config.get_text_config()):
+            if getattr(one, "pad_token_id", None) is None:
+                one.pad_token_id = (
+                    0  # of a batch of texts the tokenizer's is; any will do where nothing is read
+                )
+        self.kind = pretrained.model_class(self.task.auto_class, config, plan)
+        options = {"trust_remote_code": plan.model.trust_remote_code}
+        self.traced = TracedModel(
+            config, self.task.auto_class, self.task.loss, DTYPES[plan.precision], **options
+        )
+
+    def profile(self) -> Profile:
+        """Return the profile; one without passes, and why, where the model's code does not run without numbers.
+
+        Raises ConfigurationError for patterns that match nothing, and for a model without repeated layers.
+        """
+        adapter = self.plan.model.adapter
+        self._choose_what_trains()
+        root, layers = self.traced.units(narrow=adapter is not None)
+        length = self.plan.data.max_length
+        try:
+            return self._with_passes(Profile(length, root, tuple(layers)))
+        except Untraceable as error:
+            return Profile(length, root, tuple(layers), untraceable=str(error))
+
+    def _choose_what_trains(self) -> None:
+        from launcher.training.model.loading import freeze
+
+        if self.plan.model.adapter is None:
+            freeze(self.traced.model, self.plan.model.freeze)
+        else:
+            self.traced.add_adapter(self.plan.model.adapter, self._new_parameters)
+
+    def _new_parameters(self, model: Any) -> tuple[str, ...]:
+        """Return the names that the model's files do not hold: of its head, where they are of another class
+        or say so."""
+        if self.plan.model.weights == "random":
+            return ()
+        inside = (
+            {id(parameter) for parameter in model.base_model.parameters()}
+            if model.base_model is not model
+            else None
+        )
+        if inside is None:
+            return ()
+        head = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+        return tuple(head) if type(model).__name__ not in (self.config.architectures or ()) else ()
+
+    def _with_passes(self, profile: Profile) -> Profile:
+        passes, fixed = {}, None
+        layers = self.traced.layers()
+        try:
+            for recompute in RECOMPUTATIONS:
+                passes[recompute] = self._passes(layers, recompute, training=True)
+            passes["evaluation"] = self._passes(layers, "none", training=False)
+        except ValueError as error:
+            if all(layer.traced for layer in layers):
+                raise Untraceable(str(error)) from None
+            fixed = self.traced.layers(every=True)
+        if fixed is not None:
+            return self._with_every_layer(profile, fixed)
+        return replace(
+            profile,
+            passes=passes,
+            tails=self._tails(layers),
+            quadratic=self._quadratic(layers, passes["none"][1]),
+        )
+
+    def _with_every_layer(self, profile: Profile, layers: list[Layer]) -> Profile:
+        """Of a model whose layers do not run one after another each is gone through."""
+        try:
+            passes = {
+                recompute: self._passes(layers, recompute, training=True) for recompute in RECOMPUTATIONS
+            }
+            passes["evaluation"] = self._passes(layers, "none", training=False)
+        except ValueError as error:
+            raise Untraceable(str(error)) from None
+        return replace(
+            profile,
+            passes=passes,
+            tails=self._tails(layers),
+            quadratic=self._quadratic(layers, passes["none"][1]),
+        )
+
+    def _passes(self, layers: Sequence[Layer], recompute: str, training: bool) -> tuple[Pass, Pass]:
+        """Return a pass of one sample, and one of several as lines."""
+
+        def go(samples: int) -> list[Passed]:
+            return self._go(layers, samples, self.plan.data.max_length, recompute, training)
+
+        one = Pass.of(spread([same(block) for block in go(1)], layers))
+        if self.plan.layout == "single":
+            return one, one
+        few, many = go(FEW), go(MANY)
+        if [(block.kind, block.layer, block.backward) for block in few] != [
+            (b.kind, b.layer, b.backward) for b in many
+        ]:
+            raise ValueError("it goes another way with more samples")
+        return one, Pass.of(spread([joined(*pair) for pair in zip(few, many, strict=True)], layers))
+
+    def _go(
+        self, layers: Sequence[Layer], samples: int, length: int, recompute: str, training: bool
+    ) -> list[Passed]:
+        cuda = self.plan.mesh.device == "cuda"
+        return self.traced.go(self.batch(self.lengths(samples, length)), layers, recompute, training, cuda)
+
+    def lengths(self, samples: int, length: int) -> list[int]:
+        """Return the samples' lengths: where they are padded one is shorter, so that there is a mask as in
+        nearly every step."""
+        shorter = self.plan.layout == "padded" and samples > 1 and length > 1
+        return [length] * (samples - shorter) + [length - 1] * shorter
+
+    def batch(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """Return the micro-batch of samples of such lengths, as the task collates them.
+
+        Raises Untraceable where the task cannot make one.
+        """
+        try:
+            samples = [
+                self._natural(self.task.example(length), number) for number, length in enumerate(lengths)
+            ]
+            return self.task.collate([[sample] for sample in samples], Draws(0, 0))
+        except Exception as error:  # a task of another package may raise anything
+            raise Untraceable(
+                f"its task {self.plan.task} makes no example: {pretrained.first_line(error)}"
+            ) from error
+
+    def _natural(self, sample: Sample, number: int) -> Sample:
+        """Return the sample as a text is: it has no padding within, ends with an end, and the last of a
+        causal one predicts nothing."""
+        config, arrays = self.config.get_text_config(), dict(sample)
+        special = {
+            value
+            for name, value in vars(config).items()
+            if name.endswith("_token_id") and isinstance(value, int)
+        }
+        word = next(number for number in range(len(special) + 1) if number not in special)
+        end = getattr(config, "eos_token_id", None)
+        end = end[0] if isinstance(end, list) and end else end
+        if "input_ids" in arrays:
+            arrays["input_ids"] = arrays["input_ids"] * 0 + min(
+                word, (getattr(config, "vocab_size", None) or word + 1) - 1
+            )
+            if isinstance(end, int):
+                arrays["input_ids"][-1] = end
+        if "targets" in arrays:
+            arrays["targets"] = arrays["targets"].copy()
+            arrays["targets"][-1] = -100
+        return Sample(arrays, number, sample.length)
+
+    def _tails(self, layers: Sequence[Layer]) -> dict[str, tuple[tuple[int, Block], ...]]:
+        """Return what is behind the layers for each of several numbers of samples, where a loss in chunks
+        makes it no line."""
+        vocabulary, length = (
+            getattr(self.config.get_text_config(), "vocab_size", None),
+            self.plan.data.max_length,
+        )
+        if not vocabulary or self.task.traits.head != "every-position" or self.plan.layout == "single":
+            return {}
+        most = _MOST_CHUNKS * chunk_length(vocabulary)
+        enough = next((number for number in _STEPS if number * length > most), _STEPS[-1])
+        steps = [number for number in _STEPS if number <= enough and number * length <= _MOST_TOKENS]
+        steps = [*steps, 2 * steps[-1], 4 * steps[-1]] if steps else [1, 2]
+        ends = [
+            layer if layer.traced and (layer.begins or layer.ends) else replace(layer, stands_in=-1)
+            for layer in layers
+        ]
+        tails = {}
+        for name, training in (("training", True), ("evaluation", False)):
+            blocks = []
+            for number in steps:
+                passed = self._go(ends, number, length, "none", training)
+                blocks += [
+                    (number, same(block)) for block in passed if block.kind == "tail" and not block.backward
+                ]
+            tails[name] = tuple(blocks)
+        return tails
+
+    def _quadratic(self, layers: Sequence[Layer], several: Pass) -> float:
+        """Return the share of what a sample writes that grows with the square of its length."""
+        length = self.plan.data.max_length
+        if self.plan.layout == "single" or length < 32:
+            return 0.0
+        short = Pass.of(
+            spread([same(block) for block in self._go(layers, FEW, length // 4, "none", True)], layers)
+        )
+        at_few, at_many = (sum(block.traffic[end] for block in several) for end in (0, 1))
+        slope = (at_many - at_few) / (MANY - FEW)
+        of_short = (sum(block.traffic[0] for block in short) - (at_few - FEW * slope)) / FEW
+        part = (length // 4) / length
+        return (
+            min(1.0, max(0.0, (slope * part - of_short) / (slope * (part - part * part))))
+            if slope > 0
+            else 0.0
+        )
+
+
+def make_profile(plan: Plan) -> Profile:
+    """Return the profile of a plan's model: what it has, and what each block of a pass needs.
+
+    Raises ConfigurationError where the model cannot be built here, or cannot do what the plan asks.
+    """
+    return ProfileMaker(plan).profile()
+
+
+def main() -> None:
+    """Read a plan on stdin; write its profile, or the problems that it has, to the file that the first
+    argument names."""
+    gc.disable()  # a fifth of the time, for a process that ends soon
+    plan = Plan.model_validate_json(sys.stdin.read())
+    try:
+        answer: dict[str, Any] = {"profile": make_profile(plan).to_json()}
+    except ConfigurationError as error:
+        answer = {"problems": [[problem.key, problem.value, problem.reason] for problem in error.problems]}
+    Path(sys.argv[1]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

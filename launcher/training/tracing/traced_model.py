@@ -1,0 +1,221 @@
+"""A model's real class, gone through with fake tensors: the memory of its blocks.
+
+`torch`'s FakeTensorMode computes shapes, autograd keeps and frees what it always does, and a dispatch mode
+sees each
+tensor come and go. No process group is needed: what an engine gathers, sends and keeps between the blocks is the
+planner's, so that one trace serves FSDP and ZeRO, and any number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from transformers import PreTrainedModel, masking_utils
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from launcher.job.adapter import Adapter
+from launcher.planner.memory.program import Unit, Weight
+from launcher.training import operations
+from launcher.training.engines.linear import is_plain
+from launcher.training.engines.recompute import checkpoint_activations
+from launcher.training.model import adapters, pretrained
+from launcher.training.model import loading as models
+from launcher.training.tracing.counting import Counting
+from launcher.training.tracing.layers import Layer, Skipped, first_tensor, places
+from launcher.training.tracing.recorder import Passed, Recorder
+
+Forward = Callable[[PreTrainedModel, dict[str, Any]], Any]
+_READ = ("cu_seq_lens",)
+"""Of a batch: what the model's code reads as Python numbers, and which therefore keeps them."""
+
+
+class Untraceable(Exception):
+    """A model's code cannot be gone through without numbers; the text says why, in one line."""
+
+
+class TracedModel:
+    """A model without numbers, whose passes can be gone through."""
+
+    def __init__(
+        self, config: Any, auto_class: Any, forward: Forward, dtype: torch.dtype, **options: Any
+    ) -> None:
+        """`dtype` is what it computes in, `options` go to `from_config`."""
+        self._forward, self._dtype = forward, dtype
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode, no_init_weights():
+            self.model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
+            self.model.tie_weights()
+
+    def add_adapter(self, adapter: Adapter, new: Callable[[PreTrainedModel], tuple[str, ...]]) -> None:
+        """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that
+        matches nothing."""
+        with self._mode:
+            adapters.Injected(self.model, adapter, models.repeated_layers)
+            for module in self.model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    if parameter.is_meta:
+                        setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=self._dtype)))
+            adapters.trained(self.model, adapter, new(self.model))
+
+    def units(self, narrow: bool = False) -> tuple[Unit, list[Unit]]:
+        """Return what is outside of the layers, and each layer. narrow: what does not train is kept in the
+        computation's precision.
+
+        Raises ConfigurationError for a model without repeated layers.
+        """
+        return _units(self.model, models.repeated_layers(self.model), narrow)
+
+    def layers(self, every: bool = False) -> list[Layer]:
+        """Return the repeated layers, and which of them are gone through; with `every` all."""
+        return places(self.model, models.repeated_layers(self.model), every)
+
+    def go(
+        self, batch: dict[str, Any], layers: Sequence[Layer], checkpointing: str, training: bool, cuda: bool
+    ) -> list[Passed]:
+        """Go through a micro-batch, forward and, where it trains, backward; its blocks in their order.
+
+        Raises Untraceable where the model's code does not run without numbers.
+        """
+        recorder = Recorder()
+        recorder.meter.packs = not cuda and self._dtype.itemsize == 2
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        with self._mode:
+            counting = Counting(recorder.meter, self._held(), cuda)
+            with self._prepared(recorder, layers, checkpointing), counting, _decided_by_numbers():
+                recorder.begin("stem")
+                self._pass(
+                    recorder,
+                    {key: self._without_numbers(key, value, counting) for key, value in batch.items()},
+                    training,
+                )
+        return recorder.blocks
+
+    def _without_numbers(self, key: str, value: Any, counting: Counting) -> Any:
+        if not isinstance(value, torch.Tensor) or key in _READ:
+            return value
+        made = self._mode.from_tensor(value)
+        counting.count(made.untyped_storage())
+        if not value.is_floating_point():
+            counting.numbers.know(made, value)
+        return made
+
+    def _held(self) -> Iterator[torch.Tensor]:
+        """What is there before the step, which an engine answers for."""
+        yield from self.model.buffers()
+        yield from self.model.parameters()
+
+    def _pass(self, recorder: Recorder, batch: dict[str, Any], training: bool) -> None:
+        self.model.train(training)
+        with torch.set_grad_enabled(training):
+            output = self._forward(self.model, batch)
+            if training:
+                loss = output.loss_sum * 1.0
+                recorder.begin("tail", backward=True)
+                loss.backward()
+                del loss
+        del output, batch
+        recorder.close()
+
+    @contextlib.contextmanager
+    def _prepared(self, recorder: Recorder, layers: Sequence[Layer], checkpointing: str) -> Iterator[None]:
+        """With the layers computed again or not, or left out, and with what begins a block and notes a
+        gradient."""
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: recorder.note(parameter.numel(), parameter.grad.itemsize)
+            )
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
+        ]
+        plain = [(layer.module, layer.module.__dict__.get("forward")) for layer in layers]
+        skipped = Skipped()
+        for layer in layers:
+            if layer.begins is not None:
+                skipped = Skipped()
+            if not layer.traced:
+                layer.module.forward = skipped.forward()
+                continue
+            checkpoint_activations(layer.module, checkpointing)
+            hooks.append(layer.module.register_forward_pre_hook(_before(recorder, layer), with_kwargs=True))
+            hooks.append(layer.module.register_forward_hook(_after(recorder, layer, skipped)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, forward in plain:
+                module.__dict__.pop("forward", None)
+                if forward is not None:
+                    module.forward = forward
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+
+@contextlib.contextmanager
+def _decided_by_numbers() -> Iterator[None]:
+    """Masks are made or left out as in a real step. Raises Untraceable for a model whose code asks for other
+    numbers."""
+    masking_utils.is_tracing, before = lambda *_: False, masking_utils.is_tracing
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise Untraceable(
+            f"its code goes by the numbers in tensors ({error.func}), which a trace does not have"
+        ) from None
+    except Exception as error:  # code of others may raise anything
+        raise Untraceable(f"its code does not run without numbers: {pretrained.first_line(error)}") from error
+    finally:
+        masking_utils.is_tracing = before
+
+
+def _before(recorder: Recorder, layer: Layer) -> Callable[..., None]:
+    def begin(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if layer.begins is not None:
+            kind = layer.begins
+            hidden = first_tensor((arguments, options))
+            if hidden is not None and hidden.requires_grad:
+                hidden.register_hook(lambda _: recorder.begin(kind, backward=True))
+        recorder.begin("layer", layer.index)
+
+    return begin
+
+
+def _after(recorder: Recorder, layer: Layer, skipped: Skipped) -> Callable[..., None]:
+    def end(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        hidden = first_tensor(output)
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(lambda _: recorder.begin("layer", layer.index, backward=True))
+        if layer.ends is not None:
+            recorder.begin(layer.ends)
+        skipped.see(None if layer.ends is not None else output)
+
+    return end
+
+
+def _units(model: PreTrainedModel, layers: list[nn.Module], narrow: bool) -> tuple[Unit, list[Unit]]:
+    of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
+    found: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
+    whole = (nn.Embedding, nn.Conv2d, Conv1D)
+    plainly = [module for module in model.modules() if is_plain(module) or isinstance(module, whole)]
+    plain = {id(parameter) for module in plainly for parameter in module.parameters(recurse=False)}
+    for name, parameter in adapters.named_parameters(model):
+        shape, viewed = tuple(parameter.shape), parameter.dim() > 1 and id(parameter) not in plain
+        share = operations.used_share(model.config.get_text_config(), shape)
+        trains = parameter.requires_grad
+        weight = Weight(name, shape, trains=trains, viewed=viewed, used=share, narrow=narrow and not trains)
+        found[of.get(id(parameter), -1)].append(weight)
+    names = [name for name, _ in adapters.named_parameters(model)]
+    first = names.index(found[0][0].name)
+    num_first = sum(names.index(weight.name) < first for weight in found[-1])
+    return Unit(tuple(found[-1]), num_first), [Unit(tuple(found[index])) for index in range(len(layers))]
