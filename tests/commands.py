@@ -1,4 +1,7 @@
-"""Run a command of launcher in this process, for tests in which the process is not the point: a new one imports for seconds."""
+"""Run a command of launcher in this process.
+
+For tests in which the process is not the point: a new one spends seconds on imports.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Write the run directories of tests/data/runs, which tests/training/test_earlier_runs.py reads with the code of today.
+"""Write the run directories of tests/data/runs.
 
-Run it in a checkout of the version whose runs are wanted, with this file copied into it:
+tests/training/test_earlier_runs.py reads them with the code of today. Run this in a checkout of the version whose
+runs are wanted, with this file copied into it:
 
     python -m tests.earlier_runs OUT
 
-It goes by the command line and by files that every version writes, so it outlives the modules of the day. Each run is stopped half-way;
-`continued.json` says what an uninterrupted one gives after that. Paths in the text files become placeholders.
+It goes by the command line and by files that every version writes, so it outlives the modules of the day. Each run is
+stopped half-way; `continued.json` says what an uninterrupted one gives after that. Paths in the text files become
+placeholders.
 """
 
 from __future__ import annotations
@@ -28,12 +30,7 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS, STOP_AT = 6, 3
