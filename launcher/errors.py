@@ -7,11 +7,11 @@ LauncherError                     1   something in launcher itself is wrong
 ├── StorageError                  5   a disk is full, read-only or out of reach
 ├── CheckpointError               6   no whole checkpoint can be read where one is needed
 ├── RunInUseError                 7   another process works in this run directory
-├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row, or jumped too often
+├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row, or jumped
 ├── RankLostError                 9   a rank died without saying why
-├── ScriptError                  10   a training script of the user's own raised an error, or left with a code that is not 0
+├── ScriptError                  10   the user's own script raised an error, or left with another code than 0
 ├── SchedulerError               11   Slurm refused a request
-│   └── ControllerUnreachableError   12   Slurm's controller did not answer: what was asked may have been done all the same
+│   └── ControllerUnreachableError   12   Slurm's controller did not answer; it may have done what was asked
 ├── HungError                    13   no rank went on for longer than `cluster.hang_after` allows, and all were ended
 ├── GpuError                     14   a GPU is broken: an ECC error, fallen off the bus
 └── Stopped                      75   stopped on request with everything saved: run it again to go on
@@ -100,7 +100,8 @@ class RunInUseError(LauncherError):
 
 
 class DivergedError(LauncherError):
-    """The loss or the gradient was not finite too many steps in a row, or the loss jumped once more than it may be taken back."""
+    """The loss or the gradient was not finite too many steps in a row, or the loss jumped once more than it
+    may be taken back."""
 
     exit_code = 8
     failure_class = "diverged"

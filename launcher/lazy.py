@@ -1,4 +1,4 @@
-"""Packages that are imported where they are first used: planning names them in modules that training shares, and must not wait for them."""
+"""Import packages at their first use, so that planning need not wait for those that only training uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 class Lazy(ModuleType):
     """Stands for a package by its name until an attribute of it is asked for.
 
-    Unlike importlib.util.LazyLoader it never enters sys.modules, where a package that imports itself (torch) would meet it half made.
+    Unlike importlib.util.LazyLoader it never enters sys.modules, where a package that imports itself (torch)
+    would meet it half made.
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -1,7 +1,7 @@
 """Read files that anybody may have written: plain files only, of bounded size, no traceback.
 
-A pipe in the place of a file would hold its reader for ever, a device would never end, and a text of brackets alone would use up the
-interpreter's stack.
+A pipe in the place of a file would hold its reader for ever, a device would never end, and a text of brackets
+alone would use up the interpreter's stack.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from typing import Any
 LARGEST_TEXT_BYTES = 64 << 20
 """Texts that launcher, or a tool of others, writes as one are far smaller."""
 DEEPEST = 100
-"""Levels of sections and lists in each other; what copies and writes them takes up to six calls a level, of a thousand."""
-_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+"""Levels of sections and lists in each other; what copies and writes them takes up to six calls a level, of a
+thousand."""
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def plain(path: str, flags: int) -> int:
-    """Open a plain file, for `open(..., opener=plain)`; never wait for the other end of a pipe. Raises OSError for all else."""
+    """Open a plain file, for `open(..., opener=plain)`; never wait for the other end of a pipe. Raises
+    OSError for all else."""
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -42,7 +49,11 @@ def check_plain(path: str | os.PathLike[str], mode: int) -> None:
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if kind != stat.S_IFREG:
-        raise OSError(errno.EINVAL, f"is {_KINDS.get(kind, 'something else')}, where a plain file is needed", os.fspath(path))
+        raise OSError(
+            errno.EINVAL,
+            f"is {_KINDS.get(kind, 'something else')}, where a plain file is needed",
+            os.fspath(path),
+        )
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> bytes:
@@ -62,7 +73,8 @@ def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> s
 
 
 def read_json(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> Any:
-    """The values in a JSON file. Raises OSError, and ValueError for what is not JSON, or is nested beyond any sense."""
+    """The values in a JSON file. Raises OSError, and ValueError for what is not JSON, or is nested beyond any
+    sense."""
     return parse_json(read_text(path, most))
 
 

@@ -1,7 +1,8 @@
 """Recognise secrets by pattern, by name and by value, and redact them.
 
-Whatever is written or shown goes through `redact`: events, failures, command.json, JSON on stdout, error messages. What a user
-writes into a job file or a script's arguments is refused where it `holds_secret`, as it would be copied into run directories.
+Whatever is written or shown goes through `redact`: events, failures, command.json, JSON on stdout, error
+messages. What a user writes into a job file or a script's arguments is refused where it `holds_secret`, as it
+would be copied into run directories.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ _LOOKS = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----)?"
     r"|(?<=://)[^/\s:@\"']+:[^/\s@\"']+(?=@)|(?<=[Bb]earer )[\w.~+/-]{16,}"
 )
-"""Tokens of Hugging Face, AWS, OpenAI and others, GitHub, GitLab, Slack, Google, npm, PyPI and NVIDIA, JSON Web Tokens, private keys,
-passwords in URLs, and what follows `Bearer`."""
-_WORDS = r"(?:API_?KEY|ACCESS_?KEY|SECRET|PASSW(?:OR)?D|PASSPHRASE|PRIVATE_?KEY|CREDENTIALS?|AUTH_?TOKEN|TOKEN(?!IZER|_TYPE|S\b))"
+"""Tokens of Hugging Face, AWS, OpenAI and others, GitHub, GitLab, Slack, Google, npm, PyPI and NVIDIA, JSON
+Web Tokens, private keys, passwords in URLs, and what follows `Bearer`."""
+_WORDS = r"(?:API_?KEY|ACCESS_?KEY|SECRET|PASSW(?:OR)?D|PASSPHRASE|PRIVATE_?KEY|CREDENTIALS?|AUTH_?TOKEN|TOKEN(?!IZER|_TYPE|S\b))"  # noqa: E501
 _GIVEN = re.compile(
     rf"(?P<name>(?<![A-Za-z0-9_])(?:[A-Z0-9_]*{_WORDS}[A-Z0-9_]*"
     r"|(?:--?)?(?:(?:hub|hf|auth|access|api|wandb|github)[_-])?token|(?:--?)?(?:api|access|secret|private)[_-]?key|(?:--?)?(?:secret|password|passwd)))"
     r"(?P<between>\s*=\s*|(?<=\s-token)\s+|(?<=--token)\s+|(?<=[_-]token)\s+|(?<=--api[_-]key)\s+|(?<=--password)\s+)"
     r"(?P<value>[\"']?(?![$`/~<*\-])(?!(?:true|false|none|null|auto)\b)(?=[^\s\"',;]*[A-Za-z])[^\s\"',;]{6,})"
 )
-"""A name of a secret and what it is set to: `WANDB_API_KEY=...`, `--hub_token ...`; not `HF_TOKEN=$(cat file)`, a path, a number."""
+"""A name of a secret and what it is set to: `WANDB_API_KEY=...`, `--hub_token ...`; not `HF_TOKEN=$(cat
+file)`, a path, a number."""
 _NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
 _SHORTEST = 8
 """Shorter values of this environment, in characters, would be found where they only look alike."""
@@ -57,7 +59,8 @@ def secret_arguments(words: Sequence[str]) -> list[str]:
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text with `***` in the place of each secret: by its looks, by its name, or as the value of a variable with such a name."""
+    """The text with `***` in the place of each secret: by its looks, by its name, or as the value of a
+    variable with such a name."""
     return _redact(text, _values(environment))
 
 
@@ -70,8 +73,13 @@ def _redact_all(content: Any, values: list[str]) -> Any:
     if isinstance(content, str):
         return _redact(content, values)
     if isinstance(content, dict):
-        return {_redact(key, values) if isinstance(key, str) else key: _redact_all(value, values) for key, value in content.items()}
-    return [_redact_all(entry, values) for entry in content] if isinstance(content, (list, tuple)) else content
+        return {
+            _redact(key, values) if isinstance(key, str) else key: _redact_all(value, values)
+            for key, value in content.items()
+        }
+    return (
+        [_redact_all(entry, values) for entry in content] if isinstance(content, (list, tuple)) else content
+    )
 
 
 def _redact(text: str, values: list[str]) -> str:

@@ -36,7 +36,8 @@ def parse_seconds(text: object) -> object:
 
 
 def parse_hang_after(value: object) -> object:
-    """A time as seconds; YAML reads a bare `off` as false. Raises ValueError for what is neither a time nor one of the two words."""
+    """A time as seconds; YAML reads a bare `off` as false. Raises ValueError for what is neither a time nor
+    one of the two words."""
     value = "off" if value is False else parse_seconds(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value not in ("auto", "off") and not (number and float(value) >= 1):  # type: ignore[arg-type]
@@ -78,4 +79,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]*$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-NodeCount = Annotated[int, Field(ge=1, le=99_999)] | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}-[1-9][0-9]{0,4}$")]
+NodeCount = (
+    Annotated[int, Field(ge=1, le=99_999)]
+    | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}-[1-9][0-9]{0,4}$")]
+)

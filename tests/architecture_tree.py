@@ -1,6 +1,8 @@
-"""Write the tree of modules in docs/architecture.md: `python -m tests.architecture_tree`, which `make docs` runs.
+"""Write the tree of modules in docs/architecture.md: `python -m tests.architecture_tree`, which `make docs`
+runs.
 
-Each line is a module's name and the first line of its docstring, read by `ast`: nothing of launcher is imported.
+Each line is a module's name and the first line of its docstring, read by `ast`: nothing of launcher is
+imported.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
-BEGIN = "<!-- The tree below is written by `make docs` from the docstrings of the modules; do not edit it. -->"
+BEGIN = (
+    "<!-- The tree below is written by `make docs` from the docstrings of the modules; do not edit it. -->"
+)
 END = "<!-- The end of the tree. -->"
 _COLUMN = 30
-_WIDTH = 120
+_WIDTH = 110
 
 
 def summary(module: Path) -> str:
@@ -54,7 +58,9 @@ def _lines(folder: Path, depth: int) -> Iterator[str]:
 def _entry(name: str, text: str, depth: int) -> list[str]:
     """A name and what it is, the latter in a column of its own; a long text goes on in that column."""
     first = ("  " * depth + name).ljust(_COLUMN - 1) + " "
-    lines = textwrap.wrap(text.removesuffix("."), _WIDTH - _COLUMN, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(
+        text.removesuffix("."), _WIDTH - _COLUMN, break_long_words=False, break_on_hyphens=False
+    )
     return [(first + "".join(lines[:1])).rstrip(), *(" " * _COLUMN + line for line in lines[1:])]
 
 

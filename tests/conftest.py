@@ -33,8 +33,8 @@ _LONGEST = (
     "distributed/test_local.py",
     "training/test_engine.py",
 )
-"""Files that take minutes, in this order before all others: so no process has one of them left when the others are done, and those that
-mostly wait (for Slurm) run beside those that compute."""
+"""Files that take minutes, in this order before all others: so no process has one of them left when the
+others are done, and those that mostly wait (for Slurm) run beside those that compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,17 +45,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker(marker) and shutil.which(program) is None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("very_slow") and os.environ.get("RUN_VERY_SLOW") != "1":
-            item.add_marker(pytest.mark.skip(reason="many minutes of processor time, for which CI has no room; RUN_VERY_SLOW=1 runs it"))
+            item.add_marker(
+                pytest.mark.skip(
+                    reason="many minutes of processor time, for which CI has no room; RUN_VERY_SLOW=1 runs it"
+                )
+            )
         if item.get_closest_marker("slow") and os.environ.get("RUN_SLOW") != "1":
             item.add_marker(pytest.mark.skip(reason="takes minutes; RUN_SLOW=1 runs it"))
     place = {name: number for number, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.relative_to(Path(__file__).parent).as_posix(), len(place)))
+    items.sort(
+        key=lambda item: place.get(item.path.relative_to(Path(__file__).parent).as_posix(), len(place))
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or fills the user's cache, nor what was measured of the machine: before any process is started that others are
-    forked from."""
+    """No test reads or fills the user's cache, nor what was measured of the machine: before any process is
+    started that others are forked from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -64,6 +70,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_figures(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No unit test plans by what a run of another test measured of this machine: it would expect another number in another order."""
+    """No unit test plans by what a run of another test measured of this machine: it would expect another
+    number in another order."""
     if request.node.get_closest_marker("unit"):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path.parent / f"{tmp_path.name}-state"))

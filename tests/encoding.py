@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.sources.rows import RowProblem
+from launcher.data.rows import RowProblem
 from launcher.tasks.task import Task
 
 

@@ -11,7 +11,8 @@ _counter = itertools.count()
 
 
 def free_port() -> int:
-    """A free port below the range of outgoing connections, from a part of it that belongs to this worker of pytest-xdist.
+    """A free port below the range of outgoing connections, from a part of it that belongs to this worker of
+    pytest-xdist.
 
     Asking the system for any free port is a race: it may give the same one away again before it is used.
     """

@@ -1,7 +1,8 @@
-"""What others have published of runs that launcher could plan: FSDP alone, dense decoders, bf16 with fp32 states. Each with its source.
+"""What others have published of runs that launcher could plan: FSDP alone, dense decoders, bf16 with fp32
+states. Each with its source.
 
-Of other codes, whose attention, loss and recomputation are not ours: a run that took place has to fit, one that ran out of memory must
-not, and the speed has to lie near.
+Of other codes, whose attention, loss and recomputation are not ours: a run that took place has to fit, one
+that ran out of memory must not, and the speed has to lie near.
 """
 
 from __future__ import annotations
@@ -12,18 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import ActivationCheckpointing, Offload
-from launcher.planning.forecast import Forecast, forecast
-from launcher.planning.gpus import gpu_type
-from launcher.planning.plan import Plan
-from launcher.planning.target import Target
+from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.hardware.gpu_table import gpu_type
+from launcher.planner.plan import Plan
+from launcher.planner.target import Target
 from tests.training.plans import deepspeed, plan_of
 
 TITAN_A100 = "torchtitan docs/performance.md, 2024: FSDP2 on 64 A100 80 GB"
 TITAN_H100 = "torchtitan docs/performance.md at eaea6f6: H100 96 GB, 500 W, 2.4 TB/s"
 TITAN_LARGE = "torchtitan docs/performance.md, 2024: 405B on 128 H100 94 GB, FSDP2 alone: out of memory"
 FMS = "foundation-model-stack/fms-fsdp README.md at 0d31998: 128 A100 80 GB"
-TORCHTUNE = "torchtune README.md at 0031bfb, 2024, with recipes/configs/llama3_1/8B_lora_single_device.yaml and 70B_lora.yaml there"
-LAMBDA = "LambdaLabsML/distributed-training-guide 05-training-llama-405b/README.md at 1fbe39a: offloaded to the hosts; GB of 1e9 bytes"
+TORCHTUNE = (
+    "torchtune README.md at 0031bfb, 2024, with recipes/configs/llama3_1/8B_lora_single_device.yaml and "
+    "70B_lora.yaml there"
+)
+LAMBDA = (
+    "LambdaLabsML/distributed-training-guide 05-training-llama-405b/README.md at 1fbe39a: offloaded to the "
+    "hosts; GB of 1e9 bytes"
+)
 MOSAIC = "mosaicml/llm-foundry scripts/train/benchmarking/README.md at 061f2c7"
 
 
@@ -56,35 +63,47 @@ class Published:
 
     @property
     def memory_compares(self) -> bool:
-        """GPT-2, as which MPT is planned, keeps more between its operators than MPT does where nothing is recomputed."""
+        """GPT-2, as which MPT is planned, keeps more between its operators than MPT does where nothing is
+        recomputed."""
         return not self.model.startswith("MPT") or self.way != "none"
 
     @property
     def speed_compares(self) -> bool:
-        """torchtune compiles its layers, and by its figures an RTX 4090 would run LoRA at nine tenths of its peak rate. The hosts of
-        what was offloaded are not described."""
+        """torchtune compiles its layers, and by its figures an RTX 4090 would run LoRA at nine tenths of its
+        peak rate. The hosts of what was offloaded are not described."""
         return self.adapter is None and self.offload == "none"
 
     @property
     def name(self) -> str:
         cut = f" ({self.replicate} copies)" if self.replicate > 1 else ""
-        beside = "" if self.adapter is None else f", rank {self.adapter[0]} beside {' '.join(self.adapter[1])}"
+        beside = (
+            "" if self.adapter is None else f", rank {self.adapter[0]} beside {' '.join(self.adapter[1])}"
+        )
         moved = "" if self.offload == "none" else f", {self.offload} offloaded"
-        return f"{self.model}, {self.num_gpus} {self.gpu}{cut}, {self.micro_batch} x {self.length}, {self.way}{beside}{moved}"
+        return (
+            f"{self.model}, {self.num_gpus} {self.gpu}{cut}, {self.micro_batch} x {self.length}, "
+            f"{self.way}{beside}{moved}"
+        )
 
 
-def _llama(hidden: int, layers: int, heads: int, key_value_heads: int, inner: int, words: int) -> dict[str, Any]:
+def _llama(
+    hidden: int, layers: int, heads: int, key_value_heads: int, inner: int, words: int
+) -> dict[str, Any]:
     return {
-        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads, "intermediate_size": inner, "vocab_size": words, "tie_word_embeddings": False,
+        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads, "intermediate_size": inner, "vocab_size": words,
+        "tie_word_embeddings": False,
         "max_position_embeddings": 131072,
     }  # fmt: skip
 
 
 def _mpt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
-    """As the formulas' GPT-2: four times as wide inside, tied embeddings. MPT has no biases and no table of positions."""
+    """As the formulas' GPT-2: four times as wide inside, tied embeddings. MPT has no biases and no table of
+    positions."""
     return {
-        "model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": 50368, "n_positions": 2048,
+        "model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": 50368,
+        "n_positions": 2048,
         "activation_function": "gelu", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     }  # fmt: skip
 
@@ -104,8 +123,15 @@ MODELS = {
     "MPT 30B": _mpt(7168, 48, 56),
     "MPT 70B": _mpt(8192, 80, 64),
 }
-ZERO = "Rajbhandari et al. 2020, arXiv 1910.02054, table 1: model states of 7.5 billion parameters, GB of 1e9 bytes"
-ZERO_STATES = {1: {4: 52.5, 16: 35.6, 64: 31.4}, 2: {4: 41.3, 16: 21.6, 64: 16.6}, 3: {4: 30.0, 16: 7.5, 64: 1.88}}
+ZERO = (
+    "Rajbhandari et al. 2020, arXiv 1910.02054, table 1: model states of 7.5 billion parameters, GB of 1e9 "
+    "bytes"
+)
+ZERO_STATES = {
+    1: {4: 52.5, 16: 35.6, 64: 31.4},
+    2: {4: 41.3, 16: 21.6, 64: 16.6},
+    3: {4: 30.0, 16: 7.5, 64: 1.88},
+}
 """By stage and number of GPUs. There gradients are fp16, 2 bytes each; launcher adds them up in fp32."""
 A, H = "a100-80gb", "h100-80gb"
 CASES = (
@@ -114,7 +140,18 @@ CASES = (
     Published("Llama 3 8B", H, 8, 8192, 2, "selective", TITAN_H100, 5762, memory_gib=82.4),
     Published("Llama 3 8B", H, 128, 8192, 2, "selective", TITAN_H100, 5605, memory_gib=67.0),
     Published("Llama 3.1 405B", H, 128, 8192, 2, "full", TITAN_LARGE),
-    Published("Llama 3.1 405B", H, 64, 4096, 1, "full", LAMBDA, 4096 / 30, memory_gib=52.9e9 / 2**30, offload="parameters"),
+    Published(
+        "Llama 3.1 405B",
+        H,
+        64,
+        4096,
+        1,
+        "full",
+        LAMBDA,
+        4096 / 30,
+        memory_gib=52.9e9 / 2**30,
+        offload="parameters",
+    ),
     Published("Llama 2 7B", A, 128, 4096, 2, "none", FMS, 3760, replicate=16),
     Published("Llama 2 13B", A, 128, 4096, 1, "none", FMS, 1700, replicate=16),
     Published("Llama 34B", A, 128, 4096, 8, "full", FMS, 772),
@@ -140,8 +177,30 @@ CASES = (
     Published("MPT 7B", A, 8, 2048, 6, "none", MOSAIC, 4641, accumulation=2),
     Published("MPT 3B", A, 8, 4096, 5, "none", MOSAIC, 9457, accumulation=6),
     Published("MPT 1B", A, 8, 4096, 7, "none", MOSAIC, 17807, accumulation=4),
-    Published("Llama 3 8B", "rtx4090", 1, 2048, 2, "full", TORCHTUNE, 3083, memory_gib=16.2, adapter=(8, ("q_proj", "v_proj"))),
-    Published("Llama 3 70B", A, 8, 2048, 2, "full", TORCHTUNE, 3497 / 8, memory_gib=27.6, adapter=(16, ("q_proj", "k_proj", "v_proj"))),
+    Published(
+        "Llama 3 8B",
+        "rtx4090",
+        1,
+        2048,
+        2,
+        "full",
+        TORCHTUNE,
+        3083,
+        memory_gib=16.2,
+        adapter=(8, ("q_proj", "v_proj")),
+    ),
+    Published(
+        "Llama 3 70B",
+        A,
+        8,
+        2048,
+        2,
+        "full",
+        TORCHTUNE,
+        3497 / 8,
+        memory_gib=27.6,
+        adapter=(16, ("q_proj", "k_proj", "v_proj")),
+    ),
 )
 
 
@@ -150,8 +209,17 @@ def plan_of_case(case: Published, directory: Path) -> Plan:
     directory.mkdir(parents=True, exist_ok=True)
     config = MODELS[case.model] | ({"n_positions": case.length} if case.model.startswith("MPT") else {})
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    batch = {"micro_batch_size": case.micro_batch, "accumulation_steps": case.accumulation, "data_parallel_size": case.num_gpus}
-    mesh = {"device": "cuda", "nodes": max(1, case.num_gpus // 8), "ranks_per_node": 8, "replicate": case.replicate}
+    batch = {
+        "micro_batch_size": case.micro_batch,
+        "accumulation_steps": case.accumulation,
+        "data_parallel_size": case.num_gpus,
+    }
+    mesh = {
+        "device": "cuda",
+        "nodes": max(1, case.num_gpus // 8),
+        "ranks_per_node": 8,
+        "replicate": case.replicate,
+    }
     changes: dict[str, Any] = {f"mesh__{key}": value for key, value in mesh.items()}
     changes |= {f"batch__{key}": value for key, value in batch.items()}
     changes |= {
@@ -162,7 +230,8 @@ def plan_of_case(case: Published, directory: Path) -> Plan:
         changes["model__adapter"] = {"rank": case.adapter[0], "targets": case.adapter[1]}
     return plan_of(
         directory, case.num_gpus,
-        precision="bf16", activation_checkpointing=case.way, offload=case.offload, data__max_length=case.length, **changes,
+        precision="bf16", activation_checkpointing=case.way, offload=case.offload,
+        data__max_length=case.length, **changes,
     )  # fmt: skip
 
 
@@ -175,14 +244,20 @@ def forecast_of(case: Published, directory: Path) -> Forecast:
 
 
 def model_states(stage: int, num_gpus: int, directory: Path) -> float:
-    """GB of parameters, gradients and optimizer state that the planner says ZeRO keeps of 7.5 billion parameters, in the steady step."""
+    """GB of parameters, gradients and optimizer state that the planner says ZeRO keeps of 7.5 billion
+    parameters, in the steady step."""
     sizes = {"n_embd": 4096, "n_layer": 36, "n_head": 32, "vocab_size": 60000, "n_positions": 1024}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"} | sizes), encoding="utf-8")
     engine = deepspeed(stage)
-    engine["zero"] |= {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000, "max_live_parameters": 1_000_000_000}
+    engine["zero"] |= {
+        "reduce_bucket_size": 500_000_000,
+        "allgather_bucket_size": 500_000_000,
+        "max_live_parameters": 1_000_000_000,
+    }
     plan = plan_of(
-        directory, num_gpus, mesh__device="cuda", precision="bf16", activation_checkpointing="full", batch__global_batch_size=num_gpus,
+        directory, num_gpus, mesh__device="cuda", precision="bf16", activation_checkpointing="full",
+        batch__global_batch_size=num_gpus,
         batch__micro_batch_size=1, data__max_length=1024, **engine,
     )  # fmt: skip
     said = forecast(plan, Target())

@@ -16,7 +16,8 @@ SCRIPT_ARGUMENTS = "script_arguments"
 
 
 class ScriptCommand(TyperCommand):
-    """A command that may be told of a script: then what stands behind `--` is the script's, and the job may be missing."""
+    """A command that may be told of a script: then what stands behind `--` is the script's, and the job may
+    be missing."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ours = args[: args.index("--")] if "--" in args else args
@@ -47,7 +48,9 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.commands = {name: TyperCommand(name=name, help=command.help) for name, command in available().items()}
+        self.commands = {
+            name: TyperCommand(name=name, help=command.help) for name, command in available().items()
+        }
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(help_text())
@@ -64,13 +67,20 @@ def _print_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
-    cls=LazyGroup, rich_markup_mode=None, no_args_is_help=True, help=SUMMARY, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=LazyGroup,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help=SUMMARY,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave."),
+    ] = False,
 ) -> None:
     pass
 

@@ -13,12 +13,18 @@ from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 
 if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs.machine import Rates
     from launcher.training.bench import Bench
 
-Ranks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks that send each other messages. [default: one a GPU, or 2]")]
-Disk = Annotated[Path, typer.Option("--disk", metavar="DIR", help="Where files are written and read, as where runs are kept.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option("--nproc", min=1, help="Ranks that send each other messages. [default: one a GPU, or 2]"),
+]
+Disk = Annotated[
+    Path,
+    typer.Option("--disk", metavar="DIR", help="Where files are written and read, as where runs are kept."),
+]
 _TRIES = 3
 """Of measuring what a message costs, where other work on the machine hides it."""
 _WAYS = {"lean": "memory given back", "roomy": "memory kept"}
@@ -26,7 +32,7 @@ _WAYS = {"lean": "memory given back", "roomy": "memory kept"}
 
 def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> None:
     """Measure this machine, so that plans count with its own figures."""
-    from launcher.planning.hardware import find_gpus
+    from launcher.planner.hardware.detect import find_gpus
     from launcher.runs.machine import Machine, path
     from launcher.training.bench import bench as measure
 
@@ -45,61 +51,94 @@ def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> 
 
 
 def _engines(rates: Rates) -> dict[str, dict[str, tuple[float, float]]]:
-    """What each engine that is here takes for a message and for a byte, by what ranks do with the memory that they free."""
-    from launcher.scheduling.allocator import LEAN, ROOMY
+    """What each engine that is here takes for a message and for a byte, by what ranks do with the memory that
+    they free."""
+    from launcher.launch.malloc_env import LEAN, ROOMY
 
     here = ("fsdp", "deepspeed") if find_spec("deepspeed") else ("fsdp",)
     ways = {"lean": LEAN, "roomy": ROOMY}
-    return {way: {name: costs for engine in here for name, costs in _costs(engine, way, ways[way], rates).items()} for way in ways}
+    return {
+        way: {name: costs for engine in here for name, costs in _costs(engine, way, ways[way], rates).items()}
+        for way in ways
+    }
 
 
 def _costs(engine: str, way: str, allocator: dict[str, str], rates: Rates) -> dict[str, tuple[float, float]]:
-    from launcher.planning import reference
+    from launcher.planner.speed import comm_benchmark
     from launcher.render.deepspeed import config
     from launcher.training.bench_engines import extra_seconds
 
     typer.echo(f"measuring steps of {engine}, {_WAYS[way]} ...", err=True)
-    plans = reference.plans(rates.num_ranks, engine)
-    steps = {name: tuple((plan, config(plan) if plan.zero else {}) for plan in both) for name, both in plans.items()}
+    plans = comm_benchmark.plans(rates.num_ranks, engine)
+    steps = {
+        name: tuple((plan, config(plan) if plan.zero else {}) for plan in both)
+        for name, both in plans.items()
+    }
     found: dict[str, tuple[float, float]] = {}
     for _ in range(_TRIES):
         left = {name: both for name, both in steps.items() if name not in found}
-        taken = extra_seconds(engine, left, rates.num_ranks, allocator, lambda line: typer.echo(line, err=True))
+        taken = extra_seconds(
+            engine, left, rates.num_ranks, allocator, lambda line: typer.echo(line, err=True)
+        )
         for name, (small, large) in taken.items():
             if (made := _learnt(plans[name], (small, large), rates)) is not None:
                 found[name] = made
         if not taken or len(found) == len(steps):
             return found
     missed = ", ".join(name for name in steps if name not in found)
-    typer.echo(f"what a byte costs was less than what other work here took: {missed}; measure again on a quiet machine", err=True)
+    typer.echo(
+        f"what a byte costs was less than what other work here took: {missed}; measure again on a "
+        "quiet machine",
+        err=True,
+    )
     return found
 
 
-def _learnt(both: tuple[Plan, Plan], seconds: tuple[float, float], rates: Rates) -> tuple[float, float] | None:
-    from launcher.planning import reference
-    from launcher.planning.hardware import Hardware
-    from launcher.planning.measured import rates_for
+def _learnt(
+    both: tuple[Plan, Plan], seconds: tuple[float, float], rates: Rates
+) -> tuple[float, float] | None:
+    from launcher.planner.hardware.calibration import rates_for
+    from launcher.planner.hardware.detect import Hardware
+    from launcher.planner.speed import comm_benchmark
     from launcher.runs.machine import Machine
 
     known = rates_for(both[0], Hardware(rates.num_ranks, 1 << 40), Machine((rates,)))
     assert known is not None  # of a CPU whose products were measured
-    return reference.costs(both, seconds, known)
+    return comm_benchmark.costs(both, seconds, known)
 
 
 def _rows(found: Bench) -> list[list[str]]:
     rates = found.rates
-    rows = [[f"matrix products, {precision}, {rates.device}", f"{rate / 1e9:,.1f} GFLOP/s"] for precision, rate in rates.matrix.items()]
+    rows = [
+        [f"matrix products, {precision}, {rates.device}", f"{rate / 1e9:,.1f} GFLOP/s"]
+        for precision, rate in rates.matrix.items()
+    ]
     rows.append(["memory, read and written", _bytes(rates.bandwidth)])
     for message in found.messages:
-        rows.append([f"{message.kind} of {message.num_bytes >> 10:,} KiB, {rates.num_ranks} ranks", _bytes(message.bytes_per_second)])
-    rows += [[f"calling operators, step of a tiny model, recomputing {way}", f"{1e3 * s:.1f} ms"] for way, s in rates.reference.items()]
+        rows.append(
+            [
+                f"{message.kind} of {message.num_bytes >> 10:,} KiB, {rates.num_ranks} ranks",
+                _bytes(message.bytes_per_second),
+            ]
+        )
+    rows += [
+        [f"calling operators, step of a tiny model, recomputing {way}", f"{1e3 * s:.1f} ms"]
+        for way, s in rates.reference.items()
+    ]
     if rates.message is not None:
-        rows.append([f"FSDP, each message beside its bytes, {rates.num_ranks} ranks", f"{1e3 * rates.message:.2f} ms"])
+        rows.append(
+            [f"FSDP, each message beside its bytes, {rates.num_ranks} ranks", f"{1e3 * rates.message:.2f} ms"]
+        )
     for way, kinds in rates.engines.items():
         for name, (each, per_byte) in kinds.items():
             what = f"a message, and 1 MiB received: {name}, {rates.num_ranks} ranks, {_WAYS[way]}"
             rows.append([what, f"{1e3 * each:.2f} ms, {1e3 * 2**20 * per_byte:.2f} ms"])
-    named = {"to the GPU": rates.to_device, "from the GPU": rates.to_host, "disk, written": rates.disk_write, "disk, read": rates.disk_read}
+    named = {
+        "to the GPU": rates.to_device,
+        "from the GPU": rates.to_host,
+        "disk, written": rates.disk_write,
+        "disk, read": rates.disk_read,
+    }
     return rows + [[name, _bytes(rate)] for name, rate in named.items() if rate is not None]
 
 

@@ -12,9 +12,15 @@ from launcher.cli.plan import AsJson
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-OlderThan = Annotated[str | None, typer.Option("--older-than", metavar="TIME", help="What was not used for so long, as 30d or 12h.")]
+OlderThan = Annotated[
+    str | None,
+    typer.Option("--older-than", metavar="TIME", help="What was not used for so long, as 30d or 12h."),
+]
 MaxSize = Annotated[
-    str | None, typer.Option("--max-size", metavar="SIZE", help="What was used least recently, until so much is left, as 20GB.")
+    str | None,
+    typer.Option(
+        "--max-size", metavar="SIZE", help="What was used least recently, until so much is left, as 20GB."
+    ),
 ]
 
 
@@ -22,13 +28,15 @@ MaxSize = Annotated[
 def list_(as_json: AsJson = False) -> None:
     """List what is kept, how large it is, and when it was used last."""
     from launcher.runs import cache
-    from launcher.runs.words import duration
+    from launcher.runs.wording import duration
 
     found, now = cache.entries(), time.time()
     total, bound = sum(entry.bytes for entry in found), cache.bound()
     if as_json:
         entries = [entry.to_dict() for entry in found]
-        return print_json({"path": str(cache.root()), "bytes": total, "data_bound_bytes": bound, "entries": entries})
+        return print_json(
+            {"path": str(cache.root()), "bytes": total, "data_bound_bytes": bound, "entries": entries}
+        )
     rows = [
         [
             entry.kind,
@@ -61,7 +69,9 @@ def prune(
     if age is None and most is None:
         from launcher.errors import ConfigurationError, Problem
 
-        raise ConfigurationError(Problem("prune", None, "say what goes: --older-than 30d, --max-size 20GB, or both"))
+        raise ConfigurationError(
+            Problem("prune", None, "say what goes: --older-than 30d, --max-size 20GB, or both")
+        )
     found = cache.entries()
     going = cache.to_prune(found, age, most)
     gone = going if dry_run else cache.remove(going)

@@ -13,13 +13,15 @@ from launcher.cli.plan import AsJson, NumRanks
 from launcher.cli.run import Run
 
 if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs.checkpoints import Stored
     from launcher.runs.layout import RunDirectory
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-Step = Annotated[int | None, typer.Option("--checkpoint", metavar="STEP", help="The step; the newest by default.")]
+Step = Annotated[
+    int | None, typer.Option("--checkpoint", metavar="STEP", help="The step; the newest by default.")
+]
 
 
 def _find(run: str) -> RunDirectory:
@@ -38,7 +40,9 @@ def _pick(run: RunDirectory, step: int | None) -> Stored:
             return stored
     if not listed:
         raise CheckpointError(f"{run.path.name} has no checkpoint yet")
-    raise CheckpointError(f"there is no checkpoint of step {step}; there is {', '.join(str(stored.step) for stored in listed)}")
+    raise CheckpointError(
+        f"there is no checkpoint of step {step}; there is {', '.join(str(stored.step) for stored in listed)}"
+    )
 
 
 def _readable(stored: Stored) -> Path:
@@ -54,7 +58,13 @@ def _summary(stored: Stored) -> dict[str, Any]:
     manifest = stored.manifest
     known = {} if manifest is None else manifest.model_dump(mode="json", exclude={"files", "format", "step"})
     num_bytes = 0 if manifest is None else manifest.total_bytes
-    return {"step": stored.step, "path": str(stored.directory), "bytes": num_bytes, "problems": list(stored.problems), **known}
+    return {
+        "step": stored.step,
+        "path": str(stored.directory),
+        "bytes": num_bytes,
+        "problems": list(stored.problems),
+        **known,
+    }
 
 
 @app.command("list")
@@ -78,7 +88,16 @@ def list_(run: Run, as_json: AsJson = False) -> None:
             continue
         created = datetime.datetime.fromtimestamp(manifest.created).isoformat(sep=" ", timespec="seconds")
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())
-        rows.append([str(stored.step), created, size(manifest.total_bytes), str(manifest.world_size), metrics, "; ".join(stored.problems)])
+        rows.append(
+            [
+                str(stored.step),
+                created,
+                size(manifest.total_bytes),
+                str(manifest.world_size),
+                metrics,
+                "; ".join(stored.problems),
+            ]
+        )
     return print_table(["step", "saved", "size", "ranks", "metrics", "problems"], rows)
 
 
@@ -97,10 +116,14 @@ def inspect(run: Run, step: Step = None, as_json: AsJson = False) -> None:
     assert manifest is not None
     typer.echo(
         f"step {stored.step}, written by {manifest.world_size} ranks of {manifest.engine} "
-        f"(replicate {manifest.mesh.get('replicate', 1)}, shard {manifest.mesh.get('shard', 1)}), {size(manifest.total_bytes)}"
+        f"(replicate {manifest.mesh.get('replicate', 1)}, shard {manifest.mesh.get('shard', 1)}), "
+        f"{size(manifest.total_bytes)}"
     )
     typer.echo(f"{manifest.progress.samples:,} samples and {manifest.progress.tokens:,} tokens consumed")
-    rows = [[t.name, " x ".join(map(str, t.shape)) or "scalar", t.dtype, size(t.num_bytes), str(t.num_pieces)] for t in tensors]
+    rows = [
+        [t.name, " x ".join(map(str, t.shape)) or "scalar", t.dtype, size(t.num_bytes), str(t.num_pieces)]
+        for t in tensors
+    ]
     return print_table(["tensor", "shape", "dtype", "size", "pieces"], rows)
 
 
@@ -118,7 +141,10 @@ def verify(run: Run, step: Step = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"checkpoints": [{**_summary(stored), "problems": found} for stored, found in problems]})
     else:
-        print_table(["step", "verdict"], [[str(stored.step), "; ".join(found) or "whole"] for stored, found in problems])
+        print_table(
+            ["step", "verdict"],
+            [[str(stored.step), "; ".join(found) or "whole"] for stored, found in problems],
+        )
     if any(found for _, found in problems):
         raise typer.Exit(CheckpointError.exit_code)
 
@@ -128,7 +154,9 @@ def diff(
     run: Run,
     first: Annotated[int, typer.Argument(metavar="STEP", help="One step.")],
     second: Annotated[int, typer.Argument(metavar="STEP", help="Another step.")],
-    other: Annotated[str | None, typer.Option("--run", metavar="RUN", help="The second step is of this run.")] = None,
+    other: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="The second step is of this run.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor."""
@@ -140,11 +168,16 @@ def diff(
     right = _readable(_pick(_find(other or run), second))
     found = list(differences(left, right))
     if as_json:
-        return print_json({"first": str(left), "second": str(right), "tensors": [asdict(entry) for entry in found]})
+        return print_json(
+            {"first": str(left), "second": str(right), "tensors": [asdict(entry) for entry in found]}
+        )
     different = [entry for entry in found if entry.status != "equal"]
     typer.echo(f"{len(found) - len(different)} of {len(found)} tensors are equal to the bit")
     if different:
-        rows = [[entry.name, entry.status, f"{entry.max_absolute:.3g}", f"{entry.max_relative:.3g}"] for entry in different]
+        rows = [
+            [entry.name, entry.status, f"{entry.max_absolute:.3g}", f"{entry.max_relative:.3g}"]
+            for entry in different
+        ]
         print_table(["tensor", "status", "max absolute", "max relative"], rows)
     return None
 
@@ -152,16 +185,22 @@ def diff(
 @app.command()
 def prune(
     run: Run,
-    keep_last: Annotated[int | None, typer.Option(min=1, help="The newest that stay; the job's own number by default.")] = None,
-    keep_best: Annotated[int | None, typer.Option(min=0, help="The best that stay as well; the job's own number by default.")] = None,
-    metric: Annotated[str | None, typer.Option(help="What the best are ranked by; the job's own metric by default.")] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(min=1, help="The newest that stay; the job's own number by default.")
+    ] = None,
+    keep_best: Annotated[
+        int | None, typer.Option(min=0, help="The best that stay as well; the job's own number by default.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What the best are ranked by; the job's own metric by default.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove old checkpoints and what dead attempts left; never the newest whole one."""
     from launcher import tasks
     from launcher.errors import ConfigurationError, Problem
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs import retention
 
     directory = _find(run)
@@ -171,13 +210,18 @@ def prune(
     if metric not in task.metrics:
         reason = f"a {task.kind} evaluation does not measure it; it measures {', '.join(task.metrics)}"
         raise ConfigurationError(Problem("--metric", metric, reason))
-    last, best = kept.keep_last if keep_last is None else keep_last, kept.keep_best if keep_best is None else keep_best
+    last, best = (
+        kept.keep_last if keep_last is None else keep_last,
+        kept.keep_best if keep_best is None else keep_best,
+    )
     with directory.lock():
         leftovers = [] if dry_run else retention.remove_leftovers(directory)
         work = retention.to_prune if dry_run else retention.prune
         removed = work(directory, last, best, metric, task.metrics[metric])
     if as_json:
-        return print_json({"removed": [stored.step for stored in removed], "leftovers": leftovers, "dry_run": dry_run})
+        return print_json(
+            {"removed": [stored.step for stored in removed], "leftovers": leftovers, "dry_run": dry_run}
+        )
     names = [stored.name for stored in removed] + leftovers
     typer.echo(f"{'would remove' if dry_run else 'removed'}: {', '.join(names) or 'nothing'}")
     return None
@@ -185,32 +229,56 @@ def prune(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The directory that DeepSpeed or Accelerate saved to.")],
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run without checkpoints.", show_default=False)] = None,
-    job: Annotated[Path | None, typer.Option("--job", metavar="JOB", help="Instead of RUN: begin a run of this job.")] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="With --job: where. [default: runs/NAME]")] = None,
-    samples: Annotated[int | None, typer.Option(min=0, help="Samples consumed. [default: steps x global batch]")] = None,
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="The directory that DeepSpeed or Accelerate saved to.")
+    ],
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run without checkpoints.", show_default=False)
+    ] = None,
+    job: Annotated[
+        Path | None, typer.Option("--job", metavar="JOB", help="Instead of RUN: begin a run of this job.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="With --job: where. [default: runs/NAME]")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=0, help="Samples consumed. [default: steps x global batch]")
+    ] = None,
     nproc: NumRanks = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Take in a checkpoint that DeepSpeed (ZeRO 1 to 3) or Accelerate (FSDP) wrote, and go on from it."""
-    from launcher.scheduling import local
-    from launcher.training.checkpoint import foreign_import
+    from launcher.launch import local
+    from launcher.training.checkpoint.foreign import import_run
 
     opened, plan = _to_import_into(run, job, run_dir, nproc, overrides)
-    prepared = foreign_import.prepare(source, plan, samples)
+    prepared = import_run.prepare(source, plan, samples)
     if job is not None:
-        from launcher.scheduling.opening import open_run
+        from launcher.launch.run_setup import open_run
 
         opened, plan = open_run(job, overrides, nproc, run_dir)
     with opened.lock():
-        written = foreign_import.write(opened, plan, prepared)
+        written = import_run.write(opened, plan, prepared)
     command = f"launcher resume {local.shown(opened.path)}"
     if as_json:
-        facts = {"origin": prepared.origin, "step": written.step, "optimizer_step": prepared.optimizer_step, "notes": list(prepared.notes)}
-        return print_json({**facts, "checkpoint": str(written.directory), "tensors": written.num_tensors, "bytes": written.num_bytes})
-    typer.echo(f"{prepared.origin}: {written.num_tensors} tensors, {size(written.num_bytes)}, step {written.step}")
+        facts = {
+            "origin": prepared.origin,
+            "step": written.step,
+            "optimizer_step": prepared.optimizer_step,
+            "notes": list(prepared.notes),
+        }
+        return print_json(
+            {
+                **facts,
+                "checkpoint": str(written.directory),
+                "tensors": written.num_tensors,
+                "bytes": written.num_bytes,
+            }
+        )
+    typer.echo(
+        f"{prepared.origin}: {written.num_tensors} tensors, {size(written.num_bytes)}, step {written.step}"
+    )
     for note in prepared.notes:
         typer.echo(f"  {note}")
     return typer.echo(f"go on with: {command}")
@@ -222,16 +290,22 @@ def _to_import_into(
     """The run that is there, or the one that a job would begin; nothing is written yet."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.job.load import load
-    from launcher.planning.plan import Plan
-    from launcher.planning.search import plan_job
+    from launcher.planner.plan import Plan
+    from launcher.planner.search import plan_job
     from launcher.runs.layout import RunDirectory
-    from launcher.training.checkpoint.foreign_import import refuse_used
+    from launcher.training.checkpoint.foreign.import_run import refuse_used
 
     if (run is None) == (job is None):
-        raise ConfigurationError(Problem("RUN", run, "name a run that has no checkpoints, or begin one with --job JOB --run-dir DIR"))
+        raise ConfigurationError(
+            Problem(
+                "RUN", run, "name a run that has no checkpoints, or begin one with --job JOB --run-dir DIR"
+            )
+        )
     if run is not None:
         if run_dir is not None or nproc is not None or overrides:
-            raise ConfigurationError(Problem("RUN", run, "has its plan already; --run-dir, --nproc and --set go with --job"))
+            raise ConfigurationError(
+                Problem("RUN", run, "has its plan already; --run-dir, --nproc and --set go with --job")
+            )
         found = _find(run)
         refuse_used(found)
         return found, Plan.read(found.plan_file)
@@ -239,5 +313,7 @@ def _to_import_into(
     loaded = load(job, overrides)
     fresh = RunDirectory((run_dir or Path("runs") / loaded.name).absolute())
     if fresh.plan_file.exists():
-        raise ConfigurationError(Problem("--run-dir", str(fresh.path), "holds a run already; name it as RUN, without --job"))
+        raise ConfigurationError(
+            Problem("--run-dir", str(fresh.path), "holds a run already; name it as RUN, without --job")
+        )
     return fresh, plan_job(loaded, nproc)

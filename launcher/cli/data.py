@@ -12,7 +12,7 @@ from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
 
 if TYPE_CHECKING:
-    from launcher.scheduling.screen import Watcher
+    from launcher.launch.screen import Watcher
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -25,8 +25,13 @@ class Role(enum.StrEnum):
 
 
 RoleOption = Annotated[Role, typer.Option("--role", help="The rows to learn from, or those held out.")]
-NumRows = Annotated[int, typer.Option("--rows", min=0, metavar="N", help="How many samples to show, from the first.")]
-OneRow = Annotated[int | None, typer.Option("--row", min=1, metavar="K", help="Show this row alone, counted from 1, used or not.")]
+NumRows = Annotated[
+    int, typer.Option("--rows", min=0, metavar="N", help="How many samples to show, from the first.")
+]
+OneRow = Annotated[
+    int | None,
+    typer.Option("--row", min=1, metavar="K", help="Show this row alone, counted from 1, used or not."),
+]
 Tokens = Annotated[bool, typer.Option("--tokens", help="Show samples token by token, with their numbers.")]
 
 
@@ -40,12 +45,13 @@ def inspect(
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Show what will be seen: samples with the learned part marked, lengths, labels, packs, and rows that are dropped."""
+    """Show what will be seen: samples with the learned part marked, lengths, labels, packs, and rows that are
+    dropped."""
     from rich.console import Console
 
-    from launcher.cli.showing_data import show
+    from launcher.cli.data_view import show
     from launcher.job.load import load
-    from launcher.scheduling.data import look
+    from launcher.launch.prepare_data import look
 
     seen = look(load(job, overrides), role.value, rows, row, tokens, _watcher())
     if as_json:
@@ -58,8 +64,8 @@ def inspect(
 def prepare(job: JobFile, as_json: AsJson = False, overrides: Overrides = []) -> None:  # noqa: B006
     """Tokenise and pack a job's data into the cache, where its runs find it."""
     from launcher.job.load import load
+    from launcher.launch.prepare_data import fill_cache
     from launcher.runs.prepared import lines
-    from launcher.scheduling.data import fill_cache
 
     reports = fill_cache(load(job, overrides), _watcher())
     if as_json:

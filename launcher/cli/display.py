@@ -15,16 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.cli.progress import Progress, metrics_line, notice
-from launcher.planning.plan import Plan
+from launcher.launch.local import shown
+from launcher.launch.screen import Watcher
+from launcher.planner.plan import Plan
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import current_phase
 from launcher.runs.prepared import line
 from launcher.runs.tail import Tail
 from launcher.runs.totals import Totals
-from launcher.runs.words import duration
-from launcher.scheduling.local import shown
-from launcher.scheduling.screen import Watcher
+from launcher.runs.wording import duration
 
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 15.0
@@ -35,7 +35,8 @@ _PHASES_SAID = ("preparing", "building operators", "loading", "saving", "exporti
 
 
 class _Console(Console):
-    """One that goes silent where the reader of its pipe has gone. rich's own would end the process, and the run with it."""
+    """One that goes silent where the reader of its pipe has gone. rich's own would end the process, and the
+    run with it."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -45,10 +46,16 @@ class Display(Watcher):
     """Follows events.jsonl and metrics.jsonl of an attempt, and shows them on stderr."""
 
     def __init__(
-        self, plan: Plan | None = None, console: Console | None = None, line_seconds: float = _LINE_SECONDS, quiet: bool = False
+        self,
+        plan: Plan | None = None,
+        console: Console | None = None,
+        line_seconds: float = _LINE_SECONDS,
+        quiet: bool = False,
     ) -> None:
         """Show a run by its `plan`. `quiet` leaves no lines on the screen: for work without a run of its own."""
-        self.console = console or _Console(file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None)
+        self.console = console or _Console(
+            file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None
+        )
         self.progress = Progress(peak=_peak(plan) if plan else None)
         self._quiet = quiet
         self._line_seconds = line_seconds
@@ -71,7 +78,13 @@ class Display(Watcher):
         self._run, self._phase_taken = run, current_phase(run)
         self.say(f"attempt {attempt} in {shown(run.path)}")
         if self.console.is_terminal and not self.console.is_dumb_terminal:
-            self._live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
             self._live.start()
 
     def read(self) -> None:
@@ -143,7 +156,11 @@ class Display(Watcher):
         done, total = (progress.step, progress.total_steps) if training else (progress.done, progress.total)
         bar = Table.grid(padding=(0, 1))
         count = _count(progress) if training else f"{done:g} of {total:g} {progress.unit}" if total else ""
-        bar.add_row(Text(progress.phase, style="bold"), ProgressBar(total=total or None, completed=done, width=40, pulse=not total), count)
+        bar.add_row(
+            Text(progress.phase, style="bold"),
+            ProgressBar(total=total or None, completed=done, width=40, pulse=not total),
+            count,
+        )
         parts: list[Any] = [bar]
         if facts := progress.facts():
             parts.append(Text(" · ".join(facts)))
@@ -170,11 +187,12 @@ def _evaluations(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
 
 
 def _peak(plan: Plan) -> float | None:
-    """The rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs that are not in the table."""
+    """The rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs that are
+    not in the table."""
     if plan.mesh.device != "cuda" or plan.precision == "fp32":
         return None
-    from launcher.planning.gpus import seen
-    from launcher.planning.hardware import Hardware
+    from launcher.planner.hardware.detect import Hardware
+    from launcher.planner.hardware.gpu_table import seen
 
     one = seen(Hardware.detect())
     return one.half_rate * plan.mesh.world_size if one else None
@@ -194,6 +212,9 @@ def summary(run: RunDirectory, path: str) -> str:
     lines += [f"  rows        {line(record)}" for record in totals.prepared.values()]
     if totals.evaluations:
         before, after = totals.evaluations
-        lines += [f"  before      {metrics_line(before['metrics'])}", f"  after       {metrics_line(after['metrics'])}"]
+        lines += [
+            f"  before      {metrics_line(before['metrics'])}",
+            f"  after       {metrics_line(after['metrics'])}",
+        ]
     lines += ["next:", f"  launcher evaluate {path}", f"  launcher export {path} --out DIRECTORY"]
     return "\n".join(lines)

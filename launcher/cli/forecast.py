@@ -5,26 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.planning.memory import gib
-from launcher.runs.words import duration
+from launcher.planner.memory.simple_rule import gib
+from launcher.runs.wording import duration
 
 if TYPE_CHECKING:
-    from launcher.planning.forecast import Forecast
-    from launcher.planning.suggestions import Suggestion
+    from launcher.planner.forecast import Forecast
+    from launcher.planner.suggestions import Suggestion
 
 WIDTH = 48
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
-_COLOURS = ("#4e79a7", "#59a14f", "#e15759", "#f28e2b", "#edc948", "#b07aa1", "#76b7b2", "#ff9da7", "#9c755f", "#bab0ac", "#d3d3d3")
+_COLOURS = (
+    "#4e79a7",
+    "#59a14f",
+    "#e15759",
+    "#f28e2b",
+    "#edc948",
+    "#b07aa1",
+    "#76b7b2",
+    "#ff9da7",
+    "#9c755f",
+    "#bab0ac",
+    "#d3d3d3",
+)
 
 
 def bars(forecast: Forecast) -> str:
     """Return stacked bars of memory by phase, with what the signs stand for."""
-    phases, highest, memory = forecast.footprint.phases, forecast.footprint.highest, forecast.target.memory_bytes
+    phases, highest, memory = (
+        forecast.footprint.phases,
+        forecast.footprint.highest,
+        forecast.target.memory_bytes,
+    )
     signs = {kind: _SIGNS[number % len(_SIGNS)] for number, kind in enumerate(_kinds(forecast))}
     longest = max([phase.total for phase in phases] + [memory])
     lines = ["", "Memory of a rank, by phase:"]
     for phase in phases:
-        bar = "".join(sign * round(WIDTH * phase.parts.get(kind, 0) / longest) for kind, sign in signs.items())
+        bar = "".join(
+            sign * round(WIDTH * phase.parts.get(kind, 0) / longest) for kind, sign in signs.items()
+        )
         host = f", {gib(phase.host)} of the host's" if phase.host else ""
         lines.append(f"  {phase.name:12} {bar:{WIDTH}} {gib(phase.total):>9}{host}")
     shown = {kind: size for kind in signs if (size := highest.parts.get(kind))}
@@ -65,7 +83,9 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
     messages = f"{_seconds(speed.communication)} of messages ({_seconds(speed.exposed)} of them waited for)"
     parts = f"{_seconds(speed.compute)} computing, {messages}, {_seconds(speed.optimizer)} optimizer"
     learnt = f", x{speed.correction:.2f} as runs here took" if speed.correction != 1 else ""
-    share = f"{speed.utilisation:.0%} of the " + ("processors' measured rate" if on_cpu else "GPUs' peak (MFU)")
+    share = f"{speed.utilisation:.0%} of the " + (
+        "processors' measured rate" if on_cpu else "GPUs' peak (MFU)"
+    )
     lines.append(f"  a step       {_seconds(speed.step)}: {parts}{learnt}")
     lines.append(f"  rate         {speed.tokens_per_second:,.0f} tokens/s, {share}")
     if whole := forecast.duration:
@@ -74,7 +94,9 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
         waiting += f", {whole.saving:.1f} s for {saves}"
         if whole.num_evaluations:
             waiting += f", {whole.evaluating:.1f} s for {_several(whole.num_evaluations, 'evaluation')}"
-        hours = f"{whole.total / 3600 * forecast.plan.mesh.world_size:,.1f} {'rank' if on_cpu else 'GPU'}-hours"
+        hours = (
+            f"{whole.total / 3600 * forecast.plan.mesh.world_size:,.1f} {'rank' if on_cpu else 'GPU'}-hours"
+        )
         lines.append(f"  waiting      {waiting}: {1 - whole.num_steps * whole.step / whole.total:.1%}")
         lines.append(f"  to the end   {duration(whole.total)}, {hours}, for {whole.num_steps:,} steps")
     return "\n".join(lines)
@@ -115,7 +137,9 @@ def picture(forecast: Forecast) -> str:
         rows.append(f'<text x="{left + 6:.1f}" y="{top + 14}">{gib(phase.total)}</text>')
     if memory:
         x = 120 + 500 * memory / longest
-        rows.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{bottom}" stroke="black" stroke-dasharray="4"/>')
+        rows.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{bottom}" stroke="black" stroke-dasharray="4"/>'
+        )
     for number, (kind, colour) in enumerate(colours.items()):
         y = bottom + 20 + 20 * number
         rows.append(f'<rect x="120" y="{y}" width="12" height="12" fill="{colour}"/>')

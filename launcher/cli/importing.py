@@ -18,10 +18,14 @@ def import_(
         list[str],
         typer.Argument(
             metavar="FILE...",
-            help="A file of DeepSpeed, Accelerate, the Trainer, TRL, LLaMA-Factory or axolotl, or a script; a command line after --.",
+            help="A file of DeepSpeed, Accelerate, the Trainer, TRL, LLaMA-Factory or axolotl, or a script; "
+            "a command line after --.",
         ),
     ] = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option("--out", metavar="JOB", help="The job file to write; printed where it is left out.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="JOB", help="The job file to write; printed where it is left out."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -32,7 +36,11 @@ def import_(
     from launcher.runs.layout import write_atomically
 
     if out is not None and (out.is_dir() or (out.exists() and not force)):
-        what = "is a directory; name a file" if out.is_dir() else "is there already; name another file, or --force to write over it"
+        what = (
+            "is a directory; name a file"
+            if out.is_dir()
+            else "is there already; name another file, or --force to write over it"
+        )
         raise ConfigurationError(Problem("--out", str(out), what))
     if out is not None and not out.parent.is_dir():
         raise ConfigurationError(Problem("--out", str(out), f"the folder {out.parent} is not there"))
@@ -60,7 +68,19 @@ def import_(
     return None
 
 
-_PROGRAMS = ("accelerate", "accelerate-launch", "torchrun", "deepspeed", "llamafactory-cli", "axolotl", "trl", "srun", "bash", "sh", "env")
+_PROGRAMS = (
+    "accelerate",
+    "accelerate-launch",
+    "torchrun",
+    "deepspeed",
+    "llamafactory-cli",
+    "axolotl",
+    "trl",
+    "srun",
+    "bash",
+    "sh",
+    "env",
+)
 
 
 def _parted(files: list[str]) -> tuple[list[Path], list[str]]:

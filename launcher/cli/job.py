@@ -13,14 +13,17 @@ from launcher.errors import ConfigurationError, Problem
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file.")]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a key, as training.learning_rate=1e-5; may be repeated.")
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set a key, as training.learning_rate=1e-5; may be repeated."
+    ),
 ]
 
 
 def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
     """Check a job file and say everything that is wrong with it."""
     from launcher.job.load import load
-    from launcher.planning.suitability import check
+    from launcher.planner.dataset.suitability import check
 
     loaded = load(job, overrides)
     try:
@@ -43,10 +46,17 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("job.yaml"),
     name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
     model: Annotated[str | None, typer.Option(help="A model's directory, or its name on the hub.")] = None,
-    task: Annotated[str | None, typer.Option(help="What the model learns: causal-lm, sequence-classification ...")] = None,
-    train: Annotated[str | None, typer.Option(help="The file to learn from, relative to the job file.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What the model learns: causal-lm, sequence-classification ...")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="The file to learn from, relative to the job file.")
+    ] = None,
     evaluation: Annotated[str | None, typer.Option(help="The file to measure on.")] = None,
-    column: Annotated[list[str], typer.Option(metavar="ROLE=COLUMN", help="What a column is, as prompt=question or label=intent.")] = [],  # noqa: B006
+    column: Annotated[
+        list[str],
+        typer.Option(metavar="ROLE=COLUMN", help="What a column is, as prompt=question or label=intent."),
+    ] = [],  # noqa: B006
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
     """Ask a few questions, or take flags, and write a job file."""
@@ -60,23 +70,34 @@ def init(
     columns = _columns(column, task)
     train = _answer(ask, "--train", train, "File to learn from (.jsonl, .csv, .parquet, .txt ...)")
     if ask and evaluation is None:
-        evaluation = typer.prompt("File to measure on (empty for none)", default="", show_default=False) or None
+        evaluation = (
+            typer.prompt("File to measure on (empty for none)", default="", show_default=False) or None
+        )
     if ask and not columns:
         columns = _ask_columns(task)
     columns |= _most_positions(model, out.parent)
-    write(out, Answers(name or name_for(model, train), model, task, train, evaluation, tuple(columns.items())), force)
+    write(
+        out,
+        Answers(name or name_for(model, train), model, task, train, evaluation, tuple(columns.items())),
+        force,
+    )
     typer.echo(f"wrote {out}; next: launcher plan {out}")
 
 
 def _most_positions(model: str, folder: Path) -> dict[str, int]:
-    """The key `max_length` for a model that has fewer positions than a job has where it names no length; none for any other."""
-    from launcher.planning import positions
-    from launcher.planning.model_config import locate, read_config
-    from launcher.sources.section import Data
+    """The key `max_length` for a model that has fewer positions than a job has where it names no length; none
+    for any other."""
+    from launcher.data.section import Data
+    from launcher.planner.model import positions
+    from launcher.planner.model.model_config import locate, read_config
 
     path = folder / Path(model).expanduser()
     table = positions.held(read_config(locate(str(path) if path.is_dir() else model)) or {})
-    return {"max_length": table[0]} if table is not None and table[0] < Data.model_fields["max_length"].default else {}
+    return (
+        {"max_length": table[0]}
+        if table is not None and table[0] < Data.model_fields["max_length"].default
+        else {}
+    )
 
 
 def _answer(ask: bool, flag: str, given: str | None, question: str) -> str:
@@ -117,4 +138,6 @@ def _ask_columns(task: str) -> dict[str, Any]:
         chosen = typer.prompt(f"The rows are one of: {shown}", default=chosen)
         if chosen not in ways:
             raise ConfigurationError(Problem("rows", chosen, f"write {_either(ways)}"))
-    return _columns([f"{role}={typer.prompt(f'Column of the {role}', default=role)}" for role in ways[chosen]], task)
+    return _columns(
+        [f"{role}={typer.prompt(f'Column of the {role}', default=role)}" for role in ways[chosen]], task
+    )

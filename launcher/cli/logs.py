@@ -23,17 +23,22 @@ _OVER = ("finished", "failed", "stopped", "interrupted")
 class Logs:
     """What the ranks of an attempt printed; without a number of the newest, and of the next when that begins."""
 
-    def __init__(self, run: RunDirectory, rank: int | None, attempt: int | None, lines: int, as_json: bool = False) -> None:
+    def __init__(
+        self, run: RunDirectory, rank: int | None, attempt: int | None, lines: int, as_json: bool = False
+    ) -> None:
         self.run, self.rank, self.lines, self.as_json = run, rank, lines, as_json
         self.attempt = attempt if attempt is not None else run.last_attempt()
         self._newest = attempt is None
         if attempt is not None and not run.attempt(attempt).is_dir():
-            raise ConfigurationError(Problem("--attempt", attempt, f"the run has {run.last_attempt()} attempts"))
+            raise ConfigurationError(
+                Problem("--attempt", attempt, f"the run has {run.last_attempt()} attempts")
+            )
         self._tails: dict[Path, Tail] = {}
         self._totals = Totals(run)
 
     def show(self, follow: bool) -> None:
-        """Print the logs; with `follow` until the run is over. Raises ConfigurationError for a rank that is not there."""
+        """Print the logs; with `follow` until the run is over. Raises ConfigurationError for a rank that is
+        not there."""
         self._check_rank(follow)
         self._print(self.lines)
         while follow and not (over := self._over() and not self._slurm_goes_on()):
@@ -44,11 +49,19 @@ class Logs:
             self._print(0)
 
     def _check_rank(self, follow: bool) -> None:
-        there = sorted(int(match[1]) for path in self.run.attempt(self.attempt).glob("rank-*.log") if (match := _RANK_LOG.match(path.name)))
+        there = sorted(
+            int(match[1])
+            for path in self.run.attempt(self.attempt).glob("rank-*.log")
+            if (match := _RANK_LOG.match(path.name))
+        )
         if not there and not follow:
-            raise ConfigurationError(Problem("RUN", str(self.run.path), "no rank has printed anything yet; -f waits for it"))
+            raise ConfigurationError(
+                Problem("RUN", str(self.run.path), "no rank has printed anything yet; -f waits for it")
+            )
         if self.rank is not None and there and self.rank not in there:
-            raise ConfigurationError(Problem("--rank", self.rank, f"attempt {self.attempt} has ranks {there[0]} to {there[-1]}"))
+            raise ConfigurationError(
+                Problem("--rank", self.rank, f"attempt {self.attempt} has ranks {there[0]} to {there[-1]}")
+            )
 
     def _files(self) -> list[Path]:
         directory = self.run.attempt(self.attempt)
@@ -57,7 +70,8 @@ class Logs:
         return sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
 
     def _print(self, lines: int) -> None:
-        """Print what is new of each log, block by block; of one that was not looked at yet its last `lines`, 0 for all."""
+        """Print what is new of each log, block by block; of one that was not looked at yet its last `lines`,
+        0 for all."""
         for path in self._files():
             if path not in self._tails:
                 offset, backwards = end_of(path) if lines else (0, iter(()))
@@ -74,7 +88,10 @@ class Logs:
 
     def _written(self, path: Path, line: str) -> str:
         if self.as_json:
-            return json.dumps({"attempt": self.attempt, "rank": int(path.stem.partition("-")[2]), "line": line}, ensure_ascii=False)
+            return json.dumps(
+                {"attempt": self.attempt, "rank": int(path.stem.partition("-")[2]), "line": line},
+                ensure_ascii=False,
+            )
         return line if self.rank is not None else f"[{path.stem.replace('-', ' ')}] {line}"
 
     def _over(self) -> bool:
@@ -83,8 +100,8 @@ class Logs:
     def _slurm_goes_on(self) -> bool:
         """Whether Slurm still has the job: then another attempt comes."""
         from launcher.errors import SchedulerError
-        from launcher.scheduling.slurm.queue import queue
-        from launcher.scheduling.slurm.record import JobRecord, is_live
+        from launcher.launch.slurm.queue import queue
+        from launcher.launch.slurm.record import JobRecord, is_live
 
         known = JobRecord.read(self.run)
         if known is None or self.run.finished:

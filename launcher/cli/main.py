@@ -1,14 +1,16 @@
 """The table of commands, and the one place where an error becomes a message and an exit code.
 
-A command is a plain function with typer annotations in `launcher/cli/<module>.py`, imported only when it is called:
+A command is a plain function with typer annotations in `launcher/cli/<module>.py`, imported only when it is
+called:
 
     def validate(job: Annotated[Path, typer.Argument(help="The job file.")]) -> None:
         '''Check a job file and say everything that is wrong with it.'''
 
-It is listed in COMMANDS by the name that people type, its module, and its first docstring line. Where the attribute is a
-`typer.Typer` (`app = typer.Typer(...)` in `checkpoint.py`), its functions are subcommands. Modules keep heavy imports (pydantic, rich)
-inside their functions. A command raises a LauncherError for what went wrong, `typer.Exit(code)` to leave with another code,
-prints results on stdout and everything else on stderr. `launcher/cli/job.py` is an example.
+It is listed in COMMANDS by the name that people type, its module, and its first docstring line. Where the
+attribute is a `typer.Typer` (`app = typer.Typer(...)` in `checkpoint.py`), its functions are subcommands.
+Modules keep heavy imports (pydantic, rich) inside their functions. A command raises a LauncherError for what
+went wrong, `typer.Exit(code)` to leave with another code, prints results on stdout and everything else on
+stderr. `launcher/cli/job.py` is an example.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SUMMARY = "One job file in, a sharded fine-tuned model out."
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command's function, or its Typer, is; and the line that `launcher --help` shows without importing it."""
+    """Where a command's function, or its Typer, is; and the line that `launcher --help` shows without
+    importing it."""
 
     module: str
     attribute: str
@@ -40,7 +43,9 @@ COMMANDS = {
     "validate": Command("job", "validate", "Check a job file and say everything that is wrong with it."),
     "schema": Command("job", "schema", "Print the JSON schema of the job file, for editors."),
     "plan": Command("plan", "plan", "Show what will run: every decision with its reason."),
-    "render": Command("render", "render", "Write the plan as DeepSpeed, Accelerate, torchrun and Slurm read it."),
+    "render": Command(
+        "render", "render", "Write the plan as DeepSpeed, Accelerate, torchrun and Slurm read it."
+    ),
     "diff": Command("render", "diff", "Show how two plans, jobs or engines' configurations differ."),
     "import": Command("importing", "import_", "Make a job file of another tool's configuration or script."),
     "data": Command("data", "app", "Show what a job will see of its data, and tokenise it ahead of time."),
@@ -48,26 +53,38 @@ COMMANDS = {
     "submit": Command("submit", "submit", "Hand a job to Slurm; a run that stopped goes on where it was."),
     "cancel": Command("submit", "cancel", "End a run's Slurm job; the ranks save first, if there is time."),
     "resume": Command("run", "resume", "Go on with a run that stopped."),
-    "status": Command("seeing", "status", "Show how a run is doing."),
-    "list": Command("seeing", "list_", "List the runs in a folder."),
+    "status": Command("status", "status", "Show how a run is doing."),
+    "list": Command("status", "list_", "List the runs in a folder."),
     "watch": Command("watch", "watch", "Show a run on the whole screen: loss, ranks, events."),
-    "logs": Command("seeing", "logs", "Show what the ranks printed."),
-    "profile": Command("profile", "profile", "Write a site profile by asking Slurm: partitions, GPUs, limits, account."),
+    "logs": Command("status", "logs", "Show what the ranks printed."),
+    "profile": Command(
+        "profile", "profile", "Write a site profile by asking Slurm: partitions, GPUs, limits, account."
+    ),
     "bench": Command("bench", "bench", "Measure this machine, so that plans count with its own figures."),
     "doctor": Command("doctor", "doctor", "Say what is wrong with this machine, or with a cluster's nodes."),
     "sweep": Command("sweep", "sweep", "Try several values of a job's keys, as a Slurm array or here."),
-    "checkpoint": Command("checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."),
-    "cache": Command("cache", "app", "Show what is kept on this machine, and remove what is old or too much."),
+    "checkpoint": Command(
+        "checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."
+    ),
+    "cache": Command(
+        "cache", "app", "Show what is kept on this machine, and remove what is old or too much."
+    ),
     "export": Command("model", "export", "Write a run's model as Hugging Face safetensors."),
     "evaluate": Command("model", "evaluate", "Measure a model before and after training, side by side."),
-    "parity": Command("parity", "parity", "Train a few steps under every engine and compare losses and gradient norms."),
+    "parity": Command(
+        "parity", "parity", "Train a few steps under every engine and compare losses and gradient norms."
+    ),
     "demo": Command("demo", "demo", "Fine-tune a small real model on this machine, from end to end."),
 }
 
 
 def available() -> dict[str, Command]:
     """The commands whose module is there."""
-    return {name: command for name, command in COMMANDS.items() if importlib.util.find_spec(f"launcher.cli.{command.module}")}
+    return {
+        name: command
+        for name, command in COMMANDS.items()
+        if importlib.util.find_spec(f"launcher.cli.{command.module}")
+    }
 
 
 def help_text() -> str:
@@ -98,7 +115,8 @@ def report(error: LauncherError) -> None:
 
 
 def _start_fast() -> None:
-    """Fewer passes of the garbage collector over freshly imported modules, and no search for pydantic plugins in every installed package.
+    """Fewer passes of the garbage collector over freshly imported modules, and no search for pydantic plugins
+    in every installed package.
 
     Measured: the two take 80 of the 380 ms of processor time that `launcher validate` needs without them.
     """
@@ -107,7 +125,8 @@ def _start_fast() -> None:
 
 
 def _print_anything() -> None:
-    """A character that the terminal's encoding lacks, or half of one, is escaped: what was to be said is not lost for it."""
+    """A character that the terminal's encoding lacks, or half of one, is escaped: what was to be said is not
+    lost for it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

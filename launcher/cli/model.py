@@ -13,7 +13,10 @@ from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks
 from launcher.cli.run import Run
 
-Checkpoint = Annotated[int | None, typer.Option("--checkpoint", metavar="STEP", help="The step; the newest whole one by default.")]
+Checkpoint = Annotated[
+    int | None,
+    typer.Option("--checkpoint", metavar="STEP", help="The step; the newest whole one by default."),
+]
 
 
 class ExportDtype(enum.StrEnum):
@@ -29,10 +32,18 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new directory for the model.")],
     checkpoint: Checkpoint = None,
-    dtype: Annotated[ExportDtype, typer.Option("--dtype", help="Of the parameters; `keep` leaves them as trained.")] = ExportDtype.keep,
-    max_shard: Annotated[float, typer.Option("--max-shard", metavar="GB", min=0.001, help="Largest file, in GB.")] = 5.0,
+    dtype: Annotated[
+        ExportDtype, typer.Option("--dtype", help="Of the parameters; `keep` leaves them as trained.")
+    ] = ExportDtype.keep,
+    max_shard: Annotated[
+        float, typer.Option("--max-shard", metavar="GB", min=0.001, help="Largest file, in GB.")
+    ] = 5.0,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="The adapter alone, as a directory that peft loads; left out, it is added to the weights.")
+        bool,
+        typer.Option(
+            "--adapter",
+            help="The adapter alone, as a directory that peft loads; left out, it is added to the weights.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,20 +64,31 @@ def export(
         }
         print_json(shown)
     else:
-        typer.echo(f"step {done.step}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB, in {done.directory}")
+        typer.echo(
+            f"step {done.step}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB, in "
+            f"{done.directory}"
+        )
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a directory with an exported model (then with --job).")],
-    job: Annotated[Path | None, typer.Option("--job", metavar="JOB", help="The job whose data and task a MODEL is measured by.")] = None,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run, or a directory with an exported model (then with --job)."
+        ),
+    ],
+    job: Annotated[
+        Path | None,
+        typer.Option("--job", metavar="JOB", help="The job whose data and task a MODEL is measured by."),
+    ] = None,
     checkpoint: Checkpoint = None,
     nproc: NumRanks = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Measure a model before and after training, side by side."""
-    from launcher.scheduling.evaluation import Request, evaluate_locally
-    from launcher.scheduling.screen import Watcher
+    from launcher.launch.evaluation import Request, evaluate_locally
+    from launcher.launch.screen import Watcher
 
     result = evaluate_locally(Request.of(model, job, checkpoint, nproc, overrides), Watcher())
     if as_json:

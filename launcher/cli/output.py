@@ -39,7 +39,13 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
-def line_plot(points: list[tuple[float, float]], width: int, height: int = 12, logarithmic: bool = False, ylabel: str = "") -> str:
+def line_plot(
+    points: list[tuple[float, float]],
+    width: int,
+    height: int = 12,
+    logarithmic: bool = False,
+    ylabel: str = "",
+) -> str:
     """A line through points, drawn with characters; `logarithmic` in both directions."""
     import plotext
 

@@ -11,7 +11,7 @@ from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 
 if TYPE_CHECKING:
-    from launcher.scheduling.parity import Outcome
+    from launcher.launch.parity import Outcome
 
 
 def parity(
@@ -23,9 +23,9 @@ def parity(
 ) -> None:
     """Train a few steps under every engine and compare losses and gradient norms."""
     from launcher.job.load import load
-    from launcher.planning.search import plan_job
-    from launcher.scheduling.parity import TOLERANCE, outcomes
-    from launcher.scheduling.screen import Watcher
+    from launcher.launch.parity import TOLERANCE, outcomes
+    from launcher.launch.screen import Watcher
+    from launcher.planner.search import plan_job
 
     tolerance = TOLERANCE[plan_job(load(job, overrides), nproc).precision]
     found: list[Outcome] = []
@@ -37,7 +37,15 @@ def parity(
     if as_json:
         print_json({"tolerance": tolerance, "cases": rows})
     else:
-        shown = [[str(row["case"]), _number(row["loss_off_by"]), _number(row["grad_norm_off_by"]), str(row["verdict"])] for row in rows]
+        shown = [
+            [
+                str(row["case"]),
+                _number(row["loss_off_by"]),
+                _number(row["grad_norm_off_by"]),
+                str(row["verdict"]),
+            ]
+            for row in rows
+        ]
         print_table(["case", "loss off by", "gradient norm off by", "verdict"], shown)
     if any(row["verdict"] == "differs" for row in rows):
         raise typer.Exit(1)
@@ -46,7 +54,12 @@ def parity(
 def _row(outcome: Outcome, reference: Outcome, tolerance: float) -> dict[str, object]:
     if outcome.problem or reference.problem:
         reason = outcome.problem or "nothing to compare with"
-        return {"case": outcome.name, "loss_off_by": None, "grad_norm_off_by": None, "verdict": f"not run: {reason}"}
+        return {
+            "case": outcome.name,
+            "loss_off_by": None,
+            "grad_norm_off_by": None,
+            "verdict": f"not run: {reason}",
+        }
     loss, norm = outcome.off_by(reference)
     verdict = "agrees" if max(loss, norm) <= tolerance else "differs"
     row = {"case": outcome.name, "loss_off_by": loss, "grad_norm_off_by": norm, "verdict": verdict}

@@ -12,10 +12,10 @@ from launcher.cli.job import JobFile, Overrides
 
 if TYPE_CHECKING:
     from launcher.job.schema import Job
-    from launcher.planning.compare import PlanRow
-    from launcher.planning.forecast import Trace
-    from launcher.planning.plan import Refused
-    from launcher.planning.preview import Preview
+    from launcher.planner.comparison import PlanRow
+    from launcher.planner.forecast import Trace
+    from launcher.planner.plan import Refused
+    from launcher.planner.preview import Preview
 
 NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -24,19 +24,44 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _MOST = 1024
 """GPUs that are looked at where the command does not say."""
 
-Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")]
-MostGpus = Annotated[int | None, typer.Option("--max-gpus", min=1, help="The fewest GPUs that fit, at most so many (1024).")]
+Deadline = Annotated[
+    str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")
+]
+MostGpus = Annotated[
+    int | None, typer.Option("--max-gpus", min=1, help="The fewest GPUs that fit, at most so many (1024).")
+]
 Prices = Annotated[
-    list[str], typer.Option("--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; may be repeated.")
+    list[str],
+    typer.Option(
+        "--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; may be repeated."
+    ),
 ]
-Explain = Annotated[str | None, typer.Option("--explain", metavar="KEY", help="Say why a key has the value it has.")]
+Explain = Annotated[
+    str | None, typer.Option("--explain", metavar="KEY", help="Say why a key has the value it has.")
+]
 GpuName = Annotated[
-    str | None, typer.Option("--gpu", metavar="NAMES", help="Plan for GPUs that are not here, as h100-80gb; several with commas.")
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAMES", help="Plan for GPUs that are not here, as h100-80gb; several with commas."
+    ),
 ]
-Network = Annotated[str | None, typer.Option("--network", metavar="NAME", help="What joins the nodes, as ib400 or ethernet100.")]
-Scale = Annotated[str | None, typer.Option("--scale", metavar="FROM..TO", help="How memory and speed change with the number of GPUs.")]
-Traced = Annotated[bool, typer.Option("--trace", help="Go by the model's real class (imports torch), and compare with the formulas.")]
-Picture = Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")]
+Network = Annotated[
+    str | None,
+    typer.Option("--network", metavar="NAME", help="What joins the nodes, as ib400 or ethernet100."),
+]
+Scale = Annotated[
+    str | None,
+    typer.Option("--scale", metavar="FROM..TO", help="How memory and speed change with the number of GPUs."),
+]
+Traced = Annotated[
+    bool,
+    typer.Option(
+        "--trace", help="Go by the model's real class (imports torch), and compare with the formulas."
+    ),
+]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")
+]
 
 
 def plan(
@@ -56,8 +81,8 @@ def plan(
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.job.load import load
-    from launcher.planning.compare import with_prices
-    from launcher.planning.preview import preview_job
+    from launcher.planner.comparison import with_prices
+    from launcher.planner.preview import preview_job
 
     wanted = load(job, overrides)
     fewest = deadline is not None or max_gpus is not None
@@ -86,19 +111,21 @@ def _rows(
     Raises ConfigurationError where it is asked for the fewest GPUs and for every number of them.
     """
     from launcher.errors import ConfigurationError, Problem
-    from launcher.planning import compare
+    from launcher.planner import comparison
 
     if fewest is not None and scale is not None:
         reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest"
         raise ConfigurationError(Problem("--scale", scale, f"{reason}; leave one of them out"))
     if fewest is not None:
-        return compare.fewest_gpus(job, *fewest, gpu, network), None
+        return comparison.fewest_gpus(job, *fewest, gpu, network), None
     if scale is not None:
-        return compare.scale(job, scale, gpu, network)
-    return compare.compare(job, gpu, network), None
+        return comparison.scale(job, scale, gpu, network)
+    return comparison.compare(job, gpu, network), None
 
 
-def _print_rows(rows: list[PlanRow], left_out: tuple[Refused, ...] | None, fewest: bool, as_json: bool) -> None:
+def _print_rows(
+    rows: list[PlanRow], left_out: tuple[Refused, ...] | None, fewest: bool, as_json: bool
+) -> None:
     from launcher.cli.output import print_json
     from launcher.cli.plan_tables import print_rows
 
@@ -121,7 +148,9 @@ def _print(preview: Preview) -> None:
         return
     traced = beside_trace(forecast, preview.forecast, preview.no_forecast) if preview.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
-    typer.echo("\n".join(filter(None, [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead])))
+    typer.echo(
+        "\n".join(filter(None, [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]))
+    )
 
 
 def _print_as_json(preview: Preview, trace: bool) -> None:
@@ -178,7 +207,7 @@ def tracing() -> Trace:
 
     gc.disable()  # a fifth of the import's time
     with Console(stderr=True).status("importing the model's class ..."):
-        from launcher.training.tracing.plan import trace
+        from launcher.training.tracing.plan_trace import trace
     gc.freeze()
     gc.enable()
     return trace

@@ -11,14 +11,18 @@ import typer
 from launcher.cli.output import line_plot, print_table
 
 if TYPE_CHECKING:
-    from launcher.planning.compare import PlanRow
-    from launcher.planning.plan import Decision, Plan, Refused
+    from launcher.planner.comparison import PlanRow
+    from launcher.planner.plan import Decision, Plan, Refused
 
 SEARCHED = ("parallel.", "memory.", "cluster.nodes")
 """How keys begin whose values were chosen beside others."""
 _SHOWN = 5
 """Plans of a kind that are shown of those that were not taken."""
-_LAYOUTS = {"packed": "end to end without padding", "padded": "padded to the longest of a pass", "single": "one a pass"}
+_LAYOUTS = {
+    "packed": "end to end without padding",
+    "padded": "padded to the longest of a pass",
+    "single": "one a pass",
+}
 _HEADER = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
 
 
@@ -39,7 +43,10 @@ def table(plan: Plan) -> str:
     }
     if plan.script:
         known = {"run": plan.name, "script": shlex.join(plan.script), "ranks": facts["ranks"]}
-        facts = {**known, "engine": f"{plan.engine}, sharding {plan.sharding}, offload {plan.offload}, {plan.precision}"}
+        facts = {
+            **known,
+            "engine": f"{plan.engine}, sharding {plan.sharding}, offload {plan.offload}, {plan.precision}",
+        }
     lines = [f"{name:9}{text}" for name, text in facts.items()]
     keys = max((len(decision.key) for decision in plan.decisions), default=0)
     values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
@@ -55,7 +62,9 @@ def not_taken(plan: Plan) -> list[str]:
         alike = [refused for refused in plan.refused if refused.why == why]
         for number, refused in enumerate(alike[:_SHOWN]):
             lines.append(f"  {why if number == 0 else '':13} {refused.what}: {refused.reason}")
-        lines += [f"  {'':13} and {len(alike) - _SHOWN} more, which --json lists"] if len(alike) > _SHOWN else []
+        lines += (
+            [f"  {'':13} and {len(alike) - _SHOWN} more, which --json lists"] if len(alike) > _SHOWN else []
+        )
     return lines
 
 
@@ -100,7 +109,7 @@ def print_rows(rows: Sequence[PlanRow], fewest: bool, left_out: Sequence[Refused
 
 def cells(row: PlanRow) -> list[str]:
     """Return a plan as a line of the table."""
-    from launcher.planning.memory import gib
+    from launcher.planner.memory.simple_rule import gib
 
     plan, forecast = row.plan, row.forecast
     passes = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}"
@@ -126,5 +135,9 @@ def scaling_plots(rows: Sequence[PlanRow]) -> str:
     memory = [(ranks, forecast.footprint.highest.total / 2**30) for ranks, forecast in known]
     width = min(shutil.get_terminal_size().columns, 90)
     drawn = [(speeds, "tokens/s over GPUs"), (memory, "GiB of a GPU over GPUs")]
-    plots = [line_plot(points, width, 13, logarithmic=True, ylabel=name) for points, name in drawn if len(points) > 1]
+    plots = [
+        line_plot(points, width, 13, logarithmic=True, ylabel=name)
+        for points, name in drawn
+        if len(points) > 1
+    ]
     return "\n".join(plots)

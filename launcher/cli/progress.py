@@ -11,14 +11,15 @@ from typing import Any
 
 from launcher.cli.output import size
 from launcher.runs.prepared import lines
-from launcher.runs.words import duration
+from launcher.runs.wording import duration
 
 _REMEMBERED_STEPS = 50
 
 
 @dataclass
 class Progress:
-    """The state of one attempt. `peak` is the rate of all its devices together, in operations a second, where it is known."""
+    """The state of one attempt. `peak` is the rate of all its devices together, in operations a second, where
+    it is known."""
 
     peak: float | None = None
     phase: str = "starting"
@@ -39,11 +40,18 @@ class Progress:
         name = record.get("event")
         if name == "phase":
             self.phase = record.get("phase", self.phase)
-            self.done, self.total, self.unit = record.get("done", 0), record.get("total"), record.get("unit", "")
+            self.done, self.total, self.unit = (
+                record.get("done", 0),
+                record.get("total"),
+                record.get("unit", ""),
+            )
         elif name == "training":
             self._enter_training()
             self.step, self.total_steps = record.get("first_step", 0), record.get("total_steps")
-            self.num_parameters, self.flops_per_token = record.get("num_parameters"), record.get("flops_per_token")
+            self.num_parameters, self.flops_per_token = (
+                record.get("num_parameters"),
+                record.get("flops_per_token"),
+            )
         elif name == "saved":
             self.saved_step = record.get("step")
         elif name == "resumed":
@@ -115,7 +123,10 @@ class Progress:
 
 def metrics_line(metrics: dict[str, float]) -> str:
     """Metrics in one line, in their own order."""
-    return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items())
+    return ", ".join(
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in metrics.items()
+    )
 
 
 def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
@@ -125,7 +136,11 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
         parts.append(f"{measured.get('tokens_per_second', 0):,.0f} tokens/s ({rate:,.0f} were expected)")
     if phases := expected.get("phases"):
         there = measured.get("phases") or {}
-        memory = ", ".join(f"{name} {size(there[name])} ({size(foreseen)})" for name, foreseen in phases.items() if name in there)
+        memory = ", ".join(
+            f"{name} {size(there[name])} ({size(foreseen)})"
+            for name, foreseen in phases.items()
+            if name in there
+        )
         parts.append(f"memory beside the bare process, expected in brackets: {memory}")
     return "; ".join(parts) or None
 
@@ -144,21 +159,39 @@ def notice(record: dict[str, Any]) -> str | None:
             return f"warning: the save of step {step} failed, training goes on: {record.get('reason')}"
         case "made_room":
             gone = ", ".join(str(number) for number in record.get("removed", []))
-            return f"warning: there was no room for the checkpoint of step {step}: that of step {gone} was given up for it"
+            return (
+                f"warning: there was no room for the checkpoint of step {step}: that of step {gone} was "
+                "given up for it"
+            )
         case "skipped":
             return f"warning: step {step} was skipped: {record.get('reason')}"
         case "symptom":
             return f"warning: step {step}: {record.get('text')}"
         case "rewound":
-            back = f"the weights are those of the checkpoint of step {record.get('checkpoint_step')} again; the samples since are left out"
-            return f"warning: step {step}: {record.get('reason')}: {back} (rewind {record.get('times')} of this run)"
+            back = (
+                f"the weights are those of the checkpoint of step {record.get('checkpoint_step')} again; "
+                "the samples since are left out"
+            )
+            return (
+                f"warning: step {step}: {record.get('reason')}: {back} (rewind {record.get('times')} of "
+                "this run)"
+            )
         case "other_engine":
             found, planned = record.get("found"), record.get("planned")
-            return f"warning: the script trains on {found}, and the plan is {planned}: what the plan says of memory and speed does not hold"
+            return (
+                f"warning: the script trains on {found}, and the plan is {planned}: what the plan says of "
+                "memory and speed does not hold"
+            )
         case "early_stopping":
-            return f"{record.get('metric')} is no longer getting better (best {record.get('best')}): ending after step {step}"
+            return (
+                f"{record.get('metric')} is no longer getting better (best {record.get('best')}): ending "
+                f"after step {step}"
+            )
         case "layout":
-            numbers = f"a row behind another in one pass had {record.get('ours')}, and alone {record.get('own')} by the model's own class"
+            numbers = (
+                f"a row behind another in one pass had {record.get('ours')}, and alone {record.get('own')} "
+                "by the model's own class"
+            )
             return f"warning: {numbers}: going over from {record.get('planned')} to {record.get('taken')}"
         case "straggler":
             return f"warning: {record.get('line')}"
@@ -170,5 +203,7 @@ def notice(record: dict[str, Any]) -> str | None:
             return "\n".join(lines(record))
         case "training":
             parameters = f"{record.get('num_parameters', 0):,} parameters"
-            return f"training {parameters}, from step {record.get('first_step')} to {record.get('total_steps')}"
+            return (
+                f"training {parameters}, from step {record.get('first_step')} to {record.get('total_steps')}"
+            )
     return None

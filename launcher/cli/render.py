@@ -18,22 +18,32 @@ Nproc = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks of each
 
 def render(
     job: JobFile,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to write into; it is made where it is not there.")],
-    engine: Annotated[str | None, typer.Option(help="fsdp or deepspeed; the one that the plan chooses by default.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="The directory to write into; it is made where it is not there."
+        ),
+    ],
+    engine: Annotated[
+        str | None, typer.Option(help="fsdp or deepspeed; the one that the plan chooses by default.")
+    ] = None,
     nproc: Nproc = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="The run directory of the scripts; runs/NAME by default.")
+        Path | None,
+        typer.Option(
+            "--run-dir", metavar="DIR", help="The run directory of the scripts; runs/NAME by default."
+        ),
     ] = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Write the plan as DeepSpeed, Accelerate, torchrun and Slurm read it."""
     from launcher.job.load import load
-    from launcher.planning.search import plan_job
+    from launcher.planner.search import plan_job
     from launcher.render.engines import for_engine
     from launcher.render.files import NAMES, files
+    from launcher.render.launch_paths import Place
     from launcher.render.notes import Note, notes
-    from launcher.render.place import Place
     from launcher.render.write import write
 
     loaded = load(job, overrides)
@@ -55,7 +65,9 @@ def render(
     return print_table(["key", "value", ""], [[note.key, str(note.value), note.text] for note in found])
 
 
-Compared = Annotated[Path, typer.Argument(help="plan.json, a run directory, a job file, ds_config.json or accelerate.yaml.")]
+Compared = Annotated[
+    Path, typer.Argument(help="plan.json, a run directory, a job file, ds_config.json or accelerate.yaml.")
+]
 
 
 def diff(a: Compared, b: Compared, as_json: AsJson = False) -> None:

@@ -14,18 +14,33 @@ from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks, tracing
 
 if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+    from launcher.planner.plan import Plan
     from launcher.runs.layout import RunDirectory
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one below runs/.")]
-RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")]
+RunPath = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")
+]
 Force = Annotated[bool, typer.Option("--force", help="Begin it though the plan says that it cannot fit.")]
-Judged = Annotated[bool, typer.Option("--trace", help="Judge a model that the formulas do not know by its real class (imports torch).")]
-StopAt = Annotated[int | None, typer.Option("--stop-at", min=1, metavar="STEP", help="Save and leave after this step, with exit code 75.")]
+Judged = Annotated[
+    bool,
+    typer.Option(
+        "--trace", help="Judge a model that the formulas do not know by its real class (imports torch)."
+    ),
+]
+StopAt = Annotated[
+    int | None,
+    typer.Option(
+        "--stop-at", min=1, metavar="STEP", help="Save and leave after this step, with exit code 75."
+    ),
+]
 
 
 ScriptFile = Annotated[
-    Path | None, typer.Option("--script", metavar="FILE", help="Run this training script; its arguments stand behind `--`.")
+    Path | None,
+    typer.Option(
+        "--script", metavar="FILE", help="Run this training script; its arguments stand behind `--`."
+    ),
 ]
 
 
@@ -43,17 +58,21 @@ def run(
 ) -> None:
     """Run a job on this machine; a run that stopped goes on where it was."""
     from launcher.cli.plan_tables import table
-    from launcher.scheduling.opening import expectation, open_run
-    from launcher.scheduling.script import script_command
+    from launcher.launch.run_setup import expectation, open_run
+    from launcher.launch.script_run import script_command
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
-    opened, plan = open_run(job, overrides, nproc, run_dir, command, force=force, trace=tracing() if trace else None)
+    opened, plan = open_run(
+        job, overrides, nproc, run_dir, command, force=force, trace=tracing() if trace else None
+    )
     if opened.last_attempt() == 0 and not as_json:
         typer.echo("\n".join(filter(None, [table(plan), expectation(opened)])) + "\n", err=True)
     _attempt(opened, plan, stop_at, as_json)
 
 
-Local = Annotated[bool, typer.Option("--local", help="On this machine, though the run was submitted to Slurm.")]
+Local = Annotated[
+    bool, typer.Option("--local", help="On this machine, though the run was submitted to Slurm.")
+]
 
 
 def resume(
@@ -65,8 +84,8 @@ def resume(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Go on with a run that stopped."""
+    from launcher.launch.run_setup import reopen
     from launcher.runs.layout import RunDirectory
-    from launcher.scheduling.opening import reopen
 
     found = RunDirectory.find(run)
     if (found.path / "slurm" / "job.json").exists() and not local:
@@ -75,23 +94,35 @@ def resume(
     _attempt(found, reopen(found, overrides, nproc), stop_at, as_json)
 
 
-def _resubmit(run: RunDirectory, nproc: int | None, stop_at: int | None, as_json: bool, overrides: list[str]) -> None:
+def _resubmit(
+    run: RunDirectory, nproc: int | None, stop_at: int | None, as_json: bool, overrides: list[str]
+) -> None:
     """A run that was submitted goes on under Slurm."""
     from launcher.cli.output import print_json
     from launcher.errors import ConfigurationError, Problem, SchedulerError
-    from launcher.scheduling.local import shown
-    from launcher.scheduling.slurm import handing_over
+    from launcher.launch.local import shown
+    from launcher.launch.slurm import submit_run
 
     for option, value in (("--nproc", nproc), ("--stop-at", stop_at)):
         if value is not None:
-            reason = "this run was submitted to Slurm; change the job with --set, or go on on this machine with --local"
+            reason = (
+                "this run was submitted to Slurm; change the job with --set, or go on on this machine with "
+                "--local"
+            )
             raise ConfigurationError(Problem(option, value, reason))
     try:
-        plan, job_id = handing_over.resubmit(run, overrides)
+        plan, job_id = submit_run.resubmit(run, overrides)
     except SchedulerError as error:
-        raise handing_over.explain(error) from None
+        raise submit_run.explain(error) from None
     if as_json:
-        print_json({"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size})
+        print_json(
+            {
+                "run": str(run.path),
+                "job": job_id,
+                "nodes": plan.slurm.nodes or plan.mesh.nodes,
+                "world_size": plan.mesh.world_size,
+            }
+        )
     else:
         typer.echo(f"job {job_id}: {shown(run.path)}")
 
@@ -100,20 +131,25 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     """One attempt with its display, then the summary; leaves with the attempt's exit code."""
     from launcher.cli.display import Display, summary
     from launcher.errors import ConfigurationError, Problem
+    from launcher.launch import local
+    from launcher.launch.cutting import run_with_cuts
+    from launcher.launch.screen import mute
     from launcher.runs.status import read_status
-    from launcher.scheduling import local
-    from launcher.scheduling.cutting import run_with_cuts
-    from launcher.scheduling.screen import mute
 
     if plan.script and stop_at is not None:
-        raise ConfigurationError(Problem("--stop-at", stop_at, "only the script knows its steps; leave it out"))
+        raise ConfigurationError(
+            Problem("--stop-at", stop_at, "only the script knows its steps; leave it out")
+        )
     code = run_with_cuts(run, plan, Display(plan), stop_at)
     # Whoever read this may have gone, and the disk with the run: the attempt's own code is what counts.
     with contextlib.suppress(OSError):
         if as_json:
             print_json({**read_status(run).to_dict(), "exit_code": code})
         elif code == 0 and plan.script:
-            typer.echo(f"finished: {local.shown(run.path)}; what the ranks printed is in {local.shown(run.attempt(run.last_attempt()))}")
+            typer.echo(
+                f"finished: {local.shown(run.path)}; what the ranks printed is in "
+                f"{local.shown(run.attempt(run.last_attempt()))}"
+            )
         elif code == 0:
             typer.echo(summary(run, local.shown(run.path)))
     mute()

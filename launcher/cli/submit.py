@@ -13,9 +13,14 @@ from launcher.cli.plan import AsJson, tracing
 from launcher.cli.run import Force, Judged, Run, RunPath, ScriptFile
 
 After = Annotated[
-    list[str], typer.Option("--after", metavar="RUN", help="Start only when this run has finished; may be given several times.")
+    list[str],
+    typer.Option(
+        "--after", metavar="RUN", help="Start only when this run has finished; may be given several times."
+    ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script that would be submitted, and do nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the script that would be submitted, and do nothing.")
+]
 
 
 def submit(
@@ -32,29 +37,41 @@ def submit(
 ) -> None:
     """Hand a job to Slurm; a run that stopped goes on where it was."""
     from launcher.errors import SchedulerError
-    from launcher.scheduling.local import shown
-    from launcher.scheduling.opening import expectation
-    from launcher.scheduling.script import script_command
-    from launcher.scheduling.slurm import handing_over
-    from launcher.scheduling.slurm.snapshot import LEFT_OUT, left_out
+    from launcher.launch.local import shown
+    from launcher.launch.run_setup import expectation
+    from launcher.launch.script_run import script_command
+    from launcher.launch.slurm import submit_run
+    from launcher.launch.slurm.snapshot import LEFT_OUT, left_out
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     if dry_run:
-        typer.echo(handing_over.preview(job, overrides, run_dir, command, tracing() if trace else None), nl=False)
+        typer.echo(
+            submit_run.preview(job, overrides, run_dir, command, tracing() if trace else None), nl=False
+        )
         return
     try:
-        run, plan, job_id = handing_over.hand_over(job, overrides, run_dir, command, after, force, tracing() if trace else None)
+        run, plan, job_id = submit_run.hand_over(
+            job, overrides, run_dir, command, after, force, tracing() if trace else None
+        )
     except SchedulerError as error:
-        raise handing_over.explain(error) from None
+        raise submit_run.explain(error) from None
     missing = left_out(run) if command else []
     if as_json:
-        facts = {"run": str(run.path), "job": job_id, "nodes": plan.slurm.nodes or plan.mesh.nodes, "world_size": plan.mesh.world_size}
+        facts = {
+            "run": str(run.path),
+            "job": job_id,
+            "nodes": plan.slurm.nodes or plan.mesh.nodes,
+            "world_size": plan.mesh.world_size,
+        }
         print_json({**facts, "left_out": missing} if command else facts)
         return
     if missing:
         more = f"; {len(missing) - 3} more in {shown(run.path)}/code/{LEFT_OUT}" if len(missing) > 3 else ""
         typer.echo(f"not copied with the script: {'; '.join(missing[:3])}{more}", err=True)
-    typer.echo(f"job {job_id}: {shown(run.path)} on {plan.slurm.nodes or plan.mesh.nodes} nodes x {plan.mesh.ranks_per_node} ranks")
+    typer.echo(
+        f"job {job_id}: {shown(run.path)} on {plan.slurm.nodes or plan.mesh.nodes} nodes x "
+        f"{plan.mesh.ranks_per_node} ranks"
+    )
     if expected := expectation(run):
         typer.echo(expected)
     typer.echo(f"follow it with: launcher status {shown(run.path)}", err=True)
@@ -62,9 +79,9 @@ def submit(
 
 def cancel(run: Run, as_json: AsJson = False) -> None:
     """End a run's Slurm job; the ranks save first, if there is time."""
+    from launcher.launch.local import shown
+    from launcher.launch.slurm.cancelling import cancel as cancel_job
     from launcher.runs.layout import RunDirectory
-    from launcher.scheduling.local import shown
-    from launcher.scheduling.slurm.cancelling import cancel as cancel_job
 
     found = RunDirectory.find(run)
     job_id = cancel_job(found)

@@ -12,26 +12,49 @@ from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson, NumRanks
 
 if TYPE_CHECKING:
-    from launcher.scheduling.sweep.leaderboard import Line
-    from launcher.scheduling.sweep.sweep import Sweep
+    from launcher.sweep.leaderboard import Line
+    from launcher.sweep.sweep import Sweep
 
 What = Annotated[
-    Path, typer.Argument(metavar="JOB|SWEEP", help="A job file to begin a sweep with, or a sweep's directory to go on with or look at.")
+    Path,
+    typer.Argument(
+        metavar="JOB|SWEEP",
+        help="A job file to begin a sweep with, or a sweep's directory to go on with or look at.",
+    ),
 ]
-Grid = Annotated[list[str], typer.Option("--grid", metavar="KEY=A,B,...", help="Try each of these values; may be given several times.")]
+Grid = Annotated[
+    list[str],
+    typer.Option(
+        "--grid", metavar="KEY=A,B,...", help="Try each of these values; may be given several times."
+    ),
+]
 Random = Annotated[
-    list[str], typer.Option("--random", metavar="KEY=LOW..HIGH", help="Draw from a range, or (:log) by magnitude, or from values.")
+    list[str],
+    typer.Option(
+        "--random", metavar="KEY=LOW..HIGH", help="Draw from a range, or (:log) by magnitude, or from values."
+    ),
 ]
-Points = Annotated[int | None, typer.Option("--points", min=1, metavar="N", help="How many points --random draws.")]
+Points = Annotated[
+    int | None, typer.Option("--points", min=1, metavar="N", help="How many points --random draws.")
+]
 HalvingRule = Annotated[
     str | None,
-    typer.Option("--halving", metavar="STEPS[:N]", help="Compare points at STEPS, at N times that, and so on; one of N [3] goes on."),
+    typer.Option(
+        "--halving",
+        metavar="STEPS[:N]",
+        help="Compare points at STEPS, at N times that, and so on; one of N [3] goes on.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
 Metric = Annotated[str, typer.Option("--metric", help="What the leaderboard ranks by: a metric of the task.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the sweep is kept. [default: sweeps/NAME]")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where the sweep is kept. [default: sweeps/NAME]")
+]
 Local = Annotated[bool, typer.Option("--local", help="On this machine, one point after another.")]
-Parallel = Annotated[int | None, typer.Option("--parallel", min=1, metavar="N", help="Slurm: at most so many points at a time.")]
+Parallel = Annotated[
+    int | None,
+    typer.Option("--parallel", min=1, metavar="N", help="Slurm: at most so many points at a time."),
+]
 Show = Annotated[bool, typer.Option("--show", help="Show the leaderboard, and start nothing.")]
 
 
@@ -52,7 +75,7 @@ def sweep(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Try several values of a job's keys, as a Slurm array or here."""
-    from launcher.scheduling.local import shown
+    from launcher.launch.local import shown
 
     found = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
     code = 0
@@ -83,10 +106,10 @@ def _open(
     """A sweep that is there, or a new one. Raises ConfigurationError."""
     from launcher import tasks
     from launcher.errors import ConfigurationError, Problem
-    from launcher.scheduling.opening import load_job
-    from launcher.scheduling.sweep.space import points as draw
-    from launcher.scheduling.sweep.space import rungs
-    from launcher.scheduling.sweep.sweep import Sweep
+    from launcher.launch.run_setup import load_job
+    from launcher.sweep.space import points as draw
+    from launcher.sweep.space import rungs
+    from launcher.sweep.sweep import Sweep
 
     if what.is_dir():
         given = {
@@ -109,25 +132,33 @@ def _open(
         reason = f"a {task.kind} evaluation does not measure it; it measures {', '.join(task.metrics)}"
         raise ConfigurationError(Problem("--metric", metric, reason))
     drawn = draw(grid, random, points, seed)
-    return Sweep.create(out or Path("sweeps") / job.name, what, overrides, drawn, metric, nproc, rungs(halving) if halving else None)
+    return Sweep.create(
+        out or Path("sweeps") / job.name,
+        what,
+        overrides,
+        drawn,
+        metric,
+        nproc,
+        rungs(halving) if halving else None,
+    )
 
 
 def _here(found: Sweep) -> int:
-    from launcher.scheduling.screen import Watcher
-    from launcher.scheduling.sweep.running import run_here
+    from launcher.launch.screen import Watcher
+    from launcher.sweep.running import run_here
 
     return run_here(found, Watcher())
 
 
 def _submit(found: Sweep, parallel: int | None, as_json: bool) -> int:
     from launcher.errors import SchedulerError
-    from launcher.scheduling.slurm import handing_over
-    from launcher.scheduling.sweep.running import submit
+    from launcher.launch.slurm import submit_run
+    from launcher.sweep.running import submit
 
     try:
         job_id, numbers = submit(found, parallel)
     except SchedulerError as error:
-        raise handing_over.explain(error) from None
+        raise submit_run.explain(error) from None
     if as_json:
         print_json({"sweep": str(found.path), "job": job_id, "points": numbers})
     else:
@@ -136,13 +167,22 @@ def _submit(found: Sweep, parallel: int | None, as_json: bool) -> int:
 
 
 def _leaderboard(found: Sweep, as_json: bool) -> None:
-    from launcher.scheduling.sweep.leaderboard import leaderboard
+    from launcher.sweep.leaderboard import leaderboard
 
     lines = leaderboard(found)
     if as_json:
-        print_json({"sweep": str(found.path), "metric": found.metric, "points": [_content(found, line) for line in lines]})
+        print_json(
+            {
+                "sweep": str(found.path),
+                "metric": found.metric,
+                "points": [_content(found, line) for line in lines],
+            }
+        )
         return
-    rows = [[str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)] for place, line in enumerate(lines, start=1)]
+    rows = [
+        [str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)]
+        for place, line in enumerate(lines, start=1)
+    ]
     print_table(["place", "point", found.metric, "at step", "state", "tried"], rows)
 
 

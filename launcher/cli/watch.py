@@ -13,7 +13,7 @@ import typer
 
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
-from launcher.cli.seeing import SomeRun, newest
+from launcher.cli.status import SomeRun, newest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-Every = Annotated[float, typer.Option("--every", min=0.2, metavar="SECONDS", help="Look again after so many seconds.")]
+Every = Annotated[
+    float, typer.Option("--every", min=0.2, metavar="SECONDS", help="Look again after so many seconds.")
+]
 Once = Annotated[bool, typer.Option("--once", help="Show it once and leave.")]
 _SECONDS_BETWEEN_QUESTIONS = 10.0
 """Slurm's controller serves many; files are looked at more often."""
@@ -31,7 +33,7 @@ _OVER = ("finished", "failed", "stopped")
 
 def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: AsJson = False) -> None:
     """Show a run on the whole screen: loss, ranks, events."""
-    from launcher.cli.watching import Watched
+    from launcher.cli.watch_state import Watched
     from launcher.runs.layout import RunDirectory
 
     watched = Watched(RunDirectory.find(run) if run else newest())
@@ -43,7 +45,9 @@ def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: 
     console = Console(highlight=False)
     if once or not console.is_terminal:
         seen = watched.look(ask=True)
-        console.print(screen(seen, console.width), height=max(24, console.height if console.is_terminal else 32))
+        console.print(
+            screen(seen, console.width), height=max(24, console.height if console.is_terminal else 32)
+        )
         return
     _follow(watched, console, every)
 
@@ -54,7 +58,10 @@ def _follow(watched: Any, console: Any, every: float) -> None:
 
     asked = 0.0
     seen = watched.look(ask=True)
-    with leaving_at_interrupt() as leaving, Live(screen(seen, console.width), console=console, screen=True, auto_refresh=False) as live:
+    with (
+        leaving_at_interrupt() as leaving,
+        Live(screen(seen, console.width), console=console, screen=True, auto_refresh=False) as live,
+    ):
         while not (leaving.is_set() or (seen["status"]["state"] in _OVER and not seen["goes_on"])):
             live.update(screen(seen, console.width), refresh=True)
             if leaving.wait(every):
@@ -89,7 +96,11 @@ def screen(seen: dict[str, Any], width: int) -> Layout:
     layout = Layout()
     ranks = ranks_table(seen["ranks"])
     below = Layout(name="below")
-    layout.split_column(Layout(Panel(header(seen["status"]), title=seen["status"]["name"]), size=6), Layout(name="middle", ratio=2), below)
+    layout.split_column(
+        Layout(Panel(header(seen["status"]), title=seen["status"]["name"]), size=6),
+        Layout(name="middle", ratio=2),
+        below,
+    )
     layout["middle"].split_row(
         Layout(Panel(curve(seen["losses"], max(20, width - _RANKS_WIDTH - 6)), title="loss")),
         Layout(Panel(ranks, title="ranks"), size=_RANKS_WIDTH),
@@ -107,7 +118,9 @@ def header(status: dict[str, Any]) -> Table:
     rate, total = status["tokens_per_second"], status["total_steps"]
     parts = [
         status["state"] + (f" ({status['phase']})" if status["phase"] else ""),
-        f"job {slurm['job_id']} {slurm.get('state', '').lower()} {slurm.get('reason', '')}".rstrip() if slurm else "",
+        f"job {slurm['job_id']} {slurm.get('state', '').lower()} {slurm.get('reason', '')}".rstrip()
+        if slurm
+        else "",
         f"attempt {status['attempts']}" if status["attempts"] else "",
         ", ".join(status["nodes"]),
         f"{slurm['time_left']} left" if slurm.get("time_left") else "",
@@ -121,12 +134,20 @@ def header(status: dict[str, Any]) -> Table:
     )
     grid = Table.grid(padding=(0, 2))
     grid.add_row("  ".join(part for part in parts if part))
-    grid.add_row("  ".join(part for part in (f"step {status['step']}" + (f" of {total}" if total else ""), loss, speed, age) if part))
+    grid.add_row(
+        "  ".join(
+            part
+            for part in (f"step {status['step']}" + (f" of {total}" if total else ""), loss, speed, age)
+            if part
+        )
+    )
     if total:
         grid.add_row(ProgressBar(total=total, completed=status["step"]))
     failure = status["failure"]
     grid.add_row(
-        f"{failure['failure_class']}: {failure['cause']}" if failure else status["hang"] or status["straggler"] or status["last_word"] or ""
+        f"{failure['failure_class']}: {failure['cause']}"
+        if failure
+        else status["hang"] or status["straggler"] or status["last_word"] or ""
     )
     return grid
 
@@ -153,9 +174,17 @@ def ranks_table(ranks: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
     slowest = max((rank["busy_seconds"] for rank in ranks), default=0.0)
     for rank in ranks:
-        stands_out = rank["busy_seconds"] == slowest and slowest > 1.5 * min(other["busy_seconds"] for other in ranks)
+        stands_out = rank["busy_seconds"] == slowest and slowest > 1.5 * min(
+            other["busy_seconds"] for other in ranks
+        )
         slow = rank["slowness"] > 0 or (stands_out and len(ranks) > 1)
-        cells = (str(rank["rank"]), rank["host"], str(rank["step"]), f"{rank['busy_seconds']:.2f} s", f"{rank['behind_seconds']:.1f} s")
+        cells = (
+            str(rank["rank"]),
+            rank["host"],
+            str(rank["step"]),
+            f"{rank['busy_seconds']:.2f} s",
+            f"{rank['behind_seconds']:.1f} s",
+        )
         table.add_row(*cells, size(rank["memory_bytes"]), style="bold" if slow else None)
     return table
 
@@ -167,13 +196,17 @@ def events(records: list[dict[str, Any]]) -> Text:
     lines = []
     for record in records:
         said = "  ".join(
-            f"{key} {value}" for key, value in record.items() if key not in ("time", "event") and isinstance(value, (str, int, float))
+            f"{key} {value}"
+            for key, value in record.items()
+            if key not in ("time", "event") and isinstance(value, (str, int, float))
         )
-        lines.append(f"{time.strftime('%H:%M:%S', time.localtime(record['time']))}  {record['event']}  {said}"[:200])
+        lines.append(
+            f"{time.strftime('%H:%M:%S', time.localtime(record['time']))}  {record['event']}  {said}"[:200]
+        )
     return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
 
 
 def _ago(seconds: float) -> str:
-    from launcher.runs.words import duration
+    from launcher.runs.wording import duration
 
     return duration(seconds)

@@ -9,8 +9,23 @@ from launcher.importing.reading import Reading, brief
 
 _STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 """FSDP1's names; written as numbers they count from 1."""
-_SHARDING = {"FULL_SHARD": "full", "HYBRID_SHARD": "full", "SHARD_GRAD_OP": "gradients", "HYBRID_SHARD_ZERO2": "gradients"}
-_COPIES = ("MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_NEURON")
+_SHARDING = {
+    "FULL_SHARD": "full",
+    "HYBRID_SHARD": "full",
+    "SHARD_GRAD_OP": "gradients",
+    "HYBRID_SHARD_ZERO2": "gradients",
+}
+_COPIES = (
+    "MULTI_GPU",
+    "MULTI_CPU",
+    "MULTI_XPU",
+    "MULTI_NPU",
+    "MULTI_MLU",
+    "MULTI_HPU",
+    "MULTI_SDAA",
+    "MULTI_MUSA",
+    "MULTI_NEURON",
+)
 _PLACE = (
     "compute_environment",
     "debug",
@@ -57,11 +72,17 @@ _FSDP_ALWAYS = {
 
 
 def read(content: dict[str, Any], reading: Reading, has_own_precision: bool = False) -> None:
-    """Say what an Accelerate YAML says; `has_own_precision` where it stands in a file that says the precision by keys of its own."""
+    """Say what an Accelerate YAML says; `has_own_precision` where it stands in a file that says the precision
+    by keys of its own."""
     kind = (reading.word(content, "distributed_type") or "NO").upper()
     if brief(content.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         value = content["compute_environment"]
-        reading.remark("cannot be said", "compute_environment", brief(value), "launcher runs on machines of its own or under Slurm")
+        reading.remark(
+            "cannot be said",
+            "compute_environment",
+            brief(value),
+            "launcher runs on machines of its own or under Slurm",
+        )
     _engine(kind, content, reading)
     places(content, reading, kind)
     if not has_own_precision:
@@ -76,7 +97,12 @@ def places(content: dict[str, Any], reading: Reading, kind: str = "") -> None:
     backend = brief(dynamo.get("dynamo_backend", dynamo.get("backend", "NO"))).upper()
     if backend != "NO":
         reading.say("model.compile", True, "dynamo_config.dynamo_backend")
-        reading.remark("changes meaning", "dynamo_config", backend, "launcher compiles each repeated layer by itself, with inductor")
+        reading.remark(
+            "changes meaning",
+            "dynamo_config",
+            backend,
+            "launcher compiles each repeated layer by itself, with inductor",
+        )
     _rest(content, reading)
 
 
@@ -90,13 +116,28 @@ def _engine(kind: str, content: dict[str, Any], reading: Reading) -> None:
         reading.say("engine", "fsdp", "distributed_type")
         reading.say("sharding", "none", "distributed_type")
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-            reading.remark("cannot be said", "distributed_type", kind, "launcher knows NVIDIA GPUs and CPUs; taken as GPUs")
+            reading.remark(
+                "cannot be said",
+                "distributed_type",
+                kind,
+                "launcher knows NVIDIA GPUs and CPUs; taken as GPUs",
+            )
     else:
         words = "NO, MULTI_GPU, MULTI_CPU, FSDP and DEEPSPEED"
-        reading.remark("cannot be said", "distributed_type", kind, f"launcher reads {words}; the engine is left to `launcher plan`")
-    for name, used, section in (("fsdp_config", kind == "FSDP", fsdp), ("deepspeed_config", kind == "DEEPSPEED", deepspeed)):
+        reading.remark(
+            "cannot be said",
+            "distributed_type",
+            kind,
+            f"launcher reads {words}; the engine is left to `launcher plan`",
+        )
+    for name, used, section in (
+        ("fsdp_config", kind == "FSDP", fsdp),
+        ("deepspeed_config", kind == "DEEPSPEED", deepspeed),
+    ):
         if section and not used:
-            reading.remark("ignored", name, "{...}", f"Accelerate does not read it with distributed_type: {kind}")
+            reading.remark(
+                "ignored", name, "{...}", f"Accelerate does not read it with distributed_type: {kind}"
+            )
 
 
 def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> None:
@@ -109,21 +150,42 @@ def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> No
         reading.refuse(f"{prefix}version", version, "write 1 or 2")
     reading.say("engine", "fsdp", "distributed_type")
     if version == 1:
-        reading.remark("changes meaning", f"{prefix}version", version, "launcher has FSDP2: the same is cut, parameter by parameter")
+        reading.remark(
+            "changes meaning",
+            f"{prefix}version",
+            version,
+            "launcher has FSDP2: the same is cut, parameter by parameter",
+        )
     _sharding(fsdp, version, content, reading)
     if (offloads := reading.flag(fsdp, "offload_params", prefix)) is not None:
         reading.say("offload", "parameters" if offloads else "none", f"{prefix}offload_params")
     if (recomputes := reading.flag(fsdp, "activation_checkpointing", prefix)) is not None:
-        reading.say("activation_checkpointing", "full" if recomputes else "none", f"{prefix}activation_checkpointing")
+        reading.say(
+            "activation_checkpointing", "full" if recomputes else "none", f"{prefix}activation_checkpointing"
+        )
     policy = (reading.word(fsdp, "auto_wrap_policy", prefix) or "TRANSFORMER_BASED_WRAP").upper()
     if policy != "TRANSFORMER_BASED_WRAP":
-        reading.remark("changes meaning", f"{prefix}auto_wrap_policy", policy, "the repeated layers are units of their own in any case")
-    known = {"version", "offload_params", "activation_checkpointing", "auto_wrap_policy", "sharding_strategy", "reshard_after_forward"}
+        reading.remark(
+            "changes meaning",
+            f"{prefix}auto_wrap_policy",
+            policy,
+            "the repeated layers are units of their own in any case",
+        )
+    known = {
+        "version",
+        "offload_params",
+        "activation_checkpointing",
+        "auto_wrap_policy",
+        "sharding_strategy",
+        "reshard_after_forward",
+    }
     for key, value in fsdp.items():
         if key in _FSDP_ALWAYS:
             reading.remark("ignored", prefix + key, brief(value), _FSDP_ALWAYS[key])
         elif key not in known and value not in (None, False, "false"):
-            reading.remark("cannot be said", prefix + key, brief(value), "launcher has no key for it; left out")
+            reading.remark(
+                "cannot be said", prefix + key, brief(value), "launcher has no key for it; left out"
+            )
 
 
 def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], reading: Reading) -> None:
@@ -151,7 +213,9 @@ def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], readi
     if value.startswith("HYBRID"):
         nodes = reading.count(content, "num_machines") or 1
         reading.say("mesh.replicate", nodes, prefix + key)
-        reading.remark("changes meaning", prefix + key, value, f"a copy on each node, as parallel.replicate: {nodes}")
+        reading.remark(
+            "changes meaning", prefix + key, value, f"a copy on each node, as parallel.replicate: {nodes}"
+        )
 
 
 def _deepspeed(section: dict[str, Any], reading: Reading) -> None:
@@ -163,13 +227,23 @@ def _deepspeed(section: dict[str, Any], reading: Reading) -> None:
         others = [key for key in section if key in _DEEPSPEED_INLINE]
         if others:
             text = "Accelerate refuses these beside deepspeed_config_file; the DeepSpeed file says them"
-            reading.remark("ignored", ", ".join(prefix + key for key in others), ", ".join(brief(section[key]) for key in others), text)
+            reading.remark(
+                "ignored",
+                ", ".join(prefix + key for key in others),
+                ", ".join(brief(section[key]) for key in others),
+                text,
+            )
     else:
         _deepspeed_inline(section, reading)
     always = [key for key in section if key not in (*_DEEPSPEED_INLINE, "deepspeed_config_file")]
     if always:
         text = "how Accelerate starts and saves; launcher loads in shards and exports by itself"
-        reading.remark("ignored", ", ".join(prefix + key for key in always), ", ".join(brief(section[key]) for key in always), text)
+        reading.remark(
+            "ignored",
+            ", ".join(prefix + key for key in always),
+            ", ".join(brief(section[key]) for key in always),
+            text,
+        )
 
 
 _DEEPSPEED_INLINE = (
@@ -185,16 +259,20 @@ _DEEPSPEED_INLINE = (
 
 def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
     """Without a file Accelerate makes a DeepSpeed configuration of these few keys."""
-    from launcher.importing import deepspeed
+    from launcher.importing import deepspeed_config
 
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
     for part in ("optimizer", "param"):
         device = section.get(f"offload_{part}_device")
         if device is not None:
             path = section.get(f"offload_{part}_nvme_path")
-            zero[f"offload_{part}"] = {"device": device, **({} if path in (None, "none") else {"nvme_path": path})}
+            zero[f"offload_{part}"] = {
+                "device": device,
+                **({} if path in (None, "none") else {"nvme_path": path}),
+            }
     keys = ("gradient_accumulation_steps", "gradient_clipping")
-    # Accelerate's own file for DeepSpeed says `auto` of what is left out, and clips at 1, or where the Trainer does.
+    # Accelerate's own file for DeepSpeed says `auto` of what is left out, and clips at 1, or where the
+    # Trainer does.
     made = {
         "bf16": {"enabled": "auto"},
         "gradient_clipping": "auto",
@@ -202,7 +280,7 @@ def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
         **{key: section[key] for key in keys if section.get(key) is not None},
     }
     inner = Reading(reading.source)
-    deepspeed.read(made, inner)
+    deepspeed_config.read(made, inner)
     reading.facts += [fact for fact in inner.facts if fact.key != "engine"]
     reading.remarks += [remark for remark in inner.remarks if remark.said != "bf16.enabled"]
     reading.problems += inner.problems
@@ -214,7 +292,9 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
         return
     word = "no" if value is False else brief(value).lower()
     if word == "fp8":
-        reading.remark("cannot be said", "mixed_precision", word, "launcher computes in bf16, fp16 or fp32; taken: bf16")
+        reading.remark(
+            "cannot be said", "mixed_precision", word, "launcher computes in bf16, fp16 or fp32; taken: bf16"
+        )
     elif word not in ("no", "fp16", "bf16"):
         reading.refuse("mixed_precision", value, "write no, fp16 or bf16")
         return
@@ -233,13 +313,19 @@ def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
         reading.say("mesh.device", "cpu", "use_cpu" if on_cpu else "distributed_type")
     elif on_cpu is False or kind in ("FSDP", "MULTI_GPU"):
         reading.say("mesh.device", "cuda", "use_cpu" if on_cpu is False else "distributed_type")
-    parallel = {key.removeprefix("parallelism_config_"): value for key, value in reading.section(content, "parallelism_config").items()}
+    parallel = {
+        key.removeprefix("parallelism_config_"): value
+        for key, value in reading.section(content, "parallelism_config").items()
+    }
     prefix = "parallelism_config."
     if (copies := reading.count(parallel, "dp_replicate_size", prefix) or 1) > 1:
         reading.say("mesh.replicate", copies, prefix + "dp_replicate_size")
     for key, name in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
         if (reading.count(parallel, key, prefix) or 1) > 1:
-            text = f"launcher has no {name} parallelism; these ranks cut parameters instead, and each has its own samples"
+            text = (
+                f"launcher has no {name} parallelism; these ranks cut parameters instead, and each has its "
+                "own samples"
+            )
             reading.remark("cannot be said", prefix + key, parallel[key], text)
 
 

@@ -11,7 +11,16 @@ from launcher.importing import defaults, lora, sft, trainer
 from launcher.importing.reading import Reading, as_number, brief
 from launcher.importing.trainer_keys import HELD_OUT
 
-MARKS = {"micro_batch_size", "sequence_len", "adapter", "num_epochs", "datasets", "val_set_size", "lora_target_linear", "sample_packing"}
+MARKS = {
+    "micro_batch_size",
+    "sequence_len",
+    "adapter",
+    "num_epochs",
+    "datasets",
+    "val_set_size",
+    "lora_target_linear",
+    "sample_packing",
+}
 """Keys that stand beside `base_model`."""
 ADAPTER = lora.Names(
     rank="lora_r",
@@ -19,12 +28,16 @@ ADAPTER = lora.Names(
     also="lora_modules_to_save",
     stabilised="peft_use_rslora",
     variants=(
-        "peft_use_dora", "lora_target_parameters", "lora_rank_pattern", "lora_alpha_pattern", "peft_layers_to_transform",
-        "peft_layer_replication", "peft_init_lora_weights", "peft_trainable_token_indices", "loraplus_lr_ratio", "peft", "relora",
+        "peft_use_dora", "lora_target_parameters", "lora_rank_pattern", "lora_alpha_pattern",
+        "peft_layers_to_transform",
+        "peft_layer_replication", "peft_init_lora_weights", "peft_trainable_token_indices",
+        "loraplus_lr_ratio", "peft", "relora",
     ),
     details=(
-        "lora_target_linear", "lora_fan_in_fan_out", "peft_layers_pattern", "peft_ensure_weight_tying", "peft_autocast_adapter_dtype",
-        "loraplus_lr_embedding", "lora_on_cpu", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel",
+        "lora_target_linear", "lora_fan_in_fan_out", "peft_layers_pattern", "peft_ensure_weight_tying",
+        "peft_autocast_adapter_dtype",
+        "loraplus_lr_embedding", "lora_on_cpu", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
+        "lora_embedding_kernel",
         "qlora_sharded_model_loading", "bnb_config_kwargs",
     ),
 )  # fmt: skip
@@ -41,24 +54,40 @@ _RENAMED = {
 """axolotl's name -> the Trainer's."""
 _ATTENTION = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
 _NOTHING = {
-    "model_type", "tokenizer_type", "processor_type", "tokenizer_use_fast", "is_llama_derived_model", "is_mistral_derived_model",
-    "is_falcon_derived_model", "is_qwen_derived_model", "strict", "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory",
-    "shuffle_merged_datasets", "shuffle_before_merging_datasets", "eval_sample_packing", "eval_sequence_len", "eval_batch_size",
-    "pad_to_sequence_len", "sample_packing_group_size", "sample_packing_bin_size", "xformers_attention", "flash_attn_cross_entropy",
+    "model_type", "tokenizer_type", "processor_type", "tokenizer_use_fast", "is_llama_derived_model",
+    "is_mistral_derived_model",
+    "is_falcon_derived_model", "is_qwen_derived_model", "strict", "dataset_prepared_path",
+    "dataset_processes", "dataset_keep_in_memory",
+    "shuffle_merged_datasets", "shuffle_before_merging_datasets", "eval_sample_packing", "eval_sequence_len",
+    "eval_batch_size",
+    "pad_to_sequence_len", "sample_packing_group_size", "sample_packing_bin_size", "xformers_attention",
+    "flash_attn_cross_entropy",
     "flash_attn_fuse_mlp", "save_first_step", "local_rank", "ddp", "gc_steps", "hf_use_auth_token",
-    "use_tensorboard", "mlflow_experiment_name", "mlflow_tracking_uri", "wandb_run_id", "auto_resume_from_checkpoints", "debug",
-    "chunked_cross_entropy", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
+    "use_tensorboard", "mlflow_experiment_name", "mlflow_tracking_uri", "wandb_run_id",
+    "auto_resume_from_checkpoints", "debug",
+    "chunked_cross_entropy", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation",
+    "liger_layer_norm",
     "liger_fused_linear_cross_entropy", "dataset_num_proc", "low_cpu_mem_usage",
 }  # fmt: skip
 """Keys that change nothing of what is computed: paths, processes, reports."""
 _CHANGES: dict[str, tuple[Any, str]] = {
-    "train_on_inputs": (False, "launcher learns completions, or what the assistant says; a column of whole texts is learned whole"),
+    "train_on_inputs": (
+        False,
+        "launcher learns completions, or what the assistant says; a column of whole texts is learned whole",
+    ),
     "val_set_size": (0, HELD_OUT),
     "early_stopping_patience": (None, "training.early_stopping.patience with data.evaluation"),
     "unfrozen_parameters": (None, "launcher freezes by names: model.freeze"),
     "special_tokens": (None, "launcher takes the tokenizer as it lies with the model; set them there"),
-    "tokens": (None, "launcher takes the tokenizer as it lies with the model; add them there, and write model.resize_embeddings: true"),
-    "lora_model_dir": (None, "launcher goes on with an adapter by model.adapter.weights; name its directory there"),
+    "tokens": (
+        None,
+        "launcher takes the tokenizer as it lies with the model; add them there, and write "
+        "model.resize_embeddings: true",
+    ),
+    "lora_model_dir": (
+        None,
+        "launcher goes on with an adapter by model.adapter.weights; name its directory there",
+    ),
     "base_model_config": (None, "launcher takes the config that lies with the model"),
     "tokenizer_config": (None, "launcher takes the tokenizer that lies with the model"),
     "plugins": (None, "launcher loads no plugin"),
@@ -78,33 +107,51 @@ _CHANGES: dict[str, tuple[Any, str]] = {
 
 def read(content: dict[str, Any], reading: Reading) -> None:
     """Say what an axolotl file says."""
-    reading.names |= {theirs: own for own, theirs in _RENAMED.items() if own in content or theirs not in content}
+    reading.names |= {
+        theirs: own for own, theirs in _RENAMED.items() if own in content or theirs not in content
+    }
     if (kind := content.get("rl")) not in (None, False, ""):
-        reading.refuse("rl", brief(kind), "learns by another loss than cross entropy, which is all launcher has; leave it out for SFT")
+        reading.refuse(
+            "rl",
+            brief(kind),
+            "learns by another loss than cross entropy, which is all launcher has; leave it out for SFT",
+        )
     _adapter(content, reading)
     _data(content, reading)
     _tokens(content, reading)
     _remarks(content, reading)
     made = {_RENAMED.get(key, key): value for key, value in content.items()}
     _schedule(content, made)
-    made |= {"bf16": "auto" if content.get("bf16") in ("auto", "full") else content.get("bf16", content.get("bfloat16"))}
+    made |= {
+        "bf16": "auto"
+        if content.get("bf16") in ("auto", "full")
+        else content.get("bf16", content.get("bfloat16"))
+    }
     if content.get("gradient_checkpointing") in ("offload", "offload_disk"):
         made["gradient_checkpointing"] = True
-        text = "recomputed from activations that are kept off the GPU; launcher recomputes from those on it: the same is learned"
+        text = (
+            "recomputed from activations that are kept off the GPU; launcher recomputes from those on it: "
+            "the same is learned"
+        )
         reading.remark("ignored", "gradient_checkpointing", content["gradient_checkpointing"], text)
     if isinstance(config := content.get("fsdp_config"), dict):
         made["fsdp"] = content.get("fsdp") or True
         made["fsdp_config"] = {"fsdp_version": content.get("fsdp_version"), **config}
     own = {
-        "datasets", "test_datasets", "chat_template", "chat_template_jinja", "rl", "sample_packing", "excess_length_strategy", "adapter",
-        "fsdp_version", "bfloat16", "float32", "float16", "cosine_min_lr_ratio", "wandb_project", "use_wandb", "use_mlflow", "tf32",
+        "datasets", "test_datasets", "chat_template", "chat_template_jinja", "rl", "sample_packing",
+        "excess_length_strategy", "adapter",
+        "fsdp_version", "bfloat16", "float32", "float16", "cosine_min_lr_ratio", "wandb_project", "use_wandb",
+        "use_mlflow", "tf32",
         "saves_per_epoch", "evals_per_epoch",
         *lora.QUANTISED, *ADAPTER.all(), *_ATTENTION, *_NOTHING, *_CHANGES,
     }  # fmt: skip
     trainer.arguments(made, reading, defaults.AXOLOTL, own)
     fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
     if fact is not None and fact.is_default:
-        text = "left out, axolotl warms up over 3% of the steps, rounded down, and at most 100; here over 3%, rounded up"
+        text = (
+            "left out, axolotl warms up over 3% of the steps, rounded down, and at most 100; here over 3%, "
+            "rounded up"
+        )
         reading.remark("cannot be said", "warmup_ratio", fact.value, text)
 
 
@@ -125,11 +172,16 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
     else:
         lora.unused(content, ADAPTER, "without an adapter axolotl reads none of them", reading)
         if kind is not None:
-            reading.remark("cannot be said", "adapter", kind, "launcher has lora; taken: the whole model trains")
+            reading.remark(
+                "cannot be said", "adapter", kind, "launcher has lora; taken: the whole model trains"
+            )
     told = any(content.get(key) for key in lora.QUANTISED)
     lora.quantised(content, ("adapter",) if kind == "qlora" and not told else lora.QUANTISED, reading)
     if kind is None and content.get("bf16") in (True, "true", "full", "auto", None):
-        text = "the weights themselves are kept and updated in bf16 there; launcher keeps what trains in fp32, and computes in bf16"
+        text = (
+            "the weights themselves are kept and updated in bf16 there; launcher keeps what trains in "
+            "fp32, and computes in bf16"
+        )
         reading.remark("cannot be said", "bf16", brief(content.get("bf16", "auto")), text)
 
 
@@ -138,10 +190,17 @@ def _data(content: dict[str, Any], reading: Reading) -> None:
         listed = content.get(said)
         entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         if listed and not entries:
-            reading.remark("cannot be said", said, brief(listed), f"cannot be read as data sets; write {key} yourself")
+            reading.remark(
+                "cannot be said", said, brief(listed), f"cannot be read as data sets; write {key} yourself"
+            )
         if len(entries) > 1:
-            text = f"launcher reads one data set; taken: {entries[0].get('path')}. Write the rows of all to one file, and name that"
-            reading.remark("cannot be said", said, ", ".join(str(entry.get("path")) for entry in entries)[:120], text)
+            text = (
+                f"launcher reads one data set; taken: {entries[0].get('path')}. Write the rows of all to "
+                "one file, and name that"
+            )
+            reading.remark(
+                "cannot be said", said, ", ".join(str(entry.get("path")) for entry in entries)[:120], text
+            )
         if entries:
             _data_set({str(name): value for name, value in entries[0].items()}, said, key, reading)
 
@@ -162,17 +221,36 @@ def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> N
     elif way == "completion":
         reading.say("data.text", str(entry.get("field") or "text"), f"{said}.field")
     else:
-        text = "axolotl's own way to write a row; launcher takes columns as they are, by data.text, data.prompt and completion, or messages"
+        text = (
+            "axolotl's own way to write a row; launcher takes columns as they are, by data.text, "
+            "data.prompt and completion, or messages"
+        )
         reading.remark("cannot be said", f"{said}.type", brief(way), text)
     neutral = {
         "roles_to_train": (["assistant"], ["assistant", "gpt"], None),
         "train_on_eos": ("turn", None),
         "train_on_eot": ("turn", None),
     }
-    known = {"path", "type", "name", "split", "data_files", "ds_type", "field_messages", "field", "trust_remote_code", *neutral}
+    known = {
+        "path",
+        "type",
+        "name",
+        "split",
+        "data_files",
+        "ds_type",
+        "field_messages",
+        "field",
+        "trust_remote_code",
+        *neutral,
+    }
     for name, value in entry.items():
-        if (name not in known and value not in (None, "", [], {}, False)) or (name in neutral and value not in neutral[name]):
-            text = "launcher has no key for it; it learns what messages with role and content say, and the assistant's turns of them"
+        if (name not in known and value not in (None, "", [], {}, False)) or (
+            name in neutral and value not in neutral[name]
+        ):
+            text = (
+                "launcher has no key for it; it learns what messages with role and content say, and the "
+                "assistant's turns of them"
+            )
             reading.remark("cannot be said", f"{said}.{name}", brief(value), text)
 
 
@@ -189,8 +267,16 @@ def _tokens(content: dict[str, Any], reading: Reading) -> None:
             reading.say("data.too_long", found, "excess_length_strategy")
     template = reading.word(content, "chat_template")
     if content.get("chat_template_jinja") or template not in (None, "tokenizer_default"):
-        text = "launcher writes a chat by the tokenizer's own template; it is the same only where the model's own is this one. Put it into "
-        reading.remark("cannot be said", "chat_template", brief(template or "jinja"), text + "the model's tokenizer_config.json")
+        text = (
+            "launcher writes a chat by the tokenizer's own template; it is the same only where the model's "
+            "own is this one. Put it into "
+        )
+        reading.remark(
+            "cannot be said",
+            "chat_template",
+            brief(template or "jinja"),
+            text + "the model's tokenizer_config.json",
+        )
 
 
 def _remarks(content: dict[str, Any], reading: Reading) -> None:
@@ -214,8 +300,14 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
         if (times := reading.count(content, said, least=0)) == 1:
             reading.say(key, "epoch", said)
         elif times:
-            reading.remark("changes meaning", said, times, "launcher takes steps, a time or whole epochs; left out")
+            reading.remark(
+                "changes meaning", said, times, "launcher takes steps, a time or whole epochs; left out"
+            )
     if content.get("tf32") in (True, "true"):
-        reading.remark("cannot be said", "tf32", True, "launcher leaves the products of fp32 as PyTorch has them")
+        reading.remark(
+            "cannot be said", "tf32", True, "launcher leaves the products of fp32 as PyTorch has them"
+        )
     if found := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):
-        reading.remark("ignored", ", ".join(found), None, "how it is computed, reported and saved; the same is learned")
+        reading.remark(
+            "ignored", ", ".join(found), None, "how it is computed, reported and saved; the same is learned"
+        )

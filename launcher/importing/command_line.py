@@ -13,10 +13,21 @@ from typing import Any
 from launcher.importing import axolotl, llama_factory, shell, slurm, starting, trainer
 from launcher.importing.reading import Reading, Remark
 
-STARTERS = ("accelerate-launch", "accelerate", "torchrun", "deepspeed", "llamafactory-cli", "axolotl", "trl", "python")
+STARTERS = (
+    "accelerate-launch",
+    "accelerate",
+    "torchrun",
+    "deepspeed",
+    "llamafactory-cli",
+    "axolotl",
+    "trl",
+    "python",
+)
 _NO_WRAPPERS = {
-    "echo", "printf", "which", "type", "module", "ml", "pip", "pip3", "source", ".", "cd", "ls", "git", "apt", "apt-get", "grep", "kill",
-    "pkill", "killall", "rm", "mkdir", "cp", "mv", "ln", "find", "test", "[", "[[", "set", "alias", "trap", "wait", "sleep", "cat", "tee",
+    "echo", "printf", "which", "type", "module", "ml", "pip", "pip3", "source", ".", "cd", "ls", "git", "apt",
+    "apt-get", "grep", "kill",
+    "pkill", "killall", "rm", "mkdir", "cp", "mv", "ln", "find", "test", "[", "[[", "set", "alias", "trap",
+    "wait", "sleep", "cat", "tee",
     "hash", "command", "unset", "scontrol", "curl", "wget", "sed", "awk", "chmod", "pyenv", "brew",
 }  # fmt: skip
 """Programs that start no other, whatever words follow."""
@@ -31,8 +42,20 @@ _STARTING_MODULES = {
     "axolotl.cli.train": "axolotl",
     "llamafactory.cli": "llamafactory-cli",
 }
-_OTHER_MODULES = ("pip", "venv", "ensurepip", "http.server", "json.tool", "ipykernel", "site", "build", "pytest")
-_OTHER_LOSSES = re.compile(r"(?:^|_)(dpo|orpo|kto|ppo|grpo|rloo|reward|reward_modeling|rm|gkd|cpo|simpo|xpo)$", re.IGNORECASE)
+_OTHER_MODULES = (
+    "pip",
+    "venv",
+    "ensurepip",
+    "http.server",
+    "json.tool",
+    "ipykernel",
+    "site",
+    "build",
+    "pytest",
+)
+_OTHER_LOSSES = re.compile(
+    r"(?:^|_)(dpo|orpo|kto|ppo|grpo|rloo|reward|reward_modeling|rm|gkd|cpo|simpo|xpo)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +81,13 @@ def read_script(text: str, reading: Reading) -> None:
     except ValueError as error:
         return reading.refuse("command line", None, f"cannot be split into words: {error}")
     for name, default in script.variables.chosen.items():
-        reading.remark("chosen", name, default[:40], "the script's own default, which its environment may change")
+        reading.remark(
+            "chosen", name, default[:40], "the script's own default, which its environment may change"
+        )
     _read_commands(script, reading)
-    if directives := {key: value for words in script.directives for key, value in slurm.options(words)[0].items()}:
+    if directives := {
+        key: value for words in script.directives for key, value in slurm.options(words)[0].items()
+    }:
         slurm.read(directives, reading)
     reading.remarks = [_counted_by_slurm(remark, reading) for remark in reading.remarks]
     return None
@@ -71,7 +98,11 @@ def _counted_by_slurm(remark: Remark, reading: Reading) -> Remark:
     key = starting.COUNTS.get(remark.said.removeprefix("--"))
     if remark.kind != "fill in" or key is None or not reading.says(key):
         return remark
-    return replace(remark, kind="changes meaning", text="the shell fills this in; taken: the nodes and GPUs that are asked of Slurm")
+    return replace(
+        remark,
+        kind="changes meaning",
+        text="the shell fills this in; taken: the nodes and GPUs that are asked of Slurm",
+    )
 
 
 def read(words: list[str], reading: Reading) -> None:
@@ -122,7 +153,9 @@ def _training(words: list[str]) -> Training | None:
             return _of_python(rest, words[:index])
         if starter in _BY_NAME:
             if rest[:1] and rest[0] in _BY_NAME[starter]:
-                return Training("accelerate-launch" if starter == "accelerate" else starter, rest[1:], words[:index], 2)
+                return Training(
+                    "accelerate-launch" if starter == "accelerate" else starter, rest[1:], words[:index], 2
+                )
         elif starter and rest and (starter != "trl" or rest[0] == "sft" or _OTHER_LOSSES.search(rest[0])):
             return Training(starter, rest, words[:index], 2)
     return None
@@ -130,7 +163,9 @@ def _training(words: list[str]) -> Training | None:
 
 def _starter(word: str) -> str:
     name = PurePath(word).name
-    return next((starter for starter in STARTERS if name == starter or re.fullmatch(rf"{starter}[\d.]*", name)), "")
+    return next(
+        (starter for starter in STARTERS if name == starter or re.fullmatch(rf"{starter}[\d.]*", name)), ""
+    )
 
 
 def _of_python(words: list[str], before: list[str]) -> Training | None:
@@ -143,7 +178,12 @@ def _of_python(words: list[str], before: list[str]) -> Training | None:
         if target[1] in _STARTING_MODULES:
             rest = words[index + 2 :]
             starter = _STARTING_MODULES[target[1]]
-            return Training(starter, rest[1:] if starter == "llamafactory-cli" and rest[:1] == ["train"] else rest, before, 2)
+            return Training(
+                starter,
+                rest[1:] if starter == "llamafactory-cli" and rest[:1] == ["train"] else rest,
+                before,
+                2,
+            )
         if target[1].partition(".")[0] in _OTHER_MODULES or target[1] in _OTHER_MODULES:
             return None
         words = words[index + 1 :]
@@ -161,9 +201,11 @@ def _read(training: Training, reading: Reading) -> None:
     script, is_sft = "", starter == "trl"
     if starter in ("accelerate-launch", "torchrun", "deepspeed"):
         flags, words = starting.flags_of(words)
-        {"accelerate-launch": starting.of_accelerate, "torchrun": starting.of_torchrun, "deepspeed": starting.of_deepspeed}[starter](
-            flags, reading
-        )
+        {
+            "accelerate-launch": starting.of_accelerate,
+            "torchrun": starting.of_torchrun,
+            "deepspeed": starting.of_deepspeed,
+        }[starter](flags, reading)
     if starter == "axolotl" and "--" in words:  # what the launcher under it gets
         flags, _ = starting.flags_of(words[words.index("--") + 1 :])
         words = words[: words.index("--")]
@@ -175,10 +217,18 @@ def _read(training: Training, reading: Reading) -> None:
     starter = _STARTING_MODULES.get(script, starter)
     stem = PurePath(script).stem
     if _OTHER_LOSSES.search(stem) is not None:
-        text = "learns by another loss than cross entropy, which is all launcher has; the nearest is supervised fine-tuning"
+        text = (
+            "learns by another loss than cross entropy, which is all launcher has; the nearest is "
+            "supervised fine-tuning"
+        )
         return reading.refuse("script", script, text)
     if script and not is_sft:
-        reading.remark("ignored", "script", script, "launcher brings its own loop; `launcher run --script` would start yours")
+        reading.remark(
+            "ignored",
+            "script",
+            script,
+            "launcher brings its own loop; `launcher run --script` would start yours",
+        )
     _arguments(words, is_sft or re.search(r"(?:^|_)sft$", stem) is not None, starter, script, reading)
     return None
 
@@ -187,18 +237,26 @@ def _arguments(words: list[str], is_sft: bool, starter: str, script: str, readin
     """Say what a script's arguments say; beside a file that they name they stand in place of its keys."""
     named, positional = _split(words)
     file = ""
-    for word in [*positional, *(str(named.pop(key)) for key in ("config", "config_yaml") if _is_file(str(named.get(key))))]:
+    for word in [
+        *positional,
+        *(str(named.pop(key)) for key in ("config", "config_yaml") if _is_file(str(named.get(key)))),
+    ]:
         key, equals, value = word.partition("=")
         if equals and starter == "llamafactory-cli":
             named[key] = value
         elif "$" in word:
-            text = "the shell fills this in; nothing is executed here, so what stands in it is not read: import the file that it names too"
+            text = (
+                "the shell fills this in; nothing is executed here, so what stands in it is not read: "
+                "import the file that it names too"
+            )
             reading.remark("fill in", "(an argument)", word[:60], text)
             reading.is_partial = True
         elif _is_file(word) and not file:
             file = word
         else:
-            reading.remark("cannot be said", "(an argument)", word[:60], "launcher knows no argument without a name")
+            reading.remark(
+                "cannot be said", "(an argument)", word[:60], "launcher knows no argument without a name"
+            )
     content = starting.without_variables(named, reading)
     reading.is_partial |= not {"config", "config_yaml"}.isdisjoint(reading.unknown)
     if file:
@@ -207,7 +265,10 @@ def _arguments(words: list[str], is_sft: bool, starter: str, script: str, readin
     else:
         read_arguments(content, is_sft, starter, reading)
         if script and not reading.tool:
-            text = "its own defaults are not known here: where no argument says them, launcher's stand (launcher validate shows the job)"
+            text = (
+                "its own defaults are not known here: where no argument says them, launcher's stand "
+                "(launcher validate shows the job)"
+            )
             reading.remark("fill in", "script", script, text)
 
 
@@ -219,8 +280,16 @@ def read_arguments(content: dict[str, Any], is_sft: bool, starter: str, reading:
         axolotl.read(content, reading)
     else:
         # transformers' own parser has `--no_NAME` for what is true by default.
-        off = {key.removeprefix("no_"): False for key in content if key.startswith("no_") and content[key] is True and key != "no_cuda"}
-        trainer.read({key: value for key, value in content.items() if key.removeprefix("no_") not in off} | off, reading, is_sft)
+        off = {
+            key.removeprefix("no_"): False
+            for key in content
+            if key.startswith("no_") and content[key] is True and key != "no_cuda"
+        }
+        trainer.read(
+            {key: value for key, value in content.items() if key.removeprefix("no_") not in off} | off,
+            reading,
+            is_sft,
+        )
 
 
 def _is_file(word: str) -> bool:
@@ -228,7 +297,8 @@ def _is_file(word: str) -> bool:
 
 
 def _split(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """`--name value`, `--name=value`, `--name` (true), `--name a b` (a list); and the words before the first name."""
+    """`--name value`, `--name=value`, `--name` (true), `--name a b` (a list); and the words before the first
+    name."""
     named: dict[str, Any] = {}
     positional: list[str] = []
     name = ""
@@ -240,7 +310,9 @@ def _split(words: list[str]) -> tuple[dict[str, Any], list[str]]:
             name = "" if equals else name
         elif name:
             before = named[name]
-            named[name] = word if before is True else [*before, word] if isinstance(before, list) else [before, word]
+            named[name] = (
+                word if before is True else [*before, word] if isinstance(before, list) else [before, word]
+            )
         else:
             positional.append(word)
     return named, positional

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError
-from launcher.importing import files
+from launcher.importing import foreign_files
 from launcher.importing.merge import merge
 from launcher.importing.reading import Reading
 from launcher.job.load import load
-from launcher.planning.changes import changes
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job
+from launcher.planner.changes import changes
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job
 from launcher.render import accelerate, deepspeed
 
 
@@ -33,14 +33,17 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """How two files or run directories differ. Two plans are compared in full, anything else in what an engine's file can say.
+    """How two files or run directories differ. Two plans are compared in full, anything else in what an
+    engine's file can say.
 
     Raises ConfigurationError for what cannot be read.
     """
     sides = [_side(path) for path in (a, b)]
     one, other = sides
     if isinstance(one, Plan) and isinstance(other, Plan):
-        return Comparison([Difference(change.key, change.before, change.after) for change in changes(one, other)], [])
+        return Comparison(
+            [Difference(change.key, change.before, change.after) for change in changes(one, other)], []
+        )
     notes: list[str] = []
     kinds = {reading.rank for side in sides if isinstance(side, list) for reading in side}
     values = []
@@ -57,27 +60,32 @@ def compare(a: Path, b: Path) -> Comparison:
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
     """The keys whose values are not equal, in order."""
-    return [Difference(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [
+        Difference(key, a.get(key), b.get(key))
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _side(path: Path) -> Plan | list[Reading]:
     path = path / "plan.json" if path.is_dir() else path
-    content = files.content_of(path)
-    kind = files.kind_of(content)
+    content = foreign_files.content_of(path)
+    kind = foreign_files.kind_of(content)
     if kind == "plan":
         return Plan.read(path)
     if kind == "job":
         return plan_job(load(path), local=False)
-    readings = [files.read_content(content, str(path))]
-    files.follow(readings, {str(path): path.parent})
+    readings = [foreign_files.read_content(content, str(path))]
+    foreign_files.follow(readings, {str(path): path.parent})
     return readings
 
 
 def _rendered(plan: Plan, kinds: set[int]) -> list[Reading]:
-    """A plan in the words of the files it is compared with: a DeepSpeed file alone, or Accelerate's with DeepSpeed's."""
+    """A plan in the words of the files it is compared with: a DeepSpeed file alone, or Accelerate's with
+    DeepSpeed's."""
     readings = []
     if plan.engine == "deepspeed":
-        readings.append(files.read_content(deepspeed.config(plan), "(plan)"))
-    if plan.engine != "deepspeed" or kinds != {files.rank_of("deepspeed")}:
-        readings.append(files.read_content(accelerate.config(plan), "(plan, accelerate.yaml)"))
+        readings.append(foreign_files.read_content(deepspeed.config(plan), "(plan)"))
+    if plan.engine != "deepspeed" or kinds != {foreign_files.rank_of("deepspeed")}:
+        readings.append(foreign_files.read_content(accelerate.config(plan), "(plan, accelerate.yaml)"))
     return readings

@@ -68,7 +68,8 @@ LLAMA_FACTORY = TRAINER.but(
     data__packing=("packing", False),
 )
 AXOLOTL = TRAINER.but(
-    "axolotl 0.18.0",  # src/axolotl/utils/schemas: training.py, config.py; core/builders/base.py for the warm-up
+    # src/axolotl/utils/schemas: training.py, config.py; core/builders/base.py for the warm-up
+    "axolotl 0.18.0",
     training__schedule=("lr_scheduler_type", "cosine"),
     training__warmup=("warmup_steps", 0.03),
     training__epochs=("num_train_epochs", 1.0),
@@ -91,12 +92,15 @@ DEEPSPEED = Defaults(
 )
 DEEPSPEED_CLIPPING = 1.0
 """DeepSpeed 0.19.8, runtime/constants.py: GRADIENT_CLIPPING_DEFAULT. Older versions clipped nothing."""
-ACCELERATE = Defaults("accelerate 1.15.0", {"precision": ("mixed_precision", "fp32")})  # `accelerate launch` says "no"
+ACCELERATE = Defaults(
+    "accelerate 1.15.0", {"precision": ("mixed_precision", "fp32")}
+)  # `accelerate launch` says "no"
 
 
 @dataclass(frozen=True)
 class AdapterDefaults:
-    """What an adapter has where the file leaves it out. None: the tool refuses that, or it follows from other keys."""
+    """What an adapter has where the file leaves it out. None: the tool refuses that, or it follows from other
+    keys."""
 
     rank: int | None
     alpha: float | None
@@ -107,7 +111,9 @@ class AdapterDefaults:
 
 
 TRL_ADAPTER = AdapterDefaults(16, 32.0, 0.05, None)  # dataclass ModelConfig
-LLAMA_FACTORY_ADAPTER = AdapterDefaults(8, None, 0.0, "all", is_twice=True)  # hparams/finetuning_args.py; alpha is twice the rank
+LLAMA_FACTORY_ADAPTER = AdapterDefaults(
+    8, None, 0.0, "all", is_twice=True
+)  # hparams/finetuning_args.py; alpha is twice the rank
 AXOLOTL_ADAPTER = AdapterDefaults(None, None, 0.0, None)  # utils/schemas/peft.py
 
 
@@ -116,7 +122,11 @@ def differs(fact: Fact) -> bool:
     section, _, key = fact.key.partition(".")
     if section == "model" and key.startswith("adapter."):
         section, key = "adapter", key.removeprefix("adapter.")
-    sections: dict[str, type[Section]] = {"training": Training, "data": tasks.find("causal-lm").Columns, "adapter": Adapter}
+    sections: dict[str, type[Section]] = {
+        "training": Training,
+        "data": tasks.find("causal-lm").Columns,
+        "adapter": Adapter,
+    }
     model = sections.get(section)
     if model is None or key not in model.model_fields:
         return (fact.key, fact.value) not in (("precision", "auto"), ("batch.accumulation_steps", 1))

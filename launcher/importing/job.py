@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.importing import command_line, files
+from launcher.importing import command_line, foreign_files
 from launcher.importing.merge import JOB_KEYS, MODEL, TRAIN, job_content, merge
 from launcher.importing.reading import Reading, Remark
 from launcher.job.load import validate, without
@@ -31,14 +31,15 @@ class Imported:
 def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
     """The job that the files, and the words of a command line, say together.
 
-    Raises ConfigurationError with every problem: files that cannot be read, values that are none, numbers that do not divide.
+    Raises ConfigurationError with every problem: files that cannot be read, values that are none, numbers
+    that do not divide.
     """
     readings: list[Reading] = []
     problems: list[Problem] = []
     folders: dict[str, Path] = {}
     for path in paths:
         try:
-            readings.append(files.read(path))
+            readings.append(foreign_files.read(path))
             folders[str(path)] = path.parent
         except ConfigurationError as error:
             problems += error.problems
@@ -47,7 +48,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
         command_line.read(words, reading)
         readings.append(reading)
     try:
-        files.follow(readings, folders)
+        foreign_files.follow(readings, folders)
     except ConfigurationError as error:
         problems += error.problems
     if not paths and not words:
@@ -66,8 +67,16 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
                 content["model"]["name"] if content["model"]["name"] == MODEL else None,
                 "the model's directory or its name on the hub",
             ),
-            ("data.train", TRAIN if content["data"]["train"].get("path") == TRAIN else None, "the rows to learn from"),
-            ("data", _columns(content["data"]), "which columns are what: text, or prompt and completion, or messages, or text and label"),
+            (
+                "data.train",
+                TRAIN if content["data"]["train"].get("path") == TRAIN else None,
+                "the rows to learn from",
+            ),
+            (
+                "data",
+                _columns(content["data"]),
+                "which columns are what: text, or prompt and completion, or messages, or text and label",
+            ),
         )
         if value is not None
     ]
@@ -98,9 +107,18 @@ def _unfit(content: dict[str, Any], facts: dict[str, Any]) -> list[Problem]:
 
 
 def _text(content: dict[str, Any], readings: list[Reading]) -> str:
-    head = [f"# Made by `launcher import` of {', '.join(reading.source for reading in readings)}.".replace("\n", " ")]
-    head.append("# What is marked `fill in` no file said; `launcher validate` says whether anything is missing.")
+    head = [
+        f"# Made by `launcher import` of {', '.join(reading.source for reading in readings)}.".replace(
+            "\n", " "
+        )
+    ]
+    head.append(
+        "# What is marked `fill in` no file said; `launcher validate` says whether anything is missing."
+    )
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     body = body.replace(f"{MODEL}\n", f"{MODEL}   # fill in: a directory, or a name on the hub\n")
-    body = body.replace(f"{TRAIN}\n", f"{TRAIN}   # fill in, and which columns are what: text, or prompt and completion, or messages\n")
+    body = body.replace(
+        f"{TRAIN}\n",
+        f"{TRAIN}   # fill in, and which columns are what: text, or prompt and completion, or messages\n",
+    )
     return "\n".join([*head, body])

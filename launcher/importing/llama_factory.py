@@ -11,7 +11,16 @@ from launcher.importing import defaults, lora, trainer
 from launcher.importing.reading import Reading, brief
 from launcher.importing.trainer_keys import HELD_OUT
 
-MARKS = {"finetuning_type", "cutoff_len", "lora_target", "mask_history", "neat_packing", "dataset_dir", "template", "stage"}
+MARKS = {
+    "finetuning_type",
+    "cutoff_len",
+    "lora_target",
+    "mask_history",
+    "neat_packing",
+    "dataset_dir",
+    "template",
+    "stage",
+}
 ADAPTER = lora.Names(
     rank="lora_rank",
     targets="lora_target",
@@ -22,34 +31,53 @@ ADAPTER = lora.Names(
 )
 _ATTENTION = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
 _NOTHING = {
-    "overwrite_cache", "preprocessing_batch_size", "data_shared_file_system", "media_dir", "eval_num_beams", "eval_on_each_dataset",
-    "use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_reentrant_gc", "use_v1_kernels", "print_param_status", "hf_hub_token",
-    "ms_hub_token", "om_hub_token", "infer_backend", "infer_dtype", "use_kv_cache", "offload_folder", "compute_accuracy",
-    "ignore_pad_token_for_loss", "include_effective_tokens_per_second", "predict_with_generate", "use_swanlab",
+    "overwrite_cache", "preprocessing_batch_size", "data_shared_file_system", "media_dir", "eval_num_beams",
+    "eval_on_each_dataset",
+    "use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_reentrant_gc", "use_v1_kernels",
+    "print_param_status", "hf_hub_token",
+    "ms_hub_token", "om_hub_token", "infer_backend", "infer_dtype", "use_kv_cache", "offload_folder",
+    "compute_accuracy",
+    "ignore_pad_token_for_loss", "include_effective_tokens_per_second", "predict_with_generate",
+    "use_swanlab",
 }  # fmt: skip
 """Keys that change nothing of what is computed: paths, processes, reports."""
 _CHANGES: dict[str, tuple[Any, str]] = {
-    "train_on_prompt": (False, "launcher learns completions, or what the assistant says; a column of whole texts is learned whole"),
+    "train_on_prompt": (
+        False,
+        "launcher learns completions, or what the assistant says; a column of whole texts is learned whole",
+    ),
     "mask_history": (False, "launcher learns every turn of the assistant, not the last alone"),
     "freeze_trainable_layers": (2, "launcher freezes by names: model.freeze"),
-    "adapter_name_or_path": (None, "launcher goes on with an adapter by model.adapter.weights; name its directory there"),
+    "adapter_name_or_path": (
+        None,
+        "launcher goes on with an adapter by model.adapter.weights; name its directory there",
+    ),
     "pure_bf16": (False, "launcher keeps what trains in fp32, and computes in bf16"),
     "disable_shuffling": (False, "launcher shuffles by training.seed"),
     "early_stopping_steps": (None, "training.early_stopping with data.evaluation"),
     "streaming": (False, "launcher reads the whole data set before it begins"),
     "tokenized_path": (None, "launcher tokenises by itself"),
     "rope_scaling": (None, "launcher takes the model's config as it lies; set it there"),
-    "resize_vocab": (False, "model.resize_embeddings: true makes rows for added tokens, each the mean of the old ones, and no row beyond"),
+    "resize_vocab": (
+        False,
+        "model.resize_embeddings: true makes rows for added tokens, each the mean of the old ones, and "
+        "no row beyond",
+    ),
     "val_size": (0, HELD_OUT),
 }
 """Keys that change what is learned: the value at which they do nothing, and what is nearest."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
-    """Say what a LLaMA-Factory file says. Raises nothing: a stage that launcher lacks is a problem of the reading."""
+    """Say what a LLaMA-Factory file says. Raises nothing: a stage that launcher lacks is a problem of the
+    reading."""
     stage = reading.word(content, "stage") or "sft"
     if stage not in ("sft", "pt"):
-        reading.refuse("stage", stage, "learns by another loss than cross entropy, which is all launcher has; the nearest is sft")
+        reading.refuse(
+            "stage",
+            stage,
+            "learns by another loss than cross entropy, which is all launcher has; the nearest is sft",
+        )
     _adapter(content, reading)
     _data(content, stage, reading)
     _rows(content, reading)
@@ -57,17 +85,26 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     if attention in _ATTENTION:
         reading.say("model.attention", _ATTENTION[attention], "flash_attn")
     elif attention != "auto":
-        reading.remark("cannot be said", "flash_attn", attention, f"LLaMA-Factory has {', '.join(_ATTENTION)}; left to `launcher plan`")
+        reading.remark(
+            "cannot be said",
+            "flash_attn",
+            attention,
+            f"LLaMA-Factory has {', '.join(_ATTENTION)}; left to `launcher plan`",
+        )
     if (plain := reading.flag(content, "disable_gradient_checkpointing")) is not None:
         reading.say("activation_checkpointing", "none" if plain else "full", "disable_gradient_checkpointing")
     for key, (neutral, text) in _CHANGES.items():
         if (value := content.get(key, neutral)) not in (neutral, None, False, "", [], {}):
             reading.remark("cannot be said", key, brief(value), text)
     if found := sorted(key for key in _NOTHING if content.get(key) not in (None, "")):
-        reading.remark("ignored", ", ".join(found), None, "how it is computed and reported; the same is learned")
+        reading.remark(
+            "ignored", ", ".join(found), None, "how it is computed and reported; the same is learned"
+        )
     own = {
-        "stage", "finetuning_type", "template", "dataset", "eval_dataset", "dataset_dir", "cutoff_len", "max_samples", "packing",
-        "neat_packing", "flash_attn", "disable_gradient_checkpointing", *lora.QUANTISED, "quantization_method", "quantization_type",
+        "stage", "finetuning_type", "template", "dataset", "eval_dataset", "dataset_dir", "cutoff_len",
+        "max_samples", "packing",
+        "neat_packing", "flash_attn", "disable_gradient_checkpointing", *lora.QUANTISED,
+        "quantization_method", "quantization_type",
         "double_quantization", *ADAPTER.all(), *_NOTHING, *_CHANGES,
     }  # fmt: skip
     trainer.arguments(content, reading, defaults.LLAMA_FACTORY, own)
@@ -79,12 +116,18 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
         lora.read(content, ADAPTER, defaults.LLAMA_FACTORY_ADAPTER, reading)
         if "finetuning_type" not in content:
             reading.remark(
-                "changes meaning", "finetuning_type", "lora", "left out, and LLaMA-Factory then trains an adapter: model.adapter"
+                "changes meaning",
+                "finetuning_type",
+                "lora",
+                "left out, and LLaMA-Factory then trains an adapter: model.adapter",
             )
     else:
         lora.unused(content, ADAPTER, f"finetuning_type is {kind}, which reads none of them", reading)
     if kind not in ("lora", "full"):
-        text = "launcher trains the whole model, an adapter, or all but what model.freeze names; taken: the whole model"
+        text = (
+            "launcher trains the whole model, an adapter, or all but what model.freeze names; taken: the "
+            "whole model"
+        )
         reading.remark("cannot be said", "finetuning_type", kind, text)
     lora.quantised(content, lora.QUANTISED, reading)
 
@@ -97,26 +140,45 @@ def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:
     if packs or "packing" in content:
         reading.say("data.packing", packs, "neat_packing" if apart else "packing")
     if packs and not apart:
-        text = "the rows of a pack see each other there, unless neat_packing is true; in launcher they never do"
+        text = (
+            "the rows of a pack see each other there, unless neat_packing is true; in launcher they never do"
+        )
         reading.remark("cannot be said", "packing", True, text)
     if (length := reading.count(content, "cutoff_len", least=8)) is not None:
         length -= 1 if packs else 0
         reading.say("data.max_length", length, "cutoff_len")
     text = (
-        "of a row that is too long both prompt and answer are cut there; launcher keeps its beginning, or by data.too_long: drop leaves it"
+        "of a row that is too long both prompt and answer are cut there; launcher keeps its beginning, or "
+        "by data.too_long: drop leaves it"
     )
-    reading.remark("cannot be said", "cutoff_len", length if length is not None else 2048, text + " out. Shorter rows are the same")
+    reading.remark(
+        "cannot be said",
+        "cutoff_len",
+        length if length is not None else 2048,
+        text + " out. Shorter rows are the same",
+    )
     template = reading.word(content, "template")
     if template is not None and stage == "sft":
-        text = "launcher writes a chat by the tokenizer's own template; it is the same only where the model's own is this one. Look at its "
-        reading.remark("cannot be said", "template", template, text + "chat_template, and with data.messages nothing else is needed")
+        text = (
+            "launcher writes a chat by the tokenizer's own template; it is the same only where the model's "
+            "own is this one. Look at its "
+        )
+        reading.remark(
+            "cannot be said",
+            "template",
+            template,
+            text + "chat_template, and with data.messages nothing else is needed",
+        )
 
 
 def _rows(content: dict[str, Any], reading: Reading) -> None:
     for said, key in (("dataset", "data.train"), ("eval_dataset", "data.evaluation")):
         names = lora.words_of(content.get(said))
         if names:
-            text = f"entries of LLaMA-Factory's dataset_info.json: write the file, or the data set on the hub, as {key}, and its columns"
+            text = (
+                "entries of LLaMA-Factory's dataset_info.json: write the file, or the data set on the "
+                f"hub, as {key}, and its columns"
+            )
             reading.remark("fill in", said, ", ".join(names), text)
         if len(names) > 1:
             text = "launcher reads one data set: write the rows of all to one file, and name that"

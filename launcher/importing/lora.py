@@ -42,9 +42,18 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
     elif rank is not None:
         reading.say("model.adapter.rank", rank, names.rank)
     stabilised = bool(reading.flag(content, names.stabilised))
-    made = alpha if alpha is not None else 2.0 * rank if defaults.is_twice and rank is not None else defaults.alpha
+    made = (
+        alpha
+        if alpha is not None
+        else 2.0 * rank
+        if defaults.is_twice and rank is not None
+        else defaults.alpha
+    )
     if made is not None and stabilised and rank:
-        text = f"what is added counts alpha / sqrt(rank) times there; alpha = {made:g} x sqrt({rank}) is the same here"
+        text = (
+            f"what is added counts alpha / sqrt(rank) times there; alpha = {made:g} x sqrt({rank}) is the "
+            "same here"
+        )
         reading.remark("changes meaning", names.stabilised, True, text)
         made *= math.sqrt(rank)
     if made is not None:
@@ -73,12 +82,17 @@ def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Readi
         return reading.default("model.adapter.targets", "all-linear", names.targets)
     if not said:
         reading.default("model.adapter.targets", ["q_proj", "v_proj"], names.targets)
-        text = "left out: peft then goes by the model's family; these are those of Llama, Mistral, Qwen and Gemma, others have others"
+        text = (
+            "left out: peft then goes by the model's family; these are those of Llama, Mistral, Qwen and "
+            "Gemma, others have others"
+        )
         return reading.remark("fill in", names.targets, "(nothing)", text)
     if any(name in ("all", "all-linear") for name in said):
         return reading.say("model.adapter.targets", "all-linear", names.targets)
     if isinstance(value, str) and any(sign in value for sign in "\\^$*+()[]|?"):
-        text = "a regular expression; launcher has patterns of names, as q_proj or layers.3.*: taken: all-linear"
+        text = (
+            "a regular expression; launcher has patterns of names, as q_proj or layers.3.*: taken: all-linear"
+        )
         reading.remark("cannot be said", names.targets, value, text)
         return reading.say("model.adapter.targets", "all-linear", names.targets)
     return reading.say("model.adapter.targets", said, names.targets)
@@ -94,7 +108,9 @@ def quantised(content: dict[str, Any], keys: tuple[str, ...], reading: Reading) 
     """Say of each key that quantises the model that launcher does not."""
     for key in keys:
         if content.get(key) not in (None, False, "false", "False", 0):
-            text = "launcher quantises no model; taken: the same training over the model in the plan's precision"
+            text = (
+                "launcher quantises no model; taken: the same training over the model in the plan's precision"
+            )
             reading.remark("cannot be said", key, brief(content[key]), text)
 
 

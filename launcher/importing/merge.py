@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import Problem
 from launcher.importing.defaults import differs
-from launcher.importing.files import WINNERS
+from launcher.importing.foreign_files import WINNERS
 from launcher.importing.reading import Fact, Reading, Remark
 
 JOB_KEYS = {
@@ -24,8 +24,21 @@ JOB_KEYS = {
     "offload_to": "memory.offload_to",
     "evaluate_every": "training.evaluate_every",
 }
-"""Keys of the plan that stand elsewhere in a job; the others stand where they are, or nowhere (`zero.`, `mesh.`)."""
-_PARTS = ("name", "model", "data", "batch", "training", "precision", "memory", "parallel", "checkpoint", "cluster", "trackers")
+"""Keys of the plan that stand elsewhere in a job; the others stand where they are, or nowhere (`zero.`,
+`mesh.`)."""
+_PARTS = (
+    "name",
+    "model",
+    "data",
+    "batch",
+    "training",
+    "precision",
+    "memory",
+    "parallel",
+    "checkpoint",
+    "cluster",
+    "trackers",
+)
 MODEL, TRAIN = "./FILL-IN-model", "FILL-IN.jsonl"
 _BATCH = ("batch.global_batch_size", "batch.micro_batch_size", "batch.accumulation_steps", "mesh.world_size")
 
@@ -68,13 +81,17 @@ def merge(readings: list[Reading]) -> Merged:
                 merged.remarks.append(Remark("conflict", fact.source, fact.said, fact.value, text))
     _end_once(merged)
     is_open = any(reading.lacks_engine for reading in readings)
-    _take_defaults([pair for pair in defaults if not is_open or pair[1].key not in ("precision", "training.clip_norm")], merged)
+    _take_defaults(
+        [pair for pair in defaults if not is_open or pair[1].key not in ("precision", "training.clip_norm")],
+        merged,
+    )
     _agree(merged, set().union(*(reading.unknown for reading in readings)))
     return merged
 
 
 def _end_once(merged: Merged) -> None:
-    """Epochs go before the length of DeepSpeed's schedule: it says when the rate has fallen, not when the run ends."""
+    """Epochs go before the length of DeepSpeed's schedule: it says when the rate has fallen, not when the run
+    ends."""
     fact = merged.facts.get("training.max_steps")
     if fact is not None and fact.said.startswith("scheduler.") and "training.epochs" in merged.facts:
         del merged.facts["training.max_steps"]
@@ -85,24 +102,35 @@ def _end_once(merged: Merged) -> None:
 def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None:
     """Fill what no file says with what the tools take there: the Trainer's and its like before the engines'.
 
-    Clipping is DeepSpeed's own wherever it runs: neither Accelerate nor the Trainer clips then (transformers 5.23, accelerate 1.15).
+    Clipping is DeepSpeed's own wherever it runs: neither Accelerate nor the Trainer clips then (transformers
+    5.23, accelerate 1.15).
     """
     said = set(merged.facts)
     for _, fact in sorted(defaults, key=lambda pair: _ENGINES_LAST[pair[0].rank]):
         if fact.key == "training.clip_norm" and fact.said == "gradient_clipping":
             first = merged.facts.get(fact.key)
             if first is not None and not _same(first.value, fact.value):
-                text = f"{fact.source} leaves gradient_clipping out: DeepSpeed then clips at {fact.value}, whatever is said here"
+                text = (
+                    f"{fact.source} leaves gradient_clipping out: DeepSpeed then clips at {fact.value}, "
+                    "whatever is said here"
+                )
                 merged.remarks.append(Remark("conflict", first.source, first.said, first.value, text))
             merged.facts[fact.key] = fact
         elif _OTHERWISE.get(fact.key) not in said:
             merged.facts.setdefault(fact.key, fact)
     tools = {reading.source: reading.tool for reading, _ in defaults}
     for source, tool in tools.items():
-        own = [fact for fact in merged.facts.values() if fact.is_default and fact.source == source and differs(fact)]
+        own = [
+            fact
+            for fact in merged.facts.values()
+            if fact.is_default and fact.source == source and differs(fact)
+        ]
         if own:
             names, values = ", ".join(fact.said for fact in own), ", ".join(str(fact.value) for fact in own)
-            text = f"left out there: what {tool} then takes, written out since launcher's own defaults are others"
+            text = (
+                f"left out there: what {tool} then takes, written out since launcher's own defaults are "
+                "others"
+            )
             merged.remarks.append(Remark("default", source, names, values, text))
 
 
@@ -113,7 +141,8 @@ _OTHERWISE = {
 }
 """A default of the first is of no use where the second is said."""
 _ENGINES_LAST = {0: 0, 1: 2, 2: 1, 3: 3}
-"""A command line and the Trainer's arguments say how a script trains; DeepSpeed's file and Accelerate's follow."""
+"""A command line and the Trainer's arguments say how a script trains; DeepSpeed's file and Accelerate's
+follow."""
 
 
 def _of_engine(reading: Reading, engine: str | None, merged: Merged) -> list[Fact]:
@@ -149,15 +178,34 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
         passes = micro * (steps or 1)
         if total % passes:
             fact = merged.facts[_BATCH[0]]
-            reason = f"is no multiple of micro-batch x accumulation = {micro} x {steps or 1}; the nearest that is: {_near(total, passes)}"
+            reason = (
+                f"is no multiple of micro-batch x accumulation = {micro} x {steps or 1}; the nearest that "
+                f"is: {_near(total, passes)}"
+            )
             merged.problems.append(Problem(f"{fact.source}: {fact.said}", total, reason))
         elif steps:
             _fill(merged, "mesh.world_size", total // passes, f"{total} / ({micro} x {steps})")
     elif micro and not total and (of_shell := _shells_numbers(merged, unknown)):
-        text = "the shell's: batch.global_batch_size stays open, write it. It is micro-batch x accumulation x ranks"
-        merged.remarks.append(Remark("fill in", merged.facts[_BATCH[1]].source, "batch.global_batch_size", ", ".join(of_shell), text))
+        text = (
+            "the shell's: batch.global_batch_size stays open, write it. It is micro-batch x accumulation x "
+            "ranks"
+        )
+        merged.remarks.append(
+            Remark(
+                "fill in",
+                merged.facts[_BATCH[1]].source,
+                "batch.global_batch_size",
+                ", ".join(of_shell),
+                text,
+            )
+        )
     elif micro and ranks and not total:
-        _fill(merged, _BATCH[0], micro * (steps or 1) * ranks, f"{micro} x {steps or 1} x {ranks} (micro-batch x accumulation x ranks)")
+        _fill(
+            merged,
+            _BATCH[0],
+            micro * (steps or 1) * ranks,
+            f"{micro} x {steps or 1} x {ranks} (micro-batch x accumulation x ranks)",
+        )
     elif total and micro and ranks and steps and micro * steps * ranks != total:
         fact = merged.facts[_BATCH[0]]
         product = f"{micro} x {steps} x {ranks} = {micro * steps * ranks}"
@@ -167,10 +215,18 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
             merged.facts.pop("batch.micro_batch_size")
             merged.facts.pop("batch.accumulation_steps")
     elif micro and not total:
-        _fill(merged, _BATCH[0], micro * (steps or 1), f"{micro} x {steps or 1} of one rank: multiply it by the number of ranks", "fill in")
+        _fill(
+            merged,
+            _BATCH[0],
+            micro * (steps or 1),
+            f"{micro} x {steps or 1} of one rank: multiply it by the number of ranks",
+            "fill in",
+        )
     elif steps and not total:
         text = "stays open: neither batch nor ranks are said; write batch.global_batch_size"
-        merged.remarks.append(Remark("fill in", merged.facts[_BATCH[2]].source, "gradient_accumulation_steps", steps, text))
+        merged.remarks.append(
+            Remark("fill in", merged.facts[_BATCH[2]].source, "gradient_accumulation_steps", steps, text)
+        )
     nodes, ranks = merged.value("mesh.nodes") or 1, merged.value("mesh.world_size")
     if ranks and ranks % nodes:
         fact = merged.facts["mesh.world_size"]
@@ -191,9 +247,14 @@ def _count_ranks(merged: Merged) -> None:
     if each is None:
         return
     nodes = merged.value("mesh.nodes") or 1
-    total = merged.facts.setdefault("mesh.world_size", Fact("mesh.world_size", each.value * nodes, each.source, each.said))
+    total = merged.facts.setdefault(
+        "mesh.world_size", Fact("mesh.world_size", each.value * nodes, each.source, each.said)
+    )
     if total.value != each.value * nodes:
-        text = f"{total.said} in {total.source} says {total.value} ranks, which won; {each.value} on each of {nodes} nodes would be others"
+        text = (
+            f"{total.said} in {total.source} says {total.value} ranks, which won; {each.value} on each of "
+            f"{nodes} nodes would be others"
+        )
         merged.remarks.append(Remark("conflict", each.source, each.said, each.value, text))
 
 
@@ -204,14 +265,22 @@ def _near(value: int, unit: int) -> int:
 def _fill(merged: Merged, key: str, value: int, how: str, kind: Any = "changes meaning") -> None:
     said = merged.facts["batch.micro_batch_size"]
     merged.facts[key] = Fact(key, value, said.source, how)
-    merged.remarks.append(Remark(kind, said.source, said.said, said.value, f"{JOB_KEYS.get(key, key)} = {value}: {how}"))
+    merged.remarks.append(
+        Remark(kind, said.source, said.said, said.value, f"{JOB_KEYS.get(key, key)} = {value}: {how}")
+    )
 
 
 def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
     """The job file's content; what no file says and every job needs is a placeholder."""
     content: dict[str, Any] = {part: {} for part in _PARTS}
     facts = dict(merged.facts)
-    for key in ("batch.accumulation_steps", "mesh.nodes", "mesh.world_size", "mesh.ranks_per_node", "mesh.device"):
+    for key in (
+        "batch.accumulation_steps",
+        "mesh.nodes",
+        "mesh.world_size",
+        "mesh.ranks_per_node",
+        "mesh.device",
+    ):
         facts.pop(key, None)
     if merged.value("offload") in (None, "none"):
         facts.pop("offload_to", None)
@@ -246,7 +315,11 @@ _NOTHING = {
 
 
 def _cluster(merged: Merged) -> dict[str, Any]:
-    nodes, ranks, device = merged.value("mesh.nodes") or 1, merged.value("mesh.world_size"), merged.value("mesh.device")
+    nodes, ranks, device = (
+        merged.value("mesh.nodes") or 1,
+        merged.value("mesh.world_size"),
+        merged.value("mesh.device"),
+    )
     made: dict[str, Any] = {"nodes": nodes} if nodes > 1 else {}
     if device == "cpu":
         made["gpus_per_node"] = 0

@@ -17,7 +17,8 @@ _SCHEDULES = {
     "constant_with_warmup": "constant",
     "inverse_sqrt": "inverse-sqrt",
 }
-"""What transformers computes by these names is what launcher computes by those, with the keyword arguments of `_NEUTRAL`."""
+"""What transformers computes by these names is what launcher computes by those, with the keyword arguments of
+`_NEUTRAL`."""
 _NEUTRAL: dict[str, dict[str, float]] = {
     "cosine": {"num_cycles": 0.5},
     "cosine_with_min_lr": {"num_cycles": 0.5},
@@ -25,13 +26,19 @@ _NEUTRAL: dict[str, dict[str, float]] = {
     "polynomial": {"power": 1},
 }
 """transformers, optimization.py: the defaults at which a schedule has no turn that launcher's lacks."""
-_NEAREST_SCHEDULE = {"cosine_warmup_with_min_lr": "cosine", "reduce_lr_on_plateau": "constant", "greedy": "constant", "rex": "cosine"}
+_NEAREST_SCHEDULE = {
+    "cosine_warmup_with_min_lr": "cosine",
+    "reduce_lr_on_plateau": "constant",
+    "greedy": "constant",
+    "rex": "cosine",
+}
 _POLYNOMIAL_END = 1e-07
 """transformers, get_polynomial_decay_schedule_with_warmup: lr_end."""
 _DEEPSPEED_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _NEAREST_DEEPSPEED_SCHEDULE = {"OneCycle": "cosine", "LRRangeTest": "linear"}
 _ADAMW = (
-    "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused", "adamw",
+    "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_torch_npu_fused",
+    "adamw_apex_fused", "adamw",
     "paged_adamw_32bit", "paged_adamw",
 )  # fmt: skip
 """AdamW with fp32 states, wherever they are computed or kept."""
@@ -42,7 +49,12 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
     found = _SCHEDULES.get(name)
     if found is None:
         found = _NEAREST_SCHEDULE.get(name, "linear")
-        reading.remark("cannot be said", said, name, f"launcher has linear, cosine, constant and inverse-sqrt; taken: {found}")
+        reading.remark(
+            "cannot be said",
+            said,
+            name,
+            f"launcher has linear, cosine, constant and inverse-sqrt; taken: {found}",
+        )
     options = dict(options)
     rate = reading.said_value("training.learning_rate")
     least, share = as_number(options.pop("min_lr", None)), as_number(options.pop("min_lr_rate", None))
@@ -51,19 +63,31 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
     if share is not None and rate is not None:
         least = share * rate
     if least is not None:
-        reading.say("training.minimum_learning_rate", least, "lr_scheduler_kwargs" if name != "polynomial" else said)
+        reading.say(
+            "training.minimum_learning_rate", least, "lr_scheduler_kwargs" if name != "polynomial" else said
+        )
     elif share is not None:
-        reading.remark("fill in", "lr_scheduler_kwargs", share, "a share of the learning rate: write training.minimum_learning_rate")
+        reading.remark(
+            "fill in",
+            "lr_scheduler_kwargs",
+            share,
+            "a share of the learning rate: write training.minimum_learning_rate",
+        )
     for key, value in options.items():
         if as_number(value) != _NEUTRAL.get(name, {}).get(key):
             text = f"launcher's {found} has no such key; left out"
             reading.remark("cannot be said", f"lr_scheduler_kwargs.{key}", brief(value), text)
     if name == "constant" and reading.said_value("training.warmup"):
         reading.facts = [fact for fact in reading.facts if fact.key != "training.warmup"]
-        reading.remark("ignored", "warmup_steps, warmup_ratio", None, "the Trainer's `constant` does not warm up")
+        reading.remark(
+            "ignored", "warmup_steps, warmup_ratio", None, "the Trainer's `constant` does not warm up"
+        )
         reading.say("training.warmup", 0.0, said)
     if name == "inverse_sqrt" and not reading.said_value("training.warmup"):
-        text = "without a warm-up transformers falls as if 10,000 steps had gone, which is hardly at all; taken: constant"
+        text = (
+            "without a warm-up transformers falls as if 10,000 steps had gone, which is hardly at all; "
+            "taken: constant"
+        )
         reading.remark("cannot be said", said, name, text)
         found = "constant"
     reading.say("training.schedule", found, said)
@@ -73,7 +97,10 @@ def warmup(reading: Reading) -> None:
     """Say how a warm-up differs, where there is one."""
     fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
     if fact is not None and fact.value:
-        text = "of W steps of warm-up step k (from 0) has k/W of the learning rate there and (k + 1)/W here; every later step has the same"
+        text = (
+            "of W steps of warm-up step k (from 0) has k/W of the learning rate there and (k + 1)/W here; "
+            "every later step has the same"
+        )
         reading.remark("cannot be said", fact.said, fact.value, text)
 
 
@@ -84,7 +111,9 @@ def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
         reading.say("training.momentum", 0.0, said)
         return
     if name not in _ADAMW:
-        reading.remark("cannot be said", said, name, "launcher has adamw, adam and sgd with fp32 states; taken: adamw")
+        reading.remark(
+            "cannot be said", said, name, "launcher has adamw, adam and sgd with fp32 states; taken: adamw"
+        )
     reading.say("training.optimizer", "adamw", said)
 
 
@@ -99,8 +128,13 @@ def deepspeed(content: dict[str, Any], reading: Reading) -> None:
     if optimizer:
         DEEPSPEED.apply(reading)
     if optimizer or scheduler:
-        text = "stands under training in the job file; the rendered ds_config.json has no such section, as the optimizer is handed over"
-        names = ", ".join(name for name, there in (("optimizer", optimizer), ("scheduler", scheduler)) if there)
+        text = (
+            "stands under training in the job file; the rendered ds_config.json has no such section, as "
+            "the optimizer is handed over"
+        )
+        names = ", ".join(
+            name for name, there in (("optimizer", optimizer), ("scheduler", scheduler)) if there
+        )
         reading.remark("changes meaning", names, "{...}", text)
 
 
@@ -112,11 +146,18 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
         if name in ("adam", "adamw"):
             found = "adamw" if name == "adamw" or decoupled else "adam"
             if name == "adam" and decoupled:
-                reading.remark("changes meaning", "optimizer.type", kind, "DeepSpeed's Adam decays as AdamW unless adam_w_mode is false")
+                reading.remark(
+                    "changes meaning",
+                    "optimizer.type",
+                    kind,
+                    "DeepSpeed's Adam decays as AdamW unless adam_w_mode is false",
+                )
         else:
             found = "sgd" if name == "sgd" else "adamw"
             if name != "sgd":
-                reading.remark("cannot be said", "optimizer.type", kind, "launcher has adamw, adam and sgd; taken: adamw")
+                reading.remark(
+                    "cannot be said", "optimizer.type", kind, "launcher has adamw, adam and sgd; taken: adamw"
+                )
         reading.say("training.optimizer", found, "optimizer.type")
     for said, key in (
         ("lr", "training.learning_rate"),
@@ -132,13 +173,28 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
         reading.default("training.momentum", 0.0, prefix + "momentum")  # torch.optim.SGD
     if reading.said_value("training.weight_decay"):
         text = "DeepSpeed's own optimizer decays biases and norms too; launcher decays matrices alone"
-        reading.remark("cannot be said", prefix + "weight_decay", reading.said_value("training.weight_decay"), text)
+        reading.remark(
+            "cannot be said", prefix + "weight_decay", reading.said_value("training.weight_decay"), text
+        )
     betas(params.get("betas"), "optimizer.params.betas", reading)
-    known = {"lr", "weight_decay", "eps", "momentum", "betas", "adam_w_mode", "torch_adam", "bias_correction", "nesterov", "dampening"}
+    known = {
+        "lr",
+        "weight_decay",
+        "eps",
+        "momentum",
+        "betas",
+        "adam_w_mode",
+        "torch_adam",
+        "bias_correction",
+        "nesterov",
+        "dampening",
+    }
     neutral = {"bias_correction": True, "nesterov": False, "dampening": 0}
     for key, value in params.items():
         if key not in known or (key in neutral and value not in (neutral[key], "auto")):
-            reading.remark("cannot be said", prefix + key, brief(value), "launcher has no key for it; left out")
+            reading.remark(
+                "cannot be said", prefix + key, brief(value), "launcher has no key for it; left out"
+            )
 
 
 def betas(value: Any, said: str, reading: Reading) -> None:
@@ -149,7 +205,9 @@ def betas(value: Any, said: str, reading: Reading) -> None:
         reading.open.append(said)
         reading.leave_open("training.betas")
         return
-    pair = {str(index): entry for index, entry in enumerate(value)} if isinstance(value, (list, tuple)) else {}
+    pair = (
+        {str(index): entry for index, entry in enumerate(value)} if isinstance(value, (list, tuple)) else {}
+    )
     numbers = [reading.number(pair, index, f"{said}.") for index in pair]
     if len(numbers) != 2 or any(number is None or number >= 1 for number in numbers):
         reading.refuse(said, value, "write two numbers of at least 0 and below 1, as [0.9, 0.999]")
@@ -164,7 +222,12 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
     if kind is not None:
         found = _DEEPSPEED_SCHEDULES.get(kind) or _NEAREST_DEEPSPEED_SCHEDULE.get(kind, "linear")
         if kind not in _DEEPSPEED_SCHEDULES:
-            reading.remark("cannot be said", "scheduler.type", kind, f"launcher has linear, cosine and constant; taken: {found}")
+            reading.remark(
+                "cannot be said",
+                "scheduler.type",
+                kind,
+                f"launcher has linear, cosine and constant; taken: {found}",
+            )
         reading.say("training.schedule", found, "scheduler.type")
     if kind not in _DEEPSPEED_SCHEDULES:
         return
@@ -180,10 +243,17 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
         reading.default("training.learning_rate", 0.001, prefix + "warmup_max_lr")
     if kind == "WarmupCosineLR" and (rate := reading.said_value("training.learning_rate")):
         end = as_number(params.get("cos_min_ratio", 0.0001))
-        reading.say("training.minimum_learning_rate", rate * (0.0001 if end is None else end), prefix + "cos_min_ratio")
+        reading.say(
+            "training.minimum_learning_rate",
+            rate * (0.0001 if end is None else end),
+            prefix + "cos_min_ratio",
+        )
     for key in ("warmup_min_lr", "warmup_min_ratio"):
         if least := reading.number(params, key, prefix):
             reading.remark("cannot be said", prefix + key, least, "launcher warms up from 0")
     shape = "linear" if params.get("warmup_type", "log") == "linear" else "logarithmic"
-    text = f"DeepSpeed's warm-up is {shape}, and its first two steps have the least rate; launcher's is linear, and two steps ahead"
+    text = (
+        f"DeepSpeed's warm-up is {shape}, and its first two steps have the least rate; launcher's is "
+        "linear, and two steps ahead"
+    )
     reading.remark("cannot be said", prefix + "warmup_type", params.get("warmup_type", "log"), text)

@@ -12,7 +12,8 @@ from launcher.redaction import redact, redact_all
 
 Kind = Literal["conflict", "changes meaning", "cannot be said", "default", "ignored", "chosen", "fill in"]
 _SECRET = re.compile(
-    r"(?<!eos_)(?<!pad_)(?<!bos_)(?<!unk_)token(?!i[sz]|s\b|s_)|secret|passw|credential|api_?key|access_?key", re.IGNORECASE
+    r"(?<!eos_)(?<!pad_)(?<!bos_)(?<!unk_)token(?!i[sz]|s\b|s_)|secret|passw|credential|api_?key|access_?key",
+    re.IGNORECASE,
 )
 _LARGEST = 10**12
 
@@ -26,7 +27,8 @@ class Fact:
     source: str
     said: str
     is_default: bool = False
-    """Left out there: it is what the tool that reads the file then takes. Whatever any file says goes before it."""
+    """Left out there: it is what the tool that reads the file then takes. Whatever any file says goes before
+    it."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,16 @@ class Reading:
         return {str(name): entry for name, entry in value.items()}
 
     def number(self, content: dict[str, Any], key: str, prefix: str = "", least: float = 0.0) -> float | None:
-        """A finite number of at least `least`; None where it is absent, `auto`, or not one (which is a problem)."""
+        """A finite number of at least `least`; None where it is absent, `auto`, or not one (which is a
+        problem)."""
         value = content.get(key)
         if value is None or self._is_auto(value, f"{prefix}{key}"):
             return None
         number = as_number(value)
         if number is None or not math.isfinite(number) or abs(number) > _LARGEST or number < least:
-            self.refuse(f"{prefix}{key}", value, f"write a number of at least {least:g}, and at most {_LARGEST:g}")
+            self.refuse(
+                f"{prefix}{key}", value, f"write a number of at least {least:g}, and at most {_LARGEST:g}"
+            )
             return None
         return number
 
@@ -169,7 +174,10 @@ class Reading:
         """The remarks, and one for all keys that are `auto`."""
         if not self.open:
             return self.remarks
-        text = "filled in by Accelerate or the Trainer when it starts; here other files say it, or `launcher plan` decides it"
+        text = (
+            "filled in by Accelerate or the Trainer when it starts; here other files say it, or `launcher "
+            "plan` decides it"
+        )
         return [Remark("changes meaning", self.source, ", ".join(self.open), "auto", text), *self.remarks]
 
 
@@ -185,11 +193,19 @@ def as_number(value: Any) -> float | None:
 
 def brief(value: Any) -> str:
     """A value of any kind in few characters; what is nested is not shown."""
-    return "{...}" if isinstance(value, dict) else "[...]" if isinstance(value, (list, tuple)) else " ".join(str(value).split())[:40]
+    return (
+        "{...}"
+        if isinstance(value, dict)
+        else "[...]"
+        if isinstance(value, (list, tuple))
+        else " ".join(str(value).split())[:40]
+    )
 
 
 def _kind(value: Any) -> str:
-    return {dict: "a section", list: "a list", str: "text", bool: "true or false"}.get(type(value), "a number")
+    return {dict: "a section", list: "a list", str: "text", bool: "true or false"}.get(
+        type(value), "a number"
+    )
 
 
 def _short(value: Any) -> Any:

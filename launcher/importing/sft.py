@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from launcher.data.formats import FORMATS
 from launcher.importing import defaults, lora
 from launcher.importing.reading import Reading, brief
 from launcher.importing.trainer_keys import HELD_OUT
-from launcher.sources.formats import FORMATS
 
 DEFAULTS = defaults.TRL
 MARKS = {
-    "use_peft", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss", "dataset_mixer", "dataset_mixture",
-    "dataset_splits", "dataset_text_field", "dataset_train_split", "dataset_test_split", "eval_packing", "padding_free",
+    "use_peft", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss", "dataset_mixer",
+    "dataset_mixture",
+    "dataset_splits", "dataset_text_field", "dataset_train_split", "dataset_test_split", "eval_packing",
+    "padding_free",
     "lora_task_type", "chat_template_path",
 }  # fmt: skip
 """Names that only TRL gave."""
@@ -26,32 +28,54 @@ ADAPTER = lora.Names(
     details=("lora_task_type", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
 _OTHER_LOSSES = (
-    "beta", "max_prompt_length", "max_completion_length", "num_generations", "desirable_weight", "precompute_ref_log_probs",
+    "beta", "max_prompt_length", "max_completion_length", "num_generations", "desirable_weight",
+    "precompute_ref_log_probs",
     "reward_model_path", "missing_eos_penalty", "simpo_gamma", "cpo_alpha", "stepwise_aggregation",
 )  # fmt: skip
 """Keys of DPO, ORPO, KTO, GRPO and their like (TRL 1.16): SFT has none of them."""
 _DATA = {"dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split", "dataset_test_split"}
 _MIXTURES = ("dataset_mixer", "dataset_mixture", "datasets")
-_TEMPLATE = "launcher writes a chat by the tokenizer's own template; where this is another, put it into the model's tokenizer_config.json"
+_TEMPLATE = (
+    "launcher writes a chat by the tokenizer's own template; where this is another, put it into the "
+    "model's tokenizer_config.json"
+)
 _LEARNED = {
-    "eos_token": (None, "launcher ends a text with the tokenizer's own eos_token; set it in the model's tokenizer_config.json"),
+    "eos_token": (
+        None,
+        "launcher ends a text with the tokenizer's own eos_token; set it in the model's tokenizer_config.json",
+    ),
     "chat_template": (None, _TEMPLATE),
     "chat_template_path": (None, _TEMPLATE),
-    "truncation_mode": ("keep_start", "launcher keeps the beginning of what is too long; data.too_long: drop leaves it out"),
+    "truncation_mode": (
+        "keep_start",
+        "launcher keeps the beginning of what is too long; data.too_long: drop leaves it out",
+    ),
     "model_init_kwargs": (None, "launcher loads the model by the keys of its own section"),
     "dataset_kwargs": (None, "launcher prepares the rows by itself"),
     "dataset_streaming": (False, "launcher reads the whole data set before it begins"),
-    "formatting_func": (None, "launcher takes columns: data.text, data.prompt and data.completion, or data.messages"),
-    "router_aux_loss_coef": (None, "launcher takes it from the model's config, where output_router_logits is true; write it there"),
+    "formatting_func": (
+        None,
+        "launcher takes columns: data.text, data.prompt and data.completion, or data.messages",
+    ),
+    "router_aux_loss_coef": (
+        None,
+        "launcher takes it from the model's config, where output_router_logits is true; write it there",
+    ),
     "ignore_bias_buffers": (False, "launcher has no such key"),
 }
 """Keys that change what is learned: the value at which they do nothing, and what is nearest."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> set[str]:
-    """Say what TRL's own keys say; the keys that were read. Those of its other trainers are a problem of the reading."""
-    if (other := next((key for key in _OTHER_LOSSES if content.get(key) not in (None, "", [])), None)) is not None:
-        text = "is of a trainer that learns by another loss than cross entropy, which is all launcher has; the nearest is SFT"
+    """Say what TRL's own keys say; the keys that were read. Those of its other trainers are a problem of the
+    reading."""
+    if (
+        other := next((key for key in _OTHER_LOSSES if content.get(key) not in (None, "", [])), None)
+    ) is not None:
+        text = (
+            "is of a trainer that learns by another loss than cross entropy, which is all launcher has; "
+            "the nearest is SFT"
+        )
         reading.refuse(other, content[other], text)
     _adapter(content, bool(reading.flag(content, "use_peft")), reading)
     mixed = _mixture(content, reading)
@@ -63,22 +87,41 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
             reading.remark("cannot be said", key, brief(value), text)
     if "max_length" in content and content["max_length"] is None and content.get("max_seq_length") is None:
         reading.leave_open("data.max_length")
-        reading.remark("cannot be said", "max_length", None, "nothing is cut there; launcher's data.max_length must be a number: write it")
-    learned = {"completion_only_loss", "assistant_only_loss", "loss_type", "packing", "packing_strategy", "use_peft", "dataset_splits"}
+        reading.remark(
+            "cannot be said",
+            "max_length",
+            None,
+            "nothing is cut there; launcher's data.max_length must be a number: write it",
+        )
+    learned = {
+        "completion_only_loss",
+        "assistant_only_loss",
+        "loss_type",
+        "packing",
+        "packing_strategy",
+        "use_peft",
+        "dataset_splits",
+    }
     read_keys = {*ADAPTER.all(), *lora.QUANTISED, *_MIXTURES, *_LEARNED, *learned, *named}
     if reading.says("data.messages") or content.get("completion_only_loss") is not None:
         return read_keys | {"dataset_text_field"}
     if content.get("dataset_text_field") is not None:
-        text = "the column, where the rows are texts; TRL finds chats, and prompts with completions, by their own columns"
+        text = (
+            "the column, where the rows are texts; TRL finds chats, and prompts with completions, by their "
+            "own columns"
+        )
         reading.remark("chosen", "dataset_text_field", brief(content["dataset_text_field"]), text)
     return read_keys
 
 
 def adapter_of_a_script(content: dict[str, Any], reading: Reading) -> set[str]:
-    """Say the adapter of a script that is no tool's but asks for LoRA by the usual names; the keys that were read."""
+    """Say the adapter of a script that is no tool's but asks for LoRA by the usual names; the keys that were
+    read."""
     switch = next((key for key in ("use_lora", "lora", "lora_enable", "use_peft") if key in content), None)
     rank = next((key for key in ("lora_rank", "lora_dim") if key in content), "lora_r")
-    names = lora.Names(rank, "lora_target_modules", "lora_modules_to_save", "use_rslora", variants=("use_dora",))
+    names = lora.Names(
+        rank, "lora_target_modules", "lora_modules_to_save", "use_rslora", variants=("use_dora",)
+    )
     read_keys = {*names.all(), *([switch] if switch else [])}
     if not read_keys & content.keys():
         return set()
@@ -99,12 +142,15 @@ def _adapter(content: dict[str, Any], has_adapter: bool, reading: Reading) -> No
 
 
 def _evaluates(content: dict[str, Any]) -> bool:
-    way = str(content.get("eval_strategy", content.get("evaluation_strategy", "no"))).rpartition(".")[2].lower()
+    way = (
+        str(content.get("eval_strategy", content.get("evaluation_strategy", "no"))).rpartition(".")[2].lower()
+    )
     return way not in ("no", "false", "none")
 
 
 def source(value: str) -> tuple[str, str]:
-    """`path` or `name`, for a file or directory here or a data set on the hub, and the value as data.train has it."""
+    """`path` or `name`, for a file or directory here or a data set on the hub, and the value as data.train
+    has it."""
     is_local = PurePath(value).suffix.lower() in FORMATS or value.startswith(("/", "./", "../", "~"))
     return ("path", value) if is_local else ("name", value)
 
@@ -118,7 +164,10 @@ def data_set(content: dict[str, Any], reading: Reading, evaluates: bool = False)
     reading.say(f"data.train.{kind}", value, "dataset_name")
     subset_said = "dataset_config" if content.get("dataset_config") is not None else "dataset_config_name"
     subset = reading.word(content, subset_said)
-    split, held_out = reading.word(content, "dataset_train_split"), reading.word(content, "dataset_test_split")
+    split, held_out = (
+        reading.word(content, "dataset_train_split"),
+        reading.word(content, "dataset_test_split"),
+    )
     if kind == "path":
         return _DATA
     if subset is not None:
@@ -150,10 +199,18 @@ def _mixture(content: dict[str, Any], reading: Reading) -> list[str]:
         if found and found != "default" and kind == "name":
             reading.say(f"data.train.{said}", str(found), key)
     if len(entries) > 1:
-        text = f"launcher reads one data set; taken: {first['id']}. Write the rows of all to one file, and name that"
-        reading.remark("cannot be said", key, ", ".join(str(entry.get("id")) for entry in entries)[:120], text)
+        text = (
+            f"launcher reads one data set; taken: {first['id']}. Write the rows of all to one file, and "
+            "name that"
+        )
+        reading.remark(
+            "cannot be said", key, ", ".join(str(entry.get("id")) for entry in entries)[:120], text
+        )
     if first.get("weight") not in (None, 1, 1.0):
-        text = "a share of its rows, drawn at random; launcher takes all, or by data.train.limit the first so many"
+        text = (
+            "a share of its rows, drawn at random; launcher takes all, or by data.train.limit the first so "
+            "many"
+        )
         reading.remark("cannot be said", f"{key}.weight", first["weight"], text)
     for said, value in more.items():
         reading.remark("cannot be said", f"{key}.{said}", brief(value), HELD_OUT)
@@ -162,14 +219,19 @@ def _mixture(content: dict[str, Any], reading: Reading) -> list[str]:
 
 
 def _entries(value: Any, splits: Any, reading: Reading) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The data sets of a mixture as {id, config, split, columns, weight}, and its other keys that change what is learned."""
+    """The data sets of a mixture as {id, config, split, columns, weight}, and its other keys that change what
+    is learned."""
     if isinstance(value, dict) and "datasets" in value:  # alignment-handbook since 2025
         listed = value["datasets"]
         more = {key: entry for key, entry in value.items() if key == "test_split_size" and entry}
     elif isinstance(value, dict):  # before: data set -> share, with the splits beside it
         names = [str(split) for split in splits] if isinstance(splits, list) else ["train"]
         train = [split for split in names if "train" in split] or names[:1]
-        listed = [{"id": str(name), "weight": share, "split": split} for name, share in value.items() for split in train]
+        listed = [
+            {"id": str(name), "weight": share, "split": split}
+            for name, share in value.items()
+            for split in train
+        ]
         held_out = next((split for split in names if "test" in split), None)
         if held_out and listed:
             reading.say("data.evaluation.name", listed[0]["id"], "dataset_splits")
@@ -178,7 +240,11 @@ def _entries(value: Any, splits: Any, reading: Reading) -> tuple[list[dict[str, 
     else:  # TRL's list
         listed, more = value, {}
     entries = listed if isinstance(listed, list) else []
-    renamed = ({"path": "id", "name": "config"} if "id" not in entry else {} for entry in entries if isinstance(entry, dict))
+    renamed = (
+        {"path": "id", "name": "config"} if "id" not in entry else {}
+        for entry in entries
+        if isinstance(entry, dict)
+    )
     found = [
         {names.get(str(key), str(key)): entry_value for key, entry_value in entry.items()}
         for entry, names in zip([entry for entry in entries if isinstance(entry, dict)], renamed, strict=True)
@@ -188,15 +254,24 @@ def _entries(value: Any, splits: Any, reading: Reading) -> tuple[list[dict[str, 
 
 def _loss(content: dict[str, Any], columns: list[str], reading: Reading) -> None:
     """Which tokens are learned."""
-    whole, answers = reading.flag(content, "assistant_only_loss") is not True, reading.flag(content, "completion_only_loss")
+    whole, answers = (
+        reading.flag(content, "assistant_only_loss") is not True,
+        reading.flag(content, "completion_only_loss"),
+    )
     kind = reading.word(content, "loss_type") or "nll"
     if kind not in ("nll", "chunked_nll"):
         reading.remark("cannot be said", "loss_type", kind, "launcher has plain cross entropy")
     if not whole or "messages" in columns:
         reading.say("data.messages", "messages", "columns" if whole else "assistant_only_loss")
     if whole:
-        text = "a chat is learned whole there, the user's words too; of data.messages launcher learns what the assistant says. Texts, and "
-        text += "prompts with completions, are learned alike; for a whole chat, write it out in a column and name that as data.text"
+        text = (
+            "a chat is learned whole there, the user's words too; of data.messages launcher learns what "
+            "the assistant says. Texts, and "
+        )
+        text += (
+            "prompts with completions, are learned alike; for a whole chat, write it out in a column and "
+            "name that as data.text"
+        )
         reading.remark("cannot be said", "assistant_only_loss", False, text)
     if answers is False:
         text = "prompts are learned too there; write both into one column and name that as data.text"
@@ -208,5 +283,8 @@ def _packing(content: dict[str, Any], reading: Reading) -> None:
     if packs is not None:
         reading.say("data.packing", packs, "packing")
     if packs and strategy != "bfd":
-        text = "cuts rows to fill each pack; launcher packs whole rows by best fit, and they never see each other"
+        text = (
+            "cuts rows to fill each pack; launcher packs whole rows by best fit, and they never see each "
+            "other"
+        )
         reading.remark("cannot be said", "packing_strategy", strategy, text)

@@ -30,7 +30,8 @@ class Script:
     """What a script does, as far as its text says."""
 
     commands: list[list[str]] = field(default_factory=list)
-    """The words of each command, in order; what only the shell knows stands in them as it is written, as `$SLURM_NNODES`."""
+    """The words of each command, in order; what only the shell knows stands in them as it is written, as
+    `$SLURM_NNODES`."""
     directives: list[list[str]] = field(default_factory=list)
     """The words of each `#SBATCH` line."""
     variables: Variables = field(default_factory=Variables)
@@ -87,7 +88,11 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
             index += 1
         body, heredoc = "", _HEREDOC.search(line)
         if heredoc is not None:
-            ends = [at for at in range(index, len(lines)) if (lines[at].lstrip("\t") if heredoc[1] else lines[at]) == heredoc[3]]
+            ends = [
+                at
+                for at in range(index, len(lines))
+                if (lines[at].lstrip("\t") if heredoc[1] else lines[at]) == heredoc[3]
+            ]
             if ends:
                 body, index = "\n".join(lines[index : ends[0]]), ends[0] + 1
                 line = line[: heredoc.start()] + line[heredoc.end() :]
@@ -95,7 +100,8 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _open(line: str) -> str:
-    """The quote, or the bracket of an array, that is still open at the end, or the backslash that joins the next line; empty for none."""
+    """The quote, or the bracket of an array, that is still open at the end, or the backslash that joins the
+    next line; empty for none."""
     quote, index = "", 0
     while index < len(line):
         sign = line[index]
@@ -124,7 +130,11 @@ def _commands(line: str) -> Iterator[list[str]]:
     for token in lexer:
         is_process = set(token) <= set("<>&|()") and "(" in token and not set(token).isdisjoint("<>")
         if within or is_process:  # >(tee log)
-            within = max(0, within + token.count("(") - token.count(")")) if set(token) <= set("<>&|();") else within
+            within = (
+                max(0, within + token.count("(") - token.count(")"))
+                if set(token) <= set("<>&|();")
+                else within
+            )
             skip = False
         elif array is not None:
             if token.startswith(")"):
@@ -174,14 +184,17 @@ def _command(words: list[str], script: Script, body: str, level: int) -> None:
     elif level < _DEEPEST and (inner := _inner(words, body)) is not None:
         first = len(script.commands)
         _run(inner, script, level + 1)
-        wrapper = words[: next((index for index, word in enumerate(words) if PurePath(word).name in (*SHELLS, "eval")), 0)]
+        wrapper = words[
+            : next((index for index, word in enumerate(words) if PurePath(word).name in (*SHELLS, "eval")), 0)
+        ]
         script.commands[first:] = [[*wrapper, *command] for command in script.commands[first:]]
     else:
         script.commands.append(words)
 
 
 def _submitted(words: list[str], script: Script, body: str, level: int) -> None:
-    """Take what `sbatch` is given: options, and the command behind `--wrap`, or the script in its here-document."""
+    """Take what `sbatch` is given: options, and the command behind `--wrap`, or the script in its
+    here-document."""
     wraps = [index for index, word in enumerate(words) if word.partition("=")[0] == "--wrap"]
     if not wraps and not body:
         script.commands.append(words)
@@ -190,14 +203,18 @@ def _submitted(words: list[str], script: Script, body: str, level: int) -> None:
     if wraps:
         _, equals, text = words[wraps[0]].partition("=")
         end = wraps[0] + (1 if equals else 2)
-        wrapped, words = text if equals else " ".join(words[end - 1 : end]), [*words[: wraps[0]], *words[end:]]
+        wrapped, words = (
+            text if equals else " ".join(words[end - 1 : end]),
+            [*words[: wraps[0]], *words[end:]],
+        )
     _read_directives(wrapped, script)
     script.directives.append(words[1:])  # before the lines of the script, as for Slurm
     _run(wrapped, script, level + 1)
 
 
 def _inner(words: list[str], body: str) -> str | None:
-    """The text that a command hands to a shell: behind `bash -c`, `eval` or `ssh HOST`, or in its here-document."""
+    """The text that a command hands to a shell: behind `bash -c`, `eval` or `ssh HOST`, or in its
+    here-document."""
     if PurePath(words[0]).name in ("ssh", "pdsh", "clush") and " " in words[-1]:
         return words[-1]
     if words[0] == "eval":

@@ -8,27 +8,36 @@ from typing import Any
 from launcher.importing.reading import Reading, as_number
 
 _LONG = {
-    "N": "nodes", "n": "ntasks", "t": "time", "p": "partition", "A": "account", "J": "job-name", "o": "output", "e": "error",
-    "c": "cpus-per-task", "w": "nodelist", "x": "exclude", "C": "constraint", "q": "qos", "d": "dependency", "G": "gpus", "D": "chdir",
-    "a": "array", "b": "begin", "i": "input", "M": "clusters", "L": "licenses", "m": "distribution", "S": "core-spec", "k": "no-kill",
+    "N": "nodes", "n": "ntasks", "t": "time", "p": "partition", "A": "account", "J": "job-name",
+    "o": "output", "e": "error",
+    "c": "cpus-per-task", "w": "nodelist", "x": "exclude", "C": "constraint", "q": "qos", "d": "dependency",
+    "G": "gpus", "D": "chdir",
+    "a": "array", "b": "begin", "i": "input", "M": "clusters", "L": "licenses", "m": "distribution",
+    "S": "core-spec", "k": "no-kill",
     "H": "hold", "O": "overcommit", "s": "oversubscribe", "Q": "quiet", "v": "verbose", "W": "wait",
 }  # fmt: skip
 """sbatch's short options; srun has the same, but for -K, -l, -u and -W."""
 _SWITCHES = {
-    "exclusive", "requeue", "no-requeue", "hold", "no-kill", "overcommit", "oversubscribe", "quiet", "verbose", "parsable",
-    "wait-all-nodes", "contiguous", "spread-job", "use-min-nodes", "ignore-pbs", "reboot", "label", "unbuffered", "kill-on-bad-exit",
+    "exclusive", "requeue", "no-requeue", "hold", "no-kill", "overcommit", "oversubscribe", "quiet",
+    "verbose", "parsable",
+    "wait-all-nodes", "contiguous", "spread-job", "use-min-nodes", "ignore-pbs", "reboot", "label",
+    "unbuffered", "kill-on-bad-exit",
     "overlap", "exact",
     "whole", "pty", "l", "u", "K",
 }  # fmt: skip
 """Options that stand without a value, or with one behind `=`."""
 _SAME = {
-    "partition": "partition", "account": "account", "qos": "qos", "reservation": "reservation", "constraint": "constraint",
-    "exclude": "exclude", "nodelist": "nodelist", "mem": "mem", "dependency": "dependency", "begin": "begin", "comment": "comment",
+    "partition": "partition", "account": "account", "qos": "qos", "reservation": "reservation",
+    "constraint": "constraint",
+    "exclude": "exclude", "nodelist": "nodelist", "mem": "mem", "dependency": "dependency", "begin": "begin",
+    "comment": "comment",
     "mail-user": "mail_user", "mail-type": "mail_type",
 }  # fmt: skip
 _OWN = {
-    "output", "error", "open-mode", "signal", "ntasks", "ntasks-per-node", "input", "export", "quiet", "verbose", "parsable",
-    "get-user-env", "chdir", "cpus-per-task", "gpu-bind", "cpu-bind", "distribution", "kill-on-bad-exit", "wait", "no-kill",
+    "output", "error", "open-mode", "signal", "ntasks", "ntasks-per-node", "input", "export", "quiet",
+    "verbose", "parsable",
+    "get-user-env", "chdir", "cpus-per-task", "gpu-bind", "cpu-bind", "distribution", "kill-on-bad-exit",
+    "wait", "no-kill",
     "gpus-per-task",
     "ntasks-per-gpu", "tasks-per-node", "threads-per-core",
 }  # fmt: skip
@@ -59,7 +68,10 @@ def read(given: dict[str, str], reading: Reading) -> None:
     said = {name: f"#SBATCH --{name}" for name in given}
     for name in [name for name, value in given.items() if "$" in value or "`" in value]:
         reading.remark(
-            "fill in", said[name], given.pop(name)[:40], "the shell fills this in; nothing is executed here, so write it yourself"
+            "fill in",
+            said[name],
+            given.pop(name)[:40],
+            "the shell fills this in; nothing is executed here, so write it yourself",
         )
     nodes = _nodes(given, reading)
     gpus(given, nodes, reading)
@@ -70,7 +82,9 @@ def read(given: dict[str, str], reading: Reading) -> None:
         if seconds is not None:
             reading.say("cluster.time_limit", int(seconds), said["time"])
         elif given["time"].upper() not in ("UNLIMITED", "INFINITE", "0"):
-            reading.refuse(said["time"], given["time"], "write a time as Slurm has it: 30, 2:30:00, 1-12:00:00")
+            reading.refuse(
+                said["time"], given["time"], "write a time as Slurm has it: 30, 2:30:00, 1-12:00:00"
+            )
     for name, key in _SAME.items():
         if given.get(name):
             reading.say(f"cluster.{key}", given[name], said[name])
@@ -84,12 +98,26 @@ def read(given: dict[str, str], reading: Reading) -> None:
     if "array" in given:
         text = "one job here; `launcher sweep` makes an array of jobs that differ in keys"
         reading.remark("cannot be said", said["array"], given["array"], text)
-    read_keys = {"nodes", "job-name", "time", "exclusive", "requeue", "no-requeue", "array", *_SAME, *_GPUS, *_OWN}
+    read_keys = {
+        "nodes",
+        "job-name",
+        "time",
+        "exclusive",
+        "requeue",
+        "no-requeue",
+        "array",
+        *_SAME,
+        *_GPUS,
+        *_OWN,
+    }
     for name, value in given.items():
         if name not in read_keys and re.fullmatch(r"[A-Za-z][\w-]*", name):
             reading.say(f"cluster.sbatch.{name}", value or True, said[name])
     if own := [said[name] for name in given if name in _OWN and name not in ("cpus-per-task", *_GPUS)]:
-        text = "launcher's own script says it: one task a node, logs in the run directory, a signal in time to save"
+        text = (
+            "launcher's own script says it: one task a node, logs in the run directory, a signal in time "
+            "to save"
+        )
         reading.remark("ignored", ", ".join(own), None, text)
 
 
@@ -121,7 +149,9 @@ def gpus(given: dict[str, str], nodes: int | None, reading: Reading, prefix: str
         value = given.get(name)
         if value is None:
             continue
-        entry = next((part for part in value.split(",") if name != "gres" or part.split(":")[0] == "gpu"), None)
+        entry = next(
+            (part for part in value.split(",") if name != "gres" or part.split(":")[0] == "gpu"), None
+        )
         parts = [] if entry is None else re.sub(r"\(.*", "", entry).split(":")[1 if name == "gres" else 0 :]
         if entry is None:
             reading.say("cluster.sbatch.gres", value, prefix + name)
@@ -142,7 +172,8 @@ def gpus(given: dict[str, str], nodes: int | None, reading: Reading, prefix: str
 
 
 def seconds_of(time: str) -> float | None:
-    """Slurm's `30` (minutes), `30:00`, `2:30:00`, `1-12`, `1-12:30:00` as seconds; None for what is no limit, or no time."""
+    """Slurm's `30` (minutes), `30:00`, `2:30:00`, `1-12`, `1-12:30:00` as seconds; None for what is no limit,
+    or no time."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
     if match is None:
         return None
@@ -160,6 +191,10 @@ def of_srun(words: list[str], reading: Reading) -> None:
     given, _ = options(words)
     kept: dict[str, Any] = {name: value for name, value in given.items() if "$" not in value}
     nodes = None
-    if "nodes" in kept and (nodes := reading.count({"nodes": kept["nodes"].partition("-")[0]}, "nodes", "srun --")) is not None:
+    if (
+        "nodes" in kept
+        and (nodes := reading.count({"nodes": kept["nodes"].partition("-")[0]}, "nodes", "srun --"))
+        is not None
+    ):
         reading.say("mesh.nodes", nodes, "srun --nodes")
     gpus(kept, nodes, reading, "srun --")

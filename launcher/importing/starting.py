@@ -10,22 +10,31 @@ from launcher.importing.reading import Reading
 from launcher.plain_files import read_bytes
 
 _SWITCHES = {
-    "multi_gpu", "use_fsdp", "use_deepspeed", "use_megatron_lm", "cpu", "tpu", "module", "m", "no_python", "debug", "quiet", "same_network",
-    "standalone", "no_ssh", "force_multi", "enable_cpu_affinity", "use_mps_device", "use_parallelism_config", "no_local_rank",
-    "run_path", "enable_elastic_training", "save_pid", "bind_cores_to_rank", "q", "tpu_cluster", "no_tpu_cluster", "dynamo_use_fullgraph",
-    "dynamo_use_dynamic", "dynamo_use_regional_compilation", "no_ssh_check", "enable_each_rank_log", "virtual_local_rank",
+    "multi_gpu", "use_fsdp", "use_deepspeed", "use_megatron_lm", "cpu", "tpu", "module", "m", "no_python",
+    "debug", "quiet", "same_network",
+    "standalone", "no_ssh", "force_multi", "enable_cpu_affinity", "use_mps_device", "use_parallelism_config",
+    "no_local_rank",
+    "run_path", "enable_elastic_training", "save_pid", "bind_cores_to_rank", "q", "tpu_cluster",
+    "no_tpu_cluster", "dynamo_use_fullgraph",
+    "dynamo_use_dynamic", "dynamo_use_regional_compilation", "no_ssh_check", "enable_each_rank_log",
+    "virtual_local_rank",
     "tpu_use_sudo", "downcast_bf16", "use_env", "fp8_use_autocast_during_eval", "h", "help", "u",
 }  # fmt: skip
 """Flags of the launchers that take no value."""
 _STARTING = {
-    "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "max_restarts", "monitor_interval", "start_method",
-    "role", "log_dir", "node_rank", "master_addr", "master_port", "local_addr", "redirects", "tee", "hostfile", "include", "exclude",
-    "num_nodes", "num_gpus", "num_cpu_threads_per_process", "launcher", "launcher_args", "deepspeed_multinode_launcher",
+    "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "max_restarts",
+    "monitor_interval", "start_method",
+    "role", "log_dir", "node_rank", "master_addr", "master_port", "local_addr", "redirects", "tee",
+    "hostfile", "include", "exclude",
+    "num_nodes", "num_gpus", "num_cpu_threads_per_process", "launcher", "launcher_args",
+    "deepspeed_multinode_launcher",
     "deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter",
 }  # fmt: skip
 PLACES = {
-    "main_process_ip", "main_process_port", "machine_rank", "rdzv_endpoint", "rdzv_id", "rdzv_backend", "rdzv_conf", "node_rank",
-    "master_addr", "master_port", "local_addr", "gpu_ids", "output_dir", "logging_dir", "run_name", "cache_dir", "local_rank", "log_dir",
+    "main_process_ip", "main_process_port", "machine_rank", "rdzv_endpoint", "rdzv_id", "rdzv_backend",
+    "rdzv_conf", "node_rank",
+    "master_addr", "master_port", "local_addr", "gpu_ids", "output_dir", "logging_dir", "run_name",
+    "cache_dir", "local_rank", "log_dir",
 }  # fmt: skip
 """Arguments that say where, and change nothing of what is computed."""
 COUNTS = {
@@ -60,12 +69,20 @@ def without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str, 
     for key, value in arguments.items():
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         if key in PLACES and ("$" in text or "`" in text):
-            reading.remark("ignored", f"--{key}", text[:60], "launcher finds its own addresses and ports, and Slurm's nodes")
+            reading.remark(
+                "ignored",
+                f"--{key}",
+                text[:60],
+                "launcher finds its own addresses and ports, and Slurm's nodes",
+            )
             reading.unknown.add(key)
         elif "$" in text or "`" in text:
             reading.unknown.add(key)
             reading.remark(
-                "fill in", f"--{key}", text[:60], "the shell fills this in; nothing is executed here, so write the value yourself"
+                "fill in",
+                f"--{key}",
+                text[:60],
+                "the shell fills this in; nothing is executed here, so write the value yourself",
             )
         else:
             kept[key] = value
@@ -105,13 +122,22 @@ def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
             content["dynamo_config"] = {"dynamo_backend": value}
         elif key not in ("module", "m", "no_python", "quiet"):
             content[key] = value
-    if content.get("distributed_type") != "DEEPSPEED" and (steps := reading.count(deepspeed, "gradient_accumulation_steps")) is not None:
+    if (
+        content.get("distributed_type") != "DEEPSPEED"
+        and (steps := reading.count(deepspeed, "gradient_accumulation_steps")) is not None
+    ):
         reading.say("batch.accumulation_steps", steps, "gradient_accumulation_steps")
         del deepspeed["gradient_accumulation_steps"]
     if "distributed_type" not in content and (fsdp or deepspeed) and file is None:
         content["distributed_type"] = "NO"
     content |= {
-        name: made for name, made in (("fsdp_config", fsdp), ("deepspeed_config", deepspeed), ("parallelism_config", parallel)) if made
+        name: made
+        for name, made in (
+            ("fsdp_config", fsdp),
+            ("deepspeed_config", deepspeed),
+            ("parallelism_config", parallel),
+        )
+        if made
     }
     if "distributed_type" in content:
         accelerate.read(content, reading)
@@ -123,7 +149,12 @@ def of_torchrun(flags: dict[str, Any], reading: Reading) -> None:
     """How many nodes and ranks torchrun starts."""
     flags = without_variables(flags, reading)
     if ":" in str(flags.get("nnodes", "")):
-        reading.remark("cannot be said", "nnodes", flags["nnodes"], "launcher has a fixed number of nodes; taken: the largest")
+        reading.remark(
+            "cannot be said",
+            "nnodes",
+            flags["nnodes"],
+            "launcher has a fixed number of nodes; taken: the largest",
+        )
         flags["nnodes"] = str(flags["nnodes"]).rpartition(":")[2]
     if flags.get("nproc_per_node") in ("gpu", "auto", "cpu"):
         text = "left to `launcher plan`, which counts the GPUs"
@@ -132,7 +163,8 @@ def of_torchrun(flags: dict[str, Any], reading: Reading) -> None:
 
 
 def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
-    """How many nodes and ranks `deepspeed` starts: by numbers, by `--include HOST:SLOT,SLOT@HOST`, or by a file of hosts."""
+    """How many nodes and ranks `deepspeed` starts: by numbers, by `--include HOST:SLOT,SLOT@HOST`, or by a
+    file of hosts."""
     flags = without_variables(flags, reading)
     if "num_accelerators" in flags:
         flags["num_gpus"] = flags.pop("num_accelerators")
@@ -146,9 +178,14 @@ def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
         slots = {host: len(numbers) if numbers else slots.get(host, 0) for host, numbers in named.items()}
     elif "exclude" in flags:
         named = _filter(str(flags["exclude"]))
-        slots = {host: count - len(named.get(host, ())) for host, count in slots.items() if named.get(host, [0])}
+        slots = {
+            host: count - len(named.get(host, ())) for host, count in slots.items() if named.get(host, [0])
+        }
         if not slots:
-            text = "leaves out of a file of hosts that is not here: write cluster.nodes and cluster.gpus_per_node"
+            text = (
+                "leaves out of a file of hosts that is not here: write cluster.nodes and "
+                "cluster.gpus_per_node"
+            )
             reading.remark("fill in", "--exclude", flags["exclude"], text)
     if slots:
         counts = set(slots.values())
@@ -156,13 +193,22 @@ def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
             flags.setdefault("num_nodes", str(len(slots)))
         if len(counts) > 1:
             text = f"as many on each node in launcher; taken: {min(counts)} of each"
-            reading.remark("cannot be said", f"--{said}", ", ".join(f"{host}:{count}" for host, count in slots.items()), text)
+            reading.remark(
+                "cannot be said",
+                f"--{said}",
+                ", ".join(f"{host}:{count}" for host, count in slots.items()),
+                text,
+            )
         if min(counts):
             flags.setdefault("num_gpus", str(min(counts)))
         else:
             reading.remark("fill in", f"--{said}", flags[said], "names no slots: write cluster.gpus_per_node")
     _counted(
-        {key: value for key, value in flags.items() if key not in ("include", "exclude")}, "num_nodes", "num_gpus", "deepspeed", reading
+        {key: value for key, value in flags.items() if key not in ("include", "exclude")},
+        "num_nodes",
+        "num_gpus",
+        "deepspeed",
+        reading,
     )
 
 
@@ -179,7 +225,9 @@ def _hosts(file: str, reading: Reading) -> dict[str, int]:
     """Slots by host, from lines `HOST slots=N`; empty, with a word about it, where the file is not here."""
     path = next((path for path in (Path(reading.source).parent / file, Path(file)) if path.is_file()), None)
     if path is None:
-        reading.remark("fill in", "--hostfile", file, "is not here: write cluster.nodes and cluster.gpus_per_node")
+        reading.remark(
+            "fill in", "--hostfile", file, "is not here: write cluster.nodes and cluster.gpus_per_node"
+        )
         return {}
     found: dict[str, int] = {}
     for line in read_bytes(path).decode("utf-8", errors="replace").splitlines():

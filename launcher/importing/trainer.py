@@ -33,32 +33,50 @@ _LENGTHS = ("max_seq_length", "max_length", "model_max_length", "block_size", "m
 _ATTENTION = ("sdpa", "eager", "flash_attention_2")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 MARKS = {
-    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "lr_scheduler_type",
-    "gradient_accumulation_steps", "warmup_ratio", "max_grad_norm", "save_total_limit", "evaluation_strategy", "eval_strategy",
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs",
+    "lr_scheduler_type",
+    "gradient_accumulation_steps", "warmup_ratio", "max_grad_norm", "save_total_limit", "evaluation_strategy",
+    "eval_strategy",
     "save_strategy", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "label_smoothing_factor",
 }  # fmt: skip
 """Names that the Trainer gave: a script with one of them has the Trainer's defaults for the others."""
 READ = {
-    "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16", "gradient_checkpointing",
-    "activation_checkpointing", "seed", "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps",
-    "load_best_model_at_end", "metric_for_best_model", "report_to", "torch_compile", "use_cpu", "no_cuda", "fsdp", "fsdp_config",
-    "deepspeed", "deepspeed_config", "trust_remote_code", "torch_dtype", "dtype", *_NUMBERS, *_COUNTS, *_WORDS, *_LENGTHS,
+    "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16", "fp16",
+    "gradient_checkpointing",
+    "activation_checkpointing", "seed", "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy",
+    "eval_steps",
+    "load_best_model_at_end", "metric_for_best_model", "report_to", "torch_compile", "use_cpu", "no_cuda",
+    "fsdp", "fsdp_config",
+    "deepspeed", "deepspeed_config", "trust_remote_code", "torch_dtype", "dtype", *_NUMBERS, *_COUNTS,
+    *_WORDS, *_LENGTHS,
 }  # fmt: skip
 
 
 def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> None:
-    """Say what TrainingArguments, and the usual arguments of a script beside them, say; TRL's too where they are TRL's."""
-    if is_sft or sft.MARKS & content.keys() or {"dataset_name", "max_length"} <= content.keys() or "max_prompt_length" in content:
+    """Say what TrainingArguments, and the usual arguments of a script beside them, say; TRL's too where they
+    are TRL's."""
+    if (
+        is_sft
+        or sft.MARKS & content.keys()
+        or {"dataset_name", "max_length"} <= content.keys()
+        or "max_prompt_length" in content
+    ):
         return arguments(content, reading, sft.DEFAULTS, sft.read(content, reading))
     adapter = sft.adapter_of_a_script(content, reading)
     named = sft.data_set(content, reading)
-    arguments(content, reading, TRAINER if MARKS & (content.keys() | reading.unknown) else None, adapter | named)
+    arguments(
+        content, reading, TRAINER if MARKS & (content.keys() | reading.unknown) else None, adapter | named
+    )
     return None
 
 
-def arguments(content: dict[str, Any], reading: Reading, defaults: Defaults | None, read_elsewhere: set[str]) -> None:
-    """Say what the Trainer's own arguments say, and what they leave out; `read_elsewhere` are the keys that were read before."""
+def arguments(
+    content: dict[str, Any], reading: Reading, defaults: Defaults | None, read_elsewhere: set[str]
+) -> None:
+    """Say what the Trainer's own arguments say, and what they leave out; `read_elsewhere` are the keys that
+    were read before."""
     for said, key in _NUMBERS.items():
         if (number := reading.number(content, said)) is not None:
             reading.say(key, number, said)
@@ -87,25 +105,44 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
         word = None if said in read_elsewhere else reading.word(content, said)
         if word is not None and key == "model.attention" and word not in _ATTENTION:
             if word != "auto":
-                reading.remark("cannot be said", said, word, f"launcher has {', '.join(_ATTENTION)}; left to `launcher plan`")
+                reading.remark(
+                    "cannot be said",
+                    said,
+                    word,
+                    f"launcher has {', '.join(_ATTENTION)}; left to `launcher plan`",
+                )
         elif word is not None:
             reading.say(key, word, said)
     for said in _LENGTHS:
         if (length := reading.count(content, said, least=8)) is not None:
             reading.say("data.max_length", length, said)
             if said == "block_size":
-                text = "scripts with a block_size join all texts and cut them every so many tokens; launcher keeps rows apart"
+                text = (
+                    "scripts with a block_size join all texts and cut them every so many tokens; launcher "
+                    "keeps rows apart"
+                )
                 reading.remark("cannot be said", said, length, text)
     if reading.flag(content, "trust_remote_code"):
         reading.say("model.trust_remote_code", True, "trust_remote_code")
-        reading.remark("chosen", "trust_remote_code", True, "as it is there: code that comes with the model runs, so read it first")
+        reading.remark(
+            "chosen",
+            "trust_remote_code",
+            True,
+            "as it is there: code that comes with the model runs, so read it first",
+        )
     reports = content.get("report_to")
-    listed = [brief(name) for name in ([reports] if isinstance(reports, str) else reports if isinstance(reports, list) else [])]
+    listed = [
+        brief(name)
+        for name in ([reports] if isinstance(reports, str) else reports if isinstance(reports, list) else [])
+    ]
     known = [name for name in listed if name in _TRACKERS]
     if known:
         reading.say("trackers", known, "report_to")
     if other := [name for name in listed if name not in (*_TRACKERS, "none", "all")]:
-        text = f"launcher has {', '.join(_TRACKERS)}, and always metrics.jsonl; nothing that is learned changes by it"
+        text = (
+            f"launcher has {', '.join(_TRACKERS)}, and always metrics.jsonl; nothing that is learned "
+            "changes by it"
+        )
         reading.remark("ignored", "report_to", ", ".join(other), text)
 
 
@@ -116,7 +153,9 @@ def _length(content: dict[str, Any], reading: Reading) -> None:
     if steps is not None:
         reading.say("training.max_steps", steps, counted)
         if epochs is not None:
-            reading.remark("ignored", "num_train_epochs", epochs, f"{counted} is there too, and goes before it")
+            reading.remark(
+                "ignored", "num_train_epochs", epochs, f"{counted} is there too, and goes before it"
+            )
     elif epochs:
         reading.say("training.epochs", epochs, "num_train_epochs")
     said = "warmup_steps" if "warmup_steps" in content else "num_warmup_steps"
@@ -127,7 +166,9 @@ def _length(content: dict[str, Any], reading: Reading) -> None:
     if steps_of_warmup:
         reading.say("training.warmup", steps_of_warmup, said)
         if ratio:
-            reading.remark("ignored", "warmup_ratio", ratio, f"{said} is there too, and the Trainer goes by it")
+            reading.remark(
+                "ignored", "warmup_ratio", ratio, f"{said} is there too, and the Trainer goes by it"
+            )
     elif ratio is not None or steps_of_warmup is not None:
         reading.say("training.warmup", ratio or 0.0, "warmup_ratio" if ratio is not None else said)
 
@@ -135,18 +176,26 @@ def _length(content: dict[str, Any], reading: Reading) -> None:
 def _epochs(reading: Reading) -> None:
     fact = next((fact for fact in reading.facts if fact.key == "training.epochs"), None)
     if fact is not None and float(fact.value) > 1:
-        text = "an epoch of the Trainer's ends with a smaller batch where its rows do not divide; launcher's batches go on into the next"
+        text = (
+            "an epoch of the Trainer's ends with a smaller batch where its rows do not divide; launcher's "
+            "batches go on into the next"
+        )
         reading.remark("changes meaning", fact.said, fact.value, text)
 
 
 def _accumulation(reading: Reading) -> None:
-    """What the Trainer makes of the micro-batches of a classifier (transformers 5.23: `model_accepts_loss_kwargs` of its own classes)."""
+    """What the Trainer makes of the micro-batches of a classifier (transformers 5.23:
+    `model_accepts_loss_kwargs` of its own classes)."""
     fact = next((fact for fact in reading.facts if fact.key == "batch.accumulation_steps"), None)
     if fact is not None and fact.value > 1:
         text = (
-            "of a language model the same; of a classifier the Trainer adds up the micro-batches' means, so that losses and gradients are "
+            "of a language model the same; of a classifier the Trainer adds up the micro-batches' means, "
+            "so that losses and gradients are "
         )
-        text += f"{fact.value} times launcher's: training.clip_norm and epsilon divided by {fact.value} make AdamW the same"
+        text += (
+            f"{fact.value} times launcher's: training.clip_norm and epsilon divided by {fact.value} make "
+            "AdamW the same"
+        )
         reading.remark("cannot be said", fact.said, fact.value, text)
 
 
@@ -158,7 +207,12 @@ def _optimizer(content: dict[str, Any], reading: Reading, defaults: Defaults | N
     if name is not None:
         optimizers.trainer_schedule(name.rpartition(".")[2].lower(), options, "lr_scheduler_type", reading)
     elif options:
-        reading.remark("cannot be said", "lr_scheduler_kwargs", "{...}", "no lr_scheduler_type says which schedule they are of")
+        reading.remark(
+            "cannot be said",
+            "lr_scheduler_kwargs",
+            "{...}",
+            "no lr_scheduler_type says which schedule they are of",
+        )
     if reading.flag(content, "adafactor"):
         optimizers.trainer_optimizer("adafactor", "adafactor", reading)
     elif (name := reading.word(content, "optim")) is not None:
@@ -170,9 +224,13 @@ def _optimizer(content: dict[str, Any], reading: Reading, defaults: Defaults | N
 
 
 def _precision(content: dict[str, Any], reading: Reading) -> None:
-    bf16, fp16 = (None if content.get(key) == "auto" else reading.flag(content, key) for key in ("bf16", "fp16"))
+    bf16, fp16 = (
+        None if content.get(key) == "auto" else reading.flag(content, key) for key in ("bf16", "fp16")
+    )
     if bf16 and fp16:
-        reading.refuse("fp16", True, "bf16 is true too, and a model computes in one; the Trainer refuses it as well")
+        reading.refuse(
+            "fp16", True, "bf16 is true too, and a model computes in one; the Trainer refuses it as well"
+        )
     elif bf16 or fp16:
         reading.say("precision", "bf16" if bf16 else "fp16", "bf16" if bf16 else "fp16")
     _kept_in(content, reading)
@@ -183,13 +241,16 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
             reading.say("activation_checkpointing", "full" if recomputes else "none", said)
     if reading.flag(content, "torch_compile"):
         reading.say("model.compile", True, "torch_compile")
-        reading.remark("changes meaning", "torch_compile", True, "launcher compiles each repeated layer by itself")
+        reading.remark(
+            "changes meaning", "torch_compile", True, "launcher compiles each repeated layer by itself"
+        )
     if reading.flag(content, "use_cpu") or reading.flag(content, "no_cuda"):
         reading.say("mesh.device", "cpu", "use_cpu" if "use_cpu" in content else "no_cuda")
 
 
 def _kept_in(content: dict[str, Any], reading: Reading) -> None:
-    """What the weights are kept in there: launcher keeps what trains in fp32, and what does not in the plan's precision."""
+    """What the weights are kept in there: launcher keeps what trains in fp32, and what does not in the plan's
+    precision."""
     for said in ("torch_dtype", "dtype"):
         kept = (reading.word(content, said) or "auto").rpartition(".")[2]
         if kept in ("auto", "float32"):
@@ -198,31 +259,54 @@ def _kept_in(content: dict[str, Any], reading: Reading) -> None:
         if short is not None:
             reading.say_once("precision", short, said)
         if short is not None and any(fact.key.startswith("model.adapter.") for fact in reading.facts):
-            reading.remark("ignored", said, kept, "beside an adapter the model is kept in the plan's precision in any case")
+            reading.remark(
+                "ignored",
+                said,
+                kept,
+                "beside an adapter the model is kept in the plan's precision in any case",
+            )
         else:
-            text = "the weights themselves are kept and updated in it there; launcher keeps what trains in fp32, and computes in precision"
+            text = (
+                "the weights themselves are kept and updated in it there; launcher keeps what trains in "
+                "fp32, and computes in precision"
+            )
             reading.remark("cannot be said", said, kept, text)
 
 
 def _saving(content: dict[str, Any], reading: Reading) -> None:
     evaluation = "eval_strategy" if "eval_strategy" in content else "evaluation_strategy"
-    for strategy, steps, key in (("save_strategy", "save_steps", "checkpoint.every"), (evaluation, "eval_steps", "evaluate_every")):
+    for strategy, steps, key in (
+        ("save_strategy", "save_steps", "checkpoint.every"),
+        (evaluation, "eval_steps", "evaluate_every"),
+    ):
         way = (reading.word(content, strategy) or "").rpartition(".")[2].lower()
         number = reading.number(content, steps)
         if way == "epoch":
             reading.say(key, "epoch", strategy)
         elif number is not None and (way in ("steps", "") and (way or strategy == "save_strategy")):
             if number < 1:
-                reading.remark("changes meaning", steps, number, "a share of all steps; launcher takes steps, a time or epochs: left out")
+                reading.remark(
+                    "changes meaning",
+                    steps,
+                    number,
+                    "a share of all steps; launcher takes steps, a time or epochs: left out",
+                )
             else:
                 reading.say(key, int(number), steps)
         elif way in ("no", "false") and strategy == "save_strategy":
-            reading.remark("changes meaning", strategy, "no", "launcher saves at the end in any case, and every 15 minutes unless told")
+            reading.remark(
+                "changes meaning",
+                strategy,
+                "no",
+                "launcher saves at the end in any case, and every 15 minutes unless told",
+            )
     if reading.flag(content, "load_best_model_at_end"):
         reading.say("checkpoint.keep_best", 1, "load_best_model_at_end")
         metric = (reading.word(content, "metric_for_best_model") or "loss").removeprefix("eval_")
         reading.say("checkpoint.metric", metric, "metric_for_best_model")
-        text = "the best checkpoint is kept beside the last ones; `launcher export --checkpoint STEP` takes it"
+        text = (
+            "the best checkpoint is kept beside the last ones; `launcher export --checkpoint STEP` takes it"
+        )
         reading.remark("changes meaning", "load_best_model_at_end", True, text)
 
 
@@ -231,16 +315,23 @@ def _engine(content: dict[str, Any], reading: Reading) -> None:
     if isinstance(deepspeed, str) and deepspeed:
         reading.follow.append(deepspeed)
     elif isinstance(deepspeed, dict):
-        from launcher.importing import deepspeed as reader
+        from launcher.importing import deepspeed_config as reader
 
         reader.read({str(key): value for key, value in deepspeed.items()}, reading)
     fsdp = content.get("fsdp")
     if fsdp in (None, "", [], False, "false"):
         return
-    words = [str(word) for entry in (fsdp if isinstance(fsdp, list) else [fsdp]) for word in brief(entry).split()]
+    words = [
+        str(word) for entry in (fsdp if isinstance(fsdp, list) else [fsdp]) for word in brief(entry).split()
+    ]
     config = content.get("fsdp_config")
     if isinstance(config, str):
-        reading.remark("cannot be said", "fsdp_config", config, "a file of its own kind; write its keys into the arguments' JSON instead")
+        reading.remark(
+            "cannot be said",
+            "fsdp_config",
+            config,
+            "a file of its own kind; write its keys into the arguments' JSON instead",
+        )
     made = {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
     for word in words:
         if word.upper() in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"):
@@ -248,5 +339,7 @@ def _engine(content: dict[str, Any], reading: Reading) -> None:
         elif word == "offload":
             made["fsdp_offload_params"] = True
         elif word not in ("auto_wrap", "True", "true"):
-            reading.refuse("fsdp", word, "write full_shard, shard_grad_op, no_shard, hybrid_shard, offload or auto_wrap")
+            reading.refuse(
+                "fsdp", word, "write full_shard, shard_grad_op, no_shard, hybrid_shard, offload or auto_wrap"
+            )
     accelerate.read({"distributed_type": "FSDP", "fsdp_config": made}, reading, has_own_precision=True)

@@ -1,6 +1,7 @@
 """TrainingArguments without a key in a job: harmless ones, and ones that change numbers.
 
-A test holds the tables against the installed transformers: each of its TrainingArguments is in one of them, or read by `trainer`.
+A test holds the tables against the installed transformers: each of its TrainingArguments is in one of them,
+or read by `trainer`.
 """
 
 from __future__ import annotations
@@ -10,49 +11,91 @@ from typing import Any
 from launcher.importing.reading import Reading, brief
 
 REPORTS = {
-    "output_dir", "overwrite_output_dir", "do_train", "do_eval", "do_predict", "prediction_loss_only", "log_level", "log_level_replica",
-    "log_on_each_node", "logging_dir", "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter",
-    "save_safetensors", "save_on_each_node", "save_only_model", "enable_jit_checkpoint", "disable_tqdm", "push_to_hub", "hub_token",
-    "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "push_to_hub_model_id",
-    "push_to_hub_organization", "push_to_hub_token", "include_num_input_tokens_seen", "include_tokens_per_second",
-    "include_inputs_for_metrics", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object",
-    "eval_on_start", "eval_delay", "eval_accumulation_steps", "per_device_eval_batch_size", "per_gpu_eval_batch_size",
-    "skip_memory_metrics", "debug", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "label_names",
-    "greater_is_better", "plot_loss", "max_eval_samples", "max_predict_samples", "wandb_project", "wandb_entity", "wandb_watch",
+    "output_dir", "overwrite_output_dir", "do_train", "do_eval", "do_predict", "prediction_loss_only",
+    "log_level", "log_level_replica",
+    "log_on_each_node", "logging_dir", "logging_strategy", "logging_first_step", "logging_steps",
+    "logging_nan_inf_filter",
+    "save_safetensors", "save_on_each_node", "save_only_model", "enable_jit_checkpoint", "disable_tqdm",
+    "push_to_hub", "hub_token",
+    "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+    "push_to_hub_model_id",
+    "push_to_hub_organization", "push_to_hub_token", "include_num_input_tokens_seen",
+    "include_tokens_per_second",
+    "include_inputs_for_metrics", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "eval_on_start", "eval_delay", "eval_accumulation_steps", "per_device_eval_batch_size",
+    "per_gpu_eval_batch_size",
+    "skip_memory_metrics", "debug", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id", "label_names",
+    "greater_is_better", "plot_loss", "max_eval_samples", "max_predict_samples", "wandb_project",
+    "wandb_entity", "wandb_watch",
     "wandb_name", "wandb_log_model", "wandb_run_id", "wandb_mode", "with_tracking", "metric",
 }  # fmt: skip
 """What is reported, measured, written and pushed: nothing of it changes a weight."""
 PLACES = {
-    "torch_empty_cache_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "remove_unused_columns",
-    "length_column_name", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
-    "ddp_timeout", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "full_determinism", "local_rank", "ignore_data_skip",
-    "restore_callback_states_from_checkpoint", "torch_compile_backend", "torch_compile_mode", "jit_mode_eval", "use_ipex",
-    "use_mps_device", "ray_scope", "fp16_opt_level", "half_precision_backend", "fp16_backend", "use_liger_kernel", "liger_kernel_config",
-    "use_cache", "cache_dir", "use_fast_tokenizer", "use_slow_tokenizer", "token", "use_auth_token", "low_cpu_mem_usage",
-    "overwrite_cache", "preprocessing_num_workers", "dataset_num_proc", "dataset_batch_size", "num_proc", "activation_offloading",
+    "torch_empty_cache_steps", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
+    "remove_unused_columns",
+    "length_column_name", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_static_graph", "ddp_backend",
+    "ddp_timeout", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "full_determinism",
+    "local_rank", "ignore_data_skip",
+    "restore_callback_states_from_checkpoint", "torch_compile_backend", "torch_compile_mode", "jit_mode_eval",
+    "use_ipex",
+    "use_mps_device", "ray_scope", "fp16_opt_level", "half_precision_backend", "fp16_backend",
+    "use_liger_kernel", "liger_kernel_config",
+    "use_cache", "cache_dir", "use_fast_tokenizer", "use_slow_tokenizer", "token", "use_auth_token",
+    "low_cpu_mem_usage",
+    "overwrite_cache", "preprocessing_num_workers", "dataset_num_proc", "dataset_batch_size", "num_proc",
+    "activation_offloading",
     "shuffle_dataset", "padding_free", "pad_to_multiple_of", "pad_token", "eval_packing", "lazy_preprocess",
 }  # fmt: skip
-"""Where and how fast it is computed, and the order of the rows, which is launcher's own: rounding apart, the same is learned."""
-HELD_OUT = "launcher takes no share of the training rows: write it to a file of its own and name that under data.evaluation"
+"""Where and how fast it is computed, and the order of the rows, which is launcher's own: rounding apart, the
+same is learned."""
+HELD_OUT = (
+    "launcher takes no share of the training rows: write it to a file of its own and name that under "
+    "data.evaluation"
+)
 NEUTRAL: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0, "launcher has plain cross entropy"),
     "neftune_noise_alpha": (None, "launcher adds no noise to embeddings"),
-    "auto_find_batch_size": (False, "`launcher plan` finds a micro-batch that fits and keeps the global batch"),
-    "optim_args": (None, "launcher's optimizers have betas, epsilon, momentum and weight_decay, under training"),
+    "auto_find_batch_size": (
+        False,
+        "`launcher plan` finds a micro-batch that fits and keeps the global batch",
+    ),
+    "optim_args": (
+        None,
+        "launcher's optimizers have betas, epsilon, momentum and weight_decay, under training",
+    ),
     "optim_target_modules": (None, "every matrix gets the same optimizer; model.freeze leaves some out"),
     "tf32": (False, "launcher leaves the products of fp32 as PyTorch has them"),
     "bf16_full_eval": (False, "launcher evaluates in the precision of the training"),
     "fp16_full_eval": (False, "launcher evaluates in the precision of the training"),
     "data_seed": (None, "launcher has one seed, training.seed"),
     "dataloader_drop_last": (False, "launcher leaves no row out"),
-    "group_by_length": (False, "launcher draws batches by seed alone, whatever the lengths; data.packing saves the padding"),
+    "group_by_length": (
+        False,
+        "launcher draws batches by seed alone, whatever the lengths; data.packing saves the padding",
+    ),
     "train_sampling_strategy": ("random", "launcher draws batches by seed alone"),
-    "average_tokens_across_devices": (True, "every token of the global batch counts the same in launcher, whatever its rank"),
-    "resume_from_checkpoint": (None, "a new run begins anew; `launcher checkpoint import` takes such a checkpoint in"),
-    "parallelism_config": (None, "launcher has data parallelism and sharding: parallel.shard, parallel.replicate"),
+    "average_tokens_across_devices": (
+        True,
+        "every token of the global batch counts the same in launcher, whatever its rank",
+    ),
+    "resume_from_checkpoint": (
+        None,
+        "a new run begins anew; `launcher checkpoint import` takes such a checkpoint in",
+    ),
+    "parallelism_config": (
+        None,
+        "launcher has data parallelism and sharding: parallel.shard, parallel.replicate",
+    ),
     "tokenizer_name": (None, "launcher takes the tokenizer that lies with the model"),
-    "config_name": (None, "launcher takes the config that lies with the model; model.config makes another one"),
+    "config_name": (
+        None,
+        "launcher takes the config that lies with the model; model.config makes another one",
+    ),
     "config_overrides": (None, "model.config makes another config, with weights: random"),
     "load_in_4bit": (False, "launcher quantises no model; taken: the model in the plan's precision"),
     "load_in_8bit": (False, "launcher quantises no model; taken: the model in the plan's precision"),
@@ -64,37 +107,58 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
 
 
 _NEAREST = {
-    "lr": "training.learning_rate", "batch_size": "batch.global_batch_size", "train_batch_size": "batch.global_batch_size",
-    "bs": "batch.global_batch_size", "epochs": "training.epochs", "num_epochs": "training.epochs", "wd": "training.weight_decay",
-    "steps": "training.max_steps", "train_steps": "training.max_steps", "num_steps": "training.max_steps", "warmup": "training.warmup",
-    "scheduler": "training.schedule", "optimizer": "training.optimizer", "momentum": "training.momentum", "betas": "training.betas",
+    "lr": "training.learning_rate", "batch_size": "batch.global_batch_size",
+    "train_batch_size": "batch.global_batch_size",
+    "bs": "batch.global_batch_size", "epochs": "training.epochs", "num_epochs": "training.epochs",
+    "wd": "training.weight_decay",
+    "steps": "training.max_steps", "train_steps": "training.max_steps", "num_steps": "training.max_steps",
+    "warmup": "training.warmup",
+    "scheduler": "training.schedule", "optimizer": "training.optimizer", "momentum": "training.momentum",
+    "betas": "training.betas",
     "clip_grad": "training.clip_norm", "grad_clip": "training.clip_norm", "max_norm": "training.clip_norm",
-    "grad_accum": "batch.global_batch_size", "accumulation_steps": "batch.global_batch_size", "max_len": "data.max_length",
+    "grad_accum": "batch.global_batch_size", "accumulation_steps": "batch.global_batch_size",
+    "max_len": "data.max_length",
     "seq_len": "data.max_length", "seq_length": "data.max_length", "sequence_length": "data.max_length",
-    "context_length": "data.max_length", "model": "model.name", "model_name": "model.name", "model_path": "model.name",
-    "data": "data.train.path", "data_path": "data.train.path", "dataset": "data.train.name", "train_data": "data.train.path",
-    "dataset_path": "data.train.path", "eval_data": "data.evaluation.path", "text_column": "data.text", "max_samples": "data.train.limit",
+    "context_length": "data.max_length", "model": "model.name", "model_name": "model.name",
+    "model_path": "model.name",
+    "data": "data.train.path", "data_path": "data.train.path", "dataset": "data.train.name",
+    "train_data": "data.train.path",
+    "dataset_path": "data.train.path", "eval_data": "data.evaluation.path", "text_column": "data.text",
+    "max_samples": "data.train.limit",
     "dropout": "the model's config",
 }  # fmt: skip
 """Names that scripts give as they like -> the key of a job that they most often mean."""
 
 
 def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
-    """Say of each key that is not read whether it does nothing, or would change what is computed. What is unknown may change it.
+    """Say of each key that is not read whether it does nothing, or would change what is computed. What is
+    unknown may change it.
 
     A secret that TrainingArguments leave out of their JSON stands there as `<HUB_TOKEN>`.
     """
-    kept = {key: value for key, value in content.items() if key not in read and value not in (None, "", [], {}, f"<{key.upper()}>")}
+    kept = {
+        key: value
+        for key, value in content.items()
+        if key not in read and value not in (None, "", [], {}, f"<{key.upper()}>")
+    }
     options = kept.pop("accelerator_config", None)
     if not isinstance(options, dict) and options is not None:
-        reading.remark("cannot be said", "accelerator_config", brief(options), "a file of its own kind, which is not read")
+        reading.remark(
+            "cannot be said",
+            "accelerator_config",
+            brief(options),
+            "a file of its own kind, which is not read",
+        )
     elif options is not None and options.get("split_batches"):
         text = "per_device_train_batch_size is then the batch of all ranks; write batch.global_batch_size"
         reading.remark("cannot be said", "accelerator_config.split_batches", True, text)
     for key, value in kept.items():
         unknown = "launcher knows no such key, and it may change what is computed; left out"
         if key in _NEAREST:
-            unknown = f"a name of the script's own, and left out; where it means what it seems to, write {_NEAREST[key]}"
+            unknown = (
+                "a name of the script's own, and left out; where it means what it seems to, write "
+                f"{_NEAREST[key]}"
+            )
         neutral, text = NEUTRAL.get(key, (None, unknown))
         if key in REPORTS or key in PLACES or (key in NEUTRAL and _same(value, neutral)):
             continue
@@ -108,6 +172,13 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    words = {"true": True, "false": False, "none": None, "auto": False if neutral is False else None, "0": 0, "0.0": 0}
+    words = {
+        "true": True,
+        "false": False,
+        "none": None,
+        "auto": False if neutral is False else None,
+        "0": 0,
+        "0.0": 0,
+    }
     value = words.get(value.lower(), value) if isinstance(value, str) else value
     return bool(value == neutral) or (neutral is None and value is False)

@@ -33,7 +33,8 @@ def _kept(text: str) -> str:
 
 @dataclass
 class Variables:
-    """The variables that a script sets, and text with them filled in. What the shell alone knows stays as it is written."""
+    """The variables that a script sets, and text with them filled in. What the shell alone knows stays as it
+    is written."""
 
     values: dict[str, str] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
@@ -60,15 +61,27 @@ class Variables:
             elif sign in "$`":
                 length, value = self._reference(text[index:], within)
                 whole = (
-                    text[index - 1 : index] == '"' == text[index + length : index + length + 1] and "[@]" in text[index : index + length]
+                    text[index - 1 : index] == '"' == text[index + length : index + length + 1]
+                    and "[@]" in text[index : index + length]
                 )
                 # "${A[@]}" is each of its words; anything else in double quotes is part of one.
-                made.append(f'"{value}"' if quote and whole else re.sub(r'(["\\])', r"\\\1", value) if quote else value)
+                made.append(
+                    f'"{value}"'
+                    if quote and whole
+                    else re.sub(r'(["\\])', r"\\\1", value)
+                    if quote
+                    else value
+                )
                 index += length
             elif not quote and sign == "#" and (index == 0 or text[index - 1] in " \t\n;"):
                 end = text.find("\n", index)
                 index = len(text) if end < 0 else end
-            elif not quote and sign.isdigit() and text[index + 1 : index + 2] in ("<", ">") and (index == 0 or text[index - 1].isspace()):
+            elif (
+                not quote
+                and sign.isdigit()
+                and text[index + 1 : index + 2] in ("<", ">")
+                and (index == 0 or text[index - 1].isspace())
+            ):
                 index += 1  # the number of a stream, as in 2>&1
             else:
                 made.append(";" if sign == "\n" and not quote and not within else sign)

@@ -26,18 +26,23 @@ class Adapter(Section):
     dropout: Fraction = 0.0
     """Dropout of what goes into A."""
     targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
-    """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches a pattern, as `q_proj`."""
+    """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches
+    a pattern, as `q_proj`."""
     train_also: tuple[Line, ...] = ()
-    """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so in any case."""
+    """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so
+    in any case."""
     weights: Line | None = None
-    """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes are those of the run.
-    `model.name` may name it in place of its base."""
+    """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes
+    are those of the run. `model.name` may name it in place of its base."""
 
     def takes(self, layer: str) -> bool:
         """Whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the layers."""
         if self.targets == "all-linear":
             return True
-        return any(fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}") for pattern in self.targets)
+        return any(
+            fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}")
+            for pattern in self.targets
+        )
 
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained: an adapter's matrix, or one of `train_also`."""
@@ -48,20 +53,28 @@ class Adapter(Section):
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.train_also)
 
     def unmatched(self, layers: Iterable[str], parameters: Iterable[str]) -> list[Problem]:
-        """Every pattern that matches nothing of a model, with the names most like it; `layers` are the linear ones that can have one."""
+        """Every pattern that matches nothing of a model, with the names most like it; `layers` are the linear
+        ones that can have one."""
         layers, parameters = list(layers), list(parameters)
         ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
         problems = []
         for pattern in () if self.targets == "all-linear" else self.targets:
             if not any(self.model_copy(update={"targets": (pattern,)}).takes(name) for name in layers):
-                reason = f"matches no linear layer that can have one; {_nearest(pattern, layers if '.' in pattern else ends)}"
+                reason = (
+                    "matches no linear layer that can have one; "
+                    f"{_nearest(pattern, layers if '.' in pattern else ends)}"
+                )
                 problems.append(Problem("model.adapter.targets", pattern, reason))
-        # What an adapter's directory names is held against the model when the weights are read, tied names too.
+        # What an adapter's directory names is held against the model when the weights are read, tied names
+        # too.
         for pattern in self.train_also if self.weights is None else ():
             if not fnmatch.filter(parameters, pattern):
                 reason = f"matches no parameter; {_nearest(pattern, parameters)}"
                 if any(fnmatch.fnmatchcase(head, pattern) for head in _HEADS):
-                    reason += "; a head that is tied to the embedding has the embedding's name, and is trained with it"
+                    reason += (
+                        "; a head that is tied to the embedding has the embedding's name, and is trained "
+                        "with it"
+                    )
                 problems.append(Problem("model.adapter.train_also", pattern, reason))
         return problems
 

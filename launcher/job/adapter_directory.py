@@ -18,11 +18,15 @@ WEIGHTS = "adapter_model.safetensors"
 _PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
 """Settings that are kept to at one value alone."""
 _NOT_KNOWN = (
-    "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "layer_replication",
-    "exclude_modules", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "arrow_config",
-    "megatron_config", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "use_bdlora", "monteclora_config",
+    "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "layers_pattern", "layer_replication",
+    "exclude_modules", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+    "use_qalora", "arrow_config",
+    "megatron_config", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "use_bdlora",
+    "monteclora_config",
 )  # fmt: skip
-"""Settings that change what an adapter computes, or which layers have one, in ways that a run here does not."""
+"""Settings that change what an adapter computes, or which layers have one, in ways that a run here does not.
+"""
 
 
 def is_adapter(directory: Path) -> bool:
@@ -31,9 +35,11 @@ def is_adapter(directory: Path) -> bool:
 
 
 def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]:
-    """Return the model that a job means which names this directory: the adapter's base, and its settings with where its weights are.
+    """Return the model that a job means which names this directory: the adapter's base, and its settings with
+    where its weights are.
 
-    A problem for everything in the adapter, and in the job, that cannot be gone on with; they name `key`, where the directory is written.
+    A problem for everything in the adapter, and in the job, that cannot be gone on with; they name `key`,
+    where the directory is written.
     """
     try:
         found = read_json(directory / SETTINGS)
@@ -42,7 +48,13 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
             return model, problems
         in_full = _trained_in_full(directory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        return model, [Problem(key, str(directory), f"{SETTINGS} or {WEIGHTS} cannot be read: {type(error).__name__}: {error}")]
+        return model, [
+            Problem(
+                key,
+                str(directory),
+                f"{SETTINGS} or {WEIGHTS} cannot be read: {type(error).__name__}: {error}",
+            )
+        ]
     targets = found["target_modules"]
     asked = {
         "rank": found["r"],
@@ -54,7 +66,9 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
         if name in given.model_fields_set and getattr(given, name) != value:
             reason = f"the adapter in {directory} has {value}; write that, or leave it out"
             problems.append(Problem(f"model.adapter.{name}", getattr(given, name), reason))
-    dropout = {} if "dropout" in given.model_fields_set else {"dropout": float(found.get("lora_dropout") or 0.0)}
+    dropout = (
+        {} if "dropout" in given.model_fields_set else {"dropout": float(found.get("lora_dropout") or 0.0)}
+    )
     also = {} if "train_also" in given.model_fields_set else {"train_also": in_full}
     adapter = given.model_copy(update={**asked, **dropout, **also, "weights": str(directory.resolve())})
     named = model.name if key != "model.name" else base
@@ -66,19 +80,28 @@ def _trained_in_full(directory: Path) -> tuple[str, ...]:
     """The model's own parameters that an adapter's file holds, by name, from its header."""
     with open(directory / WEIGHTS, "rb", opener=plain) as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        names = [name.removeprefix("base_model.model.") for name in json.loads(file.read(length)) if name != "__metadata__"]
+        names = [
+            name.removeprefix("base_model.model.")
+            for name in json.loads(file.read(length))
+            if name != "__metadata__"
+        ]
     return tuple(sorted(name for name in names if ".lora_" not in name))
 
 
 def _reasons(directory: Path, found: dict[str, Any], model: Model) -> list[str]:
     """Why this adapter cannot be gone on with."""
-    cure = "; add it to its base with peft (merge_and_unload, save_pretrained), and name the model that comes out"
+    cure = (
+        "; add it to its base with peft (merge_and_unload, save_pretrained), "
+        "and name the model that comes out"
+    )
     reasons = [f"its {name} is {found.get(name)!r}, and a run goes on with {value!r} alone{cure}"
                for name, value in _PLAIN.items() if found.get(name, value) != value]  # fmt: skip
     reasons += [f"it uses {name}, which a run does not{cure}" for name in _NOT_KNOWN if found.get(name)]
     targets = found.get("target_modules")
     if not (targets == "all-linear" or (isinstance(targets, list) and targets)):
-        reasons.append(f"its target_modules are {targets!r}, and a run goes on with a list of names alone{cure}")
+        reasons.append(
+            f"its target_modules are {targets!r}, and a run goes on with a list of names alone{cure}"
+        )
     if not (directory / WEIGHTS).is_file():
         reasons.append(f"there is no {WEIGHTS}; save it again with peft")
     rank, alpha = found.get("r"), found.get("lora_alpha")

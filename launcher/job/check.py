@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterator
 
 from launcher import tasks
+from launcher.data.section import Source
 from launcher.job import slurm_options
 from launcher.job.schema import Cluster, Job
-from launcher.sources.section import Source
 from launcher.tasks.task import Finding, finding
 
 
@@ -34,9 +34,16 @@ def _source(key: str, source: Source) -> Iterator[Finding]:
     if source.path is None and source.name is None:
         yield finding(key, None, "needs path (a local file) or name (a data set on the hub)", *parts)
     if source.path is not None and source.name is not None:
-        yield finding(f"{key}.name", source.name, "path and name are both there, and rows come from one place; leave one out", *parts)
+        yield finding(
+            f"{key}.name",
+            source.name,
+            "path and name are both there, and rows come from one place; leave one out",
+            *parts,
+        )
     if source.name is None and source.subset is not None:
-        yield finding(f"{key}.subset", source.subset, "only a hub data set (name) has subsets; leave it out", *parts)
+        yield finding(
+            f"{key}.subset", source.subset, "only a hub data set (name) has subsets; leave it out", *parts
+        )
 
 
 def _adapter(job: Job) -> Iterator[Finding]:
@@ -44,14 +51,23 @@ def _adapter(job: Job) -> Iterator[Finding]:
     if model.adapter is None:
         return
     if model.freeze:
-        reason = "an adapter leaves all weights as they are but those of model.adapter.train_also; leave freeze out"
+        reason = (
+            "an adapter leaves all weights as they are but those of "
+            "model.adapter.train_also; leave freeze out"
+        )
         yield finding("model.freeze", list(model.freeze), reason, "model.adapter")
     if model.weights == "random":
-        reason = "an adapter is trained beside weights that were learned; write pretrained, or leave model.adapter out"
+        reason = (
+            "an adapter is trained beside weights that were learned; write pretrained, or leave "
+            "model.adapter out"
+        )
         yield finding("model.weights", model.weights, reason, "model.adapter")
     if model.compile:
         yield finding(
-            "model.compile", True, "layers with adapters are not compiled; write false, or leave model.adapter out", "model.adapter"
+            "model.compile",
+            True,
+            "layers with adapters are not compiled; write false, or leave model.adapter out",
+            "model.adapter",
         )
 
 
@@ -60,20 +76,32 @@ def _training(job: Job) -> Iterator[Finding]:
     length = ("training.epochs", "training.max_steps")
     if training.epochs is not None and training.max_steps is not None:
         yield finding(
-            "training.max_steps", training.max_steps, "epochs and max_steps both say how long; leave one out (or set it to null)", *length
+            "training.max_steps",
+            training.max_steps,
+            "epochs and max_steps both say how long; leave one out (or set it to null)",
+            *length,
         )
     if training.minimum_learning_rate > training.learning_rate:
-        reason = f"above learning_rate ({training.learning_rate:g}): the schedule would end higher than it begins"
-        yield finding("training.minimum_learning_rate", training.minimum_learning_rate, reason, "training.learning_rate")
+        reason = (
+            f"above learning_rate ({training.learning_rate:g}): the schedule would end higher than it begins"
+        )
+        yield finding(
+            "training.minimum_learning_rate", training.minimum_learning_rate, reason, "training.learning_rate"
+        )
     if training.warmup >= 1 and training.warmup != int(training.warmup):
         yield finding(
-            "training.warmup", training.warmup, "from 1 it is a number of steps, and steps are whole; below 1 it is a share of all steps"
+            "training.warmup",
+            training.warmup,
+            "from 1 it is a number of steps, and steps are whole; below 1 it is a share of all steps",
         )
     elif training.max_steps is not None and training.warmup > training.max_steps:
         reason = f"longer than the whole training of {training.max_steps} steps"
         yield finding("training.warmup", training.warmup, reason, *length)
     if batch.micro_batch_size != "auto" and batch.micro_batch_size > batch.global_batch_size:
-        reason = f"above global_batch_size ({batch.global_batch_size}); one rank's pass cannot hold more than the whole step"
+        reason = (
+            f"above global_batch_size ({batch.global_batch_size}); one rank's pass cannot hold more than "
+            "the whole step"
+        )
         yield finding("batch.micro_batch_size", batch.micro_batch_size, reason, "batch.global_batch_size")
 
 
@@ -92,7 +120,10 @@ def _evaluation(job: Job) -> Iterator[Finding]:
         reason = "there are no rows to measure on: name data.evaluation"
         yield finding("training.evaluate_every", str(job.training.evaluate_every), reason, "data.evaluation")
     if job.checkpoint.keep_best > 0:
-        reason = "the best is known by an evaluation, and there are no rows to measure on: name data.evaluation or set it to 0"
+        reason = (
+            "the best is known by an evaluation, and there are no rows to measure on: name data.evaluation "
+            "or set it to 0"
+        )
         yield finding("checkpoint.keep_best", job.checkpoint.keep_best, reason, "data.evaluation")
 
 
@@ -116,8 +147,14 @@ def _machine(job: Job) -> Iterator[Finding]:
             "needs a GPU, and cluster.gpus_per_node is 0; write sdpa or auto",
             "cluster.gpus_per_node",
         )
-    if cluster.gpus_per_node not in (0, "auto") and cluster.ranks_per_node not in ("auto", cluster.gpus_per_node):
-        reason = f"each GPU has one rank, and there are {cluster.gpus_per_node}; write {cluster.gpus_per_node} or leave it out"
+    if cluster.gpus_per_node not in (0, "auto") and cluster.ranks_per_node not in (
+        "auto",
+        cluster.gpus_per_node,
+    ):
+        reason = (
+            f"each GPU has one rank, and there are {cluster.gpus_per_node}; write {cluster.gpus_per_node} "
+            "or leave it out"
+        )
         yield finding("cluster.ranks_per_node", cluster.ranks_per_node, reason, "cluster.gpus_per_node")
 
 
@@ -127,16 +164,36 @@ def _slurm(cluster: Cluster) -> Iterator[Finding]:
     for name, value in given.items():
         option, key = slurm_options.long_name(name), f"cluster.sbatch.{name}"
         if option in slurm_options.KEYS:
-            yield finding(key, value, f"has a key of its own, which the plan goes by; write it as {slurm_options.KEYS[option]}")
+            yield finding(
+                key,
+                value,
+                f"has a key of its own, which the plan goes by; write it as {slurm_options.KEYS[option]}",
+            )
         elif option in slurm_options.DECIDED:
-            yield finding(key, value, f"is not the job's to give: {slurm_options.DECIDED[option]}; leave it out")
+            yield finding(
+                key, value, f"is not the job's to give: {slurm_options.DECIDED[option]}; leave it out"
+            )
         elif option != name:
             yield finding(key, value, f"options stand here by their long names; write {option}")
-        elif option == "gres" and any(part.split(":")[0].strip().removeprefix("gres/") == "gpu" for part in str(value).split(",")):
-            reason = "GPUs have keys of their own, which the plan goes by; write cluster.gpus_per_node (and gpu_type), and the rest here"
+        elif option == "gres" and any(
+            part.split(":")[0].strip().removeprefix("gres/") == "gpu" for part in str(value).split(",")
+        ):
+            reason = (
+                "GPUs have keys of their own, which the plan goes by; write cluster.gpus_per_node (and "
+                "gpu_type), and the rest here"
+            )
             yield finding(key, value, reason, "cluster.gpus_per_node")
     asked = slurm_options.named(cluster.model_dump(exclude={"sbatch"}))
     for number, (name, value) in enumerate(given.items()):
-        there = {option: f"cluster.{option}" for option in asked} | {option: f"cluster.sbatch.{option}" for option in list(given)[:number]}
-        for other in sorted({*slurm_options.rivals([name]), *({name} & asked - slurm_options.KEYS.keys())} & there.keys()):
-            yield finding(f"cluster.sbatch.{name}", value, f"Slurm takes this or {there[other]}, not both; leave one out", there[other])
+        there = {option: f"cluster.{option}" for option in asked} | {
+            option: f"cluster.sbatch.{option}" for option in list(given)[:number]
+        }
+        for other in sorted(
+            {*slurm_options.rivals([name]), *({name} & asked - slurm_options.KEYS.keys())} & there.keys()
+        ):
+            yield finding(
+                f"cluster.sbatch.{name}",
+                value,
+                f"Slurm takes this or {there[other]}, not both; leave one out",
+                there[other],
+            )

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from launcher import tasks
+from launcher.data.section import Data
 from launcher.job.schema import Job, known_task
-from launcher.sources.section import Data
 from launcher.values import Interval, parse_seconds
 
 _PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -46,7 +46,8 @@ def written(name: str, field: FieldInfo) -> str:
 
 
 def keys(section: type[BaseModel] = Job, prefix: str = "") -> Iterator[Key]:
-    """Yield every key below a section, parents before children, in the order of the schema: of `data` first what all tasks share."""
+    """Yield every key below a section, parents before children, in the order of the schema: of `data` first
+    what all tasks share."""
     for name, field in section.model_fields.items():
         key = Key(prefix + written(name, field), field, section, name)
         yield key
@@ -54,7 +55,11 @@ def keys(section: type[BaseModel] = Job, prefix: str = "") -> Iterator[Key]:
             yield from keys(child, key.path + ".")
         if child is Data:
             for columns in columns_by_task().values():
-                yield from (key for key in keys(columns, "data.") if key.name not in Data.model_fields and "." not in key.path[5:])
+                yield from (
+                    key
+                    for key in keys(columns, "data.")
+                    if key.name not in Data.model_fields and "." not in key.path[5:]
+                )
 
 
 def columns_by_task() -> dict[str, type[Data]]:
@@ -81,10 +86,16 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if origin is Annotated:
         return expected(parts[0], parts[1:])
     if origin is Literal:
-        return " or ".join(str(word) for word in parts) if len(parts) < 3 else "one of " + ", ".join(str(word) for word in parts)
+        return (
+            " or ".join(str(word) for word in parts)
+            if len(parts) < 3
+            else "one of " + ", ".join(str(word) for word in parts)
+        )
     if origin in (Union, UnionType):
         kept = [part for part in parts if part is not NoneType]
-        return expected(kept[0], metadata) if len(kept) == 1 else ", or ".join(expected(part) for part in kept)
+        return (
+            expected(kept[0], metadata) if len(kept) == 1 else ", or ".join(expected(part) for part in kept)
+        )
     if origin is dict:
         return "keys and values of a config.json"
     if origin is tuple:
@@ -102,7 +113,11 @@ def limits(metadata: tuple[Any, ...] | list[Any]) -> str:
     words = []
     for attribute, text in (("ge", "of at least"), ("gt", "above"), ("le", "of at most"), ("lt", "below")):
         for part in metadata:
-            found = [part] if hasattr(part, attribute) else [inner for inner in getattr(part, "metadata", []) if hasattr(inner, attribute)]
+            found = (
+                [part]
+                if hasattr(part, attribute)
+                else [inner for inner in getattr(part, "metadata", []) if hasattr(inner, attribute)]
+            )
             words += [f"{text} {_number(getattr(bound, attribute))}" for bound in found]
     return " " + ", ".join(words).replace(", of at most", " and at most") if words else ""
 

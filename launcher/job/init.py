@@ -58,10 +58,13 @@ def text(answers: Answers) -> str:
 def write(path: Path, answers: Answers, overwrite: bool = False) -> None:
     """Write the job file and the schema beside it, and load it to see that it holds.
 
-    Raises ConfigurationError where the file is there already or the answers make no valid job; then nothing is left behind.
+    Raises ConfigurationError where the file is there already or the answers make no valid job; then nothing
+    is left behind.
     """
     if path.exists() and not overwrite:
-        raise ConfigurationError(Problem("--out", str(path), "is there already; name another file, or --force to write over it"))
+        raise ConfigurationError(
+            Problem("--out", str(path), "is there already; name another file, or --force to write over it")
+        )
     if not path.parent.is_dir():
         raise ConfigurationError(Problem("--out", str(path), f"the folder {path.parent} is not there"))
     trial = path.with_name(f".{path.name}.trial")

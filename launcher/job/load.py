@@ -15,7 +15,11 @@ from launcher.job.schema import Job
 from launcher.job.yaml_text import MOST_BYTES, parse
 from launcher.plain_files import read_text
 
-_PLACEHOLDERS: dict[tuple[str, ...], Any] = {("name",): "job", ("model", "name"): "model", ("data", "train"): {"path": "train.jsonl"}}
+_PLACEHOLDERS: dict[tuple[str, ...], Any] = {
+    ("name",): "job",
+    ("model", "name"): "model",
+    ("data", "train"): {"path": "train.jsonl"},
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -23,7 +27,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path, MOST_BYTES)
     except FileNotFoundError:
-        raise ConfigurationError(Problem("JOB", str(path), f"no such file{paths.nearest_file(path)}")) from None
+        raise ConfigurationError(
+            Problem("JOB", str(path), f"no such file{paths.nearest_file(path)}")
+        ) from None
     except IsADirectoryError:
         raise ConfigurationError(Problem("JOB", str(path), "a directory; name the job file in it")) from None
     except UnicodeDecodeError:
@@ -33,13 +39,16 @@ def read(path: Path) -> dict[str, Any]:
     content = parse(text, str(path))
     if not isinstance(content, dict):
         raise ConfigurationError(
-            f"a job file is a mapping of keys; this is {'empty' if content is None else 'a ' + type(content).__name__}", str(path)
+            "a job file is a mapping of keys; this is "
+            f"{'empty' if content is None else 'a ' + type(content).__name__}",
+            str(path),
         )
     return content
 
 
 def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
-    """Put each `a.b=value` (YAML, or else plain text, as `*.csv`) into `content`; what cannot be put there comes back as problems."""
+    """Put each `a.b=value` (YAML, or else plain text, as `*.csv`) into `content`; what cannot be put there
+    comes back as problems."""
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -60,7 +69,11 @@ def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
                 section[step] = {}
             section = section[step]
             if not isinstance(section, dict):
-                problems.append(Problem(f"--set {key}", None, f"{step} is not a section: it holds {type(section).__name__}"))
+                problems.append(
+                    Problem(
+                        f"--set {key}", None, f"{step} is not a section: it holds {type(section).__name__}"
+                    )
+                )
                 break
         else:
             section[steps[-1]] = parsed
@@ -68,7 +81,8 @@ def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
 
 
 def without(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    """A copy of `content` that a Job can be made of when the refused keys are left out: checks go on with the rest."""
+    """A copy of `content` that a Job can be made of when the refused keys are left out: checks go on with the
+    rest."""
     kept = copy.deepcopy(content)
     for key in keys:
         *parents, last = key.split(".")
@@ -86,9 +100,11 @@ def without(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Job:
-    """The job in the file at `path`, with each `a.b=value` of `overrides` put over it; its paths are absolute.
+    """The job in the file at `path`, with each `a.b=value` of `overrides` put over it; its paths are
+    absolute.
 
-    Raises ConfigurationError with every problem found: unknown keys, values, contradictions, missing files, secrets.
+    Raises ConfigurationError with every problem found: unknown keys, values, contradictions, missing files,
+    secrets.
     """
     path = Path(path)
     content = read(path)
@@ -104,7 +120,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Job:
     if job is not None:
         job, missing = paths.resolve(job, path.resolve().parent)
         problems += [problem for problem in missing if not _about(problem.key, bad)]
-        problems += [finding.problem for finding in check.findings(job) if not any(_about(key, bad) for key in finding.keys)]
+        problems += [
+            finding.problem
+            for finding in check.findings(job)
+            if not any(_about(key, bad) for key in finding.keys)
+        ]
     if problems or job is None:
         raise ConfigurationError(problems, str(path))
     return job

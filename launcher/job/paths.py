@@ -6,12 +6,12 @@ import difflib
 import glob
 from pathlib import Path
 
+from launcher.data.formats import FORMATS
+from launcher.data.saved import saved_splits
+from launcher.data.section import Data, Source
 from launcher.errors import Problem
 from launcher.job import adapter_directory
 from launcher.job.schema import Job, Model
-from launcher.sources.formats import FORMATS
-from launcher.sources.saved import saved_splits
-from launcher.sources.section import Data, Source
 
 
 def nearest_file(path: Path) -> str:
@@ -32,8 +32,12 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
     data: Data = job.data.model_copy(update=sources)
     memory = job.memory
     if memory.offload_to != "cpu":
-        memory = memory.model_copy(update={"offload_to": str((folder / Path(memory.offload_to).expanduser()).absolute())})
-    return job.model_copy(update={"data": data, "memory": memory, "model": _model(job.model, folder, problems)}), problems
+        memory = memory.model_copy(
+            update={"offload_to": str((folder / Path(memory.offload_to).expanduser()).absolute())}
+        )
+    return job.model_copy(
+        update={"data": data, "memory": memory, "model": _model(job.model, folder, problems)}
+    ), problems
 
 
 def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> Source:
@@ -43,29 +47,48 @@ def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> 
         problems += _split(source, key, splits)
     elif path.is_dir():
         pattern = f"{source.path.rstrip('/')}/*.jsonl"
-        problems.append(Problem(key, source.path, f"a directory that save_to_disk did not write; name a file or a pattern, as {pattern}"))
+        problems.append(
+            Problem(
+                key,
+                source.path,
+                f"a directory that save_to_disk did not write; name a file or a pattern, as {pattern}",
+            )
+        )
     elif "split" in source.model_fields_set and (path.exists() or glob.has_magic(str(path))):
-        reason = "files have no splits, only a data set on the hub and a directory of save_to_disk; leave it out"
+        reason = (
+            "files have no splits, only a data set on the hub and a directory of save_to_disk; leave it out"
+        )
         problems.append(Problem(key.replace(".path", ".split"), source.split, reason))
     elif not path.exists() and glob.has_magic(str(path)):
         found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
         if not found:
             problems.append(Problem(key, source.path, f"no file fits this pattern (looked in {folder})"))
-        problems += [_unreadable(key, source.path, file) for file in found if file.suffix.lower() not in FORMATS][:1]
+        problems += [
+            _unreadable(key, source.path, file) for file in found if file.suffix.lower() not in FORMATS
+        ][:1]
     elif not path.exists():
-        problems.append(Problem(key, source.path, f"no such file (looked in {path.parent}){nearest_file(path)}"))
+        problems.append(
+            Problem(key, source.path, f"no such file (looked in {path.parent}){nearest_file(path)}")
+        )
     elif path.suffix.lower() not in FORMATS:
         problems.append(_unreadable(key, source.path, path))
     return source.model_copy(update={"path": str(path)})
 
 
 def _split(source: Source, key: str, splits: list[str]) -> list[Problem]:
-    """A problem where the split that is meant is not there, or where it is not said which rows are the ones held out."""
+    """A problem where the split that is meant is not there, or where it is not said which rows are the ones
+    held out."""
     key, named = key.replace(".path", ".split"), "split" in source.model_fields_set
     if not splits:
-        return [Problem(key, source.split, f"{source.path} is one data set without splits; leave it out")] if named else []
+        return (
+            [Problem(key, source.split, f"{source.path} is one data set without splits; leave it out")]
+            if named
+            else []
+        )
     if source.split not in splits:
-        return [Problem(key, source.split, f"{source.path} has the splits {', '.join(splits)}; write one of them")]
+        return [
+            Problem(key, source.split, f"{source.path} has the splits {', '.join(splits)}; write one of them")
+        ]
     if not named and "evaluation" in key:
         return [Problem(key, None, f"name the split of {source.path} that is held out: {', '.join(splits)}")]
     return []
@@ -87,7 +110,11 @@ def _model(model: Model, folder: Path, problems: list[Problem]) -> Model:
         path = folder / Path(model.adapter.weights).expanduser()
         if not adapter_directory.is_adapter(path):
             problems.append(
-                Problem("model.adapter.weights", model.adapter.weights, f"holds no adapter: no {adapter_directory.SETTINGS} there")
+                Problem(
+                    "model.adapter.weights",
+                    model.adapter.weights,
+                    f"holds no adapter: no {adapter_directory.SETTINGS} there",
+                )
             )
             return model
         model, found = adapter_directory.read(path, model, "model.adapter.weights")
@@ -100,16 +127,29 @@ def _base(model: Model, folder: Path, problems: list[Problem]) -> Model:
     meant_as_path = model.name.startswith((".", "/", "~")) or model.name.count("/") > 1
     if path.is_dir():
         if (path / "config.json").is_file() and (path / adapter_directory.SETTINGS).is_file():
-            reason = "holds a model and an adapter of peft: which of both is meant? Name a directory with one of them"
+            reason = (
+                "holds a model and an adapter of peft: which of both is meant? Name a directory with one "
+                "of them"
+            )
             problems.append(Problem("model.name", model.name, reason))
         if any(path.glob("config.json")) or any(path.glob("*.gguf")):
             return model.model_copy(update={"name": str(path.resolve())})
         if meant_as_path:
             problems.append(
-                Problem("model.name", model.name, "a directory without a config.json; name the one with the model's files in it")
+                Problem(
+                    "model.name",
+                    model.name,
+                    "a directory without a config.json; name the one with the model's files in it",
+                )
             )
     elif path.is_file():
-        problems.append(Problem("model.name", model.name, f"a file; name the directory of the model, as {Path(model.name).parent}"))
+        problems.append(
+            Problem(
+                "model.name",
+                model.name,
+                f"a file; name the directory of the model, as {Path(model.name).parent}",
+            )
+        )
     elif meant_as_path:
         problems.append(Problem("model.name", model.name, f"no such directory{nearest_file(path)}"))
     return model

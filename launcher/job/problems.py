@@ -9,15 +9,18 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.job.describe import choices, columns_by_task, docstring, expected_of, keys, section_of, written
 from launcher.job.schema import job_type, task_of
 from launcher.redaction import holds_secret
-from launcher.sources.section import Data
 
-_SECRET_KEY = re.compile(r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|auth_?token|token)(s?$|_)", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|auth_?token|token)(s?$|_)", re.IGNORECASE
+)
 _SECRET_REASON = (
-    "looks like a secret, which does not belong in a job file (it is copied into run directories); set it in the environment instead"
+    "looks like a secret, which does not belong in a job file (it is copied into run directories); set it "
+    "in the environment instead"
 )
 
 
@@ -32,8 +35,15 @@ def refused(content: dict[str, Any]) -> list[Problem]:
 def _refuse_in(section: Any, prefix: str, known: set[str], problems: list[Problem]) -> None:
     for key, value in list(section.items() if isinstance(section, dict) else enumerate(section)):
         path = f"{prefix}{key}"
-        secret_key = path not in known and isinstance(key, str) and bool(_SECRET_KEY.search(key)) and not isinstance(value, dict)
-        secret_key &= isinstance(value, str) or not path.startswith("model.config.")  # pad_token_id is a number
+        secret_key = (
+            path not in known
+            and isinstance(key, str)
+            and bool(_SECRET_KEY.search(key))
+            and not isinstance(value, dict)
+        )
+        secret_key &= isinstance(value, str) or not path.startswith(
+            "model.config."
+        )  # pad_token_id is a number
         if secret_key or (isinstance(value, str) and holds_secret(value)):
             problems.append(Problem(path, None, _SECRET_REASON))
             section[key] = None
@@ -61,10 +71,14 @@ def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
                 continue
             problems[key] = Problem(key, shown, _unknown(path, section))
         elif item["type"] == "missing" and len(path) == len(item["loc"]):
-            problems[key] = Problem(key, None, f"is missing: {docstring(section, _field_name(section, path[-1]))}")
+            problems[key] = Problem(
+                key, None, f"is missing: {docstring(section, _field_name(section, path[-1]))}"
+            )
         elif key not in problems or item["type"] == "value_error":
             value = _value(content, path)
-            problems[key] = Problem(key, None if isinstance(value, dict) else value, _reason(item, field, value))
+            problems[key] = Problem(
+                key, None if isinstance(value, dict) else value, _reason(item, field, value)
+            )
     return list(problems.values())
 
 
@@ -77,11 +91,17 @@ def _owners(path: list[str]) -> list[str]:
 
 def _of_another_task(task: str, section: type[BaseModel], owners: list[str]) -> str:
     own = [name for name in section.model_fields if name not in Data.model_fields]
-    return f"belongs to {' and '.join(owners)}, and model.task is {task}, which reads {', '.join(own)}; leave it out or set model.task"
+    return (
+        f"belongs to {' and '.join(owners)}, and model.task is {task}, which reads {', '.join(own)}; leave "
+        "it out or set model.task"
+    )
 
 
-def _locate(loc: tuple[int | str, ...], section: type[BaseModel]) -> tuple[list[str], type[BaseModel], FieldInfo | None]:
-    """The key below `section` that a pydantic location means, without the names of the alternatives that were tried there."""
+def _locate(
+    loc: tuple[int | str, ...], section: type[BaseModel]
+) -> tuple[list[str], type[BaseModel], FieldInfo | None]:
+    """The key below `section` that a pydantic location means, without the names of the alternatives that were
+    tried there."""
     path: list[str] = []
     field = None
     for step in loc:
@@ -116,7 +136,10 @@ def _unknown(path: list[str], section: type[BaseModel]) -> str:
         return f"unknown key here; it stands at {elsewhere[0]}"
     near = difflib.get_close_matches(path[-1], [key.path.rsplit(".", 1)[-1] for key in keys()], n=1)
     if near:
-        return f"unknown key; the nearest known one is {next(key.path for key in keys() if key.path.rsplit('.', 1)[-1] == near[0])}"
+        return (
+            "unknown key; the nearest known one is "
+            f"{next(key.path for key in keys() if key.path.rsplit('.', 1)[-1] == near[0])}"
+        )
     return f"unknown key; known here: {', '.join(here)}"
 
 
@@ -133,5 +156,9 @@ def _reason(item: Any, field: FieldInfo | None, value: Any) -> str:
         return f"at most {item['ctx']['max_length']} characters"
     if item["type"] == "string_too_short":
         return "must not be empty"
-    near = difflib.get_close_matches(str(value).lower(), choices(field.annotation), n=1) if isinstance(value, str) else []
+    near = (
+        difflib.get_close_matches(str(value).lower(), choices(field.annotation), n=1)
+        if isinstance(value, str)
+        else []
+    )
     return f"write {expected_of(field)}" + (f"; the nearest is {near[0]}" if near else "")

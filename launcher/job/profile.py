@@ -4,7 +4,8 @@
     limits:
       main: {max_nodes: 8, max_time: 2d, gpus_per_node: 8, cpus_per_node: 96}
 
-`cluster` holds keys of a job file's `cluster`; what the job file says goes before it, and before every option of Slurm that excludes it.
+`cluster` holds keys of a job file's `cluster`; what the job file says goes before it, and before every option
+of Slurm that excludes it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def directories() -> list[Path]:
 
 
 def find(name: str, folder: Path) -> Path:
-    """The file of a profile by its path, relative to `folder`, or by its name. Raises ConfigurationError with the nearest there is."""
+    """The file of a profile by its path, relative to `folder`, or by its name. Raises ConfigurationError with
+    the nearest there is."""
     if "/" in name or name.endswith((".yaml", ".yml")):
         path = folder / Path(name).expanduser()
         if path.is_file():
@@ -72,7 +74,9 @@ def find(name: str, folder: Path) -> Path:
         if known
         else "there is none; `launcher profile` writes one"
     )
-    raise ConfigurationError(Problem("cluster.profile", name, f"no profile of that name in {places[0]} or slurm/profiles; {there}"))
+    raise ConfigurationError(
+        Problem("cluster.profile", name, f"no profile of that name in {places[0]} or slurm/profiles; {there}")
+    )
 
 
 def read(path: Path) -> tuple[Profile, dict[str, Any]]:
@@ -83,13 +87,17 @@ def read(path: Path) -> tuple[Profile, dict[str, Any]]:
     try:
         profile = Profile.model_validate(content)
     except ValidationError as error:
-        problems = [Problem(".".join(map(str, item["loc"])), None, item["msg"]) for item in error.errors(include_url=False)]
+        problems = [
+            Problem(".".join(map(str, item["loc"])), None, item["msg"])
+            for item in error.errors(include_url=False)
+        ]
         raise ConfigurationError(problems, str(path)) from None
     return profile, content.get("cluster") or {}
 
 
 def apply(content: dict[str, Any], folder: Path) -> list[Problem]:
-    """Put what the profile of a job file says under what the job file says; what is wrong with it comes back as problems."""
+    """Put what the profile of a job file says under what the job file says; what is wrong with it comes back
+    as problems."""
     cluster = content.get("cluster")
     if not isinstance(cluster, dict) or not isinstance(cluster.get("profile"), str):
         return []
@@ -115,7 +123,13 @@ def problems(cluster: Cluster, num_nodes: int, num_gpus: int, profile: Profile) 
     for partition in (cluster.partition or "").split(","):
         if partition and profile.limits and partition not in profile.limits:
             near = difflib.get_close_matches(partition, profile.limits, n=1) or sorted(profile.limits)
-            found.append(Problem("cluster.partition", partition, f"the site has no such partition; it has {', '.join(near)}"))
+            found.append(
+                Problem(
+                    "cluster.partition",
+                    partition,
+                    f"the site has no such partition; it has {', '.join(near)}",
+                )
+            )
         elif partition:
             found += _over(cluster, partition, num_nodes, num_gpus, profile.limits.get(partition, Limits()))
     return found
@@ -129,7 +143,11 @@ def _over(cluster: Cluster, partition: str, num_nodes: int, num_gpus: int, limit
         "cpus_per_node": (cluster.cpus_per_node, limits.cpus_per_node),
     }
     return [
-        Problem(f"cluster.{key}", value, f"partition {partition} has at most {limit:g}{' s' if key == 'time_limit' else ''}")
+        Problem(
+            f"cluster.{key}",
+            value,
+            f"partition {partition} has at most {limit:g}{' s' if key == 'time_limit' else ''}",
+        )
         for key, (value, limit) in asked.items()
         if value is not None and limit is not None and value > limit
     ]

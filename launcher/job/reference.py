@@ -1,6 +1,7 @@
 """Write the reference pages and the JSON schema from the code.
 
-`python -m launcher.job.reference DIRECTORY` writes the pages; a test holds the ones in docs/reference equal to what is made here.
+`python -m launcher.job.reference DIRECTORY` writes the pages; a test holds the ones in docs/reference equal
+to what is made here.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from typing import Any
 from pydantic import BaseModel
 
 from launcher import errors, tasks
+from launcher.data.section import Data
 from launcher.job.describe import Key, columns_by_task, docstring, expected_of, keys, section_of
 from launcher.job.schema import Job
-from launcher.sources.section import Data
 from launcher.values import Interval
 
-_DURATION = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(s|min|h|d)\s*$"}]}
+_DURATION = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(s|min|h|d)\s*$"},
+    ]
+}
 _INTERVAL = {
     "anyOf": [
         {"type": "integer", "minimum": 1},
@@ -35,9 +41,13 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of the job file, with each field's docstring as its description."""
     made = Job.model_json_schema(by_alias=True)
     for columns in columns_by_task().values():
-        made["$defs"][columns.__name__] = columns.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
+        made["$defs"][columns.__name__] = columns.model_json_schema(
+            by_alias=True, ref_template="#/$defs/{model}"
+        )
         made["$defs"][columns.__name__].pop("$defs", None)
-    made["properties"]["data"] = {"anyOf": [{"$ref": f"#/$defs/{columns.__name__}"} for columns in columns_by_task().values()]}
+    made["properties"]["data"] = {
+        "anyOf": [{"$ref": f"#/$defs/{columns.__name__}"} for columns in columns_by_task().values()]
+    }
     made["$defs"].pop(Data.__name__)
     made["$defs"]["Model"]["properties"]["task"]["enum"] = list(tasks.TASKS)
     made["$defs"]["Interval"] = _INTERVAL
@@ -49,7 +59,11 @@ def json_schema() -> dict[str, Any]:
         "default": "auto",
     }
     for key in keys():
-        names = [key.section.__name__] if key.section is not Data else [columns.__name__ for columns in columns_by_task().values()]
+        names = (
+            [key.section.__name__]
+            if key.section is not Data
+            else [columns.__name__ for columns in columns_by_task().values()]
+        )
         for place in [made] if key.section is Job else [made["$defs"][name] for name in names]:
             place["properties"][key.path.rsplit(".", 1)[-1]]["description"] = docstring(key.section, key.name)
     for name, section in made["$defs"].items():
@@ -75,7 +89,13 @@ def shown(value: object) -> str:
         return "none given"
     if isinstance(value, tuple):
         return "[" + ", ".join(shown(item) for item in value) + "]"
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _row(key: Key) -> str:
@@ -86,13 +106,25 @@ def _row(key: Key) -> str:
 
 
 def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
-    plain = [key for key in keys(section, prefix) if "." not in key.path.removeprefix(prefix) and section_of(key.field) is None]
-    nested = [key for key in keys(section, prefix) if "." not in key.path.removeprefix(prefix) and section_of(key.field) is not None]
+    plain = [
+        key
+        for key in keys(section, prefix)
+        if "." not in key.path.removeprefix(prefix) and section_of(key.field) is None
+    ]
+    nested = [
+        key
+        for key in keys(section, prefix)
+        if "." not in key.path.removeprefix(prefix) and section_of(key.field) is not None
+    ]
     lines = ["", f"## {title}", "", inspect.getdoc(section) or "", *_HEAD]
     lines += [_row(key) for key in plain if key.section is section]
     for task, columns in columns_by_task().items() if section is Data else ():
         lines += ["", f"### Columns of `{task}`", "", inspect.getdoc(columns) or "", *_HEAD]
-        lines += [_row(key) for key in keys(columns, prefix) if key.section is columns and key.name not in Data.model_fields]
+        lines += [
+            _row(key)
+            for key in keys(columns, prefix)
+            if key.section is columns and key.name not in Data.model_fields
+        ]
     for key in nested:
         child = section_of(key.field)
         assert child is not None
@@ -107,7 +139,8 @@ def job_file_page() -> str:
         "",
         "Made from `launcher/job/schema.py` and `launcher/tasks/` by `make docs`; do not edit.",
         "",
-        "Every key can be set on the command line as well: `--set training.learning_rate=1e-5` (the value is YAML). `auto` is decided by",
+        "Every key can be set on the command line as well: `--set training.learning_rate=1e-5` (the "
+        "value is YAML). `auto` is decided by",
         "`launcher plan`, which says why. Unknown keys are refused. Paths are relative to the job file.",
         "`launcher schema` prints the JSON schema, which editors complete the file by.",
     ]
@@ -127,7 +160,9 @@ def exit_codes_page() -> str:
     ]
     for error in errors.leaves():
         meaning = (
-            "Something in launcher itself is wrong." if error is errors.LauncherError else (inspect.getdoc(error) or "").splitlines()[0]
+            "Something in launcher itself is wrong."
+            if error is errors.LauncherError
+            else " ".join((inspect.getdoc(error) or "").partition("\n\n")[0].split())
         )
         lines.append(f"| {error.exit_code} | {error.__name__} | {error.failure_class} | {meaning} |")
     lines += [

@@ -1,8 +1,9 @@
 """What the user asks for: the job file as frozen pydantic models.
 
-Each field's docstring line is its help text, its unit and its scope; the reference page and the JSON schema take it from the
-source (`launcher.job.describe`), because having pydantic do so on every import costs a third of `launcher validate`.
-Checks of one value stand here; checks across values stand in `launcher.job.check`, which collects them.
+Each field's docstring line is its help text, its unit and its scope; the reference page and the JSON schema
+take it from the source (`launcher.job.describe`), because having pydantic do so on every import costs a third
+of `launcher validate`. Checks of one value stand here; checks across values stand in `launcher.job.check`,
+which collects them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,32 @@ from __future__ import annotations
 import functools
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ModelWrapValidatorHandler, SerializeAsAny, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    create_model,
+    model_validator,
+)
 
 from launcher import tasks
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError
 from launcher.job.adapter import Adapter
-from launcher.sources.section import Data
-from launcher.values import Every, Fraction, HangAfter, Interval, Line, NodeCount, Seconds, Section, Variable, Word
+from launcher.values import (
+    Every,
+    Fraction,
+    HangAfter,
+    Interval,
+    Line,
+    NodeCount,
+    Seconds,
+    Section,
+    Variable,
+    Word,
+)
 
 
 def known_task(name: str) -> str:
@@ -48,7 +68,8 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     config: dict[str, Any] | None = None
-    """What a config.json would say (`model_type`, sizes): to plan for a model that is not here, or to begin with random weights."""
+    """What a config.json would say (`model_type`, sizes): to plan for a model that is not here, or to begin
+    with random weights."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention implementation."""
     weights: Literal["pretrained", "random"] = "pretrained"
@@ -58,8 +79,9 @@ class Model(Section):
     adapter: Adapter | None = None
     """Train small matrices beside the weights (LoRA) in place of the weights."""
     resize_embeddings: bool | None = None
-    """Where the tokenizer has tokens that the model has no row for: `true` adds rows, the mean of the old ones; `false` leaves the model as
-    it is and refuses rows of data with such a token. Left out, such a tokenizer is refused."""
+    """Where the tokenizer has tokens that the model has no row for: `true` adds rows, the mean of the old
+    ones; `false` leaves the model as it is and refuses rows of data with such a token. Left out, such a
+    tokenizer is refused."""
     compile: bool = False
     """Compile each repeated layer with torch.compile."""
     trust_remote_code: bool = False
@@ -90,9 +112,11 @@ class OnSpike(Section):
     """Say so, or go back, where the loss jumps and stays up."""
 
     action: Literal["ignore", "warn", "rewind"] = "warn"
-    """`warn` says so and goes on; `rewind` goes back to the weights before and leaves out the samples since; `ignore` does neither."""
+    """`warn` says so and goes on; `rewind` goes back to the weights before and leaves out the samples since;
+    `ignore` does neither."""
     threshold: float = Field(default=6.0, gt=0)
-    """How far above the running median a loss stands out: in standard deviations (1.4826 MAD), of at least 5% of the median."""
+    """How far above the running median a loss stands out: in standard deviations (1.4826 MAD), of at least 5%
+    of the median."""
     steps: int = Field(default=5, ge=1)
     """Losses in a row that stand out."""
     window: int = Field(default=64, ge=4)
@@ -135,7 +159,8 @@ class Training(Section):
     early_stopping: EarlyStopping | None = None
     """Stop when a metric no longer gets better."""
     skip_nonfinite: int = Field(default=10, ge=0)
-    """Steps in a row with a NaN or Inf loss or gradient that are skipped before the run stops, or goes back where `on_spike` says so."""
+    """Steps in a row with a NaN or Inf loss or gradient that are skipped before the run stops, or goes back
+    where `on_spike` says so."""
     on_spike: OnSpike = OnSpike()
 
 
@@ -145,7 +170,8 @@ class Memory(Section):
     activation_checkpointing: ActivationCheckpointing | Auto = "auto"
     """`full` recomputes each layer, `selective` all but its matrix products, `none` keeps everything."""
     offload: Offload | Auto = "auto"
-    """What lives off the device between uses: nothing, the `optimizer` state, or the `parameters` and the optimizer state."""
+    """What lives off the device between uses: nothing, the `optimizer` state, or the `parameters` and the
+    optimizer state."""
     offload_to: str = Field(default="cpu", min_length=1)
     """`cpu` (the host's memory), or a directory on NVMe."""
 
@@ -156,11 +182,13 @@ class Parallel(Section):
     engine: EngineName | Auto = "auto"
     """The sharding engine: PyTorch's FSDP2, or DeepSpeed's ZeRO."""
     shard: Sharding | Auto = "auto"
-    """`full`: parameters, gradients and optimizer (ZeRO-3); `gradients`: gradients and optimizer (ZeRO-2); `optimizer` (ZeRO-1); `none`."""
+    """`full`: parameters, gradients and optimizer (ZeRO-3); `gradients`: gradients and optimizer (ZeRO-2);
+    `optimizer` (ZeRO-1); `none`."""
     replicate: int = Field(default=1, ge=1, le=1_000_000)
     """Whole copies of the model (hybrid sharding, FSDP): ranks are replicate x shard."""
     secondary_shard: int = Field(default=1, ge=1, le=1_000_000)
-    """ZeRO++ hpZ (DeepSpeed): the ranks, those of a node, that keep a second copy of the parameters to gather from. 1: none."""
+    """ZeRO++ hpZ (DeepSpeed): the ranks, those of a node, that keep a second copy of the parameters to gather
+    from. 1: none."""
     quantized_weights: bool = False
     """ZeRO++ qwZ (DeepSpeed, GPUs): gather parameters as 8-bit blocks."""
     quantized_gradients: bool = False
@@ -209,9 +237,11 @@ class Cluster(Section):
     gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | Auto = "auto"
     """GPUs of each node; 0 trains on the CPU."""
     gpu: Word | None = None
-    """Their kind, by its name in the planner's table, as h100-80gb: what is counted on where they are not on this machine."""
+    """Their kind, by its name in the planner's table, as h100-80gb: what is counted on where they are not on
+    this machine."""
     network: NetworkName | None = None
-    """What joins the nodes, of one GPU: what the planner counts on; left out, what such nodes commonly have."""
+    """What joins the nodes, of one GPU: what the planner counts on; left out, what such nodes commonly have.
+    """
     ranks_per_node: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
     """Processes of each node; with GPUs it is their number."""
     threads_per_rank: Annotated[int, Field(ge=1, le=65_536)] | Auto = "auto"
@@ -266,13 +296,16 @@ class Cluster(Section):
     requeue: bool = True
     """Slurm: go on by itself after preemption, the time limit, a lost node or rank."""
     attempts_without_progress: int = Field(default=3, ge=1)
-    """Slurm: after so many attempts in a row that saved nothing new it stops. Preempted ones, and those whose node was lost, are free."""
+    """Slurm: after so many attempts in a row that saved nothing new it stops. Preempted ones, and those whose
+    node was lost, are free."""
     grace: Seconds = 30.0
     """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
     share_with_group: bool = False
-    """Let your group read what the run writes (logs, checkpoints, code, exports), whatever the umask says; else the umask alone counts."""
+    """Let your group read what the run writes (logs, checkpoints, code, exports), whatever the umask says;
+    else the umask alone counts."""
     hang_after: HangAfter = "auto"
-    """Seconds (or 90s, 5min) without life until a hang is named; as long again, and it is ended. `auto`: by phase; `off`: never."""
+    """Seconds (or 90s, 5min) without life until a hang is named; as long again, and it is ended. `auto`: by
+    phase; `off`: never."""
 
 
 def node_range(nodes: int | str) -> tuple[int, int]:
@@ -304,15 +337,20 @@ class Job(Section):
     def _with_the_tasks_columns(cls, content: Any, handler: ModelWrapValidatorHandler[Job]) -> Job:
         if cls is not Job or not isinstance(content, dict) or (kind := job_type(task_of(content))) is Job:
             return handler(content)
-        if isinstance(data := content.get("data"), dict):  # null leaves out what may stand here with another task
+        if isinstance(
+            data := content.get("data"), dict
+        ):  # null leaves out what may stand here with another task
             own = tasks.find(task_of(content)).Columns.model_fields
-            content = content | {"data": {key: value for key, value in data.items() if value is not None or key in own}}
+            content = content | {
+                "data": {key: value for key, value in data.items() if value is not None or key in own}
+            }
         return kind.model_validate(content)
 
 
 @functools.cache
 def job_type(task: str) -> type[Job]:
-    """Return the schema of a job with this task, whose `data` has the task's own columns; that of any job where there is no such task."""
+    """Return the schema of a job with this task, whose `data` has the task's own columns; that of any job
+    where there is no such task."""
     try:
         columns = tasks.find(task).Columns
     except ConfigurationError:

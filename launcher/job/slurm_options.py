@@ -1,6 +1,7 @@
 """Options of sbatch that exclude each other, have a key of their own, or belong to launcher.
 
-From the manual of sbatch. Slurm 22.05 takes `hint` beside `threads-per-core`, `exclusive` beside `oversubscribe`, and goes by one of them.
+From the manual of sbatch. Slurm 22.05 takes `hint` beside `threads-per-core`, `exclusive` beside
+`oversubscribe`, and goes by one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ EXCLUSIVE = (
 """Sets of options of which one can count."""
 
 KEYS = {
-    **{name: f"cluster.{name}" for name in ("nodes", "partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist")},
+    **{
+        name: f"cluster.{name}"
+        for name in (
+            "nodes",
+            "partition",
+            "account",
+            "qos",
+            "reservation",
+            "constraint",
+            "exclude",
+            "nodelist",
+        )
+    },
     **{name: f"cluster.{name}" for name in ("mem", "dependency", "begin", "comment", "requeue")},
     "mail-user": "cluster.mail_user",
     "mail-type": "cluster.mail_type",
@@ -35,10 +48,23 @@ KEYS = {
 }
 """Options that a key of the job file says, which is also what the plan goes by."""
 
-_ONE_TASK = "launcher starts one task on each node, and the ranks under it; say how many ranks by cluster.ranks_per_node"
+_ONE_TASK = (
+    "launcher starts one task on each node, and the ranks under it; say how many ranks by "
+    "cluster.ranks_per_node"
+)
 _ANSWER = "launcher reads sbatch's answer, and goes by it"
 DECIDED = {
-    **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-core", "ntasks-per-socket", "ntasks-per-gpu", "tres-per-task"), _ONE_TASK),
+    **dict.fromkeys(
+        (
+            "ntasks",
+            "ntasks-per-node",
+            "ntasks-per-core",
+            "ntasks-per-socket",
+            "ntasks-per-gpu",
+            "tres-per-task",
+        ),
+        _ONE_TASK,
+    ),
     **dict.fromkeys(("parsable", "quiet", "test-only", "wait"), _ANSWER),
     "wrap": "launcher hands over a script of its own",
     "array": "a run is one job; for several runs see `launcher sweep`",
@@ -47,9 +73,34 @@ DECIDED = {
 }
 """Options that a job cannot give, by the reason."""
 
-_LETTERS = {"A": "account", "C": "constraint", "J": "job-name", "N": "nodes", "c": "cpus-per-task", "d": "dependency", "n": "ntasks"}
-_LETTERS |= {"p": "partition", "q": "qos", "t": "time", "w": "nodelist", "x": "exclude", "S": "core-spec", "F": "nodefile", "G": "gpus"}
-_LETTERS |= {"a": "array", "b": "begin", "s": "oversubscribe", "B": "extra-node-info", "m": "distribution", "H": "hold", "D": "chdir"}
+_LETTERS = {
+    "A": "account",
+    "C": "constraint",
+    "J": "job-name",
+    "N": "nodes",
+    "c": "cpus-per-task",
+    "d": "dependency",
+    "n": "ntasks",
+}
+_LETTERS |= {
+    "p": "partition",
+    "q": "qos",
+    "t": "time",
+    "w": "nodelist",
+    "x": "exclude",
+    "S": "core-spec",
+    "F": "nodefile",
+    "G": "gpus",
+}
+_LETTERS |= {
+    "a": "array",
+    "b": "begin",
+    "s": "oversubscribe",
+    "B": "extra-node-info",
+    "m": "distribution",
+    "H": "hold",
+    "D": "chdir",
+}
 
 
 def long_name(option: str) -> str:
@@ -71,7 +122,8 @@ def rivals(options: Collection[str]) -> set[str]:
 
 
 def named(cluster: Mapping[str, Any]) -> set[str]:
-    """The options of sbatch that a `cluster` of a job file or a profile asks for, by its own keys and in its `sbatch`."""
+    """The options of sbatch that a `cluster` of a job file or a profile asks for, by its own keys and in its
+    `sbatch`."""
     more = cluster.get("sbatch")
     given = [(key, value) for key, value in cluster.items() if key != "sbatch"]
     given += list(more.items()) if isinstance(more, Mapping) else []
@@ -83,5 +135,7 @@ def without(cluster: Mapping[str, Any], options: Iterable[str]) -> dict[str, Any
     left_out = set(options)
     kept = {key: value for key, value in cluster.items() if key.replace("_", "-") not in left_out}
     if isinstance(more := kept.get("sbatch"), Mapping):
-        kept["sbatch"] = {key: value for key, value in more.items() if str(key).replace("_", "-") not in left_out}
+        kept["sbatch"] = {
+            key: value for key, value in more.items() if str(key).replace("_", "-") not in left_out
+        }
     return kept

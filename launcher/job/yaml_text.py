@@ -21,7 +21,8 @@ _LONGEST_NUMBER = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice, reads 1e-5 as a number and 2026-11-22 as text, and counts what it is given."""
+    """Safe YAML that refuses a key written twice, reads 1e-5 as a number and 2026-11-22 as text, and counts
+    what it is given."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -99,8 +100,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
         value: str = super().construct_yaml_str(node)
-        if not value.isprintable() and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
-            text = "a text with half a character (\\ud800 to \\udfff) or a zero byte in it, which no file and no name can hold"
+        if not value.isprintable() and any(
+            character == "\0" or "\ud800" <= character <= "\udfff" for character in value
+        ):
+            text = (
+                "a text with half a character (\\ud800 to \\udfff) or a zero byte in it, which no file and "
+                "no name can hold"
+            )
             raise yaml.constructor.ConstructorError(problem=text, problem_mark=node.start_mark)
         return value
 
@@ -109,16 +115,21 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def parse(text: str, source: str) -> Any:
-    """YAML to plain values. Raises ConfigurationError with the line, and without the text, which may hold a secret."""
+    """YAML to plain values. Raises ConfigurationError with the line, and without the text, which may hold a
+    secret."""
     if len(text) > MOST_BYTES:
-        raise ConfigurationError(f"more than {MOST_BYTES >> 10} KiB of YAML, which no such file needs", source)
+        raise ConfigurationError(
+            f"more than {MOST_BYTES >> 10} KiB of YAML, which no such file needs", source
+        )
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -126,5 +137,6 @@ def parse(text: str, source: str) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigurationError(f"{where}{error.problem or error.context}", source) from None
     except Exception as error:
-        # PyYAML takes the words under a tag for granted: `!!bool x` is a KeyError, `!!timestamp x` an AttributeError, and so on.
+        # PyYAML takes the words under a tag for granted: `!!bool x` is a KeyError, `!!timestamp x` an
+        # AttributeError, and so on.
         raise ConfigurationError(f"not YAML: {type(error).__name__}", source) from None

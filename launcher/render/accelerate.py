@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 
 PORT = 29500
 """Of several machines, which must agree on it; on one machine a free port is taken."""
@@ -13,7 +13,8 @@ PORT = 29500
 def config(plan: Plan, deepspeed_file: str = "ds_config.json") -> dict[str, Any]:
     """The content of accelerate.yaml; `deepspeed_file` is where the ranks find ds_config.json.
 
-    With DeepSpeed there is no `mixed_precision`: it stands in ds_config.json, and Accelerate refuses it at both places.
+    With DeepSpeed there is no `mixed_precision`: it stands in ds_config.json, and Accelerate refuses it at
+    both places.
     """
     mesh = plan.mesh
     content: dict[str, Any] = {
@@ -32,7 +33,10 @@ def config(plan: Plan, deepspeed_file: str = "ds_config.json") -> dict[str, Any]
     }
     if content["distributed_type"] == "DEEPSPEED":
         assert plan.zero is not None
-        content["deepspeed_config"] = {"deepspeed_config_file": deepspeed_file, "zero3_init_flag": plan.zero.stage == 3}
+        content["deepspeed_config"] = {
+            "deepspeed_config_file": deepspeed_file,
+            "zero3_init_flag": plan.zero.stage == 3,
+        }
         if mesh.nodes > 1:
             content["deepspeed_config"]["deepspeed_multinode_launcher"] = "standard"
         return content
@@ -52,7 +56,8 @@ def config(plan: Plan, deepspeed_file: str = "ds_config.json") -> dict[str, Any]
 
 
 def distributed_type(plan: Plan) -> str:
-    """Accelerate's word for what the ranks do. It has FSDP on devices alone: on CPUs its ranks hold whole copies."""
+    """Accelerate's word for what the ranks do. It has FSDP on devices alone: on CPUs its ranks hold whole
+    copies."""
     if plan.engine == "deepspeed":
         return "DEEPSPEED"
     if plan.mesh.world_size == 1 and plan.sharding == "none":

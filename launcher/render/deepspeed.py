@@ -1,30 +1,34 @@
 """Render ds_config.json.
 
-There is no `optimizer` and no `scheduler` in it. Ours, or the user's script's, are handed to `deepspeed.initialize`, and
-Accelerate refuses a script's own optimizer where the file names one.
+There is no `optimizer` and no `scheduler` in it. Ours, or the user's script's, are handed to
+`deepspeed.initialize`, and Accelerate refuses a script's own optimizer where the file names one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from launcher.planning.plan import Plan, Zero
+from launcher.planner.plan import Plan, Zero
 
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own progress lines: launcher has its own."""
 _ADAM_TENSORS = 4
-"""Parameter, gradient and both moments: what is in flight at once when the optimizer state comes from files."""
+"""Parameter, gradient and both moments: what is in flight at once when the optimizer state comes from files.
+"""
 _PARAMETER_BUFFERS = 5
 """DeepSpeed's own default: the parameters in use, and those on the way."""
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """The content of ds_config.json for a plan whose engine is DeepSpeed; complete, without `auto` and without null.
+    """The content of ds_config.json for a plan whose engine is DeepSpeed; complete, without `auto` and
+    without null.
 
     Raises ValueError for a plan of another engine.
     """
     if plan.zero is None:
-        raise ValueError(f"a plan for {plan.engine} has no ZeRO stage; plan it with parallel.engine: deepspeed")
+        raise ValueError(
+            f"a plan for {plan.engine} has no ZeRO stage; plan it with parallel.engine: deepspeed"
+        )
     content: dict[str, Any] = {
         "train_batch_size": plan.batch.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.batch.micro_batch_size,
@@ -52,10 +56,18 @@ def config(plan: Plan) -> dict[str, Any]:
 
 
 def _fp16(plan: Plan) -> dict[str, Any]:
-    """The loss scale moves as in `launcher/training/precision.py`: halved at once, doubled after 2,000 good steps."""
+    """The loss scale moves as in `launcher/training/precision.py`: halved at once, doubled after 2,000 good
+    steps."""
     if plan.precision != "fp16":
         return {"enabled": False}
-    return {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1, "min_loss_scale": 1}
+    return {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 16,
+        "loss_scale_window": 2000,
+        "hysteresis": 1,
+        "min_loss_scale": 1,
+    }
 
 
 def _zero(plan: Plan, zero: Zero) -> dict[str, Any]:
@@ -72,7 +84,8 @@ def _zero(plan: Plan, zero: Zero) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             "stage3_max_live_parameters": zero.max_live_parameters,
-            # Where nothing is fetched ahead (parameters on files), nothing is kept for later either: buffers are few.
+            # Where nothing is fetched ahead (parameters on files), nothing is kept for later either: buffers
+            # are few.
             "stage3_max_reuse_distance": zero.max_live_parameters if zero.prefetch_bucket_size else 0,
             "sub_group_size": zero.sub_group_size,
             "stage3_gather_16bit_weights_on_model_save": True,
@@ -93,7 +106,9 @@ def _offload(plan: Plan, zero: Zero) -> dict[str, Any]:
     if plan.offload == "none":
         return {}
     to_files = plan.offload_to != "cpu"
-    place: dict[str, Any] = {"device": "nvme", "nvme_path": plan.offload_to} if to_files else {"device": "cpu"}
+    place: dict[str, Any] = (
+        {"device": "nvme", "nvme_path": plan.offload_to} if to_files else {"device": "cpu"}
+    )
     # Pinned memory is for copies to and from a GPU; without one it cannot be had.
     place["pin_memory"] = plan.mesh.device == "cuda"
     content = {"offload_optimizer": {**place, **({"buffer_count": _ADAM_TENSORS} if to_files else {})}}

@@ -8,19 +8,22 @@ from typing import Any
 
 import yaml
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render import accelerate, deepspeed, sbatch, torchrun
-from launcher.render.place import Place
+from launcher.render.launch_paths import Place
 
 NAMES = ("ds_config.json", "accelerate.yaml", "torchrun.txt", "submit.sbatch", "plan.json")
 
 
 def files(plan: Plan, place: Place) -> dict[str, str]:
-    """Name -> text of everything that is written for a plan; ds_config.json only where the engine is DeepSpeed."""
+    """Name -> text of everything that is written for a plan; ds_config.json only where the engine is
+    DeepSpeed."""
     made = {}
     if plan.engine == "deepspeed":
         made["ds_config.json"] = json_text(deepspeed.config(plan))
-    made["accelerate.yaml"] = yaml_text(accelerate.config(plan, str(PurePosixPath(place.rendered) / "ds_config.json")))
+    made["accelerate.yaml"] = yaml_text(
+        accelerate.config(plan, str(PurePosixPath(place.rendered) / "ds_config.json"))
+    )
     made["torchrun.txt"] = torchrun.command(plan, place)
     made["submit.sbatch"] = sbatch.script(plan, place)
     made["plan.json"] = plan.to_json()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render import accelerate
 
 
@@ -34,27 +34,52 @@ def _used(plan: Plan) -> list[str]:
         return []
     if plan.zero.stage < 3:
         return ["reduce_bucket_size", "allgather_bucket_size"]
-    return ["reduce_bucket_size", "prefetch_bucket_size", "persistence_threshold", "max_live_parameters", "sub_group_size"]
+    return [
+        "reduce_bucket_size",
+        "prefetch_bucket_size",
+        "persistence_threshold",
+        "max_live_parameters",
+        "sub_group_size",
+    ]
 
 
 def _everywhere(plan: Plan) -> Iterator[Note]:
     training = f"{plan.training.optimizer}, {plan.training.schedule}"
-    yield Note("training", training, "optimizer and schedule are in no file: launcher's own, or those of your script, go with each of them")
+    yield Note(
+        "training",
+        training,
+        "optimizer and schedule are in no file: launcher's own, or those of your script, go with each of them",
+    )
     if plan.mesh.nodes > 1:
-        text = "accelerate.yaml is the same on every node: add --machine_rank N and --main_process_ip FIRST_NODE to accelerate launch"
+        text = (
+            "accelerate.yaml is the same on every node: add --machine_rank N and --main_process_ip "
+            "FIRST_NODE to accelerate launch"
+        )
         yield Note("mesh.nodes", plan.mesh.nodes, text)
     if plan.slurm.time_limit_minutes is None:
-        yield Note("slurm.time_limit_minutes", "absent", "submit.sbatch asks for no time, and gets the partition's default")
+        yield Note(
+            "slurm.time_limit_minutes",
+            "absent",
+            "submit.sbatch asks for no time, and gets the partition's default",
+        )
 
 
 def _deepspeed(plan: Plan) -> Iterator[Note]:
     if plan.activation_checkpointing != "none":
-        text = "is done by the model, not by ds_config.json: launcher does it; a script calls gradient_checkpointing_enable()"
+        text = (
+            "is done by the model, not by ds_config.json: launcher does it; a script calls "
+            "gradient_checkpointing_enable()"
+        )
         yield Note("activation_checkpointing", plan.activation_checkpointing, text)
     if plan.mesh.device == "cpu":
-        yield Note("mesh.device", "cpu", 'a script on Accelerate names gloo: InitProcessGroupKwargs(backend="gloo")')
+        yield Note(
+            "mesh.device", "cpu", 'a script on Accelerate names gloo: InitProcessGroupKwargs(backend="gloo")'
+        )
     if plan.zero is not None and plan.zero.stage == 1 and plan.precision == "bf16":
-        text = "DeepSpeed takes its BF16_Optimizer for stage 1 in bf16 with fp32 gradients; its states are cut as in ZeRO-1"
+        text = (
+            "DeepSpeed takes its BF16_Optimizer for stage 1 in bf16 with fp32 gradients; its states are "
+            "cut as in ZeRO-1"
+        )
         yield Note("zero.stage", 1, text)
 
 
@@ -62,21 +87,36 @@ def _fsdp(plan: Plan) -> Iterator[Note]:
     kind = accelerate.distributed_type(plan)
     if kind == "MULTI_CPU":
         text = (
-            "Accelerate has no FSDP on CPUs: its ranks hold whole copies (MULTI_CPU), where launcher shards. To start a script: "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --config_file accelerate.yaml train.py (without --multi_gpu one rank)"
+            "Accelerate has no FSDP on CPUs: its ranks hold whole copies (MULTI_CPU), where launcher "
+            "shards. To start a script: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --config_file accelerate.yaml "
+            "train.py (without --multi_gpu one rank)"
         )
         yield Note("mesh.device", "cpu", text)
     if kind == "MULTI_GPU":
-        yield Note("sharding", "none", "whole copies: accelerate.yaml has DistributedDataParallel, as Accelerate's FSDP2 always cuts")
+        yield Note(
+            "sharding",
+            "none",
+            "whole copies: accelerate.yaml has DistributedDataParallel, as Accelerate's FSDP2 always cuts",
+        )
     if kind != "FSDP":
         return
     if plan.activation_checkpointing == "selective":
-        yield Note("activation_checkpointing", "selective", "Accelerate knows all or nothing; accelerate.yaml recomputes each layer whole")
+        yield Note(
+            "activation_checkpointing",
+            "selective",
+            "Accelerate knows all or nothing; accelerate.yaml recomputes each layer whole",
+        )
     if plan.precision != "fp32":
-        yield Note("precision", plan.precision, f"Accelerate also reduces gradients in {plan.precision}; launcher reduces them in fp32")
+        yield Note(
+            "precision",
+            plan.precision,
+            f"Accelerate also reduces gradients in {plan.precision}; launcher reduces them in fp32",
+        )
     batch = plan.batch
     cut = f"{batch.micro_batch_size} x {batch.accumulation_steps} x {batch.data_parallel_size}"
     text = (
-        "accelerate.yaml has no batch and no clipping: Accelerator(gradient_accumulation_steps=...) and clip_grad_norm_ stand in the script"
+        "accelerate.yaml has no batch and no clipping: Accelerator(gradient_accumulation_steps=...) and "
+        "clip_grad_norm_ stand in the script"
     )
     yield Note("batch", cut, text)

@@ -1,6 +1,7 @@
 """Write ds_configs/: the rendered files of one example job.
 
-`python -m launcher.render.presets DIRECTORY` writes them; a test holds the ones in ds_configs/ equal to what is made here.
+`python -m launcher.render.presets DIRECTORY` writes them; a test holds the ones in ds_configs/ equal to what
+is made here.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import Job
-from launcher.planning.buckets import Buckets
-from launcher.planning.hardware import Hardware
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.zero_buckets import Buckets
+from launcher.planner.search import plan_job
 from launcher.render import accelerate, deepspeed
 from launcher.render.files import json_text, yaml_text
 
@@ -31,13 +32,22 @@ EXAMPLE = ModelShape(
 NVME = "/mnt/nvme"
 
 _HYBRID = {"cluster.nodes": 2, "parallel.replicate": 2}
-_PLUS_PLUS = {"cluster.nodes": 2, "parallel.secondary_shard": 8, "parallel.quantized_weights": True, "parallel.quantized_gradients": True}
+_PLUS_PLUS = {
+    "cluster.nodes": 2,
+    "parallel.secondary_shard": 8,
+    "parallel.quantized_weights": True,
+    "parallel.quantized_gradients": True,
+}
 JOBS: dict[str, dict[str, Any]] = {
     "zero1.json": {"parallel.engine": "deepspeed", "parallel.shard": "optimizer"},
     "zero2.json": {"parallel.engine": "deepspeed", "parallel.shard": "gradients"},
     "zero3.json": {"parallel.engine": "deepspeed", "parallel.shard": "full"},
     "zero3-cpu-offload.json": {"parallel.engine": "deepspeed", "memory.offload": "parameters"},
-    "zero3-nvme.json": {"parallel.engine": "deepspeed", "memory.offload": "parameters", "memory.offload_to": NVME},
+    "zero3-nvme.json": {
+        "parallel.engine": "deepspeed",
+        "memory.offload": "parameters",
+        "memory.offload_to": NVME,
+    },
     "zero++.json": {"parallel.engine": "deepspeed", **_PLUS_PLUS},
     "accelerate-zero3.yaml": {"parallel.engine": "deepspeed", "parallel.shard": "full"},
     "fsdp2-full.yaml": {"parallel.engine": "fsdp"},
@@ -66,7 +76,9 @@ def plan(keys: dict[str, Any]) -> Plan:
     decided = plan_job(Job.model_validate(content), hardware=Hardware(64, 1 << 40), local=False)
     if decided.zero is None:
         return decided
-    sizes, _ = Buckets.of(EXAMPLE, decided.offload_to != "cpu", decided.offload_to != "cpu" and decided.offload == "parameters")
+    sizes, _ = Buckets.of(
+        EXAMPLE, decided.offload_to != "cpu", decided.offload_to != "cpu" and decided.offload == "parameters"
+    )
     return decided.model_copy(update={"zero": decided.zero.model_copy(update=asdict(sizes))})
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from launcher.planning.plan import Container, Plan
-from launcher.render.place import AFTER, NODE, PREPARE, Place, quoted, variables
+from launcher.planner.plan import Container, Plan
+from launcher.render.launch_paths import AFTER, NODE, PREPARE, Place, quoted, variables
 
 SIGNAL_SECONDS = 30
-"""How long before the time limit Slurm sends its signal; it may come up to a minute early. The ranks' own clock stops them sooner where a
-save takes longer."""
+"""How long before the time limit Slurm sends its signal; it may come up to a minute early. The ranks' own
+clock stops them sooner where a save takes longer."""
 PATIENT = ["sh", "-c", "trap '' USR2; exec \"$@\"", "sh"]
-"""Before a command that is to heed that signal: until it can, it must not die of it. Signals that a process ignores it hands on."""
+"""Before a command that is to heed that signal: until it can, it must not die of it. Signals that a process
+ignores it hands on."""
 
 _OF_AN_ALLOCATION = {
     "SLURM_MEM_PER_CPU": "mem-per-cpu",
@@ -28,9 +29,11 @@ _OF_AN_ALLOCATION = {
     "SLURM_NTASKS_PER_SOCKET": "ntasks-per-socket",
     "SLURM_TRES_PER_TASK": "tres-per-task",
 }
-"""What srun takes for its options, by the option of sbatch that has Slurm set it. Of another job, where this one sets no such option."""
+"""What srun takes for its options, by the option of sbatch that has Slurm set it. Of another job, where this
+one sets no such option."""
 _OF_A_STEP = ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND", "PMI")
-"""The beginnings of what only a step of another job can have left: cores that this one may not have, and the way to that step."""
+"""The beginnings of what only a step of another job can have left: cores that this one may not have, and the
+way to that step."""
 
 
 def script(plan: Plan, place: Place) -> str:
@@ -39,7 +42,13 @@ def script(plan: Plan, place: Place) -> str:
     if not any(sign in place.rendered for sign in "\\%"):  # sbatch would read these as patterns
         asked |= {"output": f"{place.rendered}/slurm-%j.out"}
     lines = ["#!/bin/bash", *(f"#SBATCH {_option(name, value)}" for name, value in asked.items()), ""]
-    lines += [f"run={quoted([place.run])}", f"rendered={quoted([place.rendered])}", PREPARE.rstrip("\n"), *before(plan, place), ""]
+    lines += [
+        f"run={quoted([place.run])}",
+        f"rendered={quoted([place.rendered])}",
+        PREPARE.rstrip("\n"),
+        *before(plan, place),
+        "",
+    ]
     srun = quoted(["srun", *srun_options(plan, place)])
     return "\n".join([*lines, f'{srun} \\\n  {python_command(plan, place)} -u -m {NODE} "$run"']) + "\n"
 
@@ -67,7 +76,8 @@ def options(plan: Plan) -> dict[str, str]:
 
 
 def before(plan: Plan, place: Place) -> list[str]:
-    """The lines before the ranks start: what is decided after them, come what may, then the site's set-up, of which no line may fail."""
+    """The lines before the ranks start: what is decided after them, come what may, then the site's set-up, of
+    which no line may fail."""
     slurm = plan.slurm
     exported = {**variables(plan), **slurm.environment}
     if place.code:
@@ -81,7 +91,8 @@ def before(plan: Plan, place: Place) -> list[str]:
         # A request to go on has Slurm end this shell: whoever makes it must not die of that.
         f"after() {{ trap '' TERM; exec {after}; }}",
         "trap 'after $?' EXIT",
-        "# Of a job that this one was submitted from, what srun would go by. What memory and GPUs this job has, srun knows from Slurm.",
+        "# Of a job that this one was submitted from, what srun would go by. What memory and GPUs this "
+        "job has, srun knows from Slurm.",
         *_forgotten(options(plan)),
         "unset LAUNCHER_PARENT",
         *_exports(exported),
@@ -95,7 +106,9 @@ def before(plan: Plan, place: Place) -> list[str]:
 
 def _forgotten(asked: Collection[str]) -> list[str]:
     names = [name for name, option in _OF_AN_ALLOCATION.items() if option not in asked]
-    beginnings = [f"${{!{name}*}}" for name in _OF_A_STEP if name != "SLURM_MEM_BIND" or "mem-bind" not in asked]
+    beginnings = [
+        f"${{!{name}*}}" for name in _OF_A_STEP if name != "SLURM_MEM_BIND" or "mem-bind" not in asked
+    ]
     return [f"unset {' '.join(names)}", f"unset {' '.join(beginnings)}"]
 
 
@@ -110,14 +123,26 @@ def _exports(exported: dict[str, str]) -> list[str]:
 def srun_options(plan: Plan, place: Place) -> list[str]:
     """One task on each node, none of which ends the others: the first node does that, and knows why.
 
-    It gets what the script has exported, even where the script itself began with an empty environment (sbatch --export=NONE).
+    It gets what the script has exported, even where the script itself began with an empty environment (sbatch
+    --export=NONE).
     """
     cores = plan.slurm.cpus_per_node or plan.mesh.ranks_per_node * plan.mesh.threads_per_rank
-    given = ["--ntasks-per-node=1", f"--cpus-per-task={cores}", "--export=ALL", "--kill-on-bad-exit=0", "--wait=0"]
+    given = [
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={cores}",
+        "--export=ALL",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
+    ]
     container = plan.slurm.container
     if container is None or container.runtime != "pyxis":
         return given
-    return [*given, f"--container-image={container.image}", f"--container-mounts={','.join(_mounts(container, place))}", *container.options]
+    return [
+        *given,
+        f"--container-image={container.image}",
+        f"--container-mounts={','.join(_mounts(container, place))}",
+        *container.options,
+    ]
 
 
 def python_command(plan: Plan, place: Place) -> str:
@@ -129,12 +154,17 @@ def python_command(plan: Plan, place: Place) -> str:
         return quoted([*PATIENT, container.python])
     gpus = ["--nv"] if plan.mesh.device == "cuda" else []
     binds = [word for mount in _mounts(container, place) for word in ("--bind", mount)]
-    return quoted([*PATIENT, "apptainer", "exec", *gpus, *binds, *container.options, container.image, container.python])
+    return quoted(
+        [*PATIENT, "apptainer", "exec", *gpus, *binds, *container.options, container.image, container.python]
+    )
 
 
 def _mounts(container: Container, place: Place) -> list[str]:
     """The run directory at its own place, and what the job names."""
-    return [f"{place.run}:{place.run}", *(mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts)]
+    return [
+        f"{place.run}:{place.run}",
+        *(mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts),
+    ]
 
 
 def _option(name: str, value: str) -> str:
@@ -142,7 +172,8 @@ def _option(name: str, value: str) -> str:
 
 
 def _sbatch_quoted(value: str) -> str:
-    """A value as sbatch reads it in an #SBATCH line: bare where it is plain, else in double quotes with backslashes before `"` and `\\`."""
+    """A value as sbatch reads it in an #SBATCH line: bare where it is plain, else in double quotes with
+    backslashes before `"` and `\\`."""
     if all((sign.isalnum() and sign.isascii()) or sign in "-_.:,/=@%+[]" for sign in value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

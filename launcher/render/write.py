@@ -10,7 +10,8 @@ from launcher.runs.layout import write_atomically
 
 
 def write(directory: Path, files: dict[str, str], names: Iterable[str] = ()) -> list[Path]:
-    """Write each text under its name; of `names`, those that are not among them are removed, as they would contradict the rest.
+    """Write each text under its name; of `names`, those that are not among them are removed, as they would
+    contradict the rest.
 
     Raises ConfigurationError where the directory cannot be one.
     """
@@ -19,11 +20,18 @@ def write(directory: Path, files: dict[str, str], names: Iterable[str] = ()) -> 
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigurationError(Problem("--out", str(directory), "lies below a file; name another directory")) from None
+        raise ConfigurationError(
+            Problem("--out", str(directory), "lies below a file; name another directory")
+        ) from None
     taken = [name for name in files if (directory / name).is_dir()]
     if taken:
         raise ConfigurationError(
-            [Problem("--out", str(directory / name), "is a directory, and a file of this name is to be written") for name in taken]
+            [
+                Problem(
+                    "--out", str(directory / name), "is a directory, and a file of this name is to be written"
+                )
+                for name in taken
+            ]
         )
     for name in set(names) - files.keys():
         (directory / name).unlink(missing_ok=True)

@@ -15,7 +15,8 @@ _SLICE_SECONDS = 0.005
 
 
 class Aside:
-    """One such thread. What it does is done in the order in which it was handed over; what that raises is dropped.
+    """One such thread. What it does is done in the order in which it was handed over; what that raises is
+    dropped.
 
     It is a daemon: a process ends though it hangs.
     """
@@ -59,7 +60,8 @@ class Aside:
         return 0.0 if since is None else time.monotonic() - since
 
     def wait(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until everything is done, for so many seconds, or until there has been `enough` of it. Whether everything is done."""
+        """Wait until everything is done, for so many seconds, or until there has been `enough` of it. Whether
+        everything is done."""
         until = time.monotonic() + seconds
         while not self.idle and time.monotonic() < until and not enough():
             time.sleep(min(_SLICE_SECONDS, max(0.0, until - time.monotonic())))
@@ -67,7 +69,8 @@ class Aside:
 
 
 def within(seconds: float, work: Callable[[], object], enough: Callable[[], bool] = lambda: False) -> bool:
-    """Do `work` in a thread of its own; False where it is not done in so many seconds, and goes on. What it raises is dropped."""
+    """Do `work` in a thread of its own; False where it is not done in so many seconds, and goes on. What it
+    raises is dropped."""
     aside = Aside("within")
     aside.do(work)
     aside.close()

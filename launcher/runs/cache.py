@@ -1,8 +1,8 @@
 """What launcher keeps under XDG_CACHE_HOME: size, last use, locks, pruning.
 
-Whoever uses an entry holds a shared lock on the file NAME.used beside it for as long as its process lives, so that no other process of any
-machine takes it away; the time of that file is when it was used last. Only what nobody holds is ever removed. On a file system without
-locks an entry counts as in use for a week.
+Whoever uses an entry holds a shared lock on the file NAME.used beside it for as long as its process lives, so
+that no other process of any machine takes it away; the time of that file is when it was used last. Only what
+nobody holds is ever removed. On a file system without locks an entry counts as in use for a week.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _SHARE, _MOST = 0.1, 100 * 10**9
 _KINDS = ("data", "models", "extensions")
 _WITHOUT_LOCKS_SECONDS = 7 * 86_400.0
 _TRIES = 10
-"""As often may an entry be removed while one begins to hold it; on some file systems a file never is the one at its path."""
+"""As often may an entry be removed while one begins to hold it; on some file systems a file never is the one
+at its path."""
 _USED, _LOCK = ".used", ".lock"
 _UNFINISHED = re.compile(r"^\.(?P<name>[0-9a-f]{32})-\w+$")
 """What a process that was killed left of an entry that it was making, or removing."""
@@ -54,7 +55,8 @@ _held: list[Hold] = []
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache. `kind` is data (prepared rows), models (unpacked), extensions (compiled), or unfinished."""
+    """One thing in the cache. `kind` is data (prepared rows), models (unpacked), extensions (compiled), or
+    unfinished."""
 
     kind: str
     name: str
@@ -83,7 +85,8 @@ class Hold:
 
 
 def hold(path: Path) -> Hold:
-    """Use the entry at `path`, which need not be there yet. A cache that cannot be written, or has no locks, is used without.
+    """Use the entry at `path`, which need not be there yet. A cache that cannot be written, or has no locks,
+    is used without.
 
     Waits while another process is removing it.
     """
@@ -104,7 +107,8 @@ def hold(path: Path) -> Hold:
 
 
 def hold_until_the_end(path: Path) -> None:
-    """Use the entry in which a path lies for as long as this process lives; a path outside the cache needs nothing."""
+    """Use the entry in which a path lies for as long as this process lives; a path outside the cache needs
+    nothing."""
     base = root()
     parts = path.relative_to(base).parts if path.is_relative_to(base) else ()
     if parts and parts[0] in _KINDS:
@@ -118,7 +122,8 @@ def entries(kinds: tuple[str, ...] = _KINDS) -> list[Entry]:
 
 
 def to_prune(found: list[Entry], older_than: float | None, max_size: int | None) -> list[Entry]:
-    """What would go: what was not used for `older_than` seconds, then what was used least recently until `max_size` bytes are left.
+    """What would go: what was not used for `older_than` seconds, then what was used least recently until
+    `max_size` bytes are left.
 
     What a killed process left unfinished goes in any case; what is in use never.
     """
@@ -126,19 +131,23 @@ def to_prune(found: list[Entry], older_than: float | None, max_size: int | None)
     going = []
     for entry in sorted(found, key=lambda entry: (entry.kind != "unfinished", entry.last_used)):
         old = older_than is not None and now - entry.last_used > older_than
-        if not entry.in_use and (entry.kind == "unfinished" or old or (max_size is not None and left > max_size)):
+        if not entry.in_use and (
+            entry.kind == "unfinished" or old or (max_size is not None and left > max_size)
+        ):
             going.append(entry)
             left -= entry.bytes
     return going
 
 
 def remove(going: list[Entry]) -> list[Entry]:
-    """Remove them; gives those that are gone. One that has come into use meanwhile stays. Raises OSError where nothing may be removed."""
+    """Remove them; gives those that are gone. One that has come into use meanwhile stays. Raises OSError
+    where nothing may be removed."""
     return [entry for entry in going if _remove(Path(entry.path), entry.last_used)]
 
 
 def keep_bounded() -> list[Entry]:
-    """Remove prepared data that was used least recently, until no more is there than LAUNCHER_CACHE_SIZE says; gives what went.
+    """Remove prepared data that was used least recently, until no more is there than LAUNCHER_CACHE_SIZE
+    says; gives what went.
 
     Raises ConfigurationError where that is no size.
     """
@@ -151,7 +160,8 @@ def keep_bounded() -> list[Entry]:
 
 
 def bound() -> int | None:
-    """Bytes of prepared data that are kept; None for any number. Raises ConfigurationError for a variable that is no size."""
+    """Bytes of prepared data that are kept; None for any number. Raises ConfigurationError for a variable
+    that is no size."""
     asked = os.environ.get(SIZE_VARIABLE, "").strip()
     if asked == "unlimited":
         return None
@@ -182,7 +192,9 @@ def _look(kind: str, path: Path) -> Entry | None:
     except OSError:
         return None
     what = "left by a process that was killed" if unfinished else _what(kind, path)
-    return Entry("unfinished" if unfinished else kind, path.name, str(path), what, size, last, _is_held(held, last))
+    return Entry(
+        "unfinished" if unfinished else kind, path.name, str(path), what, size, last, _is_held(held, last)
+    )
 
 
 def _what(kind: str, path: Path) -> str:

@@ -1,7 +1,7 @@
 """Checkpoints as files, without torch: manifests, hashes, which one to trust.
 
-A checkpoint is whole when its manifest is intact, belongs to this run and to the step in the directory's name, and every
-file beside it is named there with the right size and hash. Nothing else is ever chosen.
+A checkpoint is whole when its manifest is intact, belongs to this run and to the step in the directory's
+name, and every file beside it is named there with the right size and hash. Nothing else is ever chosen.
 """
 
 from __future__ import annotations
@@ -182,10 +182,16 @@ def file_problem(directory: Path, name: str, record: FileRecord) -> str | None:
         found = hash_file(directory / name)
     except OSError as error:
         return f"{name} cannot be read: {error.strerror or error}"
-    return None if found == record.xxh3_128 else f"{name} is not what was written (xxh3_128 {found}, should be {record.xxh3_128})"
+    return (
+        None
+        if found == record.xxh3_128
+        else f"{name} is not what was written (xxh3_128 {found}, should be {record.xxh3_128})"
+    )
 
 
-def content_problems(directory: Path, files: dict[str, FileRecord], num_threads: int | None = None) -> list[str]:
+def content_problems(
+    directory: Path, files: dict[str, FileRecord], num_threads: int | None = None
+) -> list[str]:
     """What is wrong with the content of these files. Hashing leaves the interpreter free, so threads help."""
     workers = min(len(files), num_threads or len(os.sched_getaffinity(0)))
     if workers <= 1:
@@ -210,7 +216,9 @@ def list_checkpoints(run: RunDirectory) -> list[Stored]:
         return []
     run_id = run.run_id()
     names = [path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name)]
-    return [look(path, run_id) for path in sorted(names, key=lambda path: int(path.name.removeprefix("step-")))]
+    return [
+        look(path, run_id) for path in sorted(names, key=lambda path: int(path.name.removeprefix("step-")))
+    ]
 
 
 def newest_valid(run: RunDirectory, num_threads: int | None = None) -> Choice:

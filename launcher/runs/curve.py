@@ -17,8 +17,9 @@ _STEP = re.compile(rb'\{"kind": "train", "step": (\d+), .*\}$')
 class Curve(Fold):
     """The thinned loss of metrics.jsonl. Costs what was appended since it was kept.
 
-    Of the steps, those are there that a power of two divides: of all powers the smallest that leaves at most MOST_POINTS, at any time.
-    A step that is run again takes the place of what was recorded of it and of all later steps.
+    Of the steps, those are there that a power of two divides: of all powers the smallest that leaves at most
+    MOST_POINTS, at any time. A step that is run again takes the place of what was recorded of it and of all
+    later steps.
     """
 
     kept_as = "curve.json"

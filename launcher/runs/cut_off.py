@@ -18,7 +18,8 @@ MADE_ANEW = "made anew by the next attempt"
 
 
 def cut_off_file(run: RunDirectory) -> str:
-    """Which file of a run is shorter than it was, with both lengths in bytes; empty where none is, or none can be found."""
+    """Which file of a run is shorter than it was, with both lengths in bytes; empty where none is, or none
+    can be found."""
     for what, path, expected in _mapped(run):
         with contextlib.suppress(OSError):
             if (found := path.stat().st_size) < expected:
@@ -56,7 +57,8 @@ def _of_cache(directory: Path) -> Iterator[tuple[str, Path, int]]:
 
 
 def _safetensors_bytes(path: Path) -> int:
-    """The length that a file's own header gives it; of one whose header is cut off, the least that it can have."""
+    """The length that a file's own header gives it; of one whose header is cut off, the least that it can
+    have."""
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:

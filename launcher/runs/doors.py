@@ -1,7 +1,8 @@
 """Listening ports of a run's processes: find them, and close them to strangers.
 
-The libraries that open them ask nobody for a name and cannot be told to stop listening. So the kernel is asked: a filter on the socket
-(socket(7), SO_ATTACH_FILTER; linux/filter.h) drops what comes from elsewhere, and disturbs no connection that is there already.
+The libraries that open them ask nobody for a name and cannot be told to stop listening. So the kernel is
+asked: a filter on the socket (socket(7), SO_ATTACH_FILTER; linux/filter.h) drops what comes from elsewhere,
+and disturbs no connection that is there already.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def listening() -> list[Listening]:
     found = []
     for path in Path("/proc/self/fd").iterdir():
         with _socket(int(path.name)) as one:
-            waits = one and one.family in (socket.AF_INET, socket.AF_INET6) and one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            waits = (
+                one
+                and one.family in (socket.AF_INET, socket.AF_INET6)
+                and one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            )
             if one and waits:
                 found.append(Listening(int(path.name), one.getsockname()[:2]))
     return found
@@ -79,13 +84,20 @@ def admit(descriptor: int, addresses: Collection[str] = ()) -> bool:
     program = [struct.pack("HBBI", _LOAD_WORD, 0, 0, _SOURCE_ADDRESS)] if addresses else []
     for address in addresses:
         (number,) = struct.unpack("!I", socket.inet_aton(address))
-        program += [struct.pack("HBBI", _JUMP_IF_EQUAL, 0, 1, number), struct.pack("HBBI", _RETURN, 0, 0, _WHOLE)]
+        program += [
+            struct.pack("HBBI", _JUMP_IF_EQUAL, 0, 1, number),
+            struct.pack("HBBI", _RETURN, 0, 0, _WHOLE),
+        ]
     program.append(struct.pack("HBBI", _RETURN, 0, 0, 0))
     content = ctypes.create_string_buffer(b"".join(program))
     try:
         with _socket(descriptor) as one:
             if one is not None:
-                one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(program), ctypes.addressof(content)))
+                one.setsockopt(
+                    socket.SOL_SOCKET,
+                    _SO_ATTACH_FILTER,
+                    struct.pack("HL", len(program), ctypes.addressof(content)),
+                )
             return one is not None
     except OSError:
         return False
@@ -106,7 +118,9 @@ def connections() -> list[Connection]:
 def _place(text: str) -> tuple[str, int]:
     """As proc(5) writes it: words of 32 bits in the machine's own order, and the port."""
     words, _, port = text.partition(":")
-    content = b"".join(struct.pack("=I", int(words[begin : begin + 8], 16)) for begin in range(0, len(words), 8))
+    content = b"".join(
+        struct.pack("=I", int(words[begin : begin + 8], 16)) for begin in range(0, len(words), 8)
+    )
     mapped = content.startswith(bytes(10) + b"\xff\xff")
     if len(content) == 4 or mapped:
         return socket.inet_ntoa(content[-4:]), int(port, 16)
@@ -114,21 +128,24 @@ def _place(text: str) -> tuple[str, int]:
 
 
 def strangers(places: Collection[tuple[str, int]]) -> set[int]:
-    """Name the users, other than this process's, at the far ends of connections to some places, of those ends that are on this machine."""
+    """Name the users, other than this process's, at the far ends of connections to some places, of those ends
+    that are on this machine."""
     there = connections()
     far_ends = {(one.far, one.near) for one in there if one.near in places}
     return {one.user for one in there if (one.near, one.far) in far_ends} - {os.getuid()}
 
 
 def callers(place: tuple[str, int]) -> set[str]:
-    """Name the IPv4 addresses at the far ends of connections to a place; the address 0.0.0.0 means all of this machine's."""
+    """Name the IPv4 addresses at the far ends of connections to a place; the address 0.0.0.0 means all of
+    this machine's."""
     address, port = place
     there = [one for one in connections() if one.near[1] == port and address in (one.near[0], "0.0.0.0")]
     return {one.far[0] for one in there if "." in one.far[0]}
 
 
 def loopback() -> str:
-    """Name the interface that leads to this machine alone; empty where it is down. Untold, gloo goes by the machine's name."""
+    """Name the interface that leads to this machine alone; empty where it is down. Untold, gloo goes by the
+    machine's name."""
     try:
         is_up = int(Path("/sys/class/net", _LOOPBACK, "flags").read_text(encoding="ascii"), 16) & _IS_UP
     except (OSError, ValueError):

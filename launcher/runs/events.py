@@ -16,7 +16,8 @@ from launcher.runs.records import parse
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Append one record. One write call, so that lines of several processes never mix. Raises OSError, as for a full disk.
+    """Append one record. One write call, so that lines of several processes never mix. Raises OSError, as for
+    a full disk.
 
     After a line that a full disk or a crash cut short, a new one is begun.
     """
@@ -34,7 +35,8 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def event(path: Path, name: str, **fields: Any) -> None:
-    """Append an event with the time it happened, in seconds since 1970. What looks like a secret is not written."""
+    """Append an event with the time it happened, in seconds since 1970. What looks like a secret is not
+    written."""
     append(path, {"time": round(time.time(), 3), "event": name, **redact_all(fields)})
 
 
@@ -50,4 +52,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 def steps(path: Path) -> dict[int, dict[str, Any]]:
     """The training record of each step. A step that was run again after a crash counts once, as it was last."""
-    return {record["step"]: record for record in read(path) if "loss" in record and record.get("kind", "train") == "train"}
+    return {
+        record["step"]: record
+        for record in read(path)
+        if "loss" in record and record.get("kind", "train") == "train"
+    }

@@ -1,8 +1,8 @@
 """Find out why an attempt failed: what each rank recorded, and which failure came first.
 
-A rank that raises writes attempts/NNNN/failure-rank-R.json and exits hard. A rank that is killed writes nothing; the agent
-writes how it ended to attempts/NNNN/exits.json. `first` takes the one cause out of both, and `attempts/NNNN/failure.json`
-holds it.
+A rank that raises writes attempts/NNNN/failure-rank-R.json and exits hard. A rank that is killed writes
+nothing; the agent writes how it ended to attempts/NNNN/exits.json. `first` takes the one cause out of both,
+and `attempts/NNNN/failure.json` holds it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ SIGNS_OF_FAILURE = ("failure-rank-*.json", EXITS)
 """What appears in an attempt's directory as soon as a rank has failed, on whichever node."""
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _NO_MEMORY = re.compile(
-    r"(can't|cannot) allocate memory|not enough memory|out of memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
+    r"(can't|cannot) allocate memory|not enough memory|out of "
+    r"memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
     r"|failed to map segment from shared object",
     re.IGNORECASE,
 )
@@ -57,21 +58,26 @@ _PEER_LOST = re.compile(
     r"|(gloo|nccl|tcpstore|socket).*(timed? ?out|timeout)",
     re.IGNORECASE,
 )
-_DISK_FULL = re.compile(r"no space left on device|disk quota exceeded|read-only file system|input/output error", re.IGNORECASE)
+_DISK_FULL = re.compile(
+    r"no space left on device|disk quota exceeded|read-only file system|input/output error", re.IGNORECASE
+)
 _GPU_BROKEN = re.compile(
-    r"uncorrectable (ECC|NVLink) error|\bXid \d+|fallen off the bus|GPU is lost|(CUDA error|cuda failure)[^\n]*unknown error"
-    r"|no CUDA-capable device is detected|CUDA-capable device\(s\) is/are busy or unavailable|CUDA error: system not yet initialized",
+    r"uncorrectable (ECC|NVLink) error|\bXid \d+|fallen off the bus|GPU is lost|(CUDA error|cuda "
+    r"failure)[^\n]*unknown error"
+    r"|no CUDA-capable device is detected|CUDA-capable device\(s\) is/are busy or unavailable|CUDA "
+    r"error: system not yet initialized",
     re.IGNORECASE,
 )
-"""What CUDA says of a GPU that has to be reset or replaced (the texts of cudaGetErrorString). Illegal addresses and failed launches are
-mostly the program's own; of those the kernel's log tells more."""
+"""What CUDA says of a GPU that has to be reset or replaced (the texts of cudaGetErrorString). Illegal
+addresses and failed launches are mostly the program's own; of those the kernel's log tells more."""
 _OF_A_GPU = re.compile(r"\b(CUDA|NCCL|cuBLAS|cuDNN)", re.IGNORECASE)
 _LONGEST_CAUSE = 400
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank failed. `step` is the last step that was done; `command` goes on from there, changed as `advice` says."""
+    """How one rank failed. `step` is the last step that was done; `command` goes on from there, changed as
+    `advice` says."""
 
     time: float
     rank: int
@@ -87,7 +93,10 @@ class Failure:
     advice: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("cause", "traceback"):  # an error's text may hold whatever it was given, as an address with a password
+        for name in (
+            "cause",
+            "traceback",
+        ):  # an error's text may hold whatever it was given, as an address with a password
             object.__setattr__(self, name, redact(getattr(self, name)))
 
     def line(self) -> str:
@@ -116,7 +125,9 @@ def classify(error: BaseException) -> tuple[type[LauncherError], bool]:
 def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
     if isinstance(error, LauncherError):
         return type(error), False
-    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+    if isinstance(error, MemoryError) or any(
+        kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
+    ):
         return OutOfMemoryError, False
     if isinstance(error, OSError):
         if error.errno == errno.ENOMEM:
@@ -178,7 +189,9 @@ def of(rank: int, error: BaseException, step: int = 0) -> Failure:
 def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> Failure:
     """Write failure-rank-R.json into an attempt's directory, whole or not at all, and give back what it says."""
     failure = of(rank, error, step)
-    write_atomically(directory / f"failure-rank-{rank}.json", json.dumps(dataclasses.asdict(failure), indent=2) + "\n")
+    write_atomically(
+        directory / f"failure-rank-{rank}.json", json.dumps(dataclasses.asdict(failure), indent=2) + "\n"
+    )
     return failure
 
 
@@ -191,39 +204,63 @@ def read(path: Path) -> Failure | None:
 
 
 def write_exits(directory: Path, exits: list[dict[str, Any]], node: int = 0) -> None:
-    """Write how the ranks of a node ended: for each {rank, pid, code, time, by_agent, host}; code is negative for a signal."""
-    write_atomically(directory / (f"exits-{node}.json" if node else "exits.json"), json.dumps(exits, indent=2) + "\n")
+    """Write how the ranks of a node ended: for each {rank, pid, code, time, by_agent, host}; code is negative
+    for a signal."""
+    write_atomically(
+        directory / (f"exits-{node}.json" if node else "exits.json"), json.dumps(exits, indent=2) + "\n"
+    )
 
 
 def lost(
-    directory: Path, out_of_memory_killer: bool = False, told: Iterable[dict[str, Any]] = (), spoken: Collection[int] = ()
+    directory: Path,
+    out_of_memory_killer: bool = False,
+    told: Iterable[dict[str, Any]] = (),
+    spoken: Collection[int] = (),
 ) -> list[Failure]:
     """The ranks that ended without a word: killed from outside, or crashed in native code.
 
-    `told`: ends of ranks that the agent told without the disk; `spoken`: ranks that said themselves how they failed.
+    `told`: ends of ranks that the agent told without the disk; `spoken`: ranks that said themselves how they
+    failed.
     """
     exits = {int(end["rank"]): end for end in told}
     for path in sorted(directory.glob(EXITS)):
         with contextlib.suppress(OSError, ValueError):
             exits.update({int(end["rank"]): end for end in read_json(path)})
-    silent = [end for rank, end in exits.items() if end["code"] != 0 and not end["by_agent"] and rank not in spoken]
+    silent = [
+        end for rank, end in exits.items() if end["code"] != 0 and not end["by_agent"] and rank not in spoken
+    ]
     return [_lost(end, directory, out_of_memory_killer) for end in silent]
 
 
 def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> Failure:
     known: type[LauncherError] = RankLostError
     code, log = int(end["code"]), directory / f"rank-{end['rank']}.log"
-    cause = f"killed by signal {-code} ({signal_name(-code)})" if code < 0 else f"ended with exit code {code} and no reason given"
+    cause = (
+        f"killed by signal {-code} ({signal_name(-code)})"
+        if code < 0
+        else f"ended with exit code {code} and no reason given"
+    )
     here = end.get("host") in (None, os.uname().nodename)
-    victim = killed_for_memory(kernel_log(_age(directory)), int(end["pid"])) if code == -signal.SIGKILL and here else ""
+    victim = (
+        killed_for_memory(kernel_log(_age(directory)), int(end["pid"]))
+        if code == -signal.SIGKILL and here
+        else ""
+    )
     if code == -signal.SIGKILL and (out_of_memory_killer or victim):
         known = OutOfMemoryError
-        cause += ", by the host's out-of-memory killer: the ranks need more memory than the host, or their control group, has"
+        cause += (
+            ", by the host's out-of-memory killer: the ranks need more memory than the host, or their "
+            "control group, has"
+        )
         cause += f" (the kernel's log: {victim})" if victim else ""
     elif code == -signal.SIGBUS:
         file = cut_off_file(RunDirectory(directory.parent.parent)) if here else ""
         known = DataError if file else RankLostError
-        guess = "/dev/shm is full" if here and is_shared_memory_full() else "a file that it maps was cut off, or its disk cannot be read"
+        guess = (
+            "/dev/shm is full"
+            if here and is_shared_memory_full()
+            else "a file that it maps was cut off, or its disk cannot be read"
+        )
         cause += f": a file it maps was cut off: {file}" if file else f": {guess}"
     elif code == -signal.SIGABRT and (line := _says(_GPU_BROKEN, log)):
         known = GpuError
@@ -260,16 +297,26 @@ def _says(what: re.Pattern[str], log: Path) -> str:
 
 
 def first(
-    directory: Path, out_of_memory_killer: bool = False, failures: Iterable[Failure] = (), exits: Iterable[dict[str, Any]] = ()
+    directory: Path,
+    out_of_memory_killer: bool = False,
+    failures: Iterable[Failure] = (),
+    exits: Iterable[dict[str, Any]] = (),
 ) -> Failure | None:
     """The failure that all others follow from; None where nobody failed.
 
-    An error that names its class, or a rank that was killed, comes before an error of unknown class (which may be how a
-    lost peer looks to a library), and that before one that is known to be a consequence. Among equals the earliest.
-    `failures` and `exits` were told without the disk, and count for ranks of which nothing is written there.
+    An error that names its class, or a rank that was killed, comes before an error of unknown class (which
+    may be how a lost peer looks to a library), and that before one that is known to be a consequence. Among
+    equals the earliest. `failures` and `exits` were told without the disk, and count for ranks of which
+    nothing is written there.
     """
     spoken = {failure.rank: failure for failure in failures}
-    spoken.update({failure.rank: failure for path in sorted(directory.glob("failure-rank-*.json")) if (failure := read(path))})
+    spoken.update(
+        {
+            failure.rank: failure
+            for path in sorted(directory.glob("failure-rank-*.json"))
+            if (failure := read(path))
+        }
+    )
     everything = [*spoken.values(), *lost(directory, out_of_memory_killer, exits, spoken)]
     return min(everything, key=lambda failure: (_rank_of_cause(failure), failure.time), default=None)
 

@@ -1,8 +1,9 @@
 """Summarise a growing JSON lines file without reading it again.
 
-A fold takes each line in once. What it then knows can be kept in a small file beside the long one, with the place up to which it holds:
-the next reader, of another process, goes on there. Rank 0 keeps them as it trains. Where such a file is missing, damaged, or of another
-file than the one beside it (a run that was made before there were any, half a copy), all is read once more, in blocks.
+A fold takes each line in once. What it then knows can be kept in a small file beside the long one, with the
+place up to which it holds: the next reader, of another process, goes on there. Rank 0 keeps them as it
+trains. Where such a file is missing, damaged, or of another file than the one beside it (a run that was made
+before there were any, half a copy), all is read once more, in blocks.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Fold(ABC):
             "checksum": zlib.crc32(state.encode()),
             "state": self.state,
         }
-        # Not synced, as that can take as long as many steps: what a crash leaves of it is found out by the checksum.
+        # Not synced, as that can take as long as many steps: what a crash leaves of it is found out by the
+        # checksum.
         made = self._kept.with_name(f".{self._kept.name}.new")
         made.write_text(json.dumps(content) + "\n", encoding="utf-8")
         made.replace(self._kept)

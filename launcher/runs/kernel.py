@@ -8,7 +8,10 @@ import time
 
 _SECONDS = 3.0
 _LINE = re.compile(r"^(?:<\d+>)?\[\s*(\d+\.\d+)\]\s*(.*)$", re.MULTILINE)
-_KILLED = re.compile(r"((?:Memory cgroup out|Out) of memory): Killed process (\d+) \(([^)]*)\)(?:.*?anon-rss:(\d+)kB)?", re.IGNORECASE)
+_KILLED = re.compile(
+    r"((?:Memory cgroup out|Out) of memory): Killed process (\d+) \(([^)]*)\)(?:.*?anon-rss:(\d+)kB)?",
+    re.IGNORECASE,
+)
 _XID = re.compile(r"NVRM: Xid \(([^)]*)\): (\d+)")
 _BROKEN = {
     48: "an ECC error that could not be corrected",
@@ -25,8 +28,8 @@ _BROKEN = {
     140: "an ECC error that could not be corrected",
     143: "it could not be initialised",
 }
-"""Xids that mean a broken or hung GPU, by NVIDIA's list (docs.nvidia.com/deploy/xid-errors). The others (13, 31, 43, 45 among them) are
-mostly the program's own faults, or follow from one of these."""
+"""Xids that mean a broken or hung GPU, by NVIDIA's list (docs.nvidia.com/deploy/xid-errors). The others (13,
+31, 43, 45 among them) are mostly the program's own faults, or follow from one of these."""
 
 
 def kernel_log(seconds_back: float | None = None) -> str:
@@ -37,11 +40,16 @@ def kernel_log(seconds_back: float | None = None) -> str:
         return ""
     if done.returncode != 0:
         return ""
-    return done.stdout if seconds_back is None else newer(done.stdout, time.clock_gettime(time.CLOCK_BOOTTIME) - seconds_back)
+    return (
+        done.stdout
+        if seconds_back is None
+        else newer(done.stdout, time.clock_gettime(time.CLOCK_BOOTTIME) - seconds_back)
+    )
 
 
 def newer(log: str, since: float) -> str:
-    """The lines of a log from so many seconds after the start of the machine on; those without a time are left out."""
+    """The lines of a log from so many seconds after the start of the machine on; those without a time are
+    left out."""
     return "\n".join(text for at, text in _LINE.findall(log) if float(at) >= since)
 
 
@@ -61,4 +69,6 @@ def xids(log: str) -> list[tuple[int, str]]:
 
 def broken_gpus(log: str) -> str:
     """What the log says of GPUs that are broken; empty where that is nothing."""
-    return "; ".join(f"Xid {number} on {where}: {_BROKEN[number]}" for number, where in xids(log) if number in _BROKEN)
+    return "; ".join(
+        f"Xid {number} on {where}: {_BROKEN[number]}" for number, where in xids(log) if number in _BROKEN
+    )

@@ -25,7 +25,8 @@ _RELEASE_SECONDS = 2.0
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a crash, sees the old file or the new one and never a part; durable when it returns.
+    """Write `text` so that a reader, or a crash, sees the old file or the new one and never a part; durable
+    when it returns.
 
     Raises OSError, with the file's name, and then leaves nothing behind.
     """
@@ -74,12 +75,15 @@ class RunDirectory:
 
     @classmethod
     def find(cls, run: str | Path, root: Path = Path("runs")) -> RunDirectory:
-        """The run directory meant by a path or, below `root`, a name. Raises ConfigurationError where there is none."""
+        """The run directory meant by a path or, below `root`, a name. Raises ConfigurationError where there
+        is none."""
         for candidate in (Path(run), root / run):
             if (candidate / "plan.json").is_file():
                 return cls(candidate.resolve())
         known = sorted(p.parent.name for p in root.glob("*/plan.json")) if root.is_dir() else []
-        hint = f"known runs under {root}/: {', '.join(known)}" if known else f"there are no runs under {root}/"
+        hint = (
+            f"known runs under {root}/: {', '.join(known)}" if known else f"there are no runs under {root}/"
+        )
         raise ConfigurationError(Problem("RUN", str(run), f"no run directory with a plan.json there; {hint}"))
 
     @property
@@ -138,17 +142,23 @@ class RunDirectory:
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 before the first."""
-        numbers = [int(p.name) for p in self.attempts.glob("[0-9]*") if p.name.isdecimal()] if self.attempts.is_dir() else []
+        numbers = (
+            [int(p.name) for p in self.attempts.glob("[0-9]*") if p.name.isdecimal()]
+            if self.attempts.is_dir()
+            else []
+        )
         return max(numbers, default=0)
 
     def clear_leftovers(self) -> None:
-        """Remove the files that a crash left half written in the run directory itself. For whoever holds the lock, while no rank lives."""
+        """Remove the files that a crash left half written in the run directory itself. For whoever holds the
+        lock, while no rank lives."""
         for path in self.path.glob(".*.*"):
             if _LEFTOVER.match(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink(missing_ok=True)
 
     def run_id(self) -> str:
-        """The run's identity, made up once. Checkpoints carry it, so that another run's shard is known as such."""
+        """The run's identity, made up once. Checkpoints carry it, so that another run's shard is known as
+        such."""
         if not self.run_id_file.exists():
             # Linked into place whole: a crash leaves no empty identity, and of two makers one wins.
             made = self.run_id_file.with_name(f".run_id.{secrets.token_hex(4)}")
@@ -162,7 +172,8 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Hold the run for this process: by flock, or by a lease where the file system knows no locks.
 
-        Raises RunInUseError, naming the holder, where another one has it, and StorageError where the file cannot be opened.
+        Raises RunInUseError, naming the holder, where another one has it, and StorageError where the file
+        cannot be opened.
         """
         try:
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -190,7 +201,9 @@ class RunDirectory:
             who = Identity.parse(os.pread(descriptor, 1000, 0).decode(errors="replace"))
             os.close(descriptor)
             holder = who.name if who else "another process"
-            raise RunInUseError(f"{self.path} is in use by {holder}; two at once would mix their files") from None
+            raise RunInUseError(
+                f"{self.path} is in use by {holder}; two at once would mix their files"
+            ) from None
         except OSError as error:
             os.close(descriptor)
             raise StorageError(f"{self.path / '.lock'} cannot be locked: {error.strerror}") from None

@@ -1,7 +1,8 @@
 """Hold a run where the file system has no locks (some NFS, Lustre and FUSE mounts).
 
-The holder makes a file that only one can make, says in it who it is, and rewrites it every few seconds. Whoever finds one takes it over
-once its holder is dead: on the same machine the kernel tells, on another one it must have been silent for long.
+The holder makes a file that only one can make, says in it who it is, and rewrites it every few seconds.
+Whoever finds one takes it over once its holder is dead: on the same machine the kernel tells, on another one
+it must have been silent for long.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Lease:
             self._path.unlink(missing_ok=True)
 
     def _made(self) -> bool:
-        # A link to a whole file: nobody ever sees one without a holder, and of two makers one wins, over NFS too.
+        # A link to a whole file: nobody ever sees one without a holder, and of two makers one wins, over NFS
+        # too.
         made = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         try:
             made.write_text(f"{self._holder}\n0", encoding="utf-8")
@@ -57,7 +59,8 @@ class Lease:
         return True
 
     def _clear_away(self, found: str) -> None:
-        """Remove a dead holder's file: of several that try, one; and never a living one's that has just been made in its place."""
+        """Remove a dead holder's file: of several that try, one; and never a living one's that has just been
+        made in its place."""
         doomed = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(doomed)
@@ -89,7 +92,8 @@ def _holder(content: str) -> str:
 
 
 def _is_dead(path: Path, found: str, silent_seconds: float) -> bool:
-    """Whether the holder is gone: at once for one on this machine, after a while of silence for one elsewhere."""
+    """Whether the holder is gone: at once for one on this machine, after a while of silence for one
+    elsewhere."""
     who = Identity.parse(_holder(found))
     if who is not None and who.is_here:
         return not who.lives

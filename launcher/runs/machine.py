@@ -15,7 +15,8 @@ from launcher.plain_files import read_json
 from launcher.runs.layout import write_atomically
 
 REFERENCE = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "intermediate_size": 64, "vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False,
 }  # fmt: skip
 """A model so small that a step of it is nothing but the calling of operators."""
@@ -26,7 +27,8 @@ _KEPT = 10
 
 @dataclass(frozen=True)
 class Rates:
-    """One machine's own figures. Rates are operations and bytes a second, of all cores of a CPU or of one GPU."""
+    """One machine's own figures. Rates are operations and bytes a second, of all cores of a CPU or of one
+    GPU."""
 
     device: str
     """cpu, or the name of the GPU."""
@@ -36,7 +38,8 @@ class Rates:
     bandwidth: float
     """Of its memory, read and written."""
     link: float | None = None
-    """What a rank of several on this machine receives in a large all-gather; None where one rank was all there is."""
+    """What a rank of several on this machine receives in a large all-gather; None where one rank was all
+    there is."""
     reference: dict[str, float] = field(default_factory=dict)
     """Seconds of a forward and backward pass of REFERENCE over one sample, by what is recomputed."""
     message: float | None = None
@@ -46,8 +49,9 @@ class Rates:
     disk_write: float | None = None
     disk_read: float | None = None
     engines: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    """Seconds of each message beside its bytes, and of each byte that a rank receives, among ranks of this CPU: by whether they give back
-    what they free (`lean`) or keep it (`roomy`), and by engine and sharding."""
+    """Seconds of each message beside its bytes, and of each byte that a rank receives, among ranks of this
+    CPU: by whether they give back what they free (`lean`) or keep it (`roomy`), and by engine and sharding.
+    """
     num_ranks: int = 1
     """Among which messages were measured."""
 
@@ -60,14 +64,19 @@ class Machine:
     ratios: dict[str, list[float]] = field(default_factory=dict)
     """Seconds of a step as measured over those foreseen, by kind of run; the newest last."""
     slacks: dict[str, list[float]] = field(default_factory=dict)
-    """Memory as measured less what was foreseen to live, as a share of what comes and goes, by kind of run; the newest last."""
+    """Memory as measured less what was foreseen to live, as a share of what comes and goes, by kind of run;
+    the newest last."""
 
     @classmethod
     def read(cls) -> Machine:
         """This machine's; empty where nothing was measured, or the file cannot be read."""
         try:
             content = read_json(path())
-            return cls(tuple(_rates(**rates) for rates in content["rates"]), content["ratios"], content.get("slacks", {}))
+            return cls(
+                tuple(_rates(**rates) for rates in content["rates"]),
+                content["ratios"],
+                content.get("slacks", {}),
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
 
@@ -89,21 +98,31 @@ class Machine:
         return min(known, default=None)
 
     def with_rates(self, rates: Rates) -> Machine:
-        """With newer figures of a device in the place of older ones, and without what runs have shown of forecasts by those."""
+        """With newer figures of a device in the place of older ones, and without what runs have shown of
+        forecasts by those."""
         kind = "cpu " if rates.device == "cpu" else "cuda "
         ratios = {name: found for name, found in self.ratios.items() if not name.startswith(kind)}
-        return replace(self, rates=(*(other for other in self.rates if other.device != rates.device), rates), ratios=ratios)
+        return replace(
+            self,
+            rates=(*(other for other in self.rates if other.device != rates.device), rates),
+            ratios=ratios,
+        )
 
     def with_ratio(self, kind: str, ratio: float) -> Machine:
         """With one more comparison of a run of that kind."""
-        return replace(self, ratios={**self.ratios, kind: [*self.ratios.get(kind, []), round(ratio, 4)][-_KEPT:]})
+        return replace(
+            self, ratios={**self.ratios, kind: [*self.ratios.get(kind, []), round(ratio, 4)][-_KEPT:]}
+        )
 
     def with_slack(self, kind: str, share: float) -> Machine:
         """With one more run's slack of that kind."""
-        return replace(self, slacks={**self.slacks, kind: [*self.slacks.get(kind, []), round(share, 4)][-_KEPT:]})
+        return replace(
+            self, slacks={**self.slacks, kind: [*self.slacks.get(kind, []), round(share, 4)][-_KEPT:]}
+        )
 
     def slack(self, kind: str) -> float | None:
-        """The most of the last runs of that kind, as too little would be found out by a failure; None where there was none."""
+        """The most of the last runs of that kind, as too little would be found out by a failure; None where
+        there was none."""
         return max(self.slacks.get(kind, ()), default=None)
 
     def correction(self, kind: str) -> float:
@@ -112,7 +131,10 @@ class Machine:
 
 
 def _rates(engines: Mapping[str, Mapping[str, list[float]]] | None = None, **others: Any) -> Rates:
-    made = {way: {name: (each, per_byte) for name, (each, per_byte) in kinds.items()} for way, kinds in (engines or {}).items()}
+    made = {
+        way: {name: (each, per_byte) for name, (each, per_byte) in kinds.items()}
+        for way, kinds in (engines or {}).items()
+    }
     return Rates(**others, engines=made)
 
 

@@ -1,7 +1,8 @@
 """A pipe through which ranks tell their launcher of failures, without the disk.
 
-The pipe has no name in any file system. Who writes to it opens `/proc/LAUNCHER/fd/N`, which the kernel grants to processes of the same user
-alone. One JSON object a line: {"say": line for people}, {"failure": a Failure} or {"exits": how ranks ended}.
+The pipe has no name in any file system. Who writes to it opens `/proc/LAUNCHER/fd/N`, which the kernel grants
+to processes of the same user alone. One JSON object a line: {"say": line for people}, {"failure": a Failure}
+or {"exits": how ranks ended}.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Notices:
 
 
 def tell(**record: Any) -> bool:
-    """Tell the launcher; whether it could be told. Never waits and never raises; texts are cut so that it is a single write."""
+    """Tell the launcher; whether it could be told. Never waits and never raises; texts are cut so that it is
+    a single write."""
     address = os.environ.get(VARIABLE)
     if not address:
         return False

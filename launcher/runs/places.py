@@ -1,10 +1,12 @@
 """Where each rank is, with a counter: a page of shared memory that its supervisor reads.
 
-The page is memory without a file system (memfd_create(2)), reached as /proc/PID/fd/N: no stalled, full or missing disk keeps a rank from
-saying where it is, and nothing is left behind. To say it costs a few stores into memory, and no system call. What faulthandler writes of
-a rank's stacks comes behind the page, in the same memory.
+The page is memory without a file system (memfd_create(2)), reached as /proc/PID/fd/N: no stalled, full or
+missing disk keeps a rank from saying where it is, and nothing is left behind. To say it costs a few stores
+into memory, and no system call. What faulthandler writes of a rank's stacks comes behind the page, in the
+same memory.
 
-A supervisor publishes what its ranks say in the attempt's directory (`ranks-NODE.json`): for people, and for the first node.
+A supervisor publishes what its ranks say in the attempt's directory (`ranks-NODE.json`): for people, and for
+the first node.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ PLACES = (
 )
 _NUMBER_OF = {place: number for number, place in enumerate(PLACES)}
 SAVE_STATES = ("", "writing", "syncing", "waiting for the other ranks", "committing")
-_PLACE, _COUNT, _STEP, _DONE, _TOTAL, _WAITING, _MEMORY, _SAVE, _SAVED_BYTES, _SAVE_STEP, _HAS_DETAIL = range(11)
+_PLACE, _COUNT, _STEP, _DONE, _TOTAL, _WAITING, _MEMORY, _SAVE, _SAVED_BYTES, _SAVE_STEP, _HAS_DETAIL = range(
+    11
+)
 _LOOKS, _STOPPED, _BLOCKED = range(16, 19)
 """Written by the supervisor: a rank cannot see how often it is stopped."""
 _STEP_SECONDS, _OWN_SECONDS, _SLOWNESS, _LAST_SAVE = range(32, 36)
@@ -144,7 +148,8 @@ class Page:
         self._numbers[_BLOCKED] += state == "D"
 
     def looks(self) -> tuple[int, int, int]:
-        """How often a supervisor has looked, and how often it saw the rank stopped, and blocked in the kernel."""
+        """How often a supervisor has looked, and how often it saw the rank stopped, and blocked in the
+        kernel."""
         return self._numbers[_LOOKS], self._numbers[_STOPPED], self._numbers[_BLOCKED]
 
 
@@ -161,7 +166,8 @@ class Whereabouts(Page):
         self._detail = ""
 
     def begin(self) -> tuple[str, int]:
-        """Say it where a supervisor can read it: the path, and the descriptor for stacks; an empty path where there is no memory for it."""
+        """Say it where a supervisor can read it: the path, and the descriptor for stacks; an empty path where
+        there is no memory for it."""
         try:
             self._descriptor = _shared_memory()
         except OSError:
@@ -188,7 +194,12 @@ class Whereabouts(Page):
     def during(self, place: str, **more: Any) -> Iterator[None]:
         """Be at a place, and back where this process was afterwards."""
         numbers = self._numbers
-        before = numbers[_PLACE], numbers[_DONE], numbers[_TOTAL], self._detail if numbers[_HAS_DETAIL] else ""
+        before = (
+            numbers[_PLACE],
+            numbers[_DONE],
+            numbers[_TOTAL],
+            self._detail if numbers[_HAS_DETAIL] else "",
+        )
         self.at(place, **more)
         try:
             yield
@@ -262,8 +273,8 @@ class Whereabouts(Page):
 def _shared_memory() -> int:
     """A file of one page in memory, without a name. Raises OSError.
 
-    Where the kernel has no memfd, a file without a name in /dev/shm or the directory for temporary files; its page is taken at once, as a
-    file system that is full would end whoever writes into it later.
+    Where the kernel has no memfd, a file without a name in /dev/shm or the directory for temporary files; its
+    page is taken at once, as a file system that is full would end whoever writes into it later.
     """
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.memfd_create("launcher-places")

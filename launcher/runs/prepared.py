@@ -6,14 +6,26 @@ from typing import Any
 
 WARNED_SHARE = 0.01
 """Of the rows that were read: more dropped than this is a warning."""
-_KEPT = ("rows_read", "rows_used", "num_dropped", "dropped", "num_cut", "num_items", "num_tokens", "fill", "cached")
+_KEPT = (
+    "rows_read",
+    "rows_used",
+    "num_dropped",
+    "dropped",
+    "num_cut",
+    "num_items",
+    "num_tokens",
+    "fill",
+    "cached",
+)
 
 
 def line(record: dict[str, Any]) -> str:
     """How many rows of how many are used, dropped (by reason) and cut: one line."""
     parts = [f"{record['rows_used']:,} of {record['rows_read']:,} rows used"]
     if dropped := record.get("dropped"):
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1]))
+        reasons = ", ".join(
+            f"{count:,} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1])
+        )
         parts.append(f"{sum(dropped.values()):,} dropped ({reasons})")
     if record.get("num_cut"):
         parts.append(f"{record['num_cut']:,} cut")
@@ -34,7 +46,10 @@ def warning(record: dict[str, Any]) -> str | None:
     number, rows = num_dropped(record), record["rows_read"]
     if number <= WARNED_SHARE * rows:
         return None
-    return f"warning: {record['role']}: {number:,} of {rows:,} rows ({number / rows:.1%}) are dropped; {first_dropped(record)}"
+    return (
+        f"warning: {record['role']}: {number:,} of {rows:,} rows ({number / rows:.1%}) are dropped; "
+        f"{first_dropped(record)}"
+    )
 
 
 def first_dropped(record: dict[str, Any]) -> str:

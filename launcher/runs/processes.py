@@ -17,7 +17,8 @@ PARENT_VARIABLE = "LAUNCHER_PARENT"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Each of them asks for a polite stop, whether the launcher, the agent or a rank gets it."""
 IGNORED_VARIABLE = "LAUNCHER_IGNORED_SIGNAL"
-"""A stop signal that ranks leave to their launcher, by its name: one that Slurm sends to all of them, and sooner than it need be heeded."""
+"""A stop signal that ranks leave to their launcher, by its name: one that Slurm sends to all of them, and
+sooner than it need be heeded."""
 STACKS_SIGNAL = signal.SIGRTMIN + 5
 """Has a rank write its stacks into its own memory; SIGQUIT has it write them to its log."""
 _PR_SET_PDEATHSIG = 1
@@ -64,7 +65,8 @@ def parent_of(pid: int) -> int:
 
 
 def started_at(pid: int) -> float:
-    """When the process began, in seconds since 1970, to about a second; infinity where there is no such process."""
+    """When the process began, in seconds since 1970, to about a second; infinity where there is no such
+    process."""
     fields = _stat(pid)
     if not fields:
         return float("inf")
@@ -73,7 +75,8 @@ def started_at(pid: int) -> float:
 
 
 def started_ticks(pid: int) -> int:
-    """When the process began, in ticks since the machine booted, which no change of the clock moves; 0 where there is no such process."""
+    """When the process began, in ticks since the machine booted, which no change of the clock moves; 0 where
+    there is no such process."""
     fields = _stat(pid)
     return int(fields[19]) if fields else 0
 
@@ -103,7 +106,11 @@ class Identity:
     def parse(cls, text: str) -> Identity | None:
         """From what `str` gives, or from its beginning alone; None for anything else."""
         match = re.match(r"process (\d+) on ([^\s,]+)(?:, begun at tick (\d+) of boot (\S*))?", text)
-        return cls(int(match[1]), match[2], int(match[3]) if match[3] else None, match[4] or "") if match else None
+        return (
+            cls(int(match[1]), match[2], int(match[3]) if match[3] else None, match[4] or "")
+            if match
+            else None
+        )
 
     @property
     def name(self) -> str:
@@ -120,7 +127,8 @@ class Identity:
 
     @property
     def lives(self) -> bool:
-        """Whether that very process lives. Only for one that `is_here`; where its beginning is not known, by its number alone."""
+        """Whether that very process lives. Only for one that `is_here`; where its beginning is not known, by
+        its number alone."""
         if not alive(self.pid):
             return False
         return self.ticks is None or (self.ticks == started_ticks(self.pid) and self.boot == _boot())
@@ -160,7 +168,8 @@ def oom_kills() -> int:
 
 
 def _oom_files(own_groups: str) -> list[Path]:
-    """The host's counters, and those of this control group: by its own path, and at the top, where a container has it."""
+    """The host's counters, and those of this control group: by its own path, and at the top, where a
+    container has it."""
     groups = Path("/sys/fs/cgroup")
     files = [Path("/proc/vmstat"), groups / "memory" / "memory.oom_control", groups / "memory.events"]
     for line in own_groups.splitlines():

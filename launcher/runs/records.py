@@ -1,7 +1,8 @@
 """Validate records of a run's files: a damaged or foreign line is skipped.
 
-Files lie about for years, are edited by hand and cut by full disks. What reads them counts and formats their fields without
-asking again, so a field of another kind than its writer's makes a line as worthless as half a line.
+Files lie about for years, are edited by hand and cut by full disks. What reads them counts and formats their
+fields without asking again, so a field of another kind than its writer's makes a line as worthless as half a
+line.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def _texts(value: Any) -> bool:
 
 
 def _measures(value: Any) -> bool:
-    return isinstance(value, dict) and _number(value.get("tokens_per_second", 0)) and _numbers(value.get("phases") or {})
+    return (
+        isinstance(value, dict)
+        and _number(value.get("tokens_per_second", 0))
+        and _numbers(value.get("phases") or {})
+    )
 
 
 def _failure(value: Any) -> bool:
@@ -57,13 +62,20 @@ def _failure(value: Any) -> bool:
 
 
 def _examples(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, dict) and {"file", "line", "reason"} <= one.keys() for one in value)
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and {"file", "line", "reason"} <= one.keys() for one in value
+    )
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"), _text),
+    **dict.fromkeys(
+        ("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"),
+        _text,
+    ),
     **dict.fromkeys(("done", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"), _number),
-    **dict.fromkeys(("step", "first_step", "world_size", "attempt", "num_tokens", "num_samples", "num_items"), _count),
+    **dict.fromkeys(
+        ("step", "first_step", "world_size", "attempt", "num_tokens", "num_samples", "num_items"), _count
+    ),
     **dict.fromkeys(("rows_read", "rows_used", "num_cut"), _count),
     "time": _time,
     "metrics": _numbers,
@@ -75,7 +87,9 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "failure": _failure,
 }
 """The fields that are read by name."""
-_OR_NULL = dict.fromkeys(("total", "total_steps", "num_parameters", "flops_per_token", "peak_memory_bytes", "fill"), _number)
+_OR_NULL = dict.fromkeys(
+    ("total", "total_steps", "num_parameters", "flops_per_token", "peak_memory_bytes", "fill"), _number
+)
 _NEEDED = {
     "prepared": ("role", "rows_read", "rows_used", "num_tokens"),
     "evaluated": ("time", "step", "metrics"),
@@ -87,7 +101,8 @@ _NEEDED = {
 
 
 def parse(line: str | bytes) -> dict[str, Any] | None:
-    """The record in a line; None where the line is cut short, is no JSON object, or has a field of another kind than its writer's."""
+    """The record in a line; None where the line is cut short, is no JSON object, or has a field of another
+    kind than its writer's."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -108,7 +123,8 @@ _KINDS = {"str": _text, "float": _number, "int": _count, "bool": _flag}
 
 
 def made_of(kind: type[_Made], content: Any) -> _Made:
-    """A dataclass of texts and numbers from what a JSON file holds. Raises TypeError where that has other fields, or other kinds."""
+    """A dataclass of texts and numbers from what a JSON file holds. Raises TypeError where that has other
+    fields, or other kinds."""
     if not isinstance(content, dict):
         raise TypeError(f"{type(content).__name__} in the place of a {kind.__name__}")
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]

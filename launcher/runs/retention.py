@@ -33,12 +33,17 @@ def _best(whole: list[Stored], count: int, metric: str, better: Better) -> list[
 
 
 def to_prune(
-    run: RunDirectory, keep_last: int, keep_best: int, metric: str, better: Better = "lower", known_good: Collection[int] = ()
+    run: RunDirectory,
+    keep_last: int,
+    keep_best: int,
+    metric: str,
+    better: Better = "lower",
+    known_good: Collection[int] = (),
 ) -> list[Stored]:
     """Return the checkpoints that retention gives up: never the newest good one, nor anything newer than it.
 
-    `better`: which value of `metric` is the best. `known_good`: steps that need no reading to be trusted, as their bytes were hashed
-    while they were written.
+    `better`: which value of `metric` is the best. `known_good`: steps that need no reading to be trusted, as
+    their bytes were hashed while they were written.
     """
     listed = list_checkpoints(run)
     good = _newest_good(listed, known_good)
@@ -59,7 +64,12 @@ def _newest_good(listed: Iterable[Stored], known_good: Collection[int]) -> int |
 
 
 def prune(
-    run: RunDirectory, keep_last: int, keep_best: int, metric: str, better: Better = "lower", known_good: Collection[int] = ()
+    run: RunDirectory,
+    keep_last: int,
+    keep_best: int,
+    metric: str,
+    better: Better = "lower",
+    known_good: Collection[int] = (),
 ) -> list[Stored]:
     """Delete what `to_prune` names and return it. The caller holds the run's lock. Raises OSError."""
     removed = to_prune(run, keep_last, keep_best, metric, better, known_good)
@@ -68,17 +78,29 @@ def prune(
     return removed
 
 
-def make_room(run: RunDirectory, keep_best: int, metric: str, better: Better = "lower", known_good: Collection[int] = ()) -> list[Stored]:
-    """Delete as many of the oldest checkpoints as one more needs that is as large as the newest, and return them. Raises OSError.
+def make_room(
+    run: RunDirectory, keep_best: int, metric: str, better: Better = "lower", known_good: Collection[int] = ()
+) -> list[Stored]:
+    """Delete as many of the oldest checkpoints as one more needs that is as large as the newest, and return
+    them. Raises OSError.
 
-    None where all that may go would not be enough: the newest good one stays, and those that are kept as the best.
+    None where all that may go would not be enough: the newest good one stays, and those that are kept as the
+    best.
     """
     may_go = to_prune(run, 1, keep_best, metric, better, known_good)
-    newest = next((stored.manifest for stored in reversed(list_checkpoints(run)) if stored.manifest and not stored.problems), None)
+    newest = next(
+        (
+            stored.manifest
+            for stored in reversed(list_checkpoints(run))
+            if stored.manifest and not stored.problems
+        ),
+        None,
+    )
     if newest is None or not may_go:
         return []
     disk = os.statvfs(run.checkpoints)
-    # A quota is not seen here: where there seems to be room all the same, the oldest one is what can be given up.
+    # A quota is not seen here: where there seems to be room all the same, the oldest one is what can be given
+    # up.
     missing = max(1, newest.total_bytes - disk.f_bavail * disk.f_frsize)
     removed: list[Stored] = []
     for stored in may_go:
@@ -93,16 +115,19 @@ def make_room(run: RunDirectory, keep_best: int, metric: str, better: Better = "
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a half-deleted one is never seen under its name. Raises OSError."""
+    """Delete a checkpoint; renamed first, so that a half-deleted one is never seen under its name. Raises
+    OSError."""
     doomed = directory.with_name(f"{REMOVED_PREFIX}{directory.name.lstrip('.')}-{secrets.token_hex(4)}")
     directory.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove_leftovers(run: RunDirectory) -> list[str]:
-    """Clear away what dead attempts left, and return the names. The caller holds the run's lock: no writer is alive.
+    """Clear away what dead attempts left, and return the names. The caller holds the run's lock: no writer is
+    alive.
 
-    A checkpoint that was set aside for a newer one of its step, which then did not arrive, gets its name back.
+    A checkpoint that was set aside for a newer one of its step, which then did not arrive, gets its name
+    back.
     """
     cleared: list[str] = []
     for path in sorted(run.checkpoints.glob(".*")) if run.checkpoints.is_dir() else []:
@@ -118,9 +143,11 @@ def remove_leftovers(run: RunDirectory) -> list[str]:
 
 
 def commit(run: RunDirectory, attempt: Path, manifest: Manifest) -> Path:
-    """Make a written attempt a checkpoint: manifest, sync, one rename. Raises OSError, and then nothing has changed.
+    """Make a written attempt a checkpoint: manifest, sync, one rename. Raises OSError, and then nothing has
+    changed.
 
-    An older checkpoint of the same step (rejected, or saved before a restart) is set aside first and deleted last.
+    An older checkpoint of the same step (rejected, or saved before a restart) is set aside first and deleted
+    last.
     """
     _write_synced(attempt / MANIFEST_NAME, manifest.to_json().encode())
     sync_directory(attempt)

@@ -17,7 +17,8 @@ _NUM_BYTES = 32
 
 
 def make(directory: Path) -> None:
-    """Write a new secret into an attempt's directory, whole, for its owner alone whatever the umask says. Raises OSError."""
+    """Write a new secret into an attempt's directory, whole, for its owner alone whatever the umask says.
+    Raises OSError."""
     made = directory / f".{NAME}-{secrets.token_hex(4)}"
     descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:

@@ -23,7 +23,8 @@ class Seen(Place):
     phase: str = "start"
     """What it is judged by: one of start, step, evaluation, storage, wait, none."""
     state: str = "R"
-    """Of /proc/PID/stat: R, S, D (blocked in the kernel), T (stopped), t (by a debugger), Z or empty (gone)."""
+    """Of /proc/PID/stat: R, S, D (blocked in the kernel), T (stopped), t (by a debugger), Z or empty (gone).
+    """
     state_seconds: float = 0.0
     """How long it has been in that state, where that is D or T."""
     traced: bool = False
@@ -41,7 +42,8 @@ class Seen(Place):
 
 
 def publish(path: Path, ranks: list[Seen], number: int) -> None:
-    """Write what a node's ranks do. In place, as clients of NFS see a new content sooner than a new file; `number` grows each time."""
+    """Write what a node's ranks do. In place, as clients of NFS see a new content sooner than a new file;
+    `number` grows each time."""
     content = json.dumps({"number": number, "ranks": [asdict(seen) for seen in ranks]})
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
@@ -57,12 +59,16 @@ def published(path: Path) -> tuple[int, list[Seen]] | None:
     known = {field.name for field in fields(Seen)}
     try:
         content = read_json(path)
-        return int(content["number"]), [made_of(Seen, {key: one[key] for key in one if key in known}) for one in content["ranks"]]
+        return int(content["number"]), [
+            made_of(Seen, {key: one[key] for key in one if key in known}) for one in content["ranks"]
+        ]
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def ranks_of(directory: Path) -> list[Seen]:
     """Each rank of an attempt as it was seen last, on all nodes, in the order of the ranks."""
-    found = [one for path in directory.glob("ranks-*.json") if (content := published(path)) for one in content[1]]
+    found = [
+        one for path in directory.glob("ranks-*.json") if (content := published(path)) for one in content[1]
+    ]
     return sorted(found, key=lambda seen: seen.rank)

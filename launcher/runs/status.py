@@ -27,7 +27,8 @@ _SECONDS_BETWEEN_BEATS = 60.0
 class Status:
     """One look at a run. What is not known yet is None.
 
-    `state` is one of planned, running, finished, stopped, failed, interrupted (its processes are gone without a word).
+    `state` is one of planned, running, finished, stopped, failed, interrupted (its processes are gone without
+    a word).
     """
 
     run: str
@@ -60,7 +61,8 @@ class Status:
     nodes: tuple[str, ...] = ()
     """Those of the newest attempt, under Slurm."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of each data set by its role: rows read, used, dropped (by reason) and cut, tokens; empty before it is prepared."""
+    """Of each data set by its role: rows read, used, dropped (by reason) and cut, tokens; empty before it is
+    prepared."""
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -68,7 +70,8 @@ class Status:
 
 
 def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
-    """What happened in a run, and whether it is running now. Who looks again and again hands in the totals that it has."""
+    """What happened in a run, and whether it is running now. Who looks again and again hands in the totals
+    that it has."""
     totals = (totals or Totals(run)).refresh()
     last = totals.last
     record = last_record(run.metrics_file, is_step)
@@ -135,7 +138,8 @@ def _state(run: RunDirectory, last: dict[str, dict[str, Any]]) -> str:
 def holder(run: RunDirectory) -> str | None:
     """Who holds the run's lock, as `process PID on HOST`; None where nobody does.
 
-    A launcher that was killed leaves its name in the file: on the same host it counts only while that process lives.
+    A launcher that was killed leaves its name in the file: on the same host it counts only while that process
+    lives.
     """
     lock = run.path / ".lock"
     try:
@@ -148,7 +152,8 @@ def holder(run: RunDirectory) -> str | None:
         return None
     if not who.is_here:
         return who.name if _beats(run) else None
-    # Without its beginning, as older versions wrote it: one that began after the file was written only has the same number.
+    # Without its beginning, as older versions wrote it: one that began after the file was written only has
+    # the same number.
     known = who.ticks is not None or started_at(who.pid) <= written + 2
     return who.name if who.lives and known else None
 
@@ -156,7 +161,10 @@ def holder(run: RunDirectory) -> str | None:
 def _beats(run: RunDirectory) -> bool:
     """Whether a launcher on another machine has shown that it lives; true where it never says."""
     try:
-        return time.time() - (run.attempt(run.last_attempt()) / HEARTBEAT).stat().st_mtime < _SECONDS_BETWEEN_BEATS
+        return (
+            time.time() - (run.attempt(run.last_attempt()) / HEARTBEAT).stat().st_mtime
+            < _SECONDS_BETWEEN_BEATS
+        )
     except OSError:
         return True
 

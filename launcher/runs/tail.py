@@ -16,7 +16,8 @@ _LAST_BLOCK = 1 << 14
 
 
 class Tail:
-    """Gives each record of a file once. It may start at the file's present end, or at an offset; the file need not exist yet."""
+    """Gives each record of a file once. It may start at the file's present end, or at an offset; the file
+    need not exist yet."""
 
     def __init__(self, path: Path, from_end: bool = False, offset: int = 0) -> None:
         self.path = path
@@ -29,7 +30,8 @@ class Tail:
         return self._offset - len(self._rest)
 
     def lines(self) -> Iterator[bytes]:
-        """What was appended since the last call, without ever holding more than a block of it; to be read to its end.
+        """What was appended since the last call, without ever holding more than a block of it; to be read to
+        its end.
 
         A line that is not whole yet comes with a later call.
         """
@@ -79,7 +81,8 @@ def end_of(path: Path) -> tuple[int, Iterator[bytes]]:
 
 
 def lines_backwards(path: Path, end: int | None = None) -> Iterator[bytes]:
-    """A file's lines up to `end`, the last one first, without their ends; nothing of a file that is not there."""
+    """A file's lines up to `end`, the last one first, without their ends; nothing of a file that is not
+    there."""
     try:
         file = open(path, "rb", opener=plain)  # noqa: SIM115
     except FileNotFoundError:

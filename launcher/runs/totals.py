@@ -53,9 +53,13 @@ class Totals(Fold):
             last.pop("phase", None)
         state["time"] = record.get("time", state["time"])
         if name == "prepared":
-            state["prepared"][str(record.get("role"))] = {key: value for key, value in record.items() if key not in _LEFT_OUT}
+            state["prepared"][str(record.get("role"))] = {
+                key: value for key, value in record.items() if key not in _LEFT_OUT
+            }
             return
-        if name != "stopping" or name not in last:  # the launcher says which signal came, and then the ranks which one it sent them
+        if (
+            name != "stopping" or name not in last
+        ):  # the launcher says which signal came, and then the ranks which one it sent them
             last[name] = record
         if name == "saved" and "seconds" in record:
             state["saves"] = [*state["saves"], record["seconds"]][-_NUM_SAVES:]
@@ -78,7 +82,8 @@ class Totals(Fold):
 
     @property
     def last(self) -> dict[str, dict[str, Any]]:
-        """The newest event of each name; of what belongs to one attempt, only of the newest attempt. A phase that is over is not there."""
+        """The newest event of each name; of what belongs to one attempt, only of the newest attempt. A phase
+        that is over is not there."""
         found: dict[str, dict[str, Any]] = self.state["last"]
         return found
 
@@ -106,7 +111,8 @@ class Totals(Fold):
         return float(self.state["seconds"] + (self.state["time"] - began if began is not None else 0.0))
 
     def measured(self, metric: str, lower: bool) -> tuple[float | None, float | None, int | None]:
-        """A metric as it was measured last after step 0, its best finite value (the lowest, or the highest), and the step of that."""
+        """A metric as it was measured last after step 0, its best finite value (the lowest, or the highest),
+        and the step of that."""
         known = self.state["measured"].get(metric)
         if known is None:
             return None, None, None

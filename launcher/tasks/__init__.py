@@ -17,7 +17,8 @@ TASKS = {
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
 }
 GROUP = "launcher.tasks"
-"""The entry points by which an installed package brings a task of its own: `name = "package.module:Class"`."""
+"""The entry points by which an installed package brings a task of its own: `name = "package.module:Class"`.
+"""
 
 
 class Planned(Protocol):
@@ -35,7 +36,8 @@ class Planned(Protocol):
 
 @functools.cache
 def find(name: str) -> type[Task]:
-    """Return the class of a task by its name. Raises ConfigurationError where there is none, with the nearest name."""
+    """Return the class of a task by its name. Raises ConfigurationError where there is none, with the nearest
+    name."""
     if name in TASKS:
         module, _, attribute = TASKS[name].partition(":")
         built_in: type[Task] = getattr(importlib.import_module(module), attribute)
@@ -47,11 +49,14 @@ def find(name: str) -> type[Task]:
         return own
     known = [*TASKS, *sorted(metadata.entry_points(group=GROUP).names)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise ConfigurationError(Problem("model.task", name, f"no such task; there are {', '.join(known)}; the nearest is {near}"))
+    raise ConfigurationError(
+        Problem("model.task", name, f"no such task; there are {', '.join(known)}; the nearest is {near}")
+    )
 
 
 def build(plan: Planned, processor: Any, labels: list[str] | None = None) -> Task:
-    """Return the plan's task, prepared with the model's processor. `labels` are the classes of a model that has them already.
+    """Return the plan's task, prepared with the model's processor. `labels` are the classes of a model that
+    has them already.
 
     Raises ConfigurationError for an unknown task, or a processor that cannot serve it.
     """
@@ -61,7 +66,8 @@ def build(plan: Planned, processor: Any, labels: list[str] | None = None) -> Tas
 
 
 def unprepared(plan: Planned, labels: list[str] | None = None) -> Task:
-    """Return the plan's task without a processor: its model and its loss, no data. Raises ConfigurationError for an unknown one."""
+    """Return the plan's task without a processor: its model and its loss, no data. Raises ConfigurationError
+    for an unknown one."""
     task = find(plan.task)(plan.data, labels)
     task.layout, task.head = plan.layout, plan.head
     return task

@@ -7,13 +7,33 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, check_encodable, text_of
-from launcher.sources.section import Data
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
-from launcher.tasks.encoding import Tokens, Written, continue_texts, encode_written, puts_space_before, tokenise
-from launcher.tasks.task import IGNORE, Better, Draws, Encoded, Evaluator, Finding, Left, Output, Sample, Task, Traits, finding
+from launcher.tasks.encoding import (
+    Tokens,
+    Written,
+    continue_texts,
+    encode_written,
+    puts_space_before,
+    tokenise,
+)
+from launcher.tasks.task import (
+    IGNORE,
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Left,
+    Output,
+    Sample,
+    Task,
+    Traits,
+    finding,
+)
 from launcher.values import Columns, Day, Tools
 
 if TYPE_CHECKING:
@@ -25,7 +45,8 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 MARKS = 5
-"""Tokens that a chat's template puts around a message: in ChatML `<|im_start|>`, the role, two ends of lines, `<|im_end|>`."""
+"""Tokens that a chat's template puts around a message: in ChatML `<|im_start|>`, the role, two ends of lines,
+`<|im_end|>`."""
 
 
 class CausalColumns(Data):
@@ -40,16 +61,19 @@ class CausalColumns(Data):
     messages: str | None = None
     """The column of a chat's messages; the assistant's are learned."""
     tools: Tools | None = None
-    """The column of a chat's tools, or a list of tools for rows that have none. Left out, it is the column `tools`, where rows have it."""
+    """The column of a chat's tools, or a list of tools for rows that have none. Left out, it is the column
+    `tools`, where rows have it."""
     date: Day | None = None
-    """The date that a chat template writes, where it writes one. Left out, the day of the plan, for all attempts of a run."""
+    """The date that a chat template writes, where it writes one. Left out, the day of the plan, for all
+    attempts of a run."""
 
 
 class CausalLM(Task):
     """Predict the next token; which tokens are learned depends on the columns that the job names.
 
-    Text: all of them, and the end of the text. Prompt and completion: the completion and its end; the two are tokenised apart,
-    so that no token spans the border, and nothing is put between them. Chat: what the assistant says, and the end of its turn.
+    Text: all of them, and the end of the text. Prompt and completion: the completion and its end; the two are
+    tokenised apart, so that no token spans the border, and nothing is put between them. Chat: what the
+    assistant says, and the end of its turn.
     """
 
     name = "causal-lm"
@@ -71,15 +95,29 @@ class CausalLM(Task):
             there, absent = ("prompt", "completion") if data.completion is None else ("completion", "prompt")
             reason = f"prompt and completion go together; name the column for data.{absent}"
             yield finding(f"data.{there}", getattr(data, there), reason, *kinds)
-        named = {"text": data.text, "prompt + completion": data.prompt or data.completion, "messages": data.messages}
+        named = {
+            "text": data.text,
+            "prompt + completion": data.prompt or data.completion,
+            "messages": data.messages,
+        }
         ways = [way for way, column in named.items() if column]
         if len(ways) != 1:
             there = f"there are {' and '.join(ways)}" if ways else "there is none"
-            yield finding("data", None, f"causal-lm reads exactly one of text, prompt + completion, or messages; {there}", *kinds)
+            yield finding(
+                "data",
+                None,
+                f"causal-lm reads exactly one of text, prompt + completion, or messages; {there}",
+                *kinds,
+            )
         for key in ("tools", "date") if data.messages is None else ():
             if (value := getattr(data, key)) is not None:
                 shown = None if isinstance(value, tuple) else value
-                yield finding(f"data.{key}", shown, "belongs to chats: name the column data.messages, or leave it out", *kinds)
+                yield finding(
+                    f"data.{key}",
+                    shown,
+                    "belongs to chats: name the column data.messages, or leave it out",
+                    *kinds,
+                )
         if isinstance(data.text, tuple) and len(data.text) != 1:
             reason = "causal-lm reads one column of text; for two parts name prompt and completion"
             yield finding("data.text", list(data.text), reason, *kinds)
@@ -110,7 +148,11 @@ class CausalLM(Task):
 
     def left_open(self) -> Iterator[Left]:
         if self.data.messages is not None and self.data.date is None:
-            yield Left("date", datetime.date.today().isoformat(), "the day of the plan, for chat templates that write a date")
+            yield Left(
+                "date",
+                datetime.date.today().isoformat(),
+                "the day of the plan, for chat templates that write a date",
+            )
 
     @property
     def auto_class(self) -> Any:
@@ -122,17 +164,23 @@ class CausalLM(Task):
         return math.log(config.get_text_config().vocab_size)
 
     def prepare(self, processor: Any) -> None:
-        """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a template for chat."""
+        """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a
+        template for chat."""
         if self.data.messages is not None:
             from launcher.tasks.chat.template import ChatTemplate
 
             self._chat = ChatTemplate(processor, self.data)
             return
         if processor.eos_token_id is None:
-            reason = "its tokenizer has no end-of-text token (eos_token), so that the model could not learn where a text ends"
+            reason = (
+                "its tokenizer has no end-of-text token (eos_token), so that the model could not learn "
+                "where a text ends"
+            )
             raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
         self._end = processor.eos_token_id
-        begins = processor.bos_token_id is not None and processor("")["input_ids"][:1] == [processor.bos_token_id]
+        begins = processor.bos_token_id is not None and processor("")["input_ids"][:1] == [
+            processor.bos_token_id
+        ]
         self._first = [processor.bos_token_id] if begins else []
         self._spaced = self.data.prompt is not None and puts_space_before(processor)
 
@@ -144,7 +192,9 @@ class CausalLM(Task):
         """Return `input_ids` and `targets`, int32 [n] each, for every row that can be used."""
         written = [self._written(row) for row in rows]
         good = [one for one in written if not isinstance(one, RowProblem)]
-        encoded = iter(encode_written(processor, good) if self._chat is not None else self._apart(good, processor))
+        encoded = iter(
+            encode_written(processor, good) if self._chat is not None else self._apart(good, processor)
+        )
         return [one if isinstance(one, RowProblem) else self._sample(next(encoded)) for one in written]
 
     def _written(self, row: dict[str, Any]) -> Written | RowProblem:
@@ -185,18 +235,25 @@ class CausalLM(Task):
         targets[:-1] = np.where(learned[1:], ids[1:], IGNORE)
         num_supervised = int(np.count_nonzero(learned[1:]))
         if num_supervised == 0:
-            detail = f"what is not learned fills max_length = {self.data.max_length:,}" if length > len(ids) else "too few tokens"
+            detail = (
+                f"what is not learned fills max_length = {self.data.max_length:,}"
+                if length > len(ids)
+                else "too few tokens"
+            )
             return RowProblem(NOTHING_TO_LEARN, detail)
-        return Encoded({"input_ids": ids, "targets": targets}, num_supervised, len(ids), cut=length > len(ids))
+        return Encoded(
+            {"input_ids": ids, "targets": targets}, num_supervised, len(ids), cut=length > len(ids)
+        )
 
     def example(self, length: int) -> Sample:
         ids = np.zeros(length, dtype=np.int32)
         return Sample({"input_ids": ids, "targets": ids}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Packed: all samples end to end, `input_ids` and `position_ids` int64 [1, T], the latter from 0 in every sample, `cu_seq_lens`
-        int32 [num_samples + 1], where samples begin and end, and `max_length`, the longest sample. Else one row a sample, padded on the
-        right: `input_ids` int64 [B, L] and, where they differ in length, `attention_mask` int64 [B, L].
+        """Packed: all samples end to end, `input_ids` and `position_ids` int64 [1, T], the latter from 0 in
+        every sample, `cu_seq_lens` int32 [num_samples + 1], where samples begin and end, and `max_length`,
+        the longest sample. Else one row a sample, padded on the right: `input_ids` int64 [B, L] and, where
+        they differ in length, `attention_mask` int64 [B, L].
 
         Both: `targets` int64 [T] or [B x L], and `lengths` of the samples."""
         samples = [sample for item in items for sample in item]
@@ -206,9 +263,13 @@ class CausalLM(Task):
         ends = np.cumsum(lengths)
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         return {
-            "input_ids": torch.from_numpy(np.concatenate([s["input_ids"] for s in samples]).astype(np.int64)).unsqueeze(0),
+            "input_ids": torch.from_numpy(
+                np.concatenate([s["input_ids"] for s in samples]).astype(np.int64)
+            ).unsqueeze(0),
             "position_ids": torch.from_numpy(positions).unsqueeze(0),
-            "targets": torch.from_numpy(np.concatenate([_targets(sample) for sample in samples]).astype(np.int64)),
+            "targets": torch.from_numpy(
+                np.concatenate([_targets(sample) for sample in samples]).astype(np.int64)
+            ),
             "cu_seq_lens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
             "max_length": int(lengths.max()),
             "lengths": lengths.tolist(),
@@ -223,14 +284,21 @@ class CausalLM(Task):
         targets[real] = np.concatenate([_targets(sample) for sample in samples])
         # Without padding there is nothing to mask, and fused attention has a faster way.
         mask = {} if real.all() else {"attention_mask": torch.from_numpy(real.astype(np.int64))}
-        batch = {"input_ids": torch.from_numpy(input_ids), "targets": torch.from_numpy(targets.reshape(-1)), "lengths": lengths.tolist()}
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "targets": torch.from_numpy(targets.reshape(-1)),
+            "lengths": lengths.tolist(),
+        }
         return batch | mask
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         ids, targets = sample["input_ids"], sample["targets"]
         learned = targets[:-1] != IGNORE
         if targets[-1] != IGNORE or not np.array_equal(targets[:-1][learned], ids[1:][learned]):
-            raise DataError("a prepared sample's targets are not its next tokens; remove the cache of prepared data and run again")
+            raise DataError(
+                "a prepared sample's targets are not its next tokens; remove the cache of prepared "
+                "data and run again"
+            )
         short = super().shortened(sample, length, ends)
         short["targets"] = np.append(short["input_ids"][1:], IGNORE).astype(np.int32)
         return short
@@ -257,7 +325,8 @@ def _targets(sample: Sample) -> np.ndarray:
 class TokenLosses(Evaluator):
     """`loss` and `perplexity` per supervised token, and `accuracy`, the share of them predicted.
 
-    The routers' loss of a mixture of experts is part of `loss`, as it is of transformers' own, and not of `perplexity`.
+    The routers' loss of a mixture of experts is part of `loss`, as it is of transformers' own, and not of
+    `perplexity`.
     """
 
     def __init__(self) -> None:
@@ -272,7 +341,9 @@ class TokenLosses(Evaluator):
         return [self._sums]
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
-        loss_sum, num_correct, num_supervised, router_loss_sum = np.sum([sums for sums, *_ in states], axis=0).tolist()
+        loss_sum, num_correct, num_supervised, router_loss_sum = np.sum(
+            [sums for sums, *_ in states], axis=0
+        ).tolist()
         num_tokens = max(num_supervised, 1)
         entropy = (loss_sum - router_loss_sum) / num_tokens
         perplexity = math.exp(entropy) if entropy < 700 else math.inf

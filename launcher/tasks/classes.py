@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from launcher.sources.labels import WHOLE as _WHOLE
+from launcher.data.labels import WHOLE as _WHOLE
 
 _GENERIC = re.compile(r"label[ _-]?(\d+)", re.IGNORECASE)
 """transformers' own name of a class that nobody named: LABEL_0, LABEL_1 ..."""
@@ -14,17 +14,25 @@ _BETWEEN = re.compile(r"[\s_-]+")
 
 
 def of_model(config: Any) -> list[str] | None:
-    """Return the names of the classes of a checkpoint with a classification head, in the order of their ids; None without such a head.
+    """Return the names of the classes of a checkpoint with a classification head, in the order of their ids;
+    None without such a head.
 
-    Every config of transformers has an id2label: that there is a head, the class says that it was saved from, or names of its own.
+    Every config of transformers has an id2label: that there is a head, the class says that it was saved from,
+    or names of its own.
     """
     names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     if not names or sorted(names) != list(range(len(names))):
         return None
     named = any(_GENERIC.fullmatch(name) is None for name in names.values())
     architectures = [str(name) for name in getattr(config, "architectures", None) or ()]
-    own_code = str((getattr(config, "auto_map", None) or {}).get("AutoModelForSequenceClassification", "")).rpartition(".")[2]
-    has_head = any(name.endswith("ForSequenceClassification") or name == own_code for name in architectures) if architectures else named
+    own_code = str(
+        (getattr(config, "auto_map", None) or {}).get("AutoModelForSequenceClassification", "")
+    ).rpartition(".")[2]
+    has_head = (
+        any(name.endswith("ForSequenceClassification") or name == own_code for name in architectures)
+        if architectures
+        else named
+    )
     return [names[number] for number in range(len(names))] if has_head else None
 
 
@@ -34,7 +42,8 @@ def is_number(name: str) -> bool:
 
 
 def spelling(name: str) -> str:
-    """Return what the usual spellings of a class's name have in common: case, spaces, `_` and `-` aside; `LABEL_3` is `3`."""
+    """Return what the usual spellings of a class's name have in common: case, spaces, `_` and `-` aside;
+    `LABEL_3` is `3`."""
     plain = name.strip()
     generic = _GENERIC.fullmatch(plain) or _WHOLE.fullmatch(plain)
     return str(int(generic[1])) if generic else _BETWEEN.sub(" ", plain).strip().casefold()
@@ -48,8 +57,8 @@ def same(first: Sequence[str], second: Sequence[str]) -> bool:
 class Classes:
     """Class ids by name: by the name itself, else by its spelling, else by the number that it is.
 
-    A spelling that two classes share names neither. A number names the class with that id where `by_number` is set and no class has a
-    number for a name: so rows are labelled whose labels are the model's class ids.
+    A spelling that two classes share names neither. A number names the class with that id where `by_number`
+    is set and no class has a number for a name: so rows are labelled whose labels are the model's class ids.
     """
 
     def __init__(self, names: Sequence[str], by_number: bool = False) -> None:
@@ -64,7 +73,13 @@ class Classes:
     def id_of(self, name: str) -> int | None:
         """Return the id of the class that `name` means; None where it means none of them."""
         found = self._exact.get(name, self._spelt.get(spelling(name)))
-        if found is None and self._by_number and name.isdecimal() and is_number(name) and int(name) < len(self.names):
+        if (
+            found is None
+            and self._by_number
+            and name.isdecimal()
+            and is_number(name)
+            and int(name) < len(self.names)
+        ):
             return int(name)
         return found
 
@@ -74,4 +89,7 @@ class Classes:
 
     def numbered(self, names: Iterable[str]) -> bool:
         """Return whether any of `names` is taken for a class by its number alone."""
-        return any(name not in self._exact and spelling(name) not in self._spelt and self.id_of(name) is not None for name in names)
+        return any(
+            name not in self._exact and spelling(name) not in self._spelt and self.id_of(name) is not None
+            for name in names
+        )

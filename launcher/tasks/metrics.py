@@ -14,7 +14,8 @@ else:
 
 
 def single_label(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, float]:
-    """`accuracy`, `f1` (of class 1 where there are two, else the mean over the classes that occur) and `matthews`.
+    """`accuracy`, `f1` (of class 1 where there are two, else the mean over the classes that occur) and
+    `matthews`.
 
     Predictions are scores [n, num_labels] or class ids [n]; labels class ids [n].
     """
@@ -33,7 +34,8 @@ def single_label(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -
 def multi_label(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """`accuracy` (every class of a sample right), `f1_micro` and `f1_macro`.
 
-    Predictions are scores [n, num_labels], above 0 for yes, or booleans or integers; labels are 0 or 1 [n, num_labels].
+    Predictions are scores [n, num_labels], above 0 for yes, or booleans or integers; labels are 0 or 1 [n,
+    num_labels].
     """
     from sklearn.metrics import accuracy_score, f1_score
 
@@ -54,5 +56,8 @@ def regression(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     if len(wanted) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            correlations = {"pearson": float(pearsonr(given, wanted).statistic), "spearman": float(spearmanr(given, wanted).statistic)}
+            correlations = {
+                "pearson": float(pearsonr(given, wanted).statistic),
+                "spearman": float(spearmanr(given, wanted).statistic),
+            }
     return {**correlations, "mse": float(np.mean((given - wanted) ** 2))}

@@ -7,15 +7,27 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from launcher.data.labels import class_names, number_of
+from launcher.data.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
-from launcher.sources.labels import class_names, number_of
-from launcher.sources.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
-from launcher.sources.section import Data
 from launcher.tasks import classes
 from launcher.tasks import metrics as measure
 from launcher.tasks.classes import Classes, is_number
-from launcher.tasks.task import Better, Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits, finding, sample_at
+from launcher.tasks.task import (
+    Better,
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Output,
+    Sample,
+    Task,
+    Traits,
+    finding,
+    sample_at,
+)
 from launcher.values import Columns
 
 if TYPE_CHECKING:
@@ -25,8 +37,13 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 _READS_LAST_END = {"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"}
-"""The model types whose classifiers look at the last end token of a text, and refuse a pass in which texts have unlike numbers of them."""
-HF_PROBLEM = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}
+"""The model types whose classifiers look at the last end token of a text, and refuse a pass in which texts
+have unlike numbers of them."""
+HF_PROBLEM = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
 _METRICS: dict[str, dict[str, Better]] = {
     "single-label": {"loss": "lower", "accuracy": "higher", "f1": "higher", "matthews": "higher"},
     "multi-label": {"loss": "lower", "accuracy": "higher", "f1_micro": "higher", "f1_macro": "higher"},
@@ -67,11 +84,18 @@ class SequenceClassification(Task):
             reason = "is missing: sequence-classification reads a column of text, or two for a pair"
             yield finding("data.text", None, reason, "model.task")
         if isinstance(text, tuple) and len(text) not in (1, 2):
-            yield finding("data.text", list(text), f"a pair is exactly two columns; here are {len(text)}", "model.task")
+            yield finding(
+                "data.text", list(text), f"a pair is exactly two columns; here are {len(text)}", "model.task"
+            )
         if self.data.label is None:
-            yield finding("data.label", None, "is missing: sequence-classification learns a label", "model.task")
+            yield finding(
+                "data.label", None, "is missing: sequence-classification learns a label", "model.task"
+            )
         if self.data.packing:
-            reason = "only causal-lm packs; classification batches are sorted by length and padded, so set it to false"
+            reason = (
+                "only causal-lm packs; classification batches are sorted by length and padded, so set it "
+                "to false"
+            )
             yield finding("data.packing", True, reason, "model.task")
 
     @property
@@ -123,33 +147,44 @@ class SequenceClassification(Task):
         return self.data.problem != "regression"
 
     def prepare(self, processor: Any) -> None:
-        """Take the padding token, or the end token in its place. Raises ConfigurationError where there is neither."""
+        """Take the padding token, or the end token in its place. Raises ConfigurationError where there is
+        neither."""
         self._pad = processor.pad_token_id if processor.pad_token_id is not None else processor.eos_token_id
         if self._pad is None:
-            reason = "its tokenizer has neither a padding nor an end token, and batches of texts need one to pad with"
+            reason = (
+                "its tokenizer has neither a padding nor an end token, and batches of texts need one to "
+                "pad with"
+            )
             raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
         if self._reads_last_end and (end := processor.eos_token_id) is not None:
             [empty] = _tokenise(processor, [("",) * len(self._text_columns)], None)
             self._ends = end, empty["input_ids"].count(end)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take the classes of a model that has a classification head already. Raises ConfigurationError where it stands without one."""
+        """Take the classes of a model that has a classification head already. Raises ConfigurationError where
+        it stands without one."""
         self.own_labels = classes.of_model(config)
         self._reads_last_end = config.model_type in _READS_LAST_END
         if not as_it_stands:
             return
         num_needed = 1 if self.data.problem == "regression" else None
         if self.own_labels is None or num_needed not in (None, len(self.own_labels)):
-            has = "no classification head" if self.own_labels is None else f"{len(self.own_labels)} classes, and a number is one output"
+            has = (
+                "no classification head"
+                if self.own_labels is None
+                else f"{len(self.own_labels)} classes, and a number is one output"
+            )
             reason = f"the model has {has}; train it first, and measure the run"
             raise ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
         if self.needs_labels:
             self.labels, self.labels_given = self.own_labels, True
 
     def fit(self, rows: Iterable[Row]) -> None:
-        """Take the classes from the rows: the model's own in its own order, where each of the rows' classes is one of them.
+        """Take the classes from the rows: the model's own in its own order, where each of the rows' classes
+        is one of them.
 
-        Else in the order of their numbers where all are numbers, else by name. Raises DataError where there are fewer than two.
+        Else in the order of their numbers where all are numbers, else by name. Raises DataError where there
+        are fewer than two.
         """
         found = self._names_in(rows)
         if found and self.own_labels is not None:
@@ -160,7 +195,10 @@ class SequenceClassification(Task):
             self.remarks = [_new_head(self.own_labels, found, unknown)]
         if len(found) < 2:
             shown = f"only {next(iter(found))!r}" if found else "no label"
-            raise DataError(f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier needs at least two classes")
+            raise DataError(
+                f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier "
+                "needs at least two classes"
+            )
         self.labels = sorted(found, key=int) if all(is_number(name) for name in found) else sorted(found)
 
     def _names_in(self, rows: Iterable[Row]) -> set[str]:
@@ -174,16 +212,21 @@ class SequenceClassification(Task):
         return found
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:
-        """Raise ConfigurationError where rows have classes that the model does not: what it says of those rows would count for nothing."""
+        """Raise ConfigurationError where rows have classes that the model does not: what it says of those
+        rows would count for nothing."""
         if not self.needs_labels or self.labels is None:
             return
         if unknown := Classes(self.labels, by_number=True).unknown(self._names_in(rows)):
             shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, self.labels[:8]))
-            reason = f"the rows have {len(unknown)} classes that the model does not know ({shown}); its own are {own}"
+            reason = (
+                f"the rows have {len(unknown)} classes that the model does not know ({shown}); its own are "
+                f"{own}"
+            )
             raise ConfigurationError(Problem("data.label", self._label_column, reason))
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return what the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32 [num_labels] or float32 [1]."""
+        """Return what the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32
+        [num_labels] or float32 [1]."""
         ids = Classes(self.labels or (), by_number=self.labels is not None and self.labels == self.own_labels)
         prepared = [self._texts_and_label(row, ids) for row in rows]
         texts = [row[0] for row in prepared if not isinstance(row, RowProblem)]
@@ -193,14 +236,17 @@ class SequenceClassification(Task):
             results.append(row if isinstance(row, RowProblem) else self._encoded(next(whole), row, processor))
         return results
 
-    def _texts_and_label(self, row: dict[str, Any], ids: Classes) -> tuple[tuple[str, ...], np.ndarray] | RowProblem:
+    def _texts_and_label(
+        self, row: dict[str, Any], ids: Classes
+    ) -> tuple[tuple[str, ...], np.ndarray] | RowProblem:
         try:
             return tuple(self.texts(row)), self._label(row, ids)
         except RowProblem as problem:
             return problem
 
     def _read_label(self, row: dict[str, Any]) -> list[str] | float:
-        """Return the names of a row's classes, or its number. Raises RowProblem where the label is missing or of another kind."""
+        """Return the names of a row's classes, or its number. Raises RowProblem where the label is missing or
+        of another kind."""
         if self.data.problem == "regression":
             return number_of(row, self._label_column)
         return class_names(row, self._label_column, self.data.problem)
@@ -213,7 +259,9 @@ class SequenceClassification(Task):
         for name in label:
             if (number := ids.id_of(name)) is None:
                 whose = "model" if ids.names == self.own_labels else "training rows"
-                raise RowProblem(BAD_LABEL, f"{name!r} is not among the {len(ids.names)} classes of the {whose}")
+                raise RowProblem(
+                    BAD_LABEL, f"{name!r} is not among the {len(ids.names)} classes of the {whose}"
+                )
             found.append(number)
         if self.data.problem == "single-label":
             return np.array([found[0]], dtype=np.int64)
@@ -221,7 +269,9 @@ class SequenceClassification(Task):
         several[found] = 1
         return several
 
-    def _encoded(self, arrays: dict[str, list[int]], row: tuple[tuple[str, ...], np.ndarray], tokenizer: Any) -> Encoded | RowProblem:
+    def _encoded(
+        self, arrays: dict[str, list[int]], row: tuple[tuple[str, ...], np.ndarray], tokenizer: Any
+    ) -> Encoded | RowProblem:
         texts, label = row
         length = len(arrays["input_ids"])
         cut = length > self.data.max_length
@@ -230,10 +280,14 @@ class SequenceClassification(Task):
         if cut:
             [arrays] = _tokenise(tokenizer, [texts], self.data.max_length)
         if self._ends is not None and arrays["input_ids"].count(self._ends[0]) != self._ends[1]:
-            reason = f"it holds {tokenizer.eos_token!r} as a word, and the model finds the end of a text by it"
+            reason = (
+                f"it holds {tokenizer.eos_token!r} as a word, and the model finds the end of a text by it"
+            )
             return RowProblem(BAD_VALUE, reason)
         kept: dict[str, np.ndarray] = {
-            name: np.asarray(arrays[name], dtype=np.int32) for name in ("input_ids", "token_type_ids") if name in arrays
+            name: np.asarray(arrays[name], dtype=np.int32)
+            for name in ("input_ids", "token_type_ids")
+            if name in arrays
         }
         return Encoded({**kept, "label": label}, 1, len(kept["input_ids"]), cut)
 
@@ -243,12 +297,14 @@ class SequenceClassification(Task):
         return Sample({"input_ids": np.zeros(length, dtype=np.int32), "label": label}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return `input_ids`, `attention_mask` and, where the tokenizer gives them, `token_type_ids`, int64 [B, L] padded to the longest;
-        `labels` int64 [B], float32 [B, num_labels] or float32 [B]; `weights` float32 [B], 0 for filler."""
+        """Return `input_ids`, `attention_mask` and, where the tokenizer gives them, `token_type_ids`, int64
+        [B, L] padded to the longest; `labels` int64 [B], float32 [B, num_labels] or float32 [B]; `weights`
+        float32 [B], 0 for filler."""
         samples = [sample for item in items for sample in item]
         lengths = np.array([sample.length for sample in samples])
         columns = np.arange(lengths.max())
-        # On the right whatever the tokenizer does for generation: learned positions begin at the first column.
+        # On the right whatever the tokenizer does for generation: learned positions begin at the first
+        # column.
         mask = columns < lengths[:, None]
         batch: dict[str, Any] = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
         for name, fill in (("input_ids", self._pad or 0), ("token_type_ids", 0)):
@@ -257,7 +313,9 @@ class SequenceClassification(Task):
                 padded[mask] = np.concatenate([sample[name] for sample in samples])
                 batch[name] = torch.from_numpy(padded)
         labels = np.stack([sample["label"] for sample in samples])
-        batch["labels"] = torch.from_numpy(labels if self.data.problem == "multi-label" else labels[:, 0].copy())
+        batch["labels"] = torch.from_numpy(
+            labels if self.data.problem == "multi-label" else labels[:, 0].copy()
+        )
         batch["weights"] = torch.tensor([float(sample.weight) for sample in samples])
         return batch
 
@@ -265,7 +323,9 @@ class SequenceClassification(Task):
         """Write the classes, the kind of problem and the padding token into the model's config."""
         names = self.labels
         if names is None:
-            names = self.own_labels if self.own_labels is not None and len(self.own_labels) == 1 else ["value"]
+            names = (
+                self.own_labels if self.own_labels is not None and len(self.own_labels) == 1 else ["value"]
+            )
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
@@ -273,7 +333,8 @@ class SequenceClassification(Task):
         if self._pad is None:
             return  # no tokenizer: the model is looked at, and no batch is made
         if _counts_positions_from_padding(config):
-            # Another padding token would move every position of the model; filler is masked, so that it may as well be the model's.
+            # Another padding token would move every position of the model; filler is masked, so that it may
+            # as well be the model's.
             self._pad = config.pad_token_id
         for one in (config, config.get_text_config()):
             one.pad_token_id = self._pad
@@ -283,11 +344,15 @@ class SequenceClassification(Task):
         kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
         kept = np.union1d(kept, np.flatnonzero(np.isin(sample["input_ids"], ends)))
         # A sample may have as many labels as tokens.
-        return Sample(sample_at(sample, kept) | {"label": sample["label"]}, sample.id, len(kept), sample.weight)
+        return Sample(
+            sample_at(sample, kept) | {"label": sample["label"]}, sample.id, len(kept), sample.weight
+        )
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         names = ("input_ids", "token_type_ids")
-        return {name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in names if name in sample}
+        return {
+            name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in names if name in sample
+        }
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         return label_loss(model, batch, self.data.problem)
@@ -297,7 +362,8 @@ class SequenceClassification(Task):
 
 
 def label_loss(model: torch.nn.Module, batch: dict[str, Any], problem: str) -> Output:
-    """Return the summed loss of the samples, each weighted, with fp32 logits [samples, outputs] as predictions."""
+    """Return the summed loss of the samples, each weighted, with fp32 logits [samples, outputs] as
+    predictions."""
     from torch.nn import functional
 
     from launcher.training.heads import own_forward
@@ -309,7 +375,9 @@ def label_loss(model: torch.nn.Module, batch: dict[str, Any], problem: str) -> O
         losses = functional.cross_entropy(logits, labels.view(-1), reduction="none")
         correct = (logits.argmax(dim=-1) == labels.view(-1)).float()
     elif problem == "multi-label":
-        losses = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
+        losses = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(
+            dim=-1
+        )
         correct = ((logits > 0) == (labels > 0.5)).all(dim=-1).float()
     else:
         losses = functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
@@ -318,7 +386,8 @@ def label_loss(model: torch.nn.Module, batch: dict[str, Any], problem: str) -> O
 
 
 class LabelScores(Evaluator):
-    """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson, Spearman and MSE."""
+    """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson,
+    Spearman and MSE."""
 
     def __init__(self, problem: str, num_labels: int) -> None:
         self._problem, self._num_labels = problem, num_labels
@@ -332,7 +401,10 @@ class LabelScores(Evaluator):
         self._seen.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
 
     def state(self) -> list[np.ndarray]:
-        return [np.array([self._loss_sum]), *(np.concatenate(pieces) for pieces in zip(*self._seen, strict=True))]
+        return [
+            np.array([self._loss_sum]),
+            *(np.concatenate(pieces) for pieces in zip(*self._seen, strict=True)),
+        ]
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         loss_sum = float(np.sum([sums for sums, *_ in states]))
@@ -348,12 +420,16 @@ class LabelScores(Evaluator):
         return loss | measure.single_label(predictions, labels, self._num_labels)
 
 
-def _tokenise(tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None) -> list[dict[str, list[int]]]:
+def _tokenise(
+    tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None
+) -> list[dict[str, list[int]]]:
     """What the tokenizer gives for each text or pair, the longer text of a pair cut first."""
     if not texts:
         return []
     columns = [list(column) for column in zip(*texts, strict=True)]
-    encoded = tokenizer(*columns, truncation="longest_first" if max_length else False, max_length=max_length, verbose=False)
+    encoded = tokenizer(
+        *columns, truncation="longest_first" if max_length else False, max_length=max_length, verbose=False
+    )
     return [{name: encoded[name][number] for name in encoded} for number in range(len(texts))]
 
 
@@ -365,13 +441,15 @@ def _by_number(own: Classes) -> str:
 def _new_head(own: list[str], found: set[str], unknown: list[str]) -> str:
     theirs, ours = ", ".join(map(repr, own[:8])), ", ".join(map(repr, unknown[:8]))
     return (
-        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does not have {ours}. "
+        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does "
+        f"not have {ours}. "
         "A new classification head is made and trained, and the model's own is not used"
     )
 
 
 def _counts_positions_from_padding(config: Any) -> bool:
-    """Return whether the model's first position is the one behind its padding token's id, as in RoBERTa and what was made after it."""
+    """Return whether the model's first position is the one behind its padding token's id, as in RoBERTa and
+    what was made after it."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     if getattr(config, "pad_token_id", None) is None or type(config) not in MODEL_MAPPING:

@@ -1,7 +1,8 @@
-"""The contract of a task: all that the job file, the planner, the data and the trainer ask of what is being learned.
+"""The contract of a task: all that job file, planner, data and trainer ask of what is learned.
 
-A task is one module with a subclass of `Task` and one line in `launcher.tasks`; a package of the user's own names its task as an entry
-point of the group `launcher.tasks`. Importing it imports neither torch nor numpy (`launcher.lazy`): the planner asks it too.
+A task is one module with a subclass of `Task` and one line in `launcher.tasks`; a package of the user's own
+names its task as an entry point of the group `launcher.tasks`. Importing it imports neither torch nor numpy
+(`launcher.lazy`): the planner asks it too.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from launcher.data.rows import Row, RowProblem
+from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.lazy import Lazy
-from launcher.sources.rows import Row, RowProblem
-from launcher.sources.section import Data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,8 @@ else:
 SampleLayout = Literal["packed", "padded", "single"]
 """How samples share a pass: joined end to end, padded on the right, or not at all."""
 Head = Literal["chunked", "model", "forward"]
-"""Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its whole forward."""
+"""Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its
+whole forward."""
 Better = Literal["lower", "higher"]
 """Which of two values of a metric is the better one."""
 IGNORE = -100
@@ -84,8 +86,8 @@ class Encoded(NamedTuple):
 class Sample(dict[str, "np.ndarray"]):
     """One sample's arrays by name.
 
-    `id` is its row number in the source, `length` the positions that it costs. A `weight` of 0 marks filler, which only keeps shapes
-    equal among ranks: `collate` must leave nothing of it supervised.
+    `id` is its row number in the source, `length` the positions that it costs. A `weight` of 0 marks filler,
+    which only keeps shapes equal among ranks: `collate` must leave nothing of it supervised.
     """
 
     __slots__ = ("id", "length", "weight")
@@ -102,14 +104,18 @@ class Sample(dict[str, "np.ndarray"]):
 
 
 def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
-    """Return the sample with these positions alone, int [n]; arrays that are not as long as it stay as they are."""
-    arrays = {name: array[positions] if len(array) == sample.length else array for name, array in sample.items()}
+    """Return the sample with these positions alone, int [n]; arrays that are not as long as it stay as they
+    are."""
+    arrays = {
+        name: array[positions] if len(array) == sample.length else array for name, array in sample.items()
+    }
     return Sample(arrays, sample.id, len(positions), sample.weight)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers for a sample by the run's seed, the step and the sample alone: equal on any number of ranks, and after a resume."""
+    """Random numbers for a sample by the run's seed, the step and the sample alone: equal on any number of
+    ranks, and after a resume."""
 
     seed: int
     step: int
@@ -137,7 +143,8 @@ class Evaluator(ABC):
 
     @abstractmethod
     def update(self, output: Output, batch: dict[str, Any]) -> None:
-        """Take in one micro-batch: the model's output, and the batch as `collate` made it, on the host. Filler must not count."""
+        """Take in one micro-batch: the model's output, and the batch as `collate` made it, on the host.
+        Filler must not count."""
 
     @abstractmethod
     def state(self) -> list[np.ndarray]:
@@ -155,7 +162,8 @@ class Task(ABC):
     """As `model.task` has it."""
     traits: ClassVar[Traits]
     Columns: ClassVar[type[Data]]
-    """The section `data` of a job with this task: a subclass of `launcher.sources.section.Data` with the task's own columns."""
+    """The section `data` of a job with this task: a subclass of `launcher.data.section.Data` with the task's
+    own columns."""
     column_ways: ClassVar[tuple[tuple[str, ...], ...]]
     """The columns that a job may name, one way or another: what `launcher init` asks for."""
     layout: SampleLayout
@@ -172,9 +180,11 @@ class Task(ABC):
         self.own_labels: list[str] | None = None
         """The classes of the model that training begins with, where it has any, in the order of their ids."""
         self.remarks: list[str] = []
-        """What people are told of how the rows and the model go together, a sentence each; `fit` writes them."""
+        """What people are told of how the rows and the model go together, a sentence each; `fit` writes them.
+        """
         self.labels_given = labels is not None
-        """Whether the classes were given, as for a model that has them already, rather than taken from the training rows."""
+        """Whether the classes were given, as for a model that has them already, rather than taken from the
+        training rows."""
 
     # Asked by the job file and the planner, with no tokenizer and no model at hand.
 
@@ -189,7 +199,8 @@ class Task(ABC):
 
     @property
     def kind(self) -> str:
-        """What people are told the metrics belong to: the task's name, or a kind of it that measures something else."""
+        """What people are told the metrics belong to: the task's name, or a kind of it that measures
+        something else."""
         return self.name
 
     @property
@@ -199,14 +210,17 @@ class Task(ABC):
 
     @abstractmethod
     def texts(self, row: dict[str, Any]) -> list[str]:
-        """Return the texts of a row that become tokens, as long as what is trained. Raises RowProblem where the row cannot be used."""
+        """Return the texts of a row that become tokens, as long as what is trained. Raises RowProblem where
+        the row cannot be used."""
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        """Return how many tokens a sample of so many texts has beside them. `tokenizer` is of the package tokenizers; None without one."""
+        """Return how many tokens a sample of so many texts has beside them. `tokenizer` is of the package
+        tokenizers; None without one."""
         return 0
 
     def left_open(self) -> Iterator[Left]:
-        """Yield the keys of `data` that the job left open and the plan settles; a resumed run keeps what its first plan took."""
+        """Yield the keys of `data` that the job left open and the plan settles; a resumed run keeps what its
+        first plan took."""
         yield from ()
 
     @property
@@ -227,17 +241,19 @@ class Task(ABC):
         """The transformers Auto class that makes the model."""
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:  # noqa: B027
-        """Take from a model's own config what the task keeps to. Called before any row is encoded and before `configure`.
+        """Take from a model's own config what the task keeps to. Called before any row is encoded and before
+        `configure`.
 
-        `as_it_stands`: the model is measured and not trained, so that nothing of it may be new; raises ConfigurationError where that
-        cannot be.
+        `as_it_stands`: the model is measured and not trained, so that nothing of it may be new; raises
+        ConfigurationError where that cannot be.
         """
 
     def configure(self, config: Any) -> None:  # noqa: B027
         """Write what the model must know of the task (classes, kind of problem, padding) into its config."""
 
     def chance_loss(self, config: Any) -> float | None:
-        """Return the loss of guessing, which a model that learns nothing stays at; None where there is no such number."""
+        """Return the loss of guessing, which a model that learns nothing stays at; None where there is no
+        such number."""
         return None
 
     # Rows and samples.
@@ -249,7 +265,8 @@ class Task(ABC):
 
     @property
     def key(self) -> Any:
-        """What decides a row's sample beside the row, the settings of the job and the processor, once prepared; None where nothing does."""
+        """What decides a row's sample beside the row, the settings of the job and the processor, once
+        prepared; None where nothing does."""
         return None
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:  # noqa: B027
@@ -259,7 +276,8 @@ class Task(ABC):
         """Learn the classes from the training rows."""
 
     def prepare(self, processor: Any) -> None:  # noqa: B027
-        """Take from the model's processor (a tokenizer) what the task needs of it. Called before any row is encoded or batch collated.
+        """Take from the model's processor (a tokenizer) what the task needs of it. Called before any row is
+        encoded or batch collated.
 
         Raises ConfigurationError where this processor cannot serve the task.
         """
@@ -270,7 +288,8 @@ class Task(ABC):
 
     @abstractmethod
     def example(self, length: int) -> Sample:
-        """Return a sample of so many positions with made-up values, for traces of a model that has no data yet."""
+        """Return a sample of so many positions with made-up values, for traces of a model that has no data
+        yet."""
 
     @abstractmethod
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
@@ -281,12 +300,14 @@ class Task(ABC):
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Return the sample cut to about `length` positions, its last one kept, for the check after loading.
 
-        `ends`: the ids of the model's end tokens. Raises DataError where the sample is not what `encode` makes.
+        `ends`: the ids of the model's end tokens. Raises DataError where the sample is not what `encode`
+        makes.
         """
         return sample_at(sample, np.r_[: min(length, sample.length) - 1, sample.length - 1])
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
-        """Return one sample as transformers' documentation has it, for the model's own class: `labels` where that computes a loss of them.
+        """Return one sample as transformers' documentation has it, for the model's own class: `labels` where
+        that computes a loss of them.
 
         None where there is no such call: the sample alone is then what it is held to beside another.
         """
@@ -294,7 +315,8 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of a collated micro-batch. Runs as the model's own forward, inside its sharding hooks."""
+        """Return the summed loss of a collated micro-batch. Runs as the model's own forward, inside its
+        sharding hooks."""
 
     @abstractmethod
     def evaluator(self) -> Evaluator:

@@ -2,8 +2,8 @@
 
     python -m launcher.training.all_reduce BACKEND SECONDS
 
-Rank, size and where to meet are in the environment, as torch.distributed reads them, and what the names in their
-store begin with.
+Rank, size and where to meet are in the environment, as torch.distributed reads them, and what the names in
+their store begin with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _REPEATS = 3
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code; SIGALRM ends the process where the ranks have not added up in time, wherever in native code it waits."""
+    """The exit code; SIGALRM ends the process where the ranks have not added up in time, wherever in native
+    code it waits."""
     die_with_parent()
     backend, seconds = arguments[0], int(arguments[1])
     before = time.perf_counter()
@@ -34,7 +35,12 @@ def main(arguments: list[str]) -> int:
     try:
         print(json.dumps(add_up(backend, seconds)), flush=True)
     except Exception as error:  # whatever it was, it is what people want to know
-        print(json.dumps({"problem": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}), flush=True)
+        print(
+            json.dumps(
+                {"problem": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            ),
+            flush=True,
+        )
         return 1
     return 0
 
@@ -60,7 +66,9 @@ def add_up(backend: str, seconds: int) -> dict[str, float | str]:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # By itself the store would listen on every interface.
     listening = socket.create_server((address, port), backlog=4096).detach() if rank == 0 else None
-    store = distributed.TCPStore(address, port, size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening)
+    store = distributed.TCPStore(
+        address, port, size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening
+    )
     named = distributed.PrefixStore(os.environ[PREFIX_VARIABLE], store)
     distributed.init_process_group(backend, store=named, rank=rank, world_size=size, timeout=timeout)
     vector = torch.full((_NUM_ELEMENTS,), float(rank + 1), device=device)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from launcher.errors import StorageError
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Rates
-from launcher.training import closing, products
+from launcher.training import closing, cpu_half_matmul
 from launcher.training.fresh import in_fresh_ranks, leave
 from launcher.training.precision import DTYPES
 
@@ -50,13 +51,14 @@ class Bench:
 
 
 def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
-    """Measure everything, with as many ranks for the messages, and files in `directory`. Raises StorageError where none can be written."""
+    """Measure everything, with as many ranks for the messages, and files in `directory`. Raises StorageError
+    where none can be written."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
     matrix = {}
     for precision, dtype in DTYPES.items():
         if device.type == "cpu":
-            products.widen(dtype)  # as ranks do
+            cpu_half_matmul.widen(dtype)  # as ranks do
         report(f"matrix products in {precision}")
         matrix[precision] = product_rate(dtype, device)
     report("memory")
@@ -68,20 +70,40 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
         messages, each = message_rates(num_ranks, device.type)
     report("the calling of operators")
     # Of a CPU, as its ranks call them: all at once, each with its share of the threads.
-    reference = reference_seconds("cuda") if device.type == "cuda" else in_fresh_ranks(reference_seconds, ("cpu",), num_ranks, {})
+    reference = (
+        reference_seconds("cuda")
+        if device.type == "cuda"
+        else in_fresh_ranks(reference_seconds, ("cpu",), num_ranks, {})
+    )
     report(f"files in {directory}")
     written, read = file_rates(directory)
     to_device, to_host = transfer_rates(device) if device.type == "cuda" else (None, None)
-    link = max((message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None)
-    rates = Rates(name, time.strftime("%Y-%m-%d"), matrix, bandwidth, link, reference, each, to_device, to_host, written, read)
+    link = max(
+        (message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None
+    )
+    rates = Rates(
+        name,
+        time.strftime("%Y-%m-%d"),
+        matrix,
+        bandwidth,
+        link,
+        reference,
+        each,
+        to_device,
+        to_host,
+        written,
+        read,
+    )
     rates = replace(rates, num_ranks=num_ranks)
     return Bench(rates, messages)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, budget: float = _SECONDS) -> float:
-    """The least of the times of one call, over as many calls as the budget has room for, after a first one that is not counted.
+    """The least of the times of one call, over as many calls as the budget has room for, after a first one
+    that is not counted.
 
-    What else a machine does only ever adds to it: beside a test suite the middle made two fifths of this processor's rate of it.
+    What else a machine does only ever adds to it: beside a test suite the middle made two fifths of this
+    processor's rate of it.
     """
     _timed(work, device)
     least, until = _timed(work, device), time.monotonic() + budget
@@ -99,7 +121,8 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of square products. They grow until one takes a tenth of the budget: some are slow on some processors."""
+    """Operations a second of square products. They grow until one takes a tenth of the budget: some are slow
+    on some processors."""
     size, rate = 128, 0.0
     while size <= _LARGEST_PRODUCT:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -122,7 +145,8 @@ def copy_rate(device: torch.device) -> float:
 
 
 def reference_seconds(device_type: str) -> dict[str, float]:
-    """A forward and backward pass of the reference model, which is nothing but the calling of operators, by what is computed again.
+    """A forward and backward pass of the reference model, which is nothing but the calling of operators, by
+    what is computed again.
 
     The least of several turns: what else a machine does only ever adds to it.
     """
@@ -138,8 +162,9 @@ def reference_seconds(device_type: str) -> dict[str, float]:
 def _reference_step(way: str, device: torch.device) -> Callable[[], None]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from launcher.training import attention, heads
+    from launcher.training import heads
     from launcher.training.engines.recompute import checkpoint_activations
+    from launcher.training.model import attention
 
     config = AutoConfig.for_model(**REFERENCE, attn_implementation=attention.register("packed"))
     model = AutoModelForCausalLM.from_config(config).to(device).train()
@@ -158,7 +183,13 @@ def reference_batch(length: int, device: torch.device) -> dict[str, Any]:
     """One sample."""
     positions = torch.arange(length, device=device)
     ends = torch.tensor([0, length], dtype=torch.int32, device=device)
-    return {"input_ids": positions[None], "position_ids": positions[None], "targets": positions, "cu_seq_lens": ends, "max_length": length}
+    return {
+        "input_ids": positions[None],
+        "position_ids": positions[None],
+        "targets": positions,
+        "cu_seq_lens": ends,
+        "max_length": length,
+    }
 
 
 def transfer_rates(device: torch.device) -> tuple[float, float]:
@@ -171,7 +202,8 @@ def transfer_rates(device: torch.device) -> tuple[float, float]:
 
 
 def file_rates(directory: Path) -> tuple[float, float]:
-    """Bytes a second written and synced, and read again from the disk rather than from the page cache. Raises StorageError."""
+    """Bytes a second written and synced, and read again from the disk rather than from the page cache. Raises
+    StorageError."""
     block = os.urandom(_BLOCK_BYTES)
     try:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
@@ -187,34 +219,44 @@ def file_rates(directory: Path) -> tuple[float, float]:
                 pass
             read = time.perf_counter() - began
     except OSError as error:
-        raise StorageError(f"no file can be written in {directory}: {error.strerror or error}; name another place with --disk") from None
+        raise StorageError(
+            f"no file can be written in {directory}: {error.strerror or error}; name another place "
+            "with --disk"
+        ) from None
     return _FILE_BYTES / written, _FILE_BYTES / read
 
 
 def message_rates(num_ranks: int, device: str) -> tuple[tuple[Message, ...], float]:
-    """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them; what FSDP takes for each beside."""
+    """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them; what
+    FSDP takes for each beside."""
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         store = Path(folder) / "store"
         result = Path(folder) / "result.pt"
-        multiprocessing.start_processes(_rank, (num_ranks, device, str(store), str(result)), num_ranks, start_method="spawn")
+        multiprocessing.start_processes(
+            _rank, (num_ranks, device, str(store), str(result)), num_ranks, start_method="spawn"
+        )
         rows, each = torch.load(result, weights_only=True)
     return tuple(Message(*row) for row in rows), each
 
 
 def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> None:
-    warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 renames all_gather_into_tensor; 2.11 has only that name
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # PyTorch 2.13 renames all_gather_into_tensor; 2.11 has only that name
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(where)
     closing.stay_here()
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks
+    )
     rows = []
     for num_bytes in MESSAGE_BYTES:
         part = torch.ones(max(1, num_bytes // 4 // num_ranks), device=where)
         whole = torch.empty(part.numel() * num_ranks, device=where)
-        gather = _agreed_seconds(lambda part=part, whole=whole: distributed.all_gather_into_tensor(whole, part), where)  # type: ignore[misc]
-        reduce = _agreed_seconds(lambda whole=whole: distributed.all_reduce(whole), where)  # type: ignore[misc]
+        gather = _agreed_seconds(partial(distributed.all_gather_into_tensor, whole, part), where)
+        reduce = _agreed_seconds(partial(distributed.all_reduce, whole), where)
         received = whole.numel() * 4 * (num_ranks - 1) / num_ranks
         rows.append(("all-gather", num_bytes, gather, received / gather))
         rows.append(("all-reduce", num_bytes, reduce, 2 * received / reduce))
@@ -225,7 +267,8 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> No
 
 
 def unit_seconds(device: torch.device, num_units: int = 8) -> float:
-    """What FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same step without FSDP."""
+    """What FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same step
+    without FSDP."""
     taken = []
     for cut in (False, True):
         model = nn.Sequential(*(nn.Linear(16, 16, device=device) for _ in range(num_units)))

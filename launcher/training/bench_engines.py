@@ -11,10 +11,11 @@ import torch
 from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM
 
-from launcher.planning.plan import Plan
-from launcher.training import engines, heads, pretrained
+from launcher.planner.plan import Plan
+from launcher.training import engines, heads
 from launcher.training.bench import Report, reference_batch
 from launcher.training.fresh import in_fresh_ranks
+from launcher.training.model import pretrained
 
 Steps = dict[str, tuple[tuple[Plan, dict[str, Any]], ...]]
 """By name, plans with DeepSpeed's configuration, empty for FSDP."""
@@ -31,10 +32,14 @@ class _Reference:
     loss = staticmethod(heads.causal_lm)
 
 
-def extra_seconds(engine: str, steps: Steps, num_ranks: int, allocator: Mapping[str, str], report: Report) -> dict[str, tuple[float, ...]]:
-    """Of a step of each plan, of `num_ranks` ranks of this CPU, beyond the same passes without any engine, as rank 0 sees it.
+def extra_seconds(
+    engine: str, steps: Steps, num_ranks: int, allocator: Mapping[str, str], report: Report
+) -> dict[str, tuple[float, ...]]:
+    """Of a step of each plan, of `num_ranks` ranks of this CPU, beyond the same passes without any engine, as
+    rank 0 sees it.
 
-    `allocator` is how the ranks' C library keeps memory. Nothing of an engine that does not run here; why is reported.
+    `allocator` is how the ranks' C library keeps memory. Nothing of an engine that does not run here; why is
+    reported.
     """
     found = {}
     for name, both in steps.items():
@@ -42,7 +47,10 @@ def extra_seconds(engine: str, steps: Steps, num_ranks: int, allocator: Mapping[
             found[name] = tuple(in_fresh_ranks(extra, one, num_ranks, allocator) for one in both)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             raised = [line for line in str(error).splitlines() if _RAISED.match(line)]
-            report(f"{engine} does not run here, and is left out: {' '.join(raised[-1:]) or pretrained.first_line(error)}")
+            report(
+                f"{engine} does not run here, and is left out: "
+                f"{' '.join(raised[-1:]) or pretrained.first_line(error)}"
+            )
             return {}
     return found
 

@@ -33,7 +33,8 @@ class Cadence:
         self.last_step, self.last_time = step, now
 
     def _periods(self, step: int) -> int:
-        """Whole periods of epochs after `step` steps; a quotient that rounding left just below a whole number counts as that."""
+        """Whole periods of epochs after `step` steps; a quotient that rounding left just below a whole number
+        counts as that."""
         assert self.interval is not None
         return math.floor(step / (self.steps_per_epoch * self.interval.value) + 1e-9)
 

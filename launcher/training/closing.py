@@ -1,7 +1,7 @@
 """Close gloo's listening ports once all peers have connected.
 
-gloo asks nobody who connects for a name: who says the number of a connection that is still awaited takes that rank's place, reads what its
-peer sends and answers what it likes. The number is small, and counts up.
+gloo asks nobody who connects for a name: who says the number of a connection that is still awaited takes that
+rank's place, reads what its peer sends and answers what it likes. The number is small, and counts up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
 def shut_behind(distributed: ModuleType) -> None:
-    """Have each gloo group that this process makes shut its ports. Takes the module torch.distributed.distributed_c10d."""
+    """Have each gloo group that this process makes shut its ports. Takes the module
+    torch.distributed.distributed_c10d."""
     group = getattr(distributed, "ProcessGroupGloo", None)
     if group is None or hasattr(group.__init__, "__wrapped__"):
         return
@@ -35,8 +36,11 @@ def shut_behind(distributed: ModuleType) -> None:
 
 
 def stay_here() -> None:
-    """Have the groups of this process, which are all of this machine, listen to it alone, and shut their ports."""
-    from torch.distributed import distributed_c10d  # not above: a script may set variables before it imports torch
+    """Have the groups of this process, which are all of this machine, listen to it alone, and shut their
+    ports."""
+    from torch.distributed import (
+        distributed_c10d,
+    )  # not above: a script may set variables before it imports torch
 
     os.environ.update(dict.fromkeys(doors.INTERFACE_VARIABLES, here) if (here := doors.loopback()) else {})
     shut_behind(distributed_c10d)
@@ -48,4 +52,7 @@ def _shut(new: list[doors.Listening]) -> None:
         doors.admit(one.descriptor)
     if users := doors.strangers({one.place for one in new}):
         whose = ", ".join(map(str, sorted(users)))
-        raise RankLostError(f"another user of this machine (uid {whose}) connected to a port on which this rank waited for its peers")
+        raise RankLostError(
+            f"another user of this machine (uid {whose}) connected to a port on which this rank waited "
+            "for its peers"
+        )

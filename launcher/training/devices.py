@@ -14,8 +14,8 @@ import torch
 from torch import distributed
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
-from launcher.training import exchange, meeting, products
+from launcher.planner.plan import Plan
+from launcher.training import cpu_half_matmul, exchange, meeting
 from launcher.training.precision import DTYPES
 
 
@@ -34,7 +34,7 @@ def start_process_group(plan: Plan) -> torch.device:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(plan.mesh.threads_per_rank)
-        products.widen(DTYPES[plan.precision])
+        cpu_half_matmul.widen(DTYPES[plan.precision])
         distributed.init_process_group("gloo", timeout=timedelta(minutes=30))
     if distributed.get_world_size() != plan.mesh.world_size:
         reason = f"the plan is for {plan.mesh.world_size} ranks, {distributed.get_world_size()} started"
@@ -46,7 +46,10 @@ def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
     """The batch with its tensors on `device`."""
     if str(device) == "cpu":
         return batch
-    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -85,7 +88,11 @@ def lap_memory(device: torch.device) -> Lap:
 
 def memory_bytes(device: torch.device) -> int:
     """What this rank has now: allocated on a GPU, resident on a CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+    return (
+        torch.cuda.memory_allocated(device)
+        if device.type == "cuda"
+        else int(psutil.Process().memory_info().rss)
+    )
 
 
 _before_laps: dict[torch.device, int] = {}
@@ -95,7 +102,8 @@ _before_laps: dict[torch.device, int] = {}
 def _peak_of_lap(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage: there counts what this process had before it became Python, a copy of the one that started it.
+    # Not getrusage: there counts what this process had before it became Python, a copy of the one that
+    # started it.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
         for line in file:
             if line.startswith("VmHWM:"):

@@ -2,8 +2,9 @@
 
     python -m launcher.training.entry RUN_DIRECTORY --attempt N [--stop-at STEP]
 
-Before anything heavy is imported, the rank has tied its life to its agent's, takes stop signals, writes to its own log,
-and has said who it is. However it ends, it ends with os._exit: no destructor, thread or peer holds it.
+Before anything heavy is imported, the rank has tied its life to its agent's, takes stop signals, writes to
+its own log, and has said who it is. However it ends, it ends with os._exit: no destructor, thread or peer
+holds it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.grace import grace_file
 from launcher.runs.layout import RunDirectory
 from launcher.runs.places import here
@@ -26,7 +27,8 @@ Train = Callable[..., None]
 
 
 def main(arguments: list[str] | None = None, train: Train | None = None) -> NoReturn:
-    """Run one rank to its end. `train(run, plan, attempt, stop, stop_at=...)` is the trainer's where it is not given."""
+    """Run one rank to its end. `train(run, plan, attempt, stop, stop_at=...)` is the trainer's where it is
+    not given."""
     die_with_parent()
     stop = StopRequest().install()
     options = _parse(sys.argv[1:] if arguments is None else arguments)
@@ -43,7 +45,9 @@ def main(arguments: list[str] | None = None, train: Train | None = None) -> NoRe
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launcher.training.entry", description="One rank of a run; started by torchrun.")
+    parser = argparse.ArgumentParser(
+        prog="launcher.training.entry", description="One rank of a run; started by torchrun."
+    )
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--attempt", type=int, required=True, help="number of the attempt")
     parser.add_argument("--stop-at", type=int, default=None, help="save and leave after this step")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import distributed
 
-from launcher.planning.plan import BatchPlan, Plan
+from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Draws, Task
 from launcher.training import exchange
@@ -33,11 +33,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over every sample of `dataset`, equal on all ranks.
 
-    `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises Interrupted.
+    `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
+    Interrupted.
     """
     rank, size = distributed.get_rank(), plan.batch.data_parallel_size
     micro = plan.batch.micro_batch_size
-    cut = BatchPlan(global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size)
+    cut = BatchPlan(
+        global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size
+    )
     batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, rank, dataset.num_items)
     evaluator = task.evaluator()
     here.at("evaluating", total=batches.num_steps)

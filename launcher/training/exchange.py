@@ -1,7 +1,7 @@
 """Exchange JSON and arrays of numbers between ranks, as bytes.
 
-torch's own collectives for objects send pickles, and reading a pickle runs what its sender wants. Whoever takes a peer's place on
-the network would run code here. JSON and numbers can be wrong, and no more.
+torch's own collectives for objects send pickles, and reading a pickle runs what its sender wants. Whoever
+takes a peer's place on the network would run code here. JSON and numbers can be wrong, and no more.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ _KINDS = "biuf"
 
 
 def all_gather(value: Any, group: Any = None) -> list[Any]:
-    """Give every rank's value, in the order of ranks, on every rank. Values are what JSON can hold; a tuple arrives as a list."""
+    """Give every rank's value, in the order of ranks, on every rank. Values are what JSON can hold; a tuple
+    arrives as a list."""
     return [json.loads(content) for content in _all_gather_bytes(json.dumps(value).encode(), group)]
 
 
 def from_first(value: Any, group: Any = None) -> Any:
-    """Give the value of the group's rank 0 on every rank; what the others hand in does not count. Values as in `all_gather`."""
+    """Give the value of the group's rank 0 on every rank; what the others hand in does not count. Values as
+    in `all_gather`."""
     content = json.dumps(value).encode() if distributed.get_rank(group) == 0 else b""
     length = torch.tensor([len(content)])
     distributed.broadcast(length, group=group, group_src=0)
@@ -37,7 +39,8 @@ def from_first(value: Any, group: Any = None) -> Any:
 
 
 def all_gather_arrays(arrays: Sequence[np.ndarray], group: Any = None) -> list[list[np.ndarray]]:
-    """Give every rank's arrays on every rank. They may differ in number, shape and type; each must be of numbers.
+    """Give every rank's arrays on every rank. They may differ in number, shape and type; each must be of
+    numbers.
 
     Raises TypeError for another type, here or where one arrives.
     """
@@ -80,12 +83,16 @@ def _tensor(content: bytes, length: int) -> torch.Tensor:
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"a rank was sent {module}.{name}: ranks take plain values from each other, and nothing that runs")
+        raise pickle.UnpicklingError(
+            f"a rank was sent {module}.{name}: ranks take plain values from each other, and nothing that runs"
+        )
 
 
 def refuse_pickles() -> None:
-    """Have torch's own collectives for objects take plain values alone in this process, whichever library calls them.
+    """Have torch's own collectives for objects take plain values alone in this process, whichever library
+    calls them.
 
-    Lists, dictionaries, texts and numbers pass; torch.compile sends such. Anything with a class raises UnpicklingError.
+    Lists, dictionaries, texts and numbers pass; torch.compile sends such. Anything with a class raises
+    UnpicklingError.
     """
     distributed_c10d._unpickler = _PlainUnpickler

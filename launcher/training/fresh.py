@@ -1,7 +1,8 @@
 """Start fresh CPU ranks for each measurement, as a job would have them.
 
-What ran before in a process slows what comes after: an engine leaves its process groups behind, with gloo's threads, and memory in pieces.
-A process that has imported everything once is copied for each rank instead, which takes a moment.
+What ran before in a process slows what comes after: an engine leaves its process groups behind, with gloo's
+threads, and memory in pieces. A process that has imported everything once is copied for each rank instead,
+which takes a moment.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ from transformers.utils import logging
 from launcher.training import closing
 
 _OPTIONS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
-"""What glibc's mallopt calls that which it reads from the environment when a process starts (mallopt(3), malloc.h)."""
+"""What glibc's mallopt calls that which it reads from the environment when a process starts (mallopt(3),
+malloc.h)."""
 
 
-def in_fresh_ranks(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int, allocator: Mapping[str, str]) -> Any:
-    """What `work` returns on rank 0, of plain values and tensors, where it runs on as many ranks of one gloo group.
+def in_fresh_ranks(
+    work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int, allocator: Mapping[str, str]
+) -> Any:
+    """What `work` returns on rank 0, of plain values and tensors, where it runs on as many ranks of one gloo
+    group.
 
-    `work` is a function of a module; `allocator` has the variables of glibc's that ranks would be started with. Raises
-    ProcessRaisedException with the traceback of a rank that fails, and ProcessExitedException.
+    `work` is a function of a module; `allocator` has the variables of glibc's that ranks would be started
+    with. Raises ProcessRaisedException with the traceback of a rank that fails, and ProcessExitedException.
     """
     multiprocessing.set_forkserver_preload([__name__, "launcher.training.fresh_imports", work.__module__])
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder, _accelerator("cpu"):
@@ -43,7 +48,8 @@ def in_fresh_ranks(work: Callable[..., Any], arguments: tuple[Any, ...], num_ran
 
 @contextlib.contextmanager
 def _accelerator(name: str) -> Iterator[None]:
-    """DeepSpeed asks for it while it is imported, once for all ranks; what this process starts later is none of theirs."""
+    """DeepSpeed asks for it while it is imported, once for all ranks; what this process starts later is none
+    of theirs."""
     before = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = before or name
     try:
@@ -54,7 +60,12 @@ def _accelerator(name: str) -> Iterator[None]:
 
 
 def _rank(
-    rank: int, num_ranks: int, folder: str, allocator: Mapping[str, str], work: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    allocator: Mapping[str, str],
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     _allocate_by(allocator)
     warnings.simplefilter("ignore")
@@ -63,7 +74,9 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     closing.stay_here()
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
+    )
     found = work(*arguments)
     if rank == 0:
         torch.save(found, Path(folder) / "result.pt")
@@ -71,7 +84,8 @@ def _rank(
 
 
 def _allocate_by(allocator: Mapping[str, str]) -> None:
-    """What the user has set stays; other C libraries have no such function; PyTorch's own is read at the first tensor."""
+    """What the user has set stays; other C libraries have no such function; PyTorch's own is read at the
+    first tensor."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for name, value in allocator.items():
         if name in os.environ:
@@ -83,7 +97,8 @@ def _allocate_by(allocator: Mapping[str, str]) -> None:
 
 
 def leave() -> NoReturn:
-    """End this rank, with all others: gloo's threads, of which some still run, would now and then abort an orderly end."""
+    """End this rank, with all others: gloo's threads, of which some still run, would now and then abort an
+    orderly end."""
     distributed.barrier()
     util._exit_function()  # type: ignore[attr-defined]
     os._exit(0)

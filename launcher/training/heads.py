@@ -20,23 +20,35 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from launcher.tasks.task import Head, Output
-from launcher.training.loss import IGNORED, CrossEntropy, LogitTransform, chunk_length, chunked_cross_entropy, supervised_only
+from launcher.training.loss import (
+    IGNORED,
+    CrossEntropy,
+    LogitTransform,
+    chunk_length,
+    chunked_cross_entropy,
+    supervised_only,
+)
 
 Batch = dict[str, Any]
 
 
 def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> Output:
-    """Return the summed loss of a collated micro-batch: cross entropy, and the routers' loss where the config asks for it.
+    """Return the summed loss of a collated micro-batch: cross entropy, and the routers' loss where the config
+    asks for it.
 
-    Packed: `input_ids`, `position_ids` [1, tokens], `cu_seq_lens` [samples + 1], `max_length`. Padded: `input_ids`, `attention_mask`
-    [samples, longest]. Both: `targets`, the next token or -100, flat over all positions, and `lengths` of the samples.
+    Packed: `input_ids`, `position_ids` [1, tokens], `cu_seq_lens` [samples + 1], `max_length`. Padded:
+    `input_ids`, `attention_mask` [samples, longest]. Both: `targets`, the next token or -100, flat over all
+    positions, and `lengths` of the samples.
     """
     routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
     inputs = _inputs(batch) | ({"output_router_logits": True} if routes else {})
     if head == "forward":
         with _remembered(decoder_of(model) if routes else model) as seen:
             logits = own_forward(model, inputs).logits
-        outputs, entropy = seen[-1] if routes else None, _cross_entropy(logits.flatten(0, 1), batch["targets"])
+        outputs, entropy = (
+            seen[-1] if routes else None,
+            _cross_entropy(logits.flatten(0, 1), batch["targets"]),
+        )
     else:
         decoder = decoder_of(model)
         outputs = decoder(**_accepted(type(decoder), inputs))
@@ -59,7 +71,8 @@ def model_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a causal LM whose `last_hidden_state` goes into its head: what its own forward calls first.
+    """Return the part of a causal LM whose `last_hidden_state` goes into its head: what its own forward calls
+    first.
 
     Raises NotImplementedError where a class, as one that came with a model, does not say which part that is.
     """
@@ -73,7 +86,9 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 def _inputs(batch: Batch) -> Batch:
     """What a decoder is called with: names of lengths as transformers' FlashAttentionKwargs have them."""
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch} | {"use_cache": False}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch} | {
+        "use_cache": False
+    }
     if "cu_seq_lens" in batch:
         inputs |= {"cu_seq_lens_q": batch["cu_seq_lens"], "cu_seq_lens_k": batch["cu_seq_lens"]}
         inputs |= {"max_length_q": batch["max_length"], "max_length_k": batch["max_length"]}
@@ -107,7 +122,8 @@ def _chunked(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> Cro
 
 
 def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
-    """Through all that the model's own forward does after its decoder, a few hundred positions at a time, each computed again backward."""
+    """Through all that the model's own forward does after its decoder, a few hundred positions at a time,
+    each computed again backward."""
     hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
     loss_sum = num_correct = torch.zeros((), device=hidden.device)
 
@@ -119,12 +135,17 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) ->
     step = chunk_length(model.config.get_text_config().vocab_size)
     for begin in range(0, hidden.shape[0], step):
         part, target = hidden[begin : begin + step], targets[begin : begin + step]
-        loss, correct = checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
+        loss, correct = (
+            checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
+        )
         loss_sum, num_correct = loss_sum + loss, num_correct + correct
     return CrossEntropy(loss_sum, num_correct)
 
 
-_ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {"chunked": _chunked, "model": _by_own_head}
+_ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {
+    "chunked": _chunked,
+    "model": _by_own_head,
+}
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
@@ -160,10 +181,11 @@ def _answering(decoder: nn.Module, outputs: Any, **changes: Any) -> Iterator[Non
 
 
 def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Tensor | None:
-    """The routers' auxiliary loss of each sample alone, as the model's own forward has it, times its supervised tokens.
+    """The routers' auxiliary loss of each sample alone, as the model's own forward has it, times its
+    supervised tokens.
 
-    So the step's loss is the mean of `model(sample, labels).loss` by supervised tokens, however samples share a pass. None for a class
-    that has the key in its config and no such loss (DeepSeek-V2).
+    So the step's loss is the mean of `model(sample, labels).loss` by supervised tokens, however samples share
+    a pass. None for a class that has the key in its config and no such loss (DeepSeek-V2).
     """
     if not getattr(outputs, "router_logits", None):
         return None
@@ -173,8 +195,14 @@ def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Te
     total = torch.zeros((), device=flat[0].device)
     for begin, length in zip(begins, lengths, strict=False):
         own = tuple(logits[begin : begin + length] for logits in flat)
-        sample = {"input_ids": batch["input_ids"].flatten()[None, :1], "use_cache": False, "output_router_logits": True}
-        with _answering(decoder_of(model), outputs, router_logits=own, last_hidden_state=outputs.last_hidden_state[:1, :1]):
+        sample = {
+            "input_ids": batch["input_ids"].flatten()[None, :1],
+            "use_cache": False,
+            "output_router_logits": True,
+        }
+        with _answering(
+            decoder_of(model), outputs, router_logits=own, last_hidden_state=outputs.last_hidden_state[:1, :1]
+        ):
             balance = own_forward(model, sample).get("aux_loss")
         if not isinstance(balance, torch.Tensor):
             return None

@@ -1,7 +1,8 @@
 """Chunked cross entropy: the logits of a few hundred positions exist at a time.
 
-The gradient with respect to the hidden states and the output matrix is made in the forward pass, while a chunk's
-probabilities are at hand, so nothing is computed twice (the arrangement of Liger Kernel, arXiv 2410.10989, section 3.2).
+The gradient with respect to the hidden states and the output matrix is made in the forward pass, while a
+chunk's probabilities are at hand, so nothing is computed twice (the arrangement of Liger Kernel, arXiv
+2410.10989, section 3.2).
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class LogitTransform:
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
         """What this model's config asks for."""
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
@@ -56,12 +59,16 @@ def chunked_cross_entropy(
     transform: LogitTransform = LogitTransform(),
     count_correct: bool = False,
 ) -> CrossEntropy:
-    """Summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through `weight` [vocabulary, hidden].
+    """Summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through `weight`
+    [vocabulary, hidden].
 
-    Targets of -100 are not supervised and cost nothing. `num_correct` is counted only where asked for; it costs a pass over the logits.
+    Targets of -100 are not supervised and cost nothing. `num_correct` is counted only where asked for; it
+    costs a pass over the logits.
     """
     hidden, targets = supervised_only(hidden, targets)
-    loss_sum, num_correct = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, transform, count_correct)
+    loss_sum, num_correct = _ChunkedCrossEntropy.apply(
+        hidden, weight, bias, targets, transform, count_correct
+    )
     return CrossEntropy(loss_sum, num_correct)
 
 

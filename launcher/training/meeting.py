@@ -1,7 +1,7 @@
 """How ranks find each other: the store of every process group.
 
-A process group is made as always, with `init_process_group()`, by the launcher's own trainer and by a script's libraries alike. torch then
-looks for a store by the environment; here it is given the attempt's.
+A process group is made as always, with `init_process_group()`, by the launcher's own trainer and by a
+script's libraries alike. torch then looks for a store by the environment; here it is given the attempt's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def prepare() -> None:
-    """Have the process groups of this process made through the attempt's store, and leave no port open behind them."""
+    """Have the process groups of this process made through the attempt's store, and leave no port open behind
+    them."""
     for name, change in changes().items():
         change(importlib.import_module(name))
 
 
 def changes() -> dict[str, Callable[[ModuleType], None]]:
     """The same by module, each to be changed once it is imported."""
-    return {"torch.distributed.rendezvous": _use_the_attempts_store, "torch.distributed.distributed_c10d": closing.shut_behind}
+    return {
+        "torch.distributed.rendezvous": _use_the_attempts_store,
+        "torch.distributed.distributed_c10d": closing.shut_behind,
+    }
 
 
 def _use_the_attempts_store(rendezvous: ModuleType) -> None:
@@ -50,7 +54,8 @@ def _meet(
     timeout: timedelta = timedelta(minutes=30),
     **options: Any,
 ) -> Found:
-    """Give store, rank and number of ranks, as torch's own handler of `env://` does, which is asked where this is not the agent's group."""
+    """Give store, rank and number of ranks, as torch's own handler of `env://` does, which is asked where
+    this is not the agent's group."""
     by_agent = os.environ.keys() & {secret.STORE_VARIABLE, secret.SECRET_VARIABLE}
     if not by_agent or given != {name: os.environ.get(name) for name in _ADDRESS}:
         yield from otherwise(url, timeout=timeout, **options)
@@ -68,4 +73,6 @@ def _store(name: str, size: int, timeout: timedelta) -> Any:
         return PrefixStore(name, FileStore(path, size))
     word = secret.read(Path(os.environ[secret.SECRET_VARIABLE]))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return PrefixStore(f"{word}/ranks/{name}", TCPStore(address, port, size, False, timeout, wait_for_workers=False))
+    return PrefixStore(
+        f"{word}/ranks/{name}", TCPStore(address, port, size, False, timeout, wait_for_workers=False)
+    )

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from launcher.job.schema import Training
-from launcher.training import adapters
-from launcher.training.model import whole_shape
+from launcher.training.model import adapters
+from launcher.training.model.loading import whole_shape
 
 Optimizer = torch.optim.Optimizer
 
 
 def build(model: nn.Module, training: Training) -> Optimizer:
-    """The plan's optimizer over the parameters that train, with its state already made, so that saving and loading see one shape."""
+    """The plan's optimizer over the parameters that train, with its state already made, so that saving and
+    loading see one shape."""
     optimizer = construct(model, training)
     make_states(optimizer, training)
     return optimizer
@@ -26,7 +27,10 @@ def construct(model: nn.Module, training: Training) -> Optimizer:
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = [parameter for _, parameter in trainable if len(whole_shape(parameter)) >= 2]
     plain = [parameter for _, parameter in trainable if len(whole_shape(parameter)) < 2]
-    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": training.learning_rate}
     if training.optimizer == "sgd":
@@ -54,7 +58,8 @@ def first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors by name: `optimizer.<parameter>.<key>`, and `optimizer.step` once, since all parameters share it."""
+    """The optimizer's tensors by name: `optimizer.<parameter>.<key>`, and `optimizer.step` once, since all
+    parameters share it."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in adapters.named_parameters(model):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -83,7 +88,8 @@ def spread_step(optimizer: Optimizer) -> None:
 def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The squared norm of all of them, as one fp64 number.
 
-    On a CPU PyTorch's norm in fp32 is off by 1 part in 100,000 for a million normally distributed elements, by 4 for 2.3 million.
+    On a CPU PyTorch's norm in fp32 is off by 1 part in 100,000 for a million normally distributed elements,
+    by 4 for 2.3 million.
     """
     kept = [tensor for tensor in tensors if tensor.numel()]
     if not kept:

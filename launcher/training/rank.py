@@ -33,7 +33,8 @@ class Rank:
         self.directory = run.attempt(attempt)
 
     def begin(self) -> None:
-        """Write to the rank's own log from now on, and say who this is: from then on the launcher may send signals."""
+        """Write to the rank's own log from now on, and say who this is: from then on the launcher may send
+        signals."""
         self.directory.mkdir(parents=True, exist_ok=True)
         _redirect(self.directory / f"rank-{self.number}.log")
         places, memory = here.begin()

@@ -1,9 +1,10 @@
 """Save on all ranks after one ran out of memory in a pass, before the attempt ends.
 
-The rank that ran out of memory cannot go on with its pass, and a smaller one of its own would need other messages than its peers
-wait for. They stand in the middle of a pass, inside of a collective, and cannot be called out of it. But nothing of the training state
-changes in a pass, and checkpoints have a channel of their own: a thread of each peer writes its part. Then the attempt ends, and
-the next one goes on at this step with smaller passes (`launcher/scheduling/cutting.py`).
+The rank that ran out of memory cannot go on with its pass, and a smaller one of its own would need other
+messages than its peers wait for. They stand in the middle of a pass, inside of a collective, and cannot be
+called out of it. But nothing of the training state changes in a pass, and checkpoints have a channel of their
+own: a thread of each peer writes its part. Then the attempt ends, and the next one goes on at this step with
+smaller passes (`launcher/launch/cutting.py`).
 """
 
 from __future__ import annotations
@@ -25,21 +26,30 @@ from launcher.runs.failure import classify
 from launcher.runs.layout import write_atomically
 
 CALL = "out-of-memory.json"
-"""In the attempt's directory: a rank ran out of memory in the pass of this step, and waits for the others to save."""
+"""In the attempt's directory: a rank ran out of memory in the pass of this step, and waits for the others to
+save."""
 _POLL_SECONDS = 1.0
 _SECONDS_TO_SAVE = 900.0
 """Then the attempt ends unsaved."""
 _SECONDS_TO_ARRIVE = 60.0
-"""For a peer to be in the pass of the same step: it has no more to do before than its part of the last update."""
+"""For a peer to be in the pass of the same step: it has no more to do before than its part of the last
+update."""
 
 
 class Rescue:
-    """One rank's part in the save of a state that would be lost. `save` is collective over all ranks, and may run in a thread."""
+    """One rank's part in the save of a state that would be lost. `save` is collective over all ranks, and may
+    run in a thread."""
 
     def __init__(
-        self, directory: Path, device: torch.device, world_size: int, save: Callable[[], object] | None, finish: Callable[[float], object]
+        self,
+        directory: Path,
+        device: torch.device,
+        world_size: int,
+        save: Callable[[], object] | None,
+        finish: Callable[[float], object],
     ) -> None:
-        """`directory`: the attempt's; `finish` waits for this rank's part in a save under way, for so many seconds.
+        """`directory`: the attempt's; `finish` waits for this rank's part in a save under way, for so many
+        seconds.
 
         Starts a thread that looks for a peer's call.
         `save`: None where a thread cannot read the state beside a pass, as what DeepSpeed has on NVMe.
@@ -54,7 +64,8 @@ class Rescue:
 
     @contextlib.contextmanager
     def passes(self, step: int, is_saved: bool) -> Iterator[None]:
-        """While inside, the state is that after `step` steps. Out of memory in here saves it first, unless it is."""
+        """While inside, the state is that after `step` steps. Out of memory in here saves it first, unless it
+        is."""
         if self._device.type == "cuda":
             self._updated = torch.cuda.Event()
             self._updated.record()
@@ -76,7 +87,8 @@ class Rescue:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         write_atomically(self._call, json.dumps({"step": step}) + "\n")
-        # In a thread, as the peers do, because one that does not come would hold this rank for as long as their group has patience.
+        # In a thread, as the peers do, because one that does not come would hold this rank for as long as
+        # their group has patience.
         saving = threading.Thread(target=self._save_once, name="rescue", daemon=True)
         saving.start()
         saving.join(_SECONDS_TO_SAVE)
@@ -84,7 +96,8 @@ class Rescue:
     def _save_once(self) -> None:
         """Save, once, without waiting for what the pass has begun."""
         if self._updated is not None:
-            # The stream of the pass waits for messages that will not come: copy on another one, when the last update is done.
+            # The stream of the pass waits for messages that will not come: copy on another one, when the last
+            # update is done.
             torch.cuda.set_device(self._device)
             self._updated.synchronize()
         with self._lock, torch.cuda.stream(torch.cuda.Stream() if self._updated is not None else None):

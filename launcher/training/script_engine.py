@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 
@@ -33,7 +33,8 @@ def _zero(stage: int) -> str:
 
 
 class Seen:
-    """Hears of every model that is wrapped on this rank; rank 0 writes down, once each, what is not the plan's."""
+    """Hears of every model that is wrapped on this rank; rank 0 writes down, once each, what is not the
+    plan's."""
 
     def __init__(self, run: RunDirectory, plan: Plan, rank: int) -> None:
         self._run, self._planned, self._speaks = run, planned(plan), rank == 0
@@ -43,11 +44,19 @@ class Seen:
     def changes(self) -> dict[str, Change]:
         """What is changed in which module as it is imported, so that this hears of it."""
         return {
-            "torch.nn.parallel.distributed": self._hear("DistributedDataParallel.__init__", lambda bound: _COPIES),
-            "torch.distributed.fsdp.fully_sharded_data_parallel": self._hear("FullyShardedDataParallel.__init__", lambda bound: "FSDP1"),
-            "torch.distributed.fsdp._fully_shard._fully_shard": self._hear("fully_shard", lambda bound: "FSDP2"),
+            "torch.nn.parallel.distributed": self._hear(
+                "DistributedDataParallel.__init__", lambda bound: _COPIES
+            ),
+            "torch.distributed.fsdp.fully_sharded_data_parallel": self._hear(
+                "FullyShardedDataParallel.__init__", lambda bound: "FSDP1"
+            ),
+            "torch.distributed.fsdp._fully_shard._fully_shard": self._hear(
+                "fully_shard", lambda bound: "FSDP2"
+            ),
             "deepspeed.runtime.engine": self._hear(
-                "DeepSpeedEngine.__init__", lambda bound: _zero(bound["self"].zero_optimization_stage()), after=True
+                "DeepSpeedEngine.__init__",
+                lambda bound: _zero(bound["self"].zero_optimization_stage()),
+                after=True,
             ),
             "torch.optim.optimizer": self._watch_steps,
         }
@@ -82,12 +91,17 @@ class Seen:
         return change
 
     def _watch_steps(self, optimizers: ModuleType) -> None:
-        """At the first step of any optimizer something must have been wrapped, if the ranks are to learn together."""
+        """At the first step of any optimizer something must have been wrapped, if the ranks are to learn
+        together."""
 
         def before_step(optimizer: Any, *_: Any) -> None:
             handle.remove()
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            if not self._found and not self._alone and not any(hasattr(parameter, "device_mesh") for parameter in parameters):
+            if (
+                not self._found
+                and not self._alone
+                and not any(hasattr(parameter, "device_mesh") for parameter in parameters)
+            ):
                 self.found(ALONE)
 
         handle = optimizers.register_optimizer_step_pre_hook(before_step)
@@ -95,5 +109,7 @@ class Seen:
 
 def _trains(wrapped: Any) -> bool:
     """Whether anything in it does: a model that only judges another may be on any engine."""
-    modules: Iterable[Any] = wrapped if isinstance(wrapped, (list, tuple)) else [] if wrapped is None else [wrapped]
+    modules: Iterable[Any] = (
+        wrapped if isinstance(wrapped, (list, tuple)) else [] if wrapped is None else [wrapped]
+    )
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from launcher.training.libraries import Change
+from launcher.training.model.libraries import Change
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -25,7 +25,8 @@ class Saving:
     def __init__(self, rank: int) -> None:
         self._leads = rank == 0
         self._trainer: Any = None
-        """The last sharded one that this rank was not told to save: let go once it is, so that the script may free its memory."""
+        """The last sharded one that this rank was not told to save: let go once it is, so that the script may
+        free its memory."""
         self._saves = 0
 
     def changes(self) -> dict[str, Change]:
@@ -35,7 +36,8 @@ class Saving:
     def finish(self) -> None:
         """Once the script is through on this rank: join what rank 0 saves alone, until it is through as well.
 
-        Many scripts have rank 0 alone call `save_model`, which is enough for whole copies; of shards it has only its own, and would wait.
+        Many scripts have rank 0 alone call `save_model`, which is enough for whole copies; of shards it has
+        only its own, and would wait.
         """
         store = _store()
         if store is None:
@@ -66,12 +68,16 @@ class Saving:
         @functools.wraps(create)
         def create_accelerator_and_postprocess(its: Any) -> None:
             if its.args.save_only_model:
-                # Refused with a sharded one; without an optimizer beside it nothing speaks against a whole one.
+                # Refused with a sharded one; without an optimizer beside it nothing speaks against a whole
+                # one.
                 os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
             create(its)
             self._trainer = its if _is_sharded(its) else None
 
-        trainer.save_model, trainer.create_accelerator_and_postprocess = save_model, create_accelerator_and_postprocess
+        trainer.save_model, trainer.create_accelerator_and_postprocess = (
+            save_model,
+            create_accelerator_and_postprocess,
+        )
 
     def _announce(self, directory: str) -> None:
         store = _store()
@@ -82,7 +88,8 @@ class Saving:
 
 
 def _store() -> Any:
-    """What the ranks tell each other by, without a collective; None where the script has no process group (any more)."""
+    """What the ranks tell each other by, without a collective; None where the script has no process group
+    (any more)."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
@@ -106,7 +113,8 @@ def _is_sharded(trainer: Any) -> bool:
 
 @contextlib.contextmanager
 def _whole_state_dict(trainer: Any) -> Iterator[None]:
-    """With a sharded state dict, which checkpoints to resume from keep, the Trainer's `save_model` writes nothing at all under FSDP."""
+    """With a sharded state dict, which checkpoints to resume from keep, the Trainer's `save_model` writes
+    nothing at all under FSDP."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         yield
@@ -123,7 +131,7 @@ def _whole_state_dict(trainer: Any) -> Iterator[None]:
 def _gather(engine: ModuleType) -> None:
     """Have ZeRO-3 hand out whole weights, whatever its configuration says of it.
 
-    With `stage3_gather_16bit_weights_on_model_save: false`, which is DeepSpeed's default, the Trainer saves no weights that load, and
-    Accelerate raises an error.
+    With `stage3_gather_16bit_weights_on_model_save: false`, which is DeepSpeed's default, the Trainer saves
+    no weights that load, and Accelerate raises an error.
     """
     engine.DeepSpeedEngine.zero_gather_16bit_weights_on_model_save = lambda self: True

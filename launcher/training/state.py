@@ -51,10 +51,16 @@ class TrainerState(BaseModel):
 
     @classmethod
     def of(cls, progress: Progress, checkpoint: str) -> TrainerState:
-        """Raises CheckpointError, with every key, where a manifest that is whole says something else than the trainer does."""
+        """Raises CheckpointError, with every key, where a manifest that is whole says something else than the
+        trainer does."""
         try:
             return cls.model_validate(progress.extra)
         except ValidationError as error:
-            found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors(include_url=False))
+            found = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}"
+                for item in error.errors(include_url=False)
+            )
             reason = f"the state in {MANIFEST_NAME} (progress.extra) is none that a trainer wrote: {found}"
-            raise CheckpointError(f"{checkpoint}: {reason}; move the checkpoint away, and the one before it is taken") from None
+            raise CheckpointError(
+                f"{checkpoint}: {reason}; move the checkpoint away, and the one before it is taken"
+            ) from None

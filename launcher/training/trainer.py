@@ -15,42 +15,45 @@ from torch import distributed
 
 from launcher.errors import CheckpointError, StorageError
 from launcher.plain_files import read_json
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import here
 from launcher.runs.status import newest_checkpoint
 from launcher.runs.tail import last_record
 from launcher.tasks.task import Draws
-from launcher.training import engines, exchange, pretrained
-from launcher.training import model as models
+from launcher.training import engines, exchange
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch, total_items
 from launcher.training.data.order import Order
 from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
-from launcher.training.divergence import Divergence
-from launcher.training.ending import EarlyEnd
+from launcher.training.early_stopping import EarlyEnd
 from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
-from launcher.training.loss_check import check_loss
-from launcher.training.material import Material, phase_report
-from launcher.training.pace import SLOW_FACTOR, Own, Pace
+from launcher.training.inputs import TrainingInputs, phase_report
+from launcher.training.model import loading as models
+from launcher.training.model import pretrained
+from launcher.training.model.loss_check import check_loss
 from launcher.training.precision import LossScale
-from launcher.training.recording import Recorder, description
+from launcher.training.reporting.divergence import Divergence
+from launcher.training.reporting.pace import SLOW_FACTOR, Own, Pace
+from launcher.training.reporting.recording import Recorder, description
+from launcher.training.reporting.symptoms import Sample, Symptoms
+from launcher.training.reporting.tracking import Journal
+from launcher.training.reporting.whereabouts import say_compiling, waited
 from launcher.training.rescue import Rescue
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
 from launcher.training.state import State, TrainerState
-from launcher.training.symptoms import Sample, Symptoms
-from launcher.training.tracking import Journal
-from launcher.training.whereabouts import say_compiling, waited
 
 
-def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
+def train(
+    run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
+) -> None:
     """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every rank."""
     here.at("preparing")
     planned, plan = plan, pretrained.settled(plan)
-    material = Material.prepare(run, plan)
+    material = TrainingInputs.prepare(run, plan)
     here.at("building operators")
     build_operators(plan, phase_report(run, "building operators", "operators"))
     here.at("loading")
@@ -60,25 +63,40 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, sto
         say_compiling()
     trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))
     if plan != planned:
-        now, then = (f"{one.layout} samples with {one.attention} attention and the {one.head} head" for one in (plan, planned))
-        trainer.event("noted", text=f"the model's config was not here when this was planned: it takes {now}, where {then} had been planned")
+        now, then = (
+            f"{one.layout} samples with {one.attention} attention and the {one.head} head"
+            for one in (plan, planned)
+        )
+        trainer.event(
+            "noted",
+            text=f"the model's config was not here when this was planned: it takes {now}, where {then} had "
+            "been planned",
+        )
     trainer.run_to_the_end()
 
 
 class Trainer:
-    """One attempt of a run on one rank. Constructing it loads the model and the checkpoint; `run_to_the_end` trains."""
+    """One attempt of a run on one rank. Constructing it loads the model and the checkpoint; `run_to_the_end`
+    trains."""
 
     def __init__(
         self,
         run: RunDirectory,
         plan: Plan,
-        material: Material,
+        material: TrainingInputs,
         device: torch.device,
         stop: StopRequest,
         stop_at: int | None,
         directory: Path,
     ) -> None:
-        self.run, self.plan, self.material, self.device, self.stop, self.stop_at = run, plan, material, device, stop, stop_at
+        self.run, self.plan, self.material, self.device, self.stop, self.stop_at = (
+            run,
+            plan,
+            material,
+            device,
+            stop,
+            stop_at,
+        )
         self.rank = distributed.get_rank()
         self.journal = Journal()
         self.task = material.task
@@ -90,7 +108,9 @@ class Trainer:
         here.at("loading")
         self.event("phase", phase="loading")
         self.recorder = Recorder(run, plan, device, self.journal) if self.rank == 0 else None
-        self.engine = engines.build(plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {})
+        self.engine = engines.build(
+            plan, self.task, material.config, _deepspeed_config(run) if plan.engine == "deepspeed" else {}
+        )
         if self.rank == 0:
             material.save_model_files(run, plan, self.engine.model)
         here.at("checking the loss")
@@ -100,23 +120,35 @@ class Trainer:
         self.loss_scale = LossScale(plan.precision == "fp16")
         self.divergence = Divergence(plan.training, self.event)
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
-        self.checkpointer = Checkpointer(run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event)
+        self.checkpointer = Checkpointer(
+            run, plan, self.rank, plan.mesh.world_size, write_event=self.journal.event
+        )
         here.at("restoring")
         tensors = self.engine.state_dict()
         chance, said = self.task.chance_loss(material.config), self._restore(tensors)
         in_memory = plan.offload == "none" or plan.offload_to == "cpu"
         sample = Sample(self.engine, tensors if in_memory else {})
-        self.symptoms = Symptoms(plan.training, self.schedule, chance, sample, self.event, self.state.step, said)
+        self.symptoms = Symptoms(
+            plan.training, self.schedule, chance, sample, self.event, self.state.step, said
+        )
         self.first_step = self.saved_step = self.state.step
         save = functools.partial(self._save_tensors, tensors, wait=True)
-        self.rescue = Rescue(directory, device, plan.mesh.world_size, save if in_memory else None, self.checkpointer.finish_here)
+        self.rescue = Rescue(
+            directory,
+            device,
+            plan.mesh.world_size,
+            save if in_memory else None,
+            self.checkpointer.finish_here,
+        )
         here.step_done(self.state.step, 0.0)
         self.own = Own(models.repeated_layers(self.engine.model), device)
         self.pace = Pace(self.rank, plan.mesh.world_size, self._say_slow)
         steps_per_epoch = material.train.num_items / plan.batch.global_batch_size
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, self.state.step)
-        self.evaluating = Cadence(plan.evaluate_every, steps_per_epoch, now, max(0, self.state.evaluated_step))
+        self.evaluating = Cadence(
+            plan.evaluate_every, steps_per_epoch, now, max(0, self.state.evaluated_step)
+        )
 
     def run_to_the_end(self) -> None:
         """Evaluate, train, evaluate, save; or stop where told to."""
@@ -140,7 +172,9 @@ class Trainer:
 
     def _due_at_the_start(self) -> dict[str, bool]:
         """The first evaluation, or the one that a stop or a crash came before."""
-        evaluates = self.state.evaluated_step < 0 or self._agree(self.rank == 0 and self.evaluating.due(self.state.step, time.monotonic()))
+        evaluates = self.state.evaluated_step < 0 or self._agree(
+            self.rank == 0 and self.evaluating.due(self.state.step, time.monotonic())
+        )
         return {"stop": self._agree(self.stop.requested), "evaluate": evaluates, "save": False}
 
     @property
@@ -150,7 +184,11 @@ class Trainer:
     @property
     def _keeps_best(self) -> bool:
         """Whether what was just evaluated must be saved too, so that the best can be kept."""
-        return self.plan.checkpoint.keep_best > 0 and self.material.evaluation is not None and self.state.step > self.first_step
+        return (
+            self.plan.checkpoint.keep_best > 0
+            and self.material.evaluation is not None
+            and self.state.step > self.first_step
+        )
 
     def _step(self) -> dict[str, bool]:
         """One optimizer step over one global batch; what is due after it, agreed over all ranks."""
@@ -183,13 +221,22 @@ class Trainer:
         if self.recorder:
             here.at("recording")
             seconds = time.monotonic() - started
-            self.recorder.step(self.state.step, step_batch, loss, gradient_norm, learning_rate, seconds, self.state.num_tokens)
+            self.recorder.step(
+                self.state.step,
+                step_batch,
+                loss,
+                gradient_norm,
+                learning_rate,
+                seconds,
+                self.state.num_tokens,
+            )
         if verdict == "rewind":
             self._rewind()
         return {key: totals[key] > 0 for key in ("stop", "save", "evaluate")}
 
     def _rewind(self) -> None:
-        """Take the weights of a checkpoint before back, and go on behind the samples since. Raises DivergedError where there is none."""
+        """Take the weights of a checkpoint before back, and go on behind the samples since. Raises
+        DivergedError where there is none."""
         tensors = self.engine.state_dict()
         progress = None
         for until in self.divergence.checkpoints_before():
@@ -219,7 +266,8 @@ class Trainer:
         return loss_sum
 
     def _add_up(self, loss_sum: torch.Tensor) -> dict[str, float]:
-        """The step's one exchange beside the gradients: sums over ranks, and what rank 0's clock or any rank's signal asks for."""
+        """The step's one exchange beside the gradients: sums over ranks, and what rank 0's clock or any
+        rank's signal asks for."""
         next_step, now = self.state.step + 1, time.monotonic()
         leads = self.rank == 0
         wishes = [
@@ -240,14 +288,22 @@ class Trainer:
         return {"loss": loss, "squared_norm": norm, "stop": stop, "save": save, "evaluate": evaluation}
 
     def _evaluate(self) -> bool:
-        """Measure on the held-out rows. False where a stop was asked for meanwhile; the evaluation is then made when the run goes on."""
+        """Measure on the held-out rows. False where a stop was asked for meanwhile; the evaluation is then
+        made when the run goes on."""
         if self.material.evaluation is None:
             self._evaluated({})
             return True
-        report = phase_report(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
+        report = (
+            phase_report(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
+        )
         try:
             metrics = evaluate(
-                self.engine, self.task, self.material.evaluation, self.plan, report, lambda: self._agree(self.stop.requested)
+                self.engine,
+                self.task,
+                self.material.evaluation,
+                self.plan,
+                report,
+                lambda: self._agree(self.stop.requested),
             )
         except Interrupted:
             return False
@@ -262,18 +318,24 @@ class Trainer:
         self.evaluating.done(self.state.step, time.monotonic())
 
     def _save(self, wait: bool = False, must: bool = True) -> bool:
-        """Save; `wait` until it is committed, and raise where it `must` be and cannot. Whether it is, as far as that is known."""
+        """Save; `wait` until it is committed, and raise where it `must` be and cannot. Whether it is, as far
+        as that is known."""
         here.at("staging")
         self.saving.done(self.state.step, time.monotonic())
         if self.recorder:
             self.recorder.saves()
         saved = self._save_tensors(self.engine.state_dict(), wait)
         if wait and must and not saved:
-            raise StorageError(f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}")
+            raise StorageError(
+                f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}"
+            )
         return saved
 
     def _save_tensors(self, tensors: dict[str, torch.Tensor], wait: bool) -> bool:
-        extra: dict[str, Any] = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
+        extra: dict[str, Any] = {
+            "loss_scale": self.loss_scale.value,
+            "good_steps": self.loss_scale.good_steps,
+        }
         extra |= self.early_end.state() | self.divergence.state() | {"said": self.symptoms.said}
         # Metrics of an older state would rank this one among the best by what it is not.
         metrics = self.state.metrics if self.state.evaluated_step == self.state.step else {}
@@ -281,7 +343,8 @@ class Trainer:
         return self.checkpointer.save(tensors, self.state.progress(extra), metrics, wait=wait)
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> list[str]:
-        """Go on from the newest checkpoint, if there is one; the kinds of symptoms that the run has spoken of."""
+        """Go on from the newest checkpoint, if there is one; the kinds of symptoms that the run has spoken
+        of."""
         progress = self.checkpointer.load(tensors)
         if progress is None:
             return []
@@ -297,7 +360,9 @@ class Trainer:
 
     def _leave(self) -> None:
         """Stopped on request: what can be saved within the grace is, and the next attempt goes on there."""
-        signals, seconds_left = zip(*exchange.all_gather((self.stop.asked_by, self.stop.seconds_left())), strict=True)
+        signals, seconds_left = zip(
+            *exchange.all_gather((self.stop.asked_by, self.stop.seconds_left())), strict=True
+        )
         self.event("stopping", signal=next(filter(None, signals), "stop-at"))
         needed = exchange.all_gather(_seconds_of_last_save(self.run) if self.rank == 0 else 0.0)[0]
         changed = self.state.step > self.first_step
@@ -305,7 +370,10 @@ class Trainer:
             self.checkpointer.finish()
             newest = newest_checkpoint(self.run)
             step = int(newest.name.removeprefix("step-")) if newest else 0
-            reason = f"no save was begun: {min(seconds_left):.0f} s of grace were left, and the last one took {needed:.0f} s"
+            reason = (
+                f"no save was begun: {min(seconds_left):.0f} s of grace were left, and the last one took "
+                f"{needed:.0f} s"
+            )
             self.event("stopped", step=step, reason=reason, num_steps_lost=self.state.step - step)
         else:
             if changed:
@@ -317,10 +385,15 @@ class Trainer:
     def _say_slow(self, **fields: Any) -> None:
         """Said by the slow rank itself, which alone sees why it is."""
         host = os.uname().nodename
-        slow = f"rank {self.rank} on {host} is {fields['factor']:.1f} times slower than the others for {fields['seconds']:.0f} s"
+        slow = (
+            f"rank {self.rank} on {host} is {fields['factor']:.1f} times slower than the others for "
+            f"{fields['seconds']:.0f} s"
+        )
         own, others = fields["own_seconds"], fields["median_seconds"]
         # One that is stopped again and again may be so while it waits; then its own work tells nothing.
-        numbers = f" ({own:.2f} s a step of its own, median {others:.2f} s)" if own > SLOW_FACTOR * others else ""
+        numbers = (
+            f" ({own:.2f} s a step of its own, median {others:.2f} s)" if own > SLOW_FACTOR * others else ""
+        )
         line = f"{slow}{numbers}: {fields['reason']}"
         self.journal.event(self.run.events_file, "straggler", host=host, line=line, **fields)
 

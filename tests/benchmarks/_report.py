@@ -1,4 +1,5 @@
-"""What every benchmark shares: the conditions it ran under, the memory of other processes, and where its figures go."""
+"""What every benchmark shares: the conditions it ran under, the memory of other processes, and where its
+figures go."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def conditions(*packages: str) -> dict[str, Any]:
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*: (.*)", text)
     flags = set(match[1].split()) if (match := re.search(r"flags\s*: (.*)", text)) else set()
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
@@ -45,7 +48,8 @@ def sentence(conditions: dict[str, Any]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in conditions.items() if key not in known)
     features = " ".join(conditions["features"]) or "no vector features known"
     return (
-        f"{conditions['date']}, commit {conditions['commit']}; {conditions['cores']} x {conditions['processor']} ({features}), "
+        f"{conditions['date']}, commit {conditions['commit']}; {conditions['cores']} x "
+        f"{conditions['processor']} ({features}), "
         f"load {conditions['load_before']} before; Python {conditions['python']}, {versions}."
     )
 
@@ -57,13 +61,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write(name: str, title: str, text: str, figures: dict[str, Any], preface: str = "") -> Path:
-    """Put the section `title` into docs/benchmarks/NAME.md, in place of an older one, and the raw figures into NAME.json beside it."""
+    """Put the section `title` into docs/benchmarks/NAME.md, in place of an older one, and the raw figures
+    into NAME.json beside it."""
     DOCUMENTS.mkdir(parents=True, exist_ok=True)
     page, raw = DOCUMENTS / f"{name}.md", DOCUMENTS / f"{name}.json"
     old = page.read_text(encoding="utf-8") if page.exists() else preface.rstrip() + "\n"
     section = f"## {title}\n\n{text.strip()}\n"
     pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    new = pattern.sub(lambda _: section + "\n", old) if pattern.search(old) else f"{old.rstrip()}\n\n{section}"
+    new = (
+        pattern.sub(lambda _: section + "\n", old) if pattern.search(old) else f"{old.rstrip()}\n\n{section}"
+    )
     page.write_text(new.rstrip() + "\n", encoding="utf-8")
     kept = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
     raw.write_text(json.dumps(kept | {title: figures}, indent=1) + "\n", encoding="utf-8")
@@ -73,8 +80,8 @@ def write(name: str, title: str, text: str, figures: dict[str, Any], preface: st
 class MemoryMonitor:
     """Looks at a process and its descendants every 50 ms and keeps each one's peaks.
 
-    Both sides of a comparison are measured from outside in the same way: resident memory at its highest (VmHWM), and anonymous
-    memory (RssAnon), which leaves out the pages of mapped files.
+    Both sides of a comparison are measured from outside in the same way: resident memory at its highest
+    (VmHWM), and anonymous memory (RssAnon), which leaves out the pages of mapped files.
     """
 
     def __init__(self, pid: int) -> None:
@@ -122,7 +129,10 @@ def memory_of(pid: int) -> dict[str, int]:
     except OSError:
         return {}
     wanted = {"VmHWM": "resident", "RssAnon": "anonymous"}
-    return {wanted[key]: int(value) * 1024 for key, value in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", text, re.MULTILINE)}
+    return {
+        wanted[key]: int(value) * 1024
+        for key, value in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", text, re.MULTILINE)
+    }
 
 
 def matrix_rate(precision: str, seconds: float = 3.0) -> float:
@@ -138,7 +148,9 @@ def matrix_rate(precision: str, seconds: float = 3.0) -> float:
         "    best = max(best, 2 * 1024 * 1536 * 1536 / (time.monotonic() - start))\n"
         "print(best)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, precision, str(seconds)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, precision, str(seconds)], capture_output=True, text=True, check=True
+    )
     return float(done.stdout)
 
 

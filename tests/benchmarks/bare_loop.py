@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.bare_loop --data train.jsonl --pairs 20
 
-Both loops run in the same two ranks, over the same FSDP2 model, batches and optimizer, a step of one and a step of the other in turns (who
-is first changes each time): the speed of a machine that others share changes by more than what is looked for between two runs. The
-learning rate is 0, so that both compute on the same parameters, and their losses and gradient norms have to agree.
+Both loops run in the same two ranks, over the same FSDP2 model, batches and optimizer, a step of one and a
+step of the other in turns (who is first changes each time): the speed of a machine that others share changes
+by more than what is looked for between two runs. The learning rate is 0, so that both compute on the same
+parameters, and their losses and gradient norms have to agree.
 """
 
 from __future__ import annotations
@@ -38,9 +39,18 @@ RESULT = "pairs.json"
 
 def main() -> None:
     """Prepare a run, have its ranks take turns, and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="JSON lines with prompt and completion, or question and answer")
-    parser.add_argument("--model", default=None, help="a model's directory; SmolLM2-135M where it is left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="JSON lines with prompt and completion, or question and answer",
+    )
+    parser.add_argument(
+        "--model", default=None, help="a model's directory; SmolLM2-135M where it is left out"
+    )
     for name, value in {"pairs": 20, "max-length": 512, "micro-batch": 2, "accumulation": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
@@ -53,7 +63,10 @@ def main() -> None:
     print(text)
     if not options.dry:
         model = Path(options.model).name if options.model else "SmolLM2-135M"
-        title = f"{model}, {options.precision}, {options.micro_batch} x {options.accumulation} packs of {options.max_length} tokens a rank"
+        title = (
+            f"{model}, {options.precision}, {options.micro_batch} x {options.accumulation} packs of "
+            f"{options.max_length} tokens a rank"
+        )
         print(write("loop", title, text, {"conditions": found, "pairs": pairs}, PREFACE))
 
 
@@ -61,7 +74,7 @@ def compare(options: Namespace) -> list[dict[str, float]]:
     """Run the ranks, and give what rank 0 has measured."""
     from bench_speed import SIDES, launcher_command, prompts_and_completions
 
-    from launcher.scheduling import local, opening
+    from launcher.launch import local, run_setup
     from launcher.training.demo.models import model_directory
 
     options.model = options.model or str(model_directory("smollm2-135m"))
@@ -70,7 +83,7 @@ def compare(options: Namespace) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as scratch:
         data = prompts_and_completions(options.data, Path(scratch) / "rows.jsonl", 2000)
         launcher_command(SIDES["launcher-packed"], options, data, Path(scratch))
-        run, plan = opening.open_run(Path(scratch) / "job.yaml", options.set, None, Path(scratch) / "run")
+        run, plan = run_setup.open_run(Path(scratch) / "job.yaml", options.set, None, Path(scratch) / "run")
         local.run(run, plan, entry="tests.benchmarks.bare_loop_ranks")
         return list(json.loads((run.path / RESULT).read_text(encoding="utf-8")))
 
@@ -80,9 +93,9 @@ def take_turns(run: Any, plan: Any, attempt: int, stop: Any, *, stop_at: int | N
     from torch import distributed
 
     from launcher.training.devices import start_process_group
-    from launcher.training.trainer import Material, Trainer
+    from launcher.training.trainer import Trainer, TrainingInputs
 
-    material = Material.prepare(run, plan)
+    material = TrainingInputs.prepare(run, plan)
     device = start_process_group(plan)
     rank = distributed.get_rank()
     trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))
@@ -94,7 +107,10 @@ def take_turns(run: Any, plan: Any, attempt: int, stop: Any, *, stop_at: int | N
     pairs = []
     for number in range(int(os.environ["LOOP_PAIRS"]) + 1):
         index = number % len(steps)
-        sides = {"ours": lambda i=index: _ours(trainer, i, heard), "bare": lambda i=index: _bare(trainer, steps[i], batches[i])}
+        sides = {
+            "ours": lambda i=index: _ours(trainer, i, heard),
+            "bare": lambda i=index: _bare(trainer, steps[i], batches[i]),
+        }
         pair: dict[str, float] = {}
         for name in sorted(sides, reverse=number % 2 == 0):
             distributed.barrier()
@@ -105,7 +121,9 @@ def take_turns(run: Any, plan: Any, attempt: int, stop: Any, *, stop_at: int | N
             pair |= {name: time.perf_counter() - begun, f"{name}_loss": loss, f"{name}_norm": norm}
         pairs.append(pair)
     if rank == 0:
-        (run.path / RESULT).write_text(json.dumps(pairs[1:]), encoding="utf-8")  # the first one made the optimizer's state
+        (run.path / RESULT).write_text(
+            json.dumps(pairs[1:]), encoding="utf-8"
+        )  # the first one made the optimizer's state
         run.finished_file.touch()
     distributed.barrier()
 
@@ -160,13 +178,18 @@ def describe(pairs: list[dict[str, float]], under: str) -> str:
         low, high = interval(ratios)
         more = statistics.median(one - other for one, other in zip(ours, bare, strict=True))
         rows.append(
-            [title, f"{statistics.median(ours):.3f} s", f"{statistics.median(bare):.3f} s", f"{1000 * more:+.0f} ms",
+            [title, f"{statistics.median(ours):.3f} s", f"{statistics.median(bare):.3f} s",
+            f"{1000 * more:+.0f} ms",
              f"{statistics.median(ratios) - 1:+.2%}", f"{low - 1:+.2%} to {high - 1:+.2%}"]
         )  # fmt: skip
-    apart = [max(abs(pair[f"ours_{what}"] / pair[f"bare_{what}"] - 1) for pair in pairs) for what in ("loss", "norm")]
+    apart = [
+        max(abs(pair[f"ours_{what}"] / pair[f"bare_{what}"] - 1) for pair in pairs)
+        for what in ("loss", "norm")
+    ]
     header = ["of a step", "launcher", "bare", "difference", "cost", "95% interval"]
     return (
-        f"{under} {len(pairs)} pairs; largest relative difference of a loss {apart[0]:.1e}, of a gradient norm {apart[1]:.1e}."
+        f"{under} {len(pairs)} pairs; largest relative difference of a loss {apart[0]:.1e}, of a "
+        f"gradient norm {apart[1]:.1e}."
         f"\n\n{table(header, rows)}"
     )
 

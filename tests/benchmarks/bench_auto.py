@@ -1,11 +1,12 @@
-"""Whether `auto` picks a plan that fits and is fast: random jobs with random limits of memory, every plan that fits timed on two ranks.
+"""Whether `auto` picks a plan that fits and is fast: random jobs with random limits of memory, every plan
+that fits timed on two ranks.
 
     launcher bench && python -m tests.benchmarks.bench_auto --seed 3 --count 30
 
-For each job the planner decides with that much memory a rank. Then every recomputation, micro-batch and cut that the formulas let fit is
-run for a few steps on real gloo ranks, and the fastest of them again beside the chosen one. The peak of live tensor bytes of the chosen one
-is measured in a run of its own. Writes docs/benchmarks/auto.md. The speed model counts with what `launcher bench` has measured of this
-machine.
+For each job the planner decides with that much memory a rank. Then every recomputation, micro-batch and cut
+that the formulas let fit is run for a few steps on real gloo ranks, and the fastest of them again beside the
+chosen one. The peak of live tensor bytes of the chosen one is measured in a run of its own. Writes
+docs/benchmarks/auto.md. The speed model counts with what `launcher bench` has measured of this machine.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _report import conditions, sentence, table, write
 
 from launcher.job.schema import EngineName, Job
-from launcher.planning.batch import divisors, with_batch
-from launcher.planning.candidates import other_cuts
-from launcher.planning.forecast import forecast
-from launcher.planning.hardware import Hardware
-from launcher.planning.measured import rates_for
-from launcher.planning.memory import RECOMPUTATIONS, keeps_freed, recomputations
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job
-from launcher.planning.target import USABLE, Target
+from launcher.launch.malloc_env import LEAN, ROOMY
+from launcher.planner.candidates import other_cuts
+from launcher.planner.forecast import forecast
+from launcher.planner.hardware.calibration import rates_for
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.memory.simple_rule import RECOMPUTATIONS, keeps_freed, recomputations
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.batch import divisors, with_batch
+from launcher.planner.search import plan_job
+from launcher.planner.target import USABLE, Target
 from launcher.runs.machine import Machine
-from launcher.scheduling.allocator import LEAN, ROOMY
 from tests.benchmarks.memory_pool import World
 
 RANKS, NUM_FIRST, NUM_STEPS, NUM_AGAIN = 2, 1, 3, 8
@@ -64,10 +65,25 @@ def job_of(r: random.Random, directory: Path, engine: EngineName | Literal["auto
     heads, family = r.choice((4, 6)), r.choice(("llama", "qwen3", "gpt2"))
     hidden, layers, words = heads * r.choice((32, 48)), r.randint(3, 6), r.choice((1000, 8000))
     if family == "gpt2":
-        sizes: dict[str, Any] = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": words, "n_positions": 512}
+        sizes: dict[str, Any] = {
+            "n_embd": hidden,
+            "n_layer": layers,
+            "n_head": heads,
+            "vocab_size": words,
+            "n_positions": 512,
+        }
     else:
-        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": words}
-        sizes |= {"intermediate_size": hidden * r.choice((2, 3, 4)), "num_key_value_heads": heads // 2, "head_dim": hidden // heads}
+        sizes = {
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "vocab_size": words,
+        }
+        sizes |= {
+            "intermediate_size": hidden * r.choice((2, 3, 4)),
+            "num_key_value_heads": heads // 2,
+            "head_dim": hidden // heads,
+        }
     AutoConfig.for_model(family, **sizes).save_pretrained(directory)
     content = {
         "name": "auto",
@@ -111,7 +127,8 @@ def key_of(plan: Plan) -> tuple[str, str, int]:
 
 
 def needs(job: Job) -> tuple[int, int]:
-    """Bytes of a rank of the cut that is taken where memory is plenty: at the least, and where everything is kept."""
+    """Bytes of a rank of the cut that is taken where memory is plenty: at the least, and where everything is
+    kept."""
     made = plan_job(job, RANKS, Hardware(2, 1 << 40))
     per_rank = made.batch.micro_batch_size * made.batch.accumulation_steps
     sizes = []
@@ -123,7 +140,8 @@ def needs(job: Job) -> tuple[int, int]:
 
 
 def seconds_of(plan: Plan, limit: int, num_steps: int, hopeless: float = inf) -> float:
-    """Of the fastest of a few steps of a plan, on ranks of their own that are started as a run's are; of the first where it is hopeless."""
+    """Of the fastest of a few steps of a plan, on ranks of their own that are started as a run's are; of the
+    first where it is hopeless."""
     from launcher.render.deepspeed import config as deepspeed_config
     from launcher.training.fresh import in_fresh_ranks
 
@@ -140,13 +158,18 @@ def steps(plan: Plan, ds_config: dict[str, Any], num_steps: int, hopeless: float
     from torch import distributed
     from transformers import AutoConfig
 
-    from launcher.training import attention, engines
+    from launcher.training import engines
+    from launcher.training.model import attention
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import Causal
 
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     engine = engines.build(plan, Causal(), config, ds_config)  # type: ignore[arg-type]
-    batch = Causal.batch(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size), config)
+    batch = Causal.batch(
+        Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size), config
+    )
     found: list[float] = []
     for _ in range(NUM_FIRST + num_steps):
         begun = time.perf_counter()
@@ -166,10 +189,16 @@ def peak(plan: Plan) -> int:
     """Bytes of live tensors at the highest moment of this rank's second step."""
     from tests.benchmarks.memory_ranks import Request, measure
 
-    return int(measure(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size))["peaks"]["steady step"])
+    return int(
+        measure(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size))["peaks"][
+            "steady step"
+        ]
+    )
 
 
-def drawn(number: int, r: random.Random, scratch: Path, engine: EngineName | Literal["auto"]) -> tuple[Job, int]:
+def drawn(
+    number: int, r: random.Random, scratch: Path, engine: EngineName | Literal["auto"]
+) -> tuple[Job, int]:
     """A job, and the memory of a rank that it has."""
     job = job_of(r, scratch / str(number), engine)
     lean, rich = needs(job)
@@ -177,7 +206,8 @@ def drawn(number: int, r: random.Random, scratch: Path, engine: EngineName | Lit
 
 
 def compared(patient: World, number: int, job: Job, limit: int, order: random.Random) -> dict[str, Any]:
-    """The chosen plan beside those that fit too, each in ranks of its own, in any order; memory in ranks that wait for gloo's threads."""
+    """The chosen plan beside those that fit too, each in ranks of its own, in any order; memory in ranks that
+    wait for gloo's threads."""
     chosen = plan_job(job, RANKS, Hardware(2, limit * RANKS))
     plans = all_plans(job, chosen, limit)
     keys = [key_of(plan) for plan in plans]
@@ -198,7 +228,8 @@ def compared(patient: World, number: int, job: Job, limit: int, order: random.Ra
     return {
         "number": number, "engine": job.parallel.engine, "limit": limit, "measured": measured,
         "fits": measured <= limit, "chosen": keys[own], "fastest": keys[best], "plans": len(plans),
-        "seconds": finals[own], "best": finals[best], "ratio": finals[own] / finals[best], "slowest": slowest / finals[best],
+        "seconds": finals[own], "best": finals[best], "ratio": finals[own] / finals[best],
+        "slowest": slowest / finals[best],
         "once": {name: round(seconds, 4) for name, seconds in zip(names, times, strict=True)},
         "again": {names[index]: [round(one, 4) for one in found] for index, found in again.items()},
         "planned": {name: round(planned(plan, limit), 4) for name, plan in zip(names, plans, strict=True)},
@@ -214,12 +245,16 @@ def planned(plan: Plan, limit: int) -> float:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--engine", choices=ENGINES, default="fsdp", help="what the jobs ask for")
     parser.add_argument("--minutes", type=float, default=120, help="begin no further job after so long")
-    parser.add_argument("--keep", type=Path, default=None, help="JSON lines of jobs run before, which are not run again")
+    parser.add_argument(
+        "--keep", type=Path, default=None, help="JSON lines of jobs run before, which are not run again"
+    )
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
     if Machine.read().of("cpu") is None:
@@ -234,7 +269,11 @@ def main() -> None:
             if time.monotonic() - begun > 60 * options.minutes:
                 break
             job, limit = drawn(number, generator, Path(scratch), options.engine)
-            rows.append(before[number] if number in before else compared(patient, number, job, limit, random.Random(number)))
+            rows.append(
+                before[number]
+                if number in before
+                else compared(patient, number, job, limit, random.Random(number))
+            )
             print(json.dumps(rows[-1]), flush=True)
             if options.keep and number not in before:
                 with open(options.keep, "a") as file:
@@ -242,7 +281,11 @@ def main() -> None:
     patient.close()
     if not options.dry:
         title = f"Seed {options.seed}, {len(rows)} jobs, engine {options.engine}"
-        print(write("auto", title, describe(rows, sentence(found)), {"conditions": found, "rows": rows}, PREFACE))
+        print(
+            write(
+                "auto", title, describe(rows, sentence(found)), {"conditions": found, "rows": rows}, PREFACE
+            )
+        )
 
 
 def describe(rows: list[dict[str, Any]], under: str) -> str:
@@ -250,8 +293,10 @@ def describe(rows: list[dict[str, Any]], under: str) -> str:
     near = sum(row["ratio"] <= 1.1 for row in rows)
     ratios = [row["ratio"] for row in rows]
     lines = [
-        [row["number"], f"{row['measured'] / 2**20:.0f} of {row['limit'] / 2**20:.0f} MiB", " ".join(map(str, row["chosen"])),
-         " ".join(map(str, row["fastest"])), row["plans"], f"{row['seconds']:.3f} s", f"{row['ratio']:.2f}", f"{row['slowest']:.2f}"]
+        [row["number"], f"{row['measured'] / 2**20:.0f} of {row['limit'] / 2**20:.0f} MiB",
+        " ".join(map(str, row["chosen"])),
+         " ".join(map(str, row["fastest"])), row["plans"], f"{row['seconds']:.3f} s", f"{row['ratio']:.2f}",
+         f"{row['slowest']:.2f}"]
         for row in rows
     ]  # fmt: skip
     header = [
@@ -265,7 +310,8 @@ def describe(rows: list[dict[str, Any]], under: str) -> str:
         "slowest x",
     ]
     return (
-        f"{under}\n\nWithin the limit: {sum(row['fits'] for row in rows)} of {len(rows)}. Within 10% of the fastest plan that fits: "
+        f"{under}\n\nWithin the limit: {sum(row['fits'] for row in rows)} of {len(rows)}. Within 10% "
+        "of the fastest plan that fits: "
         f"{near}; median {statistics.median(ratios):.2f}, most {max(ratios):.2f}.\n\n{table(header, lines)}"
     )
 

@@ -1,12 +1,13 @@
-"""What checkpoints cost: verification speed, DCP's own writer beside ours, and the wall time training loses to a plain and to an
-asynchronous save.
+"""What checkpoints cost: verification speed, DCP's own writer beside ours, and the wall time training loses
+to a plain and to an asynchronous save.
 
     PYTHONPATH=. python -m torch.distributed.run --nproc-per-node 2 tests/benchmarks/bench_checkpoint.py
 
-Each rank runs a loop of matrix products with an all-reduce per step (as sharded training does), first without saving, then with
-plain saves, then with asynchronous ones, in alternating rounds. Lost per save = (time of the loop with saves - time of the loop
-without) / saves, so that the slower steps beside a background save count, and so does waiting for the last one. Prints one JSON
-object and, with --write, docs/benchmarks/checkpoints.md.
+Each rank runs a loop of matrix products with an all-reduce per step (as sharded training does), first without
+saving, then with plain saves, then with asynchronous ones, in alternating rounds. Lost per save = (time of
+the loop with saves - time of the loop without) / saves, so that the slower steps beside a background save
+count, and so does waiting for the last one. Prints one JSON object and, with --write,
+docs/benchmarks/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -60,7 +61,13 @@ def make_tensors(settings: Settings, world_size: int) -> dict[str, torch.Tensor]
     return tensors
 
 
-def loop(settings: Settings, saver: Checkpointer | None, tensors: dict[str, torch.Tensor], wait: bool, first_step: int) -> float:
+def loop(
+    settings: Settings,
+    saver: Checkpointer | None,
+    tensors: dict[str, torch.Tensor],
+    wait: bool,
+    first_step: int,
+) -> float:
     """Seconds of the loop, the last save waited for."""
     matrix = torch.randn(settings.width, settings.width)
     gradient = torch.zeros(1 << 20)
@@ -71,7 +78,9 @@ def loop(settings: Settings, saver: Checkpointer | None, tensors: dict[str, torc
         for _ in range(settings.products):
             matrix @ matrix
         dist.all_reduce(gradient)
-        if saver is not None and step % every == every // 4:  # with steps left for the last one to hide behind
+        if (
+            saver is not None and step % every == every // 4
+        ):  # with steps left for the last one to hide behind
             number = first_step + step
             saver.save(tensors, Progress(step=number, samples=number, tokens=number), wait=wait)
     if saver is not None:
@@ -92,7 +101,10 @@ def measure(settings: Settings, run: RunDirectory) -> dict[str, Any]:
         seconds["plain"].append(loop(settings, saver, tensors, True, first_step))
         seconds["async"].append(loop(settings, saver, tensors, False, first_step + settings.steps))
     lost = {
-        kind: [(with_saves - without) / settings.saves for with_saves, without in zip(seconds[kind], seconds["none"], strict=True)]
+        kind: [
+            (with_saves - without) / settings.saves
+            for with_saves, without in zip(seconds[kind], seconds["none"], strict=True)
+        ]
         for kind in ("plain", "async")
     }
     middle = {kind: statistics.median(values) for kind, values in lost.items()}
@@ -106,7 +118,8 @@ def measure(settings: Settings, run: RunDirectory) -> dict[str, Any]:
 
 
 def measure_writers(settings: Settings, run: RunDirectory) -> dict[str, Any]:
-    """Seconds of a whole save by our writer, which hashes what it writes, and by DCP's own, which does not; both synced to the disk."""
+    """Seconds of a whole save by our writer, which hashes what it writes, and by DCP's own, which does not;
+    both synced to the disk."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tensors = make_tensors(settings, world_size)
     saver = Checkpointer(run, make_plan(world_size, keep_last=1), rank, world_size)
@@ -191,7 +204,9 @@ def main() -> None:
         result["writers"] = measure_writers(settings, run)
         if dist.get_rank() == 0:
             result["verification"] = measure_verification(run, settings.rounds)
-            machine = f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, Linux {platform.release()}"
+            machine = (
+                f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, Linux {platform.release()}"
+            )
             result |= {"settings": asdict(settings), "world_size": dist.get_world_size(), "machine": machine}
             print(json.dumps(result, indent=2))
             if write:

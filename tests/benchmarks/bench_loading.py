@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_loading.py
 
-Makes up a model of about 1 GB in four safetensors files, then starts ranks that join a process group (bare) and ranks that load as
-well, and watches the anonymous memory of each from outside.
+Makes up a model of about 1 GB in four safetensors files, then starts ranks that join a process group (bare)
+and ranks that load as well, and watches the anonymous memory of each from outside.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from _report import ROOT, MemoryMonitor, conditions, sentence, table, write
 
 PREFACE = """# Memory while loading
 
-`tests/benchmarks/bench_loading.py`: a Llama of made-up fp32 weights in four safetensors files, loaded by `launcher.training.model.load` as
+`tests/benchmarks/bench_loading.py`: a Llama of made-up fp32 weights in four safetensors files, loaded by `launcher.training.model.loading.load` as
 the trainer does. Peak anonymous memory of the rank that has most; pages of mapped files are not in it.
 """
 
 
 def main() -> None:
     """Measure bare and loading ranks, and write the section; or, with --rank, be one of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rank", choices=("bare", "load"), help="used by the script itself")
     parser.add_argument("--model", type=Path, help="used by the script itself")
@@ -42,7 +44,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
-        subprocess.run([sys.executable, "-c", MAKE, str(model), str(options.layers)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", MAKE, str(model), str(options.layers)], check=True, capture_output=True
+        )
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         num_files = len(list(model.glob("*.safetensors")))
         for world_size in options.ranks:
@@ -52,7 +56,9 @@ def main() -> None:
             shown = [f"{value / 2**30:.3f}" for value in (bare, size / world_size, loading, bound)]
             rows.append([world_size, *shown, "yes" if loading <= bound else "NO"])
     header = ["ranks", "bare GiB", "shard GiB", "peak GiB", "bound GiB", "within"]
-    text = f"{sentence(found)}\n\nModel: {size / 2**30:.2f} GiB in {num_files} files.\n\n{table(header, rows)}"
+    text = (
+        f"{sentence(found)}\n\nModel: {size / 2**30:.2f} GiB in {num_files} files.\n\n{table(header, rows)}"
+    )
     print(text)
     if not options.dry:
         print(write("loading", found["date"], text, figures, PREFACE))
@@ -71,10 +77,18 @@ model.save_pretrained(sys.argv[1], max_shard_size=int(size / 3.9))
 
 def peak(mode: str, model: Path, world_size: int) -> int:
     """Peak anonymous bytes of the rank that had most."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={world_size}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={world_size}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+    ]
     command = [sys.executable, *torchrun, __file__, f"--rank={mode}", f"--model={model}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     monitor = MemoryMonitor(process.pid)
     _, errors = process.communicate()
     if process.returncode:
@@ -95,10 +109,10 @@ def be_a_rank(mode: str, model: Path) -> None:
     distributed.init_process_group("gloo")
     if mode == "load":
         from launcher.job.schema import Job
-        from launcher.planning.search import plan_job as decide
+        from launcher.planner.search import plan_job as decide
         from launcher.tasks.causal_lm import CausalLM
-        from launcher.training import model as models
-        from launcher.training import pretrained
+        from launcher.training.model import loading as models
+        from launcher.training.model import pretrained
 
         job = Job.model_validate(
             {
@@ -114,7 +128,8 @@ def be_a_rank(mode: str, model: Path) -> None:
         plan = decide(job)
         # Loading alone is measured: the optimizer's state is made after it, and is twice the shard.
         engine = fsdp.FsdpEngine(plan, CausalLM(plan.data), pretrained.read_config(plan), trains=False)
-        # A shard may still be pages of the mapped file. The first step writes them, so they are written here and count.
+        # A shard may still be pages of the mapped file. The first step writes them, so they are written here
+        # and count.
         with torch.no_grad():
             for parameter in engine.model.parameters():
                 models.local_part(parameter).mul_(1.0)

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from launcher.launch.run_setup import open_run
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.opening import open_run
 from tests.benchmarks._report import ROOT, conditions, sentence, table, write
 from tests.unit.long_run import events_of, long_run, step_line, write_events
 
@@ -34,15 +34,15 @@ training: {max_steps: 1000000}
 LOOKS = """
 import sys, time
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.opening import open_run
-from launcher.planning.plan import Plan
+from launcher.launch.run_setup import open_run
+from launcher.planner.plan import Plan
 run = RunDirectory.find(sys.argv[1])
 if sys.argv[2] == "look":
-    from launcher.cli.watching import Watched
+    from launcher.cli.watch_state import Watched
     work = lambda seen=Watched(run): seen.look(ask=False)
 else:
     from launcher.runs.totals import Totals
-    from launcher.scheduling.slurm.clock import lead_seconds
+    from launcher.launch.slurm.deadline import lead_seconds
     work = lambda plan=Plan.read(run.plan_file), totals=Totals(run): lead_seconds(run, plan, totals)
 for _ in range(2):
     began, worked = time.monotonic(), time.process_time(); work()
@@ -75,14 +75,16 @@ def commands(long: RunDirectory, folder: Path) -> dict[str, list[str]]:
 
 
 def measured(command: list[str], tree: Path, num_runs: int) -> dict[str, Any]:
-    """Wall and processor seconds (what the process prints, where it times itself) and the highest resident bytes, after one run that is
-    not counted."""
+    """Wall and processor seconds (what the process prints, where it times itself) and the highest resident
+    bytes, after one run that is not counted."""
     found: dict[str, Any] = {"seconds": [], "processor_seconds": [], "bytes": 0}
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     for number in range(num_runs + 1):
         began = time.monotonic()
         with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL, env=environment, cwd="/")
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.DEVNULL, env=environment, cwd="/"
+            )
             _, status, used = os.wait4(process.pid, 0)
             taken, worked = time.monotonic() - began, used.ru_utime + used.ru_stime
             if status != 0:
@@ -98,7 +100,8 @@ def measured(command: list[str], tree: Path, num_runs: int) -> dict[str, Any]:
 
 
 def make(scratch: Path) -> None:
-    """The run of a million steps, planned from a job that can be read again; and runs as they lie about after a month."""
+    """The run of a million steps, planned from a job that can be read again; and runs as they lie about after
+    a month."""
     (scratch / "rows.jsonl").write_text('{"text": "a row"}\n' * 16, encoding="utf-8")
     (scratch / "job.yaml").write_text(JOB, encoding="utf-8")
     os.chdir(scratch)
@@ -138,9 +141,20 @@ def main() -> None:
                     continue
                 found = measured(command, options.tree, options.rounds)
                 figures[f"{name}, {'kept' if kept else 'from before'}"] = found
-                seen = (median(found["seconds"]), max(found["seconds"]), median(found["processor_seconds"])) if found else ()
+                seen = (
+                    (median(found["seconds"]), max(found["seconds"]), median(found["processor_seconds"]))
+                    if found
+                    else ()
+                )
                 seconds = [f"{value:.3f}" for value in seen] or ["failed", "", ""]
-                rows.append([name, "kept" if kept else "from before", *seconds, f"{found['bytes'] / 1e6:.0f} MB" if found else ""])
+                rows.append(
+                    [
+                        name,
+                        "kept" if kept else "from before",
+                        *seconds,
+                        f"{found['bytes'] / 1e6:.0f} MB" if found else "",
+                    ]
+                )
                 print(*rows[-1], flush=True)
     text = sentence(known) + "\n\n" + table(["", "files", "median s", "max s", "processor s", "memory"], rows)
     over = [

@@ -1,9 +1,11 @@
-"""Time of the check after loading, as real runs have it: two short rows, through the engine and alone through the model's own class.
+"""Time of the check after loading, as real runs have it: two short rows, through the engine and alone through
+the model's own class.
 
     python tests/benchmarks/bench_loss_check.py
 
-Writes a Llama of 1.2 billion made-up weights to a temporary directory, trains it for one step in each precision on one rank and on two,
-and reads from each run's events how long its check took. Every run is made twice, in turns.
+Writes a Llama of 1.2 billion made-up weights to a temporary directory, trains it for one step in each
+precision on one rank and on two, and reads from each run's events how long its check took. Every run is made
+twice, in turns.
 """
 
 from __future__ import annotations
@@ -24,10 +26,18 @@ PREFACE = """# The check after loading
 that every run makes once before its first step, from the run's event `checked`.
 """
 MODEL = {
-    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
 }  # fmt: skip
-RUNS = [("fsdp", 1, "fp32"), ("fsdp", 1, "bf16"), ("fsdp", 2, "fp32"), ("fsdp", 2, "bf16"), ("deepspeed", 2, "bf16")]
+RUNS = [
+    ("fsdp", 1, "fp32"),
+    ("fsdp", 1, "bf16"),
+    ("fsdp", 2, "fp32"),
+    ("fsdp", 2, "bf16"),
+    ("deepspeed", 2, "bf16"),
+]
 
 
 def make_model(directory: Path) -> None:
@@ -43,18 +53,25 @@ def make_model(directory: Path) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.data.fill_(1)
+        parameter.data.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.data.fill_(
+            1
+        )
     model.save_pretrained(directory / "model")
     tokenizer().save_pretrained(directory / "model")
     write_rows(directory / "rows.jsonl", [{"text": text} for text in texts(16)])
 
 
 def seconds(directory: Path, engine: str, world_size: int, precision: str, number: int) -> float:
-    """One run of one step; the seconds of its check. Only the last norm is trained, as Adam's state of all would not fit here."""
+    """One run of one step; the seconds of its check. Only the last norm is trained, as Adam's state of all
+    would not fit here."""
     name = f"{engine}-{world_size}-{precision}-{number}"
     job: dict[str, Any] = {
         "name": name,
-        "model": {"name": "./model", "task": "causal-lm", "freeze": ["model.layers.*", "model.embed_tokens.*"]},
+        "model": {
+            "name": "./model",
+            "task": "causal-lm",
+            "freeze": ["model.layers.*", "model.embed_tokens.*"],
+        },
         "data": {"train": {"path": "rows.jsonl"}, "text": "text", "max_length": 64},
         "batch": {"global_batch_size": 8, "micro_batch_size": 2},
         "training": {"max_steps": 1, "learning_rate": 1e-3},
@@ -73,7 +90,9 @@ def seconds(directory: Path, engine: str, world_size: int, precision: str, numbe
 
 def main() -> None:
     """Measure every engine and precision, and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
     found = conditions("torch", "transformers", "deepspeed")
@@ -88,7 +107,10 @@ def main() -> None:
     text = f"{sentence(found)}\n\n{table(['engine', 'ranks', 'precision', 'first run, s', 'second run, s'], rows)}"
     print(text)
     if not options.dry:
-        figures = {"conditions": found, "seconds": {" ".join(map(str, run)): found_here for run, found_here in times.items()}}
+        figures = {
+            "conditions": found,
+            "seconds": {" ".join(map(str, run)): found_here for run, found_here in times.items()},
+        }
         print(write("loss_check", found["date"], text, figures, PREFACE))
 
 

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
 
-from launcher.planning.footprint.estimate import Estimator, estimate
-from launcher.planning.footprint.families import Program
-from launcher.planning.model_config import read_config
-from launcher.planning.plan import Plan
+from launcher.planner.memory.estimate import Estimator, estimate
+from launcher.planner.memory.families import Program
+from launcher.planner.model.model_config import read_config
+from launcher.planner.plan import Plan
 from tests.benchmarks.memory_cases import POOLS, Case, draw
 from tests.benchmarks.memory_pool import World
 
@@ -33,7 +33,7 @@ PREFACE = """# The memory model against the allocator
 
 `python -m tests.benchmarks.bench_memory --seed S --count N` draws configurations at random, runs two steps of each on real gloo ranks, and
 compares the peak of live tensor bytes of the second step (from the allocator's own events, the rank that needs most) with what
-`launcher/planning/footprint` says from config.json alone (formulas), and with what it says when the blocks of the model come from its own
+`launcher/planner/memory` says from config.json alone (formulas), and with what it says when the blocks of the model come from its own
 class, gone through under fake tensors (`launcher/training/tracing`, `launcher plan --trace`). A run after whose steps more than 1% of
 the peak seems to stay is measured again, up to twice, and the lowest counts: gloo's threads release memory where the profiler does not
 see it. Models are tiny, so what is constant weighs more than it would in a real one. An error above 0 is a plan that asks for too much,
@@ -49,22 +49,37 @@ def main() -> None:
     """Measure, compare, write the page."""
     options = parse()
     found = conditions("torch", "transformers", "deepspeed")
-    cases = [case for case in draw(options.seed, options.count, options.pool) if options.only is None or case.number in options.only]
+    cases = [
+        case
+        for case in draw(options.seed, options.count, options.pool)
+        if options.only is None or case.number in options.only
+    ]
     cases.sort(key=lambda case: (case.world_size, case.number))
     rows = measure(cases, explains=options.only is not None, budget=options.minutes * 60, kept=options.keep)
     if options.only is None and not options.dry:
         title = f"{TITLES[options.pool]}Seed {options.seed}, {len(rows)} configurations"
-        print(write("memory", title, describe(rows, options, found), {"conditions": found, "rows": rows}, PREFACE))
+        print(
+            write(
+                "memory", title, describe(rows, options, found), {"conditions": found, "rows": rows}, PREFACE
+            )
+        )
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--pool", choices=POOLS, default="first", help="the families that are drawn from")
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of cases, explained")
     parser.add_argument("--minutes", type=float, default=60, help="measure no further case after so long")
-    parser.add_argument("--keep", type=Path, default=None, help="JSON lines of cases measured before, which are not measured again")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=None,
+        help="JSON lines of cases measured before, which are not measured again",
+    )
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     return parser.parse_args()
 
@@ -78,31 +93,47 @@ def predicted(case: Case, directory: Path) -> dict[str, Any]:
     assert footprint is not None
     steady = footprint.phase("steady step")
     said = {"predicted": steady.peak, "where": steady.where, "loading": footprint.phase("loading").peak}
-    return said | {"traced": Estimator(plan, traced(case, plan), case.batch).footprint().phase("steady step").peak}
+    return said | {
+        "traced": Estimator(plan, traced(case, plan), case.batch).footprint().phase("steady step").peak
+    }
 
 
 def traced(case: Case, plan: Plan) -> Program:
     """The model's own class as the planner's program."""
     from transformers import AutoConfig
 
-    from launcher.training import attention
+    from launcher.training.model import attention
     from launcher.training.precision import DTYPES
     from launcher.training.tracing.program import Traced
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_tasks import TASKS
 
     task, request = TASKS[case.kind], Request(plan, case.kind, case.lengths, case.targets)
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
-    return Traced(config, task.auto_class, task.loss, lambda _, config: task.batch(request, config), DTYPES[plan.precision])
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
+    return Traced(
+        config,
+        task.auto_class,
+        task.loss,
+        lambda _, config: task.batch(request, config),
+        DTYPES[plan.precision],
+    )
 
 
-def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept: Path | None = None) -> list[dict[str, Any]]:
+def measure(
+    cases: list[Case], explains: bool = False, budget: float = 1e9, kept: Path | None = None
+) -> list[dict[str, Any]]:
     """A row for each case; ranks are started once for each number of them."""
     from tests.benchmarks.memory_ranks import Request
     from tests.benchmarks.memory_ranks import measure as on_rank
 
     begun, rows = time.monotonic(), []
-    before = {row["number"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept and kept.exists() else {}
+    before = (
+        {row["number"]: row for row in map(json.loads, kept.read_text().splitlines())}
+        if kept and kept.exists()
+        else {}
+    )
     world: World | None = None
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases:
@@ -114,7 +145,9 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
                 row["measured"] = before[case.number]["measured"]
             else:
                 world = _world(world, case.world_size)
-                request = Request(case.plan(directory), case.kind, case.lengths, case.targets, explains=explains)
+                request = Request(
+                    case.plan(directory), case.kind, case.lengths, case.targets, explains=explains
+                )
                 results = settled(world, on_rank, request)
                 row["measured"] = max(result["peaks"]["steady step"] for result in results)
                 if kept is not None:
@@ -132,11 +165,14 @@ def measure(cases: list[Case], explains: bool = False, budget: float = 1e9, kept
 
 
 def settled(world: World, on_rank: Any, request: Any) -> list[dict[str, Any]]:
-    """Measured again where memory seems to stay after a step: gloo's threads released it, which the profiler does not see."""
+    """Measured again where memory seems to stay after a step: gloo's threads released it, which the profiler
+    does not see."""
     tries = []
     for _ in range(3):
         results = world.call(on_rank, request)
-        stays = max((r["ends"]["steady step"] - r["ends"]["loading"]) / r["peaks"]["steady step"] for r in results)
+        stays = max(
+            (r["ends"]["steady step"] - r["ends"]["loading"]) / r["peaks"]["steady step"] for r in results
+        )
         tries.append((max(r["peaks"]["steady step"] for r in results), results))
         if stays <= 0.01:
             break
@@ -173,9 +209,23 @@ def _explain(results: list[dict[str, Any]]) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    facts = " ".join(str(row[key]) for key in ("ranks", "engine", "precision", "optimizer", "checkpointing", "frozen", "tokens", "passes"))
+    facts = " ".join(
+        str(row[key])
+        for key in (
+            "ranks",
+            "engine",
+            "precision",
+            "optimizer",
+            "checkpointing",
+            "frozen",
+            "tokens",
+            "passes",
+        )
+    )
     errors = f"{row['error']:+7.2%} {row['traced_error']:+7.2%}"
-    return f"{row['number']:4} {errors} {row['measured'] / 2**20:8.2f} {row['case']:32} {facts} ({row['where']})"
+    return (
+        f"{row['number']:4} {errors} {row['measured'] / 2**20:8.2f} {row['case']:32} {facts} ({row['where']})"
+    )
 
 
 def summary(rows: list[dict[str, Any]], kind: str = "error") -> dict[str, float]:
@@ -190,8 +240,11 @@ def summary(rows: list[dict[str, Any]], kind: str = "error") -> dict[str, float]
     }
 
 
-def verdicts(rows: list[dict[str, Any]], seed: int, count: int = 200, predicted: str = "predicted") -> dict[str, Any]:
-    """Whether "fits" is said rightly of limits drawn between half and twice what was measured, and of limits within 5% of it."""
+def verdicts(
+    rows: list[dict[str, Any]], seed: int, count: int = 200, predicted: str = "predicted"
+) -> dict[str, Any]:
+    """Whether "fits" is said rightly of limits drawn between half and twice what was measured, and of limits
+    within 5% of it."""
     generator, said = random.Random(seed), {"any": [0, 0], "near": [0, 0]}
     for number in range(count):
         row = rows[number % len(rows)]
@@ -217,16 +270,31 @@ def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dic
     said = verdicts(rows, options.seed)
     near = verdicts(rows, options.seed, predicted="traced")["near"]
     verdict = (
-        f"The verdict fits or not, the bare figure against the limit: right of {said['any']['right']} of {said['any']['of']} limits "
-        f"between half and twice what was measured, of {said['near']['right']} of {said['near']['of']} within 5% of it; by the traces, "
+        f"The verdict fits or not, the bare figure against the limit: right of {said['any']['right']} "
+        f"of {said['any']['of']} limits "
+        f"between half and twice what was measured, of {said['near']['right']} of {said['near']['of']} "
+        "within 5% of it; by the traces, "
         f"of {near['right']} of these."
     )
     worst = sorted(rows, key=lambda row: -abs(row["error"]))[:12]
-    kept = [[f"{r['error']:+.2%}", f"{r['traced_error']:+.2%}", f"{r['measured'] / 2**20:.1f} MiB", line(r)[30:].strip()] for r in worst]
-    kept_before = " What was measured before is not measured again; what is predicted is of this commit." if options.keep else ""
+    kept = [
+        [
+            f"{r['error']:+.2%}",
+            f"{r['traced_error']:+.2%}",
+            f"{r['measured'] / 2**20:.1f} MiB",
+            line(r)[30:].strip(),
+        ]
+        for r in worst
+    ]
+    kept_before = (
+        " What was measured before is not measured again; what is predicted is of this commit."
+        if options.keep
+        else ""
+    )
     return (
         f"{sentence(found)}{kept_before}\n\n"
-        f"Seed {options.seed}. Errors are (predicted - measured) / measured; median and percentile of their size.\n\n"
+        f"Seed {options.seed}. Errors are (predicted - measured) / measured; median and percentile of "
+        "their size.\n\n"
         + table(["group", "configurations", *COLUMNS, *(f"traced: {name}" for name in COLUMNS)], lines)
         + f"\n{verdict}\n\nThe worst:\n\n"
         + table(
@@ -234,7 +302,8 @@ def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dic
                 "error",
                 "traced",
                 "measured",
-                "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, passes, where)",
+                "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, "
+                "passes, where)",
             ],
             kept,
         )

@@ -1,4 +1,5 @@
-"""What offloading saves of a rank's memory, and what it costs: ZeRO-3, with the optimizer on files, and with the parameters there too.
+"""What offloading saves of a rank's memory, and what it costs: ZeRO-3, with the optimizer on files, and with
+the parameters there too.
 
 PYTHONPATH=. python tests/benchmarks/bench_offload.py --write
 """
@@ -16,11 +17,11 @@ import torch
 from _report import conditions, sentence, table, write
 from transformers import AutoConfig
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention
 from launcher.training.engines import build
 from launcher.training.engines.operators import build_operators
+from launcher.training.model import attention
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -64,19 +65,33 @@ def anonymous_bytes() -> int:
 
 
 def host_bytes(plan: Plan, zero: Any) -> int:
-    """Of the tensors that stage 3 makes with `device: cpu` when the optimizer is offloaded there (DeepSpeed 0.19.8, zero/stage3.py)."""
+    """Of the tensors that stage 3 makes with `device: cpu` when the optimizer is offloaded there (DeepSpeed
+    0.19.8, zero/stage3.py)."""
     if plan.offload == "none" or plan.offload_to != "cpu":
         return 0
     masters = list(zero.fp32_partitioned_groups_flat)
-    moments = [value for master in masters for value in zero.optimizer.state[master].values() if isinstance(value, torch.Tensor)]
-    gradients = [zero.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*masters, *moments, *gradients)}
+    moments = [
+        value
+        for master in masters
+        for value in zero.optimizer.state[master].values()
+        if isinstance(value, torch.Tensor)
+    ]
+    gradients = [
+        zero.grad_partitions_flat_buffer,
+        *(master.grad for master in masters if master.grad is not None),
+    ]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*masters, *moments, *gradients)
+    }
     return sum(storages.values())
 
 
 def measure(plan: Plan) -> dict[str, Any]:
     """On each rank: a few steps of 2 samples of 64 tokens; losses, seconds and memory."""
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     bare = anonymous_bytes()
     build_operators(plan, lambda done, total: None)
     engine = build(plan, Causal, config, deepspeed_config(plan))  # type: ignore[arg-type]
@@ -107,32 +122,64 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 def main() -> None:
     """Run the three and print, or write, what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/offload.md")
     options = parser.parse_args()
     found = conditions("torch", "deepspeed")
     with tempfile.TemporaryDirectory() as scratch:
-        shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16_000, "num_attention_heads": 12}
+        shape = {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 8,
+            "vocab_size": 16_000,
+            "num_attention_heads": 12,
+        }
         model = model_of("llama", **shape, num_key_value_heads=12, head_dim=64, initializer_range=0.02)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         model.save_pretrained(Path(scratch) / "model")
-        results = {name: on_ranks(2, measure, _plan(Path(scratch), offload)) for name, offload in _CASES.items()}
+        results = {
+            name: on_ranks(2, measure, _plan(Path(scratch), offload)) for name, offload in _CASES.items()
+        }
     kept = results["ZeRO-3"][0]
     rows = [
         [
             name,
             *(f"{result[0][key] / 2**20:,.0f} MiB" for key in ("bare", "loaded", "peak", "host", "device")),
             f"{result[0]['seconds']:.2f} s",
-            "bit-equal" if result[0]["losses"] == kept["losses"] else f"{_off(result[0]['losses'], kept['losses']):.1e} off",
+            "bit-equal"
+            if result[0]["losses"] == kept["losses"]
+            else f"{_off(result[0]['losses'], kept['losses']):.1e} off",
         ]
         for name, result in results.items()
     ]
-    headings = ["", "bare process", "loaded", "peak of the steps", "on the host", "of a device", "a step (median)", "losses against ZeRO-3"]
-    text = f"{num_parameters:,} parameters, {NUM_STEPS} steps of 252 supervised tokens.\n\n{table(headings, rows)}"
+    headings = [
+        "",
+        "bare process",
+        "loaded",
+        "peak of the steps",
+        "on the host",
+        "of a device",
+        "a step (median)",
+        "losses against ZeRO-3",
+    ]
+    text = (
+        f"{num_parameters:,} parameters, {NUM_STEPS} steps of 252 supervised "
+        f"tokens.\n\n{table(headings, rows)}"
+    )
     print(text)
     if options.write:
         figures = {name: result[0] for name, result in results.items()}
-        print(write("offload", "ZeRO-3 on 2 ranks", f"{sentence(found)}\n\n{text}", {"conditions": found, "figures": figures}, PREFACE))
+        print(
+            write(
+                "offload",
+                "ZeRO-3 on 2 ranks",
+                f"{sentence(found)}\n\n{text}",
+                {"conditions": found, "figures": figures},
+                PREFACE,
+            )
+        )
 
 
 _CASES = {
@@ -145,8 +192,16 @@ _CASES = {
 
 def _plan(scratch: Path, offload: tuple[str, str] | None) -> Plan:
     keys = deepspeed(3)
-    keys["zero"] |= {"reduce_bucket_size": 7_000_000, "allgather_bucket_size": 7_000_000, "prefetch_bucket_size": 7_000_000}
-    keys["zero"] |= {"persistence_threshold": 7680, "max_live_parameters": 34_000_000, "sub_group_size": 7_000_000}
+    keys["zero"] |= {
+        "reduce_bucket_size": 7_000_000,
+        "allgather_bucket_size": 7_000_000,
+        "prefetch_bucket_size": 7_000_000,
+    }
+    keys["zero"] |= {
+        "persistence_threshold": 7680,
+        "max_live_parameters": 34_000_000,
+        "sub_group_size": 7_000_000,
+    }
     if offload:
         what, where = offload
         keys |= {"offload": what, "offload_to": str(scratch) if where == "files" else "cpu"}

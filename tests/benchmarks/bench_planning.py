@@ -20,9 +20,19 @@ from bench_startup import imports_torch
 
 NUM_RUNS, NUM_TRACES = 12, 3
 TARGET, TRACE_TARGET = 0.5, 10.0
-LARGEST = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128}
+LARGEST = {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+}
 LARGE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-COMMON = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
+COMMON = {
+    "model_type": "llama",
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
 JOB = """name: planned
 model: {{name: model, weights: random, config: {config}}}
 data: {{train: {{path: rows.jsonl}}, text: text, max_length: {length}}}
@@ -70,8 +80,19 @@ def main() -> None:
             torch = imports_torch(arguments)
             figures[case.name] = {**runs, "imports_torch": torch}
             wall = sorted(runs["wall_seconds"])
-            shown = [f"{value:.2f}" for value in (wall[0], median(wall), wall[-1], median(runs["processor_seconds"]))]
-            rows.append([case.name, *shown, case.target, f"{max(runs['bytes']) / 2**20:.0f} MiB", "yes" if torch else "no"])
+            shown = [
+                f"{value:.2f}"
+                for value in (wall[0], median(wall), wall[-1], median(runs["processor_seconds"]))
+            ]
+            rows.append(
+                [
+                    case.name,
+                    *shown,
+                    case.target,
+                    f"{max(runs['bytes']) / 2**20:.0f} MiB",
+                    "yes" if torch else "no",
+                ]
+            )
     header = ["", "min s", "median s", "max s", "processor s", "target s", "memory", "imports torch"]
     text = sentence(found) + "\n\n" + table(header, rows)
     print(text)
@@ -83,15 +104,21 @@ def written(case: Case, directory: Path) -> Path:
     (directory / "rows.jsonl").write_text('{"text": "a row"}\n' * 16, encoding="utf-8")
     config = ", ".join(f"{key}: {value}" for key, value in (COMMON | case.sizes).items())
     job = directory / "job.yaml"
-    job.write_text(JOB.format(config=f"{{{config}}}", length=case.length, samples=case.nodes * 8, nodes=case.nodes), encoding="utf-8")
+    job.write_text(
+        JOB.format(config=f"{{{config}}}", length=case.length, samples=case.nodes * 8, nodes=case.nodes),
+        encoding="utf-8",
+    )
     return job
 
 
 def measured(case: Case, arguments: list[str], scratch: Path) -> dict[str, Any]:
-    """Wall seconds, processor seconds and the highest resident memory of each run, after one that is not counted."""
+    """Wall seconds, processor seconds and the highest resident memory of each run, after one that is not
+    counted."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     if not case.compiled:
-        shutil.copytree(ROOT / "launcher", scratch / "fresh" / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "launcher", scratch / "fresh" / "launcher", ignore=shutil.ignore_patterns("__pycache__")
+        )
         environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(scratch / "fresh")}
     command = [str(Path(sys.executable).with_name("launcher")), *arguments]
     found: dict[str, Any] = {"wall_seconds": [], "processor_seconds": [], "bytes": []}

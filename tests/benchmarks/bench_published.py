@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.bench_published
 
-Nothing is measured here: the cases, with their sources, are in tests/published.py. Writes docs/benchmarks/published.md.
+Nothing is measured here: the cases, with their sources, are in tests/published.py. Writes
+docs/benchmarks/published.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import table, write
 
-from tests.published import CASES, TITAN_H100, ZERO, ZERO_STATES, Published, forecast_of, fp32_gradients, model_states
+from tests.published import (
+    CASES,
+    TITAN_H100,
+    ZERO,
+    ZERO_STATES,
+    Published,
+    forecast_of,
+    fp32_gradients,
+    model_states,
+)
 
 PREFACE = """# The planner against published runs
 
@@ -27,7 +37,16 @@ is recomputed (those memory figures are in brackets: no verdict of them counts).
 2.4 TB/s in place of 3.35.
 """
 
-HEADER = ("run", "GiB a GPU, planned", "published", "planned", "tokens/s a GPU, published", "planned", "planned / published", "source")
+HEADER = (
+    "run",
+    "GiB a GPU, planned",
+    "published",
+    "planned",
+    "tokens/s a GPU, published",
+    "planned",
+    "planned / published",
+    "source",
+)
 
 
 def main() -> None:
@@ -52,17 +71,29 @@ def main() -> None:
                 }
             )
         states = [
-            [stage, number, given, f"{fp32_gradients(stage, number):.2f}", f"{model_states(stage, number, Path(scratch) / 'zero'):.2f}"]
+            [
+                stage,
+                number,
+                given,
+                f"{fp32_gradients(stage, number):.2f}",
+                f"{model_states(stage, number, Path(scratch) / 'zero'):.2f}",
+            ]
             for stage, by_number in ZERO_STATES.items()
             for number, given in by_number.items()
         ]
     sources = "\n".join(f"- {source}" for source in dict.fromkeys(case.source for case in CASES))
     spread = "; ".join(
-        f"{gpu}: {len(r)} runs, median {statistics.median(r):.2f}, {min(r):.2f} to {max(r):.2f}" for gpu, r in ratios.items()
+        f"{gpu}: {len(r)} runs, median {statistics.median(r):.2f}, {min(r):.2f} to {max(r):.2f}"
+        for gpu, r in ratios.items()
     )
-    text = f"Planned over published speed, torchtitan's H100 left out: {spread}.\n\n{table(HEADER, rows)}\nSources:\n\n{sources}"
+    text = (
+        "Planned over published speed, torchtitan's H100 left out: "
+        f"{spread}.\n\n{table(HEADER, rows)}\nSources:\n\n{sources}"
+    )
     print(write("published", "FSDP", text, {"rows": raw}, PREFACE))
-    note = "launcher adds gradients up in fp32: what is planned is to be the sum of the two figures before it."
+    note = (
+        "launcher adds gradients up in fp32: what is planned is to be the sum of the two figures before it."
+    )
     columns = ["stage", "GPUs", "published, GB", "more by fp32 gradients", "planned, GB"]
     print(write("published", "ZeRO", f"{ZERO}. {note}\n\n{table(columns, states)}", {"rows": states}))
 
@@ -77,7 +108,16 @@ def row(case: Published, gib: float, fits: bool, rate: float) -> list[str]:
     if not case.ran:
         return [case.name, memory, "out of memory", verdict, "-", f"{rate:,.0f}", "-", source]
     ratio = f"{rate / case.tokens_per_second:.2f}"
-    return [case.name, memory, "ran", verdict, f"{case.tokens_per_second:,.0f}", f"{rate:,.0f}", ratio, source]
+    return [
+        case.name,
+        memory,
+        "ran",
+        verdict,
+        f"{case.tokens_per_second:,.0f}",
+        f"{rate:,.0f}",
+        ratio,
+        source,
+    ]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""A run of a real Slurm cluster that is hit at random again and again, and is compared with one that was left alone.
+"""A run of a real Slurm cluster that is hit at random again and again, and is compared with one that was left
+alone.
 
     python -m tests.benchmarks.bench_soak /tmp/soak --injections 200 [--seed 1] [--write]
 
-It goes in pieces: a cluster of three nodes, one run on two of them with two ranks each, and what chance does to it until it is finished.
-Kills (a rank, all ranks of a node, agent, launcher, srun, slurmd), stops (SIGSTOP, and SIGCONT seconds later), freezes of all processes
-of a node, hangs (SIGSTOP for good, where `cluster.hang_after` ends them), full disks, signals, requeues, and nodes that lose their power
-or their network. Each piece has a seed of its own, made of the soak's and its number. What came of it is in FOLDER/state.json, and what is
-in there is not done again: the same command goes on. A piece that was broken off begins anew.
+It goes in pieces: a cluster of three nodes, one run on two of them with two ranks each, and what chance does
+to it until it is finished. Kills (a rank, all ranks of a node, agent, launcher, srun, slurmd), stops
+(SIGSTOP, and SIGCONT seconds later), freezes of all processes of a node, hangs (SIGSTOP for good, where
+`cluster.hang_after` ends them), full disks, signals, requeues, and nodes that lose their power or their
+network. Each piece has a seed of its own, made of the soak's and its number. What came of it is in
+FOLDER/state.json, and what is in there is not done again: the same command goes on. A piece that was broken
+off begins anew.
 
-The run directory is a file system of its own in memory (`mount` needs root), so that a disk can be filled. After each injection that
-ended an attempt, the checkpoint that the next one chose is read and hashed.
+The run directory is a file system of its own in memory (`mount` needs root), so that a disk can be filled.
+After each injection that ended an attempt, the checkpoint that the next one chose is read and hashed.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from tests.benchmarks import _report
 from tests.benchmarks.faults.effective import Timeline, Times
 from tests.benchmarks.faults.processes import Process, find, send
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import Material, Run
+from tests.slurm.runs import Run, TrainingInputs
 from tests.training.runs import assert_equal, state
 
 NUM_STEPS = 60
@@ -69,7 +72,7 @@ WEIGHTS = {
 class Piece:
     """One run under one cluster, and what is done to it."""
 
-    def __init__(self, folder: Path, material: Material, seed: int, number: int) -> None:
+    def __init__(self, folder: Path, material: TrainingInputs, seed: int, number: int) -> None:
         self.folder, self.material, self.number = folder, material, number
         self.random = random.Random(f"{seed}:{number}")
         self.disk = folder / f"disk-{number}"
@@ -87,7 +90,9 @@ class Piece:
                 return self._result(run.directory, time.time() - began)
             except BaseException:
                 kept = self.folder / f"kept-{self.number}"
-                shutil.copytree(run.directory.path, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("code"))
+                shutil.copytree(
+                    run.directory.path, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("code")
+                )
                 (kept / "story.txt").write_text(run.story(), encoding="utf-8")
                 raise
 
@@ -121,15 +126,24 @@ class Piece:
         self._check_choice(run.directory)
 
     def _wait_moment(self, run: Run) -> bool:
-        """Wait for a moment drawn by chance: at start-up, in a save, in steps. False where the run ended before it."""
+        """Wait for a moment drawn by chance: at start-up, in a save, in steps. False where the run ended
+        before it."""
         directory = run.directory
         kind = self.random.choices(("starting", "saving", "training"), (1, 3, 5))[0]
-        delay = {"starting": self.random.uniform(0, 6), "saving": self.random.uniform(0, 0.03), "training": self.random.uniform(0, 5)}[kind]
+        delay = {
+            "starting": self.random.uniform(0, 6),
+            "saving": self.random.uniform(0, 0.03),
+            "training": self.random.uniform(0, 5),
+        }[kind]
         first, until = last_step(directory), time.monotonic() + 60
         before = set(directory.checkpoints.glob(f"{ATTEMPT_PREFIX}*"))
         while time.monotonic() < until and not directory.finished:
             saving = set(directory.checkpoints.glob(f"{ATTEMPT_PREFIX}*")) - before
-            if kind == "starting" or (kind == "training" and last_step(directory) != first) or (kind == "saving" and saving):
+            if (
+                kind == "starting"
+                or (kind == "training" and last_step(directory) != first)
+                or (kind == "saving" and saving)
+            ):
                 break
             time.sleep(0.002)
         time.sleep(delay)
@@ -137,11 +151,20 @@ class Piece:
 
     def _inject(self, cluster: Cluster, run: Run) -> None:
         kind = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        entry = {"kind": kind, "time": time.time(), "step": last_step(run.directory), "attempt": run.directory.last_attempt()}
+        entry = {
+            "kind": kind,
+            "time": time.time(),
+            "step": last_step(run.directory),
+            "attempt": run.directory.last_attempt(),
+        }
         processes = [process for process in find(run.directory) if process.role != "helper"]
         if not processes:
             return
-        print(f"{time.strftime('%H:%M:%S')} piece {self.number}, {len(self.injections) + 1}: {kind} after step {entry['step']}", flush=True)
+        print(
+            f"{time.strftime('%H:%M:%S')} piece {self.number}, {len(self.injections) + 1}: {kind} "
+            f"after step {entry['step']}",
+            flush=True,
+        )
         self._do(kind, cluster, run, processes)
         self.injections.append(entry)
 
@@ -164,7 +187,11 @@ class Piece:
         elif kind == "full disk":
             self._fill()
         elif kind in ("signal", "requeue"):
-            command = ["scancel", f"--signal={self.random.choice(['USR1', 'TERM'])}"] if kind == "signal" else ["scontrol", "requeue"]
+            command = (
+                ["scancel", f"--signal={self.random.choice(['USR1', 'TERM'])}"]
+                if kind == "signal"
+                else ["scontrol", "requeue"]
+            )
             with contextlib.suppress(RuntimeError):  # it may have ended just now
                 cluster.run(*command, run.job)
         else:
@@ -230,17 +257,22 @@ class Piece:
 
 
 def compare(run: RunDirectory, undisturbed: RunDirectory) -> list[str]:
-    """What differs from the run that was left alone: samples, loss and gradient norm of each step ever done, and the weights at the end."""
+    """What differs from the run that was left alone: samples, loss and gradient norm of each step ever done,
+    and the weights at the end."""
     kept = ("sample_ids", "loss", "grad_norm")
     wanted = {record["step"]: [record[key] for key in kept] for record in _training(undisturbed)}
     found = [(record["step"], [record[key] for key in kept]) for record in _training(run)]
-    differences = [f"step {step}: {values} and not {wanted[step]}" for step, values in found if values != wanted[step]]
+    differences = [
+        f"step {step}: {values} and not {wanted[step]}" for step, values in found if values != wanted[step]
+    ]
     differences += [f"step {step} is missing" for step in sorted(set(wanted) - {step for step, _ in found})]
     with contextlib.ExitStack() as stack:
         try:
             assert_equal(state(run), state(undisturbed))
         except AssertionError as error:
-            stack.callback(differences.append, f"weights: {str(error).splitlines()[0] if str(error) else 'not equal'}")
+            stack.callback(
+                differences.append, f"weights: {str(error).splitlines()[0] if str(error) else 'not equal'}"
+            )
     return differences
 
 
@@ -256,16 +288,20 @@ def _cluster_keys() -> dict[str, Any]:
     return {"attempts_without_progress": 1000, **({"hang_after": "10s"} if HANG_AFTER else {})}
 
 
-def undisturbed(folder: Path) -> Material:
+def undisturbed(folder: Path) -> TrainingInputs:
     """Model, data and the run that is left alone, made once."""
     made = folder / "material"
     if (made / "runs" / "undisturbed" / "FINISHED").exists():
-        material = Material.__new__(Material)
-        material.folder, material.model, material.data = made, made / "model", json.loads((made / "data.json").read_text())
+        material = TrainingInputs.__new__(TrainingInputs)
+        material.folder, material.model, material.data = (
+            made,
+            made / "model",
+            json.loads((made / "data.json").read_text()),
+        )
         return material
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    material = Material(made)
+    material = TrainingInputs(made)
     (made / "data.json").write_text(json.dumps(material.data))
     material.launcher("run", material.job("undisturbed", _changes(), nodes=1, ranks_per_node=4))
     return material
@@ -274,18 +310,31 @@ def undisturbed(folder: Path) -> Material:
 def soak(folder: Path, seed: int, wanted: int) -> dict[str, Any]:
     """Pieces until there are `wanted` injections."""
     file = folder / "state.json"
-    done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"seed": seed, "pieces": [], "broken": []}
+    done: dict[str, Any] = (
+        json.loads(file.read_text()) if file.exists() else {"seed": seed, "pieces": [], "broken": []}
+    )
     material = undisturbed(folder)
     while num_injections(done) < wanted:
         number = len(done["pieces"]) + len(done["broken"]) + 1
         piece = Piece(folder, material, done["seed"], number)
         try:
             result = piece.play()
-            print(json.dumps({key: value for key, value in result.items() if key not in ("injections", "timeline")}), flush=True)
+            print(
+                json.dumps(
+                    {key: value for key, value in result.items() if key not in ("injections", "timeline")}
+                ),
+                flush=True,
+            )
             done["pieces"].append({**result, "conditions": _report.conditions("torch")})
         except Exception as error:
             traceback.print_exc()
-            done["broken"].append({"piece": number, "why": f"{type(error).__name__}: {error}"[:2000], "injections": piece.injections})
+            done["broken"].append(
+                {
+                    "piece": number,
+                    "why": f"{type(error).__name__}: {error}"[:2000],
+                    "injections": piece.injections,
+                }
+            )
         new = file.with_suffix(".new")
         new.write_text(json.dumps(done, indent=1))
         new.replace(file)
@@ -303,8 +352,10 @@ def report(done: dict[str, Any]) -> str:
     different = sum(bool(piece["differences"]) for piece in pieces)
     lines = [
         f"{_report.sentence(pieces[-1]['conditions'])}\n",
-        f"Seed {done['seed']}, {len(pieces)} runs of {NUM_STEPS} steps on 2 of 3 nodes with 2 ranks each, saved every {EVERY} steps.",
-        f"{sum(kinds.values())} injections, {sum(piece['failures'] for piece in pieces)} of which ended an attempt; "
+        f"Seed {done['seed']}, {len(pieces)} runs of {NUM_STEPS} steps on 2 of 3 nodes with 2 ranks "
+        f"each, saved every {EVERY} steps.",
+        f"{sum(kinds.values())} injections, {sum(piece['failures'] for piece in pieces)} of which "
+        "ended an attempt; "
         f"{sum(piece['saves_failed'] for piece in pieces)} saves failed.",
         f"{sum(piece['checkpoints_chosen'] for piece in pieces)} checkpoints were chosen, each was whole. "
         f"{different} runs differ from the undisturbed one in a sample, a loss, a gradient norm or a weight.",
@@ -328,17 +379,22 @@ def _effective(timelines: list[Timeline]) -> list[str]:
         f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count (they were "
         f"held up for another {total.held:.0f} s by what ended nothing). By 1 - stall/interval - "
         f"(restart + interval/2)/MTTF it is {total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, "
-        f"interval {total.intervals / total.saves:.2f} s, restart {total.restarts / max(1, total.failures):.1f} s, "
+        f"interval {total.intervals / total.saves:.2f} s, restart "
+        f"{total.restarts / max(1, total.failures):.1f} s, "
         f"MTTF {total.wall / max(1, total.failures):.1f} s."
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="state, model and data; with a short path, as sockets lie below it")
+    parser.add_argument(
+        "folder", type=Path, help="state, model and data; with a short path, as sockets lie below it"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--injections", type=int, default=200)
-    parser.add_argument("--write", action="store_true", help="put what came of it into docs/benchmarks/faults.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put what came of it into docs/benchmarks/faults.md"
+    )
     options = parser.parse_args()
     os.environ.setdefault("XDG_CACHE_HOME", str(options.folder / "cache"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that mounts and machines go
@@ -348,7 +404,8 @@ def main() -> None:
     if options.write:
         figures = {key: value for key, value in done.items() if key != "pieces"}
         figures["pieces"] = [
-            {key: value for key, value in piece.items() if key not in ("injections", "timeline")} for piece in done["pieces"]
+            {key: value for key, value in piece.items() if key not in ("injections", "timeline")}
+            for piece in done["pieces"]
         ]
         _report.write("faults", "Hit at random under Slurm, and compared", text, figures)
 

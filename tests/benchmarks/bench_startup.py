@@ -1,4 +1,5 @@
-"""How long the command line takes to answer: `launcher --help` and `launcher validate`, and that neither imports torch.
+"""How long the command line takes to answer: `launcher --help` and `launcher validate`, and that neither
+imports torch.
 
 python tests/benchmarks/bench_startup.py
 """
@@ -19,7 +20,10 @@ JOB = """name: startup
 model: {name: model, task: causal-lm}
 data: {train: {path: rows.jsonl}, text: text}
 """
-PREFACE = "# Start-up of the command line\n\n`tests/benchmarks/bench_startup.py`: wall seconds of whole processes, one after another.\n"
+PREFACE = (
+    "# Start-up of the command line\n\n`tests/benchmarks/bench_startup.py`: wall seconds of whole "
+    "processes, one after another.\n"
+)
 
 
 def main() -> None:
@@ -35,7 +39,11 @@ def main() -> None:
             figures[name] = {"seconds": seconds, "imports_torch": torch}
             shown = [f"{value:.3f}" for value in (seconds[0], median(seconds), seconds[-1])]
             rows.append([f"launcher {name}", *shown, TARGETS[name], "yes" if torch else "no"])
-    text = sentence(found) + "\n\n" + table(["", "min s", "median s", "max s", "target s", "imports torch"], rows)
+    text = (
+        sentence(found)
+        + "\n\n"
+        + table(["", "min s", "median s", "max s", "target s", "imports torch"], rows)
+    )
     print(text)
     print(write("startup", found["date"], text, {"conditions": found, **figures}, PREFACE))
 
@@ -56,7 +64,12 @@ def imports_torch(arguments: list[str]) -> bool:
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "sys.exit(42 if 'torch' in sys.modules else 0)"
     )
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, cwd=ROOT, check=False).returncode == 42
+    return (
+        subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, cwd=ROOT, check=False
+        ).returncode
+        == 42
+    )
 
 
 if __name__ == "__main__":

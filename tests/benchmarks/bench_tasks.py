@@ -1,6 +1,7 @@
 """What real fine-tuning runs came to: each finished run's metrics before and after, from its own events.
 
-launcher run tests/jobs/minilm-sst2.yaml --set model.name=... && python tests/benchmarks/bench_tasks.py runs/minilm-sst2
+launcher run tests/jobs/minilm-sst2.yaml --set model.name=... && python tests/benchmarks/bench_tasks.py
+runs/minilm-sst2
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from _report import conditions, sentence, table, write
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory
 
@@ -24,7 +25,9 @@ checkpoint `keep_best` keeps; the last is that of the final step.
 
 def main() -> None:
     """Write one section for each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     found = conditions("torch", "transformers")
     for path in parser.parse_args().runs:
@@ -33,15 +36,29 @@ def main() -> None:
             parser.error(f"{path} is not finished")
         plan = Plan.read(run.plan_file)
         figures = measured(run, plan.checkpoint.metric)
-        page = write("tasks", plan.name, f"{sentence(found)}\n\n{description(plan, run)}\n\n{shown(figures)}", figures, PREFACE)
+        page = write(
+            "tasks",
+            plan.name,
+            f"{sentence(found)}\n\n{description(plan, run)}\n\n{shown(figures)}",
+            figures,
+            PREFACE,
+        )
         print(page)
 
 
 def measured(run: RunDirectory, metric: str) -> dict[str, Any]:
     """Metrics before, best by `metric`, and after the last step."""
-    evaluations = [(record["step"], record["metrics"]) for record in events.read(run.events_file) if record["event"] == "evaluated"]
+    evaluations = [
+        (record["step"], record["metrics"])
+        for record in events.read(run.events_file)
+        if record["event"] == "evaluated"
+    ]
     trained = [evaluation for evaluation in evaluations if evaluation[0] > 0]
-    return {"before": evaluations[0], f"best {metric}": max(trained, key=lambda entry: entry[1][metric]), "last": trained[-1]}
+    return {
+        "before": evaluations[0],
+        f"best {metric}": max(trained, key=lambda entry: entry[1][metric]),
+        "last": trained[-1],
+    }
 
 
 def description(plan: Plan, run: RunDirectory) -> str:
@@ -49,8 +66,10 @@ def description(plan: Plan, run: RunDirectory) -> str:
     training, batch = plan.training, plan.batch
     attempts = sum(record["event"] == "started" for record in events.read(run.events_file))
     return (
-        f"{plan.mesh.world_size} ranks, {plan.precision}, batches of {batch.global_batch_size}, {plan.length.value:g} {plan.length.unit}, "
-        f"{training.optimizer} at {training.learning_rate:g} ({training.schedule}, warm-up {training.warmup:g}), seed {training.seed}; "
+        f"{plan.mesh.world_size} ranks, {plan.precision}, batches of {batch.global_batch_size}, "
+        f"{plan.length.value:g} {plan.length.unit}, "
+        f"{training.optimizer} at {training.learning_rate:g} ({training.schedule}, warm-up "
+        f"{training.warmup:g}), seed {training.seed}; "
         f"in {attempts} attempts."
     )
 
@@ -58,7 +77,9 @@ def description(plan: Plan, run: RunDirectory) -> str:
 def shown(figures: dict[str, Any]) -> str:
     """One row an evaluation."""
     names = list(figures["last"][1])
-    rows = [[name, step, *(f"{metrics[key]:.4f}" for key in names)] for name, (step, metrics) in figures.items()]
+    rows = [
+        [name, step, *(f"{metrics[key]:.4f}" for key in names)] for name, (step, metrics) in figures.items()
+    ]
     return table(["", "step", *names], rows)
 
 

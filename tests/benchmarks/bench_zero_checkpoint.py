@@ -1,12 +1,14 @@
-"""ZeRO-3's checkpoints, ours against DeepSpeed's own, on the same state: saving, and going on with another number of ranks.
+"""ZeRO-3's checkpoints, ours against DeepSpeed's own, on the same state: saving, and going on with another
+number of ranks.
 
     PYTHONPATH=. python tests/benchmarks/bench_zero_checkpoint.py [--write]
 
-Saving, on 2 ranks in alternating rounds: our plain save (hashed while written, synced, verified by its manifest) against
-`engine.save_checkpoint`, as it is (what it wrote may still be in memory) and with what it wrote synced too; and what training loses to our
-asynchronous save, which is the default, and to theirs: steps with a save among them, the last of it waited for, less the steps alone.
-Going on, on 3 ranks: our load (every byte verified, read, put into the parameters) against DeepSpeed's offline conversion to a universal
-checkpoint and its load of that. What both loaded is compared, bit by bit.
+Saving, on 2 ranks in alternating rounds: our plain save (hashed while written, synced, verified by its
+manifest) against `engine.save_checkpoint`, as it is (what it wrote may still be in memory) and with what it
+wrote synced too; and what training loses to our asynchronous save, which is the default, and to theirs: steps
+with a save among them, the last of it waited for, less the steps alone. Going on, on 3 ranks: our load (every
+byte verified, read, put into the parameters) against DeepSpeed's offline conversion to a universal checkpoint
+and its load of that. What both loaded is compared, bit by bit.
 
 Prints JSON and, with --write, writes docs/benchmarks/zero_checkpoint.md.
 """
@@ -32,16 +34,17 @@ from _report import conditions, sentence, table, timed, write
 from torch import distributed
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.planning.buckets import Buckets
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Plan
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.zero_buckets import Buckets
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory
-from launcher.training import attention, heads
+from launcher.training import heads
 from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines import build
+from launcher.training.model import attention
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.tiny import config_of
@@ -62,12 +65,19 @@ class Causal:
 def plan_for(model: Path, world_size: int) -> Plan:
     shape = ModelShape.read(plan_of(model).model)
     sizes, _ = Buckets.of(shape, offloads_to_files=False)
-    batch = {"global_batch_size": 6, "micro_batch_size": 1, "accumulation_steps": 6 // world_size, "data_parallel_size": world_size}
+    batch = {
+        "global_batch_size": 6,
+        "micro_batch_size": 1,
+        "accumulation_steps": 6 // world_size,
+        "data_parallel_size": world_size,
+    }
     return plan_of(model, world_size, batch=batch, **deepspeed(3, zero={"stage": 3, **asdict(sizes)}))
 
 
 def engine_of(plan: Plan, universal: bool = False) -> Any:
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     more = {"checkpoint": {"load_universal": True}} if universal else {}
     return build(plan, Causal, config, deepspeed_config(plan) | more)  # type: ignore[arg-type]
 
@@ -85,7 +95,10 @@ def step(engine: Any) -> None:
 def digest(engine: Any) -> dict[str, str]:
     """A hash of this rank's part of each tensor: master, both moments."""
     shards = {name: tensor for name, tensor in engine.state_dict().items() if isinstance(tensor, FlatShard)}
-    return {name: hashlib.sha256(shard.values().contiguous().numpy().tobytes()).hexdigest() for name, shard in shards.items()}
+    return {
+        name: hashlib.sha256(shard.values().contiguous().numpy().tobytes()).hexdigest()
+        for name, shard in shards.items()
+    }
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -116,7 +129,9 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
     theirs = scratch / "deepspeed"
 
     def save_ours(number: int) -> None:
-        assert saver.save(engine.state_dict(), Progress(step=number, samples=number, tokens=number), wait=True)
+        assert saver.save(
+            engine.state_dict(), Progress(step=number, samples=number, tokens=number), wait=True
+        )
 
     def save_theirs(sync: bool) -> None:
         engine._engine.save_checkpoint(str(theirs), tag="step")
@@ -164,7 +179,11 @@ def save_rounds(plan: Plan, scratch: Path, num_rounds: int) -> dict[str, Any]:
     # What is loaded later is the same state on both sides.
     assert saver.save(engine.state_dict(), Progress(step=2000, samples=1, tokens=1), wait=True)
     save_theirs(True)
-    return {"seconds": found, "lost": lost, "num_parameters": sum(parameter.ds_numel for parameter in engine.model.parameters())}
+    return {
+        "seconds": found,
+        "lost": lost,
+        "num_parameters": sum(parameter.ds_numel for parameter in engine.model.parameters()),
+    }
 
 
 def load_ours(plan: Plan, scratch: Path) -> dict[str, Any]:
@@ -180,7 +199,11 @@ def load_ours(plan: Plan, scratch: Path) -> dict[str, Any]:
 
 def load_theirs(plan: Plan, scratch: Path) -> dict[str, Any]:
     engine = engine_of(plan, universal=True)
-    taken = seconds(lambda: engine._engine.load_checkpoint(str(scratch / "universal"), tag="step", load_module_strict=False))
+    taken = seconds(
+        lambda: engine._engine.load_checkpoint(
+            str(scratch / "universal"), tag="step", load_module_strict=False
+        )
+    )
     return {"seconds": taken, "digest": digest(engine)}
 
 
@@ -191,7 +214,13 @@ def resume_rounds(model: Path, scratch: Path, num_rounds: int) -> dict[str, Any]
         ours = on_ranks(LOADING, load_ours, plan, scratch)
         shutil.rmtree(scratch / "universal", ignore_errors=True)
         # The tag's directory stands in the output, and the file that names the latest is the user's to write.
-        command = [*_CONVERT, "--input_folder", str(scratch / "deepspeed" / "step"), "--output_folder", str(scratch / "universal" / "step")]
+        command = [
+            *_CONVERT,
+            "--input_folder",
+            str(scratch / "deepspeed" / "step"),
+            "--output_folder",
+            str(scratch / "universal" / "step"),
+        ]
         found["start_up"].append(timed([*_CONVERT, "--help"], env=variables))
         found["conversion"].append(timed([*command, "--inject_missing_state"], env=variables))
         (scratch / "universal" / "latest_universal").write_text("step")
@@ -199,9 +228,16 @@ def resume_rounds(model: Path, scratch: Path, num_rounds: int) -> dict[str, Any]
         found["ours"].append(max(rank["seconds"] for rank in ours))
         found["deepspeed"].append(max(rank["seconds"] for rank in theirs))
         different = [
-            name for one, other in zip(ours, theirs, strict=True) for name in one["digest"] if one["digest"][name] != other["digest"][name]
+            name
+            for one, other in zip(ours, theirs, strict=True)
+            for name in one["digest"]
+            if one["digest"][name] != other["digest"][name]
         ]
-    return {"seconds": found, "tensors_compared": sum(len(rank["digest"]) for rank in ours), "different": sorted(set(different))}
+    return {
+        "seconds": found,
+        "tensors_compared": sum(len(rank["digest"]) for rank in ours),
+        "different": sorted(set(different)),
+    }
 
 
 def size_of(directory: Path) -> int:
@@ -211,7 +247,13 @@ def size_of(directory: Path) -> int:
 def measure(scratch: Path, num_layers: int, num_rounds: int) -> dict[str, Any]:
     model = scratch / "model"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    }
     config = config_of("llama", num_hidden_layers=num_layers, initializer_range=0.02, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     (scratch / "run").mkdir()
@@ -231,13 +273,31 @@ def report(result: dict[str, Any], facts: dict[str, Any]) -> str:
     whole = [sum(pair) for pair in zip(loads["conversion"], loads["deepspeed"], strict=True)]
     middle = {name: statistics.median(values) for name, values in saves.items()}
     without = [taken - start for taken, start in zip(whole, loads["start_up"], strict=True)]
-    ratio, bare = (statistics.median(values) / statistics.median(loads["ours"]) for values in (whole, without))
+    ratio, bare = (
+        statistics.median(values) / statistics.median(loads["ours"]) for values in (whole, without)
+    )
     saved = [
-        ("ours: hashed, synced, committed", f"{result['bytes']['ours'] / 1e6:.0f} MB", summary(saves["ours"]), "1.00"),
-        ("DeepSpeed's `save_checkpoint`, not synced", f"{result['bytes']['deepspeed'] / 1e6:.0f} MB", summary(saves["deepspeed"])),
-        ("the same, then synced", f"{result['bytes']['deepspeed'] / 1e6:.0f} MB", summary(saves["deepspeed, synced"])),
+        (
+            "ours: hashed, synced, committed",
+            f"{result['bytes']['ours'] / 1e6:.0f} MB",
+            summary(saves["ours"]),
+            "1.00",
+        ),
+        (
+            "DeepSpeed's `save_checkpoint`, not synced",
+            f"{result['bytes']['deepspeed'] / 1e6:.0f} MB",
+            summary(saves["deepspeed"]),
+        ),
+        (
+            "the same, then synced",
+            f"{result['bytes']['deepspeed'] / 1e6:.0f} MB",
+            summary(saves["deepspeed, synced"]),
+        ),
     ]
-    rows = [row if len(row) == 4 else (*row, f"{middle[name] / middle['ours']:.2f}") for name, row in zip(saves, saved, strict=True)]
+    rows = [
+        row if len(row) == 4 else (*row, f"{middle[name] / middle['ours']:.2f}")
+        for name, row in zip(saves, saved, strict=True)
+    ]
     losses = result["saving"]["lost"]
     training = [(row[0], summary(losses[name])) for name, row in zip(saves, rows, strict=True)]
     training[0] = ("ours, asynchronous as by default", training[0][1])
@@ -251,16 +311,21 @@ def report(result: dict[str, Any], facts: dict[str, Any]) -> str:
     equal = "equal to the bit" if not different else f"not all equal: {', '.join(different[:3])}"
     start_up = f"{statistics.median(loads['start_up']):.2f} s"
     return (
-        f"{sentence(facts)} Llama of {result['saving']['num_parameters'] / 1e6:.0f} million parameters in fp32, AdamW, gloo, one thread "
+        f"{sentence(facts)} Llama of {result['saving']['num_parameters'] / 1e6:.0f} million parameters "
+        "in fp32, AdamW, gloo, one thread "
         f"a rank; "
         f"{len(saves['ours'])} alternating rounds; medians, and the least and the most.\n\n"
-        f"Saving on {SAVING} ranks, until every rank has it:\n\n{table(('', 'written', 'wall time', 'of ours'), rows)}\n"
-        f"What {_STEPS} steps with such a save take more than {_STEPS} steps alone, until the save is whole:\n\n"
+        f"Saving on {SAVING} ranks, until every rank has "
+        f"it:\n\n{table(('', 'written', 'wall time', 'of ours'), rows)}\n"
+        f"What {_STEPS} steps with such a save take more than {_STEPS} steps alone, until the save is "
+        "whole:\n\n"
         f"{table(('', 'lost'), training)}\n"
         f"Going on with {LOADING} ranks, files in the page cache:\n\n{table(('', 'wall time'), resumed)}\n"
-        f"DeepSpeed's way takes {ratio:.1f} times as long, and {bare:.1f} times without the {start_up} in which the conversion starts "
+        f"DeepSpeed's way takes {ratio:.1f} times as long, and {bare:.1f} times without the {start_up} "
+        "in which the conversion starts "
         f"Python and imports. "
-        f"What both loaded, masters and both moments in {result['resuming']['tensors_compared']} parts: {equal}.\n"
+        f"What both loaded, masters and both moments in {result['resuming']['tensors_compared']} "
+        f"parts: {equal}.\n"
     )
 
 

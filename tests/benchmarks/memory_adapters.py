@@ -1,4 +1,5 @@
-"""Configurations with adapters for the memory model: models that lie in files, because what is frozen has to come from somewhere."""
+"""Configurations with adapters for the memory model: models that lie in files, because what is frozen has to
+come from somewhere."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.footprint.program import Batch
-from launcher.planning.plan import Plan
+from launcher.planner.memory.program import Batch
+from launcher.planner.plan import Plan
 from tests.training.plans import deepspeed, plan_of
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -75,10 +76,14 @@ CASES = (
     AdapterCase("llama", 1, "fp32", "none"),
     AdapterCase("llama", 1, "bf16", "none"),
     AdapterCase("llama", 1, "bf16", "full", {"dropout": 0.1}),
-    AdapterCase("llama", 1, "bf16", "selective", {"rank": 8, "targets": ("q_proj", "v_proj")}, accumulation=2),
+    AdapterCase(
+        "llama", 1, "bf16", "selective", {"rank": 8, "targets": ("q_proj", "v_proj")}, accumulation=2
+    ),
     AdapterCase("llama", 2, "bf16", "none", {"rank": 8}),
     AdapterCase("llama", 2, "bf16", "full", {"train_also": ("lm_head.*", "model.norm.*")}),
-    AdapterCase("llama", 2, "fp32", "none", {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}, accumulation=2),
+    AdapterCase(
+        "llama", 2, "fp32", "none", {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}, accumulation=2
+    ),
     AdapterCase("gpt2", 2, "bf16", "none", {"targets": ("attn.c_attn", "mlp.c_fc")}),
     AdapterCase("gpt2", 1, "bf16", "full"),
     AdapterCase("llama", 2, "bf16", "none", {"rank": 8}, stage=2),

@@ -28,7 +28,9 @@ class World:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs, times), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, port, theirs, times), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)

@@ -1,7 +1,8 @@
 """What each rank of a memory measurement does: a few steps of one case, every allocation of which is counted.
 
-The figure is the peak of live tensor bytes from the allocator's own events (`torch.profiler`, `profile_memory`), summed in time order from
-before the model is built. What the system's allocator keeps in reserve, the interpreter and the libraries are not in it.
+The figure is the peak of live tensor bytes from the allocator's own events (`torch.profiler`,
+`profile_memory`), summed in time order from before the model is built. What the system's allocator keeps in
+reserve, the interpreter and the libraries are not in it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import distributed
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, engines
+from launcher.training import engines
+from launcher.training.model import attention
 from tests.benchmarks.memory_tasks import TASKS
 
 PHASE, LIVE = "phase: ", "live: "
@@ -52,7 +54,13 @@ def serve(rank: int, world_size: int, port: int, pipe: Connection, times: bool) 
 
     Where `times` is measured nothing waits for gloo's threads; where memory is, each collective does.
     """
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -70,7 +78,8 @@ def serve(rank: int, world_size: int, port: int, pipe: Connection, times: bool) 
 
 
 def _let_threads_finish() -> None:
-    """A collective of gloo is over a moment before its thread lets go of the tensors, and what another thread releases is not seen."""
+    """A collective of gloo is over a moment before its thread lets go of the tensors, and what another thread
+    releases is not seen."""
     functional = torch.distributed._functional_collectives
     wait = functional.wait_tensor
 
@@ -80,7 +89,14 @@ def _let_threads_finish() -> None:
         return result
 
     functional.wait_tensor = patient_wait
-    for name in ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "reduce"):
+    for name in (
+        "all_gather_single",
+        "reduce_scatter_single",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_reduce",
+        "reduce",
+    ):
         function = getattr(distributed, name, None)
         if function is None:
             continue
@@ -110,13 +126,17 @@ def measure(request: Request) -> dict[str, Any]:
 
 
 def _storages() -> dict[int, int]:
-    """Bytes by address of what the interpreter's tensors hold. Between two steps nothing else holds any: there is no graph."""
+    """Bytes by address of what the interpreter's tensors hold. Between two steps nothing else holds any:
+    there is no graph."""
     found: dict[int, int] = {}
     for tensor in [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]:
         for one in (tensor, tensor.grad if tensor.is_leaf else None):
             try:
                 storage = one.untyped_storage() if one is not None else None
-            except (RuntimeError, NotImplementedError):  # of a fake or wrapped one, which holds nothing itself
+            except (
+                RuntimeError,
+                NotImplementedError,
+            ):  # of a fake or wrapped one, which holds nothing itself
                 continue
             if storage is not None and storage.data_ptr():
                 found[storage.data_ptr()] = storage.nbytes()
@@ -133,8 +153,12 @@ def _say_what_lives(before: dict[int, int]) -> None:
 def _steps(request: Request, before: dict[int, int]) -> Any:
     plan, task = request.plan, TASKS[request.kind]
     with record_function(f"{PHASE}loading"):
-        config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
-        engine = engines.build(plan, task(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
+        config = AutoConfig.from_pretrained(
+            plan.model.name, attn_implementation=attention.register(plan.attention)
+        )
+        engine = engines.build(
+            plan, task(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {}
+        )
     gc.collect()
     for name in ("first step", "steady step"):
         with record_function(f"{PHASE}{name}"):
@@ -165,8 +189,8 @@ class Change:
 def changes(profiler: Any) -> list[Change]:
     """Every allocation and release in the order of time.
 
-    gloo's threads may be the last to let go of the copies that a collective made, and the profiler does not see their releases: such a
-    copy counts until the collective that made it returns.
+    gloo's threads may be the last to let go of the copies that a collective made, and the profiler does not
+    see their releases: such a copy counts until the collective that made it returns.
     """
     found: list[Change] = []
     ends: dict[int, list[tuple[int, int, int]]] = {}
@@ -175,13 +199,21 @@ def changes(profiler: Any) -> list[Change]:
         for node in nodes:
             if "Allocation" in str(node.tag):
                 fields = node.typed[1]
-                found.append(Change(node.start_time_ns, fields.alloc_size, fields.ptr, " > ".join(chain[-4:])))
+                found.append(
+                    Change(node.start_time_ns, fields.alloc_size, fields.ptr, " > ".join(chain[-4:]))
+                )
                 if collective and fields.alloc_size > 0:
-                    ends.setdefault(fields.ptr, []).append((node.start_time_ns, collective, fields.alloc_size))
+                    ends.setdefault(fields.ptr, []).append(
+                        (node.start_time_ns, collective, fields.alloc_size)
+                    )
                 continue
             if node.name.startswith((PHASE, LIVE)):
                 found.append(Change(node.start_time_ns, 0, 0, node.name))
-            walk(node.children, (*chain, node.name), node.end_time_ns if node.name.startswith("c10d::") else collective)
+            walk(
+                node.children,
+                (*chain, node.name),
+                node.end_time_ns if node.name.startswith("c10d::") else collective,
+            )
 
     walk(profiler.profiler.kineto_results.experimental_event_tree(), (), 0)
     found.sort(key=lambda change: change.time)
@@ -217,14 +249,16 @@ def timeline(profiler: Any) -> dict[str, Any]:
 
 
 def corrected(level: int, change: Change) -> int:
-    """The level after a change. What gloo's threads released unseen is taken off after each step, when it is known what lives."""
+    """The level after a change. What gloo's threads released unseen is taken off after each step, when it is
+    known what lives."""
     if change.where.startswith(LIVE) and not change.pointer:
         return min(level, int(change.where.removeprefix(LIVE)))
     return level + change.size
 
 
 def explain(profiler: Any) -> list[tuple[int, int, str]]:
-    """(bytes, number, by which operators) of what was live at the highest moment of the steady step, largest first."""
+    """(bytes, number, by which operators) of what was live at the highest moment of the steady step, largest
+    first."""
     live: dict[int, tuple[int, str]] = {}
     level, highest, at_peak, steady = 0, -1, {}, False
     for change in changes(profiler):
@@ -241,7 +275,9 @@ def explain(profiler: Any) -> list[tuple[int, int, str]]:
     grouped: dict[tuple[int, str], int] = {}
     for size, where in at_peak.values():
         grouped[size, where] = grouped.get((size, where), 0) + 1
-    return sorted(((size * count, count, f"{size} {where}") for (size, where), count in grouped.items()), reverse=True)
+    return sorted(
+        ((size * count, count, f"{size} {where}") for (size, where), count in grouped.items()), reverse=True
+    )
 
 
 Measure = Callable[[Request], dict[str, Any]]

@@ -1,4 +1,5 @@
-"""What the measured models compute: the trainer's own heads, and plain ones where the trainer has no task yet."""
+"""What the measured models compute: the trainer's own heads, and plain ones where the trainer has no task
+yet."""
 
 from __future__ import annotations
 
@@ -6,7 +7,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from launcher.tasks.sequence_classification import label_loss
 from launcher.tasks.task import Output
@@ -49,7 +55,10 @@ class Classifying:
     @staticmethod
     def batch(request: Any, config: Any) -> dict[str, Any]:
         longest = max(request.lengths)
-        ids = [functional.pad(_ids(length, config.vocab_size), (0, longest - length)) for length in request.lengths]
+        ids = [
+            functional.pad(_ids(length, config.vocab_size), (0, longest - length))
+            for length in request.lengths
+        ]
         inputs = torch.stack(ids)
         mask = torch.arange(longest) < torch.tensor(request.lengths)[:, None]
         return {
@@ -96,9 +105,16 @@ def _decoded(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     mask = batch["attention_mask"]
     encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
     hidden = model.get_decoder()(
-        input_ids=batch["decoder_input_ids"], encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
+        input_ids=batch["decoder_input_ids"],
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=mask,
+        use_cache=False,
     ).last_hidden_state
-    return hidden * model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", True) else hidden
+    return (
+        hidden * model.config.d_model**-0.5
+        if getattr(model.config, "scale_decoder_outputs", True)
+        else hidden
+    )
 
 
 class Seeing:
@@ -114,7 +130,16 @@ class Seeing:
     def batch(request: Any, config: Any) -> dict[str, Any]:
         num = len(request.lengths)
         pixels = torch.randn(num, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": pixels, "labels": torch.randint(0, config.num_labels, (num,)), "weights": torch.ones(num)}
+        return {
+            "pixel_values": pixels,
+            "labels": torch.randint(0, config.num_labels, (num,)),
+            "weights": torch.ones(num),
+        }
 
 
-TASKS: dict[str, Any] = {"causal": Causal, "classifying": Classifying, "translating": Translating, "seeing": Seeing}
+TASKS: dict[str, Any] = {
+    "causal": Causal,
+    "classifying": Classifying,
+    "translating": Translating,
+    "seeing": Seeing,
+}

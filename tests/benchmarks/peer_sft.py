@@ -1,7 +1,10 @@
-"""The peer: TRL's SFTTrainer on the same model, rows, ranks and lengths. Run by bench_speed.py under torchrun with the peer's Python.
+"""The peer: TRL's SFTTrainer on the same model, rows, ranks and lengths. Run by bench_speed.py under torchrun
+with the peer's Python.
 
-Nothing is tuned for or against it: what is not named below is TRL's default (as its activation checkpointing, which
---no-checkpointing turns off). Prints one JSON line: non-padding tokens per second over the steps after the warm-up.
+Nothing is tuned for or against it: what is not named below is TRL's default (as its activation checkpointing,
+which
+--no-checkpointing turns off). Prints one JSON line: non-padding tokens per second over the steps after the
+  warm-up.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ def main() -> None:
         disable_tqdm=True,
         **settings,
     )
-    rows = load_dataset("json", data_files=options.data, split="train").select_columns(["prompt", "completion"])
+    rows = load_dataset("json", data_files=options.data, split="train").select_columns(
+        ["prompt", "completion"]
+    )
     trainer = CountingTrainer(model=options.model, args=configuration, train_dataset=rows)
     trainer.add_callback(Clock(trainer, options.warmup))
     trainer.train()
@@ -66,7 +71,9 @@ class CountingTrainer(SFTTrainer):
         self.num_tokens = 0
         self.result: dict[str, float] = {}
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **settings: Any) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *arguments: Any, **settings: Any
+    ) -> torch.Tensor:
         mask = inputs.get("attention_mask")
         self.num_tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         return super().training_step(model, inputs, *arguments, **settings)
@@ -87,7 +94,11 @@ class Clock(TrainerCallback):
             total = torch.tensor([self.trainer.num_tokens - self.before])
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(total)
-            self.trainer.result = {"num_tokens": int(total), "seconds": seconds, "tokens_per_second": int(total) / seconds}
+            self.trainer.result = {
+                "num_tokens": int(total),
+                "seconds": seconds,
+                "tokens_per_second": int(total) / seconds,
+            }
 
 
 if __name__ == "__main__":

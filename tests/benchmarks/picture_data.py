@@ -1,6 +1,7 @@
 """The pictures of `launcher data inspect` in the docs: what it shows on a terminal of 80 columns, as SVG.
 
-launcher data inspect JOB --rows 1 --json > seen.json; python tests/benchmarks/picture_data.py seen.json docs/images/data-NAME.svg "COMMAND"
+launcher data inspect JOB --rows 1 --json > seen.json; python tests/benchmarks/picture_data.py seen.json
+docs/images/data-NAME.svg "COMMAND"
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launcher.cli.showing_data import show
+from launcher.cli.data_view import show
 
 
 def main() -> None:
@@ -22,7 +23,13 @@ def main() -> None:
         name = "path" if "path" in entry else "file"
         entry[name] = Path(entry[name]).name
     console = Console(
-        record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False, markup=False
+        record=True,
+        width=80,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        highlight=False,
+        markup=False,
     )
     show(seen, console, whole=False)
     console.save_svg(sys.argv[2], title=sys.argv[3])

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launcher.cli.watch import screen
-from launcher.cli.watching import Watched
+from launcher.cli.watch_state import Watched
 from launcher.runs.layout import RunDirectory
 
 

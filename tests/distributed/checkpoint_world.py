@@ -1,4 +1,5 @@
-"""Small worlds of gloo ranks for the checkpoint tests: each rank a process forked from one that has torch loaded already."""
+"""Small worlds of gloo ranks for the checkpoint tests: each rank a process forked from one that has torch
+loaded already."""
 
 from __future__ import annotations
 
@@ -15,17 +16,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from launcher.data.section import Source
 from launcher.job.schema import Checkpoint, Model, Training
-from launcher.planning.plan import BatchPlan, Length, Mesh, Plan
+from launcher.planner.plan import BatchPlan, Length, Mesh, Plan
 from launcher.runs.checkpoints import Progress
 from launcher.runs.layout import RunDirectory
-from launcher.sources.section import Source
 from launcher.tasks.causal_lm import CausalColumns
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from tests.ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.checkpoint_world", "transformers.models.llama.modeling_llama"])
+_CONTEXT.set_forkserver_preload(
+    ["tests.distributed.checkpoint_world", "transformers.models.llama.modeling_llama"]
+)
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed.weight": (13, 6),
@@ -50,7 +53,9 @@ def make_plan(world_size: int, **checkpoint: Any) -> Plan:
         trackers=(),
         grace_seconds=30.0,
         length=Length(value=10, unit="steps"),
-        batch=BatchPlan(global_batch_size=8, micro_batch_size=1, accumulation_steps=1, data_parallel_size=world_size),
+        batch=BatchPlan(
+            global_batch_size=8, micro_batch_size=1, accumulation_steps=1, data_parallel_size=world_size
+        ),
         mesh=Mesh(
             nodes=1,
             ranks_per_node=world_size,
@@ -69,7 +74,9 @@ def make_plan(world_size: int, **checkpoint: Any) -> Plan:
 
 
 def progress(step: int) -> Progress:
-    return Progress(step=step, samples=step * 8, tokens=step * 100, extra={"loss_scale": 1024.0, "patience": [step, None]})
+    return Progress(
+        step=step, samples=step * 8, tokens=step * 100, extra={"loss_scale": 1024.0, "patience": [step, None]}
+    )
 
 
 def full_tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -88,7 +95,8 @@ def full_tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 def shard_tensors(tensors: dict[str, torch.Tensor], world_size: int) -> dict[str, torch.Tensor]:
-    """Cut along the first dimension as FSDP2 does; scalars and counts stay plain, one tensor is a replicated DTensor."""
+    """Cut along the first dimension as FSDP2 does; scalars and counts stay plain, one tensor is a replicated
+    DTensor."""
     if world_size == 1:
         return {name: tensor.clone() for name, tensor in tensors.items()}
     mesh = init_device_mesh("cpu", (world_size,))
@@ -116,7 +124,8 @@ def assert_holds(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 
 def sharded_llama(world_size: int, seed: int) -> dict[str, torch.Tensor]:
-    """A tiny Llama under fully_shard after one AdamW step: parameters and optimizer state under their names in a checkpoint."""
+    """A tiny Llama under fully_shard after one AdamW step: parameters and optimizer state under their names
+    in a checkpoint."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -149,8 +158,16 @@ def checkpointer(run: Path, rank: int, world_size: int, **checkpoint: Any) -> Ch
     return Checkpointer(RunDirectory(run), make_plan(world_size, **checkpoint), rank, world_size)
 
 
-def _rank_main(work: Callable[..., Any], rank: int, world_size: int, port: int, arguments: tuple[Any, ...], queue: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+def _rank_main(
+    work: Callable[..., Any], rank: int, world_size: int, port: int, arguments: tuple[Any, ...], queue: Any
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
@@ -168,9 +185,13 @@ def _rank_main(work: Callable[..., Any], rank: int, world_size: int, port: int, 
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, killed: bool = False) -> list[Any]:
-    """`work(rank, world_size, *arguments)` on each rank; what they returned. With `killed` they end themselves and return nothing."""
+    """`work(rank, world_size, *arguments)` on each rank; what they returned. With `killed` they end
+    themselves and return nothing."""
     queue, port = _CONTEXT.Queue(), free_port()
-    ranks = [_CONTEXT.Process(target=_rank_main, args=(work, rank, world_size, port, arguments, queue)) for rank in range(world_size)]
+    ranks = [
+        _CONTEXT.Process(target=_rank_main, args=(work, rank, world_size, port, arguments, queue))
+        for rank in range(world_size)
+    ]
     for process in ranks:
         process.start()
     results: dict[int, Any] = {}

@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from launcher.data.section import Data, Source
 from launcher.job.schema import Checkpoint, Model, Training
-from launcher.planning.plan import BatchPlan, Length, Mesh, Plan
-from launcher.sources.section import Data, Source
+from launcher.planner.plan import BatchPlan, Length, Mesh, Plan
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 LINES = [
@@ -21,12 +21,14 @@ LINES = [
     "question answer user assistant system",
 ]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + "
+    "'<|im_end|>' }}{% endif %}"
     "{{ '\n' }}{% endfor %}"
 )
 
@@ -39,16 +41,24 @@ def byte_tokenizer(template: str | None = CHATML, bos: bool = False) -> Any:
     backend.train_from_iterator(
         LINES,
         trainers.BpeTrainer(
-            special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=400, show_progress=False
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            vocab_size=400,
+            show_progress=False,
         ),
     )
     if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
     from tokenizers import decoders
 
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<s>" if bos else None, chat_template=template
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        bos_token="<s>" if bos else None,
+        chat_template=template,
     )
 
 
@@ -56,8 +66,13 @@ def word_tokenizer(padding_side: str = "right") -> Any:
     """One token a word, [CLS] and [SEP] and the types of BERT."""
     backend = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.train_from_iterator(LINES, trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False))
-    backend.post_processor = processors.BertProcessing(("[SEP]", backend.token_to_id("[SEP]")), ("[CLS]", backend.token_to_id("[CLS]")))
+    backend.train_from_iterator(
+        LINES,
+        trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False),
+    )
+    backend.post_processor = processors.BertProcessing(
+        ("[SEP]", backend.token_to_id("[SEP]")), ("[CLS]", backend.token_to_id("[CLS]"))
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="[PAD]",
@@ -69,7 +84,9 @@ def word_tokenizer(padding_side: str = "right") -> Any:
     )
 
 
-def plan_of(data: Data, task: str = "causal-lm", batch: BatchPlan | None = None, num_workers: int = 1) -> Plan:
+def plan_of(
+    data: Data, task: str = "causal-lm", batch: BatchPlan | None = None, num_workers: int = 1
+) -> Plan:
     """A plan on the CPU around `data`."""
     batch = batch or batch_of(1, 1, 1)
     mesh = Mesh(
@@ -105,12 +122,18 @@ def plan_of(data: Data, task: str = "causal-lm", batch: BatchPlan | None = None,
 
 def batch_of(micro: int, accumulation: int, ranks: int) -> BatchPlan:
     return BatchPlan(
-        global_batch_size=micro * accumulation * ranks, micro_batch_size=micro, accumulation_steps=accumulation, data_parallel_size=ranks
+        global_batch_size=micro * accumulation * ranks,
+        micro_batch_size=micro,
+        accumulation_steps=accumulation,
+        data_parallel_size=ranks,
     )
 
 
 def jsonl(path: Path, rows: list[Any]) -> Source:
     """Write rows, one JSON object a line; text and bytes are written as they are."""
-    lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+        for row in rows
+    ]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return Source(path=str(path))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.layout import RunDirectory
-from launcher.training import attention, libraries
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines import build
+from launcher.training.model import attention, libraries
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.test_engine import Causal
 
@@ -29,7 +29,8 @@ def input_ids(step: int, rank: int) -> torch.Tensor:
 def deepspeed_writes(
     model_path: Path, out: Path, stage: int, frozen: str = "", **config: Any
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Three steps, `engine.save_checkpoint`, and what DeepSpeed's own functions give; the losses of two more steps, over all ranks.
+    """Three steps, `engine.save_checkpoint`, and what DeepSpeed's own functions give; the losses of two more
+    steps, over all ranks.
 
     Parameters whose name contains `frozen` do not train.
     """
@@ -44,12 +45,22 @@ def deepspeed_writes(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (frozen and frozen in name))
     zero = {"stage": stage, "reduce_bucket_size": 5000, **config.pop("zero", {})}
-    common = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True}
+    common = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2]}, {"params": [p for p in trained if p.dim() < 2]}]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2]},
+        {"params": [p for p in trained if p.dim() < 2]},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config={**common, "zero_optimization": zero, **config}, dist_init_required=False
+        model=model,
+        optimizer=optimizer,
+        config={**common, "zero_optimization": zero, **config},
+        dist_init_required=False,
     )
     losses = []
     for step in range(5):
@@ -71,7 +82,8 @@ def _deepspeed_says(engine: Any, stage: int) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if stage < 3 and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
-        # DeepSpeed links the moments after the first group's step, when those of the second are not there yet.
+        # DeepSpeed links the moments after the first group's step, when those of the second are not there
+        # yet.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     said: dict[str, torch.Tensor] = {}
@@ -89,7 +101,8 @@ def _deepspeed_says(engine: Any, stage: int) -> dict[str, torch.Tensor]:
 def accelerate_writes(
     model_path: Path, out: Path, kind: str = "SHARDED_STATE_DICT", version: int = 2
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Three steps under FSDP, `save_state`, and what the parameters and the optimizer's state are; two more losses."""
+    """Three steps under FSDP, `save_state`, and what the parameters and the optimizer's state are; two more
+    losses."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
     import accelerate.state
 
@@ -107,7 +120,9 @@ def accelerate_writes(
     accelerator = Accelerator(fsdp_plugin=plugin)
     rank = accelerator.process_index
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer: Any = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for step in range(5):
@@ -135,7 +150,9 @@ def _whole_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def goes_on(run: RunDirectory, plan: Plan) -> list[float]:
     """The losses of the same two steps here, over all ranks, after loading what was imported."""
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     engine = build(plan, Causal, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]
     rank = torch.distributed.get_rank()
     progress = Checkpointer(run, plan, rank, plan.mesh.world_size).load(engine.state_dict())

@@ -1,8 +1,10 @@
-"""What each rank runs in tests of hangs: the trainer itself, in which fault.json has one rank hang at a place that it says it is at.
+"""What each rank runs in tests of hangs: the trainer itself, in which fault.json has one rank hang at a place
+that it says it is at.
 
     {"place": "forward", "kind": "stop" or "sleep", "rank": 1, "step": 7}
 
-Without a rank the first that comes to the place does. `struck.json` then says which it was. The place `saving` is inside a save.
+Without a rank the first that comes to the place does. `struck.json` then says which it was. The place
+`saving` is inside a save.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def _hang_at_places() -> None:
     for name in ("at", "turn", "moved"):
         original = getattr(Whereabouts, name)
 
-        def said(self: Whereabouts, *arguments: Any, _original: Any = original, _name: str = name, **named: Any) -> None:
+        def said(
+            self: Whereabouts, *arguments: Any, _original: Any = original, _name: str = name, **named: Any
+        ) -> None:
             _original(self, *arguments, **named)
             place = PLACES[self._numbers[0]]
             # Of the preparation it is the rows that hang, which one rank alone reads.

@@ -1,7 +1,7 @@
 """A trainer for tests: it does no mathematics, but meets signals, faults and its end as the real one does.
 
-Its fault is named in RUN/fault.json: {kind, rank, step}. Every step is a tiny all-reduce where `gloo` is set. The rank
-named by `late` comes once there is a file RUN/go.
+Its fault is named in RUN/fault.json: {kind, rank, step}. Every step is a tiny all-reduce where `gloo` is set.
+The rank named by `late` comes once there is a file RUN/go.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 
 from launcher.errors import DataError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.events import append, event, steps
 from launcher.runs.layout import RunDirectory
 from launcher.training.entry import main
@@ -38,7 +38,9 @@ def train(run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, stop_a
         stopping = agree(stop.requested) if agree else stop.requested
         if rank == 0:
             with contextlib.suppress(OSError if fault.get("kind") == "carefree" else ()):
-                append(run.metrics_file, {"kind": "train", "step": step, "loss": 1 / step, "pid": os.getpid()})
+                append(
+                    run.metrics_file, {"kind": "train", "step": step, "loss": 1 / step, "pid": os.getpid()}
+                )
         if fault.get("kind") == "deaf":
             continue
         if stopping or step == stop_at:

@@ -1,4 +1,4 @@
-"""A launcher process for tests: scheduling.local over the imitation of a trainer."""
+"""A launcher process for tests: launch.local over the imitation of a trainer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from launcher.cli.display import Display
-from launcher.planning.plan import Plan
+from launcher.launch import local, supervisor
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import local, supervisor
 
 
 def main() -> int:

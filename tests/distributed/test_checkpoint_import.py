@@ -1,4 +1,5 @@
-"""Checkpoints that real DeepSpeed and real Accelerate wrote become ours, tensor by tensor, and training goes on from them."""
+"""Checkpoints that real DeepSpeed and real Accelerate wrote become ours, tensor by tensor, and training goes
+on from them."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ import torch
 import yaml
 
 from launcher.errors import CheckpointError, ConfigurationError, StorageError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.checkpoints import list_checkpoints, verify
 from launcher.runs.layout import RunDirectory
-from launcher.training.checkpoint import foreign_import
+from launcher.training.checkpoint.foreign import import_run
 from tests.distributed.foreign_world import LEARNING_RATE, accelerate_writes, deepspeed_writes, goes_on
 from tests.training.plans import deepspeed
 from tests.training.ranks import on_ranks
@@ -33,15 +34,26 @@ Writer = Callable[..., Any]
 FP16 = {"enabled": True, "initial_scale_power": 4}
 WRITERS: dict[str, tuple[int, Writer]] = {
     "zero1": (2, functools.partial(deepspeed_writes, stage=1)),
-    "zero1 bf16": (2, functools.partial(deepspeed_writes, stage=1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})),
+    "zero1 bf16": (
+        2,
+        functools.partial(
+            deepspeed_writes, stage=1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}
+        ),
+    ),
     "zero2 fp16": (2, functools.partial(deepspeed_writes, stage=2, fp16=FP16)),
     "zero2 frozen": (2, functools.partial(deepspeed_writes, stage=2, frozen="layers.0")),
     "zero3": (2, functools.partial(deepspeed_writes, stage=3, zero={"sub_group_size": 5000})),
-    "zero3 bf16 frozen": (3, functools.partial(deepspeed_writes, stage=3, frozen="layers.0", bf16={"enabled": True})),
+    "zero3 bf16 frozen": (
+        3,
+        functools.partial(deepspeed_writes, stage=3, frozen="layers.0", bf16={"enabled": True}),
+    ),
     "sharded": (2, accelerate_writes),
     "full": (2, functools.partial(accelerate_writes, kind="FULL_STATE_DICT")),
 }
-WRITERS["zero2 round robin"] = (2, functools.partial(deepspeed_writes, stage=2, zero={"round_robin_gradients": True}))
+WRITERS["zero2 round robin"] = (
+    2,
+    functools.partial(deepspeed_writes, stage=2, zero={"round_robin_gradients": True}),
+)
 FROZEN = {"model__freeze": ("*layers.0.*",)}
 
 
@@ -57,7 +69,9 @@ def model(directory: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def written(directory: Path, model: Path) -> Callable[[str], tuple[Path, dict[str, torch.Tensor], list[float]]]:
+def written(
+    directory: Path, model: Path
+) -> Callable[[str], tuple[Path, dict[str, torch.Tensor], list[float]]]:
     """A checkpoint by its name in WRITERS, written once; its tensors, and the losses of the steps after it."""
 
     @functools.cache
@@ -75,18 +89,23 @@ def written(directory: Path, model: Path) -> Callable[[str], tuple[Path, dict[st
 def plan(model: Path, world_size: int = 2, **changes: Any) -> Plan:
     data = {"train": {"path": "train.jsonl"}, "text": "text"}
     training = {"learning_rate": LEARNING_RATE} | changes.pop("training", {})
-    return plan_for(model, data, world_size, training=training, batch=batch_of(world_size, 4 // world_size), **changes)
+    return plan_for(
+        model, data, world_size, training=training, batch=batch_of(world_size, 4 // world_size), **changes
+    )
 
 
-def imported(path: Path, source: Path, chosen: Plan, samples: int | None = None) -> tuple[RunDirectory, foreign_import.Prepared]:
+def imported(
+    path: Path, source: Path, chosen: Plan, samples: int | None = None
+) -> tuple[RunDirectory, import_run.Prepared]:
     run = new_run(path / "run", chosen)
-    prepared = foreign_import.prepare(source, chosen, samples)
+    prepared = import_run.prepare(source, chosen, samples)
     with run.lock():
-        foreign_import.write(run, chosen, prepared)
+        import_run.write(run, chosen, prepared)
     return run, prepared
 
 
-# DeepSpeed's own functions give another parameter's values where gradients go round robin: there the next steps are the test.
+# DeepSpeed's own functions give another parameter's values where gradients go round robin: there the next
+# steps are the test.
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "zero2 round robin"])
 def test_every_tensor_is_what_its_writer_said(name: str, model: Path, written: Any, tmp_path: Path) -> None:
     """Parameters are the fp32 masters, not the 16-bit copies; and the checkpoint is whole by every byte."""
@@ -100,17 +119,24 @@ def test_every_tensor_is_what_its_writer_said(name: str, model: Path, written: A
     for key, value in said.items():
         assert ours[key].dtype == torch.float32 and torch.equal(ours[key], value.view_as(ours[key])), key
     if "16" in name:
-        assert not torch.equal(ours["model.model.norm.weight"], ours["model.model.norm.weight"].bfloat16().float())
+        assert not torch.equal(
+            ours["model.model.norm.weight"], ours["model.model.norm.weight"].bfloat16().float()
+        )
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2 fp16", "zero2 round robin", "zero3", "sharded"])
-def test_the_next_steps_are_those_that_its_writer_took(name: str, model: Path, written: Any, tmp_path: Path) -> None:
-    """Two steps: the loss of the first shows the parameters, that of the second the moments and the optimizer's step."""
+def test_the_next_steps_are_those_that_its_writer_took(
+    name: str, model: Path, written: Any, tmp_path: Path
+) -> None:
+    """Two steps: the loss of the first shows the parameters, that of the second the moments and the
+    optimizer's step."""
     source, _, losses = written(name)
     chosen = plan(model)
     run, _ = imported(tmp_path, source, chosen)
     ours, _ = on_ranks(2, goes_on, run, chosen)
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-3 if "16" in name else 1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(ours), torch.tensor(losses), rtol=2e-3 if "16" in name else 1e-5, atol=0
+    )
 
 
 def test_deepspeed_goes_on_with_what_accelerate_wrote(model: Path, written: Any, tmp_path: Path) -> None:
@@ -135,7 +161,13 @@ def job_file(directory: Path, model: Path) -> Path:
         "model": {"name": str(model), "task": "causal-lm"},
         "data": causal_data(directory / "data"),
         "batch": {"global_batch_size": 4},
-        "training": {"max_steps": 5, "learning_rate": LEARNING_RATE, "schedule": "constant", "warmup": 0, "weight_decay": 0.0},
+        "training": {
+            "max_steps": 5,
+            "learning_rate": LEARNING_RATE,
+            "schedule": "constant",
+            "warmup": 0,
+            "weight_decay": 0.0,
+        },
         "precision": "fp32",
         "cluster": {"gpus_per_node": 0},
     }
@@ -151,7 +183,11 @@ def test_from_a_job_to_a_run_that_goes_on(model: Path, written: Any, tmp_path: P
     begin = ("checkpoint", "import", str(source), "--job", str(job), "--run-dir", str(run), "--nproc", "1")
     done = launcher(*begin)
     assert done.returncode == 0, done.stderr
-    assert "88 tensors" in done.stdout and "step 3" in done.stdout and "assumed: 3 steps x 4 = 12 samples" in done.stdout
+    assert (
+        "88 tensors" in done.stdout
+        and "step 3" in done.stdout
+        and "assumed: 3 steps x 4 = 12 samples" in done.stdout
+    )
     went_on = launcher("run", str(job), "--run-dir", str(run), "--nproc", "1")
     assert went_on.returncode == 0, went_on.stdout + went_on.stderr
     opened = RunDirectory(run)
@@ -160,13 +196,17 @@ def test_from_a_job_to_a_run_that_goes_on(model: Path, written: Any, tmp_path: P
     assert [record["step"] for record in named(opened, "evaluated")] == [3, 5]
     for arguments in (begin, ("checkpoint", "import", str(source), str(run))):
         refused = launcher(*arguments)
-        assert refused.returncode == 2 and "run" in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+        assert refused.returncode == 2 and "run" in refused.stderr and refused.stderr.count("\n") == 1, (
+            refused.stderr
+        )
 
 
 def test_a_refused_import_begins_no_run(model: Path, written: Any, tmp_path: Path) -> None:
     """Else `launcher run` would train from the start, in silence."""
     job, run = job_file(tmp_path / "job", model), tmp_path / "run"
-    done = launcher("checkpoint", "import", str(tmp_path), "--job", str(job), "--run-dir", str(run), "--nproc", "1")
+    done = launcher(
+        "checkpoint", "import", str(tmp_path), "--job", str(job), "--run-dir", str(run), "--nproc", "1"
+    )
     assert done.returncode == 6 and "holds no checkpoint of DeepSpeed or of Accelerate" in done.stderr
     assert not run.exists()
 
@@ -185,16 +225,22 @@ def test_samples_say_where_the_run_goes_on(model: Path, written: Any, tmp_path: 
     assert "goes on at step 2" in prepared.notes[0]
     assert state(run)["optimizer.step"] == 3
     with pytest.raises(ConfigurationError, match="no whole number of steps of 4 samples; 8 or 12 is"):
-        foreign_import.prepare(source, chosen, samples=9)
+        import_run.prepare(source, chosen, samples=9)
 
 
 def test_other_settings_are_named(model: Path, written: Any) -> None:
     source, *_ = written("full")
-    notes = foreign_import.prepare(source, plan(model, training={"epsilon": 1e-6, "betas": (0.8, 0.9), "weight_decay": 0.1})).notes
+    notes = import_run.prepare(
+        source, plan(model, training={"epsilon": 1e-6, "betas": (0.8, 0.9), "weight_decay": 0.1})
+    ).notes
     text = "\n".join(notes)
-    for part in ("eps was 1e-08 and is 1e-06", "betas was (0.9, 0.999) and is (0.8, 0.9)", "weight_decay was 0 and is 0.1"):
+    for part in (
+        "eps was 1e-08 and is 1e-06",
+        "betas was (0.9, 0.999) and is (0.8, 0.9)",
+        "weight_decay was 0 and is 0.1",
+    ):
         assert part in text, text
-    assert len(foreign_import.prepare(source, plan(model, training={"weight_decay": 0.0})).notes) == 1
+    assert len(import_run.prepare(source, plan(model, training={"weight_decay": 0.0})).notes) == 1
 
 
 @pytest.fixture
@@ -210,7 +256,7 @@ def copied(written: Any, tmp_path: Path) -> Callable[[str], Path]:
 def refused(source: Path, chosen: Plan, match: str, error: type[Exception] = CheckpointError) -> None:
     """In one line, by `prepare`: before anything is written."""
     with pytest.raises(error, match=match) as caught:
-        foreign_import.prepare(source, chosen)
+        import_run.prepare(source, chosen)
     assert "\n" not in str(caught.value)
 
 
@@ -242,7 +288,11 @@ def test_nothing_in_accelerates_files_is_executed(copied: Any, model: Path, tmp_
 
 
 BREAKS: dict[str, tuple[str, str, str]] = {
-    "optimizer file cut off": ("zero1", "cut global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt", "is cut off or garbled"),
+    "optimizer file cut off": (
+        "zero1",
+        "cut global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "is cut off or garbled",
+    ),
     "model file cut off": ("zero1", "cut global_step3/mp_rank_00_model_states.pt", "is cut off or garbled"),
     "first rank missing": (
         "zero1",
@@ -254,15 +304,31 @@ BREAKS: dict[str, tuple[str, str, str]] = {
         "remove global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt",
         "written on 2 ranks, and the files of 1",
     ),
-    "model missing": ("zero1", "remove global_step3/mp_rank_00_model_states.pt", "model_states.pt of rank 0 is missing"),
-    "stage 3 model missing": ("zero3", "remove global_step3/zero_pp_rank_1_mp_rank_00_model_states.pt", "holds 1 .*model_states.pt"),
+    "model missing": (
+        "zero1",
+        "remove global_step3/mp_rank_00_model_states.pt",
+        "model_states.pt of rank 0 is missing",
+    ),
+    "stage 3 model missing": (
+        "zero3",
+        "remove global_step3/zero_pp_rank_1_mp_rank_00_model_states.pt",
+        "holds 1 .*model_states.pt",
+    ),
     "tag missing": ("zero1", "write latest global_step9", "names global_step9, which is missing"),
     "tag outside": ("zero1", "write latest ../elsewhere", "no directory beside it"),
-    "not torch": ("zero1", "write global_step3/mp_rank_00_model_states.pt hello", "cut off or garbled|refused"),
+    "not torch": (
+        "zero1",
+        "write global_step3/mp_rank_00_model_states.pt hello",
+        "cut off or garbled|refused",
+    ),
     "shard cut off": ("sharded", "cut pytorch_model_fsdp_0/__1_0.distcp", "__1_0.distcp is cut off"),
     "shard missing": ("sharded", "remove optimizer_0/__0_0.distcp", "__0_0.distcp is missing"),
     "metadata missing": ("sharded", "remove optimizer_0/.metadata", "metadata"),
-    "no optimizer": ("sharded", "remove optimizer_0", "holds no state of an optimizer; to begin with its weights alone"),
+    "no optimizer": (
+        "sharded",
+        "remove optimizer_0",
+        "holds no state of an optimizer; to begin with its weights alone",
+    ),
     "no optimizer file": ("full", "remove optimizer.bin", "holds no state of an optimizer"),
 }
 
@@ -294,31 +360,52 @@ def test_files_of_two_saves_are_refused(copied: Any, model: Path, written: Any) 
 @pytest.mark.parametrize("name", ["zero1", "sharded"])
 def test_another_model_is_refused(name: str, written: Any, tmp_path: Path) -> None:
     source = written(name)[0]
-    refused(source, plan(model_directory(tmp_path / "deep", num_hidden_layers=4)), "lacks model.layers.3.* and 5 more")
-    refused(source, plan(model_directory(tmp_path / "shallow", num_hidden_layers=2)), "has model.layers.2.*which the model does not")
+    refused(
+        source,
+        plan(model_directory(tmp_path / "deep", num_hidden_layers=4)),
+        "lacks model.layers.3.* and 5 more",
+    )
+    refused(
+        source,
+        plan(model_directory(tmp_path / "shallow", num_hidden_layers=2)),
+        "has model.layers.2.*which the model does not",
+    )
     refused(
         source,
         plan(model_directory(tmp_path / "wide", intermediate_size=96)),
         r"9 tensors have another shape.*\(80, 48\) there and \(96, 48\)",
     )
-    refused(source, plan(model_directory(tmp_path / "gpt2", "gpt2")), "is not of GPT2LMHeadModel.*lacks transformer")
+    refused(
+        source,
+        plan(model_directory(tmp_path / "gpt2", "gpt2")),
+        "is not of GPT2LMHeadModel.*lacks transformer",
+    )
 
 
 def test_another_optimizer_is_refused(written: Any, model: Path) -> None:
     source = written("sharded")[0]
     refused(
-        source, plan(model, training={"optimizer": "sgd"}), "kept exp_avg, exp_avg_sq, and training.optimizer=sgd needs momentum_buffer"
+        source,
+        plan(model, training={"optimizer": "sgd"}),
+        "kept exp_avg, exp_avg_sq, and training.optimizer=sgd needs momentum_buffer",
     )
 
 
 def test_what_was_frozen_there_is_frozen_here(written: Any, model: Path) -> None:
-    refused(written("zero3 bf16 frozen")[0], plan(model), "has no exp_avg of model.layers.0.* name them in model.freeze")
+    refused(
+        written("zero3 bf16 frozen")[0],
+        plan(model),
+        "has no exp_avg of model.layers.0.* name them in model.freeze",
+    )
 
 
 def test_tied_names_with_two_values_are_refused(copied: Any, model: Path) -> None:
     source = copied("full")
     content = torch.load(source / "pytorch_model_fsdp.bin", weights_only=True)
-    torch.save(content | {"lm_head.weight": content["model.embed_tokens.weight"] + 1}, source / "pytorch_model_fsdp.bin")
+    torch.save(
+        content | {"lm_head.weight": content["model.embed_tokens.weight"] + 1},
+        source / "pytorch_model_fsdp.bin",
+    )
     refused(source, plan(model), "are one parameter in the model, and two with different values")
 
 
@@ -330,17 +417,19 @@ def test_names_of_wrappers_are_left_out(copied: Any, model: Path) -> None:
         for key, value in content.items()
     }
     torch.save(renamed, source / "pytorch_model_fsdp.bin")
-    assert len(foreign_import.prepare(source, plan(model)).tensors) == 88
+    assert len(import_run.prepare(source, plan(model)).tensors) == 88
 
 
-def test_a_full_disk_leaves_nothing_behind(written: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_behind(
+    written: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = plan(model)
-    run, prepared = new_run(tmp_path / "run", chosen), foreign_import.prepare(written("sharded")[0], chosen)
+    run, prepared = new_run(tmp_path / "run", chosen), import_run.prepare(written("sharded")[0], chosen)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(foreign_import, "write_hashed", full)
+    monkeypatch.setattr(import_run, "write_hashed", full)
     with pytest.raises(StorageError, match="No space left"):
-        foreign_import.write(run, chosen, prepared)
+        import_run.write(run, chosen, prepared)
     assert list(run.checkpoints.iterdir()) == []

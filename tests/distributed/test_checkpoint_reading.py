@@ -26,7 +26,14 @@ from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.inspect import describe_tensors, differences
 from launcher.training.checkpoint.reader import CheckpointReader, read_metadata
 from launcher.training.checkpoint.storage import archive_around
-from tests.distributed.checkpoint_world import checkpointer, full_tensors, make_plan, progress, run_ranks, shard_tensors
+from tests.distributed.checkpoint_world import (
+    checkpointer,
+    full_tensors,
+    make_plan,
+    progress,
+    run_ranks,
+    shard_tensors,
+)
 from tests.unit.test_checkpoints import check_damage
 
 
@@ -74,7 +81,11 @@ def test_a_metadata_pickle_that_names_anything_else_is_refused_unread(
 def test_metadata_that_is_no_description_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         read_metadata(tmp_path)
-    for content, reason in [(pickle.dumps({"a": 1}), "does not describe"), (b"\x80\x04", "garbled"), (b"", "garbled")]:
+    for content, reason in [
+        (pickle.dumps({"a": 1}), "does not describe"),
+        (b"\x80\x04", "garbled"),
+        (b"", "garbled"),
+    ]:
         (tmp_path / ".metadata").write_bytes(content)
         with pytest.raises(CheckpointError, match=reason):
             read_metadata(tmp_path)
@@ -141,12 +152,19 @@ def make_model_run(run: Path, tied: bool, dtype: str = "bfloat16") -> LlamaForCa
 
 def as_checkpoint(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
-    return tensors | {f"optimizer.{name}.exp_avg": torch.rand_like(parameter) for name, parameter in model.named_parameters()}
+    return tensors | {
+        f"optimizer.{name}.exp_avg": torch.rand_like(parameter)
+        for name, parameter in model.named_parameters()
+    }
 
 
 def save_cut(rank: int, world_size: int, run: Path, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     saver = checkpointer(run, rank, world_size)
-    saver.save(shard_tensors({name: torch.from_numpy(array) for name, array in tensors.items()}, world_size), progress(1), wait=True)
+    saver.save(
+        shard_tensors({name: torch.from_numpy(array) for name, array in tensors.items()}, world_size),
+        progress(1),
+        wait=True,
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -169,7 +187,9 @@ def test_an_exported_model_is_bit_equal(tmp_path: Path, tied: bool, max_shard_by
 
 def test_a_sharded_checkpoint_exports_the_same_bytes_as_a_whole_one(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    tensors = {name: tensor.detach().clone() for name, tensor in as_checkpoint(make_model_run(whole, True)).items()}
+    tensors = {
+        name: tensor.detach().clone() for name, tensor in as_checkpoint(make_model_run(whole, True)).items()
+    }
     save(whole, tensors)
     run_ranks(3, save_cut, cut, {name: tensor.numpy() for name, tensor in tensors.items()})
     shutil.copytree(whole / "model", cut / "model")
@@ -230,13 +250,30 @@ def test_what_an_export_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_differences_are_measured(tmp_path: Path) -> None:
     nan, inf = float("nan"), float("inf")
-    first = save(tmp_path, {"a": torch.tensor([1.0, nan, 2.0]), "b": torch.zeros(2), "c": torch.zeros(2), "d": torch.tensor([nan])})
+    first = save(
+        tmp_path,
+        {
+            "a": torch.tensor([1.0, nan, 2.0]),
+            "b": torch.zeros(2),
+            "c": torch.zeros(2),
+            "d": torch.tensor([nan]),
+        },
+    )
     second = save(
         tmp_path,
-        {"a": torch.tensor([1.0, nan, 2.5]), "c": torch.zeros(3), "d": torch.tensor([1.0]), "e": torch.zeros(1), "b": torch.zeros(2)},
+        {
+            "a": torch.tensor([1.0, nan, 2.5]),
+            "c": torch.zeros(3),
+            "d": torch.tensor([1.0]),
+            "e": torch.zeros(1),
+            "b": torch.zeros(2),
+        },
         2,
     )
-    found = {entry.name: (entry.status, entry.max_absolute, entry.max_relative) for entry in differences(first, second)}
+    found = {
+        entry.name: (entry.status, entry.max_absolute, entry.max_relative)
+        for entry in differences(first, second)
+    }
     assert found == {
         "a": ("different", 0.5, 0.2),
         "b": ("equal", 0.0, 0.0),
@@ -246,13 +283,13 @@ def test_differences_are_measured(tmp_path: Path) -> None:
     }
     assert {entry.status for entry in differences(second, first) if entry.name == "e"} == {"only first"}
     first_tensor = describe_tensors(first)[0]
-    assert (first_tensor.name, first_tensor.shape, first_tensor.dtype, first_tensor.num_bytes, first_tensor.num_pieces) == (
-        "a",
-        (3,),
-        "float32",
-        12,
-        1,
-    )
+    assert (
+        first_tensor.name,
+        first_tensor.shape,
+        first_tensor.dtype,
+        first_tensor.num_bytes,
+        first_tensor.num_pieces,
+    ) == ("a", (3,), "float32", 12, 1)
 
 
 def call(*arguments: object, code: int = 0) -> str:
@@ -270,13 +307,19 @@ def test_the_commands_show_the_same_as_json(tmp_path: Path) -> None:
     assert [entry["step"] for entry in listed] == [1, 2, 3] and listed[0]["metrics"] == {"loss": 1.0}
     assert "loss 0.5" in call("list", tmp_path)
     inspected = json.loads(call("inspect", tmp_path, "--checkpoint", 2, "--json"))
-    assert inspected["step"] == 2 and {t["name"]: t["shape"] for t in inspected["tensors"]}["model.cube"] == [4, 3, 2]
+    assert inspected["step"] == 2 and {t["name"]: t["shape"] for t in inspected["tensors"]}["model.cube"] == [
+        4,
+        3,
+        2,
+    ]
     assert "4 x 3 x 2" in call("inspect", tmp_path)
     compared = json.loads(call("diff", tmp_path, 1, 2, "--json"))["tensors"]
     assert {entry["status"] for entry in compared} == {"different"}
     assert call("diff", tmp_path, 1, 2).startswith("0 of ")
     assert "tensors are equal to the bit" in call("diff", tmp_path, 1, 1)
-    assert {p["problems"] == [] for p in json.loads(call("verify", tmp_path, "--json"))["checkpoints"]} == {True}
+    assert {p["problems"] == [] for p in json.loads(call("verify", tmp_path, "--json"))["checkpoints"]} == {
+        True
+    }
     os.truncate(RunDirectory(tmp_path).checkpoint(3) / ".metadata", 3)
     assert "has 3 bytes" in call("verify", tmp_path, code=6)
     assert "whole" in call("verify", tmp_path, "--checkpoint", 2)
@@ -291,9 +334,17 @@ def test_pruning_by_command(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, {"model.a": torch.zeros(1)}, step)
     (tmp_path / "checkpoints" / ".attempt-00000004-x").mkdir()
-    assert json.loads(call("prune", tmp_path, "--json")) == {"removed": [], "leftovers": [".attempt-00000004-x"], "dry_run": False}
-    assert "would remove: step-00000001, step-00000002" in call("prune", tmp_path, "--keep-last", 1, "--dry-run")
-    assert json.loads(call("prune", tmp_path, "--keep-last", 1, "--keep-best", 1, "--metric", "accuracy", "--json"))["removed"] == [1, 2]
+    assert json.loads(call("prune", tmp_path, "--json")) == {
+        "removed": [],
+        "leftovers": [".attempt-00000004-x"],
+        "dry_run": False,
+    }
+    assert "would remove: step-00000001, step-00000002" in call(
+        "prune", tmp_path, "--keep-last", 1, "--dry-run"
+    )
+    assert json.loads(
+        call("prune", tmp_path, "--keep-last", 1, "--keep-best", 1, "--metric", "accuracy", "--json")
+    )["removed"] == [1, 2]
     assert "removed: nothing" in call("prune", tmp_path, "--keep-last", 1)
 
 

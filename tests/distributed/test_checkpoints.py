@@ -38,16 +38,22 @@ def named(run: Path, event: str) -> list[dict[str, object]]:
     return [record for record in events.read(run / "events.jsonl") if record["event"] == event]
 
 
-def save_on(rank: int, world_size: int, run: Path, steps: list[int], wait: bool = True, **settings: object) -> None:
+def save_on(
+    rank: int, world_size: int, run: Path, steps: list[int], wait: bool = True, **settings: object
+) -> None:
     saver = checkpointer(run, rank, world_size, **settings)
     for step in steps:
-        assert saver.save(shard_tensors(full_tensors(step), world_size), progress(step), {"loss": 1.0 / step}, wait=wait)
+        assert saver.save(
+            shard_tensors(full_tensors(step), world_size), progress(step), {"loss": 1.0 / step}, wait=wait
+        )
     assert saver.finish()
 
 
 def load_on(rank: int, world_size: int, runs: list[Path]) -> None:
     for run in runs:
-        tensors = shard_tensors({name: torch.zeros_like(tensor) for name, tensor in full_tensors(7).items()}, world_size)
+        tensors = shard_tensors(
+            {name: torch.zeros_like(tensor) for name, tensor in full_tensors(7).items()}, world_size
+        )
         assert checkpointer(run, rank, world_size).load(tensors) == progress(7)
         assert_holds(tensors, full_tensors(7))
 
@@ -75,7 +81,9 @@ def load_llama(rank: int, world_size: int, run: Path) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize(("savers", "loaders"), [(2, 3), (4, 2), (3, 1)])
-def test_a_model_and_its_optimizer_under_fsdp2_move_between_rank_counts(tmp_path: Path, savers: int, loaders: int) -> None:
+def test_a_model_and_its_optimizer_under_fsdp2_move_between_rank_counts(
+    tmp_path: Path, savers: int, loaders: int
+) -> None:
     saved = run_ranks(savers, save_llama, tmp_path)[0]
     for loaded in run_ranks(loaders, load_llama, tmp_path):
         assert loaded.keys() == saved.keys()
@@ -86,7 +94,9 @@ def save_while_changing(rank: int, world_size: int, run: Path) -> None:
     saver = checkpointer(run, rank, world_size, keep_last=9)
     tensors = shard_tensors(full_tensors(1), world_size)
     for step in (1, 2, 3):
-        for tensor, source in zip(tensors.values(), shard_tensors(full_tensors(step), world_size).values(), strict=True):
+        for tensor, source in zip(
+            tensors.values(), shard_tensors(full_tensors(step), world_size).values(), strict=True
+        ):
             tensor.copy_(source)
         saver.save(tensors, progress(step))
         for tensor in tensors.values():
@@ -109,7 +119,14 @@ def test_a_save_in_the_background_holds_what_the_tensors_were_when_it_was_asked_
 def test_pytorchs_own_tools_read_a_checkpoint(tmp_path: Path) -> None:
     run_ranks(3, save_on, tmp_path, [7])
     directory, out = RunDirectory(tmp_path).checkpoint(7), tmp_path / "out.pt"
-    command = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", str(directory), str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.checkpoint.format_utils",
+        "dcp_to_torch",
+        str(directory),
+        str(out),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     assert_holds(torch.load(out, weights_only=True), full_tensors(7))
 
@@ -139,9 +156,14 @@ def fail_on_last_rank(rank: int, world_size: int, run: Path, asynchronous: bool)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_save_that_fails_on_one_rank_fails_on_all_and_training_goes_on(tmp_path: Path, asynchronous: bool) -> None:
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_training_goes_on(
+    tmp_path: Path, asynchronous: bool
+) -> None:
     assert run_ranks(3, fail_on_last_rank, tmp_path, asynchronous) == [[True, False, True]] * 3
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000003",
+    ]
     (failed,) = named(tmp_path, "save_failed")
     assert failed["step"] == 2
     assert "rank 2" in str(failed["reason"])
@@ -185,8 +207,16 @@ def small_disk(tmp_path: Path) -> Path:
     """A file system of 4 MB. Needs the right to mount."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here; the file size limit above is the same failure at the same call")
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True
+        ).returncode
+    ):
+        pytest.skip(
+            "a small file system cannot be mounted here; the file size limit above is the same failure "
+            "at the same call"
+        )
     yield disk
     subprocess.run(["umount", disk], check=True)
 
@@ -198,7 +228,9 @@ def test_a_full_disk_during_a_save_leaves_the_older_checkpoint(small_disk: Path)
     check_full_disk(run, "No space left on device")
 
 
-def several_saves(rank: int, world_size: int, run: Path, steps: tuple[int, ...], settings: dict[str, Any]) -> list[bool]:
+def several_saves(
+    rank: int, world_size: int, run: Path, steps: tuple[int, ...], settings: dict[str, Any]
+) -> list[bool]:
     """Checkpoints of 1.2 MB each; what became of each save."""
     saver = checkpointer(run, rank, world_size, **settings)
     outcomes = []
@@ -212,19 +244,30 @@ def several_saves(rank: int, world_size: int, run: Path, steps: tuple[int, ...],
 @pytest.mark.parametrize(
     ("settings", "outcomes", "kept", "given_up"),
     [
-        ({"keep_last": 3}, [True] * 5, [3, 4, 5], [[1], [2]]),  # the disk holds three and not a fourth beside them
+        (
+            {"keep_last": 3},
+            [True] * 5,
+            [3, 4, 5],
+            [[1], [2]],
+        ),  # the disk holds three and not a fourth beside them
         ({"keep_last": 4}, [True] * 5, [3, 4, 5], [[1], [2]]),
         ({"keep_last": 3, "keep_best": 3}, [True, True, True, False, False], [1, 2, 3], []),
     ],
 )
 def test_the_oldest_is_given_up_where_there_is_room_for_so_many_and_no_more(
-    small_disk: Path, settings: dict[str, Any], outcomes: list[bool], kept: list[int], given_up: list[list[int]]
+    small_disk: Path,
+    settings: dict[str, Any],
+    outcomes: list[bool],
+    kept: list[int],
+    given_up: list[list[int]],
 ) -> None:
     run = small_disk / "run"
     run.mkdir()
     assert run_ranks(2, several_saves, run, (1, 2, 3, 4, 5), settings) == [outcomes] * 2
     assert [record["removed"] for record in named(run, "made_room")] == given_up
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step-{step:08d}" for step in kept]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        f"step-{step:08d}" for step in kept
+    ]
     assert not any(verify(RunDirectory(run).checkpoint(step)) for step in kept)
 
 
@@ -256,7 +299,9 @@ def killed_while_saving(rank: int, world_size: int, run: Path, moment: str) -> N
 
 
 @pytest.mark.parametrize("moment", ["write", "commit", "rename"])
-def test_a_save_killed_before_its_rename_is_never_chosen_and_cleared_away(tmp_path: Path, moment: str) -> None:
+def test_a_save_killed_before_its_rename_is_never_chosen_and_cleared_away(
+    tmp_path: Path, moment: str
+) -> None:
     run_ranks(2, killed_while_saving, tmp_path, moment, killed=True)
     run = RunDirectory(tmp_path)
     names = sorted(path.name for path in run.checkpoints.iterdir())
@@ -296,7 +341,11 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path) -> 
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     for refused, missing in run_ranks(2, load_past_damage, tmp_path):
-        assert "step 3" in refused and "__1_0.distcp is not what was written" in refused and "the newest good one is step 2" in refused
+        assert (
+            "step 3" in refused
+            and "__1_0.distcp is not what was written" in refused
+            and "the newest good one is step 2" in refused
+        )
         assert "there is no such checkpoint" in missing and "the newest good one is step 2" in missing
     rejections = named(tmp_path, "rejected")
     assert {record["checkpoint"] for record in rejections} == {"step-00000003"}
@@ -350,7 +399,10 @@ def test_retention_follows_the_settings_and_a_step_saved_again_is_replaced(tmp_p
     for step, loss in [(1, 0.5), (2, 0.1), (3, 0.7), (4, 0.9), (4, 0.8)]:
         saver.save({"model.a": torch.full((3,), loss)}, progress(step), {"loss": loss})
     assert saver.finish()
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
     tensors = {"model.a": torch.zeros(3)}
     saver.load(tensors)
     assert torch.equal(tensors["model.a"], torch.full((3,), 0.8))

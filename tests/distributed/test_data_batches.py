@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import tasks
-from launcher.planning.plan import BatchPlan
-from launcher.sources.section import Source
+from launcher.data.section import Source
+from launcher.planner.plan import BatchPlan
 from launcher.tasks.causal_lm import CausalColumns
 from launcher.training.data.batches import Batches, StepBatch, deal
 from launcher.training.data.dataset import Dataset
@@ -19,19 +19,29 @@ from launcher.training.data.prepare import prepare
 from tests.distributed.data_world import SHARED, batch_of, byte_tokenizer, jsonl, plan_of, word_tokenizer
 
 # Every way to cut a global batch of 12 among ranks and accumulation steps.
-LAYOUTS = [(m, a, r) for m in (1, 2, 3, 4, 6, 12) for a in (1, 2, 3, 4, 6, 12) for r in (1, 2, 3, 4, 6, 12) if m * a * r == 12]
+LAYOUTS = [
+    (m, a, r)
+    for m in (1, 2, 3, 4, 6, 12)
+    for a in (1, 2, 3, 4, 6, 12)
+    for r in (1, 2, 3, 4, 6, 12)
+    if m * a * r == 12
+]
 
 
 @pytest.fixture(scope="module", params=["packed", "plain", "classes"])
 def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     directory = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
-    rows = [{"text": "the cat " * int(generator.integers(1, 12)) + str(n), "label": str(n % 3)} for n in range(100)]
+    rows = [
+        {"text": "the cat " * int(generator.integers(1, 12)) + str(n), "label": str(n % 3)}
+        for n in range(100)
+    ]
     source = jsonl(directory / "a.jsonl", rows)
     classes = request.param == "classes"
     task = "sequence-classification" if classes else "causal-lm"
     data = tasks.find(task).Columns.model_validate(
-        {"train": source, "text": "text", "max_length": 64, "packing": request.param == "packed"} | ({"label": "label"} if classes else {})
+        {"train": source, "text": "text", "max_length": 64, "packing": request.param == "packed"}
+        | ({"label": "label"} if classes else {})
     )
     tokenizer = word_tokenizer() if classes else byte_tokenizer()
     plan = plan_of(data, task)
@@ -40,17 +50,31 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return prepare(source, "train", plan, tasks.build(plan, tokenizer), tokenizer)
 
 
-def on_all_ranks(dataset: Dataset, layout: tuple[int, int, int], step: int, num_items_total: int) -> list[StepBatch]:
+def on_all_ranks(
+    dataset: Dataset, layout: tuple[int, int, int], step: int, num_items_total: int
+) -> list[StepBatch]:
     order = Order(17, dataset.num_items)
-    return [Batches(dataset, order, batch_of(*layout), rank, num_items_total).step(step) for rank in range(layout[2])]
+    return [
+        Batches(dataset, order, batch_of(*layout), rank, num_items_total).step(step)
+        for rank in range(layout[2])
+    ]
 
 
 def real_ids(batches: list[StepBatch]) -> Counter[int]:
-    return Counter(sample.id for batch in batches for micro in batch.micro_batches for item in micro for sample in item if sample.weight)
+    return Counter(
+        sample.id
+        for batch in batches
+        for micro in batch.micro_batches
+        for item in micro
+        for sample in item
+        if sample.weight
+    )
 
 
 def supervised(batches: list[StepBatch]) -> int:
-    samples = [sample for batch in batches for micro in batch.micro_batches for item in micro for sample in item]
+    samples = [
+        sample for batch in batches for micro in batch.micro_batches for item in micro for sample in item
+    ]
     return sum(s.weight * int((s["targets"] >= 0).sum()) if "targets" in s else s.weight for s in samples)
 
 
@@ -67,8 +91,20 @@ def test_any_layout_has_the_same_global_batches(dataset: Dataset, layout: tuple[
         [single] = on_all_ranks(dataset, (12, 1, 1), step, num_items_total)
         for batch in batches:
             assert [len(micro) for micro in batch.micro_batches] == [layout[0]] * layout[1]
-            counts = (batch.num_items, batch.num_samples, batch.num_tokens, batch.num_supervised, batch.sample_ids)
-            assert counts == (single.num_items, single.num_samples, single.num_tokens, single.num_supervised, single.sample_ids)
+            counts = (
+                batch.num_items,
+                batch.num_samples,
+                batch.num_tokens,
+                batch.num_supervised,
+                batch.sample_ids,
+            )
+            assert counts == (
+                single.num_items,
+                single.num_samples,
+                single.num_tokens,
+                single.num_supervised,
+                single.sample_ids,
+            )
         assert batches[0].num_samples == expected.total()
         assert batches[0].num_items == len(items)
         assert batches[0].num_supervised == supervised(batches)
@@ -79,7 +115,11 @@ def test_an_epoch_has_every_sample_once_and_the_next_begins_where_it_ends(datase
     total = 3 * dataset.num_items
     seen: list[int] = []
     for step in range(-(-total // 12)):
-        seen += Batches(dataset, Order(17, dataset.num_items), batch_of(12, 1, 1), 0, total).indices(step).tolist()
+        seen += (
+            Batches(dataset, Order(17, dataset.num_items), batch_of(12, 1, 1), 0, total)
+            .indices(step)
+            .tolist()
+        )
     epochs = np.array(seen).reshape(3, dataset.num_items)
     assert all(sorted(epoch) == list(range(dataset.num_items)) for epoch in epochs.tolist())
     assert not np.array_equal(epochs[0], epochs[1])
@@ -87,14 +127,19 @@ def test_an_epoch_has_every_sample_once_and_the_next_begins_where_it_ends(datase
 
 def test_the_hash_tells_order_from_order(dataset: Dataset) -> None:
     batch = batch_of(4, 1, 1)
-    hashes = [Batches(dataset, Order(seed, dataset.num_items, seed > 0), batch, 0, 4).step(0).sample_ids for seed in range(5)]
+    hashes = [
+        Batches(dataset, Order(seed, dataset.num_items, seed > 0), batch, 0, 4).step(0).sample_ids
+        for seed in range(5)
+    ]
     assert len(set(hashes)) == 5
 
 
 def test_the_last_batch_is_filled_with_what_counts_for_nothing(dataset: Dataset) -> None:
     batches = on_all_ranks(dataset, (2, 2, 3), 1, 13)
     assert batches[0].num_items == 1
-    fillers = [item for batch in batches for micro in batch.micro_batches for item in micro if not item[0].weight]
+    fillers = [
+        item for batch in batches for micro in batch.micro_batches for item in micro if not item[0].weight
+    ]
     assert len(fillers) == 11
     assert not any(sample.weight for item in fillers for sample in item)
     assert supervised(batches) == batches[0].num_supervised
@@ -139,7 +184,9 @@ def test_dealing_by_length_shortens_the_step(seed: int) -> None:
     as_they_come = np.arange(batch.global_batch_size).reshape(8, 4, 4)
     assert duration(lengths, deal(lengths, batch, True), True) < 0.8 * duration(lengths, as_they_come, True)
     assert duration(lengths, deal(lengths, batch, True), True) < 1.06 * lengths.sum() / 4
-    assert duration(lengths, deal(lengths, batch, False), False) < 0.6 * duration(lengths, as_they_come, False)
+    assert duration(lengths, deal(lengths, batch, False), False) < 0.6 * duration(
+        lengths, as_they_come, False
+    )
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
@@ -147,7 +194,10 @@ def test_gsm8k_packs_at_least_98_percent_full(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = Source(path=str(SHARED / "gsm8k" / "train.jsonl"))
     data = CausalColumns(train=source, prompt="question", completion="answer", max_length=1024, packing=True)
-    plan = plan_of(data, batch=BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, data_parallel_size=1))
+    plan = plan_of(
+        data,
+        batch=BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, data_parallel_size=1),
+    )
     tokenizer = byte_tokenizer()
     dataset = prepare(source, "train", plan, tasks.build(plan, tokenizer), tokenizer)
     assert dataset.num_samples == 7473

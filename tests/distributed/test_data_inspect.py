@@ -1,4 +1,5 @@
-"""`launcher data`: what it shows is what is trained, what it prepares is what a run finds, and most rows dropped stop a run."""
+"""`launcher data`: what it shows is what is trained, what it prepares is what a run finds, and most rows
+dropped stop a run."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from launcher import tasks
 from launcher.cli import main as cli
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.load import load
-from launcher.planning.plan import Plan
+from launcher.launch import prepare_data as looking
+from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import data as looking
 from launcher.training.data.inspect import inspect, spread
-from launcher.training.material import Material
+from launcher.training.inputs import TrainingInputs
 from launcher.training.signals import StopRequest
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of, word_tokenizer
 from tests.training.runs import model_directory, texts
@@ -34,13 +35,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def ready(tmp_path: Path, rows: list[Any], task: str = "causal-lm", tokenizer: Any = None, **settings: Any) -> tuple[Plan, Any]:
+def ready(
+    tmp_path: Path, rows: list[Any], task: str = "causal-lm", tokenizer: Any = None, **settings: Any
+) -> tuple[Plan, Any]:
     """A plan over some rows and a model that is its tokenizer and its config alone."""
     tokenizer = tokenizer or byte_tokenizer()
-    config_of("llama" if task == "causal-lm" else "bert", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    config_of("llama" if task == "causal-lm" else "bert", vocab_size=len(tokenizer)).save_pretrained(
+        tmp_path / "model"
+    )
     tokenizer.save_pretrained(tmp_path / "model")
     made = plan_of(tasks.find(task).Columns(train=jsonl(tmp_path / "a.jsonl", rows), **settings), task)
-    return made.model_copy(update={"model": made.model.model_copy(update={"name": str(tmp_path / "model")})}), tokenizer
+    return made.model_copy(
+        update={"model": made.model.model_copy(update={"name": str(tmp_path / "model")})}
+    ), tokenizer
 
 
 def inspected(plan: Plan, tmp_path: Path, **request: Any) -> dict[str, Any]:
@@ -59,30 +66,48 @@ def learned(sample: dict[str, Any]) -> list[tuple[str, bool]]:
 
 
 def test_what_is_shown_is_what_is_trained(tmp_path: Path) -> None:
-    plan, tokenizer = ready(tmp_path, [BAD[0], *PAIRS], prompt="q", completion="a", max_length=64, packing=True)
+    plan, tokenizer = ready(
+        tmp_path, [BAD[0], *PAIRS], prompt="q", completion="a", max_length=64, packing=True
+    )
     seen = inspected(plan, tmp_path, tokens=True, num_rows=2)
     assert [(sample["row"], sample["line"]) for sample in seen["samples"]] == [(2, 2), (3, 3)]
-    dataset = Material.of(RunDirectory(tmp_path / "scratch"), plan).train
+    dataset = TrainingInputs.of(RunDirectory(tmp_path / "scratch"), plan).train
     assert dataset.report.cached, "it was prepared as a run prepares it"
     for sample in seen["samples"]:
         found = dataset.find(sample["row"] - 1)
         assert found is not None
         ids, targets = found[1]["input_ids"], found[1]["targets"]
         assert [token["id"] for token in sample["tokens"]] == ids.tolist()
-        assert [token["id"] for token in sample["tokens"] if token["learned"]] == targets[targets != -100].tolist()
+        assert [token["id"] for token in sample["tokens"] if token["learned"]] == targets[
+            targets != -100
+        ].tolist()
         assert "".join(piece["text"] for piece in sample["pieces"]) == tokenizer.decode(ids)
         assert (sample["num_tokens"], sample["num_learned"]) == (len(ids), int((targets != -100).sum()))
-    assert learned(seen["samples"][0]) == [("the cat sat", False), (" on the mat 0", True), ("<|im_end|>", True)]
+    assert learned(seen["samples"][0]) == [
+        ("the cat sat", False),
+        (" on the mat 0", True),
+        ("<|im_end|>", True),
+    ]
     assert [piece["special"] for piece in seen["samples"][0]["pieces"]] == [False, False, True]
     assert seen["dropped"] == {"missing key": 1} and seen["num_dropped"] == 1
     assert sum(count for _, _, count in seen["lengths"]["bins"]) == seen["rows_used"] == 6
-    assert seen["fill"] == dataset.report.fill and seen["emptiest"] == pytest.approx(dataset.item_lengths.min() / 64)
+    assert seen["fill"] == dataset.report.fill and seen["emptiest"] == pytest.approx(
+        dataset.item_lengths.min() / 64
+    )
     assert seen["samples"][0]["num_beside"] == len(dataset.find(1) and dataset.item(0)) - 1
 
 
 def test_one_row_used_or_not(tmp_path: Path) -> None:
-    plan, _ = ready(tmp_path, [*PAIRS, *BAD, {"q": "the cat", "a": "sat " * 99}], prompt="q", completion="a", max_length=32)
-    for number, (row, reason) in enumerate(zip(range(7, 10), ["missing key", "missing key", "empty"], strict=True)):
+    plan, _ = ready(
+        tmp_path,
+        [*PAIRS, *BAD, {"q": "the cat", "a": "sat " * 99}],
+        prompt="q",
+        completion="a",
+        max_length=32,
+    )
+    for number, (row, reason) in enumerate(
+        zip(range(7, 10), ["missing key", "missing key", "empty"], strict=True)
+    ):
         [sample] = inspected(plan, tmp_path, row=row)["samples"]
         assert (sample["row"], sample["reason"]) == (row, reason) and "pieces" not in sample, BAD[number]
     assert "'a' is NaN" in inspected(plan, tmp_path, row=7)["samples"][0]["detail"]
@@ -106,9 +131,19 @@ def test_a_text_that_is_cut_within_a_character_is_shown(tmp_path: Path) -> None:
         ("multi-label", [["b"], "['a' 'b']", [], "b"], {"classes": {"a": 1, "b": 3}}, ["b"]),
     ],
 )
-def test_the_balance_of_labels(problem: str, labels: list[Any], balance: Any, shown: Any, tmp_path: Path) -> None:
+def test_the_balance_of_labels(
+    problem: str, labels: list[Any], balance: Any, shown: Any, tmp_path: Path
+) -> None:
     rows = [{"text": "the cat", "label": label} for label in labels]
-    plan, _ = ready(tmp_path, rows, "sequence-classification", word_tokenizer(), text="text", label="label", problem=problem)
+    plan, _ = ready(
+        tmp_path,
+        rows,
+        "sequence-classification",
+        word_tokenizer(),
+        text="text",
+        label="label",
+        problem=problem,
+    )
     seen = inspected(plan, tmp_path)
     assert seen["balance"] == balance and seen["fill"] is None
     assert seen["samples"][0]["label"] == shown
@@ -117,7 +152,15 @@ def test_the_balance_of_labels(problem: str, labels: list[Any], balance: Any, sh
 
 def test_numbers_are_spread(tmp_path: Path) -> None:
     rows = [{"text": "the cat", "label": number / 4} for number in range(9)]
-    plan, _ = ready(tmp_path, rows, "sequence-classification", word_tokenizer(), text="text", label="label", problem="regression")
+    plan, _ = ready(
+        tmp_path,
+        rows,
+        "sequence-classification",
+        word_tokenizer(),
+        text="text",
+        label="label",
+        problem="regression",
+    )
     seen = inspected(plan, tmp_path)
     assert seen["balance"]["numbers"]["longest"] == 2.0 and seen["samples"][1]["label"] == 0.25
     assert sum(count for _, _, count in seen["balance"]["numbers"]["bins"]) == 9
@@ -142,7 +185,11 @@ def test_an_evaluation_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_job_for_a_cluster_is_looked_at_here(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", PAIRS)
-    job = {"name": "a", "model": {"name": "org/model"}, "data": {"train": {"path": "a.jsonl"}, "prompt": "q", "completion": "a"}}
+    job = {
+        "name": "a",
+        "model": {"name": "org/model"},
+        "data": {"train": {"path": "a.jsonl"}, "prompt": "q", "completion": "a"},
+    }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"cluster": {"nodes": 2, "gpus_per_node": 8}}))
     plan = looking._here(load(tmp_path / "job.yaml", []))
     assert (plan.mesh.world_size, plan.mesh.ranks_per_node, plan.mesh.device) == (1, 1, "cpu")
@@ -152,17 +199,22 @@ def test_most_rows_dropped_are_refused_unless_it_is_written_out(tmp_path: Path) 
     run = RunDirectory(tmp_path)
     plan, _ = ready(tmp_path, [*PAIRS[:2], *BAD], prompt="q", completion="a")
     reason = (
-        r"train data: 3 of 5 rows \(60\.0%\) would be dropped: 2 missing key, 1 empty; the first is .*a\.jsonl, line 3: missing key \(.*NaN"
+        r"train data: 3 of 5 rows \(60\.0%\) would be dropped: 2 missing key, 1 empty; the first is "
+        r".*a\.jsonl, line 3: missing key \(.*NaN"
     )
     with pytest.raises(DataError, match=reason + r".*write data\.unusable: drop to use the other 2"):
-        Material.prepare(run, plan)
-    assert not list(read(run.events_file)) or all(record["event"] != "prepared" for record in read(run.events_file))
+        TrainingInputs.prepare(run, plan)
+    assert not list(read(run.events_file)) or all(
+        record["event"] != "prepared" for record in read(run.events_file)
+    )
     seen = inspected(plan, tmp_path)
     assert seen["num_dropped"] == 3, "it can still be looked at"
     assert seen["refused"].startswith("a run is refused: train data: 3 of 5 rows")
     asked = plan.model_copy(update={"data": plan.data.model_copy(update={"unusable": "drop"})})
-    material = Material.prepare(run, asked)
-    assert material.train.report.cached and material.train.num_samples == 2, "what was refused needs not be made again"
+    material = TrainingInputs.prepare(run, asked)
+    assert material.train.report.cached and material.train.num_samples == 2, (
+        "what was refused needs not be made again"
+    )
     [said] = [record for record in read(run.events_file) if record["event"] == "prepared"]
     assert (said["rows_used"], said["dropped"]) == (2, {"missing key": 2, "empty": 1})
 
@@ -170,10 +222,16 @@ def test_most_rows_dropped_are_refused_unless_it_is_written_out(tmp_path: Path) 
 def test_half_is_not_most_and_too_long_rows_count(tmp_path: Path) -> None:
     long = {"q": "the cat", "a": "sat " * 99}
     plan, _ = ready(tmp_path, [PAIRS[0], long], prompt="q", completion="a", max_length=32, too_long="drop")
-    Material.prepare(RunDirectory(tmp_path), plan)
-    plan, _ = ready(tmp_path, [PAIRS[0], long, long], prompt="q", completion="a", max_length=32, too_long="drop")
-    with pytest.raises(DataError, match=r"would be dropped: 2 too long; .*write a larger data\.max_length, or write data\.unusable: drop"):
-        Material.prepare(RunDirectory(tmp_path / "other"), plan)
+    TrainingInputs.prepare(RunDirectory(tmp_path), plan)
+    plan, _ = ready(
+        tmp_path, [PAIRS[0], long, long], prompt="q", completion="a", max_length=32, too_long="drop"
+    )
+    with pytest.raises(
+        DataError,
+        match=r"would be dropped: 2 too long; .*write a larger data\.max_length, or write data\.unusable: "
+        r"drop",
+    ):
+        TrainingInputs.prepare(RunDirectory(tmp_path / "other"), plan)
 
 
 def call(*arguments: str) -> int:
@@ -195,7 +253,12 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     content = {
         "name": "a",
         "model": {"name": str(model)},
-        "data": {"train": {"path": "train.jsonl"}, "evaluation": {"path": "held.jsonl"}, "text": "text", "max_length": 64},
+        "data": {
+            "train": {"path": "train.jsonl"},
+            "evaluation": {"path": "held.jsonl"},
+            "text": "text",
+            "max_length": 64,
+        },
         "batch": {"global_batch_size": 4},
         "training": {"max_steps": 1},
         "cluster": {"gpus_per_node": 0},
@@ -210,25 +273,39 @@ LINE = "train: 20 of 41 rows used, 21 dropped (21 missing key)"
 
 
 @pytest.mark.very_slow
-def test_what_is_prepared_is_found_by_a_run_that_says_what_it_uses(job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_prepared_is_found_by_a_run_that_says_what_it_uses(
+    job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     allowed = ("--set", "data.unusable=drop")
     assert call("data", "prepare", job, *allowed, "--json") == 0
     out, err = capfd.readouterr()
     reports = json.loads(out[out.index("{\n") :])["datasets"]
-    assert [(one["role"], one["rows_used"], one["num_cut"]) for one in reports] == [("train", 20, 0), ("evaluation", 5, 0)]
+    assert [(one["role"], one["rows_used"], one["num_cut"]) for one in reports] == [
+        ("train", 20, 0),
+        ("evaluation", 5, 0),
+    ]
     assert "attempt" not in err
     assert call("run", job, *allowed) == 0
     out, err = capfd.readouterr()
     said = err.splitlines()
     first_step = next(number for number, text in enumerate(said) if text.startswith("step 1 of 1"))
     assert any(text.startswith(LINE) for text in said[:first_step]), "before the first step"
-    assert f"warning: train: 21 of 41 rows (51.2%) are dropped; the first is {tmp_path / 'train.jsonl'}, line 21: missing key" in err
+    assert (
+        f"warning: train: 21 of 41 rows (51.2%) are dropped; the first is {tmp_path / 'train.jsonl'}, "
+        "line 21: missing key" in err
+    )
     assert f"rows        {LINE}" in out
     prepared = [record for record in read(tmp_path / "runs/a/events.jsonl") if record["event"] == "prepared"]
-    assert [(record["role"], record["cached"]) for record in prepared] == [("train", True), ("evaluation", True)]
+    assert [(record["role"], record["cached"]) for record in prepared] == [
+        ("train", True),
+        ("evaluation", True),
+    ]
     assert call("status", "a", "--json") == 0
     status = json.loads(capfd.readouterr().out)
-    assert status["data"]["train"]["dropped"] == {"missing key": 21} and status["data"]["evaluation"]["rows_used"] == 5
+    assert (
+        status["data"]["train"]["dropped"] == {"missing key": 21}
+        and status["data"]["evaluation"]["rows_used"] == 5
+    )
     assert LINE in (tmp_path / "runs/a/attempts/0001/rank-0.log").read_text()
 
 
@@ -242,7 +319,12 @@ def test_most_rows_dropped_from_command_to_command(job: str, capfd: pytest.Captu
     assert "attempt" not in err
     assert call("data", "prepare", job) == DataError.exit_code
     _, err = capfd.readouterr()
-    assert err.count("error: train data: 21 of 41 rows (51.2%) would be dropped: 21 missing key") == 1 and "rank" not in err
+    assert (
+        err.count("error: train data: 21 of 41 rows (51.2%) would be dropped: 21 missing key") == 1
+        and "rank" not in err
+    )
     assert call("run", job) == DataError.exit_code
     assert "write data.unusable: drop to use the other 20" in capfd.readouterr().err
-    assert call("run", job, "--set", "data.unusable=drop") == 0, "the same run goes on, as nothing was learned yet"
+    assert call("run", job, "--set", "data.unusable=drop") == 0, (
+        "the same run goes on, as nothing was learned yet"
+    )

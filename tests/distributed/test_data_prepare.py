@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from launcher import tasks
+from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, OutOfMemoryError, StorageError
-from launcher.planning.epochs import one_pass
-from launcher.sources.section import Data
+from launcher.planner.dataset.dataset_size import one_pass
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.sequence_classification import LabelledColumns
 from launcher.training.data import encode
@@ -39,7 +39,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def made(
-    data: Data, role: str = "train", num_workers: int = 1, tokenizer: Any = None, task: str = "causal-lm", report: Any = None
+    data: Data,
+    role: str = "train",
+    num_workers: int = 1,
+    tokenizer: Any = None,
+    task: str = "causal-lm",
+    report: Any = None,
 ) -> Dataset:
     plan = plan_of(data, task, num_workers=num_workers)
     tokenizer = tokenizer or TOKENIZER
@@ -50,7 +55,10 @@ def made(
 
 
 def contents(dataset: Dataset) -> list[list[tuple[int, dict[str, list[Any]]]]]:
-    return [[(s.id, {name: array.tolist() for name, array in s.items()}) for s in dataset.item(i)] for i in range(dataset.num_items)]
+    return [
+        [(s.id, {name: array.tolist() for name, array in s.items()}) for s in dataset.item(i)]
+        for i in range(dataset.num_items)
+    ]
 
 
 def text_data(tmp_path: Path, rows: list[Any] = TEXTS, **settings: Any) -> Data:
@@ -67,7 +75,10 @@ def test_what_is_prepared_is_what_the_task_encodes(tmp_path: Path) -> None:
         expected = arrays_of(task, row, TOKENIZER)
         assert sample.id == index
         assert sample.keys() == expected.keys()
-        assert all(np.array_equal(sample[name], expected[name]) and sample[name].dtype == expected[name].dtype for name in expected)
+        assert all(
+            np.array_equal(sample[name], expected[name]) and sample[name].dtype == expected[name].dtype
+            for name in expected
+        )
     assert dataset.num_samples == dataset.num_items == 60
     assert dataset.num_tokens == dataset.num_tokens_of(range(60)) == sum(dataset.length(i) for i in range(60))
     assert dataset.num_supervised(range(60)) == dataset.num_tokens - 60 == dataset.report.num_supervised
@@ -79,9 +90,13 @@ def test_packing_loses_and_repeats_nothing(tmp_path: Path) -> None:
     assert packed.num_items < plain.num_items
     samples = sorted((sample for item in contents(packed) for sample in item), key=lambda sample: sample[0])
     assert samples == [sample for item in contents(plain) for sample in item]
-    assert all(packed.length(i) == sum(s.length for s in packed.item(i)) <= 64 for i in range(packed.num_items))
+    assert all(
+        packed.length(i) == sum(s.length for s in packed.item(i)) <= 64 for i in range(packed.num_items)
+    )
     assert packed.report.fill == packed.num_tokens / (64 * packed.num_items)
-    assert packed.num_supervised([0, 1]) == sum(int((s["targets"] >= 0).sum()) for i in (0, 1) for s in packed.item(i))
+    assert packed.num_supervised([0, 1]) == sum(
+        int((s["targets"] >= 0).sum()) for i in (0, 1) for s in packed.item(i)
+    )
     assert packed.num_samples_of([0, 1]) == len(packed.item(0)) + len(packed.item(1))
     assert packed.sample_ids(0).tolist() == [s.id for s in packed.item(0)]
     both = packed.sample_ids(np.array([1, 0]))
@@ -106,7 +121,9 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert str(os.getpid()) not in {path.name for path in pids.iterdir()}
 
 
-def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encode, "FEWEST_ROWS_FOR_WORKERS", 1)
     monkeypatch.setattr(CausalLM, "encode", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(OutOfMemoryError, match=r"data\.num_workers to fewer than 2"):
@@ -120,7 +137,7 @@ def test_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
         import sys, time, os
         sys.path[:0] = sys.argv[2:]
         from tests.distributed.data_world import plan_of, byte_tokenizer
-        from launcher.sources.section import Source
+        from launcher.data.section import Source
         from launcher import tasks
         from launcher.training.data import encode
         from launcher.training.data.prepare import prepare
@@ -135,7 +152,9 @@ def test_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
         prepare(plan.data.train, "train", plan, tasks.build(plan, tokenizer), tokenizer)
     """)
     paths = [str(Path(__file__).parents[2])]
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "a.jsonl"), *paths], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "a.jsonl"), *paths], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     worker = int(process.stdout.readline())
     workers = [child.pid for child in psutil.Process(process.pid).children()]
@@ -143,7 +162,9 @@ def test_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     deadline = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in workers):
+    while any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in workers
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -163,19 +184,28 @@ def test_the_second_call_maps_what_the_first_made(tmp_path: Path, monkeypatch: p
 def test_the_first_row_that_is_dropped_is_named_where_it_lies_now(tmp_path: Path) -> None:
     made(text_data(tmp_path, BAD_ROWS))
     moved = made(CausalColumns(train=jsonl(tmp_path / "moved.jsonl", BAD_ROWS), text="text"))
-    assert moved.report.cached and {example["file"] for example in moved.report.examples} == {str(tmp_path / "moved.jsonl")}
+    assert moved.report.cached and {example["file"] for example in moved.report.examples} == {
+        str(tmp_path / "moved.jsonl")
+    }
 
 
 def test_each_reason_has_an_example_however_many_rows_there_are(tmp_path: Path) -> None:
     rows = [{"text": "long " * 50}] * 12 + [{"text": "long " * 50}, {"text": ""}, {"text": "fine"}]
     report = made(text_data(tmp_path, rows, max_length=16)).report
-    assert len(report.examples) == 11 and [example["cut"] for example in report.examples] == [True] * 10 + [False]
+    assert len(report.examples) == 11 and [example["cut"] for example in report.examples] == [True] * 10 + [
+        False
+    ]
     assert (report.examples[-1]["reason"], report.examples[-1]["line"]) == ("empty", 14)
 
 
 def test_whatever_changes_the_samples_changes_the_cache(tmp_path: Path) -> None:
     made(text_data(tmp_path))
-    variants: list[dict[str, Any]] = [{"max_length": 8}, {"packing": True}, {"too_long": "drop"}, {"unusable": "refuse"}]
+    variants: list[dict[str, Any]] = [
+        {"max_length": 8},
+        {"packing": True},
+        {"too_long": "drop"},
+        {"unusable": "refuse"},
+    ]
     assert not any(made(text_data(tmp_path, **settings)).report.cached for settings in variants)
     assert len({made(text_data(tmp_path, **settings)).report.samples_hash for settings in variants[:2]}) == 2
     assert not made(text_data(tmp_path, [*TEXTS[:-1], {"text": "another"}])).report.cached
@@ -193,7 +223,9 @@ def test_a_tokenizers_last_call_does_not_change_its_digest() -> None:
     assert tokenizer_digest(tokenizer) != before
 
 
-@pytest.mark.parametrize("name", ["input_ids.npy", "targets.npy", "item_offsets.npy", "sample_ids.npy", "meta.json"])
+@pytest.mark.parametrize(
+    "name", ["input_ids.npy", "targets.npy", "item_offsets.npy", "sample_ids.npy", "meta.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
 def test_a_damaged_cache_is_made_again(tmp_path: Path, name: str, damage: str) -> None:
     first = made(text_data(tmp_path))
@@ -211,7 +243,8 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, name: str, damage: str) -
 
 @pytest.mark.parametrize("name", ["input_ids", "targets", "sample_ids", "input_ids_offsets"])
 def test_prepared_data_that_changes_under_a_run_is_refused_with_the_place(tmp_path: Path, name: str) -> None:
-    """Each sample is held to its hash whenever it is read: one bit of it, of its row number or of its place is enough."""
+    """Each sample is held to its hash whenever it is read: one bit of it, of its row number or of its place
+    is enough."""
     dataset = made(text_data(tmp_path))
     before = contents(dataset)
     path = dataset.directory / f"{name}.npy"
@@ -221,9 +254,14 @@ def test_prepared_data_that_changes_under_a_run_is_refused_with_the_place(tmp_pa
         last = file.read(1)
         file.seek(-16, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(DataError, match=r"changed under the run: the sample of row \d+ is not what was written") as raised:
+    with pytest.raises(
+        DataError, match=r"changed under the run: the sample of row \d+ is not what was written"
+    ) as raised:
         contents(dataset)
-    begin, end = (int(text.replace(",", "")) for text in re.findall(r"input_ids.npy, bytes ([\d,]+) to ([\d,]+)", str(raised.value))[0])
+    begin, end = (
+        int(text.replace(",", ""))
+        for text in re.findall(r"input_ids.npy, bytes ([\d,]+) to ([\d,]+)", str(raised.value))[0]
+    )
     assert 128 <= begin < end <= (dataset.directory / "input_ids.npy").stat().st_size
     again = made(text_data(tmp_path))
     assert not again.report.cached and contents(again) == before
@@ -247,15 +285,21 @@ def _prepare_in_another_process(path: str, results: Any) -> None:
     calls: list[tuple[int, int]] = []
     plan = plan_of(CausalColumns(train=jsonl(Path(path), TEXTS), text="text"))
     task = tasks.build(plan, TOKENIZER)
-    dataset = prepare(plan.data.train, "train", plan, task, TOKENIZER, lambda done, total: calls.append((done, total)))
+    dataset = prepare(
+        plan.data.train, "train", plan, task, TOKENIZER, lambda done, total: calls.append((done, total))
+    )
     results.put((dataset.report.cached, calls, dataset.num_tokens))
 
 
 def test_one_process_works_and_the_others_wait(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    # Each writes a file of its own, so that none sees another's half-written one; the contents, and so the cache, are the same.
-    processes = [context.Process(target=_prepare_in_another_process, args=(str(tmp_path / f"{n}.jsonl"), results)) for n in range(3)]
+    # Each writes a file of its own, so that none sees another's half-written one; the contents, and so the
+    # cache, are the same.
+    processes = [
+        context.Process(target=_prepare_in_another_process, args=(str(tmp_path / f"{n}.jsonl"), results))
+        for n in range(3)
+    ]
     for process in processes:
         process.start()
     found = [results.get(timeout=60) for _ in processes]
@@ -292,19 +336,37 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [path for path in cache_root().iterdir() if path.is_dir()] == []
 
 
-BAD_ROWS = [{"text": "fine"}, {"txt": "x"}, {"text": "  "}, b'{"text": "\xff"}', "{", {"text": ["x"]}, {"text": None}, {"text": "fine too"}]
+BAD_ROWS = [
+    {"text": "fine"},
+    {"txt": "x"},
+    {"text": "  "},
+    b'{"text": "\xff"}',
+    "{",
+    {"text": ["x"]},
+    {"text": None},
+    {"text": "fine too"},
+]
 
 
 def test_rows_that_cannot_be_used_are_counted_by_reason_and_shown(tmp_path: Path) -> None:
     dataset = made(text_data(tmp_path, BAD_ROWS))
     report = dataset.report
-    assert report.dropped == {"missing key": 2, "empty": 1, "not UTF-8": 1, "not readable": 1, "value that cannot be used": 1}
+    assert report.dropped == {
+        "missing key": 2,
+        "empty": 1,
+        "not UTF-8": 1,
+        "not readable": 1,
+        "value that cannot be used": 1,
+    }
     assert (report.rows_read, report.rows_used, report.num_dropped) == (8, 2, 6)
     assert [s.id for i in range(2) for s in dataset.item(i)] == [0, 7]
     assert [example["line"] for example in report.examples] == [2, 3, 4, 5, 6, 7]
     assert report.examples[0]["file"] == str(tmp_path / "a.jsonl")
     assert "2 of 8 rows" in report.summary()
-    assert "6 dropped (2 missing key, 1 empty, 1 not UTF-8, 1 not readable, 1 value that cannot be used)" in report.summary()
+    assert (
+        "6 dropped (2 missing key, 1 empty, 1 not UTF-8, 1 not readable, 1 value that cannot be used)"
+        in report.summary()
+    )
     assert json.loads(json.dumps(report.to_dict()))["dropped"] == report.dropped
 
 
@@ -314,7 +376,10 @@ def test_rows_that_cannot_be_used_are_refused_by_file_and_line(tmp_path: Path) -
 
 
 def test_no_row_that_can_be_used(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of 2 rows can be used; 2 missing key, the first at .*line 1 \(.*the row has 'txt'\)$"):
+    with pytest.raises(
+        DataError,
+        match=r"none of 2 rows can be used; 2 missing key, the first at .*line 1 \(.*the row has 'txt'\)$",
+    ):
         made(text_data(tmp_path, [{"txt": "a"}, {"txt": "b"}]))
     with pytest.raises(DataError, match="none of 0 rows"):
         made(text_data(tmp_path, []))
@@ -339,7 +404,10 @@ def test_too_long_is_dropped(tmp_path: Path) -> None:
 
 
 def test_too_long_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"line 2: too long \(.* tokens, and max_length is 16\), and data\.too_long is 'refuse'"):
+    with pytest.raises(
+        DataError,
+        match=r"line 2: too long \(.* tokens, and max_length is 16\), and data\.too_long is 'refuse'",
+    ):
         made(text_data(tmp_path, LONG, max_length=16, too_long="refuse"))
 
 
@@ -349,7 +417,9 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     def change(done: int, total: int) -> None:
         jsonl(tmp_path / "a.jsonl", TEXTS[:-1])
 
-    with pytest.raises(DataError, match=r"changed while it was read: .*the first difference is between byte 0 and byte"):
+    with pytest.raises(
+        DataError, match=r"changed while it was read: .*the first difference is between byte 0 and byte"
+    ):
         made(data, report=change)
 
 
@@ -386,7 +456,9 @@ def test_the_planner_foresees_what_is_prepared(task: str, settings: dict[str, An
     texts = [" ".join(["word"] * (3 + (7 * number) % 40)) if number % 20 else " " for number in range(3000)]
     tokenizer = TOKENIZER if task == "causal-lm" else word_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
-    data = text_data(tmp_path, [{"text": text, "label": number % 3} for number, text in enumerate(texts)], **settings)
+    data = text_data(
+        tmp_path, [{"text": text, "label": number % 3} for number, text in enumerate(texts)], **settings
+    )
     seen = one_pass(data.train, data, str(tmp_path / "model"), task)
     dataset = made(data, tokenizer=tokenizer, task=task)
     assert seen is not None and seen.by_tokenizer and seen.num_rows == 3000
@@ -396,7 +468,12 @@ def test_the_planner_foresees_what_is_prepared(task: str, settings: dict[str, An
 
 CHAT = [
     {"m": [{"role": "user", "content": "a dog ran"}, {"role": "assistant", "content": "in the park ?"}]},
-    {"m": [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}, {"role": "assistant", "content": "sat on the mat ."}]},
+    {
+        "m": [
+            {"role": "user", "content": [{"type": "text", "text": "the cat"}]},
+            {"role": "assistant", "content": "sat on the mat ."},
+        ]
+    },
     {"m": [{"role": "user", "content": "one two"}, {"role": "assistant", "content": None}]},
     {"m": [{"role": "user", "content": "no answer"}]},
     {"m": [{"role": "user", "content": "a \ud800"}, {"role": "assistant", "content": "yes"}]},
@@ -408,7 +485,12 @@ PARTS = (
     "{% elif m['content'] %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEXT = [{"text": "fine", "label": "a"}, {"text": "too", "label": "b"}, {"text": " ", "label": "a"}, {"text": "a \ud800", "label": "a"}]
+TEXT = [
+    {"text": "fine", "label": "a"},
+    {"text": "too", "label": "b"},
+    {"text": " ", "label": "a"},
+    {"text": "a \ud800", "label": "a"},
+]
 PAIR = [{"q": "the cat", "a": "sat"}, {"q": "the cat", "a": " "}, {"q": "", "a": "sat"}, {"q": "the cat"}]
 
 
@@ -418,7 +500,11 @@ PAIR = [{"q": "the cat", "a": "sat"}, {"q": "the cat", "a": " "}, {"q": "", "a":
         (CHAT, "causal-lm", {"messages": "m"}),
         (PAIR, "causal-lm", {"prompt": "q", "completion": "a"}),
         (TEXT, "causal-lm", {"text": "text"}),
-        ([*TEXT, {"text": "x"}, {"text": "x", "label": None}, {"text": "x", "label": ""}], "sequence-classification", {"text": "text"}),
+        (
+            [*TEXT, {"text": "x"}, {"text": "x", "label": None}, {"text": "x", "label": ""}],
+            "sequence-classification",
+            {"text": "text"},
+        ),
         (
             [{"text": "x", "label": n} for n in ("1.5", 2, "nan", None)],
             "sequence-classification",
@@ -426,7 +512,9 @@ PAIR = [{"q": "the cat", "a": "sat"}, {"q": "the cat", "a": " "}, {"q": "", "a":
         ),
     ],
 )
-def test_the_planner_leaves_out_what_the_trainer_does(rows: list[Any], task: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_planner_leaves_out_what_the_trainer_does(
+    rows: list[Any], task: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     tokenizer = byte_tokenizer(PARTS) if task == "causal-lm" else word_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     data = tasks.find(task).Columns.model_validate({"train": jsonl(tmp_path / "a.jsonl", rows)} | settings)
@@ -434,10 +522,14 @@ def test_the_planner_leaves_out_what_the_trainer_does(rows: list[Any], task: str
     dataset = made(data, tokenizer=tokenizer, task=task)
     assert seen is not None and (seen.num_items, seen.num_rows) == (dataset.num_samples, len(rows))
     # How many tokens a chat's marks are is a rule of thumb.
-    assert seen.mean == pytest.approx(dataset.num_tokens / dataset.num_samples, rel=0.3 if "messages" in settings else 1e-6)
+    assert seen.mean == pytest.approx(
+        dataset.num_tokens / dataset.num_samples, rel=0.3 if "messages" in settings else 1e-6
+    )
 
 
-def test_what_is_not_used_goes_when_more_is_prepared_than_the_cache_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_used_goes_when_more_is_prepared_than_the_cache_may_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LAUNCHER_CACHE_SIZE", "1kB")
     first = made(text_data(tmp_path))
     second = made(text_data(tmp_path, max_length=20))
@@ -450,7 +542,9 @@ def test_what_is_not_used_goes_when_more_is_prepared_than_the_cache_may_hold(tmp
     assert contents(made(text_data(tmp_path))) == before, "it is made again when it is needed"
 
 
-def test_a_bound_that_is_no_size_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bound_that_is_no_size_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LAUNCHER_CACHE_SIZE", "much")
     with pytest.raises(ConfigurationError, match="LAUNCHER_CACHE_SIZE = 'much'"):
         made(text_data(tmp_path))

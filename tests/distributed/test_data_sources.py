@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from launcher.data.rows import IfThere, RowProblem, text_of
+from launcher.data.sample import look
+from launcher.data.section import Source
 from launcher.errors import DataError
-from launcher.sources.rows import IfThere, RowProblem, text_of
-from launcher.sources.sample import look
-from launcher.sources.section import Source
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.sources import BLOCK, open_source, refuse_change
 from tests.distributed.data_world import SHARED, jsonl
@@ -50,7 +50,9 @@ def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
-    parquet.write_table(pyarrow.Table.from_pylist([{**row, "other": 1} for row in ROWS]), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{**row, "other": 1} for row in ROWS]), tmp_path / "a.parquet"
+    )
     assert read(tmp_path / "a.parquet") == ROWS
     with pytest.raises(DataError, match=r"no column 'txt'.*did you mean 'text'"):
         read(tmp_path / "a.parquet", ("txt",))
@@ -63,7 +65,9 @@ def test_parquet_values_that_python_cannot_hold_are_bad_rows(tmp_path: Path) -> 
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
-    parquet.write_table(pyarrow.table({"text": pyarrow.array([0, 2**60], pyarrow.timestamp("ms"))}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([0, 2**60], pyarrow.timestamp("ms"))}), tmp_path / "a.parquet"
+    )
     assert reasons(read(tmp_path / "a.parquet", ("text",))) == [None, "value that cannot be used"]
 
 
@@ -71,7 +75,9 @@ def test_a_parquet_column_that_stands_there_twice_is_refused(tmp_path: Path) -> 
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
-    parquet.write_table(pyarrow.table([["a"], ["b"], ["c"]], names=["text", "text", "label"]), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table([["a"], ["b"], ["c"]], names=["text", "text", "label"]), tmp_path / "a.parquet"
+    )
     assert read(tmp_path / "a.parquet", ("label",)) == [{"label": "c"}]
     with pytest.raises(DataError, match="has 2 columns 'text'"):
         read(tmp_path / "a.parquet", ("text",))
@@ -116,16 +122,32 @@ def test_a_column_that_a_table_lacks_is_named_with_the_nearest(tmp_path: Path) -
 
 
 def test_bad_rows_stand_in_their_place(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "a.jsonl", [ROWS[0], "{broken", b'{"text": "\xff"}', "[1]", "1" * 5000, ROWS[1]])
+    source = jsonl(
+        tmp_path / "a.jsonl", [ROWS[0], "{broken", b'{"text": "\xff"}', "[1]", "1" * 5000, ROWS[1]]
+    )
     rows = list(open_source(source, ("text",)))
-    assert reasons([row.values for row in rows]) == [None, "not readable", "not UTF-8", "not readable", "not readable", None]
+    assert reasons([row.values for row in rows]) == [
+        None,
+        "not readable",
+        "not UTF-8",
+        "not readable",
+        "not readable",
+        None,
+    ]
     assert [(row.id, row.line) for row in rows] == [(number, number + 1) for number in range(6)]
 
 
 def test_bad_rows_of_tables(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b'text,label\nx,a\nx,a,b\nx\n"x"y,a\n\xff,a\n"two\nlines",b\n')
     rows = list(open_source(Source(path=str(path)), ("text", "label")))
-    assert reasons([row.values for row in rows]) == [None, "not readable", None, "not readable", "not UTF-8", None]
+    assert reasons([row.values for row in rows]) == [
+        None,
+        "not readable",
+        None,
+        "not readable",
+        "not UTF-8",
+        None,
+    ]
     assert [row.line for row in rows] == [2, 3, 4, 5, 6, 7]
     assert rows[2].values == {"text": "x"}
 
@@ -135,7 +157,10 @@ def test_a_quote_that_never_closes_is_refused_with_its_line(tmp_path: Path) -> N
         read(write(tmp_path / "a.csv", 'text,label\nx,a\n"y,b\nz,c\n'))
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": 1', "3", b"[\xff]", "[" * 100_000 + "]" * 100_000, '[{"text": ' + "1" * 5000 + "}]"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", '{"a": 1', "3", b"[\xff]", "[" * 100_000 + "]" * 100_000, '[{"text": ' + "1" * 5000 + "}]"],
+)
 def test_json_that_is_no_list_of_rows_is_refused(tmp_path: Path, content: str | bytes) -> None:
     with pytest.raises(DataError, match=r"a\.json"):
         read(write(tmp_path / "a.json", content))
@@ -174,14 +199,18 @@ def test_files_that_cannot_be_a_source(tmp_path: Path, path: str, message: str) 
 def test_a_hub_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route\nmore")))
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route\nmore"))
+    )
     with pytest.raises(DataError, match=r"some/thing, split 'train', cannot be loaded: no route$"):
         open_source(Source(name="some/thing"), ("text",))
 
 
 def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
     loaded = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features=features)
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: loaded)
     rows = open_source(Source(name="some/thing"), ("text", "label"))
@@ -202,7 +231,11 @@ def saved(tmp_path: Path) -> Any:
             "several": datasets.Sequence(datasets.ClassLabel(names=["x", "y"])),
         }
     )
-    rows = {"text": [f"row {n}" for n in range(6)], "label": [1, 0, -1, 1, 0, 1], "several": [[1, 0], [], [1], [0], [0], [1]]}
+    rows = {
+        "text": [f"row {n}" for n in range(6)],
+        "label": [1, 0, -1, 1, 0, 1],
+        "several": [[1, 0], [], [1], [0], [0], [1]],
+    }
     loaded = datasets.Dataset.from_dict(rows, features=features)
     loaded.save_to_disk(tmp_path / "one", num_shards=2)
     datasets.DatasetDict({"train": loaded, "test": loaded.select([4, 1])}).save_to_disk(tmp_path / "dict")
@@ -218,7 +251,10 @@ def test_what_save_to_disk_wrote(saved: Path) -> None:
         {"text": "row 2", "label": None, "several": ["y"]},
     ]
     assert [row.line for row in rows] == [1, 2, 3, 1, 2, 3]
-    assert read(saved / "dict", split="test") == [{"text": "row 4", "label": "no"}, {"text": "row 1", "label": "no"}]
+    assert read(saved / "dict", split="test") == [
+        {"text": "row 4", "label": "no"},
+        {"text": "row 1", "label": "no"},
+    ]
     assert read(saved / "one", limit=2) == read(saved / "dict", limit=2)
     with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
         read(saved / "dict", split="dev")
@@ -285,12 +321,16 @@ def test_a_file_changed_under_a_run_is_refused_with_the_place(tmp_path: Path) ->
     content[BLOCK + 5] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        DataError, match=r"a\.txt changed since the run began: the first difference is between byte 1,048,576 and byte 2,097,152"
+        DataError,
+        match=r"a\.txt changed since the run began: the first difference is between byte 1,048,576 and byte "
+        r"2,097,152",
     ):
         refuse_change(record, report_of(path))
     content[BLOCK + 5] ^= 1
     path.write_bytes(content[:-4])
-    with pytest.raises(DataError, match=r"2,097,156 bytes then, 2,097,152 now, .* between byte 2,097,152 and byte 2,097,156"):
+    with pytest.raises(
+        DataError, match=r"2,097,156 bytes then, 2,097,152 now, .* between byte 2,097,152 and byte 2,097,156"
+    ):
         refuse_change(record, report_of(path))
     path.write_bytes(content)
     refuse_change(record, report_of(path))
@@ -342,20 +382,32 @@ def test_a_column_that_need_not_be_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert [look(Source(path=str(tmp_path / "with*.parquet")), asked).num_rows] == [2]
     assert read(write(tmp_path / "a.csv", "text,other\na,b\n"), asked) == [{"text": "a", "other": "b"}]
     assert read(write(tmp_path / "a.txt", "a\n"), asked) == [{"text": "a"}]
-    assert read(write(tmp_path / "a.json", '{"tools": "b", "rows": [{"text": "a"}]}'), asked) == [{"text": "a"}]
-    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: datasets.Dataset.from_dict({"text": ["a"], "other": ["b"]}))
+    assert read(write(tmp_path / "a.json", '{"tools": "b", "rows": [{"text": "a"}]}'), asked) == [
+        {"text": "a"}
+    ]
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *a, **k: datasets.Dataset.from_dict({"text": ["a"], "other": ["b"]})
+    )
     assert [row.values for row in open_source(Source(name="some/thing"), asked)] == [{"text": "a"}]
 
 
-def test_keys_that_a_table_adds_are_left_out_at_every_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_a_table_adds_are_left_out_at_every_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
     import pyarrow.parquet as parquet
 
-    rows: list[dict[str, Any]] = [{"m": [{"a": {"b": 1}}, {"c": [{"d": 2}, {"e": 5}]}]}, {"m": [{"a": {"f": [None, 3]}}]}, {"m": None}]
+    rows: list[dict[str, Any]] = [
+        {"m": [{"a": {"b": 1}}, {"c": [{"d": 2}, {"e": 5}]}]},
+        {"m": [{"a": {"f": [None, 3]}}]},
+        {"m": None},
+    ]
     table = pyarrow.Table.from_pylist(rows)
     assert table.to_pylist() != rows
     parquet.write_table(table, tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", ("m",)) == rows
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: datasets.Dataset(table))
     assert [row.values for row in open_source(Source(name="some/thing"), ("m",))] == rows
-    assert read(jsonl(tmp_path / "a.jsonl", [{"m": {"a": None}}]).path, ("m",)) == [{"m": {"a": None}}], "which stands there"
+    assert read(jsonl(tmp_path / "a.jsonl", [{"m": {"a": None}}]).path, ("m",)) == [{"m": {"a": None}}], (
+        "which stands there"
+    )

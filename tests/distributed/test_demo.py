@@ -26,7 +26,9 @@ def test_nothing_of_a_held_out_module_is_learned():
 def test_questions_are_about_public_things_and_ask_each_once():
     entries = data.entries()
     assert len({entry.question for entry in entries}) == len(entries)
-    assert not [entry.name for entry in entries if any(part.startswith("_") for part in entry.name.split("."))]
+    assert not [
+        entry.name for entry in entries if any(part.startswith("_") for part in entry.name.split("."))
+    ]
     assert all(re.match(r"^[A-Z].*[.]$", entry.summary) for entry in entries)
 
 
@@ -41,9 +43,18 @@ def test_rows_are_the_same_each_time(tmp_path: Path):
 @pytest.mark.parametrize(
     ("document", "summary"),
     [
-        ("Join two or more pathname components, as needed.\n\nMore.", "Join two or more pathname components, as needed."),
-        ("pop(k[,d]) -> v, remove it.\n\nRemove the key and give back its value.", "Remove the key and give back its value."),
-        ("Split a file name into two\nparts, e.g. the root. And so on.", "Split a file name into two parts, e.g. the root."),
+        (
+            "Join two or more pathname components, as needed.\n\nMore.",
+            "Join two or more pathname components, as needed.",
+        ),
+        (
+            "pop(k[,d]) -> v, remove it.\n\nRemove the key and give back its value.",
+            "Remove the key and give back its value.",
+        ),
+        (
+            "Split a file name into two\nparts, e.g. the root. And so on.",
+            "Split a file name into two parts, e.g. the root.",
+        ),
         ("Too short.", ""),
         ("Name:\n  an indented list", ""),
         ("", ""),
@@ -65,7 +76,9 @@ def test_a_package_that_is_not_installed_is_named_with_its_cure(monkeypatch: pyt
         models.model_directory("smollm2-135m")
 
 
-def test_an_unpacking_that_fails_leaves_nothing_and_the_next_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unpacking_that_fails_leaves_nothing_and_the_next_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     target = tmp_path / "models" / "one"
 
     def half(gguf_file: Path, directory: Path) -> None:
@@ -94,7 +107,9 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path: Path):
 
 
 @pytest.mark.timeout(600)
-def test_the_whole_play_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_the_whole_play_on_a_tiny_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     tiny = tiny_chat_model(tmp_path / "model")
     monkeypatch.setattr(models, "model_directory", lambda name: tiny)
     directory = tmp_path / "demo"
@@ -109,7 +124,9 @@ def test_the_whole_play_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert names.count("started") == 2
     assert names.index("stopped") < names.index("resumed") < names.index("finished")
     assert sorted(steps(run / "metrics.jsonl")) == [1, 2, 3, 4]
-    measured = [record["metrics"]["loss"] for record in read(run / "events.jsonl") if record["event"] == "evaluated"]
+    measured = [
+        record["metrics"]["loss"] for record in read(run / "events.jsonl") if record["event"] == "evaluated"
+    ]
     assert measured[-1] < measured[0]
     exported_answers(directory / "model", measured[-1])
     shown = capfd.readouterr().out
@@ -121,11 +138,16 @@ def exported_answers(model: Path, loss: float) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, loaded = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer, loaded = (
+        AutoTokenizer.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+    )
     total, count = 0.0, 0
     rows = (model.parent / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[: demo.NUM_HELD_OUT]
     for row in map(json.loads, rows):
-        prompt, completion = (tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion"))
+        prompt, completion = (
+            tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion")
+        )
         tokens = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])[:, :256]
         with torch.no_grad():
             log_probabilities = loaded(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -144,13 +166,20 @@ def tiny_chat_model(directory: Path) -> Path:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(special + alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[2])
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[2]
+    )
     fast.save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(special) + len(alphabet), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=True,
+        vocab_size=len(special) + len(alphabet), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=True,
         initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
@@ -162,5 +191,9 @@ def tiny_chat_model(directory: Path) -> Path:
 def test_the_demo_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert demo.play(tmp_path / "demo", 6) == 0  # a quarter of what `make demo` does
-    measured = [record["metrics"]["loss"] for record in read(tmp_path / "demo" / "run" / "events.jsonl") if record["event"] == "evaluated"]
+    measured = [
+        record["metrics"]["loss"]
+        for record in read(tmp_path / "demo" / "run" / "events.jsonl")
+        if record["event"] == "evaluated"
+    ]
     assert measured[-1] < 0.9 * measured[0]

@@ -1,4 +1,5 @@
-"""Another user of the machine gets into no run: whatever a run's processes listen on, and meet by, is shut to others."""
+"""Another user of the machine gets into no run: whatever a run's processes listen on, and meet by, is shut to
+others."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from launcher.errors import RankLostError
+from launcher.launch.rendezvous import _Rendezvous
 from launcher.runs import doors, secret
 from launcher.runs.events import steps
-from launcher.scheduling.rendezvous import _Rendezvous
 from tests.distributed.test_local import HERE, begun, finish, launched, make_run, pids, wait_for
 from tests.distributed.test_script import log, run_script
 from tests.ports import free_port
@@ -36,11 +37,19 @@ sys.stdin.read()
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
-def attack(ports: list[int], files: list[str], names: list[str], flag: Path, enter: list[str] | None = None) -> dict[str, Any]:
+def attack(
+    ports: list[int], files: list[str], names: list[str], flag: Path, enter: list[str] | None = None
+) -> dict[str, Any]:
     """What the user nobody reaches."""
     addresses = {address.address.partition("%")[0] for of in psutil.net_if_addrs().values() for address in of}
     addresses = {address for address in addresses if "." in address or address.count(":") != 5}
-    asked = {"ports": ports, "addresses": sorted(addresses), "files": files, "names": names, "flag": str(flag)}
+    asked = {
+        "ports": ports,
+        "addresses": sorted(addresses),
+        "files": files,
+        "names": names,
+        "flag": str(flag),
+    }
     command = [*(enter or []), sys.executable, str(HERE / "stranger.py"), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -57,7 +66,12 @@ def family(pid: int) -> list[psutil.Process]:
 
 def ports(processes: list[psutil.Process]) -> dict[int, str]:
     """The ports on which they listen, each with its address."""
-    found = [one.laddr for process in processes for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    found = [
+        one.laddr
+        for process in processes
+        for one in process.net_connections("inet")
+        if one.status == psutil.CONN_LISTEN
+    ]
     return {address.port: address.ip for address in found}
 
 
@@ -74,12 +88,21 @@ def test_more_machines_than_nodes_end_the_attempt(tmp_path: Path, monkeypatch: p
     meeting = _Rendezvous(RendezvousParameters("launcher", f"127.0.0.1:{free_port()}", "none", 1, 1), 0)
     store, address, port = meeting._on_several()
     store.set("name", "value")
-    assert TCPStore(address, port, is_master=False).list_keys()[0].startswith(secret.read(tmp_path / "secret"))
-    with pytest.raises(OSError), socket.create_connection((address, port), timeout=0.5, source_address=("127.0.0.9", 0)):
+    assert (
+        TCPStore(address, port, is_master=False).list_keys()[0].startswith(secret.read(tmp_path / "secret"))
+    )
+    with (
+        pytest.raises(OSError),
+        socket.create_connection((address, port), timeout=0.5, source_address=("127.0.0.9", 0)),
+    ):
         pass
     monkeypatch.setattr(doors, "callers", lambda place: {"10.0.0.1", "10.0.0.2"})
-    with pytest.raises(RankLostError, match=r"2 machines came to meet for a run on 1 nodes: 10\.0\.0\.1, 10\.0\.0\.2"):
-        _Rendezvous(RendezvousParameters("launcher", f"127.0.0.1:{free_port()}", "none", 1, 1), 0)._on_several()
+    with pytest.raises(
+        RankLostError, match=r"2 machines came to meet for a run on 1 nodes: 10\.0\.0\.1, 10\.0\.0\.2"
+    ):
+        _Rendezvous(
+            RendezvousParameters("launcher", f"127.0.0.1:{free_port()}", "none", 1, 1), 0
+        )._on_several()
 
 
 @needs_root
@@ -93,12 +116,16 @@ def test_another_user_gets_into_no_run_of_this_machine(tmp_path: Path) -> None:
         ranks = [one for one in processes if one.pid in pids(run)]
         others = [one for one in processes if one not in ranks]
         listening = ports(ranks)
-        stores = [str(path) for one in others for path in files_of(one) if "launcher-store" in str(path.readlink())]
+        stores = [
+            str(path) for one in others for path in files_of(one) if "launcher-store" in str(path.readlink())
+        ]
         assert ports(others) == {}, "neither launcher nor agent listens"
         assert set(listening.values()) == {"127.0.0.1"} and stores
         assert not any(run.run_id() in argument for one in processes for argument in one.cmdline())
         done = len(steps(run.metrics_file))
-        said = attack(list(listening), stores, [f"torch.rendezvous.{run.run_id()}-1", "torch.rendezvous.none"], flag)
+        said = attack(
+            list(listening), stores, [f"torch.rendezvous.{run.run_id()}-1", "torch.rendezvous.none"], flag
+        )
         assert said["reached"] == [] and said["opened"] == []
         wait_for(lambda: len(steps(run.metrics_file)) > done + 2, "more steps")
         process.send_signal(signal.SIGTERM)
@@ -112,9 +139,13 @@ def test_who_takes_a_ranks_place_while_it_waits_is_found_out(tmp_path: Path) -> 
     """The other rank comes late; meanwhile a stranger connects to the port on which the first waits for it."""
     run = make_run(tmp_path, {"gloo": True, "late": 1}, num_steps=5)
     with launched(run) as process:
-        wait_for(lambda: ports([one for one in family(process.pid) if one.pid in pids(run)]), "a rank listens")
+        wait_for(
+            lambda: ports([one for one in family(process.pid) if one.pid in pids(run)]), "a rank listens"
+        )
         (port,) = ports([one for one in family(process.pid) if one.pid in pids(run)])
-        stranger = subprocess.Popen([sys.executable, "-c", _WAITING, str(port), "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        stranger = subprocess.Popen(
+            [sys.executable, "-c", _WAITING, str(port), "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         assert stranger.stdout is not None and stranger.stdout.readline() == b"connected\n"
         (run.path / "go").touch()
         code, errors = finish(process)
@@ -124,7 +155,8 @@ def test_who_takes_a_ranks_place_while_it_waits_is_found_out(tmp_path: Path) -> 
 
 
 def test_a_script_meets_as_the_trainer_does(tmp_path: Path) -> None:
-    """By the environment, as Accelerate and the Trainer do; objects between its own ranks are its own business."""
+    """By the environment, as Accelerate and the Trainer do; objects between its own ranks are its own
+    business."""
     code, said = run_script(tmp_path / "run", HERE / "scripts" / "doors.py")
     assert code == 0, said
     for rank in range(2):

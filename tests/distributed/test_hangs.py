@@ -1,4 +1,5 @@
-"""Real ranks of the real trainer that hang: named within the seconds of the job, with who and where, and ended with a code of their own."""
+"""Real ranks of the real trainer that hang: named within the seconds of the job, with who and where, and
+ended with a code of their own."""
 
 from __future__ import annotations
 
@@ -33,9 +34,15 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return model_directory(folder / "model"), causal_data(folder / "data", packing=False)
 
 
-def make_run(path: Path, material: tuple[Path, dict[str, Any]], fault: dict[str, Any], **changes: Any) -> RunDirectory:
+def make_run(
+    path: Path, material: tuple[Path, dict[str, Any]], fault: dict[str, Any], **changes: Any
+) -> RunDirectory:
     model, data = material
-    usual: dict[str, Any] = {"num_steps": 12, "hang_after": SECONDS, "evaluate_every": {"value": 6, "unit": "steps"}}
+    usual: dict[str, Any] = {
+        "num_steps": 12,
+        "hang_after": SECONDS,
+        "evaluate_every": {"value": 6, "unit": "steps"},
+    }
     run = new_run(path / "run", plan_for(model, data, 2, **(usual | changes)))
     (run.path / "fault.json").write_text(json.dumps(fault))
     return run
@@ -59,24 +66,52 @@ def finish(run: RunDirectory, process: subprocess.Popen[str], seconds: float = 2
 
 
 CASES = [
-    ({"place": "forward", "kind": "stop", "rank": 1, "step": 7}, {}, "is stopped (SIGSTOP); rank 0 waits in all_gather"),
+    (
+        {"place": "forward", "kind": "stop", "rank": 1, "step": 7},
+        {},
+        "is stopped (SIGSTOP); rank 0 waits in all_gather",
+    ),
     ({"place": "data", "kind": "sleep", "rank": 0, "step": 7}, deepspeed(2), "is in the loader ("),
-    ({"place": "evaluating", "kind": "stop", "rank": 1, "step": 6}, {}, "is stopped (SIGSTOP); rank 0 waits in"),
-    ({"place": "preparing", "kind": "stop"}, {}, "is stopped (SIGSTOP); rank {other} waits for the preparation"),
-    ({"place": "backward", "kind": "stop", "rank": 0, "step": 3}, deepspeed(3), "is stopped (SIGSTOP); rank 1 waits in"),
-    ({"place": "optimizer", "kind": "sleep", "rank": 1, "step": 8}, {}, "is in optimizer, at strike (hanging.py:"),
+    (
+        {"place": "evaluating", "kind": "stop", "rank": 1, "step": 6},
+        {},
+        "is stopped (SIGSTOP); rank 0 waits in",
+    ),
+    (
+        {"place": "preparing", "kind": "stop"},
+        {},
+        "is stopped (SIGSTOP); rank {other} waits for the preparation",
+    ),
+    (
+        {"place": "backward", "kind": "stop", "rank": 0, "step": 3},
+        deepspeed(3),
+        "is stopped (SIGSTOP); rank 1 waits in",
+    ),
+    (
+        {"place": "optimizer", "kind": "sleep", "rank": 1, "step": 8},
+        {},
+        "is in optimizer, at strike (hanging.py:",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
     ("fault", "changes", "words"),
     [
-        pytest.param(*case, id=f"{case[0]['place']}-{case[0]['kind']}", marks=pytest.mark.slow if number < 2 else pytest.mark.very_slow)
+        pytest.param(
+            *case,
+            id=f"{case[0]['place']}-{case[0]['kind']}",
+            marks=pytest.mark.slow if number < 2 else pytest.mark.very_slow,
+        )
         for number, case in enumerate(CASES)
     ],
 )
 def test_a_hang_is_named(
-    tmp_path: Path, material: tuple[Path, dict[str, Any]], fault: dict[str, Any], changes: dict[str, Any], words: str
+    tmp_path: Path,
+    material: tuple[Path, dict[str, Any]],
+    fault: dict[str, Any],
+    changes: dict[str, Any],
+    words: str,
 ) -> None:
     run = make_run(tmp_path, material, fault, **changes)
     code, errors = finish(run, launch(run))
@@ -86,15 +121,23 @@ def test_a_hang_is_named(
     assert f"rank {rank} on {os.uname().nodename} {words.format(other=1 - rank)}" in said["line"], errors
     assert said["line"] in errors and "Stacks: " in errors
     assert said["time"] - struck["time"] < SECONDS + 20
-    assert code == HungError.exit_code == json.loads((run.attempt(1) / "failure.json").read_text())["exit_code"]
+    assert (
+        code == HungError.exit_code == json.loads((run.attempt(1) / "failure.json").read_text())["exit_code"]
+    )
     stacks = (run.attempt(1) / "stacks-1.txt").read_text()
     assert "most recent call first" in stacks
-    assert ("stopped (SIGSTOP or the like), so that it writes no stack" in stacks) == (fault["kind"] == "stop")
+    assert ("stopped (SIGSTOP or the like), so that it writes no stack" in stacks) == (
+        fault["kind"] == "stop"
+    )
     status = read_status(run)
-    assert status.state == "failed" and status.failure is not None and status.failure["failure_class"] == "hung"
+    assert (
+        status.state == "failed" and status.failure is not None and status.failure["failure_class"] == "hung"
+    )
 
 
-def test_a_rank_that_goes_on_again_ends_the_suspicion(tmp_path: Path, material: tuple[Path, dict[str, Any]]) -> None:
+def test_a_rank_that_goes_on_again_ends_the_suspicion(
+    tmp_path: Path, material: tuple[Path, dict[str, Any]]
+) -> None:
     run = make_run(tmp_path, material, {"place": "forward", "kind": "stop", "rank": 1, "step": 7})
     process = launch(run)
     deadline = time.monotonic() + 200
@@ -102,24 +145,34 @@ def test_a_rank_that_goes_on_again_ends_the_suspicion(tmp_path: Path, material: 
         assert time.monotonic() < deadline and process.poll() is None, "suspected"
         time.sleep(0.05)
     status = read_status(run)
-    assert status.state == "running" and status.phase == "training" and status.hang is not None and "rank 1" in status.hang
+    assert (
+        status.state == "running"
+        and status.phase == "training"
+        and status.hang is not None
+        and "rank 1" in status.hang
+    )
     assert status.step_age_seconds is not None and status.step_age_seconds > SECONDS / 2
     who = json.loads((run.attempt(1) / "rank-1.json").read_text())
     os.kill(who["pid"], signal.SIGCONT)
     code, errors = finish(run, process)
     assert code == 0, errors
-    assert [record["event"] for record in events.read(run.events_file) if record["event"] in ("suspected", "recovered")] == [
-        "suspected",
-        "recovered",
-    ]
+    assert [
+        record["event"]
+        for record in events.read(run.events_file)
+        if record["event"] in ("suspected", "recovered")
+    ] == ["suspected", "recovered"]
     assert "it goes on again" in errors
     last = ranks_of(run.attempt(1))
-    assert [seen.rank for seen in last] == [0, 1] and all(seen.step == 12 and seen.memory_bytes > 0 for seen in last)
+    assert [seen.rank for seen in last] == [0, 1] and all(
+        seen.step == 12 and seen.memory_bytes > 0 for seen in last
+    )
 
 
 @pytest.mark.very_slow
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_save_that_hangs_is_named_and_given_up(tmp_path: Path, material: tuple[Path, dict[str, Any]], asynchronous: bool) -> None:
+def test_a_save_that_hangs_is_named_and_given_up(
+    tmp_path: Path, material: tuple[Path, dict[str, Any]], asynchronous: bool
+) -> None:
     """Training goes on; nothing is saved until the storage answers, and then again."""
     fault = {"place": "saving", "kind": "sleep", "rank": 1, "seconds": 5 * SECONDS}
     checkpoint = {"every": 4, "keep_last": 2, "asynchronous": asynchronous}
@@ -128,7 +181,11 @@ def test_a_save_that_hangs_is_named_and_given_up(tmp_path: Path, material: tuple
     assert code == 0, errors
     stalled, failed = named(run, "save_stalled"), named(run, "save_failed")
     assert stalled[0]["rank"] == 1 and "rank 1" in stalled[0]["line"] and stalled[0]["line"] in errors
-    assert failed[0]["step"] == 4 and "storage hangs" in failed[0]["reason"] and "(rank 1: writing" in failed[0]["reason"]
+    assert (
+        failed[0]["step"] == 4
+        and "storage hangs" in failed[0]["reason"]
+        and "(rank 1: writing" in failed[0]["reason"]
+    )
     assert not named(run, "suspected")
     saved = [record["step"] for record in named(run, "saved")]
     assert 4 not in saved and saved[-1] == 600 and all(step > failed[-1]["step"] for step in saved)

@@ -21,7 +21,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_that_finishes_or_fails_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
     assert launch(make_run(tmp_path / "well"))[0] == 0
-    assert launch(make_run(tmp_path / "badly", {"kind": "raise", "rank": 1, "step": 2}, num_steps=100_000))[0] == 1
+    assert (
+        launch(make_run(tmp_path / "badly", {"kind": "raise", "rank": 1, "step": 2}, num_steps=100_000))[0]
+        == 1
+    )
     assert list(temporary.glob("torchelastic_*")) == []
 
 
@@ -29,6 +32,8 @@ def test_an_attempt_whose_agent_is_killed_leaves_nothing(tmp_path: Path, tempora
     run = make_run(tmp_path, num_steps=100_000)
     with launched(run) as process:
         wait_for(begun(run), "steps")
-        os.kill(int(Path(f"/proc/{pids(run)[0]}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+        os.kill(
+            int(Path(f"/proc/{pids(run)[0]}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL
+        )
         assert finish(process)[0] == 9
     assert list(temporary.glob("torchelastic_*")) == []

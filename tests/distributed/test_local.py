@@ -16,19 +16,24 @@ from typing import Any
 import pytest
 
 from launcher.errors import RunInUseError
-from launcher.planning.plan import Plan
+from launcher.launch import local
+from launcher.planner.plan import Plan
 from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive
 from launcher.runs.status import read_status
-from launcher.scheduling import local
 from tests.training.plans import plan_of
 
 HERE = Path(__file__).parent
 
 
 def plan(num_ranks: int = 2, num_steps: int = 10, grace: float = 20.0) -> Plan:
-    batch = {"global_batch_size": 4 * num_ranks, "micro_batch_size": 4, "accumulation_steps": 1, "data_parallel_size": num_ranks}
+    batch = {
+        "global_batch_size": 4 * num_ranks,
+        "micro_batch_size": 4,
+        "accumulation_steps": 1,
+        "data_parallel_size": num_ranks,
+    }
     return plan_of(Path("none"), num_ranks, grace_seconds=grace, length__value=num_steps, batch=batch)
 
 
@@ -45,7 +50,10 @@ def launched(run: RunDirectory, *arguments: str) -> Iterator[subprocess.Popen[st
     """A launcher process of its own, so that signals can be sent to it; gone at the end of the block."""
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "local_runner.py"), str(run.path), *arguments], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(HERE / "local_runner.py"), str(run.path), *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         yield process
@@ -97,7 +105,7 @@ def test_a_run_finishes_and_a_finished_run_does_nothing(tmp_path: Path) -> None:
     assert names(run)[0] == "started" and names(run)[-1] == "finished"
     assert sorted(steps(run.metrics_file)) == list(range(1, 11))
     command = json.loads((run.attempt(1) / "command.json").read_text())
-    assert "launcher.scheduling.node_agent" in command["command"]
+    assert "launcher.launch.agent" in command["command"]
     assert launch(run) == (0, f"{run.path} is finished; there is nothing to do\n")
     assert run.last_attempt() == 1
 
@@ -114,8 +122,14 @@ def test_a_run_finishes_and_a_finished_run_does_nothing(tmp_path: Path) -> None:
         ("vanish", 9, "rank-lost", "ended with exit code 21 and no reason given"),
     ],
 )
-def test_what_one_rank_does_is_named_and_ends_all(tmp_path: Path, kind: str, code: int, failure_class: str, cause: str) -> None:
-    run = make_run(tmp_path, {"kind": kind, "rank": 1, "step": 4, "gloo": kind in ("raise", "segfault")}, num_steps=100_000)
+def test_what_one_rank_does_is_named_and_ends_all(
+    tmp_path: Path, kind: str, code: int, failure_class: str, cause: str
+) -> None:
+    run = make_run(
+        tmp_path,
+        {"kind": kind, "rank": 1, "step": 4, "gloo": kind in ("raise", "segfault")},
+        num_steps=100_000,
+    )
     returned, errors = launch(run)
     assert returned == code, errors
     found = failure(run)
@@ -123,7 +137,9 @@ def test_what_one_rank_does_is_named_and_ends_all(tmp_path: Path, kind: str, cod
     assert cause in found["cause"]
     assert found["step"] == last_of(run)
     line = errors.strip().splitlines()[-1]
-    assert f"rank 1 on {os.uname().nodename}" in line and cause in line and f"launcher resume {run.path}" in line
+    assert (
+        f"rank 1 on {os.uname().nodename}" in line and cause in line and f"launcher resume {run.path}" in line
+    )
     assert ("--set batch.micro_batch_size=2" in line) == (failure_class == "out-of-memory")
     assert names(run)[-1] == "failed"
     status = read_status(run)
@@ -241,7 +257,9 @@ def test_an_agent_killed_hard_leaves_no_orphans(tmp_path: Path) -> None:
     run = make_run(tmp_path, num_steps=100_000)
     with launched(run) as process:
         wait_for(begun(run), "steps")
-        os.kill(int(Path(f"/proc/{pids(run)[0]}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+        os.kill(
+            int(Path(f"/proc/{pids(run)[0]}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL
+        )
         code, errors = finish(process)
         assert not any(alive(pid) for pid in pids(run))
     assert code == 9 and "the agent" in errors and "SIGKILL" in errors

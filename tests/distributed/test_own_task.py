@@ -1,4 +1,5 @@
-"""A task of a package that launcher does not know: one class, and from the plan to the export nothing else is touched."""
+"""A task of a package that launcher does not know: one class, and from the plan to the export nothing else is
+touched."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ TASK = '''
 from typing import ClassVar
 
 from launcher.lazy import Lazy
-from launcher.sources.rows import text_of
-from launcher.sources.section import Data
+from launcher.data.rows import text_of
+from launcher.data.section import Data
 from launcher.tasks.task import Encoded, Evaluator, Output, Sample, Task, Traits
 
 np, torch = Lazy("numpy"), Lazy("torch")
@@ -106,7 +107,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: text-length\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[launcher.tasks]\ntext-length = text_length:TextLength\n")
-    model_directory(folder / "model", "bert", "AutoModelForSequenceClassification", num_labels=1, max_position_embeddings=64)
+    model_directory(
+        folder / "model",
+        "bert",
+        "AutoModelForSequenceClassification",
+        num_labels=1,
+        max_position_embeddings=64,
+    )
     generator = random.Random(0)
     rows = [{"words": " ".join(["w3"] * generator.randrange(1, 40))} for _ in range(96)]
     for name, part in (("train", rows[:80]), ("held-out", rows[80:])):
@@ -126,9 +133,18 @@ def job(folder: Path, engine: str, **changes: Any) -> Path:
     content: dict[str, Any] = {
         "name": "own",
         "model": {"name": "model", "task": "text-length"},
-        "data": {"train": {"path": "train.jsonl"}, "evaluation": {"path": "held-out.jsonl"}, "words": "words", "max_length": 64},
+        "data": {
+            "train": {"path": "train.jsonl"},
+            "evaluation": {"path": "held-out.jsonl"},
+            "words": "words",
+            "max_length": 64,
+        },
         "batch": {"global_batch_size": 8},
-        "training": {"max_steps": 60, "learning_rate": 3e-3, "early_stopping": {"metric": "error", "patience": 9}},
+        "training": {
+            "max_steps": 60,
+            "learning_rate": 3e-3,
+            "early_stopping": {"metric": "error", "patience": 9},
+        },
         "parallel": {"engine": engine, "shard": "full"},
         "cluster": {"ranks_per_node": 2, "gpus_per_node": 0},
         "precision": "fp32",
@@ -148,14 +164,18 @@ def test_a_task_is_one_class(engine: str, folder: Path) -> None:
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     first, *_, last = [event["metrics"]["error"] for event in events if event["event"] == "evaluated"]
     assert last < first / 2
-    assert any(event["event"] == "checked" for event in events), "the check after loading knows no task by name"
+    assert any(event["event"] == "checked" for event in events), (
+        "the check after loading knows no task by name"
+    )
     if engine == "deepspeed":
         return  # what follows reads the same checkpoint for both
     assert "error" in launcher(folder, "evaluate", run)
     launcher(folder, "export", run, "--out", folder / f"export-{engine}")
     from transformers import AutoModelForSequenceClassification
 
-    assert AutoModelForSequenceClassification.from_pretrained(folder / f"export-{engine}").config.num_labels == 1
+    assert (
+        AutoModelForSequenceClassification.from_pretrained(folder / f"export-{engine}").config.num_labels == 1
+    )
 
 
 @pytest.mark.slow
@@ -167,8 +187,13 @@ def test_its_keys_are_checked_like_any_others(folder: Path) -> None:
     wrong = job(folder, "fsdp", data={"train": {"path": "train.jsonl"}, "word": "words", "label": "x"})
     text = launcher(folder, "validate", wrong, code=2)
     assert "data.word" in text and "the nearest known one is data.words" in text
-    assert "data.label" in text and "belongs to sequence-classification, and model.task is text-length, which reads words" in text
+    assert (
+        "data.label" in text
+        and "belongs to sequence-classification, and model.task is text-length, which reads words" in text
+    )
     metric = job(folder, "fsdp", checkpoint={"keep_best": 1, "metric": "eror"})
-    assert "a text-length evaluation measures loss, error; the nearest is error" in launcher(folder, "validate", metric, code=2)
+    assert "a text-length evaluation measures loss, error; the nearest is error" in launcher(
+        folder, "validate", metric, code=2
+    )
     unknown = job(folder, "fsdp", model={"name": "model", "task": "text-lengths"})
     assert "the nearest is text-length" in launcher(folder, "validate", unknown, code=2)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render import accelerate, deepspeed, presets
 from launcher.render.files import files, json_text, yaml_text
-from launcher.render.place import Place
+from launcher.render.launch_paths import Place
 from launcher.render.write import write
 from tests.ports import free_port
 from tests.unit.test_render import CASES, plan_of
@@ -46,7 +46,10 @@ def test_deepspeed_reads_what_the_plan_says(case: str, tmp_path: Path) -> None:
     assert read.train_batch_size == plan.batch.global_batch_size
     assert read.gradient_accumulation_steps == plan.batch.accumulation_steps
     assert read.gradient_clipping == plan.training.clip_norm
-    assert (read.bfloat16_config.enabled, read.float16_config.enabled) == (plan.precision == "bf16", plan.precision == "fp16")
+    assert (read.bfloat16_config.enabled, read.float16_config.enabled) == (
+        plan.precision == "bf16",
+        plan.precision == "fp16",
+    )
     zero = read.zero_config
     assert zero.stage == plan.zero.stage
     assert zero.reduce_bucket_size == plan.zero.reduce_bucket_size
@@ -57,7 +60,11 @@ def test_deepspeed_reads_what_the_plan_says(case: str, tmp_path: Path) -> None:
         assert zero.max_live_parameters == plan.zero.max_live_parameters
         assert zero.sub_group_size == plan.zero.sub_group_size
     device = "none" if plan.offload == "none" else "cpu" if plan.offload_to == "cpu" else "nvme"
-    assert device == (getattr(zero.offload_optimizer.device, "value", zero.offload_optimizer.device) if zero.offload_optimizer else "none")
+    assert device == (
+        getattr(zero.offload_optimizer.device, "value", zero.offload_optimizer.device)
+        if zero.offload_optimizer
+        else "none"
+    )
     if device == "nvme":
         assert str(zero.offload_param.nvme_path) == plan.offload_to
 
@@ -76,7 +83,10 @@ def test_deepspeed_reads_every_preset(name: str) -> None:
     plan = presets.plan(presets.JOBS[name])
     read = parsed_by_deepspeed(PRESETS / name, plan.mesh.world_size)
     assert plan.zero is not None
-    assert (read.zero_config.stage, read.zero_config.zero_hpz_partition_size) == (plan.zero.stage, plan.zero.secondary_shard)
+    assert (read.zero_config.stage, read.zero_config.zero_hpz_partition_size) == (
+        plan.zero.stage,
+        plan.zero.secondary_shard,
+    )
     assert read.zero_config.zero_quantized_weights == plan.zero.quantized_weights
 
 
@@ -100,7 +110,9 @@ def test_accelerate_loads_every_file(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in presets.JOBS if name.endswith(".yaml")))
 def test_accelerate_loads_every_preset(name: str) -> None:
-    assert loaded_by_accelerate(PRESETS / name).num_processes == presets.plan(presets.JOBS[name]).mesh.world_size
+    assert (
+        loaded_by_accelerate(PRESETS / name).num_processes == presets.plan(presets.JOBS[name]).mesh.world_size
+    )
 
 
 def environment_of(path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
@@ -108,19 +120,28 @@ def environment_of(path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> d
     from accelerate.commands import launch
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    arguments = launch.launch_command_parser().parse_args(["--config_file", str(path), "--main_process_ip", "127.0.0.1", "train.py"])
+    arguments = launch.launch_command_parser().parse_args(
+        ["--config_file", str(path), "--main_process_ip", "127.0.0.1", "train.py"]
+    )
     arguments, _, mp = launch._validate_launch_command(arguments)
     arguments.main_process_port = free_port()
     if plan.engine == "deepspeed":
-        arguments.deepspeed_fields_from_accelerate_config = "deepspeed_config_file" + (",mixed_precision" if mp else "")
+        arguments.deepspeed_fields_from_accelerate_config = "deepspeed_config_file" + (
+            ",mixed_precision" if mp else ""
+        )
         return prepare_deepspeed_cmd_env(arguments)[1]
     return prepare_multi_gpu_env(arguments)
 
 
 @pytest.mark.parametrize(
-    "case", sorted(case for case in CASES if case.startswith("fsdp-") and case not in ("fsdp-cpu", "fsdp-none-compile"))
+    "case",
+    sorted(
+        case for case in CASES if case.startswith("fsdp-") and case not in ("fsdp-cpu", "fsdp-none-compile")
+    ),
 )
-def test_accelerates_own_plugin_takes_the_fsdp_files(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerates_own_plugin_takes_the_fsdp_files(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 
     plan = plan_of(CASES[case])
@@ -131,7 +152,9 @@ def test_accelerates_own_plugin_takes_the_fsdp_files(case: str, tmp_path: Path, 
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward == plan.mesh.reshard_after_forward
-    assert type(plugin.cpu_offload).__name__ == ("CPUOffloadPolicy" if plan.offload == "parameters" else "OffloadPolicy")
+    assert type(plugin.cpu_offload).__name__ == (
+        "CPUOffloadPolicy" if plan.offload == "parameters" else "OffloadPolicy"
+    )
     assert plugin.activation_checkpointing
     if plan.mesh.replicate > 1:
         sizes = ParallelismConfig()
@@ -143,7 +166,9 @@ def test_accelerates_own_plugin_takes_the_fsdp_files(case: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("case", ZERO)
-def test_accelerates_own_plugin_takes_the_deepspeed_files(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerates_own_plugin_takes_the_deepspeed_files(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     from accelerate.utils import DeepSpeedPlugin
 
@@ -175,4 +200,6 @@ def test_accelerates_own_test_script_runs_on_two_cpu_ranks(tmp_path: Path) -> No
 
 def test_json_has_no_number_that_only_python_reads() -> None:
     for case in ZERO:
-        json.loads(json_text(deepspeed.config(plan_of(CASES[case]))), parse_constant=lambda name: pytest.fail(name))
+        json.loads(
+            json_text(deepspeed.config(plan_of(CASES[case]))), parse_constant=lambda name: pytest.fail(name)
+        )

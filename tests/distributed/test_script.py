@@ -1,4 +1,5 @@
-"""`launcher run --script`: real scripts, unchanged, on two ranks; and what becomes of a script that ends badly."""
+"""`launcher run --script`: real scripts, unchanged, on two ranks; and what becomes of a script that ends
+badly."""
 
 from __future__ import annotations
 
@@ -24,8 +25,23 @@ from launcher.runs.status import read_status
 
 SCRIPTS = Path(__file__).parent / "scripts"
 THEIRS = Path(accelerate.test_utils.__file__).parent / "scripts"
-SIZES = {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-TRAINER = ["--per_device_train_batch_size", "4", "--learning_rate", "5e-3", "--max_steps", "6", "--logging_steps", "1"]
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TRAINER = [
+    "--per_device_train_batch_size",
+    "4",
+    "--learning_rate",
+    "5e-3",
+    "--max_steps",
+    "6",
+    "--logging_steps",
+    "1",
+]
 TRAINER += ["--report_to", "none", "--eval_strategy", "steps", "--eval_steps", "3", "--save_steps", "3"]
 ENGINES = {
     "fsdp": ["--set", "parallel.engine=fsdp"],
@@ -35,10 +51,25 @@ ENGINES = {
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def start(run: Path, script: Path, *arguments: str, options: list[str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launcher.cli.main", "run", "--script", str(script), "--nproc", "2", "--run-dir", str(run)]
+def start(
+    run: Path, script: Path, *arguments: str, options: list[str] | None = None
+) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.cli.main",
+        "run",
+        "--script",
+        str(script),
+        "--nproc",
+        "2",
+        "--run-dir",
+        str(run),
+    ]
     command += ["--set", "cluster.gpus_per_node=0", *(options or []), "--", *arguments]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
@@ -88,13 +119,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     set_seed(3)
     bert = AutoConfig.for_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SIZES)
     AutoModelForSequenceClassification.from_config(bert).save_pretrained(folder / "with_accelerate")
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_key_value_heads=2, **SIZES)).save_pretrained(folder / "with_trainer")
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", num_key_value_heads=2, **SIZES)
+    ).save_pretrained(folder / "with_trainer")
     return folder
 
 
 def arguments_of(script: str, models: Path, out: Path) -> list[str]:
     common = ["--model", str(models / script), "--out", str(out)]
-    return [*common, *TRAINER, "--output_dir", str(out.with_suffix(""))] if script == "with_trainer" else common
+    return (
+        [*common, *TRAINER, "--output_dir", str(out.with_suffix(""))] if script == "with_trainer" else common
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +146,13 @@ def without_launcher(models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "--rdzv-endpoint=127.0.0.1:0",
         ]
         command += [str(SCRIPTS / f"{script}.py"), *arguments_of(script, models, folder / f"{script}.json")]
-        done = subprocess.run(command, env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            command,
+            env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stderr
         result = json.loads((folder / f"{script}.json").read_text())
         assert (result["distributed"], result["ranks"]) == ("MULTI_CPU", 2)
@@ -148,12 +189,19 @@ def test_an_unchanged_script_is_sharded_and_learns_the_same(
     ("script", "options", "ends"),
     [
         ("test_script", ENGINES["zero3"], "Shuffled central dataloader passing."),
-        pytest.param("test_script", ["--set", "parallel.shard=none"], "Test reinstantiated state", marks=pytest.mark.very_slow),
+        pytest.param(
+            "test_script",
+            ["--set", "parallel.shard=none"],
+            "Test reinstantiated state",
+            marks=pytest.mark.very_slow,
+        ),
         ("test_ops", ENGINES["fsdp"], "testing sending tensors across devices"),
         ("test_ops", ENGINES["zero3"], "testing sending tensors across devices"),
     ],
 )
-def test_the_test_scripts_that_accelerate_ships(script: str, options: list[str], ends: str, tmp_path: Path) -> None:
+def test_the_test_scripts_that_accelerate_ships(
+    script: str, options: list[str], ends: str, tmp_path: Path
+) -> None:
     code, said = run_script(tmp_path / "run", THEIRS / f"{script}.py", options=options)
     assert code == 0, said + log(tmp_path / "run")
     assert ends in log(tmp_path / "run")
@@ -170,7 +218,11 @@ def test_arguments_and_environment_reach_the_script_as_they_are(tmp_path: Path) 
     assert (told["path"], told["name"], told["file"]) == (str(SCRIPTS), "__main__", str(script))
     seen = told["seen"]
     assert (seen["LAUNCHER_RUN_DIRECTORY"], seen["LAUNCHER_ATTEMPT"]) == (str(run), "1")
-    assert (seen["ACCELERATE_USE_FSDP"], seen["FSDP_VERSION"], seen["ACCELERATE_MIXED_PRECISION"]) == ("true", "2", "bf16")
+    assert (seen["ACCELERATE_USE_FSDP"], seen["FSDP_VERSION"], seen["ACCELERATE_MIXED_PRECISION"]) == (
+        "true",
+        "2",
+        "bf16",
+    )
     written = json.loads((RunDirectory(run).attempt(1) / "accelerate.json").read_text())
     assert written.items() <= seen.items()
     assert RunDirectory(run).finished and read_status(RunDirectory(run)).state == "finished"
@@ -188,7 +240,9 @@ def test_arguments_and_environment_reach_the_script_as_they_are(tmp_path: Path) 
         ("disk", 5, "storage", "No space left on device"),
     ],
 )
-def test_how_a_script_fails_is_named_and_ends_all(kind: str, code: int, failure_class: str, cause: str, tmp_path: Path) -> None:
+def test_how_a_script_fails_is_named_and_ends_all(
+    kind: str, code: int, failure_class: str, cause: str, tmp_path: Path
+) -> None:
     returned, said = run_script(tmp_path / "run", SCRIPTS / "misbehaving.py", kind)
     assert returned == code, said
     failure = json.loads((tmp_path / "run" / "attempts" / "0001" / "failure.json").read_text())
@@ -216,12 +270,13 @@ def test_ctrl_c_ends_a_script_that_knows_nothing_of_it_and_all_that_it_started(t
 
 
 def test_a_rank_that_leaves_at_once_has_written_down_that_it_was_stopped(tmp_path: Path) -> None:
-    """A script's own handler may run, and the script end, before the thread has had its turn: the run would count as finished."""
+    """A script's own handler may run, and the script end, before the thread has had its turn: the run would
+    count as finished."""
     code = """
 import os, signal, sys, time
 from pathlib import Path
 from launcher.runs.layout import RunDirectory
-from launcher.training.script import Stop
+from launcher.training.script_entry import Stop
 
 class Slow(Stop):
     def _stop(self, number):
@@ -234,7 +289,13 @@ os.kill(os.getpid(), signal.SIGTERM)
 stop.hear_all()
 os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert [record["signal"] for record in read(RunDirectory(tmp_path).events_file)] == ["SIGTERM"]
 
@@ -250,7 +311,11 @@ def test_a_script_that_handles_sigterm_saves_and_is_started_again(whom: str, tmp
     assert [json.loads(path.read_text()) for path in run.path.glob("saved-*.json")] == ["SIGTERM", "SIGTERM"]
     assert read_status(run).state == "stopped"
     resumed = subprocess.run(
-        [sys.executable, "-m", "launcher.cli.main", "resume", str(run.path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "launcher.cli.main", "resume", str(run.path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert resumed.returncode == 0, resumed.stderr
     assert [record["event"] for record in read(run.events_file)][-1] == "finished"

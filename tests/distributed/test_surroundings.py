@@ -1,4 +1,5 @@
-"""Terminals, pipes and disks that go away, fill up or hang under a real launcher with real ranks; only the trainer is an imitation."""
+"""Terminals, pipes and disks that go away, fill up or hang under a real launcher with real ranks; only the
+trainer is an imitation."""
 
 from __future__ import annotations
 
@@ -19,7 +20,18 @@ import pytest
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive
 from launcher.runs.status import read_status
-from tests.distributed.test_local import HERE, begun, failure, finish, launched, make_run, names, pids, plan, wait_for
+from tests.distributed.test_local import (
+    HERE,
+    begun,
+    failure,
+    finish,
+    launched,
+    make_run,
+    names,
+    pids,
+    plan,
+    wait_for,
+)
 
 ENVIRONMENT = {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
 LONG = {"num_steps": 100_000, "grace": 120.0}
@@ -31,9 +43,12 @@ def test_a_terminal_that_is_closed_is_a_polite_stop(tmp_path: Path) -> None:
     if process == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         os.execvpe(
-            sys.executable, [sys.executable, str(HERE / "local_runner.py"), str(run.path), "--display"], {**os.environ, **ENVIRONMENT}
+            sys.executable,
+            [sys.executable, str(HERE / "local_runner.py"), str(run.path), "--display"],
+            {**os.environ, **ENVIRONMENT},
         )
-    # Somebody who looks, until the window is closed: the kernel then sends SIGHUP, and every further line is an error.
+    # Somebody who looks, until the window is closed: the kernel then sends SIGHUP, and every further line is
+    # an error.
     looking = threading.Thread(target=_read_all, args=(terminal,), daemon=True)
     looking.start()
     try:
@@ -79,10 +94,14 @@ def test_a_run_directory_that_is_removed_or_renamed_ends_the_run(is_renamed: boo
     line = errors.strip().splitlines()[-1]
     assert not any(alive(pid) for pid in ranks)
     if is_renamed:
-        assert f"was renamed to {tmp_path / 'elsewhere'}" in line and line.endswith(f"launcher resume {tmp_path / 'elsewhere'}")
+        assert f"was renamed to {tmp_path / 'elsewhere'}" in line and line.endswith(
+            f"launcher resume {tmp_path / 'elsewhere'}"
+        )
         assert failure(RunDirectory(tmp_path / "elsewhere"))["failure_class"] == "storage"
     else:
-        assert line.startswith(f"storage: the run directory {run.path}: it was removed or renamed; nothing could be saved")
+        assert line.startswith(
+            f"storage: the run directory {run.path}: it was removed or renamed; nothing could be saved"
+        )
 
 
 @pytest.fixture
@@ -115,7 +134,9 @@ def test_a_disk_that_hangs_makes_nobody_deaf(number: signal.Signals, tmp_path: P
     said = "2 s of grace" if number == signal.SIGTERM else "second Ctrl-C"
     line, warning = errors.strip().splitlines()[-2:]
     assert said in line and f"launcher resume {run.path}" in line
-    assert warning.startswith("warning: nothing of this could be written down") and warning.endswith("does not answer")
+    assert warning.startswith("warning: nothing of this could be written down") and warning.endswith(
+        "does not answer"
+    )
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to mount a file system")
@@ -137,7 +158,11 @@ def test_a_disk_that_is_full_to_the_last_byte_is_one_line(tmp_path: Path) -> Non
             code, errors = finish(process)
         assert code == 5 and "Traceback" not in errors, errors
         lines = errors.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("storage: rank 0") and "No space left on device" in lines[0]
+        assert (
+            len(lines) == 1
+            and lines[0].startswith("storage: rank 0")
+            and "No space left on device" in lines[0]
+        )
         assert not [path for path in disk.rglob(".*") if path.name != ".lock"], "nothing half written stays"
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
@@ -178,10 +203,17 @@ def test_too_few_files_are_said_with_what_to_write(files: int, tmp_path: Path) -
 
 def test_a_soft_limit_of_files_is_raised(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    program = f"import resource; resource.setrlimit(7, (40, 4096)); import runpy, sys; sys.argv = ['', {str(run.path)!r}]; "
+    program = (
+        "import resource; resource.setrlimit(7, (40, 4096)); import runpy, sys; sys.argv = ['', "
+        f"{str(run.path)!r}]; "
+    )
     program += f"runpy.run_path({str(HERE / 'local_runner.py')!r}, run_name='__main__')"
     process = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=250
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
     assert process.returncode == 0, process.stderr
     assert json.loads(run.plan_file.read_text()) == json.loads(plan().to_json())

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from launcher import tasks
+from launcher.data.rows import RowProblem
+from launcher.data.section import Data, Source
 from launcher.errors import ConfigurationError
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Data, Source
 from launcher.tasks.causal_lm import CausalColumns
 from launcher.tasks.task import Output, Sample, Task
 from tests.distributed.data_world import MARKED, byte_tokenizer, plan_of
@@ -65,7 +65,9 @@ def test_of_prompt_and_completion_the_completion_is_learned() -> None:
     assert TOKENIZER("the cat", add_special_tokens=False)["input_ids"][: len(apart)] != apart
 
 
-@pytest.mark.parametrize("row", [{"question": "x"}, {"question": " ", "answer": "y"}, {"question": "x", "answer": None}])
+@pytest.mark.parametrize(
+    "row", [{"question": "x"}, {"question": " ", "answer": "y"}, {"question": "x", "answer": None}]
+)
 def test_prompt_and_completion_both_need_text(row: dict[str, Any]) -> None:
     with pytest.raises(RowProblem, match=r"missing key|empty"):
         arrays_of(task_of(PROMPTED), row, TOKENIZER)
@@ -101,13 +103,18 @@ def test_of_a_chat_the_assistants_turns_are_learned() -> None:
     whole = TOKENIZER.apply_chat_template(TALK, tokenize=False)
     assert TOKENIZER.decode(arrays["input_ids"].tolist()) == whole
     # What the model reads before its turn is what it will read when it is asked.
-    prompt = TOKENIZER(TOKENIZER.apply_chat_template(TALK[:2], tokenize=False, add_generation_prompt=True))["input_ids"]
+    prompt = TOKENIZER(TOKENIZER.apply_chat_template(TALK[:2], tokenize=False, add_generation_prompt=True))[
+        "input_ids"
+    ]
     assert arrays["input_ids"].tolist()[: len(prompt)] == prompt
 
 
 def test_a_template_that_marks_turns_learns_the_same() -> None:
     marked = byte_tokenizer(MARKED)
-    ours, theirs = arrays_of(task_of(CHAT), {"messages": TALK}, TOKENIZER), arrays_of(task_of(CHAT, marked), {"messages": TALK}, marked)
+    ours, theirs = (
+        arrays_of(task_of(CHAT), {"messages": TALK}, TOKENIZER),
+        arrays_of(task_of(CHAT, marked), {"messages": TALK}, marked),
+    )
     assert learned(ours) == learned(theirs, marked)
     assert TOKENIZER.decode(ours["input_ids"].tolist()) == marked.decode(theirs["input_ids"].tolist())
 
@@ -116,11 +123,16 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     # As reasoning models do: only the last turn keeps its thoughts.
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-        "{% if m['role'] == 'assistant' and loop.last %}{{ '(thought)' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '(thought)' }}{% endif %}{{ m['content'] + "
+        "'<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     tokenizer = byte_tokenizer(template)
-    arrays = arrays_of(task_of(CHAT, tokenizer), {"messages": [*TALK[:4], {"role": "assistant", "content": "a dog"}]}, tokenizer)
+    arrays = arrays_of(
+        task_of(CHAT, tokenizer),
+        {"messages": [*TALK[:4], {"role": "assistant", "content": "a dog"}]},
+        tokenizer,
+    )
     assert learned(arrays, tokenizer) == "the cat<|im_end|>(thought)a dog<|im_end|>"
 
 
@@ -128,8 +140,14 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "depends on what messages say"),
-        ("{% for m in messages %}{{ m['content'][:3] }}{{ messages[-1]['content'][3:] }}{% endfor %}", "writes message 5 among others"),
-        ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}", "leaves out what message 3 says"),
+        (
+            "{% for m in messages %}{{ m['content'][:3] }}{{ messages[-1]['content'][3:] }}{% endfor %}",
+            "writes message 5 among others",
+        ),
+        (
+            "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
+            "leaves out what message 3 says",
+        ),
     ],
 )
 def test_a_template_whose_turns_cannot_be_told(template: str, message: str) -> None:
@@ -146,13 +164,22 @@ def test_a_template_whose_turns_cannot_be_told(template: str, message: str) -> N
         ([{"content": "x"}], "not a list of messages"),
         ([], "empty"),
         (TALK[:2], "no message has the role 'assistant'"),
-        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": 3}], "the content of message 2 is a int, not text"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": 3}],
+            "the content of message 2 is a int, not text",
+        ),
         ([{"role": "assistant", "content": {"a": "b"}}], "the content of message 1 is a dict, not text"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "message 1 has a part of type 'image'"),
-        ([{"role": "assistant", "content": [{"type": "text", "text": 3}]}], "message 1 has a part of type 'text'"),
+        (
+            [{"role": "assistant", "content": [{"type": "text", "text": 3}]}],
+            "message 1 has a part of type 'text'",
+        ),
         ([{"role": "assistant", "content": "x", "weight": 0.5}], "weight of message 1 is 0.5"),
         ([{"role": "assistant", "content": "x", "train": "no"}], "train of message 1 is 'no'"),
-        ([{"role": "assistant", "content": "x", "weight": 0}], "every assistant message has weight 0 or train false"),
+        (
+            [{"role": "assistant", "content": "x", "weight": 0}],
+            "every assistant message has weight 0 or train false",
+        ),
         ([{"role": "assistant"}], "the chat template cannot write"),
         ([{"role": "assistant", "content": "x"}] * 1023, "1,023 messages; a chat may have 1,022"),
         ([{"role": "assistant", "content": "\ud800"}], "not UTF-8"),
@@ -165,7 +192,9 @@ def test_chats_that_cannot_be_used(messages: Any, message: str) -> None:
 
 def test_none_in_a_message_is_an_absent_key() -> None:
     plain = arrays_of(task_of(CHAT), {"messages": TALK}, TOKENIZER)
-    padded = arrays_of(task_of(CHAT), {"messages": [{**message, "tool_calls": None} for message in TALK]}, TOKENIZER)
+    padded = arrays_of(
+        task_of(CHAT), {"messages": [{**message, "tool_calls": None} for message in TALK]}, TOKENIZER
+    )
     assert np.array_equal(plain["input_ids"], padded["input_ids"])
 
 
@@ -186,14 +215,20 @@ def test_tokenizers_that_cannot_serve() -> None:
         task_of(TEXT, without)
     with pytest.raises(ConfigurationError, match="a chat template"):
         task_of(CHAT, byte_tokenizer(template=None))
-    with pytest.raises(ConfigurationError, match="no such task; there are causal-lm, sequence-classification"):
+    with pytest.raises(
+        ConfigurationError, match="no such task; there are causal-lm, sequence-classification"
+    ):
         tasks.build(plan_of(TEXT).model_copy(update={"task": "vision"}), TOKENIZER)
 
 
 def test_collating_joins_samples_end_to_end() -> None:
     def sample(*ids: int) -> Sample:
         array = np.array(ids, dtype=np.int32)
-        return Sample({"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}, id=0, length=len(ids))
+        return Sample(
+            {"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)},
+            id=0,
+            length=len(ids),
+        )
 
     batch = task_of(TEXT).collate([[sample(1, 2, 3), sample(4)], [sample(5, 6).as_filler()]])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
@@ -212,7 +247,11 @@ def test_collating_joins_samples_end_to_end() -> None:
 def test_collating_pads_on_the_right_where_samples_cannot_be_joined() -> None:
     def sample(*ids: int) -> Sample:
         array = np.array(ids, dtype=np.int32)
-        return Sample({"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}, id=0, length=len(ids))
+        return Sample(
+            {"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)},
+            id=0,
+            length=len(ids),
+        )
 
     task = task_of(TEXT)
     task.layout = "padded"
@@ -231,7 +270,9 @@ def test_an_example_is_collated_like_any_sample() -> None:
     assert batch["lengths"] == [3, 2] and batch["targets"].shape == (5,)
 
 
-def seen(loss_sum: float, num_correct: float, num_supervised: int, router_loss_sum: float | None = None) -> list[np.ndarray]:
+def seen(
+    loss_sum: float, num_correct: float, num_supervised: int, router_loss_sum: float | None = None
+) -> list[np.ndarray]:
     """What an evaluation of one micro-batch leaves on a rank; as many positions again are not supervised."""
     evaluator = task_of(TEXT).evaluator()
     router = None if router_loss_sum is None else torch.tensor(router_loss_sum)

@@ -9,9 +9,9 @@ import torch
 from transformers import BartConfig, BertConfig, LlamaConfig, RobertaConfig, T5Config
 
 from launcher import tasks
+from launcher.data.rows import Row, RowProblem
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
-from launcher.sources.rows import Row, RowProblem
-from launcher.sources.section import Source
 from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 from launcher.tasks.task import Output, Sample, Task
 from tests.distributed.data_world import byte_tokenizer, plan_of, word_tokenizer
@@ -21,7 +21,9 @@ TRAIN = Source(path="unused.jsonl")
 TOKENIZER = word_tokenizer()
 
 
-def task_of(labels: list[str] | None = None, tokenizer: Any = TOKENIZER, **settings: Any) -> SequenceClassification:
+def task_of(
+    labels: list[str] | None = None, tokenizer: Any = TOKENIZER, **settings: Any
+) -> SequenceClassification:
     data = LabelledColumns(**{"train": TRAIN, "text": "text", "label": "label", **settings})
     task = tasks.build(plan_of(data, "sequence-classification"), tokenizer, labels)
     assert isinstance(task, SequenceClassification)
@@ -29,7 +31,10 @@ def task_of(labels: list[str] | None = None, tokenizer: Any = TOKENIZER, **setti
 
 
 def rows_of(*labels: Any) -> list[Row]:
-    return [Row(number, "a.jsonl", number + 1, {"text": "the cat", "label": label}) for number, label in enumerate(labels)]
+    return [
+        Row(number, "a.jsonl", number + 1, {"text": "the cat", "label": label})
+        for number, label in enumerate(labels)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,21 +67,43 @@ def test_a_text() -> None:
     arrays = arrays_of(task_of(["no", "yes"]), {"text": "the cat", "label": "yes"}, TOKENIZER)
     assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "the", "cat", "[SEP]"]
     assert arrays["label"].tolist() == [1]
-    assert {name: array.dtype for name, array in arrays.items()} == {"input_ids": np.int32, "token_type_ids": np.int32, "label": np.int64}
+    assert {name: array.dtype for name, array in arrays.items()} == {
+        "input_ids": np.int32,
+        "token_type_ids": np.int32,
+        "label": np.int64,
+    }
 
 
 def test_a_pair() -> None:
     task = task_of(["no", "yes"], text=("premise", "hypothesis"))
     assert task.columns == ("premise", "hypothesis", "label")
     arrays = arrays_of(task, {"premise": "the cat", "hypothesis": "a dog ran", "label": "no"}, TOKENIZER)
-    assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "ran", "[SEP]"]
+    assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == [
+        "[CLS]",
+        "the",
+        "cat",
+        "[SEP]",
+        "a",
+        "dog",
+        "ran",
+        "[SEP]",
+    ]
     assert arrays["token_type_ids"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_of_a_pair_the_longer_text_is_cut() -> None:
     task = task_of(["no", "yes"], text=("premise", "hypothesis"), max_length=8)
     arrays = arrays_of(task, {"premise": "one two", "hypothesis": "the cat " * 9, "label": "no"}, TOKENIZER)
-    assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == ["[CLS]", "one", "two", "[SEP]", "the", "cat", "the", "[SEP]"]
+    assert TOKENIZER.convert_ids_to_tokens(arrays["input_ids"].tolist()) == [
+        "[CLS]",
+        "one",
+        "two",
+        "[SEP]",
+        "the",
+        "cat",
+        "the",
+        "[SEP]",
+    ]
     [result] = task.encode([{"premise": "one", "hypothesis": "a " * 9, "label": "no"}], TOKENIZER)
     assert not isinstance(result, RowProblem)
     assert result.cut
@@ -85,7 +112,11 @@ def test_of_a_pair_the_longer_text_is_cut() -> None:
 @pytest.mark.parametrize("policy", ["drop", "refuse"])
 def test_too_long(policy: str) -> None:
     with pytest.raises(RowProblem, match="too long: 12 tokens, and max_length is 8"):
-        arrays_of(task_of(["no", "yes"], max_length=8, too_long=policy), {"text": "cat " * 10, "label": "no"}, TOKENIZER)
+        arrays_of(
+            task_of(["no", "yes"], max_length=8, too_long=policy),
+            {"text": "cat " * 10, "label": "no"},
+            TOKENIZER,
+        )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +154,9 @@ def test_labels_that_cannot_be_used(problem: str, label: Any, message: str) -> N
     ],
 )
 def test_several_labels(label: Any, expected: list[int]) -> None:
-    arrays = arrays_of(task_of(["a", "b", "c"], problem="multi-label"), {"text": "the cat", "label": label}, TOKENIZER)
+    arrays = arrays_of(
+        task_of(["a", "b", "c"], problem="multi-label"), {"text": "the cat", "label": label}, TOKENIZER
+    )
     assert arrays["label"].tolist() == expected
     assert arrays["label"].dtype == np.float32
 
@@ -136,11 +169,10 @@ def test_a_bar_keeps_commas_within_names() -> None:
 
 def test_a_models_own_names_are_those_of_the_rows_however_both_are_written() -> None:
     task = task_of(["False", "True", "2.0", "nan"])
-    assert [arrays_of(task, {"text": "the cat", "label": label}, TOKENIZER)["label"].tolist() for label in (True, "false", 2)] == [
-        [1],
-        [0],
-        [2],
-    ]
+    assert [
+        arrays_of(task, {"text": "the cat", "label": label}, TOKENIZER)["label"].tolist()
+        for label in (True, "false", 2)
+    ] == [[1], [0], [2]]
     assert task.labels == ["False", "True", "2.0", "nan"]
 
 
@@ -152,12 +184,17 @@ def test_a_number() -> None:
 
 def sample(ids: list[int], label: list[Any], types: list[int] | None = None) -> Sample:
     arrays = {"input_ids": np.array(ids, dtype=np.int32), "label": np.array(label)}
-    return Sample(arrays if types is None else {**arrays, "token_type_ids": np.array(types, dtype=np.int32)}, 0, len(ids))
+    return Sample(
+        arrays if types is None else {**arrays, "token_type_ids": np.array(types, dtype=np.int32)},
+        0,
+        len(ids),
+    )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collating_pads_to_the_longest(side: str) -> None:
-    """On the right, whichever side the tokenizer pads on to generate: learned positions begin at the first column."""
+    """On the right, whichever side the tokenizer pads on to generate: learned positions begin at the first
+    column."""
     task = task_of(["no", "yes"], tokenizer=word_tokenizer(side))
     pad = TOKENIZER.pad_token_id
     batch = task.collate([[sample([5, 6, 7], [1], [0, 0, 1])], [sample([8], [0], [1]).as_filler()]])
@@ -170,7 +207,9 @@ def test_collating_pads_to_the_longest(side: str) -> None:
 
 
 def test_collated_labels_of_each_problem() -> None:
-    several = task_of(["a", "b"], problem="multi-label").collate([[sample([1], [1.0, 0.0])], [sample([2], [0.0, 1.0])]])
+    several = task_of(["a", "b"], problem="multi-label").collate(
+        [[sample([1], [1.0, 0.0])], [sample([2], [0.0, 1.0])]]
+    )
     assert several["labels"].tolist() == [[1, 0], [0, 1]]
     number = task_of(problem="regression").collate([[sample([1], [0.5])], [sample([2], [1.5])]])
     assert number["labels"].tolist() == [0.5, 1.5]
@@ -201,15 +240,19 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token_or_is_refused() -> 
 
 def classifier_config(*names: str, **more: Any) -> LlamaConfig:
     """The config of a model with a head for these classes."""
-    return LlamaConfig(**({"architectures": ["LlamaForSequenceClassification"], "id2label": dict(enumerate(names))} | more))
+    return LlamaConfig(
+        **({"architectures": ["LlamaForSequenceClassification"], "id2label": dict(enumerate(names))} | more)
+    )
 
 
 @pytest.mark.parametrize(
     ("own", "rows", "expected", "ids"),
     [
-        (["neutral", "entailment", "contradiction"], ["contradiction", "entailment", "neutral"], True, [2, 1, 0]),
+        (["neutral", "entailment", "contradiction"], ["contradiction", "entailment", "neutral"], True,
+        [2, 1, 0]),
         (["NEGATIVE", "POSITIVE"], ["positive", "Negative"], True, [1, 0]),
-        (["not_entailment", "entailment"], ["entailment", "not entailment", "not-entailment"], True, [1, 0, 0]),
+        (["not_entailment", "entailment"], ["entailment", "not entailment", "not-entailment"], True,
+        [1, 0, 0]),
         (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 0], True, [2, 0]),
         (["LABEL_0", "LABEL_1"], ["LABEL_1", "label 0"], True, [1, 0]),
         (["neutral", "entailment", "contradiction"], [2, 0, 1], True, [2, 0, 1]),
@@ -224,13 +267,19 @@ def classifier_config(*names: str, **more: Any) -> LlamaConfig:
         (["Yes", "yes"], ["YES", "no"], ["YES", "no"], [0, 1]),
     ],
 )  # fmt: skip
-def test_a_model_keeps_its_classes_where_the_rows_have_them(own: list[str], rows: list[Any], expected: Any, ids: list[int]) -> None:
+def test_a_model_keeps_its_classes_where_the_rows_have_them(
+    own: list[str], rows: list[Any], expected: Any, ids: list[int]
+) -> None:
     task = task_of()
     task.adopt(classifier_config(*own))
     task.fit(rows_of(*rows))
     assert task.labels == (own if expected is True else expected)
-    assert [arrays_of(task, {"text": "a", "label": label}, TOKENIZER)["label"].tolist() for label in rows] == [[number] for number in ids]
-    assert bool(task.remarks) == (expected is not True or (own[0] in ("neutral",) and isinstance(rows[0], int)))
+    assert [
+        arrays_of(task, {"text": "a", "label": label}, TOKENIZER)["label"].tolist() for label in rows
+    ] == [[number] for number in ids]
+    assert bool(task.remarks) == (
+        expected is not True or (own[0] in ("neutral",) and isinstance(rows[0], int))
+    )
 
 
 def test_several_classes_of_a_model_are_kept_too() -> None:
@@ -280,17 +329,23 @@ def test_a_model_that_stands_is_measured_by_its_own_classes() -> None:
     assert task.labels == ["yes", "no"] and task.labels_given
     task.refuse_unknown(rows_of("NO", "Yes", 1))
     with pytest.raises(
-        ConfigurationError, match=r"data\.label.*1 classes that the model does not know \('perhaps'\); its own are 'yes', 'no'"
+        ConfigurationError,
+        match=r"data\.label.*1 classes that the model does not know \('perhaps'\); its own are 'yes', 'no'",
     ):
         task.refuse_unknown(rows_of("no", "perhaps"))
-    with pytest.raises(ConfigurationError, match="MODEL: the model has no classification head; train it first"):
+    with pytest.raises(
+        ConfigurationError, match="MODEL: the model has no classification head; train it first"
+    ):
         task_of().adopt(classifier_config("yes", "no", architectures=["LlamaModel"]), as_it_stands=True)
-    with pytest.raises(ConfigurationError, match="MODEL: the model has 2 classes, and a number is one output"):
+    with pytest.raises(
+        ConfigurationError, match="MODEL: the model has 2 classes, and a number is one output"
+    ):
         task_of(problem="regression").adopt(classifier_config("yes", "no"), as_it_stands=True)
 
 
 def test_positions_counted_from_the_padding_token_stay_where_they_are() -> None:
-    """RoBERTa's first position is behind its padding token's id: filler has that, whatever the tokenizer pads with."""
+    """RoBERTa's first position is behind its padding token's id: filler has that, whatever the tokenizer pads
+    with."""
     task, config = task_of(["no", "yes"]), RobertaConfig(pad_token_id=9)
     task.configure(config)
     assert config.pad_token_id == 9 != TOKENIZER.pad_token_id
@@ -300,15 +355,20 @@ def test_positions_counted_from_the_padding_token_stay_where_they_are() -> None:
     assert other.pad_token_id != 9
 
 
-@pytest.mark.parametrize("config", [BartConfig(), T5Config(), BertConfig()], ids=lambda config: config.model_type)
+@pytest.mark.parametrize(
+    "config", [BartConfig(), T5Config(), BertConfig()], ids=lambda config: config.model_type
+)
 def test_an_end_token_in_the_words_of_a_row(config: Any) -> None:
-    """BART's and T5's classifiers look at the last of a text, and refuse a pass of texts that have unlike numbers of them."""
+    """BART's and T5's classifiers look at the last of a text, and refuse a pass of texts that have unlike
+    numbers of them."""
     tokenizer = word_tokenizer()
     tokenizer.eos_token = "[SEP]"
     task = task_of(["x", "y"], tokenizer)
     task.adopt(config)
     task.prepare(tokenizer)
-    plain, other = task.encode([{"text": text, "label": "x"} for text in ("the cat", "the [SEP] cat")], tokenizer)
+    plain, other = task.encode(
+        [{"text": text, "label": "x"} for text in ("the cat", "the [SEP] cat")], tokenizer
+    )
     assert not isinstance(plain, RowProblem)
     assert isinstance(other, RowProblem) == (config.model_type != "bert")
     if isinstance(other, RowProblem):
@@ -322,7 +382,10 @@ def seen(task: Task, scores: Any, labels: Any, loss: float = 1.5) -> list[np.nda
     scores, labels = (torch.from_numpy(np.concatenate([values, values[:1]])) for values in (scores, labels))
     weights = torch.ones(len(labels))
     weights[-1] = 0
-    evaluator.update(Output(torch.tensor(loss * (len(labels) - 1)), torch.tensor(0.0), scores), {"labels": labels, "weights": weights})
+    evaluator.update(
+        Output(torch.tensor(loss * (len(labels) - 1)), torch.tensor(0.0), scores),
+        {"labels": labels, "weights": weights},
+    )
     return evaluator.state()
 
 
@@ -338,7 +401,9 @@ def test_metrics_over_two_ranks_are_those_of_one() -> None:
 
 def test_a_rank_without_a_batch_counts_for_nothing() -> None:
     task, scores, labels = task_of(["no", "yes"]), np.eye(2)[[0, 1]], np.array([0, 0])
-    assert task.evaluator().compute([seen(task, scores, labels), task.evaluator().state()]) == measured(task, scores, labels)
+    assert task.evaluator().compute([seen(task, scores, labels), task.evaluator().state()]) == measured(
+        task, scores, labels
+    )
 
 
 def test_metrics_of_two_classes() -> None:
@@ -366,7 +431,9 @@ def test_metrics_of_several_labels() -> None:
 
 
 def test_metrics_of_numbers() -> None:
-    found = measured(task_of(problem="regression"), np.array([[1.0], [2.0], [9.0], [4.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
+    found = measured(
+        task_of(problem="regression"), np.array([[1.0], [2.0], [9.0], [4.0]]), np.array([1.0, 2.0, 3.0, 4.0])
+    )
     assert found["mse"] == 9.0
     assert found["spearman"] == pytest.approx(0.8)
     assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 9, 4], [1, 2, 3, 4])[0, 1])

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.scheduling.warm import Forked, WarmProcess
-from tests.slurm.runs import Material
+from launcher.launch.fork_server import Forked, WarmProcess
+from tests.slurm.runs import TrainingInputs
 
 SITE = """
 import os, sys
@@ -58,15 +58,19 @@ def test_a_process_with_threads_is_not_forked() -> None:
 
 
 @pytest.mark.parametrize(("warm", "num_started"), [(None, 0), ("0", 2)])
-def test_the_ranks_of_a_run_are_forks_unless_that_is_switched_off(warm: str | None, num_started: int, tmp_path: Path) -> None:
-    material = Material(tmp_path)
+def test_the_ranks_of_a_run_are_forks_unless_that_is_switched_off(
+    warm: str | None, num_started: int, tmp_path: Path
+) -> None:
+    material = TrainingInputs(tmp_path)
     job = material.job("run", {"training": {"max_steps": 1}}, nodes=1)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
     started = tmp_path / "started"
     started.touch()
     path = f"{tmp_path / 'site'}:{Path(__file__).parents[2]}"
-    environment = {**os.environ, "PYTHONPATH": path, "STARTED": str(started)} | ({"LAUNCHER_WARM": warm} if warm else {})
+    environment = {**os.environ, "PYTHONPATH": path, "STARTED": str(started)} | (
+        {"LAUNCHER_WARM": warm} if warm else {}
+    )
     command = [sys.executable, "-m", "launcher.cli.main", "run", str(job)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,13 @@ def causal_lm(model_type: str) -> dict[str, Any]:
     family, ids = Family(model_type), samples()
     reference = family.reference_attention()
     model = family.model(reference)
-    found: dict[str, Any] = {"class": type(model).__name__, "layout": None, "attention": None, "head": None, "reference": reference}
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "layout": None,
+        "attention": None,
+        "head": None,
+        "reference": reference,
+    }
     found |= facts(family, model, ids)
     auxiliary = Auxiliary(model, ids[2])
     found["aux"] = bool(auxiliary.coefficient)
@@ -41,7 +47,9 @@ def causal_lm(model_type: str) -> dict[str, Any]:
     found["own_loss_is_cross_entropy"] = close(plain.against(right[torch.float32]))
     if not found["own_loss_is_cross_entropy"]:
         found["own_loss"], found["cross_entropy"] = right[torch.float32].loss, plain.loss
-        found["own_loss_is_unshifted"] = bool(abs(_unshifted(model, ids) / right[torch.float32].loss - 1) < LOSS)
+        found["own_loss_is_unshifted"] = bool(
+            abs(_unshifted(model, ids) / right[torch.float32].loss - 1) < LOSS
+        )
         right[torch.float32] = plain
     found["eval_differs"] = _differs(model, ids, own_loss)
     found["leak"] = leak(model, ids, auxiliary)
@@ -51,12 +59,16 @@ def causal_lm(model_type: str) -> dict[str, Any]:
             if layout == "single" and any(is_ok(said) for said in found["tried"].values()):
                 continue
             name = f"{layout}/{attention}/{head}"
-            found["tried"][name] = verdict(family, reference, auxiliary, ids, right, (layout, attention, head))
+            found["tried"][name] = verdict(
+                family, reference, auxiliary, ids, right, (layout, attention, head)
+            )
     best = next((name for name, said in found["tried"].items() if is_ok(said)), None)
     if best is not None:
         found["layout"], found["attention"], found["head"] = best.split("/")
     found["reason"] = "; ".join(_reasons(found)) or None
-    found["needs"] = next((each for each in _PACKAGES if any(each in said for said in found["tried"].values())), None)
+    found["needs"] = next(
+        (each for each in _PACKAGES if any(each in said for said in found["tried"].values())), None
+    )
     return found | {"seconds": round(time.monotonic() - began, 1)}
 
 
@@ -76,7 +88,9 @@ def _reasons(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def verdict(family: Family, reference: str, auxiliary: Auxiliary, ids: Any, right: Any, candidate: Any) -> str:
+def verdict(
+    family: Family, reference: str, auxiliary: Auxiliary, ids: Any, right: Any, candidate: Any
+) -> str:
     """`ok`, or by how much this candidate is wrong, or with which message it fails."""
     layout, attention, head = candidate
 
@@ -119,7 +133,8 @@ def of_logits(model: Any, ids: list[torch.Tensor], auxiliary: Auxiliary) -> Any:
 
 
 def leak(model: Any, ids: list[torch.Tensor], auxiliary: Auxiliary) -> str:
-    """How far two samples in one row move the numbers where nothing tells them apart: far more than what counts as right."""
+    """How far two samples in one row move the numbers where nothing tells them apart: far more than what
+    counts as right."""
     pair = [ids[7], ids[13]]
     together = next(packed(pair))
     together.inputs = {"input_ids": together.inputs["input_ids"], "use_cache": False}

@@ -47,7 +47,10 @@ def total(model: Any, ids: list[torch.Tensor], labels: torch.Tensor, layout: str
     """The summed loss under a layout."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", tiny.PAD)
     if layout == "alone":
-        return sum(model(**batch([each], pad), labels=label[None]).loss for each, label in zip(ids, labels, strict=True))
+        return sum(
+            model(**batch([each], pad), labels=label[None]).loss
+            for each, label in zip(ids, labels, strict=True)
+        )
     if layout == "single":
         inputs = [{"input_ids": each[None]} for each in ids]
         logits = torch.cat([model(**each).logits for each in inputs])
@@ -64,7 +67,9 @@ def classification_of(model_type: str) -> dict[str, Any]:
     def model_of(attention: str, dtype: torch.dtype) -> Any:
         if (attention, dtype) not in models:
             experts = "eager" if dtype == torch.float64 else None
-            model = tiny.model_of(model_type, tiny.SEQUENCE_CLASSIFICATION, attention, dropout=0.0, experts=experts)
+            model = tiny.model_of(
+                model_type, tiny.SEQUENCE_CLASSIFICATION, attention, dropout=0.0, experts=experts
+            )
             models[attention, dtype] = model.train().to(dtype)
         return models[attention, dtype]
 
@@ -73,7 +78,13 @@ def classification_of(model_type: str) -> dict[str, Any]:
         model = model_of("eager", torch.float32)
     except (ValueError, ImportError, NotImplementedError):
         reference, model = "sdpa", model_of("sdpa", torch.float32)
-    found: dict[str, Any] = {"class": type(model).__name__, "layout": None, "attention": None, "reference": reference, "reason": None}
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "layout": None,
+        "attention": None,
+        "reference": reference,
+        "reason": None,
+    }
     last: Exception | None = None
     for shortest, multiple in ((2, 1), (8, 1), (16, 1), (16, 8)):
         ids, labels = samples(shortest, multiple)
@@ -103,7 +114,10 @@ def classification_of(model_type: str) -> dict[str, Any]:
                     right[torch.float64] = measured(exact, total(exact, ids, labels, "alone"))
                 exact = model_of(attention, torch.float64)
                 precise = measured(exact, total(exact, ids, labels, layout)).against(right[torch.float64])
-                said = f"{'ok' if close(precise) else 'wrong'}: float32 {figures(wrong)}; float64 {figures(precise)}"
+                said = (
+                    f"{'ok' if close(precise) else 'wrong'}: float32 {figures(wrong)}; float64 "
+                    f"{figures(precise)}"
+                )
         except Exception as error:
             said = message(error)
         found["tried"][f"{layout}/{attention}"] = said

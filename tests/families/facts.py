@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from launcher.training.attention import PACKED, packed_attention, register
+from launcher.training.model.attention import PACKED, packed_attention, register
 from tests.families import tiny
 from tests.families.layouts import LAYOUTS
 from tests.families.numbers import message
 from tests.families.own import call
 
-_STATE = re.compile(r"Mamba|Mixer|ShortConv|Gated?Delta|Lightning|Recurrent|Rwkv|xLSTM|KimiDelta|DeltaAttention|DeltaNet|Rglru|^Conv1d$")
+_STATE = re.compile(
+    r"Mamba|Mixer|ShortConv|Gated?Delta|Lightning|Recurrent|Rwkv|xLSTM|KimiDelta|DeltaAttention|DeltaNet|Rglru|^Conv1d$"
+)
 _EYES = re.compile("vision|audio|image")
 
 
@@ -31,7 +33,9 @@ class Family:
         """The model with this attention; what refuses to be built says so each time."""
         if (attention, dtype) not in self.models:
             experts = "eager" if dtype == torch.float64 else None  # fused experts know no float64
-            model = tiny.model_of(self.model_type, tiny.CAUSAL_LM, register(attention), dropout=0.0, experts=experts)
+            model = tiny.model_of(
+                self.model_type, tiny.CAUSAL_LM, register(attention), dropout=0.0, experts=experts
+            )
             self.models[attention, dtype] = model.train().to(dtype)
         return self.models[attention, dtype]
 
@@ -61,7 +65,13 @@ def told_apart(family: Family, ids: list[torch.Tensor]) -> str:
         return message(error)
     finally:
         register("packed")
-    return "never called" if not calls else "all" if all(calls) else f"cu_seq_lens lost in {calls.count(False)} of {len(calls)} calls"
+    return (
+        "never called"
+        if not calls
+        else "all"
+        if all(calls)
+        else f"cu_seq_lens lost in {calls.count(False)} of {len(calls)} calls"
+    )
 
 
 def facts(family: Family, model: Any, ids: list[torch.Tensor]) -> dict[str, Any]:
@@ -74,13 +84,21 @@ def facts(family: Family, model: Any, ids: list[torch.Tensor]) -> dict[str, Any]
         causal = _same(logits_of(model, other)[:-10], plain[:-10])
         found: dict[str, Any] = {
             "causal": causal,
-            "state": any(_STATE.search(type(each).__name__) for name, each in model.named_modules() if not _EYES.search(name)),
+            "state": any(
+                _STATE.search(type(each).__name__)
+                for name, each in model.named_modules()
+                if not _EYES.search(name)
+            ),
         }
         mask = torch.ones(1, len(sample), dtype=torch.long)
         mask[:, :5] = 0
         positions = 2 * torch.arange(len(sample))[None] % tiny.MAX_POSITIONS
-        found["reads_mask"] = _reads(lambda: _same(logits_of(model, sample, attention_mask=mask)[10:], plain[10:]))
-        found["reads_positions"] = _reads(lambda: _same(logits_of(model, sample, position_ids=positions), plain))
+        found["reads_mask"] = _reads(
+            lambda: _same(logits_of(model, sample, attention_mask=mask)[10:], plain[10:])
+        )
+        found["reads_positions"] = _reads(
+            lambda: _same(logits_of(model, sample, position_ids=positions), plain)
+        )
         found |= _longest(model)
     found["packed_attention"] = told_apart(family, ids)
     if getattr(model.config, "is_decoder", False):
@@ -102,8 +120,19 @@ def _causal_encoder(model_type: str, sample: torch.Tensor, other: torch.Tensor) 
 
 def _longest(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
-    names = [*("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "model_max_length", "context_length")]
-    name = next((each for each in names if each in vars(config) or each in (config.attribute_map or {})), None)
+    names = [
+        *(
+            "max_position_embeddings",
+            "n_positions",
+            "max_seq_len",
+            "max_target_positions",
+            "model_max_length",
+            "context_length",
+        )
+    ]
+    name = next(
+        (each for each in names if each in vars(config) or each in (config.attribute_map or {})), None
+    )
     if name is None:
         return {"max_position": None, "hard_limit": False}
     try:

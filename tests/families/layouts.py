@@ -25,8 +25,10 @@ def packed(ids: list[torch.Tensor]) -> Iterator[Pass]:
     bounds = torch.tensor([0, *(len(each) for each in ids)]).cumsum(0)
     longest = max(len(each) for each in ids)
     inputs = {
-        "input_ids": torch.cat(ids)[None], "position_ids": torch.cat([torch.arange(len(each)) for each in ids])[None], "use_cache": False,
-        "cu_seq_lens_q": bounds.int(), "cu_seq_lens_k": bounds.int(), "max_length_q": longest, "max_length_k": longest,
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat([torch.arange(len(each)) for each in ids])[None], "use_cache": False,
+        "cu_seq_lens_q": bounds.int(), "cu_seq_lens_k": bounds.int(), "max_length_q": longest,
+        "max_length_k": longest,
     }  # fmt: skip
     targets = torch.cat([_targets(each) for each in ids])[None]
     yield Pass(inputs, targets, [torch.arange(begin, end) for begin, end in itertools.pairwise(bounds)])
@@ -38,7 +40,11 @@ def padded(ids: list[torch.Tensor], positions: bool = False) -> Iterator[Pass]:
     rows = torch.full((len(ids), width), PAD)
     mask, targets = torch.zeros_like(rows), torch.full_like(rows, IGNORED)
     for index, each in enumerate(ids):
-        rows[index, : len(each)], mask[index, : len(each)], targets[index, : len(each)] = each, 1, _targets(each)
+        rows[index, : len(each)], mask[index, : len(each)], targets[index, : len(each)] = (
+            each,
+            1,
+            _targets(each),
+        )
     inputs = {"input_ids": rows, "attention_mask": mask, "use_cache": False}
     if positions:
         inputs["position_ids"] = torch.arange(width).expand(len(ids), -1)
@@ -49,11 +55,18 @@ def single(ids: list[torch.Tensor]) -> Iterator[Pass]:
     """One sample a pass, no mask."""
     for each in ids:
         if len(each) > 1:
-            yield Pass({"input_ids": each[None], "use_cache": False}, _targets(each)[None], [torch.arange(len(each))])
+            yield Pass(
+                {"input_ids": each[None], "use_cache": False}, _targets(each)[None], [torch.arange(len(each))]
+            )
 
 
 def _targets(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([ids[1:], torch.tensor([IGNORED])])
 
 
-LAYOUTS = {"packed": packed, "padded": padded, "padded-positions": lambda ids: padded(ids, True), "single": single}
+LAYOUTS = {
+    "packed": packed,
+    "padded": padded,
+    "padded-positions": lambda ids: padded(ids, True),
+    "single": single,
+}

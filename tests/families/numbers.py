@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 LOSS, GRADIENT, NEAR = 1e-5, 1e-4, 1e-2
-"""Relative distances: the most that is still right, and the most that may be rounding, so that float64 must tell."""
+"""Relative distances: the most that is still right, and the most that may be rounding, so that float64 must
+tell."""
 
 
 @dataclass
@@ -29,7 +30,11 @@ class Numbers:
 def measured(model: Any, total: Any) -> Numbers:
     """Go backward from a sum and read both numbers; leaves no gradients."""
     total.backward()
-    squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if parameter.grad is not None]
+    squares = [
+        parameter.grad.double().square().sum()
+        for parameter in model.parameters()
+        if parameter.grad is not None
+    ]
     model.zero_grad(set_to_none=True)
     return Numbers(float(total.detach()), float(torch.stack(squares).sum().sqrt()))
 
@@ -48,6 +53,13 @@ def is_ok(said: str | None) -> bool:
 
 def message(error: Exception) -> str:
     if match := re.search(r"does not support an attention implementation|launcher_packed", str(error)):
-        return f"{type(error).__name__}: the class has no such attention" if "support" in match[0] else f"{type(error).__name__}: {error}"
+        return (
+            f"{type(error).__name__}: the class has no such attention"
+            if "support" in match[0]
+            else f"{type(error).__name__}: {error}"
+        )
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({Path(last.filename).name}:{last.lineno})"
+    return (
+        f"{type(error).__name__}: {' '.join(str(error).split())[:300]} "
+        f"({Path(last.filename).name}:{last.lineno})"
+    )

@@ -18,7 +18,8 @@ OPTIONAL = ("use_cache", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_
 
 @dataclass
 class Pass:
-    """One forward pass: its inputs, every position's target [rows, tokens], where each sample's tokens lie in the flattened rows."""
+    """One forward pass: its inputs, every position's target [rows, tokens], where each sample's tokens lie in
+    the flattened rows."""
 
     inputs: dict[str, Any]
     targets: torch.Tensor
@@ -26,7 +27,8 @@ class Pass:
 
 
 def call(module: torch.nn.Module, inputs: dict[str, Any]) -> Any:
-    """Run the module on these inputs; those that only say how to go about it are left out where it has no name for them."""
+    """Run the module on these inputs; those that only say how to go about it are left out where it has no
+    name for them."""
     parameters = inspect.signature(module.forward).parameters
     if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         inputs = {name: value for name, value in inputs.items() if name in parameters or name not in OPTIONAL}
@@ -34,7 +36,8 @@ def call(module: torch.nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 class Auxiliary:
-    """The router's loss of a family that has one: of each sample as if alone, weighted by its supervised tokens."""
+    """The router's loss of a family that has one: of each sample as if alone, weighted by its supervised
+    tokens."""
 
     def __init__(self, model: PreTrainedModel, sample: torch.Tensor) -> None:
         self.coefficient = 0.0
@@ -68,18 +71,24 @@ class Auxiliary:
         if not self.coefficient:
             return 0.0
         if len(one.places) == 1:
-            return self.coefficient * (len(one.places[0]) - 1) * self._function(router_logits, **self._arguments)
+            return (
+                self.coefficient * (len(one.places[0]) - 1) * self._function(router_logits, **self._arguments)
+            )
         flat = [each.flatten(0, -2) for each in router_logits]
         total: Any = 0.0
         for place in one.places:
             weight = len(place) - 1
             if weight:
-                total = total + weight * self._function(tuple(each[place] for each in flat), **self._arguments)
+                total = total + weight * self._function(
+                    tuple(each[place] for each in flat), **self._arguments
+                )
         return self.coefficient * total
 
 
 def forward(model: PreTrainedModel, one: Pass, auxiliary: Auxiliary) -> Any:
     """Take the whole logits of the model's own forward."""
     out = call(model, one.inputs)
-    loss = functional.cross_entropy(out.logits.flatten(0, 1).float(), one.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    loss = functional.cross_entropy(
+        out.logits.flatten(0, 1).float(), one.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     return loss + auxiliary.of(out.get("router_logits"), one)

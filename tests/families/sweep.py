@@ -53,7 +53,12 @@ def _child(task: str, model_type: str, pipe: Any) -> None:
         )
 
 
-def run(jobs: list[tuple[str, str]], processes: int, limit: float, done: Callable[[str, str, dict[str, Any]], None]) -> None:
+def run(
+    jobs: list[tuple[str, str]],
+    processes: int,
+    limit: float,
+    done: Callable[[str, str, dict[str, Any]], None],
+) -> None:
     """One process for each, forked from this one, so that none can stop the others."""
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(jobs))
@@ -89,8 +94,16 @@ def as_lines(content: dict[str, Any]) -> str:
     """Write JSON with one line for each type, so that a change of one is a change of one line."""
     parts = []
     for key, value in content.items():
-        inner = value if isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()) else None
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in inner.items()) if inner else ""
+        inner = (
+            value
+            if isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
+            else None
+        )
+        lines = (
+            ",\n".join(f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in inner.items())
+            if inner
+            else ""
+        )
         parts.append(f" {json.dumps(key)}: " + (f"{{\n{lines}\n }}" if inner else json.dumps(value)))
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
@@ -122,7 +135,15 @@ def main() -> None:
         for each in TASKS:
             kept[each] = dict(sorted(kept.get(each, {}).items()))
         options.out.write_text(as_lines(kept))
-        print(task, model_type, found.get("layout"), found.get("attention"), found.get("head"), found.get("reason"), flush=True)
+        print(
+            task,
+            model_type,
+            found.get("layout"),
+            found.get("attention"),
+            found.get("head"),
+            found.get("reason"),
+            flush=True,
+        )
 
     run(jobs, options.processes, options.limit, done)
 

@@ -1,4 +1,5 @@
-"""What the sweep found, as the planner reads it (launcher/planning/model_support.json) and as people do (docs/models.md).
+"""What the sweep found, as the planner reads it (launcher/planner/model_support.json) and as people do
+(docs/models.md).
 
 python -m tests.families.table
 """
@@ -11,7 +12,7 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from launcher.planning.model_support import TABLE
+from launcher.planner.model.model_support import TABLE
 from tests.families.causal import CANDIDATES, HEADS
 from tests.families.numbers import is_ok
 from tests.families.sweep import RAW, as_lines
@@ -23,7 +24,8 @@ _NOT_CAUSAL = "in its class tokens see those that come after them, so that it is
 
 
 def table_of(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the planner's table: by task and model_type the ways that are right, the fastest first, or why there is none."""
+    """Return the planner's table: by task and model_type the ways that are right, the fastest first, or why
+    there is none."""
     made: dict[str, Any] = {"versions": raw["versions"], "types": sorted(CONFIG_MAPPING_NAMES)}
     for task, entry in ((CAUSAL_LM, _causal), (SEQUENCE_CLASSIFICATION, _classifier)):
         made[task] = {kind: entry(found) for kind, found in sorted(raw[task].items()) if "+" not in kind}
@@ -39,7 +41,9 @@ def _causal(found: dict[str, Any]) -> dict[str, Any]:
         return {"refused": _NOT_ITS_OWN}
     ways = []
     for layout, attention in CANDIDATES:
-        head = next((head for head in HEADS if is_ok(found["tried"].get(f"{layout}/{attention}/{head}"))), None)
+        head = next(
+            (head for head in HEADS if is_ok(found["tried"].get(f"{layout}/{attention}/{head}"))), None
+        )
         if head is not None:
             ways.append(f"{layout} {attention} {head}")
     entry: dict[str, Any] = {"ways": ways} if ways else {"refused": "no way gives its own loss"}
@@ -47,7 +51,9 @@ def _causal(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _classifier(found: dict[str, Any]) -> dict[str, Any]:
-    right = [name.split("/") for name, said in found.get("tried", {}).items() if is_ok(said) and "left" not in name]
+    right = [
+        name.split("/") for name, said in found.get("tried", {}).items() if is_ok(said) and "left" not in name
+    ]
     padded = [f"{layout} {attention}" for layout, attention in right if layout == "padded"]
     ways = padded or [f"{layout} {attention}" for layout, attention in right]
     return {"ways": ways} if ways else {"refused": _plain(found["reason"])}
@@ -82,9 +88,16 @@ def _section(title: str, entries: dict[str, Any]) -> str:
     ]
     for kind, entry in good.items():
         layout, attention, *head = entry["ways"][0].split()
-        others = ", ".join(dict.fromkeys(_attention(way) for way in entry["ways"][1:] if _attention(way) != attention)) or "-"
+        others = (
+            ", ".join(
+                dict.fromkeys(_attention(way) for way in entry["ways"][1:] if _attention(way) != attention)
+            )
+            or "-"
+        )
         note = " (with `is_decoder: true`)" if entry.get("encoder") else ""
-        lines.append(f"| `{kind}`{note} | {layout} | {attention} | {others} | {_LOSS[head[0] if head else '']} |")
+        lines.append(
+            f"| `{kind}`{note} | {layout} | {attention} | {others} | {_LOSS[head[0] if head else '']} |"
+        )
     lines += ["", "Refused by `launcher plan`:", "", "| model_type | why |", "|---|---|"]
     lines += [f"| `{kind}` | {entry['refused']} |" for kind, entry in refused.items()]
     return "\n".join([*lines, ""])
@@ -95,7 +108,12 @@ def _attention(way: str) -> str:
     return attention if layout == "packed" or attention == "packed" else f"{attention} ({layout})"
 
 
-_LOSS = {"chunked": "chunks of the output matrix", "model": "chunks of its own head", "forward": "its own forward", "": "its own forward"}
+_LOSS = {
+    "chunked": "chunks of the output matrix",
+    "model": "chunks of its own head",
+    "forward": "its own forward",
+    "": "its own forward",
+}
 HEAD = """# Models
 
 Every causal LM and classifier of transformers that can be built small, with its layout: how its samples share a pass.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.planning.model_support import read_table, support
+from launcher.planner.model.model_support import read_table, support
 from tests.families import tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
@@ -24,7 +24,12 @@ from tests.families.tiny import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe", "lfm2", "bert"])
 def test_equal_seeds_give_equal_weights_and_others_do_not(model_type: str) -> None:
     weights = [
-        torch.cat([each.detach().flatten() for each in tiny.model_of(model_type, CAUSAL_LM, attention, seed).parameters()])
+        torch.cat(
+            [
+                each.detach().flatten()
+                for each in tiny.model_of(model_type, CAUSAL_LM, attention, seed).parameters()
+            ]
+        )
         for attention, seed in (("eager", 0), (None, 0), ("eager", 1))
     ]
     assert torch.equal(weights[0], weights[1])
@@ -36,7 +41,12 @@ def test_every_kind_of_layer_appears() -> None:
     assert config.layer_types == ["sliding_attention", "full_attention"]
     assert config.mlp_layer_types == ["dense", "sparse"]
     assert config.sliding_window == tiny.WINDOW
-    assert tiny.config_of("nemotron_h", CAUSAL_LM).layers_block_type == ["linear_attention", "moe", "full_attention", "mlp"]
+    assert tiny.config_of("nemotron_h", CAUSAL_LM).layers_block_type == [
+        "linear_attention",
+        "moe",
+        "full_attention",
+        "mlp",
+    ]
 
 
 def test_dropout_can_be_set_everywhere() -> None:
@@ -51,7 +61,9 @@ def test_a_variant_is_its_type_with_something_else_said() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model_type", "best"), [("llama", "packed"), ("lfm2", "padded"), ("phi3+longrope", "single")])
+@pytest.mark.parametrize(
+    ("model_type", "best"), [("llama", "packed"), ("lfm2", "padded"), ("phi3+longrope", "single")]
+)
 def test_the_sweep_tells_which_layouts_are_right(model_type: str, best: str) -> None:
     found = causal_lm(model_type)
     assert found["layout"] == best
@@ -68,7 +80,9 @@ def test_ten_at_random_have_their_own_loss() -> None:
         known = support(task, tiny.config_of(model_type, task, 0.0).to_dict(), max_length=max(LENGTHS))
         tried = TASKS[task](model_type)["tried"]
         names = ["/".join(way if task == CAUSAL_LM else way[:2]) for way in known.ways]
-        wrong |= {f"{task} {model_type} {name}": tried.get(name) for name in names if not is_ok(tried.get(name))}
+        wrong |= {
+            f"{task} {model_type} {name}": tried.get(name) for name in names if not is_ok(tried.get(name))
+        }
         assert names, known.refused
     assert not wrong
 

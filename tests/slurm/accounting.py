@@ -19,29 +19,54 @@ GRANT ALL ON slurm.* TO 'slurm'@'127.0.0.1';
 
 
 def missing() -> str | None:
-    return next((f"{name} is not installed" for name in ("slurmdbd", "mariadbd", "mariadb-install-db") if shutil.which(name) is None), None)
+    return next(
+        (
+            f"{name} is not installed"
+            for name in ("slurmdbd", "mariadbd", "mariadb-install-db")
+            if shutil.which(name) is None
+        ),
+        None,
+    )
 
 
 def start_database(settings: Settings, head: Machine) -> list[Daemon]:
     """MariaDB and slurmdbd, in the order in which they have to start."""
     directory = settings.directory
     subprocess.run(
-        ["mariadb-install-db", "--no-defaults", f"--datadir={directory}/database", "--user=root", "--skip-test-db"],
+        [
+            "mariadb-install-db",
+            "--no-defaults",
+            f"--datadir={directory}/database",
+            "--user=root",
+            "--skip-test-db",
+        ],
         capture_output=True,
         check=True,
     )
     statements = directory / "database.sql"
     statements.write_text(_FIRST_STATEMENTS)
     socket = directory / "database.socket"
-    options = [f"--datadir={directory}/database", f"--socket={socket}", f"--pid-file={directory}/database.pid", f"--init-file={statements}"]
+    options = [
+        f"--datadir={directory}/database",
+        f"--socket={socket}",
+        f"--pid-file={directory}/database.pid",
+        f"--init-file={statements}",
+    ]
     # Its files live as long as a test: no write has to reach the disk.
-    options += ["--user=root", "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync"]
+    options += [
+        "--user=root",
+        "--bind-address=127.0.0.1",
+        "--innodb-flush-log-at-trx-commit=0",
+        "--innodb-flush-method=nosync",
+    ]
     database = head.daemon("mariadbd", "--no-defaults", *options, log=directory / "database.log")
     _wait_for(socket.exists, database, "MariaDB")
     configuration = directory / "slurmdbd.conf"
     configuration.write_text(slurmdbd_conf(settings))
     configuration.chmod(0o600)
-    server = head.daemon("env", f"SLURM_CONF={settings.slurm_conf}", "slurmdbd", "-D", log=directory / "slurmdbd.out")
+    server = head.daemon(
+        "env", f"SLURM_CONF={settings.slurm_conf}", "slurmdbd", "-D", log=directory / "slurmdbd.out"
+    )
     _wait_for(lambda: "slurmdbd version" in _text(directory / "slurmdbd.log"), server, "slurmdbd")
     return [database, server]
 

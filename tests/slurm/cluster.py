@@ -4,8 +4,8 @@
         job = cluster.submit("srun hostname", "--nodes=2")
         cluster.wait_state(job, "COMPLETED")
 
-The controller runs on a machine `head`, the nodes are `n1`, `n2` and so on (see machines.py); the test's own process is the login node.
-All of them share the host's files. Nothing in /etc is read or changed.
+The controller runs on a machine `head`, the nodes are `n1`, `n2` and so on (see machines.py); the test's own
+process is the login node. All of them share the host's files. Nothing in /etc is read or changed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from tests.slurm.configuration import NSSWITCH, Settings, gres_conf, hosts, slur
 from tests.slurm.machines import Daemon, Machine, Network, poll, tail
 
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
-# The path of a socket has room for 107 characters; Slurm adds a node's name and the numbers of a job and its step.
+# The path of a socket has room for 107 characters; Slurm adds a node's name and the numbers of a job and its
+# step.
 _LONGEST_DIRECTORY = 75
 # What a job never leaves again.
 _ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 _FIELD = re.compile(r"([A-Z][\w/:]*)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)", re.DOTALL)
-# What a shell sees that is itself in a job: a step (srun --pty bash) of a job by --mem-per-cpu, with GPUs and cores of another node.
+# What a shell sees that is itself in a job: a step (srun --pty bash) of a job by --mem-per-cpu, with GPUs and
+# cores of another node.
 INSIDE_A_JOB = {
     "SLURM_JOB_ID": "999999",
     "SLURM_JOBID": "999999",
@@ -70,7 +72,9 @@ INSIDE_A_JOB = {
 
 def missing(accounting: bool = False) -> str | None:
     """Why no cluster can run here, or None if one can."""
-    absent = next((f"{program} is not installed" for program in _PROGRAMS if shutil.which(program) is None), None)
+    absent = next(
+        (f"{program} is not installed" for program in _PROGRAMS if shutil.which(program) is None), None
+    )
     return absent or (database.missing() if accounting else None) or machines.missing()
 
 
@@ -79,7 +83,9 @@ class Cluster:
 
     def __init__(self, directory: Path, nodes: int = 3, **options: Any) -> None:
         if len(str(directory)) > _LONGEST_DIRECTORY:
-            raise ValueError(f"{directory} is too long for the sockets in it: {_LONGEST_DIRECTORY} characters at most")
+            raise ValueError(
+                f"{directory} is too long for the sockets in it: {_LONGEST_DIRECTORY} characters at most"
+            )
         self.settings = Settings(directory, tuple(f"n{number}" for number in range(1, nodes + 1)), **options)
         self.directory = directory
         self.nodes = {name: Machine(name, directory) for name in self.settings.nodes}
@@ -148,7 +154,12 @@ class Cluster:
         options = [f"--{'key' if name == 'key' else name}-file={path}" for name, path in files.items()]
         # pytest's directories are closed to other users, which munged would refuse: here root alone asks.
         daemon = self._head.daemon(
-            "munged", "--foreground", "--force", f"--socket={self.settings.munge_socket}", *options, log=self.directory / "munge.out"
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={self.settings.munge_socket}",
+            *options,
+            log=self.directory / "munge.out",
         )
         poll(self.settings.munge_socket.exists, 10, "start of munged")
         return daemon
@@ -159,19 +170,27 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What Slurm's own commands need on the login node: this process's own environment without another Slurm's variables."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        """What Slurm's own commands need on the login node: this process's own environment without another
+        Slurm's variables."""
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+        }
         return {**inherited, "SLURM_CONF": str(self.settings.slurm_conf)}
 
     def run(self, *command: str, timeout: float = 60) -> str:
         """Runs it on the login node and returns what it printed, or raises with what it complained of."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()}")
+            raise RuntimeError(
+                f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()}"
+            )
         return done.stdout
 
     def submit(self, script: str, *options: str) -> str:
-        """A batch script without its first line; returns the job's id. It prints to `ID.out` in the cluster's directory."""
+        """A batch script without its first line; returns the job's id. It prints to `ID.out` in the cluster's
+        directory."""
         output = f"--output={self.directory}/%j.out"
         path = self.directory / "script.sh"
         path.write_text(f"#!/bin/bash\n{script}\n")
@@ -203,7 +222,9 @@ class Cluster:
         if seen and seen[-1] in states:
             return seen[-1]
         expected = f"job {job} is not {' or '.join(states)} after {timeout:g} s or at its end"
-        raise TimeoutError(f"{expected}, but {seen[-1:]}\n{self.output(job)}\n{tail(self.directory / 'slurmctld.log')}")
+        raise TimeoutError(
+            f"{expected}, but {seen[-1:]}\n{self.output(job)}\n{tail(self.directory / 'slurmctld.log')}"
+        )
 
     def node_states(self) -> dict[str, str]:
         """Such as `idle`, `allocated`, `down*`, `drained`, by node."""
@@ -223,7 +244,9 @@ class Cluster:
             raise TimeoutError(f"{error}\n{tail(self.directory / 'slurmctld.log')}") from None
 
     def start_controller(self) -> None:
-        self._controller = self._head.daemon("slurmctld", "-D", "-f", str(self.settings.slurm_conf), log=self.directory / "slurmctld.out")
+        self._controller = self._head.daemon(
+            "slurmctld", "-D", "-f", str(self.settings.slurm_conf), log=self.directory / "slurmctld.out"
+        )
 
     def stop_controller(self) -> None:
         if self._controller is not None:

@@ -35,7 +35,13 @@ class Settings:
 
 def slurm_conf(settings: Settings, controller: str, addresses: dict[str, str]) -> str:
     return "\n".join(
-        [_daemons(settings, controller), _behaviour(settings, controller), *_nodes(settings, addresses), *_partitions(settings), ""]
+        [
+            _daemons(settings, controller),
+            _behaviour(settings, controller),
+            *_nodes(settings, addresses),
+            *_partitions(settings),
+            "",
+        ]
     )
 
 
@@ -111,7 +117,10 @@ def _partitions(settings: Settings) -> list[str]:
 def gres_conf(settings: Settings) -> str:
     if not settings.gpus_per_node:
         return ""
-    return f"AutoDetect=off\nNodeName={','.join(settings.nodes)} Name=gpu File={settings.directory}/gpu[0-{settings.gpus_per_node - 1}]\n"
+    return (
+        f"AutoDetect=off\nNodeName={','.join(settings.nodes)} Name=gpu "
+        f"File={settings.directory}/gpu[0-{settings.gpus_per_node - 1}]\n"
+    )
 
 
 def hosts(addresses: dict[str, str]) -> str:

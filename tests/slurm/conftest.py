@@ -29,7 +29,8 @@ def new_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewCluster
 
 @pytest.fixture
 def cluster(new_cluster: NewCluster) -> Cluster:
-    """Three nodes for this test alone: a cluster is up in less than a second, and no test finds what another left."""
+    """Three nodes for this test alone: a cluster is up in less than a second, and no test finds what another
+    left."""
     return new_cluster()
 
 
@@ -41,7 +42,8 @@ def cluster_with_gpus(new_cluster: NewCluster) -> Cluster:
 
 @pytest.fixture(scope="module")
 def cluster_with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes, sacct, and the account `research`; for the whole file, as the database takes seconds to start."""
+    """Three nodes, sacct, and the account `research`; for the whole file, as the database takes seconds to
+    start."""
     reason = missing(accounting=True)
     if reason:
         pytest.skip(f"no Slurm cluster with accounting here: {reason}")

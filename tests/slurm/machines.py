@@ -1,7 +1,9 @@
-"""Machines made of Linux namespaces: each has its own network, host name, processes and shared memory, and the host's files.
+"""Machines made of Linux namespaces: each has its own network, host name, processes and shared memory, and
+the host's files.
 
-Nothing outlives the process that starts them. A machine dies with its first process; that one dies with the process of pytest, even if
-pytest is killed; and the network goes with the processes in it, both ends of its cables too.
+Nothing outlives the process that starts them. A machine dies with its first process; that one dies with the
+process of pytest, even if pytest is killed; and the network goes with the processes in it, both ends of its
+cables too.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pathlib import Path
 
 _NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 
-# As process 1 of its machine it has to reap the orphans: `wait` does so while it waits for a sleep that never ends.
+# As process 1 of its machine it has to reap the orphans: `wait` does so while it waits for a sleep that never
+# ends.
 _FIRST_PROCESS = """
 set -e
 hostname "$1"
@@ -43,7 +46,9 @@ def missing() -> str | None:
         if shutil.which(program) is None:
             return f"{program} is not installed"
     tried = subprocess.run(
-        ["unshare", *_NAMESPACES, "--fork", "ip", "link", "add", "probe", "type", "bridge"], capture_output=True, text=True
+        ["unshare", *_NAMESPACES, "--fork", "ip", "link", "add", "probe", "type", "bridge"],
+        capture_output=True,
+        text=True,
     )
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
@@ -70,19 +75,31 @@ class Daemon:
 
     def __init__(self, enter: list[str], command: list[str], log: Path) -> None:
         with log.open("ab") as output:
-            # In a session of its own: Ctrl-C in the terminal is for pytest, which then stops the daemons in their order.
+            # In a session of its own: Ctrl-C in the terminal is for pytest, which then stops the daemons in
+            # their order.
             self._entering = subprocess.Popen(
-                [*enter, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                [*enter, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._log = log
-        poll(lambda: _child(self._entering.pid) or self._entering.poll() is not None, 5, f"start of {command[0]}")
+        poll(
+            lambda: _child(self._entering.pid) or self._entering.poll() is not None,
+            5,
+            f"start of {command[0]}",
+        )
         self.pid = _child(self._entering.pid)
         self.check()
 
     def check(self) -> None:
         """Raises with the end of its log if it has ended."""
         if self._entering.poll() is not None:
-            raise RuntimeError(f"a daemon ended with status {self._entering.returncode}; {self._log} ends in:\n{tail(self._log)}")
+            raise RuntimeError(
+                f"a daemon ended with status {self._entering.returncode}; {self._log} ends "
+                f"in:\n{tail(self._log)}"
+            )
 
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 20) -> None:
         """Sends the signal and waits for the end; what does not end is killed."""
@@ -115,11 +132,25 @@ class Machine:
 
     def start(self) -> None:
         self.pid = 0
-        command = ["setpriv", "--pdeathsig", "KILL", "unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            *_NAMESPACES,
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         command += ["bash", "-c", _FIRST_PROCESS, self.name, self.name, str(self._directory)]
         with self._log.open("ab") as log:
             unshare = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
             )
         self._unshare = unshare
         assert unshare.stdout is not None
@@ -175,7 +206,18 @@ class Network:
         """The cable to the host. Its name claims the subnet: no two interfaces of the host have one name."""
         for attempt in range(self._NUM_SUBNETS):
             number = (os.getpid() + attempt) % self._NUM_SUBNETS
-            arguments = ["link", "add", f"slurm{number}", "type", "veth", "peer", "name", "uplink", "netns", str(self._center.pid)]
+            arguments = [
+                "link",
+                "add",
+                f"slurm{number}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "uplink",
+                "netns",
+                str(self._center.pid),
+            ]
             tried = subprocess.run(["ip", *arguments], capture_output=True, text=True)
             if tried.returncode == 0:
                 return number
@@ -187,13 +229,16 @@ class Network:
         return f"{self._prefix}.{number}"
 
     def plug(self, machine: Machine, number: int) -> None:
-        self._in_center("link", "add", machine.name, "type", "veth", "peer", "name", "eth0", "netns", str(machine.pid))
+        self._in_center(
+            "link", "add", machine.name, "type", "veth", "peer", "name", "eth0", "netns", str(machine.pid)
+        )
         self._in_center("link", "set", machine.name, "master", "switch", "up")
         _ip("address", "add", f"{self.address(number)}/24", "dev", "eth0", enter=machine.enter("--net"))
         _ip("link", "set", "eth0", "up", enter=machine.enter("--net"))
 
     def unplug(self, name: str) -> None:
-        # The kernel takes a cable down with the machine at its end, but not at once; then the name is free again.
+        # The kernel takes a cable down with the machine at its end, but not at once; then the name is free
+        # again.
         with contextlib.suppress(RuntimeError):
             self._in_center("link", "delete", name)
 

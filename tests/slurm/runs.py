@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
 
 
-class Material:
+class TrainingInputs:
     """A model, data, and the job files over them, in a folder that all nodes see."""
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +41,13 @@ class Material:
             "precision": "fp32",
             "checkpoint": {"every": 4, "keep_last": 100},
             "trackers": [],
-            "cluster": {"gpus_per_node": 0, "ranks_per_node": 2, "threads_per_rank": 1, "nodes": 2, **cluster},
+            "cluster": {
+                "gpus_per_node": 0,
+                "ranks_per_node": 2,
+                "threads_per_rank": 1,
+                "nodes": 2,
+                **cluster,
+            },
         }
         for key, value in (changes or {}).items():
             content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
@@ -49,13 +55,20 @@ class Material:
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return path
 
-    def launcher(self, *arguments: object, cluster: Cluster | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-        """A command of ours, as on the login node, below the folder. `code` is what it must leave with; None for any."""
+    def launcher(
+        self, *arguments: object, cluster: Cluster | None = None, code: int | None = 0
+    ) -> subprocess.CompletedProcess[str]:
+        """A command of ours, as on the login node, below the folder. `code` is what it must leave with; None
+        for any."""
         environment = self.environment(cluster)
         if cluster is not None and arguments[0] in ("submit", "sweep"):
-            environment |= INSIDE_A_JOB  # whatever is tested of a run, it was handed over from inside another job
+            environment |= (
+                INSIDE_A_JOB  # whatever is tested of a run, it was handed over from inside another job
+            )
         command = [sys.executable, "-m", "launcher.cli.main", *map(str, arguments)]
-        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=200
+        )
         assert code is None or done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -64,8 +77,12 @@ class Material:
 
         return {**(cluster.environment if cluster else os.environ), "PYTHONPATH": str(ROOT)}
 
-    def json(self, *arguments: object, cluster: Cluster | None = None, code: int | None = 0) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self.launcher(*arguments, "--json", cluster=cluster, code=code).stdout)
+    def json(
+        self, *arguments: object, cluster: Cluster | None = None, code: int | None = 0
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(
+            self.launcher(*arguments, "--json", cluster=cluster, code=code).stdout
+        )
         return content
 
     def submit(self, cluster: Cluster, job: Path, *options: object) -> Run:
@@ -98,16 +115,29 @@ class Run:
 
     def end_in_seconds(self, seconds: int) -> None:
         """Set the job's time limit to no less from now, and as soon after as a limit in minutes can be."""
-        elapsed = sum(int(part) * unit for part, unit in zip(self.cluster.show(self.job)["RunTime"].split(":"), (3600, 60, 1), strict=True))
-        self.cluster.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={-(-(elapsed + seconds) // 60)}")
+        elapsed = sum(
+            int(part) * unit
+            for part, unit in zip(
+                self.cluster.show(self.job)["RunTime"].split(":"), (3600, 60, 1), strict=True
+            )
+        )
+        self.cluster.run(
+            "scontrol", "update", f"JobId={self.job}", f"TimeLimit={-(-(elapsed + seconds) // 60)}"
+        )
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [record for record in read(self.directory.events_file) if record.get("event") == name]
 
     def story(self) -> str:
         """What happened, for a test that failed: events, what the nodes printed, the ends of the logs."""
-        texts = [json.dumps(record) for record in read(self.directory.events_file) if record["event"] not in ("phase", "prepared")]
-        for path in sorted(self.directory.path.glob("slurm/*.out")) + sorted(self.directory.attempts.glob("*/agent*.log")):
+        texts = [
+            json.dumps(record)
+            for record in read(self.directory.events_file)
+            if record["event"] not in ("phase", "prepared")
+        ]
+        for path in sorted(self.directory.path.glob("slurm/*.out")) + sorted(
+            self.directory.attempts.glob("*/agent*.log")
+        ):
             texts.append(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}")
         return "\n".join(texts)
 

@@ -35,8 +35,15 @@ def test_batch_job_writes_its_output(cluster: Cluster) -> None:
 
 
 def test_impossible_requests_are_refused(cluster: Cluster) -> None:
-    for options in (["--partition=short", "--time=10"], ["--partition=short", "--nodes=3"], ["--nodes=4"], ["--partition=none"]):
-        with pytest.raises(RuntimeError, match=r"sbatch: error: (Batch job submission failed|invalid partition)"):
+    for options in (
+        ["--partition=short", "--time=10"],
+        ["--partition=short", "--nodes=3"],
+        ["--nodes=4"],
+        ["--partition=none"],
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"sbatch: error: (Batch job submission failed|invalid partition)"
+        ):
             cluster.submit("true", *options)
 
 
@@ -60,7 +67,9 @@ def test_partition_that_heals_leaves_the_job_running(cluster: Cluster) -> None:
     cluster.wait_state(job, "RUNNING")
     cluster.cut("n2")
     with pytest.raises(RuntimeError):
-        cluster.run("srun", "--nodelist=n2", "--overlap", f"--jobid={job}", "--immediate=2", "hostname", timeout=30)
+        cluster.run(
+            "srun", "--nodelist=n2", "--overlap", f"--jobid={job}", "--immediate=2", "hostname", timeout=30
+        )
     cluster.reconnect("n2")
     poll(lambda: cluster.run("srun", "--overlap", f"--jobid={job}", "hostname") == "n2\n", 10, "the node")
     assert cluster.state(job) == "RUNNING"
@@ -97,7 +106,10 @@ def test_drained_node_gets_no_job(cluster: Cluster) -> None:
 
 def test_gpus_are_handed_out(cluster_with_gpus: Cluster) -> None:
     script = "echo $SLURM_GPUS_ON_NODE $CUDA_VISIBLE_DEVICES"
-    assert cluster_with_gpus.run("srun", "--nodes=2", "--gpus-per-node=2", "bash", "-c", script) == "2 0,1\n2 0,1\n"
+    assert (
+        cluster_with_gpus.run("srun", "--nodes=2", "--gpus-per-node=2", "bash", "-c", script)
+        == "2 0,1\n2 0,1\n"
+    )
     with pytest.raises(RuntimeError, match="configuration is not available"):
         cluster_with_gpus.submit("true", "--gpus-per-node=3")
 
@@ -125,14 +137,19 @@ with Cluster(pathlib.Path(sys.argv[1])) as cluster:
 def test_nothing_outlives_a_killed_pytest(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
     """`cluster` is here to skip where there can be none, and to be seen unharmed."""
     directory = str(tmp_path_factory.mktemp("other"))
-    with subprocess.Popen([sys.executable, "-c", _HOLDS_A_CLUSTER, directory], stdout=subprocess.PIPE, text=True) as held:
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDS_A_CLUSTER, directory], stdout=subprocess.PIPE, text=True
+    ) as held:
         assert held.stdout is not None
         subnet = held.stdout.readline().rpartition(".")[0]
         held.send_signal(signal.SIGKILL)
     assert subnet.startswith("198.")
 
     def processes() -> bool:
-        return any(directory in command for command in subprocess.check_output(["ps", "-eo", "args"], text=True).splitlines())
+        return any(
+            directory in command
+            for command in subprocess.check_output(["ps", "-eo", "args"], text=True).splitlines()
+        )
 
     poll(lambda: not processes(), 10, "end of its processes")
     poll(lambda: subnet not in subprocess.check_output(["ip", "route"], text=True), 10, "end of its cable")

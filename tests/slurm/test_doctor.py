@@ -20,12 +20,32 @@ ORDERS = ("hello", "meet", "connect", "write", "read", "prepare", "reduce")
 
 
 def doctor(
-    cluster: Cluster, folder: Path, *arguments: str, seen: Callable[[str], object] = lambda line: None, code: int = 0
+    cluster: Cluster,
+    folder: Path,
+    *arguments: str,
+    seen: Callable[[str], object] = lambda line: None,
+    code: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """What it says with --json: findings by node, then by check. `seen` gets every line of what it is at; nothing may stay behind."""
-    command = [sys.executable, "-m", "launcher.cli.main", "doctor", "--slurm", "--json", "--directory", str(folder / "runs"), *arguments]
+    """What it says with --json: findings by node, then by check. `seen` gets every line of what it is at;
+    nothing may stay behind."""
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.cli.main",
+        "doctor",
+        "--slurm",
+        "--json",
+        "--directory",
+        str(folder / "runs"),
+        *arguments,
+    ]
     with subprocess.Popen(
-        command, env=cluster.environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=cluster.environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         said = []
@@ -36,7 +56,9 @@ def doctor(
     assert process.returncode == code, f"{out}\n{''.join(said)}"
     assert [path for path in folder.rglob("*") if MARK in path.name] == []
     poll(lambda: not cluster.run("squeue", "--noheader", f"--name={MARK}").strip(), 20, "end of its job")
-    return {node["node"]: {entry["check"]: entry for entry in node["checks"]} for node in json.loads(out)["nodes"]}
+    return {
+        node["node"]: {entry["check"]: entry for entry in node["checks"]} for node in json.loads(out)["nodes"]
+    }
 
 
 def levels(found: dict[str, Any]) -> dict[str, str]:
@@ -48,7 +70,9 @@ def test_all_is_well(cluster: Cluster, tmp_path: Path) -> None:
     for node in ("n1", "n2", "n3"):
         assert levels(found[node]) == {}
         assert found[node]["interface"]["found"] == f"eth0 {cluster.address(node)}"
-        assert {"versions", "names", "ports", "clock", "directory", "GPUs", "all-reduce"} <= found[node].keys()
+        assert {"versions", "names", "ports", "clock", "directory", "GPUs", "all-reduce"} <= found[
+            node
+        ].keys()
         assert "MB/s" in found[node]["directory"]["found"] and "MB/s" in found[node]["all-reduce"]["found"]
     own = next(entry for node, entry in found.items() if node not in cluster.nodes)
     assert own["Slurm"]["found"].endswith("is UP") and own["munge"]["found"] == "seals and opens"
@@ -56,7 +80,9 @@ def test_all_is_well(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_inside_of_a_job_it_leaves_the_job_alone(cluster: Cluster, tmp_path: Path) -> None:
     command = f"{sys.executable} -m launcher.cli.main doctor --slurm --directory {tmp_path}"
-    job = cluster.submit(f"cd {tmp_path}\n{command}; echo code $?; sleep 300", "--nodes=2", "--exclusive", "--partition=high")
+    job = cluster.submit(
+        f"cd {tmp_path}\n{command}; echo code $?; sleep 300", "--nodes=2", "--exclusive", "--partition=high"
+    )
     cluster.wait_state(job, "RUNNING")
     poll(lambda: "code" in cluster.output(job), 120, "the verdict")
     assert "code 0" in cluster.output(job) and f"job {job} on n1, n2" in cluster.output(job)
@@ -65,7 +91,10 @@ def test_inside_of_a_job_it_leaves_the_job_alone(cluster: Cluster, tmp_path: Pat
 
 def test_a_node_that_knows_no_names(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
-    subprocess.run([*cluster.nodes["n2"].enter("--mount"), "mount", "--bind", str(tmp_path / "hosts"), "/etc/hosts"], check=True)
+    subprocess.run(
+        [*cluster.nodes["n2"].enter("--mount"), "mount", "--bind", str(tmp_path / "hosts"), "/etc/hosts"],
+        check=True,
+    )
     found = doctor(cluster, tmp_path, "--nodes", "3", code=1)
     assert [levels(found[node]) for node in ("n1", "n2", "n3")] == [{}, {"names": "failed"}, {}]
     assert found["n2"]["names"]["found"] == "n1, n2, n3 does not resolve"
@@ -76,7 +105,14 @@ def test_a_node_that_knows_no_names(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.very_slow
 @pytest.mark.parametrize("order", ["connect", "reduce"])
 def test_a_node_that_is_cut_off_meanwhile(cluster: Cluster, tmp_path: Path, order: str) -> None:
-    found = doctor(cluster, tmp_path, "--nodes", "3", seen=lambda line: line.strip() == order and cluster.cut("n2"), code=1)
+    found = doctor(
+        cluster,
+        tmp_path,
+        "--nodes",
+        "3",
+        seen=lambda line: line.strip() == order and cluster.cut("n2"),
+        code=1,
+    )
     # While the cable is pulled a busy machine may come to one of the next orders.
     later = ORDERS[ORDERS.index(order) :]
     assert found["n2"]["answers"]["found"].startswith(tuple(f"no answer to `{name}`" for name in later))
@@ -93,10 +129,30 @@ def test_a_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path) -> Non
 
 def test_a_wrong_interface(cluster: Cluster, tmp_path: Path) -> None:
     found = doctor(cluster, tmp_path, "--interface", "eth9", code=1)
-    assert found["n2"]["interface"]["found"] == "cluster.interface = 'eth9': n2 has no such interface that is up; it has eth0"
+    assert (
+        found["n2"]["interface"]["found"]
+        == "cluster.interface = 'eth9': n2 has no such interface that is up; it has eth0"
+    )
     # Another network, to which only this node has a cable.
-    subprocess.run([*cluster.nodes["n1"].enter("--net"), "ip", "link", "add", "ib0", "type", "veth", "peer", "name", "ib1"], check=True)
-    subprocess.run([*cluster.nodes["n1"].enter("--net"), "ip", "address", "add", "192.168.77.1/24", "dev", "ib0"], check=True)
+    subprocess.run(
+        [
+            *cluster.nodes["n1"].enter("--net"),
+            "ip",
+            "link",
+            "add",
+            "ib0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "ib1",
+        ],
+        check=True,
+    )
+    subprocess.run(
+        [*cluster.nodes["n1"].enter("--net"), "ip", "address", "add", "192.168.77.1/24", "dev", "ib0"],
+        check=True,
+    )
     subprocess.run([*cluster.nodes["n1"].enter("--net"), "ip", "link", "set", "ib0", "up"], check=True)
     found = doctor(cluster, tmp_path, "--interface", "ib0", code=1)
     assert levels(found["n2"])["interface"] == "failed"
@@ -108,7 +164,10 @@ def test_a_blocked_port(cluster: Cluster, tmp_path: Path) -> None:
     subprocess.run([*enter, "ip", "route", "add", "blackhole", f"{cluster.address('n3')}/32"], check=True)
     found = doctor(cluster, tmp_path, "--nodes", "3", code=1)
     assert levels(found["n1"]).keys() <= {"all-reduce"}
-    assert found["n2"]["ports"]["found"].startswith("n3 is out of reach") and levels(found["n3"])["ports"] == "failed"
+    assert (
+        found["n2"]["ports"]["found"].startswith("n3 is out of reach")
+        and levels(found["n3"])["ports"] == "failed"
+    )
 
 
 def test_no_nodes(cluster: Cluster, tmp_path: Path) -> None:
@@ -128,5 +187,7 @@ def test_no_nodes(cluster: Cluster, tmp_path: Path) -> None:
 def test_the_account_is_passed_on(cluster_with_accounting: Cluster, tmp_path: Path) -> None:
     found = doctor(cluster_with_accounting, tmp_path, "--nodes", "1", "--account", "nobody", code=1)
     assert "account" in next(iter(found.values()))["allocation"]["found"].lower()
-    found = doctor(cluster_with_accounting, tmp_path, "--nodes", "1", "--account", ACCOUNT, "--srun=--comment=a b")
+    found = doctor(
+        cluster_with_accounting, tmp_path, "--nodes", "1", "--account", ACCOUNT, "--srun=--comment=a b"
+    )
     assert levels(found["n1"]) == {}

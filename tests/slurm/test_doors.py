@@ -1,4 +1,5 @@
-"""Who may connect to a run on two nodes, and what comes of it: tried as another user, from its nodes and from a machine beside them."""
+"""Who may connect to a run on two nodes, and what comes of it: tried as another user, from its nodes and from
+a machine beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import pytest
 from launcher.runs.events import steps
 from tests.slurm.cluster import Cluster
 from tests.slurm.machines import poll
-from tests.slurm.runs import ROOT, Material, Run
+from tests.slurm.runs import ROOT, Run, TrainingInputs
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 def run(cluster: Cluster, tmp_path: Path) -> Run:
     """On n1 and n2, in the middle of training; n3 is not of it."""
     tmp_path.chmod(0o777)
-    material = Material(tmp_path / "material")
+    material = TrainingInputs(tmp_path / "material")
     run = material.submit(cluster, material.job("open", {"training": {"max_steps": 5000}}))
     run.wait_step(2)
     return run
@@ -33,10 +34,16 @@ def run(cluster: Cluster, tmp_path: Path) -> Run:
 def listening(cluster: Cluster, run: Run) -> list[tuple[str, int]]:
     """Where the run's processes wait, on either node."""
     path = str(run.directory.path)
-    processes = {one.pid for one in psutil.process_iter() if one.status() != psutil.STATUS_ZOMBIE and path in one.cmdline()}
+    processes = {
+        one.pid
+        for one in psutil.process_iter()
+        if one.status() != psutil.STATUS_ZOMBIE and path in one.cmdline()
+    }
     found = []
     for node in ("n1", "n2"):
-        shown = subprocess.run([*cluster.nodes[node].enter("--net"), "ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            [*cluster.nodes[node].enter("--net"), "ss", "-ltnpH"], capture_output=True, text=True, check=True
+        ).stdout
         for line in shown.splitlines():
             if processes & {int(number) for number in re.findall(r"pid=(\d+)", line)}:
                 address, _, port = line.split()[3].rpartition(":")
@@ -45,7 +52,9 @@ def listening(cluster: Cluster, run: Run) -> list[tuple[str, int]]:
     return found
 
 
-def attack(cluster: Cluster, run: Run, node: str, places: list[tuple[str, int]], flag: Path) -> dict[str, Any]:
+def attack(
+    cluster: Cluster, run: Run, node: str, places: list[tuple[str, int]], flag: Path
+) -> dict[str, Any]:
     """What the user nobody reaches from a node."""
     asked = {
         "addresses": sorted({address for address, _ in places}),
@@ -54,14 +63,21 @@ def attack(cluster: Cluster, run: Run, node: str, places: list[tuple[str, int]],
         "names": ["torch.rendezvous.none"],
         "flag": str(flag),
     }
-    command = [*cluster.nodes[node].enter(), sys.executable, str(ROOT / "tests" / "distributed" / "stranger.py"), json.dumps(asked)]
+    command = [
+        *cluster.nodes[node].enter(),
+        sys.executable,
+        str(ROOT / "tests" / "distributed" / "stranger.py"),
+        json.dumps(asked),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)
     return said
 
 
-def test_nobody_reaches_a_run_from_beside_its_nodes_and_nobody_runs_code_on_them(cluster: Cluster, run: Run, tmp_path: Path) -> None:
+def test_nobody_reaches_a_run_from_beside_its_nodes_and_nobody_runs_code_on_them(
+    cluster: Cluster, run: Run, tmp_path: Path
+) -> None:
     places, flag = listening(cluster, run), tmp_path / "flag"
     own = {cluster.address(node) for node in ("n1", "n2")}
     assert {address for address, _ in places} <= own, "bound to the interface that leads to the other node"
@@ -74,5 +90,9 @@ def test_nobody_reaches_a_run_from_beside_its_nodes_and_nobody_runs_code_on_them
     said = attack(cluster, run, "n2", places, flag)
     assert said["reached"] == [[store["address"], store["port"]]] and said["opened"] == []
     assert said["stores"][str(store["port"])]
-    poll(lambda: run.events("failed") or max(steps(run.directory.metrics_file)) > done + 20, 120, "the end, or going on")
+    poll(
+        lambda: run.events("failed") or max(steps(run.directory.metrics_file)) > done + 20,
+        120,
+        "the end, or going on",
+    )
     assert not flag.exists()

@@ -38,7 +38,11 @@ def dry_run(cluster: Cluster, folder: Path, more: str) -> subprocess.CompletedPr
 
 def test_a_cluster_with_gpus(cluster_with_gpus: Cluster, tmp_path: Path) -> None:
     found = write_profile(cluster_with_gpus, tmp_path)
-    assert (found.cluster.partition, found.cluster.gpus_per_node, found.cluster.gpu_option) == ("main", 2, "gres")
+    assert (found.cluster.partition, found.cluster.gpus_per_node, found.cluster.gpu_option) == (
+        "main",
+        2,
+        "gres",
+    )
     assert set(found.limits) == {"main", "low", "high", "short"}
     short = found.limits["short"]
     assert (short.max_nodes, short.max_time, short.gpus_per_node, short.cpus_per_node) == (2, 120, 2, 2)
@@ -59,11 +63,16 @@ def test_a_cluster_without_gpus_or_accounting(cluster: Cluster, tmp_path: Path) 
 
 
 def test_the_account(cluster_with_accounting: Cluster, tmp_path: Path) -> None:
-    cluster_with_accounting.run("sacctmgr", "-i", "modify", "user", "root", "set", f"defaultaccount={ACCOUNT}")
+    cluster_with_accounting.run(
+        "sacctmgr", "-i", "modify", "user", "root", "set", f"defaultaccount={ACCOUNT}"
+    )
     assert write_profile(cluster_with_accounting, tmp_path).cluster.account == ACCOUNT
     printed = launcher(cluster_with_accounting, tmp_path, "profile", "--out", "mine.yaml", "--json")
     assert json.loads(printed.stdout)["account"] == ACCOUNT
-    assert f"#SBATCH --account={ACCOUNT}\n" in dry_run(cluster_with_accounting, tmp_path, "nodes: 1, ranks_per_node: 2").stdout
+    assert (
+        f"#SBATCH --account={ACCOUNT}\n"
+        in dry_run(cluster_with_accounting, tmp_path, "nodes: 1, ranks_per_node: 2").stdout
+    )
 
 
 def test_a_controller_that_is_away(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""status, list, logs, watch, cancel and resume on runs that wait, run, stopped, failed and finished; accounting or none; sweeps."""
+"""status, list, logs, watch, cancel and resume on runs that wait, run, stopped, failed and finished;
+accounting or none; sweeps."""
 
 from __future__ import annotations
 
@@ -15,27 +16,40 @@ import pytest
 
 from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import FAULTS, Material, Run
+from tests.slurm.runs import FAULTS, Run, TrainingInputs
 
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    return Material(tmp_path_factory.mktemp("material"))
+def material(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
+    return TrainingInputs(tmp_path_factory.mktemp("material"))
 
 
-def check_life(cluster: Cluster, material: Material, name: str) -> Run:
+def check_life(cluster: Cluster, material: TrainingInputs, name: str) -> Run:
     """A run through all its states, looked at in each."""
-    slow = {"FAULT": "slow-first:all:1.2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}  # it must not finish while it is looked at
+    slow = {
+        "FAULT": "slow-first:all:1.2",
+        "PYTHONPATH": str(FAULTS),
+        "LAUNCHER_WARM": "0",
+    }  # it must not finish while it is looked at
     run = material.submit(cluster, material.job(name, begin="now+1hour", nodes=1, environment=slow))
     seen = material.json("status", name, cluster=cluster)
-    assert seen["state"] == "queued" and seen["slurm"]["state"] == "PENDING" and seen["slurm"]["reason"] == "BeginTime"
+    assert (
+        seen["state"] == "queued"
+        and seen["slurm"]["state"] == "PENDING"
+        and seen["slurm"]["reason"] == "BeginTime"
+    )
     assert "expected to start" in material.launcher("status", name, cluster=cluster).stdout
     cluster.run("scontrol", "update", f"JobId={run.job}", "StartTime=now")
     run.wait_step(3)
     seen = material.json("status", name, cluster=cluster)
-    assert seen["state"] == "running" and seen["nodes"] == ["n1"] and seen["tokens_per_second"] > 0 and seen["slurm"]["state"] == "RUNNING"
+    assert (
+        seen["state"] == "running"
+        and seen["nodes"] == ["n1"]
+        and seen["tokens_per_second"] > 0
+        and seen["slurm"]["state"] == "RUNNING"
+    )
     shown = material.launcher("watch", name, "--once", cluster=cluster).stdout
     assert "n1" in shown and "running" in shown and "loss" in shown
     assert len(material.json("watch", name, cluster=cluster)["ranks"]) == 2
@@ -54,14 +68,23 @@ def check_life(cluster: Cluster, material: Material, name: str) -> Run:
 
 
 @pytest.mark.very_slow
-def test_a_life_without_accounting(cluster: Cluster, material: Material) -> None:
+def test_a_life_without_accounting(cluster: Cluster, material: TrainingInputs) -> None:
     run = check_life(cluster, material, "plain")
     lines = material.launcher("logs", "plain", cluster=cluster).stdout.splitlines()
     assert lines == [] or all(line.startswith("[rank ") for line in lines)
-    assert "has ranks 0 to 1" in material.launcher("logs", "plain", "--rank", "7", cluster=cluster, code=2).stderr
-    assert "has 2 attempts" in material.launcher("logs", "plain", "--attempt", "9", cluster=cluster, code=2).stderr
+    assert (
+        "has ranks 0 to 1"
+        in material.launcher("logs", "plain", "--rank", "7", cluster=cluster, code=2).stderr
+    )
+    assert (
+        "has 2 attempts"
+        in material.launcher("logs", "plain", "--attempt", "9", cluster=cluster, code=2).stderr
+    )
     rows = material.launcher("list", cluster=cluster).stdout.splitlines()
-    assert rows[0].split() == ["run", "state", "step", "loss", "job", "reason"] and rows[1].split()[:2] == ["plain", "finished"]
+    assert rows[0].split() == ["run", "state", "step", "loss", "job", "reason"] and rows[1].split()[:2] == [
+        "plain",
+        "finished",
+    ]
     cluster.stop_controller()
     began = time.monotonic()
     assert material.json("status", "plain", cluster=cluster)["state"] == "finished"
@@ -69,13 +92,15 @@ def test_a_life_without_accounting(cluster: Cluster, material: Material) -> None
     assert material.json("list", cluster=cluster)["runs"][0]["state"] == "finished"
 
 
-def test_a_life_with_accounting(cluster_with_accounting: Cluster, material: Material) -> None:
+def test_a_life_with_accounting(cluster_with_accounting: Cluster, material: TrainingInputs) -> None:
     check_life(cluster_with_accounting, material, "accounted")
 
 
-def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material: Material) -> None:
+def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material: TrainingInputs) -> None:
     fault = {"FAULT": "memory:0:2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
-    run = material.submit(cluster, material.job("broken", {"batch": {"micro_batch_size": 1}}, nodes=1, environment=fault))
+    run = material.submit(
+        cluster, material.job("broken", {"batch": {"micro_batch_size": 1}}, nodes=1, environment=fault)
+    )
     run.wait_event("gave_up")
     cluster.wait_state(run.job, "FAILED", timeout=30)
     said = material.launcher("status", "broken", cluster=cluster).stdout
@@ -86,11 +111,15 @@ def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material:
     assert material.json("status", "gone", cluster=cluster)["slurm"]["state"] == "CANCELLED"
 
 
-def test_logs_are_followed_into_the_next_attempt_to_the_end(cluster: Cluster, material: Material) -> None:
+def test_logs_are_followed_into_the_next_attempt_to_the_end(
+    cluster: Cluster, material: TrainingInputs
+) -> None:
     code = {"FAULT": "slow:all:0.5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(cluster, material.job("followed", nodes=1, environment=code))
     command = [sys.executable, "-m", "launcher.cli.main", "logs", "followed", "-f"]
-    follower = subprocess.Popen(command, env=material.environment(cluster), cwd=material.folder, stdout=subprocess.PIPE, text=True)
+    follower = subprocess.Popen(
+        command, env=material.environment(cluster), cwd=material.folder, stdout=subprocess.PIPE, text=True
+    )
     run.wait_step(3)
     cluster.run("scancel", "--signal=USR1", run.job)
     run.wait_finished()
@@ -110,13 +139,17 @@ def rest(watcher: subprocess.Popen[bytes], leader: int) -> bytes:
     return seen
 
 
-def test_watch_on_a_terminal_leaves_at_ctrl_c_and_the_run_goes_on(cluster: Cluster, material: Material) -> None:
+def test_watch_on_a_terminal_leaves_at_ctrl_c_and_the_run_goes_on(
+    cluster: Cluster, material: TrainingInputs
+) -> None:
     run = material.submit(cluster, material.job("watched", nodes=1))
     run.wait_step(1)
     leader, follower = pty.openpty()
     environment = {**material.environment(cluster), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
     command = [sys.executable, "-m", "launcher.cli.main", "watch", "watched"]
-    watcher = subprocess.Popen(command, env=environment, cwd=material.folder, stdin=follower, stdout=follower, stderr=follower)
+    watcher = subprocess.Popen(
+        command, env=environment, cwd=material.folder, stdin=follower, stdout=follower, stderr=follower
+    )
     # This end of the follower stays open: what was written last is not lost with its last user.
     seen = b""
     until = time.monotonic() + 30
@@ -129,12 +162,20 @@ def test_watch_on_a_terminal_leaves_at_ctrl_c_and_the_run_goes_on(cluster: Clust
     run.wait_finished()
 
 
-def test_many_waiting_runs_are_one_question(cluster: Cluster, material: Material, tmp_path: Path) -> None:
+def test_many_waiting_runs_are_one_question(
+    cluster: Cluster, material: TrainingInputs, tmp_path: Path
+) -> None:
     """200 runs; the directories are copies of one that was submitted, each with its own job in the queue."""
-    first = material.submit(cluster, material.job("many-000", begin="now+1hour"), "--run-dir", tmp_path / "many" / "many-000")
+    first = material.submit(
+        cluster, material.job("many-000", begin="now+1hour"), "--run-dir", tmp_path / "many" / "many-000"
+    )
     script = json.loads((first.directory.path / "slurm" / "job.json").read_text())
     subprocess.run(
-        ["bash", "-c", "for i in $(seq 199); do sbatch --hold --parsable --wrap true --output /dev/null; done"],
+        [
+            "bash",
+            "-c",
+            "for i in $(seq 199); do sbatch --hold --parsable --wrap true --output /dev/null; done",
+        ],
         env=cluster.environment,
         check=True,
         capture_output=True,
@@ -159,12 +200,20 @@ def test_many_waiting_runs_are_one_question(cluster: Cluster, material: Material
 
 
 @pytest.mark.very_slow
-def test_a_sweep_of_six_points_two_at_a_time_killed_half_way_and_continued(cluster: Cluster, material: Material) -> None:
-    job = material.job("swept", {"training": {"max_steps": 6, "evaluate_every": 3}}, nodes=1, ranks_per_node=1)
+def test_a_sweep_of_six_points_two_at_a_time_killed_half_way_and_continued(
+    cluster: Cluster, material: TrainingInputs
+) -> None:
+    job = material.job(
+        "swept", {"training": {"max_steps": 6, "evaluate_every": 3}}, nodes=1, ranks_per_node=1
+    )
     rates = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2"
-    said = material.json("sweep", job, "--grid", f"training.learning_rate={rates}", "--parallel", "2", cluster=cluster)
+    said = material.json(
+        "sweep", job, "--grid", f"training.learning_rate={rates}", "--parallel", "2", cluster=cluster
+    )
     assert said["points"] == [0, 1, 2, 3, 4, 5]
-    runs = [RunDirectory(material.folder / "sweeps" / "swept" / "points" / f"{number:03d}") for number in range(6)]
+    runs = [
+        RunDirectory(material.folder / "sweeps" / "swept" / "points" / f"{number:03d}") for number in range(6)
+    ]
     until, most = time.monotonic() + 300, 0
     while sum(run.finished for run in runs) < 2:
         assert time.monotonic() < until
@@ -189,7 +238,11 @@ def test_a_sweep_of_six_points_two_at_a_time_killed_half_way_and_continued(clust
     assert [line["best"] for line in board] == sorted(line["best"] for line in board)
     for line in board:
         events = [json.loads(text) for text in (Path(line["run"]) / "events.jsonl").read_text().splitlines()]
-        measured = [event["metrics"]["loss"] for event in events if event["event"] == "evaluated" and event["step"] > 0]
+        measured = [
+            event["metrics"]["loss"]
+            for event in events
+            if event["event"] == "evaluated" and event["step"] > 0
+        ]
         assert line["best"] == min(measured) and line["state"] == "finished"
     # At rates this small a tiny model learns the more the higher the rate is.
     by_point = {line["point"]: line["best"] for line in board}

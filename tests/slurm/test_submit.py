@@ -1,4 +1,5 @@
-"""A run under Slurm is the run that `launcher run` makes; and whatever Slurm does to it meanwhile, it ends as that one does."""
+"""A run under Slurm is the run that `launcher run` makes; and whatever Slurm does to it meanwhile, it ends as
+that one does."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ import pytest
 from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import NewCluster
-from tests.slurm.runs import FAULTS, Material, Run, losses, samples
+from tests.slurm.runs import FAULTS, Run, TrainingInputs, losses, samples
 from tests.training.runs import assert_equal, state
 
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    return Material(tmp_path_factory.mktemp("material"))
+def material(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
+    return TrainingInputs(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(material: Material) -> RunDirectory:
+def undisturbed(material: TrainingInputs) -> RunDirectory:
     """The same job on one machine with as many ranks, not under Slurm."""
     job = material.job("undisturbed", nodes=1, ranks_per_node=4)
     material.launcher("run", job)
@@ -43,7 +44,9 @@ def check_close(run: RunDirectory, undisturbed: RunDirectory) -> None:
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-3)
 
 
-def test_two_nodes_give_what_one_machine_gives(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+def test_two_nodes_give_what_one_machine_gives(
+    cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
+) -> None:
     job = material.job("equal")
     before = {path for path in material.folder.rglob("*") if "runs" not in path.parts}
     script = material.launcher("submit", job, "--dry-run", cluster=None).stdout
@@ -65,7 +68,9 @@ def test_two_nodes_give_what_one_machine_gives(cluster: Cluster, material: Mater
     assert time.monotonic() - began < 30
 
 
-def test_signalled_requeued_preempted_and_out_of_time(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+def test_signalled_requeued_preempted_and_out_of_time(
+    cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
+) -> None:
     """One run through all of it; each costs an attempt, none a step."""
     run = material.submit(cluster, material.job("chain", partition="low"))
     run.wait_step(5)
@@ -90,7 +95,9 @@ def test_signalled_requeued_preempted_and_out_of_time(cluster: Cluster, material
 
 
 @pytest.mark.very_slow
-def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+def test_longer_than_its_time_limit_is_a_chain(
+    cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
+) -> None:
     """Told early enough, the ranks save, and the next attempt goes on."""
     slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(cluster, material.job("hourly", time_limit="10min", environment=slow))
@@ -105,11 +112,16 @@ def test_longer_than_its_time_limit_is_a_chain(cluster: Cluster, material: Mater
 
 
 @pytest.mark.very_slow
-def test_too_little_time_to_save_goes_on_from_what_was_saved(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+def test_too_little_time_to_save_goes_on_from_what_was_saved(
+    cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
+) -> None:
     """The limit comes in the middle of a step that lasts longer than what is left."""
     slow = {"FAULT": "stuck-first:all:150", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
     run = material.submit(
-        cluster, material.job("abrupt", {"checkpoint": {"every": 1, "keep_last": 100}}, time_limit="10min", environment=slow)
+        cluster,
+        material.job(
+            "abrupt", {"checkpoint": {"every": 1, "keep_last": 100}}, time_limit="10min", environment=slow
+        ),
     )
     run.wait_step(1)
     run.end_in_seconds(25)
@@ -121,12 +133,16 @@ def test_too_little_time_to_save_goes_on_from_what_was_saved(cluster: Cluster, m
     run.wait_finished()
     resumed = run.events("resumed")[0]
     saved = [record["step"] for record in run.events("saved") if record["time"] < resumed["time"]]
-    assert resumed["step"] == max(saved) and resumed["step"] in (1, 2), "the newest that was whole, in the step that was cut off"
+    assert resumed["step"] == max(saved) and resumed["step"] in (1, 2), (
+        "the newest that was whole, in the step that was cut off"
+    )
     check_equal(run.directory, undisturbed)
 
 
 @pytest.mark.very_slow
-def test_preempted_twice_before_the_first_step_counts_for_nothing(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+def test_preempted_twice_before_the_first_step_counts_for_nothing(
+    cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
+) -> None:
     run = material.submit(cluster, material.job("unlucky", partition="low", attempts_without_progress=1))
     for count in (1, 2):
         run.wait_event("started", count)
@@ -137,7 +153,9 @@ def test_preempted_twice_before_the_first_step_counts_for_nothing(cluster: Clust
     check_equal(run.directory, undisturbed)
 
 
-def test_a_node_loses_its_power_and_another_its_network(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+def test_a_node_loses_its_power_and_another_its_network(
+    cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
+) -> None:
     """First a node that follows, then the one that leads, which goes on living where nobody hears of it."""
     run = material.submit(cluster, material.job("lost"))
     run.wait_step(5)
@@ -156,7 +174,9 @@ def test_a_node_loses_its_power_and_another_its_network(cluster: Cluster, materi
 
 
 @pytest.mark.very_slow
-def test_fewer_nodes_where_the_job_allows_them(cluster: Cluster, material: Material, undisturbed: RunDirectory) -> None:
+def test_fewer_nodes_where_the_job_allows_them(
+    cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
+) -> None:
     run = material.submit(cluster, material.job("range", nodes="2-3"))
     run.wait_step(5)
     assert run.events("started")[0]["nodes"] == ["n1", "n2", "n3"]
@@ -170,12 +190,16 @@ def test_fewer_nodes_where_the_job_allows_them(cluster: Cluster, material: Mater
     check_close(run.directory, undisturbed)
 
 
-def test_daemons_die_and_come_back(new_cluster: NewCluster, material: Material, undisturbed: RunDirectory) -> None:
+def test_daemons_die_and_come_back(
+    new_cluster: NewCluster, material: TrainingInputs, undisturbed: RunDirectory
+) -> None:
     """The controller while the run is submitted, and again while it runs; then a node's slurmd."""
     cluster = new_cluster(nodes=2)
     cluster.stop_controller()
     back = threading.Timer(5.0, lambda: None)
-    process = threading.Thread(target=lambda: results.append(material.submit(cluster, material.job("daemons"))))
+    process = threading.Thread(
+        target=lambda: results.append(material.submit(cluster, material.job("daemons")))
+    )
     results: list[Run] = []
     process.start()
     time.sleep(4)

@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import ROOT, Material
+from tests.slurm.runs import ROOT, TrainingInputs
 
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 
@@ -24,7 +24,7 @@ def kinds(run: RunDirectory) -> list[str]:
 
 
 def test_what_was_rendered_becomes_a_run(cluster: Cluster, tmp_path: Path) -> None:
-    material = Material(tmp_path)
+    material = TrainingInputs(tmp_path)
     job = material.job("by-hand")
     material.launcher("render", job, "--out", tmp_path / "run dir", "--nproc", 2)
     run = RunDirectory(tmp_path / "run dir")
@@ -39,7 +39,7 @@ def test_what_was_rendered_becomes_a_run(cluster: Cluster, tmp_path: Path) -> No
 
 
 def test_too_few_nodes_are_refused_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
-    material = Material(tmp_path)
+    material = TrainingInputs(tmp_path)
     material.launcher("render", material.job("few"), "--out", tmp_path / "few", "--nproc", 2)
     job = submit(cluster, tmp_path / "few", "--nodes=1")
     cluster.wait_state(job, "FAILED", timeout=90)

@@ -1,4 +1,5 @@
-"""Batches of causal LMs, collated as the task collates them, and what transformers makes of each sample alone."""
+"""Batches of causal LMs, collated as the task collates them, and what transformers makes of each sample
+alone."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launcher.sources.section import Source
+from launcher.data.section import Source
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.task import Sample
 
@@ -19,10 +20,17 @@ def batch_of_samples(samples: Sequence[torch.Tensor], layout: str = "packed") ->
     task.layout = layout  # type: ignore[assignment]
     targets = [np.append(sample.numpy()[1:], -100) for sample in samples]
     pairs = zip(samples, targets, strict=True)
-    return task.collate([[Sample({"input_ids": ids.numpy(), "targets": target}, 0, len(ids))] for ids, target in pairs])
+    return task.collate(
+        [[Sample({"input_ids": ids.numpy(), "targets": target}, 0, len(ids))] for ids, target in pairs]
+    )
 
 
 def loss_alone(model: Any, samples: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The summed loss by the model's own class, each sample in a pass of its own: its mean times its supervised tokens."""
-    losses = [model(input_ids=ids[None], labels=ids[None], use_cache=False).loss * (len(ids) - 1) for ids in samples if len(ids) > 1]
+    """The summed loss by the model's own class, each sample in a pass of its own: its mean times its
+    supervised tokens."""
+    losses = [
+        model(input_ids=ids[None], labels=ids[None], use_cache=False).loss * (len(ids) - 1)
+        for ids in samples
+        if len(ids) > 1
+    ]
     return torch.stack(losses).sum()

@@ -17,14 +17,16 @@ TEMPLATES = Path(__file__).parent / "chat_templates"
 DOCS = Path(__file__).parents[2] / "docs"
 CHATML = "<|im_start|> <|im_end|> <tool_call> </tool_call> <tool_response> </tool_response> <think> </think>"
 DEEPSEEK = (
-    "<|User|> <|Assistant|> <|end_of_sentence|> <|tool_calls_begin|> <|tool_calls_end|> <|tool_call_begin|> <|tool_call_end|> <|tool_sep|>"
+    "<|User|> <|Assistant|> <|end_of_sentence|> <|tool_calls_begin|> <|tool_calls_end|> "
+    "<|tool_call_begin|> <|tool_call_end|> <|tool_sep|>"
 )
 TOKENS = {
     "chatml": CHATML,
     "llama-2": "<s> </s>",
     "llama-3.2": "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
     "mistral-v0.1": "<s> </s>",
-    "mistral-nemo": "<s> </s> [INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS]",
+    "mistral-nemo": "<s> </s> [INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] [AVAILABLE_TOOLS] "
+    "[/AVAILABLE_TOOLS]",
     "qwen2.5": CHATML,
     "qwen3": CHATML,
     "qwen3-thinking": CHATML,
@@ -35,7 +37,8 @@ TOKENS = {
     "phi-3": "<|user|> <|assistant|> <|system|> <|end|> <|endoftext|>",
     "phi-4": "<|im_start|> <|im_sep|> <|im_end|>",
     "zephyr": "<s> </s>",
-    "command-r": "<BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|>"
+    "command-r": "<BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> "
+    "<|SYSTEM_TOKEN|>"
     " <|START_RESPONSE|> <|END_RESPONSE|> <|START_THINKING|> <|END_THINKING|> <|START_ACTION|> <|END_ACTION|>"
     " <|START_TOOL_RESULT|> <|END_TOOL_RESULT|>",
     "gpt-oss": "<|start|> <|end|> <|message|> <|channel|> <|return|> <|call|>",
@@ -79,7 +82,8 @@ def template(name: str) -> Any:
 
 @functools.cache
 def smollm2() -> Any:
-    """SmolLM2's byte-level tokenizer, as of no directory; the model itself is not unpacked, which takes longer."""
+    """SmolLM2's byte-level tokenizer, as of no directory; the model itself is not unpacked, which takes
+    longer."""
     file = _find("smollm2-135m", PACKAGES["smollm2-135m"])
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     tokenizer.name_or_path = ""
@@ -90,26 +94,42 @@ def smollm2() -> Any:
 def llama() -> Any:
     """A tokenizer as Llama 2's: BPE over characters, bytes for others, a space before a text."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    lines = ["▁the▁weather▁in▁Oslo▁is▁fine▁.", "▁Hello▁!▁How▁are▁you▁?", "▁a▁user▁and▁an▁assistant▁talk", "▁ask▁,▁think▁and▁answer"] * 4
+    lines = [
+        "▁the▁weather▁in▁Oslo▁is▁fine▁.",
+        "▁Hello▁!▁How▁are▁you▁?",
+        "▁a▁user▁and▁an▁assistant▁talk",
+        "▁ask▁,▁think▁and▁answer",
+    ] * 4
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    backend.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))
+    backend.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
+    )
     content = json.loads(backend.to_str())
     content["added_tokens"] = content["added_tokens"][:3]  # Bytes are no tokens that a text is cut at.
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
     replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    content["decoder"] = {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    content["decoder"] = {
+        "type": "Sequence",
+        "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}],
+    }
     backend = Tokenizer.from_str(json.dumps(content))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def with_template(tokenizer: Any, name: str) -> Any:
     """A copy of a tokenizer with the template `name`, and the tokens that it writes."""
     tokenizer = copy.deepcopy(tokenizer)
     tokens = TOKENS[name].split()
-    tokenizer.add_special_tokens({"additional_special_tokens": [token for token in tokens if token not in ("<s>", "</s>")]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [token for token in tokens if token not in ("<s>", "</s>")]}
+    )
     tokenizer.add_special_tokens({"bos_token": BEGINNINGS.get(name, "<s>")})
-    tokenizer.add_special_tokens({"eos_token": ENDS.get(name, "<|im_end|>" if "<|im_end|>" in tokens else "</s>")})
+    tokenizer.add_special_tokens(
+        {"eos_token": ENDS.get(name, "<|im_end|>" if "<|im_end|>" in tokens else "</s>")}
+    )
     tokenizer.chat_template = template(name)
     return tokenizer
 
@@ -119,7 +139,9 @@ def spelled(tokenizer: Any, ids: list[int]) -> str:
     tokens = tokenizer.convert_ids_to_tokens(ids)
     if tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids("<0x0A>") or 0) != "<0x0A>":
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    return "".join(chr(int(token[3:5], 16)) if token.startswith("<0x") else token.replace("▁", " ") for token in tokens)
+    return "".join(
+        chr(int(token[3:5], 16)) if token.startswith("<0x") else token.replace("▁", " ") for token in tokens
+    )
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -137,7 +159,11 @@ def called(**arguments: Any) -> dict[str, Any]:
 
 WEATHER = {
     "type": "function",
-    "function": {"name": "weather", "description": "Ask.", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    "function": {
+        "name": "weather",
+        "description": "Ask.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
 }
 SINGLE = [user("Hi there"), assistant("Hello!")]
 MULTI = [*SINGLE, user("How are you?"), assistant("Fine.")]

@@ -13,7 +13,13 @@ from tests.training.runs import causal_data, model_directory
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of two layers with its tokenizer."""
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     return model_directory(tmp_path_factory.mktemp("model"), **small, head_dim=16)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 
 
 def plan_of(model: Path, world_size: int = 1, **changes: Any) -> Plan:
@@ -22,7 +22,12 @@ def plan_of(model: Path, world_size: int = 1, **changes: Any) -> Plan:
         "trackers": (),
         "grace_seconds": 30.0,
         "length": {"value": 4, "unit": "steps"},
-        "batch": {"global_batch_size": 4, "micro_batch_size": 4 // world_size, "accumulation_steps": 1, "data_parallel_size": world_size},
+        "batch": {
+            "global_batch_size": 4,
+            "micro_batch_size": 4 // world_size,
+            "accumulation_steps": 1,
+            "data_parallel_size": world_size,
+        },
         "mesh": {
             "nodes": 1,
             "ranks_per_node": world_size,
@@ -49,6 +54,15 @@ def plan_of(model: Path, world_size: int = 1, **changes: Any) -> Plan:
 
 def deepspeed(stage: int = 3, **changes: Any) -> dict[str, Any]:
     """Keywords of `plan_of` for DeepSpeed; buckets smaller than a tiny model, so that there are several."""
-    sizes = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, "prefetch_bucket_size": 10_000, "persistence_threshold": 100}
+    sizes = {
+        "reduce_bucket_size": 10_000,
+        "allgather_bucket_size": 10_000,
+        "prefetch_bucket_size": 10_000,
+        "persistence_threshold": 100,
+    }
     zero = {"stage": stage, "max_live_parameters": 30_000, "sub_group_size": 30_000} | sizes
-    return {"engine": "deepspeed", "sharding": {1: "optimizer", 2: "gradients", 3: "full"}[stage], "zero": zero} | changes
+    return {
+        "engine": "deepspeed",
+        "sharding": {1: "optimizer", 2: "gradients", 3: "full"}[stage],
+        "zero": zero,
+    } | changes

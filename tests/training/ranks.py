@@ -16,7 +16,9 @@ from torch import distributed
 from tests.ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "transformers", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+)
 
 
 PATIENCE_SECONDS = 400
@@ -24,7 +26,8 @@ PATIENCE_SECONDS = 400
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on each rank of a new gloo group, one thread each; what the ranks returned, in their order."""
+    """`function(*arguments)` on each rank of a new gloo group, one thread each; what the ranks returned, in
+    their order."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
@@ -51,13 +54,28 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     return results
 
 
-def _rank(rank: int, world_size: int, port: int, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    pipe: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     try:
         distributed.init_process_group("gloo")
         buffer = io.BytesIO()
-        torch.save(function(*arguments), buffer)  # as bytes: tensors sent as such would live only as long as this process
+        torch.save(
+            function(*arguments), buffer
+        )  # as bytes: tensors sent as such would live only as long as this process
         pipe.send((True, buffer.getvalue()))
         distributed.barrier()
     except BaseException:  # the parent shows it

@@ -1,4 +1,5 @@
-"""Whole runs of the trainer on tiny models: a run directory made on the spot, and attempts at it on gloo ranks of this machine."""
+"""Whole runs of the trainer on tiny models: a run directory made on the spot, and attempts at it on gloo
+ranks of this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs import events
 from launcher.runs.checkpoints import list_checkpoints
@@ -33,15 +34,24 @@ from tests.training.plans import plan_of
 from tests.training.ranks import _CONTEXT
 from tests.training.tiny import model_of
 
-_PRELOADED = ("torch", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.distributed.checkpoint")
-_CONTEXT.set_forkserver_preload([*_PRELOADED, "launcher.training.trainer", "launcher.tasks.causal_lm", "tests.training.runs"])
+_PRELOADED = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+)
+_CONTEXT.set_forkserver_preload(
+    [*_PRELOADED, "launcher.training.trainer", "launcher.tasks.causal_lm", "tests.training.runs"]
+)
 WORDS = [f"w{number}" for number in range(120)]
 Hook = Callable[[int, StopRequest], None]
-"""Called on each rank before training, with the rank and its stop request: where a test injects what shall go wrong."""
+"""Called on each rank before training, with the rank and its stop request: where a test injects what shall go
+wrong."""
 
 
 def alter_passes(altered: Callable[[int, dict[str, Any], Callable[[], Any]], Any]) -> None:
-    """For a hook: training passes give what `altered(step, batch, forward)` does. Steps count from 1; `forward()` is the pass."""
+    """For a hook: training passes give what `altered(step, batch, forward)` does. Steps count from 1;
+    `forward()` is the pass."""
     from launcher.tasks.causal_lm import CausalLM
     from launcher.training.trainer import Trainer
 
@@ -64,13 +74,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "<s>", "</s>", "[UNK]", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", bos_token="<s>", eos_token="</s>", unk_token="[UNK]", model_input_names=["input_ids"]
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="[UNK]",
+        model_input_names=["input_ids"],
     )
 
 
-def model_directory(path: Path, family: str = "llama", auto_class: str = "AutoModelForCausalLM", **changes: Any) -> Path:
+def model_directory(
+    path: Path, family: str = "llama", auto_class: str = "AutoModelForCausalLM", **changes: Any
+) -> Path:
     """A tiny model with its tokenizer."""
     model_of(family, auto_class, **changes).save_pretrained(path)
     tokenizer().save_pretrained(path)
@@ -100,20 +119,44 @@ def causal_data(directory: Path, **changes: Any) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     train = write_rows(directory / "train.jsonl", [{"text": text} for text in texts(200)])
     held_out = write_rows(directory / "evaluation.jsonl", [{"text": text} for text in texts(24, seed=1)])
-    return {"train": train, "evaluation": held_out, "text": "text", "max_length": 64, "packing": True, "num_workers": 1} | changes
+    return {
+        "train": train,
+        "evaluation": held_out,
+        "text": "text",
+        "max_length": 64,
+        "packing": True,
+        "num_workers": 1,
+    } | changes
 
 
 def batch_of(world_size: int, micro: int, accumulation: int = 1) -> dict[str, int]:
     """Batch arithmetic of a plan."""
     size = world_size * micro * accumulation
-    return {"global_batch_size": size, "micro_batch_size": micro, "accumulation_steps": accumulation, "data_parallel_size": world_size}
+    return {
+        "global_batch_size": size,
+        "micro_batch_size": micro,
+        "accumulation_steps": accumulation,
+        "data_parallel_size": world_size,
+    }
 
 
-def plan_for(model: Path, data: dict[str, Any], world_size: int = 1, num_steps: int = 6, **changes: Any) -> Plan:
+def plan_for(
+    model: Path, data: dict[str, Any], world_size: int = 1, num_steps: int = 6, **changes: Any
+) -> Plan:
     """A plan of a few steps. Saves come at the end alone unless `changes` say otherwise."""
-    training = {"learning_rate": 1e-3, "schedule": "constant", "warmup": 0, "max_steps": num_steps} | changes.pop("training", {})
+    training = {
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup": 0,
+        "max_steps": num_steps,
+    } | changes.pop("training", {})
     checkpoint = {"every": 100_000, "keep_last": 2} | changes.pop("checkpoint", {})
-    values: dict[str, Any] = {"batch": batch_of(world_size, 4 // world_size), "data": data, "training": training, "checkpoint": checkpoint}
+    values: dict[str, Any] = {
+        "batch": batch_of(world_size, 4 // world_size),
+        "data": data,
+        "training": training,
+        "checkpoint": checkpoint,
+    }
     values["length"] = {"value": num_steps, "unit": "steps"}
     return plan_of(model, world_size, **(values | changes))
 
@@ -176,7 +219,13 @@ def _received(pipe: Connection) -> BaseException | None:
         return ProcessLookupError("killed")
 
 
-def start(run: RunDirectory, world_size: int, hook: Hook | None = None, stop_at: int | None = None, cache: Path | None = None) -> Attempt:
+def start(
+    run: RunDirectory,
+    world_size: int,
+    hook: Hook | None = None,
+    stop_at: int | None = None,
+    cache: Path | None = None,
+) -> Attempt:
     """Start an attempt as torchrun would, with forked processes in the place of new interpreters."""
     port = free_port()
     environment = {
@@ -198,13 +247,21 @@ def start(run: RunDirectory, world_size: int, hook: Hook | None = None, stop_at:
     return attempt
 
 
-def finish(run: RunDirectory, world_size: int, hook: Hook | None = None, stop_at: int | None = None, cache: Path | None = None) -> None:
+def finish(
+    run: RunDirectory,
+    world_size: int,
+    hook: Hook | None = None,
+    stop_at: int | None = None,
+    cache: Path | None = None,
+) -> None:
     """One attempt to its end; AssertionError with the ranks' errors where it has any."""
     errors = [error for error in start(run, world_size, hook, stop_at, cache).errors() if error is not None]
     assert not errors, "\n".join(str(error) for error in errors)
 
 
-def _rank(run: RunDirectory, environment: dict[str, str], pipe: Connection, hook: Hook | None, stop_at: int | None) -> None:
+def _rank(
+    run: RunDirectory, environment: dict[str, str], pipe: Connection, hook: Hook | None, stop_at: int | None
+) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     _log_to(run.path / f"rank-{environment['RANK']}.log")
@@ -240,13 +297,16 @@ def _portable(error: BaseException) -> BaseException:
 
 
 def curve(run: RunDirectory) -> dict[int, dict[str, Any]]:
-    """The training record of each step, without what a clock or a memory says. Steps done twice must agree to the bit."""
+    """The training record of each step, without what a clock or a memory says. Steps done twice must agree to
+    the bit."""
     kept = ("step", "loss", "grad_norm", "learning_rate", "num_samples", "num_tokens", "sample_ids")
     found: dict[int, dict[str, Any]] = {}
     for record in events.read(run.metrics_file):
         if record["kind"] == "train":
             wanted = {key: record[key] for key in kept}
-            assert repr(found.setdefault(record["step"], wanted)) == repr(wanted), "a step was repeated with other numbers"
+            assert repr(found.setdefault(record["step"], wanted)) == repr(wanted), (
+                "a step was repeated with other numbers"
+            )
     return found
 
 
@@ -257,12 +317,18 @@ def named(run: RunDirectory, name: str) -> list[dict[str, Any]]:
 
 def evaluations(run: RunDirectory) -> dict[int, dict[str, float]]:
     """The metrics of each evaluation by its step."""
-    return {record["step"]: record["metrics"] for record in events.read(run.metrics_file) if record["kind"] == "evaluation"}
+    return {
+        record["step"]: record["metrics"]
+        for record in events.read(run.metrics_file)
+        if record["kind"] == "evaluation"
+    }
 
 
 def state(run: RunDirectory, step: int | None = None) -> dict[str, torch.Tensor]:
     """Every tensor of a whole checkpoint, the newest if none is named."""
-    whole = [stored for stored in list_checkpoints(run) if not stored.problems and step in (None, stored.step)]
+    whole = [
+        stored for stored in list_checkpoints(run) if not stored.problems and step in (None, stored.step)
+    ]
     reader = CheckpointReader(whole[-1].directory)
     return {name: reader.read(name).clone() for name in reader.names}
 
@@ -272,5 +338,6 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(
-            value.view(torch.uint8) if value.dim() else value, second[name].view(torch.uint8) if value.dim() else second[name]
+            value.view(torch.uint8) if value.dim() else value,
+            second[name].view(torch.uint8) if value.dim() else second[name],
         ), name

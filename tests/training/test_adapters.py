@@ -1,4 +1,5 @@
-"""Adapters: the same numbers on any number of ranks, nothing but them trained or saved, and what they become when they are exported."""
+"""Adapters: the same numbers on any number of ranks, nothing but them trained or saved, and what they become
+when they are exported."""
 
 from __future__ import annotations
 
@@ -14,17 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import ConfigurationError
 from launcher.job.adapter import Adapter
-from launcher.planning.model_support import WITHOUT_ADAPTER
-from launcher.planning.plan import Plan
+from launcher.launch.evaluation import Request, evaluate_locally
+from launcher.launch.screen import Watcher
+from launcher.planner.model.model_support import WITHOUT_ADAPTER
+from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.evaluation import Request, evaluate_locally
-from launcher.scheduling.screen import Watcher
-from launcher.training import adapters
 from launcher.training.checkpoint.export import export
-from launcher.training.checkpoint.foreign_names import expected
-from launcher.training.model import repeated_layers
+from launcher.training.checkpoint.foreign.names import expected
+from launcher.training.model import adapters
+from launcher.training.model.loading import repeated_layers
 from launcher.training.operations import flops_per_token
-from launcher.training.tracing.plan import trace
+from launcher.training.tracing.plan_trace import trace
 from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -68,10 +69,14 @@ def one(llama: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 2), (3, 4), (4, 1)])
-def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, micro: int, llama: Path, one: dict[str, Any]) -> None:
+def test_any_number_of_ranks_gives_the_same_numbers(
+    world_size: int, micro: int, llama: Path, one: dict[str, Any]
+) -> None:
     plan = plan_of(llama, world_size, batch=_batch(world_size, micro), model__adapter=LORA)
     for result in on_ranks(world_size, steps, plan, Causal):
-        torch.testing.assert_close(torch.tensor(result["curve"]), torch.tensor(one["curve"]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(result["curve"]), torch.tensor(one["curve"]), rtol=1e-5, atol=0
+        )
         assert result["tensors"].keys() == one["tensors"].keys()
 
 
@@ -98,12 +103,18 @@ def test_only_adapters_and_what_trains_also_are_kept(one: dict[str, Any], llama:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_in_half_precision_the_rest_is_read_and_kept_so(world_size: int, llama: Path, one: dict[str, Any]) -> None:
+def test_in_half_precision_the_rest_is_read_and_kept_so(
+    world_size: int, llama: Path, one: dict[str, Any]
+) -> None:
     """fp32 is what trains, the rest bf16; and the numbers are those of fp32 as far as bf16 goes."""
     plan = plan_of(llama, world_size, batch=_batch(world_size, 6), precision="bf16", model__adapter=LORA)
     result, *_ = on_ranks(world_size, _dtypes, plan)
-    assert {dtype for name, dtype in result.items() if "lora_" in name or name == "model.norm.weight"} == {torch.float32}
-    assert {dtype for name, dtype in result.items() if "lora_" not in name and name != "model.norm.weight"} == {torch.bfloat16}
+    assert {dtype for name, dtype in result.items() if "lora_" in name or name == "model.norm.weight"} == {
+        torch.float32
+    }
+    assert {
+        dtype for name, dtype in result.items() if "lora_" not in name and name != "model.norm.weight"
+    } == {torch.bfloat16}
     half, *_ = on_ranks(world_size, steps, plan, Causal)
     torch.testing.assert_close(torch.tensor(half["curve"]), torch.tensor(one["curve"]), rtol=2e-2, atol=0)
     assert half["curve"] != one["curve"]
@@ -118,10 +129,12 @@ def _dtypes(plan: Any) -> dict[str, torch.dtype]:
 def _engine(plan: Any) -> Any:
     from transformers import AutoConfig
 
-    from launcher.training import attention
     from launcher.training.engines import build
+    from launcher.training.model import attention
 
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     return build(plan, Causal, config, {})
 
 
@@ -136,12 +149,18 @@ def test_recomputation_changes_no_number(mode: str, llama: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_other_decoders(family: str, tmp_path: Path) -> None:
     """GPT-2 holds its weights the other way round; Gemma 2 has an embedding that is also its head."""
-    model_of(family, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {})).save_pretrained(tmp_path)
+    model_of(
+        family, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {})
+    ).save_pretrained(tmp_path)
     lora = {"rank": 2, "alpha": 4}
     [plain] = on_ranks(1, steps, plan_of(tmp_path, 1, batch=_batch(1, 12), model__adapter=lora), Causal)
     sharded, _ = on_ranks(2, steps, plan_of(tmp_path, 2, batch=_batch(2, 3), model__adapter=lora), Causal)
-    torch.testing.assert_close(torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=1e-5, atol=0)
-    assert all(value.abs().max() > 0 for name, value in sharded["tensors"].items() if name.endswith("lora_B.weight"))
+    torch.testing.assert_close(
+        torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=1e-5, atol=0
+    )
+    assert all(
+        value.abs().max() > 0 for name, value in sharded["tensors"].items() if name.endswith("lora_B.weight")
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(WITHOUT_ADAPTER))
@@ -157,24 +176,42 @@ def test_layers_that_peft_refuses_go_without(kind: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_new_head_trains_in_full(precision: str, tmp_path: Path) -> None:
     model_of("bert", "AutoModel").save_pretrained(tmp_path)
-    config_of("bert", num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(tmp_path)
-    options = {"task": "sequence-classification", "attention": "sdpa", "precision": precision, "model__adapter": {"rank": 2, "alpha": 4}}
+    config_of(
+        "bert", num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ).save_pretrained(tmp_path)
+    options = {
+        "task": "sequence-classification",
+        "attention": "sdpa",
+        "precision": precision,
+        "model__adapter": {"rank": 2, "alpha": 4},
+    }
     [plain] = on_ranks(1, steps, plan_of(tmp_path, 1, batch=_batch(1, 12), **options), Classifying)
     sharded, _ = on_ranks(2, steps, plan_of(tmp_path, 2, batch=_batch(2, 3), **options), Classifying)
     torch.testing.assert_close(
-        torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=1e-5 if precision == "fp32" else 2e-2, atol=0
+        torch.tensor(sharded["curve"]),
+        torch.tensor(plain["curve"]),
+        rtol=1e-5 if precision == "fp32" else 2e-2,
+        atol=0,
     )
     names = {name for name in plain["tensors"] if name.startswith("model.") and "lora_" not in name}
-    assert {"model.classifier.weight", "model.classifier.bias"} <= names and not any(".encoder." in name for name in names)
+    assert {"model.classifier.weight", "model.classifier.bias"} <= names and not any(
+        ".encoder." in name for name in names
+    )
     assert {plain["tensors"][name].dtype for name in names} <= {torch.float32, torch.int64}
 
 
 @pytest.mark.parametrize(
     ("adapter", "text"),
     [
-        ({"targets": ("q_prj",)}, "model.adapter.targets.*q_prj.*matches no linear layer.*nearest are q_proj"),
+        (
+            {"targets": ("q_prj",)},
+            "model.adapter.targets.*q_prj.*matches no linear layer.*nearest are q_proj",
+        ),
         ({"targets": ("lm_head",)}, "model.adapter.targets.*lm_head.*matches no linear layer"),
-        ({"train_also": ("model.nrm.*",)}, "model.adapter.train_also.*matches no parameter.*nearest are model.norm.weight"),
+        (
+            {"train_also": ("model.nrm.*",)},
+            "model.adapter.train_also.*matches no parameter.*nearest are model.norm.weight",
+        ),
     ],
 )
 def test_what_matches_nothing_is_refused(adapter: dict[str, Any], text: str, llama: Path) -> None:
@@ -183,12 +220,15 @@ def test_what_matches_nothing_is_refused(adapter: dict[str, Any], text: str, lla
 
 
 def test_a_checkpoint_of_another_system_is_refused(llama: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"model.adapter.*this run trains adapters; leave model.adapter out"):
+    with pytest.raises(
+        ConfigurationError, match=r"model.adapter.*this run trains adapters; leave model.adapter out"
+    ):
         expected(plan_of(llama, 1, model__adapter=LORA), None)  # type: ignore[arg-type]
 
 
 def test_work_of_a_token_spares_the_gradients_that_nobody_makes(llama: Path) -> None:
-    """By hand: 4 for each number of a matrix that stays (the embedding is the head as well), 6 for each of an adapter, and attention."""
+    """By hand: 4 for each number of a matrix that stays (the embedding is the head as well), 6 for each of an
+    adapter, and attention."""
     model: Any = AutoModelForCausalLM.from_pretrained(llama)
     before = flops_per_token(model, model.config, 100)
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
@@ -200,8 +240,16 @@ def test_work_of_a_token_spares_the_gradients_that_nobody_makes(llama: Path) -> 
 
 
 def test_work_of_a_token_beside_a_mixture_counts_chosen_experts_alone() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config: Any = AutoConfig.for_model("mixtral", **sizes, vocab_size=32, num_local_experts=8, num_experts_per_tok=1)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config: Any = AutoConfig.for_model(
+        "mixtral", **sizes, vocab_size=32, num_local_experts=8, num_experts_per_tok=1
+    )
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     before = flops_per_token(model, config, 8)
@@ -222,11 +270,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str,
 def _plan(model: Path, data: dict[str, Any], world_size: int, dropout: float = 0.0, **changes: Any) -> Plan:
     lora = {"rank": 4, "alpha": 8, "dropout": dropout}
     batch = batch_of(world_size, 4 // world_size)
-    return plan_for(model, data, world_size, 8, batch=batch, checkpoint={"every": 3, "keep_last": 9}, model__adapter=lora, **changes)
+    return plan_for(
+        model,
+        data,
+        world_size,
+        8,
+        batch=batch,
+        checkpoint={"every": 3, "keep_last": 9},
+        model__adapter=lora,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_resumed_is_uninterrupted_to_the_bit(world_size: int, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_resumed_is_uninterrupted_to_the_bit(
+    world_size: int, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     plan = _plan(model, data, world_size, dropout=0.1)
     uninterrupted, run = new_run(tmp_path / "uninterrupted", plan), new_run(tmp_path / "run", plan)
     finish(uninterrupted, world_size)
@@ -267,13 +326,18 @@ def test_zero_gives_the_numbers_of_fsdp(stage: int, precision: str, llama: Path)
     sharded, _ = on_ranks(2, steps, plan_of(llama, 2, **options), Causal)
     zero, _ = on_ranks(2, steps, plan_of(llama, 2, **deepspeed(stage), **options), Causal)
     torch.testing.assert_close(
-        torch.tensor(zero["curve"]), torch.tensor(sharded["curve"]), rtol=1e-5 if precision == "fp32" else 2e-2, atol=0
+        torch.tensor(zero["curve"]),
+        torch.tensor(sharded["curve"]),
+        rtol=1e-5 if precision == "fp32" else 2e-2,
+        atol=0,
     )
     assert zero["tensors"].keys() == sharded["tensors"].keys()
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.very_slow), 3])
-def test_a_run_goes_on_under_the_other_engine(stage: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_a_run_goes_on_under_the_other_engine(
+    stage: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     run = new_run(tmp_path / "run", _plan(model, data, 2, **deepspeed(stage)))
     finish(run, 2, stop_at=3)
     replan(run, _plan(model, data, 2))
@@ -290,11 +354,15 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def _adapted(run: RunDirectory, base: Path, adapter: Adapter, auto_class: str = "AutoModelForCausalLM", **options: Any) -> Any:
+def _adapted(
+    run: RunDirectory, base: Path, adapter: Adapter, auto_class: str = "AutoModelForCausalLM", **options: Any
+) -> Any:
     """The base with peft's own layers, filled from the run's newest checkpoint."""
     model: Any = getattr(transformers, auto_class).from_pretrained(base, **options)
     adapters.Injected(model, adapter, repeated_layers)
-    kept = {name.removeprefix("model."): value for name, value in state(run).items() if name.startswith("model.")}
+    kept = {
+        name.removeprefix("model."): value for name, value in state(run).items() if name.startswith("model.")
+    }
     for raw in [name for name, _ in model.named_parameters() if adapters.plain(name) in kept]:
         owner, _, key = raw.rpartition(".")
         setattr(model.get_submodule(owner), key, torch.nn.Parameter(kept.pop(adapters.plain(raw))))
@@ -307,14 +375,21 @@ def test_the_merged_model_is_the_adapted_one(whole: RunDirectory, model: Path, t
     done = export(whole, tmp_path / "merged", max_shard_bytes=30_000)
     assert len(done.files) > 1
     merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    torch.testing.assert_close(merged, _logits(_adapted(whole, model, Adapter(rank=4, alpha=8))), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        merged, _logits(_adapted(whole, model, Adapter(rank=4, alpha=8))), rtol=1e-5, atol=1e-5
+    )
     assert (merged - _logits(AutoModelForCausalLM.from_pretrained(model))).abs().max() > 0.1
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size == AutoTokenizer.from_pretrained(model).vocab_size
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size
+        == AutoTokenizer.from_pretrained(model).vocab_size
+    )
 
 
 def test_the_adapter_alone_is_loaded_by_peft(whole: RunDirectory, model: Path, tmp_path: Path) -> None:
     export(whole, tmp_path / "adapter", adapter=True)
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in (tmp_path / "adapter").iterdir()
+    }
     assert not (tmp_path / "adapter" / "config.json").exists()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
     export(whole, tmp_path / "merged")
@@ -326,7 +401,10 @@ def test_half_precision_is_merged_in_fp32(tmp_path: Path, model: Path, data: dic
     """`keep` is what the base was trained in; fp32 keeps what rounding would take away."""
     adapter = Adapter(rank=4, train_also=("model.norm.*",))
     plan = _plan(model, data, 2, precision="bf16")
-    run = new_run(tmp_path / "run", plan.model_copy(update={"model": plan.model.model_copy(update={"adapter": adapter})}))
+    run = new_run(
+        tmp_path / "run",
+        plan.model_copy(update={"model": plan.model.model_copy(update={"adapter": adapter})}),
+    )
     finish(run, 2)
     export(run, tmp_path / "kept")
     export(run, tmp_path / "wide", dtype="float32")
@@ -335,15 +413,26 @@ def test_half_precision_is_merged_in_fp32(tmp_path: Path, model: Path, data: dic
     assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).float()
     base.save_pretrained(tmp_path / "rounded")
-    torch.testing.assert_close(_logits(wide), _logits(_adapted(run, tmp_path / "rounded", adapter)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        _logits(wide), _logits(_adapted(run, tmp_path / "rounded", adapter)), rtol=1e-5, atol=1e-5
+    )
     export(run, tmp_path / "adapter", adapter=True)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "rounded"), tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "rounded"), tmp_path / "adapter"
+    )
     torch.testing.assert_close(_logits(loaded), _logits(wide), rtol=1e-5, atol=1e-5)
 
 
 def test_gpt2_is_merged_the_other_way_round(tmp_path: Path, data: dict[str, Any]) -> None:
     directory = model_directory(tmp_path / "gpt2", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    plan = plan_for(directory, data, 1, 3, attention="sdpa", model__adapter={"rank": 2, "targets": ("c_attn", "mlp.c_proj")})
+    plan = plan_for(
+        directory,
+        data,
+        1,
+        3,
+        attention="sdpa",
+        model__adapter={"rank": 2, "targets": ("c_attn", "mlp.c_proj")},
+    )
     run = new_run(tmp_path / "run", plan)
     finish(run, 1)
     export(run, tmp_path / "merged")
@@ -354,27 +443,39 @@ def test_gpt2_is_merged_the_other_way_round(tmp_path: Path, data: dict[str, Any]
     assert (merged - _logits(AutoModelForCausalLM.from_pretrained(directory))).abs().max() > 1e-3
 
 
-def test_an_export_that_cannot_be_is_refused(whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_an_export_that_cannot_be_is_refused(
+    whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     adapter = Adapter(rank=2, targets=("q_proj",), train_also=("model.layers.0.self_attn.q_proj.weight",))
     run = new_run(tmp_path / "run", plan_for(model, data, 1, 1, model__adapter=adapter.model_dump()))
     finish(run, 1)
     export(run, tmp_path / "merged")
     merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(merged, _logits(_adapted(run, model, adapter)), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ConfigurationError, match=r"--adapter.*self_attn.q_proj': peft keeps whole modules.*lora_A"):
+    with pytest.raises(
+        ConfigurationError, match=r"--adapter.*self_attn.q_proj': peft keeps whole modules.*lora_A"
+    ):
         export(run, tmp_path / "out", adapter=True)
     plain = new_run(tmp_path / "plain", plan_for(model, data, 1, 1))
     finish(plain, 1)
-    with pytest.raises(ConfigurationError, match=r"--adapter.*this run trains the model's own weights; leave it out"):
+    with pytest.raises(
+        ConfigurationError, match=r"--adapter.*this run trains the model's own weights; leave it out"
+    ):
         export(plain, tmp_path / "out", adapter=True)
     gone = Plan.read(run.plan_file)
-    replan(run, gone.model_copy(update={"model": gone.model.model_copy(update={"name": str(tmp_path / "gone")})}))
-    with pytest.raises(ConfigurationError, match=r"model.name.*the weights beside which it was trained cannot be read"):
+    replan(
+        run, gone.model_copy(update={"model": gone.model.model_copy(update={"name": str(tmp_path / "gone")})})
+    )
+    with pytest.raises(
+        ConfigurationError, match=r"model.name.*the weights beside which it was trained cannot be read"
+    ):
         export(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_evaluate_measures_the_base_and_the_adapted_model(world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any]) -> None:
+def test_evaluate_measures_the_base_and_the_adapted_model(
+    world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any]
+) -> None:
     request = Request(_plan(model, data, world_size), whole.path, None, None)
     result = evaluate_locally(request, Watcher())
     assert result["before"]["loss"] == pytest.approx(evaluations(whole)[0]["loss"], rel=1e-5)
@@ -383,9 +484,17 @@ def test_evaluate_measures_the_base_and_the_adapted_model(world_size: int, whole
 
 def test_a_classifier_is_exported_with_its_head(tmp_path: Path) -> None:
     """Its head is new, so that peft's directory has to bring it as well."""
-    directory = model_directory(tmp_path / "bert", "bert", "AutoModel", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    directory = model_directory(
+        tmp_path / "bert", "bert", "AutoModel", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts(40))]
-    data = {"train": write_rows(tmp_path / "rows.jsonl", rows), "text": "text", "label": "label", "max_length": 64, "num_workers": 1}
+    data = {
+        "train": write_rows(tmp_path / "rows.jsonl", rows),
+        "text": "text",
+        "label": "label",
+        "max_length": 64,
+        "num_workers": 1,
+    }
     options = {"task": "sequence-classification", "attention": "sdpa", "model__adapter": {"rank": 2}}
     plan = plan_for(directory, data, 2, 3, model__task="sequence-classification", **options)
     run = new_run(tmp_path / "run", plan)
@@ -409,7 +518,9 @@ def test_one_rank_in_half_precision_shares_nothing(llama: Path) -> None:
     """Not even a root unit, where nothing outside of the layers trains."""
     plan = plan_of(llama, 1, batch=_batch(1, 6), precision="bf16", model__adapter={"rank": 4})
     [one] = on_ranks(1, steps, plan, Causal)
-    two, _ = on_ranks(2, steps, plan_of(llama, 2, batch=_batch(2, 6), precision="bf16", model__adapter={"rank": 4}), Causal)
+    two, _ = on_ranks(
+        2, steps, plan_of(llama, 2, batch=_batch(2, 6), precision="bf16", model__adapter={"rank": 4}), Causal
+    )
     torch.testing.assert_close(torch.tensor(one["curve"]), torch.tensor(two["curve"]), rtol=2e-2, atol=0)
     [kept] = on_ranks(1, _gathered, plan)
     assert kept == {"lora"}
@@ -418,4 +529,8 @@ def test_one_rank_in_half_precision_shares_nothing(llama: Path) -> None:
 def _gathered(plan: Any) -> set[str]:
     """Of which parameters FSDP keeps shards."""
     model = _engine(plan).model
-    return {"lora" if adapters.is_matrix(name) else name for name, one in adapters.named_parameters(model) if isinstance(one, DTensor)}
+    return {
+        "lora" if adapters.is_matrix(name) else name
+        for name, one in adapters.named_parameters(model)
+        if isinstance(one, DTensor)
+    }

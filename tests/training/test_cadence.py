@@ -12,7 +12,8 @@ from launcher.values import Interval
 
 
 def times(cadence: Cadence, clock: dict[int, float], last_step: int) -> list[int]:
-    """The steps after which it was due, and then done, one step a second where `clock` does not say otherwise."""
+    """The steps after which it was due, and then done, one step a second where `clock` does not say
+    otherwise."""
     found = []
     for step in range(cadence.last_step + 1, last_step + 1):
         now = clock.get(step, float(step))
@@ -30,7 +31,14 @@ def times(cadence: Cadence, clock: dict[int, float], last_step: int) -> list[int
         (3, "steps", 5, 4, 10, [6, 9]),  # resumed between two: the same steps as ever
         (3, "steps", 5, 6, 10, [9]),
         (1, "epochs", 5, 0, 16, [5, 10, 15]),
-        (1, "epochs", 10 / 3, 0, 14, [4, 7, 10, 14]),  # the first step at or past the end of each epoch; the third epoch ends with step 10
+        (
+            1,
+            "epochs",
+            10 / 3,
+            0,
+            14,
+            [4, 7, 10, 14],
+        ),  # the first step at or past the end of each epoch; the third epoch ends with step 10
         (1, "epochs", 49 / 3, 0, 49, [17, 33, 49]),
         (2, "epochs", 5, 0, 30, [10, 20, 30]),
         (2, "epochs", 5, 11, 30, [20, 30]),
@@ -40,7 +48,9 @@ def times(cadence: Cadence, clock: dict[int, float], last_step: int) -> list[int
         (0.5, "seconds", 5, 0, 3, [1, 2, 3]),
     ],
 )
-def test_when_it_is_due(value: float, unit: str, steps_per_epoch: float, resumed_at: int, last_step: int, wanted: list[int]) -> None:
+def test_when_it_is_due(
+    value: float, unit: str, steps_per_epoch: float, resumed_at: int, last_step: int, wanted: list[int]
+) -> None:
     cadence = Cadence(Interval(value=value, unit=unit), steps_per_epoch, float(resumed_at), resumed_at)  # type: ignore[arg-type]
     assert times(cadence, {}, last_step) == wanted
 
@@ -50,7 +60,9 @@ def test_every_epoch_counts_once_however_it_divides(num_items: int) -> None:
     """Exact in integers: n epochs have ended after the first step s with s * batch >= n * items."""
     for batch in (1, 3, 7, 8):
         cadence = Cadence(Interval(value=1, unit="epochs"), num_items / batch, 0.0, 0)
-        wanted = [step for step in range(1, 200) if step * batch // num_items > (step - 1) * batch // num_items]
+        wanted = [
+            step for step in range(1, 200) if step * batch // num_items > (step - 1) * batch // num_items
+        ]
         assert times(cadence, {}, 199) == wanted
 
 

@@ -1,5 +1,5 @@
-"""Chats as templates in the manner of 24 widely used models write them: the tokens are those of `apply_chat_template`, and what is learned
-is what a reader would mark."""
+"""Chats as templates in the manner of 24 widely used models write them: the tokens are those of
+`apply_chat_template`, and what is learned is what a reader would mark."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Source
+from launcher.data.rows import RowProblem
+from launcher.data.section import Source
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from tests.training.chat_world import CHATS, DOCS, TEMPLATES, TOKENS, llama, smollm2, spelled, with_template
 
@@ -29,7 +29,8 @@ NO_CONTENT = Refused("cannot write .* 'content'")
 
 
 def turns(end: str, before: str = "", last: str | None = None) -> dict[str, Any]:
-    """What is learned by a template that writes the same around every turn, the `last` aside, and no thoughts."""
+    """What is learned by a template that writes the same around every turn, the `last` aside, and no
+    thoughts."""
     ends = (end, end if last is None else last)
     two = [f"{before}Hello!{ends[0]}", f"{before}Fine.{ends[1]}"]
     return {
@@ -45,13 +46,21 @@ QWEN_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</
 EXPECTED: dict[str, dict[str, Any]] = {
     "chatml": turns("<|im_end|>"),
     "llama-2": turns(" </s>", " ") | {"tools": NO_CONTENT},
-    "llama-3.2": turns("<|eot_id|>") | {"tools": ['{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>', "Mild.<|eot_id|>"]},
+    "llama-3.2": turns("<|eot_id|>")
+    | {"tools": ['{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>', "Mild.<|eot_id|>"]},
     "mistral-v0.1": turns("</s>") | {"system": ALTERNATE, "tools": ALTERNATE},
-    # The system prompt stands before the last user's turn, so that earlier turns were written otherwise when they were the last.
+    # The system prompt stands before the last user's turn, so that earlier turns were written otherwise when
+    # they were the last.
     "mistral-nemo": turns("</s>")
-    | {"tools": ['[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abcdefghi"}]</s>', "Mild.</s>"]},
+    | {
+        "tools": [
+            '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abcdefghi"}]</s>',
+            "Mild.</s>",
+        ]
+    },
     "qwen2.5": turns("<|im_end|>") | {"tools": [QWEN_CALL, "Mild.<|im_end|>"]},
-    # Thoughts stand in the last turns alone; a prompt that lets the model think has none of them, so that empty ones are its own as well.
+    # Thoughts stand in the last turns alone; a prompt that lets the model think has none of them, so that
+    # empty ones are its own as well.
     "qwen3": {
         "single": ["<think>\n\n</think>\n\nHello!<|im_end|>"],
         "multi": ["Hello!<|im_end|>", "<think>\n\n</think>\n\nFine.<|im_end|>"],
@@ -61,11 +70,15 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     # The prompt opens the thoughts.
     "qwen3-thinking": turns("<|im_end|>")
-    | {"tools": [QWEN_CALL, "Mild.<|im_end|>"], "thinking": ["4<|im_end|>", "Easy too.\n</think>\n\n6<|im_end|>"]},
+    | {
+        "tools": [QWEN_CALL, "Mild.<|im_end|>"],
+        "thinking": ["4<|im_end|>", "Easy too.\n</think>\n\n6<|im_end|>"],
+    },
     "deepseek-v3": turns("<|end_of_sentence|>")
     | {
         "tools": [
-            '<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>weather\n```json\n{"city": "Oslo"}\n```<|tool_call_end|>'
+            '<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>weather\n```json\n{"city": '
+            '"Oslo"}\n```<|tool_call_end|>'
             "<|tool_calls_end|><|end_of_sentence|>",
             "Mild.<|end_of_sentence|>",
         ]
@@ -78,7 +91,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "command-r": turns("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<|START_RESPONSE|>")
     | {
         "tools": [
-            '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": "Oslo"}}]<|END_ACTION|>'
+            '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": '
+            '"Oslo"}}]<|END_ACTION|>'
             "<|END_OF_TURN_TOKEN|>",
             "<|START_RESPONSE|>Mild.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
         ]
@@ -92,21 +106,33 @@ EXPECTED: dict[str, dict[str, Any]] = {
         ],
         "thinking": [
             "<|channel|>final<|message|>4<|end|>",
-            "<|channel|>analysis<|message|>Easy too.<|end|><|start|>assistant<|channel|>final<|message|>6<|return|>",
+            "<|channel|>analysis<|message|>Easy "
+            "too.<|end|><|start|>assistant<|channel|>final<|message|>6<|return|>",
         ],
     },
     # It marks itself what is generated, and takes the header for that too.
     "smollm3": turns("<|im_end|>\n", "<|im_start|>assistant\n"),
     "granite-3": turns("<|end_of_text|>")
-    | {"tools": ['<|tool_call|>[{"name": "weather", "arguments": {"city": "Oslo"}}]<|end_of_text|>', "Mild.<|end_of_text|>"]},
+    | {
+        "tools": [
+            '<|tool_call|>[{"name": "weather", "arguments": {"city": "Oslo"}}]<|end_of_text|>',
+            "Mild.<|end_of_text|>",
+        ]
+    },
     "olmo-2": turns("<|endoftext|>"),
     "falcon": turns("", " "),
     "vicuna": turns("</s>", " "),
     "nemotron-4": turns(""),
-    # Nothing but the next turn's first token ends one; that it ends generation, the model's generation config says.
+    # Nothing but the next turn's first token ends one; that it ends generation, the model's generation config
+    # says.
     "glm-4": turns("", "\n") | {"tools": ['weather\n{"city": "Oslo"}', "\nMild."]},
     "hermes-2-pro": turns("<|im_end|>")
-    | {"tools": ['<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}\n</tool_call><|im_end|>', "Mild.<|im_end|>"]},
+    | {
+        "tools": [
+            '<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}\n</tool_call><|im_end|>',
+            "Mild.<|im_end|>",
+        ]
+    },
 }
 
 
@@ -118,7 +144,9 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_template_is_here() -> None:
-    assert EXPECTED.keys() == TOKENS.keys() == {path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir()}
+    assert (
+        EXPECTED.keys() == TOKENS.keys() == {path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir()}
+    )
     assert len(EXPECTED) >= 20
 
 
@@ -138,7 +166,9 @@ def test_tokens_are_the_templates_and_the_learned_ones_a_readers(name: str, base
         if name == "deepseek-v3" and kind == "tools":  # which takes arguments as text alone
             call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
             messages = [messages[0], {"role": "assistant", "tool_calls": [call]}, *messages[2:]]
-        whole = tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=True, return_dict=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(
+            messages, tools=row.get("tools"), tokenize=True, return_dict=True
+        )["input_ids"]
         ids, targets = encoded.arrays["input_ids"].tolist(), encoded.arrays["targets"].tolist()
         assert ids == whole, kind
         runs = itertools.groupby(range(len(ids)), key=lambda place: place > 0 and targets[place - 1] >= 0)
@@ -149,5 +179,7 @@ def test_tokens_are_the_templates_and_the_learned_ones_a_readers(name: str, base
 
 
 def test_the_docs_have_them_all() -> None:
-    rows = re.findall(r"^\| `([\w.-]+)` \|", (DOCS / "chat-templates.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w.-]+)` \|", (DOCS / "chat-templates.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert rows == list(EXPECTED)

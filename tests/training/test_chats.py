@@ -16,16 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from launcher.data.rows import RowProblem
+from launcher.data.section import Data, Source
 from launcher.errors import ConfigurationError
-from launcher.sources.rows import RowProblem
-from launcher.sources.section import Data, Source
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.chat.template import ChatTemplate
 from launcher.training.data.prepare import cache_key, prepare
 from launcher.training.data.sources import open_source
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of
 from tests.encoding import arrays_of
-from tests.training.chat_world import CHATS, MULTI, WEATHER, assistant, called, llama, spelled, template, user, with_template
+from tests.training.chat_world import (
+    CHATS,
+    MULTI,
+    WEATHER,
+    assistant,
+    called,
+    llama,
+    spelled,
+    template,
+    user,
+    with_template,
+)
 
 TRAIN = Source(path="unused.jsonl")
 DATA = CausalColumns(train=TRAIN, messages="messages", date="2026-02-03")
@@ -64,13 +75,16 @@ def test_parts_are_the_text_that_they_hold(name: str) -> None:
     ]
     text, found = learned({"messages": several}, tokenizer)
     whole, expected = learned({"messages": MULTI[:2]}, tokenizer)
-    assert (text.replace("Hithere", "Hi there") if name == "gemma-3" else text) == whole, "it takes parts, and strips each"
+    assert (text.replace("Hithere", "Hi there") if name == "gemma-3" else text) == whole, (
+        "it takes parts, and strips each"
+    )
     assert found == expected
 
 
 def test_a_template_that_takes_parts_alone_gets_parts() -> None:
     parts = (
-        "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part.type == 'text' "
+        "%}{{ part.text }}{% endif %}{% endfor %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     text, found = learned({"messages": MULTI}, byte_tokenizer(parts))
@@ -85,12 +99,16 @@ def test_tools_of_the_row_go_before_those_of_the_job() -> None:
     assert learned({"messages": MULTI}, QWEN2, job)[0] == with_tools
     for tools in ([WEATHER], json.dumps([WEATHER]), str([WEATHER])):
         assert learned({"messages": MULTI, "tools": tools}, QWEN2)[0] == with_tools
-    assert learned({"messages": MULTI, "tools": [other]}, QWEN2, job)[0] == QWEN2.apply_chat_template(MULTI, tools=[other], tokenize=False)
+    assert learned({"messages": MULTI, "tools": [other]}, QWEN2, job)[0] == QWEN2.apply_chat_template(
+        MULTI, tools=[other], tokenize=False
+    )
     without = QWEN2.apply_chat_template(MULTI, tokenize=False)
     for row in ({}, {"tools": None}, {"tools": math.nan}, {"tools": []}, {"tools": " "}, {"tools": "null"}):
         assert learned({"messages": MULTI} | row, QWEN2)[0] == without
     named = DATA.model_copy(update={"tools": "functions"})
-    assert learned({"messages": MULTI, "tools": [other], "functions": [WEATHER]}, QWEN2, named)[0] == with_tools
+    assert (
+        learned({"messages": MULTI, "tools": [other], "functions": [WEATHER]}, QWEN2, named)[0] == with_tools
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +117,11 @@ def test_tools_of_the_row_go_before_those_of_the_job() -> None:
         ({"tools": "{"}, None, "'tools' is text, and no list of tools as JSON or Python writes one"),
         ({"tools": {"name": "x"}}, None, "'tools' is not a list of tools"),
         ({"tools": ["x"]}, None, "'tools' is not a list of tools"),
-        ({"tools": [WEATHER]}, "functions", "missing key: no 'functions', which may be null; the row has 'messages', 'tools'"),
+        (
+            {"tools": [WEATHER]},
+            "functions",
+            "missing key: no 'functions', which may be null; the row has 'messages', 'tools'",
+        ),
     ],
 )
 def test_tools_that_cannot_be_used(row: dict[str, Any], tools: Any, message: str) -> None:
@@ -120,9 +142,21 @@ def with_call(arguments: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("qwen2.5", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call><|im_end|>'),
-        ("qwen3", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call><|im_end|>'),
-        ("deepseek-v3", '\n```json\n{"city": "Oslo", "days": 3}\n```<|tool_call_end|><|tool_calls_end|><|end_of_sentence|>'),
+        (
+            "qwen2.5",
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": '
+            "3}}\n</tool_call><|im_end|>",
+        ),
+        (
+            "qwen3",
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": '
+            "3}}\n</tool_call><|im_end|>",
+        ),
+        (
+            "deepseek-v3",
+            '\n```json\n{"city": "Oslo", "days": '
+            "3}\n```<|tool_call_end|><|tool_calls_end|><|end_of_sentence|>",
+        ),
     ],
 )
 def test_arguments_are_given_as_the_template_takes_them(name: str, call: str) -> None:
@@ -130,14 +164,25 @@ def test_arguments_are_given_as_the_template_takes_them(name: str, call: str) ->
     arguments = {"city": "Oslo", "days": 3}
     for form in (arguments, json.dumps(arguments)):
         assert learned(with_call(form), tokenizer)[1][0].endswith(call)
-    assert learned(with_call({"city": None}), QWEN2)[1][0].startswith('<tool_call>\n{"name": "weather", "arguments": {"city": null}}')
+    assert learned(with_call({"city": None}), QWEN2)[1][0].startswith(
+        '<tool_call>\n{"name": "weather", "arguments": {"city": null}}'
+    )
 
 
 @pytest.mark.parametrize("tokenizer", [QWEN2, QWEN3, GPT_OSS])
 @pytest.mark.parametrize("arguments", [{}, {"days": 3}, {"a": 1, "b": 2}, {"text": '"quoted" <b>\n\\'}])
 @pytest.mark.parametrize("others", [{}, {"content": ""}, {"reasoning_content": "I must ask."}])
-def test_a_call_is_learned_whatever_it_says(tokenizer: Any, arguments: dict[str, Any], others: dict[str, Any]) -> None:
-    row = {"messages": [CALLS[0], {"role": "assistant", "tool_calls": [called(**arguments)]} | others, *CALLS[2:], *MULTI]}
+def test_a_call_is_learned_whatever_it_says(
+    tokenizer: Any, arguments: dict[str, Any], others: dict[str, Any]
+) -> None:
+    row = {
+        "messages": [
+            CALLS[0],
+            {"role": "assistant", "tool_calls": [called(**arguments)]} | others,
+            *CALLS[2:],
+            *MULTI,
+        ]
+    }
     _, found = learned(row, tokenizer)
     # gpt-oss leaves out thoughts before a later answer; a call ends with its own token.
     assert len(found) == 4
@@ -154,35 +199,60 @@ def test_a_call_that_a_template_leaves_out_is_not_lost_quietly(name: str, conten
 
 
 def test_thoughts_and_a_call_without_words_are_both_learned() -> None:
-    row = {"messages": [CALLS[0], {"role": "assistant", "thinking": "I must ask.", "tool_calls": [called()]}, CALLS[2]]}
+    row = {
+        "messages": [
+            CALLS[0],
+            {"role": "assistant", "thinking": "I must ask.", "tool_calls": [called()]},
+            CALLS[2],
+        ]
+    }
     [found] = learned(row, GPT_OSS)[1]
-    assert found.startswith("<|channel|>analysis<|message|>I must ask.<|end|><|start|>assistant to=functions.weather")
+    assert found.startswith(
+        "<|channel|>analysis<|message|>I must ask.<|end|><|start|>assistant to=functions.weather"
+    )
     assert found.endswith("{}<|call|>")
 
 
 def test_an_assistant_that_speaks_first_or_twice_or_not_at_all() -> None:
     tokenizer = byte_tokenizer()
     assert learned({"messages": [assistant("Welcome!"), *MULTI]}, tokenizer)[1][0] == "Welcome!<|im_end|>"
-    assert learned({"messages": [assistant("Welcome!"), *MULTI]}, QWEN2)[1][0] == "Welcome!<|im_end|>", "behind a system prompt of its own"
-    assert learned({"messages": [assistant("Welcome!"), *MULTI]}, GPT_OSS)[1][0] == "<|channel|>final<|message|>Welcome!<|end|>"
+    assert learned({"messages": [assistant("Welcome!"), *MULTI]}, QWEN2)[1][0] == "Welcome!<|im_end|>", (
+        "behind a system prompt of its own"
+    )
+    assert (
+        learned({"messages": [assistant("Welcome!"), *MULTI]}, GPT_OSS)[1][0]
+        == "<|channel|>final<|message|>Welcome!<|end|>"
+    )
     assert learned({"messages": [user("Hi"), assistant([]), *MULTI]}, tokenizer)[1][0] == "<|im_end|>"
     twice = [user("Hi"), assistant("One."), assistant("Two."), assistant(""), user("..."), assistant('"!?"')]
     expected = ["One.<|im_end|>", "Two.<|im_end|>", "<|im_end|>", '"!?"<|im_end|>']
     assert learned({"messages": twice}, tokenizer)[1] == expected
     found = learned({"messages": twice}, GPT_OSS)[1]
-    assert found == [f"<|channel|>final<|message|>{text}" for text in ("One.<|end|>", "Two.<|end|>", "<|end|>", '"!?"<|return|>')]
+    assert found == [
+        f"<|channel|>final<|message|>{text}"
+        for text in ("One.<|end|>", "Two.<|end|>", "<|end|>", '"!?"<|return|>')
+    ]
 
 
 @pytest.mark.parametrize(
-    ("one", "end"), [("'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'", "<|im_end|>"), ("m.role + ':' + m.content + '\n'", "")]
+    ("one", "end"),
+    [
+        ("'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'", "<|im_end|>"),
+        ("m.role + ':' + m.content + '\n'", ""),
+    ],
 )
 def test_a_template_without_a_generation_prompt(one: str, end: str) -> None:
     tokenizer = byte_tokenizer(f"{{% for m in messages %}}{{{{ {one} }}}}{{% endfor %}}")
     assert learned({"messages": MULTI}, tokenizer)[1] == [f"Hello!{end}", f"Fine.{end}"]
-    assert learned({"messages": MULTI[1:]}, tokenizer)[1] == [f"Hello!{end}", f"Fine.{end}"], "an assistant that speaks first"
+    assert learned({"messages": MULTI[1:]}, tokenizer)[1] == [f"Hello!{end}", f"Fine.{end}"], (
+        "an assistant that speaks first"
+    )
 
 
-@pytest.mark.parametrize("said", ["<|im_end|>", "a <|im_end|> b", "<|im_end|><|im_start|>assistant\n", '"', "</think>", " x ", "\n\n"])
+@pytest.mark.parametrize(
+    "said",
+    ["<|im_end|>", "a <|im_end|> b", "<|im_end|><|im_start|>assistant\n", '"', "</think>", " x ", "\n\n"],
+)
 def test_what_a_template_writes_may_be_said_too(said: str) -> None:
     row = {"messages": [user(said), assistant(said), user(said), assistant(said)]}
     text, found = learned(row, byte_tokenizer())
@@ -190,7 +260,27 @@ def test_what_a_template_writes_may_be_said_too(said: str) -> None:
     assert text.count("<|im_start|>user\n") == 2
 
 
-FRAGMENTS = ["Hello", "1", "é", "日本", "👍", "…", "  ", "\n", "\n\n", "\t", "\u00a0", "<b>", "</b>", '"q"', "'", "\\", "{", "}", "[INST]"]
+FRAGMENTS = [
+    "Hello",
+    "1",
+    "é",
+    "日本",
+    "👍",
+    "…",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\u00a0",
+    "<b>",
+    "</b>",
+    '"q"',
+    "'",
+    "\\",
+    "{",
+    "}",
+    "[INST]",
+]
 FRAGMENTS += ["<|im_end|>", "<|eot_id|>", "</s>", "<think>", "</think>", "/no_think", "user:"]
 SAID = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8).map("".join)
 RULES: dict[str, Callable[[str, bool], str]] = {
@@ -213,7 +303,9 @@ def test_whatever_is_said(name: str) -> None:
     def held(said: list[str]) -> None:
         messages = [user(text) if number % 2 == 0 else assistant(text) for number, text in enumerate(said)]
         written = chat.written({"messages": messages}, "messages")
-        expected = [RULES[name](text, number == len(said) - 1) for number, text in enumerate(said) if number % 2]
+        expected = [
+            RULES[name](text, number == len(said) - 1) for number, text in enumerate(said) if number % 2
+        ]
         assert [written.text[start:end] for start, end in written.learned] == expected
 
     held()
@@ -230,7 +322,8 @@ def test_turns_that_are_not_to_be_learned() -> None:
 
 
 def test_thoughts_that_a_prompt_closes_are_not_learned() -> None:
-    # Told not to think, SmolLM3 gets empty thoughts in its prompt; its own marks, which take them, are left aside here.
+    # Told not to think, SmolLM3 gets empty thoughts in its prompt; its own marks, which take them, are left
+    # aside here.
     text = template("smollm3").replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
     tokenizer = with_template(byte_tokenizer(), "smollm3")
     tokenizer.chat_template = text
@@ -243,7 +336,8 @@ def test_thoughts_that_a_prompt_closes_are_not_learned() -> None:
 def test_what_ends_generation_ends_a_turn(tmp_path: Path) -> None:
     chat_tokenizer("glm-4").save_pretrained(tmp_path)
     ends = [
-        AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")
+        AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(token)
+        for token in ("<|endoftext|>", "<|user|>", "<|observation|>")
     ]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -266,7 +360,9 @@ def test_templates_by_name() -> None:
     with pytest.raises(RowProblem, match="multiple chat templates with no default"):
         learned({"messages": MULTI}, tokenizer)
     tokenizer.chat_template = {"rag": "x", "other": "y"}
-    with pytest.raises(ConfigurationError, match="the chat templates 'rag', 'other', and transformers takes 'default'"):
+    with pytest.raises(
+        ConfigurationError, match="the chat templates 'rag', 'other', and transformers takes 'default'"
+    ):
         CausalLM(DATA).prepare(tokenizer)
 
 
@@ -284,7 +380,9 @@ def test_a_date_is_that_of_the_plan_and_part_of_the_key_where_it_is_written(tmp_
     assert "Current date: 2026-02-03\n" in learned({"messages": MULTI}, GPT_OSS)[0]
     today = datetime.datetime.now().strftime("%d %b %Y")
     assert today in dated.apply_chat_template(MULTI, tokenize=False), "transformers' own clock goes on"
-    assert today in learned({"messages": MULTI}, dated, DATA.model_copy(update={"date": None}))[0], "as of a plan of before"
+    assert today in learned({"messages": MULTI}, dated, DATA.model_copy(update={"date": None}))[0], (
+        "as of a plan of before"
+    )
     assert keyed(dated, "2026-02-03") != keyed(dated, "2026-02-04")
     assert keyed(plain, "2026-02-03") == keyed(plain, "2026-02-04")
 
@@ -295,14 +393,21 @@ def test_a_tokenizer_that_does_not_say_where_its_tokens_stand() -> None:
     task = CausalLM(DATA)
     task.prepare(slow)
     arrays = arrays_of(task, {"messages": MULTI}, slow)
-    assert arrays["input_ids"].tolist() == slow.apply_chat_template(MULTI, tokenize=True, return_dict=True)["input_ids"]
-    assert slow.decode(arrays["targets"][arrays["targets"] >= 0].tolist()) == "Hello!<|im_end|>Fine.<|im_end|>"
+    assert (
+        arrays["input_ids"].tolist()
+        == slow.apply_chat_template(MULTI, tokenize=True, return_dict=True)["input_ids"]
+    )
+    assert (
+        slow.decode(arrays["targets"][arrays["targets"] >= 0].tolist()) == "Hello!<|im_end|>Fine.<|im_end|>"
+    )
 
 
 def test_a_slow_tokens_border_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    with pytest.raises(RowProblem, match="one lies across the border of what is learned; take a fast tokenizer"):
+    with pytest.raises(
+        RowProblem, match="one lies across the border of what is learned; take a fast tokenizer"
+    ):
         learned({"messages": [user("the c"), assistant("at sat")]}, tokenizer)
 
 
@@ -311,9 +416,18 @@ def test_parquet_says_what_json_says(tmp_path: Path) -> None:
     import pyarrow.parquet as parquet
 
     def row(name: str, **arguments: Any) -> dict[str, Any]:
-        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": {key: {"type": "x"} for key in arguments}}}}
+        tool = {
+            "type": "function",
+            "function": {
+                "name": name,
+                "parameters": {"properties": {key: {"type": "x"} for key in arguments}},
+            },
+        }
         call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        return {"messages": [user("Ask"), {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [tool]}
+        return {
+            "messages": [user("Ask"), {"role": "assistant", "content": None, "tool_calls": [call]}],
+            "tools": [tool],
+        }
 
     rows = [row("weather", city="Oslo"), row("add", a=2, b={"c": 3}), {"messages": MULTI, "tools": None}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -327,14 +441,17 @@ def test_parquet_says_what_json_says(tmp_path: Path) -> None:
     assert found[0].report.rows_used == found[1].report.rows_used == 3 and not found[0].report.dropped
     for number in range(3):
         one, other = (dataset.item(number)[0] for dataset in found)
-        assert np.array_equal(one["input_ids"], other["input_ids"]) and np.array_equal(one["targets"], other["targets"])
+        assert np.array_equal(one["input_ids"], other["input_ids"]) and np.array_equal(
+            one["targets"], other["targets"]
+        )
     several = Source(path=str(tmp_path / "*.parquet"))  # of which one has no tools
     plan = plan_of(DATA.model_copy(update={"train": several}))
     assert prepare(several, "train", plan, CausalLM(plan.data), QWEN2).report.rows_used == 4
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion"), [("How are you?", " I am fine."), ("Answer:", " The"), ("Answer:", "The"), ("a", "▁b"), ("H", "ello")]
+    ("prompt", "completion"),
+    [("How are you?", " I am fine."), ("Answer:", " The"), ("Answer:", "The"), ("a", "▁b"), ("H", "ello")],
 )
 def test_nothing_is_put_between_a_prompt_and_its_completion(prompt: str, completion: str) -> None:
     tokenizer = llama()
@@ -345,4 +462,7 @@ def test_nothing_is_put_between_a_prompt_and_its_completion(prompt: str, complet
     apart = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     task = CausalLM(data)
     task.prepare(tokenizer)
-    assert arrays_of(task, {"p": prompt, "c": completion}, tokenizer)["input_ids"].tolist()[: len(apart)] == apart
+    assert (
+        arrays_of(task, {"p": prompt, "c": completion}, tokenizer)["input_ids"].tolist()[: len(apart)]
+        == apart
+    )

@@ -1,4 +1,5 @@
-"""Random damage to real checkpoints, of both engines and of adapters: always found, by the right class, never with a traceback.
+"""Random damage to real checkpoints, of both engines and of adapters: always found, by the right class, never
+with a traceback.
 
 LAUNCHER_CORRUPTIONS=10000 makes that many, LAUNCHER_CORRUPTIONS_SEED=1 others; the default is few.
 """
@@ -73,10 +74,20 @@ def test_random_damage_to_every_kind_of_checkpoint(runs: dict[str, RunDirectory]
     for number in range(NUM_CORRUPTIONS):
         name = generator.choice(list(runs))
         run = runs[name]
-        others = [other.checkpoint(step) for other in runs.values() for step in (1, 2) if (other, step) != (run, 2)]
+        others = [
+            other.checkpoint(step) for other in runs.values() for step in (1, 2) if (other, step) != (run, 2)
+        ]
         what = f"{number}: {name}: {damage(run.checkpoint(2), others, generator)}"
-        kinds[" ".join(word for word in what.split(": ", 2)[2].split() if word.isalpha() and word not in ("at", "to"))] += 1
-        files.update(file.name for file in pristine[name].iterdir() if f" {file.name} " in f" {what.split(': ', 2)[2]} ")
+        kinds[
+            " ".join(
+                word for word in what.split(": ", 2)[2].split() if word.isalpha() and word not in ("at", "to")
+            )
+        ] += 1
+        files.update(
+            file.name
+            for file in pristine[name].iterdir()
+            if f" {file.name} " in f" {what.split(': ', 2)[2]} "
+        )
         choice = newest_valid(run, num_threads=1)
         assert choice.chosen is not None and choice.chosen.step == 1, what
         assert [stored.step for stored in choice.rejected] == [2] and all(choice.rejected[0].problems), what
@@ -85,10 +96,15 @@ def test_random_damage_to_every_kind_of_checkpoint(runs: dict[str, RunDirectory]
         for command in ("verify", "inspect") if number % 10 == 0 else ("verify",):
             code = left_with("checkpoint", command, str(run.path), "--checkpoint", "2")
             # `inspect` reads the description alone, which may be whole where data is not.
-            assert code == CheckpointError.exit_code or (command == "inspect" and code == 0), f"{what}: {command} left with {code}"
+            assert code == CheckpointError.exit_code or (command == "inspect" and code == 0), (
+                f"{what}: {command} left with {code}"
+            )
         restore(run.checkpoint(2), pristine[name])
     assert all(verify(run.checkpoint(2), run.run_id()) == [] for run in runs.values())
-    print(f"{NUM_CORRUPTIONS} corruptions in {time.monotonic() - began:.0f} s, all found with exit code 6; by kind {dict(kinds)}")
+    print(
+        f"{NUM_CORRUPTIONS} corruptions in {time.monotonic() - began:.0f} s, all found with exit code "
+        f"6; by kind {dict(kinds)}"
+    )
     print(f"by file {dict(files)}")
 
 

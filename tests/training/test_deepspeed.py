@@ -1,4 +1,5 @@
-"""DeepSpeed gives FSDP's numbers, and its state goes through the same checkpoints, to and from any engine and number of ranks."""
+"""DeepSpeed gives FSDP's numbers, and its state goes through the same checkpoints, to and from any engine and
+number of ranks."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from launcher.errors import ConfigurationError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs.layout import RunDirectory
-from launcher.training import attention
 from launcher.training.checkpoint.export import export
 from launcher.training.engines import build
 from launcher.training.engines.operators import build_operators
-from launcher.training.engines.whole import cut_rows
+from launcher.training.engines.unshard import cut_rows
+from launcher.training.model import attention
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, replan, state
@@ -56,7 +57,9 @@ FROZEN = {"model__freeze": ("model.embed_tokens.*", "model.layers.0.*")}
 def test_two_ranks_equal_plain_pytorch(name: str, directory: Path) -> None:
     path = _save(directory, "llama")
     plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **WEIGHT_DECAY), Causal)
-    sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 2), **STATES[name], **WEIGHT_DECAY), Causal)
+    sharded, _ = on_ranks(
+        2, steps, plan_of(path, 2, batch=_batch(2, 2), **STATES[name], **WEIGHT_DECAY), Causal
+    )
     _check(plain, sharded, 1e-5)
     for key, value in plain["tensors"].items():
         torch.testing.assert_close(sharded["tensors"][key], value, rtol=0, atol=2e-5)
@@ -67,7 +70,9 @@ def test_two_ranks_equal_plain_pytorch(name: str, directory: Path) -> None:
 def test_other_optimizers_and_frozen_parameters(stage: int, changes: dict[str, Any], directory: Path) -> None:
     path = _save(directory, "llama")
     plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **changes), Causal)
-    sharded, *_ = on_ranks(3, steps, plan_of(path, 3, batch=_batch(3, 2), **deepspeed(stage, **changes)), Causal)
+    sharded, *_ = on_ranks(
+        3, steps, plan_of(path, 3, batch=_batch(3, 2), **deepspeed(stage, **changes)), Causal
+    )
     _check(plain, sharded, 1e-5)
     for key, value in plain["tensors"].items():
         torch.testing.assert_close(sharded["tensors"][key], value, rtol=0, atol=2e-5)
@@ -77,7 +82,9 @@ def test_other_optimizers_and_frozen_parameters(stage: int, changes: dict[str, A
 def test_bf16_follows_fsdp_with_masters_that_were_not_rounded(stage: int, directory: Path) -> None:
     path = _save(directory, "llama")
     fsdp, _ = on_ranks(2, steps, plan_of(path, 2, precision="bf16", batch=_batch(2, 6)), Causal)
-    zero, _ = on_ranks(2, steps, plan_of(path, 2, precision="bf16", batch=_batch(2, 6), **deepspeed(stage)), Causal)
+    zero, _ = on_ranks(
+        2, steps, plan_of(path, 2, precision="bf16", batch=_batch(2, 6), **deepspeed(stage)), Causal
+    )
     torch.testing.assert_close(torch.tensor(zero["curve"]), torch.tensor(fsdp["curve"]), rtol=1e-2, atol=0)
     for name, value in fsdp["tensors"].items():
         assert zero["tensors"][name].dtype == torch.float32
@@ -90,7 +97,14 @@ def test_bf16_follows_fsdp_with_masters_that_were_not_rounded(stage: int, direct
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with parameters large enough to go to files: DeepSpeed keeps pieces below 1 MiB in memory."""
-    return _save(tmp_path_factory.mktemp("wide"), "llama", hidden_size=192, intermediate_size=768, vocab_size=12_000, head_dim=48)
+    return _save(
+        tmp_path_factory.mktemp("wide"),
+        "llama",
+        hidden_size=192,
+        intermediate_size=768,
+        vocab_size=12_000,
+        head_dim=48,
+    )
 
 
 NO_LIBAIO = not Path("/usr/include/libaio.h").exists()
@@ -99,7 +113,9 @@ NO_LIBAIO = not Path("/usr/include/libaio.h").exists()
 @pytest.mark.slow
 @pytest.mark.very_slow  # compiling takes ten minutes of processor time
 @pytest.mark.timeout(1800)  # the operator is compiled here where no earlier run has done so
-@pytest.mark.skipif(NO_LIBAIO, reason="libaio-dev is not installed, from which DeepSpeed compiles its file operator")
+@pytest.mark.skipif(
+    NO_LIBAIO, reason="libaio-dev is not installed, from which DeepSpeed compiles its file operator"
+)
 @pytest.mark.parametrize("offload", ["optimizer", "parameters"])
 def test_state_on_files_changes_no_number(offload: str, wide: Path, tmp_path: Path) -> None:
     zero = deepspeed(3, **WEIGHT_DECAY)
@@ -119,7 +135,9 @@ def test_state_on_files_changes_no_number(offload: str, wide: Path, tmp_path: Pa
         assert torch.equal(swapped["tensors"][name], value), name
 
 
-def test_an_operator_that_cannot_be_built_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_operator_that_cannot_be_built_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The compiler is faked away at the border: a builder that fails as one without a compiler does."""
     from deepspeed.accelerator import get_accelerator
 
@@ -132,8 +150,14 @@ def test_an_operator_that_cannot_be_built_is_one_clear_line(monkeypatch: pytest.
     stale = tmp_path / "extensions" / "async_io" / "lock"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    with pytest.raises(ConfigurationError, match="PinMemory operator could not be built: Error building extension 'pin_memory'; write cpu"):
-        build_operators(plan_of(tmp_path, 1, **deepspeed(3, offload="optimizer", offload_to=str(tmp_path))), lambda done, total: None)
+    with pytest.raises(
+        ConfigurationError,
+        match="PinMemory operator could not be built: Error building extension 'pin_memory'; write cpu",
+    ):
+        build_operators(
+            plan_of(tmp_path, 1, **deepspeed(3, offload="optimizer", offload_to=str(tmp_path))),
+            lambda done, total: None,
+        )
     assert not stale.exists(), "what a killed build leaves would be waited for"
 
 
@@ -158,9 +182,16 @@ def goes_on(run: RunDirectory, plan: Plan, stop_at: int | None, scratch: Path) -
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("freeze", [pytest.param((), marks=pytest.mark.very_slow), ("model.layers.0.*",)], ids=["all", "partly frozen"])
-def test_the_matrix_of_resumes(freeze: tuple[str, ...], tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    """FSDP on 2 ranks, ZeRO-3 on 3, ZeRO-2 on 1, ZeRO-1 on 2, FSDP on 4: the embeddings are tied, and 131 rows divide by none of them."""
+@pytest.mark.parametrize(
+    "freeze",
+    [pytest.param((), marks=pytest.mark.very_slow), ("model.layers.0.*",)],
+    ids=["all", "partly frozen"],
+)
+def test_the_matrix_of_resumes(
+    freeze: tuple[str, ...], tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    """FSDP on 2 ranks, ZeRO-3 on 3, ZeRO-2 on 1, ZeRO-1 on 2, FSDP on 4: the embeddings are tied, and 131
+    rows divide by none of them."""
     keys = {"model__freeze": freeze}
     whole = new_run(tmp_path / "whole", sized(model, data, 2, **keys))
     finish(whole, 2)
@@ -173,12 +204,18 @@ def test_the_matrix_of_resumes(freeze: tuple[str, ...], tmp_path: Path, model: P
     assert len(named(run, "resumed")) == 4 and len(curve(run)) == 12
     compare(run, whole, 1e-3)
     gradient_norms = [[record["grad_norm"] for record in curve(one).values()] for one in (run, whole)]
-    torch.testing.assert_close(torch.tensor(gradient_norms[0]), torch.tensor(gradient_norms[1]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(gradient_norms[0]), torch.tensor(gradient_norms[1]), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_resumed_under_one_plan_it_is_bit_equal(stage: int, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    runs = [new_run(tmp_path / name, sized(model, data, 2, **deepspeed(stage))) for name in ("whole", "stopped")]
+def test_resumed_under_one_plan_it_is_bit_equal(
+    stage: int, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    runs = [
+        new_run(tmp_path / name, sized(model, data, 2, **deepspeed(stage))) for name in ("whole", "stopped")
+    ]
     finish(runs[0], 2)
     finish(runs[1], 2, stop_at=5)
     finish(runs[1], 2)
@@ -191,7 +228,14 @@ def test_pytorch_reads_what_zero_3_saved(tmp_path: Path, model: Path, data: dict
     run = new_run(tmp_path / "run", sized(model, data, 2, **deepspeed(3)))
     finish(run, 2, stop_at=3)
     file = tmp_path / "whole.pt"
-    command = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", str(run.checkpoint(3)), str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.checkpoint.format_utils",
+        "dcp_to_torch",
+        str(run.checkpoint(3)),
+        str(file),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     read = torch.load(file, weights_only=True)
     assert_equal(dict(sorted(read.items())), dict(sorted(state(run).items())))
@@ -204,12 +248,19 @@ def test_pytorch_reads_what_zero_3_saved(tmp_path: Path, model: Path, data: dict
 def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     """On all ranks, at every stage, and the steps after it are what they are under FSDP."""
     runs = {}
-    for name, keys in {"fsdp": {}, "zero1": deepspeed(1), "zero3": deepspeed(3), "offloaded": deepspeed(3, offload="optimizer")}.items():
+    for name, keys in {
+        "fsdp": {},
+        "zero1": deepspeed(1),
+        "zero3": deepspeed(3),
+        "offloaded": deepspeed(3, offload="optimizer"),
+    }.items():
         runs[name] = new_run(tmp_path / name, sized(model, data, 2, **keys))
         finish(runs[name], 2, poisoned, stop_at=6)
     for name, run in runs.items():
         assert [record["step"] for record in named(run, "skipped")] == [3], name
-        ours, theirs = ([record["loss"] for record in list(curve(one).values())[3:]] for one in (run, runs["fsdp"]))
+        ours, theirs = (
+            [record["loss"] for record in list(curve(one).values())[3:]] for one in (run, runs["fsdp"])
+        )
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
 
 
@@ -234,7 +285,9 @@ def poisoned(rank: int, stop: Any) -> None:
 
 def linear_layers(plan: Plan) -> set[str]:
     """By which forward pass the linear layers of a rank's model compute."""
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     engine = build(plan, Causal, config, deepspeed_config(plan))  # type: ignore[arg-type]
     return {module.forward.__module__ for module in engine.model.modules() if type(module) is torch.nn.Linear}
 
@@ -242,7 +295,9 @@ def linear_layers(plan: Plan) -> set[str]:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_only_the_third_stage_has_linear_layers_let_go_of_their_matrix(stage: int, directory: Path) -> None:
     """The numbers are the same either way, so that nothing else would show it."""
-    (found,) = on_ranks(1, linear_layers, plan_of(_save(directory, "llama"), 1, batch=_batch(1, 12), **deepspeed(stage)))
+    (found,) = on_ranks(
+        1, linear_layers, plan_of(_save(directory, "llama"), 1, batch=_batch(1, 12), **deepspeed(stage))
+    )
     theirs = torch.nn.Linear.forward.__module__
     # DeepSpeed wraps what is called in functions of its own; which of ours lies below decides.
     assert (theirs in found) is (stage == 2) and ("launcher.training.engines.linear" in found) is (stage == 3)

@@ -15,14 +15,25 @@ from transformers import AutoConfig
 from launcher.errors import DivergedError
 from launcher.job.schema import OnSpike, Training
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.training.divergence import Divergence
 from launcher.training.precision import LossScale
+from launcher.training.reporting.divergence import Divergence
+from launcher.training.reporting.spikes import SpikeWatch
+from launcher.training.reporting.symptoms import Sample, Symptoms
 from launcher.training.schedule import Schedule
 from launcher.training.signals import StopRequest
-from launcher.training.spikes import SpikeWatch
-from launcher.training.symptoms import Sample, Symptoms
 from tests.training.plans import deepspeed
-from tests.training.runs import alter_passes, assert_equal, curve, finish, named, new_run, plan_for, replan, start, state
+from tests.training.runs import (
+    alter_passes,
+    assert_equal,
+    curve,
+    finish,
+    named,
+    new_run,
+    plan_for,
+    replan,
+    start,
+    state,
+)
 
 SMALL: dict[str, Any] = {"action": "rewind", "window": 4, "steps": 2, "times": 2}
 
@@ -65,24 +76,41 @@ def test_warn_says_it_once_and_goes_on() -> None:
 
 
 def test_it_goes_back_so_many_times_each_time_further_and_then_stops() -> None:
-    divergence = Divergence(Training(on_spike=OnSpike(action="rewind", window=8, steps=3)), lambda name, **fields: None)
+    divergence = Divergence(
+        Training(on_spike=OnSpike(action="rewind", window=8, steps=3)), lambda name, **fields: None
+    )
     assert judged(divergence, [1.0] * 20 + [9.0] * 3) == ["apply"] * 22 + ["rewind"]
     # Step 21 is the first bad one: step 20's update may have spoiled the weights that it found.
     assert list(divergence.checkpoints_before()) == [19, 20]
     divergence.rewound(18, 23)
-    other = Divergence(Training(on_spike=OnSpike(action="rewind", window=8, steps=3)), lambda name, **fields: None)
+    other = Divergence(
+        Training(on_spike=OnSpike(action="rewind", window=8, steps=3)), lambda name, **fields: None
+    )
     other.restore(divergence.state())
     for resumed in (divergence, other):
-        assert judged(resumed, [9.0] * 3, 24)[-1] == "rewind" and list(resumed.checkpoints_before()) == [17, 23]
+        assert judged(resumed, [9.0] * 3, 24)[-1] == "rewind" and list(resumed.checkpoints_before()) == [
+            17,
+            23,
+        ]
         resumed.rewound(10, 26)
-        assert [(entry["first"], entry["last"], entry["checkpoint"]) for entry in resumed.ledger.entries] == [(19, 23, 18), (11, 26, 10)]
-        with pytest.raises(DivergedError, match=r"3 steps in a row, up to 9; .* 1, after 2 rewinds; lower training.learning_rate"):
+        assert [(entry["first"], entry["last"], entry["checkpoint"]) for entry in resumed.ledger.entries] == [
+            (19, 23, 18),
+            (11, 26, 10),
+        ]
+        with pytest.raises(
+            DivergedError,
+            match=r"3 steps in a row, up to 9; .* 1, after 2 rewinds; lower training.learning_rate",
+        ):
             judged(resumed, [1.0, 9.0, 9.0, 9.0], 27)
 
 
 def test_what_is_not_finite_is_in_the_ledger_and_goes_back_by_the_same_policy() -> None:
-    divergence = Divergence(Training(skip_nonfinite=2, on_spike=OnSpike(action="rewind")), lambda name, **fields: None)
-    assert judged(divergence, [1.0, float("nan"), 1.0, float("nan"), float("inf"), float("nan")])[-1] == "rewind"
+    divergence = Divergence(
+        Training(skip_nonfinite=2, on_spike=OnSpike(action="rewind")), lambda name, **fields: None
+    )
+    assert (
+        judged(divergence, [1.0, float("nan"), 1.0, float("nan"), float("inf"), float("nan")])[-1] == "rewind"
+    )
     assert list(divergence.checkpoints_before()) == [2, 3]
     assert [(entry["first"], entry["last"]) for entry in divergence.ledger.entries] == [(2, 2), (4, 6)]
 
@@ -100,7 +128,9 @@ def jumping(steps: tuple[int, ...], rank: int, stop: StopRequest) -> None:
 def ledger(run: Any) -> list[tuple[int, int, int]]:
     manifest = list_checkpoints(run)[-1].manifest
     assert manifest is not None
-    return [(entry["first"], entry["last"], entry["checkpoint"]) for entry in manifest.progress.extra["ledger"]]
+    return [
+        (entry["first"], entry["last"], entry["checkpoint"]) for entry in manifest.progress.extra["ledger"]
+    ]
 
 
 @pytest.mark.distributed
@@ -132,7 +162,15 @@ def test_a_rewind_takes_the_weights_back_and_the_samples_go_on_over_ranks_and_en
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_goes_back_to_the_bit_too(stage: int, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    plan = plan_for(model, data, 2, 9, training={"on_spike": SMALL}, checkpoint={"every": 2, "keep_last": 20}, **deepspeed(stage))
+    plan = plan_for(
+        model,
+        data,
+        2,
+        9,
+        training={"on_spike": SMALL},
+        checkpoint={"every": 2, "keep_last": 20},
+        **deepspeed(stage),
+    )
     run = new_run(tmp_path / "run", plan)
     finish(run, 2, functools.partial(jumping, (6, 7)))
     assert ledger(run) == [(5, 7, 4)] and run.finished
@@ -140,8 +178,17 @@ def test_zero_goes_back_to_the_bit_too(stage: int, tmp_path: Path, model: Path, 
 
 
 @pytest.mark.distributed
-def test_a_run_that_jumps_again_and_again_ends_as_diverged(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    plan = plan_for(model, data, 1, 30, training={"on_spike": SMALL | {"times": 1}}, checkpoint={"every": 100_000, "keep_last": 1})
+def test_a_run_that_jumps_again_and_again_ends_as_diverged(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    plan = plan_for(
+        model,
+        data,
+        1,
+        30,
+        training={"on_spike": SMALL | {"times": 1}},
+        checkpoint={"every": 100_000, "keep_last": 1},
+    )
     run = new_run(tmp_path / "run", plan)
     hook = functools.partial(jumping, (6, 7, 10, 11))
     [error] = start(run, 1, hook).errors()
@@ -163,11 +210,20 @@ class Still(Sample):
 
 
 def said(
-    records: list[tuple[float, float]], chance: float | None = math.log(100), move: float | None = 1.0, **training: Any
+    records: list[tuple[float, float]],
+    chance: float | None = math.log(100),
+    move: float | None = 1.0,
+    **training: Any,
 ) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     settings = Training(**training)
-    symptoms = Symptoms(settings, Schedule.of(settings, 1000), chance, Still(move), lambda name, **fields: found.append(fields))
+    symptoms = Symptoms(
+        settings,
+        Schedule.of(settings, 1000),
+        chance,
+        Still(move),
+        lambda name, **fields: found.append(fields),
+    )
     for step, (loss, norm) in enumerate(records, 1):
         symptoms.note(step, loss, norm)
     assert len({one["kind"] for one in found}) == len(found), "each is said once"
@@ -177,7 +233,10 @@ def said(
 def test_a_loss_at_that_of_guessing_is_said_after_the_warm_up() -> None:
     guessing = [(math.log(100) * factor, 1.0) for factor in (0.99, 1.01)] * 100
     assert said(guessing, warmup=20)["chance"]["step"] == 50
-    assert "guessing 4.605" in said(guessing)["chance"]["text"] and "stays at" in said(guessing)["chance"]["text"]
+    assert (
+        "guessing 4.605" in said(guessing)["chance"]["text"]
+        and "stays at" in said(guessing)["chance"]["text"]
+    )
     assert "is above" in said([(50.0, 1.0)] * 100)["chance"]["text"]
     assert not said([(math.log(100) * 0.95, 1.0)] * 100)
     assert not said(guessing, chance=None)
@@ -195,25 +254,30 @@ def test_an_exploding_and_a_vanishing_gradient_are_said() -> None:
 def test_a_learning_rate_without_effect_is_said() -> None:
     fine = [(1.0, 1.0)] * 100
     assert (
-        said(fine, move=1e-9, warmup=0)["no effect"]["step"] == 30 and "training.learning_rate" in said(fine, move=0)["no effect"]["text"]
+        said(fine, move=1e-9, warmup=0)["no effect"]["step"] == 30
+        and "training.learning_rate" in said(fine, move=0)["no effect"]["text"]
     )
     assert said(fine, move=1e-9, warmup=60)["no effect"]["step"] == 61
     assert not said(fine, move=1e-5) and not said(fine, move=None)
 
 
 def test_what_guessing_gives() -> None:
-    from launcher.sources.section import Source
+    from launcher.data.section import Source
     from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 
     config = AutoConfig.for_model("bert", num_labels=5)
     source = {"train": Source(path="rows.jsonl"), "text": "text", "label": "label"}
     kinds = ("single-label", "multi-label", "regression")
-    found = [SequenceClassification(LabelledColumns(**source, problem=kind)).chance_loss(config) for kind in kinds]  # type: ignore[arg-type]
+    found = [
+        SequenceClassification(LabelledColumns(**source, problem=kind)).chance_loss(config) for kind in kinds
+    ]  # type: ignore[arg-type]
     assert found == [math.log(5), math.log(2), None]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("rate", "kind", "engine"), [(1e6, "chance", {}), (1e-14, "no effect", deepspeed(3))])
+@pytest.mark.parametrize(
+    ("rate", "kind", "engine"), [(1e6, "chance", {}), (1e-14, "no effect", deepspeed(3))]
+)
 def test_learning_rates_out_of_all_bounds_are_said_in_a_run(
     rate: float, kind: str, engine: dict[str, Any], tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:

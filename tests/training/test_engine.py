@@ -1,4 +1,5 @@
-"""The engine gives the numbers of plain PyTorch on any number of ranks, for every family, precision and memory mode."""
+"""The engine gives the numbers of plain PyTorch on any number of ranks, for every family, precision and
+memory mode."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from launcher.errors import ConfigurationError
-from launcher.planning.messages import _Times
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
+from launcher.planner.speed.collectives import _Times
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.tasks.sequence_classification import label_loss
 from launcher.tasks.task import Output
-from launcher.training import attention, heads
+from launcher.training import heads
 from launcher.training.engines import build, fsdp
-from launcher.training.model import repeated_layers
+from launcher.training.model import attention
+from launcher.training.model.loading import repeated_layers
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
@@ -43,7 +45,9 @@ class Classifying:
 
 def steps(plan: Plan, task: Any, num_steps: int = 3) -> dict[str, Any]:
     """A few optimizer steps of four samples, this rank's share of them; what came of it, gathered whole."""
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     engine = build(plan, task, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
     rank, size = torch.distributed.get_rank(), plan.batch.data_parallel_size
     curve = []
@@ -62,19 +66,31 @@ def steps(plan: Plan, task: Any, num_steps: int = 3) -> dict[str, Any]:
         curve.append([float(sums[0]), float(sums[1].sqrt())])
         engine.optimizer_step(1e-3, 1.0)
     tensors = {name: whole(value) for name, value in engine.state_dict().items()}
-    return {"curve": curve, "tensors": tensors, "layers": sum(hasattr(layer, "unshard") for layer in repeated_layers(engine.model))}
+    return {
+        "curve": curve,
+        "tensors": tensors,
+        "layers": sum(hasattr(layer, "unshard") for layer in repeated_layers(engine.model)),
+    }
 
 
 def _samples(step: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randint(3, 131, (length,), generator=generator) for length in (9, 30, 4, 17, 25, 6, 12, 20, 3, 8, 15, 11)]
+    return [
+        torch.randint(3, 131, (length,), generator=generator)
+        for length in (9, 30, 4, 17, 25, 6, 12, 20, 3, 8, 15, 11)
+    ]
 
 
 def _padded(samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     length = max(len(sample) for sample in samples)
     ids = torch.stack([torch.nn.functional.pad(sample, (0, length - len(sample))) for sample in samples])
     labels = torch.tensor([int(sample[0]) % 3 for sample in samples])
-    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels, "weights": torch.ones(len(samples))}
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "labels": labels,
+        "weights": torch.ones(len(samples)),
+    }
 
 
 @functools.cache
@@ -85,7 +101,9 @@ def _plain(plan: Plan, task: Any) -> dict[str, Any]:
 
 
 def _check(plain: dict[str, Any], sharded: dict[str, Any], tolerance: float) -> None:
-    torch.testing.assert_close(torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=tolerance, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(sharded["curve"]), torch.tensor(plain["curve"]), rtol=tolerance, atol=0
+    )
     assert sharded["tensors"].keys() == plain["tensors"].keys()
 
 
@@ -112,7 +130,11 @@ def _batch(world_size: int, micro: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES | MIXTURES))
 def test_two_ranks_equal_one(family: str, directory: Path) -> None:
-    path = _save(directory, family, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}))
+    path = _save(
+        directory,
+        family,
+        **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}),
+    )
     plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 2)), Causal)
     assert plain["layers"] == 0 and sharded["layers"] == 3
@@ -128,7 +150,9 @@ def test_any_cut_of_the_batch_gives_the_same_numbers(world_size: int, micro: int
         _check(plain, result, 1e-5)
 
 
-@pytest.mark.parametrize("mesh", [{"replicate": 2, "shard": 2}, {"replicate": 4, "shard": 1}, {"reshard_after_forward": False}])
+@pytest.mark.parametrize(
+    "mesh", [{"replicate": 2, "shard": 2}, {"replicate": 4, "shard": 1}, {"reshard_after_forward": False}]
+)
 def test_hybrid_and_kept_parameters_equal_full_sharding(mesh: dict[str, Any], directory: Path) -> None:
     path = _save(directory, "llama")
     plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
@@ -142,7 +166,9 @@ def gatherings(plan: Plan, defers: bool) -> list[int]:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 
     _send_gradients(defers)
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     engine, original = build(plan, Causal(), config, {}), groups.foreach_all_gather  # type: ignore[arg-type]
     found: list[int] = []
 
@@ -154,7 +180,9 @@ def gatherings(plan: Plan, defers: bool) -> list[int]:
     for step in range(2):
         found.append(0)
         for index in range(plan.batch.accumulation_steps):
-            engine.micro_step(packed_batch(_samples(step)[:2]), 1.0, index == plan.batch.accumulation_steps - 1)
+            engine.micro_step(
+                packed_batch(_samples(step)[:2]), 1.0, index == plan.batch.accumulation_steps - 1
+            )
         engine.optimizer_step(1e-3, 1.0)
     return found
 
@@ -171,8 +199,11 @@ def steps_that_send(plan: Plan, defers: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("defers", [True, False])
 @pytest.mark.parametrize(("sharding", "times"), [("full", 3 * 2 * 3 + 1), ("gradients", 3 + 1)])
-def test_what_is_whole_between_the_passes_is_gathered_once_a_step(sharding: str, times: int, defers: bool, directory: Path) -> None:
-    """Of three layers, let go of twice in each of three passes or kept; the planner counts the same, and the numbers are one rank's."""
+def test_what_is_whole_between_the_passes_is_gathered_once_a_step(
+    sharding: str, times: int, defers: bool, directory: Path
+) -> None:
+    """Of three layers, let go of twice in each of three passes or kept; the planner counts the same, and the
+    numbers are one rank's."""
     path = _save(directory, "llama")
     changes = {"sharding": sharding, "mesh__reshard_after_forward": sharding == "full"}
     plan = plan_of(path, 2, batch=_batch(2, 2), **changes)
@@ -185,10 +216,16 @@ def test_what_is_whole_between_the_passes_is_gathered_once_a_step(sharding: str,
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_offloaded_parameters_change_no_number(world_size: int, directory: Path) -> None:
-    """On the CPU there is nowhere to move them to; what is held here is that the engine takes them through FSDP's own policy."""
+    """On the CPU there is nowhere to move them to; what is held here is that the engine takes them through
+    FSDP's own policy."""
     path = _save(directory, "llama")
     plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
-    result, *_ = on_ranks(world_size, steps, plan_of(path, world_size, batch=_batch(world_size, 3), offload="parameters"), Causal)
+    result, *_ = on_ranks(
+        world_size,
+        steps,
+        plan_of(path, world_size, batch=_batch(world_size, 3), offload="parameters"),
+        Causal,
+    )
     _check(plain, result, 1e-5)
     assert result["layers"] == 3
 
@@ -199,7 +236,9 @@ def test_activation_checkpointing_changes_no_number(mode: str, world_size: int, 
     path = _save(directory, "llama")
     plan = plan_of(path, world_size, batch=_batch(world_size, 3))
     kept, *_ = on_ranks(world_size, steps, plan, Causal)
-    recomputed, *_ = on_ranks(world_size, steps, plan.model_copy(update={"activation_checkpointing": mode}), Causal)
+    recomputed, *_ = on_ranks(
+        world_size, steps, plan.model_copy(update={"activation_checkpointing": mode}), Causal
+    )
     assert recomputed["curve"] == kept["curve"]
     for name, value in kept["tensors"].items():
         assert torch.equal(recomputed["tensors"][name], value), name
@@ -210,15 +249,23 @@ def test_half_precision_follows_fp32_and_keeps_fp32_states(precision: str, direc
     path = _save(directory, "llama")
     full, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 6)), Causal)
     for world_size in (1, 2):
-        half, *_ = on_ranks(world_size, steps, plan_of(path, world_size, precision=precision, batch=_batch(world_size, 6)), Causal)
-        torch.testing.assert_close(torch.tensor(half["curve"]), torch.tensor(full["curve"]), rtol=2e-2, atol=0)
+        half, *_ = on_ranks(
+            world_size,
+            steps,
+            plan_of(path, world_size, precision=precision, batch=_batch(world_size, 6)),
+            Causal,
+        )
+        torch.testing.assert_close(
+            torch.tensor(half["curve"]), torch.tensor(full["curve"]), rtol=2e-2, atol=0
+        )
         assert half["curve"] != full["curve"]
         assert {value.dtype for value in half["tensors"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", sorted(ENCODERS))
 def test_classification_with_a_new_head(family: str, directory: Path) -> None:
-    """The new head has the same values on any number of ranks, and the repeated layers are units in every encoder."""
+    """The new head has the same values on any number of ranks, and the repeated layers are units in every
+    encoder."""
     path = directory / f"{family}-encoder"
     changes = {
         "hidden_dropout_prob": 0.0,
@@ -232,7 +279,9 @@ def test_classification_with_a_new_head(family: str, directory: Path) -> None:
     options = {"task": "sequence-classification", "attention": "sdpa"}
     plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **options), Classifying)
     for world_size in (2,) if family != "bert" else (2, 3):
-        sharded, *_ = on_ranks(world_size, steps, plan_of(path, world_size, batch=_batch(world_size, 2), **options), Classifying)
+        sharded, *_ = on_ranks(
+            world_size, steps, plan_of(path, world_size, batch=_batch(world_size, 2), **options), Classifying
+        )
         assert sharded["layers"] == 3
         _check(plain, sharded, 1e-5)
 
@@ -252,7 +301,10 @@ def test_frozen_parameters_stay(directory: Path) -> None:
     path = _save(directory, "llama")
     plan = plan_of(path, 2, batch=_batch(2, 6), model__freeze=("model.embed_tokens.*", "model.layers.0.*"))
     result, _ = on_ranks(2, steps, plan, Causal)
-    before = {f"model.{name}": value for name, value in AutoModelForCausalLM.from_pretrained(path).named_parameters()}
+    before = {
+        f"model.{name}": value
+        for name, value in AutoModelForCausalLM.from_pretrained(path).named_parameters()
+    }
     for name, value in before.items():
         frozen = "embed_tokens" in name or "layers.0." in name
         assert torch.equal(result["tensors"][name], value) == frozen, name
@@ -296,6 +348,8 @@ def test_compiled_layers_equal_eager_ones(directory: Path) -> None:
     path = _save(directory, "llama")
     plan = plan_of(path, 2, batch=_batch(2, 3))
     eager, _ = on_ranks(2, steps, plan, Causal)
-    compiled, _ = on_ranks(2, steps, plan.model_copy(update={"model": plan.model.model_copy(update={"compile": True})}), Causal)
+    compiled, _ = on_ranks(
+        2, steps, plan.model_copy(update={"model": plan.model.model_copy(update={"compile": True})}), Causal
+    )
     _check(eager, compiled, 1e-5)
     assert compiled["layers"] == 3

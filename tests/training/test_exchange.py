@@ -21,7 +21,12 @@ from launcher.training.checkpoint.storage import TensorPlanner, global_plan
 from tests.training.ranks import on_ranks
 
 VALUES = [None, {"a": [1, 2.5, float("inf"), "é", True]}]
-ERRORS = [CheckpointError("no"), ConfigurationError("bad"), OSError(28, "No space left on device", "/x/y"), ZeroDivisionError("by 0")]
+ERRORS = [
+    CheckpointError("no"),
+    ConfigurationError("bad"),
+    OSError(28, "No space left on device", "/x/y"),
+    ZeroDivisionError("by 0"),
+]
 
 
 class Payload:
@@ -34,7 +39,11 @@ class Payload:
 
 def _arrays(rank: int) -> list[np.ndarray]:
     """Ragged: as many and as long as the rank."""
-    whole = [np.arange(rank * 6, dtype=np.float32).reshape(-1, 3), np.array([True, False]), np.zeros((0, 2), dtype=np.int64)]
+    whole = [
+        np.arange(rank * 6, dtype=np.float32).reshape(-1, 3),
+        np.array([True, False]),
+        np.zeros((0, 2), dtype=np.int64),
+    ]
     return [whole, [], [np.float16(1.5) * np.ones((2, 2), dtype=np.float16)]][rank]
 
 
@@ -84,7 +93,10 @@ def test_ranks_understand_each_other_and_run_nothing(tmp_path: Path) -> None:
             assert all(np.array_equal(a, b) for a, b in zip(arrays, expected, strict=True))
         kinds = [classify(error)[0].failure_class for error in ERRORS]
         assert [kind for kind, _ in one["errors"]] == kinds
-        assert all("by 0" in text or text == str(error) for (_, text), error in zip(one["errors"], ERRORS, strict=True))
+        assert all(
+            "by 0" in text or text == str(error)
+            for (_, text), error in zip(one["errors"], ERRORS, strict=True)
+        )
     assert "system" in said[1]["refused"] and not flag.exists()
 
 
@@ -96,7 +108,11 @@ def test_arrays_of_objects_are_refused() -> None:
 
 
 def test_a_plan_is_the_same_after_it_was_told() -> None:
-    tensors = {"a.weight": torch.zeros(3, 4), "a.scale": torch.tensor(1.0), "b": torch.zeros(5, dtype=torch.bfloat16, requires_grad=True)}
+    tensors = {
+        "a.weight": torch.zeros(3, 4),
+        "a.scale": torch.tensor(1.0),
+        "b": torch.zeros(5, dtype=torch.bfloat16, requires_grad=True),
+    }
     planner = TensorPlanner()
     local = planner.local_plan(tensors, is_coordinator=True)
     assert messages.plan(messages.of_plan(local)) == local

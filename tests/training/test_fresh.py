@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from launcher.scheduling.allocator import LEAN, ROOMY
+from launcher.launch.malloc_env import LEAN, ROOMY
 from launcher.training import fresh
 from launcher.training.fresh import in_fresh_ranks
 
@@ -29,7 +29,8 @@ def break_on(rank: int) -> None:
 
 
 def faults_of_a_tensor(num_bytes: int) -> int:
-    """Page faults of a tensor that is made after another of its size was freed; the least of ten, as the heap may still grow at first."""
+    """Page faults of a tensor that is made after another of its size was freed; the least of ten, as the heap
+    may still grow at first."""
     torch.ones(num_bytes // 4)
     found = []
     for _ in range(10):
@@ -53,7 +54,9 @@ def test_a_rank_that_fails_is_heard_of() -> None:
 def test_ranks_keep_memory_or_give_it_back_as_told() -> None:
     num_bytes = 3 << 20  # LEAN gives it back, ROOMY keeps it
     without_huge_pages = {name: value for name, value in LEAN.items() if name.startswith("MALLOC")}
-    given_back, kept = (in_fresh_ranks(faults_of_a_tensor, (num_bytes,), 1, way) for way in (without_huge_pages, ROOMY))
+    given_back, kept = (
+        in_fresh_ranks(faults_of_a_tensor, (num_bytes,), 1, way) for way in (without_huge_pages, ROOMY)
+    )
     assert given_back >= num_bytes // 4096 > 10 * kept
 
 

@@ -1,4 +1,5 @@
-"""Samples that share a pass give what the model's own class gives for each of them alone, in every layout and by every head."""
+"""Samples that share a pass give what the model's own class gives for each of them alone, in every layout and
+by every head."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from launcher.training import attention, heads
+from launcher.training import heads
+from launcher.training.model import attention
 from tests.training.batches import batch_of_samples, loss_alone
 from tests.training.tiny import FAMILIES, MIXTURES, model_of
 
@@ -26,7 +28,14 @@ def samples() -> list[torch.Tensor]:
     return [torch.randint(3, 131, (length,), generator=generator) for length in LENGTHS]
 
 
-def check(family: str, implementation: str, layout: str, head: str, samples: list[torch.Tensor], router: bool = False) -> None:
+def check(
+    family: str,
+    implementation: str,
+    layout: str,
+    head: str,
+    samples: list[torch.Tensor],
+    router: bool = False,
+) -> None:
     """Loss and every gradient are the model's own."""
     changes = CHANGES.get(family, {})
     model = model_of(family, attn_implementation=attention.register(implementation), **changes).train()
@@ -42,12 +51,20 @@ def check(family: str, implementation: str, layout: str, head: str, samples: lis
     assert (output.router_loss_sum is not None and output.router_loss_sum > 0) == router
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad,
+            gradients[name],
+            rtol=1e-3,
+            atol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("implementation", ["packed", "sdpa", "eager"])
 @pytest.mark.parametrize("family", sorted(FAMILIES | MIXTURES))
-def test_packed_loss_equals_the_models_own(family: str, implementation: str, samples: list[torch.Tensor]) -> None:
+def test_packed_loss_equals_the_models_own(
+    family: str, implementation: str, samples: list[torch.Tensor]
+) -> None:
     if (family, implementation) == ("gemma2", "sdpa"):
         pytest.skip("transformers refuses sdpa for Gemma 2")
     check(family, implementation, "packed", "chunked", samples, family in MIXTURES)
@@ -97,7 +114,9 @@ class WithoutADecoder(PreTrainedModel):
         super().__init__(config)
         self.table, self.out = torch.nn.Embedding(131, 8), torch.nn.Linear(8, 131)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **_: Any) -> CausalLMOutput:
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **_: Any
+    ) -> CausalLMOutput:
         logits = self.out(self.table(input_ids))
         loss = None if labels is None else torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
         return CausalLMOutput(loss=loss, logits=logits)
@@ -106,7 +125,9 @@ class WithoutADecoder(PreTrainedModel):
 def test_a_class_without_a_decoder_has_its_forward(samples: list[torch.Tensor]) -> None:
     model, batch = WithoutADecoder(LlamaConfig()), batch_of_samples(samples, "padded")
     torch.testing.assert_close(heads.causal_lm(model, batch, "forward").loss_sum, loss_alone(model, samples))
-    with pytest.raises(NotImplementedError, match="WithoutADecoder does not say which of its parts is the decoder"):
+    with pytest.raises(
+        NotImplementedError, match="WithoutADecoder does not say which of its parts is the decoder"
+    ):
         heads.causal_lm(model, batch, "model")
 
 
@@ -115,8 +136,18 @@ def test_sinks_and_soft_caps_beside_a_window() -> None:
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(1, heads_, 20, 8, generator=generator) for heads_ in (4, 2, 2))
     bounds = torch.tensor([0, 13, 20])
-    fused, _ = attention.packed_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, sliding_window=5)
+    fused, _ = attention.packed_attention(
+        torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, sliding_window=5
+    )
     written, _ = attention.packed_attention(
-        torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, sliding_window=5, s_aux=torch.full((4,), -1e9), softcap=1e4
+        torch.nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        cu_seq_lens_q=bounds,
+        sliding_window=5,
+        s_aux=torch.full((4,), -1e9),
+        softcap=1e4,
     )
     torch.testing.assert_close(written, fused, rtol=1e-4, atol=1e-5)

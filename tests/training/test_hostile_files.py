@@ -1,4 +1,5 @@
-"""Checkpoints and models that somebody has tampered with: nothing of them runs, and each is named by its class."""
+"""Checkpoints and models that somebody has tampered with: nothing of them runs, and each is named by its
+class."""
 
 from __future__ import annotations
 
@@ -29,14 +30,17 @@ pytestmark = pytest.mark.distributed
 
 
 def class_attribute_pickle(name: str) -> bytes:
-    """A pickle that sets an attribute of an allowed class, as an attacker writes it: the class, a state of (None, slots), BUILD."""
+    """A pickle that sets an attribute of an allowed class, as an attacker writes it: the class, a state of
+    (None, slots), BUILD."""
     out = io.BytesIO()
     out.write(b"\x80\x04" + f"ctorch.distributed.checkpoint.metadata\n{name}\n".encode())
     out.write(b"N}X\x04\x00\x00\x00hackX\x03\x00\x00\x00yess\x86b.")
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", ["TensorStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties", "_MEM_FORMAT_ENCODING"])
+@pytest.mark.parametrize(
+    "name", ["TensorStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties", "_MEM_FORMAT_ENCODING"]
+)
 def test_a_pickle_sets_no_attribute_of_a_class(name: str, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(class_attribute_pickle(name))
     with pytest.raises(CheckpointError):
@@ -56,7 +60,9 @@ class _Calls:
         return self.reduced
 
 
-@pytest.mark.parametrize("payload", [_Calls(os.system, "true"), _Calls(eval, "1"), _Calls(TensorStorageMetadata, 1, 2, 3)])  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    "payload", [_Calls(os.system, "true"), _Calls(eval, "1"), _Calls(TensorStorageMetadata, 1, 2, 3)]
+)  # type: ignore[attr-defined]
 def test_a_pickle_calls_nothing_that_no_checkpoint_needs(payload: _Calls, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(payload))
     with pytest.raises(CheckpointError, match=r"refused unread|only ever filled in|garbled"):
@@ -83,7 +89,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 def test_what_the_ranks_write_is_as_private_as_the_umask_says(trained: RunDirectory) -> None:
-    kept = [path for path in trained.path.rglob("*") if not path.name.startswith("rank-")]  # the test's own log of its ranks
+    kept = [
+        path for path in trained.path.rglob("*") if not path.name.startswith("rank-")
+    ]  # the test's own log of its ranks
     assert any(path.suffix == ".distcp" for path in kept)
     assert {str(path) for path in kept if stat.S_IMODE(path.stat().st_mode) & 0o077} == set()
 
@@ -111,18 +119,26 @@ def sign(run: RunDirectory, **changes: Any) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"loss_scale": "x", "good_steps": 0}, {"loss_scale": 1.0, "good_steps": -1}, {"loss_scale": None, "good_steps": None},
-     {"loss_scale": float("nan"), "good_steps": 0}, {"loss_scale": 1.0, "good_steps": 0, "metrics": {"loss": "x"}}],
+    [{}, {"loss_scale": "x", "good_steps": 0}, {"loss_scale": 1.0, "good_steps": -1},
+    {"loss_scale": None, "good_steps": None},
+     {"loss_scale": float("nan"), "good_steps": 0},
+     {"loss_scale": 1.0, "good_steps": 0, "metrics": {"loss": "x"}}],
 )  # fmt: skip
 def test_a_manifest_of_another_trainer_is_of_the_class_checkpoint(extra: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=r"step-2: the state in manifest.json .* move the checkpoint away"):
+    with pytest.raises(
+        CheckpointError, match=r"step-2: the state in manifest.json .* move the checkpoint away"
+    ):
         TrainerState.of(Progress(step=2, samples=8, tokens=9, extra=extra), "step-2")
 
 
 def test_a_run_with_such_a_manifest_ends_with_that_class(tampered: RunDirectory) -> None:
     sign(tampered, extra={})
     (error,) = start(tampered, 1).errors()
-    assert error is not None and classify(error)[0] is CheckpointError and "loss_scale: field required" in str(error)
+    assert (
+        error is not None
+        and classify(error)[0] is CheckpointError
+        and "loss_scale: field required" in str(error)
+    )
 
 
 def test_a_description_that_lies_is_of_the_class_checkpoint(trained: RunDirectory, tmp_path: Path) -> None:
@@ -133,7 +149,9 @@ def test_a_description_that_lies_is_of_the_class_checkpoint(trained: RunDirector
     chunk = tensor.chunks[0]
 
     def read_with(**changes: Any) -> None:
-        lies = Metadata(state_dict_metadata=dict(metadata.state_dict_metadata), storage_data=dict(metadata.storage_data))
+        lies = Metadata(
+            state_dict_metadata=dict(metadata.state_dict_metadata), storage_data=dict(metadata.storage_data)
+        )
         lies.state_dict_metadata[name] = TensorStorageMetadata(
             tensor.properties, changes.get("size", tensor.size), changes.get("chunks", tensor.chunks)
         )
@@ -152,21 +170,28 @@ def test_a_description_that_lies_is_of_the_class_checkpoint(trained: RunDirector
         read_metadata(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["payload", "cut pickle", "cut safetensors", "garbled safetensors", "no pickle"])
+@pytest.mark.parametrize(
+    "what", ["payload", "cut pickle", "cut safetensors", "garbled safetensors", "no pickle"]
+)
 def test_weights_that_are_no_weights_are_named_in_plain_words(what: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from launcher.training.model import load
+    from launcher.training.model.loading import load
 
     model = model_directory(tmp_path / "model")
     safe, unsafe = model / "model.safetensors", model / "pytorch_model.bin"
     if "safetensors" in what:
         content = safe.read_bytes()
-        safe.write_bytes(content[: len(content) // 2] if what == "cut safetensors" else b"\xff" * 64 + content)
+        safe.write_bytes(
+            content[: len(content) // 2] if what == "cut safetensors" else b"\xff" * 64 + content
+        )
     else:
         safe.unlink()
         torch.save(
-            {"lm_head.weight": _Calls(os.system, f"touch {tmp_path}/PWNED")} if what == "payload" else {"a": torch.zeros(999)}, unsafe
+            {"lm_head.weight": _Calls(os.system, f"touch {tmp_path}/PWNED")}
+            if what == "payload"
+            else {"a": torch.zeros(999)},
+            unsafe,
         )
         if what == "cut pickle":
             os.truncate(unsafe, unsafe.stat().st_size // 2)

@@ -1,4 +1,5 @@
-"""The tables of what other tools take where a file leaves a key out, held against those tools as they are installed."""
+"""The tables of what other tools take where a file leaves a key out, held against those tools as they are
+installed."""
 
 from __future__ import annotations
 
@@ -23,13 +24,16 @@ NUM_STEPS = 20
 def fields_of(kind: Any) -> dict[str, Any]:
     """The fields of a dataclass with their defaults."""
     return {
-        field.name: field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        field.name: field.default_factory()
+        if field.default_factory is not dataclasses.MISSING
+        else field.default
         for field in dataclasses.fields(kind)
     }
 
 
 def assert_equal(table: defaults.Defaults, found: dict[str, Any], but: set[str]) -> None:
-    """Every default of the table is the one that is installed; `but` are keys that are more than one field's value."""
+    """Every default of the table is the one that is installed; `but` are keys that are more than one field's
+    value."""
     for key, (said, value) in table.values.items():
         if key not in but:
             assert found[said] == value, key
@@ -44,8 +48,15 @@ def test_the_trainers() -> None:
 
 
 def test_every_argument_of_the_trainer_is_in_a_table() -> None:
-    """A version that has another one says so here, and a user hears of it as of a key that launcher does not know."""
-    tables = trainer.READ | trainer_keys.REPORTS | trainer_keys.PLACES | trainer_keys.NEUTRAL.keys() | {"accelerator_config"}
+    """A version that has another one says so here, and a user hears of it as of a key that launcher does not
+    know."""
+    tables = (
+        trainer.READ
+        | trainer_keys.REPORTS
+        | trainer_keys.PLACES
+        | trainer_keys.NEUTRAL.keys()
+        | {"accelerator_config"}
+    )
     assert fields_of(TrainingArguments).keys() - tables == set()
 
 
@@ -61,9 +72,21 @@ def test_trls() -> None:
     assert_equal(defaults.TRL, found, {"training.optimizer", "training.betas", "precision"})
     assert found["bf16"] is None  # made true, unless fp16 is
     adapter, table = fields_of(trl.ModelConfig), defaults.TRL_ADAPTER
-    assert (adapter["lora_r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (table.rank, table.alpha, table.dropout)
+    assert (adapter["lora_r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (
+        table.rank,
+        table.alpha,
+        table.dropout,
+    )
     assert adapter["lora_target_modules"] is None and adapter["use_peft"] is False
-    read = {*sft.ADAPTER.all(), *sft._LEARNED, *sft._DATA, *sft._MIXTURES, *trainer.READ, *trainer_keys.REPORTS, *trainer_keys.PLACES}
+    read = {
+        *sft.ADAPTER.all(),
+        *sft._LEARNED,
+        *sft._DATA,
+        *sft._MIXTURES,
+        *trainer.READ,
+        *trainer_keys.REPORTS,
+        *trainer_keys.PLACES,
+    }
     read |= {*trainer_keys.NEUTRAL, "accelerator_config", *sft.MARKS, "loss_type"}
     own = found.keys() | adapter.keys() | fields_of(trl.ScriptArguments).keys()
     assert own - read == set()
@@ -75,10 +98,15 @@ def test_deepspeeds() -> None:
     from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupDecayLR, WarmupLR
 
     def of(kind: Any) -> dict[str, Any]:
-        return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
+        return {
+            name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        }
 
     adam, table = of(FusedAdam), defaults.DEEPSPEED.values
-    assert (adam["lr"], adam["weight_decay"]) == (table["training.learning_rate"][1], table["training.weight_decay"][1])
+    assert (adam["lr"], adam["weight_decay"]) == (
+        table["training.learning_rate"][1],
+        table["training.weight_decay"][1],
+    )
     assert (list(adam["betas"]), adam["eps"]) == (table["training.betas"][1], table["training.epsilon"][1])
     assert constants.GRADIENT_CLIPPING_DEFAULT == defaults.DEEPSPEED_CLIPPING
     assert of(WarmupLR)["warmup_num_steps"] == of(WarmupCosineLR)["warmup_num_steps"] == 1000
@@ -104,23 +132,41 @@ SCHEDULES: list[tuple[str, dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "warmup"), SCHEDULES)
-def test_an_imported_schedule_is_transformers_own(name: str, options: dict[str, Any], warmup: int, tmp_path: Path) -> None:
+def test_an_imported_schedule_is_transformers_own(
+    name: str, options: dict[str, Any], warmup: int, tmp_path: Path
+) -> None:
     """Step by step, but for the warm-up, where launcher is one step ahead (and says so)."""
     rate = 1e-3
     file = tmp_path / "arguments.yaml"
-    content = {"output_dir": "o", "learning_rate": rate, "max_steps": NUM_STEPS, "lr_scheduler_type": name, "warmup_steps": warmup}
-    file.write_text(yaml.safe_dump(content | ({"lr_scheduler_kwargs": options} if options else {})), encoding="utf-8")
+    content = {
+        "output_dir": "o",
+        "learning_rate": rate,
+        "max_steps": NUM_STEPS,
+        "lr_scheduler_type": name,
+        "warmup_steps": warmup,
+    }
+    file.write_text(
+        yaml.safe_dump(content | ({"lr_scheduler_kwargs": options} if options else {})), encoding="utf-8"
+    )
     made = import_files([file])
     ours = Schedule.of(Training.model_validate(made.content["training"]), NUM_STEPS)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=NUM_STEPS, scheduler_specific_kwargs=options)
+    theirs = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=NUM_STEPS,
+        scheduler_specific_kwargs=options,
+    )
     rates = []
     for _ in range(NUM_STEPS):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
     ahead = warmup if name != "constant" else 0
-    assert [ours.at(step) for step in range(ahead, NUM_STEPS)] == pytest.approx(rates[ahead:], rel=1e-12, abs=1e-15)
+    assert [ours.at(step) for step in range(ahead, NUM_STEPS)] == pytest.approx(
+        rates[ahead:], rel=1e-12, abs=1e-15
+    )
     assert [ours.at(step) for step in range(ahead - 1)] == pytest.approx(rates[1:ahead])
     remarks = {remark.said for remark in made.remarks if remark.kind == "cannot be said"}
     assert remarks == ({"warmup_steps"} if ahead else set())

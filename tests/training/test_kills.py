@@ -1,4 +1,5 @@
-"""A run killed with SIGKILL at random moments and resumed each time is, to the bit, the run that was never stopped.
+"""A run killed with SIGKILL at random moments and resumed each time is, to the bit, the run that was never
+stopped.
 
 LAUNCHER_KILLS=50 makes that many kills; the default is few.
 """
@@ -17,7 +18,18 @@ import pytest
 from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import ATTEMPT_PREFIX
 from launcher.runs.status import last_step
-from tests.training.runs import Attempt, assert_equal, curve, evaluations, finish, named, new_run, plan_for, start, state
+from tests.training.runs import (
+    Attempt,
+    assert_equal,
+    curve,
+    evaluations,
+    finish,
+    named,
+    new_run,
+    plan_for,
+    start,
+    state,
+)
 
 pytestmark = pytest.mark.distributed
 NUM_KILLS = int(os.environ.get("LAUNCHER_KILLS", "8"))
@@ -30,14 +42,20 @@ class Kill:
     """One attempt's end."""
 
     moment: str
-    """saving: while an attempt directory of a checkpoint was there; training; starting: before the first step of the attempt."""
+    """saving: while an attempt directory of a checkpoint was there; training; starting: before the first step
+    of the attempt."""
     all_at_once: bool
 
 
 @pytest.mark.timeout(3600)
 def test_killed_and_resumed_is_bit_equal(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     plan = plan_for(
-        model, data, WORLD_SIZE, NUM_STEPS, evaluate_every={"value": 7, "unit": "steps"}, checkpoint={"every": 2, "keep_best": 1}
+        model,
+        data,
+        WORLD_SIZE,
+        NUM_STEPS,
+        evaluate_every={"value": 7, "unit": "steps"},
+        checkpoint={"every": 2, "keep_best": 1},
     )
     reference = new_run(tmp_path / "reference", plan)
     finish(reference, WORLD_SIZE)
@@ -49,11 +67,15 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path, model: Path, data: dict
         run = new_run(tmp_path / f"killed-{number}", plan)
         kills += _until_finished(run, generator, NUM_KILLS - len(kills), cache=tmp_path / f"cache-{number}")
         _same(run, reference)
-    hits = {moment: sum(kill.moment == moment for kill in kills) for moment in ("starting", "training", "saving")}
+    hits = {
+        moment: sum(kill.moment == moment for kill in kills) for moment in ("starting", "training", "saving")
+    }
     together = sum(kill.all_at_once for kill in kills)
     print(
-        f"{len(kills)} kills of {number} runs of {NUM_STEPS} steps on {WORLD_SIZE} ranks: {hits['saving']} hit a save, {hits['training']} "
-        f"a step between saves, {hits['starting']} the time before an attempt's first step; {together} killed all ranks at once, "
+        f"{len(kills)} kills of {number} runs of {NUM_STEPS} steps on {WORLD_SIZE} ranks: "
+        f"{hits['saving']} hit a save, {hits['training']} "
+        f"a step between saves, {hits['starting']} the time before an attempt's first step; {together} "
+        "killed all ranks at once, "
         f"{len(kills) - together} one rank and then the other; every step, and the final state, bit-equal"
     )
     assert hits["saving"] > 0 and hits["training"] + hits["starting"] > 0
@@ -109,4 +131,6 @@ def _same(run: RunDirectory, reference: RunDirectory) -> None:
     assert evaluations(run) == evaluations(reference)
     assert_equal(state(run), state(reference))
     assert len(named(run, "finished")) == 1
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(path.name for path in reference.checkpoints.iterdir())
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(
+        path.name for path in reference.checkpoints.iterdir()
+    )

@@ -1,4 +1,5 @@
-"""Padded rows, the model's own head and routers' losses give one process's numbers on any number of ranks, on both engines."""
+"""Padded rows, the model's own head and routers' losses give one process's numbers on any number of ranks, on
+both engines."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import ConfigurationError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, heads, pretrained
+from launcher.training import heads
 from launcher.training.engines import build
+from launcher.training.model import attention, pretrained
 from tests.training.batches import batch_of_samples, loss_alone
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -42,7 +44,9 @@ def samples_of(step: int) -> list[torch.Tensor]:
 
 def steps(plan: Plan) -> list[list[float]]:
     """Loss and gradient norm of two steps, the samples dealt evenly, two a pass."""
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
 
     class Task:
         auto_class = AutoModelForCausalLM
@@ -72,7 +76,9 @@ def plain(directory: Path) -> list[list[float]]:
     for step in range(2):
         loss = loss_alone(model, samples_of(step)) / (sum(LENGTHS) - len(LENGTHS))
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        )
         curve.append([float(loss), float(norm)])
         optimizer.step()
         optimizer.zero_grad()
@@ -90,7 +96,12 @@ def test_two_ranks_equal_transformers_alone(
 ) -> None:
     model_of(family, **changes).save_pretrained(tmp_path / "model")
     layout, implementation, head = way
-    options = ENGINES[engine] | {"layout": layout, "attention": implementation, "head": head, "batch": batch_of(2, 2, 2)}
+    options = ENGINES[engine] | {
+        "layout": layout,
+        "attention": implementation,
+        "head": head,
+        "batch": batch_of(2, 2, 2),
+    }
     plan = plan_of(tmp_path / "model", 2, training__clip_norm=0, **options)
     expected = torch.tensor(plain(tmp_path / "model"))
     for curve in on_ranks(2, steps, plan):

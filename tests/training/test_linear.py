@@ -1,4 +1,5 @@
-"""Linear layers under ZeRO-3: PyTorch's numbers, and nothing of the gathered matrix is kept for the backward pass."""
+"""Linear layers under ZeRO-3: PyTorch's numbers, and nothing of the gathered matrix is kept for the backward
+pass."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ def _results(layer: nn.Linear, shape: tuple[int, ...], again: bool) -> list[torc
     hidden = torch.randn(*shape, dtype=layer.weight.dtype, requires_grad=True)
     output = checkpoint(layer, hidden, use_reentrant=False) if again else layer(hidden)
     (output * torch.randn_like(output)).sum().backward()
-    gradients = [hidden.grad, *(parameter.grad for parameter in layer.parameters() if parameter.requires_grad)]
+    gradients = [
+        hidden.grad,
+        *(parameter.grad for parameter in layer.parameters() if parameter.requires_grad),
+    ]
     return [output.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
@@ -33,7 +37,9 @@ def _results(layer: nn.Linear, shape: tuple[int, ...], again: bool) -> list[torc
 @pytest.mark.parametrize("frozen", ["none", "weight", "bias", "both"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(6, 12), (2, 3, 12)])
-def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], bias: bool, frozen: str, again: bool) -> None:
+def test_values_and_gradients_are_those_of_torch(
+    shape: tuple[int, ...], bias: bool, frozen: str, again: bool
+) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         layer = nn.Linear(12, 20, bias=bias, dtype=dtype)
         layer.weight.requires_grad_(frozen not in ("weight", "both"))
@@ -43,7 +49,9 @@ def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], bias: b
         layer.zero_grad(set_to_none=True)
         keep_parameters_not_matrices(layer)
         for number, (value, found) in enumerate(zip(expected, _results(layer, shape, again), strict=True)):
-            torch.testing.assert_close(found, value, rtol=0 if number < 2 else 1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                found, value, rtol=0 if number < 2 else 1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+            )
 
 
 def test_a_layer_with_a_forward_pass_of_its_own_is_left_alone() -> None:
@@ -55,7 +63,8 @@ def test_a_layer_with_a_forward_pass_of_its_own_is_left_alone() -> None:
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_what_zero_empties_between_the_passes_is_gone(ours: bool) -> None:
-    """PyTorch's own layer keeps the matrix by a view; ours computes with what the parameter holds in the backward pass."""
+    """PyTorch's own layer keeps the matrix by a view; ours computes with what the parameter holds in the
+    backward pass."""
     layer = nn.Linear(8, 8)
     if ours:
         keep_parameters_not_matrices(layer)

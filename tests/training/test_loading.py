@@ -1,4 +1,5 @@
-"""Loaded weights have memory of their own: no rank goes on holding the files, and what becomes of them is no matter."""
+"""Loaded weights have memory of their own: no rank goes on holding the files, and what becomes of them is no
+matter."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention, pretrained
-from launcher.training import model as models
 from launcher.training.engines import build
-from launcher.training.model import local_part
+from launcher.training.model import attention, pretrained
+from launcher.training.model import loading as models
+from launcher.training.model.loading import local_part
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.test_engine import Causal
@@ -28,9 +29,15 @@ pytestmark = pytest.mark.distributed
 
 def loaded(plan: Plan) -> dict[str, Any]:
     """Where the parameters are after loading, and whether writing zeros over the files changes them."""
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     engine = build(plan, Causal, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})  # type: ignore[arg-type]
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("model.safetensors")]
+    mapped = [
+        line
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith("model.safetensors")
+    ]
     before = {name: local_part(parameter).clone() for name, parameter in engine.model.named_parameters()}
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
@@ -39,8 +46,16 @@ def loaded(plan: Plan) -> dict[str, Any]:
             file.seek(0)
             file.write(bytes(size))
     torch.distributed.barrier()
-    same = all(torch.equal(before[name], local_part(parameter)) for name, parameter in engine.model.named_parameters())
-    return {"mapped": mapped, "same": same, "any": any(bool(value.any()) for value in before.values()), "shards": _shards()}
+    same = all(
+        torch.equal(before[name], local_part(parameter))
+        for name, parameter in engine.model.named_parameters()
+    )
+    return {
+        "mapped": mapped,
+        "same": same,
+        "any": any(bool(value.any()) for value in before.values()),
+        "shards": _shards(),
+    }
 
 
 def _shards() -> int:
@@ -49,7 +64,9 @@ def _shards() -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("engine", [{}, {"offload": "parameters"}, deepspeed(2)], ids=["fsdp", "fsdp, offloaded", "zero2"])
+@pytest.mark.parametrize(
+    "engine", [{}, {"offload": "parameters"}, deepspeed(2)], ids=["fsdp", "fsdp, offloaded", "zero2"]
+)
 def test_no_rank_holds_the_files(engine: dict[str, Any], world_size: int, tmp_path: Path) -> None:
     if engine.get("engine") == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -61,7 +78,9 @@ def test_no_rank_holds_the_files(engine: dict[str, Any], world_size: int, tmp_pa
         assert shards == 0 or plan.engine == "fsdp"
 
 
-def test_no_memory_while_loading_is_not_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_while_loading_is_not_the_models_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It keeps its errno, by which it is known as out of memory."""
 
     def without_memory(*_: Any, **__: Any) -> PreTrainedModel:

@@ -1,4 +1,5 @@
-"""Cut over two ranks, every model that launcher trains has each parameter and buffer as transformers alone loads it."""
+"""Cut over two ranks, every model that launcher trains has each parameter and buffer as transformers alone
+loads it."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from launcher.planning.model_support import read_table
-from launcher.training import model as models
-from launcher.training import pretrained
+from launcher.planner.model.model_support import read_table
 from launcher.training.engines.fsdp import FsdpEngine
+from launcher.training.model import loading as models
+from launcher.training.model import pretrained
 from tests.families import tiny
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
@@ -31,7 +32,10 @@ APART = {
     "mllama": "as Emu3",
     "youtu": "transformers writes zeros over the row of the padding token that it has just read",
 }
-AUTO: dict[str, Any] = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
+AUTO: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
 
 
 def differences(task: str, kinds: list[str], directory: Path) -> dict[str, list[str]]:
@@ -52,8 +56,12 @@ def _of_one(task: str, kind: str, directory: Path) -> list[str]:
         loaded = models.load(plan, AUTO[task], pretrained.read_config(plan), cutter._shard)
     except Exception:
         return [traceback.format_exc()]
-    wanted = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))
-    own = dict(loaded.model.named_parameters(remove_duplicate=False)) | dict(loaded.model.named_buffers(remove_duplicate=False))
+    wanted = dict(plain.named_parameters(remove_duplicate=False)) | dict(
+        plain.named_buffers(remove_duplicate=False)
+    )
+    own = dict(loaded.model.named_parameters(remove_duplicate=False)) | dict(
+        loaded.model.named_buffers(remove_duplicate=False)
+    )
     found = [f"{name} is there once only" for name in sorted(wanted.keys() ^ own.keys())]
     for name in sorted(wanted.keys() & own.keys()):
         ours = own[name].full_tensor() if isinstance(own[name], DTensor) else own[name]

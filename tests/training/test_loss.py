@@ -16,7 +16,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)])
+@pytest.mark.parametrize(
+    "transform",
+    [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)],
+)
 def test_value_and_gradients_equal_the_plain_loss(transform: LogitTransform, biased: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(401, 24, generator=generator, dtype=torch.float32, requires_grad=True)
@@ -54,7 +57,11 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The widest tensor with a vocabulary dimension has a chunk's rows."""
     seen: list[int] = []
     original = torch.Tensor.logsumexp
-    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda self, *a, **k: (seen.append(self.shape[0]), original(self, *a, **k))[1])
+    monkeypatch.setattr(
+        torch.Tensor,
+        "logsumexp",
+        lambda self, *a, **k: (seen.append(self.shape[0]), original(self, *a, **k))[1],
+    )
     hidden = torch.randn(1000, 8, requires_grad=True)
     chunked_cross_entropy(hidden, torch.randn(50, 8), torch.zeros(1000, dtype=torch.long)).loss_sum.backward()
     assert len(seen) == 8 and max(seen) == 128

@@ -1,4 +1,5 @@
-"""The check after loading passes what is right, goes over to a way that is where one is, and stops what is not."""
+"""The check after loading passes what is right, goes over to a way that is where one is, and stops what is
+not."""
 
 from __future__ import annotations
 
@@ -16,28 +17,40 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from launcher import tasks
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.sources.section import Source
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.sequence_classification import SequenceClassification
 from launcher.tasks.task import Sample
-from launcher.training import attention, engines, loss_check, pretrained
+from launcher.training import engines
 from launcher.training.data.prepare import prepare
 from launcher.training.loss import LogitTransform
-from launcher.training.model import repeated_layers
+from launcher.training.model import attention, loss_check, pretrained
+from launcher.training.model.loading import repeated_layers
 from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
-from tests.training.runs import batch_of, curve, finish, model_directory, new_run, plan_for, texts, tokenizer, write_rows
+from tests.training.runs import (
+    batch_of,
+    curve,
+    finish,
+    model_directory,
+    new_run,
+    plan_for,
+    texts,
+    tokenizer,
+    write_rows,
+)
 
 pytestmark = pytest.mark.distributed
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]:
-    """Load the plan's model under its engine, put the fault in, and check; what was said and which way was taken."""
+    """Load the plan's model under its engine, put the fault in, and check; what was said and which way was
+    taken."""
     config, tokenizer = pretrained.read_config(plan), pretrained.read_tokenizer(plan)
     task = tasks.build(plan, tokenizer)
     dataset = prepare(plan.data.train, "train", plan, task, tokenizer)
@@ -52,7 +65,9 @@ def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]
 
     with fault(), mock.patch.object(loss_check, "_own", counted):
         try:
-            loss_check.check_loss(engine, task, dataset, plan, lambda name, **fields: said.append((name, fields)))
+            loss_check.check_loss(
+                engine, task, dataset, plan, lambda name, **fields: said.append((name, fields))
+            )
         except (ConfigurationError, DataError) as error:
             return {"error": str(error)}
     output = engine.evaluate(task.collate([dataset.item(0)]))
@@ -69,7 +84,10 @@ def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]
 def leak() -> Iterator[None]:
     """Samples of a row see those before them."""
     right = attention.packed_attention
-    wrong = lambda *arguments, **options: right(*arguments, **(options | {"cu_seq_lens_q": options["cu_seq_lens_q"][[0, -1]]}))  # noqa: E731
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        return right(*arguments, **(options | {"cu_seq_lens_q": options["cu_seq_lens_q"][[0, -1]]}))
+
     with mock.patch.object(attention, "packed_attention", wrong):
         attention.register("packed")
         yield
@@ -80,7 +98,11 @@ def leak() -> Iterator[None]:
 def wrong_mask() -> Iterator[None]:
     """Tokens see those after them."""
     fused = torch.nn.functional.scaled_dot_product_attention
-    with mock.patch.object(attention.functional, "scaled_dot_product_attention", lambda *a, **k: fused(*a, **(k | {"is_causal": False}))):
+    with mock.patch.object(
+        attention.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: fused(*a, **(k | {"is_causal": False})),
+    ):
         yield
 
 
@@ -116,7 +138,11 @@ def wrong_padding() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, Any]:
-    return {"train": write_rows(tmp_path / "train.jsonl", [{"text": text} for text in texts(20)]), "text": "text", "max_length": 64}
+    return {
+        "train": write_rows(tmp_path / "train.jsonl", [{"text": text} for text in texts(20)]),
+        "text": "text",
+        "max_length": 64,
+    }
 
 
 def plan_with(model: Path, data: dict[str, Any], world_size: int = 1, **changes: Any) -> Plan:
@@ -145,7 +171,9 @@ def test_a_right_way_stays(tmp_path: Path, data: dict[str, Any], precision: str)
         ("granite", lost_multiplier, ("padded", "sdpa", "model")),
     ],
 )
-def test_a_fault_with_a_way_around_it(tmp_path: Path, data: dict[str, Any], family: str, fault: Fault, way: tuple[str, ...]) -> None:
+def test_a_fault_with_a_way_around_it(
+    tmp_path: Path, data: dict[str, Any], family: str, fault: Fault, way: tuple[str, ...]
+) -> None:
     result = one_rank(plan_with(model_directory(tmp_path / "model", family), data), fault)
     [(name, fields)] = result["said"]
     assert name == "layout"
@@ -183,11 +211,26 @@ def test_targets_that_are_not_the_next_tokens() -> None:
 
 def test_a_classifier_padded_with_another_token_than_its_configs(tmp_path: Path) -> None:
     rows = [{"text": text, "label": text[:2]} for text in texts(20)]
-    data = {"train": write_rows(tmp_path / "rows.jsonl", rows), "text": "text", "label": "label", "max_length": 64}
+    data = {
+        "train": write_rows(tmp_path / "rows.jsonl", rows),
+        "text": "text",
+        "label": "label",
+        "max_length": 64,
+    }
     model = model_directory(
-        tmp_path / "model", "gpt2", "AutoModelForSequenceClassification", num_labels=len({row["label"] for row in rows})
+        tmp_path / "model",
+        "gpt2",
+        "AutoModelForSequenceClassification",
+        num_labels=len({row["label"] for row in rows}),
     )
-    plan = plan_with(model, data, task="sequence-classification", model__task="sequence-classification", attention="sdpa", layout="padded")
+    plan = plan_with(
+        model,
+        data,
+        task="sequence-classification",
+        model__task="sequence-classification",
+        attention="sdpa",
+        layout="padded",
+    )
     assert one_rank(plan)["said"][0][0] == "checked"
     error = one_rank(plan, wrong_padding)["error"]
     assert "in one pass" in error
@@ -211,7 +254,10 @@ def test_training_goes_on_with_all_layers(tmp_path: Path, data: dict[str, Any]) 
     model = model_directory(tmp_path / "model", num_hidden_layers=5)
     curves = []
     for name, changes in (("fsdp", {}), ("zero3", deepspeed(3))):
-        run = new_run(tmp_path / name, plan_for(model, data | {"packing": True, "evaluation": data["train"]}, 2, 4, **changes))
+        run = new_run(
+            tmp_path / name,
+            plan_for(model, data | {"packing": True, "evaluation": data["train"]}, 2, 4, **changes),
+        )
         finish(run, 2)
         curves.append([(record["loss"], record["grad_norm"]) for record in curve(run).values()])
     assert len(curves[0]) == 4
@@ -224,13 +270,23 @@ def test_training_goes_on_with_all_layers(tmp_path: Path, data: dict[str, Any]) 
         ("llama", {"num_hidden_layers": 6}, 2),
         (
             "gemma3_text",
-            {"num_hidden_layers": 14, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2 + ["sliding_attention"] * 2},
+            {
+                "num_hidden_layers": 14,
+                "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2
+                + ["sliding_attention"] * 2,
+            },
             6,
         ),
-        ("qwen2_moe", {"num_hidden_layers": 9, "mlp_only_layers": [0, 1, 2], "layer_types": ["full_attention"] * 9}, 4),
+        (
+            "qwen2_moe",
+            {"num_hidden_layers": 9, "mlp_only_layers": [0, 1, 2], "layer_types": ["full_attention"] * 9},
+            4,
+        ),
     ],
 )
-def test_the_check_passes_the_first_layers_of_every_kind(kind: str, changes: dict[str, Any], kept: int) -> None:
+def test_the_check_passes_the_first_layers_of_every_kind(
+    kind: str, changes: dict[str, Any], kept: int
+) -> None:
     config = tiny.config_of(kind, tiny.CAUSAL_LM, 0.0)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -245,11 +301,21 @@ def test_the_check_passes_the_first_layers_of_every_kind(kind: str, changes: dic
 
 
 def classifier_plan(
-    tmp_path: Path, rows: list[dict[str, Any]], problem: str, world_size: int = 1, text: Any = "text", **changes: Any
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    problem: str,
+    world_size: int = 1,
+    text: Any = "text",
+    **changes: Any,
 ) -> Plan:
     source = write_rows(tmp_path / "rows.jsonl", rows)
     data = {"train": source, "text": text, "label": "label", "problem": problem, "max_length": 64}
-    how = {"task": "sequence-classification", "model__task": "sequence-classification", "attention": "sdpa", "layout": "padded"}
+    how = {
+        "task": "sequence-classification",
+        "model__task": "sequence-classification",
+        "attention": "sdpa",
+        "layout": "padded",
+    }
     return plan_with(tmp_path / "model", data, world_size, **how, **changes)
 
 
@@ -261,7 +327,9 @@ def test_as_many_labels_as_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "engine"), [(1, {}), (2, deepspeed(3))], ids=["one rank", "ZeRO-3"])
-def test_an_output_that_is_near_zero_by_chance(tmp_path: Path, world_size: int, engine: dict[str, Any]) -> None:
+def test_an_output_that_is_near_zero_by_chance(
+    tmp_path: Path, world_size: int, engine: dict[str, Any]
+) -> None:
     """Rounding of its terms is no small part of it, and no reason for another way."""
     sizes = {"num_labels": 1, "initializer_range": 0.02, "seed": 7}
     model_directory(tmp_path / "model", "bert", "AutoModelForSequenceClassification", **sizes)
@@ -278,19 +346,28 @@ def test_weights_that_are_no_numbers(tmp_path: Path, data: dict[str, Any]) -> No
     model = AutoModelForCausalLM.from_pretrained(directory)
     torch.nn.init.constant_(model.model.norm.weight, torch.nan)
     model.save_pretrained(directory)
-    assert "its own class makes nan of a row of the data in fp32: weights are not finite" in one_rank(plan_with(directory, data))["error"]
+    assert (
+        "its own class makes nan of a row of the data in fp32: weights are not finite"
+        in one_rank(plan_with(directory, data))["error"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5"])
 def test_pairs_whose_ends_are_where_the_model_looks(tmp_path: Path, kind: str) -> None:
-    """Cut short, both rows have as many ends as before; a row without any is refused in the class's own words."""
+    """Cut short, both rows have as many ends as before; a row without any is refused in the class's own
+    words."""
     config = tiny.config_of(kind, tiny.SEQUENCE_CLASSIFICATION, 0.0)
     config.pad_token_id, config.bos_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 1, 2, 0
     tiny.model_of(kind, tiny.SEQUENCE_CLASSIFICATION, config=config).save_pretrained(tmp_path / "model")
     words = tokenizer()
     rows = [{"a": " ".join(["w1"] * length), "b": "w2 w3 w4", "label": str(length)} for length in (3, 20, 5)]
-    for pair, said in (("<s> $A </s> </s> $B </s>", "checked"), ("<s> $A $B", "refuses a row of the data: Each example must contain")):
+    for pair, said in (
+        ("<s> $A </s> </s> $B </s>", "checked"),
+        ("<s> $A $B", "refuses a row of the data: Each example must contain"),
+    ):
         special = [("<s>", 1), ("</s>", 2)]
-        words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair=pair, special_tokens=special)
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair=pair, special_tokens=special
+        )
         words.save_pretrained(tmp_path / "model")
         assert said in str(one_rank(classifier_plan(tmp_path, rows, "single-label", text=["a", "b"])))

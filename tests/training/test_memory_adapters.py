@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.planning.footprint.estimate import estimate
-from launcher.planning.model_config import read_config
+from launcher.planner.memory.estimate import estimate
+from launcher.planner.model.model_config import read_config
 from tests.benchmarks.bench_memory import settled
 from tests.benchmarks.memory_adapters import CASES, AdapterCase
 from tests.benchmarks.memory_pool import World
@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.very_slow)])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    """Ranks that are started once for all cases of their number. With two, what gloo's threads hold hangs on what else the machine does."""
+    """Ranks that are started once for all cases of their number. With two, what gloo's threads hold hangs on
+    what else the machine does."""
     made = World(request.param)
     yield made
     made.close()
@@ -27,7 +28,8 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 
 @pytest.mark.very_slow
 def test_adapters_are_predicted(world: World, tmp_path: Path) -> None:
-    """The peak of the second step within 3% (over by up to 12% with ZeRO-3, whose messages may have arrived), the states within 1%."""
+    """The peak of the second step within 3% (over by up to 12% with ZeRO-3, whose messages may have arrived),
+    the states within 1%."""
     told = []
     for number, case in enumerate(CASES):
         if case.world_size == len(world.pipes):
@@ -46,5 +48,8 @@ def _compare(world: World, case: AdapterCase, directory: Path) -> tuple[int, int
     made = estimate(plan, config or {}, case.batch)
     assert made is not None
     results = settled(world, measure, Request(plan, "causal", case.lengths))
-    peak, left = (max(result[key][phase] for result in results) for key, phase in (("peaks", "steady step"), ("ends", "first step")))
+    peak, left = (
+        max(result[key][phase] for result in results)
+        for key, phase in (("peaks", "steady step"), ("ends", "first step"))
+    )
     return made.phase("steady step").peak, peak, made.phase("loading").peak, left

@@ -16,9 +16,11 @@ COUNT = 8
 @pytest.mark.very_slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_new_configurations_are_predicted(world_size: int) -> None:
-    """Drawn anew each time; the seed is in the failure's text. With two ranks, what gloo's threads hold hangs on what else runs here.
+    """Drawn anew each time; the seed is in the failure's text. With two ranks, what gloo's threads hold hangs
+    on what else runs here.
 
-    Of the 390 in docs/benchmarks/memory.md one is off by more than 8% and none by more than 3% downwards: one of eight is allowed for.
+    Of the 390 in docs/benchmarks/memory.md one is off by more than 8% and none by more than 3% downwards: one
+    of eight is allowed for.
     """
     seed = random.SystemRandom().randrange(1 << 30)
     cases = [case for case in draw(seed, 16 * COUNT) if case.world_size == world_size][:COUNT]

@@ -1,4 +1,5 @@
-"""What lies beside a model's weights goes along, its own code runs where it is trusted, and an adapter is what peft makes of it."""
+"""What lies beside a model's weights goes along, its own code runs where it is trusted, and an adapter is
+what peft makes of it."""
 
 from __future__ import annotations
 
@@ -14,15 +15,30 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launcher.errors import ConfigurationError
 from launcher.job.load import load as load_job
+from launcher.launch.evaluation import Request, evaluate_locally
+from launcher.launch.screen import Watcher
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.evaluation import Request, evaluate_locally
-from launcher.scheduling.screen import Watcher
-from launcher.training import model_files, pretrained
 from launcher.training.checkpoint.export import export
+from launcher.training.model import model_files, pretrained
 from tests.training.plans import plan_of
-from tests.training.runs import causal_data, evaluations, finish, model_directory, new_run, plan_for, texts, tokenizer, write_rows
+from tests.training.runs import (
+    causal_data,
+    evaluations,
+    finish,
+    model_directory,
+    new_run,
+    plan_for,
+    texts,
+    tokenizer,
+    write_rows,
+)
 
-SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 SMALL |= {"num_key_value_heads": 1, "head_dim": 16}
 
 
@@ -36,14 +52,18 @@ def with_own_code(path: Path) -> Path:
     """A model whose classes stand in its own directory, one of them in a package there."""
     model_directory(path, "llama", **SMALL)
     (path / "configuration_tiny.py").write_text(
-        "from transformers import LlamaConfig\n\n\nclass TinyConfig(LlamaConfig):\n    model_type = 'tiny-own'\n"
+        "from transformers import LlamaConfig\n\n\nclass TinyConfig(LlamaConfig):\n    model_type = "
+        "'tiny-own'\n"
     )
     (path / "modeling_tiny.py").write_text(
         "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import TinyConfig\n\n\n"
         "class TinyForCausalLM(LlamaForCausalLM):\n    config_class = TinyConfig\n"
     )
     config = json.loads((path / "config.json").read_text())
-    own = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    own = {
+        "AutoConfig": "configuration_tiny.TinyConfig",
+        "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
+    }
     config |= {"model_type": "tiny-own", "architectures": ["TinyForCausalLM"], "auto_map": own}
     (path / "config.json").write_text(json.dumps(config))
     return path
@@ -58,7 +78,9 @@ def test_trusted_code_runs_and_goes_along(adapter: dict[str, Any] | None, tmp_pa
     finish(run, 2)
     export(run, tmp_path / "out", dtype="float32")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert type(loaded).__name__ == "TinyForCausalLM" and type(loaded).__module__.startswith("transformers_modules")
+    assert type(loaded).__name__ == "TinyForCausalLM" and type(loaded).__module__.startswith(
+        "transformers_modules"
+    )
     if adapter is not None:
         export(run, tmp_path / "adapter", adapter=True)
         base = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
@@ -76,7 +98,8 @@ def test_code_that_is_not_trusted_or_cannot_be_used_is_refused(tmp_path: Path) -
     config = pretrained.read_config(plan)
     (directory / "modeling_tiny.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(
-        ConfigurationError, match=r"its own code \(modeling_tiny.TinyForCausalLM\) cannot be used: .*a_module_that_is_not_there"
+        ConfigurationError,
+        match=r"its own code \(modeling_tiny.TinyForCausalLM\) cannot be used: .*a_module_that_is_not_there",
     ):
         pretrained.model_class(AutoModelForCausalLM, config, plan)
     with pytest.raises(ConfigurationError, match="a tiny-own model cannot do causal-lm"):
@@ -90,27 +113,50 @@ def test_what_lies_beside_the_weights_is_in_the_export(tmp_path: Path) -> None:
     words.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
     words.save_pretrained(directory)
     (directory / "code").mkdir()
-    for name in ("preprocessor_config.json", "LICENSE", "code/helper.py", "README.md", "training_args.bin", "rows.jsonl"):
+    for name in (
+        "preprocessor_config.json",
+        "LICENSE",
+        "code/helper.py",
+        "README.md",
+        "training_args.bin",
+        "rows.jsonl",
+    ):
         (directory / name).write_text("{}")
     (directory / "code" / "notes.txt").write_text("not code")
     run = new_run(tmp_path / "run", plan_for(directory, causal_data(tmp_path / "data"), 1, 1))
     finish(run, 1)
     export(run, tmp_path / "out")
-    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert {"preprocessor_config.json", "LICENSE", "code/helper.py", "generation_config.json", "model.safetensors"} <= found
+    found = {
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    assert {
+        "preprocessor_config.json",
+        "LICENSE",
+        "code/helper.py",
+        "generation_config.json",
+        "model.safetensors",
+    } <= found
     assert found.isdisjoint({"README.md", "training_args.bin", "code/notes.txt", "rows.jsonl"})
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == words.chat_template
 
 
 def test_code_of_the_hubs_cache_is_named_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "modeling_own.py").write_text("")
-    references = {"AutoModel": "org/name--modeling_own.Own", "AutoConfig": "org/name--configuration_own.Own", "AutoOther": "other/x--y.Z"}
+    references = {
+        "AutoModel": "org/name--modeling_own.Own",
+        "AutoConfig": "org/name--configuration_own.Own",
+        "AutoOther": "other/x--y.Z",
+    }
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": references}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["org/name--modeling_own.T", None]}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["org/name--modeling_own.T", None]}})
+    )
     model_files.name_own_code(tmp_path, plan_of(Path("org/name")))
     found = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert found == references | {"AutoModel": "modeling_own.Own"}
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["auto_map"] == {"AutoTokenizer": ["modeling_own.T", None]}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["auto_map"] == {
+        "AutoTokenizer": ["modeling_own.T", None]
+    }
 
 
 def _loss(model: Any, words: Any, lines: list[str]) -> float:
@@ -129,13 +175,18 @@ def _loss(model: Any, words: Any, lines: list[str]) -> float:
 def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A model whose head is its embedding, and its rows."""
     folder = tmp_path_factory.mktemp("tied")
-    return model_directory(folder / "model", "llama", **SMALL, tie_word_embeddings=True), causal_data(folder / "data")
+    return model_directory(folder / "model", "llama", **SMALL, tie_word_embeddings=True), causal_data(
+        folder / "data"
+    )
 
 
 def adapted(tmp_path: Path, model: Path, data: dict[str, Any], world_size: int, *also: str) -> RunDirectory:
     adapter = {"rank": 2, "alpha": 8, "train_also": also}
     training = {"learning_rate": 1e-2}
-    run = new_run(tmp_path / f"run-{world_size}", plan_for(model, data, world_size, 3, training=training, model__adapter=adapter))
+    run = new_run(
+        tmp_path / f"run-{world_size}",
+        plan_for(model, data, world_size, 3, training=training, model__adapter=adapter),
+    )
     finish(run, world_size)
     return run
 
@@ -143,13 +194,22 @@ def adapted(tmp_path: Path, model: Path, data: dict[str, Any], world_size: int, 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ties", "also", "world_size"),
-    [(True, "model.embed_tokens.*", 1), (True, "*embed_tokens*", 2), (False, "model.embed_tokens.*", 1), (False, "lm_head.*", 1)],
+    [
+        (True, "model.embed_tokens.*", 1),
+        (True, "*embed_tokens*", 2),
+        (False, "model.embed_tokens.*", 1),
+        (False, "lm_head.*", 1),
+    ],
 )
-def test_peft_has_the_runs_loss_of_an_embedding_that_trained(ties: bool, also: str, world_size: int, tmp_path: Path) -> None:
+def test_peft_has_the_runs_loss_of_an_embedding_that_trained(
+    ties: bool, also: str, world_size: int, tmp_path: Path
+) -> None:
     model = model_directory(tmp_path / "model", "llama", **SMALL, tie_word_embeddings=ties)
     run = adapted(tmp_path, model, causal_data(tmp_path / "data", packing=False), world_size, also)
     export(run, tmp_path / "out", adapter=True)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tmp_path / "out")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tmp_path / "out"
+    )
     lines = list(texts(24, seed=1))
     base = _loss(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokenizer(), lines)
     export(run, tmp_path / "merged")
@@ -159,7 +219,9 @@ def test_peft_has_the_runs_loss_of_an_embedding_that_trained(ties: bool, also: s
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_head_of_a_tied_pair_is_named_by_the_embedding(world_size: int, tied: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_head_of_a_tied_pair_is_named_by_the_embedding(
+    world_size: int, tied: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     with pytest.raises(AssertionError, match="a head that is tied to the embedding has the embedding's name"):
         adapted(tmp_path, *tied, world_size, "lm_head.*")
 
@@ -171,21 +233,39 @@ def test_an_adapter_is_gone_on_with(tied: tuple[Path, dict[str, Any]], tmp_path:
     first = adapted(tmp_path, model, data, 1, "model.embed_tokens.*")
     export(first, tmp_path / "adapter", adapter=True)
     job = tmp_path / "job.yaml"
-    job.write_text(json.dumps({"name": "b", "model": {"name": "./adapter"}, "data": data, "cluster": {"gpus_per_node": 0}}))
+    job.write_text(
+        json.dumps(
+            {"name": "b", "model": {"name": "./adapter"}, "data": data, "cluster": {"gpus_per_node": 0}}
+        )
+    )
     asked = load_job(job).model
-    assert asked.adapter is not None and asked.adapter.train_also == ("lm_head.weight", "model.embed_tokens.weight")
+    assert asked.adapter is not None and asked.adapter.train_also == (
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    )
     for world_size in (1, 2):
-        changes = {"model__adapter": asked.adapter.model_dump(mode="json"), "training": {"learning_rate": 1e-2}}
-        run = new_run(tmp_path / f"second-{world_size}", plan_for(Path(asked.name), data, world_size, 2, **changes))
+        changes = {
+            "model__adapter": asked.adapter.model_dump(mode="json"),
+            "training": {"learning_rate": 1e-2},
+        }
+        run = new_run(
+            tmp_path / f"second-{world_size}", plan_for(Path(asked.name), data, world_size, 2, **changes)
+        )
         finish(run, world_size)
         assert evaluations(run)[0]["loss"] == pytest.approx(evaluations(first)[3]["loss"], rel=1e-5)
         assert evaluations(run)[2]["loss"] < evaluations(run)[0]["loss"]
     wider = asked.adapter.model_copy(update={"rank": 3})
-    run = new_run(tmp_path / "wider", plan_for(Path(asked.name), data, 1, 2, model__adapter=wider.model_dump(mode="json")))
+    run = new_run(
+        tmp_path / "wider",
+        plan_for(Path(asked.name), data, 1, 2, model__adapter=wider.model_dump(mode="json")),
+    )
     with pytest.raises(AssertionError, match=r"the adapter is not of this model: it has in another size"):
         finish(run, 1)
     fewer = asked.adapter.model_copy(update={"targets": ("q_proj",)})
-    run = new_run(tmp_path / "fewer", plan_for(Path(asked.name), data, 1, 2, model__adapter=fewer.model_dump(mode="json")))
+    run = new_run(
+        tmp_path / "fewer",
+        plan_for(Path(asked.name), data, 1, 2, model__adapter=fewer.model_dump(mode="json")),
+    )
     with pytest.raises(AssertionError, match=r"it has, and the model does not,"):
         finish(run, 1)
 
@@ -196,19 +276,43 @@ def test_evaluate_goes_by_the_classes_of_the_model_itself(tmp_path: Path) -> Non
     lines = list(texts(24))
     said = {}
     for name, labels in (("job", ["no", "yes"]), ("other", ["YES", "NO"])):
-        order = {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
+        order = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
+        }
         path = model_directory(
-            tmp_path / name, "llama", "AutoModelForSequenceClassification", seed=len(said), num_labels=2, **order, **SMALL
+            tmp_path / name,
+            "llama",
+            "AutoModelForSequenceClassification",
+            seed=len(said),
+            num_labels=2,
+            **order,
+            **SMALL,
         )
-        model, words = AutoModelForSequenceClassification.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        model, words = (
+            AutoModelForSequenceClassification.from_pretrained(path).eval(),
+            AutoTokenizer.from_pretrained(path),
+        )
         with torch.no_grad():
-            ids = [int(model(input_ids=torch.tensor([words(text)["input_ids"]])).logits[0].argmax()) for text in lines]
+            ids = [
+                int(model(input_ids=torch.tensor([words(text)["input_ids"]])).logits[0].argmax())
+                for text in lines
+            ]
         said[name] = [labels[number].lower() for number in ids]
     rows = [{"text": text, "label": label} for text, label in zip(lines, said["other"], strict=True)]
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    data = {"train": source, "evaluation": source, "text": "text", "label": "label", "max_length": 64, "num_workers": 1}
+    data = {
+        "train": source,
+        "evaluation": source,
+        "text": "text",
+        "label": "label",
+        "max_length": 64,
+        "num_workers": 1,
+    }
     task = {"task": "sequence-classification", "model__task": "sequence-classification", "attention": "sdpa"}
     plan = plan_for(tmp_path / "job", data, 1, 1, **task)
     result = evaluate_locally(Request(plan, None, str(tmp_path / "other"), None), Watcher())
-    agreed = sum(first == second for first, second in zip(said["job"], said["other"], strict=True)) / len(lines)
+    agreed = sum(first == second for first, second in zip(said["job"], said["other"], strict=True)) / len(
+        lines
+    )
     assert result["after"]["accuracy"] == 1.0 and result["before"]["accuracy"] == pytest.approx(agreed)

@@ -30,7 +30,11 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, f
 def test_only_matrices_decay() -> None:
     module = model()
     optimizer = optimizers.build(module, Training(weight_decay=0.3))
-    decay = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     assert {name: decay[id(parameter)] for name, parameter in module.named_parameters()} == {
         "0.weight": 0.3,
         "0.bias": 0.0,
@@ -60,15 +64,22 @@ def test_it_steps_as_pytorch_does(kind: str, theirs: Any) -> None:
     ours, reference = model(), model()
     training = Training(optimizer=kind, betas=(0.8, 0.95), epsilon=1e-6, momentum=0.7, weight_decay=0.1)  # type: ignore[arg-type]
     train(ours, optimizers.build(ours, training), 5)
-    matrices, others = ([p for p in reference.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-    train(reference, theirs([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]), 5)
+    matrices, others = (
+        [p for p in reference.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False)
+    )
+    train(
+        reference,
+        theirs([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]),
+        5,
+    )
     for parameter, wanted in zip(ours.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
 def test_its_tensors_are_all_that_it_needs_to_go_on(kind: str) -> None:
-    """Copied into a new optimizer's tensors, they give the same steps to the bit; without `spread_step` Adam's would differ."""
+    """Copied into a new optimizer's tensors, they give the same steps to the bit; without `spread_step`
+    Adam's would differ."""
     training = Training(optimizer=kind)  # type: ignore[arg-type]
     whole = model()
     optimizer = optimizers.build(whole, training)
@@ -85,7 +96,8 @@ def test_its_tensors_are_all_that_it_needs_to_go_on(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "wanted"), [(Training(optimizer="sgd", momentum=0.0), set()), (Training(), {"exp_avg", "exp_avg_sq", "step"})]
+    ("training", "wanted"),
+    [(Training(optimizer="sgd", momentum=0.0), set()), (Training(), {"exp_avg", "exp_avg_sq", "step"})],
 )
 def test_what_it_keeps(training: Training, wanted: set[str]) -> None:
     module = model()

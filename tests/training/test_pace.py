@@ -11,10 +11,10 @@ import torch
 from torch import distributed, nn
 
 from launcher.runs.places import here
-from launcher.training import slowness
-from launcher.training.pace import SLOW_SECONDS, STEPS_BETWEEN, Own, Pace
-from launcher.training.slowness import Evidence, reason
-from launcher.training.whereabouts import Waited
+from launcher.training.reporting import slowness
+from launcher.training.reporting.pace import SLOW_SECONDS, STEPS_BETWEEN, Own, Pace
+from launcher.training.reporting.slowness import Evidence, reason
+from launcher.training.reporting.whereabouts import Waited
 from tests.training.ranks import on_ranks
 
 
@@ -55,7 +55,9 @@ def test_a_rank_three_times_slower_is_named_once_by_itself() -> None:
     ranks = paces(clock, said)
     train(ranks, clock, 60, [0.1, 0.1, 0.1])
     assert train(ranks, clock, 60, [0.1, 0.3, 0.1]) == 60 / 0.3 / STEPS_BETWEEN
-    assert [(one["rank"], one["median_seconds"]) for one in said] == [(1, 0.1)] and 1.5 < said[0]["factor"] <= 3
+    assert [(one["rank"], one["median_seconds"]) for one in said] == [(1, 0.1)] and 1.5 < said[0][
+        "factor"
+    ] <= 3
     assert SLOW_SECONDS <= said[0]["seconds"] < 60, "within a minute"
 
 
@@ -75,10 +77,14 @@ def test_one_long_pause_makes_no_slow_rank() -> None:
     assert said == []
 
 
-def test_one_that_is_stopped_again_and_again_is_named_though_it_works_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_stopped_again_and_again_is_named_though_it_works_as_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock, said = Clock(), []
     monkeypatch.setattr(type(here), "looks", lambda self: (int(2 * clock.now), int(4 * clock.now / 3), 0))
-    train(paces(clock, said, 2), clock, 60, [0.1, 0.1])  # one process here, so that both ranks see these looks
+    train(
+        paces(clock, said, 2), clock, 60, [0.1, 0.1]
+    )  # one process here, so that both ranks see these looks
     assert {one["rank"] for one in said} == {0, 1} and said[0]["factor"] == pytest.approx(3, abs=0.2)
     assert "stopped in 6" in said[0]["reason"]
 
@@ -180,7 +186,18 @@ def test_a_gpus_layers_are_measured_in_the_steps_that_count(monkeypatch: pytest.
 
 
 def evidence(**more: Any) -> Evidence:
-    return Evidence(**({"time": 0.0, "run_delay_seconds": 0.0, "looks": (0, 0, 0), "major_faults": 0, "throttled_seconds": 0.0} | more))
+    return Evidence(
+        **(
+            {
+                "time": 0.0,
+                "run_delay_seconds": 0.0,
+                "looks": (0, 0, 0),
+                "major_faults": 0,
+                "throttled_seconds": 0.0,
+            }
+            | more
+        )
+    )
 
 
 @pytest.mark.parametrize(

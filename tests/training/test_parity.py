@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
-from launcher.scheduling.parity import CASES, SINGLE, Outcome
+from launcher.launch.parity import CASES, SINGLE, Outcome
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = pytest.mark.distributed
@@ -35,7 +35,9 @@ def job(tmp_path: Path, model: Path, data: dict[str, Any]) -> Path:
 @pytest.mark.very_slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_every_engine_agrees_with_one_process(precision: str, tolerance: float, job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_engine_agrees_with_one_process(
+    precision: str, tolerance: float, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         main(["parity", str(job), "--nproc", "2", "--json", "--set", f"precision={precision}"])
     assert left.value.code == 0
@@ -47,8 +49,11 @@ def test_every_engine_agrees_with_one_process(precision: str, tolerance: float, 
         assert max(case["loss_off_by"], case["grad_norm_off_by"]) <= tolerance, case["case"]
 
 
-def test_a_difference_is_told_and_ends_with_1(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The engines' part is not run here: what they would have given is put in at the border to their processes."""
+def test_a_difference_is_told_and_ends_with_1(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engines' part is not run here: what they would have given is put in at the border to their
+    processes."""
     found = [
         Outcome(SINGLE, (2.0, 1.0), (1.0, 1.0)),
         Outcome("FSDP", (2.0, 1.001), (1.0, 1.0)),
@@ -56,12 +61,18 @@ def test_a_difference_is_told_and_ends_with_1(job: Path, monkeypatch: pytest.Mon
         Outcome("ZeRO-2", (2.0,), (1.0,)),
         Outcome("ZeRO-3", problem="rank 0: no room"),
     ]
-    monkeypatch.setattr("launcher.scheduling.parity.outcomes", lambda *arguments: iter(found))
+    monkeypatch.setattr("launcher.launch.parity.outcomes", lambda *arguments: iter(found))
     with pytest.raises(SystemExit) as left:
         main(["parity", str(job), "--json", "--set", "precision=fp32"])
     assert left.value.code == 1
     verdicts = {case["case"]: case["verdict"] for case in json.loads(capsys.readouterr().out)["cases"]}
-    wanted = {SINGLE: "agrees", "FSDP": "differs", "ZeRO-1": "agrees", "ZeRO-2": "differs", "ZeRO-3": "not run: rank 0: no room"}
+    wanted = {
+        SINGLE: "agrees",
+        "FSDP": "differs",
+        "ZeRO-1": "agrees",
+        "ZeRO-2": "differs",
+        "ZeRO-3": "not run: rank 0: no room",
+    }
     assert verdicts == wanted
     with pytest.raises(SystemExit):
         main(["parity", str(job), "--set", "precision=fp32"])

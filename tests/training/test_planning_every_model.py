@@ -1,4 +1,5 @@
-"""The planner over every model type that transformers has for the tasks: a plan or a refusal, never a traceback."""
+"""The planner over every model type that transformers has for the tasks: a plan or a refusal, never a
+traceback."""
 
 from __future__ import annotations
 
@@ -7,16 +8,27 @@ from typing import Any
 
 import pytest
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from launcher.errors import LauncherError
 from launcher.job.schema import Job
-from launcher.planning.positions import _BEHIND_PADDING, _KEYS, held
-from launcher.planning.preview import preview_job
+from launcher.planner.model.positions import _BEHIND_PADDING, _KEYS, held
+from launcher.planner.preview import preview_job
 from launcher.render.files import files
-from launcher.render.place import Place
+from launcher.render.launch_paths import Place
 
-KINDS = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "vit", "t5", "clip"})
+KINDS = sorted(
+    {
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "vit",
+        "t5",
+        "clip",
+    }
+)
 # Each is planned four times; all together take about 20 s.
 
 

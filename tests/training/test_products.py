@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from launcher.training import devices, products
+from launcher.training import cpu_half_matmul, devices
 from tests.training.ranks import on_ranks
 
 X86_WITHOUT = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "avx512_fp16": False, "amx_fp16": False}
@@ -26,16 +26,20 @@ X86_WITHOUT = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "avx512_fp
     ],
 )
 def test_units_of_a_processor(dtype: torch.dtype, capabilities: dict[str, Any], expected: bool) -> None:
-    assert products.has_units(dtype, capabilities) is expected
+    assert cpu_half_matmul.has_units(dtype, capabilities) is expected
 
 
-@pytest.mark.parametrize(("precision", "asked"), [("bf16", [torch.bfloat16]), ("fp16", [torch.float16]), ("fp32", [torch.float32])])
-def test_a_rank_on_a_cpu_asks_for_them(precision: str, asked: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("precision", "asked"), [("bf16", [torch.bfloat16]), ("fp16", [torch.float16]), ("fp32", [torch.float32])]
+)
+def test_a_rank_on_a_cpu_asks_for_them(
+    precision: str, asked: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The process group itself is left out: this is one process."""
     from tests.training.plans import plan_of
 
     seen: list[torch.dtype] = []
-    monkeypatch.setattr(products, "widen", seen.append)
+    monkeypatch.setattr(cpu_half_matmul, "widen", seen.append)
     monkeypatch.setattr(devices.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(devices.distributed, "get_world_size", lambda: 1)
     devices.start_process_group(plan_of("anywhere", 1, precision=precision))
@@ -43,13 +47,13 @@ def test_a_rank_on_a_cpu_asks_for_them(precision: str, asked: list[torch.dtype],
 
 
 def test_fp32_is_left_as_it_is() -> None:
-    assert products.widen(torch.float32) is False
-    assert not products._installed
+    assert cpu_half_matmul.widen(torch.float32) is False
+    assert not cpu_half_matmul._installed
 
 
 def _both_ways(dtype: torch.dtype) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     own = _results(dtype)
-    products._install()
+    cpu_half_matmul._install()
     return [(name, before, after) for (name, before), (_, after) in zip(own, _results(dtype), strict=True)]
 
 
@@ -57,9 +61,17 @@ def _results(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
     """Products that fit into a block and such as are cut along each side; with their gradients."""
     torch.manual_seed(0)
     found = []
-    for rows, inner, columns in ((64, 96, 200), (300, 96, 9000), (7, 9000, 30), (9000, 50, 60), (300, 1200, 1300)):
+    for rows, inner, columns in (
+        (64, 96, 200),
+        (300, 96, 9000),
+        (7, 9000, 30),
+        (9000, 50, 60),
+        (300, 1200, 1300),
+    ):
         scale = inner**-0.5
-        left, weight, bias = (torch.randn(shape).mul(scale).to(dtype) for shape in ((rows, inner), (columns, inner), (columns,)))
+        left, weight, bias = (
+            torch.randn(shape).mul(scale).to(dtype) for shape in ((rows, inner), (columns, inner), (columns,))
+        )
         for kind, arguments in (("addmm", (left, weight, bias)), ("mm", (left, weight))):
             leaves = [tensor.clone().requires_grad_() for tensor in arguments]
             output = functional.linear(*leaves)
@@ -73,7 +85,9 @@ def _results(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
     for masked in (False, True):
         query, key = (torch.randn(2, heads, 50, 16).to(dtype).requires_grad_() for heads in (6, 2))
         mask = torch.ones(50, 50, dtype=torch.bool).tril(3).triu(-9) if masked else None
-        output = functional.scaled_dot_product_attention(query, key, key, attn_mask=mask, is_causal=not masked, enable_gqa=True)
+        output = functional.scaled_dot_product_attention(
+            query, key, key, attn_mask=mask, is_causal=not masked, enable_gqa=True
+        )
         output.backward(torch.ones_like(output))
         found += [("attention", part) for part in (output.detach(), query.grad, key.grad) if part is not None]
     wide = torch.randn(40, 50)
@@ -84,7 +98,8 @@ def _results(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_same_numbers(dtype: torch.dtype) -> None:
-    """Sums in another order round differently now and then; attention rounds less often than PyTorch's kernel for half precision."""
+    """Sums in another order round differently now and then; attention rounds less often than PyTorch's kernel
+    for half precision."""
     compared = on_ranks(1, _both_ways, dtype)[0]
     assert len(compared) == 5 * 9 + 1 + 6 + 1
     for name, own, wide in compared:
@@ -95,7 +110,7 @@ def test_the_same_numbers(dtype: torch.dtype) -> None:
 
 
 def _refused() -> list[str]:
-    products._install()
+    cpu_half_matmul._install()
     half, wide = torch.ones(4, 300, dtype=torch.bfloat16), torch.ones(300, 5)
     found = []
     for work in (

@@ -19,13 +19,27 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.status import newest_checkpoint
 from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
-from tests.training.runs import Attempt, alter_passes, batch_of, curve, finish, named, new_run, plan_for, replan, start, state
+from tests.training.runs import (
+    Attempt,
+    alter_passes,
+    batch_of,
+    curve,
+    finish,
+    named,
+    new_run,
+    plan_for,
+    replan,
+    start,
+    state,
+)
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
 
 
-def short_of_memory(where: str, num_samples: int, step: int, rank: int, stop: StopRequest | None = None) -> None:
+def short_of_memory(
+    where: str, num_samples: int, step: int, rank: int, stop: StopRequest | None = None
+) -> None:
     """A hook: on rank 1 a pass of this step (counted from 1) with more samples than that runs out of memory."""
 
     def give_up(*_: Any) -> None:
@@ -73,7 +87,9 @@ def test_the_state_is_saved_by_all_and_goes_on_with_smaller_passes(
     (run.attempt(1)).mkdir(parents=True)
     hook = functools.partial(short_of_memory, where, 1, 6)
     run_out(start(run, 2, hook, cache=tmp_path / "cache"))
-    assert newest_checkpoint(run) == run.checkpoint(5) and [record["step"] for record in named(run, "saved")] == [5]
+    assert newest_checkpoint(run) == run.checkpoint(5) and [
+        record["step"] for record in named(run, "saved")
+    ] == [5]
     shutil.rmtree(run.attempts)
     replan(run, plan_for(model, unpacked(data), 2, 8, batch=batch_of(2, 1, 2), **engine))
     finish(run, 2, hook, cache=tmp_path / "cache")
@@ -81,11 +97,15 @@ def test_the_state_is_saved_by_all_and_goes_on_with_smaller_passes(
     for step, record in curve(base).items():
         found = curve(run)[step]
         assert found["sample_ids"] == record["sample_ids"]
-        assert (found["loss"], found["grad_norm"]) == pytest.approx((record["loss"], record["grad_norm"]), rel=1e-4)
+        assert (found["loss"], found["grad_norm"]) == pytest.approx(
+            (record["loss"], record["grad_norm"]), rel=1e-4
+        )
     assert run.finished
 
 
-def test_nothing_is_saved_twice_and_the_first_step_is_left_to_advice(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_nothing_is_saved_twice_and_the_first_step_is_left_to_advice(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     run = new_run(tmp_path / "run", plan_for(model, unpacked(data), 2, 8, checkpoint={"every": 2}))
     (run.attempt(1)).mkdir(parents=True)
     run_out(start(run, 2, functools.partial(short_of_memory, "forward", 0, 1)))
@@ -111,7 +131,8 @@ def job_of(path: Path, model: Path, data: dict[str, Any], micro: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("micro", "fits", "code", "tried"), [pytest.param(4, 1, 0, [4, 2, 1], marks=pytest.mark.very_slow), (2, 0, 4, [2, 1])]
+    ("micro", "fits", "code", "tried"),
+    [pytest.param(4, 1, 0, [4, 2, 1], marks=pytest.mark.very_slow), (2, 0, 4, [2, 1])],
 )
 def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
     micro: int,
@@ -125,7 +146,7 @@ def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from launcher.cli.main import main
-    from launcher.scheduling import local
+    from launcher.launch import local
 
     monkeypatch.setattr(local, "run", functools.partial(local.run, entry="tests.training.short_of_memory"))
     monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
@@ -136,7 +157,9 @@ def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
     run, output = RunDirectory(tmp_path / "run"), capsys.readouterr().err
     assert ended.value.code == code, output
     said = named(run, "cut")
-    assert [said[0]["before"], *(record["after"] for record in said)] == tried and {record["step"] for record in said} == {3}
+    assert [said[0]["before"], *(record["after"] for record in said)] == tried and {
+        record["step"] for record in said
+    } == {3}
     assert "ran out of memory in step 4; the state after step 3 is saved" in output
     assert run.last_attempt() == len(tried)
     if code == 0:
@@ -149,14 +172,18 @@ def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
 
 
 def test_what_was_not_saved_is_not_cut(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    from launcher.scheduling.cutting import cut
+    from launcher.launch.cutting import cut
 
     run = new_run(tmp_path / "run", plan_for(model, data, 1, 4))
     assert cut(run) is None
     (run.attempt(1)).mkdir(parents=True)
-    (run.attempt(1) / "failure.json").write_text(json.dumps({"failure_class": "out-of-memory", "rank": 0, "host": "n"}))
+    (run.attempt(1) / "failure.json").write_text(
+        json.dumps({"failure_class": "out-of-memory", "rank": 0, "host": "n"})
+    )
     run.metrics_file.write_text(json.dumps({"kind": "train", "step": 3, "loss": 1.0}) + "\n")
-    assert cut(run) is None, "killed by the host: the steps since the last save are gone, and it is said as ever"
+    assert cut(run) is None, (
+        "killed by the host: the steps since the last save are gone, and it is said as ever"
+    )
     run.checkpoint(2).mkdir(parents=True)
     (run.checkpoint(2) / "manifest.json").write_text("{}")
     assert cut(run) is None

@@ -1,4 +1,5 @@
-"""Stopped, moved to another number of ranks, evaluated, out of disk: a run goes on as if nothing had happened."""
+"""Stopped, moved to another number of ranks, evaluated, out of disk: a run goes on as if nothing had
+happened."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from launcher.errors import DataError, StorageError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import events
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory
@@ -96,7 +97,9 @@ def loaded_state(path: Path, rank: int, stop: StopRequest) -> None:
 
 
 @pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str, Any]) -> RunDirectory:
+def never_stopped(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str, Any]
+) -> RunDirectory:
     run = new_run(tmp_path_factory.mktemp("whole") / "run", plan(model, data))
     finish(run, 2)
     return run
@@ -123,7 +126,15 @@ def same(run: RunDirectory, other: RunDirectory) -> None:
         (functools.partial(asked_while_evaluating, 6), 6),
         (functools.partial(asked_while_evaluating, 8), 8),
     ],
-    ids=["training", "evaluation due", "last step", "before the first", "first evaluation", "evaluation", "last evaluation"],
+    ids=[
+        "training",
+        "evaluation due",
+        "last step",
+        "before the first",
+        "first evaluation",
+        "evaluation",
+        "last evaluation",
+    ],
 )
 def test_a_stop_anywhere_costs_nothing(
     hook: Any, step: int, never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
@@ -147,7 +158,9 @@ def test_a_stop_with_too_little_grace_begins_no_save(
     events.event(run.events_file, "saved", step=0, seconds=0.001, bytes=1)
     finish(run, 2, functools.partial(asked_after, 4, grace=0.0))
     [stopped] = named(run, "stopped")
-    assert stopped["step"] == 3 and stopped["num_steps_lost"] == 2 and "no save was begun" in stopped["reason"]
+    assert (
+        stopped["step"] == 3 and stopped["num_steps_lost"] == 2 and "no save was begun" in stopped["reason"]
+    )
     assert [stored.step for stored in list_checkpoints(run)] == [3]
     finish(run, 2)
     assert named(run, "resumed")[0]["step"] == 3
@@ -164,11 +177,19 @@ def test_with_grace_enough_it_saves(tmp_path: Path, model: Path, data: dict[str,
         assert named(run, "stopped")[0]["step"] == sum(steps)
 
 
-def test_a_checkpoint_after_an_evaluation_is_the_state(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    """An evaluation leaves the root unit gathered; what is saved then must be the shards, and neither may change the run."""
+def test_a_checkpoint_after_an_evaluation_is_the_state(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    """An evaluation leaves the root unit gathered; what is saved then must be the shards, and neither may
+    change the run."""
     often, seldom = (
-        new_run(tmp_path / name, plan(model, data, evaluate_every=every, checkpoint={"every": 1, "keep_last": 8}))
-        for name, every in (("often", {"value": 1, "unit": "steps"}), ("seldom", {"value": 100, "unit": "steps"}))
+        new_run(
+            tmp_path / name, plan(model, data, evaluate_every=every, checkpoint={"every": 1, "keep_last": 8})
+        )
+        for name, every in (
+            ("often", {"value": 1, "unit": "steps"}),
+            ("seldom", {"value": 100, "unit": "steps"}),
+        )
     )
     finish(often, 2)
     finish(seldom, 2)
@@ -180,7 +201,8 @@ def test_a_checkpoint_after_an_evaluation_is_the_state(tmp_path: Path, model: Pa
 
 
 def moved(source: RunDirectory, path: Path, plan: Plan) -> RunDirectory:
-    """The run continued elsewhere, on as many ranks as `plan` says; what it loads is compared with what was saved."""
+    """The run continued elsewhere, on as many ranks as `plan` says; what it loads is compared with what was
+    saved."""
     shutil.copytree(source.path, path)
     run = RunDirectory(path)
     replan(run, plan)
@@ -196,13 +218,21 @@ def sized(model: Path, data: dict[str, Any], world_size: int, num_steps: int) ->
 
 def compare(run: RunDirectory, whole: RunDirectory, tolerance: float) -> None:
     ours, theirs = curve(run), curve(whole)
-    assert [record["sample_ids"] for record in ours.values()] == [record["sample_ids"] for record in theirs.values()]
-    losses = [torch.tensor([record["loss"] for record in records.values()], dtype=torch.float64) for records in (ours, theirs)]
+    assert [record["sample_ids"] for record in ours.values()] == [
+        record["sample_ids"] for record in theirs.values()
+    ]
+    losses = [
+        torch.tensor([record["loss"] for record in records.values()], dtype=torch.float64)
+        for records in (ours, theirs)
+    ]
     torch.testing.assert_close(losses[0], losses[1], rtol=tolerance, atol=0)
 
 
 def test_two_ranks_go_on_as_three(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    run, whole = new_run(tmp_path / "two", sized(model, data, 2, 10)), new_run(tmp_path / "whole", sized(model, data, 2, 10))
+    run, whole = (
+        new_run(tmp_path / "two", sized(model, data, 2, 10)),
+        new_run(tmp_path / "whole", sized(model, data, 2, 10)),
+    )
     finish(run, 2, stop_at=4)
     finish(whole, 2)
     compare(moved(run, tmp_path / "three", sized(model, data, 3, 10)), whole, 1e-5)
@@ -220,7 +250,13 @@ def test_every_pair_of_world_sizes(tmp_path: Path, model: Path, data: dict[str, 
         for after in {1, 2, 3, 4} - {before}:
             run = moved(source, tmp_path / f"{before}-{after}", sized(model, data, after, 54))
             compare(run, whole, 1e-3)
-            worst = max(worst, *(abs(record["loss"] / curve(whole)[step]["loss"] - 1) for step, record in curve(run).items()))
+            worst = max(
+                worst,
+                *(
+                    abs(record["loss"] / curve(whole)[step]["loss"] - 1)
+                    for step, record in curve(run).items()
+                ),
+            )
     print(f"12 pairs of 1 to 4 ranks, 50 steps after the change: losses within {worst:.1e} of one process")
 
 
@@ -232,7 +268,11 @@ def test_changed_data_is_refused(tmp_path: Path, model: Path) -> None:
     before = file.read_bytes()
     file.write_bytes(before.replace(b"w1 ", b"w2 ", 1))
     [error] = start(run, 1).errors()
-    assert isinstance(error, DataError) and "changed since the run began" in str(error) and str(file) in str(error)
+    assert (
+        isinstance(error, DataError)
+        and "changed since the run began" in str(error)
+        and str(file) in str(error)
+    )
     file.write_bytes(before)
     finish(run, 1)
     assert run.finished
@@ -243,7 +283,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
     path = tmp_path / "disk"
     path.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True
+        ).returncode
+    ):
         pytest.skip("a small file system can be mounted by root alone")
     yield path
     for _ in range(50):
@@ -290,7 +335,12 @@ def _fill(path: Path) -> None:
 
 @pytest.mark.parametrize("whole_run", [False, True], ids=["checkpoints", "the whole run directory"])
 def test_a_full_disk_stops_no_training(
-    whole_run: bool, small_disk: Path, never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
+    whole_run: bool,
+    small_disk: Path,
+    never_stopped: RunDirectory,
+    tmp_path: Path,
+    model: Path,
+    data: dict[str, Any],
 ) -> None:
     # The one good checkpoint is never given up for a new one.
     wanted = plan(model, data, checkpoint={"every": 1, "keep_last": 1})
@@ -299,17 +349,24 @@ def test_a_full_disk_stops_no_training(
         run.checkpoints.symlink_to(small_disk, target_is_directory=True)
     finish(run, 2, functools.partial(fill_after, 3, small_disk), cache=tmp_path / "cache")
     failed = named(run, "save_failed")
-    assert [record["step"] for record in failed] == [4, 5] and all("no space left" in record["reason"].lower() for record in failed)
+    assert [record["step"] for record in failed] == [4, 5] and all(
+        "no space left" in record["reason"].lower() for record in failed
+    )
     assert [stored.step for stored in list_checkpoints(run)] == [8]
     same(run, never_stopped)
 
 
-def test_leaving_without_a_save_is_an_error(small_disk: Path, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_leaving_without_a_save_is_an_error(
+    small_disk: Path, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     """Stopped with everything saved is what 75 means; on a full disk that cannot be said."""
     run = new_run(tmp_path / "run", plan(model, data, checkpoint={"every": 2}))
     run.checkpoints.symlink_to(small_disk, target_is_directory=True)
     errors = start(run, 2, functools.partial(fill_after, 3, small_disk), stop_at=5).errors()
-    assert [type(error) for error in errors] == [StorageError, StorageError] and "step 5 could not be saved" in str(errors[0])
+    assert [type(error) for error in errors] == [
+        StorageError,
+        StorageError,
+    ] and "step 5 could not be saved" in str(errors[0])
     assert not named(run, "stopped") and [stored.step for stored in list_checkpoints(run)] == [2]
 
 

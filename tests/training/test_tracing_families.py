@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.planning.footprint.estimate import Estimator, estimator
-from launcher.planning.model_config import read_config
+from launcher.planner.memory.estimate import Estimator, estimator
+from launcher.planner.model.model_config import read_config
 from launcher.training import operations
 from tests.benchmarks.bench_memory import traced
 from tests.benchmarks.memory_cases import draw
@@ -43,7 +43,9 @@ def test_the_operations_of_a_token_are_those_of_the_chosen_experts(tmp_path: Pat
     }
     found = []
     for chosen in (2, 8):
-        config = AutoConfig.for_model("mixtral", **sizes, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=chosen)
+        config = AutoConfig.for_model(
+            "mixtral", **sizes, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=chosen
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         found.append(operations.flops_per_token(model, config, 0))

@@ -11,27 +11,34 @@ from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from launcher.planning.footprint.estimate import estimator
-from launcher.planning.messages import traffic
-from launcher.planning.model_config import read_config
-from launcher.planning.operations import Units
-from launcher.planning.plan import Plan
+from launcher.planner.memory.estimate import estimator
+from launcher.planner.model.model_config import read_config
+from launcher.planner.plan import Plan
+from launcher.planner.speed.collectives import traffic
+from launcher.planner.speed.flops import Units
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import attention
 from launcher.training.engines import build
+from launcher.training.model import attention
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.test_engine import Causal, _batch
 
 pytestmark = pytest.mark.distributed
-SIZES = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192}
+SIZES = {
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 192,
+}
 SMALL = 4096
 """Bytes of a message that is no parameter's and no gradient's: a norm, a flag."""
 
 
 class Received(TorchDispatchMode):
-    """Bytes that a rank receives of others, were every collective a ring: an all-reduce takes two turns of it."""
+    """Bytes that a rank receives of others, were every collective a ring: an all-reduce takes two turns of
+    it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,8 +47,13 @@ class Received(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, namespace = func._schema.name.split("::")[1], func._schema.name.split("::")[0]
         if namespace == "c10d" and ("gather" in name or "reduce" in name):
-            sizes = [tensor.nbytes for tensor in torch.utils._pytree.tree_leaves(args) if isinstance(tensor, torch.Tensor)]
-            # A gathering or a scattering has the whole and this rank's part of it; an all-reduce its tensors alone.
+            sizes = [
+                tensor.nbytes
+                for tensor in torch.utils._pytree.tree_leaves(args)
+                if isinstance(tensor, torch.Tensor)
+            ]
+            # A gathering or a scattering has the whole and this rank's part of it; an all-reduce its tensors
+            # alone.
             ranks, adds = distributed.get_world_size(), "allreduce" in name
             whole = sum(sizes) if adds else sum(sizes) * ranks / (ranks + 1)
             if whole > SMALL:
@@ -51,7 +63,9 @@ class Received(TorchDispatchMode):
 
 def received(plan: Plan) -> float:
     """Bytes of this rank's second step."""
-    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=attention.register(plan.attention))
+    config = AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    )
     engine = build(plan, Causal(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
     samples = [torch.arange(3, 40) % 250 for _ in range(plan.batch.micro_batch_size)]
     for _ in range(2):
@@ -67,7 +81,9 @@ def received(plan: Plan) -> float:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    AutoConfig.for_model("llama", vocab_size=256, tie_word_embeddings=False, **SIZES).save_pretrained(directory)
+    AutoConfig.for_model("llama", vocab_size=256, tie_word_embeddings=False, **SIZES).save_pretrained(
+        directory
+    )
     return directory
 
 
@@ -87,7 +103,14 @@ FROZEN = {"model__freeze": ("model.embed_tokens.*", "model.layers.0.*", "model.l
 def test_ranks_send_what_is_foreseen(cut: str, passes: int, frozen: bool, model: Path) -> None:
     if "ZeRO" in cut:
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    plan = plan_of(model, 2, batch=_batch(2, 6 // passes), model__weights="random", **CUTS[cut], **(FROZEN if frozen else {}))
+    plan = plan_of(
+        model,
+        2,
+        batch=_batch(2, 6 // passes),
+        model__weights="random",
+        **CUTS[cut],
+        **(FROZEN if frozen else {}),
+    )
     foreseen = traffic(plan, units_of(plan)).received
     counted, _ = on_ranks(2, received, plan)
     assert foreseen == pytest.approx(counted, rel=0.01)

@@ -1,4 +1,5 @@
-"""What goes wrong in the numbers, and what the run makes of it: skipped steps, loss scales, early stops, trackers that fail."""
+"""What goes wrong in the numbers, and what the run makes of it: skipped steps, loss scales, early stops,
+trackers that fail."""
 
 from __future__ import annotations
 
@@ -14,7 +15,18 @@ import torch
 from launcher.errors import ConfigurationError, DivergedError
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.training.signals import StopRequest
-from tests.training.runs import alter_passes, assert_equal, curve, evaluations, finish, named, new_run, plan_for, start, state
+from tests.training.runs import (
+    alter_passes,
+    assert_equal,
+    curve,
+    evaluations,
+    finish,
+    named,
+    new_run,
+    plan_for,
+    start,
+    state,
+)
 
 pytestmark = pytest.mark.distributed
 EVERY_STEP = {"every": 1, "keep_last": 20}
@@ -43,14 +55,19 @@ def keep_local(path: Path, inner: Any, rank: int, stop: StopRequest) -> None:
     finish_run = Trainer._finish
 
     def noted(self: Trainer) -> None:
-        torch.save({name: getattr(t, "to_local", lambda t=t: t)() for name, t in self.engine.state_dict().items()}, path / f"{rank}.pt")
+        torch.save(
+            {name: getattr(t, "to_local", lambda t=t: t)() for name, t in self.engine.state_dict().items()},
+            path / f"{rank}.pt",
+        )
         finish_run(self)
 
     Trainer._finish = noted  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
-def test_one_bad_rank_makes_all_skip_the_step(what: str, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_one_bad_rank_makes_all_skip_the_step(
+    what: str, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     plan = plan_for(model, data, 2, 6, mesh__replicate=2, mesh__shard=1, checkpoint=EVERY_STEP)
     run = new_run(tmp_path / "run", plan)
     finish(run, 2, functools.partial(keep_local, tmp_path, functools.partial(poisoned, what, (4,))))
@@ -65,7 +82,9 @@ def test_one_bad_rank_makes_all_skip_the_step(what: str, tmp_path: Path, model: 
     assert run.finished
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run_also_over_a_stop(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_too_many_bad_steps_in_a_row_end_the_run_also_over_a_stop(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     hook = functools.partial(poisoned, "loss", (2, 4, 5, 6, 7))
     run = new_run(tmp_path / "run", plan_for(model, data, 2, 8, training={"skip_nonfinite": 2}))
     finish(run, 2, hook, stop_at=5)
@@ -83,9 +102,19 @@ def first_scale(value: float, rank: int, stop: StopRequest) -> None:
     trainer.LossScale = functools.partial(LossScale, value=value)  # type: ignore[misc,assignment]
 
 
-def test_a_loss_scale_too_large_is_halved_until_it_fits(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_a_loss_scale_too_large_is_halved_until_it_fits(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     """From 2^30 gradients overflow fp16; no such step counts as a fault of the model (skip_nonfinite is 0)."""
-    plan = plan_for(model, data, 2, 24, precision="fp16", training={"skip_nonfinite": 0, "learning_rate": 3e-3}, checkpoint=EVERY_STEP)
+    plan = plan_for(
+        model,
+        data,
+        2,
+        24,
+        precision="fp16",
+        training={"skip_nonfinite": 0, "learning_rate": 3e-3},
+        checkpoint=EVERY_STEP,
+    )
     run = new_run(tmp_path / "run", plan)
     finish(run, 2, functools.partial(first_scale, 2.0**30))
     overflows = [step for step, record in curve(run).items() if not math.isfinite(record["grad_norm"])]
@@ -93,7 +122,9 @@ def test_a_loss_scale_too_large_is_halved_until_it_fits(tmp_path: Path, model: P
     assert all(math.isfinite(record["loss"]) for record in curve(run).values())
     assert not named(run, "skipped")
     [last] = [stored for stored in list_checkpoints(run) if stored.step == 24]
-    assert last.manifest is not None and last.manifest.progress.extra["loss_scale"] == 2.0 ** (30 - len(overflows))
+    assert last.manifest is not None and last.manifest.progress.extra["loss_scale"] == 2.0 ** (
+        30 - len(overflows)
+    )
     assert float(state(run, 24)["optimizer.step"]) == 24 - len(overflows)
     assert evaluations(run)[24]["loss"] < evaluations(run)[0]["loss"] - 0.1
 
@@ -115,30 +146,58 @@ def test_patience_stops_and_the_best_is_kept(tmp_path: Path, model: Path, data: 
     losses = {0: 1.0, 2: 5.0, 4: 3.0, 6: 3.5, 8: 2.95, 10: 0.0}
     training = {"early_stopping": {"metric": "loss", "patience": 2, "minimum_delta": 0.1}}
     checkpoint = {"every": 3, "keep_last": 1, "keep_best": 1}
-    plan = plan_for(model, data, 1, 12, training=training, checkpoint=checkpoint, evaluate_every={"value": 2, "unit": "steps"})
+    plan = plan_for(
+        model,
+        data,
+        1,
+        12,
+        training=training,
+        checkpoint=checkpoint,
+        evaluate_every={"value": 2, "unit": "steps"},
+    )
     run = new_run(tmp_path / "run", plan)
     finish(run, 1, functools.partial(measured, losses))
     assert run.finished and list(curve(run)) == list(range(1, 9))
     [stopped] = named(run, "early_stopping")
     assert (stopped["step"], stopped["metric"], stopped["best"]) == (8, "loss", 3.0)
-    assert [stored.step for stored in list_checkpoints(run)] == [8]  # 2.95 is the best, though not by enough for patience
+    assert [stored.step for stored in list_checkpoints(run)] == [
+        8
+    ]  # 2.95 is the best, though not by enough for patience
     assert {record["step"] for record in named(run, "saved")} == {2, 3, 4, 6, 8}
 
 
-def test_a_best_checkpoint_is_one_that_was_measured(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    """Checkpoints between evaluations carry no metrics, so that none is the best by what another one achieved."""
+def test_a_best_checkpoint_is_one_that_was_measured(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    """Checkpoints between evaluations carry no metrics, so that none is the best by what another one
+    achieved."""
     losses = {0: 9.0, 2: 1.0, 4: 3.0, 6: 2.0}
     checkpoint = {"every": 1, "keep_last": 2, "keep_best": 1}
-    run = new_run(tmp_path / "run", plan_for(model, data, 1, 6, checkpoint=checkpoint, evaluate_every={"value": 2, "unit": "steps"}))
+    run = new_run(
+        tmp_path / "run",
+        plan_for(model, data, 1, 6, checkpoint=checkpoint, evaluate_every={"value": 2, "unit": "steps"}),
+    )
     finish(run, 1, functools.partial(measured, losses))
-    kept = {stored.step: stored.manifest.metrics.get("loss") for stored in list_checkpoints(run) if stored.manifest}
+    kept = {
+        stored.step: stored.manifest.metrics.get("loss")
+        for stored in list_checkpoints(run)
+        if stored.manifest
+    }
     assert kept == {2: 1.0, 5: None, 6: 2.0}
 
 
-def test_patience_with_an_unknown_metric_is_refused_before_the_first_step(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    run = new_run(tmp_path / "run", plan_for(model, data, 1, 4, training={"early_stopping": {"metric": "bleu"}}))
+def test_patience_with_an_unknown_metric_is_refused_before_the_first_step(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    run = new_run(
+        tmp_path / "run", plan_for(model, data, 1, 4, training={"early_stopping": {"metric": "bleu"}})
+    )
     [error] = start(run, 1).errors()
-    assert isinstance(error, ConfigurationError) and "training.early_stopping.metric" in str(error) and "perplexity" in str(error)
+    assert (
+        isinstance(error, ConfigurationError)
+        and "training.early_stopping.metric" in str(error)
+        and "perplexity" in str(error)
+    )
     assert not curve(run)
 
 
@@ -174,7 +233,9 @@ def failing_tracker(path: Path, where: str, rank: int, stop: StopRequest) -> Non
 
 
 @pytest.mark.parametrize(("where", "told"), [("start", None), ("log", ["0", "1"])])
-def test_a_tracker_that_fails_is_left_out(where: str, told: Any, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+def test_a_tracker_that_fails_is_left_out(
+    where: str, told: Any, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
     run = new_run(tmp_path / "run", plan_for(model, data, 1, 3, trackers=("tensorboard",)))
     finish(run, 1, functools.partial(failing_tracker, tmp_path / "told", where))
     assert run.finished and list(curve(run)) == [1, 2, 3]
@@ -185,6 +246,9 @@ def test_a_tracker_that_fails_is_left_out(where: str, told: Any, tmp_path: Path,
 
 
 def test_saves_by_the_clock_are_those_of_rank_0(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    run = new_run(tmp_path / "run", plan_for(model, data, 2, 4, checkpoint={"every": {"value": 1e-6, "unit": "seconds"}, "async": False}))
+    run = new_run(
+        tmp_path / "run",
+        plan_for(model, data, 2, 4, checkpoint={"every": {"value": 1e-6, "unit": "seconds"}, "async": False}),
+    )
     finish(run, 2)
     assert [record["step"] for record in named(run, "saved")] == [1, 2, 3, 4]

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from launcher.runs import events
-from launcher.training.tracking import Journal
+from launcher.training.reporting.tracking import Journal
 
 
-def test_lines_wait_for_better_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_wait_for_better_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     append, full = events.append, [False]
 
     def refusing(path: Path, record: dict[str, Any]) -> None:
@@ -28,5 +30,8 @@ def test_lines_wait_for_better_times(tmp_path: Path, monkeypatch: pytest.MonkeyP
     journal.event(tmp_path / "odd", "saved", step=7)
     assert [record["number"] for record in events.read(tmp_path / "even")] == [0, 2, 4]
     odd = list(events.read(tmp_path / "odd"))
-    assert [record.get("number") for record in odd] == [1, 3, 5, None] and (odd[-1]["event"], odd[-1]["step"]) == ("saved", 7)
+    assert [record.get("number") for record in odd] == [1, 3, 5, None] and (
+        odd[-1]["event"],
+        odd[-1]["step"],
+    ) == ("saved", 7)
     assert caplog.text.count("No space left on device") == 1

@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
-from launcher.planning.plan import Plan
-from tests.training.runs import assert_equal, curve, evaluations, finish, model_directory, new_run, plan_for, state, write_rows
+from launcher.planner.plan import Plan
+from tests.training.runs import (
+    assert_equal,
+    curve,
+    evaluations,
+    finish,
+    model_directory,
+    new_run,
+    plan_for,
+    state,
+    write_rows,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -17,7 +27,9 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two layers with dropout."""
-    return model_directory(tmp_path_factory.mktemp("encoder"), "bert", "AutoModel", num_hidden_layers=2, initializer_range=0.1)
+    return model_directory(
+        tmp_path_factory.mktemp("encoder"), "bert", "AutoModel", num_hidden_layers=2, initializer_range=0.1
+    )
 
 
 def rows(problem: str, num_rows: int = 96) -> list[dict[str, Any]]:
@@ -26,24 +38,42 @@ def rows(problem: str, num_rows: int = 96) -> list[dict[str, Any]]:
     found = []
     for _ in range(num_rows):
         kind = generator.randrange(3)
-        words = [f"w{generator.randrange(kind * 40, kind * 40 + 40)}" for _ in range(generator.randrange(3, 21))]
-        label: Any = {"single-label": f"kind {kind}", "multi-label": ["many", "low"] if kind else ["low"], "regression": kind - 1.0}[
-            problem
+        words = [
+            f"w{generator.randrange(kind * 40, kind * 40 + 40)}" for _ in range(generator.randrange(3, 21))
         ]
+        label: Any = {
+            "single-label": f"kind {kind}",
+            "multi-label": ["many", "low"] if kind else ["low"],
+            "regression": kind - 1.0,
+        }[problem]
         found.append({"text": " ".join(words), "label": label})
     return found
 
 
 def plan_of(encoder: Path, directory: Path, problem: str, num_steps: int) -> Plan:
     source = write_rows(directory / "rows.jsonl", rows(problem))
-    data = {"train": source, "evaluation": source, "text": "text", "label": "label", "problem": problem, "max_length": 32, "num_workers": 1}
+    data = {
+        "train": source,
+        "evaluation": source,
+        "text": "text",
+        "label": "label",
+        "problem": problem,
+        "max_length": 32,
+        "num_workers": 1,
+    }
     batch = {"global_batch_size": 16, "micro_batch_size": 8, "accumulation_steps": 1, "data_parallel_size": 2}
-    changes = {"model__task": "sequence-classification", "task": "sequence-classification", "attention": "sdpa", "batch": batch}
+    changes = {
+        "model__task": "sequence-classification",
+        "task": "sequence-classification",
+        "attention": "sdpa",
+        "batch": batch,
+    }
     return plan_for(encoder, data, 2, num_steps, training={"learning_rate": 2e-3}, **changes)
 
 
 @pytest.mark.parametrize(
-    ("problem", "metric", "wanted"), [("single-label", "accuracy", 0.9), ("multi-label", "f1_micro", 0.9), ("regression", "pearson", 0.8)]
+    ("problem", "metric", "wanted"),
+    [("single-label", "accuracy", 0.9), ("multi-label", "f1_micro", 0.9), ("regression", "pearson", 0.8)],
 )
 def test_it_learns(problem: str, metric: str, wanted: float, encoder: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", plan_of(encoder, tmp_path, problem, 24))
@@ -54,7 +84,10 @@ def test_it_learns(problem: str, metric: str, wanted: float, encoder: Path, tmp_
 
 
 def test_dropout_does_not_know_of_a_stop(encoder: Path, tmp_path: Path) -> None:
-    whole, stopped = (new_run(tmp_path / name, plan_of(encoder, tmp_path, "single-label", 6)) for name in ("whole", "stopped"))
+    whole, stopped = (
+        new_run(tmp_path / name, plan_of(encoder, tmp_path, "single-label", 6))
+        for name in ("whole", "stopped")
+    )
     finish(whole, 2)
     finish(stopped, 2, stop_at=3)
     finish(stopped, 2)

@@ -70,7 +70,8 @@ def add(target: Path, other: Path, generator: random.Random) -> str:
 
 
 def mix(target: Path, other: Path, generator: random.Random) -> str:
-    """A file of another step or another run: old metadata over new shards, a foreign shard, a foreign manifest."""
+    """A file of another step or another run: old metadata over new shards, a foreign shard, a foreign
+    manifest."""
     source = _any_file(other, generator)
     shutil.copyfile(source, target / source.name)
     return f"{source.name} taken from {other}"
@@ -104,7 +105,9 @@ def shift(target: Path, other: Path, generator: random.Random) -> str:
     path = _any_file(target, generator)
     content = bytearray(path.read_bytes())
     begin, length = generator.randrange(len(content)), generator.randrange(1, 64)
-    content[begin : begin + generator.choice([0, length])] = generator.choice([b"", generator.randbytes(length)])
+    content[begin : begin + generator.choice([0, length])] = generator.choice(
+        [b"", generator.randbytes(length)]
+    )
     path.write_bytes(content)
     return f"{path.name} shifted at {begin}"
 
@@ -115,7 +118,10 @@ def swap_pages(target: Path, other: Path, generator: random.Random) -> str:
     content = bytearray(path.read_bytes())
     length = min(PAGE_BYTES, len(content) // 2)
     first, second = 0, generator.randrange(length, len(content) - length + 1)
-    content[first : first + length], content[second : second + length] = content[second : second + length], content[first : first + length]
+    content[first : first + length], content[second : second + length] = (
+        content[second : second + length],
+        content[first : first + length],
+    )
     path.write_bytes(content)
     return f"pages at {first} and {second} of {path.name} swapped"
 
@@ -137,7 +143,10 @@ def empty(target: Path, other: Path, generator: random.Random) -> str:
 
 def rename(target: Path, other: Path, generator: random.Random) -> str:
     path = _any_file(target, generator)
-    path.rename(target / generator.choice([path.name.upper() + "_", f"{path.name}~", f"{path.name} (1)", f".{path.name}"]))
+    path.rename(
+        target
+        / generator.choice([path.name.upper() + "_", f"{path.name}~", f"{path.name} (1)", f".{path.name}"])
+    )
     return f"{path.name} renamed"
 
 
@@ -151,16 +160,32 @@ def replace(target: Path, other: Path, generator: random.Random) -> str:
     elif kind == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to({"link to nothing": "nowhere", "link to itself": path.name, "device": "/dev/zero"}[kind])
+        path.symlink_to(
+            {"link to nothing": "nowhere", "link to itself": path.name, "device": "/dev/zero"}[kind]
+        )
     return f"{path.name} made a {kind}"
 
 
 def rewrite_manifest(target: Path, other: Path, generator: random.Random) -> str:
-    """A manifest of other content, with the right hash of itself: valid JSON all the way, and not what was written."""
+    """A manifest of other content, with the right hash of itself: valid JSON all the way, and not what was
+    written."""
     path = target / MANIFEST_NAME
     content = json.loads(path.read_text())
     content.pop("manifest_xxh3_128")
-    key = generator.choice(["step", "run_id", "files", "progress", "format", "world_size", "created", "metrics", "mesh", "a file"])
+    key = generator.choice(
+        [
+            "step",
+            "run_id",
+            "files",
+            "progress",
+            "format",
+            "world_size",
+            "created",
+            "metrics",
+            "mesh",
+            "a file",
+        ]
+    )
     if key == "a file":
         content["files"].pop(generator.choice(sorted(content["files"])))
     else:
@@ -196,7 +221,8 @@ KINDS: list[Callable[[Path, Path, random.Random], str]] = [
 
 
 def damage(target: Path, others: list[Path], generator: random.Random) -> str:
-    """Damage a checkpoint in one random way and say how; `others` lend files. The bytes are never left as they were."""
+    """Damage a checkpoint in one random way and say how; `others` lend files. The bytes are never left as
+    they were."""
     before = _state(target)
     while True:
         what = generator.choice(KINDS)(target, generator.choice(others), generator)
@@ -205,6 +231,9 @@ def damage(target: Path, others: list[Path], generator: random.Random) -> str:
 
 
 def _state(directory: Path) -> dict[str, tuple[int, bytes]]:
-    """Names, kinds and bytes; a link counts as a change, lest the next damage be done through it to another checkpoint."""
+    """Names, kinds and bytes; a link counts as a change, lest the next damage be done through it to another
+    checkpoint."""
     modes = {path: stat.S_IFMT(path.lstat().st_mode) for path in directory.iterdir()}
-    return {path.name: (mode, path.read_bytes() if mode == stat.S_IFREG else b"") for path, mode in modes.items()}
+    return {
+        path.name: (mode, path.read_bytes() if mode == stat.S_IFREG else b"") for path, mode in modes.items()
+    }

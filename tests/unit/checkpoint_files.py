@@ -36,6 +36,8 @@ def write_checkpoint(run: RunDirectory, step: int, metrics: dict[str, float] | N
         created=1.5,
         progress=Progress(step=step, samples=8 * step, tokens=9 * step),
         metrics=metrics or {},
-        files={name: FileRecord(bytes=size, xxh3_128=hash_file(attempt / name)) for name, size in SIZES.items()},
+        files={
+            name: FileRecord(bytes=size, xxh3_128=hash_file(attempt / name)) for name, size in SIZES.items()
+        },
     )
     return commit(run, attempt, manifest)

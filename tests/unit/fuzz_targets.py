@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """What is fuzzed: a folder with every kind of file that launcher reads, one of them spoilt, and the commands that read it.
 
 A command may refuse with an error of launcher's own, and must not do anything else: no traceback, no hang.
@@ -47,11 +46,18 @@ JOB = {
 CHAT = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": [{"type": "text", "text": "hi"}]},
-    {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+    },
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "two", "weight": 1},
 ]
-ROWS = [{"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, {"messages": json.dumps(CHAT)}]
+ROWS = [
+    {"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+    {"messages": json.dumps(CHAT)},
+]
 DEEPSPEED = {
     "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0, "bf16": {"enabled": True},
     "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8},
@@ -86,13 +92,30 @@ EVENTS: list[dict[str, Any]] = [
         "fill": 0.5,
         "dropped": {"empty": 1},
     },
-    {"time": 1e9, "event": "training", "first_step": 0, "total_steps": 9, "num_parameters": 99, "flops_per_token": 9.5},
+    {
+        "time": 1e9,
+        "event": "training",
+        "first_step": 0,
+        "total_steps": 9,
+        "num_parameters": 99,
+        "flops_per_token": 9.5,
+    },
     {"time": 1e9, "event": "evaluated", "step": 2, "metrics": {"loss": 1.5}},
-    {"time": 1e9, "event": "compared", "measured": {"tokens_per_second": 9.0, "phases": {"a": 1}}, "expected": {"phases": {"a": 1}}},
+    {
+        "time": 1e9,
+        "event": "compared",
+        "measured": {"tokens_per_second": 9.0, "phases": {"a": 1}},
+        "expected": {"phases": {"a": 1}},
+    },
     {"time": 1e9, "event": "saved", "step": 2, "seconds": 1.0, "bytes": 99},
     {"time": 1e9, "event": "plan_changed", "changes": [{"key": "a", "before": 1, "after": 2}]},
     {"time": 1e9, "event": "stopping", "signal": "SIGTERM", "grace_seconds": 30.0},
-    {"time": 1e9, "event": "failed", "attempt": 1, "failure": {"cause": "x", "failure_class": "internal", "exit_code": 1, "rank": 0}},
+    {
+        "time": 1e9,
+        "event": "failed",
+        "attempt": 1,
+        "failure": {"cause": "x", "failure_class": "internal", "exit_code": 1, "rank": 0},
+    },
 ]
 METRICS: list[dict[str, Any]] = [
     {"kind": "train", "step": step, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "num_samples": 8, "num_tokens": 99,
@@ -126,7 +149,13 @@ class Target:
         return isinstance(self.content, str)
 
 
-_SEEN = (("status", "run", "--json"), ("status", "run"), ("list", "."), ("checkpoint", "list", "run"), ("logs", "run"))
+_SEEN = (
+    ("status", "run", "--json"),
+    ("status", "run"),
+    ("list", "."),
+    ("checkpoint", "list", "run"),
+    ("logs", "run"),
+)
 TARGETS: dict[str, Target] = {
     "job": Target("job.yaml", JOB, (("validate", "job.yaml"), ("plan", "job.yaml"), ("render", "job.yaml", "--out", "rendered"))),
     "config": Target("model/config.json", CONFIG, (("validate", "job.yaml"), ("plan", "job.yaml", "--json"))),
@@ -158,7 +187,9 @@ def written(content: Any, name: str) -> bytes:
     if isinstance(content, str):
         return content.encode("utf-8", errors="surrogatepass")
     if name.endswith(".jsonl"):
-        return "".join(json.dumps(entry) + "\n" for entry in (content if isinstance(content, list) else [content])).encode()
+        return "".join(
+            json.dumps(entry) + "\n" for entry in (content if isinstance(content, list) else [content])
+        ).encode()
     if name.endswith(".yaml"):
         return yaml.safe_dump(content, sort_keys=False).encode("utf-8", errors="surrogatepass")
     return json.dumps(content).encode()
@@ -167,7 +198,7 @@ def written(content: Any, name: str) -> bytes:
 def make_folder(folder: Path) -> None:
     """Every file as it should be, in the working directory."""
     from launcher.job.load import load
-    from launcher.planning.search import plan_job as decide
+    from launcher.planner.search import plan_job as decide
 
     for target in TARGETS.values():
         (folder / target.file).parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +219,11 @@ def make_folder(folder: Path) -> None:
 def content_of(name: str, folder: Path) -> Any:
     """What a target's file holds before it is spoilt."""
     target = TARGETS[name]
-    return json.loads((folder / target.file).read_text()) if target.content is None else json.loads(json.dumps(target.content))
+    return (
+        json.loads((folder / target.file).read_text())
+        if target.content is None
+        else json.loads(json.dumps(target.content))
+    )
 
 
 def spoil(name: str, content: Any, generator: random.Random) -> bytes:
@@ -301,7 +336,9 @@ def check_replaced(name: str, kind: str, folder: Path) -> None:
             with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listening:
                 listening.bind(path.name)
         elif kind != "directory":
-            path.symlink_to({"device": "/dev/zero", "link to nothing": "nowhere", "link to itself": path.name}[kind])
+            path.symlink_to(
+                {"device": "/dev/zero", "link to nothing": "nowhere", "link to itself": path.name}[kind]
+            )
         for command in TARGETS[name].commands:
             _call(command, cli.main)
 
@@ -310,7 +347,12 @@ def _call(command: tuple[str, ...], call: Callable[[list[str]], None]) -> float:
     """How long a command took, in seconds, which may refuse, and must not raise nor hang."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     began = time.monotonic()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limited(SECONDS), contextlib.suppress(SystemExit):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        limited(SECONDS),
+        contextlib.suppress(SystemExit),
+    ):
         call(list(command))
     taken = time.monotonic() - began
     said = b"".join(stream.buffer.getvalue() for stream in (out, err))  # type: ignore[attr-defined]

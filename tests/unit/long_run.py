@@ -1,4 +1,5 @@
-"""A run of as many steps as one likes, made in seconds: the files that its ranks and launchers would have left."""
+"""A run of as many steps as one likes, made in seconds: the files that its ranks and launchers would have
+left."""
 
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ STEPS_UNKEPT = 3_000
 
 
 def step_line(step: int, attempt: int = 1, total: bool = True) -> str:
-    """A record as the trainer writes it, 270 bytes; without the running count of tokens as it was before there was one."""
+    """A record as the trainer writes it, 270 bytes; without the running count of tokens as it was before
+    there was one."""
     so_far = f'"tokens_so_far": {4096 * step}, ' if total else ""
     return (
-        f'{{"kind": "train", "step": {step}, "loss": {11 - step % 1009 / 1009 - attempt / 8}, "grad_norm": 1.8125, "learning_rate": 1e-4, '
-        f'"num_samples": 16, "num_tokens": 4096, {so_far}"tokens_per_second": 20480.1, "peak_memory_bytes": 2147483648, '
+        f'{{"kind": "train", "step": {step}, "loss": {11 - step % 1009 / 1009 - attempt / 8}, '
+        '"grad_norm": 1.8125, "learning_rate": 1e-4, '
+        f'"num_samples": 16, "num_tokens": 4096, {so_far}"tokens_per_second": 20480.1, '
+        '"peak_memory_bytes": 2147483648, '
         f'"sample_ids": "0123456789abcdef", "time": {BEGAN + step / 5:.3f}}}\n'
     )
 
@@ -43,14 +47,38 @@ def events_of(steps: range, attempt: int = 1) -> list[dict[str, Any]]:
             "files": [{}],
             "num_items": 9,
         },
-        {"time": now, "event": "training", "first_step": steps.start - 1, "total_steps": 2 * steps.stop, "num_parameters": 7},
+        {
+            "time": now,
+            "event": "training",
+            "first_step": steps.start - 1,
+            "total_steps": 2 * steps.stop,
+            "num_parameters": 7,
+        },
     ]
     for step in range(steps.start, steps.stop):
         if step % 100 == 0:
-            found.append({"time": BEGAN + step / 5, "event": "phase", "phase": "evaluating", "done": 0, "total": 9, "unit": "batches"})
-            found.append({"time": BEGAN + step / 5, "event": "evaluated", "step": step, "metrics": {"loss": 9 - step % 777 / 777}})
+            found.append(
+                {
+                    "time": BEGAN + step / 5,
+                    "event": "phase",
+                    "phase": "evaluating",
+                    "done": 0,
+                    "total": 9,
+                    "unit": "batches",
+                }
+            )
+            found.append(
+                {
+                    "time": BEGAN + step / 5,
+                    "event": "evaluated",
+                    "step": step,
+                    "metrics": {"loss": 9 - step % 777 / 777},
+                }
+            )
         if step % 50 == 0:
-            found.append({"time": BEGAN + step / 5, "event": "saved", "step": step, "seconds": 2.5, "bytes": 10**9})
+            found.append(
+                {"time": BEGAN + step / 5, "event": "saved", "step": step, "seconds": 2.5, "bytes": 10**9}
+            )
     return found
 
 
@@ -60,7 +88,8 @@ def write_events(run: RunDirectory, events: list[dict[str, Any]]) -> None:
 
 
 def long_run(path: Path, num_steps: int, kept: bool = True, num_log_lines: int = 0) -> RunDirectory:
-    """A run of one attempt, with a plan, two checkpoints and a log; `kept`: as rank 0 keeps what its files come to.
+    """A run of one attempt, with a plan, two checkpoints and a log; `kept`: as rank 0 keeps what its files
+    come to.
 
     Where a run was planned at `path`, it is this one.
     """
@@ -68,7 +97,9 @@ def long_run(path: Path, num_steps: int, kept: bool = True, num_log_lines: int =
     if not run.plan_file.exists():
         run.plan_file.write_text(plan().to_json(), encoding="utf-8")
     run.attempt(1).mkdir(parents=True)
-    (run.attempt(1) / "rank-0.log").write_text("".join(f"a line of the log, the {n}th\n" for n in range(num_log_lines)), encoding="utf-8")
+    (run.attempt(1) / "rank-0.log").write_text(
+        "".join(f"a line of the log, the {n}th\n" for n in range(num_log_lines)), encoding="utf-8"
+    )
     for step in (num_steps - 50, num_steps):
         write_checkpoint(run, step, {"loss": 1.0})
     middle = max(0, num_steps - STEPS_UNKEPT) if kept else num_steps

@@ -30,7 +30,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def filled(root: Path) -> Path:
-    """Three data sets of 1,000 bytes, used 3, 2 and 1 days ago, an unpacked model, compiled operators, and what a killed process left."""
+    """Three data sets of 1,000 bytes, used 3, 2 and 1 days ago, an unpacked model, compiled operators, and
+    what a killed process left."""
     for days, name in zip((3, 2, 1), NAMES, strict=False):
         entry(root / "data" / name, days)
     entry(root / "models" / "small", 9)
@@ -66,7 +67,9 @@ def test_what_is_there_is_listed_the_newest_first(filled: Path, capsys: pytest.C
     assert call("cache", "list", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["bytes"] == 6000 and [e["kind"] for e in listed["entries"]].count("data") == 3
-    assert [e["name"] for e in listed["entries"] if e["in_use"]] == [NAMES[1]] and listed["entries"][0]["name"] == NAMES[1]
+    assert [e["name"] for e in listed["entries"] if e["in_use"]] == [NAMES[1]] and listed["entries"][0][
+        "name"
+    ] == NAMES[1]
     with_hold.release()
 
 
@@ -91,14 +94,19 @@ def test_what_is_old_goes_or_what_was_used_least_recently(
     before, unfinished = left(filled), f".{NAMES[3]}-x_1y"
     assert call("cache", "prune", *arguments, "--dry-run", "--json") == 0
     would = json.loads(capsys.readouterr().out)
-    assert left(filled) == before and {e["name"] for e in would["removed"]} - {"extensions"} == gone | {unfinished}
+    assert left(filled) == before and {e["name"] for e in would["removed"]} - {"extensions"} == gone | {
+        unfinished
+    }
     assert call("cache", "prune", *arguments) == 0
     assert left(filled) == before - gone - {unfinished}
     assert f"{would['freed_bytes'] // 1000} kB freed" in capsys.readouterr().out
 
 
 def test_what_a_process_uses_stays_until_the_process_ends(filled: Path) -> None:
-    code = "import sys, pathlib; from launcher.runs import cache; held = cache.hold(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    code = (
+        "import sys, pathlib; from launcher.runs import cache; held = "
+        "cache.hold(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    )
     command = [sys.executable, "-c", code, str(filled / "data" / NAMES[0])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
         assert user.stdout is not None and user.stdout.readline()
@@ -124,7 +132,9 @@ def test_using_something_is_noted(filled: Path) -> None:
     assert found[0].name == NAMES[0] and time.time() - found[0].last_used < 60 and not found[0].in_use
 
 
-def test_who_comes_while_it_is_removed_holds_what_comes_after(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_comes_while_it_is_removed_holds_what_comes_after(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = filled / "data" / NAMES[0]
     flock, removed = fcntl.flock, []
 
@@ -166,12 +176,17 @@ def test_without_locks_only_what_was_not_used_for_a_week_goes(filled: Path, with
         cache.hold(path)
     for path in (old, old.with_name(f"{old.name}.used")):
         age(path, 8)
-    assert {entry.name: entry.in_use for entry in cache.entries(("data",)) if entry.name in NAMES[:2]} == {NAMES[0]: False, NAMES[1]: True}
+    assert {entry.name: entry.in_use for entry in cache.entries(("data",)) if entry.name in NAMES[:2]} == {
+        NAMES[0]: False,
+        NAMES[1]: True,
+    }
     assert call("cache", "prune", "--max-size", "0") == 0
     assert not old.exists() and (filled / "data" / NAMES[1]).exists()
 
 
-def test_a_cache_that_cannot_be_written_is_used_without_a_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_used_without_a_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "launcher").write_text("a file")
     cache.hold(tmp_path / "launcher" / "data" / NAMES[0]).release()
 
@@ -185,7 +200,15 @@ def test_a_path_outside_the_cache_is_not_held(root: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("20GB", 20 * 10**9), ("1.5 TB", 1.5 * 10**12), ("512MiB", 512 << 20), ("7", 7), ("3kB", 3000), ("2KiB", 2048), ("x", None)],
+    [
+        ("20GB", 20 * 10**9),
+        ("1.5 TB", 1.5 * 10**12),
+        ("512MiB", 512 << 20),
+        ("7", 7),
+        ("3kB", 3000),
+        ("2KiB", 2048),
+        ("x", None),
+    ],
 )
 def test_sizes(text: str, size: float | None) -> None:
     if size is None:
@@ -203,13 +226,17 @@ def test_sizes(text: str, size: float | None) -> None:
         (["prune", "--max-size", "much"], "--max-size = 'much'"),
     ],
 )
-def test_what_to_remove_must_be_said(arguments: list[str], said: str, filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_to_remove_must_be_said(
+    arguments: list[str], said: str, filled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = left(filled)
     assert call("cache", *arguments) == 2 and said in capsys.readouterr().err
     assert left(filled) == before
 
 
-def test_a_bound_that_is_no_size_is_said(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bound_that_is_no_size_is_said(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LAUNCHER_CACHE_SIZE", "9x")
     assert call("cache", "list") == 2
     assert "LAUNCHER_CACHE_SIZE = '9x'" in capsys.readouterr().err

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from launcher.runs import retention
-from launcher.runs.checkpoints import MANIFEST_NAME, FileRecord, Manifest, file_problem, hash_file, list_checkpoints, newest_valid, verify
+from launcher.runs.checkpoints import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    file_problem,
+    hash_file,
+    list_checkpoints,
+    newest_valid,
+    verify,
+)
 from launcher.runs.layout import RunDirectory
 from tests.unit.checkpoint_corruption import KINDS, damage
 from tests.unit.checkpoint_files import make_run, write_checkpoint
@@ -73,8 +82,12 @@ def test_each_kind_of_damage_is_named(run: RunDirectory, tmp_path: Path) -> None
     assert "manifest says step 3" in problems_after(lambda copy: None)
     assert "__1_0.distcp is missing" in problems_after(lambda copy: (copy / "__1_0.distcp").unlink())
     assert "extra does not belong to it" in problems_after(lambda copy: (copy / "extra").touch())
-    assert "has 5 bytes, 20,000 were written" in problems_after(lambda copy: os.truncate(copy / "__0_0.distcp", 5))
-    assert "is not a plain file" in problems_after(lambda copy: [(copy / ".metadata").unlink(), (copy / ".metadata").mkdir()])
+    assert "has 5 bytes, 20,000 were written" in problems_after(
+        lambda copy: os.truncate(copy / "__0_0.distcp", 5)
+    )
+    assert "is not a plain file" in problems_after(
+        lambda copy: [(copy / ".metadata").unlink(), (copy / ".metadata").mkdir()]
+    )
     assert "it was never finished" in problems_after(lambda copy: (copy / MANIFEST_NAME).unlink())
     foreign = write_checkpoint(other, 3)
     assert any("belongs to another run" in problem for problem in verify(foreign, run.run_id()))
@@ -88,16 +101,23 @@ def test_a_file_that_cannot_be_read_is_a_problem(run: RunDirectory) -> None:
     content = (directory / ".metadata").read_bytes()
     (directory / ".metadata").write_bytes(bytes([content[0] ^ 1]) + content[1:])
     (problem,) = verify(directory, run.run_id())
-    assert problem.startswith(".metadata is not what was written") and hash_file(directory / ".metadata") in problem
+    assert (
+        problem.startswith(".metadata is not what was written")
+        and hash_file(directory / ".metadata") in problem
+    )
 
 
-def test_the_newest_whole_checkpoint_is_chosen_and_newer_ones_are_rejected_with_reasons(run: RunDirectory) -> None:
+def test_the_newest_whole_checkpoint_is_chosen_and_newer_ones_are_rejected_with_reasons(
+    run: RunDirectory,
+) -> None:
     for step in (1, 2, 3):
         write_checkpoint(run, step)
     os.truncate(run.checkpoint(3) / ".metadata", 9)
     choice = newest_valid(run)
     assert choice.chosen is not None and choice.chosen.step == 2
-    assert [(stored.step, stored.problems) for stored in choice.rejected] == [(3, (".metadata has 9 bytes, 700 were written",))]
+    assert [(stored.step, stored.problems) for stored in choice.rejected] == [
+        (3, (".metadata has 9 bytes, 700 were written",))
+    ]
     for step in (1, 2):
         (run.checkpoint(step) / MANIFEST_NAME).unlink()
     assert newest_valid(run).chosen is None
@@ -120,7 +140,9 @@ def check_damage(run: RunDirectory, others: list[Path], count: int) -> None:
         what = damage(target, [good, *others], generator)
         choice = newest_valid(run, num_threads=1)
         assert choice.chosen is not None and choice.chosen.step == 1, f"{number}: {what}"
-        assert [stored.step for stored in choice.rejected] == [2] and all(choice.rejected[0].problems), f"{number}: {what}"
+        assert [stored.step for stored in choice.rejected] == [2] and all(choice.rejected[0].problems), (
+            f"{number}: {what}"
+        )
         shutil.rmtree(target)
         shutil.copytree(pristine, target)
     assert verify(target, run.run_id()) == []
@@ -144,9 +166,17 @@ def test_every_kind_of_damage_is_made(run: RunDirectory, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("keep_last", "keep_best", "metric", "left"),
-    [(1, 0, "loss", [5]), (2, 0, "loss", [4, 5]), (1, 1, "loss", [2, 5]), (1, 2, "accuracy", [1, 4, 5]), (9, 0, "loss", [1, 2, 3, 4, 5])],
+    [
+        (1, 0, "loss", [5]),
+        (2, 0, "loss", [4, 5]),
+        (1, 1, "loss", [2, 5]),
+        (1, 2, "accuracy", [1, 4, 5]),
+        (9, 0, "loss", [1, 2, 3, 4, 5]),
+    ],
 )
-def test_retention_keeps_the_last_and_the_best(run: RunDirectory, keep_last: int, keep_best: int, metric: str, left: list[int]) -> None:
+def test_retention_keeps_the_last_and_the_best(
+    run: RunDirectory, keep_last: int, keep_best: int, metric: str, left: list[int]
+) -> None:
     better: retention.Better = "lower" if metric == "loss" else "higher"
     losses = {1: 0.9, 2: 0.1, 3: float("nan"), 4: 0.8, 5: 0.2}
     for step, loss in losses.items():
@@ -183,7 +213,11 @@ def test_leftovers_go_and_a_checkpoint_set_aside_gets_its_name_back(run: RunDire
     (run.checkpoints / ".keep").mkdir()
     cleared = retention.remove_leftovers(run)
     assert cleared == [".attempt-00000003-x", ".removed-step-00000000-y", ".replaced-step-00000001-cd34"]
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == [".keep", "step-00000001", "step-00000002"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+        ".keep",
+        "step-00000001",
+        "step-00000002",
+    ]
     assert verify(run.checkpoint(2), run.run_id()) == []
 
 

@@ -84,7 +84,9 @@ def test_help_lists_the_commands_that_are_there(capsys: pytest.CaptureFixture[st
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_a_command_without_its_module_is_not_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_without_its_module_is_not_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(cli.COMMANDS, "later", cli.Command("later", "later", "Comes later."))
     assert call("--help") == 0
     assert "later" not in capsys.readouterr().out
@@ -92,14 +94,18 @@ def test_a_command_without_its_module_is_not_listed(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", list(cli.available()))
-def test_every_command_loads_and_is_described_in_the_table(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_loads_and_is_described_in_the_table(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = load(name)
     assert inspect.cleandoc(command.help).splitlines()[0] == cli.COMMANDS[name].help
     assert call(name, "--help") == 0
     assert cli.COMMANDS[name].help in " ".join(capsys.readouterr().out.split())
 
 
-def test_error_class_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch, job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_class_gives_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: object) -> None:
         raise CheckpointError("nothing whole")
 
@@ -110,10 +116,18 @@ def test_error_class_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch, job: P
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
-    [(KeyboardInterrupt(), 130, ""), (PermissionError(13, "Permission denied", "/x"), 5, "/x: Permission denied")],
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (PermissionError(13, "Permission denied", "/x"), 5, "/x: Permission denied"),
+    ],
 )
 def test_what_is_not_ours(
-    monkeypatch: pytest.MonkeyPatch, job: Path, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+    monkeypatch: pytest.MonkeyPatch,
+    job: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    said: str,
 ) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -137,7 +151,9 @@ def on_terminal(*arguments: str, typed: str = "", **environment: str) -> tuple[i
     ours, theirs = pty.openpty()
     kept = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     command = [sys.executable, "-m", "launcher.cli.main", *arguments]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env={**kept, **environment})
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**kept, **environment}
+    )
     os.close(theirs)
     os.write(ours, typed.encode())
     output = b""
@@ -169,29 +185,47 @@ def test_plan_table_and_json(job: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(decision["key"] in table and decision["reason"] in table for decision in plan["decisions"])
 
 
-LLAMA = "{model_type: llama, hidden_size: 64, num_hidden_layers: 2, intermediate_size: 128, num_attention_heads: 4, vocab_size: 100}"
+LLAMA = (
+    "{model_type: llama, hidden_size: 64, num_hidden_layers: 2, intermediate_size: 128, "
+    "num_attention_heads: 4, vocab_size: 100}"
+)
 
 
 @pytest.fixture
 def planned(job: Path) -> list[str]:
     """A plan of a tiny model on GPUs that are not here."""
-    job.write_text(GOOD.replace("{name: org/model}", f"{{name: org/model, weights: random, config: {LLAMA}}}"))
+    job.write_text(
+        GOOD.replace("{name: org/model}", f"{{name: org/model, weights: random, config: {LLAMA}}}")
+    )
     with job.open("a") as file:
-        file.write("training: {max_steps: 10}\nbatch: {global_batch_size: 96}\ncluster: {gpu: h100-80gb, gpus_per_node: 8}\n")
+        file.write(
+            "training: {max_steps: 10}\nbatch: {global_batch_size: 96}\ncluster: {gpu: h100-80gb, "
+            "gpus_per_node: 8}\n"
+        )
     return ["plan", "job.yaml"]
 
 
-ONE_PLAN = "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU, or leave it out"
+ONE_PLAN = (
+    "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU, or leave it out"
+)
 
 
-@pytest.mark.parametrize("several", [["--gpu", "l4,h200"], ["--scale", "8..16"], ["--max-gpus", "8"], ["--deadline", "1d"]])
-@pytest.mark.parametrize("option", [["--picture", "memory.svg"], ["--explain", "parallel.engine"], ["--nproc", "2"], ["--trace"]])
+@pytest.mark.parametrize(
+    "several", [["--gpu", "l4,h200"], ["--scale", "8..16"], ["--max-gpus", "8"], ["--deadline", "1d"]]
+)
+@pytest.mark.parametrize(
+    "option", [["--picture", "memory.svg"], ["--explain", "parallel.engine"], ["--nproc", "2"], ["--trace"]]
+)
 def test_options_of_one_plan_are_refused_beside_several(
     several: list[str], option: list[str], planned: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(*planned, *several, *option) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {option[0]}") and ONE_PLAN in said and all(value in said for value in option[1:])
+    assert (
+        said.startswith(f"error: {option[0]}")
+        and ONE_PLAN in said
+        and all(value in said for value in option[1:])
+    )
     assert not Path("memory.svg").exists()
 
 
@@ -204,7 +238,10 @@ def test_options_of_one_plan_are_refused_beside_several(
         (["--set", "cluster.gpu=bar"], "cluster.gpu = 'bar': is not in the table"),
         (["--scale", "8..²"], "--scale = '8..²': is no span"),
         (["--nproc", "2"], "--nproc = 2: is of this machine"),
-        (["--set", "model.config=null", "--picture", "a.svg"], "--picture = 'a.svg': there is no forecast to draw, as no config.json of"),
+        (
+            ["--set", "model.config=null", "--picture", "a.svg"],
+            "--picture = 'a.svg': there is no forecast to draw, as no config.json of",
+        ),
     ],
 )
 def test_what_plan_cannot_do_is_refused_by_name(
@@ -217,19 +254,27 @@ def test_what_plan_cannot_do_is_refused_by_name(
 def test_one_key_is_explained_as_json(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*planned, "--explain", "parallel.engine", "--json", "--picture", "memory.svg") == 0
     content = json.loads(capsys.readouterr().out)
-    assert (content["key"], content["value"]) == ("parallel.engine", "fsdp") and content["reason"] and "refused" in content
+    assert (
+        (content["key"], content["value"]) == ("parallel.engine", "fsdp")
+        and content["reason"]
+        and "refused" in content
+    )
     assert Path("memory.svg").read_text().startswith("<svg")
     assert call(*planned, "--explain", "precision", "--json") == 0
     assert json.loads(capsys.readouterr().out)["refused"] == []
 
 
-def test_the_price_of_the_gpu_that_the_job_names(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_price_of_the_gpu_that_the_job_names(
+    planned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(*planned, "--price", "h100-80gb=3", "--json") == 0
     [row] = json.loads(capsys.readouterr().out)["plans"]
     assert row["cost"] == pytest.approx(3 * 8 * row["hours"])
 
 
-def test_numbers_that_a_scale_leaves_out_are_said(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_a_scale_leaves_out_are_said(
+    planned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(*planned, "--scale", "12..48", "--json") == 0
     content = json.loads(capsys.readouterr().out)
     [left_out] = content["left_out"]
@@ -238,13 +283,32 @@ def test_numbers_that_a_scale_leaves_out_are_said(planned: list[str], capsys: py
     assert f"Left out:\n  12 GPUs: {left_out['reason']}\n" in capsys.readouterr().out
 
 
-def test_a_kind_of_gpu_that_will_not_do_is_in_the_table(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_kind_of_gpu_that_will_not_do_is_in_the_table(
+    planned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     large = LLAMA.replace("64", "4096").replace("layers: 2", "layers: 32").replace("128", "14336")
-    asked = [*planned, "--set", f"model.config={large}", "--set", "memory.offload=none", "--gpu", "l4,h200", "--max-gpus", "2"]
+    asked = [
+        *planned,
+        "--set",
+        f"model.config={large}",
+        "--set",
+        "memory.offload=none",
+        "--gpu",
+        "l4,h200",
+        "--max-gpus",
+        "2",
+    ]
     assert call(*asked) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == ["l4", "h200"] and " no " in lines[1] and " yes " in lines[2]
-    assert any(line.startswith("l4: no plan on up to 2 GPUs fits; nothing fits on so few: on 2 x l4 ") for line in lines)
+    assert (
+        [line.split()[0] for line in lines[1:3]] == ["l4", "h200"]
+        and " no " in lines[1]
+        and " yes " in lines[2]
+    )
+    assert any(
+        line.startswith("l4: no plan on up to 2 GPUs fits; nothing fits on so few: on 2 x l4 ")
+        for line in lines
+    )
     assert call(*asked, "--json") == 0
     assert [row["why_not"] is None for row in json.loads(capsys.readouterr().out)["plans"]] == [False, True]
 
@@ -255,7 +319,16 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_init_by_flags_makes_a_valid_job(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", "org/model", "--train", "train.jsonl", "--column", "prompt=question", "--column", "completion=answer"]
+    flags = [
+        "--model",
+        "org/model",
+        "--train",
+        "train.jsonl",
+        "--column",
+        "prompt=question",
+        "--column",
+        "completion=answer",
+    ]
     assert call("init", "--out", "new.yaml", *flags) == 0
     text = Path("new.yaml").read_text()
     assert text.startswith("# yaml-language-server: $schema=job.schema.json\n")
@@ -286,8 +359,29 @@ def test_init_for_a_model_of_few_positions(job: Path, capsys: pytest.CaptureFixt
 
 
 def test_init_for_a_pair(job: Path) -> None:
-    flags = ["--model", "org/model", "--task", "sequence-classification", "--train", "train.jsonl", "--evaluation", "train.jsonl"]
-    assert call("init", "--out", "pair.yaml", *flags, "--column", "text=premise,hypothesis", "--column", "label=label") == 0
+    flags = [
+        "--model",
+        "org/model",
+        "--task",
+        "sequence-classification",
+        "--train",
+        "train.jsonl",
+        "--evaluation",
+        "train.jsonl",
+    ]
+    assert (
+        call(
+            "init",
+            "--out",
+            "pair.yaml",
+            *flags,
+            "--column",
+            "text=premise,hypothesis",
+            "--column",
+            "label=label",
+        )
+        == 0
+    )
     assert call("validate", "pair.yaml") == 0
 
 
@@ -295,7 +389,10 @@ def test_init_for_a_pair(job: Path) -> None:
     ("flags", "said"),
     [
         (["--out", "job.yaml", "--train", "train.jsonl", "--column", "text=a"], "is there already"),
-        (["--out", "no/job.yaml", "--train", "train.jsonl", "--column", "text=a"], "the folder no is not there"),
+        (
+            ["--out", "no/job.yaml", "--train", "train.jsonl", "--column", "text=a"],
+            "the folder no is not there",
+        ),
         (["--train", "train.jsonl", "--column", "question"], "ROLE=COLUMN"),
         (["--train", "train.jsonl", "--column", "question=a"], "ROLE=COLUMN"),
         (["--column", "text=a"], "--train: is missing, and there is no terminal"),
@@ -303,7 +400,11 @@ def test_init_for_a_pair(job: Path) -> None:
     ],
 )
 def test_init_refused_leaves_nothing_behind(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+    job: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    said: str,
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     before = sorted(path.name for path in job.parent.iterdir())
@@ -315,12 +416,16 @@ def test_init_refused_leaves_nothing_behind(
 
 
 def test_init_over_a_file_that_is_there(job: Path) -> None:
-    assert call("init", "--model", "org/other", "--train", "train.jsonl", "--column", "text=a", "--force") == 0
+    assert (
+        call("init", "--model", "org/other", "--train", "train.jsonl", "--column", "text=a", "--force") == 0
+    )
     assert "org/other" in job.read_text()
 
 
 def test_init_asks_on_a_terminal(job: Path) -> None:
-    code, shown = on_terminal("init", "--out", "asked.yaml", typed="org/model\n\ntrain.jsonl\n\n\nquestion\nanswer\n")
+    code, shown = on_terminal(
+        "init", "--out", "asked.yaml", typed="org/model\n\ntrain.jsonl\n\n\nquestion\nanswer\n"
+    )
     assert code == 0, shown
     text = Path("asked.yaml").read_text()
     assert "prompt: question" in text and "completion: answer" in text
@@ -332,8 +437,19 @@ def test_init_refuses_rows_it_does_not_know(job: Path) -> None:
 
 
 def test_completion_knows_the_commands(job: Path) -> None:
-    environment = {**os.environ, "_LAUNCHER_COMPLETE": "complete_bash", "COMP_WORDS": "launcher va", "COMP_CWORD": "1"}
-    result = subprocess.run([sys.executable, "-m", "launcher.cli.main"], env=environment, capture_output=True, text=True, timeout=60)
+    environment = {
+        **os.environ,
+        "_LAUNCHER_COMPLETE": "complete_bash",
+        "COMP_WORDS": "launcher va",
+        "COMP_CWORD": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "launcher.cli.main"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert "validate" in result.stdout
 
 
@@ -343,4 +459,6 @@ def test_no_command_catches_errors_itself() -> None:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             caught = ast.unparse(node.type) if isinstance(node, ast.ExceptHandler) and node.type else ""
-            assert caught not in ("LauncherError", "Exception", "BaseException"), f"{path.name}: main is the one place that does"
+            assert caught not in ("LauncherError", "Exception", "BaseException"), (
+                f"{path.name}: main is the one place that does"
+            )

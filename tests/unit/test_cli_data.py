@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.cli.showing_data import show
+from launcher.cli.data_view import show
 from tests.unit.test_runs_prepared import CUT, record
 
 
@@ -17,7 +17,16 @@ def piece(text: str, learned: bool = False, special: bool = False) -> dict[str, 
 
 
 def sample(*pieces: dict[str, Any], **more: Any) -> dict[str, Any]:
-    found = {"row": 1, "file": "/data/a.jsonl", "line": 1, "num_tokens": 7, "num_learned": 2, "cut": False, "num_beside": 0, "label": None}
+    found = {
+        "row": 1,
+        "file": "/data/a.jsonl",
+        "line": 1,
+        "num_tokens": 7,
+        "num_learned": 2,
+        "cut": False,
+        "num_beside": 0,
+        "label": None,
+    }
     return found | {"pieces": list(pieces)} | more
 
 
@@ -37,7 +46,16 @@ def seen(*samples: dict[str, Any], dropped: dict[str, int] | None = None, **more
         "balance": None,
         "remarks": [],
     }
-    return made | {"num_dropped": sum((dropped or {}).values()), "emptiest": None, "refused": None, "samples": list(samples)} | more
+    return (
+        made
+        | {
+            "num_dropped": sum((dropped or {}).values()),
+            "emptiest": None,
+            "refused": None,
+            "samples": list(samples),
+        }
+        | more
+    )
 
 
 def shown(content: dict[str, Any], terminal: bool = False, whole: bool = False, **settings: Any) -> str:
@@ -59,7 +77,9 @@ def test_what_is_learned_stands_between_marks_without_colour() -> None:
 
 
 def test_marks_are_none_that_the_text_has() -> None:
-    assert "a<<<1 <<2>> 3>>>b" in shown(seen(sample(piece("a"), piece("1 <<2>> 3", learned=True), piece("b"))))
+    assert "a<<<1 <<2>> 3>>>b" in shown(
+        seen(sample(piece("a"), piece("1 <<2>> 3", learned=True), piece("b")))
+    )
 
 
 def test_what_is_learned_has_a_colour_on_a_terminal() -> None:
@@ -75,10 +95,16 @@ def test_nothing_in_the_data_is_obeyed_by_the_terminal(terminal: bool) -> None:
 
 def test_counts_bars_and_packs_fit_80_columns() -> None:
     classes = {f"class {'x' * 40} {number}": 1000 - number for number in range(30)}
-    content = seen(dropped={"too long": 8, "empty": 4}, num_cut=3, fill=0.991, emptiest=0.5, balance={"classes": classes})
+    content = seen(
+        dropped={"too long": 8, "empty": 4}, num_cut=3, fill=0.991, emptiest=0.5, balance={"classes": classes}
+    )
     text = shown(content)
     assert max(map(len, text.splitlines())) <= 80
-    assert "        8    0.8%  too long" in text and "4    0.4%  empty" in text and "first: b.jsonl, line 9:" in text
+    assert (
+        "        8    0.8%  too long" in text
+        and "4    0.4%  empty" in text
+        and "first: b.jsonl, line 9:" in text
+    )
     assert "3    0.3%  cut to max_length\n" in text and "first: a.jsonl, line 2: cut to 64 tokens" in text
     assert "warning: train: 12 of 1,000 rows (1.2%) are dropped" in text
     assert "3-31" in text and "32-63" in text and "600 66.6%" in text and "  64 " in text
@@ -87,7 +113,13 @@ def test_counts_bars_and_packs_fit_80_columns() -> None:
 
 
 def test_numbers_as_labels() -> None:
-    spread = {"shortest": 1.0, "median": 2.5, "mean": 2.6, "longest": 5.0, "bins": [[1.0, 1.5, 3], [1.5, 2.0, 4]]}
+    spread = {
+        "shortest": 1.0,
+        "median": 2.5,
+        "mean": 2.6,
+        "longest": 5.0,
+        "bins": [[1.0, 1.5, 3], [1.5, 2.0, 4]],
+    }
     text = shown(seen(sample(piece("x"), label=2.5), balance={"numbers": spread}))
     assert "1 to 1.5" in text and "least 1, median 2.5, mean 2.6, greatest 5" in text and "label: 2.5" in text
 
@@ -107,7 +139,11 @@ def test_tokens_one_a_line() -> None:
         {"id": 2, "token": "\\n", "text": "\n", "learned": True},
     ]
     lines = [line.split() for line in shown(seen(sample(*ANSWER, tokens=tokens))).splitlines()]
-    assert ["0", "17", "'", "a'"] in lines and ["<<", "1", "260", "Ãł"] in lines and ["<<", "2", "2", "'\\n'"] in lines
+    assert (
+        ["0", "17", "'", "a'"] in lines
+        and ["<<", "1", "260", "Ãł"] in lines
+        and ["<<", "2", "2", "'\\n'"] in lines
+    )
 
 
 def test_a_row_that_is_not_used_says_why() -> None:
@@ -118,8 +154,15 @@ def test_a_row_that_is_not_used_says_why() -> None:
 
 
 def test_that_a_run_would_be_refused_stands_at_the_top() -> None:
-    text = shown(seen(dropped={"empty": 600}, refused="a run is refused: train data: 600 of 1,000 rows would be dropped"))
-    assert text.splitlines()[2].startswith("a run is refused: train data: 600 of 1,000 rows") and "warning" not in text
+    text = shown(
+        seen(
+            dropped={"empty": 600}, refused="a run is refused: train data: 600 of 1,000 rows would be dropped"
+        )
+    )
+    assert (
+        text.splitlines()[2].startswith("a run is refused: train data: 600 of 1,000 rows")
+        and "warning" not in text
+    )
 
 
 def test_nothing_dropped_and_nothing_cut_has_no_table() -> None:

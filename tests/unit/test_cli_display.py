@@ -12,7 +12,7 @@ from launcher.cli.display import Display, summary
 from launcher.cli.progress import Progress, notice
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
-from launcher.runs.words import duration
+from launcher.runs.wording import duration
 from tests.training.plans import plan_of
 
 
@@ -22,8 +22,23 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def step(run: RunDirectory, number: int, time: float) -> None:
-    record = {"kind": "train", "step": number, "loss": 1 / number, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
-    append(run.metrics_file, {**record, "num_tokens": 100, "tokens_so_far": 100 * number, "peak_memory_bytes": 2**30, "time": time})
+    record = {
+        "kind": "train",
+        "step": number,
+        "loss": 1 / number,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 1234.5,
+    }
+    append(
+        run.metrics_file,
+        {
+            **record,
+            "num_tokens": 100,
+            "tokens_so_far": 100 * number,
+            "peak_memory_bytes": 2**30,
+            "time": time,
+        },
+    )
 
 
 def show(run: RunDirectory, terminal: bool) -> str:
@@ -103,22 +118,33 @@ def test_utilisation_needs_a_known_device() -> None:
     assert Progress(flops_per_token=1e9, record={"tokens_per_second": 1}).share_of_peak() is None
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3.2, "3 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.2, "3 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
 def test_what_the_numbers_say_has_a_line() -> None:
-    back = notice({"event": "rewound", "step": 9, "checkpoint_step": 6, "reason": "the loss stayed above 2", "times": 1})
+    back = notice(
+        {"event": "rewound", "step": 9, "checkpoint_step": 6, "reason": "the loss stayed above 2", "times": 1}
+    )
     assert back == (
         "warning: step 9: the loss stayed above 2: the weights are those of the checkpoint of step 6 again; "
         "the samples since are left out (rewind 1 of this run)"
     )
-    assert notice({"event": "symptom", "step": 50, "text": "the loss stays"}) == "warning: step 50: the loss stays"
-    assert "that of step 1, 2 was given up" in str(notice({"event": "made_room", "step": 9, "removed": [1, 2]}))
+    assert (
+        notice({"event": "symptom", "step": 50, "text": "the loss stays"})
+        == "warning: step 50: the loss stays"
+    )
+    assert "that of step 1, 2 was given up" in str(
+        notice({"event": "made_room", "step": 9, "removed": [1, 2]})
+    )
 
 
-@pytest.mark.parametrize("name", ["resumed", "rejected", "save_failed", "skipped", "early_stopping", "evaluated", "training"])
+@pytest.mark.parametrize(
+    "name", ["resumed", "rejected", "save_failed", "skipped", "early_stopping", "evaluated", "training"]
+)
 def test_events_worth_a_line_have_one(name: str) -> None:
     assert notice({"event": name, "step": 3})
 

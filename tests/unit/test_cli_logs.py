@@ -34,13 +34,19 @@ def test_lines_for_machines(run: RunDirectory, capsys: pytest.CaptureFixture[str
     assert [record["rank"] for record in found] == [0, 0, 10, 10]
 
 
-def test_a_progress_bar_has_as_many_lines_as_it_wrote(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
-    (run.attempt(2) / "rank-0.log").write_text("one\n" + "".join(f"\r{number}%" for number in range(100)) + "\n\nlast\n")
+def test_a_progress_bar_has_as_many_lines_as_it_wrote(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.attempt(2) / "rank-0.log").write_text(
+        "one\n" + "".join(f"\r{number}%" for number in range(100)) + "\n\nlast\n"
+    )
     Logs(run, 0, None, 4).show(follow=False)
     assert capsys.readouterr().out.splitlines() == ["98%", "99%", "", "last"]
 
 
-def test_what_comes_later_is_shown_once_and_whole(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_comes_later_is_shown_once_and_whole(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs = Logs(run, 0, None, 1)
     logs.show(follow=False)
     with open(run.attempt(2) / "rank-0.log", "a") as file:

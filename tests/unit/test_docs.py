@@ -67,13 +67,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_index_names_every_page() -> None:
     linked = re.findall(r"\]\(([^)]+)\)", (DOCS / "README.md").read_text(encoding="utf-8"))
-    assert {shown(page) for page in DOCS.rglob("*.md") if "benchmarks" not in page.parts} - {"docs/README.md"} <= {
-        f"docs/{n}" for n in linked
-    }
+    assert {shown(page) for page in DOCS.rglob("*.md") if "benchmarks" not in page.parts} - {
+        "docs/README.md"
+    } <= {f"docs/{n}" for n in linked}
 
 
 def lines_with_commands(text: str) -> Iterator[str]:
-    """Whole command lines in blocks: without prompt, comment, and the description that stands two spaces behind."""
+    """Whole command lines in blocks: without prompt, comment, and the description that stands two spaces
+    behind."""
     for language, content in blocks(text):
         if language in ("", "sh", "bash"):
             for line in content.splitlines():
@@ -91,9 +92,16 @@ def parse_command(line: str) -> None:
     found.make_context(name, arguments, parent=context)
 
 
-COMMAND_LINES = sorted({(shown(page), line) for page in PAGES for line in lines_with_commands(page.read_text(encoding="utf-8"))})
+COMMAND_LINES = sorted(
+    {(shown(page), line) for page in PAGES for line in lines_with_commands(page.read_text(encoding="utf-8"))}
+)
 MENTIONS = sorted(
-    {(shown(page), span) for page in PAGES for span in spans(page.read_text(encoding="utf-8")) if re.match(r"launcher [a-z]", span)}
+    {
+        (shown(page), span)
+        for page in PAGES
+        for span in spans(page.read_text(encoding="utf-8"))
+        if re.match(r"launcher [a-z]", span)
+    }
 )
 
 
@@ -118,7 +126,13 @@ def test_commands_that_are_mentioned_exist_with_their_options(page: str, line: s
 
 @pytest.mark.parametrize(
     "line",
-    ["launcher rnu job.yaml", "launcher run job.yaml --nprocs 2", "launcher run", "launcher checkpoint lst RUN", "launcher plan a b"],
+    [
+        "launcher rnu job.yaml",
+        "launcher run job.yaml --nprocs 2",
+        "launcher run",
+        "launcher checkpoint lst RUN",
+        "launcher plan a b",
+    ],
 )
 def test_a_wrong_command_line_is_noticed(line: str) -> None:
     with pytest.raises(UsageError):
@@ -126,7 +140,9 @@ def test_a_wrong_command_line_is_noticed(line: str) -> None:
 
 
 def test_the_readme_lists_every_command() -> None:
-    table = re.findall(r"^\| `launcher ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    table = re.findall(
+        r"^\| `launcher ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert table == list(COMMANDS) == list(available())
 
 
@@ -139,7 +155,9 @@ def test_keys_that_are_set_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_make_targets_and_modules_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    shell = "\n".join([*(content for language, content in blocks(text) if language in ("", "sh")), *spans(text)])
+    shell = "\n".join(
+        [*(content for language, content in blocks(text) if language in ("", "sh")), *spans(text)]
+    )
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make ([a-z]+)", shell, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
@@ -147,7 +165,12 @@ def test_make_targets_and_modules_exist(page: Path) -> None:
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
 
-JOBS = [(shown(page), content) for page in PAGES for language, content in blocks(page.read_text(encoding="utf-8")) if language == "yaml"]
+JOBS = [
+    (shown(page), content)
+    for page in PAGES
+    for language, content in blocks(page.read_text(encoding="utf-8"))
+    if language == "yaml"
+]
 JOBS += [(shown(path), path.read_text(encoding="utf-8")) for path in JOB_FILES]
 
 
@@ -173,7 +196,12 @@ def test_job_files_are_valid(where: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["training: {epoch: 2}", "name: a\nmodel: {name: m}\ndata: {train: {path: a.txt}}", "batch: {micro_batch_size: none}"]
+    "text",
+    [
+        "training: {epoch: 2}",
+        "name: a\nmodel: {name: m}\ndata: {train: {path: a.txt}}",
+        "batch: {micro_batch_size: none}",
+    ],
 )
 def test_a_wrong_job_file_is_noticed(text: str) -> None:
     assert problems_of(text)
@@ -193,7 +221,8 @@ def test_the_architecture_names_what_exists(span: str) -> None:
 
 
 def broken_tables(text: str) -> list[str]:
-    """Return the lines at which a table is cut: a blank line, or a line break in a cell, shows the rows after it as text."""
+    """Return the lines at which a table is cut: a blank line, or a line break in a cell, shows the rows after
+    it as text."""
     lines = ["", *prose(text).splitlines(), ""]
     broken = []
     for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
@@ -217,4 +246,6 @@ def test_a_table_that_is_cut_is_noticed(cut: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_no_path_of_a_machine(page: Path) -> None:
-    assert re.findall(r"(?<![\w.])/(?:home|root|tmp|work|opt|Users)/\S+", page.read_text(encoding="utf-8")) == []
+    assert (
+        re.findall(r"(?<![\w.])/(?:home|root|tmp|work|opt|Users)/\S+", page.read_text(encoding="utf-8")) == []
+    )

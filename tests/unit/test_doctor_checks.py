@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.scheduling.doctor import controller, directory, gpus, local, machine
-from launcher.scheduling.doctor.finding import Finding, ok
+from launcher.doctor import controller, directory, gpus, local, machine
+from launcher.doctor.finding import Finding, ok
 from tests.unit.programs import Programs, programs
 
 __all__ = ["programs"]
@@ -26,13 +26,21 @@ class TestGpus:
     @pytest.mark.parametrize(
         ("line", "level", "said"),
         [
-            (GOOD, "ok", "1 x NVIDIA H100, driver 560.1, no ECC error, the log of Xid errors is not readable"),
+            (
+                GOOD,
+                "ok",
+                "1 x NVIDIA H100, driver 560.1, no ECC error, the log of Xid errors is not readable",
+            ),
             (GOOD.replace(" 40, 0,", " 40, 2,"), "failed", "GPU 0: 2 uncorrected ECC errors"),
             (GOOD.replace("No", "Yes"), "failed", "GPU 0: memory pages wait to be retired"),
             (GOOD.replace("0001", "0060"), "warning", "GPU 0: too hot"),
             (GOOD.replace("0001", "0080"), "warning", "GPU 0: too little power"),
             (GOOD.replace(" 4, 81559", " 70000, 81559"), "warning", "GPU 0: 70000 MiB are in use"),
-            (GOOD.replace(" 40, 0, No, 0x0000000000000001", " [N/A], [N/A], [N/A], [Not Supported]"), "ok", "1 x NVIDIA H100"),
+            (
+                GOOD.replace(" 40, 0, No, 0x0000000000000001", " [N/A], [N/A], [N/A], [Not Supported]"),
+                "ok",
+                "1 x NVIDIA H100",
+            ),
             ("", "ok", "none (nvidia-smi lists none)"),
             ("odd", "ok", "none (nvidia-smi lists none)"),
         ],
@@ -43,10 +51,17 @@ class TestGpus:
         assert bool(found.advice) == (level != "ok")
 
     def test_errors_in_the_kernels_log(self) -> None:
-        log = "x\n[1.2] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus.\nNVRM: Xid (PCI:0000:3b:00): 79, again\n"
+        log = (
+            "x\n[1.2] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus.\nNVRM: Xid "
+            "(PCI:0000:3b:00): 79, again\n"
+        )
         assert gpus.xids(log) == ["79 on PCI:0000:3b:00"] and gpus.xids("") == [] and gpus.xids(None) is None
         found = self.judged(self.GOOD, gpus.xids(log))
-        assert found.level == "failed" and "Xid 79 on PCI:0000:3b:00" in found.found and "cluster.exclude" in found.advice
+        assert (
+            found.level == "failed"
+            and "Xid 79 on PCI:0000:3b:00" in found.found
+            and "cluster.exclude" in found.advice
+        )
 
     def test_none_here(self, programs: Programs) -> None:
         assert gpus.check() == (ok("GPUs", "none (no nvidia-smi here)"), 0)
@@ -54,13 +69,19 @@ class TestGpus:
     def test_a_field_that_the_driver_does_not_know_is_left_out(self, programs: Programs) -> None:
         refuse = 'Field "retired_pages.pending" is not a valid field to query.'
         programs(
-            **{"nvidia-smi": f"case $1 in *retired*) echo '{refuse}'; exit 2;; esac\necho '{self.GOOD.replace(' No,', '')}'"},
+            **{
+                "nvidia-smi": f"case $1 in *retired*) echo '{refuse}'; exit 2;; esac\necho "
+                f"'{self.GOOD.replace(' No,', '')}'"
+            },
             dmesg="echo quiet",
         )
         found, number = gpus.check()
         assert number == 1 and found.level == "ok" and found.found.endswith("no Xid error")
 
-    @pytest.mark.parametrize(("script", "said"), [("echo 'No devices were found'; exit 6", "No devices were found"), ("exit 9", "code 9")])
+    @pytest.mark.parametrize(
+        ("script", "said"),
+        [("echo 'No devices were found'; exit 6", "No devices were found"), ("exit 9", "code 9")],
+    )
     def test_nvidia_smi_that_does_not_answer(self, programs: Programs, script: str, said: str) -> None:
         programs(**{"nvidia-smi": script})
         found, number = gpus.check()
@@ -102,17 +123,33 @@ class TestSlurmHere:
     @pytest.mark.parametrize(
         ("scripts", "level", "said"),
         [
-            ({"scontrol": "echo 'scontrol: error: Invalid credential' >&2; exit 1"}, "failed", "Invalid credential"),
+            (
+                {"scontrol": "echo 'scontrol: error: Invalid credential' >&2; exit 1"},
+                "failed",
+                "Invalid credential",
+            ),
             ({"scontrol": "echo AuthType = auth/slurm"}, "ok", "auth/slurm"),
             ({"scontrol": "true"}, "ok", "its programs are not here"),
             ({"scontrol": "true", "munge": "true", "unmunge": "true"}, "ok", "seals and opens"),
             (
-                {"scontrol": "true", "munge": "echo 'munge: Error: Failed to access socket' >&2; exit 6", "unmunge": "true"},
+                {
+                    "scontrol": "true",
+                    "munge": "echo 'munge: Error: Failed to access socket' >&2; exit 6",
+                    "unmunge": "true",
+                },
                 "failed",
                 "socket",
             ),
             ({"scontrol": "true", "munge": "true", "unmunge": "exit 3"}, "failed", "unmunge"),
-            ({"scontrol": "echo 'AuthInfo = socket=/a/b,x=1'", "munge": '[ "$2" = --socket=/a/b ]', "unmunge": "true"}, "ok", "seals"),
+            (
+                {
+                    "scontrol": "echo 'AuthInfo = socket=/a/b,x=1'",
+                    "munge": '[ "$2" = --socket=/a/b ]',
+                    "unmunge": "true",
+                },
+                "ok",
+                "seals",
+            ),
         ],
     )
     def test_munge(self, programs: Programs, scripts: dict[str, str], level: str, said: str) -> None:
@@ -148,7 +185,10 @@ class TestMachine:
         monkeypatch.setattr(machine, "interfaces", lambda: {"lo": "127.0.0.1"})
         assert machine.check_interface({}).level == "warning"
 
-    @pytest.mark.parametrize(("said", "level"), [("echo yes", "ok"), ("echo no", "warning"), ("exit 1", "ok"), ("exec sleep 9", "ok")])
+    @pytest.mark.parametrize(
+        ("said", "level"),
+        [("echo yes", "ok"), ("echo no", "warning"), ("exit 1", "ok"), ("exec sleep 9", "ok")],
+    )
     def test_clock(self, programs: Programs, monkeypatch: pytest.MonkeyPatch, said: str, level: str) -> None:
         monkeypatch.setattr(machine, "_SECONDS_TO_ASK", 0.5)
         assert machine.check_clock().found.endswith("(no timedatectl here)")
@@ -165,7 +205,13 @@ class TestMachine:
         ],
     )
     def test_what_torch_sees(
-        self, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, level: str, said: str
+        self,
+        programs: Programs,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        script: str,
+        level: str,
+        said: str,
     ) -> None:
         programs(python=script)
         monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
@@ -191,11 +237,15 @@ class TestDirectory:
         (found,) = directory.check(tmp_path)
         assert found.found == f"{tmp_path}: No space left on device" and list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize(("free", "speed", "level"), [(1e12, 1e9, "ok"), (1e9, 1e9, "warning"), (1e12, 1e6, "warning")])
+    @pytest.mark.parametrize(
+        ("free", "speed", "level"), [(1e12, 1e9, "ok"), (1e9, 1e9, "warning"), (1e12, 1e6, "warning")]
+    )
     def test_room_and_speed(self, free: float, speed: float, level: str) -> None:
         assert directory.judge(PLACE, free, speed).level == level
 
-    def test_a_file_system_whose_clock_is_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_system_whose_clock_is_behind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         real = directory.time.time
         monkeypatch.setattr(directory.time, "time", lambda: real() + 100)
         found = directory.check(tmp_path)[1]
@@ -205,4 +255,6 @@ class TestDirectory:
         directory.write(tmp_path / "file", "word", size=1)
         assert directory.is_whole(tmp_path / "file", "word")
         (tmp_path / "short").write_text("rd")
-        assert not directory.is_whole(tmp_path / "short", "word") and not directory.is_whole(tmp_path / "file", "wort")
+        assert not directory.is_whole(tmp_path / "short", "word") and not directory.is_whole(
+            tmp_path / "file", "wort"
+        )

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher.scheduling.doctor import compare
-from launcher.scheduling.doctor.compare import Node
-from launcher.scheduling.doctor.finding import Report, failed, ok, warning, worst
+from launcher.doctor import compare
+from launcher.doctor.compare import Node
+from launcher.doctor.finding import Report, failed, ok, warning, worst
 
 PLACE = Path("/shared")
 
@@ -17,8 +17,17 @@ PLACE = Path("/shared")
 def test_the_worst_counts() -> None:
     assert worst([]) == "ok"
     report = Report("n1", (ok("a", "fine"), warning("b", "so so", "look"), failed("c", "bad", "mend")))
-    assert report.level == "failed" and report.found("a") == "fine" and report.found("c") == report.found("d") == "-"
-    assert report.to_dict()["checks"][1] == {"check": "b", "level": "warning", "found": "so so", "advice": "look"}
+    assert (
+        report.level == "failed"
+        and report.found("a") == "fine"
+        and report.found("c") == report.found("d") == "-"
+    )
+    assert report.to_dict()["checks"][1] == {
+        "check": "b",
+        "level": "warning",
+        "found": "so so",
+        "advice": "look",
+    }
 
 
 def healthy(name: str, number: int = 3, **changes: dict[str, Any]) -> Node:
@@ -50,8 +59,16 @@ class TestCompare:
         ("changes", "problems", "said"),
         [
             ({}, [], ""),
-            ({"hello": {"versions": {"torch": "2.12"}}}, [("versions", "failed")], "torch 2.12, elsewhere 2.13"),
-            ({"hello": {"versions": {"torch": ""}}}, [("versions", "failed")], "torch not installed, elsewhere 2.13"),
+            (
+                {"hello": {"versions": {"torch": "2.12"}}},
+                [("versions", "failed")],
+                "torch 2.12, elsewhere 2.13",
+            ),
+            (
+                {"hello": {"versions": {"torch": ""}}},
+                [("versions", "failed")],
+                "torch not installed, elsewhere 2.13",
+            ),
             ({"hello": {"findings": [failed("GPUs", "ECC", "go").to_dict()]}}, [("GPUs", "failed")], "ECC"),
             ({"meet": {"unresolved": ["n1", "n3"]}}, [("names", "failed")], "n1, n3 does not resolve"),
             ({"meet": {"wrong": {"n1": "127.0.1.1"}}}, [("names", "warning")], "n1 is 127.0.1.1"),
@@ -62,16 +79,26 @@ class TestCompare:
                 "no answer), and 1 more",
             ),
             ({"connect": {"problem": "too many open files"}}, [("ports", "failed")], "too many open files"),
-            ({"write": {"problem": "/shared: Permission denied"}}, [("directory", "failed")], "Permission denied"),
+            (
+                {"write": {"problem": "/shared: Permission denied"}},
+                [("directory", "failed")],
+                "Permission denied",
+            ),
             ({"read": {"problem": "Stale file handle"}}, [("directory", "failed")], "Stale"),
             ({"read": {"missing": ["n1"]}}, [("directory", "failed")], "what n1 wrote is not seen here"),
             ({"read": {"seconds": 8.0}}, [("directory", "warning")], "seen after 8 s"),
             ({"write": {"free": 1e9}}, [("directory", "warning")], "1 GB free"),
             ({"prepare": {"problem": "a rank ended with code 1"}}, [("all-reduce", "failed")], "code 1"),
-            ({"reduce": {"problem": "not done after 60 s"}}, [("all-reduce", "failed")], "not done after 60 s"),
+            (
+                {"reduce": {"problem": "not done after 60 s"}},
+                [("all-reduce", "failed")],
+                "not done after 60 s",
+            ),
         ],
     )
-    def test_one_node_that_differs(self, changes: dict[str, Any], problems: list[tuple[str, str]], said: str) -> None:
+    def test_one_node_that_differs(
+        self, changes: dict[str, Any], problems: list[tuple[str, str]], said: str
+    ) -> None:
         first, second, third = compared(healthy("n1"), healthy("n2", **changes), healthy("n3"))
         assert (wrong(first), wrong(second), wrong(third)) == ([], problems, [])
         assert any(said in finding.found for finding in second.findings if finding.level != "ok") or not said
@@ -95,7 +122,10 @@ class TestCompare:
         first, second, _ = compared(healthy("n1", **missing), silent, healthy("n3", **missing))
         assert wrong(first) == [("all-reduce", "failed")]
         assert "n2 gave no answer" in first.findings[-1].advice
-        assert wrong(second) == [("answers", "failed")] and "no answer to `meet` (Killed)" in second.findings[0].found
+        assert (
+            wrong(second) == [("answers", "failed")]
+            and "no answer to `meet` (Killed)" in second.findings[0].found
+        )
 
     def test_a_node_that_cannot_begin(self) -> None:
         (report,) = compared(Node("n1", {"hello": {"problem": "port 20007 is taken"}}))

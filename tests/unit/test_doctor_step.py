@@ -11,14 +11,14 @@ import pytest
 
 from launcher.cli import doctor as command
 from launcher.cli import main as cli
+from launcher.doctor import local
+from launcher.doctor.cluster import Examination, Request
+from launcher.doctor.compare import Node
+from launcher.doctor.finding import Finding, Report, failed, ok, warning
+from launcher.doctor.link import Decoder, encode, labelled
+from launcher.doctor.neighbours import Listener, reach, resolve
+from launcher.doctor.step import Step, _numbers
 from launcher.errors import SchedulerError
-from launcher.scheduling.doctor import local
-from launcher.scheduling.doctor.cluster import Examination, Request
-from launcher.scheduling.doctor.compare import Node
-from launcher.scheduling.doctor.finding import Finding, Report, failed, ok, warning
-from launcher.scheduling.doctor.link import Decoder, encode, labelled
-from launcher.scheduling.doctor.neighbours import Listener, reach, resolve
-from launcher.scheduling.doctor.step import Step, _numbers
 from tests.unit.programs import Programs, programs
 
 __all__ = ["programs"]
@@ -28,7 +28,10 @@ PLACE = Path("/shared")
 @pytest.mark.parametrize("size", [0, 10, 599, 600, 601, 5000])
 def test_messages_arrive_whole_however_srun_mixes_their_lines(size: int) -> None:
     messages = [{"text": f"{node} " * size, "signs": "äß\n\x00'\"\\"} for node in range(3)]
-    lines = [[f"{node}: {line}" for line in encode(message).splitlines(keepends=True)] for node, message in enumerate(messages)]
+    lines = [
+        [f"{node}: {line}" for line in encode(message).splitlines(keepends=True)]
+        for node, message in enumerate(messages)
+    ]
     assert all(len(line) < 1000 for each in lines for line in each)
     decoder, found = Decoder(), {}
     while any(lines):
@@ -40,13 +43,26 @@ def test_messages_arrive_whole_however_srun_mixes_their_lines(size: int) -> None
 
 def test_what_is_no_message_is_none() -> None:
     decoder = Decoder()
-    for line in ("", "0: hello", "@doctor . {}", "x: @doctor . {}", "0: @doctor . {broken", "1: @doctor . [1]", "2: @doctor ? {}"):
+    for line in (
+        "",
+        "0: hello",
+        "@doctor . {}",
+        "x: @doctor . {}",
+        "0: @doctor . {broken",
+        "1: @doctor . [1]",
+        "2: @doctor ? {}",
+    ):
         assert decoder.feed(line) is None
     assert decoder.feed(' 12: @doctor . {"a": 1}\n') == (12, {"a": 1})
-    assert labelled(" 3: slurmstepd: error") == (3, "slurmstepd: error") and labelled("srun: error: n1: task 0") is None
+    assert (
+        labelled(" 3: slurmstepd: error") == (3, "slurmstepd: error")
+        and labelled("srun: error: n1: task 0") is None
+    )
 
 
-@pytest.mark.parametrize(("text", "numbers"), [("0", {0}), ("0,2-4", {0, 2, 3, 4}), ("", set()), ("a-b,7,", {7})])
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("0", {0}), ("0,2-4", {0, 2, 3, 4}), ("", set()), ("a-b,7,", {7})]
+)
 def test_numbers_of_tasks(text: str, numbers: set[int]) -> None:
     assert _numbers(text) == numbers
 
@@ -65,7 +81,10 @@ class TestNeighbours:
             found = reach({"a": ("127.0.0.1", listener.port), "b": ("127.0.0.1", 9)}, "127.0.0.1", "word")
             assert found["a"][0] == "" and abs(found["a"][1]) < 1
             assert found["b"][0] == "127.0.0.1 port 9: Connection refused"
-            assert "somebody else listens there" in reach({"a": ("127.0.0.1", listener.port)}, "", "wrong")["a"][0]
+            assert (
+                "somebody else listens there"
+                in reach({"a": ("127.0.0.1", listener.port)}, "", "wrong")["a"][0]
+            )
         finally:
             listener.close()
 
@@ -81,7 +100,10 @@ class TestStep:
     @pytest.mark.parametrize(
         ("script", "said"),
         [
-            ("echo 'srun: error: Unable to allocate resources: Invalid account' >&2; exit 1", "srun: Invalid account$"),
+            (
+                "echo 'srun: error: Unable to allocate resources: Invalid account' >&2; exit 1",
+                "srun: Invalid account$",
+            ),
             ("exit 1", "srun: ended without a word"),
             ("echo odd >&2; exit 1", "srun: odd"),
         ],
@@ -107,13 +129,17 @@ echo '1: Traceback: it broke' >&2; echo 'srun: error: n2: tasks 1-2: Exited with
         step = self.step(script)
         assert set(step.first(20)) == {0}
         assert step.answers("hello", [1, 2], 20) == {}
-        assert step.ended == {1, 2} and step.last_words(1) == "Traceback: it broke" and step.last_words(0) == ""
+        assert (
+            step.ended == {1, 2} and step.last_words(1) == "Traceback: it broke" and step.last_words(0) == ""
+        )
         step.tell("nothing")
         step.end("")
 
     def test_what_does_not_end_is_killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("launcher.scheduling.doctor.step._SECONDS_TO_END", 0.3)
-        step = self.step("trap '' TERM; echo '0: @doctor . {\"order\": \"hello\"}'; while :; do sleep 0.1; done")
+        monkeypatch.setattr("launcher.doctor.step._SECONDS_TO_END", 0.3)
+        step = self.step(
+            "trap '' TERM; echo '0: @doctor . {\"order\": \"hello\"}'; while :; do sleep 0.1; done"
+        )
         step.first(20)
         step.end("no-such-job")
         assert step._srun.returncode == -9
@@ -126,7 +152,9 @@ echo '1: Traceback: it broke' >&2; echo 'srun: error: n2: tasks 1-2: Exited with
     def test_what_srun_is_asked(self) -> None:
         request = Request(3, PLACE, ("--partition=a b",), gpus_per_node=4, interface="eth1")
         asked = request.command("word", inside=True)
-        assert {"--nodes=3", "--gres=gpu:4", "--overlap", "--partition=a b", "--no-kill"} <= set(asked) and asked[-1] == "eth1"
+        assert {"--nodes=3", "--gres=gpu:4", "--overlap", "--partition=a b", "--no-kill"} <= set(
+            asked
+        ) and asked[-1] == "eth1"
         assert not {"--overlap", "--gres=gpu:0"} & set(Request(1, PLACE).command("word", inside=False))
 
 
@@ -147,7 +175,9 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "[bold]there[/bold]" in out and "\x1b" not in out
 
-    def test_a_warning_is_told_and_is_no_failure(self, found: list[Finding], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_warning_is_told_and_is_no_failure(
+        self, found: list[Finding], capsys: pytest.CaptureFixture[str]
+    ) -> None:
         found.append(warning("clock", "drifts", "mend it"))
         assert self.call() == 0
         assert "warning box: clock: drifts\n  mend it" in capsys.readouterr().out
@@ -156,18 +186,29 @@ class TestCommand:
         found.append(failed("munge", "is [red]away", "start it"))
         assert self.call("--json") == 1
         said = json.loads(capsys.readouterr().out)
-        assert said["verdict"] == said["nodes"][0]["verdict"] == "failed" and said["nodes"][0]["node"] == "box"
+        assert (
+            said["verdict"] == said["nodes"][0]["verdict"] == "failed" and said["nodes"][0]["node"] == "box"
+        )
         assert self.call() == 1
         assert "failed box: munge: is [red]away\n  start it" in capsys.readouterr().out
 
-    def test_no_srun_is_a_finding(self, found: list[Finding], programs: Programs, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_no_srun_is_a_finding(
+        self, found: list[Finding], programs: Programs, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert self.call("--slurm", "--json") == 1
-        assert "srun is not on this machine" in json.loads(capsys.readouterr().out)["nodes"][0]["checks"][-1]["found"]
+        assert (
+            "srun is not on this machine"
+            in json.loads(capsys.readouterr().out)["nodes"][0]["checks"][-1]["found"]
+        )
 
-    def test_options_that_would_do_nothing(self, found: list[Finding], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_options_that_would_do_nothing(
+        self, found: list[Finding], capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert self.call("--nodes", "2", "--partition", "main", "--srun=--mem=1G") == 2
         err = capsys.readouterr().err
-        assert "3 problems" in err and "--partition = 'main': is for the nodes of a cluster: add --slurm" in err
+        assert (
+            "3 problems" in err and "--partition = 'main': is for the nodes of a cluster: add --slurm" in err
+        )
 
     def test_colour_on_a_terminal_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Terminal(io.StringIO):

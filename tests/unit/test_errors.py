@@ -12,7 +12,11 @@ from launcher.errors import ConfigurationError, LauncherError, Problem
 
 def test_each_class_has_its_own_code_and_name() -> None:
     found = errors.leaves()
-    assert len({error.exit_code for error in found}) == len(found) == len({error.failure_class for error in found})
+    assert (
+        len({error.exit_code for error in found})
+        == len(found)
+        == len({error.failure_class for error in found})
+    )
     assert all(0 < error.exit_code < 126 for error in found), "above, shells mean signals"
 
 
@@ -36,7 +40,11 @@ def test_unknown_failure_class_is_internal() -> None:
         ("why", "", "why"),
         (Problem("a.b", 3, "why"), "job.yaml", "job.yaml: a.b = 3: why"),
         (Problem("a.b", None, "why"), "", "a.b: why"),
-        ([Problem("a", "x", "why"), Problem("b", None, "so")], "f", "f: 2 problems\n  - a = 'x': why\n  - b: so"),
+        (
+            [Problem("a", "x", "why"), Problem("b", None, "so")],
+            "f",
+            "f: 2 problems\n  - a = 'x': why\n  - b: so",
+        ),
     ],
 )
 def test_configuration_error_text(problems: str | Problem | list[Problem], source: str, text: str) -> None:

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "failures.md").read_text(encoding="utf-8"))))
+NAMED = sorted(
+    set(
+        re.findall(
+            r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
+        )
+    )
+)
 
 
 def test_the_page_names_tests() -> None:

@@ -1,4 +1,5 @@
-"""What injects faults must itself be right: the shim does what it is told, times add up, and a table is made of results alone."""
+"""What injects faults must itself be right: the shim does what it is told, times add up, and a table is made
+of results alone."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ def told(tmp_path: Path, order: str, code: str) -> str:
     shimmed.order(order)
     environment = {**os.environ, **shimmed.variables}
     return subprocess.run(
-        [sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-S", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     ).stdout
 
 
@@ -36,7 +42,8 @@ def test_writes_below_a_directory_fail_and_others_do_not(tmp_path: Path) -> None
     code = (
         "import os\n"
         f"for name in ('bad', 'good'):\n    path = f'{tmp_path}/{{name}}/file'\n"
-        "    try:\n        open(path, 'w').close()\n        print(name)\n    except OSError as error:\n        print(error.errno)\n"
+        "    try:\n        open(path, 'w').close()\n        print(name)\n    except OSError as "
+        "error:\n        print(error.errno)\n"
     )
     assert told(tmp_path, f"fail {tmp_path}/bad 5", code).split() == ["5", "good"]
 
@@ -50,19 +57,28 @@ def test_writes_fail_in_files_that_could_be_opened(tmp_path: Path) -> None:
 
 
 def test_the_wall_clock_is_ahead_and_the_other_is_not(tmp_path: Path) -> None:
-    wall, monotonic = told(tmp_path, "clock 7200", "import time\nprint(time.time(), time.monotonic())").split()
+    wall, monotonic = told(
+        tmp_path, "clock 7200", "import time\nprint(time.time(), time.monotonic())"
+    ).split()
     assert 7100 < float(wall) - time.time() < 7300
     assert abs(float(monotonic) - time.monotonic()) < 100
 
 
 def test_what_makes_files_durable_is_noted_in_its_order(tmp_path: Path) -> None:
-    code = f"import os\nfile = open('{tmp_path}/a', 'w')\nos.fsync(file.fileno())\nos.rename('{tmp_path}/a', '{tmp_path}/b')\n"
+    code = (
+        f"import os\nfile = open('{tmp_path}/a', 'w')\nos.fsync(file.fileno())\nos.rename('{tmp_path}/a', "
+        f"'{tmp_path}/b')\n"
+    )
     told(tmp_path, f"log {tmp_path}/calls", code)
-    assert (tmp_path / "calls").read_text().splitlines() == [f"fsync {tmp_path}/a", f"rename {tmp_path}/a {tmp_path}/b"]
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"fsync {tmp_path}/a",
+        f"rename {tmp_path}/a {tmp_path}/b",
+    ]
 
 
 def test_what_failures_and_saves_cost_is_counted_once(tmp_path: Path) -> None:
-    """Steps of 1 s, saved every 2 (0.5 s more after each); hit in step 6, held up for 3 s in step 8, and back from step 4 after 10 s."""
+    """Steps of 1 s, saved every 2 (0.5 s more after each); hit in step 6, held up for 3 s in step 8, and back
+    from step 4 after 10 s."""
     run = RunDirectory(tmp_path)
     times = [1.0, 2.0, 3.5, 4.5, 6.0, 17.5, 18.5, 20.0, 24.0, 25.5, 26.5]
     for number, at in enumerate((0.0, 9.0), 1):
@@ -82,14 +98,44 @@ def test_a_table_says_what_the_results_say(tmp_path: Path, monkeypatch: pytest.M
     page = tmp_path / "failures.md"
     page.write_text("# Failures\n\nKept.\n")
     monkeypatch.setattr(table, "_PAGE", page)
-    one = Injection("one", "1", "a rank killed", lambda scene: None, Expected(), ("FSDP", "ZeRO-3"), lambda: None)
-    base = {"name": "one", "row": "1", "date": "2026-11-28", "code": 9, "seconds_until_gone": 0.4, "samples_lost": 0, "samples_repeated": 0}
-    table.keep(tmp_path, base | {"variant": "FSDP", "why_not": [], "line": "rank 1 of /a/b/run", "bits_equal": True, "steps_again": 2})
-    table.keep(tmp_path, base | {"variant": "ZeRO-3", "why_not": ["exit code 1, not 9"], "bits_equal": False, "steps_again": 3})
+    one = Injection(
+        "one", "1", "a rank killed", lambda scene: None, Expected(), ("FSDP", "ZeRO-3"), lambda: None
+    )
+    base = {
+        "name": "one",
+        "row": "1",
+        "date": "2026-11-28",
+        "code": 9,
+        "seconds_until_gone": 0.4,
+        "samples_lost": 0,
+        "samples_repeated": 0,
+    }
+    table.keep(
+        tmp_path,
+        base
+        | {
+            "variant": "FSDP",
+            "why_not": [],
+            "line": "rank 1 of /a/b/run",
+            "bits_equal": True,
+            "steps_again": 2,
+        },
+    )
+    table.keep(
+        tmp_path,
+        base
+        | {"variant": "ZeRO-3", "why_not": ["exit code 1, not 9"], "bits_equal": False, "steps_again": 3},
+    )
     for _ in range(2):
         table.write([one], table.results(tmp_path))
     text = page.read_text()
     assert "Kept." in text and text.count("## What was injected") == 1
     assert "2 injections of 1 kinds, 1 of which held" in text
     row = next(line for line in text.splitlines() if "a rank killed" in line)
-    assert "exit code 1, not 9" in row and "no (ZeRO-3)" in row and "not equal" in row and "2 to 3" in row and "/a/b" not in row
+    assert (
+        "exit code 1, not 9" in row
+        and "no (ZeRO-3)" in row
+        and "not equal" in row
+        and "2 to 3" in row
+        and "/a/b" not in row
+    )

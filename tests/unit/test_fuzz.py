@@ -1,6 +1,8 @@
-"""Spoilt files of every kind before the commands that read them: an answer of launcher's own, and never a traceback or a hang.
+"""Spoilt files of every kind before the commands that read them: an answer of launcher's own, and never a
+traceback or a hang.
 
-The long version, with other inputs each time, is `RUN_SLOW=1 RUN_VERY_SLOW=1 LAUNCHER_FUZZ_SECONDS=3600 pytest tests/unit/test_fuzz.py -s`.
+The long version, with other inputs each time, is `RUN_SLOW=1 RUN_VERY_SLOW=1 LAUNCHER_FUZZ_SECONDS=3600
+pytest tests/unit/test_fuzz.py -s`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def test_what_is_not_spoilt_is_read(name: str, folder: Path) -> None:
     check(name, (folder / TARGETS[name].file).read_bytes(), folder)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "directory", "link to nothing", "link to itself"])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "socket", "device", "directory", "link to nothing", "link to itself"]
+)
 @pytest.mark.parametrize("name", TARGETS)
 def test_something_else_in_the_place_of_a_file(name: str, kind: str, folder: Path) -> None:
     check_replaced(name, kind, folder)
@@ -74,4 +78,7 @@ def test_an_hour_of_spoilt_files(folder: Path) -> None:
             raise AssertionError(f"{name}, seed {seed}") from error
         counts[name] += 1
         seed += 1
-    print(f"{sum(counts.values())} spoilt files in {SECONDS:.0f} s, the longest command {longest:.1f} s: {dict(counts)}")
+    print(
+        f"{sum(counts.values())} spoilt files in {SECONDS:.0f} s, the longest command {longest:.1f} s: "
+        f"{dict(counts)}"
+    )

@@ -1,4 +1,5 @@
-"""The watch over ranks that are bare processes: what they say of themselves, what is seen of them, and two nodes that watch together."""
+"""The watch over ranks that are bare processes: what they say of themselves, what is seen of them, and two
+nodes that watch together."""
 
 from __future__ import annotations
 
@@ -16,15 +17,15 @@ from typing import Any
 import pytest
 
 from launcher.errors import HungError
+from launcher.launch import sight, stacks
+from launcher.launch.hangs import Hangs
+from launcher.launch.slurm.policy import Attempt, decide
 from launcher.runs import places
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import Page, Whereabouts
 from launcher.runs.processes import STACKS_SIGNAL
 from launcher.runs.seen import Seen, publish, published, ranks_of
-from launcher.scheduling import sight, stacks
-from launcher.scheduling.hangs import Hangs
-from launcher.scheduling.slurm.policy import Attempt, decide
 
 RANK = """
 import faulthandler, json, sys, time
@@ -54,7 +55,9 @@ def start(tmp_path: Path) -> Iterator[Callable[[RunDirectory, int], int]]:
         processes.append(process)
         assert process.stdout is not None
         run.attempt(1).mkdir(parents=True, exist_ok=True)
-        write_atomically(run.attempt(1) / f"rank-{rank}.json", f'{{"places": "{process.stdout.readline().strip()}"}}')
+        write_atomically(
+            run.attempt(1) / f"rank-{rank}.json", f'{{"places": "{process.stdout.readline().strip()}"}}'
+        )
         return process.pid
 
     yield begin
@@ -87,9 +90,21 @@ def test_a_rank_says_where_it_is_and_another_process_reads_it() -> None:
     mine.saving("writing", step=10, detail="__0_0.distcp")
     mine.saved_bytes(5)
     seen = theirs.read(3, "n1", 7)
-    assert (seen.rank, seen.place, seen.done, seen.total, seen.detail, seen.collective) == (3, "data", 3, 8, "/cache/ä", True)
+    assert (seen.rank, seen.place, seen.done, seen.total, seen.detail, seen.collective) == (
+        3,
+        "data",
+        3,
+        8,
+        "/cache/ä",
+        True,
+    )
     assert (seen.step, seen.step_seconds, seen.busy_seconds, seen.memory_bytes) == (12, 0.25, 0.125, 1 << 30)
-    assert (seen.save, seen.save_step, seen.save_bytes, seen.save_detail) == ("writing", 10, 5, "__0_0.distcp")
+    assert (seen.save, seen.save_step, seen.save_bytes, seen.save_detail) == (
+        "writing",
+        10,
+        5,
+        "__0_0.distcp",
+    )
     theirs.note_look("T")
     assert mine.looks() == (1, 1, 0)
 
@@ -111,7 +126,9 @@ def test_without_memfd_there_is_a_file_without_a_name(monkeypatch: pytest.Monkey
     path, _ = mine.begin()
     mine.at("loading")
     assert Page.open(path).read(0, "", 0).place == "loading"
-    monkeypatch.setattr(os, "posix_fallocate", refuse)  # /dev/shm and the directory for temporary files are full
+    monkeypatch.setattr(
+        os, "posix_fallocate", refuse
+    )  # /dev/shm and the directory for temporary files are full
     nowhere = Whereabouts()
     assert nowhere.begin() == ("", 2)
     nowhere.at("loading")
@@ -163,7 +180,7 @@ STACK = """Thread 0x00007f67e8c6b6c0 (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 331 in wait
 
 Current thread 0x00007f6820853b80 (most recent call first):
-  File "/a/launcher/training/whereabouts.py", line 42 in wait
+  File "/a/launcher/training/reporting/whereabouts.py", line 42 in wait
   File "/a/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 4394 in {function}
   File "/a/lib/python3.11/site-packages/torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py", line 119 in __call__
   File "/a/launcher/training/engines/fsdp.py", line 75 in micro_step
@@ -184,15 +201,25 @@ def test_a_stack_tells_its_collective(function: str, collective: str) -> None:
 
 
 def test_a_stack_elsewhere_tells_where() -> None:
-    text = 'Current thread 0x1 (most recent call first):\n  File "/a/lib/python3.11/json/decoder.py", line 3 in decode\n'
-    assert stacks.innermost(f'{text}  File "/b/tasks/chat.py", line 88 in encode\n') == ("", "encode (chat.py:88)")
+    text = (
+        'Current thread 0x1 (most recent call first):\n  File "/a/lib/python3.11/json/decoder.py", line 3 '
+        "in decode\n"
+    )
+    assert stacks.innermost(f'{text}  File "/b/tasks/chat.py", line 88 in encode\n') == (
+        "",
+        "encode (chat.py:88)",
+    )
     assert stacks.innermost("") == ("", "")
 
 
 def test_a_flight_recorder_is_asked_where_there_is_one(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fr3.pipe")
     reading = os.open(tmp_path / "fr3.pipe", os.O_RDONLY | os.O_NONBLOCK)
-    variables = {**os.environ, "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": f"{tmp_path}/fr", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/t/trace_"}
+    variables = {
+        **os.environ,
+        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": f"{tmp_path}/fr",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/t/trace_",
+    }
     with subprocess.Popen([sys.executable, "-c", "input()"], env=variables, stdin=subprocess.PIPE) as process:
         wait_for(lambda: "NCCL" in stacks._flight_recorder(3, process.pid))
         assert stacks._flight_recorder(3, process.pid) == "NCCL's flight recorder writes /t/trace_3"
@@ -222,7 +249,9 @@ def watched(run: RunDirectory, hangs: list[Hangs], until: Callable[[list[str]], 
     return lines
 
 
-def test_two_nodes_watch_and_the_first_one_judges(start: Callable[[RunDirectory, int], int], tmp_path: Path) -> None:
+def test_two_nodes_watch_and_the_first_one_judges(
+    start: Callable[[RunDirectory, int], int], tmp_path: Path
+) -> None:
     run = RunDirectory(tmp_path)
     pids = [start(run, rank) for rank in (0, 1)]
     watches = [Hangs(run, 1, {rank: pids[rank]}, hang_after=3.0, node=rank, nodes=2) for rank in (0, 1)]
@@ -232,8 +261,16 @@ def test_two_nodes_watch_and_the_first_one_judges(start: Callable[[RunDirectory,
     lines = watched(run, watches, lambda _: watches[0].failure is not None)
     failure = watches[0].failure
     assert failure is not None and watches[1].failure is None
-    assert (failure.rank, failure.host, failure.exit_code, failure.failure_class) == (1, "n2", HungError.exit_code, "hung")
-    said = "after step 12 (a step takes 0.2 s): rank 1 on n2 is stopped (SIGSTOP); rank 0 waits in a collective. Stacks: "
+    assert (failure.rank, failure.host, failure.exit_code, failure.failure_class) == (
+        1,
+        "n2",
+        HungError.exit_code,
+        "hung",
+    )
+    said = (
+        "after step 12 (a step takes 0.2 s): rank 1 on n2 is stopped (SIGSTOP); rank 0 waits in a "
+        "collective. Stacks: "
+    )
     assert len(lines) == 1 and said in lines[0]
     [suspected] = [record for record in read(run.events_file) if record["event"] == "suspected"]
     assert suspected["line"] in lines[0] and [one["state"] for one in suspected["ranks"]] == ["S", "T"]

@@ -16,13 +16,13 @@ from launcher.errors import ConfigurationError, LauncherError
 from launcher.importing.job import import_files
 from launcher.job.load import load
 from launcher.job.yaml_text import parse
+from launcher.launch.command import write_command
+from launcher.launch.run_setup import load_job
 from launcher.plain_files import parse_json, read_bytes, read_json
-from launcher.planning.model_sizes import wrong_sizes
+from launcher.planner.model.model_sizes import wrong_sizes
 from launcher.redaction import holds_secret, redact, redact_all, secret_arguments
 from launcher.runs import failure, records
 from launcher.runs.events import append, event, read
-from launcher.scheduling.command import write_command
-from launcher.scheduling.opening import load_job
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 JOB = """
@@ -33,16 +33,24 @@ data: {train: {path: train.jsonl}, text: text}
 
 
 def bomb(levels: int) -> str:
-    return "a0: &a0 [1, 1]\n" + "".join(f"a{level}: &a{level} [*a{level - 1}, *a{level - 1}]\n" for level in range(1, levels))
+    return "a0: &a0 [1, 1]\n" + "".join(
+        f"a{level}: &a{level} [*a{level - 1}, *a{level - 1}]\n" for level in range(1, levels)
+    )
 
 
 HELD_UP = {
     "aliases": (bomb(60), "more than 10,000 values, aliases filled in"),
-    "merge keys": ("a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 60)), "10,000 values"),
+    "merge keys": (
+        "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 60)),
+        "10,000 values",
+    ),
     "many values": (f"a: [{'1,' * 20_000}]", "more than 10,000 values"),
     "brackets": ("a: " + "[" * 60_000, "nested more than 100 levels deep"),
     "levels": ("\n".join(" " * level + "a:" for level in range(300)), "nested more than 100 levels deep"),
-    "a chain of aliases": ("a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 3000)), "levels deep"),
+    "a chain of aliases": (
+        "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 3000)),
+        "levels deep",
+    ),
     "itself": ("a: &a [*a]", "refers to itself"),
     "a number in base 60": ("a: " + ":".join(["59"] * 40_000), "a whole number beyond any sense"),
     "a float in base 60": ("a: " + ":".join(["59"] * 40_000) + ".5", "more than 100 characters"),
@@ -65,9 +73,13 @@ def test_yaml_that_would_hold_its_reader_up_is_refused_at_once(name: str, tmp_pa
         parse(text, "job.yaml")
     path = tmp_path / "accelerate.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigurationError, match=f"accelerate.yaml.*{said}" if "KiB" not in said else "128 KiB"):
+    with pytest.raises(
+        ConfigurationError, match=f"accelerate.yaml.*{said}" if "KiB" not in said else "128 KiB"
+    ):
         import_files([path])
-    assert time.process_time() - began < 20, "of the processor's time; it is about one, and without bounds hours"
+    assert time.process_time() - began < 20, (
+        "of the processor's time; it is about one, and without bounds hours"
+    )
 
 
 def test_aliases_that_are_meant_are_read() -> None:
@@ -85,7 +97,11 @@ def test_json_that_is_nested_beyond_any_sense_is_no_json(text: str, tmp_path: Pa
 def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for path, said in ((tmp_path / "pipe", "is a pipe"), (Path("/dev/zero"), "is a device"), (tmp_path / "folder", "Is a directory")):
+    for path, said in (
+        (tmp_path / "pipe", "is a pipe"),
+        (Path("/dev/zero"), "is a device"),
+        (tmp_path / "folder", "Is a directory"),
+    ):
         with pytest.raises(OSError, match=said):
             read_bytes(path)
         with pytest.raises(OSError, match=said):
@@ -114,15 +130,24 @@ def test_a_config_beyond_any_sense_is_refused_by_key(config: dict[str, Any], key
 
 
 def test_the_largest_models_there_are_are_not_beyond_any_sense() -> None:
-    large = {"num_hidden_layers": 126, "hidden_size": 16384, "vocab_size": 262_144, "max_position_embeddings": 10_485_760, "n_experts": 512}
+    large = {
+        "num_hidden_layers": 126,
+        "hidden_size": 16384,
+        "vocab_size": 262_144,
+        "max_position_embeddings": 10_485_760,
+        "n_experts": 512,
+    }
     assert wrong_sizes({**large, "time_step_limit": float("inf"), "rope_theta": 1e7, "mask": -3.4e38}) == []
 
 
 @pytest.mark.parametrize(
     "override",
-    ["batch.global_batch_size=1000000000000", "cluster.nodes=100000", "cluster.nodes=1-100000", "cluster.ranks_per_node=1000000000",
-     "data.num_workers=1000000", "training.max_steps=9000000000000000000", "training.epochs=.inf", "training.learning_rate=.inf",
-     "cluster.grace=1e300", "data.max_length=9000000000000000000", "parallel.replicate=1000000000", "model.adapter.rank=1000000000"],
+    ["batch.global_batch_size=1000000000000", "cluster.nodes=100000", "cluster.nodes=1-100000",
+    "cluster.ranks_per_node=1000000000",
+     "data.num_workers=1000000", "training.max_steps=9000000000000000000", "training.epochs=.inf",
+     "training.learning_rate=.inf",
+     "cluster.grace=1e300", "data.max_length=9000000000000000000", "parallel.replicate=1000000000",
+     "model.adapter.rank=1000000000"],
 )  # fmt: skip
 def test_numbers_beyond_any_sense_are_refused_by_key(override: str, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(JOB)
@@ -146,8 +171,10 @@ SECRETS = [
     "ASIAIOSFODNN7EXAMPLE",
 ]
 ORDINARY = [
-    "export HF_TOKEN=$(cat ~/.token)", "HF_TOKEN=$HF_TOKEN", "HF_TOKEN_PATH=/home/me/token", "TOKENIZERS_PARALLELISM=false", "max_tokens=9",
-    "NUM_TOKENS=many_words", "--token-type=word-piece", "pad_token=<|endoftext|>", "org/hf_model", "git@github.com:org/x.git",
+    "export HF_TOKEN=$(cat ~/.token)", "HF_TOKEN=$HF_TOKEN", "HF_TOKEN_PATH=/home/me/token",
+    "TOKENIZERS_PARALLELISM=false", "max_tokens=9",
+    "NUM_TOKENS=many_words", "--token-type=word-piece", "pad_token=<|endoftext|>", "org/hf_model",
+    "git@github.com:org/x.git",
     "the token of a step", "task-learn-classifier-base",
 ]  # fmt: skip
 
@@ -164,12 +191,19 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 
 def test_the_values_of_this_environment_are_known() -> None:
-    environment = {"MY_SECRET": "correct horse battery", "SSH_AUTH_SOCK": "/tmp/agent.1", "SHORT_KEY": "abc", "PLAIN": "something else"}
+    environment = {
+        "MY_SECRET": "correct horse battery",
+        "SSH_AUTH_SOCK": "/tmp/agent.1",
+        "SHORT_KEY": "abc",
+        "PLAIN": "something else",
+    }
     said = "correct horse battery, /tmp/agent.1, abc, something else"
     assert redact(said, environment) == "***, /tmp/agent.1, abc, something else"
 
 
-def test_no_secret_leaves_by_any_door(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_leaves_by_any_door(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_PASSWORD", "correct horse battery")
     said = f"cannot reach https://me:hunter2@host with {TOKEN} or correct horse battery"
     variables = {
@@ -178,7 +212,11 @@ def test_no_secret_leaves_by_any_door(tmp_path: Path, capsys: pytest.CaptureFixt
         "LAUNCHER_Y": "correct horse battery",
         "PATH": "/bin",
     }
-    write_command(tmp_path / "command.json", ["train.py", "--hub_token", TOKEN], {**variables, "MY_PASSWORD": "correct horse battery"})
+    write_command(
+        tmp_path / "command.json",
+        ["train.py", "--hub_token", TOKEN],
+        {**variables, "MY_PASSWORD": "correct horse battery"},
+    )
     event(tmp_path / "events.jsonl", "noted", text=said, list=[said], deep={"a": said, said: 1})
     (tmp_path / "attempt").mkdir()
     failure.record(tmp_path / "attempt", 0, RuntimeError(said))
@@ -187,7 +225,9 @@ def test_no_secret_leaves_by_any_door(tmp_path: Path, capsys: pytest.CaptureFixt
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     seen = capsys.readouterr()
     for text in (written, seen.out, seen.err):
-        assert "***" in text and not any(secret in text for secret in (TOKEN, "hunter2", "ghp_a", "correct horse"))
+        assert "***" in text and not any(
+            secret in text for secret in (TOKEN, "hunter2", "ghp_a", "correct horse")
+        )
     assert redact_all([1, None, 2.5, True]) == [1, None, 2.5, True]
 
 
@@ -228,10 +268,14 @@ def test_a_job_file_and_a_profile_hold_no_secret_by_name(key: str, value: str, t
 
 def test_an_import_shows_no_secret(tmp_path: Path) -> None:
     path = tmp_path / "trainer.json"
-    path.write_text(json.dumps({"model_name_or_path": "x/y", "output_dir": TOKEN, "learning_rate": 1e-5, "resume": TOKEN}))
+    path.write_text(
+        json.dumps({"model_name_or_path": "x/y", "output_dir": TOKEN, "learning_rate": 1e-5, "resume": TOKEN})
+    )
     made = import_files([path])
     assert TOKEN not in made.text and not any(TOKEN in str(remark) for remark in made.remarks)
-    path.write_text(json.dumps({"model_name_or_path": f"https://me:hunter2@host/{TOKEN}", "output_dir": "out"}))
+    path.write_text(
+        json.dumps({"model_name_or_path": f"https://me:hunter2@host/{TOKEN}", "output_dir": "out"})
+    )
     with pytest.raises(ConfigurationError, match="looks like a secret") as caught:
         import_files([path])
     assert "hunter2" not in str(caught.value)
@@ -239,8 +283,10 @@ def test_an_import_shows_no_secret(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['{"event": 3}', '{"event": "evaluated", "metrics": {"loss": "x"}, "step": 1, "time": 1}', '{"event": "evaluated"}', '{"time": NaN}',
-     '{"event": "failed", "failure": {}}', '{"loss": [], "step": 1}', '{"step": true}', '{"step": 1e400}', '[]', "3", "[" * 100_000, "{",
+    ['{"event": 3}', '{"event": "evaluated", "metrics": {"loss": "x"}, "step": 1, "time": 1}',
+    '{"event": "evaluated"}', '{"time": NaN}',
+     '{"event": "failed", "failure": {}}', '{"loss": [], "step": 1}', '{"step": true}', '{"step": 1e400}',
+     '[]', "3", "[" * 100_000, "{",
      '{"event": "prepared", "role": "train"}', '{"time": 1e300}', '{"total_steps": "many"}'],
 )  # fmt: skip
 def test_a_line_of_other_kinds_is_no_record(line: str) -> None:

@@ -1,4 +1,5 @@
-"""Foreign files become jobs: equal in meaning where that can be, and with a word about every key where it cannot."""
+"""Foreign files become jobs: equal in meaning where that can be, and with a word about every key where it
+cannot."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from hypothesis import strategies as st
 
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
-from launcher.importing import files
+from launcher.importing import foreign_files
 from launcher.importing.compare import compare, differences
 from launcher.importing.job import Imported, import_files
 from launcher.importing.merge import MODEL, merge
 from launcher.job.load import validate
 from launcher.job.schema import Job
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job as decide
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job as decide
 from launcher.render import accelerate, deepspeed, presets
 from launcher.render.files import json_text, yaml_text
 
@@ -29,14 +30,29 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "tests" / "data" / "accelerate"
 HARDWARE = Hardware(64, 1 << 40)
 
-CHOSEN = ("zero.reduce_", "zero.allgather_", "zero.prefetch_", "zero.persistence_", "zero.max_live_", "zero.sub_group_")
+CHOSEN = (
+    "zero.reduce_",
+    "zero.allgather_",
+    "zero.prefetch_",
+    "zero.persistence_",
+    "zero.max_live_",
+    "zero.sub_group_",
+)
 """Sizes: chosen from the model, which no file names."""
-HANDED_OVER = ("training.optimizer", "training.schedule", "training.learning_rate", "training.weight_decay", "training.warmup")
+HANDED_OVER = (
+    "training.optimizer",
+    "training.schedule",
+    "training.learning_rate",
+    "training.weight_decay",
+    "training.warmup",
+)
 """No rendered file has an optimizer; these stand in the job."""
 FILLED_IN = {"examples/slurm/fsdp_config.yaml": {"gpus_per_node": 8}}
 """What the import says is to be filled in: this file leaves the number of GPUs to the command line."""
 MAY_DIFFER: dict[str, dict[str, str]] = {
-    "tests/deepspeed/ds_config_zero3_model_only.json": {"mesh.world_size": "one rank is assumed where no file says how many"}
+    "tests/deepspeed/ds_config_zero3_model_only.json": {
+        "mesh.world_size": "one rank is assumed where no file says how many"
+    }
 }
 TENSOR_PARALLEL = SHIPPED / "examples/torch_native_parallelism/configs/tp_hsdp.yaml"
 """2 copies x 2 shards x 2 tensor-parallel ranks: that third axis is one launcher lacks."""
@@ -65,15 +81,19 @@ def job_of(made: Imported, **cluster: Any) -> Job:
 def meaning(plan: Plan, kind: str) -> dict[str, Any]:
     """What the rendered file of one kind says."""
     content = deepspeed.config(plan) if kind == "deepspeed" else accelerate.config(plan)
-    return merge([files.read_content(content, "rendered")]).values()
+    return merge([foreign_files.read_content(content, "rendered")]).values()
 
 
 def said_by(path: Path) -> dict[str, Any]:
-    reading = files.read(path)
+    reading = foreign_files.read(path)
     return merge([reading]).values()
 
 
-@pytest.mark.parametrize("path", [*sorted((ROOT / "ds_configs").glob("*.[jy]*")), *ENGINES], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "ds_configs").glob("*.[jy]*")), *ENGINES],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_it_comes_out_equal_in_meaning(path: Path) -> None:
     name = str(path.relative_to(SHIPPED)) if path.is_relative_to(SHIPPED) else ""
     plan = decide(job_of(imported(path), **FILLED_IN.get(name, {})), hardware=HARDWARE, local=False)
@@ -87,7 +107,9 @@ def test_it_comes_out_equal_in_meaning(path: Path) -> None:
     different = {
         found.key: (found.a, found.b)
         for found in differences(said, again)
-        if found.key in said and not found.key.startswith((*CHOSEN, *HANDED_OVER)) and found.key not in allowed
+        if found.key in said
+        and not found.key.startswith((*CHOSEN, *HANDED_OVER))
+        and found.key not in allowed
     }
     assert different == {}
     assert said["engine"] == plan.engine and said.get("sharding", plan.sharding) == plan.sharding
@@ -111,11 +133,17 @@ def test_an_fsdp_preset_comes_back_byte_for_byte(path: Path) -> None:
 
 def test_tensor_parallelism_is_said_to_be_lacking() -> None:
     made = imported(TENSOR_PARALLEL)
-    assert any(remark.kind == "cannot be said" and "tensor parallelism" in remark.text for remark in made.remarks)
+    assert any(
+        remark.kind == "cannot be said" and "tensor parallelism" in remark.text for remark in made.remarks
+    )
     assert made.content["parallel"]["replicate"] == 2
 
 
-@pytest.mark.parametrize("path", sorted(path for path in SHIPPED.rglob("*.*") if path.name != "README.md"), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in SHIPPED.rglob("*.*") if path.name != "README.md"),
+    ids=lambda path: path.name,
+)
 def test_everything_that_accelerate_ships_is_read_or_refused_in_a_line(path: Path) -> None:
     try:
         made = imported(path)
@@ -140,14 +168,24 @@ def kinds(made: Imported) -> dict[str, str]:
     ("zero", "expected"),
     [
         ({"stage": 1}, {"shard": "optimizer"}),
-        ({"stage": 2, "cpu_offload": True}, {"shard": "gradients", "offload": "optimizer", "offload_to": "cpu"}),
+        (
+            {"stage": 2, "cpu_offload": True},
+            {"shard": "gradients", "offload": "optimizer", "offload_to": "cpu"},
+        ),
         ({"stage": 3, "offload_param": {"device": "cpu"}}, {"shard": "full", "offload": "parameters"}),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, {"shard": "gradients", "offload": "none"}),
         (
-            {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}, "offload_param": {"device": "none"}},
+            {
+                "stage": 3,
+                "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"},
+                "offload_param": {"device": "none"},
+            },
             {"offload": "optimizer", "offload_to": "/disk"},
         ),
-        ({"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True}, {"secondary_shard": 8, "quantized_weights": True}),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True},
+            {"secondary_shard": 8, "quantized_weights": True},
+        ),
         ({"stage": 0}, {"shard": "none"}),
         ({"stage": "3"}, {"shard": "full"}),
     ],
@@ -170,7 +208,11 @@ def test_stages_and_offload(zero: dict[str, Any], expected: dict[str, Any], tmp_
         ({"sharding_strategy": "SHARD_GRAD_OP"}, "gradients", None),
         ({"fsdp_version": 2}, "full", None),
         ({"fsdp_version": 2, "fsdp_reshard_after_forward": False}, "gradients", None),
-        ({"fsdp_version": 2, "fsdp_reshard_after_forward": "true", "fsdp_sharding_strategy": 3}, "full", None),
+        (
+            {"fsdp_version": 2, "fsdp_reshard_after_forward": "true", "fsdp_sharding_strategy": 3},
+            "full",
+            None,
+        ),
         ({"fsdp_reshard_after_forward": "SHARD_GRAD_OP"}, "gradients", None),
         ({}, "full", None),
     ],
@@ -216,7 +258,8 @@ TRAINER = {
 def test_training_arguments(tmp_path: Path) -> None:
     made = imported(write(tmp_path, "args.json", TRAINER))
     assert made.content["training"] == {
-        "learning_rate": 5e-05, "weight_decay": 0.01, "clip_norm": 0.5, "seed": 42, "epochs": 3.0, "warmup": 0.1, "schedule": "cosine",
+        "learning_rate": 5e-05, "weight_decay": 0.01, "clip_norm": 0.5, "seed": 42, "epochs": 3.0,
+        "warmup": 0.1, "schedule": "cosine",
         "optimizer": "adamw", "betas": [0.9, 0.95],
     }  # fmt: skip
     assert made.content["batch"] == {"micro_batch_size": 4, "global_batch_size": 32}
@@ -244,7 +287,9 @@ def test_training_arguments(tmp_path: Path) -> None:
         ({"adafactor": True}, "optimizer", "adamw"),
     ],
 )
-def test_names_and_precedence_of_the_trainer(arguments: dict[str, Any], key: str, value: Any, tmp_path: Path) -> None:
+def test_names_and_precedence_of_the_trainer(
+    arguments: dict[str, Any], key: str, value: Any, tmp_path: Path
+) -> None:
     made = imported(write(tmp_path, "args.json", {"output_dir": "a", **arguments}))
     assert made.content["training"][key] == value
 
@@ -262,12 +307,18 @@ def test_names_and_precedence_of_the_trainer(arguments: dict[str, Any], key: str
 )
 def test_deepspeeds_optimizers(optimizer: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
     scheduler = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 10, "total_num_steps": 100}}
-    made = imported(write(tmp_path, "ds.json", {"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler}))
+    made = imported(
+        write(tmp_path, "ds.json", {"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler})
+    )
     assert made.content["training"] == {**expected, "schedule": "linear", "warmup": 10, "max_steps": 100}
 
 
 def test_a_conflict_names_both_values_and_the_reason(tmp_path: Path) -> None:
-    ds = write(tmp_path, "ds.json", {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "bf16": {"enabled": True}})
+    ds = write(
+        tmp_path,
+        "ds.json",
+        {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "bf16": {"enabled": True}},
+    )
     args = write(tmp_path, "args.json", {"output_dir": "a", "max_grad_norm": 0.5, "fp16": True})
     made = import_files([args, ds])
     assert made.content["training"]["clip_norm"] == 1.0
@@ -285,7 +336,15 @@ def test_what_belongs_to_the_engine_that_lost_is_left_out(tmp_path: Path) -> Non
 
 
 def test_a_file_that_a_file_names_is_read_too_once(tmp_path: Path) -> None:
-    write(tmp_path, "ds.json", {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2})
+    write(
+        tmp_path,
+        "ds.json",
+        {
+            "zero_optimization": {"stage": 1},
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+        },
+    )
     content = {
         "distributed_type": "DEEPSPEED",
         "num_processes": 4,
@@ -297,12 +356,24 @@ def test_a_file_that_a_file_names_is_read_too_once(tmp_path: Path) -> None:
     assert made.content["batch"] == {"micro_batch_size": 2, "global_batch_size": 16}
     assert kinds(made)["deepspeed_config.zero_stage"] == "ignored"
     (tmp_path / "ds.json").unlink()
-    assert any(remark.kind == "fill in" and remark.value == "ds.json" for remark in import_files([path]).remarks)
+    assert any(
+        remark.kind == "fill in" and remark.value == "ds.json" for remark in import_files([path]).remarks
+    )
 
 
 def test_deepspeed_without_a_file(tmp_path: Path) -> None:
-    section = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "none", "gradient_accumulation_steps": 2}
-    content = {"distributed_type": "DEEPSPEED", "num_processes": 4, "mixed_precision": "bf16", "deepspeed_config": section}
+    section = {
+        "zero_stage": 3,
+        "offload_optimizer_device": "cpu",
+        "offload_param_device": "none",
+        "gradient_accumulation_steps": 2,
+    }
+    content = {
+        "distributed_type": "DEEPSPEED",
+        "num_processes": 4,
+        "mixed_precision": "bf16",
+        "deepspeed_config": section,
+    }
     made = imported(write(tmp_path, "a.yaml", yaml.safe_dump(content)))
     assert made.content["parallel"] == {"engine": "deepspeed", "shard": "full"}
     assert made.content["memory"] == {"offload": "optimizer", "offload_to": "cpu"}
@@ -312,7 +383,10 @@ def test_deepspeed_without_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("batch", "expected"),
     [
-        ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}, {"gpus_per_node": 8}),
+        (
+            {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4},
+            {"gpus_per_node": 8},
+        ),
         ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}, {}),
     ],
 )
@@ -323,7 +397,11 @@ def test_ranks_follow_from_the_batch(batch: dict[str, Any], expected: dict[str, 
 
 
 def test_a_batch_that_contradicts_the_ranks_is_a_conflict(tmp_path: Path) -> None:
-    ds = write(tmp_path, "ds.json", {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 4})
+    ds = write(
+        tmp_path,
+        "ds.json",
+        {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 4},
+    )
     with pytest.raises(ConfigurationError, match="no multiple"):
         import_files([ds])
     made = import_files([ds], ["torchrun", "--nproc_per_node=8", "t.py"])
@@ -333,20 +411,35 @@ def test_a_batch_that_contradicts_the_ranks_is_a_conflict(tmp_path: Path) -> Non
 
 COMMANDS = [
     (
-        "accelerate launch --use_fsdp --fsdp_version=2 --num_processes 8 --mixed_precision bf16 train.py --learning_rate 3e-5",
-        {"parallel": {"engine": "fsdp", "shard": "full"}, "precision": "bf16", "training": {"learning_rate": 3e-5}},
+        "accelerate launch --use_fsdp --fsdp_version=2 --num_processes 8 --mixed_precision bf16 "
+        "train.py --learning_rate 3e-5",
+        {
+            "parallel": {"engine": "fsdp", "shard": "full"},
+            "precision": "bf16",
+            "training": {"learning_rate": 3e-5},
+        },
     ),
     (
-        "CUDA_VISIBLE_DEVICES=0 torchrun --nnodes 2 --nproc_per_node 4 -m pkg.train --bf16 True --warmup_steps 10",
+        "CUDA_VISIBLE_DEVICES=0 torchrun --nnodes 2 --nproc_per_node 4 -m pkg.train --bf16 True "
+        "--warmup_steps 10",
         {"cluster": {"nodes": 2, "gpus_per_node": 4}, "precision": "bf16", "training": {"warmup": 10}},
     ),
     (
         "srun python3.11 -m torch.distributed.run --nproc-per-node=2 t.py --max-steps=5",
         {"cluster": {"gpus_per_node": 2}, "training": {"max_steps": 5}},
     ),
-    ("deepspeed --num_gpus 4 t.py --gradient_checkpointing --seed 3", {"cluster": {"gpus_per_node": 4}, "training": {"seed": 3}}),
-    ("python t.py --report_to wandb tensorboard --run_name 'a b'", {"trackers": ["wandb", "tensorboard"], "name": "a-b"}),
-    ("accelerate launch --cpu --num_processes 2 t.py", {"cluster": {"gpus_per_node": 0, "ranks_per_node": 2}}),
+    (
+        "deepspeed --num_gpus 4 t.py --gradient_checkpointing --seed 3",
+        {"cluster": {"gpus_per_node": 4}, "training": {"seed": 3}},
+    ),
+    (
+        "python t.py --report_to wandb tensorboard --run_name 'a b'",
+        {"trackers": ["wandb", "tensorboard"], "name": "a-b"},
+    ),
+    (
+        "accelerate launch --cpu --num_processes 2 t.py",
+        {"cluster": {"gpus_per_node": 0, "ranks_per_node": 2}},
+    ),
     (
         "accelerate launch --use_deepspeed --zero_stage 3 --offload_param_device cpu t.py",
         {"parallel": {"engine": "deepspeed", "shard": "full"}},
@@ -358,7 +451,11 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "expected"), COMMANDS, ids=[line.split()[0] + str(index) for index, (line, _) in enumerate(COMMANDS)])
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    COMMANDS,
+    ids=[line.split()[0] + str(index) for index, (line, _) in enumerate(COMMANDS)],
+)
 def test_command_lines(line: str, expected: dict[str, Any], tmp_path: Path) -> None:
     continued = line.replace(" --", " \\\n  --", 1)
     script = f"#!/bin/bash\n# a comment\nexport A='1'\necho start\n{continued}\n"
@@ -368,7 +465,13 @@ def test_command_lines(line: str, expected: dict[str, Any], tmp_path: Path) -> N
 
 def test_nothing_of_a_script_is_executed_or_filled_in(tmp_path: Path) -> None:
     marker = tmp_path / "pwned"
-    made = imported(write(tmp_path, "t.sh", f"python t.py --learning_rate $LR --seed $(touch {marker}) --run_name `touch {marker}`\n"))
+    made = imported(
+        write(
+            tmp_path,
+            "t.sh",
+            f"python t.py --learning_rate $LR --seed $(touch {marker}) --run_name `touch {marker}`\n",
+        )
+    )
     assert not marker.exists()
     assert {remark.said for remark in made.remarks if remark.kind == "fill in"} >= {"--learning_rate"}
 
@@ -391,9 +494,17 @@ BAD: list[tuple[str, Any, str]] = [
     ("a.json", {"zero_optimization": {"stage": 4}}, "the nearest is 3"),
     ("a.json", {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "none, cpu or nvme"),
     ("a.json", {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme_path"),
-    ("a.json", {"train_batch_size": 8, "bf16": {"enabled": True}, "fp16": {"enabled": True}}, "computes in one"),
+    (
+        "a.json",
+        {"train_batch_size": 8, "bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        "computes in one",
+    ),
     ("a.json", {"train_batch_size": 8, "bf16": {"enabled": "perhaps"}}, "true or false"),
-    ("a.json", {"train_batch_size": 8, "optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, "two numbers"),
+    (
+        "a.json",
+        {"train_batch_size": 8, "optimizer": {"type": "Adam", "params": {"betas": [0.9]}}},
+        "two numbers",
+    ),
     ("a.json", {"train_batch_size": 8, "optimizer": {"type": ["Adam"]}}, "where a word stands"),
     ("a.json", {"output_dir": "a", "learning_rate": 0}, "learning_rate"),
     ("a.json", {"output_dir": "a", "warmup_ratio": 3}, "below 1"),
@@ -417,18 +528,29 @@ def test_bad_input_is_one_clear_line(name: str, content: Any, said: str, tmp_pat
 
 
 def test_every_problem_at_once(tmp_path: Path) -> None:
-    one = write(tmp_path, "ds.json", {"train_batch_size": "x", "gradient_clipping": [], "zero_optimization": {"stage": 9}})
+    one = write(
+        tmp_path,
+        "ds.json",
+        {"train_batch_size": "x", "gradient_clipping": [], "zero_optimization": {"stage": 9}},
+    )
     two = write(tmp_path, "a.yaml", "distributed_type: FSDP\nnum_processes: none\n")
     with pytest.raises(ConfigurationError) as caught:
         import_files([one, two, tmp_path / "missing.json"])
     said = str(caught.value)
-    assert all(word in said for word in ("train_batch_size", "gradient_clipping", "stage", "num_processes", "missing.json"))
+    assert all(
+        word in said
+        for word in ("train_batch_size", "gradient_clipping", "stage", "num_processes", "missing.json")
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00{")
     (tmp_path / "large.json").write_bytes(b" " * ((4 << 20) + 1))
-    for path, said in ((tmp_path, "a directory"), (tmp_path / "bytes.json", "UTF-8"), (tmp_path / "large.json", "4 MiB")):
+    for path, said in (
+        (tmp_path, "a directory"),
+        (tmp_path / "bytes.json", "UTF-8"),
+        (tmp_path / "large.json", "4 MiB"),
+    ):
         with pytest.raises(ConfigurationError, match=said):
             import_files([path])
     with pytest.raises(ConfigurationError, match="is missing"):
@@ -438,18 +560,29 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_deep_nesting_and_aliases_end(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError):
         import_files([write(tmp_path, "deep.json", "[" * 100_000)])
-    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)), "distributed_type: FSDP", "fp: *a39"]
+    lines = [
+        "a0: &a0 [1, 1]",
+        *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)),
+        "distributed_type: FSDP",
+        "fp: *a39",
+    ]
     with pytest.raises(ConfigurationError, match=r"bomb.yaml.*line 13, column 6: more than 10,000 values"):
         import_files([write(tmp_path, "bomb.yaml", "\n".join(lines))])
 
 
 KEYS = st.sampled_from(
-    ["zero_optimization", "stage", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-     "bf16", "fp16", "enabled", "optimizer", "params", "type", "lr", "betas", "scheduler", "offload_param", "offload_optimizer", "device",
-     "nvme_path", "cpu_offload", "distributed_type", "fsdp_config", "fsdp_sharding_strategy", "fsdp_version", "deepspeed_config",
-     "num_machines", "num_processes", "mixed_precision", "parallelism_config", "dynamo_config", "output_dir", "learning_rate", "max_steps",
-     "num_train_epochs", "warmup_steps", "fsdp", "deepspeed", "report_to", "save_strategy", "save_steps", "lr_scheduler_type", "optim",
-     "adam_beta1", "seed", "model_name_or_path", "zero_hpz_partition_size", "reduce_bucket_size", "use_cpu", "compute_environment"]
+    ["zero_optimization", "stage", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps", "gradient_clipping",
+     "bf16", "fp16", "enabled", "optimizer", "params", "type", "lr", "betas", "scheduler", "offload_param",
+     "offload_optimizer", "device",
+     "nvme_path", "cpu_offload", "distributed_type", "fsdp_config", "fsdp_sharding_strategy", "fsdp_version",
+     "deepspeed_config",
+     "num_machines", "num_processes", "mixed_precision", "parallelism_config", "dynamo_config", "output_dir",
+     "learning_rate", "max_steps",
+     "num_train_epochs", "warmup_steps", "fsdp", "deepspeed", "report_to", "save_strategy", "save_steps",
+     "lr_scheduler_type", "optim",
+     "adam_beta1", "seed", "model_name_or_path", "zero_hpz_partition_size", "reduce_bucket_size", "use_cpu",
+     "compute_environment"]
 )  # fmt: skip
 SCALARS = st.one_of(
     st.none(),
@@ -460,7 +593,12 @@ SCALARS = st.one_of(
     st.sampled_from(["auto", "nvme", "cpu", "FSDP", "DEEPSPEED", "3", "-1", "1e9"]),
 )
 CONTENT = st.dictionaries(
-    KEYS, st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12)
+    KEYS,
+    st.recursive(
+        SCALARS,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+        max_leaves=12,
+    ),
 )
 
 
@@ -468,14 +606,16 @@ CONTENT = st.dictionaries(
 @given(CONTENT)
 def test_no_content_ends_in_a_traceback(content: dict[str, Any]) -> None:
     try:
-        merge([files.read_content(content, "fuzz.json")])
+        merge([foreign_files.read_content(content, "fuzz.json")])
     except ConfigurationError as error:
         assert str(error)
 
 
 @settings(max_examples=60, deadline=None)
 @given(content=CONTENT)
-def test_a_job_is_made_or_every_reason_is_given(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_job_is_made_or_every_reason_is_given(
+    content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = write(tmp_path_factory.mktemp("fuzz"), "ds.json", content)
     try:
         made = import_files([path])
@@ -487,10 +627,9 @@ def test_a_job_is_made_or_every_reason_is_given(content: dict[str, Any], tmp_pat
 
 def test_plans_jobs_and_configurations_are_compared_in_one_vocabulary(tmp_path: Path) -> None:
     zero2, zero3 = ROOT / "ds_configs" / "zero2.json", ROOT / "ds_configs" / "zero3.json"
-    assert {difference.key: (difference.a, difference.b) for difference in compare(zero2, zero3).differences}["sharding"] == (
-        "gradients",
-        "full",
-    )
+    assert {difference.key: (difference.a, difference.b) for difference in compare(zero2, zero3).differences}[
+        "sharding"
+    ] == ("gradients", "full")
     plan = presets.plan(presets.JOBS["zero2.json"])
     folder = tmp_path / "run"
     folder.mkdir()
@@ -506,17 +645,28 @@ def test_plans_jobs_and_configurations_are_compared_in_one_vocabulary(tmp_path: 
 
 def test_a_job_file_is_planned_and_compared(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a\n")
-    text = "name: a\nmodel: {name: org/m}\ndata: {train: {path: train.txt}, text: text}\ncluster: {gpus_per_node: 8}\ntrackers: []\n"
+    text = (
+        "name: a\nmodel: {name: org/m}\ndata: {train: {path: train.txt}, text: text}\ncluster: "
+        "{gpus_per_node: 8}\ntrackers: []\n"
+    )
     one = write(tmp_path, "a.yaml", text)
     two = write(tmp_path, "b.yaml", text + "training: {learning_rate: 1.0e-3}\n")
-    assert [(found.key, found.b) for found in compare(one, two).differences] == [("training.learning_rate", 0.001)]
+    assert [(found.key, found.b) for found in compare(one, two).differences] == [
+        ("training.learning_rate", 0.001)
+    ]
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no plan that launcher wrote"):
-        compare(write(tmp_path, "plan.json", {"mesh": 1, "batch": 2, "length": 3}), ROOT / "ds_configs" / "zero2.json")
+        compare(
+            write(tmp_path, "plan.json", {"mesh": 1, "batch": 2, "length": 3}),
+            ROOT / "ds_configs" / "zero2.json",
+        )
     with pytest.raises(ConfigurationError, match="stage"):
-        compare(write(tmp_path, "ds.json", {"zero_optimization": {"stage": 7}}), ROOT / "ds_configs" / "zero2.json")
+        compare(
+            write(tmp_path, "ds.json", {"zero_optimization": {"stage": 7}}),
+            ROOT / "ds_configs" / "zero2.json",
+        )
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -537,7 +687,19 @@ def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert code == 2 and "FILL-IN" in err and "exactly one of text" in err
     code, _, err = run(capsys, "import", str(ROOT / "ds_configs" / "zero2.json"), "--out", str(out))
     assert code == 2 and "is there already" in err
-    code, said, _ = run(capsys, "import", "--json", "--", "accelerate", "launch", "--num_processes", "4", "t.py", "--seed", "5")
+    code, said, _ = run(
+        capsys,
+        "import",
+        "--json",
+        "--",
+        "accelerate",
+        "launch",
+        "--num_processes",
+        "4",
+        "t.py",
+        "--seed",
+        "5",
+    )
     assert code == 0 and json.loads(said)["job"]["training"]["seed"] == 5
     code, said, err = run(capsys, "import", str(ROOT / "ds_configs" / "zero2.json"))
     assert code == 0 and yaml.safe_load(said)["parallel"]["shard"] == "gradients" and "fill in" in err
@@ -556,11 +718,14 @@ def test_diff_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "diff", zero2, "missing.json")[0] == 2
 
 
-def test_render_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_render_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.txt").write_text("a\n")
     text = (
-        "name: a\nmodel: {name: org/m}\ndata: {train: {path: train.txt}, text: text}\ncluster: {gpus_per_node: 8, nodes: 2}\ntrackers: []\n"
+        "name: a\nmodel: {name: org/m}\ndata: {train: {path: train.txt}, text: text}\ncluster: "
+        "{gpus_per_node: 8, nodes: 2}\ntrackers: []\n"
     )
     job = str(write(tmp_path, "job.yaml", text))
     code, said, _ = run(capsys, "render", job, "--out", "out", "--engine", "deepspeed")

@@ -1,4 +1,5 @@
-"""Scripts as people write them: which command trains, what its words are, and what Slurm is asked for. Nothing is executed."""
+"""Scripts as people write them: which command trains, what its words are, and what Slurm is asked for.
+Nothing is executed."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ def remarked(made: Imported) -> dict[str, str]:
 
 WORDS: list[tuple[str, list[str]]] = [
     ("torchrun t.py", ["torchrun", "t.py"]),
-    ("A=1 B='x y' torchrun t.py --a $B", ["torchrun", "t.py", "--a", "$B"]),  # set for the command alone: not the shell's
+    (
+        "A=1 B='x y' torchrun t.py --a $B",
+        ["torchrun", "t.py", "--a", "$B"],
+    ),  # set for the command alone: not the shell's
     ('N="a b"\nrun $N "$N" \'$N\'', ["run", "a", "b", "a b", "$N"]),
     ("N=4\nrun $((N * 2)) $((N*M))", ["run", "8", "$((N*M))"]),
     ("run ${N:-5} ${M}", ["run", "5", "${M}"]),
@@ -54,7 +58,10 @@ WORDS: list[tuple[str, list[str]]] = [
     ("run \"it's\" 'a\"b'", ["run", "it's", 'a"b']),
     ("X='a\nb'\nrun \"$X\"", ["run", "a\nb"]),
     ("# a comment goes on no further \\\nrun a", ["run", "a"]),
-    ("run --a 1 \\\n  # --b 2 \\\n  --c 3", ["run", "--a", "1"]),  # what follows the comment is another command
+    (
+        "run --a 1 \\\n  # --b 2 \\\n  --c 3",
+        ["run", "--a", "1"],
+    ),  # what follows the comment is another command
     ("run --a 1 > >(tee log) 2> >(tee errors >&2)", ["run", "--a", "1"]),
     ("N=1\nunset N\nrun $N", ["run", "$N"]),
     ("echo 'no <<EOF here'\nrun a", ["run", "a"]),
@@ -84,20 +91,26 @@ def test_no_text_ends_in_a_traceback(text: str) -> None:
 
 
 TRAINS: list[tuple[str, dict[str, Any]]] = [
-    ('srun bash -c "torchrun --nnodes 2 --nproc_per_node 4 t.py --max_steps 3"', {"cluster": {"nodes": 2, "gpus_per_node": 4}}),
-    ('export L="accelerate launch \\\n --num_processes 4 \\\n "\nS="t.py --max_steps 3"\nsrun $L $S', {"cluster": {"gpus_per_node": 4}}),
-    ("module load python\npip install deepspeed\npython prepare.py\ntorchrun --nproc_per_node=2 t.py", {"cluster": {"gpus_per_node": 2}}),
+    ('srun bash -c "torchrun --nnodes 2 --nproc_per_node 4 t.py --max_steps 3"',
+    {"cluster": {"nodes": 2, "gpus_per_node": 4}}),
+    ('export L="accelerate launch \\\n --num_processes 4 \\\n "\nS="t.py --max_steps 3"\nsrun $L $S',
+    {"cluster": {"gpus_per_node": 4}}),
+    ("module load python\npip install deepspeed\npython prepare.py\ntorchrun --nproc_per_node=2 t.py",
+    {"cluster": {"gpus_per_node": 2}}),
     ("echo python train.py\npython prepare.py\npython t.py --max_steps 3", {"training": {"max_steps": 3}}),
     ("python -m venv env\npython -m t --max_steps 3", {"training": {"max_steps": 3}}),
-    ("CUDA_VISIBLE_DEVICES=0 nohup uv run torchrun --nproc_per_node=2 t.py", {"cluster": {"gpus_per_node": 2}}),
+    ("CUDA_VISIBLE_DEVICES=0 nohup uv run torchrun --nproc_per_node=2 t.py",
+    {"cluster": {"gpus_per_node": 2}}),
     ("singularity exec --nv i.sif bash -c 'python -u t.py --max_steps 3'", {"training": {"max_steps": 3}}),
     ("deepspeed --include localhost:0,1,2,3 t.py", {"cluster": {"gpus_per_node": 4}}),
     ("deepspeed --include=a:0,1@b:2,3 t.py", {"cluster": {"nodes": 2, "gpus_per_node": 2}}),
     ("deepspeed -i a:0,1@b:2,3 --master_port 1 t.py", {"cluster": {"nodes": 2, "gpus_per_node": 2}}),
     ("deepspeed --num_nodes 2 --num_gpus 8 t.py", {"cluster": {"nodes": 2, "gpus_per_node": 8}}),
-    ("python -m torch.distributed.launch --nproc_per_node=2 --use_env t.py --max_steps 3", {"cluster": {"gpus_per_node": 2}}),
-    ("srun -N 2 --gres=gpu:4 --kill-on-bad-exit=1 python t.py --max_steps 3", {"cluster": {"nodes": 2, "gpus_per_node": 4}}),
-    ("accelerate launch --num_processes 2 --gradient_accumulation_steps 2 t.py --per_device_train_batch_size 3",
+    ("python -m torch.distributed.launch --nproc_per_node=2 --use_env t.py --max_steps 3",
+    {"cluster": {"gpus_per_node": 2}}),
+    ("srun -N 2 --gres=gpu:4 --kill-on-bad-exit=1 python t.py --max_steps 3",
+    {"cluster": {"nodes": 2, "gpus_per_node": 4}}),
+    ("accelerate launch --num_processes 2 --gradient_accumulation_steps 2 t.py " "--per_device_train_batch_size 3",
      {"batch": {"micro_batch_size": 3, "global_batch_size": 12}}),
 ]  # fmt: skip
 
@@ -131,8 +144,10 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     made = imported(tmp_path, SLURM, "job.slurm")
     assert made.content["name"] == "my-run"
     assert made.content["cluster"] == {
-        "nodes": 2, "gpus_per_node": 4, "gpu_type": "a100", "time_limit": 131_400, "partition": "gpu,long", "account": "me",
-        "constraint": "a100|h100", "exclusive": True, "requeue": False, "cpus_per_node": 32, "sbatch": {"hint": "nomultithread"},
+        "nodes": 2, "gpus_per_node": 4, "gpu_type": "a100", "time_limit": 131_400, "partition": "gpu,long",
+        "account": "me",
+        "constraint": "a100|h100", "exclusive": True, "requeue": False, "cpus_per_node": 32,
+        "sbatch": {"hint": "nomultithread"},
     }  # fmt: skip
     assert made.content["batch"]["global_batch_size"] == 16
     found = remarked(made)
@@ -157,7 +172,9 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_ways_to_ask_slurm_for_gpus_and_cores(lines: str, expected: dict[str, Any], tmp_path: Path) -> None:
-    cluster = imported(tmp_path, f"#!/bin/sh\n#SBATCH {lines}\nsrun python t.py --max_steps 1\n").content["cluster"]
+    cluster = imported(tmp_path, f"#!/bin/sh\n#SBATCH {lines}\nsrun python t.py --max_steps 1\n").content[
+        "cluster"
+    ]
     assert {key: cluster[key] for key in expected} == expected
 
 
@@ -169,7 +186,8 @@ def test_slurm_reads_no_directive_behind_a_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "N=2\nsbatch --partition=gpu <<EOF\n#!/bin/sh\n#SBATCH --nodes=$N\nsrun torchrun --nproc_per_node 4 t.py\nEOF",
+        "N=2\nsbatch --partition=gpu <<EOF\n#!/bin/sh\n#SBATCH --nodes=$N\nsrun torchrun "
+        "--nproc_per_node 4 t.py\nEOF",
         "sbatch -p gpu -N 2 --wrap 'srun torchrun --nproc_per_node 4 t.py'",
         'sbatch -p gpu -N 2 --wrap="torchrun --nproc_per_node 4 t.py"',
     ],
@@ -179,7 +197,9 @@ def test_what_is_handed_to_sbatch_on_the_spot(text: str, tmp_path: Path) -> None
 
 
 def test_slurms_numbers_and_those_of_the_command_can_conflict(tmp_path: Path) -> None:
-    made = imported(tmp_path, "#!/bin/sh\n#SBATCH --gpus-per-node=8\ntorchrun --nproc_per_node 4 t.py\n", "job")
+    made = imported(
+        tmp_path, "#!/bin/sh\n#SBATCH --gpus-per-node=8\ntorchrun --nproc_per_node 4 t.py\n", "job"
+    )
     assert made.content["cluster"] == {"gpus_per_node": 4, "gpu_option": "gpus-per-node"}
     assert remarked(made)["#SBATCH --gpus-per-node"] == "conflict"
 
@@ -201,12 +221,20 @@ def test_slurms_times(text: str, seconds: float | None) -> None:
 
 
 def test_the_shells_own_numbers_make_no_batch(tmp_path: Path) -> None:
-    text = "torchrun --nproc_per_node 2 t.py --output_dir o --per_device_train_batch_size 4 --gradient_accumulation_steps $A"
+    text = (
+        "torchrun --nproc_per_node 2 t.py --output_dir o --per_device_train_batch_size 4 "
+        "--gradient_accumulation_steps $A"
+    )
     made = imported(tmp_path, text)
     assert made.content["batch"] == {"micro_batch_size": 4}
     assert remarked(made)["--gradient_accumulation_steps"] == "fill in"
-    made = imported(tmp_path, "torchrun --nnodes $N --nproc_per_node 2 t.py --output_dir o --per_device_train_batch_size 4")
-    assert made.content["batch"] == {"micro_batch_size": 4} and made.content["cluster"] == {"gpus_per_node": 2}
+    made = imported(
+        tmp_path,
+        "torchrun --nnodes $N --nproc_per_node 2 t.py --output_dir o --per_device_train_batch_size 4",
+    )
+    assert made.content["batch"] == {"micro_batch_size": 4} and made.content["cluster"] == {
+        "gpus_per_node": 2
+    }
     assert remarked(made)["--nnodes"] == "fill in"
 
 
@@ -223,15 +251,26 @@ def test_a_file_of_hosts(tmp_path: Path) -> None:
 
 
 def test_a_file_and_what_stands_in_place_of_its_keys(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("stage: sft\nfinetuning_type: full\ndataset: a\nlearning_rate: 1.0e-5\nmax_steps: 3\noutput_dir: o\n")
+    (tmp_path / "c.yaml").write_text(
+        "stage: sft\nfinetuning_type: full\ndataset: a\nlearning_rate: 1.0e-5\nmax_steps: 3\noutput_dir: o\n"
+    )
     made = imported(tmp_path, "FORCE_TORCHRUN=1 llamafactory-cli train c.yaml learning_rate=3e-5")
     assert made.content["training"]["learning_rate"] == 3e-5 and made.content["training"]["max_steps"] == 3
     assert "adapter" not in made.content["model"]
     assert remarked(made)["learning_rate"] == "conflict"
     (tmp_path / "r.yaml").write_text("model_name_or_path: m\noutput_dir: o\nlearning_rate: 1.0e-5\n")
-    for line in ("trl sft --config r.yaml --max_steps 4", "accelerate launch scripts/run_sft.py r.yaml --max_steps=4"):
+    for line in (
+        "trl sft --config r.yaml --max_steps 4",
+        "accelerate launch scripts/run_sft.py r.yaml --max_steps=4",
+    ):
         made = imported(tmp_path, line)
-        assert made.content["training"] == {"learning_rate": 1e-5, "max_steps": 4, "schedule": "linear", "warmup": 0.0, "seed": 42}
+        assert made.content["training"] == {
+            "learning_rate": 1e-5,
+            "max_steps": 4,
+            "schedule": "linear",
+            "warmup": 0.0,
+            "seed": 42,
+        }
         assert made.content["precision"] == "bf16"  # TRL's default
     (tmp_path / "a.yml").write_text("base_model: m\nmicro_batch_size: 1\nlearning_rate: 1.0e-5\n")
     made = imported(tmp_path, "axolotl train a.yml --launcher torchrun -- --nproc_per_node=4")
@@ -271,7 +310,10 @@ def test_the_scripts_own_default_is_taken_and_named(tmp_path: Path) -> None:
     [
         ("srun $LAUNCHER t.py", "what is in $LAUNCHER"),
         ("bash scripts/train.sh", "scripts/train.sh is called: import that"),
-        ("pip install deepspeed\npython -m pip install torch\npython -c 'x'\naccelerate config\n", "no line here starts a training"),
+        (
+            "pip install deepspeed\npython -m pip install torch\npython -c 'x'\naccelerate config\n",
+            "no line here starts a training",
+        ),
         ("torchrun dpo.py --output_dir o", "another loss"),
         ("trl grpo --output_dir o", "another loss"),
         ("#SBATCH --time=soon\ntorchrun t.py", "a time as Slurm has it"),
@@ -286,5 +328,9 @@ def test_a_script_that_cannot_be_read(text: str, said: str, tmp_path: Path) -> N
 
 def test_nothing_is_executed(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
-    imported(tmp_path, f'X=$(touch {marker})\nbash -c "torchrun t.py --a `touch {marker}` --b $((1)) --c ${{Y:-$(touch {marker})}}"\n')
+    imported(
+        tmp_path,
+        f'X=$(touch {marker})\nbash -c "torchrun t.py --a `touch {marker}` --b $((1)) --c '
+        f'${{Y:-$(touch {marker})}}"\n',
+    )
     assert not marker.exists()

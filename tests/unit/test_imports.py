@@ -14,10 +14,23 @@ from launcher.cli.main import available
 
 ROOT = Path(__file__).parents[2] / "launcher"
 FILES = sorted(ROOT.rglob("*.py"))
-HEAVY = {"torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "safetensors", "sklearn", "scipy", "pandas", "tokenizers"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "safetensors",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "tokenizers",
+}
 SLOW_TO_START = HEAVY | {"numpy", "psutil", "rich", "pydantic"}
 COMMAND_FILES = sorted(
-    {ROOT / "cli" / f"{command.module}.py" for command in available().values()} | {ROOT / "cli/app.py", ROOT / "cli/main.py"}
+    {ROOT / "cli" / f"{command.module}.py" for command in available().values()}
+    | {ROOT / "cli/app.py", ROOT / "cli/main.py"}
 )
 FLOORS = {
     "errors": set(),
@@ -26,22 +39,39 @@ FLOORS = {
     "redaction": set(),
     "values": set(),
     "runs": {"errors"},
-    "sources": {"errors", "values", "runs"},
-    "tasks": {"errors", "values", "sources"},
-    "job": {"errors", "values", "sources", "tasks"},
-    "planning": {"errors", "values", "job", "runs", "sources", "tasks"},
-    "render": {"errors", "values", "job", "runs", "planning"},
-    "importing": {"errors", "values", "job", "runs", "sources", "tasks", "planning", "render"},
-    "scheduling": {"errors", "values", "job", "runs", "tasks", "planning", "render"},
-    "training": {"errors", "values", "job", "runs", "sources", "tasks", "planning"},
-    "cli": {"errors", "values", "job", "runs", "sources", "tasks", "planning", "render", "importing", "scheduling", "training"},
+    "data": {"errors", "values", "runs"},
+    "tasks": {"errors", "values", "data"},
+    "job": {"errors", "values", "data", "tasks"},
+    "planner": {"errors", "values", "job", "runs", "data", "tasks"},
+    "render": {"errors", "values", "job", "runs", "planner"},
+    "importing": {"errors", "values", "job", "runs", "data", "tasks", "planner", "render"},
+    "launch": {"errors", "values", "job", "runs", "tasks", "planner", "render"},
+    "doctor": {"errors", "values", "job", "runs", "tasks", "planner", "render", "launch"},
+    "sweep": {"errors", "values", "job", "runs", "tasks", "planner", "render", "launch"},
+    "training": {"errors", "values", "job", "runs", "data", "tasks", "planner"},
+    "cli": {
+        "errors",
+        "values",
+        "job",
+        "runs",
+        "data",
+        "tasks",
+        "planner",
+        "render",
+        "importing",
+        *("launch", "doctor", "sweep"),
+        "training",
+    },
 }
 """What each package may import, besides itself."""
-TRAINING_MAY_IMPORT = {*("launcher.planning.plan", "launcher.planning.model_support"), *("launcher.job.schema", "launcher.job.adapter")}
+TRAINING_MAY_IMPORT = {
+    *("launcher.planner.plan", "launcher.planner.model.model_support"),
+    *("launcher.job.schema", "launcher.job.adapter"),
+}
 """What will run, what is known of architectures, and what was asked."""
 TASKS_MAY_IMPORT = {"launcher.training.heads"}
 """The last steps of a model's forward pass: a task's loss calls them on a rank, where torch is there."""
-TRACING_MAY_IMPORT = {"launcher.planning.footprint.program", "launcher.planning.footprint.shadow"}
+TRACING_MAY_IMPORT = {"launcher.planner.memory.program", "launcher.planner.memory.symbolic"}
 """What writes a model down as the planner reads it."""
 
 
@@ -81,14 +111,32 @@ def test_imports_point_down(path: Path) -> None:
     allowed = FLOORS[own] | {own, "__version__", "lazy", "plain_files", "redaction"}
     may_import = TASKS_MAY_IMPORT if own == "tasks" else set()
     above = {module for module in imported if module.split(".")[1] not in allowed}
-    assert {module for module in above if not any(module == may or module.startswith(f"{may}.") for may in may_import)} == set()
+    assert {
+        module
+        for module in above
+        if not any(module == may or module.startswith(f"{may}.") for may in may_import)
+    } == set()
     if own == "training":
         may_import = TRAINING_MAY_IMPORT | (TRACING_MAY_IMPORT if path.parent.name == "tracing" else set())
-        borrowed = {module for module in imported if module.split(".")[1] in ("planning", "job") and module.count(".") >= 2}
-        assert {module for module in borrowed if not any(module == may or module.startswith(f"{may}.") for may in may_import)} == set()
+        borrowed = {
+            module
+            for module in imported
+            if module.split(".")[1] in ("planner", "job") and module.count(".") >= 2
+        }
+        assert {
+            module
+            for module in borrowed
+            if not any(
+                f"{module}.".startswith(f"{may}.") or may.startswith(f"{module}.") for may in may_import
+            )
+        } == set()
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if package(path) != "training"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if package(path) != "training"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_only_training_imports_heavy_packages_at_module_level(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = {module.split(".")[0] for module in modules(at_module_level(tree))}
@@ -101,17 +149,29 @@ def test_commands_import_the_rest_only_when_called(path: Path) -> None:
     top = {module.split(".")[0] for module in modules(at_module_level(tree))}
     assert top & SLOW_TO_START == set()
     ours = {module for module in modules(at_module_level(tree)) if module.startswith("launcher.")}
-    assert {module for module in ours if module.split(".")[1] not in ("errors", "cli", "__version__")} == set()
+    assert {
+        module for module in ours if module.split(".")[1] not in ("errors", "cli", "__version__")
+    } == set()
 
 
 def test_the_walk_sees_what_it_should() -> None:
-    tree = ast.parse("import torch\nif TYPE_CHECKING:\n    import numpy\ndef f():\n    import scipy\nclass A:\n    import rich\n")
+    tree = ast.parse(
+        "import torch\nif TYPE_CHECKING:\n    import numpy\ndef f():\n    import scipy\nclass A:\n    "
+        "import rich\n"
+    )
     assert modules(at_module_level(tree)) == {"torch", "rich"}
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["validate", "{job}"], ["plan", "{job}"], ["schema"], ["render", "{job}", "--out", "{job}.d"], ["diff", "{job}", "{job}"]],
+    [
+        ["--help"],
+        ["validate", "{job}"],
+        ["plan", "{job}"],
+        ["schema"],
+        ["render", "{job}", "--out", "{job}.d"],
+        ["diff", "{job}", "{job}"],
+    ],
 )
 def test_no_torch_in_the_process(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a line\n")
@@ -126,13 +186,16 @@ def test_no_torch_in_the_process(arguments: list[str], tmp_path: Path) -> None:
         "sys.exit('imported: ' + ' '.join(heavy) if heavy else 0)\n"
     )
     filled = [argument.format(job=job) for argument in arguments]
-    result = subprocess.run([sys.executable, "-c", program, *filled], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", program, *filled], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout
 
 
 def test_help_imports_neither_typer_nor_pydantic() -> None:
     program = (
-        "import sys\nfrom launcher.cli.main import main\nmain(['--help'])\nsys.exit(bool({'typer', 'pydantic', 'yaml'} & set(sys.modules)))"
+        "import sys\nfrom launcher.cli.main import main\nmain(['--help'])\nsys.exit(bool({'typer', "
+        "'pydantic', 'yaml'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == 0

@@ -1,4 +1,5 @@
-"""Job files: what is accepted, and that every way to get one wrong is named by key, value and reason, all at once."""
+"""Job files: what is accepted, and that every way to get one wrong is named by key, value and reason, all at
+once."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ from launcher.job.load import load
 from launcher.job.schema import Job
 from launcher.values import Interval
 
-CAUSAL: dict[str, Any] = {"name": "run", "model": {"name": "org/model"}, "data": {"train": {"path": "train.jsonl"}, "text": "body"}}
+CAUSAL: dict[str, Any] = {
+    "name": "run",
+    "model": {"name": "org/model"},
+    "data": {"train": {"path": "train.jsonl"}, "text": "body"},
+}
 CLASSES: dict[str, Any] = {
     "name": "run",
     "model": {"name": "org/model", "task": "sequence-classification"},
@@ -28,7 +33,11 @@ EVALUATED = ["data.evaluation={path: test.jsonl}"]
 def folder(tmp_path: Path) -> Path:
     for name in ("train.jsonl", "test.jsonl", "part-0.csv", "part-1.csv", "notes.docx"):
         (tmp_path / name).write_text("{}\n")
-    for name, content in (("saved/state", "{}"), ("dict/dataset_dict", '{"splits": ["train", "test"]}'), ("broken/dataset_dict", "[]")):
+    for name, content in (
+        ("saved/state", "{}"),
+        ("dict/dataset_dict", '{"splits": ["train", "test"]}'),
+        ("broken/dataset_dict", "[]"),
+    ):
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.json").write_text(content)
     return tmp_path
@@ -65,7 +74,9 @@ def test_paths_do_not_depend_on_the_working_directory(folder: Path, monkeypatch:
 
 
 def test_pattern_of_files(folder: Path) -> None:
-    assert load(write(folder, CAUSAL), ["data.train.path=part-*.csv"]).data.train.path == str(folder / "part-*.csv")
+    assert load(write(folder, CAUSAL), ["data.train.path=part-*.csv"]).data.train.path == str(
+        folder / "part-*.csv"
+    )
 
 
 def test_local_model_is_made_absolute(folder: Path) -> None:
@@ -227,12 +238,22 @@ def test_missing_keys_say_what_they_are(folder: Path) -> None:
 
 ADAPTER = "model.adapter.rank=8"
 CONTRADICTIONS = [
-    (CAUSAL, ["data.text=null"], "data", "exactly one of text, prompt + completion, or messages; there is none"),
+    (
+        CAUSAL,
+        ["data.text=null"],
+        "data",
+        "exactly one of text, prompt + completion, or messages; there is none",
+    ),
     (CAUSAL, ["data.messages=turns"], "data", "text and messages"),
     (CAUSAL, ["data.text=null", "data.prompt=q"], "data.prompt", "go together"),
     (CAUSAL, ["data.text=null", "data.completion=a"], "data.completion", "go together"),
     (CAUSAL, ["data.text=[a, b]"], "data.text", "one column"),
-    (CAUSAL, ["data.label=x"], "data.label", "belongs to sequence-classification, and model.task is causal-lm, which reads text, prompt"),
+    (
+        CAUSAL,
+        ["data.label=x"],
+        "data.label",
+        "belongs to sequence-classification, and model.task is causal-lm, which reads text, prompt",
+    ),
     (CAUSAL, ["data.problem=regression"], "data.problem", "belongs to sequence-classification"),
     (CLASSES, ["data.text=null"], "data.text", "is missing"),
     (CLASSES, ["data.label=null"], "data.label", "is missing"),
@@ -254,18 +275,53 @@ CONTRADICTIONS = [
     (CAUSAL, ["data.train={}"], "data.train", "needs path"),
     (CAUSAL, ["data.train.name=hub/set"], "data.train.name", "leave one out"),
     (CAUSAL, ["data.train.subset=en"], "data.train.subset", "only a hub data set"),
-    (CAUSAL, ["training.epochs=1", "training.max_steps=5"], "training.max_steps", "epochs and max_steps both"),
-    (CAUSAL, ["training.max_steps=5", "training.warmup=9"], "training.warmup", "longer than the whole training"),
+    (
+        CAUSAL,
+        ["training.epochs=1", "training.max_steps=5"],
+        "training.max_steps",
+        "epochs and max_steps both",
+    ),
+    (
+        CAUSAL,
+        ["training.max_steps=5", "training.warmup=9"],
+        "training.warmup",
+        "longer than the whole training",
+    ),
     (CAUSAL, ["training.warmup=1.5"], "training.warmup", "steps are whole"),
     (CAUSAL, ["training.minimum_learning_rate=1"], "training.minimum_learning_rate", "above learning_rate"),
-    (CAUSAL, ["batch.global_batch_size=4", "batch.micro_batch_size=8"], "batch.micro_batch_size", "above global_batch_size (4)"),
+    (
+        CAUSAL,
+        ["batch.global_batch_size=4", "batch.micro_batch_size=8"],
+        "batch.micro_batch_size",
+        "above global_batch_size (4)",
+    ),
     (CAUSAL, ["training.early_stopping={}"], "training.early_stopping", "name data.evaluation"),
     (CAUSAL, ["training.evaluate_every=5"], "training.evaluate_every", "name data.evaluation"),
     (CAUSAL, ["checkpoint.keep_best=1"], "checkpoint.keep_best", "name data.evaluation"),
-    (CAUSAL, [*EVALUATED, "checkpoint.keep_best=1", "checkpoint.metric=acuracy"], "checkpoint.metric", "the nearest is accuracy"),
-    (CLASSES, [*EVALUATED, "training.early_stopping.metric=perplexity"], "training.early_stopping.metric", "loss, accuracy, f1, matthews"),
-    (CAUSAL, ["cluster.gpus_per_node=0", "model.attention=flash_attention_2"], "model.attention", "needs a GPU"),
-    (CAUSAL, ["cluster.gpus_per_node=2", "cluster.ranks_per_node=4"], "cluster.ranks_per_node", "each GPU has one rank"),
+    (
+        CAUSAL,
+        [*EVALUATED, "checkpoint.keep_best=1", "checkpoint.metric=acuracy"],
+        "checkpoint.metric",
+        "the nearest is accuracy",
+    ),
+    (
+        CLASSES,
+        [*EVALUATED, "training.early_stopping.metric=perplexity"],
+        "training.early_stopping.metric",
+        "loss, accuracy, f1, matthews",
+    ),
+    (
+        CAUSAL,
+        ["cluster.gpus_per_node=0", "model.attention=flash_attention_2"],
+        "model.attention",
+        "needs a GPU",
+    ),
+    (
+        CAUSAL,
+        ["cluster.gpus_per_node=2", "cluster.ranks_per_node=4"],
+        "cluster.ranks_per_node",
+        "each GPU has one rank",
+    ),
     (CAUSAL, ["cluster.profile=site"], "cluster.profile", "no profile of that name"),
     (CAUSAL, ['cluster.partition="a\\nb"'], "cluster.partition", "on one line"),
     (CAUSAL, [ADAPTER, "model.freeze=['*.bias']"], "model.freeze", "leave freeze out"),
@@ -287,7 +343,12 @@ CONTRADICTIONS = [
     (CAUSAL, ["data.train.split=test"], "data.train.split", "files have no splits"),
     (CAUSAL, ["data.train={path: savd, split: test}"], "data.train.path", "the nearest there is saved"),
     (CAUSAL, ["data.train={path: dict, split: dev}"], "data.train.split", "has the splits train, test"),
-    (CAUSAL, ["data.evaluation={path: dict}"], "data.evaluation.split", "name the split of dict that is held out: train, test"),
+    (
+        CAUSAL,
+        ["data.evaluation={path: dict}"],
+        "data.evaluation.split",
+        "name the split of dict that is held out: train, test",
+    ),
     (CAUSAL, ["data.train={path: saved, split: train}"], "data.train.split", "one data set without splits"),
     (CAUSAL, ["data.train={path: broken}"], "data.train.path", "a directory that save_to_disk did not write"),
     (CAUSAL, ["data.evaluation.path=no/test.jsonl"], "data.evaluation.path", "is not there either"),
@@ -298,9 +359,13 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("content", "overrides", "key", "said"), CONTRADICTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else None
+    ("content", "overrides", "key", "said"),
+    CONTRADICTIONS,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_contradiction_is_the_only_problem(folder: Path, content: Any, overrides: list[str], key: str, said: str) -> None:
+def test_contradiction_is_the_only_problem(
+    folder: Path, content: Any, overrides: list[str], key: str, said: str
+) -> None:
     found = problems(folder, content, *overrides)
     assert list(found) == [key]
     assert said in found[key].reason
@@ -309,8 +374,13 @@ def test_contradiction_is_the_only_problem(folder: Path, content: Any, overrides
 def test_an_adapter_has_defaults_and_may_be_a_list_of_patterns(folder: Path) -> None:
     made = load(write(folder, CAUSAL), ["model.adapter={}"]).model.adapter
     assert made == Adapter(rank=16, alpha=32.0, dropout=0.0, targets="all-linear", train_also=())
-    patterns = load(write(folder, CAUSAL), ["model.adapter.targets=[q_proj, model.layers.0.*]", "model.adapter.train_also=[model.norm.*]"])
-    assert patterns.model.adapter == Adapter(targets=("q_proj", "model.layers.0.*"), train_also=("model.norm.*",))
+    patterns = load(
+        write(folder, CAUSAL),
+        ["model.adapter.targets=[q_proj, model.layers.0.*]", "model.adapter.train_also=[model.norm.*]"],
+    )
+    assert patterns.model.adapter == Adapter(
+        targets=("q_proj", "model.layers.0.*"), train_also=("model.norm.*",)
+    )
     assert load(write(folder, CAUSAL)).model.adapter is None
 
 
@@ -325,7 +395,14 @@ def test_everything_at_once(folder: Path) -> None:
         "parallel.engine=zero",
         "data.messages=turns",
     )
-    assert set(found) == {"training.optimizer", "wat", "data.train.path", "training.early_stopping", "parallel.engine", "data"}
+    assert set(found) == {
+        "training.optimizer",
+        "wat",
+        "data.train.path",
+        "training.early_stopping",
+        "parallel.engine",
+        "data",
+    }
 
 
 def test_a_refused_key_is_not_judged_twice(folder: Path) -> None:
@@ -360,7 +437,9 @@ def test_secret_in_a_list(folder: Path) -> None:
     assert any(problem.key == "model.freeze.1" for problem in caught.value.problems)
 
 
-@pytest.mark.parametrize("value", ["hf_model", "task-learn-classifier-base", "sk-learn-classifier-base", "org/hf_tiny"])
+@pytest.mark.parametrize(
+    "value", ["hf_model", "task-learn-classifier-base", "sk-learn-classifier-base", "org/hf_tiny"]
+)
 def test_ordinary_names_are_no_secrets(folder: Path, value: str) -> None:
     assert load(write(folder, CAUSAL), [f"model.name={value}"]).model.name == value
 
@@ -374,7 +453,7 @@ def test_job_is_frozen(folder: Path) -> None:
 def test_metrics_are_those_that_are_measured() -> None:
     import numpy as np
 
-    from launcher.sources.section import Source
+    from launcher.data.section import Source
     from launcher.tasks import metrics
     from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 
@@ -389,7 +468,10 @@ def test_metrics_are_those_that_are_measured() -> None:
         assert {"loss", *values} == set(task.metrics)
 
 
-@pytest.mark.parametrize("overrides", [["data.train.path=saved"], ["data.train.path=dict"], ["data.evaluation={path: dict, split: test}"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [["data.train.path=saved"], ["data.train.path=dict"], ["data.evaluation={path: dict, split: test}"]],
+)
 def test_a_directory_of_save_to_disk_is_a_source(overrides: list[str], folder: Path) -> None:
     job = load(write(folder, CAUSAL), overrides)
     assert str(folder) in str((job.data.evaluation or job.data.train).path)

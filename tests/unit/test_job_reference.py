@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from launcher import errors
+from launcher.data.section import Data
 from launcher.job import reference
 from launcher.job.describe import columns_by_task, docstring, expected_of, keys
 from launcher.job.load import load
-from launcher.sources.section import Data
 from launcher.values import Interval
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference"
@@ -20,11 +20,15 @@ DOCS = Path(__file__).parents[2] / "docs" / "reference"
 
 def test_pages_are_as_they_are_made() -> None:
     assert (DOCS / "job-file.md").read_text(encoding="utf-8") == reference.job_file_page(), "run `make docs`"
-    assert (DOCS / "exit-codes.md").read_text(encoding="utf-8") == reference.exit_codes_page(), "run `make docs`"
+    assert (DOCS / "exit-codes.md").read_text(encoding="utf-8") == reference.exit_codes_page(), (
+        "run `make docs`"
+    )
 
 
 def test_make_docs_writes_both(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "launcher.job.reference", str(tmp_path / "new")], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-m", "launcher.job.reference", str(tmp_path / "new")], check=True, timeout=60
+    )
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"job-file.md", "exit-codes.md"}
 
 
@@ -37,13 +41,20 @@ def test_every_key_is_explained(key: object) -> None:
 def test_page_has_every_key_and_every_exit_code() -> None:
     page = reference.job_file_page()
     assert all(f"`{key.path.rsplit('.', 1)[-1]}`" in page or f"`{key.path}`" in page for key in keys())
-    assert all(f"| {error.exit_code} | {error.__name__} |" in reference.exit_codes_page() for error in errors.leaves())
+    assert all(
+        f"| {error.exit_code} | {error.__name__} |" in reference.exit_codes_page()
+        for error in errors.leaves()
+    )
 
 
 def test_schema_describes_every_key() -> None:
     schema = reference.json_schema()
     for key in keys():
-        names = [one.__name__ for one in columns_by_task().values()] if key.section is Data else [key.section.__name__]
+        names = (
+            [one.__name__ for one in columns_by_task().values()]
+            if key.section is Data
+            else [key.section.__name__]
+        )
         for place in [schema] if "." not in key.path else [schema["$defs"][name] for name in names]:
             assert place["properties"][key.path.rsplit(".", 1)[-1]]["description"]
     assert schema["additionalProperties"] is False
@@ -51,7 +62,12 @@ def test_schema_describes_every_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "interval", [Interval(value=900, unit="seconds"), Interval(value=200, unit="steps"), Interval(value=2, unit="epochs")]
+    "interval",
+    [
+        Interval(value=900, unit="seconds"),
+        Interval(value=200, unit="steps"),
+        Interval(value=2, unit="epochs"),
+    ],
 )
 def test_defaults_are_shown_as_they_may_be_written(interval: Interval, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a\n")

@@ -1,4 +1,5 @@
-"""Runs of a million steps: what is read of their files, how much memory it takes, and that it comes to the same as reading everything."""
+"""Runs of a million steps: what is read of their files, how much memory it takes, and that it comes to the
+same as reading everything."""
 
 from __future__ import annotations
 
@@ -14,20 +15,20 @@ import pytest
 
 from launcher.cli.display import summary
 from launcher.cli.logs import Logs
-from launcher.cli.watching import Watched
+from launcher.cli.watch_state import Watched
+from launcher.launch.slurm import after_job
+from launcher.launch.slurm.deadline import lead_seconds
+from launcher.launch.slurm.view import runs_below, views
 from launcher.runs import events
 from launcher.runs.curve import MOST_POINTS, Curve, is_step
 from launcher.runs.fold import Fold
-from launcher.runs.halving import Halving
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import last_step, read_status
+from launcher.runs.successive_halving import Halving
 from launcher.runs.tail import Tail, lines_backwards
 from launcher.runs.totals import Totals
-from launcher.scheduling.slurm import after
-from launcher.scheduling.slurm.clock import lead_seconds
-from launcher.scheduling.slurm.view import runs_below, views
-from launcher.scheduling.sweep.leaderboard import leaderboard
-from launcher.scheduling.sweep.sweep import Sweep
+from launcher.sweep.leaderboard import leaderboard
+from launcher.sweep.sweep import Sweep
 from tests.unit.long_run import BEGAN, events_of, long_run, step_line, write_events
 from tests.unit.test_scheduling_local import plan
 
@@ -51,7 +52,12 @@ def cost(work: Callable[[], Any]) -> tuple[int, int]:
 
 def readers(run: RunDirectory, sweep: Sweep) -> dict[str, Callable[[], Any]]:
     """Everybody who looks at a run's long files; who looks again and again once more."""
-    watched, totals, logs, rule = Watched(run), Totals(run), Logs(run, None, None, 40), Halving.of(sweep.run(0))
+    watched, totals, logs, rule = (
+        Watched(run),
+        Totals(run),
+        Logs(run, None, None, 40),
+        Halving.of(sweep.run(0)),
+    )
     assert rule is not None
     return {
         "status": lambda: read_status(run),
@@ -64,7 +70,7 @@ def readers(run: RunDirectory, sweep: Sweep) -> dict[str, Callable[[], Any]]:
         "summary": lambda: summary(run, "runs/long"),
         "logs": lambda: logs.show(follow=False),
         "leaderboard": lambda: leaderboard(sweep),
-        "requeued in a row": lambda: after._times_in_a_row(run, "preempted"),
+        "requeued in a row": lambda: after_job._times_in_a_row(run, "preempted"),
         "what a later evaluation means to a sweep": lambda: rule.gives_up(sweep.run(0)),
     }
 
@@ -79,7 +85,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sweep_over(run: RunDirectory, path: Path) -> Sweep:
     """A sweep of which a run is the only point."""
     (path / "points").mkdir(parents=True)
-    content = {"format": 1, "points": [[]], "metric": "loss", "nproc": None, "halving": {"first": 100, "factor": 3}}
+    content = {
+        "format": 1,
+        "points": [[]],
+        "metric": "loss",
+        "nproc": None,
+        "halving": {"first": 100, "factor": 3},
+    }
     (path / "sweep.json").write_text(json.dumps(content))
     (path / "points" / "000").symlink_to(run.path)
     return Sweep.read(path)
@@ -93,12 +105,16 @@ def check_costs(run: RunDirectory, sweep: Sweep, first: int, memory: int) -> Non
         if name == "what a later evaluation means to a sweep":
             continue  # the first look of a point that goes on reads its events once; then it follows them
         read, peak = cost(work)
-        assert read < (150_000 if "later" in name or name == "the last step" else first), f"{name} read {read:,} bytes"
+        assert read < (150_000 if "later" in name or name == "the last step" else first), (
+            f"{name} read {read:,} bytes"
+        )
         assert peak < memory, f"{name} needed {peak:,} bytes"
     assert cost(lambda: rule.gives_up(sweep.run(0)))[0] < 10_000
 
 
-def test_nobody_reads_a_long_file_whole(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nobody_reads_a_long_file_whole(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RunDirectory(folder / "long")
     assert run.metrics_file.stat().st_size > 25e6
     check_costs(run, sweep_over(run, tmp_path / "sweep"), first=2_500_000, memory=20 << 20)
@@ -118,7 +134,9 @@ def test_a_run_from_before_anything_was_kept_is_read_once_in_blocks(tmp_path: Pa
     _, peak = cost(lambda: watched.look(ask=True))
     assert peak < 20 << 20
     assert cost(lambda: watched.look(ask=False))[0] < 150_000
-    assert cost(lambda: read_status(run))[0] < 2_500_000, "the state of a run needs no more of its steps than the last"
+    assert cost(lambda: read_status(run))[0] < 2_500_000, (
+        "the state of a run needs no more of its steps than the last"
+    )
 
 
 def test_what_a_long_run_shows(folder: Path, tmp_path: Path) -> None:
@@ -128,8 +146,14 @@ def test_what_a_long_run_shows(folder: Path, tmp_path: Path) -> None:
     assert (seen["losses"][0][0], seen["losses"][-1][0]) == (1, NUM_STEPS)
     assert [step for step, _ in seen["losses"][1:]] == [*range(64, NUM_STEPS, 64), NUM_STEPS]
     status = seen["status"]
-    assert (status["step"], status["checkpoint_step"], status["metrics"]) == (NUM_STEPS, NUM_STEPS, {"loss": 9 - NUM_STEPS % 777 / 777})
-    assert [event["event"] for event in seen["events"][-2:]] == ["evaluated", "saved"] and len(seen["events"]) == 12
+    assert (status["step"], status["checkpoint_step"], status["metrics"]) == (
+        NUM_STEPS,
+        NUM_STEPS,
+        {"loss": 9 - NUM_STEPS % 777 / 777},
+    )
+    assert [event["event"] for event in seen["events"][-2:]] == ["evaluated", "saved"] and len(
+        seen["events"]
+    ) == 12
     text = summary(run, "runs/long")
     assert f"{4096 * NUM_STEPS:,} in 5 h 33 min, over 1 attempt" in text
     assert "train: 1,000 of 1,000 rows used" in text
@@ -152,7 +176,8 @@ def counted(lines: list[str]) -> dict[int, float]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_crashes_steps_run_again_and_keeping_at_any_time_change_nothing(seed: int, tmp_path: Path) -> None:
-    """Attempts of random length that crash in the middle of a line; a reader that goes on from what was kept knows what another reads."""
+    """Attempts of random length that crash in the middle of a line; a reader that goes on from what was kept
+    knows what another reads."""
     draw, run, reached = random.Random(seed), RunDirectory(tmp_path), 0
     written: list[str] = []
     following = Curve(run)
@@ -163,8 +188,20 @@ def test_crashes_steps_run_again_and_keeping_at_any_time_change_nothing(seed: in
             with open(run.metrics_file, "a") as file:
                 file.write(written[-1])
             if draw.random() < 0.1:
-                written.append(json.dumps({"kind": "evaluation", "step": step, "metrics": {"loss": 1.0}}) + "\n")
-                write_events(run, [{"time": BEGAN + step, "event": "evaluated", "step": step, "metrics": {"loss": draw.random()}}])
+                written.append(
+                    json.dumps({"kind": "evaluation", "step": step, "metrics": {"loss": 1.0}}) + "\n"
+                )
+                write_events(
+                    run,
+                    [
+                        {
+                            "time": BEGAN + step,
+                            "event": "evaluated",
+                            "step": step,
+                            "metrics": {"loss": draw.random()},
+                        }
+                    ],
+                )
                 with open(run.metrics_file, "a") as file:
                     file.write(written[-1])
             if draw.random() < 0.05:
@@ -182,7 +219,9 @@ def test_crashes_steps_run_again_and_keeping_at_any_time_change_nothing(seed: in
         went_on = fold(run).refresh().state
         (run.path / file).unlink(missing_ok=True)
         assert fold(run).refresh().state == went_on
-    measured = [record for record in events.read(run.events_file) if record["event"] == "evaluated" and record["step"]]
+    measured = [
+        record for record in events.read(run.events_file) if record["event"] == "evaluated" and record["step"]
+    ]
     best = min(((record["metrics"]["loss"], record["step"]) for record in measured), default=(None, None))
     last = measured[-1]["metrics"]["loss"] if measured else None
     assert Totals(run).refresh().measured("loss", lower=True) == (last, *best)
@@ -190,7 +229,9 @@ def test_crashes_steps_run_again_and_keeping_at_any_time_change_nothing(seed: in
 
 def test_a_step_that_is_run_again_takes_the_later_ones_of_a_thinned_curve(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    lines = [step_line(step) for step in range(1, 10_001)] + [step_line(step, 2) for step in range(7_001, 7_501)]
+    lines = [step_line(step) for step in range(1, 10_001)] + [
+        step_line(step, 2) for step in range(7_001, 7_501)
+    ]
     run.metrics_file.write_text("".join(lines))
     losses = counted(lines)
     points = Curve(run).refresh().points
@@ -210,7 +251,9 @@ def test_a_step_that_is_run_again_takes_the_later_ones_of_a_thinned_curve(tmp_pa
     ],
     ids=["empty", "a list", "words", "changed", "of another version", "of another file", "of a longer file"],
 )
-def test_what_was_kept_counts_only_where_it_is_whole_and_of_this_file(damage: Callable[[Path, Path], None], tmp_path: Path) -> None:
+def test_what_was_kept_counts_only_where_it_is_whole_and_of_this_file(
+    damage: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
     run = RunDirectory(tmp_path)
     lines = [step_line(step) for step in range(1, 200)]
     run.metrics_file.write_text("".join(lines))
@@ -221,7 +264,13 @@ def test_what_was_kept_counts_only_where_it_is_whole_and_of_this_file(damage: Ca
 
 
 @pytest.mark.parametrize(
-    "line", [b"3", b'{"event": 7}', b'{"event": "evaluated", "step": "x", "metrics": 3}', b'{"event": "started", "time": {}}']
+    "line",
+    [
+        b"3",
+        b'{"event": 7}',
+        b'{"event": "evaluated", "step": "x", "metrics": 3}',
+        b'{"event": "started", "time": {}}',
+    ],
 )
 def test_a_line_that_is_no_event_of_ours_keeps_nobody_from_the_others(line: bytes, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
@@ -275,7 +324,12 @@ def test_a_phase_is_over_when_its_end_is_written(tmp_path: Path) -> None:
 
 def test_the_signal_that_came_first_is_the_one_that_is_shown(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    names = [("started", {}), ("stopping", {"signal": "SIGTERM"}), ("stopping", {"signal": "SIGUSR1"}), ("stopped", {"step": 3})]
+    names = [
+        ("started", {}),
+        ("stopping", {"signal": "SIGTERM"}),
+        ("stopping", {"signal": "SIGUSR1"}),
+        ("stopped", {"step": 3}),
+    ]
     write_events(run, [{"time": 1.0, "event": name, **fields} for name, fields in names])
     assert read_status(run).signal == "SIGTERM"
 
@@ -301,7 +355,10 @@ def test_a_sweep_judges_as_if_it_replayed_every_evaluation(seed: int, tmp_path: 
         step = steps[name] = max(0, steps[name] + draw.choice((1, 1, 2, 5, -2)))
         value = draw.choice((draw.random(), draw.random(), draw.random(), float("nan")))
         run.path.mkdir(exist_ok=True)
-        events.append(run.events_file, {"time": next(clock), "event": "evaluated", "step": step, "metrics": {"loss": value}})
+        events.append(
+            run.events_file,
+            {"time": next(clock), "event": "evaluated", "step": step, "metrics": {"loss": value}},
+        )
         if step and (name, step) not in seen:
             seen.add((name, step))
             trials[name].report(value, step)
@@ -327,7 +384,13 @@ def test_a_tail_reads_a_long_file_in_blocks(tmp_path: Path) -> None:
 def test_events_are_shown_once_and_in_their_order(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert Watched(run).look(ask=True)["events"] == []
-    write_events(run, [{"time": float(number), "event": "saved" if number % 2 else "phase", "step": number} for number in range(40)])
+    write_events(
+        run,
+        [
+            {"time": float(number), "event": "saved" if number % 2 else "phase", "step": number}
+            for number in range(40)
+        ],
+    )
     with open(run.events_file, "a") as file:
         file.write('{"time": 40.0, "event": "sav')
     watched = Watched(run)

@@ -1,4 +1,5 @@
-"""A model's config.json: in the job file, never taken for one whose weights are loaded; in the hub's cache; with sizes that cannot be."""
+"""A model's config.json: in the job file, never taken for one whose weights are loaded; in the hub's cache;
+with sizes that cannot be."""
 
 from __future__ import annotations
 
@@ -16,22 +17,33 @@ from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.job.reference import json_schema
 from launcher.job.schema import Model
-from launcher.planning.footprint.families import DECODERS, ENCODERS, KNOWN, MIXTURES, TRANSLATORS, nearest, program_of
-from launcher.planning.forecast import forecast
-from launcher.planning.model_config import config_of, locate
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.model_sizes import FAMILIES, wrong_sizes
-from launcher.planning.preflight import preflight
-from launcher.planning.preview import preview_job
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast
+from launcher.planner.memory.families import (
+    DECODERS,
+    ENCODERS,
+    KNOWN,
+    MIXTURES,
+    TRANSLATORS,
+    nearest,
+    program_of,
+)
+from launcher.planner.model.model_config import config_of, locate
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.model.model_sizes import FAMILIES, wrong_sizes
+from launcher.planner.preflight import preflight
+from launcher.planner.preview import preview_job
+from launcher.planner.target import Target
 
 SIZES: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 500, "pad_token_id": 3,
 }  # fmt: skip
 FEW = SIZES | {"num_experts": 4, "num_experts_per_tok": 2}
 MIXED = FEW | {"model_type": "qwen2_moe", "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
-PARTS = [f"{side}_{name}" for side in ("encoder", "decoder") for name in ("layers", "ffn_dim", "attention_heads")]
+PARTS = [
+    f"{side}_{name}" for side in ("encoder", "decoder") for name in ("layers", "ffn_dim", "attention_heads")
+]
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500, "n_positions": 64, "n_inner": None},
     "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -40,7 +52,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_moe": MIXED | {"head_dim": 16},
     "vit": SIZES | {"image_size": 32, "patch_size": 8, "num_channels": 3},
     "bart": {"d_model": 64, "vocab_size": 500, "max_position_embeddings": 64, **dict.fromkeys(PARTS, 4)},
-    **{kind: {"d_model": 64, "d_kv": 10, "d_ff": 128, "num_layers": 3, "num_heads": 6, "vocab_size": 500} for kind in TRANSLATORS},
+    **{
+        kind: {"d_model": 64, "d_kv": 10, "d_ff": 128, "num_layers": 3, "num_heads": 6, "vocab_size": 500}
+        for kind in TRANSLATORS
+    },
     **{kind: SIZES | {"max_position_embeddings": 64, "type_vocab_size": 2} for kind in ENCODERS},
     **{kind: SIZES | {"head_dim": None} for kind in DECODERS},
 }
@@ -51,7 +66,9 @@ def written(folder: Path, name: str = "some-org/not-here", config: Any = SIZES, 
     (folder / "train.jsonl").write_text('{"text": "a"}\n')
     content = {
         "name": "a",
-        "model": {"name": name, "weights": "random"} | ({"config": config} if config is not None else {}) | model,
+        "model": {"name": name, "weights": "random"}
+        | ({"config": config} if config is not None else {})
+        | model,
         "data": {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 128},
         "batch": {"global_batch_size": 4},
         "training": {"max_steps": 5},
@@ -70,7 +87,9 @@ def test_sizes_in_the_job_plan_as_a_directory_with_them(tmp_path: Path) -> None:
     here = preview_job(load(written(tmp_path, str(model), None)))
     elsewhere = preview_job(load(written(tmp_path)))
     assert here.forecast is not None and elsewhere.forecast is not None
-    assert elsewhere.forecast.footprint == here.forecast.footprint and config_of(elsewhere.plan.model) == SIZES
+    assert (
+        elsewhere.forecast.footprint == here.forecast.footprint and config_of(elsewhere.plan.model) == SIZES
+    )
     assert elsewhere.plan.activation_checkpointing == here.plan.activation_checkpointing
     assert ModelShape.read(elsewhere.plan.model) == ModelShape.read(here.plan.model)
 
@@ -97,7 +116,9 @@ def test_a_size_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as left:
         main(["plan", str(path)])
     assert left.value.code == 2
-    assert "model.config = 'llama': it has no hidden_size, which a llama model needs" in capsys.readouterr().err
+    assert (
+        "model.config = 'llama': it has no hidden_size, which a llama model needs" in capsys.readouterr().err
+    )
 
 
 def test_sizes_that_are_no_section_are_refused(tmp_path: Path) -> None:
@@ -125,15 +146,20 @@ def test_no_config_anywhere_says_what_to_do(tmp_path: Path) -> None:
 
 def test_editors_are_told_that_it_is_an_object() -> None:
     described = json_schema()["$defs"]["Model"]["properties"]["config"]
-    assert {"type": "object", "additionalProperties": True} in described["anyOf"] and "config.json" in described["description"]
+    assert {"type": "object", "additionalProperties": True} in described[
+        "anyOf"
+    ] and "config.json" in described["description"]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("hidden_size", "4096", "; the nearest is 4096"), ("hidden_size", 0, "; the nearest is 1"), ("hidden_size", float("inf"), ""),
-        ("num_attention_heads", 0, "; the nearest is 1"), ("num_hidden_layers", 0, "; the nearest is 1"), ("num_hidden_layers", True, ""),
-        ("num_hidden_layers", -3, "; the nearest is 1"), ("vocab_size", 1.5, "; the nearest is 2"), ("head_dim", "abc", ", or null"),
+        ("hidden_size", "4096", "; the nearest is 4096"), ("hidden_size", 0, "; the nearest is 1"),
+        ("hidden_size", float("inf"), ""),
+        ("num_attention_heads", 0, "; the nearest is 1"), ("num_hidden_layers", 0, "; the nearest is 1"),
+        ("num_hidden_layers", True, ""),
+        ("num_hidden_layers", -3, "; the nearest is 1"), ("vocab_size", 1.5, "; the nearest is 2"),
+        ("head_dim", "abc", ", or null"),
         ("num_key_value_heads", [2], ", or null"),
     ],
 )  # fmt: skip
@@ -145,7 +171,14 @@ def test_a_size_that_cannot_be_is_refused(key: str, value: Any, said: str, tmp_p
 
 def test_all_sizes_that_cannot_be_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as refused:
-        preview_job(load(written(tmp_path, config=SIZES | {"hidden_size": 66, "vocab_size": None, "intermediate_size": None})))
+        preview_job(
+            load(
+                written(
+                    tmp_path,
+                    config=SIZES | {"hidden_size": 66, "vocab_size": None, "intermediate_size": None},
+                )
+            )
+        )
     assert [str(problem) for problem in refused.value.problems] == [
         "model.config.vocab_size: is null; write a positive whole number",
         "model.config.intermediate_size: is null; write a positive whole number",
@@ -158,15 +191,26 @@ def test_sizes_of_a_models_own_file_are_named_with_the_file(tmp_path: Path) -> N
     with pytest.raises(ConfigurationError) as refused:
         preview_job(load(written(tmp_path, str(tmp_path), None)))
     first, second = refused.value.problems
-    assert (first.key, first.value, second.key) == ("model.name", str(tmp_path), "model.name") and "vocab_size = 0" in second.reason
-    assert first.reason == f"in {tmp_path}/config.json, hidden_size = '64': write a positive whole number; the nearest is 64"
+    assert (first.key, first.value, second.key) == (
+        "model.name",
+        str(tmp_path),
+        "model.name",
+    ) and "vocab_size = 0" in second.reason
+    assert (
+        first.reason
+        == f"in {tmp_path}/config.json, hidden_size = '64': write a positive whole number; the nearest is 64"
+    )
     (tmp_path / "config.json").write_text("[]")
-    assert config_of(Model(name=str(tmp_path))) is None and config_of(Model(name=str(tmp_path / "nothing"))) is None
+    assert (
+        config_of(Model(name=str(tmp_path))) is None
+        and config_of(Model(name=str(tmp_path / "nothing"))) is None
+    )
 
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_no_architecture_is_planned_with_nonsense(kind: str) -> None:
-    """What each program reads is known of it: it goes through with these sizes, and each of them is looked at."""
+    """What each program reads is known of it: it goes through with these sizes, and each of them is looked
+    at."""
     config = OTHERS[kind] | {"model_type": kind}
     program = program_of(config)
     assert program is not None and program.units()[1] and wrong_sizes(config) == []
@@ -183,18 +227,29 @@ def test_sizes_that_are_left_out_or_null() -> None:
     assert wrong_sizes(SIZES | {"hidden_size": 66, "head_dim": 16}) == [], "no head is cut out of it"
     assert wrong_sizes(SIZES | {"num_key_value_heads": None, "head_dim": None}) == []
     assert wrong_sizes({"model_type": "gpt2", "hidden_size": "x"})[0].key == "hidden_size"
-    assert wrong_sizes({"model_type": "mamba", "hidden_size": "x"}) == wrong_sizes({"model_type": [1]}) == wrong_sizes({}) == []
+    assert (
+        wrong_sizes({"model_type": "mamba", "hidden_size": "x"})
+        == wrong_sizes({"model_type": [1]})
+        == wrong_sizes({})
+        == []
+    )
 
 
 def test_sizes_of_only_some_mixtures() -> None:
     def wrong(**changes: Any) -> list[str]:
         return [problem.key for problem in wrong_sizes(MIXED | changes)]
 
-    assert wrong(shared_expert_intermediate_size=0, intermediate_size=None) == [], "no shared expert, and no layer without experts"
+    assert wrong(shared_expert_intermediate_size=0, intermediate_size=None) == [], (
+        "no shared expert, and no layer without experts"
+    )
     assert wrong(shared_expert_intermediate_size="x") == ["shared_expert_intermediate_size"]
     assert wrong(mlp_only_layers=[0], intermediate_size=0) == ["intermediate_size"]
-    assert wrong(mlp_only_layers=3) == ["mlp_only_layers"] and wrong(decoder_sparse_step=0) == ["decoder_sparse_step"]
-    missing = {key: value for key, value in MIXED.items() if key != "intermediate_size"} | {"decoder_sparse_step": 2}
+    assert wrong(mlp_only_layers=3) == ["mlp_only_layers"] and wrong(decoder_sparse_step=0) == [
+        "decoder_sparse_step"
+    ]
+    missing = {key: value for key, value in MIXED.items() if key != "intermediate_size"} | {
+        "decoder_sparse_step": 2
+    }
     (problem,) = wrong_sizes(missing)
     assert problem.key == "intermediate_size" and "is missing" in problem.reason
     (problem,) = wrong_sizes(OTHERS["t5"] | {"model_type": "t5", "feed_forward_proj": None})
@@ -223,17 +278,28 @@ def fetched(hub: Path, name: str, commit: str, age: int = 0, **refs: str) -> str
     return str(snapshot)
 
 
-def test_the_hubs_cache_is_where_its_variables_say(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshots = [fetched(tmp_path / place, "org/name", "a1") for place in ("cache", "older", "home/hub", "xdg/huggingface/hub")]
+def test_the_hubs_cache_is_where_its_variables_say(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = [
+        fetched(tmp_path / place, "org/name", "a1")
+        for place in ("cache", "older", "home/hub", "xdg/huggingface/hub")
+    ]
     monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", str(tmp_path / "older"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    for snapshot, name in zip(snapshots, ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"), strict=True):
+    for snapshot, name in zip(
+        snapshots, ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"), strict=True
+    ):
         assert locate("org/name") == snapshot
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     assert locate("org/name") == "org/name"
-    assert locate("org/name") != fetched(tmp_path / "user/.cache/huggingface/hub", "org/name", "b2") == locate("org/name")
+    assert (
+        locate("org/name")
+        != fetched(tmp_path / "user/.cache/huggingface/hub", "org/name", "b2")
+        == locate("org/name")
+    )
     monkeypatch.setenv("HF_HUB_CACHE", "~/own")
     assert locate("org/name") != fetched(tmp_path / "user/own", "org/name", "c3") == locate("org/name")
 
@@ -242,8 +308,12 @@ def test_a_revision_is_the_one_that_is_named_or_none(hub: Path) -> None:
     main = fetched(hub, "org/name", "a1", age=2, main="a1")
     tagged = fetched(hub, "org/name", "b2", age=1, v2="b2", gone="d4")
     newest = fetched(hub, "org/name", "c3")
-    assert locate("org/name") == locate("org/name", "main") == main, "the main branch, whatever was fetched since"
-    assert locate("org/name", "v2") == locate("org/name", "b2") == tagged and locate("org/name", "c3") == newest
+    assert locate("org/name") == locate("org/name", "main") == main, (
+        "the main branch, whatever was fetched since"
+    )
+    assert (
+        locate("org/name", "v2") == locate("org/name", "b2") == tagged and locate("org/name", "c3") == newest
+    )
     assert locate("org/name", "v3") == locate("org/name", "gone") == locate("org/name", "..") == "org/name"
     assert locate("org/name", str(hub)) == "org/name", "no path"
     assert (config_of(Model(name="org/name", revision="v2")) or {})["vocab_size"] == 1001
@@ -263,4 +333,6 @@ def test_the_nearest_architecture_is_one_for_the_task() -> None:
     assert nearest("phi3", tasks.find("sequence-classification").traits) in ENCODERS
     for kind in KNOWN:
         assert nearest(kind) == kind
-        assert (nearest(kind, tasks.find("causal-lm").traits) == kind) == (kind in (*DECODERS, "gpt2", *MIXTURES))
+        assert (nearest(kind, tasks.find("causal-lm").traits) == kind) == (
+            kind in (*DECODERS, "gpt2", *MIXTURES)
+        )

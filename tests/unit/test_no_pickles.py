@@ -24,19 +24,31 @@ READERS |= {"joblib": {"load"}, "shelve": {"open"}}
 
 def found(tree: ast.AST) -> Iterator[str]:
     """What reads pickles, or may."""
-    bases = {id(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and restricts(node) for base in node.bases}
+    bases = {
+        id(base)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and restricts(node)
+        for base in node.bases
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name | ast.alias):
             name = {ast.Attribute: "attr", ast.Name: "id", ast.alias: "name"}[type(node)]
             if getattr(node, name) in OBJECTS:
                 yield getattr(node, name)
         of = node.value if isinstance(node, ast.Attribute) and id(node) not in bases else None
-        if isinstance(node, ast.Attribute) and isinstance(of, ast.Name) and node.attr in READERS.get(of.id, ()):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(of, ast.Name)
+            and node.attr in READERS.get(of.id, ())
+        ):
             yield f"{of.id}.{node.attr}"
         if isinstance(node, ast.ImportFrom) and node.module in READERS:
             yield f"from {node.module}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
-            module, keywords = ast.unparse(node.func.value), {entry.arg: ast.unparse(entry.value) for entry in node.keywords}
+            module, keywords = (
+                ast.unparse(node.func.value),
+                {entry.arg: ast.unparse(entry.value) for entry in node.keywords},
+            )
             if module == "torch" and keywords.get("weights_only") != "True":
                 yield "torch.load"
             if module in ("np", "numpy") and keywords.get("allow_pickle") != "False":
@@ -56,8 +68,19 @@ def test_nothing_is_unpickled_but_by_a_class_that_says_what_may_be(path: Path) -
 @pytest.mark.parametrize(
     "text",
     [
-        *("dist.all_gather_object(a, b)", "from torch.distributed import broadcast_object_list", "pickle.loads(b)", "pickle.Unpickler(f)"),
-        *("from pickle import loads", "torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f)", "np.load(f, allow_pickle=True)"),
+        *(
+            "dist.all_gather_object(a, b)",
+            "from torch.distributed import broadcast_object_list",
+            "pickle.loads(b)",
+            "pickle.Unpickler(f)",
+        ),
+        *(
+            "from pickle import loads",
+            "torch.load(f)",
+            "torch.load(f, weights_only=False)",
+            "np.load(f)",
+            "np.load(f, allow_pickle=True)",
+        ),
         "class A(pickle.Unpickler):\n    pass",
     ],
 )

@@ -23,7 +23,9 @@ def test_seeking_equals_iterating(seed: int, num_items: int, start: int, count: 
     order = Order(seed, num_items)
     walked = order.indices(0, start + count)
     assert np.array_equal(order.indices(start, count), walked[start:])
-    assert all(order.at(position) == walked[position] for position in range(start, min(start + count, start + 5)))
+    assert all(
+        order.at(position) == walked[position] for position in range(start, min(start + count, start + 5))
+    )
 
 
 def test_the_order_is_a_fixed_function_of_the_seed() -> None:

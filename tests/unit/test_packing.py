@@ -27,8 +27,12 @@ def test_every_sample_is_in_one_pack_and_every_pack_fits(data: st.DataObject, ca
 
 @given(data=st.data(), capacity=st.integers(1, 300))
 @settings(max_examples=200, deadline=None)
-def test_no_pack_is_left_open_that_a_later_one_would_have_fitted_in(data: st.DataObject, capacity: int) -> None:
-    lengths = np.array(data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=200)), dtype=np.int64)
+def test_no_pack_is_left_open_that_a_later_one_would_have_fitted_in(
+    data: st.DataObject, capacity: int
+) -> None:
+    lengths = np.array(
+        data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=200)), dtype=np.int64
+    )
     sums = np.sort(gather_sums(pack(lengths, capacity), lengths))
     assert len(sums) < 2 or sums[0] + sums[1] > capacity
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Batch
-from launcher.planning.batch import divide, divisors, largest_divisor, multiples_around, nearest
+from launcher.planner.resolve.batch import divide, divisors, largest_divisor, multiples_around, nearest
 
 SIZES = st.integers(1, 512)
 
@@ -30,7 +30,10 @@ def test_the_largest_divisor_within_a_limit(number: int, limit: int) -> None:
 @given(size=SIZES, ranks=st.integers(1, 16))
 def test_auto_begins_with_one_sample_a_pass(size: int, ranks: int) -> None:
     plan = divide(Batch(global_batch_size=size * ranks), ranks)
-    assert plan.micro_batch_size == 1 and plan.accumulation_steps * ranks == plan.global_batch_size == size * ranks
+    assert (
+        plan.micro_batch_size == 1
+        and plan.accumulation_steps * ranks == plan.global_batch_size == size * ranks
+    )
 
 
 @given(size=SIZES, micro=st.integers(1, 32), ranks=st.integers(1, 16))
@@ -62,7 +65,8 @@ def test_refusal_names_all_three() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "values", "said"), [(5, [1, 4, 8], "4 or 8"), (1, [4], "4"), (9, [3, 4], "4"), (4, [4], "4"), (4, [2, 4, 8], "8")]
+    ("wanted", "values", "said"),
+    [(5, [1, 4, 8], "4 or 8"), (1, [4], "4"), (9, [3, 4], "4"), (4, [4], "4"), (4, [2, 4, 8], "8")],
 )
 def test_nearest(wanted: int, values: list[int], said: str) -> None:
     assert nearest(wanted, values) == said

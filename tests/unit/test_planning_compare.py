@@ -11,22 +11,22 @@ import pytest
 from launcher import tasks
 from launcher.cli.forecast import bars, nearest, picture, speed_lines
 from launcher.cli.plan_tables import cells, explained, scaling_plots
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.batch import with_batch
-from launcher.planning.compare import compare, fewest_gpus, scale, with_prices
-from launcher.planning.epochs import why_no_items
-from launcher.planning.footprint.families import Program, program_of
-from launcher.planning.forecast import forecast
-from launcher.planning.gpus import TABLE, gpu_type, seen
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.model_config import config_of, locate
-from launcher.planning.plan import Plan
-from launcher.planning.preview import preview_job
-from launcher.planning.search import plan_job
-from launcher.planning.suggestions import nearest_that_fit
-from launcher.planning.target import Target
-from launcher.sources.section import Source
+from launcher.planner.comparison import compare, fewest_gpus, scale, with_prices
+from launcher.planner.dataset.dataset_size import why_no_items
+from launcher.planner.forecast import forecast
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.hardware.gpu_table import TABLE, gpu_type, seen
+from launcher.planner.memory.families import Program, program_of
+from launcher.planner.model.model_config import config_of, locate
+from launcher.planner.plan import Plan
+from launcher.planner.preview import preview_job
+from launcher.planner.resolve.batch import with_batch
+from launcher.planner.search import plan_job
+from launcher.planner.suggestions import nearest_that_fit
+from launcher.planner.target import Target
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
 
@@ -46,12 +46,19 @@ def job(tmp_path: Path) -> Job:
 
 
 def changed(job: Job, **sections: dict[str, Any]) -> Job:
-    return job.model_copy(update={name: getattr(job, name).model_copy(update=values) for name, values in sections.items()})
+    return job.model_copy(
+        update={name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
+    )
 
 
 def test_every_gpu_has_a_source_and_sound_figures() -> None:
     for gpu in TABLE:
-        assert gpu.source and gpu.half_rate > gpu.full_rate and gpu.memory_bytes > 20 << 30 and gpu.link >= gpu.network
+        assert (
+            gpu.source
+            and gpu.half_rate > gpu.full_rate
+            and gpu.memory_bytes > 20 << 30
+            and gpu.link >= gpu.network
+        )
 
 
 def test_an_unknown_gpu_is_refused_with_the_nearest() -> None:
@@ -108,7 +115,9 @@ def test_what_is_chosen_fits_and_keeps_the_global_batch(job: Job) -> None:
 def test_less_memory_means_smaller_passes_or_more_recomputation(job: Job) -> None:
     large, small = (preview_job(job, gpu=name).plan for name in ("h200", "a100-40gb"))
     order = ["none", "selective", "full"]
-    key = [(order.index(plan.activation_checkpointing), -plan.batch.micro_batch_size) for plan in (large, small)]
+    key = [
+        (order.index(plan.activation_checkpointing), -plan.batch.micro_batch_size) for plan in (large, small)
+    ]
     assert key[0] < key[1]
 
 
@@ -130,13 +139,25 @@ def test_several_gpus_and_several_numbers_of_them(job: Job) -> None:
         ("eight", "h100-80gb", None, "write 8..1024"),
         ("8..4", "h100-80gb", None, "write 8..1024"),
         ("8..²", "h100-80gb", None, "write 8..1024"),
-        ("128..256", "h100-80gb", None, "128, 256 GPUs: .* cannot be cut over so many; the nearest that work: 64"),
-        ("12..100", "h100-80gb", None, "12 GPUs: no whole number of nodes of 8 GPUs; 24, 48, 96 GPUs: .*; the nearest that work: 8 or 16"),
+        (
+            "128..256",
+            "h100-80gb",
+            None,
+            "128, 256 GPUs: .* cannot be cut over so many; the nearest that work: 64",
+        ),
+        (
+            "12..100",
+            "h100-80gb",
+            None,
+            "12 GPUs: no whole number of nodes of 8 GPUs; 24, 48, 96 GPUs: .*; the nearest that work: 8 or 16",
+        ),
         ("8..16", "h100-80gb,l40s", None, "one kind of GPU; write h100-80gb"),
         ("8..16", "h100-80gb", "carrier-pigeon", "there are ib400"),
     ],
 )
-def test_spans_and_networks_that_are_none(job: Job, span: str, gpu: str, network: str | None, text: str) -> None:
+def test_spans_and_networks_that_are_none(
+    job: Job, span: str, gpu: str, network: str | None, text: str
+) -> None:
     with pytest.raises(ConfigurationError, match=text):
         scale(job, span, gpu, network)
 
@@ -146,11 +167,15 @@ def test_numbers_that_are_not_possible_are_left_out_of_a_scale_and_said(job: Job
     wide = changed(job, batch={"global_batch_size": 96})
     rows, left_out = scale(wide, "12..96", "h100-80gb")
     assert [row.plan.mesh.world_size for row in rows] == [24, 48, 96]
-    assert [(one.what, one.why) for one in left_out] == [("12 GPUs", "not possible")] and "nodes of 8" in left_out[0].reason
+    assert [(one.what, one.why) for one in left_out] == [
+        ("12 GPUs", "not possible")
+    ] and "nodes of 8" in left_out[0].reason
     copies = changed(job, parallel={"replicate": 4})
     rows, left_out = scale(copies, "1..16", "h200")
     assert [row.plan.mesh.world_size for row in rows] == [4, 8, 16]
-    assert {one.what for one in left_out} == {"1 GPU", "2 GPUs"} and all("parallel.replicate" in one.reason for one in left_out)
+    assert {one.what for one in left_out} == {"1 GPU", "2 GPUs"} and all(
+        "parallel.replicate" in one.reason for one in left_out
+    )
     with pytest.raises(ConfigurationError, match=r"1 GPU: parallel\.replicate: .*; the nearest that work: 4"):
         scale(copies, "1..2", "h200")
 
@@ -164,7 +189,11 @@ def test_the_fewest_gpus_that_end_in_time_and_what_they_cost(job: Job) -> None:
     slow = fewest_gpus(job, "30d", 64, "h100-80gb")[0]
     assert slow.hours is not None
     [fast] = fewest_gpus(job, f"{slow.hours * 3600 / 3:.0f}s", 64, "h100-80gb")
-    assert fast.hours is not None and fast.plan.mesh.world_size > slow.plan.mesh.world_size and fast.hours <= slow.hours / 3
+    assert (
+        fast.hours is not None
+        and fast.plan.mesh.world_size > slow.plan.mesh.world_size
+        and fast.hours <= slow.hours / 3
+    )
     [row] = with_prices([fast], ["h100-80gb=2.5"])
     assert row.cost == pytest.approx(2.5 * fast.hours * fast.plan.mesh.world_size)
 
@@ -174,10 +203,26 @@ def test_the_fewest_gpus_that_end_in_time_and_what_they_cost(job: Job) -> None:
     [
         ("soon", {}, "write 90min, 24h or 2d"),
         ("1s", {}, r"no plan on up to 64 GPUs ends in time; the nearest is \d+ s on 64 x h100-80gb"),
-        ("24h", {"training": {"max_steps": None, "epochs": 1.0}}, r"needs training.max_steps, as .* is not known: .*train\.jsonl"),
-        ("24h", {"data": {"max_length": 10_000_000}}, "nothing fits on so few: on 64 x h100-80gb FSDP full, 1 x 64.* GiB of the 76.0 GiB"),
-        ("24h", {"cluster": {"nodes": "10-12"}}, "--max-gpus = 64: cluster.nodes 10-12 begins with 80 GPUs; write so many or more"),
-        ("24h", {"cluster": {"nodes": "5-7"}}, "cannot be cut over 40 to 56 GPUs.*global_batch_size 40 or 80, cluster.nodes 4 or 8"),
+        (
+            "24h",
+            {"training": {"max_steps": None, "epochs": 1.0}},
+            r"needs training.max_steps, as .* is not known: .*train\.jsonl",
+        ),
+        (
+            "24h",
+            {"data": {"max_length": 10_000_000}},
+            "nothing fits on so few: on 64 x h100-80gb FSDP full, 1 x 64.* GiB of the 76.0 GiB",
+        ),
+        (
+            "24h",
+            {"cluster": {"nodes": "10-12"}},
+            "--max-gpus = 64: cluster.nodes 10-12 begins with 80 GPUs; write so many or more",
+        ),
+        (
+            "24h",
+            {"cluster": {"nodes": "5-7"}},
+            "cannot be cut over 40 to 56 GPUs.*global_batch_size 40 or 80, cluster.nodes 4 or 8",
+        ),
     ],
 )
 def test_deadlines_that_cannot_be_kept(job: Job, deadline: str, changes: dict[str, Any], text: str) -> None:
@@ -195,10 +240,14 @@ def test_a_kind_of_gpu_that_will_not_do_is_a_row_with_the_nearest(job: Job) -> N
     hours = fast.hours
     assert hours is not None
     [late] = [row for row in fewest_gpus(job, f"{2400 * hours:.0f}s", 4, "h200,l40s") if row.gpu == "l40s"]
-    assert late.why_not is not None and "ends in time; the nearest is" in late.why_not and cells(late)[4] == "no"
+    assert (
+        late.why_not is not None and "ends in time; the nearest is" in late.why_not and cells(late)[4] == "no"
+    )
     with pytest.raises(ConfigurationError) as caught:
         fewest_gpus(kept, None, 1, "rtx4090,l40s")
-    assert [problem.key for problem in caught.value.problems] == ["--max-gpus"] * 2 and "1 x l40s" in str(caught.value)
+    assert [problem.key for problem in caught.value.problems] == ["--max-gpus"] * 2 and "1 x l40s" in str(
+        caught.value
+    )
 
 
 def test_a_plan_that_the_job_sets_is_named_with_what_it_needs_at_the_least(job: Job) -> None:
@@ -209,7 +258,10 @@ def test_a_plan_that_the_job_sets_is_named_with_what_it_needs_at_the_least(job: 
         batch={"micro_batch_size": 4},
         parallel={"engine": "fsdp", "shard": "full"},
     )
-    with pytest.raises(ConfigurationError, match=r"on 2 x l40s .* GiB of the 45.6 GiB of a rank at the least; the nearest that fits: "):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"on 2 x l40s .* GiB of the 45.6 GiB of a rank at the least; the nearest that fits: ",
+    ):
         fewest_gpus(asked, None, 2, "l40s")
 
 
@@ -231,9 +283,13 @@ def test_prices_that_are_none(amount: str) -> None:
 def test_prices_of_other_gpus(job: Job) -> None:
     rows = compare(changed(job, cluster={"gpu": "h100-80gb"}), None)
     assert [row.price for row in with_prices(rows, ["h100-80gb=0"])] == [0.0]
-    with pytest.raises(ConfigurationError, match="--price = 'l40s': is of a GPU that is not planned for; there are h100-80gb"):
+    with pytest.raises(
+        ConfigurationError, match="--price = 'l40s': is of a GPU that is not planned for; there are h100-80gb"
+    ):
         with_prices(rows, ["l40s=1"])
-    with pytest.raises(ConfigurationError, match="--price = 'h100': is not in the table; the nearest: h100-80gb"):
+    with pytest.raises(
+        ConfigurationError, match="--price = 'h100': is not in the table; the nearest: h100-80gb"
+    ):
         with_prices(rows, ["h100=1"])
 
 
@@ -245,16 +301,22 @@ def test_a_name_is_blamed_where_it_stands(job: Job) -> None:
         lambda job: fewest_gpus(job, None, 8, None),
         lambda job: compare(job, None),
     ):
-        with pytest.raises(ConfigurationError, match=r"^cluster.gpu = 'h100': is not in the table; the nearest: h100-80gb"):
+        with pytest.raises(
+            ConfigurationError, match=r"^cluster.gpu = 'h100': is not in the table; the nearest: h100-80gb"
+        ):
             asked(named)
     with pytest.raises(ConfigurationError, match=r"^--gpu = 'h1': "):
         preview_job(named, gpu="h1")
 
 
 def test_ranks_of_this_machine_are_none_of_gpus_elsewhere(job: Job) -> None:
-    with pytest.raises(ConfigurationError, match=r"--nproc = 2: .*--gpu h200 of others; .*--set cluster\.gpus_per_node=2"):
+    with pytest.raises(
+        ConfigurationError, match=r"--nproc = 2: .*--gpu h200 of others; .*--set cluster\.gpus_per_node=2"
+    ):
         preview_job(job, 2, "h200")
-    with pytest.raises(ConfigurationError, match=r"--nproc = 2: .*cluster\.gpu h200 of others; .*--set cluster\.gpu=null"):
+    with pytest.raises(
+        ConfigurationError, match=r"--nproc = 2: .*cluster\.gpu h200 of others; .*--set cluster\.gpu=null"
+    ):
         preview_job(changed(job, cluster={"gpu": "h200"}), 2)
 
 
@@ -270,12 +332,21 @@ def by_formulas(plan: Plan) -> Program:
 def test_a_trace_is_held_to_the_hosts_memory_too(job: Job) -> None:
     asked = changed(job, memory={"offload": "parameters"}, cluster={"mem": "64G", "gpus_per_node": 1})
     made = preview_job(asked, gpu="h100-80gb", trace=by_formulas)
-    assert made.forecast is not None and made.traced is not None and made.forecast.target.host_memory_bytes == 64 << 30
-    assert (made.traced.fits, made.traced.lack) == (made.forecast.fits, made.forecast.lack) and not made.traced.fits
+    assert (
+        made.forecast is not None
+        and made.traced is not None
+        and made.forecast.target.host_memory_bytes == 64 << 30
+    )
+    assert (made.traced.fits, made.traced.lack) == (
+        made.forecast.fits,
+        made.forecast.lack,
+    ) and not made.traced.fits
 
 
 @pytest.mark.parametrize("asked", [{}, {"cpus_per_node": 24}, {"mem": "256G"}, {"nodes": "1-4"}])
-def test_a_plan_of_a_cluster_is_the_one_that_is_submitted(asked: dict[str, Any], job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_a_cluster_is_the_one_that_is_submitted(
+    asked: dict[str, Any], job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the login node has says nothing of the nodes."""
     monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(3, 1 << 33)))
     wanted = changed(job, cluster={"gpu": "a100-40gb", "gpus_per_node": 4} | asked)
@@ -286,7 +357,10 @@ def test_a_plan_of_a_cluster_is_the_one_that_is_submitted(asked: dict[str, Any],
 
 def test_without_gpus_the_way_to_plan_for_some_is_said(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(2, 1 << 34)))
-    with pytest.raises(ConfigurationError, match=r"0 seen on this machine; write 0 .*`launcher plan --gpu NAME`, or cluster\.gpu"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"0 seen on this machine; write 0 .*`launcher plan --gpu NAME`, or cluster\.gpu",
+    ):
         preview_job(changed(job, cluster={"nodes": 2}))
 
 
@@ -299,7 +373,9 @@ def test_of_a_cpu_the_rate_is_its_own_and_hours_are_of_ranks(tmp_path: Path) -> 
         cpu = plan is on_cpu
         assert ("of the processors' measured rate" in lines, "rank-hours" in lines) == (cpu, cpu)
         assert ("of the GPUs' peak (MFU)" in lines, "GPU-hours" in lines) == (not cpu, not cpu)
-        assert ("optimizer, x1.30 as runs here took\n" in lines) is cpu and ("as runs here took" in lines) is cpu
+        assert ("optimizer, x1.30 as runs here took\n" in lines) is cpu and (
+            "as runs here took" in lines
+        ) is cpu
 
 
 def test_a_scale_without_a_gpu_asks_for_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +386,11 @@ def test_a_scale_without_a_gpu_asks_for_one(job: Job, monkeypatch: pytest.Monkey
 
 def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
     plan = plan_for(
-        tmp_path, data__max_length=8192, batch__global_batch_size=1024, batch__accumulation_steps=128, batch__micro_batch_size=1
+        tmp_path,
+        data__max_length=8192,
+        batch__global_batch_size=1024,
+        batch__accumulation_steps=128,
+        batch__micro_batch_size=1,
     )
     made = forecast(plan, Target(24 << 30, gpu_type("rtx4090")))
     assert made is not None and not made.fits
@@ -331,7 +411,13 @@ def test_why_an_epoch_is_not_known_is_said_in_its_place(tmp_path: Path) -> None:
         data = plan.data.model_copy(update={"train": Source(path=str(path))})
         made = forecast(plan.model_copy(update={"data": data}), Target(kind.memory_bytes, kind))
         assert made is not None
-        lines.append(next(line for line in speed_lines(made, why_no_items(made.plan)).splitlines() if line.startswith("  an epoch ")))
+        lines.append(
+            next(
+                line
+                for line in speed_lines(made, why_no_items(made.plan)).splitlines()
+                if line.startswith("  an epoch ")
+            )
+        )
         assert (why_no_items(made.plan) is None) is (path.name == "rows.jsonl")
     assert "100 samples of 100 rows" in lines[1]
     assert "is not known: " in lines[0] and "none.jsonl" in lines[0]
@@ -340,7 +426,9 @@ def test_why_an_epoch_is_not_known_is_said_in_its_place(tmp_path: Path) -> None:
 def test_scaling_is_drawn(job: Job) -> None:
     drawn = scaling_plots(scale(job, "8..64", "h100-80gb")[0])
     assert "tokens/s over GPUs" in drawn and "GiB of a GPU over GPUs" in drawn
-    assert len([line for line in drawn.splitlines() if {"8", "16", "32", "64"} <= set(line.split())]) == 2, drawn
+    assert len([line for line in drawn.splitlines() if {"8", "16", "32", "64"} <= set(line.split())]) == 2, (
+        drawn
+    )
     assert scaling_plots(scale(job, "8..8", "h100-80gb")[0]) == ""
 
 

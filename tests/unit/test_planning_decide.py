@@ -12,10 +12,10 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job
 
 GIB = 1 << 30
 CPU = Hardware(8, 32 * GIB, frozenset({"avx2"}), (), "there is no nvidia-smi on this machine")
@@ -34,7 +34,11 @@ CONFIG = {
 
 def job(**keys: Any) -> Job:
     """A causal-LM job; `section__key=value` sets a key."""
-    content: dict[str, Any] = {"name": "run", "model": {"name": "org/model"}, "data": {"train": {"path": "/train.jsonl"}, "text": "body"}}
+    content: dict[str, Any] = {
+        "name": "run",
+        "model": {"name": "org/model"},
+        "data": {"train": {"path": "/train.jsonl"}, "text": "body"},
+    }
     for key, value in keys.items():
         *sections, last = key.split("__")
         place = content
@@ -68,7 +72,13 @@ def leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize(
     "made",
-    [job(), classification(), job(data__evaluation={"path": "/t.csv"}, training__evaluate_every="epoch", training__early_stopping={})],
+    [
+        job(),
+        classification(),
+        job(
+            data__evaluation={"path": "/t.csv"}, training__evaluate_every="epoch", training__early_stopping={}
+        ),
+    ],
 )
 @pytest.mark.parametrize("machine", [CPU, AMX, H100, T4], ids=["cpu", "amx", "h100", "t4"])
 def test_a_plan_leaves_nothing_open(made: Job, machine: Hardware) -> None:
@@ -81,7 +91,9 @@ def test_a_plan_leaves_nothing_open(made: Job, machine: Hardware) -> None:
 def test_every_auto_of_the_job_is_decided_with_a_reason() -> None:
     made = plan_job(job(), hardware=H100)
     autos = {path.lstrip(".") for path, value in leaves(job().model_dump(mode="json")) if value == "auto"}
-    assert autos - {"cluster.hang_after"} <= set(decided(made)), "that one is decided while the run goes on, phase by phase"
+    assert autos - {"cluster.hang_after"} <= set(decided(made)), (
+        "that one is decided while the run goes on, phase by phase"
+    )
     assert all(decision.reason for decision in made.decisions)
 
 
@@ -99,7 +111,12 @@ def test_what_is_asked_for_is_not_decided() -> None:
     )
     made = plan_job(asked, hardware=CPU)
     assert made.decisions == ()
-    assert (made.precision, made.attention, made.activation_checkpointing, made.num_data_workers) == ("fp16", "eager", "full", 3)
+    assert (made.precision, made.attention, made.activation_checkpointing, made.num_data_workers) == (
+        "fp16",
+        "eager",
+        "full",
+        3,
+    )
     assert made.mesh.model_dump() == {
         "nodes": 1, "ranks_per_node": 2, "world_size": 2, "replicate": 1, "shard": 2,
         "reshard_after_forward": False, "device": "cpu", "threads_per_rank": 1,
@@ -108,7 +125,13 @@ def test_what_is_asked_for_is_not_decided() -> None:
 
 @pytest.mark.parametrize(
     ("machine", "nproc", "ranks", "threads", "device"),
-    [(CPU, None, 1, 8, "cpu"), (CPU, 2, 2, 4, "cpu"), (CPU, 16, 16, 1, "cpu"), (H100, None, 4, 8, "cuda"), (H100, 2, 2, 16, "cuda")],
+    [
+        (CPU, None, 1, 8, "cpu"),
+        (CPU, 2, 2, 4, "cpu"),
+        (CPU, 16, 16, 1, "cpu"),
+        (H100, None, 4, 8, "cuda"),
+        (H100, 2, 2, 16, "cuda"),
+    ],
 )
 def test_ranks(machine: Hardware, nproc: int | None, ranks: int, threads: int, device: str) -> None:
     mesh = plan_job(job(), nproc, machine).mesh
@@ -121,7 +144,13 @@ def test_nproc_counts_more_than_the_job() -> None:
 
 @pytest.mark.parametrize(
     ("machine", "precision"),
-    [(CPU, "fp32"), (AMX, "bf16"), (Hardware(1, GIB, frozenset({"avx512_bf16"})), "bf16"), (H100, "bf16"), (T4, "fp16")],
+    [
+        (CPU, "fp32"),
+        (AMX, "bf16"),
+        (Hardware(1, GIB, frozenset({"avx512_bf16"})), "bf16"),
+        (H100, "bf16"),
+        (T4, "fp16"),
+    ],
 )
 def test_precision(machine: Hardware, precision: str) -> None:
     assert plan_job(job(), hardware=machine).precision == precision
@@ -153,7 +182,9 @@ def test_mesh(keys: dict[str, Any], nproc: int, expected: tuple[int, int, bool])
 
 
 def test_refused_meshes() -> None:
-    assert "the nearest that work: 2 or 4" in refusal("parallel.replicate", job(parallel__replicate=3), 4, CPU)
+    assert "the nearest that work: 2 or 4" in refusal(
+        "parallel.replicate", job(parallel__replicate=3), 4, CPU
+    )
     assert "write 4" in refusal("parallel.replicate", job(parallel={"replicate": 2, "shard": "none"}), 4, CPU)
     assert "at least one" in refusal("--nproc", job(), 0, CPU)
     assert "there are 4" in refusal("--nproc", job(), 8, H100)
@@ -189,7 +220,10 @@ def test_all_refusals_at_once() -> None:
     wrong = job(cluster__gpus_per_node=3, parallel__replicate=2, model__attention="flash_attention_2")
     with pytest.raises(ConfigurationError) as caught:
         plan_job(wrong, hardware=CPU)
-    assert {problem.key for problem in caught.value.problems} >= {"cluster.gpus_per_node", "parallel.replicate"}
+    assert {problem.key for problem in caught.value.problems} >= {
+        "cluster.gpus_per_node",
+        "parallel.replicate",
+    }
 
 
 def test_batch_that_does_not_divide() -> None:
@@ -197,7 +231,12 @@ def test_batch_that_does_not_divide() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "length"), [({}, (1, "epochs")), ({"training__epochs": 2.5}, (2.5, "epochs")), ({"training__max_steps": 7}, (7, "steps"))]
+    ("keys", "length"),
+    [
+        ({}, (1, "epochs")),
+        ({"training__epochs": 2.5}, (2.5, "epochs")),
+        ({"training__max_steps": 7}, (7, "steps")),
+    ],
 )
 def test_length(keys: dict[str, Any], length: tuple[float, str]) -> None:
     made = plan_job(job(**keys), hardware=CPU)
@@ -216,7 +255,9 @@ def test_less_memory_means_more_recomputation_and_a_smaller_pass(tmp_path: Path)
     ways = [order.index(made.activation_checkpointing) for made in plans]
     assert ways == sorted(ways) and ways[0] == 0 and ways[-1] == 2
     assert plans[0].batch.micro_batch_size > plans[-1].batch.micro_batch_size == 1
-    assert "may run out of memory" in next(d.reason for d in plans[-1].decisions if d.key == "memory.activation_checkpointing")
+    assert "may run out of memory" in next(
+        d.reason for d in plans[-1].decisions if d.key == "memory.activation_checkpointing"
+    )
 
 
 def test_sharding_leaves_more_memory(tmp_path: Path) -> None:
@@ -231,8 +272,12 @@ def test_shape_from_config_and_from_headers(tmp_path: Path) -> None:
     name = model(tmp_path)
     section = job(model__name=name).model
     by_config = ModelShape.read(section)
-    assert by_config is not None and by_config.num_parameters == 8 * (4 * 512**2 + 3 * 512 * 1408) + 32000 * 512
-    header = json.dumps({"a": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}, "__metadata__": {}}).encode()
+    assert (
+        by_config is not None and by_config.num_parameters == 8 * (4 * 512**2 + 3 * 512 * 1408) + 32000 * 512
+    )
+    header = json.dumps(
+        {"a": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}, "__metadata__": {}}
+    ).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     by_header = ModelShape.read(section)
     assert by_header is not None and by_header.num_parameters == 15
@@ -273,8 +318,13 @@ def test_the_largest_table(sizes: dict[str, Any], table: int, tmp_path: Path) ->
 
 def test_digest_follows_what_decides_the_numbers() -> None:
     base = plan_job(job(), 2, CPU)
-    assert base.digest() == plan_job(job(cluster__grace="2min", cluster__hang_after="5min", trackers=[]), 2, CPU).digest()
-    hang_after = [plan_job(job(cluster__hang_after=value), 2, CPU).hang_after for value in ("auto", "off", "5min")]
+    assert (
+        base.digest()
+        == plan_job(job(cluster__grace="2min", cluster__hang_after="5min", trackers=[]), 2, CPU).digest()
+    )
+    hang_after = [
+        plan_job(job(cluster__hang_after=value), 2, CPU).hang_after for value in ("auto", "off", "5min")
+    ]
     assert hang_after == [None, "off", 300.0]
     assert base.digest() != plan_job(job(training__seed=18), 2, CPU).digest()
     assert base.digest() != plan_job(job(), 4, CPU).digest()
@@ -293,7 +343,9 @@ DEEPSPEED = {"parallel__engine": "deepspeed"}
 def deepspeed_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planning asks only whether the package is installed."""
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "deepspeed" else found(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name == "deepspeed" else found(name)
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,14 +364,18 @@ def test_the_engine_is_the_one_that_can(keys: dict[str, Any], reason: str) -> No
     assert plan_job(job(), 2, CPU).engine == "fsdp"
 
 
-@pytest.mark.parametrize(("shard", "stage"), [("full", 3), ("gradients", 2), ("optimizer", 1), ("none", 1), ("auto", 3)])
+@pytest.mark.parametrize(
+    ("shard", "stage"), [("full", 3), ("gradients", 2), ("optimizer", 1), ("none", 1), ("auto", 3)]
+)
 @pytest.mark.usefixtures("deepspeed_is_there")
 def test_stages_of_deepspeed(shard: str, stage: int) -> None:
     made = plan_job(job(parallel__shard=shard, **DEEPSPEED), 2, CPU)
     assert made.zero is not None and made.zero.stage == stage
     assert (made.mesh.replicate, made.mesh.shard) == (1, 2)
     if shard == "none":
-        assert "stage 0" in next(decision.reason for decision in made.decisions if decision.key == "parallel.shard")
+        assert "stage 0" in next(
+            decision.reason for decision in made.decisions if decision.key == "parallel.shard"
+        )
 
 
 @pytest.mark.parametrize(
@@ -333,19 +389,51 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
             "memory.offload_to",
             "host's memory alone",
         ),
-        ({"parallel__engine": "fsdp", "parallel__secondary_shard": 2}, "parallel.secondary_shard", "parallel.replicate"),
-        ({"parallel__engine": "fsdp", "parallel__quantized_weights": True}, "parallel.quantized_weights", "ZeRO++"),
-        ({"parallel__engine": "fsdp", "parallel__quantized_gradients": True}, "parallel.quantized_gradients", "ZeRO++"),
+        (
+            {"parallel__engine": "fsdp", "parallel__secondary_shard": 2},
+            "parallel.secondary_shard",
+            "parallel.replicate",
+        ),
+        (
+            {"parallel__engine": "fsdp", "parallel__quantized_weights": True},
+            "parallel.quantized_weights",
+            "ZeRO++",
+        ),
+        (
+            {"parallel__engine": "fsdp", "parallel__quantized_gradients": True},
+            "parallel.quantized_gradients",
+            "ZeRO++",
+        ),
         ({**DEEPSPEED, "parallel__replicate": 2}, "parallel.replicate", "ZeRO cuts over all ranks"),
         ({**DEEPSPEED, "model__compile": True}, "model.compile", "for parallel.engine: fsdp"),
-        ({**DEEPSPEED, "memory__offload": "parameters", "parallel__shard": "gradients"}, "memory.offload", "only ZeRO-3"),
-        ({**DEEPSPEED, "parallel__secondary_shard": 2, "parallel__shard": "optimizer"}, "parallel.shard", "part of ZeRO-3"),
-        ({**DEEPSPEED, "parallel__secondary_shard": 3}, "parallel.secondary_shard", "cannot be cut into groups"),
+        (
+            {**DEEPSPEED, "memory__offload": "parameters", "parallel__shard": "gradients"},
+            "memory.offload",
+            "only ZeRO-3",
+        ),
+        (
+            {**DEEPSPEED, "parallel__secondary_shard": 2, "parallel__shard": "optimizer"},
+            "parallel.shard",
+            "part of ZeRO-3",
+        ),
+        (
+            {**DEEPSPEED, "parallel__secondary_shard": 3},
+            "parallel.secondary_shard",
+            "cannot be cut into groups",
+        ),
         ({**DEEPSPEED, "parallel__quantized_weights": True}, "parallel.quantized_weights", "no operator"),
         ({**DEEPSPEED, "parallel__quantized_gradients": True}, "parallel.quantized_gradients", "no operator"),
         ({**DEEPSPEED, "memory__offload_to": "/"}, "memory.offload_to", "nothing is offloaded"),
-        ({**DEEPSPEED, "memory__offload": "optimizer", "memory__offload_to": "/no/such"}, "memory.offload_to", "no such directory"),
-        ({**DEEPSPEED, "memory__offload": "optimizer", "memory__offload_to": "/proc"}, "memory.offload_to", "cannot be written to"),
+        (
+            {**DEEPSPEED, "memory__offload": "optimizer", "memory__offload_to": "/no/such"},
+            "memory.offload_to",
+            "no such directory",
+        ),
+        (
+            {**DEEPSPEED, "memory__offload": "optimizer", "memory__offload_to": "/proc"},
+            "memory.offload_to",
+            "cannot be written to",
+        ),
         ({"cluster__nodes": 2}, "cluster.nodes", "launcher submit"),
     ],
 )
@@ -358,9 +446,11 @@ def test_what_an_engine_cannot_is_refused_with_the_nearest(
 
 
 @pytest.mark.usefixtures("deepspeed_is_there")
-def test_files_need_what_their_operator_is_compiled_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_need_what_their_operator_is_compiled_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = job(memory__offload="optimizer", memory__offload_to=str(tmp_path), **DEEPSPEED)
-    monkeypatch.setattr("launcher.planning.sharding._HEADERS", ())
+    monkeypatch.setattr("launcher.planner.resolve.sharding._HEADERS", ())
     assert "install libaio-dev" in refusal("memory.offload_to", wanted, 2, CPU)
     (tmp_path / "libaio.h").touch()
     monkeypatch.setenv("CPATH", str(tmp_path))
@@ -374,7 +464,9 @@ def test_files_need_what_their_operator_is_compiled_from(tmp_path: Path, monkeyp
 
 def test_a_missing_deepspeed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name)
+    )
     assert "pip install" in refusal("parallel.engine", job(**DEEPSPEED), 2, CPU)
     assert plan_job(job(**DEEPSPEED), 2, CPU, local=False).engine == "deepspeed"
 
@@ -394,11 +486,16 @@ def test_buckets_are_a_layer(tmp_path: Path) -> None:
 
 def test_a_plan_for_another_cluster() -> None:
     made = plan_job(
-        job(cluster={"nodes": 2, "gpus_per_node": 8, "time_limit": "8h", "partition": "gpu"}, batch__global_batch_size=64),
+        job(
+            cluster={"nodes": 2, "gpus_per_node": 8, "time_limit": "8h", "partition": "gpu"},
+            batch__global_batch_size=64,
+        ),
         None,
         CPU,
         local=False,
     )
     assert (made.mesh.world_size, made.mesh.device, made.precision) == (16, "cuda", "bf16")
-    assert made.activation_checkpointing == "full" and "not known here" in str([decision.reason for decision in made.decisions])
+    assert made.activation_checkpointing == "full" and "not known here" in str(
+        [decision.reason for decision in made.decisions]
+    )
     assert made.slurm.time_limit_minutes == 480 and made.slurm.options == {"partition": "gpu"}

@@ -19,14 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import tasks
+from launcher.data.formats import Csv, Json, JsonLines
+from launcher.data.rows import RowProblem, required
+from launcher.data.sample import Sample, look
+from launcher.data.section import Source
 from launcher.errors import DataError
-from launcher.planning.epochs import Items, evaluation_items, fewest_packs, one_pass, training_items, why_no_epoch
-from launcher.planning.lengths import CHARACTERS, lengths
-from launcher.planning.plan import BatchPlan
-from launcher.sources.formats import Csv, Json, JsonLines
-from launcher.sources.rows import RowProblem, required
-from launcher.sources.sample import Sample, look
-from launcher.sources.section import Source
+from launcher.planner.dataset.dataset_size import (
+    Items,
+    evaluation_items,
+    fewest_packs,
+    one_pass,
+    training_items,
+    why_no_epoch,
+)
+from launcher.planner.dataset.token_lengths import CHARACTERS, lengths
+from launcher.planner.plan import BatchPlan
 from launcher.tasks.causal_lm import MARKS
 from launcher.training.data.packing import pack
 from tests.unit.test_planning_footprint import plan_for
@@ -44,7 +51,9 @@ def sample(source: Source, columns: Sequence[str], most: int = 1024) -> Sample |
 
 
 def data_of(path: Path, task: str = "causal-lm", **keys: Any) -> Any:
-    return tasks.find(task).Columns.model_validate({"train": {"path": str(path)}, "text": "text", "max_length": 64} | keys)
+    return tasks.find(task).Columns.model_validate(
+        {"train": {"path": str(path)}, "text": "text", "max_length": 64} | keys
+    )
 
 
 def task_of(name: str = "causal-lm", **keys: Any) -> Any:
@@ -69,7 +78,12 @@ def written(directory: Path, kind: str, texts: list[str]) -> Path:
         path.write_text("\n".join(texts) + "\n")
     else:
         mark = "," if kind == ".csv" else "\t"
-        path.write_text("".join(f"{text}{mark}{label}\n" for text, label in [("text", "label"), *((r["text"], r["label"]) for r in rows)]))
+        path.write_text(
+            "".join(
+                f"{text}{mark}{label}\n"
+                for text, label in [("text", "label"), *((r["text"], r["label"]) for r in rows)]
+            )
+        )
     return path
 
 
@@ -96,20 +110,35 @@ def test_rows_are_counted_and_looked_at_all_over(kind: str, count: int, tmp_path
     assert mean_length(found) == pytest.approx(mean_length(texts), rel=0.1)
 
 
-DIALOGUE = ['and said "no"\n', 'it was "yes"', '"', "", "a line\nand another", ', "perhaps"', '"so, it"\nis', '",']
+DIALOGUE = [
+    'and said "no"\n',
+    'it was "yes"',
+    '"',
+    "",
+    "a line\nand another",
+    ', "perhaps"',
+    '"so, it"\nis',
+    '",',
+]
 
 
 def dialogues(count: int) -> list[str]:
-    """Texts of ever more lines, with line ends, commas and quotation marks at their begins, at their ends and between."""
+    """Texts of ever more lines, with line ends, commas and quotation marks at their begins, at their ends and
+    between."""
     drawn = random.Random(0)
-    return [f"{number} " + "\n".join(drawn.choice(DIALOGUE) for _ in range(1 + 20 * number // count)) for number in range(count)]
+    return [
+        f"{number} " + "\n".join(drawn.choice(DIALOGUE) for _ in range(1 + 20 * number // count))
+        for number in range(count)
+    ]
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_rows_of_csv_are_not_lines(whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = dialogues(12_000)
     with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("text", "label"), *((text, number % 2) for number, text in enumerate(texts))])
+        csv.writer(file).writerows(
+            [("text", "label"), *((text, number % 2) for number, text in enumerate(texts))]
+        )
     assert (tmp_path / "a.csv").stat().st_size > 1 << 20
     if not whole:
         monkeypatch.setattr(Csv, "whole_bytes", 1 << 16)
@@ -123,7 +152,9 @@ def test_rows_of_csv_are_not_lines(whole: bool, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv"])
 @pytest.mark.parametrize("header", [True, False])
-def test_a_header_is_no_row_and_a_first_row_is_one(kind: str, header: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_is_no_row_and_a_first_row_is_one(
+    kind: str, header: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Csv, "whole_bytes", 1 << 16)
     mark = "," if kind == ".csv" else "\t"
     lines = [f"{number} {'word ' * 20}{mark}1" for number in range(20_000)]
@@ -135,7 +166,9 @@ def test_a_header_is_no_row_and_a_first_row_is_one(kind: str, header: bool, tmp_
 
 
 @pytest.mark.parametrize("group", [30_000, 500])
-def test_groups_of_parquet_are_looked_at_all_over_the_file(group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_parquet_are_looked_at_all_over_the_file(
+    group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["word " * (1 + 40 * number // 30_000) + str(number) for number in range(30_000)]
     table = pyarrow.table({"text": texts, "other": ["x" * 100] * 30_000})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=group)
@@ -145,31 +178,39 @@ def test_groups_of_parquet_are_looked_at_all_over_the_file(group: int, tmp_path:
     assert mean_length(texts_of(seen)) == pytest.approx(mean_length(texts), rel=0.1)
     part = sample(source.model_copy(update={"limit": 3000}), ("text",))
     assert part is not None and part.num_rows == 3000 and set(texts_of(part)) <= set(texts[:3000])
-    monkeypatch.setattr("launcher.sources.groups._BYTES_OF_ROW", 1 << 6)
+    monkeypatch.setattr("launcher.data.sample_parquet._BYTES_OF_ROW", 1 << 6)
     little = sample(source, ("text",))
     assert little is not None and little.num_rows == 30_000 and 900 < len(little.rows) <= 1024
     if group == 30_000:
-        assert set(texts_of(little)) <= set(texts[:5000]), "of a group that is large for what may be decoded, the first rows"
+        assert set(texts_of(little)) <= set(texts[:5000]), (
+            "of a group that is large for what may be decoded, the first rows"
+        )
 
 
-def test_of_a_very_large_file_the_number_of_rows_is_by_their_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 1 << 20)
+def test_of_a_very_large_file_the_number_of_rows_is_by_their_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.data.sample._COUNTED_BYTES", 1 << 20)
     monkeypatch.setattr(Json, "most_bytes", 1 << 20)
     seen = sample(Source(path=str(written(tmp_path, ".jsonl", ["some words " * 9] * 20_000))), ("text",))
     assert seen is not None and seen.num_rows == pytest.approx(20_000, rel=0.01)
-    assert sample(Source(path=str(written(tmp_path, ".json", ["some words " * 9] * 20_000))), ("text",)) is None, "it is one value"
+    assert (
+        sample(Source(path=str(written(tmp_path, ".json", ["some words " * 9] * 20_000))), ("text",)) is None
+    ), "it is one value"
 
 
-def test_the_lines_of_all_files_together_are_counted_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_of_all_files_together_are_counted_up_to_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(4):
         jsonl(tmp_path / f"part-{number}.jsonl", ["word " * (1 + row % 20) for row in range(20_000)])
     source = Source(path=str(tmp_path / "part-*.jsonl"))
     size = (tmp_path / "part-0.jsonl").stat().st_size
-    monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 4 * size)
+    monkeypatch.setattr("launcher.data.sample._COUNTED_BYTES", 4 * size)
     counted = sample(source, ("text",))
     assert counted is not None and counted.num_rows == 80_000
-    monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 4 * size - 1)
-    monkeypatch.setattr("launcher.sources.sample.num_lines", lambda path: pytest.fail(f"{path} is counted"))
+    monkeypatch.setattr("launcher.data.sample._COUNTED_BYTES", 4 * size - 1)
+    monkeypatch.setattr("launcher.data.sample.num_lines", lambda path: pytest.fail(f"{path} is counted"))
     estimated = sample(source, ("text",))
     assert estimated is not None and estimated.num_rows == pytest.approx(80_000, rel=0.05)
 
@@ -197,14 +238,18 @@ def test_a_limit_in_more_files_than_are_looked_at(tmp_path: Path) -> None:
 def test_of_a_limit_only_what_it_reaches_is_looked_at(kind: str, limit: int, tmp_path: Path) -> None:
     texts = ["word " * (1 + 20 * number // 30_000) + str(number) for number in range(30_000)]
     seen = sample(Source(path=str(written(tmp_path, kind, texts)), limit=limit), ("text",))
-    assert seen is not None and seen.num_rows == limit and min(limit, 900) <= len(seen.rows) <= min(limit, 1024)
+    assert (
+        seen is not None and seen.num_rows == limit and min(limit, 900) <= len(seen.rows) <= min(limit, 1024)
+    )
     found = [int(text.split()[-1]) for text in texts_of(seen)]
     assert max(found) < 1.3 * limit, "where it ends in the file is by the rows' mean length"
     assert set(found) == set(range(100)) or limit > 100
 
 
 @pytest.mark.parametrize("limit", [100, 1100])
-def test_rows_behind_a_limit_are_not_read(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_behind_a_limit_are_not_read(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, read = jsonl(tmp_path / "a.jsonl", ["word " * 20] * 20_000), JsonLines.read
     numbers: list[int] = []
 
@@ -222,9 +267,11 @@ def test_rows_behind_a_limit_are_not_read(limit: int, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("kind", [".jsonl", ".txt"])
 @pytest.mark.parametrize("count", [1, 3, 36])
 @pytest.mark.parametrize("counted", [True, False])
-def test_lines_longer_than_a_place(kind: str, count: int, counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_longer_than_a_place(
+    kind: str, count: int, counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not counted:
-        monkeypatch.setattr("launcher.sources.sample._COUNTED_BYTES", 0)
+        monkeypatch.setattr("launcher.data.sample._COUNTED_BYTES", 0)
     lines = [f"{number:02}" + "x" * (1 << 20) for number in range(count)]
     path = tmp_path / f"a{kind}"
     path.write_text("\n".join(json.dumps({"text": line}) if kind == ".jsonl" else line for line in lines))
@@ -250,14 +297,19 @@ def odd_json(path: Path, text: str) -> None:
 
 def odd_parquet(path: Path) -> None:
     """Whole, but for a page of it."""
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["some words " * 99] * 999}), path, use_dictionary=False)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["some words " * 99] * 999}), path, use_dictionary=False
+    )
     content = bytearray(path.read_bytes())
     content[100:2000] = bytes(1900)
     path.write_bytes(content)
 
 
 ODD = {
-    "deep.json": (lambda path: odd_json(path, "[" * 100_000 + "]" * 100_000), "no JSON that can be read: maximum recursion depth"),
+    "deep.json": (
+        lambda path: odd_json(path, "[" * 100_000 + "]" * 100_000),
+        "no JSON that can be read: maximum recursion depth",
+    ),
     "digits.json": (lambda path: odd_json(path, "1" * 5000), "no JSON that can be read: Exceeds the limit"),
     "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and no more"), "not a whole Parquet file"),
     "page.parquet": (odd_parquet, "not a whole Parquet file"),
@@ -266,12 +318,18 @@ ODD = {
         "has 2 columns 'text'",
     ),
     "open.csv": (lambda path: path.write_text('text\nx\n"y\n'), "of line 3 is never closed"),
-    "wrong.csv": (lambda path: path.write_text("texts\nx\n"), "has no column 'text'; it has 'texts'; did you mean 'texts'"),
+    "wrong.csv": (
+        lambda path: path.write_text("texts\nx\n"),
+        "has no column 'text'; it has 'texts'; did you mean 'texts'",
+    ),
     "wrong.jsonl": (
         lambda path: path.write_text('{"texts": "x"}\n'),
         ": no row that was looked at can be used, the first for: missing key: no 'text'; the row has 'texts'",
     ),
-    "long.jsonl": (lambda path: jsonl(path, ["x" * 1000]), "the first for: too long: more tokens than max_length = 64"),
+    "long.jsonl": (
+        lambda path: jsonl(path, ["x" * 1000]),
+        "the first for: too long: more tokens than max_length = 64",
+    ),
     "empty.jsonl": (lambda path: path.write_text(""), "has no rows"),
 }
 
@@ -289,19 +347,27 @@ def test_why_nothing_is_known_of_an_epoch_names_the_file_and_the_reason(name: st
 def test_of_what_is_known_there_is_no_reason_and_of_the_hub_one(tmp_path: Path) -> None:
     data = data_of(jsonl(tmp_path / "a.jsonl", TEXTS))
     assert why_no_epoch(data.train, data, str(tmp_path), "causal-lm") is None
-    assert why_no_epoch(Source(name="org/data"), data, str(tmp_path), "causal-lm") == "data on the hub are not looked at"
+    assert (
+        why_no_epoch(Source(name="org/data"), data, str(tmp_path), "causal-lm")
+        == "data on the hub are not looked at"
+    )
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("launcher.sources.sample.num_lines", refuse)
+    monkeypatch.setattr("launcher.data.sample.num_lines", refuse)
     data = data_of(jsonl(tmp_path / "refused.jsonl", TEXTS))
-    assert why_no_epoch(data.train, data, str(tmp_path), "causal-lm") == f"{data.train.path} cannot be read: Permission denied"
+    assert (
+        why_no_epoch(data.train, data, str(tmp_path), "causal-lm")
+        == f"{data.train.path} cannot be read: Permission denied"
+    )
 
 
-def test_a_mistake_of_ours_is_not_taken_for_an_odd_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_ours_is_not_taken_for_an_odd_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mistaken(self: JsonLines, path: Path, columns: Any) -> Any:
         raise NameError("not defined")
 
@@ -310,8 +376,13 @@ def test_a_mistake_of_ours_is_not_taken_for_an_odd_file(tmp_path: Path, monkeypa
         sample(Source(path=str(jsonl(tmp_path / "a.jsonl", TEXTS))), ("text",))
 
 
-@pytest.mark.parametrize("source", [{"path": "nowhere.jsonl"}, {"path": "no-*.jsonl"}, {"name": "org/data"}, {"path": "broken.parquet"}])
-def test_what_is_not_here_or_cannot_be_read_says_nothing(source: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [{"path": "nowhere.jsonl"}, {"path": "no-*.jsonl"}, {"name": "org/data"}, {"path": "broken.parquet"}],
+)
+def test_what_is_not_here_or_cannot_be_read_says_nothing(
+    source: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.parquet").write_bytes(b"PAR1 and no more")
     assert sample(Source(**source), ("text",)) is None  # type: ignore[arg-type]
@@ -322,21 +393,35 @@ def test_what_is_not_here_or_cannot_be_read_says_nothing(source: dict[str, str],
     ("keys", "rows", "expected"),
     [
         ({}, [{"text": "x" * 39}], (39 // CHARACTERS + 2,)),
-        ({}, [{"text": " "}, {"words": "x"}, {"text": None}, RowProblem("not readable"), {"text": 1234567}], (3,)),
+        (
+            {},
+            [{"text": " "}, {"words": "x"}, {"text": None}, RowProblem("not readable"), {"text": 1234567}],
+            (3,),
+        ),
         ({"max_length": 8}, [{"text": "x" * 100}, {"text": "x"}], (8, 2)),
         ({"max_length": 8, "too_long": "drop"}, [{"text": "x" * 100}, {"text": "x"}], (2,)),
         ({"text": None, "prompt": "q", "completion": "a"}, [{"q": "x" * 7, "a": "x" * 3}], (2 + 1 + 1,)),
-        ({"text": None, "prompt": "q", "completion": "a"}, [{"q": "x", "a": " "}, {"q": "", "a": "x"}, {"q": "x"}], ()),
+        (
+            {"text": None, "prompt": "q", "completion": "a"},
+            [{"q": "x", "a": " "}, {"q": "", "a": "x"}, {"q": "x"}],
+            (),
+        ),
         ({}, [{"text": "a \ud800"}, {"text": True}, {"text": ["x"]}, {"text": "xxx"}], (2,)),
     ],
 )
-def test_rows_become_lengths(keys: dict[str, Any], rows: list[Any], expected: tuple[int, ...], tmp_path: Path) -> None:
+def test_rows_become_lengths(
+    keys: dict[str, Any], rows: list[Any], expected: tuple[int, ...], tmp_path: Path
+) -> None:
     found = lengths(rows, task_of(**keys), str(tmp_path))
     assert found == (expected, False)
 
 
 def turns(*contents: Any, roles: str = "user assistant") -> dict[str, Any]:
-    return {"m": [{"role": role, "content": content} for role, content in zip(roles.split(), contents, strict=True)]}
+    return {
+        "m": [
+            {"role": role, "content": content} for role, content in zip(roles.split(), contents, strict=True)
+        ]
+    }
 
 
 @pytest.mark.parametrize(
@@ -347,9 +432,28 @@ def turns(*contents: Any, roles: str = "user assistant") -> dict[str, Any]:
         (turns([{"type": "text", "text": "x" * 7}, "x" * 8], "xxx"), 4 + 1),
         (turns([{"type": "text", "text": "x" * 7}, {"type": "image"}], "xxx"), None),
         (turns("x" * 7, {"text": "xxx"}), None),
-        ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "content": "x", "reasoning_content": "x" * 11}]}, 1 + 4),
-        ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "tool_calls": [{"name": "xxxx"}]}]}, 1 + 5),
-        ({"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "content": "x", "weight": 0}]}, None),
+        (
+            {
+                "m": [
+                    {"role": "user", "content": "xxx"},
+                    {"role": "assistant", "content": "x", "reasoning_content": "x" * 11},
+                ]
+            },
+            1 + 4,
+        ),
+        (
+            {
+                "m": [
+                    {"role": "user", "content": "xxx"},
+                    {"role": "assistant", "tool_calls": [{"name": "xxxx"}]},
+                ]
+            },
+            1 + 5,
+        ),
+        (
+            {"m": [{"role": "user", "content": "xxx"}, {"role": "assistant", "content": "x", "weight": 0}]},
+            None,
+        ),
         (turns("x" * 7, "xxx") | {"tools": "{"}, None),
         (turns({"day": datetime.date(2026, 2, 3)}, "xxx", roles="tool assistant"), 6 + 1),
         (turns("xxx", []), 1 + 1),
@@ -373,7 +477,9 @@ def test_tools_are_tokens_too(keys: dict[str, Any], tmp_path: Path) -> None:
     data = data_of(tmp_path / "a.jsonl", text=None, messages="m", **keys)
     row = turns("x" * 7, "xxx") | ({} if keys else {"tools": [{"name": "abcdef"}]})
     text = '[{"name": "abcdef"}]'
-    assert lengths([row], tasks.find("causal-lm")(data), str(tmp_path))[0] == (len(text) // CHARACTERS + 1 + 2 + 1 + 3 * MARKS + 1,)
+    assert lengths([row], tasks.find("causal-lm")(data), str(tmp_path))[0] == (
+        len(text) // CHARACTERS + 1 + 2 + 1 + 3 * MARKS + 1,
+    )
     assert tasks.find("causal-lm")(data).columns == ("m", "tools")
     assert required(tasks.find("causal-lm")(data).columns) == ["m"]
     assert required(tasks.find("causal-lm")(data.model_copy(update={"tools": "t"})).columns) == ["m", "t"]
@@ -390,7 +496,9 @@ LABELS = ["a", " ", "", 1, 1.0, 1.5, True, None, ["a", 1], ["a", None], [], "1.5
         ("regression", [1, 1.0, 1.5, True, "1.5"]),
     ],
 )
-def test_rows_without_a_label_that_can_be_used_do_not_count(problem: str, used: list[Any], tmp_path: Path) -> None:
+def test_rows_without_a_label_that_can_be_used_do_not_count(
+    problem: str, used: list[Any], tmp_path: Path
+) -> None:
     task = task_of("sequence-classification", label="y", problem=problem)
     alone = [label for label in LABELS if lengths([{"text": "xxx", "y": label}], task, str(tmp_path))[0]]
     assert list(map(repr, alone)) == list(map(repr, used))
@@ -403,7 +511,9 @@ def test_a_classifiers_texts_stand_between_marks(tmp_path: Path) -> None:
     assert pair.columns == ("a", "b", "label")
     rows = [{"a": "xxx", "b": "xxx", "label": 1}, {"a": "xxx", "b": " ", "label": 1}]
     assert lengths(rows, pair, str(tmp_path))[0] == (1 + 1 + 3,)
-    assert lengths([{"text": "xxx", "label": 1}], task_of("sequence-classification"), str(tmp_path))[0] == (1 + 2,)
+    assert lengths([{"text": "xxx", "label": 1}], task_of("sequence-classification"), str(tmp_path))[0] == (
+        1 + 2,
+    )
 
 
 def test_the_models_own_tokenizer_counts_where_it_is_here(tmp_path: Path) -> None:
@@ -415,7 +525,9 @@ def test_the_models_own_tokenizer_counts_where_it_is_here(tmp_path: Path) -> Non
     words.save(str(tmp_path / "tokenizer.json"))
     assert lengths([{"text": "four words are here"}], task_of(), str(tmp_path)) == ((5,), True)
     labelled = [{"text": "four words are here", "label": 1}, {"text": "a \ud800", "label": 1}]
-    assert lengths(labelled, task_of("sequence-classification"), str(tmp_path)) == ((4,), True), "it adds none"
+    assert lengths(labelled, task_of("sequence-classification"), str(tmp_path)) == ((4,), True), (
+        "it adds none"
+    )
     (tmp_path / "tokenizer.json").write_text("{}")
     assert lengths([{"text": "xxx"}], task_of(), str(tmp_path)) == ((2,), False)
 
@@ -430,7 +542,8 @@ def test_packs_come_close_to_the_bound(drawn: list[int], copies: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "packs"), [([60] * 10, 10), ([50] * 10, 5), ([10] * 100, 10), ([60, 40] * 5, 5), ([70] * 4 + [20] * 10, 4.8)]
+    ("found", "packs"),
+    [([60] * 10, 10), ([50] * 10, 5), ([10] * 100, 10), ([60, 40] * 5, 5), ([70] * 4 + [20] * 10, 4.8)],
 )
 def test_the_bound_by_hand(found: list[int], packs: float) -> None:
     assert fewest_packs(found, 100) == pytest.approx(packs)
@@ -439,7 +552,12 @@ def test_the_bound_by_hand(found: list[int], packs: float) -> None:
 def test_an_epoch_in_samples_and_in_packs(tmp_path: Path) -> None:
     data = data_of(jsonl(tmp_path / "a.jsonl", TEXTS))
     made = one_pass(data.train, data, str(tmp_path), "causal-lm")
-    assert made is not None and (made.num_items, made.num_rows, made.by_tokenizer, made.packed) == (40, 40, False, False)
+    assert made is not None and (made.num_items, made.num_rows, made.by_tokenizer, made.packed) == (
+        40,
+        40,
+        False,
+        False,
+    )
     assert made.mean == pytest.approx(sum(range(1, 41)) / 40 + 1)
     packed = one_pass(data.train, data_of(tmp_path / "a.jsonl", packing=True), str(tmp_path), "causal-lm")
     assert packed is not None and packed.packed and packed.num_items == -(-(sum(range(1, 41)) + 40) // 64)
@@ -483,7 +601,9 @@ def test_padding_by_hand() -> None:
 
 
 def cut(size: int, micro: int) -> BatchPlan:
-    return BatchPlan(global_batch_size=size, micro_batch_size=micro, accumulation_steps=size // micro, data_parallel_size=1)
+    return BatchPlan(
+        global_batch_size=size, micro_batch_size=micro, accumulation_steps=size // micro, data_parallel_size=1
+    )
 
 
 def test_of_a_plan(tmp_path: Path) -> None:

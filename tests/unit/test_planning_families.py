@@ -10,14 +10,14 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Model
-from launcher.planning.footprint.estimate import Footprint, estimate
-from launcher.planning.footprint.families import program_of
-from launcher.planning.footprint.program import Batch
-from launcher.planning.forecast import forecast, why_not
-from launcher.planning.gpus import BY_KEY
-from launcher.planning.model_shape import ModelShape
-from launcher.planning.operations import matrix_elements
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast, why_not
+from launcher.planner.hardware.gpu_table import BY_KEY
+from launcher.planner.memory.estimate import Footprint, estimate
+from launcher.planner.memory.families import program_of
+from launcher.planner.memory.program import Batch
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.speed.flops import matrix_elements
+from launcher.planner.target import Target
 from tests.training.plans import plan_of
 from tests.unit.test_planning_footprint import LLAMA
 
@@ -71,7 +71,15 @@ OLMOE: dict[str, Any] = {
     "num_experts": 64,
     "num_experts_per_tok": 8,
 }
-T5: dict[str, Any] = {"model_type": "t5", "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128}
+T5: dict[str, Any] = {
+    "model_type": "t5",
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "vocab_size": 32128,
+}
 
 
 def number_of(config: dict[str, Any]) -> int:
@@ -83,7 +91,13 @@ def number_of(config: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(
     ("config", "number"),
-    [(MIXTRAL, 46_702_792_704), (QWEN2, 14_315_784_192), (QWEN3, 30_532_122_624), (OLMOE, 6_919_161_856), (T5, 60_506_624)],
+    [
+        (MIXTRAL, 46_702_792_704),
+        (QWEN2, 14_315_784_192),
+        (QWEN3, 30_532_122_624),
+        (OLMOE, 6_919_161_856),
+        (T5, 60_506_624),
+    ],
     ids=["Mixtral-8x7B", "Qwen1.5-MoE-A2.7B", "Qwen3-30B-A3B", "OLMoE-1B-7B", "t5-small"],
 )
 def test_parameters_are_those_of_the_models_on_the_hub(config: dict[str, Any], number: int) -> None:
@@ -91,7 +105,8 @@ def test_parameters_are_those_of_the_models_on_the_hub(config: dict[str, Any], n
 
 
 def test_a_token_is_multiplied_with_the_experts_that_are_chosen() -> None:
-    """Of Mixtral 8x7B 12.9 billion parameters, its embeddings among them (Jiang et al. 2024, arXiv 2401.04088, section 2.1)."""
+    """Of Mixtral 8x7B 12.9 billion parameters, its embeddings among them (Jiang et al. 2024, arXiv
+    2401.04088, section 2.1)."""
     program = program_of(MIXTRAL)
     assert program is not None
     root, layers = program.units()
@@ -104,7 +119,14 @@ def test_a_mixture_is_forecast_to_be_faster_than_what_it_holds(tmp_path: Path) -
 
     def operations(**changes: Any) -> float:
         (tmp_path / "config.json").write_text(json.dumps(MIXTRAL | changes))
-        plan = plan_of(tmp_path, 8, mesh__device="cuda", precision="bf16", mesh__ranks_per_node=8, batch__micro_batch_size=1)
+        plan = plan_of(
+            tmp_path,
+            8,
+            mesh__device="cuda",
+            precision="bf16",
+            mesh__ranks_per_node=8,
+            batch__micro_batch_size=1,
+        )
         made = forecast(plan, Target(80 << 30, BY_KEY["h100-80gb"]))
         assert made is not None and made.speed is not None
         return made.speed.model_flops / made.speed.tokens
@@ -114,7 +136,9 @@ def test_a_mixture_is_forecast_to_be_faster_than_what_it_holds(tmp_path: Path) -
 
 
 def footprint(config: dict[str, Any], batch: Batch, **changes: Any) -> Footprint:
-    plan = plan_of(Path("model"), 8, **{"precision": "bf16", "attention": "sdpa", "layout": "padded"} | changes)
+    plan = plan_of(
+        Path("model"), 8, **{"precision": "bf16", "attention": "sdpa", "layout": "padded"} | changes
+    )
     made = estimate(plan.model_copy(update={"task": "translation"}), config, batch)
     assert made is not None
     return made
@@ -141,7 +165,10 @@ def test_layers_without_experts_among_the_others() -> None:
 
 @pytest.mark.parametrize("config", [MIXTRAL, QWEN2, QWEN3, OLMOE], ids=lambda config: config["model_type"])
 def test_more_recomputation_needs_less_of_a_mixture(config: dict[str, Any]) -> None:
-    peaks = [experts(config=config, activation_checkpointing=mode).phase("steady step").peak for mode in ("none", "selective", "full")]
+    peaks = [
+        experts(config=config, activation_checkpointing=mode).phase("steady step").peak
+        for mode in ("none", "selective", "full")
+    ]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[2]
 
 
@@ -168,7 +195,9 @@ def test_umt5_has_a_bias_in_each_layer() -> None:
 def test_what_lacks_and_what_has_no_formula(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, 1)
     for missing in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-        (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in QWEN3.items() if key != missing}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({key: value for key, value in QWEN3.items() if key != missing})
+        )
         with pytest.raises(ConfigurationError, match=f"has no {missing}, which a qwen3_moe model needs"):
             forecast(plan, Target())
     (tmp_path / "config.json").write_text(json.dumps(T5))
@@ -197,10 +226,18 @@ def test_more_ranks_than_experts_hold_no_less_of_each() -> None:
 
 
 def test_an_unknown_architecture_with_odd_sizes_is_only_unknown(tmp_path: Path) -> None:
-    odd = {"model_type": "novel", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": [4, 8], "num_key_value_heads": "two"}
+    odd = {
+        "model_type": "novel",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": [4, 8],
+        "num_key_value_heads": "two",
+    }
     shape = ModelShape.read(Model(name=str(tmp_path), config={**odd, "id2label": {0: "a", "b": "c"}}))
     assert shape is not None and shape.layer_parameters > 0
-    made = plan_of(tmp_path, 1).model_copy(update={"model": Model(name="llama", config=LLAMA | {"id2label": {0: "a", "b": "c"}})})
+    made = plan_of(tmp_path, 1).model_copy(
+        update={"model": Model(name="llama", config=LLAMA | {"id2label": {0: "a", "b": "c"}})}
+    )
     assert forecast(made, Target(80 << 30)) is not None, "keys of several kinds are of no concern"
 
 

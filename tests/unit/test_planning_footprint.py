@@ -1,4 +1,5 @@
-"""The memory model without torch: shadows free what nothing holds, and a footprint grows and shrinks with what it should."""
+"""The memory model without torch: shadows free what nothing holds, and a footprint grows and shrinks with
+what it should."""
 
 from __future__ import annotations
 
@@ -13,15 +14,23 @@ import pytest
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.planning.footprint import operators as ops
-from launcher.planning.footprint.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
-from launcher.planning.footprint.families import KNOWN, nearest, program_of
-from launcher.planning.footprint.loss import CHUNK_ELEMENTS
-from launcher.planning.footprint.program import Batch
-from launcher.planning.footprint.shadow import Meter, Parameter, Shadow, Storage, backward, checkpoint, new
-from launcher.planning.forecast import forecast, formulas_know, why_not
-from launcher.planning.plan import Plan
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast, formulas_know, why_not
+from launcher.planner.memory import operators as ops
+from launcher.planner.memory.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
+from launcher.planner.memory.families import KNOWN, nearest, program_of
+from launcher.planner.memory.loss import CHUNK_ELEMENTS
+from launcher.planner.memory.program import Batch
+from launcher.planner.memory.symbolic import (
+    Meter,
+    Parameter,
+    Storage,
+    SymbolicTensor,
+    backward,
+    checkpoint,
+    new,
+)
+from launcher.planner.plan import Plan
+from launcher.planner.target import Target
 from tests.training.plans import deepspeed, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +55,7 @@ BERT: dict[str, Any] = {
 }
 
 
-def chain(meter: Meter, mode: str) -> Shadow:
+def chain(meter: Meter, mode: str) -> SymbolicTensor:
     """Two layers of a matrix product and an activation, 10 rows of 8 fp32 numbers."""
     table = Parameter(80)
     hidden = ops.embedding(new(meter, 10, 8), 10, 8, 4, table)
@@ -83,15 +92,22 @@ def test_the_sizes_that_the_trainer_uses_are_the_ones_here() -> None:
     assert eval(re.search(r"_DEFERRED_GRADIENT_BYTES = (.*)", engine)[1]) == DEFERRED_GRADIENT_BYTES  # type: ignore[index]
 
 
-def footprint(config: dict[str, Any] = LLAMA, world: int = 8, lengths: tuple[int, ...] = (4096,), **changes: Any) -> Footprint:
-    plan = plan_of(Path("model"), world, **{"mesh__device": "cuda", "precision": "bf16", "mesh__ranks_per_node": 8} | changes)
+def footprint(
+    config: dict[str, Any] = LLAMA, world: int = 8, lengths: tuple[int, ...] = (4096,), **changes: Any
+) -> Footprint:
+    plan = plan_of(
+        Path("model"),
+        world,
+        **{"mesh__device": "cuda", "precision": "bf16", "mesh__ranks_per_node": 8} | changes,
+    )
     made = estimate(plan, config, Batch(lengths, padded=plan.attention != "packed"))
     assert made is not None
     return made
 
 
 def test_states_are_sixteen_bytes_of_a_parameter_over_the_ranks() -> None:
-    """Parameter and both moments; the fourth, the gradient, comes and goes (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1)."""
+    """Parameter and both moments; the fourth, the gradient, comes and goes (Rajbhandari et al. 2020, arXiv
+    1910.02054, section 3.1)."""
     parameters = 8_030_261_248  # Llama 3.1 8B, by its model card
     assert footprint().phase("loading").peak == parameters * 12 // 8
     sgd = {"training__optimizer": "sgd"}
@@ -99,27 +115,36 @@ def test_states_are_sixteen_bytes_of_a_parameter_over_the_ranks() -> None:
 
 
 def test_more_recomputation_needs_less() -> None:
-    peaks = [footprint(activation_checkpointing=mode).phase("steady step").peak for mode in ("none", "selective", "full")]
+    peaks = [
+        footprint(activation_checkpointing=mode).phase("steady step").peak
+        for mode in ("none", "selective", "full")
+    ]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[2]
 
 
 def test_longer_samples_more_of_them_and_more_layers_need_more() -> None:
     one = footprint().highest.total
     assert footprint(lengths=(8192,)).highest.total > one
-    # Several samples of a row are joined again after attention, which takes a copy of its result in each layer.
+    # Several samples of a row are joined again after attention, which takes a copy of its result in each
+    # layer.
     assert footprint(lengths=(4096, 4096)).highest.total > footprint(lengths=(8192,)).highest.total
     assert footprint(LLAMA | {"num_hidden_layers": 64}).highest.total > one
 
 
 def test_the_middle_layers_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     short = footprint().phase("steady step")
-    monkeypatch.setattr("launcher.planning.footprint.program.MOST_LAYERS", 100)
+    monkeypatch.setattr("launcher.planner.memory.program.MOST_LAYERS", 100)
     assert footprint().phase("steady step") == short
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_higher_stage_of_zero_needs_less(stage: int) -> None:
-    sizes = {"reduce_bucket_size": 1 << 24, "allgather_bucket_size": 1 << 24, "prefetch_bucket_size": 1 << 24, "sub_group_size": 1 << 24}
+    sizes = {
+        "reduce_bucket_size": 1 << 24,
+        "allgather_bucket_size": 1 << 24,
+        "prefetch_bucket_size": 1 << 24,
+        "sub_group_size": 1 << 24,
+    }
     options = deepspeed(stage)
     options["zero"] |= sizes | {"max_live_parameters": 1 << 31}
     made = footprint(activation_checkpointing="full", lengths=(512,), **options).phase("steady step").peak
@@ -134,7 +159,8 @@ def test_frozen_parameters_have_neither_gradient_nor_state() -> None:
 
 
 def test_beside_an_adapter_the_weights_are_two_bytes_and_what_trains_sixteen() -> None:
-    """By hand: of Llama 3.1 8B, rank 16 beside seven matrices of each layer (peft prints 41,943,040 trainable parameters)."""
+    """By hand: of Llama 3.1 8B, rank 16 beside seven matrices of each layer (peft prints 41,943,040 trainable
+    parameters)."""
     weights, hidden, keys, wide = 8_030_261_248, 4096, 1024, 14336
     trained = 32 * 16 * (2 * (hidden + hidden) + 2 * (hidden + keys) + 3 * (hidden + wide))
     assert trained == 41_943_040
@@ -146,13 +172,17 @@ def test_beside_an_adapter_the_weights_are_two_bytes_and_what_trains_sixteen() -
 
 
 def test_on_one_rank_nothing_is_gathered_of_what_does_not_train() -> None:
-    beside, whole = (footprint(world=1, lengths=(256,), **options).phase("evaluating") for options in ({"model__adapter": {}}, {}))
+    beside, whole = (
+        footprint(world=1, lengths=(256,), **options).phase("evaluating")
+        for options in ({"model__adapter": {}}, {})
+    )
     assert beside.parts.get("gathered layers", 0) < 100 << 20
     assert whole.parts["gathered layers"] > 2 * 2 * 128256 * 4096  # the embeddings and the head
 
 
 def test_an_adapter_keeps_what_goes_into_it() -> None:
-    """The inputs of 7 adapted matrices, as if their own weights trained; of two matrices in attention one input alone, and less."""
+    """The inputs of 7 adapted matrices, as if their own weights trained; of two matrices in attention one
+    input alone, and less."""
     some = footprint(world=1, model__adapter={"targets": ("q_proj", "v_proj")}).phase("steady step").peak
     every = footprint(world=1, model__adapter={}).phase("steady step").peak
     assert some < every
@@ -183,7 +213,10 @@ def test_adapters_beside_other_models_are_not_known(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BERT), encoding="utf-8")
     plan = plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa", model__adapter={})
     assert forecast(plan, Target(1 << 30)) is None and not formulas_know(plan)
-    assert why_not(plan) == "the formulas know adapters beside llama, mistral, qwen2, qwen3, gpt2, and this is a bert model"
+    assert (
+        why_not(plan)
+        == "the formulas know adapters beside llama, mistral, qwen2, qwen3, gpt2, and this is a bert model"
+    )
     assert formulas_know(plan_of(tmp_path, 1, task="sequence-classification", attention="sdpa"))
 
 
@@ -211,7 +244,10 @@ def test_the_parts_add_up_to_the_peak() -> None:
 
 
 def test_unknown_architectures_and_configs_without_sizes(tmp_path: Path) -> None:
-    assert program_of({"model_type": "mamba"}) is None and program_of(BERT, traits=tasks.find("causal-lm").traits) is None
+    assert (
+        program_of({"model_type": "mamba"}) is None
+        and program_of(BERT, traits=tasks.find("causal-lm").traits) is None
+    )
     assert nearest("lama") == "llama" and set(KNOWN) >= {"bert", "vit", "bart"}
     plan = plan_of(tmp_path, 1)
     assert "no config.json" in why_not(plan) and forecast(plan, Target()) is None
@@ -225,26 +261,38 @@ def test_unknown_architectures_and_configs_without_sizes(tmp_path: Path) -> None
 
 
 def test_a_model_of_405_billion_parameters_is_planned_without_torch_in_little_memory(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16384, "num_hidden_layers": 126, "intermediate_size": 53248, "num_attention_heads": 128}
+    sizes = {
+        "hidden_size": 16384,
+        "num_hidden_layers": 126,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+    }
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | sizes))
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     job = tmp_path / "job.yaml"
     job.write_text(
-        f"name: big\nmodel: {{name: {tmp_path}, weights: random}}\ndata: {{train: {{path: train.jsonl}}, text: text, max_length: 4096}}\n"
-        "batch: {global_batch_size: 16384}\ntraining: {max_steps: 10}\ncluster: {nodes: 2048, gpus_per_node: 8}\n"
+        f"name: big\nmodel: {{name: {tmp_path}, weights: random}}\ndata: {{train: {{path: "
+        f"train.jsonl}}, text: text, max_length: 4096}}\n"
+        "batch: {global_batch_size: 16384}\ntraining: {max_steps: 10}\ncluster: {nodes: 2048, "
+        "gpus_per_node: 8}\n"
     )
     program = (
         "import sys\nfrom launcher.cli.main import main\n"
-        f"try:\n    main(['plan', {str(job)!r}, '--gpu', 'h100-80gb', '--json'])\nexcept SystemExit as left:\n    assert not left.code\n"
+        f"try:\n    main(['plan', {str(job)!r}, '--gpu', 'h100-80gb', '--json'])\nexcept SystemExit as "
+        "left:\n    assert not left.code\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
         # Not getrusage: what this process had before it became Python, the memory of pytest, counts there.
         "print(*[line for line in open('/proc/self/status') if line.startswith('VmHWM')], file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
     assert json.loads(done.stdout)["forecast"]["phases"]["steady step"]["bytes"] > 0
     assert int(done.stderr.split()[-2]) < 1 << 20
 
 
 def plan_for(directory: Path, **changes: Any) -> Plan:
     (directory / "config.json").write_text(json.dumps(LLAMA))
-    return plan_of(directory, 8, **{"mesh__device": "cuda", "precision": "bf16", "mesh__ranks_per_node": 8} | changes)
+    return plan_of(
+        directory, 8, **{"mesh__device": "cuda", "precision": "bf16", "mesh__ranks_per_node": 8} | changes
+    )

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.planning import hardware
+from launcher.planner.hardware import detect
 
-CPUINFO = "".join(f"processor\t: {i}\nphysical id\t: 0\ncore id\t: {i // 2}\nflags\t\t: fpu amx_bf16\n\n" for i in range(8))
+CPUINFO = "".join(
+    f"processor\t: {i}\nphysical id\t: 0\ncore id\t: {i // 2}\nflags\t\t: fpu amx_bf16\n\n" for i in range(8)
+)
 ROWS = "0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559, 9.0\n1, GPU-bbb, Tesla T4, 15360, 7.5\n"
 
 
@@ -29,7 +31,7 @@ def program(folder: Path, script: str) -> None:
 
 def test_gpus(smi: Path) -> None:
     program(smi, f"printf '{ROWS}'")
-    gpus, note = hardware.find_gpus()
+    gpus, note = detect.find_gpus()
     assert [(gpu.name, gpu.memory_bytes >> 20, gpu.compute_capability) for gpu in gpus] == [
         ("NVIDIA H100 80GB HBM3", 81559, 9.0),
         ("Tesla T4", 15360, 7.5),
@@ -39,12 +41,18 @@ def test_gpus(smi: Path) -> None:
 
 @pytest.mark.parametrize(
     ("visible", "names"),
-    [("1", ["Tesla T4"]), ("GPU-b,0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]), ("", []), ("-1", []), ("0,7,1", ["NVIDIA H100 80GB HBM3"])],
+    [
+        ("1", ["Tesla T4"]),
+        ("GPU-b,0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]),
+        ("", []),
+        ("-1", []),
+        ("0,7,1", ["NVIDIA H100 80GB HBM3"]),
+    ],
 )
 def test_visible_gpus(smi: Path, monkeypatch: pytest.MonkeyPatch, visible: str, names: list[str]) -> None:
     program(smi, f"printf '{ROWS}'")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    gpus, note = hardware.find_gpus()
+    gpus, note = detect.find_gpus()
     assert [gpu.name for gpu in gpus] == names
     assert bool(note) == (not names)
 
@@ -60,65 +68,72 @@ def test_visible_gpus(smi: Path, monkeypatch: pytest.MonkeyPatch, visible: str, 
 )
 def test_why_there_is_no_gpu(smi: Path, script: str, said: str) -> None:
     program(smi, script)
-    gpus, note = hardware.find_gpus(timeout=0.2 if "sleep" in script else 20)
+    gpus, note = detect.find_gpus(timeout=0.2 if "sleep" in script else 20)
     assert gpus == () and said in note
 
 
 def test_no_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert hardware.find_gpus() == ((), "there is no nvidia-smi on this machine")
+    assert detect.find_gpus() == ((), "there is no nvidia-smi on this machine")
 
 
 def test_nvidia_smi_that_cannot_be_started(smi: Path) -> None:
     path = smi / "nvidia-smi"
     path.write_text("not a program")
     path.chmod(0o755)
-    gpus, note = hardware.find_gpus()
+    gpus, note = detect.find_gpus()
     assert gpus == () and "cannot be started" in note
 
 
 @pytest.mark.parametrize(
     ("allowed", "quota", "cores"),
-    [(range(8), "max 100000", 4), ({0, 1, 2}, "", 2), (range(8), "250000 100000", 2), (range(8), "50000 100000", 1)],
+    [
+        (range(8), "max 100000", 4),
+        ({0, 1, 2}, "", 2),
+        (range(8), "250000 100000", 2),
+        (range(8), "50000 100000", 1),
+    ],
 )
-def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int], quota: str, cores: int) -> None:
+def test_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int], quota: str, cores: int
+) -> None:
     (tmp_path / "cpuinfo").write_text(CPUINFO)
     (tmp_path / "cpu.max").write_text(quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(allowed))
-    assert hardware.count_cores(tmp_path / "cpuinfo", tmp_path) == cores
+    assert detect.count_cores(tmp_path / "cpuinfo", tmp_path) == cores
 
 
 def test_cores_where_the_system_does_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
-    assert hardware.count_cores(tmp_path / "none", tmp_path) == 3
-    assert hardware.cpu_flags(tmp_path / "none") == frozenset()
+    assert detect.count_cores(tmp_path / "none", tmp_path) == 3
+    assert detect.cpu_flags(tmp_path / "none") == frozenset()
 
 
 def test_flags(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(CPUINFO)
-    assert hardware.cpu_flags(tmp_path / "cpuinfo") == {"fpu", "amx_bf16"}
+    assert detect.cpu_flags(tmp_path / "cpuinfo") == {"fpu", "amx_bf16"}
 
 
 def test_memory_is_within_the_control_group(tmp_path: Path) -> None:
-    whole = hardware.available_memory(tmp_path)
+    whole = detect.available_memory(tmp_path)
     assert whole > 0
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("2000000\n")
-    assert hardware.available_memory(tmp_path) == 1000000
+    assert detect.available_memory(tmp_path) == 1000000
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000\n")
-    assert hardware.available_memory(tmp_path) == 1500000
+    assert detect.available_memory(tmp_path) == 1500000
     (tmp_path / "memory.max").write_text("max\n")
-    assert hardware.available_memory(tmp_path) > 1500000
+    assert detect.available_memory(tmp_path) > 1500000
 
 
 def test_memory_under_version_1(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("3000000\n")
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("2500000\n")
-    assert hardware.available_memory(tmp_path) == 500000
+    assert detect.available_memory(tmp_path) == 500000
 
 
 def test_detect_sees_this_machine() -> None:
-    found = hardware.Hardware.detect()
+    found = detect.Hardware.detect()
     assert found.num_cores >= 1 and found.memory_bytes > 0
     assert bool(found.gpus) != bool(found.gpu_note)

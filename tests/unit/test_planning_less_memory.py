@@ -10,20 +10,26 @@ from typing import Any
 
 import pytest
 
-from launcher.planning import hardware as hardware_module
-from launcher.planning.batch import with_batch
-from launcher.planning.forecast import forecast
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.suggestions import less_memory
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast
+from launcher.planner.hardware import detect as hardware_module
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.batch import with_batch
+from launcher.planner.suggestions import less_memory
+from launcher.planner.target import Target
 from launcher.runs.machine import Machine, path
 from tests.training.plans import plan_of
 from tests.unit.test_planning_footprint import LLAMA
 
 GIB = 1 << 30
 LAYERS, HIDDEN = 16, 1024
-CONFIG = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": 4096, "vocab_size": 1000, "hidden_act": "silu"}
+CONFIG = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": 4096,
+    "vocab_size": 1000,
+    "hidden_act": "silu",
+}
 SMALL = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 8, "vocab_size": 1000}
 CAPPED = Hardware(4, 64 * GIB, process_bytes=2 * GIB)
 """The state of the model, 16 layers of 16.8 million parameters, takes 4 GiB."""
@@ -42,21 +48,32 @@ def on(model: Path, ranks: int = 1, global_batch_size: int = 8, micro: int = 1, 
         "accumulation_steps": global_batch_size // ranks // micro,
         "data_parallel_size": ranks,
     }
-    return plan_of(model, ranks, **{"batch": batch, "activation_checkpointing": "full", "data__max_length": 32, **changes})
+    return plan_of(
+        model,
+        ranks,
+        **{"batch": batch, "activation_checkpointing": "full", "data__max_length": 32, **changes},
+    )
 
 
 def test_more_ranks_where_the_state_alone_is_too_large(model: Path) -> None:
     advice = less_memory(on(model), CAPPED)
     assert advice.options == "--nproc 4"
     assert (
-        advice.reason == "the model and its training state take about 4.0 GiB of a rank, which has 2.0 GiB; cut over 4 ranks it is 1.1 GiB"
+        advice.reason
+        == "the model and its training state take about 4.0 GiB of a rank, which has 2.0 GiB; cut over 4 "
+        "ranks it is 1.1 GiB"
     )
 
 
 def test_a_smaller_pass_is_no_advice_where_the_state_alone_is_too_large(model: Path) -> None:
     """Three ranks would hold it too, where the batch divides by 3."""
-    assert less_memory(on(model, global_batch_size=24, micro=4, activation_checkpointing="none"), CAPPED).options == "--nproc 3"
-    advice = less_memory(on(model, global_batch_size=12, micro=12), Hardware(4, 64 * GIB, process_bytes=1 * GIB))
+    assert (
+        less_memory(on(model, global_batch_size=24, micro=4, activation_checkpointing="none"), CAPPED).options
+        == "--nproc 3"
+    )
+    advice = less_memory(
+        on(model, global_batch_size=12, micro=12), Hardware(4, 64 * GIB, process_bytes=1 * GIB)
+    )
     assert advice.options == "--nproc 12 --set batch.micro_batch_size=1"
 
 
@@ -97,19 +114,26 @@ def test_more_ranks_with_the_sharding_that_the_job_left_out(model: Path) -> None
 
 def test_ranks_that_only_share_the_machine_are_no_help(model: Path) -> None:
     advice = less_memory(on(model), Hardware(4, 2 * GIB))
-    assert advice.options == "" and "which this machine has not: take more nodes, or let ZeRO-3 offload to NVMe" in advice.reason
+    assert (
+        advice.options == ""
+        and "which this machine has not: take more nodes, or let ZeRO-3 offload to NVMe" in advice.reason
+    )
     capped = Hardware(4, 3 * GIB, process_bytes=2 * GIB)
     assert less_memory(on(model), capped).options == ""
 
 
 def test_no_number_of_ranks_is_enough(model: Path) -> None:
     advice = less_memory(on(model, global_batch_size=2), CAPPED)
-    assert advice.options == "" and advice.reason.endswith("cut over 2 ranks, one for each sample of the batch, it is still 2.1 GiB")
+    assert advice.options == "" and advice.reason.endswith(
+        "cut over 2 ranks, one for each sample of the batch, it is still 2.1 GiB"
+    )
 
 
 def test_it_should_have_been_enough(model: Path) -> None:
     advice = less_memory(on(model, 4, global_batch_size=4), CAPPED)
-    assert advice.options == "" and advice.reason.endswith("by that it should do, and nothing that needs less is left to change")
+    assert advice.options == "" and advice.reason.endswith(
+        "by that it should do, and nothing that needs less is left to change"
+    )
 
 
 def test_gpus_first_and_then_the_hosts_memory(model: Path) -> None:
@@ -117,14 +141,19 @@ def test_gpus_first_and_then_the_hosts_memory(model: Path) -> None:
     plan = on(model, mesh__device="cuda")
     assert less_memory(plan, Hardware(4, 64 * GIB, gpus=gpus)).options == "--nproc 4"
     advice = less_memory(plan, Hardware(4, 64 * GIB, gpus=gpus[:2]))
-    assert advice.options == "--set parallel.engine=deepspeed --set parallel.shard=full --set memory.offload=parameters"
+    assert (
+        advice.options
+        == "--set parallel.engine=deepspeed --set parallel.shard=full --set memory.offload=parameters"
+    )
     assert "2 GPUs are here" in advice.reason
 
 
 def test_nothing_is_made_up_about_what_is_not_known(tmp_path: Path, model: Path) -> None:
     unknown = tmp_path / "elsewhere"
     assert less_memory(on(unknown, micro=2), CAPPED).options == "--set batch.micro_batch_size=1"
-    assert less_memory(on(unknown), CAPPED) == less_memory(on(model, mesh__device="cuda"), Hardware(4, 64 * GIB))
+    assert less_memory(on(unknown), CAPPED) == less_memory(
+        on(model, mesh__device="cuda"), Hardware(4, 64 * GIB)
+    )
     assert less_memory(on(model, offload="parameters"), CAPPED).options == ""
 
 
@@ -136,9 +165,13 @@ def test_nothing_is_made_up_about_what_is_not_known(tmp_path: Path, model: Path)
         (int(11.235 * GIB), "--set batch.micro_batch_size=4 --set memory.activation_checkpointing=full"),
     ],
 )
-def test_the_cheapest_pass_that_would_have_fitted_by_the_formulas(peak: int, options: str, tmp_path: Path) -> None:
+def test_the_cheapest_pass_that_would_have_fitted_by_the_formulas(
+    peak: int, options: str, tmp_path: Path
+) -> None:
     """What was measured beyond the plan is taken to come on top of every other plan too."""
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "num_attention_heads": 16}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**CONFIG, "model_type": "llama", "num_attention_heads": 16})
+    )
     plan = on(tmp_path, micro=8, activation_checkpointing="none", data__max_length=256)
     advice = less_memory(plan, Hardware(4, 64 * GIB, process_bytes=10 * GIB), peak)
     assert advice.options == options
@@ -151,14 +184,17 @@ def test_the_limit_of_a_process_is_a_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     assert CAPPED.rank_memory("cpu", 64) == 1 * GIB
     assert Hardware(4, 64 * GIB).rank_memory("cpu", 2) == 32 * GIB
     limits = {resource.RLIMIT_DATA: 5 * GIB, resource.RLIMIT_AS: resource.RLIM_INFINITY}
-    monkeypatch.setattr(hardware_module.resource, "getrlimit", lambda kind: (limits[kind], resource.RLIM_INFINITY))
+    monkeypatch.setattr(
+        hardware_module.resource, "getrlimit", lambda kind: (limits[kind], resource.RLIM_INFINITY)
+    )
     assert hardware_module.process_limit() == 5 * GIB
     limits[resource.RLIMIT_DATA] = resource.RLIM_INFINITY
     assert hardware_module.process_limit() == 0
 
 
 def test_what_runs_here_have_shown_counts_after_out_of_memory_too(tmp_path: Path) -> None:
-    """By the bare formulas half a pass would do; with what the allocator was seen to keep beside it, a quarter."""
+    """By the bare formulas half a pass would do; with what the allocator was seen to keep beside it, a
+    quarter."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | SMALL))
     plan = on(tmp_path, 1, 16, 16, activation_checkpointing="full", data__max_length=512)
     needs = {}
@@ -179,7 +215,16 @@ def test_what_runs_here_have_shown_counts_after_out_of_memory_too(tmp_path: Path
 def test_what_is_offloaded_has_to_fit_the_host_after_out_of_memory_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | SMALL))
     gpus = (Gpu("NVIDIA H100 80GB HBM3", 2 * GIB, 9.0),)
-    plan = on(tmp_path, 1, 64, 64, activation_checkpointing="full", data__max_length=4096, offload="parameters", mesh__device="cuda")
+    plan = on(
+        tmp_path,
+        1,
+        64,
+        64,
+        activation_checkpointing="full",
+        data__max_length=4096,
+        offload="parameters",
+        mesh__device="cuda",
+    )
     roomy, tight = (less_memory(plan, Hardware(4, memory, gpus=gpus)) for memory in (64 * GIB, GIB // 16))
     assert roomy.options.startswith("--set batch.micro_batch_size=") and "with this it is" in roomy.reason
     assert "with this it is" not in tight.reason

@@ -12,20 +12,28 @@ import pytest
 from launcher.cli.progress import notice
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Job
-from launcher.planning import model_config
-from launcher.planning.footprint.estimate import CUDA_SLACK
-from launcher.planning.footprint.families import program_of
-from launcher.planning.forecast import forecast, forecast_here
-from launcher.planning.gpus import gpu_type
-from launcher.planning.hardware import Gpu, Hardware
-from launcher.planning.measured import _CALLING, _WAITING, MEASURED, kind_of, rates_for, slack_kind
-from launcher.planning.messages import LATENCY, traffic
-from launcher.planning.search import plan_job
-from launcher.planning.target import Target
+from launcher.planner.forecast import forecast, forecast_here
+from launcher.planner.hardware.calibration import _CALLING, _WAITING, MEASURED, kind_of, rates_for, slack_kind
+from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.hardware.gpu_table import gpu_type
+from launcher.planner.memory.estimate import CUDA_SLACK
+from launcher.planner.memory.families import program_of
+from launcher.planner.model import model_config
+from launcher.planner.search import plan_job
+from launcher.planner.speed.collectives import LATENCY, traffic
+from launcher.planner.target import Target
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import LLAMA, plan_for
 
-CPU = Rates("cpu", "2026-11-23", {"fp32": 100e9, "bf16": 10e9, "fp16": 1e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9)
+CPU = Rates(
+    "cpu",
+    "2026-11-23",
+    {"fp32": 100e9, "bf16": 10e9, "fp16": 1e9},
+    20e9,
+    link=2e9,
+    disk_write=0.5e9,
+    disk_read=3e9,
+)
 HERE = Hardware(4, 256 << 30)
 
 
@@ -47,7 +55,9 @@ def test_what_was_measured_is_kept_and_read_again() -> None:
         assert Machine.read() == Machine()
 
 
-def test_a_state_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     Machine().with_rates(CPU).write()
@@ -79,31 +89,47 @@ def test_slack_that_runs_had_is_in_the_next_forecast_and_is_said(tmp_path: Path)
     assert bare.slack == 0 and phase.peak == bare.peak and phase.total == bare.total + int(0.5 * moving)
     assert "of slack that runs here had" in second.line() and "slack" not in first.line()
     saving = second.footprint.phase("saving")
-    assert saving.slack == phase.slack and saving.parts["staged checkpoint"] > 0, "of the copy that is written nothing comes and goes"
+    assert saving.slack == phase.slack and saving.parts["staged checkpoint"] > 0, (
+        "of the copy that is written nothing comes and goes"
+    )
     on_gpus = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"device": "cuda"})})
     shares = []
     for slack in (None, 0.0, 0.2):
         made = forecast(on_gpus, Target(slack=slack))
         assert made is not None
         steady = made.footprint.phase("steady step")
-        shares.append(steady.slack / (steady.peak - steady.parts["parameters"] - steady.parts["optimizer state"]))
-    assert shares == [pytest.approx(share, rel=1e-3) for share in (CUDA_SLACK, CUDA_SLACK, 0.2)], "at least what is assumed"
+        shares.append(
+            steady.slack / (steady.peak - steady.parts["parameters"] - steady.parts["optimizer state"])
+        )
+    assert shares == [pytest.approx(share, rel=1e-3) for share in (CUDA_SLACK, CUDA_SLACK, 0.2)], (
+        "at least what is assumed"
+    )
 
 
 def test_a_plan_leaves_room_for_the_slack_that_runs_had(tmp_path: Path) -> None:
-    """The same job in the same memory recomputes more once it is known that ranks here have twice what comes and goes."""
+    """The same job in the same memory recomputes more once it is known that ranks here have twice what comes
+    and goes."""
     sizes = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 8, "vocab_size": 1000}
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | sizes))
     data = {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 512}
-    content = {"name": "a", "model": {"name": str(tmp_path), "weights": "random"}, "data": data, "precision": "fp32"}
-    job = Job.model_validate({**content, "batch": {"global_batch_size": 8, "micro_batch_size": 8}, "training": {"max_steps": 9}})
+    content = {
+        "name": "a",
+        "model": {"name": str(tmp_path), "weights": "random"},
+        "data": data,
+        "precision": "fp32",
+    }
+    job = Job.model_validate(
+        {**content, "batch": {"global_batch_size": 8, "micro_batch_size": 8}, "training": {"max_steps": 9}}
+    )
     roomy = plan_job(job, 1, HERE)
     made = forecast(roomy, Target())
     assert made is not None and roomy.activation_checkpointing == "none"
     tight = Hardware(4, int(made.footprint.highest.total / 0.9) + (1 << 20))
     assert plan_job(job, 1, tight).activation_checkpointing == "none"
     Machine().with_slack(slack_kind(roomy, tight), 1.0).write()
-    assert plan_job(job, 1, tight, local=False).activation_checkpointing == "none", "elsewhere it says nothing"
+    assert plan_job(job, 1, tight, local=False).activation_checkpointing == "none", (
+        "elsewhere it says nothing"
+    )
     leaner = plan_job(job, 1, tight)
     assert leaner.activation_checkpointing != "none"
     said = forecast_here(leaner, tight)
@@ -122,13 +148,21 @@ def test_ranks_on_a_cpu_share_what_was_measured(tmp_path: Path) -> None:
     plan = plan_for(tmp_path, mesh__device="cpu", mesh__ranks_per_node=4, precision="bf16")
     assert rates_for(plan, HERE) is None
     found = rates_for(plan, HERE, Machine((CPU,)))
-    assert found is not None and (found.full_rate, found.half_rate, found.bandwidth, found.link) == (25e9, 2.5e9, 5e9, 2e9)
+    assert found is not None and (found.full_rate, found.half_rate, found.bandwidth, found.link) == (
+        25e9,
+        2.5e9,
+        5e9,
+        2e9,
+    )
 
 
 def test_the_calling_of_operators_and_of_messages_counts_where_it_was_measured(tmp_path: Path) -> None:
-    """On a CPU beside the computing; what is recomputed is called again, under selective checkpointing at a price of its own."""
+    """On a CPU beside the computing; what is recomputed is called again, under selective checkpointing at a
+    price of its own."""
     known = replace(CPU, reference={"none": 0.004, "selective": 0.024, "full": 0.006}, message=0.002)
-    plan = plan_for(tmp_path, mesh__device="cpu", mesh__ranks_per_node=2, precision="fp32", batch__micro_batch_size=1)
+    plan = plan_for(
+        tmp_path, mesh__device="cpu", mesh__ranks_per_node=2, precision="fp32", batch__micro_batch_size=1
+    )
     steps = {}
     for rates in (CPU, known):
         Machine((rates,)).write()
@@ -136,7 +170,9 @@ def test_the_calling_of_operators_and_of_messages_counts_where_it_was_measured(t
             made = forecast_here(plan.model_copy(update={"activation_checkpointing": way}), HERE)
             assert made is not None and made.speed is not None
             steps[rates is known, way] = made.speed
-    more = {way: steps[True, way].compute - steps[False, way].compute for way in ("none", "selective", "full")}
+    more = {
+        way: steps[True, way].compute - steps[False, way].compute for way in ("none", "selective", "full")
+    }
     assert 0 < more["none"] < more["full"] < more["selective"]
     # 32 layers in place of the reference model's four, and the same stem and head.
     assert 6 * 0.004 < more["none"] / _CALLING < 8 * 0.004
@@ -146,7 +182,8 @@ def test_the_calling_of_operators_and_of_messages_counts_where_it_was_measured(t
 
 
 def test_an_engine_counts_with_its_own_messages_where_they_were_measured(tmp_path: Path) -> None:
-    """On the ranks of one CPU, by whether they have room to keep what they free; of several nodes the network decides."""
+    """On the ranks of one CPU, by whether they have room to keep what they free; of several nodes the network
+    decides."""
     engines = {
         "lean": {"fsdp full": (0.002, 4e-9), "fsdp gradients": (0.001, 5e-9)},
         "roomy": {"fsdp full": (0.001, 2e-9), "fsdp gradients": (0.001, 3e-9)},
@@ -168,22 +205,33 @@ def test_an_engine_counts_with_its_own_messages_where_they_were_measured(tmp_pat
             # Twice as many ranks as were measured share the memory, and all wait for each other.
             seconds = _WAITING * (sent.num_messages * each + sent.received * per_byte * 2)
             assert made.speed.communication == pytest.approx(seconds), (sharding, way)
-    nodes = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"nodes": 2, "ranks_per_node": plan.mesh.world_size // 2})})
+    nodes = plan.model_copy(
+        update={
+            "mesh": plan.mesh.model_copy(update={"nodes": 2, "ranks_per_node": plan.mesh.world_size // 2})
+        }
+    )
     over, within = (forecast_here(one, HERE) for one in (nodes, plan))
     assert over is not None and within is not None and over.speed and within.speed
     assert over.speed.communication != pytest.approx(within.speed.communication)
 
 
 def test_what_runs_have_shown_goes_with_the_figures_that_it_was_shown_of() -> None:
-    machine = Machine((CPU,), {"cpu fsdp full fp32 none": [1.6], "cuda fsdp full bf16 none": [1.1]}, {"cpu": [0.1]})
+    machine = Machine(
+        (CPU,), {"cpu fsdp full fp32 none": [1.6], "cuda fsdp full bf16 none": [1.1]}, {"cpu": [0.1]}
+    )
     newer = machine.with_rates(replace(CPU, when="2026-11-24"))
     assert newer.ratios == {"cuda fsdp full bf16 none": [1.1]} and newer.slacks == {"cpu": [0.1]}
-    assert machine.with_rates(replace(CPU, device="NVIDIA H100 80GB HBM3")).ratios == {"cpu fsdp full fp32 none": [1.6]}
+    assert machine.with_rates(replace(CPU, device="NVIDIA H100 80GB HBM3")).ratios == {
+        "cpu fsdp full fp32 none": [1.6]
+    }
 
 
 def test_a_gpu_computes_while_operators_are_called(tmp_path: Path) -> None:
     gpu, plan = gpu_type("h100-80gb"), plan_for(tmp_path, batch__micro_batch_size=1)
-    fast, slow = (forecast(plan, Target(0, replace(gpu, operator_seconds={"none": seconds}))) for seconds in (1e-9, 1e-2))
+    fast, slow = (
+        forecast(plan, Target(0, replace(gpu, operator_seconds={"none": seconds})))
+        for seconds in (1e-9, 1e-2)
+    )
     assert fast is not None and slow is not None and fast.speed is not None and slow.speed is not None
     plain = forecast(plan, Target(0, gpu))
     assert plain is not None and plain.speed is not None and fast.speed.compute == plain.speed.compute
@@ -197,7 +245,12 @@ def test_a_gpu_that_was_measured_goes_before_the_table(tmp_path: Path) -> None:
     assert rates_for(plan, hardware, Machine()).key == "h100-80gb"  # type: ignore[union-attr]
     own = Rates(name, "2026-11-23", {"fp32": 50e12, "bf16": 700e12}, 3e12)
     found = rates_for(plan, hardware, Machine((own,)))
-    assert found is not None and (found.half_rate, found.bandwidth, found.link, found.capability) == (700e12, 3e12, 450e9, 9.0)
+    assert found is not None and (found.half_rate, found.bandwidth, found.link, found.capability) == (
+        700e12,
+        3e12,
+        450e9,
+        9.0,
+    )
 
 
 def test_the_way_to_the_host_is_the_slower_of_both_where_it_was_measured(tmp_path: Path) -> None:
@@ -205,7 +258,10 @@ def test_the_way_to_the_host_is_the_slower_of_both_where_it_was_measured(tmp_pat
     bare = Rates("NVIDIA H100 80GB HBM3", "2026-11-23", {"fp32": 50e12, "bf16": 700e12}, 3e12)
     table = gpu_type("h100-80gb")
     unknown = rates_for(plan, here, Machine((bare,)))
-    assert unknown is not None and (unknown.host_link, unknown.host_bandwidth) == (table.host_link, table.host_bandwidth)
+    assert unknown is not None and (unknown.host_link, unknown.host_bandwidth) == (
+        table.host_link,
+        table.host_bandwidth,
+    )
     found = rates_for(plan, here, Machine((replace(bare, to_device=55e9, to_host=40e9), CPU)))
     assert found is not None and (found.host_link, found.host_bandwidth) == (40e9, CPU.bandwidth)
 
@@ -224,13 +280,18 @@ def test_what_one_kind_of_run_costs_does_not_correct_another(tmp_path: Path) -> 
 
 
 def test_measured_rates_have_shares_of_their_own(tmp_path: Path) -> None:
-    """What is measured of a GPU is what products reach already, of a data sheet's figure no product ever does."""
+    """What is measured of a GPU is what products reach already, of a data sheet's figure no product ever
+    does."""
     here = Hardware(8, 1 << 40, gpus=(Gpu("NVIDIA A100-SXM4-80GB", 80 << 30, 8.0),))
     own = Rates("NVIDIA A100-SXM4-80GB", "2026-11-26", {"fp32": 19e12, "bf16": 250e12}, 1.8e12)
     found, table = rates_for(plan_for(tmp_path), here, Machine((own,))), gpu_type("a100-80gb")
     assert found is not None
-    assert found.half_rate * found.matrix_share == pytest.approx(table.half_rate * table.matrix_share, rel=0.05)
-    assert found.bandwidth * found.memory_share == pytest.approx(table.bandwidth * table.memory_share, rel=0.05)
+    assert found.half_rate * found.matrix_share == pytest.approx(
+        table.half_rate * table.matrix_share, rel=0.05
+    )
+    assert found.bandwidth * found.memory_share == pytest.approx(
+        table.bandwidth * table.memory_share, rel=0.05
+    )
     assert found.link_share == table.link_share, "the table's link"
     linked = rates_for(plan_for(tmp_path), here, Machine((replace(own, link=200e9),)))
     assert linked is not None and linked.link * linked.link_share == 200e9
@@ -251,11 +312,20 @@ def test_a_forecast_of_speed_on_a_cpu_comes_with_its_rates_and_is_corrected(tmp_
 
 
 def test_measured_beside_expected_for_people() -> None:
-    measured = {"tokens_per_second": 900.0, "memory_bytes": 3e9, "phases": {"loading": 2e9, "evaluating": 3e9}}
-    expected = {"tokens_per_second": 1000.0, "memory_bytes": 1e9, "phases": {"loading": 1e9, "evaluating": 1e9}}
+    measured = {
+        "tokens_per_second": 900.0,
+        "memory_bytes": 3e9,
+        "phases": {"loading": 2e9, "evaluating": 3e9},
+    }
+    expected = {
+        "tokens_per_second": 1000.0,
+        "memory_bytes": 1e9,
+        "phases": {"loading": 1e9, "evaluating": 1e9},
+    }
     event = {"event": "compared", "measured": measured, "expected": expected}
     assert notice(event) == (
-        "900 tokens/s (1,000 were expected); memory beside the bare process, expected in brackets: loading 2 GB (1 GB), "
+        "900 tokens/s (1,000 were expected); memory beside the bare process, expected in brackets: "
+        "loading 2 GB (1 GB), "
         "evaluating 3 GB (1 GB)"
     )
     assert notice({**event, "expected": {}}) is None

@@ -7,21 +7,28 @@ from typing import Any
 
 import pytest
 
-from launcher.planning.footprint.program import Unit, Weight
-from launcher.planning.gpus import gpu_type, on_network
-from launcher.planning.messages import Traffic, evaluation_traffic, exposed, seconds, traffic
-from launcher.planning.operations import Units, operations, passing_back
-from launcher.planning.plan import Plan
+from launcher.planner.hardware.gpu_table import gpu_type, on_network
+from launcher.planner.memory.program import Unit, Weight
+from launcher.planner.plan import Plan
+from launcher.planner.speed.collectives import Traffic, evaluation_traffic, exposed, seconds, traffic
+from launcher.planner.speed.flops import Units, operations, passing_back
 from tests.training.plans import deepspeed, plan_of
 
-ROOT = Unit((Weight("embed.weight", (10, 4)), Weight("norm.weight", (4,)), Weight("head.weight", (10, 4))), num_first=1)
-LAYER = Unit((Weight("self_attn.o_proj.weight", (4, 4)), Weight("mlp.up.weight", (8, 4)), Weight("norm.weight", (4,))))
+ROOT = Unit(
+    (Weight("embed.weight", (10, 4)), Weight("norm.weight", (4,)), Weight("head.weight", (10, 4))),
+    num_first=1,
+)
+LAYER = Unit(
+    (Weight("self_attn.o_proj.weight", (4, 4)), Weight("mlp.up.weight", (8, 4)), Weight("norm.weight", (4,)))
+)
 MODEL: Units = (ROOT, [LAYER, LAYER, LAYER])
 P = 84 + 3 * 52
 
 
 def still(unit: Unit) -> Unit:
-    return Unit(tuple(Weight(weight.name, weight.shape, trains=False) for weight in unit.weights), unit.num_first)
+    return Unit(
+        tuple(Weight(weight.name, weight.shape, trains=False) for weight in unit.weights), unit.num_first
+    )
 
 
 UPPER: Units = (Unit((still(ROOT).weights[0], *ROOT.weights[1:]), 1), [still(LAYER), still(LAYER), LAYER])
@@ -30,8 +37,19 @@ TRAINED = 52 + 44
 
 
 def plan(ranks: int = 4, passes: int = 1, **changes: Any) -> Plan:
-    batch = {"global_batch_size": ranks * passes, "micro_batch_size": 1, "accumulation_steps": passes, "data_parallel_size": ranks}
-    return plan_of(Path("model"), ranks, batch=batch, data={"train": {"path": "no.jsonl"}, "text": "text", "max_length": 16}, **changes)
+    batch = {
+        "global_batch_size": ranks * passes,
+        "micro_batch_size": 1,
+        "accumulation_steps": passes,
+        "data_parallel_size": ranks,
+    }
+    return plan_of(
+        Path("model"),
+        ranks,
+        batch=batch,
+        data={"train": {"path": "no.jsonl"}, "text": "text", "max_length": 16},
+        **changes,
+    )
 
 
 GRADIENTS = {"sharding": "gradients", "mesh__reshard_after_forward": False}
@@ -52,10 +70,23 @@ PERSISTENT = {"zero": deepspeed(3)["zero"] | {"max_live_parameters": 41}}
         (deepspeed(1), UPPER, TRAINED, 2 * TRAINED),
         (deepspeed(3) | PERSISTENT, UPPER, 3 * 52 + 52 + 2 * 84 - 44 - 40, TRAINED),
     ],
-    ids=["full", "full x3", "whole", "ZeRO-1", "ZeRO-2", "ZeRO-3", "upper, full", "upper, whole", "upper, ZeRO-1", "upper, ZeRO-3"],
+    ids=[
+        "full",
+        "full x3",
+        "whole",
+        "ZeRO-1",
+        "ZeRO-2",
+        "ZeRO-3",
+        "upper, full",
+        "upper, whole",
+        "upper, ZeRO-1",
+        "upper, ZeRO-3",
+    ],
 )
 @pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("bf16", 2)])
-def test_bytes_by_hand(changes: dict[str, Any], units: Units, gathered: int, reduced: int, precision: str, itemsize: int) -> None:
+def test_bytes_by_hand(
+    changes: dict[str, Any], units: Units, gathered: int, reduced: int, precision: str, itemsize: int
+) -> None:
     sent = traffic(plan(precision=precision, **changes), units)
     assert sent.received == pytest.approx((itemsize * gathered + 4 * reduced) * 3 / 4)
     assert sent.copied == 0
@@ -72,13 +103,21 @@ def test_a_rank_alone_sends_nothing() -> None:
 
 
 def test_each_part_of_a_node_has_its_own_way_to_its_copies() -> None:
-    """Two nodes of eight: cut in a node, each rank sends another part; where all have all, one way out is as wide as the node's."""
+    """Two nodes of eight: cut in a node, each rank sends another part; where all have all, one way out is as
+    wide as the node's."""
     gpu = on_network(gpu_type("h100-80gb"), "ethernet25")
     sent = Traffic(0, 0.0, 1e9)
 
     def nodes(replicate: int) -> Plan:
         shard = 16 // replicate
-        return plan(16, mesh__nodes=2, mesh__ranks_per_node=8, mesh__device="cuda", mesh__replicate=replicate, mesh__shard=shard)
+        return plan(
+            16,
+            mesh__nodes=2,
+            mesh__ranks_per_node=8,
+            mesh__device="cuda",
+            mesh__replicate=replicate,
+            mesh__shard=shard,
+        )
 
     own, shared = (seconds(sent, nodes(replicate), gpu, False) for replicate in (2, 16))
     assert own == pytest.approx(1e9 / (gpu.network * 0.75)) and shared == pytest.approx(own / 8)
@@ -88,7 +127,9 @@ def test_each_part_of_a_node_has_its_own_way_to_its_copies() -> None:
 
 def test_an_evaluation_sends_what_is_gathered_anew() -> None:
     assert evaluation_traffic(plan(passes=3), MODEL).received == pytest.approx(4 * 3 * 156 * 3 / 4)
-    assert evaluation_traffic(plan(passes=3, **deepspeed(3)), MODEL).received == pytest.approx(4 * 3 * P * 3 / 4)
+    assert evaluation_traffic(plan(passes=3, **deepspeed(3)), MODEL).received == pytest.approx(
+        4 * 3 * P * 3 / 4
+    )
     for changes in (GRADIENTS, deepspeed(1), deepspeed(2)):
         assert evaluation_traffic(plan(passes=3, **changes), MODEL) == Traffic(0, 0.0, 0.0)
 
@@ -100,7 +141,8 @@ def test_a_cpu_hides_nothing_and_a_gpu_all_but_the_ends() -> None:
 
 
 def test_operations_by_hand() -> None:
-    """Of 16 tokens: 48 elements of a layer's matrices, 40 of the head; attention 4 wide and 16 long, half of it where it is causal."""
+    """Of 16 tokens: 48 elements of a layer's matrices, 40 of the head; attention 4 wide and 16 long, half of
+    it where it is causal."""
     made = operations(plan(), MODEL, 16)
     layer, head, attention = 2 * 16 * 48, 2 * 16 * 40, 4 * 4 * 16 * 16 / 2
     assert made.forward == 3 * (layer + attention) + head

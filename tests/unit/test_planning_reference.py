@@ -6,12 +6,12 @@ import importlib.util
 
 import pytest
 
-from launcher.planning import reference
-from launcher.planning.footprint.decoders import Llama
-from launcher.planning.hardware import Hardware
-from launcher.planning.measured import rates_for
-from launcher.planning.messages import traffic
-from launcher.planning.speed import optimizer_seconds
+from launcher.planner.hardware.calibration import rates_for
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.memory.decoders import Llama
+from launcher.planner.speed import comm_benchmark
+from launcher.planner.speed.collectives import traffic
+from launcher.planner.speed.step_time import optimizer_seconds
 from launcher.runs.machine import Machine, Rates
 
 CPU = Rates("cpu", "2026-11-24", {"fp32": 100e9}, 20e9)
@@ -24,7 +24,7 @@ def _deepspeed_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_a_step_of_each_engine_and_cut() -> None:
-    found = reference.plans(2, "fsdp") | reference.plans(2, "deepspeed")
+    found = comm_benchmark.plans(2, "fsdp") | comm_benchmark.plans(2, "deepspeed")
     assert tuple(found) == KINDS
     for name, both in found.items():
         for plan in both:
@@ -34,14 +34,18 @@ def test_there_is_a_step_of_each_engine_and_cut() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_costs_come_out_of_the_steps_that_they_make(kind: str) -> None:
-    both = reference.plans(2, kind.partition(" ")[0])[kind]
+    both = comm_benchmark.plans(2, kind.partition(" ")[0])[kind]
     rates = rates_for(both[0], Hardware(2, 1 << 40), Machine((CPU,)))
     assert rates is not None
     seconds = []
-    for plan, sizes in zip(both, (reference.SMALL, reference.LARGE), strict=True):
+    for plan, sizes in zip(both, (comm_benchmark.SMALL, comm_benchmark.LARGE), strict=True):
         units = Llama(sizes).units()
         sent = traffic(plan, units)
-        seconds.append(0.002 * sent.num_messages + 3e-9 * sent.received + optimizer_seconds(plan, units, rates))
-    made = reference.costs(both, (seconds[0], seconds[1]), rates)
+        seconds.append(
+            0.002 * sent.num_messages + 3e-9 * sent.received + optimizer_seconds(plan, units, rates)
+        )
+    made = comm_benchmark.costs(both, (seconds[0], seconds[1]), rates)
     assert made == (pytest.approx(0.002), pytest.approx(3e-9))
-    assert reference.costs(both, (seconds[1], seconds[0]), rates) is None, "bytes are not free, whatever else was done meanwhile"
+    assert comm_benchmark.costs(both, (seconds[1], seconds[0]), rates) is None, (
+        "bytes are not free, whatever else was done meanwhile"
+    )

@@ -1,4 +1,5 @@
-"""What is chosen where the job leaves the cut open: by the network, the memory, and what the job says after all."""
+"""What is chosen where the job leaves the cut open: by the network, the memory, and what the job says after
+all."""
 
 from __future__ import annotations
 
@@ -10,19 +11,19 @@ import pytest
 
 from launcher.cli.forecast import speed_lines
 from launcher.job.schema import Job
-from launcher.planning.batch import with_batch
-from launcher.planning.candidates import cut_words, other_cuts
-from launcher.planning.compare import scale
-from launcher.planning.decide import candidate
-from launcher.planning.forecast import forecast_here
-from launcher.planning.gpus import gpu_type, on_network
-from launcher.planning.hardware import Hardware
-from launcher.planning.memory import by_simple_rule
-from launcher.planning.plan import Plan
-from launcher.planning.preview import preview_job
-from launcher.planning.search import NEARLY, plan_job
-from launcher.planning.speed import speed
-from launcher.planning.target import hardware_of
+from launcher.planner.candidates import cut_words, other_cuts
+from launcher.planner.comparison import scale
+from launcher.planner.decide import candidate
+from launcher.planner.forecast import forecast_here
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import gpu_type, on_network
+from launcher.planner.memory.simple_rule import by_simple_rule
+from launcher.planner.plan import Plan
+from launcher.planner.preview import preview_job
+from launcher.planner.resolve.batch import with_batch
+from launcher.planner.search import NEARLY, plan_job
+from launcher.planner.speed.step_time import speed
+from launcher.planner.target import hardware_of
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import BERT, LLAMA
 
@@ -48,13 +49,31 @@ def decided(plan: Plan, key: str) -> str:
 
 def test_a_slow_network_gets_a_copy_on_each_node_and_a_fast_one_the_least_memory(tmp_path: Path) -> None:
     fast = preview_job(job_of(tmp_path, cluster={"nodes": 2}), network="ib400").plan
-    assert (fast.mesh.replicate, fast.mesh.shard, fast.sharding, fast.mesh.reshard_after_forward) == (1, 16, "full", True)
+    assert (fast.mesh.replicate, fast.mesh.shard, fast.sharding, fast.mesh.reshard_after_forward) == (
+        1,
+        16,
+        "full",
+        True,
+    )
     slow = preview_job(job_of(tmp_path, cluster={"network": "ethernet25", "nodes": 2}))
     plan = slow.plan
-    assert (plan.mesh.replicate, plan.mesh.shard, plan.sharding, plan.mesh.reshard_after_forward) == (2, 8, "gradients", False)
-    assert "only gradients cross the network" in decided(plan, "parallel.replicate") and "x as fast" in decided(plan, "parallel.shard")
+    assert (plan.mesh.replicate, plan.mesh.shard, plan.sharding, plan.mesh.reshard_after_forward) == (
+        2,
+        8,
+        "gradients",
+        False,
+    )
+    assert "only gradients cross the network" in decided(
+        plan, "parallel.replicate"
+    ) and "x as fast" in decided(plan, "parallel.shard")
     assert slow.forecast is not None and slow.forecast.fits and slow.forecast.speed is not None
-    pinned = preview_job(job_of(tmp_path, cluster={"network": "ethernet25", "nodes": 2}, parallel={"replicate": 1, "shard": "full"}))
+    pinned = preview_job(
+        job_of(
+            tmp_path,
+            cluster={"network": "ethernet25", "nodes": 2},
+            parallel={"replicate": 1, "shard": "full"},
+        )
+    )
     assert (pinned.plan.mesh.replicate, pinned.plan.sharding) == (1, "full")
     assert pinned.forecast is not None and pinned.forecast.speed is not None
     assert pinned.forecast.speed.step > 1.5 * slow.forecast.speed.step
@@ -81,7 +100,9 @@ def test_what_does_not_fit_is_not_taken_however_fast(tmp_path: Path) -> None:
         ({"engine": "deepspeed", "secondary_shard": 8}, {(1, "full")}),
     ],
 )
-def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int, str]], tmp_path: Path) -> None:
+def test_what_the_job_leaves_open(
+    parallel: dict[str, Any], cuts: set[tuple[int, str]], tmp_path: Path
+) -> None:
     job = job_of(tmp_path, parallel=parallel)
     made = preview_job(job, network="ib400").plan
     plans = [made, *(cut.plan for cut in other_cuts(job, made))]
@@ -94,7 +115,10 @@ def test_what_the_job_leaves_open(parallel: dict[str, Any], cuts: set[tuple[int,
 
 def test_a_candidate_has_the_least_of_what_is_searched_and_decides_none_of_it(tmp_path: Path) -> None:
     """So that nothing is decided twice: the search decides it, or the simple rule."""
-    job, keys = job_of(tmp_path), {"batch.micro_batch_size", "memory.activation_checkpointing", "memory.offload"}
+    job, keys = (
+        job_of(tmp_path),
+        {"batch.micro_batch_size", "memory.activation_checkpointing", "memory.offload"},
+    )
     first = candidate(job, None, hardware_of(job, local=False), local=False)
     assert (first.batch.micro_batch_size, first.activation_checkpointing) == (1, "full")
     assert not keys & {decision.key for decision in first.decisions}
@@ -124,21 +148,37 @@ def test_a_slower_cut_is_measured_by_the_plan_that_is_taken(
     parallel: dict[str, Any], cluster: dict[str, Any], what: str, pinned: dict[str, Any], tmp_path: Path
 ) -> None:
     """By nothing that was looked at on the way to it, nor by the share of it that would have been worth it."""
-    taken, other = (preview_job(job_of(tmp_path, cluster=cluster, parallel=parallel | more)).forecast for more in ({}, pinned))
+    taken, other = (
+        preview_job(job_of(tmp_path, cluster=cluster, parallel=parallel | more)).forecast
+        for more in ({}, pinned)
+    )
     assert taken is not None and other is not None and cut_words(other.plan) == what != cut_words(taken.plan)
-    ratio = f"{other.step / taken.step:.2f}x the step" + (", not worth its memory" if other.step < taken.step else "")
-    assert [each.reason for each in taken.plan.refused if (each.what, each.why) == (what, "slower")] == [ratio]
+    ratio = f"{other.step / taken.step:.2f}x the step" + (
+        ", not worth its memory" if other.step < taken.step else ""
+    )
+    assert [each.reason for each in taken.plan.refused if (each.what, each.why) == (what, "slower")] == [
+        ratio
+    ]
 
 
 def test_what_the_job_says_is_not_decided(tmp_path: Path) -> None:
-    plan = preview_job(job_of(tmp_path, parallel={"replicate": 2}, cluster={"network": "ethernet25", "gpu": "h200"})).plan
-    assert plan.mesh.replicate == 2 and "parallel.replicate" not in {decision.key for decision in plan.decisions}
+    plan = preview_job(
+        job_of(tmp_path, parallel={"replicate": 2}, cluster={"network": "ethernet25", "gpu": "h200"})
+    ).plan
+    assert plan.mesh.replicate == 2 and "parallel.replicate" not in {
+        decision.key for decision in plan.decisions
+    }
 
 
 def test_copies_pay_between_two_nodes(tmp_path: Path) -> None:
-    """Of P parameters 8P(n-1)/n bytes cross a node's network for n copies, and 6P where all that is cut over the nodes stays whole."""
+    """Of P parameters 8P(n-1)/n bytes cross a node's network for n copies, and 6P where all that is cut over
+    the nodes stays whole."""
     rows, _ = scale(job_of(tmp_path), "8..64", "h100-80gb", "ethernet25")
-    assert [(row.plan.mesh.replicate, row.plan.sharding) for row in rows[1:]] == [(2, "gradients"), (1, "gradients"), (1, "gradients")]
+    assert [(row.plan.mesh.replicate, row.plan.sharding) for row in rows[1:]] == [
+        (2, "gradients"),
+        (1, "gradients"),
+        (1, "gradients"),
+    ]
 
 
 def test_copies_gather_within_their_node(tmp_path: Path) -> None:
@@ -147,8 +187,8 @@ def test_copies_gather_within_their_node(tmp_path: Path) -> None:
     assert made.forecast is not None and made.forecast.speed is not None
     plan, gpu = made.plan, on_network(gpu_type("h100-80gb"), "ethernet25")
     one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"replicate": 1, "shard": 32})})
-    from launcher.planning.footprint.estimate import estimator
-    from launcher.planning.model_config import read_config
+    from launcher.planner.memory.estimate import estimator
+    from launcher.planner.model.model_config import read_config
 
     config = read_config(str(tmp_path))
     assert config is not None
@@ -160,15 +200,26 @@ def test_copies_gather_within_their_node(tmp_path: Path) -> None:
 
 def test_a_smaller_micro_batch_is_taken_where_it_pads_less(tmp_path: Path) -> None:
     """A tenth of the texts is long: dealt by length into passes of few, it is alone with its like."""
-    rows = [{"text": "word " * (100 if number % 10 == 0 else 3 + number % 20), "label": str(number % 2)} for number in range(500)]
+    rows = [
+        {"text": "word " * (100 if number % 10 == 0 else 3 + number % 20), "label": str(number % 2)}
+        for number in range(500)
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.json").write_text(
-        json.dumps(BERT | {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 2})
+        json.dumps(
+            BERT
+            | {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 2}
+        )
     )
     content = {
         "name": "test",
         "model": {"name": str(tmp_path), "task": "sequence-classification"},
-        "data": {"train": {"path": str(tmp_path / "train.jsonl")}, "text": "text", "label": "label", "max_length": 128},
+        "data": {
+            "train": {"path": str(tmp_path / "train.jsonl")},
+            "text": "text",
+            "label": "label",
+            "max_length": 128,
+        },
         "batch": {"global_batch_size": 64},
         "precision": "fp32",
         "cluster": {"gpus_per_node": 0},
@@ -184,5 +235,8 @@ def test_a_smaller_micro_batch_is_taken_where_it_pads_less(tmp_path: Path) -> No
         assert made is not None and made.speed is not None and made.fits
         steps[micro] = made.speed.step
     path().unlink()
-    assert plan.batch.micro_batch_size < 32 and steps[plan.batch.micro_batch_size] <= min(steps.values()) / NEARLY
+    assert (
+        plan.batch.micro_batch_size < 32
+        and steps[plan.batch.micro_batch_size] <= min(steps.values()) / NEARLY
+    )
     assert "x the step" in decided(plan, "batch.micro_batch_size")

@@ -14,14 +14,14 @@ import yaml
 from launcher.cli.forecast import nearest
 from launcher.cli.main import main
 from launcher.job.schema import Job
-from launcher.planning.forecast import Forecast, forecast, forecast_here
-from launcher.planning.gpus import as_hardware, gpu_type
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.preview import preview_job
-from launcher.planning.search import plan_job
-from launcher.planning.suggestions import changes, least, nearest_that_fit
-from launcher.planning.target import Target
+from launcher.planner.forecast import Forecast, forecast, forecast_here
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import as_hardware, gpu_type
+from launcher.planner.plan import Plan
+from launcher.planner.preview import preview_job
+from launcher.planner.search import plan_job
+from launcher.planner.suggestions import changes, least, nearest_that_fit
+from launcher.planner.target import Target
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import plan_for
 from tests.unit.test_planning_search import job_of
@@ -36,7 +36,9 @@ def pinned(directory: Path, per_node: int, **sections: dict[str, Any]) -> Job:
     batch = {"global_batch_size": 64, "micro_batch_size": 4} | sections.pop("batch", {})
     parallel = {"engine": "fsdp"} | sections.pop("parallel", {})
     data = {"max_length": 8192} | sections.pop("data", {})
-    return job_of(directory, cluster=cluster, memory=memory, batch=batch, parallel=parallel, data=data, **sections)
+    return job_of(
+        directory, cluster=cluster, memory=memory, batch=batch, parallel=parallel, data=data, **sections
+    )
 
 
 def on_gpus(job: Job, gpu: str = GPU) -> Forecast:
@@ -63,7 +65,12 @@ def written(job: Job, words: str) -> Job:
 
 def facts(plan: Plan) -> dict[str, Any]:
     mesh = plan.mesh.model_dump(exclude={"threads_per_rank"})
-    return plan.model_dump(include={"engine", "sharding", "offload", "activation_checkpointing", "batch", "zero", "data"}) | mesh
+    return (
+        plan.model_dump(
+            include={"engine", "sharding", "offload", "activation_checkpointing", "batch", "zero", "data"}
+        )
+        | mesh
+    )
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -71,16 +78,33 @@ CASES: dict[str, dict[str, Any]] = {
     "one GPU, not to be cut": {"per_node": 1, "parallel": {"shard": "none"}},
     "part of a node": {"per_node": 2, "batch": {"global_batch_size": 48, "micro_batch_size": 3}},
     "copies": {"per_node": 8, "parallel": {"shard": "none"}, "batch": {"micro_batch_size": 2}},
-    "copies of two shards": {"per_node": 8, "parallel": {"shard": "gradients", "replicate": 4}, "batch": {"micro_batch_size": 2}},
-    "ZeRO-1": {"per_node": 8, "parallel": {"engine": "deepspeed", "shard": "optimizer"}, "batch": {"micro_batch_size": 2}},
+    "copies of two shards": {
+        "per_node": 8,
+        "parallel": {"shard": "gradients", "replicate": 4},
+        "batch": {"micro_batch_size": 2},
+    },
+    "ZeRO-1": {
+        "per_node": 8,
+        "parallel": {"engine": "deepspeed", "shard": "optimizer"},
+        "batch": {"micro_batch_size": 2},
+    },
     "ZeRO-2": {
         "per_node": 8,
         "parallel": {"engine": "deepspeed", "shard": "gradients"},
         "memory": {"activation_checkpointing": "selective"},
         "batch": {"micro_batch_size": 8},
     },
-    "two nodes": {"per_node": 8, "cluster": {"nodes": 2}, "batch": {"micro_batch_size": 4}, "data": {"max_length": 65536}},
-    "samples that are long": {"per_node": 8, "batch": {"global_batch_size": 8, "micro_batch_size": 1}, "data": {"max_length": 262144}},
+    "two nodes": {
+        "per_node": 8,
+        "cluster": {"nodes": 2},
+        "batch": {"micro_batch_size": 4},
+        "data": {"max_length": 65536},
+    },
+    "samples that are long": {
+        "per_node": 8,
+        "batch": {"global_batch_size": 8, "micro_batch_size": 1},
+        "data": {"max_length": 262144},
+    },
 }
 
 
@@ -114,10 +138,15 @@ def test_one_key_is_enough_where_one_key_is(tmp_path: Path) -> None:
     memory, batch = {"activation_checkpointing": "full"}, {"micro_batch_size": 1}
     gradients = pinned(tmp_path, 8, parallel={"shard": "gradients"}, memory=memory, batch=batch)
     words = [words for words, _ in nearest_that_fit(in_room_for(gradients, shard="full"))]
-    assert words[0] == "parallel.shard: full" and words[1] == "memory.offload: parameters (slower: it crosses PCIe every step)"
+    assert (
+        words[0] == "parallel.shard: full"
+        and words[1] == "memory.offload: parameters (slower: it crosses PCIe every step)"
+    )
     copies = pinned(tmp_path, 8, parallel={"shard": "full", "replicate": 4}, memory=memory, batch=batch)
     assert nearest_that_fit(in_room_for(copies, replicate=1))[0][0] == "parallel.replicate: 1"
-    zero = pinned(tmp_path, 8, parallel={"engine": "deepspeed", "shard": "optimizer"}, memory=memory, batch=batch)
+    zero = pinned(
+        tmp_path, 8, parallel={"engine": "deepspeed", "shard": "optimizer"}, memory=memory, batch=batch
+    )
     assert nearest_that_fit(in_room_for(zero, shard="full"))[0][0] == "parallel.shard: full"
 
 
@@ -166,22 +195,37 @@ def test_advice_is_for_the_gpus_of_the_forecast(tmp_path: Path) -> None:
         made = forecast(plan, Target(kind.memory_bytes, kind, correction=1.5, host_memory_bytes=1 << 40))
         assert made is not None and not made.fits
         words, other = nearest_that_fit(made)[0]
-        expected = forecast(other.plan, Target(kind.memory_bytes, kind, correction=1.5, host_memory_bytes=1 << 40))
+        expected = forecast(
+            other.plan, Target(kind.memory_bytes, kind, correction=1.5, host_memory_bytes=1 << 40)
+        )
         assert expected is not None and other.speed == expected.speed and other.target.gpu == kind
         assert f"{words}: {expected.line()}" in nearest(nearest_that_fit(made))
         lines[name] = other.line()
     assert lines["a100-80gb"] != lines["h100-80gb"]
     unknown = forecast(plan, Target(80 << 30))
-    assert unknown is not None and "tokens/s" not in nearest(nearest_that_fit(unknown)), "nothing is known of the speed"
+    assert unknown is not None and "tokens/s" not in nearest(nearest_that_fit(unknown)), (
+        "nothing is known of the speed"
+    )
 
 
 def test_advice_keeps_what_this_machine_has_shown(tmp_path: Path) -> None:
     plan = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=2)
     here = Hardware(4, 256 << 30)
-    Machine((Rates("cpu", "2026-11-23", {"fp32": 100e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9),), {}, {"cpu": [0.5]}).write()
+    Machine(
+        (Rates("cpu", "2026-11-23", {"fp32": 100e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9),),
+        {},
+        {"cpu": [0.5]},
+    ).write()
     large = forecast_here(plan, here)
-    assert large is not None and large.speed is not None and large.duration is not None and large.target.slack == 0.5
-    target = replace(large.target, memory_bytes=int(least(large).footprint.highest.total / 0.89), host_memory_bytes=1 << 35)
+    assert (
+        large is not None
+        and large.speed is not None
+        and large.duration is not None
+        and large.target.slack == 0.5
+    )
+    target = replace(
+        large.target, memory_bytes=int(least(large).footprint.highest.total / 0.89), host_memory_bytes=1 << 35
+    )
     tight = replace(large, target=target)
     path().unlink()
     assert not tight.fits
@@ -190,7 +234,9 @@ def test_advice_keeps_what_this_machine_has_shown(tmp_path: Path) -> None:
     for _, other in found:
         assert other.target == target and other.target.slack_kind == "cpu" and other.duration is not None
         nodes = other.plan.mesh.nodes
-        assert other.duration.last_save == pytest.approx(other.checkpoint_bytes / nodes / 0.5e9), "the disk is as slow as it was measured"
+        assert other.duration.last_save == pytest.approx(other.checkpoint_bytes / nodes / 0.5e9), (
+            "the disk is as slow as it was measured"
+        )
 
 
 def test_nothing_is_named_where_nothing_fits(tmp_path: Path) -> None:
@@ -198,7 +244,9 @@ def test_nothing_is_named_where_nothing_fits(tmp_path: Path) -> None:
     assert nearest_that_fit(made) == [] and "Nothing near it fits" in nearest(nearest_that_fit(made))
 
 
-def test_the_command_has_what_would_fit_as_text_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_has_what_would_fit_as_text_and_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = pinned(tmp_path, 8)
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_unset=True)))
@@ -209,7 +257,11 @@ def test_the_command_has_what_would_fit_as_text_and_as_json(tmp_path: Path, caps
         assert not left.value.code
         printed.append(capsys.readouterr().out)
     suggestions = json.loads(printed[1])["suggestions"]
-    assert [each["changes"] for each in suggestions] == [each.text for each in nearest_that_fit(on_gpus(job))] != []
+    assert (
+        [each["changes"] for each in suggestions]
+        == [each.text for each in nearest_that_fit(on_gpus(job))]
+        != []
+    )
     for each in suggestions:
         assert f"  {each['changes']}: {each['forecast']}" in printed[0]
 

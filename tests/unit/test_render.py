@@ -14,14 +14,14 @@ import yaml
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job as decide
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job as decide
 from launcher.render import accelerate, deepspeed, presets, sbatch, torchrun
 from launcher.render.engines import for_engine
 from launcher.render.files import NAMES, files
+from launcher.render.launch_paths import Place
 from launcher.render.notes import notes
-from launcher.render.place import Place
 from launcher.render.write import write
 from launcher.training import precision
 
@@ -35,10 +35,23 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp-none-compile": {"parallel.shard": "none", "model.compile": True},
     "fsdp-cpu": {"cluster.gpus_per_node": 0, "cluster.ranks_per_node": 2},
     "zero1-fp16": {"parallel.engine": "deepspeed", "parallel.shard": "optimizer", "precision": "fp16"},
-    "zero2-optimizer-offload": {"parallel.engine": "deepspeed", "parallel.shard": "gradients", "memory.offload": "optimizer"},
+    "zero2-optimizer-offload": {
+        "parallel.engine": "deepspeed",
+        "parallel.shard": "gradients",
+        "memory.offload": "optimizer",
+    },
     "zero3-two-nodes": {"parallel.engine": "deepspeed", "cluster.nodes": 2, "training.clip_norm": 0.0},
-    "zero3-nvme": {"parallel.engine": "deepspeed", "memory.offload": "parameters", "memory.offload_to": "/mnt/nvme"},
-    "zero3-cpu": {"parallel.engine": "deepspeed", "cluster.gpus_per_node": 0, "cluster.ranks_per_node": 2, "precision": "fp32"},
+    "zero3-nvme": {
+        "parallel.engine": "deepspeed",
+        "memory.offload": "parameters",
+        "memory.offload_to": "/mnt/nvme",
+    },
+    "zero3-cpu": {
+        "parallel.engine": "deepspeed",
+        "cluster.gpus_per_node": 0,
+        "cluster.ranks_per_node": 2,
+        "precision": "fp32",
+    },
     "slurm-gpus-per-node": {
         "cluster.nodes": "2-4",
         "cluster.gpu_option": "gpus-per-node",
@@ -61,7 +74,11 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "slurm-apptainer": {
-        "cluster.container": {"image": "/images/my train.sif", "mounts": ["/data"], "python": "/opt/venv/bin/python"},
+        "cluster.container": {
+            "image": "/images/my train.sif",
+            "mounts": ["/data"],
+            "python": "/opt/venv/bin/python",
+        },
         "cluster.requeue": False,
     },
 }
@@ -114,7 +131,9 @@ def test_every_case_has_a_golden_folder_and_no_other_is_there() -> None:
 def test_the_batch_is_the_plans() -> None:
     plan = plan_of({"parallel.engine": "deepspeed"})
     made = deepspeed.config(plan)
-    product = made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * plan.mesh.world_size
+    product = (
+        made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * plan.mesh.world_size
+    )
     assert made["train_batch_size"] == product == 64
     assert made["gradient_clipping"] == plan.training.clip_norm
     assert "optimizer" not in made and "scheduler" not in made
@@ -144,9 +163,15 @@ def test_without_a_gpu_nothing_overlaps_and_nothing_is_pinned() -> None:
 def test_a_buffer_for_files_holds_the_largest_piece() -> None:
     plan = plan_of(CASES["zero3-nvme"])
     buffer = deepspeed.config(plan)["zero_optimization"]["offload_param"]["buffer_size"]
-    assert buffer * plan.mesh.world_size >= max(presets.EXAMPLE.table_parameters, presets.EXAMPLE.layer_parameters)
-    older = plan.model_copy(update={"zero": plan.zero and plan.zero.model_copy(update={"largest_parameter": 0})})
-    assert deepspeed.config(older)["zero_optimization"]["offload_param"]["buffer_size"] > buffer, "where it is not known, what may be whole"
+    assert buffer * plan.mesh.world_size >= max(
+        presets.EXAMPLE.table_parameters, presets.EXAMPLE.layer_parameters
+    )
+    older = plan.model_copy(
+        update={"zero": plan.zero and plan.zero.model_copy(update={"largest_parameter": 0})}
+    )
+    assert deepspeed.config(older)["zero_optimization"]["offload_param"]["buffer_size"] > buffer, (
+        "where it is not known, what may be whole"
+    )
 
 
 def test_a_plan_of_another_engine_has_no_deepspeed_file() -> None:
@@ -156,7 +181,13 @@ def test_a_plan_of_another_engine_has_no_deepspeed_file() -> None:
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [("fsdp", "FSDP"), ("fsdp-none-compile", "MULTI_GPU"), ("fsdp-cpu", "MULTI_CPU"), ("zero3-cpu", "DEEPSPEED"), ("fsdp-hybrid", "FSDP")],
+    [
+        ("fsdp", "FSDP"),
+        ("fsdp-none-compile", "MULTI_GPU"),
+        ("fsdp-cpu", "MULTI_CPU"),
+        ("zero3-cpu", "DEEPSPEED"),
+        ("fsdp-hybrid", "FSDP"),
+    ],
 )
 def test_accelerates_word_for_it(case: str, kind: str) -> None:
     assert accelerate.config(plan_of(CASES[case]))["distributed_type"] == kind
@@ -170,7 +201,10 @@ def test_one_rank_is_no_distribution() -> None:
 def test_precision_stands_at_one_place() -> None:
     assert "mixed_precision" not in accelerate.config(plan_of(CASES["zero3-two-nodes"]))
     assert (
-        accelerate.config(plan_of(CASES["zero3-two-nodes"]), "/a b/ds.json")["deepspeed_config"]["deepspeed_config_file"] == "/a b/ds.json"
+        accelerate.config(plan_of(CASES["zero3-two-nodes"]), "/a b/ds.json")["deepspeed_config"][
+            "deepspeed_config_file"
+        ]
+        == "/a b/ds.json"
     )
     assert accelerate.config(plan_of(CASES["fsdp"]))["mixed_precision"] == "bf16"
 
@@ -194,7 +228,9 @@ def test_what_the_files_cannot_say_is_said(keys: dict[str, Any], said: str) -> N
 
 
 def test_sizes_are_explained_where_the_stage_has_them() -> None:
-    keys = {note.key for note in notes(plan_of({"parallel.engine": "deepspeed", "parallel.shard": "gradients"}))}
+    keys = {
+        note.key for note in notes(plan_of({"parallel.engine": "deepspeed", "parallel.shard": "gradients"}))
+    }
     assert "zero.allgather_bucket_size" in keys
     assert "zero.prefetch_bucket_size" not in keys
 
@@ -235,15 +271,27 @@ def job_of(keys: dict[str, Any]) -> Job:
         ({"parallel.secondary_shard": 16}, "fsdp", {"mesh.replicate": 1}, "parallel.secondary_shard"),
         ({"parallel.quantized_weights": True}, "fsdp", {"sharding": "full"}, "parallel.quantized_weights"),
         ({"parallel.replicate": 2}, "deepspeed", {"zero.secondary_shard": 8}, "parallel.replicate"),
-        ({"parallel.replicate": 2, "parallel.shard": "gradients"}, "deepspeed", {"zero.secondary_shard": 1}, "parallel.replicate"),
+        (
+            {"parallel.replicate": 2, "parallel.shard": "gradients"},
+            "deepspeed",
+            {"zero.secondary_shard": 1},
+            "parallel.replicate",
+        ),
         ({"parallel.shard": "none"}, "deepspeed", {"zero.stage": 1}, "parallel.shard"),
         ({"model.compile": True}, "deepspeed", {"model.compile": False}, "model.compile"),
-        ({"memory.offload": "parameters", "parallel.shard": "gradients"}, "deepspeed", {"offload": "optimizer"}, "memory.offload"),
+        (
+            {"memory.offload": "parameters", "parallel.shard": "gradients"},
+            "deepspeed",
+            {"offload": "optimizer"},
+            "memory.offload",
+        ),
         ({}, "deepspeed", {"zero.stage": 3}, ""),
         ({}, "fsdp", {"sharding": "full"}, ""),
     ],
 )
-def test_the_other_engine_takes_the_nearest(keys: dict[str, Any], engine: Any, expected: dict[str, Any], noted: str) -> None:
+def test_the_other_engine_takes_the_nearest(
+    keys: dict[str, Any], engine: Any, expected: dict[str, Any], noted: str
+) -> None:
     hardware = Hardware(64, 1 << 40)
     job = job_of(keys)
     plan = decide(job, hardware=hardware, local=False)
@@ -261,7 +309,11 @@ def test_the_other_engine_takes_the_nearest(keys: dict[str, Any], engine: Any, e
 
 
 def test_presets_are_what_the_renderer_gives() -> None:
-    stored = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "ds_configs").iterdir() if path.suffix in (".json", ".yaml")}
+    stored = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in (ROOT / "ds_configs").iterdir()
+        if path.suffix in (".json", ".yaml")
+    }
     assert stored == presets.presets(), "run `make docs`"
     readme = (ROOT / "ds_configs" / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in readme for name in stored)
@@ -322,19 +374,23 @@ def test_no_path_escapes_its_quotes(name: str, kind: str, tmp_path: Path, fakes:
     rendered, run, folder = tmp_path / "rendered" / name, tmp_path / "runs" / name, tmp_path / "bin" / name
     folder.mkdir(parents=True)
     executable(folder / "python", _PYTHON)
-    plan = plan_of({"cluster.nodes": 2, "cluster.time_limit": "1h", "cluster.constraint": name.replace("\\", "")})
+    plan = plan_of(
+        {"cluster.nodes": 2, "cluster.time_limit": "1h", "cluster.constraint": name.replace("\\", "")}
+    )
     write(rendered, files(plan, Place(str(run), str(rendered), str(folder / "python"))))
     script = rendered / kind
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
     fakes |= {"HEAD": "node-a", "NODE": "1"}
-    done = subprocess.run(["bash", script], env=fakes, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", script], env=fakes, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     said = said_to(tmp_path / "said")
     if kind == "submit.sbatch":
-        assert said == ["-u", "-m", "launcher.scheduling.slurm.node", str(run)]
-        assert said_to(tmp_path / "after") == ["-m", "launcher.scheduling.slurm.after", str(run), "0"]
+        assert said == ["-u", "-m", "launcher.launch.slurm.node", str(run)]
+        assert said_to(tmp_path / "after") == ["-m", "launcher.launch.slurm.after_job", str(run), "0"]
     else:
-        assert said[:2] == ["-m", "launcher.scheduling.node_agent"] and "--rdzv-endpoint=node-a:29500" in said
+        assert said[:2] == ["-m", "launcher.launch.agent"] and "--rdzv-endpoint=node-a:29500" in said
         assert said[said.index("launcher.training.entry") + 1 :] == [str(run), "--attempt", "1"]
     assert not list(tmp_path.rglob("pwned"))
     assert Plan.read(run / "plan.json") == plan
@@ -346,22 +402,41 @@ def said_to(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("srun", "code"), [("exit 41", 41), ("kill -TERM $PPID; kill -USR2 $PPID; exit 7", 7)], ids=["failed", "signalled"]
+    ("srun", "code"),
+    [("exit 41", 41), ("kill -TERM $PPID; kill -USR2 $PPID; exit 7", 7)],
+    ids=["failed", "signalled"],
 )
-def test_what_comes_after_hears_how_the_ranks_left(srun: str, code: int, tmp_path: Path, fakes: dict[str, str]) -> None:
+def test_what_comes_after_hears_how_the_ranks_left(
+    srun: str, code: int, tmp_path: Path, fakes: dict[str, str]
+) -> None:
     executable(tmp_path / "fakes" / "srun", f"#!/bin/bash\n{srun}\n")
     executable(tmp_path / "python", _PYTHON)
-    write(tmp_path / "r", files(plan_of({}), Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"))))
-    assert subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60).returncode == code
+    write(
+        tmp_path / "r",
+        files(plan_of({}), Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"))),
+    )
+    assert (
+        subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60).returncode == code
+    )
     assert said_to(tmp_path / "after")[-1] == str(code)
 
 
 @pytest.mark.parametrize("setup", ["false", "module load nothing-of-that-name"])
-def test_a_line_of_the_setup_that_fails_ends_the_job_before_the_ranks(setup: str, tmp_path: Path, fakes: dict[str, str]) -> None:
+def test_a_line_of_the_setup_that_fails_ends_the_job_before_the_ranks(
+    setup: str, tmp_path: Path, fakes: dict[str, str]
+) -> None:
     executable(tmp_path / "python", _PYTHON)
     plan = plan_of({"cluster.setup": [setup]})
-    write(tmp_path / "r", files(plan, Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"))))
-    assert subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60, capture_output=True).returncode != 0
+    write(
+        tmp_path / "r",
+        files(plan, Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"))),
+    )
+    assert (
+        subprocess.run(
+            ["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60, capture_output=True
+        ).returncode
+        != 0
+    )
     assert said_to(tmp_path / "after")[-1] != "0"
     assert not (tmp_path / "said").exists()
 
@@ -369,17 +444,32 @@ def test_a_line_of_the_setup_that_fails_ends_the_job_before_the_ranks(setup: str
 def test_the_ranks_see_what_the_job_file_sets(tmp_path: Path, fakes: dict[str, str]) -> None:
     executable(tmp_path / "python", '#!/bin/bash\nenv > "$HOME/$(basename "$3").env"\n')
     hostile = "a b $(touch pwned) \"' %"
-    plan = plan_of({"cluster.environment": {"MINE": hostile}, "cluster.setup": ["module_path=x", "export FROM_SETUP=$module_path"]})
+    plan = plan_of(
+        {
+            "cluster.environment": {"MINE": hostile},
+            "cluster.setup": ["module_path=x", "export FROM_SETUP=$module_path"],
+        }
+    )
     place = Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"), "/the code")
     write(tmp_path / "r", files(plan, place))
-    subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env={**fakes, "PYTHONPATH": "/theirs"}, cwd=tmp_path, timeout=60, check=True)
-    seen = dict(line.partition("=")[::2] for line in (tmp_path / "launcher.scheduling.slurm.node.env").read_text().splitlines())
+    subprocess.run(
+        ["bash", tmp_path / "r" / "submit.sbatch"],
+        env={**fakes, "PYTHONPATH": "/theirs"},
+        cwd=tmp_path,
+        timeout=60,
+        check=True,
+    )
+    seen = dict(
+        line.partition("=")[::2]
+        for line in (tmp_path / "launcher.launch.slurm.node.env").read_text().splitlines()
+    )
     assert (seen["MINE"], seen["FROM_SETUP"], seen["PYTHONPATH"]) == (hostile, "x", "/the code:/theirs")
     assert not (tmp_path / "pwned").exists()
 
 
 def as_sbatch_reads(text: str) -> list[str]:
-    """The words of an #SBATCH line by sbatch's own rule: both quotes group, a backslash escapes everywhere, a bare # ends the line."""
+    """The words of an #SBATCH line by sbatch's own rule: both quotes group, a backslash escapes everywhere, a
+    bare # ends the line."""
     words: list[str] = []
     word, quote, index = None, "", 0
     while index < len(text):
@@ -403,14 +493,20 @@ def as_sbatch_reads(text: str) -> list[str]:
 @pytest.mark.parametrize("value", [*HOSTILE, "[rack1|rack2]*2", "a  b ", "'", '"', "\\", 'a\\"b'])
 def test_slurm_reads_each_option_as_it_was_meant(value: str) -> None:
     script = sbatch.script(plan_of({"cluster.constraint": value, "cluster.account": value}), PLACE)
-    lines = [as_sbatch_reads(line.removeprefix("#SBATCH ")) for line in script.splitlines() if line.startswith("#SBATCH ")]
+    lines = [
+        as_sbatch_reads(line.removeprefix("#SBATCH "))
+        for line in script.splitlines()
+        if line.startswith("#SBATCH ")
+    ]
     assert [f"--constraint={value}"] in lines and [f"--account={value}"] in lines
     assert all(len(words) == 1 for words in lines)
 
 
 def test_options_of_slurm() -> None:
     options = {"partition": "gpu", "constraint": 'a "b" \\c', "mem": "0"}
-    plan = plan_of({"cluster.time_limit": "90min", **{f"cluster.{name}": value for name, value in options.items()}})
+    plan = plan_of(
+        {"cluster.time_limit": "90min", **{f"cluster.{name}": value for name, value in options.items()}}
+    )
     lines = sbatch.script(plan, PLACE).splitlines()
     assert "#SBATCH --partition=gpu" in lines
     assert '#SBATCH --constraint="a \\"b\\" \\\\c"' in lines
@@ -437,7 +533,9 @@ def test_a_python_with_a_line_break_is_refused() -> None:
 def test_who_starts_by_hand_meets_where_others_cannot_reach_it() -> None:
     for nodes in (1, 2):
         said = torchrun.command(plan_of({"cluster.nodes": nodes}), PLACE)
-        assert "--rdzv-backend=launcher" in said and "--rdzv-id" not in said, "c10d unpickles what is sent to a port"
+        assert "--rdzv-backend=launcher" in said and "--rdzv-id" not in said, (
+            "c10d unpickles what is sent to a port"
+        )
 
 
 def test_writing_replaces_and_takes_stale_files_away(tmp_path: Path) -> None:

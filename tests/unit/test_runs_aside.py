@@ -24,7 +24,11 @@ def test_what_hangs_holds_nobody_up() -> None:
     while not aside.stuck_seconds:
         pass
     assert not aside.idle and not aside.wait(0.01)
-    assert [aside.do(lambda number=number: done.append(number)) for number in range(3)] == [True, True, False], "so much waits, and no more"
+    assert [aside.do(lambda number=number: done.append(number)) for number in range(3)] == [
+        True,
+        True,
+        False,
+    ], "so much waits, and no more"
     assert not aside.wait(60, enough=lambda: True)
     release.set()
     assert aside.wait(60) and done == [0, 1] and aside.stuck_seconds == 0
@@ -46,7 +50,8 @@ def test_what_raises_is_dropped_and_the_next_is_done() -> None:
 def test_notices_arrive_whole_from_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Notices()
     program = (
-        "from launcher.runs.notices import tell; tell(say='ä', exits=[1]); tell(say='x' * 10_000, failure={'traceback': 'y' * 10_000})"
+        "from launcher.runs.notices import tell; tell(say='ä', exits=[1]); tell(say='x' * 10_000, "
+        "failure={'traceback': 'y' * 10_000})"
     )
     environment = {**os.environ, notices.VARIABLE: pipe.address, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)

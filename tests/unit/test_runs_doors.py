@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.launch.slurm.allocation import Assignment, begin_attempt
 from launcher.runs import doors, secret
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.slurm.allocation import Assignment, begin_attempt
 
 
 def waiting() -> socket.socket:
@@ -67,7 +67,10 @@ def test_who_came_is_known_by_address_and_user() -> None:
         ("00000000000000000000000001000000:0050", "::1"),
     ],
 )
-@pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="proc(5) writes addresses in the machine's own order")
+@pytest.mark.skipif(
+    os.uname().machine not in ("x86_64", "aarch64"),
+    reason="proc(5) writes addresses in the machine's own order",
+)
 def test_addresses_are_read_as_the_kernel_writes_them(written: str, address: str) -> None:
     assert doors._place(written) == (address, 80)
 
@@ -75,7 +78,10 @@ def test_addresses_are_read_as_the_kernel_writes_them(written: str, address: str
 def test_an_attempts_secret_is_its_owners_alone_and_another_each_time(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        numbers = [begin_attempt(RunDirectory(tmp_path), Assignment("1", 0, ("n1",), "", 0, 0, 0.0)) for _ in range(2)]
+        numbers = [
+            begin_attempt(RunDirectory(tmp_path), Assignment("1", 0, ("n1",), "", 0, 0, 0.0))
+            for _ in range(2)
+        ]
     finally:
         os.umask(before)
     paths = [tmp_path / "attempts" / f"{number:04d}" / secret.NAME for number in numbers]

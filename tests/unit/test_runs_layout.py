@@ -28,7 +28,11 @@ def test_a_run_is_found_by_path_and_by_name(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     (run / "plan.json").write_text("{}")
-    assert RunDirectory.find(run, tmp_path / "runs").path == RunDirectory.find("first", tmp_path / "runs").path == run
+    assert (
+        RunDirectory.find(run, tmp_path / "runs").path
+        == RunDirectory.find("first", tmp_path / "runs").path
+        == run
+    )
 
 
 def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
@@ -40,7 +44,9 @@ def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
         RunDirectory.find("second", tmp_path / "runs")
 
 
-def test_a_write_that_fails_leaves_nothing_and_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_nothing_and_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "failure.json"
     path.write_text("old")
 
@@ -63,7 +69,9 @@ def test_names_are_made_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert synced == [tmp_path.name, "attempts", "run", tmp_path.name]
 
 
-def test_a_file_system_that_syncs_no_directories_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_syncs_no_directories_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(number: int) -> Callable[[int], None]:
         def fsync(descriptor: int) -> None:
             raise OSError(number, os.strerror(number))
@@ -100,12 +108,18 @@ def test_more_attempts_and_steps_than_their_names_were_made_for(tmp_path: Path) 
     assert [stored.step for stored in list_checkpoints(run)] == [99_999_999, 100_000_000]
 
 
-def test_a_disk_without_room_for_the_holders_name_is_locked_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_for_the_holders_name_is_locked_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`launcher checkpoint prune` makes room on it."""
 
     def full(*arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with RunDirectory(tmp_path).lock(), pytest.raises(RunInUseError, match="in use by another process"), RunDirectory(tmp_path).lock():
+    with (
+        RunDirectory(tmp_path).lock(),
+        pytest.raises(RunInUseError, match="in use by another process"),
+        RunDirectory(tmp_path).lock(),
+    ):
         pass

@@ -37,7 +37,9 @@ def dead_process() -> Identity:
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_where_flock_is_not_supported_a_lease_holds_the_run(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_flock_is_not_supported_a_lease_holds_the_run(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fcntl, "flock", without_flock(error))
     run = RunDirectory(tmp_path)
     with run.lock():
@@ -51,11 +53,19 @@ def test_where_flock_is_not_supported_a_lease_holds_the_run(error: int, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_another_error_of_the_lock_is_named_and_no_other_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_of_the_lock_is_named_and_no_other_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fcntl, "flock", without_flock(errno.EIO))
-    with pytest.raises(StorageError, match=r"\.lock cannot be locked: Input/output error"), RunDirectory(tmp_path).lock():
+    with (
+        pytest.raises(StorageError, match=r"\.lock cannot be locked: Input/output error"),
+        RunDirectory(tmp_path).lock(),
+    ):
         pass
-    with pytest.raises(StorageError, match="No such file or directory"), RunDirectory(tmp_path / "none").lock():
+    with (
+        pytest.raises(StorageError, match="No such file or directory"),
+        RunDirectory(tmp_path / "none").lock(),
+    ):
         pass
 
 
@@ -87,7 +97,9 @@ def test_a_number_that_was_given_again_is_not_the_holder(tmp_path: Path) -> None
     Lease(path).release()
 
 
-def test_a_holder_elsewhere_is_believed_while_it_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_elsewhere_is_believed_while_it_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / ".lease"
     elsewhere = Identity(1, "another-host", 5, "b")
     path.write_text(f"{elsewhere}\n0")
@@ -110,7 +122,9 @@ def test_a_holder_elsewhere_is_believed_while_it_beats(tmp_path: Path, monkeypat
     Lease(path, silent_seconds=0.1).release()
 
 
-def test_a_lease_beats_and_gives_up_one_that_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_beats_and_gives_up_one_that_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leases, "_BEAT_SECONDS", 0.01)
     path = tmp_path / ".lease"
     lease = Lease(path)
@@ -123,7 +137,9 @@ def test_a_lease_beats_and_gives_up_one_that_was_taken(tmp_path: Path, monkeypat
     assert path.read_text().startswith("process 1 on another-host"), "what is another's stays"
 
 
-def test_a_clock_that_was_set_changes_nothing_about_who_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_was_set_changes_nothing_about_who_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDirectory(tmp_path)
     now = time.time
     with run.lock():

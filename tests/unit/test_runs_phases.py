@@ -22,7 +22,9 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path)
 
 
-def test_hours_of_progress_are_one_event_and_one_small_file(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hours_of_progress_are_one_event_and_one_small_file(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     report = PhaseReport(run, "preparing", "rows")
@@ -40,10 +42,14 @@ def test_hours_of_progress_are_one_event_and_one_small_file(run: RunDirectory, m
     )
 
 
-def test_it_is_written_four_times_a_second_and_at_the_end(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_written_four_times_a_second_and_at_the_end(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, written = [10.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(PhaseReport, "_write", lambda self, content: written.append(json.loads(content)["done"]))
+    monkeypatch.setattr(
+        PhaseReport, "_write", lambda self, content: written.append(json.loads(content)["done"])
+    )
     report = PhaseReport(run, "evaluating", "batches")
     for done in range(1, 101):
         now[0] += 0.01

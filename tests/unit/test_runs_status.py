@@ -44,7 +44,9 @@ def test_what_a_running_run_is_at_and_whether_it_hangs(run: RunDirectory) -> Non
         assert now() == ("training", True, None)
         event(run.events_file, "suspected", line="no step for 31 s")
         event(run.events_file, "straggler", line="rank 1 is slow")
-        assert now() == ("training", True, "no step for 31 s") and read_status(run).straggler == "rank 1 is slow"
+        assert (
+            now() == ("training", True, "no step for 31 s") and read_status(run).straggler == "rank 1 is slow"
+        )
         time.sleep(0.01)
         event(run.events_file, "recovered")
         event(run.events_file, "phase", phase="evaluating")

@@ -1,4 +1,5 @@
-"""How samples share a pass: by the architecture, never refused later, and refused at once where no way gives the model's own loss."""
+"""How samples share a pass: by the architecture, never refused later, and refused at once where no way gives
+the model's own loss."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
-from launcher.planning import model_support
-from launcher.planning.hardware import Hardware
-from launcher.planning.model_support import Way, read_table, support, untried
-from launcher.planning.plan import Plan
-from launcher.planning.search import plan_job as plan
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.model import model_support
+from launcher.planner.model.model_support import Way, read_table, support, untried
+from launcher.planner.plan import Plan
+from launcher.planner.search import plan_job as plan
 from tests.unit.test_planning_decide import CPU, H100, job
 
 TASKS = ("causal-lm", "sequence-classification")
@@ -54,13 +55,17 @@ def test_every_entry_of_the_table_has_a_way_or_a_reason() -> None:
 
 def test_an_attention_with_which_the_loss_would_be_another_is_refused_with_those_that_can() -> None:
     assert planned("llama", model__attention="eager").attention == "eager"
-    with pytest.raises(ConfigurationError, match=r"model\.attention = 'sdpa': a bloom model.*write eager or auto"):
+    with pytest.raises(
+        ConfigurationError, match=r"model\.attention = 'sdpa': a bloom model.*write eager or auto"
+    ):
         planned("bloom", model__attention="sdpa")
 
 
 def test_packing_is_refused_where_samples_would_see_each_other() -> None:
     assert planned("llama", data__packing=True).layout == "packed"
-    with pytest.raises(ConfigurationError, match=r"data\.packing = True: samples of a lfm2 model .* write false"):
+    with pytest.raises(
+        ConfigurationError, match=r"data\.packing = True: samples of a lfm2 model .* write false"
+    ):
         planned("lfm2", data__packing=True)
 
 
@@ -74,19 +79,29 @@ def test_a_model_that_cannot_do_the_task_is_refused_with_what_it_can() -> None:
 def test_what_the_table_does_not_have_is_held_to_its_own_loss_after_loading() -> None:
     made = planned("of_next_year")
     assert (made.layout, made.attention, made.head) == untried("causal-lm").ways[0]
-    assert "after loading" in next(decision.reason for decision in made.decisions if decision.key == "model.attention")
-    assert support("causal-lm", {"model_type": "llama", "auto_map": {}}, trust_remote_code=True) is untried("causal-lm")
+    assert "after loading" in next(
+        decision.reason for decision in made.decisions if decision.key == "model.attention"
+    )
+    assert support("causal-lm", {"model_type": "llama", "auto_map": {}}, trust_remote_code=True) is untried(
+        "causal-lm"
+    )
 
 
 def test_a_config_that_is_not_here_is_looked_at_again() -> None:
     made = plan(job(), hardware=CPU)
     assert (made.layout, made.attention, made.head) == ("packed", "packed", "chunked")
-    assert "not here" in next(decision.reason for decision in made.decisions if decision.key == "model.attention")
+    assert "not here" in next(
+        decision.reason for decision in made.decisions if decision.key == "model.attention"
+    )
 
 
 @pytest.fixture
 def one_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"types": ["alone"], "causal-lm": {"alone": {"ways": ["single sdpa"]}}, "sequence-classification": {}}
+    table = {
+        "types": ["alone"],
+        "causal-lm": {"alone": {"ways": ["single sdpa"]}},
+        "sequence-classification": {},
+    }
     monkeypatch.setattr(model_support, "read_table", lambda: table)
 
 
@@ -137,7 +152,10 @@ def test_rotary_frequencies_that_follow_the_longest_sample(where: str) -> None:
     assert known(64).ways[0].layout == "packed"
     assert "data.max_length: 64" in known(65, rope_type="dynamic").refused
     assert known(65, rope_type="yarn").ways[0].layout == "packed"
-    nested = {"model_type": "gemma3_text", where: {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}}
+    nested = {
+        "model_type": "gemma3_text",
+        where: {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}},
+    }
     assert support("causal-lm", nested, max_length=65).ways[0].layout == "single"
 
 
@@ -145,14 +163,30 @@ def test_rotary_frequencies_that_follow_the_longest_sample(where: str) -> None:
     ("config", "said"),
     [
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
-        ({"model_type": "gemma3", "text_config": {"use_bidirectional_attention": True}}, "use_bidirectional_attention: true"),
-        ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, "use_bidirectional_attention: all"),
+        (
+            {"model_type": "gemma3", "text_config": {"use_bidirectional_attention": True}},
+            "use_bidirectional_attention: true",
+        ),
+        (
+            {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+            "use_bidirectional_attention: all",
+        ),
         ({"model_type": "llama", "is_causal": False}, "is_causal: false"),
-        ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic"}}}, "longest"),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic"}},
+            },
+            "longest",
+        ),
     ],
 )
-def test_a_value_that_makes_it_another_model_is_refused_wherever_it_stands(config: dict[str, Any], said: str) -> None:
+def test_a_value_that_makes_it_another_model_is_refused_wherever_it_stands(
+    config: dict[str, Any], said: str
+) -> None:
     known = support("causal-lm", config, max_length=128)
     assert not known.ways and said in known.refused
-    assert support("sequence-classification", {"model_type": "gemma", "use_bidirectional_attention": True}).ways
+    assert support(
+        "sequence-classification", {"model_type": "gemma", "use_bidirectional_attention": True}
+    ).ways
     assert support("causal-lm", {"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}).ways

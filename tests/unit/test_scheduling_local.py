@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
-from launcher.planning.changes import changes, check
-from launcher.planning.plan import Plan
+from launcher.launch import local, malloc_env
+from launcher.launch.command import agent_command, environment, public, write_command
+from launcher.launch.screen import Watcher
+from launcher.launch.stop_signals import Signals
+from launcher.launch.supervisor import End, attempt_directory
+from launcher.planner.changes import changes, check
+from launcher.planner.plan import Plan
 from launcher.runs.events import append, event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import allocator, local
-from launcher.scheduling.command import agent_command, environment, public, write_command
-from launcher.scheduling.screen import Watcher
-from launcher.scheduling.signals import Signals
-from launcher.scheduling.supervisor import End, attempt_directory
 from tests.training.plans import plan_of
 
 
@@ -44,7 +44,15 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_the_command_is_torchruns_over_the_entry_point(run: RunDirectory) -> None:
     command = agent_command(run, plan(), 3, stop_at=7)
-    assert command[-7:] == ["-m", "launcher.training.entry", str(run.path), "--attempt", "3", "--stop-at", "7"]
+    assert command[-7:] == [
+        "-m",
+        "launcher.training.entry",
+        str(run.path),
+        "--attempt",
+        "3",
+        "--stop-at",
+        "7",
+    ]
     assert {"--nproc-per-node=2", "--rdzv-backend=launcher", "--max-restarts=0"} <= set(command)
     assert not [word for word in command if run.run_id() in word], "the process table is everybody's"
     assert "--stop-at" not in agent_command(run, plan(), 3)
@@ -64,11 +72,18 @@ def test_a_stop_says_whether_it_saved(run: RunDirectory) -> None:
     append(run.metrics_file, {"kind": "train", "step": 7, "loss": 1.0})
     event(run.events_file, "stopped", step=7)
     assert local.outcome(run, plan(), 1, End(0, events={"stopped"}), heard, False) == 75
-    event(run.events_file, "stopped", step=4, reason="no save was begun: 2 s of grace were left", num_steps_lost=3)
+    event(
+        run.events_file,
+        "stopped",
+        step=4,
+        reason="no save was begun: 2 s of grace were left",
+        num_steps_lost=3,
+    )
     assert local.outcome(run, plan(), 1, End(0, events={"stopped"}), heard, False) == 75
     assert heard.lines[0].startswith("stopped after step 7, saved; go on with: launcher resume ")
     assert heard.lines[1].startswith(
-        "stopped; no save was begun: 2 s of grace were left; the newest checkpoint is of step 4, 3 steps before; go on with: "
+        "stopped; no save was begun: 2 s of grace were left; the newest checkpoint is of step 4, 3 "
+        "steps before; go on with: "
     )
 
 
@@ -76,7 +91,9 @@ def test_ranks_get_the_threads_of_the_plan(run: RunDirectory) -> None:
     assert environment(run, plan(), 1)["OMP_NUM_THREADS"] == "3"
 
 
-def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     assert environment(run, plan(), 1)["MALLOC_MMAP_THRESHOLD_"] == "2097152"
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
@@ -96,14 +113,16 @@ def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(run: RunDirecto
 def test_ranks_on_the_cpu_keep_memory_where_there_is_room(
     forecast: str, kept: bool, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in allocator.ROOMY:
+    for name in malloc_env.ROOMY:
         monkeypatch.delenv(name, raising=False)
     run.path.mkdir(exist_ok=True)
     run.forecast_file.write_text(forecast)
     made = environment(run, plan(), 1)
-    assert {name: made[name] for name in allocator.ROOMY if name in made} == (allocator.ROOMY if kept else allocator.LEAN)
+    assert {name: made[name] for name in malloc_env.ROOMY if name in made} == (
+        malloc_env.ROOMY if kept else malloc_env.LEAN
+    )
     gpu = plan().model_copy(update={"mesh": plan().mesh.model_copy(update={"device": "cuda"})})
-    assert not set(allocator.ROOMY) & set(environment(run, gpu, 1))
+    assert not set(malloc_env.ROOMY) & set(environment(run, gpu, 1))
 
 
 def test_no_secret_reaches_command_json(tmp_path: Path) -> None:
@@ -158,8 +177,12 @@ def test_outcomes(run: RunDirectory, events: set[str], end: End, code: int) -> N
     assert code == 0 or "launcher resume" in heard.lines[-1]
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(None, "30 s of grace (cluster.grace)"), (4.0, "4 s of grace (what Slurm leaves)")])
-def test_ranks_that_used_up_their_grace_are_told_whose_it_was(seconds: float | None, said: str, run: RunDirectory) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(None, "30 s of grace (cluster.grace)"), (4.0, "4 s of grace (what Slurm leaves)")]
+)
+def test_ranks_that_used_up_their_grace_are_told_whose_it_was(
+    seconds: float | None, said: str, run: RunDirectory
+) -> None:
     number, _ = attempt_directory(run)
     heard = Heard()
     local.outcome(run, plan(), number, End(-9, "grace", "SIGTERM", grace_seconds=seconds), heard, False)
@@ -187,8 +210,13 @@ def failure_of(failure_class: str) -> Failure:
         ({"batch__micro_batch_size": 1, "activation_checkpointing": "full"}, "out-of-memory", ""),
     ],
 )
-def test_the_command_to_go_on(run: RunDirectory, changed: dict[str, Any], failure_class: str, end: str) -> None:
-    assert local.going_on(run, plan(**changed), failure_of(failure_class)) == (f"launcher resume {run.path}{end}", "")
+def test_the_command_to_go_on(
+    run: RunDirectory, changed: dict[str, Any], failure_class: str, end: str
+) -> None:
+    assert local.going_on(run, plan(**changed), failure_of(failure_class)) == (
+        f"launcher resume {run.path}{end}",
+        "",
+    )
 
 
 def test_paths_are_shown_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +248,10 @@ def test_signals_are_caught_and_given_back() -> None:
     ("changed", "keys"),
     [
         ({"precision": "bf16"}, {"precision"}),
-        ({"mesh__world_size": 4, "batch__data_parallel_size": 4}, {"mesh.world_size", "batch.data_parallel_size"}),
+        (
+            {"mesh__world_size": 4, "batch__data_parallel_size": 4},
+            {"mesh.world_size", "batch.data_parallel_size"},
+        ),
         ({"length": {"value": 20, "unit": "steps"}}, {"length.value"}),
         ({"checkpoint": {"keep_last": 9}}, {"checkpoint.keep_last"}),
         ({"training__max_steps": 9}, {"training.max_steps"}),

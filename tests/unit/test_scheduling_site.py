@@ -12,14 +12,21 @@ import yaml
 from launcher.cli import main as cli
 from launcher.errors import ConfigurationError, SchedulerError
 from launcher.job import profile
-from launcher.scheduling.slurm import site as sites
-from launcher.scheduling.slurm.site import Partition, Site, count_gpus, read_partitions, seconds
-from launcher.scheduling.slurm.site_profile import text
+from launcher.launch.slurm import site as sites
+from launcher.launch.slurm.site import Partition, Site, count_gpus, read_partitions, seconds
+from launcher.launch.slurm.site_profile import text
 
 LIMITLESS = "MaxNodes=UNLIMITED MaxTime=UNLIMITED"
 
 
-def node(partition: str, name: str, gres: str = "(null)", cpus: str = "64", memory: str = "512000", threads: str = "1") -> str:
+def node(
+    partition: str,
+    name: str,
+    gres: str = "(null)",
+    cpus: str = "64",
+    memory: str = "512000",
+    threads: str = "1",
+) -> str:
     return "\x1f".join([partition, name, cpus, memory, gres, threads])
 
 
@@ -76,15 +83,30 @@ def test_nodes_that_differ() -> None:
         node("mixed", "b", "gpu:v100:8", cpus="128+", memory="1024000", threads="2"),
         node("mixed", "c"),
     ]
-    described = "PartitionName=mixed Default=YES State=DRAIN TotalNodes=3 MaxNodes=2 MaxTime=1-00:00:00 AllowAccounts=one,two"
+    described = (
+        "PartitionName=mixed Default=YES State=DRAIN TotalNodes=3 MaxNodes=2 MaxTime=1-00:00:00 "
+        "AllowAccounts=one,two"
+    )
     (found,) = read_partitions(described, "\n".join([*nodes, "garbage", "", "a\x1fb"]))
-    assert (found.max_nodes, found.max_time, found.cpus_per_node, found.memory_per_node) == (2, 86_400, 128, 1_024_000)
-    assert (found.gpus_per_node, found.gpu_types, found.is_uniform, found.threads_per_core) == (8, ("a100", "v100"), False, 2)
+    assert (found.max_nodes, found.max_time, found.cpus_per_node, found.memory_per_node) == (
+        2,
+        86_400,
+        128,
+        1_024_000,
+    )
+    assert (found.gpus_per_node, found.gpu_types, found.is_uniform, found.threads_per_core) == (
+        8,
+        ("a100", "v100"),
+        False,
+        2,
+    )
     assert (found.is_default, found.is_up, found.accounts) == (True, False, ("one", "two"))
 
 
 def test_a_partition_without_nodes_and_what_is_none() -> None:
-    (empty,) = read_partitions("PartitionName=empty TotalNodes=0\n\nNo partitions in the system\nPartitionName=", "")
+    (empty,) = read_partitions(
+        "PartitionName=empty TotalNodes=0\n\nNo partitions in the system\nPartitionName=", ""
+    )
     assert (empty.max_nodes, empty.cpus_per_node, empty.gpus_per_node, empty.usual_gpus) == (None, None, 0, 0)
 
 
@@ -94,26 +116,44 @@ def read_back(tmp_path: Path, site: Site, chosen: Partition | None) -> tuple[pro
     return profile.read(tmp_path / "site.yaml")[0], written
 
 
-@pytest.mark.parametrize("name", ["main", "yes", "NO", "null", "123", "1e3", "a: b", "# no", "{x}", "gpu'\"", "ünïcode", "-", "a.b-c_d"])
+@pytest.mark.parametrize(
+    "name",
+    ["main", "yes", "NO", "null", "123", "1e3", "a: b", "# no", "{x}", "gpu'\"", "ünïcode", "-", "a.b-c_d"],
+)
 def test_hostile_names_are_read_back_as_they_are(name: str, tmp_path: Path) -> None:
     one = Partition(name, True, True, 4, 4, 86_400.0, 64, 512_000, 8, 8, ("a100",), True)
     found, _ = read_back(tmp_path, Site("site", (one,), name, True), one)
     assert (found.cluster.partition, found.cluster.account, list(found.limits)) == (name, name, [name])
     limits = found.limits[name]
-    assert (limits.max_nodes, limits.max_time, limits.gpus_per_node, limits.cpus_per_node) == (4, 86_400, 8, 64)
+    assert (limits.max_nodes, limits.max_time, limits.gpus_per_node, limits.cpus_per_node) == (
+        4,
+        86_400,
+        8,
+        64,
+    )
 
 
 def test_gpus_that_are_called_alike_everywhere_are_asked_for_by_name(tmp_path: Path) -> None:
     fast, cores = partition("fast", a="gpu:h100:8", b="gpu:h100:8"), partition("cores", c="(null)")
     found, _ = read_back(tmp_path, Site("site", (fast, cores), None, True), fast)
-    assert (found.cluster.gpus_per_node, found.cluster.gpu_type, found.cluster.gpu_option) == (8, "h100", "gres")
+    assert (found.cluster.gpus_per_node, found.cluster.gpu_type, found.cluster.gpu_option) == (
+        8,
+        "h100",
+        "gres",
+    )
 
 
 def test_gpus_of_several_names_are_left_to_the_job(tmp_path: Path) -> None:
-    fast, old = partition("fast", a="gpu:h100:8"), partition("old", b="gpu:v100:4", c="gpu:v100:2", d="gpu:v100:4")
+    fast, old = (
+        partition("fast", a="gpu:h100:8"),
+        partition("old", b="gpu:v100:4", c="gpu:v100:2", d="gpu:v100:4"),
+    )
     found, written = read_back(tmp_path, Site("site", (fast, old), None, True), old)
     assert (found.cluster.gpus_per_node, found.cluster.gpu_type) == (4, None)
-    assert "# gpu_type: any of them unless named: h100, v100" in written and "nodes differ, these are the largest" in written
+    assert (
+        "# gpu_type: any of them unless named: h100, v100" in written
+        and "nodes differ, these are the largest" in written
+    )
 
 
 def test_a_name_of_gpus_that_no_job_file_takes_is_left_out(tmp_path: Path) -> None:
@@ -133,12 +173,16 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with programs of Slurm's names that print what the files beside them say."""
     (tmp_path / "bin").mkdir()
     for name, file in (("scontrol", 'scontrol-"${@: -1}"'), ("sinfo", "sinfo"), ("sacctmgr", "none")):
-        (tmp_path / "bin" / name).write_text(f'#!/bin/bash\ncat "{tmp_path}"/{file} || {{ echo "{name}: error: no" >&2; exit 1; }}\n')
+        (tmp_path / "bin" / name).write_text(
+            f'#!/bin/bash\ncat "{tmp_path}"/{file} || {{ echo "{name}: error: no" >&2; exit 1; }}\n'
+        )
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "configuration"))
     (tmp_path / "scontrol-config").write_text("ClusterName = ../a b\nGresTypes = bandwidth,gpu\nodd line\n")
-    (tmp_path / "scontrol-partition").write_text(f"PartitionName=one Default=NO State=UP TotalNodes=1 {LIMITLESS}\n")
+    (tmp_path / "scontrol-partition").write_text(
+        f"PartitionName=one Default=NO State=UP TotalNodes=1 {LIMITLESS}\n"
+    )
     (tmp_path / "sinfo").write_text(node("one", "a", "gpu:2") + "\n")
     return tmp_path
 
@@ -148,7 +192,9 @@ def test_a_cluster_without_accounting(slurm: Path) -> None:
     assert (site.name, site.account, site.takes_gres, site.default) == ("a-b", None, True, None)
 
 
-def test_the_account_of_a_user_that_the_system_does_not_know(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_account_of_a_user_that_the_system_does_not_know(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 4_000_000_000)
     assert sites.ask().account is None
 
@@ -160,7 +206,9 @@ def test_no_partition_to_see(slurm: Path) -> None:
 
 
 def test_an_unknown_partition_gets_the_nearest(slurm: Path) -> None:
-    with pytest.raises(ConfigurationError, match="--partition = 'ome': the site has no such partition; it has one"):
+    with pytest.raises(
+        ConfigurationError, match="--partition = 'ome': the site has no such partition; it has one"
+    ):
         sites.ask().partition("ome")
 
 
@@ -190,7 +238,9 @@ def test_another_place(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"cluster: {{profile: {slurm}/deep/mine.yaml}}" in capsys.readouterr().out
 
 
-def test_without_slurm(slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_slurm(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", "")
     assert call("profile") == 11
     assert "scontrol is not on this machine" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Screens that break or sleep, disks that go, fill up or hang, limits that are too low: what the launcher does, without its processes."""
+"""Screens that break or sleep, disks that go, fill up or hang, limits that are too low: what the launcher
+does, without its processes."""
 
 from __future__ import annotations
 
@@ -21,16 +22,16 @@ import pytest
 from launcher.cli import main as cli
 from launcher.cli.display import _Console
 from launcher.errors import ConfigurationError
+from launcher.launch import disk as disks
+from launcher.launch import limits, local
+from launcher.launch.disk import Disk
+from launcher.launch.screen import Screen
+from launcher.launch.stop_signals import Signals
+from launcher.launch.supervisor import End, Supervisor, attempt_directory
 from launcher.runs.events import event
 from launcher.runs.failure import Failure, first, named
 from launcher.runs.grace import Grace
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import disk as disks
-from launcher.scheduling import limits, local
-from launcher.scheduling.disk import Disk
-from launcher.scheduling.screen import Screen
-from launcher.scheduling.signals import Signals
-from launcher.scheduling.supervisor import End, Supervisor, attempt_directory
 from launcher.training.signals import StopRequest
 from tests.unit.test_scheduling_local import Heard, plan
 
@@ -55,8 +56,12 @@ class Broken(Heard):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), BrokenPipeError(errno.EPIPE, "Broken pipe")])
-def test_a_terminal_that_is_gone_is_spoken_to_no_more(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), BrokenPipeError(errno.EPIPE, "Broken pipe")]
+)
+def test_a_terminal_that_is_gone_is_spoken_to_no_more(
+    error: OSError, capsys: pytest.CaptureFixture[str]
+) -> None:
     watcher = Broken(error)
     screen = Screen(watcher)
     screen.tick()
@@ -67,12 +72,17 @@ def test_a_terminal_that_is_gone_is_spoken_to_no_more(error: OSError, capsys: py
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), ValueError("a bug")])
-def test_a_display_that_breaks_leaves_plain_lines(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_display_that_breaks_leaves_plain_lines(
+    error: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
     screen = Screen(Broken(error))
     screen.tick()
     screen.say("still heard")
     screen.close(0, 60)
-    assert capsys.readouterr().err == f"the display stopped ({type(error).__name__}: {error}); the run goes on\nstill heard\n"
+    assert (
+        capsys.readouterr().err
+        == f"the display stopped ({type(error).__name__}: {error}); the run goes on\nstill heard\n"
+    )
 
 
 def test_a_reader_who_sleeps_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +182,9 @@ def test_one_that_comes_back_was_not_lost(run: RunDirectory, monkeypatch: pytest
     disk.close()
 
 
-def test_an_error_that_may_pass_is_said_and_given_more_time(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_may_pass_is_said_and_given_more_time(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = Disk(run, attempt_directory(run)[0], lambda: None, beats=False)
 
     def unreachable(path: Path) -> tuple[int, int]:
@@ -183,15 +195,21 @@ def test_an_error_that_may_pass_is_said_and_given_more_time(run: RunDirectory, m
     monkeypatch.setattr(disks, "STALL_SECONDS", 0.001)
     looked(disk)
     time.sleep(0.01)
-    assert disk.trouble == "cannot be reached: Transport endpoint is not connected; the run is ended if that lasts 60 s" and not disk.lost
+    assert (
+        disk.trouble
+        == "cannot be reached: Transport endpoint is not connected; the run is ended if that lasts 60 s"
+        and not disk.lost
+    )
     monkeypatch.setattr(disks, "UNREACHABLE_SECONDS", 0.0)
     assert disk.lost == "it cannot be reached: Transport endpoint is not connected"
     disk.close()
 
 
-def test_a_disk_that_hangs_is_said_once_and_holds_up_no_signal(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_hangs_is_said_once_and_holds_up_no_signal(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(disks, "STALL_SECONDS", 0.01)
-    monkeypatch.setattr("launcher.scheduling.supervisor._GRACE_FILE_SECONDS", 0.01)
+    monkeypatch.setattr("launcher.launch.supervisor._GRACE_FILE_SECONDS", 0.01)
     heard, signals, back = Heard(), Signals(), threading.Event()
     supervisor = Supervisor(run, attempt_directory(run)[0], 30.0, Screen(heard), signals)
     supervisor.disk.write(back.wait)
@@ -236,7 +254,9 @@ def test_what_ranks_tell_without_the_disk_is_said_and_counts(run: RunDirectory) 
     ]
     for record in records:
         supervisor._heed(record)
-    supervisor._heed({"exits": [{"rank": 0, "pid": 4, "code": -9, "time": 2.0, "by_agent": False, "host": "n1"}]})
+    supervisor._heed(
+        {"exits": [{"rank": 0, "pid": 4, "code": -9, "time": 2.0, "by_agent": False, "host": "n1"}]}
+    )
     supervisor.screen.close(0, 60)
     assert heard.lines == ["warning: 2 saves in a row have failed"]
     told = first(run.attempt(1), failures=supervisor._failures, exits=supervisor._exits)
@@ -296,7 +316,9 @@ def test_a_bug_at_the_end_is_no_storage(run: RunDirectory, monkeypatch: pytest.M
         concluded(run, end_of(), monkeypatch)
 
 
-def test_a_full_disk_takes_nothing_from_what_is_said(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_takes_nothing_from_what_is_said(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -306,16 +328,22 @@ def test_a_full_disk_takes_nothing_from_what_is_said(run: RunDirectory, monkeypa
     assert code == 9 and line.startswith("rank-lost: rank 1 on n1 after step 0: killed by signal 9")
 
 
-def test_a_disk_that_takes_nothing_is_not_waited_for(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_takes_nothing_is_not_waited_for(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     over, heard = threading.Event(), Heard()
     monkeypatch.setattr(local, "write_atomically", lambda *arguments: over.wait(60))
     monkeypatch.setattr(local, "_SHORT_SECONDS", 0.2)
     screen = Screen(heard)
-    code = local.conclude(run, plan(), 1, end_of(forced="grace", signal_name="SIGTERM"), screen, False, Signals())
+    code = local.conclude(
+        run, plan(), 1, end_of(forced="grace", signal_name="SIGTERM"), screen, False, Signals()
+    )
     screen.close(code, 60)
     over.set()
     assert code == 130 and "the ranks had not saved" in heard.lines[0]
-    assert heard.lines[1:] == [f"warning: nothing of this could be written down: the run directory {run.path} does not answer"]
+    assert heard.lines[1:] == [
+        f"warning: nothing of this could be written down: the run directory {run.path} does not answer"
+    ]
 
 
 def test_a_renamed_run_is_told_where_it_is_now(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,9 +351,12 @@ def test_a_renamed_run_is_told_where_it_is_now(run: RunDirectory, monkeypatch: p
     event(run.events_file, "started", attempt=1)
     there = run.path.with_name("elsewhere")
     rename(run)
-    code, line = concluded(run, end_of(forced="gone", lost="it was removed or renamed", place=there), monkeypatch)
+    code, line = concluded(
+        run, end_of(forced="gone", lost="it was removed or renamed", place=there), monkeypatch
+    )
     assert code == 5 and line.endswith(
-        f"was renamed to {there}; nothing could be saved there any more, and the ranks were ended; go on with: launcher resume {there}"
+        f"was renamed to {there}; nothing could be saved there any more, and the ranks were ended; go "
+        f"on with: launcher resume {there}"
     )
     assert (there / "attempts" / "0001" / "failure.json").exists()
 
@@ -334,7 +365,10 @@ def test_few_files_are_refused_and_a_soft_limit_is_raised(monkeypatch: pytest.Mo
     kept: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda what, values: kept.append(values))
     monkeypatch.setattr(resource, "getrlimit", lambda what: (64, 64))
-    with pytest.raises(ConfigurationError, match=r"ulimit -n = 64: a process may have 64 files open.* up to 104; write: ulimit -n 4096"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"ulimit -n = 64: a process may have 64 files open.* up to 104; write: ulimit -n 4096",
+    ):
         limits.raise_open_files(plan())
     monkeypatch.setattr(resource, "getrlimit", lambda what: (64, resource.RLIM_INFINITY))
     limits.raise_open_files(plan())
@@ -368,7 +402,9 @@ def test_an_error_of_the_system_is_one_line(
     assert named(OSError(errno.EDOM, "no such thing")) is None
 
 
-def test_grace_is_counted_by_a_clock_that_nobody_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grace_is_counted_by_a_clock_that_nobody_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Grace.of(100.0, "SIGHUP").write(tmp_path)
     (file,) = tmp_path.iterdir()
     stop = StopRequest(5.0, file)
@@ -386,7 +422,7 @@ def test_grace_is_counted_by_a_clock_that_nobody_sets(tmp_path: Path, monkeypatc
 def test_a_launcher_whose_output_nobody_takes_keeps_its_exit_code() -> None:
     program = (
         "import os, sys\n"
-        "from launcher.scheduling.screen import Screen, Watcher, mute\n"
+        "from launcher.launch.screen import Screen, Watcher, mute\n"
         "screen = Screen(Watcher())\n"
         "screen.say('lost')\n"
         "print('lost too', end='')\n"

@@ -11,22 +11,22 @@ import yaml
 
 from launcher.cli.app import SCRIPT_ARGUMENTS, load
 from launcher.errors import ConfigurationError
-from launcher.job.script import OWN, unused
-from launcher.job.script import load as load_job
-from launcher.planning.hardware import Hardware
-from launcher.planning.plan import Plan
-from launcher.planning.script import plan
-from launcher.render.script import accelerate_config, deepspeed_config, files
+from launcher.job.script_job import OWN, unused
+from launcher.job.script_job import load as load_job
+from launcher.launch import local
+from launcher.launch.command import agent_command, environment
+from launcher.launch.evaluation import Request
+from launcher.launch.run_setup import open_run, reopen
+from launcher.launch.screen import Watcher
+from launcher.launch.script_run import script_command
+from launcher.launch.supervisor import End
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.plan import Plan
+from launcher.planner.script_plan import plan
+from launcher.render.script_files import accelerate_config, deepspeed_config, files
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling import local
-from launcher.scheduling.command import agent_command, environment
-from launcher.scheduling.evaluation import Request
-from launcher.scheduling.opening import open_run, reopen
-from launcher.scheduling.screen import Watcher
-from launcher.scheduling.script import script_command
-from launcher.scheduling.supervisor import End
 
 CPU = ["cluster.gpus_per_node=0"]
 HERE = Hardware(num_cores=4, memory_bytes=8 << 30, cpu_flags=frozenset(), gpus=(), gpu_note="no driver")
@@ -43,7 +43,9 @@ def planned(script: Path, *overrides: str, nproc: int = 2) -> Plan:
     return plan(load_job(None, [*CPU, *overrides], script), (str(script), "--lr", "1"), nproc, HERE)
 
 
-def opened(script: Path, *arguments: str, overrides: list[str] | None = None, job: Path | None = None) -> tuple[RunDirectory, Plan]:
+def opened(
+    script: Path, *arguments: str, overrides: list[str] | None = None, job: Path | None = None
+) -> tuple[RunDirectory, Plan]:
     return open_run(job, [*CPU, *(overrides or [])], 2, None, script_command(script, arguments))
 
 
@@ -57,7 +59,9 @@ def opened(script: Path, *arguments: str, overrides: list[str] | None = None, jo
         ("latin.py", b"x = '\xe9'\n", "not Python: "),
     ],
 )
-def test_what_is_no_script_is_refused_in_one_line(script: Path, name: str, content: bytes | None, said: str) -> None:
+def test_what_is_no_script_is_refused_in_one_line(
+    script: Path, name: str, content: bytes | None, said: str
+) -> None:
     if content is not None:
         Path(name).write_bytes(content)
     with pytest.raises(ConfigurationError) as caught:
@@ -70,14 +74,19 @@ def test_a_script_is_named_from_anywhere_with_its_arguments_as_they_are(script: 
     assert script_command(Path("train.py"), ["a b", "--", ""]) == (str(script), "a b", "--", "")
 
 
-@pytest.mark.parametrize(("file", "name"), [("train.py", "train"), ("my run (2).py", "my-run-2-"), ("_x.py", "x"), ("ü.py", "script")])
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("train.py", "train"), ("my run (2).py", "my-run-2-"), ("_x.py", "x"), ("ü.py", "script")],
+)
 def test_without_a_job_the_run_has_the_scripts_name(tmp_path: Path, file: str, name: str) -> None:
     assert load_job(None, [], tmp_path / file).name == name
 
 
 def test_a_script_is_submitted_by_the_sites_profile(script: Path, tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text("cluster: {account: physics, mem: 200G}\n")
-    (tmp_path / "job.yaml").write_text("cluster: {profile: ./site.yaml, gpus_per_node: 0, sbatch: {mem-per-cpu: 4G}}\n")
+    (tmp_path / "job.yaml").write_text(
+        "cluster: {profile: ./site.yaml, gpus_per_node: 0, sbatch: {mem-per-cpu: 4G}}\n"
+    )
     options = plan(load_job(tmp_path / "job.yaml", [], script), (str(script),), 2, HERE).slurm.options
     assert options == {"account": "physics", "mem-per-cpu": "4G"}
     with pytest.raises(ConfigurationError, match="no profile of that name"):
@@ -112,7 +121,10 @@ def test_a_job_is_checked_as_any_other(script: Path, tmp_path: Path, text: str, 
 
 
 def test_what_a_job_says_and_the_script_decides_is_listed(script: Path, tmp_path: Path) -> None:
-    text = "data: {train: {path: gone.jsonl}, text: a}\ntraining: {epochs: 1, max_steps: 2}\nmodel: {name: org/model, task: causal-lm}\n"
+    text = (
+        "data: {train: {path: gone.jsonl}, text: a}\ntraining: {epochs: 1, max_steps: 2}\nmodel: {name: "
+        "org/model, task: causal-lm}\n"
+    )
     (tmp_path / "job.yaml").write_text(text)
     job = load_job(tmp_path / "job.yaml", CPU, script)
     assert unused(job) == ["data", "training", "model.task"]
@@ -127,7 +139,9 @@ def test_any_number_of_ranks_is_planned_and_precision_is_the_scripts(script: Pat
     assert planned(script, "precision=bf16").precision == "bf16"
     assert planned(script, "memory.activation_checkpointing=full").activation_checkpointing == "full"
     assert Plan.model_validate_json(made.to_json()) == made
-    assert not any(decision.key.startswith(("batch", "training", "trackers", "model")) for decision in made.decisions)
+    assert not any(
+        decision.key.startswith(("batch", "training", "trackers", "model")) for decision in made.decisions
+    )
 
 
 def test_accelerate_is_told_of_fsdp_on_cpus_too(script: Path) -> None:
@@ -141,13 +155,21 @@ def test_deepspeed_is_left_what_the_script_decides(script: Path) -> None:
     made = planned(script, "parallel.engine=deepspeed", "parallel.shard=gradients", "precision=bf16")
     config = deepspeed_config(made)
     left = {key for key, value in config.items() if value == "auto"}
-    assert left == {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+    assert left == {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    }
     assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
     assert config["zero_optimization"]["stage"] == 2 and "auto" not in config["zero_optimization"].values()
     assert "optimizer" not in config and "scheduler" not in config
     written = files(made, "/runs/a b")
     assert json.loads(written["ds_config.json"]) == config
-    assert yaml.safe_load(written["accelerate.yaml"])["deepspeed_config"]["deepspeed_config_file"] == "/runs/a b/ds_config.json"
+    assert (
+        yaml.safe_load(written["accelerate.yaml"])["deepspeed_config"]["deepspeed_config_file"]
+        == "/runs/a b/ds_config.json"
+    )
     assert set(files(planned(script), "/runs")) == {"accelerate.yaml"}
 
 
@@ -160,14 +182,22 @@ def test_a_run_holds_the_script_and_no_placeholder(script: Path) -> None:
     assert reopen(run, [], None) == made
     assert opened(script, "--lr", "1 2", overrides=["parallel.engine=deepspeed"])[1] == made
     changed = reopen(run, ["parallel.shard=gradients"], 3)
-    assert (changed.script, changed.mesh.world_size, changed.zero.stage if changed.zero else 0) == (made.script, 3, 2)
-    assert json.loads((run.path / "rendered" / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+    assert (changed.script, changed.mesh.world_size, changed.zero.stage if changed.zero else 0) == (
+        made.script,
+        3,
+        2,
+    )
+    assert (
+        json.loads((run.path / "rendered" / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+    )
 
 
 def test_another_script_or_other_arguments_are_another_run(script: Path) -> None:
     run, made = opened(script, "a")
     for arguments in (["b"], []):
-        with pytest.raises(ConfigurationError, match=r"this run was begun with .*train\.py a; write that again"):
+        with pytest.raises(
+            ConfigurationError, match=r"this run was begun with .*train\.py a; write that again"
+        ):
             opened(script, *arguments)
     assert Plan.read(run.plan_file) == made
 
@@ -179,7 +209,17 @@ def test_neither_job_nor_script_is_refused() -> None:
 
 def test_the_command_runs_the_script_and_the_environment_names_the_run(script: Path, tmp_path: Path) -> None:
     run, made = opened(script, "--lr", "a b")
-    entry = ["-m", "launcher.training.script", str(run.path), "--attempt", "4", "--", str(script), "--lr", "a b"]
+    entry = [
+        "-m",
+        "launcher.training.script_entry",
+        str(run.path),
+        "--attempt",
+        "4",
+        "--",
+        str(script),
+        "--lr",
+        "a b",
+    ]
     assert agent_command(run, made, 4)[-len(entry) :] == entry
     seen = environment(run, made, 4)
     assert (seen["LAUNCHER_RUN_DIRECTORY"], seen["LAUNCHER_ATTEMPT"]) == (str(run.path), "4")
@@ -214,7 +254,9 @@ def test_a_script_that_was_asked_to_stop_has_stopped_whatever_its_code(script: P
     event(run.events_file, "stopping", signal="SIGTERM")
     assert local.outcome(run, made, 1, End(0, "", "SIGTERM", {"stopping"}), heard, False) == 75
     assert not run.finished
-    assert heard.lines[0].startswith("stopped; the script goes on from what it saved itself; go on with: launcher resume ")
+    assert heard.lines[0].startswith(
+        "stopped; the script goes on from what it saved itself; go on with: launcher resume "
+    )
 
 
 def test_memory_that_is_not_ours_to_plan_gets_no_advice_on_batches(script: Path) -> None:
@@ -232,13 +274,17 @@ def test_memory_that_is_not_ours_to_plan_gets_no_advice_on_batches(script: Path)
         (["job.yaml"], "job.yaml", None),
     ],
 )
-def test_what_stands_behind_two_dashes_is_the_scripts(words: list[str], job: str | None, arguments: list[str] | None) -> None:
+def test_what_stands_behind_two_dashes_is_the_scripts(
+    words: list[str], job: str | None, arguments: list[str] | None
+) -> None:
     context: Any = load("run").make_context("run", words)
     assert context.params["job"] == (None if job is None else Path(job))
     assert context.meta.get(SCRIPT_ARGUMENTS) == arguments
 
 
-@pytest.mark.parametrize("words", [["job.yaml", "--", "--lr"], ["--script", "t.py", "--lr", "3"], [], ["--", "job.yaml", "more"]])
+@pytest.mark.parametrize(
+    "words", [["job.yaml", "--", "--lr"], ["--script", "t.py", "--lr", "3"], [], ["--", "job.yaml", "more"]]
+)
 def test_arguments_without_a_script_or_without_dashes_are_refused(words: list[str]) -> None:
     with pytest.raises(Exception, match=r"unexpected extra argument|No such option|Missing parameter"):
         load("run").make_context("run", words)

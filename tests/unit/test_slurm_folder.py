@@ -11,9 +11,9 @@ import pytest
 from launcher.job import profile
 from launcher.job.describe import keys
 from launcher.job.load import load
-from launcher.planning.search import plan_job as decide
+from launcher.planner.search import plan_job as decide
 from launcher.render import sbatch
-from launcher.render.place import NODE, PREPARE, Place
+from launcher.render.launch_paths import NODE, PREPARE, Place
 from tests.unit.test_docs import lines_with_commands, parse_command, spans
 
 FOLDER = Path(__file__).parents[2] / "slurm"
@@ -22,9 +22,13 @@ PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_script_says_what_the_renderer_says(tmp_path: Path) -> None:
-    """Line by line, but for the values, which are shell variables here. The agent sets the number of threads itself."""
+    """Line by line, but for the values, which are shell variables here. The agent sets the number of threads
+    itself."""
     (tmp_path / "train.txt").write_text("a line\n")
-    text = "name: a\nmodel: {name: org/model}\ndata: {train: {path: train.txt}, text: text}\ncluster: {gpus_per_node: 0, nodes: 2}\n"
+    text = (
+        "name: a\nmodel: {name: org/model}\ndata: {train: {path: train.txt}, text: text}\ncluster: "
+        "{gpus_per_node: 0, nodes: 2}\n"
+    )
     (tmp_path / "job.yaml").write_text(text)
     plan = decide(load(tmp_path / "job.yaml", []), 2, local=False)
     place = Place("/RUN", "/RUN/rendered", "/PYTHON")
@@ -45,7 +49,13 @@ def test_the_script_says_what_the_renderer_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["nowhere"], [".", "more"], ["."]])
 def test_the_script_refuses_what_is_no_run(arguments: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(["bash", str(FOLDER / "train.sbatch"), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["bash", str(FOLDER / "train.sbatch"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.returncode == 2 and f"RUN = '{(arguments or [''])[0]}': no plan.json in it" in done.stderr
 
 
@@ -56,7 +66,10 @@ def test_the_example_is_a_profile() -> None:
 
 
 def test_the_page() -> None:
-    for line in {*lines_with_commands(PAGE), *(span for span in spans(PAGE) if span.startswith("launcher ") and " " in span[9:])}:
+    for line in {
+        *lines_with_commands(PAGE),
+        *(span for span in spans(PAGE) if span.startswith("launcher ") and " " in span[9:]),
+    }:
         parse_command(line)
     for target in re.findall(r"\]\(([^)]+)\)", PAGE):
         assert (FOLDER / target).is_file(), target

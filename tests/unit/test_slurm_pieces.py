@@ -1,4 +1,5 @@
-"""The pieces of a Slurm run that need no Slurm: variables, attempts, interfaces, clocks, snapshots, what Slurm's commands print."""
+"""The pieces of a Slurm run that need no Slurm: variables, attempts, interfaces, clocks, snapshots, what
+Slurm's commands print."""
 
 from __future__ import annotations
 
@@ -17,13 +18,9 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigurationError, ControllerUnreachableError, RunInUseError, SchedulerError
-from launcher.runs.events import append, event, read
-from launcher.runs.layout import RunDirectory
-from launcher.runs.totals import Totals
-from launcher.scheduling.screen import Screen, Watcher
-from launcher.scheduling.signals import Signals
-from launcher.scheduling.slurm import after, client, network, queue, script_files, snapshot
-from launcher.scheduling.slurm.allocation import (
+from launcher.launch.screen import Screen, Watcher
+from launcher.launch.slurm import after_job, client, network, queue, script_files, snapshot
+from launcher.launch.slurm.allocation import (
     Allocation,
     Assignment,
     await_attempt,
@@ -34,13 +31,22 @@ from launcher.scheduling.slurm.allocation import (
     read_assignment,
     refuse,
 )
-from launcher.scheduling.slurm.clock import Clock, lead_seconds, seconds_since_1970
-from launcher.scheduling.slurm.history import attempts, write_outcome
-from launcher.scheduling.slurm.record import JobRecord
-from launcher.scheduling.slurm.supervision import NodeSupervisor
+from launcher.launch.slurm.deadline import Clock, lead_seconds, seconds_since_1970
+from launcher.launch.slurm.history import attempts, write_outcome
+from launcher.launch.slurm.record import JobRecord
+from launcher.launch.slurm.supervision import NodeSupervisor
+from launcher.launch.stop_signals import Signals
+from launcher.runs.events import append, event, read
+from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
 from tests.unit.test_scheduling_local import plan
 
-VARIABLES = {"SLURM_JOB_ID": "17", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[1-3],big7", "SLURM_RESTART_COUNT": "2"}
+VARIABLES = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_NODELIST": "n[1-3],big7",
+    "SLURM_RESTART_COUNT": "2",
+}
 
 
 @pytest.fixture
@@ -54,7 +60,12 @@ def assignment(job: str = "17", restart: int = 2, step: int = 0) -> Assignment:
 
 def test_slurms_variables() -> None:
     allocation = Allocation.of(VARIABLES)
-    assert (allocation.job_id, allocation.restart, allocation.node_index, allocation.is_head) == ("17", 2, 1, False)
+    assert (allocation.job_id, allocation.restart, allocation.node_index, allocation.is_head) == (
+        "17",
+        2,
+        1,
+        False,
+    )
     assert allocation.hosts == ("n1", "n2", "n3", "big7")
     in_array = Allocation.of({**VARIABLES, "SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "3"})
     assert (in_array.job_id, in_array.raw_job_id) == ("15_3", "17")
@@ -124,7 +135,9 @@ def test_how_attempts_ended(run: RunDirectory) -> None:
         number = begin_attempt(run, assignment(restart=restart, step=3))
         if end:
             write_outcome(run, number, end, exit_code=75)
-    (run.attempt(2) / "failure.json").write_text('{"failure_class": "rank-lost", "cause": "c", "host": "n2", "step": 8}')
+    (run.attempt(2) / "failure.json").write_text(
+        '{"failure_class": "rank-lost", "cause": "c", "host": "n2", "step": 8}'
+    )
     first, second, third = attempts(run)
     assert [one.end for one in (first, second, third)] == ["requeued", "preempted", "node lost"]
     assert (second.failure_class, second.cause, second.host, second.step) == ("rank-lost", "c", "n2", 8)
@@ -187,10 +200,16 @@ def test_the_lead_covers_two_saves_and_two_steps(run: RunDirectory) -> None:
 
 def test_what_scontrol_says() -> None:
     line = (
-        "JobId=3 JobName=a b UserId=me(1) Reason=None Dependency=(null) TRES=cpu=4,mem=1G Req:S:C:T=0:0:*:* Comment=x y=z Command=/a b/c.sh"
+        "JobId=3 JobName=a b UserId=me(1) Reason=None Dependency=(null) TRES=cpu=4,mem=1G "
+        "Req:S:C:T=0:0:*:* Comment=x y=z Command=/a b/c.sh"
     )
     known = queue.fields(line)
-    assert known["JobName"] == "a b" and known["TRES"] == "cpu=4,mem=1G" and known["Command"] == "/a b/c.sh" and known["Comment"] == "x y=z"
+    assert (
+        known["JobName"] == "a b"
+        and known["TRES"] == "cpu=4,mem=1G"
+        and known["Command"] == "/a b/c.sh"
+        and known["Comment"] == "x y=z"
+    )
     assert queue.fields("") == {}
 
 
@@ -198,7 +217,8 @@ def test_what_scontrol_says() -> None:
     ("stderr", "said"),
     [
         (
-            "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition name specified\n",
+            "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission "
+            "failed: Invalid partition name specified\n",
             "Invalid",
         ),
         ("squeue: error: slurm_load_jobs: nothing\n", "slurm_load_jobs: nothing"),
@@ -223,7 +243,11 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_commands_that_fail_hang_or_are_not_there(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(bin_folder, "squeue", "echo 'squeue: error: Unable to contact slurm controller (connect failure)' >&2; exit 1")
+    program(
+        bin_folder,
+        "squeue",
+        "echo 'squeue: error: Unable to contact slurm controller (connect failure)' >&2; exit 1",
+    )
     with pytest.raises(ControllerUnreachableError, match="Unable to contact"):
         client.call(["squeue"])
     program(bin_folder, "squeue", "echo 'squeue: error: bad option' >&2; exit 1")
@@ -240,7 +264,12 @@ def test_commands_that_fail_hang_or_are_not_there(bin_folder: Path, monkeypatch:
 
 
 def test_a_controller_that_comes_back_is_waited_for(bin_folder: Path, tmp_path: Path) -> None:
-    program(bin_folder, "squeue", f"[ -e {tmp_path}/seen ] && echo yes && exit; touch {tmp_path}/seen; echo 'Socket timed out' >&2; exit 1")
+    program(
+        bin_folder,
+        "squeue",
+        f"[ -e {tmp_path}/seen ] && echo yes && exit; touch {tmp_path}/seen; echo 'Socket timed out' "
+        ">&2; exit 1",
+    )
     assert client.patiently(["squeue"], 30) == "yes\n"
     program(bin_folder, "squeue", "echo 'Socket timed out' >&2; exit 1")
     with pytest.raises(ControllerUnreachableError):
@@ -248,7 +277,9 @@ def test_a_controller_that_comes_back_is_waited_for(bin_folder: Path, tmp_path: 
 
 
 def test_the_queue_is_asked_once_and_a_job_that_is_gone_is_not_there(bin_folder: Path) -> None:
-    line = "\x1f".join(["5_1", "PENDING", "Priority", "2026-11-23T10:00:00", "1:00", "2", "", "/run/submit.sh"])
+    line = "\x1f".join(
+        ["5_1", "PENDING", "Priority", "2026-11-23T10:00:00", "1:00", "2", "", "/run/submit.sh"]
+    )
     program(bin_folder, "squeue", f"echo '{line}'; echo rubbish")
     (entry,) = queue.queue(["5_1"]).values()
     assert entry.to_dict() == {
@@ -271,7 +302,10 @@ def test_the_queue_is_asked_once_and_a_job_that_is_gone_is_not_there(bin_folder:
 
 def test_records_settings_and_accounting(bin_folder: Path) -> None:
     program(
-        bin_folder, "scontrol", 'case "$*" in *config*) echo "KillWait                = 30 sec";; *) echo "JobId=7 JobState=RUNNING";; esac'
+        bin_folder,
+        "scontrol",
+        'case "$*" in *config*) echo "KillWait                = 30 sec";; *) echo "JobId=7 '
+        'JobState=RUNNING";; esac',
     )
     assert queue.record("7") == {"JobId": "7", "JobState": "RUNNING"}
     assert queue.setting("KillWait") == "30 sec" and queue.setting("Nothing") == ""
@@ -319,13 +353,16 @@ def test_a_run_belongs_to_one_job(bin_folder: Path, run: RunDirectory) -> None:
 )
 def test_what_slurm_meant(end: str, known: str, meant: str, bin_folder: Path) -> None:
     program(bin_folder, "scontrol", f"echo 'JobId=17 {known}'")
-    assert after._meaning(Allocation.of(VARIABLES), end) == meant
+    assert after_job._meaning(Allocation.of(VARIABLES), end) == meant
 
 
 @pytest.mark.parametrize(
-    ("node", "end", "leaves"), [("1", "failed", True), ("1", "time limit", True), ("1", "finished", False), ("0", "failed", False)]
+    ("node", "end", "leaves"),
+    [("1", "failed", True), ("1", "time limit", True), ("1", "finished", False), ("0", "failed", False)],
 )
-def test_who_follows_leaves_when_the_head_has_given_up(node: str, end: str, leaves: bool, run: RunDirectory) -> None:
+def test_who_follows_leaves_when_the_head_has_given_up(
+    node: str, end: str, leaves: bool, run: RunDirectory
+) -> None:
     """Slurm's step, and the batch script that decides what is next, wait for the last node."""
     allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": node})
     run.attempts.mkdir(parents=True)
@@ -341,13 +378,24 @@ def test_who_follows_leaves_when_the_head_has_given_up(node: str, end: str, leav
 
 
 @pytest.mark.parametrize(("until_killed", "given"), [(30.0, 25.0), (6.0, 3.0), (0.0, 0.0)])
-def test_of_what_slurm_leaves_after_sigterm_some_is_for_going_on(until_killed: float, given: float, run: RunDirectory) -> None:
-    """The other nodes leave in it, and the batch script asks for the next attempt: Slurm kills that with the ranks."""
+def test_of_what_slurm_leaves_after_sigterm_some_is_for_going_on(
+    until_killed: float, given: float, run: RunDirectory
+) -> None:
+    """The other nodes leave in it, and the batch script asks for the next attempt: Slurm kills that with the
+    ranks."""
     run.attempts.mkdir(parents=True)
     clock, signals = Clock("17"), Signals()
     clock.term_seconds = until_killed
     signals.received.append((signal.SIGTERM, time.monotonic()))
-    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), signals, clock, Allocation.of(VARIABLES), Screen(Watcher()))
+    supervisor = NodeSupervisor(
+        run,
+        begin_attempt(run, assignment()),
+        plan(),
+        signals,
+        clock,
+        Allocation.of(VARIABLES),
+        Screen(Watcher()),
+    )
     assert supervisor.grace() == given
 
 
@@ -357,16 +405,26 @@ def test_what_became_of_the_rows_stands_in_the_jobs_output(
 ) -> None:
     run.attempts.mkdir(parents=True)
     allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": node})
-    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), Signals(), Clock("17"), allocation, Screen(Watcher()))
+    supervisor = NodeSupervisor(
+        run, begin_attempt(run, assignment()), plan(), Signals(), Clock("17"), allocation, Screen(Watcher())
+    )
     example = {"file": "a.jsonl", "line": 5, "reason": "empty", "detail": "'text' has no text", "cut": False}
-    rows = {"rows_read": 10, "rows_used": 9, "dropped": {"empty": 1}, "num_cut": 0, "num_tokens": 90, "examples": [example]}
+    rows = {
+        "rows_read": 10,
+        "rows_used": 9,
+        "dropped": {"empty": 1},
+        "num_cut": 0,
+        "num_tokens": 90,
+        "examples": [example],
+    }
     event(run.events_file, "prepared", role="train", **rows)
     assert supervisor.disk.last_look(60, lambda: False)
     for record in supervisor.disk.events():
         supervisor._note(record)
     supervisor.screen.close(0, 60)
     said = (
-        "train: 9 of 10 rows used, 1 dropped (1 empty), 90 tokens\nwarning: train: 1 of 10 rows (10.0%) are dropped; the first is a.jsonl, "
+        "train: 9 of 10 rows used, 1 dropped (1 empty), 90 tokens\nwarning: train: 1 of 10 rows (10.0%) "
+        "are dropped; the first is a.jsonl, "
     )
     assert capsys.readouterr().err == (said + "line 5: empty ('text' has no text)\n" if says else "")
 
@@ -376,7 +434,9 @@ def test_that_the_time_is_over_is_decided_once(run: RunDirectory) -> None:
     run.attempts.mkdir(parents=True)
     allocation = Allocation.of({**VARIABLES, "SLURM_NODEID": "0"})
     clock, signals = Clock("17"), Signals()
-    supervisor = NodeSupervisor(run, begin_attempt(run, assignment()), plan(), signals, clock, allocation, Screen(Watcher()))
+    supervisor = NodeSupervisor(
+        run, begin_attempt(run, assignment()), plan(), signals, clock, allocation, Screen(Watcher())
+    )
     signals.received.append((signal.SIGUSR2, time.monotonic()))
     supervisor._heed_the_clock()
     assert signals.first, "of the end nothing is known yet: Slurm's signal counts"
@@ -400,12 +460,16 @@ def test_a_time_limit_before_the_attempt_began_is_not_tried_for_ever(
     program(bin_folder, "scontrol", "echo 'JobId=17 JobState=COMPLETING Reason=TimeLimit PreemptTime=None'")
     run.path.mkdir()
     run.plan_file.write_text(plan().to_json())
-    assert [after.main([str(run.path), "140"]) for _ in range(3)] == [140] * 3
+    assert [after_job.main([str(run.path), "140"]) for _ in range(3)] == [140] * 3
     said = [(record["event"], record["reason"]) for record in read(run.events_file)]
     waited = "time limit before it had begun"
-    assert said == [("requeued", waited), ("requeued", waited), ("gave_up", f"{waited}: raise cluster.time_limit")]
+    assert said == [
+        ("requeued", waited),
+        ("requeued", waited),
+        ("gave_up", f"{waited}: raise cluster.time_limit"),
+    ]
     event(run.events_file, "started", attempt=1)
-    after.main([str(run.path), "140"])
+    after_job.main([str(run.path), "140"])
     assert list(read(run.events_file))[-1]["event"] == "requeued"
 
 
@@ -427,7 +491,9 @@ def copied_names(script: Path) -> set[str]:
     return {str(path.relative_to(script.parent)) for path in script.parent.rglob("*") if path.is_file()}
 
 
-def test_a_script_is_copied_with_what_belongs_to_it(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_is_copied_with_what_belongs_to_it(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "mine"
     (folder / "parts").mkdir(parents=True)
     for name in ("train.py", "parts/model.py", "weights.bin", "config.yaml", ".hidden.py"):
@@ -440,7 +506,9 @@ def test_a_script_is_copied_with_what_belongs_to_it(run: RunDirectory, tmp_path:
         "'.hidden.py': a dot-file",
         "'weights.bin': not known to git, and none of .py .json .yaml .yml .toml .txt",
     ]
-    assert os.access(copied.parent / "parts/model.py", os.X_OK) and not os.access(copied.parent / "config.yaml", os.X_OK)
+    assert os.access(copied.parent / "parts/model.py", os.X_OK) and not os.access(
+        copied.parent / "config.yaml", os.X_OK
+    )
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     (folder / ".gitignore").write_text("*.log\n")
     (folder / "noise.log").write_text("ignored")
@@ -458,7 +526,9 @@ def test_a_script_is_copied_with_what_belongs_to_it(run: RunDirectory, tmp_path:
 
 
 @pytest.mark.parametrize("with_git", [False, True])
-def test_no_secret_and_nothing_from_outside_reaches_the_copy_of_a_script(run: RunDirectory, tmp_path: Path, with_git: bool) -> None:
+def test_no_secret_and_nothing_from_outside_reaches_the_copy_of_a_script(
+    run: RunDirectory, tmp_path: Path, with_git: bool
+) -> None:
     folder, outside = tmp_path / "mine", tmp_path / "shadow.txt"
     folder.mkdir()
     outside.write_text("root:x")
@@ -477,11 +547,17 @@ def test_no_secret_and_nothing_from_outside_reaches_the_copy_of_a_script(run: Ru
     os.mkfifo(folder / "pipe.txt")
     if with_git:
         subprocess.run(["git", "init", "-q", str(folder)], check=True)
-        subprocess.run(["git", "-C", str(folder), "add", "-f", ".env", "shadow.txt", "settings.json", "helper.py"], check=True)
+        subprocess.run(
+            ["git", "-C", str(folder), "add", "-f", ".env", "shadow.txt", "settings.json", "helper.py"],
+            check=True,
+        )
     copied = snapshot.of_script(run, folder / "train.py")
     assert copied_names(copied) == {"train.py", "helper.py", "same.py"}
     text = "\n".join(snapshot.left_out(run))
-    assert all(name in text for name in (".env", "env.txt", "away", "settings.json", "shadow.txt", "gone.py", "loop.py"))
+    assert all(
+        name in text
+        for name in (".env", "env.txt", "away", "settings.json", "shadow.txt", "gone.py", "loop.py")
+    )
     assert "a link that leads out of the folder" in text and "holds what looks like a secret" in text
     (folder / "train.py").write_text("login(token='hf_abcdefghijklmnopqrstuvwxyz')")
     with pytest.raises(ConfigurationError, match=r"train.py.*secret; set it in the environment"):

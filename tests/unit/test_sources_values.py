@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.planning.lengths import lengths
-from launcher.sources.formats import FORMATS
-from launcher.sources.labels import class_name, class_names, number_of
-from launcher.sources.rows import RowProblem, text_of
-from launcher.sources.sample import look
-from launcher.sources.section import Source
-from launcher.sources.written import list_in
+from launcher.data.formats import FORMATS
+from launcher.data.labels import class_name, class_names, number_of
+from launcher.data.rows import RowProblem, text_of
+from launcher.data.sample import look
+from launcher.data.section import Source
+from launcher.data.written import list_in
+from launcher.planner.dataset.token_lengths import lengths
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.chat.rows import messages_of
 from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
@@ -194,7 +194,9 @@ def test_a_missing_value_says_what_stands_there() -> None:
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "say \"x\" 'y'"}]
 
 
-@pytest.mark.parametrize("written", [TURNS, json.dumps(TURNS), repr(TURNS), repr(TURNS).replace("}, {", "}\n {")])
+@pytest.mark.parametrize(
+    "written", [TURNS, json.dumps(TURNS), repr(TURNS), repr(TURNS).replace("}, {", "}\n {")]
+)
 def test_messages_are_a_list_or_the_text_of_one(written: Any) -> None:
     assert messages_of({"m": written}, "m") == TURNS
 
@@ -217,9 +219,17 @@ def test_chats_that_are_none(messages: Any, reason: str) -> None:
 
 
 def test_nan_beside_a_message_is_nothing() -> None:
-    calls = {"role": "assistant", "content": NAN, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    calls = {
+        "role": "assistant",
+        "content": NAN,
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
     seen = messages_of({"m": [{**TURNS[0], "name": NAN}, calls, TURNS[1]]}, "m")
-    assert seen[0]["name"] is None and seen[1]["content"] is None and seen[1]["tool_calls"] == calls["tool_calls"]
+    assert (
+        seen[0]["name"] is None
+        and seen[1]["content"] is None
+        and seen[1]["tool_calls"] == calls["tool_calls"]
+    )
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
@@ -227,7 +237,10 @@ def test_cells_without_a_value_are_missing_and_words_are_text(ending: str, tmp_p
     words = ["nan", "NaN", "<NA>", "NaT", "#N/A", "None", "null", "NA", "Nan", "nan bread"]
     path = tmp_path / f"a{ending}"
     path.write_text(
-        "t" + ("," if ending == ".csv" else "\t") + "n\n" + "".join(f"{w}{',' if ending == '.csv' else chr(9)}1\n" for w in words)
+        "t"
+        + ("," if ending == ".csv" else "\t")
+        + "n\n"
+        + "".join(f"{w}{',' if ending == '.csv' else chr(9)}1\n" for w in words)
     )
     read = [outcome(text_of, values, "t") for _, values in FORMATS[ending].read(path, ("t",))]
     assert read == ["missing key"] * 5 + words[5:]
@@ -246,15 +259,21 @@ def test_what_pandas_writes_is_read_as_it_was_meant(ending: str, tmp_path: Path)
         frame.to_parquet(path)
     rows = [values for _, values in FORMATS[ending].read(path, ("text", "label"))]
     labels = [outcome(class_names, row, "label", "single-label") for row in rows]
-    assert labels[:2] == [["1"], ["0"]] and labels[3] == ["1"] and isinstance(labels[2], str), "a float column, by one missing value"
+    assert labels[:2] == [["1"], ["0"]] and labels[3] == ["1"] and isinstance(labels[2], str), (
+        "a float column, by one missing value"
+    )
     texts = [outcome(text_of, row, "text") for row in rows]
     assert texts[1] in ("missing key", "empty") and texts[::2] == ["a", "c"]
 
 
 def test_the_planner_sees_values_as_they_are_trained(tmp_path: Path) -> None:
     source = Source(path="a")
-    labelled = SequenceClassification(LabelledColumns(train=source, text="t", label="y", max_length=64, problem="multi-label"))
-    rows: list[Any] = [{"t": "xxx", "y": y} for y in ("['a' 'b']", "[a, b]", NAN, [NAN], "a|b")] + [{"t": NAN, "y": "a"}]
+    labelled = SequenceClassification(
+        LabelledColumns(train=source, text="t", label="y", max_length=64, problem="multi-label")
+    )
+    rows: list[Any] = [{"t": "xxx", "y": y} for y in ("['a' 'b']", "[a, b]", NAN, [NAN], "a|b")] + [
+        {"t": NAN, "y": "a"}
+    ]
     assert len(lengths(rows, labelled, str(tmp_path))[0]) == 2
     chat = CausalLM(CausalColumns(train=source, messages="m", max_length=64))
     assert len(lengths([{"m": repr(TURNS)}, {"m": NAN}, {"m": "no"}], chat, str(tmp_path))[0]) == 1
@@ -266,15 +285,24 @@ def saved(directory: Path, rows: int = 5, **columns: Any) -> Path:
 
     directory.mkdir(parents=True)
     table = pyarrow.table(
-        columns or {"text": [f"row {number}" for number in range(rows)], "label": [number % 3 - 1 for number in range(rows)]}
+        columns
+        or {
+            "text": [f"row {number}" for number in range(rows)],
+            "label": [number % 3 - 1 for number in range(rows)],
+        }
     )
-    features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": ["no", "yes"], "_type": "ClassLabel"}}
+    features = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"names": ["no", "yes"], "_type": "ClassLabel"},
+    }
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     names = [f"data-0000{number}-of-00002.arrow" for number in range(2)]
     for number, name in enumerate(names):
         with pyarrow.ipc.new_stream(directory / name, table.schema) as stream:
             stream.write_table(table.slice(number * 3, 3))
-    (directory / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], "_split": None}))
+    (directory / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names], "_split": None})
+    )
     (directory / "dataset_info.json").write_text("{}")
     return directory
 
@@ -282,8 +310,8 @@ def saved(directory: Path, rows: int = 5, **columns: Any) -> Path:
 def test_a_directory_of_save_to_disk_is_looked_at(tmp_path: Path) -> None:
     seen = look(Source(path=str(saved(tmp_path / "a", 5))), ("text", "label"))
     assert seen.num_rows == 5
-    assert sorted(seen.rows, key=str) == sorted([{"text": f"row {n}", "label": [None, "no", "yes"][n % 3]} for n in range(5)], key=str), (
-        "-1 is a row without a label"
-    )
+    assert sorted(seen.rows, key=str) == sorted(
+        [{"text": f"row {n}", "label": [None, "no", "yes"][n % 3]} for n in range(5)], key=str
+    ), "-1 is a row without a label"
     few = look(Source(path=str(tmp_path / "a"), limit=4), ("text",), most=3)
     assert few.num_rows == 4 and len(few.rows) == 3 and {"text": "row 4"} not in few.rows

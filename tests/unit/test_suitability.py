@@ -1,4 +1,5 @@
-"""What a model's files say against its rows, before anything is loaded: lengths, tokens, an adapter's directory."""
+"""What a model's files say against its rows, before anything is loaded: lengths, tokens, an adapter's
+directory."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.job.schema import Model
-from launcher.planning import positions, suitability
-from launcher.planning.model_config import config_of
-from launcher.planning.search import plan_job as plan
-from launcher.planning.vocabulary import read_vocabulary
+from launcher.planner.dataset import suitability
+from launcher.planner.model import positions
+from launcher.planner.model.model_config import config_of
+from launcher.planner.model.vocabulary import read_vocabulary
+from launcher.planner.search import plan_job as plan
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 6, "max_position_embeddings": 64, "tie_word_embeddings": True,
 }  # fmt: skip
 WORDS = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4, "d": 5}
@@ -87,8 +90,20 @@ def test_positions_of_a_table(config: dict[str, Any], number: int | None) -> Non
     [
         ({"max_position_embeddings": 4096}, 4096),
         ({"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 16384),
-        ({"max_position_embeddings": 131072, "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
-        ({"max_position_embeddings": 32768, "rope_parameters": {"factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 32768,
+                "rope_parameters": {"factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
         ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}}, 4096),
         ({"text_config": {"model_type": "gemma3_text", "max_position_embeddings": 8192}}, 8192),
         ({}, None),
@@ -99,17 +114,29 @@ def test_positions_that_a_rotary_model_was_made_for(config: dict[str, Any], numb
     assert (made_for and made_for[0]) == number
 
 
-def test_longer_than_the_positions_is_refused_before_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bert = model(tmp_path / "bert", LLAMA | {"model_type": "roberta", "max_position_embeddings": 130, "type_vocab_size": 1})
+def test_longer_than_the_positions_is_refused_before_a_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert = model(
+        tmp_path / "bert",
+        LLAMA | {"model_type": "roberta", "max_position_embeddings": 130, "type_vocab_size": 1},
+    )
     path = job(tmp_path, bert, 256)
     assert command("validate", str(path)) == command("plan", str(path)) == 2
     said = capsys.readouterr().err
-    assert said.count("data.max_length = 256: a roberta model has no positions beyond 128 (max_position_embeddings 130") == 2
+    assert (
+        said.count(
+            "data.max_length = 256: a roberta model has no positions beyond 128 (max_position_embeddings 130"
+        )
+        == 2
+    )
     assert "write 128 or less" in said
     assert command("validate", str(path), "--set", "data.max_length=128") == 0
 
 
-def test_longer_than_a_rotary_model_was_made_for_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_longer_than_a_rotary_model_was_made_for_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = job(tmp_path, model(tmp_path / "llama"), 96)
     assert command("validate", str(path)) == 0
     assert "note: data.max_length = 96: the model was made for 64 positions" in capsys.readouterr().out
@@ -118,12 +145,17 @@ def test_longer_than_a_rotary_model_was_made_for_is_said(tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("name", ["plan", "render", "submit --dry-run", "run"])
-def test_tokens_without_a_row_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_without_a_row_are_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = job(tmp_path, model(tmp_path / "llama", added=("<|x|>", "<|y|>")))
     out = ["--out", str(tmp_path / "out")] if name == "render" else []
     assert command(*name.split(), str(path), *out) == 2
     said = capsys.readouterr().err
-    assert "the tokenizer has 8 tokens and the embedding 6 rows (vocab_size): there is none for '<|x|>' (6), '<|y|>' (7)" in said
+    assert (
+        "the tokenizer has 8 tokens and the embedding 6 rows (vocab_size): there is none for '<|x|>' "
+        "(6), '<|y|>' (7)" in said
+    )
     assert "model.resize_embeddings: true" in said
 
 
@@ -136,7 +168,9 @@ def test_new_rows_are_counted_by_the_planner(tmp_path: Path, capsys: pytest.Capt
     assert config_of(Model(name=str(directory))) == LLAMA
 
 
-def test_rows_may_be_left_as_they_are_where_no_text_has_such_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_may_be_left_as_they_are_where_no_text_has_such_a_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = job(tmp_path, model(tmp_path / "llama", added=("<|x|>",)), resize_embeddings=False)
     assert command("validate", str(path)) == 0
     assert "Data with such a token will be refused" in capsys.readouterr().out
@@ -144,18 +178,28 @@ def test_rows_may_be_left_as_they_are_where_no_text_has_such_a_token(tmp_path: P
 
 
 def test_layers_that_can_have_no_adapter(tmp_path: Path) -> None:
-    directory = model(tmp_path / "mamba", {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 6})
+    directory = model(
+        tmp_path / "mamba",
+        {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 6},
+    )
     [remark] = suitability.check(load(job(tmp_path, directory, adapter={})))
     assert "out_proj of a mamba model can have no adapter" in str(remark)
     assert suitability.check(load(job(tmp_path, directory, adapter={"targets": ["in_proj"]}))) == []
-    with pytest.raises(ConfigurationError, match=r"model.adapter.targets.*out_proj.*name others, or write all-linear"):
+    with pytest.raises(
+        ConfigurationError, match=r"model.adapter.targets.*out_proj.*name others, or write all-linear"
+    ):
         suitability.check(load(job(tmp_path, directory, adapter={"targets": ["in_proj", "*_proj"]})))
-    assert suitability.check(load(job(tmp_path, model(tmp_path / "llama"), adapter={"targets": ["out_proj"]}))) == []
+    assert (
+        suitability.check(load(job(tmp_path, model(tmp_path / "llama"), adapter={"targets": ["out_proj"]})))
+        == []
+    )
 
 
 def test_tokens_of_images_need_no_row(tmp_path: Path) -> None:
     """As of a model for text whose tokenizer knows images too."""
-    path = job(tmp_path, model(tmp_path / "a", added=("<image_soft_token>",), image_token="<image_soft_token>"))
+    path = job(
+        tmp_path, model(tmp_path / "a", added=("<image_soft_token>",), image_token="<image_soft_token>")
+    )
     assert suitability.check(load(path)) == []
     path = job(tmp_path, model(tmp_path / "b", added=("<image_soft_token>",)))
     with pytest.raises(ConfigurationError, match="<image_soft_token>"):
@@ -164,11 +208,19 @@ def test_tokens_of_images_need_no_row(tmp_path: Path) -> None:
 
 def test_tokens_wherever_they_are_written_down(tmp_path: Path) -> None:
     directory = model(
-        tmp_path, added=("<|x|>",), pad_token="<pad>", bos_token={"content": "<s>"}, added_tokens_decoder={"9": {"content": "y"}}
+        tmp_path,
+        added=("<|x|>",),
+        pad_token="<pad>",
+        bos_token={"content": "<s>"},
+        added_tokens_decoder={"9": {"content": "y"}},
     )
     (tmp_path / "added_tokens.json").write_text('{"z": 11}')
     found = read_vocabulary(str(directory))
-    assert found is not None and found.num_ids == 13 and found.names == {6: "<|x|>", 9: "y", 11: "z", 12: "<pad>"}
+    assert (
+        found is not None
+        and found.num_ids == 13
+        and found.names == {6: "<|x|>", 9: "y", 11: "z", 12: "<pad>"}
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
         (tmp_path / name).unlink()
     assert read_vocabulary(str(directory)) is None
@@ -181,7 +233,14 @@ def test_tokens_wherever_they_are_written_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{"model": None}, {"model": {"vocab": 3}}, {"model": {"vocab": {"a": "b"}}}, {"model": {"vocab": [3]}}, {"added_tokens": 7}]
+    "content",
+    [
+        {"model": None},
+        {"model": {"vocab": 3}},
+        {"model": {"vocab": {"a": "b"}}},
+        {"model": {"vocab": [3]}},
+        {"added_tokens": 7},
+    ],
 )
 def test_files_that_are_none_of_a_tokenizer_tell_nothing(content: Any, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}} | content))
@@ -191,11 +250,19 @@ def test_files_that_are_none_of_a_tokenizer_tell_nothing(content: Any, tmp_path:
 def adapter(folder: Path, base: Path | str, **settings: Any) -> Path:
     """An adapter's directory, its file with a header alone."""
     folder.mkdir()
-    content = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"], "bias": "none"}
+    content = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "k_proj"],
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(
         json.dumps(content | {"base_model_name_or_path": str(base), "lora_dropout": 0.1} | settings)
     )
-    header = {f"base_model.model.{name}.weight": {} for name in ("model.layers.0.q_proj.lora_A", "model.norm")}
+    header = {
+        f"base_model.model.{name}.weight": {} for name in ("model.layers.0.q_proj.lora_A", "model.norm")
+    }
     text = json.dumps(header).encode()
     (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     return folder
@@ -205,11 +272,18 @@ def adapter(folder: Path, base: Path | str, **settings: Any) -> Path:
 def test_an_adapters_directory_is_its_base_with_its_sizes(by: str, tmp_path: Path) -> None:
     base = model(tmp_path / "base")
     directory = adapter(tmp_path / "adapter", base)
-    path = job(tmp_path, directory) if by == "model.name" else job(tmp_path, base, adapter={"weights": "adapter"})
+    path = (
+        job(tmp_path, directory)
+        if by == "model.name"
+        else job(tmp_path, base, adapter={"weights": "adapter"})
+    )
     loaded = load(path).model
     assert loaded.name == str(base) and loaded.adapter is not None
     assert (loaded.adapter.rank, loaded.adapter.alpha, loaded.adapter.dropout) == (4, 8.0, 0.1)
-    assert (loaded.adapter.targets, loaded.adapter.train_also) == (("k_proj", "q_proj"), ("model.norm.weight",))
+    assert (loaded.adapter.targets, loaded.adapter.train_also) == (
+        ("k_proj", "q_proj"),
+        ("model.norm.weight",),
+    )
     assert loaded.adapter.weights == str(directory)
 
 
@@ -228,7 +302,9 @@ def test_an_adapters_directory_is_its_base_with_its_sizes(by: str, tmp_path: Pat
         ({"base_model_name_or_path": "./gone"}, {}, "no such directory"),
     ],
 )
-def test_an_adapter_that_cannot_be_gone_on_with(settings: dict[str, Any], asked: dict[str, Any], text: str, tmp_path: Path) -> None:
+def test_an_adapter_that_cannot_be_gone_on_with(
+    settings: dict[str, Any], asked: dict[str, Any], text: str, tmp_path: Path
+) -> None:
     directory = adapter(tmp_path / "adapter", model(tmp_path / "base"), **settings)
     with pytest.raises(ConfigurationError, match=text):
         load(job(tmp_path, directory, **asked))
@@ -252,14 +328,35 @@ def test_directories_that_are_no_adapter_to_go_on_with(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
-@pytest.mark.parametrize("kind", ["bart", "mbart", "t5", "vit", "mamba", "phi3", "gemma3", "roberta", "not-known", None, 7])
+@pytest.mark.parametrize(
+    "kind", ["bart", "mbart", "t5", "vit", "mamba", "phi3", "gemma3", "roberta", "not-known", None, 7]
+)
 def test_a_model_of_any_kind_is_planned_or_refused(kind: Any, task: str, engine: str, tmp_path: Path) -> None:
     """Never with a traceback, whatever the formulas know."""
-    config = LLAMA | {"model_type": kind, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "type_vocab_size": 2, "d_kv": 16}
-    config |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_heads": 4}
+    config = LLAMA | {
+        "model_type": kind,
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "type_vocab_size": 2,
+        "d_kv": 16,
+    }
+    config |= {
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "num_heads": 4,
+    }
     config |= {"num_layers": 2, "d_ff": 64, "image_size": 32, "patch_size": 8, "num_channels": 3}
     path = job(tmp_path, "some/model", task=task, config=config, weights="random")
     label = ["--set", "data.label=label"] if task != "causal-lm" else []
-    options = [*label, "--set", f"parallel.engine={engine}", "--set", f"parallel.shard={'full' if engine == 'deepspeed' else 'auto'}"]
+    options = [
+        *label,
+        "--set",
+        f"parallel.engine={engine}",
+        "--set",
+        f"parallel.shard={'full' if engine == 'deepspeed' else 'auto'}",
+    ]
     for words in (["plan"], ["render", "--out", str(tmp_path / f"{task}-{engine}-out")]):
         assert command(*words, str(path), *options) in (0, 2)

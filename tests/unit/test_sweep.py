@@ -11,12 +11,12 @@ import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
 from launcher.runs.events import append, event
-from launcher.runs.halving import Halving, better_of
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.sweep import running
-from launcher.scheduling.sweep.leaderboard import leaderboard
-from launcher.scheduling.sweep.space import points, rungs
-from launcher.scheduling.sweep.sweep import Sweep
+from launcher.runs.successive_halving import Halving, better_of
+from launcher.sweep import running
+from launcher.sweep.leaderboard import leaderboard
+from launcher.sweep.space import points, rungs
+from launcher.sweep.sweep import Sweep
 from tests.unit.test_scheduling_local import Heard
 
 
@@ -28,7 +28,10 @@ def test_a_grid_is_every_value_with_every_other() -> None:
         ["training.learning_rate=2e-05", "training.schedule=cosine"],
         ["training.learning_rate=2e-05", "training.schedule=linear"],
     ]
-    assert points(["model.compile=true,false"], [], None, 0) == [["model.compile=true"], ["model.compile=false"]]
+    assert points(["model.compile=true,false"], [], None, 0) == [
+        ["model.compile=true"],
+        ["model.compile=false"],
+    ]
 
 
 def test_draws_are_within_their_range_and_the_same_for_the_same_seed() -> None:
@@ -64,10 +67,17 @@ def test_a_grid_with_draws() -> None:
         ([], ["a=x..y"], 1, "LOW..HIGH"),
         ([], ["a=1..2:cubic"], 1, "LOW..HIGH"),
         (["a=,"], [], None, "commas"),
-        (["a=1,2,3,4,5,6,7,8,9,10", "b=1,2,3,4,5,6,7,8,9,10", "c=1,2,3,4,5,6,7,8,9,10,11"], [], None, "more than 1000"),
+        (
+            ["a=1,2,3,4,5,6,7,8,9,10", "b=1,2,3,4,5,6,7,8,9,10", "c=1,2,3,4,5,6,7,8,9,10,11"],
+            [],
+            None,
+            "more than 1000",
+        ),
     ],
 )
-def test_what_cannot_be_tried_is_said(grid: list[str], random: list[str], num_points: int | None, said: str) -> None:
+def test_what_cannot_be_tried_is_said(
+    grid: list[str], random: list[str], num_points: int | None, said: str
+) -> None:
     with pytest.raises(ConfigurationError, match=said):
         points(grid, random, num_points, 0)
 
@@ -86,7 +96,9 @@ def job(tmp_path: Path) -> Path:
 
 
 def test_a_sweep_is_written_once_and_read_again(job: Path, tmp_path: Path) -> None:
-    made = Sweep.create(tmp_path / "sweep", job, ["precision=fp32"], [["training.seed=1"], ["training.seed=2"]], "loss", None)
+    made = Sweep.create(
+        tmp_path / "sweep", job, ["precision=fp32"], [["training.seed=1"], ["training.seed=2"]], "loss", None
+    )
     assert Sweep.read(tmp_path / "sweep") == made
     stored = yaml.safe_load((tmp_path / "sweep" / "job.yaml").read_text())
     assert stored["precision"] == "fp32" and stored["data"]["train"]["path"] == str(tmp_path / "train.jsonl")
@@ -98,7 +110,9 @@ def test_a_sweep_is_written_once_and_read_again(job: Path, tmp_path: Path) -> No
 
 def test_a_point_that_cannot_be_is_refused_before_any_begins(job: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"training\.learning_rat"):
-        Sweep.create(tmp_path / "sweep", job, [], [["training.seed=1"], ["training.learning_rat=2"]], "loss", None)
+        Sweep.create(
+            tmp_path / "sweep", job, [], [["training.seed=1"], ["training.learning_rat=2"]], "loss", None
+        )
     assert not (tmp_path / "sweep").exists()
 
 
@@ -111,7 +125,9 @@ def measured(run: RunDirectory, *values: tuple[int, float], metric: str = "loss"
 
 @pytest.mark.parametrize(("metric", "order"), [("loss", [1, 0, 3, 2, 4]), ("accuracy", [0, 1, 3, 2, 4])])
 def test_the_best_point_comes_first(metric: str, order: list[int], job: Path, tmp_path: Path) -> None:
-    sweep = Sweep.create(tmp_path / "sweep", job, [], [[f"training.seed={seed}"] for seed in range(5)], metric, None)
+    sweep = Sweep.create(
+        tmp_path / "sweep", job, [], [[f"training.seed={seed}"] for seed in range(5)], metric, None
+    )
     measured(sweep.run(0), (0, 0.0), (2, 0.9), (4, 0.8), metric=metric)
     measured(sweep.run(1), (0, 0.0), (2, 0.5), (4, 0.7), metric=metric)
     measured(sweep.run(2), (0, 0.1), metric=metric)
@@ -127,11 +143,15 @@ def test_the_best_point_comes_first(metric: str, order: list[int], job: Path, tm
 def halved(job: Path, path: Path, num_points: int, metric: str = "loss") -> Sweep:
     overrides = ["data.evaluation.path=held-out.jsonl", "training.evaluate_every=2"]
     (job.parent / "held-out.jsonl").write_text('{"text": "four"}\n')
-    return Sweep.create(path, job, overrides, [[f"training.seed={seed}"] for seed in range(num_points)], metric, None, (2, 2))
+    return Sweep.create(
+        path, job, overrides, [[f"training.seed={seed}"] for seed in range(num_points)], metric, None, (2, 2)
+    )
 
 
 @pytest.mark.parametrize(("metric", "sign"), [("loss", 1.0), ("accuracy", -1.0)])
-def test_a_point_that_falls_behind_at_a_rung_is_given_up(metric: str, sign: float, job: Path, tmp_path: Path) -> None:
+def test_a_point_that_falls_behind_at_a_rung_is_given_up(
+    metric: str, sign: float, job: Path, tmp_path: Path
+) -> None:
     sweep = halved(job, tmp_path / "sweep", 4, metric)
     rule = Halving.of(sweep.run(0))
     assert rule == Halving(tmp_path / "sweep", metric, "lower" if sign > 0 else "higher", 2, 2)
@@ -166,15 +186,20 @@ def test_a_run_that_is_no_point_is_compared_with_nothing(job: Path, tmp_path: Pa
     assert Halving.of(sweep.run(0)) is None and Halving.of(RunDirectory(tmp_path / "run")) is None
 
 
-def test_a_sweep_without_evaluations_cannot_be_halved(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.scheduling.sweep.sweep.find_spec", lambda name: None)
+def test_a_sweep_without_evaluations_cannot_be_halved(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.sweep.sweep.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError) as caught:
         Sweep.create(tmp_path / "sweep", job, [], [[]], "loss", None, (2, 2))
-    assert all(said in str(caught.value) for said in ("data.evaluation", "training.evaluate_every", "needs optuna"))
+    assert all(
+        said in str(caught.value) for said in ("data.evaluation", "training.evaluate_every", "needs optuna")
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("100", (100, 3)), (" 8 : 2 ", (8, 2)), ("0", None), ("5:1", None), ("a:b", None), ("1:2:3", None)]
+    ("text", "expected"),
+    [("100", (100, 3)), (" 8 : 2 ", (8, 2)), ("0", None), ("5:1", None), ("a:b", None), ("1:2:3", None)],
 )
 def test_a_rule_of_halving(text: str, expected: tuple[int, int] | None) -> None:
     if expected:
@@ -184,8 +209,12 @@ def test_a_rule_of_halving(text: str, expected: tuple[int, int] | None) -> None:
             rungs(text)
 
 
-def test_a_point_that_cannot_begin_leaves_the_others_their_turn(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = Sweep.create(tmp_path / "sweep", job, [], [[f"training.seed={seed}"] for seed in range(3)], "loss", None)
+def test_a_point_that_cannot_begin_leaves_the_others_their_turn(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep.create(
+        tmp_path / "sweep", job, [], [[f"training.seed={seed}"] for seed in range(3)], "loss", None
+    )
     ran, opened = [], Sweep.open
 
     def open_but_one(self: Sweep, number: int, local: bool) -> Any:
@@ -204,7 +233,13 @@ def test_a_point_that_cannot_begin_leaves_the_others_their_turn(job: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("content", "better"),
-    [({"metric": "loss"}, "lower"), ({"metric": "accuracy"}, "higher"), ({"metric": "wer", "better": "lower"}, "lower")],
+    [
+        ({"metric": "loss"}, "lower"),
+        ({"metric": "accuracy"}, "higher"),
+        ({"metric": "wer", "better": "lower"}, "lower"),
+    ],
 )
-def test_a_sweep_of_before_does_not_say_which_way_its_metric_is_better(content: dict[str, Any], better: str) -> None:
+def test_a_sweep_of_before_does_not_say_which_way_its_metric_is_better(
+    content: dict[str, Any], better: str
+) -> None:
     assert better_of(content) == better

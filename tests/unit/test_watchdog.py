@@ -1,4 +1,5 @@
-"""Whether a run hangs, judged by a clock that the test turns: hours of healthy phases without an alarm, and every hang in its time."""
+"""Whether a run hangs, judged by a clock that the test turns: hours of healthy phases without an alarm, and
+every hang in its time."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from launcher.launch import culprit
+from launcher.launch.sight import Sight
+from launcher.launch.watchdog import HangAfter, Judge, Stillness, stalled_saves
 from launcher.runs.places import Place
 from launcher.runs.seen import Seen
-from launcher.scheduling import culprit
-from launcher.scheduling.sight import Sight
-from launcher.scheduling.watchdog import HangAfter, Judge, Stillness, stalled_saves
 
 LOOK = 2.0
 HOUR = 3600.0
@@ -40,7 +41,16 @@ class Rank:
         self.used += self.cpu * passed
         self.read += int(self.reads * passed)
         save, written = self.save
-        place = Place(self.number, f"n{self.number}", 100 + self.number, self.place, self.count, self.step, self.done, 10)
+        place = Place(
+            self.number,
+            f"n{self.number}",
+            100 + self.number,
+            self.place,
+            self.count,
+            self.step,
+            self.done,
+            10,
+        )
         place = replace(place, save=save, save_bytes=written, save_step=20, step_seconds=self.step_seconds)
         return place, Sight(self.state, self.traced, "wait", self.read, self.used)
 
@@ -61,8 +71,11 @@ class World:
     def __post_init__(self) -> None:
         self.stillness, self.judge = Stillness(), Judge(self.hang_after)
 
-    def run(self, seconds: float, every: float = 0.0, move: Callable[[Rank], None] | None = None, **state: Any) -> None:
-        """Let time pass with the ranks in this state; each `every` seconds `move` is called for each, or its count grows."""
+    def run(
+        self, seconds: float, every: float = 0.0, move: Callable[[Rank], None] | None = None, **state: Any
+    ) -> None:
+        """Let time pass with the ranks in this state; each `every` seconds `move` is called for each, or its
+        count grows."""
         for rank in self.ranks:
             vars(rank).update({"cpu": 0.0, "reads": 0.0, "state": "S", "traced": False, "done": 0} | state)
             rank.count += 1
@@ -152,7 +165,9 @@ def test_twenty_hours_of_healthy_phases_raise_no_alarm() -> None:
         ("preparing", "T", 10, 60),
     ],
 )
-def test_a_hang_before_the_steps_is_suspected_and_ended_in_its_time(place: str, state: str, suspected: float, hung: float) -> None:
+def test_a_hang_before_the_steps_is_suspected_and_ended_in_its_time(
+    place: str, state: str, suspected: float, hung: float
+) -> None:
     world = World()
     world.run(60, place=place, every=2)
     began = world.now
@@ -173,7 +188,9 @@ def test_a_hang_before_the_steps_is_suspected_and_ended_in_its_time(place: str, 
         (0.3, "optimizer", "T", 10, 60),
     ],
 )
-def test_a_hang_in_the_steps_goes_by_their_median(step_seconds: float, place: str, state: str, suspected: float, hung: float) -> None:
+def test_a_hang_in_the_steps_goes_by_their_median(
+    step_seconds: float, place: str, state: str, suspected: float, hung: float
+) -> None:
     world = World()
     world.steps(40 * step_seconds + 60, step_seconds)
     began = world.now
@@ -275,7 +292,14 @@ def test_a_save_that_hangs_is_a_warning_alone() -> None:
 
 
 def seen(rank: int, place: str = "forward", **more: Any) -> Seen:
-    usual: dict[str, Any] = {"count": 9, "step": 12, "done": 2, "total": 8, "phase": "step", "still_seconds": 31.0}
+    usual: dict[str, Any] = {
+        "count": 9,
+        "step": 12,
+        "done": 2,
+        "total": 8,
+        "phase": "step",
+        "still_seconds": 31.0,
+    }
     return Seen(**({"rank": rank, "host": f"n{rank + 1}", "pid": rank, "place": place} | usual | more))
 
 
@@ -284,31 +308,51 @@ def seen(rank: int, place: str = "forward", **more: Any) -> Seen:
     [
         (
             [seen(0, waits_in="all_gather"), seen(1, state="T", state_seconds=31)],
-            "no step for 31 s after step 12 (a step takes 0.3 s): rank 1 on n2 is stopped (SIGSTOP); rank 0 waits in all_gather",
+            "no step for 31 s after step 12 (a step takes 0.3 s): rank 1 on n2 is stopped (SIGSTOP); "
+            "rank 0 waits in all_gather",
         ),
         (
-            [seen(0, waits_in="all_gather"), seen(1, "data", waits_in="", detail="/cache/ab12", frame="collate (causal_lm.py:88)")],
-            "rank 1 on n2 is in the loader (/cache/ab12, collate (causal_lm.py:88)); rank 0 waits in all_gather",
+            [
+                seen(0, waits_in="all_gather"),
+                seen(1, "data", waits_in="", detail="/cache/ab12", frame="collate (causal_lm.py:88)"),
+            ],
+            "rank 1 on n2 is in the loader (/cache/ab12, collate (causal_lm.py:88)); rank 0 waits in "
+            "all_gather",
         ),
         (
-            [seen(0, "recording", state="D", state_seconds=31, wchan="nfs_wait", detail="metrics.jsonl"), seen(1, waits_in="all_reduce")],
-            "rank 0 on n1 is in the file system (metrics.jsonl, blocked in the kernel, nfs_wait); rank 1 waits in all_reduce",
+            [
+                seen(0, "recording", state="D", state_seconds=31, wchan="nfs_wait", detail="metrics.jsonl"),
+                seen(1, waits_in="all_reduce"),
+            ],
+            "rank 0 on n1 is in the file system (metrics.jsonl, blocked in the kernel, nfs_wait); rank "
+            "1 waits in all_reduce",
         ),
         (
-            [seen(0, waits_in="", frame="forward (modeling_llama.py:201)"), seen(1, waits_in="all_gather"), seen(2, waits_in="all_gather")],
-            "rank 0 on n1 is in forward, micro-batch 3 of 8, at forward (modeling_llama.py:201); ranks 1, 2 wait in all_gather",
+            [
+                seen(0, waits_in="", frame="forward (modeling_llama.py:201)"),
+                seen(1, waits_in="all_gather"),
+                seen(2, waits_in="all_gather"),
+            ],
+            "rank 0 on n1 is in forward, micro-batch 3 of 8, at forward (modeling_llama.py:201); ranks "
+            "1, 2 wait in all_gather",
         ),
         (
             [seen(0, waits_in="all_gather", done=3), seen(1, waits_in="reduce_scatter")],
-            "rank 1 on n2 is the one that came least far: forward, micro-batch 3 of 8, in reduce_scatter; rank 0 waits in all_gather",
+            "rank 1 on n2 is the one that came least far: forward, micro-batch 3 of 8, in "
+            "reduce_scatter; rank 0 waits in all_gather",
         ),
         (
             [seen(0, "evaluating", waits_in=""), seen(1, "evaluating", collective=True)],
-            "no batch of the evaluation for 31 s after 2 of 8: rank 0 on n1 is in evaluating, batch 2 of 8; rank 1 waits in a collective",
+            "no batch of the evaluation for 31 s after 2 of 8: rank 0 on n1 is in evaluating, batch 2 "
+            "of 8; rank 1 waits in a collective",
         ),
         (
-            [seen(0, "preparing", phase="start", state="T", total=0), seen(1, "waiting for the preparation", phase="wait")],
-            "nothing has moved for 31 s in preparing: rank 0 on n1 is stopped (SIGSTOP); rank 1 waits for the preparation",
+            [
+                seen(0, "preparing", phase="start", state="T", total=0),
+                seen(1, "waiting for the preparation", phase="wait"),
+            ],
+            "nothing has moved for 31 s in preparing: rank 0 on n1 is stopped (SIGSTOP); rank 1 waits "
+            "for the preparation",
         ),
         (
             [
@@ -318,7 +362,10 @@ def seen(rank: int, place: str = "forward", **more: Any) -> Seen:
             "rank 0 on n1 waits for process 77, which is stopped (SIGSTOP); rank 1 waits for the preparation",
         ),
         (
-            [seen(0, "exchange", waits_in="", collective=True), seen(1, "exchange", waits_in=None, collective=True)],
+            [
+                seen(0, "exchange", waits_in="", collective=True),
+                seen(1, "exchange", waits_in=None, collective=True),
+            ],
             "ranks 0, 1 on 2 nodes wait in all_reduce (exchange, 2 of 8)",
         ),
     ],
@@ -329,18 +376,30 @@ def test_the_culprit_is_named(ranks: list[Seen], said: str) -> None:
 
 
 def test_of_a_script_only_that_is_said_which_is_seen() -> None:
-    ranks = [seen(0, "starting", phase="none", count=0), seen(1, "starting", phase="none", count=0, state="T", state_seconds=12.0)]
+    ranks = [
+        seen(0, "starting", phase="none", count=0),
+        seen(1, "starting", phase="none", count=0, state="T", state_seconds=12.0),
+    ]
     line, _ = culprit.name(ranks, 12, 0.0)
-    assert line == "nothing has moved for 12 s in the script: rank 1 on n2 is stopped (SIGSTOP); rank 0 is in the script"
+    assert (
+        line
+        == "nothing has moved for 12 s in the script: rank 1 on n2 is stopped (SIGSTOP); rank 0 is in the "
+        "script"
+    )
 
 
 def test_a_node_that_is_not_heard_of_is_named() -> None:
     line, guilty = culprit.name([seen(0, waits_in="all_gather"), seen(1)], 40, 0.3, ["n2"])
-    assert guilty.rank == 1 and "rank 1 on n2 has not been heard of: its node does not answer; rank 0 waits in all_gather" in line
+    assert (
+        guilty.rank == 1
+        and "rank 1 on n2 has not been heard of: its node does not answer; rank 0 waits in all_gather" in line
+    )
 
 
 def test_a_thousand_ranks_are_one_line() -> None:
     ranks = [seen(number, waits_in="all_gather", host=f"n{number // 8}") for number in range(1024)]
     ranks[700] = replace(ranks[700], state="T", state_seconds=40)
     line, _ = culprit.name(ranks, 40, 0.3)
-    assert line.endswith("rank 700 on n87 is stopped (SIGSTOP); ranks 0, 1, 2, 3 and 1019 more wait in all_gather")
+    assert line.endswith(
+        "rank 700 on n87 is stopped (SIGSTOP); ranks 0, 1, 2, 3 and 1019 more wait in all_gather"
+    )

@@ -1,4 +1,4 @@
-"""The same messages in other forms: contents as text or as parts, arguments of calls as objects or as JSON text."""
+"""Write messages in other forms: contents as text or parts, arguments of calls as objects or JSON."""
 
 from __future__ import annotations
 
@@ -15,20 +15,28 @@ def with_whole_parts(message: Message) -> Message:
     content = message.get("content")
     if content == [] and message["role"] == "assistant":
         return {**message, "content": ""}
-    if not is_parts(content) or all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if not is_parts(content) or all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
         return message
     return {**message, "content": [{"type": "text", "text": text_of_content([part])} for part in content]}
 
 
 def joined(message: Message) -> Message:
     """A message whose parts are one text."""
-    return {**message, "content": text_of_content(message["content"])} if is_parts(message.get("content")) else message
+    return (
+        {**message, "content": text_of_content(message["content"])}
+        if is_parts(message.get("content"))
+        else message
+    )
 
 
 def in_parts(message: Message) -> Message:
     """A message whose text is one part."""
     content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    return (
+        {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    )
 
 
 def has_calls(messages: Sequence[Message]) -> bool:
@@ -52,12 +60,18 @@ def _arguments(messages: Sequence[Message]) -> list[Any]:
 
 def with_contents(messages: Sequence[Message]) -> list[Message]:
     """Messages all of which have a content, if without text."""
-    return [message if message.get("content") is not None else {**message, "content": ""} for message in messages]
+    return [
+        message if message.get("content") is not None else {**message, "content": ""} for message in messages
+    ]
 
 
 def are_quoted(messages: Sequence[Message], text: str) -> bool:
     """Whether arguments that are JSON text stand in a text in quotation marks."""
-    return any(json.dumps(arguments, ensure_ascii=False) in text for arguments in _arguments(messages) if isinstance(arguments, str))
+    return any(
+        json.dumps(arguments, ensure_ascii=False) in text
+        for arguments in _arguments(messages)
+        if isinstance(arguments, str)
+    )
 
 
 def with_arguments(message: Message, changed: Callable[[Any], Any]) -> Message:
@@ -66,7 +80,9 @@ def with_arguments(message: Message, changed: Callable[[Any], Any]) -> Message:
         return message
     calls = []
     for call in _calls(message):
-        function = {key: changed(value) if key == "arguments" else value for key, value in _function(call).items()}
+        function = {
+            key: changed(value) if key == "arguments" else value for key, value in _function(call).items()
+        }
         calls.append({**call, "function": function} if isinstance(call.get("function"), dict) else function)
     return {**message, "tool_calls": calls}
 

@@ -7,8 +7,17 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Any, TypeGuard
 
-from launcher.sources.rows import BAD_VALUE, EMPTY, MISSING, NOTHING_TO_LEARN, IfThere, RowProblem, is_missing, missing
-from launcher.sources.written import list_in
+from launcher.data.rows import (
+    BAD_VALUE,
+    EMPTY,
+    MISSING,
+    NOTHING_TO_LEARN,
+    IfThere,
+    RowProblem,
+    is_missing,
+    missing,
+)
+from launcher.data.written import list_in
 from launcher.values import Tools
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -22,19 +31,24 @@ def chat_columns(messages: str, tools: Tools | None) -> tuple[str, ...]:
 
 
 def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages of the chat in `column`. Raises RowProblem where there are none, or none that can be learned."""
+    """The messages of the chat in `column`. Raises RowProblem where there are none, or none that can be
+    learned."""
     messages = values.get(column)
     if is_missing(messages):
         raise missing(values, column)
     if isinstance(messages, str):
         messages = list_in(messages) if messages.strip() else []
-    if not isinstance(messages, list) or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages
+    ):
         raise RowProblem(BAD_VALUE, f"{column!r} is not a list of messages, each with a role and a content")
     if not messages:
         raise RowProblem(EMPTY, f"{column!r} has no messages")
     for number, message in enumerate(messages, start=1):
         if _holds_nan(message.get("content")) and not message.get("tool_calls"):
-            raise RowProblem(MISSING, f"the content of message {number} of {column!r} is NaN, a missing value")
+            raise RowProblem(
+                MISSING, f"the content of message {number} of {column!r} is NaN, a missing value"
+            )
     messages = [_without_nan(message) for message in messages]
     for number, message in enumerate(messages, start=1):
         _check_content(message, number)
@@ -48,7 +62,11 @@ def messages_of(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
 def _holds_nan(content: Any) -> bool:
     """Whether a message's content, or a part of it, is NaN: a template would write that out as text."""
     if isinstance(content, list):
-        return any(_holds_nan(value) for part in content for value in (part.values() if isinstance(part, dict) else [part]))
+        return any(
+            _holds_nan(value)
+            for part in content
+            for value in (part.values() if isinstance(part, dict) else [part])
+        )
     return content is not None and is_missing(content)
 
 
@@ -62,22 +80,27 @@ def _check_content(message: dict[str, Any], number: int) -> None:
     if is_parts(content):
         if (bad := next((part for part in content if _text_of_part(part) is None), None)) is not None:
             kind = bad.get("type") if isinstance(bad, dict) else type(bad).__name__
-            raise RowProblem(BAD_VALUE, f"message {number} has a part of type {kind!r}, and a causal LM reads text")
+            raise RowProblem(
+                BAD_VALUE, f"message {number} has a part of type {kind!r}, and a causal LM reads text"
+            )
     elif (
         not isinstance(content, (str, NoneType))
         and content != []
         and not (isinstance(content, (dict, list)) and message["role"] != "assistant")
     ):
-        raise RowProblem(BAD_VALUE, f"the content of message {number} is a {type(content).__name__}, not text")
+        raise RowProblem(
+            BAD_VALUE, f"the content of message {number} is a {type(content).__name__}, not text"
+        )
 
 
 def is_parts(content: Any) -> TypeGuard[list[Any]]:
     """Whether a content is a list of parts, as OpenAI writes them, and no other list that a tool gave."""
     if not isinstance(content, list) or not content:
         return False
-    return all(isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("type", ""), str)) for part in content) and any(
-        isinstance(part, str) or "type" in part or "text" in part for part in content
-    )
+    return all(
+        isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("type", ""), str))
+        for part in content
+    ) and any(isinstance(part, str) or "type" in part or "text" in part for part in content)
 
 
 def _text_of_part(part: Any) -> str | None:
@@ -97,14 +120,19 @@ def text_of_content(content: Any) -> str:
 
 
 def is_learned(message: dict[str, Any], number: int) -> bool:
-    """Whether it is an assistant's turn that is learned: neither `weight: 0` nor `train: false`. Raises RowProblem for other values."""
+    """Whether it is an assistant's turn that is learned: neither `weight: 0` nor `train: false`. Raises
+    RowProblem for other values."""
     if message["role"] != "assistant":
         return False
     weight, train = message.get("weight"), message.get("train")
     if weight not in (None, 0, 1):
-        raise RowProblem(BAD_VALUE, f"weight of message {number} is {weight!r}; a turn is learned or not, 1 or 0")
+        raise RowProblem(
+            BAD_VALUE, f"weight of message {number} is {weight!r}; a turn is learned or not, 1 or 0"
+        )
     if not isinstance(train, (bool, NoneType)):
-        raise RowProblem(BAD_VALUE, f"train of message {number} is {train!r}; a turn is learned or not, true or false")
+        raise RowProblem(
+            BAD_VALUE, f"train of message {number} is {train!r}; a turn is learned or not, true or false"
+        )
     return weight != 0 and train is not False
 
 
@@ -115,11 +143,15 @@ def tools_of(values: dict[str, Any], named: Tools | None) -> list[dict[str, Any]
     """
     column = named if isinstance(named, str) else "tools"
     if isinstance(named, str) and column not in values:
-        raise RowProblem(MISSING, f"no {column!r}, which may be null; the row has {', '.join(map(repr, values))}")
+        raise RowProblem(
+            MISSING, f"no {column!r}, which may be null; the row has {', '.join(map(repr, values))}"
+        )
     tools = values.get(column)
     if isinstance(tools, str):
         if (found := list_in(tools)) is None and tools.strip() not in ("", "null"):
-            raise RowProblem(BAD_VALUE, f"{column!r} is text, and no list of tools as JSON or Python writes one")
+            raise RowProblem(
+                BAD_VALUE, f"{column!r} is text, and no list of tools as JSON or Python writes one"
+            )
         tools = found
     if is_missing(tools) or tools == []:
         return list(named) if isinstance(named, tuple) and named else None
@@ -129,7 +161,8 @@ def tools_of(values: dict[str, Any], named: Tools | None) -> list[dict[str, Any]
 
 
 def texts_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Iterator[str]:
-    """What a chat template is given to write: one text for the tools, if any, and one a message, with its thoughts and calls."""
+    """What a chat template is given to write: one text for the tools, if any, and one a message, with its
+    thoughts and calls."""
     if tools:
         yield _as_json(tools)
     for message in messages:

@@ -1,4 +1,4 @@
-"""A message whose characters stand for others of the same message (their shadows), and where in a text of a template they stand."""
+"""Replace a message's characters by others (their shadows), and find those in a template's text."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ else:
 Message = dict[str, Any]
 
 _SHADOWS = 0xF0000
-"""Unicode's planes for private use begin here: 1,022 messages have 128 characters each, without the last of each plane."""
+"""Unicode's planes for private use begin here: 1,022 messages have 128 characters each, without the last of
+each plane."""
 _EACH = 128
 MOST = 1022
 """Messages of a chat that can be told from each other."""
 KEPT = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\s\"'\\\x00-\x1f]+")
-"""What of a text has no shadow, as templates look for it: tags, commands as `/no_think`, white space, and what JSON escapes."""
+"""What of a text has no shadow, as templates look for it: tags, commands as `/no_think`, white space, and
+what JSON escapes."""
 WORDS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\W_]+")
 """The same, and whatever is neither letter nor digit: for templates that look at more."""
 _SPEAKS = ("content", *THOUGHTS, "thought", "tool_plan")
 
 
 def with_shadows(message: Message, number: int, kept: re.Pattern[str]) -> Message:
-    """A message whose text, thoughts and arguments of calls are shadows; names and roles stay, as templates write them elsewhere too."""
+    """A message whose text, thoughts and arguments of calls are shadows; names and roles stay, as templates
+    write them elsewhere too."""
     found = {key: _shadow(value, number, kept) if key in _SPEAKS else value for key, value in message.items()}
     if isinstance(calls := message.get("tool_calls"), list):
         found["tool_calls"] = [_call_with_shadows(call, number, kept) for call in calls]
@@ -39,7 +42,10 @@ def with_shadows(message: Message, number: int, kept: re.Pattern[str]) -> Messag
 def _call_with_shadows(call: Any, number: int, kept: re.Pattern[str]) -> Any:
     if not isinstance(call, dict):
         return call
-    found = {key: _shadow(value, number, kept, keys=True) if key == "arguments" else value for key, value in call.items()}
+    found = {
+        key: _shadow(value, number, kept, keys=True) if key == "arguments" else value
+        for key, value in call.items()
+    }
     if isinstance(call.get("function"), dict):
         found["function"] = _call_with_shadows(call["function"], number, kept)
     return found
@@ -53,7 +59,10 @@ def _shadow(value: Any, number: int, kept: re.Pattern[str], keys: bool = False) 
         return [_shadow(inner, number, kept, keys) for inner in value]
     if isinstance(value, dict):
         names = {key: _shadow_of_text(key, number, kept) if keys else key for key in value}
-        return {names[key]: inner if key == "type" and not keys else _shadow(inner, number, kept, keys) for key, inner in value.items()}
+        return {
+            names[key]: inner if key == "type" and not keys else _shadow(inner, number, kept, keys)
+            for key, inner in value.items()
+        }
     return value
 
 
@@ -116,7 +125,11 @@ def behind_words(shadowed: str) -> str:
 def names_of_calls(message: Message) -> list[str]:
     """Of the tools that a message calls."""
     calls = message.get("tool_calls")
-    found = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    found = (
+        [call.get("function", call) for call in calls if isinstance(call, dict)]
+        if isinstance(calls, list)
+        else []
+    )
     return [call["name"] for call in found if isinstance(call, dict) and isinstance(call.get("name"), str)]
 
 

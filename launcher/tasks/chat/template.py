@@ -1,4 +1,4 @@
-"""A chat as the tokenizer's own template writes it, and which of it is learned: what the assistant says, each turn with what ends it."""
+"""Write a chat by the tokenizer's own template, and mark what is learned: the assistant's turns with their ends."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from launcher.data.rows import BAD_VALUE, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
-from launcher.sources.rows import BAD_VALUE, RowProblem
 from launcher.tasks.chat.forms import (
     are_quoted,
     as_object,
@@ -43,7 +43,8 @@ class Settings(Protocol):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, bound to the settings of a job. Raises ConfigurationError where it cannot serve them."""
+    """A tokenizer's chat template, bound to the settings of a job. Raises ConfigurationError where it cannot
+    serve them."""
 
     def __init__(self, tokenizer: Any, data: Settings) -> None:
         self._tokenizer = tokenizer
@@ -51,7 +52,8 @@ class ChatTemplate:
         templates = tokenizer.chat_template
         if not templates:
             reason = (
-                "data.messages needs a tokenizer with a chat template; take an instruction-tuned model, or data.prompt and data.completion"
+                "data.messages needs a tokenizer with a chat template; take an instruction-tuned model, or "
+                "data.prompt and data.completion"
             )
             raise ConfigurationError(Problem("model.name", tokenizer.name_or_path or None, reason))
         self._templates: dict[str, str] = templates if isinstance(templates, dict) else {"default": templates}
@@ -59,7 +61,11 @@ class ChatTemplate:
         self._day = data.date or datetime.date.today().isoformat()
         self._writes_date = any("strftime_now" in template for template in self._templates.values())
         # White space that is a token, as Gemma has it, ends no turn.
-        added = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()), key=len, reverse=True)
+        added = sorted(
+            (str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()),
+            key=len,
+            reverse=True,
+        )
         self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self._ends = _known_ends(tokenizer)
         self._marks = functools.cache(self._find_marks)
@@ -68,26 +74,37 @@ class ChatTemplate:
     def _check_names(self) -> None:
         if not {"default", "tool_use"} & self._templates.keys():
             names = ", ".join(map(repr, self._templates))
-            reason = f"its tokenizer has the chat templates {names}, and transformers takes 'default', or 'tool_use' for a chat with tools"
+            reason = (
+                f"its tokenizer has the chat templates {names}, and transformers takes 'default', or "
+                "'tool_use' for a chat with tools"
+            )
             raise ConfigurationError(Problem("model.name", self._tokenizer.name_or_path or None, reason))
-        if self._data.tools is not None and not any("tools" in template for template in self._templates.values()):
+        if self._data.tools is not None and not any(
+            "tools" in template for template in self._templates.values()
+        ):
             value = self._data.tools if isinstance(self._data.tools, str) else None
-            raise ConfigurationError(Problem("data.tools", value, "the model's chat template writes no tools; leave it out"))
+            raise ConfigurationError(
+                Problem("data.tools", value, "the model's chat template writes no tools; leave it out")
+            )
 
     @property
     def key(self) -> Any:
-        """What decides a chat's tokens besides its row, the tokenizer and the job: the date where one is written, and what ends turns."""
+        """What decides a chat's tokens besides its row, the tokenizer and the job: the date where one is
+        written, and what ends turns."""
         return [self._day if self._writes_date else None, self._ends]
 
     def written(self, row: dict[str, Any], column: str) -> Written:
-        """The text of a row's chat and what of it is learned. Raises RowProblem where it has none that can be learned."""
+        """The text of a row's chat and what of it is learned. Raises RowProblem where it has none that can be
+        learned."""
         messages, tools = messages_of(row, column), tools_of(row, self._data.tools)
         with self._dated():
             try:
                 return self._marked(self._form(messages, tools), tools)
             except RowProblem:
                 raise
-            except Exception as error:  # A template is a program of the model's author: it may raise anything at messages it does not like.
+            # A template is a program of the model's author: it may raise anything at messages it does not
+            # like.
+            except Exception as error:
                 raise RowProblem(BAD_VALUE, f"the chat template cannot write {column!r}: {error}") from None
 
     def _form(self, messages: list[Message], tools: Tools) -> list[Message]:
@@ -95,17 +112,24 @@ class ChatTemplate:
         messages = [with_whole_parts(message) for message in messages]
         if self._wants_parts(self._tokenizer.get_chat_template(None, tools)):
             messages = [in_parts(message) for message in messages]
-        elif any(is_parts(message.get("content")) for message in messages) and not self._takes_parts(messages, tools):
+        elif any(is_parts(message.get("content")) for message in messages) and not self._takes_parts(
+            messages, tools
+        ):
             messages = [joined(message) for message in messages]
         if not has_calls(messages):
             return messages
         text = self._try(messages, tools)
-        # DeepSeek's template puts arguments behind other text, and so takes them as text; and it looks at a content, be there one or not.
-        # Most others make JSON of arguments: of those that are text already, JSON in quotation marks.
+        # DeepSeek's template puts arguments behind other text, and so takes them as text; and it looks at a
+        # content, be there one or not. Most others make JSON of arguments: of those that are text already,
+        # JSON in quotation marks.
         as_texts = [with_arguments(message, as_text) for message in messages]
         others = [as_texts, with_contents(messages), with_contents(as_texts)]
         if text is not None:
-            others = [[with_arguments(message, as_object) for message in messages]] if are_quoted(messages, text) else []
+            others = (
+                [[with_arguments(message, as_object) for message in messages]]
+                if are_quoted(messages, text)
+                else []
+            )
         for other in others:
             text = self._try(other, tools)
             if text is not None and not are_quoted(other, text):
@@ -122,12 +146,16 @@ class ChatTemplate:
     def _takes_parts(self, messages: list[Message], tools: Tools) -> bool:
         """Whether the template writes a part of text as it writes the text."""
         whole = [joined(message) for message in messages]
-        alone = [in_parts(new) if is_parts(old.get("content")) else new for old, new in zip(messages, whole, strict=True)]
+        alone = [
+            in_parts(new) if is_parts(old.get("content")) else new
+            for old, new in zip(messages, whole, strict=True)
+        ]
         text = self._try(alone, tools)
         return text is not None and text == self._try(whole, tools)
 
     def _find_wants_parts(self, template: str) -> bool:
-        """Whether the template writes parts, and nothing of a content that is text, as those of some models for pictures."""
+        """Whether the template writes parts, and nothing of a content that is text, as those of some models
+        for pictures."""
         chat = [{"role": "user", "content": "word"}]
         try:
             if "word" in self._write_with(template, chat):
@@ -138,7 +166,8 @@ class ChatTemplate:
         return "word" in written and "'type'" not in written and '"type"' not in written
 
     def _marked(self, messages: list[Message], tools: Tools) -> Written:
-        """The chat and its learned turns: by the template's own marks where it has some, else as they are found."""
+        """The chat and its learned turns: by the template's own marks where it has some, else as they are
+        found."""
         write, text = functools.partial(self._write, tools), self._write(tools, messages)
         template = self._tokenizer.get_chat_template(None, tools)
         learned = {number for number, message in enumerate(messages) if is_learned(message, number + 1)}
@@ -147,20 +176,40 @@ class ChatTemplate:
             return Written(text, [(turn.start, turn.end) for turn in found if turn.message in learned])
         check_said(messages, text, write)
         spans = self._generated(messages, tools, template, text)
-        if any(message["role"] == "assistant" and number not in learned for number, message in enumerate(messages)):
-            read = [turn for turn in turns(messages, text, write, self._marks(template), self._added) if turn.message not in learned]
-            spans = [(start, end) for start, end in spans if not any(start < turn.end and turn.start < end for turn in read)]
+        if any(
+            message["role"] == "assistant" and number not in learned
+            for number, message in enumerate(messages)
+        ):
+            read = [
+                turn
+                for turn in turns(messages, text, write, self._marks(template), self._added)
+                if turn.message not in learned
+            ]
+            spans = [
+                (start, end)
+                for start, end in spans
+                if not any(start < turn.end and turn.start < end for turn in read)
+            ]
         return Written(text, spans)
 
     def _find_marks(self, template: str) -> Marks:
         content = [{"type": "text", "text": "word"}] if self._wants_parts(template) else "word"
-        return marks_of(lambda messages, prompt: self._write_with(template, messages, prompt), content, self._added, self._ends)
+        return marks_of(
+            lambda messages, prompt: self._write_with(template, messages, prompt),
+            content,
+            self._added,
+            self._ends,
+        )
 
     def _write_with(self, template: str, messages: Sequence[Message], prompt: bool = False) -> str:
-        written = self._tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt)
+        written = self._tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
         return str(written)
 
-    def _generated(self, messages: list[Message], tools: Tools, template: str, text: str) -> list[tuple[int, int]]:
+    def _generated(
+        self, messages: list[Message], tools: Tools, template: str, text: str
+    ) -> list[tuple[int, int]]:
         """By a template that says itself what the assistant generates."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -174,17 +223,22 @@ class ChatTemplate:
         )
         if rendered != [text]:
             raise RowProblem(
-                BAD_VALUE, "the tokenizer writes the chat otherwise than its template, so that {% generation %} cannot be used"
+                BAD_VALUE,
+                "the tokenizer writes the chat otherwise than its template, so that {% generation %} "
+                "cannot be used",
             )
         return [(start, end) for start, end in spans[0]]
 
     def _write(self, tools: Tools, messages: Sequence[Message], prompt: bool = False) -> str:
-        written = self._tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt)
+        written = self._tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+        )
         return str(written)
 
     @contextlib.contextmanager
     def _dated(self) -> Iterator[None]:
-        """The run's date, while a template writes: it asks `strftime_now` of transformers, which asks its module's `datetime`."""
+        """The run's date, while a template writes: it asks `strftime_now` of transformers, which asks its
+        module's `datetime`."""
         if not self._writes_date:
             yield
             return
@@ -208,7 +262,8 @@ class _Clock(NamedTuple):
 
 
 def _known_ends(tokenizer: Any) -> list[str]:
-    """The tokens at which generation stops, by the tokenizer and by the model's generation config where there is one."""
+    """The tokens at which generation stops, by the tokenizer and by the model's generation config where there
+    is one."""
     found = [tokenizer.eos_token] if tokenizer.eos_token else []
     path = Path(tokenizer.name_or_path or "") / "generation_config.json"
     if tokenizer.name_or_path and not path.is_file():
@@ -230,5 +285,9 @@ def _known_ends(tokenizer: Any) -> list[str]:
     except (OSError, ValueError, AttributeError):
         return found
     ids = ids if isinstance(ids, list) else [ids]
-    found += [str(tokenizer.convert_ids_to_tokens(number)) for number in ids if isinstance(number, int) and 0 <= number < len(tokenizer)]
+    found += [
+        str(tokenizer.convert_ids_to_tokens(number))
+        for number in ids
+        if isinstance(number, int) and 0 <= number < len(tokenizer)
+    ]
     return list(dict.fromkeys(found))

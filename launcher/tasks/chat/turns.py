@@ -1,11 +1,13 @@
-"""Where the turns of a chat stand in the text that a template makes of it, whatever the template does around them.
+"""Find the turns of a chat in the text that a template makes of it, whatever it writes around them.
 
-The chat is written twice: as it is, and with each character that a message says replaced by one that stands for it (its shadow) and
-for the message. Where the two texts differ, a message speaks; what they share is the template's own. So it is known which message stands
-where, though the template strips, moves or leaves out, or puts one message into another's turn.
+The chat is written twice: as it is, and with each character that a message says replaced by one that stands
+for it (its shadow) and for the message. Where the two texts differ, a message speaks; what they share is the
+template's own. So it is known which message stands where, though the template strips, moves or leaves out, or
+puts one message into another's turn.
 
-A turn begins where the template's generation prompt for it ends: what a model is given is not learned, and all that it would have to
-write is, with `<think>` and the marks of a call. It ends with the token that ends such turns.
+A turn begins where the template's generation prompt for it ends: what a model is given is not learned, and
+all that it would have to write is, with `<think>` and the marks of a call. It ends with the token that ends
+such turns.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from launcher.sources.rows import BAD_VALUE, RowProblem
+from launcher.data.rows import BAD_VALUE, RowProblem
 from launcher.tasks.chat.shadows import (
     KEPT,
     MOST,
@@ -39,7 +41,8 @@ _NEAR = 400
 
 
 class Turn(NamedTuple):
-    """An assistant's turn in the text: from the first character that it must write to the last of what ends it."""
+    """An assistant's turn in the text: from the first character that it must write to the last of what ends
+    it."""
 
     message: int
     """Its number among the messages, from 0."""
@@ -59,16 +62,21 @@ class Marks(NamedTuple):
 
 
 def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence[str]) -> Marks:
-    """Learn what a template puts around turns, by having it write a chat of three messages that all say `content`; `known` are tokens that
-    end a turn anyway."""
-    chat = [with_shadows({"role": role, "content": content}, n, KEPT) for n, role in enumerate(("user", "assistant", "user"))]
+    """Learn what a template puts around turns, by having it write a chat of three messages that all say
+    `content`; `known` are tokens that end a turn anyway."""
+    chat = [
+        with_shadows({"role": role, "content": content}, n, KEPT)
+        for n, role in enumerate(("user", "assistant", "user"))
+    ]
     header, prompt, found = "", "", list(known)
     try:
         header = behind_words(write(chat[:1], True))
         prompt = header.removeprefix(behind_words(write(chat[:1], False)))
         last = behind_words(write(chat[:2], False))
         whole = write(chat, False)
-    except Exception:  # A template may refuse these three messages; rows then go by what they show themselves.
+    except (
+        Exception
+    ):  # A template may refuse these three messages; rows then go by what they show themselves.
         return Marks(header, prompt, tuple(found))
     places = places_of(whole)
     if places.keys() != {0, 1, 2}:
@@ -91,7 +99,8 @@ def _last_end(text: str, added: re.Pattern[str]) -> str:
 
 
 def _ends_apart(between: str, last: str, header: str, added: re.Pattern[str]) -> list[str]:
-    """The two ends of a template that ends its last turn otherwise, as gpt-oss does; a token that begins another's turn is none."""
+    """The two ends of a template that ends its last turn otherwise, as gpt-oss does; a token that begins
+    another's turn is none."""
     inner, outer = added.match(between.lstrip()), added.match(last.lstrip())
     if outer is None:
         return []
@@ -99,10 +108,13 @@ def _ends_apart(between: str, last: str, header: str, added: re.Pattern[str]) ->
     return [outer[0], inner[0]] if inner is not None and same_for_users else [outer[0]]
 
 
-def turns(messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]) -> list[Turn]:
+def turns(
+    messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]
+) -> list[Turn]:
     """Every assistant's turn in `text`, which is what `write` makes of the messages; in order.
 
-    Raises RowProblem where it cannot be told which message says what, or where a message that says something is left out.
+    Raises RowProblem where it cannot be told which message says what, or where a message that says something
+    is left out.
     """
     if len(messages) > MOST:
         raise RowProblem(BAD_VALUE, f"{len(messages):,} messages; a chat may have {MOST:,}")
@@ -119,7 +131,9 @@ def check_said(messages: Sequence[Message], text: str, write: Write) -> None:
 
 
 class _Search:
-    def __init__(self, messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]) -> None:
+    def __init__(
+        self, messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]
+    ) -> None:
         self._text = text
         self._write = write
         self._marks = marks
@@ -128,12 +142,18 @@ class _Search:
         self._places = places_of(self._shadowed)
 
     def _find_shadows(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
-        """Messages whose characters have shadows, and the text of them: as many as the template writes just as the others."""
+        """Messages whose characters have shadows, and the text of them: as many as the template writes just
+        as the others."""
         everyone = {message["role"] for message in messages}
         # What ends a turn, and is said in one, ends none.
         ends = "|".join(map(re.escape, self._marks.ends)) or "(?!)"
         first = re.compile(f"(?!{ends})(?:{KEPT.pattern})")
-        for kept, roles in ((first, everyone), (KEPT, everyone), (KEPT, everyone - {"system", "developer"}), (WORDS, {"assistant"})):
+        for kept, roles in (
+            (first, everyone),
+            (KEPT, everyone),
+            (KEPT, everyone - {"system", "developer"}),
+            (WORDS, {"assistant"}),
+        ):
             shadows = [with_shadows(m, n, kept) if m["role"] in roles else m for n, m in enumerate(messages)]
             try:
                 shadowed = self._write(shadows, False)
@@ -141,7 +161,10 @@ class _Search:
                 continue
             if is_shadow_of(shadowed, self._text):
                 return shadows, shadowed
-        raise RowProblem(BAD_VALUE, "what the chat template writes depends on what messages say, so that turns cannot be told")
+        raise RowProblem(
+            BAD_VALUE,
+            "what the chat template writes depends on what messages say, so that turns cannot be told",
+        )
 
     def turns(self) -> list[Turn]:
         found: list[Turn] = []
@@ -158,11 +181,16 @@ class _Search:
         header = self._prompt(number)
         length = _header_length(gap, self._marks.header if header is None else header)
         if gap.startswith(self._marks.prompt, length):
-            length += len(self._marks.prompt)  # As of Gemma 4, which gives no prompt behind a tool's answer, and writes one there later.
+            length += len(
+                self._marks.prompt
+            )  # As of Gemma 4, which gives no prompt behind a tool's answer, and writes one there later.
         start = max(before + length, after)
         speaks = self._places[number] if visible else (start, start)
         if visible and (start > speaks[0] or self._interrupted(number)):
-            raise RowProblem(BAD_VALUE, f"the chat template writes message {number + 1} among others, so that its turn cannot be told")
+            raise RowProblem(
+                BAD_VALUE,
+                f"the chat template writes message {number + 1} among others, so that its turn cannot be told",
+            )
         end = max(speaks[1] + self._closing(number, speaks[1], visible, length), start)
         self._check_said(number, self._text[start:end])
         return Turn(number, start, end)
@@ -173,8 +201,8 @@ class _Search:
                 self._check_said(number, self._text)
 
     def _check_said(self, number: int, text: str) -> None:
-        """Raise RowProblem where a text lacks the name of what a message calls, or all words of one that has some. Beside calls, thoughts
-        may be left out."""
+        """Raise RowProblem where a text lacks the name of what a message calls, or all words of one that has
+        some. Beside calls, thoughts may be left out."""
         shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
         said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
         missed = next((name for name in names if name not in text), None)
@@ -185,7 +213,8 @@ class _Search:
             raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
 
     def _around(self, number: int) -> tuple[int, int]:
-        """Where the last word before a turn ends, and where its own first word begins: the next message's, where it has none."""
+        """Where the last word before a turn ends, and where its own first word begins: the next message's,
+        where it has none."""
         spoken = sorted(self._places.items(), key=lambda item: item[1])
         if number in self._places:
             begins = self._places[number][0]
@@ -195,18 +224,25 @@ class _Search:
 
     def _interrupted(self, number: int) -> bool:
         start, end = self._places[number]
-        return any(start < other < end for name, place in self._places.items() if name != number for other in place)
+        return any(
+            start < other < end for name, place in self._places.items() if name != number for other in place
+        )
 
     def _prompt(self, number: int) -> str | None:
-        """What a model is given of its turn: the end of the chat so far with a generation prompt; None where that cannot be written."""
+        """What a model is given of its turn: the end of the chat so far with a generation prompt; None where
+        that cannot be written."""
         try:
             return behind_words(self._write(self._shadows[:number], True)) if number else None
-        except Exception:  # As of a chat that begins with the assistant, or two of whose messages stand in one turn.
+        except (
+            Exception
+        ):  # As of a chat that begins with the assistant, or two of whose messages stand in one turn.
             return None
 
     def _closing(self, number: int, position: int, visible: bool, header: int) -> int:
         """How much of what stands behind a turn's last word belongs to it."""
-        following = min((start for start, _ in self._places.values() if start >= position), default=len(self._text))
+        following = min(
+            (start for start, _ in self._places.values() if start >= position), default=len(self._text)
+        )
         behind = self._shadowed[position:following]
         first, names = self._added.search(behind), names_of_calls(self._shadows[number])
         if first is not None and first[0] in self._marks.ends and not any(name in behind for name in names):
@@ -220,7 +256,8 @@ class _Search:
             alone = alone if visible else alone[header:]
             shared = _shared(behind, alone)
             rest = alone[len(shared) :]
-        # A template may write a turn otherwise where it is the last one; of one without words the first end is its own.
+        # A template may write a turn otherwise where it is the last one; of one without words the first end
+        # is its own.
         within = shared if visible or shared.strip() else behind
         said = max((within.rfind(name) + len(name) for name in names if name in shared), default=0)
         ends = [within.find(end, said) + len(end) for end in self._marks.ends if end in within[said:]]
@@ -228,7 +265,9 @@ class _Search:
             return min(ends)
         # In the middle of a chat the turn may end otherwise than at its end.
         other = next((end for end in self._marks.ends if behind.startswith(end, len(shared))), "")
-        return len(shared) + len(other) if other and rest.startswith(self._marks.ends) else len(shared.rstrip())
+        return (
+            len(shared) + len(other) if other and rest.startswith(self._marks.ends) else len(shared.rstrip())
+        )
 
 
 def _shared(one: str, other: str) -> str:
@@ -242,10 +281,11 @@ def _shared(one: str, other: str) -> str:
 
 
 def _header_length(gap: str, prompt: str) -> int:
-    """How much of what stands before an answer's first word the model is given: `prompt` where it stands there as it is.
+    """How much of what stands before an answer's first word the model is given: `prompt` where it stands
+    there as it is.
 
-    Templates give more than they write later (`<think>`), or end another's turn otherwise in the middle of a chat; then it is as far as the
-    longest run that both have, white space aside.
+    Templates give more than they write later (`<think>`), or end another's turn otherwise in the middle of a
+    chat; then it is as far as the longest run that both have, white space aside.
     """
     if gap.startswith(prompt):
         return len(prompt)

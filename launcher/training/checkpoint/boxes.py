@@ -1,7 +1,8 @@
 """A flat range of a tensor as boxes, which DCP reads and writes as ordinary tensors.
 
-ZeRO gives each rank a contiguous range of a parameter's elements in row-major order. Any such range is a union of at most
-2 x dimensions - 1 axis-aligned boxes: for a matrix the end of a row, a block of whole rows, and the start of a row.
+ZeRO gives each rank a contiguous range of a parameter's elements in row-major order. Any such range is a
+union of at most 2 x dimensions - 1 axis-aligned boxes: for a matrix the end of a row, a block of whole rows,
+and the start of a row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The elements [start, stop) of a row-major tensor as boxes, in their order; each is one contiguous stretch."""
+    """The elements [start, stop) of a row-major tensor as boxes, in their order; each is one contiguous
+    stretch."""
     if start >= stop:
         return
     if len(shape) <= 1:
@@ -45,7 +47,8 @@ def _in_row(row: int, inner: Iterator[Box]) -> Iterator[Box]:
 class FlatShard(torch.Tensor):
     """What a rank holds of a tensor: its elements [start, start + count) in row-major order.
 
-    The subclass carries shape and dtype for DCP, which asks it what to write and where to read to; no operator runs on it.
+    The subclass carries shape and dtype for DCP, which asks it what to write and where to read to; no
+    operator runs on it.
     """
 
     start: int
@@ -55,7 +58,12 @@ class FlatShard(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, shape: torch.Size | tuple[int, ...], start: int, count: int, values: Callable[[], torch.Tensor], dtype: torch.dtype
+        cls,
+        shape: torch.Size | tuple[int, ...],
+        start: int,
+        count: int,
+        values: Callable[[], torch.Tensor],
+        dtype: torch.dtype,
     ) -> FlatShard:
         shard: FlatShard = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
         shard.start, shard.count, shard.values = start, count, values
@@ -83,14 +91,18 @@ class FlatShard(torch.Tensor):
                 index=MetadataIndex(fqn, torch.Size(offsets)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)), properties=properties, size=self.shape
+                    chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
+                    properties=properties,
+                    size=self.shape,
                 ),
             )
             for offsets, sizes in self.boxes()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in self.boxes()]
+        return [
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in self.boxes()
+        ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         position = 0

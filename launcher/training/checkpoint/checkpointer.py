@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
 from launcher.errors import CheckpointError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import retention
 from launcher.runs.checkpoints import FileRecord, Progress, Stored, content_problems, list_checkpoints
 from launcher.runs.events import event
@@ -24,7 +24,14 @@ from launcher.training.checkpoint import messages
 from launcher.training.checkpoint.committing import Leader, Saving, has_no_room
 from launcher.training.checkpoint.group import Ranks, RefusedError, describe
 from launcher.training.checkpoint.reader import CheckpointReader
-from launcher.training.checkpoint.storage import METADATA_NAME, FileLayout, Image, TensorPlanner, global_plan, live_blocks
+from launcher.training.checkpoint.storage import (
+    METADATA_NAME,
+    FileLayout,
+    Image,
+    TensorPlanner,
+    global_plan,
+    live_blocks,
+)
 from launcher.training.checkpoint.underway import Underway, told
 from launcher.training.checkpoint.writing import write_hashed
 
@@ -34,7 +41,8 @@ Blocks = Callable[[], Iterator[memoryview]]
 
 @dataclass
 class _Layout:
-    """What a save of these tensors writes on this rank; planned once, as long as their shapes and shardings stay."""
+    """What a save of these tensors writes on this rank; planned once, as long as their shapes and shardings
+    stay."""
 
     key: tuple[object, ...]
     planner: TensorPlanner
@@ -54,23 +62,32 @@ class _Save(Saving):
 
 def _key(tensors: Tensors) -> tuple[object, ...]:
     properties = ("dtype", "shape", "placements")
-    return tuple((name, *(getattr(tensor, key, None) for key in properties)) for name, tensor in tensors.items())
+    return tuple(
+        (name, *(getattr(tensor, key, None) for key in properties)) for name, tensor in tensors.items()
+    )
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every method but `finish_here` is collective: all ranks call it, in the same order.
+    """The checkpoints of one run. Every method but `finish_here` is collective: all ranks call it, in the
+    same order.
 
-    A save that fails, on whichever rank, fails for all: the attempt is removed, the event `save_failed` says why, a warning is
-    printed, and training goes on with the checkpoints there were.
+    A save that fails, on whichever rank, fails for all: the attempt is removed, the event `save_failed` says
+    why, a warning is printed, and training goes on with the checkpoints there were.
     """
 
     def __init__(
-        self, run: RunDirectory, plan: Plan, rank: int, world_size: int, read_only: bool = False, write_event: Callable[..., None] = event
+        self,
+        run: RunDirectory,
+        plan: Plan,
+        rank: int,
+        world_size: int,
+        read_only: bool = False,
+        write_event: Callable[..., None] = event,
     ) -> None:
         """Needs the default process group where world_size is above 1.
 
-        Leftovers of dead attempts are cleared away, as whoever started us holds the run's lock; `read_only` leaves all as it is.
-        `write_event(path, name, **fields)` is called from the background thread as well.
+        Leftovers of dead attempts are cleared away, as whoever started us holds the run's lock; `read_only`
+        leaves all as it is. `write_event(path, name, **fields)` is called from the background thread as well.
         """
         self._run, self._plan = run, plan
         self._rank, self._world_size = rank, world_size
@@ -91,12 +108,19 @@ class Checkpointer:
             retention.remove_leftovers(self._run)
         return self._run.run_id(), secrets.token_hex(4)
 
-    def save(self, tensors: Tensors, progress: Progress, metrics: dict[str, float] | None = None, wait: bool = False) -> bool:
+    def save(
+        self,
+        tensors: Tensors,
+        progress: Progress,
+        metrics: dict[str, float] | None = None,
+        wait: bool = False,
+    ) -> bool:
         """Save the tensors (the same names on every rank) as the checkpoint of `progress.step`.
 
-        Asynchronous, unless the job says otherwise or `wait` is set: when it returns the tensors may change. A save under way is
-        waited for first; one that hangs is given up after a bound, and nothing is saved until its storage answers. False where this save
-        is known to have failed: always known with `wait`; otherwise `finish` tells.
+        Asynchronous, unless the job says otherwise or `wait` is set: when it returns the tensors may change.
+        A save under way is waited for first; one that hangs is given up after a bound, and nothing is saved
+        until its storage answers. False where this save is known to have failed: always known with `wait`;
+        otherwise `finish` tells.
         """
         begin = time.perf_counter()
         if not self._finished():
@@ -104,7 +128,10 @@ class Checkpointer:
                 self._leader.failing.failed(progress.step, self.problem or "")
             return False
         self._num_saves += 1
-        attempt = self._run.checkpoints / f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
+        attempt = (
+            self._run.checkpoints
+            / f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
+        )
         asynchronous = self._plan.checkpoint.asynchronous and not wait
         layout: _Layout | None = None
         blocks: Blocks
@@ -120,12 +147,14 @@ class Checkpointer:
         return asynchronous or self.finish()
 
     def finish(self) -> bool:
-        """Wait for the save under way, as long as there is hope for it. Whether the last one succeeded. For all ranks together."""
+        """Wait for the save under way, as long as there is hope for it. Whether the last one succeeded. For
+        all ranks together."""
         self._finished()
         return self.problem is None
 
     def finish_here(self, seconds: float) -> None:
-        """Wait for this rank's part in the save under way, for so long. Not collective: for a rank that is about to leave alone."""
+        """Wait for this rank's part in the save under way, for so long. Not collective: for a rank that is
+        about to leave alone."""
         self._underway.wait_here(seconds)
 
     def _finished(self) -> bool:
@@ -146,7 +175,10 @@ class Checkpointer:
         if self._layout is not None and self._layout.key == key:
             return self._layout
         planner = TensorPlanner()
-        problem, local = None, None  # the latter as JSON, of which a plan that cannot be told is a problem too
+        problem, local = (
+            None,
+            None,
+        )  # the latter as JSON, of which a plan that cannot be told is a problem too
         try:
             local = messages.of_plan(planner.local_plan(tensors, is_coordinator=self._rank == 0))
         except Exception as error:
@@ -156,7 +188,9 @@ class Checkpointer:
 
         def decide() -> list[Any]:
             nonlocal metadata
-            plans, metadata = global_plan(planner, [_value(rank, *entry) for rank, entry in enumerate(gathered)])
+            plans, metadata = global_plan(
+                planner, [_value(rank, *entry) for rank, entry in enumerate(gathered)]
+            )
             return [messages.of_plan(plan) for plan in plans]
 
         mine = messages.plan(self._ranks.from_first(decide)[self._rank])
@@ -170,7 +204,8 @@ class Checkpointer:
         return layout.image.blocks
 
     def _write(self, save: _Save) -> None:
-        """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never raises."""
+        """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never
+        raises."""
         try:
             reason, is_full = self._try(save)
             if is_full and self._ranks.from_first(functools.partial(self._leader.make_room, save)):
@@ -203,7 +238,9 @@ class Checkpointer:
         gathered = self._ranks.all_gather((problem, is_full, files))
         if failures := _failures([reason for reason, _, _ in gathered]):
             return failures, any(full for _, full, _ in gathered)
-        records = {name: record for _, _, written in gathered for name, record in messages.files(written).items()}
+        records = {
+            name: record for _, _, written in gathered for name, record in messages.files(written).items()
+        }
         reason, is_full = self._ranks.from_first(functools.partial(self._leader.commit, save, records))
         return reason, is_full
 
@@ -217,17 +254,23 @@ class Checkpointer:
             here.saving("writing", detail=name)
             files[name] = write_hashed(save.attempt / name, told(blocks, name))
         if self._rank == 0 and layout is not None:
-            files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)]))
+            files[METADATA_NAME] = write_hashed(
+                save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)])
+            )
         return files
 
     def load(self, tensors: Tensors, step: int | None = None, until: int | None = None) -> Progress | None:
-        """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that verifies, or from `step`'s.
+        """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that
+        verifies, or from `step`'s.
 
-        `until`: of at most that step. None where the run has no such checkpoint yet. Raises CheckpointError where there are some and
-        none is whole, where `step` is asked for and is not whole, and where names, shapes or dtypes are not the checkpoint's.
+        `until`: of at most that step. None where the run has no such checkpoint yet. Raises CheckpointError
+        where there are some and none is whole, where `step` is asked for and is not whole, and where names,
+        shapes or dtypes are not the checkpoint's.
         """
         self.finish()
-        entries = self._ranks.from_first(lambda: [messages.of_stored(stored) for stored in list_checkpoints(self._run)])
+        entries = self._ranks.from_first(
+            lambda: [messages.of_stored(stored) for stored in list_checkpoints(self._run)]
+        )
         listed = [messages.stored(self._run, *entry) for entry in entries]
         if until is not None:
             listed = [stored for stored in listed if stored.step <= until]
@@ -247,7 +290,8 @@ class Checkpointer:
         raise CheckpointError(self._refusal(listed, rejected, step))
 
     def remove(self, steps: Collection[int]) -> None:
-        """Delete the checkpoints of these steps, and wait until they are gone. What cannot be deleted stays, with a warning."""
+        """Delete the checkpoints of these steps, and wait until they are gone. What cannot be deleted stays,
+        with a warning."""
         self._ranks.from_first(functools.partial(self._leader.remove, steps))
 
     def _verify(self, stored: Stored) -> list[str]:
@@ -264,7 +308,9 @@ class Checkpointer:
         try:
             CheckpointReader(stored.directory).load_into(tensors)
         except Exception as error:
-            problem = str(error) if isinstance(error, CheckpointError) else f"{stored.name}: {describe(error)}"
+            problem = (
+                str(error) if isinstance(error, CheckpointError) else f"{stored.name}: {describe(error)}"
+            )
         for rank, reason in enumerate(self._ranks.all_gather(problem)):
             if reason:
                 raise CheckpointError(reason if rank == 0 else f"rank {rank}: {reason}")
@@ -272,7 +318,10 @@ class Checkpointer:
     def _refusal(self, listed: list[Stored], rejected: list[Stored], step: int | None) -> str:
         reasons = "; ".join(f"{stored.name}: {', '.join(stored.problems)}" for stored in rejected)
         if step is None:
-            return f"none of the checkpoints of {self._run.path.name} is whole ({reasons}); move them away to start over"
+            return (
+                f"none of the checkpoints of {self._run.path.name} is whole ({reasons}); move them away to "
+                "start over"
+            )
         others = [stored for stored in reversed(listed) if stored.step != step]
         good = next((stored.step for stored in others if not self._verify(stored)), None)
         instead = "no other checkpoint is whole" if good is None else f"the newest good one is step {good}"

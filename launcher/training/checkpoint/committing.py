@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import tasks
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import retention
 from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, list_checkpoints
 from launcher.runs.layout import RunDirectory
@@ -36,8 +36,16 @@ class Saving:
 class Leader:
     """The checkpoints of one run, as rank 0 keeps them. `event(path, name, **fields)` writes an event."""
 
-    def __init__(self, run: RunDirectory, plan: Plan, run_id: str, world_size: int, event: Callable[..., None]) -> None:
-        self._run, self._plan, self._run_id, self._world_size, self._event = run, plan, run_id, world_size, event
+    def __init__(
+        self, run: RunDirectory, plan: Plan, run_id: str, world_size: int, event: Callable[..., None]
+    ) -> None:
+        self._run, self._plan, self._run_id, self._world_size, self._event = (
+            run,
+            plan,
+            run_id,
+            world_size,
+            event,
+        )
         self._settings = plan.checkpoint
         # A metric that nothing is kept by may be any word.
         self._better = tasks.unprepared(plan).metrics.get(plan.checkpoint.metric, "lower")
@@ -51,15 +59,23 @@ class Leader:
         self.failing.saved(step)
 
     def make_room(self, save: Saving) -> bool:
-        """Give up older checkpoints for this one, where that is enough and one that is whole stays. Whether that was done."""
+        """Give up older checkpoints for this one, where that is enough and one that is whole stays. Whether
+        that was done."""
         shutil.rmtree(save.attempt, ignore_errors=True)
         try:
-            removed = retention.make_room(self._run, self._settings.keep_best, self._settings.metric, self._better, self._known_good)
+            removed = retention.make_room(
+                self._run, self._settings.keep_best, self._settings.metric, self._better, self._known_good
+            )
         except OSError:
             return False
         if removed:
             with contextlib.suppress(OSError):
-                self._event(self._run.events_file, "made_room", step=save.progress.step, removed=[stored.step for stored in removed])
+                self._event(
+                    self._run.events_file,
+                    "made_room",
+                    step=save.progress.step,
+                    removed=[stored.step for stored in removed],
+                )
         return bool(removed)
 
     def commit(self, save: Saving, files: dict[str, FileRecord]) -> tuple[str | None, bool]:
@@ -73,11 +89,23 @@ class Leader:
         self.read(manifest.step)
         seconds = round(time.perf_counter() - save.begin, 3)
         try:
-            self._event(self._run.events_file, "saved", step=manifest.step, seconds=seconds, bytes=manifest.total_bytes)
+            self._event(
+                self._run.events_file,
+                "saved",
+                step=manifest.step,
+                seconds=seconds,
+                bytes=manifest.total_bytes,
+            )
             keep = self._settings
-            retention.prune(self._run, keep.keep_last, keep.keep_best, keep.metric, self._better, {manifest.step})
+            retention.prune(
+                self._run, keep.keep_last, keep.keep_best, keep.metric, self._better, {manifest.step}
+            )
         except OSError as error:
-            warnings.warn(f"step {manifest.step} is saved, but older checkpoints could not be removed: {describe(error)}", stacklevel=2)
+            warnings.warn(
+                f"step {manifest.step} is saved, but older checkpoints could not be removed: "
+                f"{describe(error)}",
+                stacklevel=2,
+            )
         return None, False
 
     def _manifest(self, save: Saving, files: dict[str, FileRecord]) -> Manifest:
@@ -99,7 +127,9 @@ class Leader:
         """Remove what there is of it, and say why it is none, on the screen and in an event."""
         self.failing.failed(save.progress.step, reason)
         shutil.rmtree(save.attempt, ignore_errors=True)
-        message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
+        message = (
+            f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
+        )
         with contextlib.suppress(OSError):  # where these lines go may be as full
             print(f"warning: {message}", file=sys.stderr, flush=True)
         try:
@@ -109,7 +139,8 @@ class Leader:
                 print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
 
     def given_up(self, step: int, reason: str) -> None:
-        """Say that a save is waited for no longer, on the screen and in an event. What it has written stays for its thread to remove."""
+        """Say that a save is waited for no longer, on the screen and in an event. What it has written stays
+        for its thread to remove."""
         tell(say=f"warning: a checkpoint could not be saved: {reason}; training goes on")
         self._event(self._run.events_file, "save_failed", step=step, reason=reason)
 
@@ -125,7 +156,9 @@ class Leader:
     def passed_over(self, stored: Stored, problems: list[str]) -> None:
         """Say why a checkpoint is not taken."""
         reason = "; ".join(problems)
-        print(f"checkpoint {stored.name} is not whole and is passed over: {reason}", file=sys.stderr, flush=True)
+        print(
+            f"checkpoint {stored.name} is not whole and is passed over: {reason}", file=sys.stderr, flush=True
+        )
         self._event(self._run.events_file, "rejected", checkpoint=stored.name, reason=reason)
 
 

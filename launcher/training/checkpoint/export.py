@@ -15,14 +15,22 @@ from typing_extensions import Buffer
 
 from launcher.errors import CheckpointError, ConfigurationError, Problem, StorageError
 from launcher.plain_files import read_json
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.checkpoints import Stored as StoredCheckpoint
 from launcher.runs.checkpoints import look, newest_valid, verify
 from launcher.runs.layout import RunDirectory, sync_directory
 from launcher.runs.sharing import set_umask
 from launcher.training.checkpoint.reader import CheckpointReader
-from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Alone, Entry, ExportDtype, Merged, Stored, Weights
-from launcher.training.model_files import kept
+from launcher.training.checkpoint.weights import (
+    SAFETENSORS_NAMES,
+    Alone,
+    Entry,
+    ExportDtype,
+    Merged,
+    Stored,
+    Weights,
+)
+from launcher.training.model.model_files import kept
 
 _OF_A_MODEL = ("config.json", "generation_config.json")
 
@@ -47,14 +55,18 @@ def export(
     max_shard_bytes: int = 5_000_000_000,
     adapter: bool = False,
 ) -> Exported:
-    """Write the model of the newest whole checkpoint, or of `step`'s, as safetensors with config and tokenizer.
+    """Write the model of the newest whole checkpoint, or of `step`'s, as safetensors with config and
+    tokenizer.
 
-    Of a run that trains adapters: the model with them added to its weights, or with `adapter` a directory that peft loads.
-    Raises ConfigurationError where `out` is in use, or there is no such adapter, CheckpointError where there is no whole checkpoint,
-    StorageError where the disk does not take it. `out` appears at once and whole, or not at all.
+    Of a run that trains adapters: the model with them added to its weights, or with `adapter` a directory
+    that peft loads. Raises ConfigurationError where `out` is in use, or there is no such adapter,
+    CheckpointError where there is no whole checkpoint, StorageError where the disk does not take it. `out`
+    appears at once and whole, or not at all.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigurationError(Problem("--out", str(out), "exists and is not an empty directory; name a new one"))
+        raise ConfigurationError(
+            Problem("--out", str(out), "exists and is not an empty directory; name a new one")
+        )
     chosen, rejected = choose(run, step)
     directory = _model_directory(run)
     weights = _weights(run, CheckpointReader(chosen.directory), dtype, adapter)
@@ -80,7 +92,9 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     entries = [entry for shard in shards for entry in shard]
-    return Exported(out, chosen.step, len(entries), sum(entry.num_bytes for entry in entries), tuple(files), rejected)
+    return Exported(
+        out, chosen.step, len(entries), sum(entry.num_bytes for entry in entries), tuple(files), rejected
+    )
 
 
 def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple[StoredCheckpoint, ...]]:
@@ -89,9 +103,15 @@ def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple
         choice = newest_valid(run)
         if choice.chosen is None:
             reasons = "; ".join(f"{stored.name}: {', '.join(stored.problems)}" for stored in choice.rejected)
-            raise CheckpointError(f"{run.path.name} has no whole checkpoint" + (f" ({reasons})" if reasons else " yet"))
+            raise CheckpointError(
+                f"{run.path.name} has no whole checkpoint" + (f" ({reasons})" if reasons else " yet")
+            )
         return choice.chosen, choice.rejected
-    problems = verify(run.checkpoint(step), run.run_id()) if run.checkpoint(step).is_dir() else ["there is no such checkpoint"]
+    problems = (
+        verify(run.checkpoint(step), run.run_id())
+        if run.checkpoint(step).is_dir()
+        else ["there is no such checkpoint"]
+    )
     if problems:
         newest = newest_valid(run).chosen
         instead = f"the newest good one is step {newest.step}" if newest else "no other checkpoint is whole"
@@ -102,12 +122,15 @@ def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple
 def _model_directory(run: RunDirectory) -> Path:
     directory = run.path / "model"
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} holds no config.json: the run never got as far as preparing its model")
+        raise CheckpointError(
+            f"{directory} holds no config.json: the run never got as far as preparing its model"
+        )
     return directory
 
 
 def _weights(run: RunDirectory, reader: CheckpointReader, dtype: ExportDtype, alone: bool) -> Weights:
-    """The checkpoint's tensors; of a run that trains adapters the whole model's, or with `alone` the adapters'."""
+    """The checkpoint's tensors; of a run that trains adapters the whole model's, or with `alone` the
+    adapters'."""
     plan = Plan.read(run.plan_file) if run.plan_file.is_file() else None
     stored = Stored(reader, dtype)
     if plan is None or plan.model.adapter is None:
@@ -134,7 +157,11 @@ def _shards(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
 
 def _write_shards(directory: Path, weights: Weights, shards: list[list[Entry]], stem: str) -> list[str]:
     count = len(shards)
-    names = [f"{stem}.safetensors"] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = (
+        [f"{stem}.safetensors"]
+        if count == 1
+        else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
     for name, shard in zip(names, shards, strict=True):
         with open(directory / name, "wb") as file:
             _write_safetensors(file, weights, shard)
@@ -144,9 +171,13 @@ def _write_shards(directory: Path, weights: Weights, shards: list[list[Entry]], 
         return names
     index = {
         "metadata": {"total_size": sum(entry.num_bytes for shard in shards for entry in shard)},
-        "weight_map": {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard},
+        "weight_map": {
+            entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard
+        },
     }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     return names
 
 
@@ -156,7 +187,11 @@ def _write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) -
     end = 0
     for entry in entries:
         begin, end = end, end + entry.num_bytes
-        header[entry.name] = {"dtype": SAFETENSORS_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+        header[entry.name] = {
+            "dtype": SAFETENSORS_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little"))
@@ -168,7 +203,8 @@ def _write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) -
 
 
 def _set_dtype(config_file: Path, shards: list[list[Entry]]) -> None:
-    """Say in config.json what the weights are, as `from_pretrained` loads them in the dtype that stands there."""
+    """Say in config.json what the weights are, as `from_pretrained` loads them in the dtype that stands
+    there."""
     floating = [entry for shard in shards for entry in shard if entry.dtype.is_floating_point]
     if not floating:
         return

@@ -1,6 +1,7 @@
 """The checkpoints' own gloo group, apart from training's messages.
 
-A save's background thread talks through it while the main thread trains; collectives of two threads on one group would mix.
+A save's background thread talks through it while the main thread trains; collectives of two threads on one
+group would mix.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ class RefusedError(Exception):
 def describe(error: BaseException) -> str:
     """An error in one line, for people."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})" if error.filename else error.strerror
+        return (
+            f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})"
+            if error.filename
+            else error.strerror
+        )
     if isinstance(error, RefusedError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 class Ranks:
-    """Small values between all ranks, of what JSON can hold. With one rank nothing is sent, and no process group is needed.
+    """Small values between all ranks, of what JSON can hold. With one rank nothing is sent, and no process
+    group is needed.
 
     With more, a tuple arrives as a list.
     """
@@ -49,7 +55,8 @@ class Ranks:
         return [value] if self.world_size == 1 else exchange.all_gather(value, self.group)
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, on every rank. What it raises there is raised everywhere, of the same failure class."""
+        """What `work` gives on rank 0, on every rank. What it raises there is raised everywhere, of the same
+        failure class."""
         if self.world_size == 1:
             return work()
         if self.rank > 0:

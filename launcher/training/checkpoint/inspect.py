@@ -26,7 +26,8 @@ class TensorDescription:
 
 @dataclass(frozen=True)
 class Difference:
-    """How one tensor differs between two checkpoints. `status`: equal (to the bit), different, only first, only second, other shape."""
+    """How one tensor differs between two checkpoints. `status`: equal (to the bit), different, only first,
+    only second, other shape."""
 
     name: str
     status: str
@@ -44,7 +45,13 @@ def describe_tensors(directory: Path) -> list[TensorDescription]:
         dtype = found.properties.dtype
         pieces = sum(1 for chunk in found.chunks if chunk.sizes.numel())
         descriptions.append(
-            TensorDescription(name, tuple(found.size), str(dtype).removeprefix("torch."), found.size.numel() * dtype.itemsize, pieces)
+            TensorDescription(
+                name,
+                tuple(found.size),
+                str(dtype).removeprefix("torch."),
+                found.size.numel() * dtype.itemsize,
+                pieces,
+            )
         )
     return descriptions
 
@@ -66,12 +73,16 @@ def differences(first: Path, second: Path) -> Iterator[Difference]:
 
 def _difference(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference:
     same_bits, absolute, relative = a.dtype == b.dtype, 0.0, 0.0
-    for left, right in zip(a.reshape(-1).split(_SLICE_ELEMENTS), b.reshape(-1).split(_SLICE_ELEMENTS), strict=True):
+    for left, right in zip(
+        a.reshape(-1).split(_SLICE_ELEMENTS), b.reshape(-1).split(_SLICE_ELEMENTS), strict=True
+    ):
         if same_bits and torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
             continue
         same_bits = False
         x, y = left.double(), right.double()
-        distance = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs()).nan_to_num(nan=torch.inf)
+        distance = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs()).nan_to_num(
+            nan=torch.inf
+        )
         scale = torch.maximum(x.abs(), y.abs())
         ratio = torch.where(distance == 0, 0.0, distance / scale).nan_to_num(nan=torch.inf)
         absolute, relative = max(absolute, distance.max().item()), max(relative, ratio.max().item())

@@ -17,20 +17,34 @@ from launcher.runs.layout import RunDirectory
 
 def of_plan(plan: SavePlan) -> dict[str, Any]:
     """Turn DCP's plan of what a rank writes into JSON. Raises TypeError for what is no strided tensor."""
-    return {"items": [_of_item(item) for item in plan.items], "paths": plan.planner_data and dict(plan.planner_data)}
+    return {
+        "items": [_of_item(item) for item in plan.items],
+        "paths": plan.planner_data and dict(plan.planner_data),
+    }
 
 
 def plan(content: dict[str, Any]) -> SavePlan:
     """Make the plan again that `of_plan` took apart."""
     paths = content["paths"]
-    return SavePlan([_item(*item) for item in content["items"]], planner_data=paths and {key: tuple(path) for key, path in paths.items()})
+    return SavePlan(
+        [_item(*item) for item in content["items"]],
+        planner_data=paths and {key: tuple(path) for key, path in paths.items()},
+    )
 
 
 def _of_item(item: WriteItem) -> list[Any]:
     data = item.tensor_data
-    if data is None or data.properties.layout != torch.strided or data.properties.memory_format != torch.contiguous_format:
+    if (
+        data is None
+        or data.properties.layout != torch.strided
+        or data.properties.memory_format != torch.contiguous_format
+    ):
         raise TypeError(f"{item.index.fqn} is no plain tensor")
-    properties = [str(data.properties.dtype).removeprefix("torch."), data.properties.requires_grad, data.properties.pin_memory]
+    properties = [
+        str(data.properties.dtype).removeprefix("torch."),
+        data.properties.requires_grad,
+        data.properties.pin_memory,
+    ]
     place = [item.index.fqn, item.index.offset, item.index.index, item.type.name]
     return [place, [data.chunk.offsets, data.chunk.sizes, data.size], properties]
 
@@ -63,4 +77,9 @@ def of_stored(stored: Stored) -> list[Any]:
 
 def stored(run: RunDirectory, step: int, manifest: dict[str, Any] | None, problems: list[str]) -> Stored:
     """Make again what `of_stored` took apart."""
-    return Stored(step, run.checkpoint(step), None if manifest is None else Manifest.model_validate(manifest), tuple(problems))
+    return Stored(
+        step,
+        run.checkpoint(step),
+        None if manifest is None else Manifest.model_validate(manifest),
+        tuple(problems),
+    )

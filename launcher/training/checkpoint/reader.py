@@ -1,7 +1,8 @@
 """Read a checkpoint without executing anything in it.
 
-`.metadata` is a pickle: it is read by an unpickler that knows DCP's own few classes and refuses the rest. The tensors
-themselves are never unpickled: where their elements are follows from the archive's directory, what they are from `.metadata`.
+`.metadata` is a pickle: it is read by an unpickler that knows DCP's own few classes and refuses the rest. The
+tensors themselves are never unpickled: where their elements are follows from the archive's directory, what
+they are from `.metadata`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from launcher.errors import CheckpointError
@@ -48,7 +54,8 @@ _LARGEST_METADATA_BYTES = 8 << 30
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes instances of the allowed classes, and never hands out a class itself: a pickle could set attributes of it, in this process."""
+    """Makes instances of the allowed classes, and never hands out a class itself: a pickle could set
+    attributes of it, in this process."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
@@ -61,11 +68,14 @@ class _MetadataUnpickler(pickle.Unpickler):
             return self._makers[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        raise CheckpointError(f"{METADATA_NAME} names {module}.{name}, which no checkpoint needs; it is refused unread")
+        raise CheckpointError(
+            f"{METADATA_NAME} names {module}.{name}, which no checkpoint needs; it is refused unread"
+        )
 
 
 def _maker(made: Any) -> type:
-    """A class that lives as long as one unpickler, and makes what `made` makes: of a dataclass bare instances, which pickles fill."""
+    """A class that lives as long as one unpickler, and makes what `made` makes: of a dataclass bare
+    instances, which pickles fill."""
     bare = dataclasses.is_dataclass(made)
 
     def make(_: type, *arguments: Any) -> Any:
@@ -94,7 +104,8 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _what_is_wrong(metadata: Any) -> str:
-    """Why these objects do not describe a checkpoint, though each is of an allowed class; empty where they do."""
+    """Why these objects do not describe a checkpoint, though each is of an allowed class; empty where they
+    do."""
     if (
         not isinstance(metadata, Metadata)
         or not isinstance(metadata.storage_data, dict)
@@ -109,11 +120,15 @@ def _what_is_wrong(metadata: Any) -> str:
             return f"{name} has no dtype or no shape"
         for chunk in tensor.chunks:
             ends = zip(chunk.offsets, chunk.sizes, size, strict=True)
-            if not all(begin >= 0 and length >= 0 and begin + length <= whole for begin, length, whole in ends):
+            if not all(
+                begin >= 0 and length >= 0 and begin + length <= whole for begin, length, whole in ends
+            ):
                 return f"a piece of {name} lies outside of it"
             stored += chunk.sizes.numel()
             info = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
-            if chunk.sizes.numel() and not (isinstance(info, _StorageInfo) and info.offset >= 0 and info.length > 0):
+            if chunk.sizes.numel() and not (
+                isinstance(info, _StorageInfo) and info.offset >= 0 and info.length > 0
+            ):
                 return f"it is not said where a piece of {name} is"
         if stored != size.numel():
             return f"the pieces of {name} are not the whole of it"
@@ -148,7 +163,8 @@ class _View(io.RawIOBase):
 
 
 def _locate(archive: memoryview) -> tuple[int, int]:
-    """Offset and size, in bytes, of the elements in one `torch.save` archive. Raises ValueError, zipfile.BadZipFile."""
+    """Offset and size, in bytes, of the elements in one `torch.save` archive. Raises ValueError,
+    zipfile.BadZipFile."""
     with zipfile.ZipFile(_View(archive)) as opened:
         entries = [entry for entry in opened.infolist() if entry.filename.endswith("/data/0")]
     if len(entries) != 1 or entries[0].compress_type != zipfile.ZIP_STORED:
@@ -179,11 +195,14 @@ class CheckpointReader:
         """Size, dtype and pieces of a tensor. Raises CheckpointError where it is missing, or no tensor."""
         found = self.metadata.state_dict_metadata.get(name)
         if not isinstance(found, TensorStorageMetadata):
-            raise CheckpointError(f"{self.directory}: {name} is {'missing' if found is None else 'no tensor'}")
+            raise CheckpointError(
+                f"{self.directory}: {name} is {'missing' if found is None else 'no tensor'}"
+            )
         return found
 
     def piece(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        """One stored piece, shape `chunk.sizes`, as a view of the file (writing to it changes nothing on disk)."""
+        """One stored piece, shape `chunk.sizes`, as a view of the file (writing to it changes nothing on
+        disk)."""
         dtype = self.describe(name).properties.dtype
         if not chunk.sizes.numel():
             return torch.empty(chunk.sizes, dtype=dtype)
@@ -195,7 +214,9 @@ class CheckpointReader:
                 raise ValueError(f"{size} bytes stored for {tuple(chunk.sizes)} of {dtype}")
         except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{self.directory}/{info.relative_path}: {name}: {error}") from None
-        return torch.frombuffer(content, dtype=dtype, count=chunk.sizes.numel(), offset=info.offset + offset).view(chunk.sizes)
+        return torch.frombuffer(
+            content, dtype=dtype, count=chunk.sizes.numel(), offset=info.offset + offset
+        ).view(chunk.sizes)
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor; a view of the file where it is stored in one piece, else a copy."""
@@ -205,7 +226,9 @@ class CheckpointReader:
             return self.piece(name, chunks[0])
         whole = torch.empty(described.size, dtype=described.properties.dtype)
         for chunk in chunks:
-            where = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            where = tuple(
+                slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
+            )
             whole[where] = self.piece(name, chunk)
         return whole
 
@@ -226,9 +249,13 @@ class CheckpointReader:
         with torch.no_grad():
             for item in planner.create_local_plan().items:
                 assert item.type is LoadItemType.TENSOR
-                self._copy(item.storage_index, item.storage_offsets, item.lengths, planner.resolve_tensor(item))
+                self._copy(
+                    item.storage_index, item.storage_offsets, item.lengths, planner.resolve_tensor(item)
+                )
 
-    def _copy(self, index: MetadataIndex, offsets: torch.Size, lengths: torch.Size, target: torch.Tensor) -> None:
+    def _copy(
+        self, index: MetadataIndex, offsets: torch.Size, lengths: torch.Size, target: torch.Tensor
+    ) -> None:
         chunk = next(chunk for chunk in self.describe(index.fqn).chunks if chunk.offsets == index.offset)
         where = tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
         target.detach().copy_(self.piece(index.fqn, chunk)[where])

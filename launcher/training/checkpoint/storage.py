@@ -1,9 +1,9 @@
 """Write and read DCP's standard files without DCP's per-tensor cost.
 
-A rank's `__R_0.distcp` is known to the byte before a save starts: DCP stores each piece of a tensor as one `torch.save`
-archive, and all of it but the elements follows from dtype and shape. So the layout is planned once (`FileLayout`), and a save is
-a copy of the elements into the gaps and one sequential write. What comes out is what DCP's own writer would write, and
-PyTorch's own tools read it.
+A rank's `__R_0.distcp` is known to the byte before a save starts: DCP stores each piece of a tensor as one
+`torch.save` archive, and all of it but the elements follows from dtype and shape. So the layout is planned
+once (`FileLayout`), and a save is a copy of the elements into the gaps and one sequential write. What comes
+out is what DCP's own writer would write, and PyTorch's own tools read it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class _ArchiveRecorder(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence != os.SEEK_CUR or len(self.parts) != 1:
-            raise NotImplementedError("torch.save no longer skips the elements of a tensor with one relative seek")
+            raise NotImplementedError(
+                "torch.save no longer skips the elements of a tensor with one relative seek"
+            )
         self.parts.append(bytearray())
         self.position += offset
         return self.position
@@ -121,7 +123,11 @@ class FileLayout:
         for item in items:
             data = item.tensor_data
             assert data is not None
-            slot = Slot(item, -(-end // _ALIGNMENT) * _ALIGNMENT, data.chunk.sizes.numel() * data.properties.dtype.itemsize)
+            slot = Slot(
+                item,
+                -(-end // _ALIGNMENT) * _ALIGNMENT,
+                data.chunk.sizes.numel() * data.properties.dtype.itemsize,
+            )
             slots.append(slot)
             end = slot.offset + slot.length
         return cls(f"__{rank}_0.distcp", tuple(slots), end)
@@ -132,13 +138,17 @@ class FileLayout:
 
 
 class TensorPlanner(DefaultSavePlanner):
-    """DCP's planner, asked once for what each rank writes; DTensors, replicas and box-wise subclasses are its business."""
+    """DCP's planner, asked once for what each rank writes; DTensors, replicas and box-wise subclasses are its
+    business."""
 
     def local_plan(self, tensors: dict[str, torch.Tensor], is_coordinator: bool) -> SavePlan:
         """What this rank could write. Raises TypeError for a value that is no tensor."""
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors, other state goes into Progress.extra")
+                raise TypeError(
+                    f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors, other state "
+                    "goes into Progress.extra"
+                )
         self.set_up_planner(dict(tensors), is_coordinator=is_coordinator)
         return self.create_local_plan()
 
@@ -157,12 +167,15 @@ def global_plan(planner: TensorPlanner, local_plans: list[SavePlan]) -> tuple[li
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for rank, plan in enumerate(plans):
         storage.update(FileLayout.of(rank, plan.items).storage_data())
-    whole: Metadata = replace(metadata, storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+    whole: Metadata = replace(
+        metadata, storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
+    )
     return [replace(plan, planner_data=None) for plan in plans], pickle.dumps(whole)
 
 
 class Image:
-    """A rank's file in memory, kept from save to save: the archives are filled in once, the elements at each save."""
+    """A rank's file in memory, kept from save to save: the archives are filled in once, the elements at each
+    save."""
 
     def __init__(self, layout: FileLayout, pinned: bool) -> None:
         self.layout = layout
@@ -174,10 +187,14 @@ class Image:
             before, after = slot.around
             data_end = slot.data_offset + slot.data_bytes
             end = slot.offset + slot.length
-            self.buffer[slot.offset : slot.data_offset] = torch.frombuffer(bytearray(before), dtype=torch.uint8)
+            self.buffer[slot.offset : slot.data_offset] = torch.frombuffer(
+                bytearray(before), dtype=torch.uint8
+            )
             if after:
                 self.buffer[data_end:end] = torch.frombuffer(bytearray(after), dtype=torch.uint8)
-        self.targets = [self.buffer[slot.data_offset : slot.data_offset + slot.data_bytes] for slot in layout.slots]
+        self.targets = [
+            self.buffer[slot.data_offset : slot.data_offset + slot.data_bytes] for slot in layout.slots
+        ]
 
     def fill(self, planner: TensorPlanner, tensors: dict[str, torch.Tensor]) -> None:
         """Copy this rank's elements in. When it returns the tensors may change."""
@@ -193,7 +210,9 @@ class Image:
             yield whole[begin : begin + _BLOCK_BYTES]
 
 
-def live_blocks(layout: FileLayout, planner: TensorPlanner, tensors: dict[str, torch.Tensor]) -> Iterator[memoryview]:
+def live_blocks(
+    layout: FileLayout, planner: TensorPlanner, tensors: dict[str, torch.Tensor]
+) -> Iterator[memoryview]:
     """The same content straight from the tensors, with no copy of the whole; they must not change meanwhile.
 
     Two blocks of memory take turns: one must be done with before the next but one is asked for.
@@ -212,7 +231,9 @@ def live_blocks(layout: FileLayout, planner: TensorPlanner, tensors: dict[str, t
     yield block[:used]
 
 
-def _stretches(layout: FileLayout, planner: TensorPlanner, tensors: dict[str, torch.Tensor]) -> Iterator[Buffer]:
+def _stretches(
+    layout: FileLayout, planner: TensorPlanner, tensors: dict[str, torch.Tensor]
+) -> Iterator[Buffer]:
     end = 0
     for slot in layout.slots:
         before, after = slot.around

@@ -17,15 +17,19 @@ _SLICE_SECONDS = 1.0
 SAY_SECONDS, SAY_TIMES = 60.0, 5.0
 """A save that is waited for longer, and longer than so many times the one before took, is said to be slow."""
 GIVE_UP_SECONDS, GIVE_UP_TIMES = 600.0, 20.0
-"""One that has not moved for longer than both is given up: training goes on, and saves again once the storage is back."""
+"""One that has not moved for longer than both is given up: training goes on, and saves again once the storage
+is back."""
 _WAITING = ("", "waiting for the other ranks")
 
 
 def giving_up_seconds(hang_after: HangAfter, last_save_seconds: float) -> float:
-    """After how long without a byte written a save is given up: of a plan's `hang_after`, and of what the last save took."""
+    """After how long without a byte written a save is given up: of a plan's `hang_after`, and of what the
+    last save took."""
     if hang_after == "off":
         return math.inf
-    return 2 * hang_after if hang_after is not None else max(GIVE_UP_SECONDS, GIVE_UP_TIMES * last_save_seconds)
+    return (
+        2 * hang_after if hang_after is not None else max(GIVE_UP_SECONDS, GIVE_UP_TIMES * last_save_seconds)
+    )
 
 
 def told(blocks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
@@ -39,17 +43,20 @@ def told(blocks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
 class Underway:
     """At most one save, on all ranks. `start` and `wait` are collective.
 
-    A save that was given up is never committed, though its thread may come back: by then the tensors may have changed.
+    A save that was given up is never committed, though its thread may come back: by then the tensors may have
+    changed.
     """
 
     def __init__(self, rank: int, world_size: int, hang_after: HangAfter = None) -> None:
-        """Needs the default process group where world_size is above 1: the ranks' main threads agree over a group of their own."""
+        """Needs the default process group where world_size is above 1: the ranks' main threads agree over a
+        group of their own."""
         self._ranks = Ranks(rank, world_size)
         self._hang_after = hang_after
         self._thread: threading.Thread | None = None
         self._given_up = threading.Event()
         self.ranks_lost = False
-        """Whether the threads' own group is broken on any rank; known once `wait` has said that the save is over."""
+        """Whether the threads' own group is broken on any rank; known once `wait` has said that the save is
+        over."""
 
     @property
     def is_given_up(self) -> bool:
@@ -68,7 +75,8 @@ class Underway:
             self._thread.join(seconds)
 
     def wait(self) -> str | None:
-        """Wait until the save is over on every rank; None then, else why it was given up. One that was is asked for and not waited for."""
+        """Wait until the save is over on every rank; None then, else why it was given up. One that was is
+        asked for and not waited for."""
         with here.during("waiting for the save"):
             return self._wait()
 
@@ -94,7 +102,11 @@ class Underway:
                 self._thread, self.ranks_lost = None, any(state["lost"] for state in states)
                 return None
             # The same numbers decide on all ranks, or one would go on while another one still waits.
-            waited, last, where = states[0]["waited"], states[0]["last"], _where([state["place"] for state in states])
+            waited, last, where = (
+                states[0]["waited"],
+                states[0]["last"],
+                _where([state["place"] for state in states]),
+            )
             if self.is_given_up:
                 return f"the storage still hangs ({where})"
             still = min(state["still"] for state in states)
@@ -114,7 +126,8 @@ def _where(places: list[str]) -> str:
 
 
 class Failing:
-    """Says on the screen that saves fail, from the second in a row on, by another way than the disk that may be why."""
+    """Says on the screen that saves fail, from the second in a row on, by another way than the disk that may
+    be why."""
 
     def __init__(self, step: int = 0) -> None:
         self._in_a_row = 0
@@ -127,7 +140,9 @@ class Failing:
     def failed(self, step: int, reason: str) -> None:
         """That of `step` failed."""
         self._in_a_row += 1
-        if self._in_a_row > 1 and self._in_a_row & (self._in_a_row - 1) == 0:  # the 2nd, the 4th, the 8th: there may be thousands
+        if (
+            self._in_a_row > 1 and self._in_a_row & (self._in_a_row - 1) == 0
+        ):  # the 2nd, the 4th, the 8th: there may be thousands
             what = f"{self._in_a_row} saves in a row have failed, the last one at step {step} ({reason})"
             lost = f"nothing is saved {f'since step {self._good}' if self._good else 'yet'}"
             tell(say=f"warning: {what}; {lost}; training goes on")

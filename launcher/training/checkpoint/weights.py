@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from launcher import tasks
 from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.job.adapter import Adapter
-from launcher.planning.plan import Plan
-from launcher.training import adapters, pretrained
-from launcher.training import model as models
+from launcher.planner.plan import Plan
 from launcher.training.checkpoint.reader import CheckpointReader
+from launcher.training.model import adapters, pretrained
+from launcher.training.model import loading as models
+from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
-from launcher.training.reading import Changes
 
 ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 SAFETENSORS_NAMES = {
@@ -88,7 +88,10 @@ class Stored:
 
     def entries(self) -> list[Entry]:
         described = {name: self.reader.describe(_PREFIX + name) for name in self.names}
-        return [_entry(name, tuple(found.size), found.properties.dtype, self.dtype) for name, found in described.items()]
+        return [
+            _entry(name, tuple(found.size), found.properties.dtype, self.dtype)
+            for name, found in described.items()
+        ]
 
     def read(self, name: str) -> torch.Tensor:
         return self.reader.read(_PREFIX + name)
@@ -96,9 +99,16 @@ class Stored:
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """Straight from the file where the tensor is cut along its first dimension."""
         described = self.reader.describe(_PREFIX + name)
-        chunks = sorted((chunk for chunk in described.chunks if chunk.sizes.numel()), key=lambda chunk: tuple(chunk.offsets))
+        chunks = sorted(
+            (chunk for chunk in described.chunks if chunk.sizes.numel()),
+            key=lambda chunk: tuple(chunk.offsets),
+        )
         by_rows = all(chunk.sizes[1:] == described.size[1:] for chunk in chunks)
-        wholes = (self.reader.piece(_PREFIX + name, chunk) for chunk in chunks) if by_rows else iter([self.read(name)])
+        wholes = (
+            (self.reader.piece(_PREFIX + name, chunk) for chunk in chunks)
+            if by_rows
+            else iter([self.read(name)])
+        )
         for whole in wholes:
             yield from _slices(whole)
 
@@ -106,21 +116,31 @@ class Stored:
 class Merged:
     """The base with B A alpha / rank added to each weight that has an adapter, in fp32, one tensor at a time.
 
-    The base comes from its own files in the precision that it was trained beside: through a memory map where that is the files' own.
-    `keep` is that precision as well.
+    The base comes from its own files in the precision that it was trained beside: through a memory map where
+    that is the files' own. `keep` is that precision as well.
     """
 
     def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
         self.adapter, self.stored = adapter, stored
         self.kept = DTYPES[plan.precision]
         model = _base(plan, model_files, self.kept)
-        self.turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-        self.base: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(models.persistent_buffers(model))
+        self.turned = {
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+        }
+        self.base: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(
+            models.persistent_buffers(model)
+        )
         self.trained = set(stored.names)
 
     def entries(self) -> list[Entry]:
-        dtypes = {name: self.kept if tensor.is_floating_point() else tensor.dtype for name, tensor in self.base.items()}
-        return [_entry(name, tuple(tensor.shape), dtypes[name], self.stored.dtype) for name, tensor in self.base.items()]
+        dtypes = {
+            name: self.kept if tensor.is_floating_point() else tensor.dtype
+            for name, tensor in self.base.items()
+        }
+        return [
+            _entry(name, tuple(tensor.shape), dtypes[name], self.stored.dtype)
+            for name, tensor in self.base.items()
+        ]
 
     @torch.no_grad()
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
@@ -143,7 +163,9 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
     noise.setLevel(logging.ERROR)  # a head that its files lack is in the checkpoint
     try:
         with Changes.of(plan, kind, config).in_place():
-            return kind.from_pretrained(plan.model.name, config=config, dtype=dtype, revision=plan.model.revision or "main")
+            return kind.from_pretrained(
+                plan.model.name, config=config, dtype=dtype, revision=plan.model.revision or "main"
+            )
     except Exception as error:
         if (why := pretrained.why_not_read(error)) is None:
             raise
@@ -156,7 +178,8 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
 class Alone:
     """The adapters and what was trained beside them, under the names that peft reads.
 
-    Of a tied pair peft is given both modules: of one alone it would make a copy that trained, and leave the other what it was.
+    Of a tied pair peft is given both modules: of one alone it would make a copy that trained, and leave the
+    other what it was.
     """
 
     def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
@@ -167,7 +190,10 @@ class Alone:
     def entries(self) -> list[Entry]:
         described = {entry.name: entry for entry in self.stored.entries()}
         sources = {name: name for name in described if adapters.is_matrix(name)} | self._names
-        return [Entry(_PEFT_PREFIX + name, described[source].shape, described[source].dtype) for name, source in sources.items()]
+        return [
+            Entry(_PEFT_PREFIX + name, described[source].shape, described[source].dtype)
+            for name, source in sources.items()
+        ]
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         name = name.removeprefix(_PEFT_PREFIX)
@@ -175,17 +201,29 @@ class Alone:
 
     def write_settings(self, directory: Path) -> None:
         """adapter_config.json, by peft."""
-        names = [name.removesuffix(".lora_A.weight") for name in self.stored.names if name.endswith(".lora_A.weight")]
+        names = [
+            name.removesuffix(".lora_A.weight")
+            for name in self.stored.names
+            if name.endswith(".lora_A.weight")
+        ]
         model = self.plan.model
-        more = {"task_type": tasks.find(self.plan.task).traits.peft_type, "base_model_name_or_path": model.name, "revision": model.revision}
-        settings = adapters.settings(self.adapter, names, modules_to_save=self.modules or None, inference_mode=True, **more)
+        more = {
+            "task_type": tasks.find(self.plan.task).traits.peft_type,
+            "base_model_name_or_path": model.name,
+            "revision": model.revision,
+        }
+        settings = adapters.settings(
+            self.adapter, names, modules_to_save=self.modules or None, inference_mode=True, **more
+        )
         settings.save_pretrained(directory)
 
 
 def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str, str]:
-    """The parameters that were trained in full, by each of their names in the model, and the name that the checkpoint has each under.
+    """The parameters that were trained in full, by each of their names in the model, and the name that the
+    checkpoint has each under.
 
-    Raises ConfigurationError where only a part of a module was: peft keeps whole ones alone; and where the base has fewer rows for tokens.
+    Raises ConfigurationError where only a part of a module was: peft keeps whole ones alone; and where the
+    base has fewer rows for tokens.
     """
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
@@ -201,17 +239,26 @@ def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str
         rest = [name for name in named if name.startswith(f"{module}.") and name not in found]
         rest = sorted(rest) or sorted(name for name in stored.names if name.startswith(f"{module}.lora_"))
         if rest:
-            reason = f"peft keeps whole modules, and of this one {rest[0]} was trained otherwise; leave --adapter out for the whole model"
+            reason = (
+                f"peft keeps whole modules, and of this one {rest[0]} was trained otherwise; leave "
+                "--adapter out for the whole model"
+            )
             raise ConfigurationError(Problem("--adapter", module, reason))
     return found
 
 
 def _refuse_new_rows(plan: Plan, config: Any) -> None:
-    """Raise ConfigurationError where the run's model has more rows for tokens than the base that peft would put the adapter beside."""
+    """Raise ConfigurationError where the run's model has more rows for tokens than the base that peft would
+    put the adapter beside."""
     if not plan.model.resize_embeddings:
         return
-    base = pretrained.read_config(plan.model_copy(update={"model": plan.model.model_copy(update={"resize_embeddings": None})}))
+    base = pretrained.read_config(
+        plan.model_copy(update={"model": plan.model.model_copy(update={"resize_embeddings": None})})
+    )
     before, after = base.get_text_config().vocab_size, config.get_text_config().vocab_size
     if before != after:
-        reason = f"the run has {after:,} rows for tokens and its base {before:,}: the adapter does not fit the base; leave --adapter out"
+        reason = (
+            f"the run has {after:,} rows for tokens and its base {before:,}: the adapter does not fit the "
+            "base; leave --adapter out"
+        )
         raise ConfigurationError(Problem("--adapter", plan.model.name, reason))

@@ -45,8 +45,8 @@ def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
 
 
 class _Writer:
-    """Writes past the page cache where the file system can: filling it with what nobody reads costs training ten times the
-    processor time of the write itself."""
+    """Writes past the page cache where the file system can: filling it with what nobody reads costs training
+    ten times the processor time of the write itself."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

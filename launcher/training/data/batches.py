@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from launcher.planning.plan import BatchPlan, Plan
+from launcher.planner.plan import BatchPlan, Plan
 from launcher.tasks.task import Sample
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order
@@ -34,11 +34,13 @@ class StepBatch:
 class Batches:
     """Global batch s is the positions [s*G, (s+1)*G) of the order, cut at `num_items_total`.
 
-    Which rank and which accumulation step gets an item goes by length, so that ranks wait little for each other;
-    the mean over the global batch does not change by it. Missing places of the last batch are filler.
+    Which rank and which accumulation step gets an item goes by length, so that ranks wait little for each
+    other; the mean over the global batch does not change by it. Missing places of the last batch are filler.
     """
 
-    def __init__(self, dataset: Dataset, order: Order, batch: BatchPlan, rank: int, num_items_total: int) -> None:
+    def __init__(
+        self, dataset: Dataset, order: Order, batch: BatchPlan, rank: int, num_items_total: int
+    ) -> None:
         if not 0 <= rank < batch.data_parallel_size:
             raise ValueError(f"rank = {rank}: must be below data_parallel_size = {batch.data_parallel_size}")
         if order.num_items != dataset.num_items:
@@ -55,7 +57,8 @@ class Batches:
         return -(-self.num_items_total // self.batch.global_batch_size)
 
     def indices(self, step: int) -> np.ndarray:
-        """The real items, int64, of the global batch of `step` (from 0), in order. Raises IndexError past the end."""
+        """The real items, int64, of the global batch of `step` (from 0), in order. Raises IndexError past the
+        end."""
         size = self.batch.global_batch_size
         count = min(size, self.num_items_total - step * size)
         if step < 0 or count < 1:
@@ -75,7 +78,9 @@ class Batches:
             num_samples=self.dataset.num_samples_of(real),
             num_tokens=self.dataset.num_tokens_of(real),
             num_supervised=self.dataset.num_supervised(real),
-            sample_ids=xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self.dataset.sample_ids(real), dtype="<i8").tobytes()),
+            sample_ids=xxhash.xxh3_64_hexdigest(
+                np.ascontiguousarray(self.dataset.sample_ids(real), dtype="<i8").tobytes()
+            ),
         )
 
     def _lengths(self, real: np.ndarray) -> np.ndarray:
@@ -84,7 +89,8 @@ class Batches:
         return np.concatenate([lengths, np.repeat(lengths.min(), self.batch.global_batch_size - len(real))])
 
     def _items(self, real: np.ndarray, places: np.ndarray) -> list[list[Sample]]:
-        """The items at these places; the shortest, with nothing supervised, where a place is past the real ones."""
+        """The items at these places; the shortest, with nothing supervised, where a place is past the real
+        ones."""
         is_filler = places >= len(real)
         shortest = np.argmin(self.dataset.item_lengths[real])
         items = self.dataset.items(real[np.where(is_filler, shortest, places)])
@@ -94,10 +100,12 @@ class Batches:
 
 
 def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarray:
-    """Places of a global batch, int64 [accumulation_steps, data_parallel_size, micro_batch_size], each exactly once.
+    """Places of a global batch, int64 [accumulation_steps, data_parallel_size, micro_batch_size], each
+    exactly once.
 
-    Padded micro-batches get neighbours in length. Padding-free ones get near-equal sums: round after round the longest
-    remaining item goes to the micro-batch with the fewest tokens. Ranks at the same accumulation step are neighbours either way.
+    Padded micro-batches get neighbours in length. Padding-free ones get near-equal sums: round after round
+    the longest remaining item goes to the micro-batch with the fewest tokens. Ranks at the same accumulation
+    step are neighbours either way.
     """
     num_micro_batches = batch.accumulation_steps * batch.data_parallel_size
     shape = (batch.accumulation_steps, batch.data_parallel_size, batch.micro_batch_size)
@@ -114,7 +122,8 @@ def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarra
 
 
 def total_items(plan: Plan, num_items: int) -> int:
-    """Return the items that a run consumes in all: whole steps for max_steps, exactly so many epochs otherwise."""
+    """Return the items that a run consumes in all: whole steps for max_steps, exactly so many epochs
+    otherwise."""
     if plan.length.unit == "steps":
         return int(plan.length.value) * plan.batch.global_batch_size
     return max(1, round(plan.length.value * num_items))

@@ -1,7 +1,7 @@
 """Prepared samples as memory-mapped files, with the counts from preparing them.
 
-A directory holds one file per column, sample after sample, with a file of offsets, the samples' ids, lengths and supervised counts,
-the packs, and `meta.json`, written last, with the size and hash of every other file.
+A directory holds one file per column, sample after sample, with a file of offsets, the samples' ids, lengths
+and supervised counts, the packs, and `meta.json`, written last, with the size and hash of every other file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class DataReport:
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows left out, by reason."""
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """The first few rows cut or left out, and the first for each reason: file, line, reason, detail, whether it was cut."""
+    """The first few rows cut or left out, and the first for each reason: file, line, reason, detail, whether
+    it was cut."""
     num_items: int = 0
     num_tokens: int = 0
     num_supervised: int = 0
@@ -96,10 +97,13 @@ class Dataset:
         self.held: Hold | None = None
         """What keeps others from removing it."""
         self.padding_free: bool = meta["padding_free"]
-        """Whether micro-batches are joined end to end (their cost is the sum of lengths) rather than padded to the longest."""
+        """Whether micro-batches are joined end to end (their cost is the sum of lengths) rather than padded
+        to the longest."""
         self._headers: dict[str, int] = {}
         """Bytes before the data of each file."""
-        self._columns = [(name, self._load(name), self._load(offsets)) for name, offsets in meta["columns"].items()]
+        self._columns = [
+            (name, self._load(name), self._load(offsets)) for name, offsets in meta["columns"].items()
+        ]
         self._item_offsets = self._load("item_offsets")
         self._item_samples = self._load("item_samples")
         self._sample_ids = self._load("sample_ids")
@@ -110,7 +114,8 @@ class Dataset:
 
     @classmethod
     def open(cls, directory: Path, format_version: int) -> Dataset:
-        """Map a prepared directory. Raises CacheProblem unless every file in it has the size and the hash it was written with."""
+        """Map a prepared directory. Raises CacheProblem unless every file in it has the size and the hash it
+        was written with."""
         try:
             meta = read_json(directory / META)
             if meta["format"] != format_version:
@@ -177,30 +182,45 @@ class Dataset:
     def items(self, indices: np.ndarray) -> list[list[Sample]]:
         """The samples of several items; one call costs far less than one for each.
 
-        Raises DataError, with file and place, where one is not what was written: the files are mapped, and may change under a run.
+        Raises DataError, with file and place, where one is not what was written: the files are mapped, and
+        may change under a run.
         """
         samples = self._item_samples[gather(self._item_offsets, indices)]
-        columns = [[flat[a:b] for a, b in zip(o[samples].tolist(), o[samples + 1].tolist(), strict=True)] for _, flat, o in self._columns]
+        columns = [
+            [flat[a:b] for a, b in zip(o[samples].tolist(), o[samples + 1].tolist(), strict=True)]
+            for _, flat, o in self._columns
+        ]
         names = [name for name, _, _ in self._columns]
         ids, lengths = self._sample_ids[samples].tolist(), self._sample_lengths[samples].tolist()
         expected = self._sample_hashes[samples].tolist()
         for number, (i, *arrays) in enumerate(zip(ids, *columns, strict=True)):
             if sample_hash(i, arrays) != expected[number]:
                 raise self._changed(int(samples[number]), i)
-        whole = iter([Sample(dict(zip(names, arrays, strict=True)), i, n) for i, n, *arrays in zip(ids, lengths, *columns, strict=True)])
+        whole = iter(
+            [
+                Sample(dict(zip(names, arrays, strict=True)), i, n)
+                for i, n, *arrays in zip(ids, lengths, *columns, strict=True)
+            ]
+        )
         counts = self._item_offsets[indices + 1] - self._item_offsets[indices]
         return [list(islice(whole, count)) for count in counts.tolist()]
 
     def _changed(self, sample: int, row: int) -> DataError:
         places = []
         for name, flat, offsets in self._columns:
-            begin, end = (self._headers[name] + int(offset) * flat[:1].nbytes for offset in offsets[sample : sample + 2])
+            begin, end = (
+                self._headers[name] + int(offset) * flat[:1].nbytes for offset in offsets[sample : sample + 2]
+            )
             places.append(f"{name}.npy, bytes {begin:,} to {end:,}")
-        text = f"prepared data in {self.directory} ({MADE_ANEW}) changed under the run: the sample of row {row} is not what was written"
+        text = (
+            f"prepared data in {self.directory} ({MADE_ANEW}) changed under the run: the sample of row "
+            f"{row} is not what was written"
+        )
         return DataError(f"{text} ({'; '.join(places)})")
 
     def highest_token(self) -> int:
-        """Return the highest token id of any sample, which reads all of them; -1 where samples have no tokens."""
+        """Return the highest token id of any sample, which reads all of them; -1 where samples have no
+        tokens."""
         tokens = self.column("input_ids")
         return -1 if tokens is None else int(tokens.max())
 

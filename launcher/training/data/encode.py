@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from launcher.data.rows import TOO_LONG, Row, RowProblem
 from launcher.errors import OutOfMemoryError
 from launcher.runs.processes import die_with_parent
-from launcher.sources.rows import TOO_LONG, Row, RowProblem
 from launcher.tasks.task import Encoded, Task
 from launcher.training.data.dataset import HASHES, sample_hash
 from launcher.training.data.packing import Packs, gather_sums
@@ -32,7 +32,8 @@ FEWEST_ROWS_FOR_WORKERS = 4096
 
 @dataclass
 class Chunk:
-    """The samples of some rows, each column as one array, sample after sample, with the number of entries of each."""
+    """The samples of some rows, each column as one array, sample after sample, with the number of entries of
+    each."""
 
     num_rows: int
     ids: np.ndarray
@@ -60,11 +61,16 @@ def encode_chunk(rows: list[Row], task: Task, tokenizer: Any) -> Chunk:
             problems.append(_problem(row, TOO_LONG, f"cut to {result.length:,} tokens"))
         samples.append(result)
         ids.append(row.id)
-    lengths, supervised = (np.array([getattr(s, name) for s in samples], dtype=np.int64) for name in ("length", "num_supervised"))
+    lengths, supervised = (
+        np.array([getattr(s, name) for s in samples], dtype=np.int64) for name in ("length", "num_supervised")
+    )
     chunk = Chunk(len(rows), np.array(ids, dtype=np.int64), lengths, supervised, problems=problems)
     for name in samples[0].arrays if samples else ():
         arrays = [sample.arrays[name] for sample in samples]
-        chunk.columns[name] = (np.concatenate(arrays), np.array([len(array) for array in arrays], dtype=np.int64))
+        chunk.columns[name] = (
+            np.concatenate(arrays),
+            np.array([len(array) for array in arrays], dtype=np.int64),
+        )
     return chunk
 
 
@@ -81,7 +87,9 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Any, num_workers: int) -> Ite
             yield encode_chunk(chunk, task, tokenizer)
         return
     # Forked, so that the tokenizer is shared and nothing is imported again; a worker runs no torch.
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork"), _begin_worker, (task, tokenizer, os.getpid()))
+    pool = ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("fork"), _begin_worker, (task, tokenizer, os.getpid())
+    )
     waiting: collections.deque[Future[Chunk]] = collections.deque()
     try:
         for chunk in chunks:
@@ -91,7 +99,10 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Any, num_workers: int) -> Ite
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        reason = "a process that tokenises was killed, most likely for want of memory; set data.num_workers to fewer"
+        reason = (
+            "a process that tokenises was killed, most likely for want of memory; set data.num_workers to "
+            "fewer"
+        )
         raise OutOfMemoryError(f"{reason} than {num_workers}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -145,7 +156,9 @@ class Writer:
             written = self._columns[name].append(flat)
             self._counts.setdefault(name, []).append(counts)
             parts.append(np.split(written, np.cumsum(counts)[:-1]))
-        self._hashes += [sample_hash(id, arrays) for id, *arrays in zip(chunk.ids.tolist(), *parts, strict=True)]
+        self._hashes += [
+            sample_hash(id, arrays) for id, *arrays in zip(chunk.ids.tolist(), *parts, strict=True)
+        ]
         self._ids.append(chunk.ids)
         self._lengths.append(chunk.lengths)
         self._supervised.append(chunk.supervised)
@@ -192,7 +205,11 @@ class _GrowingFile:
         self._header_end = self._write_header()
 
     def _write_header(self) -> int:
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length, *self._trailing)}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self._length, *self._trailing),
+        }
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from launcher.data.arrow import names_of_classes, no_column, there, with_names, without_nulls
+from launcher.data.rows import Read, required
+from launcher.data.section import Source
 from launcher.errors import DataError
-from launcher.sources.arrow import names_of_classes, no_column, there, with_names, without_nulls
-from launcher.sources.rows import Read, required
-from launcher.sources.section import Source
 
 
 def load_hub(source: Source) -> Any:

@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from launcher.data.rows import Row, RowProblem
+from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.plain_files import read_json
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.sources.rows import Row, RowProblem
-from launcher.sources.section import Source
 from launcher.tasks.task import IGNORE, Sample
-from launcher.training import entry, pretrained
+from launcher.training import entry
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import open_source
-from launcher.training.material import Material
+from launcher.training.inputs import TrainingInputs
+from launcher.training.model import pretrained
 from launcher.training.signals import StopRequest
 
 _BINS = 12
@@ -29,23 +30,31 @@ _ROUND = (1, 2, 5)
 """Times a power of ten: how wide a bin may be."""
 
 
-def inspect(scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None) -> None:
-    """Prepare what request.json names, and write data.json: {"datasets": [what became of each, with samples where they are asked for]}."""
+def inspect(
+    scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
+) -> None:
+    """Prepare what request.json names, and write data.json: {"datasets": [what became of each, with samples
+    where they are asked for]}."""
     request = read_json(scratch.path / "request.json")
     if "evaluation" not in request["roles"]:
         plan = plan.model_copy(update={"data": plan.data.model_copy(update={"evaluation": None})})
     plan = pretrained.settled(plan)
-    material = Material.of(scratch, plan)
+    material = TrainingInputs.of(scratch, plan)
     wanted = [dataset for dataset in material.datasets if dataset.report.role in request["roles"]]
     if not request["show"]:
         for dataset in wanted:
             refuse_mostly_dropped(dataset.report, plan)
-    found = [_described(dataset, material, plan, request) if request["show"] else dataset.report.to_dict() for dataset in wanted]
+    found = [
+        _described(dataset, material, plan, request) if request["show"] else dataset.report.to_dict()
+        for dataset in wanted
+    ]
     write_atomically(scratch.path / "data.json", json.dumps({"datasets": found}) + "\n")
     events.event(scratch.events_file, "finished", step=0, metrics={})
 
 
-def _described(dataset: Dataset, material: Material, plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
+def _described(
+    dataset: Dataset, material: TrainingInputs, plan: Plan, request: dict[str, Any]
+) -> dict[str, Any]:
     source = plan.data.train if dataset.report.role == "train" else plan.data.evaluation
     assert source is not None
     lengths = dataset.sample_lengths
@@ -56,7 +65,9 @@ def _described(dataset: Dataset, material: Material, plan: Plan, request: dict[s
         "too_long": plan.data.too_long,
         "max_length": plan.data.max_length,
         "lengths": {**spread(lengths), "quantile_95": float(np.quantile(lengths, 0.95))},
-        "emptiest": float(dataset.item_lengths.min() / plan.data.max_length) if dataset.report.fill is not None else None,
+        "emptiest": float(dataset.item_lengths.min() / plan.data.max_length)
+        if dataset.report.fill is not None
+        else None,
         "balance": _balance(dataset, plan),
         "samples": list(_samples(source, dataset, material, request)),
     }
@@ -72,9 +83,11 @@ def _refused(dataset: Dataset, plan: Plan) -> str | None:
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
-    """Of numbers: the least, median, mean and greatest, and how many are in each of at most 12 bins of equal, round width.
+    """Of numbers: the least, median, mean and greatest, and how many are in each of at most 12 bins of equal,
+    round width.
 
-    A bin is [low, high, count], and holds what is from `low` up to but not `high`; where all are whole numbers, so are its ends.
+    A bin is [low, high, count], and holds what is from `low` up to but not `high`; where all are whole
+    numbers, so are its ends.
     """
     low, high = float(values.min()), float(values.max())
     whole = np.issubdtype(values.dtype, np.integer)
@@ -86,11 +99,18 @@ def spread(values: np.ndarray) -> dict[str, Any]:
     ends = [float((first + number) * width) for number in range(len(counts) + 1)]
     edges = [round(end) for end in ends] if whole else ends
     bins = [[edges[number], edges[number + 1], int(count)] for number, count in enumerate(counts)]
-    return {"shortest": low, "median": float(np.median(values)), "mean": float(values.mean()), "longest": high, "bins": bins}
+    return {
+        "shortest": low,
+        "median": float(np.median(values)),
+        "mean": float(values.mean()),
+        "longest": high,
+        "bins": bins,
+    }
 
 
 def _balance(dataset: Dataset, plan: Plan) -> dict[str, Any] | None:
-    """How many samples have each class, in the order of the classes; of a regression how the numbers are spread."""
+    """How many samples have each class, in the order of the classes; of a regression how the numbers are
+    spread."""
     flat = dataset.column("label")
     if flat is None:
         return None
@@ -104,8 +124,11 @@ def _balance(dataset: Dataset, plan: Plan) -> dict[str, Any] | None:
     return {"classes": {name: int(count) for name, count in zip(names, counts.tolist(), strict=True)}}
 
 
-def _samples(source: Source, dataset: Dataset, material: Material, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The first samples, or one row's, or why it has none. Raises ConfigurationError where there is no such row."""
+def _samples(
+    source: Source, dataset: Dataset, material: TrainingInputs, request: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The first samples, or one row's, or why it has none. Raises ConfigurationError where there is no such
+    row."""
     ids = dataset.first_ids(request["num_rows"]) if request["row"] is None else [request["row"] - 1]
     rows = iter(open_source(source, material.task.columns))
     at = 0
@@ -115,23 +138,40 @@ def _samples(source: Source, dataset: Dataset, material: Material, request: dict
         if row is None:
             reason = f"the {dataset.report.role} data has {dataset.report.rows_read:,} rows"
             raise ConfigurationError(Problem("--row", request["row"], reason))
-        yield {"row": wanted + 1, "file": row.file, "line": row.line, **_sample(row, dataset, material, request["tokens"])}
+        yield {
+            "row": wanted + 1,
+            "file": row.file,
+            "line": row.line,
+            **_sample(row, dataset, material, request["tokens"]),
+        }
 
 
-def _sample(row: Row, dataset: Dataset, material: Material, with_tokens: bool) -> dict[str, Any]:
+def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: bool) -> dict[str, Any]:
     """What became of a row: tokens and the label as they lie in the prepared data."""
     found = dataset.find(row.id)
-    encoded = row.values if isinstance(row.values, RowProblem) else material.task.encode([row.values], material.tokenizer)[0]
+    encoded = (
+        row.values
+        if isinstance(row.values, RowProblem)
+        else material.task.encode([row.values], material.tokenizer)[0]
+    )
     if isinstance(encoded, RowProblem) or found is None:
         problem = encoded if isinstance(encoded, RowProblem) else RowProblem("not used")
         return {"reason": problem.reason, "detail": problem.detail}
     beside, sample = found
     ids, learned = sample["input_ids"].tolist(), _learned(sample)
-    shown: dict[str, Any] = {"num_tokens": len(ids), "num_learned": sum(learned), "cut": encoded.cut, "num_beside": beside}
+    shown: dict[str, Any] = {
+        "num_tokens": len(ids),
+        "num_learned": sum(learned),
+        "cut": encoded.cut,
+        "num_beside": beside,
+    }
     shown["label"] = _label(sample, dataset)
     shown["pieces"] = list(_pieces(ids, learned, material.tokenizer))
     if with_tokens:
-        shown["tokens"] = [_token(token, is_learned, material.tokenizer) for token, is_learned in zip(ids, learned, strict=True)]
+        shown["tokens"] = [
+            _token(token, is_learned, material.tokenizer)
+            for token, is_learned in zip(ids, learned, strict=True)
+        ]
     return shown
 
 
@@ -155,7 +195,8 @@ def _label(sample: Sample, dataset: Dataset) -> Any:
 
 
 def _pieces(ids: list[int], learned: list[bool], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Runs of tokens that are learned or not, special or not, with their text; all of them together are the text of the whole."""
+    """Runs of tokens that are learned or not, special or not, with their text; all of them together are the
+    text of the whole."""
     special = set(tokenizer.all_special_ids) | {
         number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
     }
@@ -164,14 +205,20 @@ def _pieces(ids: list[int], learned: list[bool], tokenizer: Any) -> Iterator[dic
     for (is_learned, is_special), run in itertools.groupby(marks):
         start, end = end, end + len(list(run))
         until = _text(ids[:end], tokenizer)
-        # A run by itself would lose the space that some tokenizers write before a word, unless a character is cut in two.
+        # A run by itself would lose the space that some tokenizers write before a word, unless a character is
+        # cut in two.
         text = until[len(before) :] if until.startswith(before) else _text(ids[start:end], tokenizer)
         before = until
         yield {"text": text, "learned": is_learned, "special": is_special}
 
 
 def _token(token: int, learned: bool, tokenizer: Any) -> dict[str, Any]:
-    return {"id": token, "token": tokenizer.convert_ids_to_tokens(token), "text": _text([token], tokenizer), "learned": learned}
+    return {
+        "id": token,
+        "token": tokenizer.convert_ids_to_tokens(token),
+        "text": _text([token], tokenizer),
+        "learned": learned,
+    }
 
 
 def _text(ids: list[int], tokenizer: Any) -> str:

@@ -1,7 +1,8 @@
 """The order of the data: a function of seed and epoch, O(1) per look-up.
 
 Each epoch is a keyed permutation of the items: a Feistel network over the next power of two, walked until it
-falls below the number of items. The mixer is plain 64-bit integer arithmetic, so that no library's version changes an order.
+falls below the number of items. The mixer is plain 64-bit integer arithmetic, so that no library's version
+changes an order.
 """
 
 from __future__ import annotations

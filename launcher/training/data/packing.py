@@ -1,7 +1,8 @@
 """Pack several samples into one row of fixed capacity, longest first.
 
-Samples of equal length are interchangeable, so a pack is a list of lengths, and is repeated as often as the lengths last:
-the work grows with the number of different lengths, not of samples. The result follows from the lengths alone.
+Samples of equal length are interchangeable, so a pack is a list of lengths, and is repeated as often as the
+lengths last: the work grows with the number of different lengths, not of samples. The result follows from the
+lengths alone.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 CLOSING_ROOM = 4096
-"""Tokens of room from which a search for two samples that fill it exactly begins; earlier it costs time and gains nothing."""
+"""Tokens of room from which a search for two samples that fill it exactly begins; earlier it costs time and
+gains nothing."""
 
 
 class Packs(NamedTuple):
-    """Pack p holds samples[offsets[p]:offsets[p+1]], in ascending order; packs are in the order of their first sample."""
+    """Pack p holds samples[offsets[p]:offsets[p+1]], in ascending order; packs are in the order of their
+    first sample."""
 
     offsets: np.ndarray
     """int64 [num_packs + 1]"""
@@ -25,17 +28,25 @@ class Packs(NamedTuple):
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Packs:
-    """Put every sample into exactly one pack of at most `capacity` tokens. Raises ValueError for a sample that fits in none.
+    """Put every sample into exactly one pack of at most `capacity` tokens. Raises ValueError for a sample
+    that fits in none.
 
-    Two ways are tried, and the one with fewer packs is taken: closing a pack with two samples wins where samples are short (GSM8K at
-    1,024: 99.6% full instead of 98.6%), and loses where two or three fill a pack, because it spends the short ones early.
+    Two ways are tried, and the one with fewer packs is taken: closing a pack with two samples wins where
+    samples are short (GSM8K at 1,024: 99.6% full instead of 98.6%), and loses where two or three fill a pack,
+    because it spends the short ones early.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if not len(lengths):
         return one_each(0)
     if not 0 < lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"lengths must be between 1 and the capacity of {capacity}, not {lengths.min()} to {lengths.max()}")
-    packs, num_packs = min((_assign(lengths, capacity, close_with_two) for close_with_two in (True, False)), key=lambda tried: tried[1])
+        raise ValueError(
+            f"lengths must be between 1 and the capacity of {capacity}, not {lengths.min()} to "
+            f"{lengths.max()}"
+        )
+    packs, num_packs = min(
+        (_assign(lengths, capacity, close_with_two) for close_with_two in (True, False)),
+        key=lambda tried: tried[1],
+    )
     return _in_order(packs, num_packs)
 
 
@@ -51,7 +62,9 @@ def _assign(lengths: np.ndarray, capacity: int, close_with_two: bool) -> tuple[n
         repeats = min(int(left[length]) // count for length, count in chosen.items())
         for length, count in chosen.items():
             start, number = taken[length], repeats * count
-            packs[by_length[start : start + number]] = np.repeat(np.arange(num_packs, num_packs + repeats), count)
+            packs[by_length[start : start + number]] = np.repeat(
+                np.arange(num_packs, num_packs + repeats), count
+            )
             left[length] -= number
             taken[length] += number
         num_packs += repeats
@@ -60,7 +73,8 @@ def _assign(lengths: np.ndarray, capacity: int, close_with_two: bool) -> tuple[n
 
 
 def _one_pack(left: np.ndarray, capacity: int, close_with_two: bool) -> Counter[int]:
-    """Lengths of one pack: the longest left; then what closes it exactly, where asked; else the longest that fits, and so on."""
+    """Lengths of one pack: the longest left; then what closes it exactly, where asked; else the longest that
+    fits, and so on."""
     left = left.copy()
     present = np.flatnonzero(left)
     chosen: Counter[int] = Counter()
@@ -82,7 +96,8 @@ def _one_pack(left: np.ndarray, capacity: int, close_with_two: bool) -> Counter[
 
 
 def _exact(left: np.ndarray, room: int) -> tuple[int, ...]:
-    """The length, or two, that fill `room` to the last token; the most unequal two. Empty where there are none."""
+    """The length, or two, that fill `room` to the last token; the most unequal two. Empty where there are
+    none."""
     if left[room]:
         return (room,)
     shorter = np.flatnonzero(left[: room // 2 + 1])
@@ -109,4 +124,8 @@ def one_each(num_samples: int) -> Packs:
 
 def gather_sums(packs: Packs, values: np.ndarray) -> np.ndarray:
     """The sum of a value per sample over each pack, int64 [num_packs]."""
-    return np.add.reduceat(values[packs.samples], packs.offsets[:-1]) if len(packs.samples) else np.zeros(0, dtype=np.int64)
+    return (
+        np.add.reduceat(values[packs.samples], packs.offsets[:-1])
+        if len(packs.samples)
+        else np.zeros(0, dtype=np.int64)
+    )

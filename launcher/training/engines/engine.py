@@ -12,13 +12,15 @@ from launcher.training.heads import Batch
 
 
 class Engine(Protocol):
-    """Holds the sharded model and its optimizer; every method but `state_dict` is called by all ranks together."""
+    """Holds the sharded model and its optimizer; every method but `state_dict` is called by all ranks
+    together."""
 
     model: PreTrainedModel
     new_parameters: tuple[str, ...]
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
-        """Forward and backward of one micro-batch, its summed loss multiplied by `factor`; gradients add up over ranks at the `last`."""
+        """Forward and backward of one micro-batch, its summed loss multiplied by `factor`; gradients add up
+        over ranks at the `last`."""
 
     def evaluate(self, batch: Batch) -> Output:
         """Forward alone, without dropout or gradients."""
@@ -33,7 +35,8 @@ class Engine(Protocol):
         """Clear the gradients without a step."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Parameters and optimizer state by the names a checkpoint uses; loading into them in place restores the engine."""
+        """Parameters and optimizer state by the names a checkpoint uses; loading into them in place restores
+        the engine."""
 
     def after_load(self) -> None:
         """Called after `state_dict` was loaded into."""

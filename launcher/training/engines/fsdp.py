@@ -13,18 +13,19 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Output, Task
-from launcher.training import adapters
-from launcher.training import model as models
 from launcher.training import optimizer as optimizers
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.heads import Batch
+from launcher.training.model import adapters
+from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
 
 _DEFERRED_GRADIENT_BYTES = 4 << 30
-"""Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it, memory is worth more."""
+"""Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it,
+memory is worth more."""
 
 
 class FsdpEngine:
@@ -39,28 +40,42 @@ class FsdpEngine:
         self.model.train()
         self.model.forward = functools.partial(task.loss, self.model)
         self._optimizer = optimizers.build(self.model, plan.training) if trains else None
-        gradient_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        gradient_bytes = 4 * sum(
+            parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad
+        )
         self._defers = gradient_bytes <= _DEFERRED_GRADIENT_BYTES
 
     def _shard(self, model: PreTrainedModel) -> None:
         """Cut the model: each repeated layer is a unit, the rest is the root unit."""
-        # transformers ties weights after loading only. Cut apart before, a tied pair would be two shards of which one goes stale.
+        # transformers ties weights after loading only. Cut apart before, a tied pair would be two shards of
+        # which one goes stale.
         model.tie_weights()
         layers = models.repeated_layers(model)
         for layer in layers:
             checkpoint_activations(layer, self._plan.activation_checkpointing)
             if self._plan.model.compile:
                 layer.compile()
-        if self._plan.mesh.world_size == 1 and self._plan.precision == "fp32" and self._plan.offload == "none":
+        if (
+            self._plan.mesh.world_size == 1
+            and self._plan.precision == "fp32"
+            and self._plan.offload == "none"
+        ):
             return
         mesh = _mesh(model, self._plan)
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[self._plan.precision], reduce_dtype=torch.float32)
         where: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
         if self._plan.offload == "parameters":
             where["offload_policy"] = CPUOffloadPolicy(pin_memory=self._plan.mesh.device == "cuda")
-        if self._plan.model.adapter is not None and self._plan.mesh.world_size == 1 and self._plan.offload != "parameters":
-            # They are in the computation's precision already, and there is nobody to share them with: gathering would only copy them.
-            where["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+        if (
+            self._plan.model.adapter is not None
+            and self._plan.mesh.world_size == 1
+            and self._plan.offload != "parameters"
+        ):
+            # They are in the computation's precision already, and there is nobody to share them with:
+            # gathering would only copy them.
+            where["ignored_params"] = {
+                parameter for parameter in model.parameters() if not parameter.requires_grad
+            }
         for layer in layers:
             fully_shard(layer, reshard_after_forward=self._plan.mesh.reshard_after_forward, **where)
         fully_shard(model, reshard_after_forward=False, **where)
@@ -70,7 +85,8 @@ class FsdpEngine:
         if isinstance(self.model, FSDPModule):
             if self._defers:
                 self.model.set_requires_gradient_sync(last)
-            # What is whole at the height of every pass stays so until the next one: it is gathered once a step.
+            # What is whole at the height of every pass stays so until the next one: it is gathered once a
+            # step.
             self.model.set_reshard_after_backward(last, recurse=not self._plan.mesh.reshard_after_forward)
         output: Output = self.model(batch)
         here.turn("backward")
@@ -100,13 +116,20 @@ class FsdpEngine:
         self.model.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that FSDP frees later.
+        # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that
+        # FSDP frees later.
         self._reshard()
         named = adapters.named_parameters(self.model)
         # Beside an adapter what does not train is the model's own files' to keep.
         keeps_all = self._plan.model.adapter is None
-        parameters = {f"model.{name}": parameter.detach() for name, parameter in named if keeps_all or parameter.requires_grad}
-        buffers = {f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)}
+        parameters = {
+            f"model.{name}": parameter.detach()
+            for name, parameter in named
+            if keeps_all or parameter.requires_grad
+        }
+        buffers = {
+            f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)
+        }
         states = optimizers.state_tensors(self.model, self._optimizer) if self._optimizer else {}
         return parameters | buffers | states
 
@@ -116,7 +139,8 @@ class FsdpEngine:
         self._reshard()
 
     def _reshard(self) -> None:
-        """Leave only shards. After an evaluation the root unit is still gathered, and its parameters are not the ones that train."""
+        """Leave only shards. After an evaluation the root unit is still gathered, and its parameters are not
+        the ones that train."""
         for module in nn.Module.modules(self.model):
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -131,7 +155,9 @@ def _mesh(model: PreTrainedModel, plan: Plan) -> DeviceMesh:
     manager = getattr(model, "_mesh_manager", None)
     if manager is None:
         return init_device_mesh(plan.mesh.device, (1,), mesh_dim_names=("fsdp",))
-    mesh: DeviceMesh = manager.get_mesh(("dp_replicate", "fsdp")) if plan.mesh.replicate > 1 else manager.get_mesh("fsdp")
+    mesh: DeviceMesh = (
+        manager.get_mesh(("dp_replicate", "fsdp")) if plan.mesh.replicate > 1 else manager.get_mesh("fsdp")
+    )
     return mesh
 
 

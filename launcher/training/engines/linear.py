@@ -1,8 +1,9 @@
 """Linear layers that let ZeRO-3 free their matrix between forward and backward pass.
 
-Of a product PyTorch keeps the matrix for the backward pass as a turned view of it. When ZeRO empties the parameter, the view goes on
-holding what was gathered: without recomputation every layer's matrix would stay whole on every rank. Here the parameter itself is kept,
-which ZeRO fills again before the backward pass of its module.
+Of a product PyTorch keeps the matrix for the backward pass as a turned view of it. When ZeRO empties the
+parameter, the view goes on holding what was gathered: without recomputation every layer's matrix would stay
+whole on every rank. Here the parameter itself is kept, which ZeRO fills again before the backward pass of its
+module.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 
 def keep_parameters_not_matrices(model: nn.Module) -> None:
-    """Have the linear layers of a model compute by `_Linear`; those with a forward pass of their own are left as they are."""
+    """Have the linear layers of a model compute by `_Linear`; those with a forward pass of their own are left
+    as they are."""
     for module in model.modules():
         if is_plain(module):
             module.forward = types.MethodType(_forward, module)
@@ -36,8 +38,11 @@ class _Linear(torch.autograd.Function):
     """`torch.nn.functional.linear`, in value and gradients; it keeps its input only where the matrix trains."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        # Not `save_for_backward`: under recomputation a saved tensor becomes a view, which would hold what ZeRO empties.
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        # Not `save_for_backward`: under recomputation a saved tensor becomes a view, which would hold what
+        # ZeRO empties.
         ctx.weight = weight
         ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None)
         return nn.functional.linear(hidden, weight, bias)
@@ -47,7 +52,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,), weight = ctx.saved_tensors, ctx.weight
         rows = gradient.reshape(-1, gradient.shape[-1])
-        to_input = (rows @ weight).view(*gradient.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
+        to_input = (
+            (rows @ weight).view(*gradient.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
+        )
         to_weight = rows.t() @ hidden.reshape(-1, hidden.shape[-1]) if hidden is not None else None
         to_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return to_input, to_weight, to_bias

@@ -1,7 +1,8 @@
 """Build DeepSpeed's compiled operators once on a machine, before the ranks meet.
 
-DeepSpeed compiles an operator where it first needs it, in the middle of loading, in every rank; a rank that is killed meanwhile leaves
-a lock behind that all later ones wait for. So one process builds beforehand, says so, and clears such a lock first.
+DeepSpeed compiles an operator where it first needs it, in the middle of loading, in every rank; a rank that
+is killed meanwhile leaves a lock behind that all later ones wait for. So one process builds beforehand, says
+so, and clears such a lock first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs import cache
 
 Report = Callable[[int, int], None]
@@ -23,7 +24,8 @@ _VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
 def build_operators(plan: Plan, report: Report) -> None:
-    """Build what the plan's engine compiles on first use, and report how many of them are done; minutes the first time, seconds later.
+    """Build what the plan's engine compiles on first use, and report how many of them are done; minutes the
+    first time, seconds later.
 
     They lie in XDG_CACHE_HOME/launcher/extensions; the user's own TORCH_EXTENSIONS_DIR goes before it.
 
@@ -54,7 +56,8 @@ def _build(report: Report) -> None:
         except Exception as error:
             shown = str(error).strip().splitlines()
             reason = (
-                f"DeepSpeed's {name.removesuffix('Builder')} operator could not be built: {shown[0] if shown else type(error).__name__}"
+                f"DeepSpeed's {name.removesuffix('Builder')} operator could not be built: "
+                f"{shown[0] if shown else type(error).__name__}"
             )
             raise ConfigurationError(Problem("memory.offload_to", None, f"{reason}; write cpu")) from error
         report(number + 1, len(_FOR_FILES))

@@ -1,7 +1,8 @@
 """Where ZeRO keeps a rank's part of the state, and how its step goes, stage by stage.
 
-DeepSpeed has no public way to write its state into anything but its own files, nor to take a step whose clipping is decided elsewhere.
-What is used here beside its public functions was tried with 0.19.8, at stages 1, 2 and 3, with and without offloading.
+DeepSpeed has no public way to write its state into anything but its own files, nor to take a step whose
+clipping is decided elsewhere. What is used here beside its public functions was tried with 0.19.8, at stages
+1, 2 and 3, with and without offloading.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Values = Callable[[], torch.Tensor]
 
 
 class Piece:
-    """This rank's part of one parameter: elements [start, start + count), and its flat fp32 values by key (`param`, `exp_avg`, ...)."""
+    """This rank's part of one parameter: elements [start, start + count), and its flat fp32 values by key
+    (`param`, `exp_avg`, ...)."""
 
     def __init__(self, start: int, count: int, values: Callable[[str], torch.Tensor]) -> None:
         self.start, self.count, self.values = start, count, values
@@ -42,12 +44,15 @@ def _norms(offloaded: dict[Any, Any]) -> torch.Tensor:
 
 
 class StageOneOrTwo:
-    """Flat fp32 partitions of each group of parameters; a parameter may lie in one of them, in several, or across a border."""
+    """Flat fp32 partitions of each group of parameters; a parameter may lie in one of them, in several, or
+    across a border."""
 
     def __init__(self, zero: Any, training: Training) -> None:
         self._zero = zero
         for partition in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[partition] = optimizers.first_state(training.optimizer, partition.detach(), training.momentum)
+            zero.optimizer.state[partition] = optimizers.first_state(
+                training.optimizer, partition.detach(), training.momentum
+            )
         zero._lazy_init_hp_params_optimizer_state()
         zero.clip_grad = 0.0
         zero.scaled_global_norm = lambda norm_type=2: torch.zeros(())
@@ -59,7 +64,9 @@ class StageOneOrTwo:
             return Piece(0, 0, lambda key: torch.empty(0))
 
         def values(key: str) -> torch.Tensor:
-            found: torch.Tensor = mapping.get_hp_fragment() if key == "param" else mapping.get_optim_state_fragment(key)
+            found: torch.Tensor = (
+                mapping.get_hp_fragment() if key == "param" else mapping.get_optim_state_fragment(key)
+            )
             return found.detach()
 
         return Piece(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, values)
@@ -72,7 +79,12 @@ class StageOneOrTwo:
             self._zero._wait_for_offload_copies()
             return _norms(self._zero.norm_for_param_grads)
         return optimizers.sum_of_squares(
-            [gradient for group in self._zero.averaged_gradients.values() if group is not None for gradient in group]
+            [
+                gradient
+                for group in self._zero.averaged_gradients.values()
+                if group is not None
+                for gradient in group
+            ]
         )
 
     def zero_grad(self) -> None:
@@ -94,7 +106,8 @@ class StageOneOrTwo:
 
 
 class StageThree:
-    """Every parameter in equal flat parts, the last one padded; the parts of many stand together in sub-groups, on NVMe one by one."""
+    """Every parameter in equal flat parts, the last one padded; the parts of many stand together in
+    sub-groups, on NVMe one by one."""
 
     def __init__(self, zero: Any, training: Training) -> None:
         self._zero = zero
@@ -103,16 +116,21 @@ class StageThree:
             if zero._swappable_optimizer_subgroup(index):
                 zero._optimizer_states_and_gradient_swap_in(index)
             self._let_go_of_a_copy(partition, zero.fp16_partitioned_groups_flat[index])
-            zero.optimizer.state[partition] = optimizers.first_state(training.optimizer, partition.detach(), training.momentum)
+            zero.optimizer.state[partition] = optimizers.first_state(
+                training.optimizer, partition.detach(), training.momentum
+            )
             if zero._swappable_optimizer_subgroup(index):
                 zero._optimizer_states_and_gradient_swap_out(index)
         zero.clip_grad = 0.0
         # Its own sum of squares is in fp32: of a million elements it was off by one part in 80,000.
-        zero._constant_buffered_norm2 = lambda gradient, buffer_size=0: torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        zero._constant_buffered_norm2 = lambda gradient, buffer_size=0: torch.linalg.vector_norm(
+            gradient, dtype=torch.float64
+        )
         zero._get_norm_groups = lambda: [torch.zeros(())]
 
     def _let_go_of_a_copy(self, master: torch.Tensor, computing: torch.Tensor | None) -> None:
-        """In fp32 masters may be the parameters themselves, as DeepSpeed means it too; on the CPU it misses that both are there."""
+        """In fp32 masters may be the parameters themselves, as DeepSpeed means it too; on the CPU it misses
+        that both are there."""
         if (
             computing is not None
             and not self._zero.offload_optimizer
@@ -137,7 +155,8 @@ class StageThree:
         return Piece(start, count, values)
 
     def _swap_in(self, group: int) -> None:
-        """Have the sub-group in memory, one at a time: what was there goes back, with what a load has written into it."""
+        """Have the sub-group in memory, one at a time: what was there goes back, with what a load has written
+        into it."""
         if self._open == group or not self._zero._swappable_optimizer_subgroup(group):
             return
         self.close()
@@ -156,7 +175,9 @@ class StageThree:
     def squared_gradient_norm(self) -> torch.Tensor:
         if self._zero.offload_optimizer:
             return _norms(self._zero.norm_for_param_grads)
-        return optimizers.sum_of_squares([gradient for group in self._zero.averaged_gradients.values() for gradient in group])
+        return optimizers.sum_of_squares(
+            [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
+        )
 
     def zero_grad(self) -> None:
         self._zero._pre_step()

@@ -12,16 +12,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from launcher.planning.footprint.program import Batch
-from launcher.planning.footprint.shadow import Meter, packed_bytes
+from launcher.planner.memory.program import Batch
+from launcher.planner.memory.symbolic import Meter, packed_bytes
 
 _aten = torch.ops.aten
 _HELD_BY_THE_CALL = 4
-"""References to an operator's first argument from the call itself and from the one who owns it (torch 2.13; a test holds it)."""
+"""References to an operator's first argument from the call itself and from the one who owns it (torch 2.13; a
+test holds it)."""
 
 
 class Counting(TorchDispatchMode):
-    """Counts storages on a meter, and answers for numbers that are not there. To be entered inside of a FakeTensorMode."""
+    """Counts storages on a meter, and answers for numbers that are not there. To be entered inside of a
+    FakeTensorMode."""
 
     def __init__(self, meter: Meter, held: Iterable[torch.Tensor], batch: Batch, cuda: bool) -> None:
         """`held` was there before, and is not counted."""
@@ -37,7 +39,8 @@ class Counting(TorchDispatchMode):
             return answer
         result = function(*args, **(kwargs or {}))
         if function is _aten.all.default:
-            # A mask of samples is full where they are of one length; of the targets some are never supervised.
+            # A mask of samples is full where they are of one length; of the targets some are never
+            # supervised.
             self._verdicts[result] = args[0].dim() > 1 and len(set(self._batch.lengths)) == 1
         if _sums_gradients(function, args):
             self._hand_on(args[0].untyped_storage(), result.untyped_storage())
@@ -90,10 +93,15 @@ class Counting(TorchDispatchMode):
 
 
 def _sums_gradients(function: Any, args: Any) -> bool:
-    """Whether autograd adds up two gradients where they meet: into the first one, if no one else holds it, but for fake tensors."""
+    """Whether autograd adds up two gradients where they meet: into the first one, if no one else holds it,
+    but for fake tensors."""
     if function is not _aten.add.Tensor or torch._C._current_graph_task_id() == -1:
         return False
-    if not isinstance(args[1], torch.Tensor) or args[0].shape != args[1].shape or args[0]._use_count() > _HELD_BY_THE_CALL:
+    if (
+        not isinstance(args[1], torch.Tensor)
+        or args[0].shape != args[1].shape
+        or args[0]._use_count() > _HELD_BY_THE_CALL
+    ):
         return False
     frame, names = sys._getframe(2), list[str]()
     while frame is not None and len(names) < 4:
@@ -110,17 +118,24 @@ def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor
 
 
 def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
-    """What a kernel takes and gives back within one operator, which no dispatch mode sees (torch 2.13): bytes beyond its results."""
+    """What a kernel takes and gives back within one operator, which no dispatch mode sees (torch 2.13): bytes
+    beyond its results."""
     if function is _aten.logsumexp.default:
         return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
     if function in (_aten.mm.default, _aten.addmm.default) and not cuda and result.itemsize == 2:
         first = args[-2]
-        turned = first.stride(0) == 1 and first.shape[1] > 1  # of a weight's gradient, over whose rows is summed
+        turned = (
+            first.stride(0) == 1 and first.shape[1] > 1
+        )  # of a weight's gradient, over whose rows is summed
         return packed_bytes(first.shape[1], first.shape[0]) if turned else 0
     if torch.Tag.pointwise in function.tags and not cuda and isinstance(result, torch.Tensor):
         # A CPU works on copies in one precision of what comes in another.
         leaves = pytree.tree_leaves(args)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim()]
+        tensors = [
+            leaf
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim()
+        ]
         widest = max((tensor.itemsize for tensor in tensors), default=0)
         return sum(tensor.numel() * widest for tensor in tensors if tensor.itemsize != widest)
     return 0

@@ -1,8 +1,9 @@
 """The memory of a model's blocks, traced from its real class with fake tensors.
 
-`torch`'s FakeTensorMode computes shapes, autograd keeps and frees what it always does, and a dispatch mode sees each tensor come and go.
-No process group is needed: what an engine gathers, sends and keeps between the blocks is the planner's (`planning/footprint`), so
-that one trace serves FSDP and ZeRO, and any number of ranks and layers.
+`torch`'s FakeTensorMode computes shapes, autograd keeps and frees what it always does, and a dispatch mode
+sees each tensor come and go. No process group is needed: what an engine gathers, sends and keeps between the
+blocks is the planner's (`planning/footprint`), so that one trace serves FSDP and ZeRO, and any number of
+ranks and layers.
 """
 
 from __future__ import annotations
@@ -14,18 +15,32 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.planning.footprint.program import MOST_LAYERS, Context, Segment, Setting, Unit, Weight, matches, spread
-from launcher.training import model as models
-from launcher.training import operations, pretrained
+from launcher.planner.memory.program import (
+    MOST_LAYERS,
+    Context,
+    Segment,
+    Setting,
+    Unit,
+    Weight,
+    matches,
+    spread,
+)
+from launcher.training import operations
 from launcher.training.engines.linear import is_plain
 from launcher.training.engines.recompute import checkpoint_activations
+from launcher.training.model import loading as models
+from launcher.training.model import pretrained
 from launcher.training.tracing.counting import Counting
 
 MakeBatch = Callable[[Setting, Any], dict[str, Any]]
@@ -49,8 +64,17 @@ class _Place:
 class Traced:
     """A model's real class as a program of the planner."""
 
-    def __init__(self, config: Any, auto_class: Any, forward: Forward, make_batch: MakeBatch, dtype: torch.dtype, **options: Any) -> None:
-        """`dtype` is what it computes in, `options` go to `from_config`. Raises ConfigurationError for a model without repeated layers."""
+    def __init__(
+        self,
+        config: Any,
+        auto_class: Any,
+        forward: Forward,
+        make_batch: MakeBatch,
+        dtype: torch.dtype,
+        **options: Any,
+    ) -> None:
+        """`dtype` is what it computes in, `options` go to `from_config`. Raises ConfigurationError for a
+        model without repeated layers."""
         self._config, self._forward, self._make_batch = config, forward, make_batch
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode, no_init_weights():
@@ -85,7 +109,10 @@ class Traced:
             counting = Counting(context.meter, self._held(), setting.batch, setting.cuda)
             with self._prepared(context), counting, self._decided_by_numbers():
                 context.begin("stem")
-                self._go(context, {key: self._without_numbers(key, value, counting) for key, value in batch.items()})
+                self._go(
+                    context,
+                    {key: self._without_numbers(key, value, counting) for key, value in batch.items()},
+                )
         return spread(context.segments)
 
     def _without_numbers(self, key: str, value: Any, counting: Counting) -> Any:
@@ -97,7 +124,8 @@ class Traced:
 
     @contextlib.contextmanager
     def _decided_by_numbers(self) -> Iterator[None]:
-        """Masks are made or left out as in a real step. Raises ConfigurationError for a model whose code asks for numbers."""
+        """Masks are made or left out as in a real step. Raises ConfigurationError for a model whose code asks
+        for numbers."""
         masking_utils.is_tracing, before = lambda *_: False, masking_utils.is_tracing
         try:
             yield
@@ -156,7 +184,8 @@ class Traced:
 
 
 def _note(context: Context, parameter: torch.Tensor, wide: list[torch.Tensor]) -> None:
-    """A gradient was made: what stays of it is itself, nothing where one was there already, or a copy in fp32."""
+    """A gradient was made: what stays of it is itself, nothing where one was there already, or a copy in
+    fp32."""
     gradient, setting = parameter.grad, context.setting
     assert gradient is not None
     num_bytes = 0 if setting.accumulates else gradient.numel() * (4 if setting.widens else gradient.itemsize)
@@ -192,7 +221,14 @@ def _after(context: Context, place: _Place) -> Callable[..., None]:
 
 
 def _first_tensor(tree: Any) -> torch.Tensor | None:
-    return next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
+    return next(
+        (
+            leaf
+            for leaf in pytree.tree_leaves(tree)
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        ),
+        None,
+    )
 
 
 def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[Unit]]:
@@ -212,9 +248,14 @@ def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[
 
 
 def _shortened(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[nn.Module, _Place]]:
-    """Take the layers of each stack that are like their neighbours out of the model; those that are left, and where they stood."""
+    """Take the layers of each stack that are like their neighbours out of the model; those that are left, and
+    where they stood."""
     number = {id(layer): index for index, layer in enumerate(layers)}
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) and id(module[0]) in number]
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and id(module[0]) in number
+    ]
     left: list[tuple[nn.Module, _Place]] = []
     for position, stack in enumerate(stacks):
         members = list(stack)

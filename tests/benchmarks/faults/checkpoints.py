@@ -86,7 +86,9 @@ def _shard_of_another_run(scene: Scene, directory: Path) -> None:
 
 def _of_another_run(scene: Scene, directory: Path) -> None:
     shutil.rmtree(directory)
-    shutil.copytree(RunDirectory(scene.material.undisturbed(scene.variant).path).checkpoint(40), scene.run.checkpoint(40))
+    shutil.copytree(
+        RunDirectory(scene.material.undisturbed(scene.variant).path).checkpoint(40), scene.run.checkpoint(40)
+    )
 
 
 def _surplus(scene: Scene, directory: Path) -> None:
@@ -124,7 +126,9 @@ _DAMAGES: tuple[tuple[str, str, Damage, tuple[str, ...]], ...] = (
 
 
 def _add(row: str, fault: str, damage: Damage, variants: tuple[str, ...]) -> None:
-    @injection(row, f"{fault}, then resumed", Expected(seconds=120), variants, name=f"checkpoint{damage.__name__}")
+    @injection(
+        row, f"{fault}, then resumed", Expected(seconds=120), variants, name=f"checkpoint{damage.__name__}"
+    )
     def damaged(scene: Scene) -> None:
         scene.copy_stopped()
         damage(scene, scene.run.checkpoint(NEWEST))
@@ -133,7 +137,10 @@ def _add(row: str, fault: str, damage: Damage, variants: tuple[str, ...]) -> Non
         scene.wait_end(120)
         resumed = [record["checkpoint"] for record in scene.events("resumed")]
         scene.check(f"it goes on from step {BEFORE}", resumed[-1:] == [f"step-{BEFORE:08d}"])
-        scene.check("the reason is written down", scene.events("rejected") or not (scene.run.checkpoint(NEWEST) / "manifest.json").exists())
+        scene.check(
+            "the reason is written down",
+            scene.events("rejected") or not (scene.run.checkpoint(NEWEST) / "manifest.json").exists(),
+        )
 
 
 for _damage in _DAMAGES:
@@ -141,7 +148,10 @@ for _damage in _DAMAGES:
 
 
 @injection(
-    "12-17", "every checkpoint damaged", Expected((6,), "checkpoint", ("step-00000010", "step-00000020"), 60, resumes=False), ENGINES
+    "12-17",
+    "every checkpoint damaged",
+    Expected((6,), "checkpoint", ("step-00000010", "step-00000020"), 60, resumes=False),
+    ENGINES,
 )
 def all_damaged(scene: Scene) -> None:
     scene.copy_stopped()
@@ -151,14 +161,22 @@ def all_damaged(scene: Scene) -> None:
     scene.hit()
 
 
-@injection("S12", "a manifest that is valid, with an empty `extra`", Expected((6, 0), None, (), 60, resumes=False), ONE)
+@injection(
+    "S12",
+    "a manifest that is valid, with an empty `extra`",
+    Expected((6, 0), None, (), 60, resumes=False),
+    ONE,
+)
 def empty_extra(scene: Scene) -> None:
     scene.copy_stopped()
     _empty_extra(scene, scene.run.checkpoint(NEWEST))
     scene.start_again()
     scene.hit()
     scene.wait_end(90)
-    scene.check("it is no error of launcher's own", "internal" not in scene.output() and "KeyError" not in scene.output())
+    scene.check(
+        "it is no error of launcher's own",
+        "internal" not in scene.output() and "KeyError" not in scene.output(),
+    )
 
 
 @injection("S12", "manifest.json is a FIFO", Expected(codes=None, seconds=120), ONE)
@@ -178,7 +196,9 @@ def manifest_fifo(scene: Scene) -> None:
     manifest.unlink()
 
 
-@injection("S12", "a .metadata that sets attributes of classes (BUILD)", Expected(codes=None, resumes=False), ONE)
+@injection(
+    "S12", "a .metadata that sets attributes of classes (BUILD)", Expected(codes=None, resumes=False), ONE
+)
 def metadata_builds(scene: Scene) -> None:
     scene.copy_stopped()
     code = (
@@ -189,15 +209,23 @@ def metadata_builds(scene: Scene) -> None:
         "text += b'N}X\\x04\\x00\\x00\\x00hackX\\x03\\x00\\x00\\x00yess\\x86b.'\n"
         "directory = pathlib.Path(sys.argv[1])\n"
         "(directory / '.metadata').write_bytes(text)\n"
-        "try:\n    reader.CheckpointReader(directory)\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
+        "try:\n    reader.CheckpointReader(directory)\nexcept Exception as error:\n    "
+        "print(type(error).__name__, error)\n"
         "sys.exit(getattr(TensorStorageMetadata, 'hack', None) == 'yes')\n"
     )
     done = scene.python(code, str(scene.run.checkpoint(NEWEST)))
-    scene.seen["line"] = (done.stdout + done.stderr).strip().splitlines()[-1][:300] if done.stdout + done.stderr else ""
+    scene.seen["line"] = (
+        (done.stdout + done.stderr).strip().splitlines()[-1][:300] if done.stdout + done.stderr else ""
+    )
     scene.check("no attribute of a class is set", done.returncode == 0)
 
 
-@injection("S12", "a model whose pytorch_model.bin has a payload", Expected((2,), "configuration", (), 60, resumes=False), ONE)
+@injection(
+    "S12",
+    "a model whose pytorch_model.bin has a payload",
+    Expected((2,), "configuration", (), 60, resumes=False),
+    ONE,
+)
 def payload(scene: Scene) -> None:
     model, victim = scene.folder / "model", scene.folder / "executed"
     shutil.copytree(scene.material.model, model)
@@ -216,7 +244,12 @@ def payload(scene: Scene) -> None:
     scene.check("nobody is told to set weights_only=False", "weights_only" not in scene.output())
 
 
-@injection("34, S12", "plan.json changed by hand between two attempts", Expected(codes=None, seconds=90, resumes=False), ONE)
+@injection(
+    "34, S12",
+    "plan.json changed by hand between two attempts",
+    Expected(codes=None, seconds=90, resumes=False),
+    ONE,
+)
 def plan_changed_by_hand(scene: Scene) -> None:
     scene.copy_stopped()
     content = json.loads(scene.run.plan_file.read_text())
@@ -225,4 +258,7 @@ def plan_changed_by_hand(scene: Scene) -> None:
     scene.start_again()
     scene.hit()
     scene.wait_end(90)
-    scene.check("it is refused, or said and written down", scene.process.returncode == 2 or "plan.json" in scene.output())  # type: ignore[union-attr]
+    scene.check(
+        "it is refused, or said and written down",
+        scene.process.returncode == 2 or "plan.json" in scene.output(),
+    )  # type: ignore[union-attr]

@@ -16,7 +16,8 @@ class Times:
     """Seconds of one run. `add` makes one of several."""
 
     wall: float = 0.0
-    """From the beginning of the first step to the end of the last one, without what it was held up for in place."""
+    """From the beginning of the first step to the end of the last one, without what it was held up for in
+    place."""
     kept: float = 0.0
     """Of the steps that count, each as long as one that follows no save."""
     lost: float = 0.0
@@ -45,12 +46,17 @@ class Times:
     def formula(self) -> float:
         """1 - stall/interval - (restart + interval/2)/MTTF."""
         interval, failures = self.intervals / self.saves, max(1, self.failures)
-        return 1 - self.stalls / self.saves / interval - (self.restarts / failures + interval / 2) / (self.wall / failures)
+        return (
+            1
+            - self.stalls / self.saves / interval
+            - (self.restarts / failures + interval / 2) / (self.wall / failures)
+        )
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the steps of a run were done, in the order in which they were, those that were done again among them."""
+    """When the steps of a run were done, in the order in which they were, those that were done again among
+    them."""
 
     steps: tuple[tuple[int, float], ...]
     starts: tuple[float, ...]
@@ -60,21 +66,36 @@ class Timeline:
     @classmethod
     def of(cls, run: RunDirectory, injections: Sequence[dict[str, Any]]) -> Timeline:
         """From a run's files."""
-        steps = [(record["step"], record["time"]) for record in read(run.metrics_file) if record.get("kind") == "train"]
+        steps = [
+            (record["step"], record["time"])
+            for record in read(run.metrics_file)
+            if record.get("kind") == "train"
+        ]
         starts = [record["time"] for record in read(run.events_file) if record["event"] == "started"]
         return cls(tuple(steps), tuple(starts), tuple(entry["time"] for entry in injections))
 
     def times(self, every: int) -> Times:
-        """`every`: the steps between saves. Seconds of an attempt's first step are not known, and taken as those of others."""
+        """`every`: the steps between saves. Seconds of an attempt's first step are not known, and taken as
+        those of others."""
         seconds = self._seconds()
-        held = [index for index, value in enumerate(seconds) if value is not None and self._was_hit(self.steps[index][1], value)]
-        undisturbed = {index: value for index, value in enumerate(seconds) if value is not None and index not in held}
+        held = [
+            index
+            for index, value in enumerate(seconds)
+            if value is not None and self._was_hit(self.steps[index][1], value)
+        ]
+        undisturbed = {
+            index: value for index, value in enumerate(seconds) if value is not None and index not in held
+        }
         after_saves = [value for index, value in undisturbed.items() if self.steps[index][0] % every == 1]
         others = [value for index, value in undisturbed.items() if self.steps[index][0] % every != 1]
         usual = statistics.fmean(others)
         last = {step: index for index, (step, _) in enumerate(self.steps)}
         again = [index for index in range(len(self.steps)) if index not in last.values()]
-        gaps = [self.steps[index][1] - self.steps[index - 1][1] - usual for index, value in enumerate(seconds) if value is None and index]
+        gaps = [
+            self.steps[index][1] - self.steps[index - 1][1] - usual
+            for index, value in enumerate(seconds)
+            if value is None and index
+        ]
         held_seconds = sum((seconds[index] or usual) - usual for index in held)
         return Times(
             wall=self.steps[-1][1] - self.steps[0][1] + usual - held_seconds,

@@ -17,37 +17,56 @@ NUM_LINES = 1_000_000
 
 @injection("S12", "a job file with YAML aliases of aliases", ASKED)
 def alias_bomb(scene: Scene) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 12))]
+    lines = [
+        "a0: &a0 [x, x, x, x, x, x, x, x]",
+        *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 12)),
+    ]
     job = scene.folder / "bomb.yaml"
     job.write_text("\n".join(lines) + "\n")
     for command in ("validate", "plan", "import"):
         with scene.stopwatch(f"seconds_of_{command}"):
             done = scene.ask(command, str(job), seconds=20)
-        scene.check(f"`{command}` refuses it within 5 s", done.returncode == 2 and scene.seen[f"seconds_of_{command}"] < 5 * PATIENCE[0])
+        scene.check(
+            f"`{command}` refuses it within 5 s",
+            done.returncode == 2 and scene.seen[f"seconds_of_{command}"] < 5 * PATIENCE[0],
+        )
 
 
 @injection("S12", "a model of a thousand million layers", ASKED)
 def absurd_layers(scene: Scene) -> None:
-    job = scene.material.job(scene.folder / "job.yaml", scene.variant, {"model": {"config": {"num_hidden_layers": 1_000_000_000}}})
+    job = scene.material.job(
+        scene.folder / "job.yaml", scene.variant, {"model": {"config": {"num_hidden_layers": 1_000_000_000}}}
+    )
     with scene.stopwatch("seconds_of_plan"):
         done = scene.ask("plan", str(job), seconds=20)
     scene.seen["line"] = done.stderr.strip()[-300:]
-    scene.check("`plan` refuses it within 5 s", done.returncode == 2 and scene.seen["seconds_of_plan"] < 5 * PATIENCE[0])
+    scene.check(
+        "`plan` refuses it within 5 s",
+        done.returncode == 2 and scene.seen["seconds_of_plan"] < 5 * PATIENCE[0],
+    )
 
 
 @injection("S12", "secrets in variables whose names do not tell", ASKED)
 def secrets_by_value(scene: Scene) -> None:
-    secrets = {"NCCL_COMMENT": "hf_" + "a" * 34, "LAUNCHER_X": "ghp_" + "b" * 36, "HF_TOKEN": "hf_" + "c" * 34}
+    secrets = {
+        "NCCL_COMMENT": "hf_" + "a" * 34,
+        "LAUNCHER_X": "ghp_" + "b" * 36,
+        "HF_TOKEN": "hf_" + "c" * 34,
+    }
     scene.start("--stop-at", "2", more=secrets)
     scene.wait_end(90)
     for name, value in secrets.items():
-        where = [path for path in scene.run.path.rglob("*") if path.is_file() and value.encode() in path.read_bytes()]
+        where = [
+            path
+            for path in scene.run.path.rglob("*")
+            if path.is_file() and value.encode() in path.read_bytes()
+        ]
         scene.check(f"{name} is nowhere in the run directory", not where)
 
 
 @injection("S11", "an untracked .env and a link that leads outside, in a snapshot", ASKED)
 def snapshot(scene: Scene) -> None:
-    from launcher.scheduling.slurm.snapshot import of_script
+    from launcher.launch.slurm.snapshot import of_script
 
     folder = scene.folder / "project"
     folder.mkdir()
@@ -83,7 +102,8 @@ def _million(scene: Scene) -> RunDirectory:
 
 
 def _measure(scene: Scene, name: str, *arguments: str) -> None:
-    """Seconds of processor time and memory of a command, beside the first that was measured: others use the machine too."""
+    """Seconds of processor time and memory of a command, beside the first that was measured: others use the
+    machine too."""
     code = (
         "import json, resource, subprocess, sys\n"
         "try:\n    done = subprocess.run(sys.argv[1:], capture_output=True, timeout=240).returncode\n"
@@ -96,7 +116,8 @@ def _measure(scene: Scene, name: str, *arguments: str) -> None:
     scene.seen[name] = f"{seconds:.1f} s, {megabytes:.0f} MB"
     scene.seen.setdefault("start_seconds", seconds)
     scene.check(
-        f"{name}: at most 1 s over the start of the program, and 200 MB", seconds - scene.seen["start_seconds"] < 1 and megabytes < 200
+        f"{name}: at most 1 s over the start of the program, and 200 MB",
+        seconds - scene.seen["start_seconds"] < 1 and megabytes < 200,
     )
 
 
@@ -115,8 +136,8 @@ def million(scene: Scene) -> None:
         _measure(scene, name, *arguments)
     code = (
         "import resource, sys, time\nfrom pathlib import Path\nfrom launcher.cli.display import summary\n"
-        "from launcher.runs.layout import RunDirectory\nfrom launcher.planning.plan import Plan\n"
-        "from launcher.runs.totals import Totals\nfrom launcher.scheduling.slurm.clock import lead_seconds\n"
+        "from launcher.runs.layout import RunDirectory\nfrom launcher.planner.plan import Plan\n"
+        "from launcher.runs.totals import Totals\nfrom launcher.launch.slurm.deadline import lead_seconds\n"
         "run = RunDirectory(Path(sys.argv[1]))\nbegan = time.process_time()\n"
         "lead_seconds(run, Plan.read(run.plan_file), Totals(run))\nprint(time.process_time() - began)\n"
         "began = time.process_time()\nsummary(run, 'run')\n"
@@ -149,12 +170,20 @@ def strict_umask(scene: Scene) -> None:
         scene.wait_end(90)
     finally:
         os.umask(before)
-    open_ones = [path.name for path in scene.run.path.rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o077]
+    open_ones = [
+        path.name
+        for path in scene.run.path.rglob("*")
+        if not path.is_symlink() and path.stat().st_mode & 0o077
+    ]
     scene.seen["open"] = open_ones[:5]
     scene.check("no file is open to others", not open_ones)
 
 
-@injection("S12", "a memory limit that is too low to import (RLIMIT_AS 800 MB)", Expected(None, seconds=60, resumes=False))
+@injection(
+    "S12",
+    "a memory limit that is too low to import (RLIMIT_AS 800 MB)",
+    Expected(None, seconds=60, resumes=False),
+)
 def address_space(scene: Scene) -> None:
     scene.start("--force", address_space=800 << 20)
     scene.hit()

@@ -27,7 +27,7 @@ PATIENCE = [1.0]
 LAUNCHER = (sys.executable, "-m", "launcher.cli.main")
 
 
-class Material:
+class TrainingInputs:
     """Model and data, the undisturbed run of each variant, and one of each that was stopped after step 20."""
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +48,13 @@ class Material:
             "model": {"name": str(self.model), "task": "causal-lm"},
             "data": self.data,
             "batch": {"global_batch_size": 8, "micro_batch_size": 2},
-            "training": {"max_steps": NUM_STEPS, "learning_rate": 1e-3, "seed": 3, "schedule": "constant", "warmup": 0},
+            "training": {
+                "max_steps": NUM_STEPS,
+                "learning_rate": 1e-3,
+                "seed": 3,
+                "schedule": "constant",
+                "warmup": 0,
+            },
             "precision": "fp32",
             "checkpoint": {"every": EVERY, "keep_last": 3},
             "trackers": [],
@@ -84,17 +90,27 @@ class Material:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _make(self, run: RunDirectory, place: Path, variant: str, kind: str, options: list[str], code: int) -> None:
+    def _make(
+        self, run: RunDirectory, place: Path, variant: str, kind: str, options: list[str], code: int
+    ) -> None:
         shutil.rmtree(place, ignore_errors=True)
         job = self.job(place / "job.yaml", variant, {})
         command = [*LAUNCHER, "run", str(job), "--run-dir", str(run.path), *options]
-        done = subprocess.run(command, env=variables(), capture_output=True, text=True, timeout=300 * PATIENCE[0])
+        done = subprocess.run(
+            command, env=variables(), capture_output=True, text=True, timeout=300 * PATIENCE[0]
+        )
         if done.returncode != code:
-            raise RuntimeError(f"the {kind} run of {variant} ended with code {done.returncode}: {done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"the {kind} run of {variant} ended with code {done.returncode}: {done.stderr[-2000:]}"
+            )
         (place / "whole").touch()
 
 
 def variables(**more: str) -> dict[str, str]:
     """The environment of a launcher of ours."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "FAULT", "INSIDE"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "FAULT", "INSIDE"))
+    }
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}

@@ -21,7 +21,7 @@ from tests.benchmarks.faults.processes import find, send
 from tests.benchmarks.faults.registry import VARIANTS, Expected, injection
 from tests.benchmarks.faults.scene import INSIDE, Scene
 from tests.slurm.cluster import Cluster, missing
-from tests.slurm.runs import FAULTS, Material, Run, losses, samples
+from tests.slurm.runs import FAULTS, Run, TrainingInputs, losses, samples
 
 WAYS = ("FSDP", "ZeRO-2", "ZeRO-3, plain saving")
 UNDER_SLURM = Expected(codes=None, seconds=300, resumes=False)
@@ -44,13 +44,20 @@ class Stage:
         if not (folder / "made").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            Material(folder)
+            TrainingInputs(folder)
             (folder / "made").touch()
-        self.material = Material.__new__(Material)
+        self.material = TrainingInputs.__new__(TrainingInputs)
         self.material.folder, self.material.model = folder, folder / "model"
         data = folder / "data"
         train, held_out = ({"path": str(data / f"{name}.jsonl")} for name in ("train", "evaluation"))
-        self.material.data = {"train": train, "evaluation": held_out, "text": "text", "max_length": 64, "packing": True, "num_workers": 1}
+        self.material.data = {
+            "train": train,
+            "evaluation": held_out,
+            "text": "text",
+            "max_length": 64,
+            "packing": True,
+            "num_workers": 1,
+        }
 
     def submit(self, **cluster: Any) -> Run:
         """Hand the job over; the run is the scene's."""
@@ -95,7 +102,10 @@ class Stage:
 @contextlib.contextmanager
 def stage(scene: Scene, **options: Any) -> Iterator[Stage]:
     """A cluster of three nodes for one injection; a short path, as sockets lie in it."""
-    with tempfile.TemporaryDirectory(prefix="faults") as folder, Cluster(Path(folder) / "c", **options) as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="faults") as folder,
+        Cluster(Path(folder) / "c", **options) as cluster,
+    ):
         yield Stage(scene, cluster)
 
 
@@ -192,7 +202,13 @@ def requeued_and_preempted(scene: Scene) -> None:
         on.compare(run)
 
 
-@injection("31", "the controller down while it is submitted, while it runs; then a node's slurmd", UNDER_SLURM, ("FSDP",), missing)
+@injection(
+    "31",
+    "the controller down while it is submitted, while it runs; then a node's slurmd",
+    UNDER_SLURM,
+    ("FSDP",),
+    missing,
+)
 def controller_down(scene: Scene) -> None:
     with stage(scene, nodes=2) as on:
         on.cluster.stop_controller()
@@ -200,7 +216,9 @@ def controller_down(scene: Scene) -> None:
         back.start()
         run = on.submit()
         back.join()
-        scene.check("one job, never two", len(on.cluster.run("squeue", "--noheader", "--format=%i").split()) == 1)
+        scene.check(
+            "one job, never two", len(on.cluster.run("squeue", "--noheader", "--format=%i").split()) == 1
+        )
         run.wait_step(5)
         on.hit(run)
         on.cluster.restart_controller()
@@ -213,10 +231,17 @@ def controller_down(scene: Scene) -> None:
         on.compare(run)
 
 
-@injection("37", "a GPU error (its text: uncorrectable ECC) on a node", UNDER_SLURM, ("FSDP", "ZeRO-3"), missing)
+@injection(
+    "37", "a GPU error (its text: uncorrectable ECC) on a node", UNDER_SLURM, ("FSDP", "ZeRO-3"), missing
+)
 def gpu_error(scene: Scene) -> None:
     """There is no GPU: a rank raises what CUDA would."""
-    broken = {"INSIDE": "ecc@exchange:n1:6", "INSIDE_SAID": str(scene.folder / "said"), "PYTHONPATH": str(INSIDE), "LAUNCHER_WARM": "0"}
+    broken = {
+        "INSIDE": "ecc@exchange:n1:6",
+        "INSIDE_SAID": str(scene.folder / "said"),
+        "PYTHONPATH": str(INSIDE),
+        "LAUNCHER_WARM": "0",
+    }
     with stage(scene) as on:
         run = on.submit(environment=broken)
         run.wait_step(5)
@@ -237,11 +262,18 @@ def crash_loop(scene: Scene) -> None:
         on.hit(run)
         reason = str(run.wait_event("gave_up", seconds=300)["reason"])
         scene.seen["line"] = f"gave up: {reason}"
-        scene.check("it stops after three, with a diagnosis", "no progress in 3 attempts" in reason and "SIGKILL" in reason)
+        scene.check(
+            "it stops after three, with a diagnosis",
+            "no progress in 3 attempts" in reason and "SIGKILL" in reason,
+        )
 
 
 def _no_soak() -> str | None:
-    return None if (SOAK / "state.json").exists() else f"bench_soak has left nothing in {SOAK.name} of the directory for temporary files"
+    return (
+        None
+        if (SOAK / "state.json").exists()
+        else f"bench_soak has left nothing in {SOAK.name} of the directory for temporary files"
+    )
 
 
 @injection("40", "random soak under Slurm (bench_soak.py)", UNDER_SLURM, ("FSDP",), _no_soak)

@@ -12,17 +12,19 @@ from pathlib import Path
 
 from launcher.runs.layout import RunDirectory
 
-_LAUNCHERS = ("launcher.scheduling.slurm.node", "launcher.cli.main")
-_AGENT = "launcher.scheduling.node_agent"
+_LAUNCHERS = ("launcher.launch.slurm.node", "launcher.cli.main")
+_AGENT = "launcher.launch.agent"
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process: its number on the host, what it is to the run, and in which namespace of process numbers it lives."""
+    """One process: its number on the host, what it is to the run, and in which namespace of process numbers
+    it lives."""
 
     pid: int
     role: str
-    """launcher (on a node of Slurm its part there), agent, rank, srun, or helper: what these started besides."""
+    """launcher (on a node of Slurm its part there), agent, rank, srun, or helper: what these started besides.
+    """
     rank: int
     """-1 where it is none."""
     namespace: str
@@ -46,7 +48,11 @@ def find(run: RunDirectory) -> list[Process]:
 
 def _ranks(run: RunDirectory) -> dict[tuple[str, int], int]:
     """(namespace, number in it) -> rank, of the newest attempt. A host's name leads to its namespace."""
-    spaces = {_host(pid): _link(pid, "pid") for pid in _numbers() if any(str(run.path) in word for word in _words(pid))}
+    spaces = {
+        _host(pid): _link(pid, "pid")
+        for pid in _numbers()
+        if any(str(run.path) in word for word in _words(pid))
+    }
     known = {}
     for path in run.attempt(run.last_attempt()).glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):

@@ -10,9 +10,12 @@ from launcher.job.schema import Training
 from tests.benchmarks.faults.registry import ALL, ENGINES, ONE, SAVING, Expected, injection
 from tests.benchmarks.faults.scene import HIT_AT, MemoryGroup, Scene, later
 
-KILLED = Expected(codes=(9,), failure_class="rank-lost", words=("rank 1", "SIGKILL", "launcher resume"), seconds=5)
+KILLED = Expected(
+    codes=(9,), failure_class="rank-lost", words=("rank 1", "SIGKILL", "launcher resume"), seconds=5
+)
 HANGS = 240.0
-"""Seconds after which a hang that nobody ended is given up: six times what the row allows until it is named."""
+"""Seconds after which a hang that nobody ended is given up: six times what the row allows until it is named.
+"""
 
 
 @injection("1", "a rank killed -9 in a step", KILLED, ALL)
@@ -30,30 +33,53 @@ def _at(moment: str, number: int, variants: tuple[str, ...], row: str = "1", ran
         scene.start(inside=f"kill@{moment}:{rank}:{number}")
         scene.wait_said()
         if moment in ("writing", "committing"):
-            scene.check("the save left a directory that is not chosen", not (scene.run.checkpoint(10) / "manifest.json").exists())
+            scene.check(
+                "the save left a directory that is not chosen",
+                not (scene.run.checkpoint(10) / "manifest.json").exists(),
+            )
 
 
-for _moment, _number in {"preparing": 1, "loading": 1, "data": 13, "forward": 26, "backward": 26, "exchange": 13, "optimizer": 13}.items():
+for _moment, _number in {
+    "preparing": 1,
+    "loading": 1,
+    "data": 13,
+    "forward": 26,
+    "backward": 26,
+    "exchange": 13,
+    "optimizer": 13,
+}.items():
     _at(_moment, _number, ENGINES if _moment in ("forward", "backward", "optimizer") else ONE)
 _at("staging", 2, ("FSDP", "ZeRO-2", "ZeRO-3"), "7")
 _at("writing", 2, SAVING, "7")
 _at("committing", 2, SAVING, "7", rank=0)
 
 
-@injection("7", "a rank killed -9 while a checkpoint is loaded", Expected(codes=(9,), words=("rank 1", "SIGKILL"), seconds=6), ENGINES)
+@injection(
+    "7",
+    "a rank killed -9 while a checkpoint is loaded",
+    Expected(codes=(9,), words=("rank 1", "SIGKILL"), seconds=6),
+    ENGINES,
+)
 def rank_killed_in_restoring(scene: Scene) -> None:
     scene.copy_stopped()
     scene.start_again(inside="kill@restoring:1:1", attempt=2)
     scene.wait_said()
 
 
-@injection("1", "a rank crashes in native code (SIGSEGV)", Expected(codes=(9,), words=("rank 1", "SIGSEGV"), seconds=6), ENGINES)
+@injection(
+    "1",
+    "a rank crashes in native code (SIGSEGV)",
+    Expected(codes=(9,), words=("rank 1", "SIGSEGV"), seconds=6),
+    ENGINES,
+)
 def rank_crashed(scene: Scene) -> None:
     scene.start(inside="crash@forward:1:26")
     scene.wait_said()
 
 
-@injection("1", "a rank leaves without a word", Expected(codes=(9,), words=("rank 0", "exit code 21"), seconds=6))
+@injection(
+    "1", "a rank leaves without a word", Expected(codes=(9,), words=("rank 0", "exit code 21"), seconds=6)
+)
 def rank_left(scene: Scene) -> None:
     scene.start(inside="leave=21@exchange:0:13")
     scene.wait_said()
@@ -87,16 +113,23 @@ def nan_loss(scene: Scene) -> None:
     scene.start(inside="nan@forward:1:26")
     scene.wait_said()
     scene.wait_end(90)
-    scene.check("all ranks skip that step", [record["step"] for record in scene.events("skipped")] == [HIT_AT + 1])
+    scene.check(
+        "all ranks skip that step", [record["step"] for record in scene.events("skipped")] == [HIT_AT + 1]
+    )
 
 
-@injection("20", "Inf in the gradient of one rank, with a finite loss", Expected(bits=False, seconds=60), ENGINES)
+@injection(
+    "20", "Inf in the gradient of one rank, with a finite loss", Expected(bits=False, seconds=60), ENGINES
+)
 def infinite_gradient(scene: Scene) -> None:
     scene.start(inside="infinite@norm:1:13")
     scene.wait_said()
     scene.wait_end(90)
     said = scene.events("skipped")
-    scene.check("all ranks skip that step", [record["step"] for record in said] == [13] and "gradient" in said[0]["reason"])
+    scene.check(
+        "all ranks skip that step",
+        [record["step"] for record in said] == [13] and "gradient" in said[0]["reason"],
+    )
 
 
 @injection(
@@ -108,13 +141,22 @@ def infinite_gradient(scene: Scene) -> None:
 )
 def loss_spike(scene: Scene) -> None:
     """It stays so high also after the run went back: once, and then it must end."""
-    policy = {"on_spike": {"action": "rewind", "window": 16, "steps": 3, "times": 1}} if "on_spike" in Training.model_fields else {}
+    policy = (
+        {"on_spike": {"action": "rewind", "window": 16, "steps": 3, "times": 1}}
+        if "on_spike" in Training.model_fields
+        else {}
+    )
     scene.check("there is a policy (training.on_spike)", policy)
     scene.start(inside="spike=50@forward:all:41", changes={"training": policy})
     scene.wait_said()
 
 
-@injection("22", "one rank three times slower than the other", Expected((75,), words=("rank 1", "slower"), seconds=200), ENGINES)
+@injection(
+    "22",
+    "one rank three times slower than the other",
+    Expected((75,), words=("rank 1", "slower"), seconds=200),
+    ENGINES,
+)
 def straggler(scene: Scene) -> None:
     scene.start(inside="slow=0.7@forward:1:10", changes={"training": {"max_steps": 4000}})
     scene.wait_said()
@@ -129,7 +171,9 @@ def straggler(scene: Scene) -> None:
     scene.check("named within 60 s", named != "never" and float(named.split()[0]) <= 60)
 
 
-def _hang(name: str, row: str, fault: str, inside: str, words: tuple[str, ...], variants: tuple[str, ...]) -> None:
+def _hang(
+    name: str, row: str, fault: str, inside: str, words: tuple[str, ...], variants: tuple[str, ...]
+) -> None:
     expected = Expected(codes=None, failure_class="hung", words=words, seconds=HANGS)
 
     @injection(row, fault, expected, variants, name=name)
@@ -139,12 +183,54 @@ def _hang(name: str, row: str, fault: str, inside: str, words: tuple[str, ...], 
         scene.wait_named(*words, seconds=60)
 
 
-_hang("hang_in_a_collective", "23", "a rank hangs before a collective", "hang@exchange:1:13", ("rank 1",), ENGINES)
-_hang("hang_in_data", "24", "a rank hangs in loading data", "hang@data:1:13", ("rank 1", "data"), ("FSDP", "ZeRO-3"))
-_hang("stopped_in_a_step", "25", "SIGSTOP on a rank in a step", "stop@forward:1:26", ("rank 1", "stopped"), ENGINES)
-_hang("stopped_in_preparing", "25, S3", "SIGSTOP on rank 0 while it tokenises", "stop@preparing:0:1", ("rank 0", "stopped"), ONE)
-_hang("stopped_in_loading", "25, S3", "SIGSTOP on a rank while it loads the model", "stop@loading:1:1", ("rank 1", "stopped"), ONE)
-_hang("stopped_in_evaluating", "25, S3", "SIGSTOP on a rank in an evaluation", "stop@evaluating:1:1", ("rank 1", "stopped"), ONE)
+_hang(
+    "hang_in_a_collective",
+    "23",
+    "a rank hangs before a collective",
+    "hang@exchange:1:13",
+    ("rank 1",),
+    ENGINES,
+)
+_hang(
+    "hang_in_data",
+    "24",
+    "a rank hangs in loading data",
+    "hang@data:1:13",
+    ("rank 1", "data"),
+    ("FSDP", "ZeRO-3"),
+)
+_hang(
+    "stopped_in_a_step",
+    "25",
+    "SIGSTOP on a rank in a step",
+    "stop@forward:1:26",
+    ("rank 1", "stopped"),
+    ENGINES,
+)
+_hang(
+    "stopped_in_preparing",
+    "25, S3",
+    "SIGSTOP on rank 0 while it tokenises",
+    "stop@preparing:0:1",
+    ("rank 0", "stopped"),
+    ONE,
+)
+_hang(
+    "stopped_in_loading",
+    "25, S3",
+    "SIGSTOP on a rank while it loads the model",
+    "stop@loading:1:1",
+    ("rank 1", "stopped"),
+    ONE,
+)
+_hang(
+    "stopped_in_evaluating",
+    "25, S3",
+    "SIGSTOP on a rank in an evaluation",
+    "stop@evaluating:1:1",
+    ("rank 1", "stopped"),
+    ONE,
+)
 _hang("hang_in_the_optimizer", "23", "a rank hangs in the optimizer", "hang@optimizer:0:13", ("rank 0",), ONE)
 
 
@@ -157,7 +243,11 @@ def stopped_for_a_while(scene: Scene) -> None:
     scene.signal(signal.SIGCONT, "rank", rank=1)
 
 
-@injection("25, S3", "a rank is stopped, then SIGTERM to the launcher", Expected(codes=(130,), words=("stopped", "rank 1"), seconds=30))
+@injection(
+    "25, S3",
+    "a rank is stopped, then SIGTERM to the launcher",
+    Expected(codes=(130,), words=("stopped", "rank 1"), seconds=30),
+)
 def stopped_then_asked_to_stop(scene: Scene) -> None:
     scene.start(changes={"cluster": {"grace": "8s"}})
     scene.wait_step()
@@ -166,7 +256,11 @@ def stopped_then_asked_to_stop(scene: Scene) -> None:
     scene.signal(signal.SIGTERM, "launcher")
 
 
-@injection("S3", "the agent stopped (SIGSTOP), then rank 1 killed -9", Expected(codes=None, words=("rank 1", "SIGKILL"), seconds=30))
+@injection(
+    "S3",
+    "the agent stopped (SIGSTOP), then rank 1 killed -9",
+    Expected(codes=None, words=("rank 1", "SIGKILL"), seconds=30),
+)
 def agent_stopped_then_rank_killed(scene: Scene) -> None:
     scene.start(changes={"training": {"max_steps": 40}})
     scene.wait_step()
@@ -235,7 +329,13 @@ def sigterm_to_the_agent(scene: Scene) -> None:
 def _stop(number: signal.Signals, grace: str, row: str, variants: tuple[str, ...]) -> None:
     expected = Expected(codes=(75,), words=("saved", "launcher resume"), seconds=30, most_lost=0)
 
-    @injection(row, f"{number.name} to the launcher, {grace} of grace", expected, variants, name=f"{number.name.lower()}_{grace}")
+    @injection(
+        row,
+        f"{number.name} to the launcher, {grace} of grace",
+        expected,
+        variants,
+        name=f"{number.name.lower()}_{grace}",
+    )
     def stop(scene: Scene) -> None:
         scene.start(changes={"cluster": {"grace": grace}})
         scene.wait_step()
@@ -251,7 +351,12 @@ _stop(signal.SIGUSR1, "30s", "6", ENGINES)
 _stop(signal.SIGUSR2, "30s", "6", ONE)
 
 
-@injection("5", "SIGTERM with less grace than a save takes", Expected((75, 130), None, ("launcher resume",), 30, most_lost=12), ENGINES)
+@injection(
+    "5",
+    "SIGTERM with less grace than a save takes",
+    Expected((75, 130), None, ("launcher resume",), 30, most_lost=12),
+    ENGINES,
+)
 def too_little_grace(scene: Scene) -> None:
     scene.start(inside="slow=4@writing:all:1", changes={"cluster": {"grace": "5s"}})
     scene.wait(lambda: scene.events("saved"), "a save")

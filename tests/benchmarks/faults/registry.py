@@ -13,11 +13,20 @@ VARIANTS: dict[str, dict[str, object]] = {
     "FSDP": {},
     "FSDP, plain saving": {"checkpoint": {"async": False}},
     "ZeRO-2": {"parallel": {"engine": "deepspeed", "shard": "gradients"}},
-    "ZeRO-2, plain saving": {"parallel": {"engine": "deepspeed", "shard": "gradients"}, "checkpoint": {"async": False}},
+    "ZeRO-2, plain saving": {
+        "parallel": {"engine": "deepspeed", "shard": "gradients"},
+        "checkpoint": {"async": False},
+    },
     "ZeRO-3": {"parallel": {"engine": "deepspeed", "shard": "full"}},
-    "ZeRO-3, plain saving": {"parallel": {"engine": "deepspeed", "shard": "full"}, "checkpoint": {"async": False}},
+    "ZeRO-3, plain saving": {
+        "parallel": {"engine": "deepspeed", "shard": "full"},
+        "checkpoint": {"async": False},
+    },
     "FSDP, adapter": {"model": {"adapter": {"rank": 4}}},
-    "ZeRO-3, adapter": {"parallel": {"engine": "deepspeed", "shard": "full"}, "model": {"adapter": {"rank": 4}}},
+    "ZeRO-3, adapter": {
+        "parallel": {"engine": "deepspeed", "shard": "full"},
+        "model": {"adapter": {"rank": 4}},
+    },
 }
 """Changes to the job, by the name that the table shows."""
 ONE = ("FSDP",)
@@ -37,7 +46,8 @@ class Expected:
     seconds: float = 15.0
     """Between the fault and the end of all processes; where it must survive, until its end."""
     resumes: bool = True
-    """Whether it is resumed to its end and compared with the undisturbed run: same samples, losses and norms equal to the bit."""
+    """Whether it is resumed to its end and compared with the undisturbed run: same samples, losses and norms
+    equal to the bit."""
     bits: bool = True
     """Whether losses and norms must be equal to the bit, or the samples alone."""
     most_lost: int = 6
@@ -72,7 +82,9 @@ def injection(
     """Add a function to the list; its name is the injection's, if no other is given."""
 
     def add(do: Callable[[Scene], None]) -> Callable[[Scene], None]:
-        INJECTIONS.append(Injection(name or do.__name__, row, fault, do, expected or Expected(), variants, missing))
+        INJECTIONS.append(
+            Injection(name or do.__name__, row, fault, do, expected or Expected(), variants, missing)
+        )
         return do
 
     return add

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.plan import Plan
+from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import last_step
-from tests.benchmarks.faults.material import LAUNCHER, NUM_STEPS, PATIENCE, Material, variables
+from tests.benchmarks.faults.material import LAUNCHER, NUM_STEPS, PATIENCE, TrainingInputs, variables
 from tests.benchmarks.faults.processes import Process, find, living, send
 from tests.benchmarks.faults.registry import Expected, Injection
 from tests.benchmarks.faults.shim import Shim
@@ -36,7 +36,7 @@ INSIDE = Path(__file__).with_name("inside")
 class Scene:
     """A run directory, the launcher that works in it, and the notes of what was seen."""
 
-    def __init__(self, injection: Injection, variant: str, material: Material, folder: Path) -> None:
+    def __init__(self, injection: Injection, variant: str, material: TrainingInputs, folder: Path) -> None:
         self.injection, self.variant, self.material, self.folder = injection, variant, material, folder
         self.expected: Expected = injection.expected
         shutil.rmtree(folder, ignore_errors=True)
@@ -55,10 +55,19 @@ class Scene:
 
     # What an injection does.
 
-    def start(self, *options: str, changes: dict[str, Any] | None = None, inside: str = "", shim: bool = False, **how: Any) -> None:
+    def start(
+        self,
+        *options: str,
+        changes: dict[str, Any] | None = None,
+        inside: str = "",
+        shim: bool = False,
+        **how: Any,
+    ) -> None:
         """`launcher run` in a process of its own. `how` goes to `launch`."""
         job = self.material.job(self.folder / "job.yaml", self.variant, changes or {})
-        self.launch("run", str(job), "--run-dir", str(self.run.path), *options, inside=inside, shim=shim, **how)
+        self.launch(
+            "run", str(job), "--run-dir", str(self.run.path), *options, inside=inside, shim=shim, **how
+        )
 
     def start_again(self, *options: str, **how: Any) -> None:
         """`launcher resume`."""
@@ -75,10 +84,11 @@ class Scene:
         limits: int = 0,
         address_space: int = 0,
     ) -> None:
-        """A command of ours, its output in a file. `inside`: what inside/sitecustomize.py is to do, in which attempt.
+        """A command of ours, its output in a file. `inside`: what inside/sitecustomize.py is to do, in which
+        attempt.
 
-        `shim`: under shim.c; `output`: a descriptor in place of the file; `more`: further variables; `limits`: file descriptors;
-        `address_space`: bytes.
+        `shim`: under shim.c; `output`: a descriptor in place of the file; `more`: further variables;
+        `limits`: file descriptors; `address_space`: bytes.
         """
         environment = variables(**(more or {}))
         if inside:
@@ -94,7 +104,13 @@ class Scene:
         self._began = time.time()
         with self.output_file.open("ab") as file:
             target = file if output is None else output
-            limit = ["prlimit", f"--nofile={limits}"] if limits else ["prlimit", f"--as={address_space}"] if address_space else []
+            limit = (
+                ["prlimit", f"--nofile={limits}"]
+                if limits
+                else ["prlimit", f"--as={address_space}"]
+                if address_space
+                else []
+            )
             self.process = subprocess.Popen(
                 [*limit, *LAUNCHER, *arguments],
                 env=environment,
@@ -160,20 +176,36 @@ class Scene:
         """What the launcher has printed so far."""
         return self.output_file.read_text(errors="replace") if self.output_file.exists() else ""
 
-    def ask(self, *arguments: str, seconds: float = 60.0, shim: bool = False) -> subprocess.CompletedProcess[str]:
+    def ask(
+        self, *arguments: str, seconds: float = 60.0, shim: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         """Another command of ours beside it; code 124 where it does not end in time."""
         environment = variables(**(self.shim.variables if shim else {}))
         try:
             return subprocess.run(
-                [*LAUNCHER, *arguments], env=environment, capture_output=True, text=True, timeout=seconds * PATIENCE[0], cwd=self.folder
+                [*LAUNCHER, *arguments],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=seconds * PATIENCE[0],
+                cwd=self.folder,
             )
         except subprocess.TimeoutExpired as error:
-            said = [text.decode(errors="replace") if isinstance(text, bytes) else text or "" for text in (error.stdout, error.stderr)]
+            said = [
+                text.decode(errors="replace") if isinstance(text, bytes) else text or ""
+                for text in (error.stdout, error.stderr)
+            ]
             return subprocess.CompletedProcess(arguments, 124, *said)
 
     def python(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A few lines of Python in a process of their own."""
-        return subprocess.run([sys.executable, "-c", code, *arguments], env=variables(), capture_output=True, text=True, timeout=600)
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=variables(),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
 
     def own_data(self) -> dict[str, Any]:
         """A copy of the data that may be changed."""
@@ -211,7 +243,9 @@ class Scene:
     def mount_at(self, place: Path, megabytes: float) -> Path:
         """A file system of that size, in memory."""
         place.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(place)], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(place)], check=True
+        )
         self._mounts.append(place)
         return place
 
@@ -252,7 +286,8 @@ class Scene:
             time.sleep(0.05)
 
     def wait_named(self, *words: str, seconds: float) -> None:
-        """Until all words stand on one line of the screen. Where they do not in that time, the run is ended: nobody else will."""
+        """Until all words stand on one line of the screen. Where they do not in that time, the run is ended:
+        nobody else will."""
         until = time.monotonic() + seconds
         while self.running() and time.monotonic() < until and not self._named(words):
             time.sleep(0.2)
@@ -282,7 +317,8 @@ class Scene:
     # What is looked at afterwards.
 
     def end(self, seconds: float) -> None:
-        """Wait for the launcher and all that it started, and note how it went; what is still there then is killed."""
+        """Wait for the launcher and all that it started, and note how it went; what is still there then is
+        killed."""
         assert self.process is not None
         self.hit_at = self.hit_at or self._began
         until = time.monotonic() + seconds * PATIENCE[0]
@@ -305,7 +341,11 @@ class Scene:
 
     def _failure_class(self) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return str(json.loads((self.run.attempt(self.run.last_attempt()) / "failure.json").read_text())["failure_class"])
+            return str(
+                json.loads((self.run.attempt(self.run.last_attempt()) / "failure.json").read_text())[
+                    "failure_class"
+                ]
+            )
         return ""
 
     def resume(self) -> None:
@@ -323,26 +363,41 @@ class Scene:
         mine, other = _steps(self.run), _steps(self.material.undisturbed(self.variant))
         last = {record["step"]: record for record in mine}
         wanted = {record["step"]: record for record in other}
-        self.seen["samples_lost"] = sum(record["num_samples"] for step, record in wanted.items() if step not in last)
+        self.seen["samples_lost"] = sum(
+            record["num_samples"] for step, record in wanted.items() if step not in last
+        )
         common = [(record, wanted[record["step"]]) for record in mine if record["step"] in wanted]
-        different = {one["step"]: one["num_samples"] for one, two in common if one["sample_ids"] != two["sample_ids"]}
+        different = {
+            one["step"]: one["num_samples"] for one, two in common if one["sample_ids"] != two["sample_ids"]
+        }
         self.seen["samples_repeated"] = sum(different.values())
         self.seen["steps_again"] = len(mine) - len(last)
-        if first := next((record["step"] for record in self.events("resumed") if record["time"] > (self.hit_at or 0)), None):
+        if first := next(
+            (record["step"] for record in self.events("resumed") if record["time"] > (self.hit_at or 0)), None
+        ):
             self.seen["steps_lost"] = max(0, self.hit_step - first)
         self.seen["ids_equal"] = not different and set(last) >= set(wanted)
-        self.seen["bits_equal"] = all((one["loss"], one["grad_norm"]) == (two["loss"], two["grad_norm"]) for one, two in common)
+        self.seen["bits_equal"] = all(
+            (one["loss"], one["grad_norm"]) == (two["loss"], two["grad_norm"]) for one, two in common
+        )
 
     def largest_difference(self) -> float:
         """Of the losses of both runs, relative."""
         return self.against(self.material.undisturbed(self.variant).path)[1]
 
     def against(self, other: Path) -> tuple[bool, float]:
-        """Whether both runs did the same steps with the same samples, and the largest relative difference of their losses."""
-        mine, theirs = ({record["step"]: record for record in _steps(run)} for run in (self.run, RunDirectory(other)))
-        ids = all(mine[step]["sample_ids"] == theirs[step]["sample_ids"] for step in mine.keys() & theirs.keys())
+        """Whether both runs did the same steps with the same samples, and the largest relative difference of
+        their losses."""
+        mine, theirs = (
+            {record["step"]: record for record in _steps(run)} for run in (self.run, RunDirectory(other))
+        )
+        ids = all(
+            mine[step]["sample_ids"] == theirs[step]["sample_ids"] for step in mine.keys() & theirs.keys()
+        )
         common = mine.keys() & theirs.keys()
-        differences = [abs(mine[step]["loss"] - theirs[step]["loss"]) / theirs[step]["loss"] for step in common]
+        differences = [
+            abs(mine[step]["loss"] - theirs[step]["loss"]) / theirs[step]["loss"] for step in common
+        ]
         return ids and mine.keys() == theirs.keys(), max(differences, default=0.0)
 
     def close(self) -> None:
@@ -380,7 +435,9 @@ class MemoryGroup:
     def missing() -> str | None:
         """Why there can be none here; None where there can."""
         return (
-            None if os.access("/sys/fs/cgroup/memory/cgroup.procs", os.W_OK) and os.geteuid() == 0 else "no memory control groups (v1) here"
+            None
+            if os.access("/sys/fs/cgroup/memory/cgroup.procs", os.W_OK) and os.geteuid() == 0
+            else "no memory control groups (v1) here"
         )
 
     def add(self, pid: int) -> None:

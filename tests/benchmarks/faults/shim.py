@@ -27,7 +27,9 @@ class Shim:
     def variables(self) -> dict[str, str]:
         """What the environment of a process needs. Compiles the library where it is not there yet."""
         if not self._library.exists():
-            subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", self._library, _SOURCE, "-ldl"], check=True)
+            subprocess.run(
+                ["gcc", "-O2", "-shared", "-fPIC", "-o", self._library, _SOURCE, "-ldl"], check=True
+            )
         return {"LD_PRELOAD": str(self._library), "SHIM_CONTROL": str(self._control)}
 
     def order(self, *lines: str) -> None:

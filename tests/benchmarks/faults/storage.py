@@ -59,8 +59,14 @@ def full_in_a_shard(scene: Scene) -> None:
     before = {path.name for path in scene.run.checkpoints.glob("step-*")}
     with full(scene.run.path.parent, spare=300_000):
         scene.hit()
-        scene.wait(lambda: scene.events("save_failed") or scene.events("made_room"), "a save that failed, or older ones given up for it")
-        scene.check("the newest checkpoint stays", (scene.run.checkpoints / max(before)).is_dir() or scene.events("made_room"))
+        scene.wait(
+            lambda: scene.events("save_failed") or scene.events("made_room"),
+            "a save that failed, or older ones given up for it",
+        )
+        scene.check(
+            "the newest checkpoint stays",
+            (scene.run.checkpoints / max(before)).is_dir() or scene.events("made_room"),
+        )
     scene.wait_end(90)
     scene.check("training went on", scene.run.finished)
 
@@ -85,7 +91,9 @@ def full_to_the_last_byte(scene: Scene) -> None:
     scene.check("no leftovers of files that could not be written", not left)
 
 
-@injection("S12", "a disk with room for two checkpoints and not for three", Expected(seconds=90), ONE, needs_root)
+@injection(
+    "S12", "a disk with room for two checkpoints and not for three", Expected(seconds=90), ONE, needs_root
+)
 def room_for_two(scene: Scene) -> None:
     scene.mount(64)
     scene.start(changes={"checkpoint": {"keep_last": 2}})
@@ -118,7 +126,9 @@ def _fails(number: int, variants: tuple[str, ...]) -> None:
         scene.wait(lambda: scene.events("save_failed"), "a save that failed")
         scene.check("the newest checkpoint stays", (scene.run.checkpoints / max(before)).is_dir())
         reason = scene.events("save_failed")[0]["reason"]
-        scene.check("the reason names a file", any(part in reason for part in ("distcp", "attempt-", "checkpoints")))
+        scene.check(
+            "the reason names a file", any(part in reason for part in ("distcp", "attempt-", "checkpoints"))
+        )
         scene.shim.order()
         scene.wait_end(90)
         scene.check("training went on", scene.run.finished)
@@ -162,7 +172,11 @@ def saves_hang(scene: Scene) -> None:
 
 
 @injection(
-    "11, S3", "every write of the run directory hangs, then SIGTERM", Expected(codes=None, seconds=60, most_lost=8), ONE, shim.missing
+    "11, S3",
+    "every write of the run directory hangs, then SIGTERM",
+    Expected(codes=None, seconds=60, most_lost=8),
+    ONE,
+    shim.missing,
 )
 def run_directory_hangs(scene: Scene) -> None:
     scene.start(shim=True, changes={"cluster": {"grace": "8s"}})
@@ -176,7 +190,13 @@ def run_directory_hangs(scene: Scene) -> None:
     scene.shim.order()
 
 
-@injection("11", "writes of the run directory hang for 10 s, and go on", Expected(seconds=90), ("FSDP", "ZeRO-3"), shim.missing)
+@injection(
+    "11",
+    "writes of the run directory hang for 10 s, and go on",
+    Expected(seconds=90),
+    ("FSDP", "ZeRO-3"),
+    shim.missing,
+)
 def run_directory_hangs_for_a_while(scene: Scene) -> None:
     scene.start(shim=True)
     scene.wait_step(11)
@@ -186,7 +206,13 @@ def run_directory_hangs_for_a_while(scene: Scene) -> None:
     scene.shim.order()
 
 
-@injection("18", "a checkpoint without its sync to disk (order of calls)", Expected(seconds=90, resumes=False), SAVING, shim.missing)
+@injection(
+    "18",
+    "a checkpoint without its sync to disk (order of calls)",
+    Expected(seconds=90, resumes=False),
+    SAVING,
+    shim.missing,
+)
 def synced_before_it_is_named(scene: Scene) -> None:
     log = scene.folder / "calls"
     scene.shim.order(f"log {log}")
@@ -203,10 +229,15 @@ def synced_before_it_is_named(scene: Scene) -> None:
     after = [call[1] for call in calls[at:] if call[0] == "fsync"]
     scene.check("the directory of checkpoints is synced after it", str(scene.run.checkpoints) in after)
     everything = {call[1] for call in calls if call[0] == "fsync"}
-    scene.check("the run directory is synced (it names checkpoints/, FINISHED, run_id)", str(scene.run.path) in everything)
+    scene.check(
+        "the run directory is synced (it names checkpoints/, FINISHED, run_id)",
+        str(scene.run.path) in everything,
+    )
 
 
-@injection("S5", "the run directory is deleted", Expected((5,), None, ("run directory",), 40, resumes=False), ONE)
+@injection(
+    "S5", "the run directory is deleted", Expected((5,), None, ("run directory",), 40, resumes=False), ONE
+)
 def deleted(scene: Scene) -> None:
     scene.start(changes={"training": {"max_steps": 4000}})
     scene.wait_step()
@@ -218,7 +249,9 @@ def deleted(scene: Scene) -> None:
     scene.give_up(pids)
 
 
-@injection("S5", "the run directory is renamed", Expected((5,), None, ("run directory",), 40), ("FSDP", "ZeRO-3"))
+@injection(
+    "S5", "the run directory is renamed", Expected((5,), None, ("run directory",), 40), ("FSDP", "ZeRO-3")
+)
 def renamed(scene: Scene) -> None:
     scene.start(changes={"training": {"max_steps": 4000}})
     scene.wait_step()
@@ -240,7 +273,13 @@ def temporary_full(scene: Scene) -> None:
     scene.wait_end(90)
 
 
-@injection("-", "HOME and the cache cannot be written", Expected((5,), None, ("XDG_CACHE_HOME",), 30, resumes=False), ONE, shim.missing)
+@injection(
+    "-",
+    "HOME and the cache cannot be written",
+    Expected((5,), None, ("XDG_CACHE_HOME",), 30, resumes=False),
+    ONE,
+    shim.missing,
+)
 def cache_read_only(scene: Scene) -> None:
     cache = scene.folder / "cache"
     cache.mkdir()
@@ -261,7 +300,12 @@ def no_flock(scene: Scene) -> None:
     scene.shim.order()
 
 
-@injection("S12", "few file descriptors (ulimit -n 40)", Expected((2, 5), None, ("ulimit -n", "files open"), 60, resumes=False), ONE)
+@injection(
+    "S12",
+    "few file descriptors (ulimit -n 40)",
+    Expected((2, 5), None, ("ulimit -n", "files open"), 60, resumes=False),
+    ONE,
+)
 def few_descriptors(scene: Scene) -> None:
     scene.start(limits=40)
     scene.hit()

@@ -1,4 +1,5 @@
-"""Terminals, pipes, clocks, locks and sockets: what is around a run, and rows 30 to 38 as far as one machine goes."""
+"""Terminals, pipes, clocks, locks and sockets: what is around a run, and rows 30 to 38 as far as one machine
+goes."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def terminal_closed(scene: Scene) -> None:
     scene.check("it says that it stopped", scene.events("stopped"))
 
 
-@injection("S2b", "the reader of its output goes away, as `head` does", Expected(codes=(0,), seconds=90), ENGINES)
+@injection(
+    "S2b", "the reader of its output goes away, as `head` does", Expected(codes=(0,), seconds=90), ENGINES
+)
 def pipe_closed(scene: Scene) -> None:
     reading, writing = os.pipe()
     scene.start(output=writing)
@@ -52,7 +55,9 @@ def two_launchers(scene: Scene) -> None:
 def two_from_nothing(scene: Scene) -> None:
     scene.start()
     second = subprocess.Popen(
-        [*LAUNCHER, "run", str(scene.folder / "job.yaml"), "--run-dir", str(scene.run.path)], env=variables(), stderr=subprocess.DEVNULL
+        [*LAUNCHER, "run", str(scene.folder / "job.yaml"), "--run-dir", str(scene.run.path)],
+        env=variables(),
+        stderr=subprocess.DEVNULL,
     )
     scene.hit()
     scene.wait_end(120)
@@ -63,7 +68,14 @@ def two_from_nothing(scene: Scene) -> None:
 
 
 def _clock(seconds: int) -> None:
-    @injection("33", f"the clock jumps by {seconds:+} s in training", Expected(seconds=90), ONE, shim.missing, name=f"clock{seconds:+}")
+    @injection(
+        "33",
+        f"the clock jumps by {seconds:+} s in training",
+        Expected(seconds=90),
+        ONE,
+        shim.missing,
+        name=f"clock{seconds:+}",
+    )
     def clock(scene: Scene) -> None:
         scene.start(shim=True)
         scene.wait_step()
@@ -77,7 +89,13 @@ _clock(7200)
 _clock(-7200)
 
 
-@injection("33, S9", "the clock jumps by an hour within the grace", Expected(codes=(75,), seconds=40, most_lost=0), ENGINES, shim.missing)
+@injection(
+    "33, S9",
+    "the clock jumps by an hour within the grace",
+    Expected(codes=(75,), seconds=40, most_lost=0),
+    ENGINES,
+    shim.missing,
+)
 def clock_in_the_grace(scene: Scene) -> None:
     scene.start(inside="slow=1.5@step:all:13", shim=True)
     scene.wait_said()
@@ -89,7 +107,13 @@ def clock_in_the_grace(scene: Scene) -> None:
     scene.check("it saved", not any(record.get("reason") for record in scene.events("stopped")))
 
 
-@injection("33, S9", "the clock is 30 s ahead of when the run began: `status`", Expected((75,), seconds=60, most_lost=0), ONE, shim.missing)
+@injection(
+    "33, S9",
+    "the clock is 30 s ahead of when the run began: `status`",
+    Expected((75,), seconds=60, most_lost=0),
+    ONE,
+    shim.missing,
+)
 def clock_of_status(scene: Scene) -> None:
     scene.start(changes={"training": {"max_steps": 4000}})
     scene.wait_step(3)
@@ -104,7 +128,13 @@ def clock_of_status(scene: Scene) -> None:
     scene.signal(signal.SIGTERM, "launcher")
 
 
-@injection("33", "a clock that is two hours off between two attempts", Expected(seconds=120), ("FSDP", "ZeRO-3"), shim.missing)
+@injection(
+    "33",
+    "a clock that is two hours off between two attempts",
+    Expected(seconds=120),
+    ("FSDP", "ZeRO-3"),
+    shim.missing,
+)
 def clock_between_attempts(scene: Scene) -> None:
     scene.copy_stopped()
     scene.shim.order("clock -7200")
@@ -120,13 +150,17 @@ def listening(scene: Scene) -> None:
     scene.wait_step()
     scene.hit()
     sockets = {inode for process in find(scene.run) for inode in _sockets(process.pid)}
-    found = [line for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    found = [
+        line for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]
+    ]
     fields = [line.split() for line in found]
     addresses = [entry[1] for entry in fields if entry[3] == "0A" and entry[9] in sockets]
     loopback = ("0100007F:", "00000000000000000000000001000000:", "0000000000000000FFFF00000100007F:")
     scene.seen["listening"] = [address for address in addresses if not address.startswith(loopback)]
     scene.check("none listens beyond this machine", not scene.seen["listening"])
-    argv = "\0".join(Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace") for process in find(scene.run))
+    argv = "\0".join(
+        Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace") for process in find(scene.run)
+    )
     scene.check("the run's id is not on a command line", scene.run.run_id() not in argv)
 
 
@@ -144,7 +178,12 @@ def _sockets(pid: int) -> set[str]:
     return found
 
 
-@injection("29", "a data file changed between two attempts", Expected((3,), "data", ("train.jsonl",), 60, resumes=False), ENGINES)
+@injection(
+    "29",
+    "a data file changed between two attempts",
+    Expected((3,), "data", ("train.jsonl",), 60, resumes=False),
+    ENGINES,
+)
 def data_changed(scene: Scene) -> None:
     data = scene.own_data()
     scene.start("--stop-at", "12", changes={"data": data})
@@ -156,7 +195,12 @@ def data_changed(scene: Scene) -> None:
     scene.hit()
 
 
-@injection("29", "a data file truncated between two attempts", Expected((3,), "data", ("train.jsonl",), 60, resumes=False), ONE)
+@injection(
+    "29",
+    "a data file truncated between two attempts",
+    Expected((3,), "data", ("train.jsonl",), 60, resumes=False),
+    ONE,
+)
 def data_truncated(scene: Scene) -> None:
     data = scene.own_data()
     scene.start("--stop-at", "12", changes={"data": data})
@@ -167,7 +211,12 @@ def data_truncated(scene: Scene) -> None:
     scene.hit()
 
 
-@injection("29, S12", "the prepared data truncated under a run", Expected((9, 3, 5), None, ("rank",), 30), ("FSDP", "ZeRO-3"))
+@injection(
+    "29, S12",
+    "the prepared data truncated under a run",
+    Expected((9, 3, 5), None, ("rank",), 30),
+    ("FSDP", "ZeRO-3"),
+)
 def cache_truncated(scene: Scene) -> None:
     cache = scene.folder / "cache"
     scene.start(more={"XDG_CACHE_HOME": str(cache)}, changes={"training": {"max_steps": NUM_STEPS}})
@@ -177,10 +226,18 @@ def cache_truncated(scene: Scene) -> None:
         if path.is_file() and path.stat().st_size > 4096 and "launcher/data" in str(path):
             os.truncate(path, 0)
     scene.wait_end(60)
-    scene.check("the line speaks of the prepared data", any(word in scene.output() for word in ("prepared", "cache", "cut off")))
+    scene.check(
+        "the line speaks of the prepared data",
+        any(word in scene.output() for word in ("prepared", "cache", "cut off")),
+    )
 
 
-@injection("30", "bad rows: no text, not JSON, not UTF-8, too long", Expected(codes=(0, 3), seconds=90, resumes=False), ONE)
+@injection(
+    "30",
+    "bad rows: no text, not JSON, not UTF-8, too long",
+    Expected(codes=(0, 3), seconds=90, resumes=False),
+    ONE,
+)
 def bad_rows(scene: Scene) -> None:
     data = scene.own_data()
     path = Path(data["train"]["path"])
@@ -197,7 +254,9 @@ def bad_rows(scene: Scene) -> None:
     )
 
 
-@injection("34", "another learning rate between two attempts", Expected(codes=None, seconds=120, bits=False), ENGINES)
+@injection(
+    "34", "another learning rate between two attempts", Expected(codes=None, seconds=120, bits=False), ENGINES
+)
 def job_changed(scene: Scene) -> None:
     scene.copy_stopped()
     scene.start_again("--set", "training.learning_rate=0.0005")
@@ -207,14 +266,22 @@ def job_changed(scene: Scene) -> None:
     scene.check("it is refused by its key, or written down", refused or scene.events("plan_changed"))
 
 
-@injection("36", "the engine changed from FSDP to ZeRO-3 and back", Expected(codes=(0,), seconds=240, bits=False), ONE)
+@injection(
+    "36",
+    "the engine changed from FSDP to ZeRO-3 and back",
+    Expected(codes=(0,), seconds=240, bits=False),
+    ONE,
+)
 def engine_changed(scene: Scene) -> None:
     scene.copy_stopped()
     for engine, stop in (("deepspeed", ["--stop-at", "30"]), ("fsdp", [])):
         scene.start_again("--set", f"parallel.engine={engine}", "--set", "parallel.shard=full", *stop)
         scene.hit()
         scene.wait_end(120)
-    scene.check("both changes are written down", len(scene.events("other_engine")) + len(scene.events("plan_changed")) >= 2)
+    scene.check(
+        "both changes are written down",
+        len(scene.events("other_engine")) + len(scene.events("plan_changed")) >= 2,
+    )
     scene.compare()
     scene.check("losses within 1e-5 of the undisturbed run's", scene.largest_difference() < 1e-5)
 
@@ -244,7 +311,15 @@ def ranks_changed(scene: Scene) -> None:
     scene.seen["pairs"] = len({*itertools.pairwise(order)})
     alone = scene.folder / "alone"
     done = scene.ask(
-        "run", str(scene.folder / "job.yaml"), "--run-dir", str(alone), "--nproc", "1", "--stop-at", str(len(order)), seconds=600
+        "run",
+        str(scene.folder / "job.yaml"),
+        "--run-dir",
+        str(alone),
+        "--nproc",
+        "1",
+        "--stop-at",
+        str(len(order)),
+        seconds=600,
     )
     scene.check("the run on one rank got there", done.returncode == 75)
     ids, difference = scene.against(alone)
@@ -262,7 +337,12 @@ def tracker_down(scene: Scene) -> None:
     scene.hit()
 
 
-@injection("S12", "`status` of a run that was stopped by SIGTERM", Expected(codes=(75,), seconds=30, most_lost=0), ONE)
+@injection(
+    "S12",
+    "`status` of a run that was stopped by SIGTERM",
+    Expected(codes=(75,), seconds=30, most_lost=0),
+    ONE,
+)
 def status_names_the_signal(scene: Scene) -> None:
     scene.start()
     scene.wait_step()
@@ -278,7 +358,10 @@ def status_in_training(scene: Scene) -> None:
     scene.wait_step()
     said = scene.ask("status", str(scene.run.path)).stdout
     scene.seen["status"] = said[:200]
-    scene.check("`status` does not say that it loads or evaluates", not any(word in said for word in ("loading", "checking", "evaluating")))
+    scene.check(
+        "`status` does not say that it loads or evaluates",
+        not any(word in said for word in ("loading", "checking", "evaluating")),
+    )
     scene.signal(signal.SIGTERM, "launcher")
 
 

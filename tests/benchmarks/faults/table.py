@@ -40,7 +40,10 @@ def keep(folder: Path, result: dict[str, Any]) -> None:
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
     """All that was written down."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "results").glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((folder / "results").glob("*.json"))
+    }
 
 
 def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
@@ -50,14 +53,31 @@ def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
     held = sum(not result["why_not"] for result in done)
     dates = sorted({result["date"] for result in done})
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    summary = f"{len(done)} injections of {len(rows)} kinds, {held} of which held; {when}, on two cores that others used too.\n"
-    header = ("#", "fault", "under", "seen", "gone after", "exit code", "samples", "again", "bits", "holds", "date")
+    summary = (
+        f"{len(done)} injections of {len(rows)} kinds, {held} of which held; {when}, on two cores that "
+        "others used too.\n"
+    )
+    header = (
+        "#",
+        "fault",
+        "under",
+        "seen",
+        "gone after",
+        "exit code",
+        "samples",
+        "again",
+        "bits",
+        "holds",
+        "date",
+    )
     never = [f"{injection.fault} ({injection.row})" for injection in injections if not _of(injection, known)]
     rest = f"\nNot injected yet: {'; '.join(never)}.\n" if never else ""
     section = f"## {_TITLE}\n{_INTRODUCTION}\n{summary}\n{_report.table(header, rows)}{rest}"
     old = _PAGE.read_text(encoding="utf-8")
     pattern = re.compile(rf"^## {re.escape(_TITLE)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    new = pattern.sub(lambda _: section + "\n", old) if pattern.search(old) else f"{old.rstrip()}\n\n{section}"
+    new = (
+        pattern.sub(lambda _: section + "\n", old) if pattern.search(old) else f"{old.rstrip()}\n\n{section}"
+    )
     _PAGE.write_text(new.rstrip() + "\n", encoding="utf-8")
 
 
@@ -68,20 +88,37 @@ def _of(injection: Injection, known: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _row(injection: Injection, results: list[dict[str, Any]]) -> tuple[object, ...]:
     if missing := results[0].get("missing"):
-        return (injection.row, injection.fault, "-", f"not injected: {missing}", *["-"] * 5, "-", results[0]["date"])
+        return (
+            injection.row,
+            injection.fault,
+            "-",
+            f"not injected: {missing}",
+            *["-"] * 5,
+            "-",
+            results[0]["date"],
+        )
     failed = [result for result in results if result["why_not"]]
-    names = ", ".join(result["variant"].replace(", plain saving", " plain").replace(", adapter", " adapter") for result in results)
+    names = ", ".join(
+        result["variant"].replace(", plain saving", " plain").replace(", adapter", " adapter")
+        for result in results
+    )
     return (
         injection.row,
         injection.fault,
         names,
         _clean(_seen(failed or results)),
-        _range([result.get("seconds_until_gone") or result.get("seconds_to_end") for result in results], " s"),
+        _range(
+            [result.get("seconds_until_gone") or result.get("seconds_to_end") for result in results], " s"
+        ),
         _set([result.get("code") for result in results]),
         _samples(results),
         _range([result.get("steps_again") for result in results], ""),
         _yes([result.get("bits_equal") for result in results]),
-        "yes" if not failed else f"no ({', '.join(result['variant'] for result in failed)})" if len(failed) < len(results) else "no",
+        "yes"
+        if not failed
+        else f"no ({', '.join(result['variant'] for result in failed)})"
+        if len(failed) < len(results)
+        else "no",
         max(result["date"] for result in results),
     )
 
@@ -93,7 +130,11 @@ def _seen(results: list[dict[str, Any]]) -> str:
         return "; ".join(first["why_not"])
     if first.get("code") == 0:
         return next((line for line in first.get("output", ()) if line.startswith("warning")), "it finished")
-    return "nothing more: the launcher was killed" if first.get("code") == -9 else str(first.get("line", "as it must be"))
+    return (
+        "nothing more: the launcher was killed"
+        if first.get("code") == -9
+        else str(first.get("line", "as it must be"))
+    )
 
 
 def _clean(text: str) -> str:
@@ -117,7 +158,11 @@ def _set(values: list[Any]) -> str:
 
 def _samples(results: list[dict[str, Any]]) -> str:
     known = [result for result in results if result.get("samples_lost") is not None]
-    return f"{sum(r['samples_lost'] for r in known)} + {sum(r['samples_repeated'] or 0 for r in known)}" if known else "-"
+    return (
+        f"{sum(r['samples_lost'] for r in known)} + {sum(r['samples_repeated'] or 0 for r in known)}"
+        if known
+        else "-"
+    )
 
 
 def _yes(values: list[Any]) -> str:

@@ -24,6 +24,16 @@ for _ in range(2):
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     ports = [one.place[1] for one in listening()]
-    print("met by", type(store).__name__, "ports", len(ports), "open", sum(map(comes_in, ports)), "sum", float(sum(pieces)), flush=True)
+    print(
+        "met by",
+        type(store).__name__,
+        "ports",
+        len(ports),
+        "open",
+        sum(map(comes_in, ports)),
+        "sum",
+        float(sum(pieces)),
+        flush=True,
+    )
     dist.barrier()
     dist.destroy_process_group()

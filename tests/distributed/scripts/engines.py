@@ -1,4 +1,5 @@
-"""A training script that chooses its engine itself, whatever the environment says; it knows nothing of launcher."""
+"""A training script that chooses its engine itself, whatever the environment says; it knows nothing of
+launcher."""
 
 from __future__ import annotations
 
@@ -47,7 +48,10 @@ def accelerated(model: nn.Module) -> None:
     from accelerate import Accelerator, DeepSpeedPlugin
 
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2))
-    accelerator.state.deepspeed_plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 4, "zero_allow_untested_optimizer": True}
+    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_allow_untested_optimizer": True,
+    }
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     accelerator.backward(model(torch.ones(4, 8)).sum())
     optimizer.step()

@@ -26,8 +26,15 @@ def save_and_leave(number: int, frame: object) -> None:
 
 def main(kind: str) -> None:
     if kind == "tell":
-        seen = {name: value for name, value in os.environ.items() if name.startswith(("LAUNCHER_", "ACCELERATE_", "FSDP_"))}
-        note("told", {"arguments": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__, "seen": seen})
+        seen = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("LAUNCHER_", "ACCELERATE_", "FSDP_"))
+        }
+        note(
+            "told",
+            {"arguments": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__, "seen": seen},
+        )
     elif kind == "raise" and RANK == 1:
         raise ValueError("a bug")
     elif kind == "exit" and RANK == 1:

@@ -1,4 +1,5 @@
-"""A Trainer script that saves its model in every way, and what it trained, gathered by hand; it knows nothing of launcher."""
+"""A Trainer script that saves its model in every way, and what it trained, gathered by hand; it knows nothing
+of launcher."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
     with gathered:
         return {
-            name: getattr(value, "full_tensor", lambda value=value: value)().detach().clone() for name, value in model.named_parameters()
+            name: getattr(value, "full_tensor", lambda value=value: value)().detach().clone()
+            for name, value in model.named_parameters()
         }
 
 

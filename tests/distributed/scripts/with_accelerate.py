@@ -1,4 +1,5 @@
-"""A script on Accelerate as its examples are: it knows nothing of launcher. Writes the loss of each step to a file."""
+"""A script on Accelerate as its examples are: it knows nothing of launcher. Writes the loss of each step to a
+file."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def rows(number: int) -> list[dict[str, torch.Tensor]]:
     """The label is whether the first word is an even one."""
     generator = torch.Generator().manual_seed(5)
     words = torch.randint(3, 131, (number, 12), generator=generator)
-    return [{"input_ids": line, "attention_mask": torch.ones_like(line), "labels": line[0] % 2} for line in words]
+    return [
+        {"input_ids": line, "attention_mask": torch.ones_like(line), "labels": line[0] % 2} for line in words
+    ]
 
 
 def main() -> None:
@@ -43,7 +46,11 @@ def main() -> None:
             optimizer.zero_grad()
             losses.append(accelerator.reduce(loss.detach(), reduction="mean").item())
     if accelerator.is_main_process:
-        content = {"losses": losses, "distributed": accelerator.distributed_type.value, "ranks": accelerator.num_processes}
+        content = {
+            "losses": losses,
+            "distributed": accelerator.distributed_type.value,
+            "ranks": accelerator.num_processes,
+        }
         with open(options.out, "w") as file:
             json.dump(content, file)
 

@@ -29,7 +29,11 @@ def main() -> None:
     if trainer.is_world_process_zero():
         losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
         losses += [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
-        content = {"losses": losses, "distributed": trainer.accelerator.distributed_type.value, "ranks": options.world_size}
+        content = {
+            "losses": losses,
+            "distributed": trainer.accelerator.distributed_type.value,
+            "ranks": options.world_size,
+        }
         with open(ours.out, "w") as file:
             json.dump(content, file)
 

@@ -1,9 +1,11 @@
-"""Breaks a rank from inside, where a test puts this folder on PYTHONPATH and has each rank be a new process (LAUNCHER_WARM=0).
+"""Breaks a rank from inside, where a test puts this folder on PYTHONPATH and has each rank be a new process
+(LAUNCHER_WARM=0).
 
 FAULT is KIND:WHERE:STEP, WHERE a rank, a node's name or `all`.
 
-Every attempt breaks that comes to the step: after it, as soon as it is written in metrics.jsonl. Of `slow` the last part is seconds:
-each step takes so much longer; of `slow-first` in the first attempt alone; of `stuck-first` there too, but for its first step.
+Every attempt breaks that comes to the step: after it, as soon as it is written in metrics.jsonl. Of `slow`
+the last part is seconds: each step takes so much longer; of `slow-first` in the first attempt alone; of
+`stuck-first` there too, but for its first step.
 """
 
 import ctypes
@@ -24,7 +26,9 @@ def _break(kind: str) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     error = {"memory": MemoryError, "disk": BrokenDiskError}[kind]
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(error))
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(error)
+    )
 
 
 def _slow_down(seconds: float, spared: int) -> None:
@@ -53,7 +57,9 @@ def _wait(kind: str, step: int) -> None:
             continue
         # Only what this attempt has written: the file is older than it.
         if any(
-            f'"step": {step},' in line and float(line.rpartition('"time": ')[2].rstrip("}")) > _began for line in lines if "train" in line
+            f'"step": {step},' in line and float(line.rpartition('"time": ')[2].rstrip("}")) > _began
+            for line in lines
+            if "train" in line
         ):
             _break(kind)
             return
@@ -63,7 +69,13 @@ _began = time.time()
 _first = os.environ.get("LAUNCHER_ATTEMPT_DIRECTORY", "").endswith("0001")
 if "FAULT" in os.environ and "RANK" in os.environ and "launcher.training.entry" in " ".join(sys.orig_argv):
     _kind, _where, _step = os.environ["FAULT"].split(":")
-    if _where in (os.environ["RANK"], os.uname().nodename, "all") and (not _kind.endswith("-first") or _first):
+    if _where in (os.environ["RANK"], os.uname().nodename, "all") and (
+        not _kind.endswith("-first") or _first
+    ):
         _slow = {"slow": 0, "slow-first": 0, "stuck-first": 1}
-        _target = (lambda: _slow_down(float(_step), _slow[_kind])) if _kind in _slow else (lambda: _wait(_kind, int(_step)))
+        _target = (
+            (lambda: _slow_down(float(_step), _slow[_kind]))
+            if _kind in _slow
+            else (lambda: _wait(_kind, int(_step)))
+        )
         threading.Thread(target=_target, daemon=True).start()

@@ -1,8 +1,10 @@
-"""Breaks a rank from inside, at a moment of its work, where this folder is on PYTHONPATH and each rank is a new process (LAUNCHER_WARM=0).
+"""Breaks a rank from inside, at a moment of its work, where this folder is on PYTHONPATH and each rank is a
+new process (LAUNCHER_WARM=0).
 
-INSIDE is ACTION@MOMENT:WHERE:NTH. WHERE is a rank, a node's name or `all`; NTH the call, counted from 1, of which the moment is made. It
-acts in the first attempt, and from the NTH call on for `slow`, `nan`, `infinite` and `spike`, in that call alone for the others. The time
-at which it acts is written to the file that INSIDE_SAID names.
+INSIDE is ACTION@MOMENT:WHERE:NTH. WHERE is a rank, a node's name or `all`; NTH the call, counted from 1, of
+which the moment is made. It acts in the first attempt, and from the NTH call on for `slow`, `nan`, `infinite`
+and `spike`, in that call alone for the others. The time at which it acts is written to the file that
+INSIDE_SAID names.
 """
 
 import importlib
@@ -15,7 +17,7 @@ import time
 from pathlib import Path
 
 MOMENTS = {
-    "preparing": "launcher.training.trainer:Material.prepare",
+    "preparing": "launcher.training.trainer:TrainingInputs.prepare",
     "loading": "launcher.training.trainer:engines.build",
     "restoring": "launcher.training.trainer:Trainer._restore",
     "evaluating": "launcher.training.trainer:evaluate",
@@ -25,7 +27,7 @@ MOMENTS = {
     "backward": "torch:Tensor.backward",
     "exchange": "launcher.training.trainer:Trainer._add_up",
     "norm": "launcher.training.engines.ENGINE.squared_gradient_norm",
-    "optimizer": "launcher.training.divergence:Divergence.judge",
+    "optimizer": "launcher.training.reporting.divergence:Divergence.judge",
     "staging": "launcher.training.checkpoint.checkpointer:Checkpointer._staged",
     "writing": "launcher.training.checkpoint.checkpointer:write_hashed",
     "committing": "launcher.training.checkpoint.checkpointer:retention.commit",
@@ -41,12 +43,15 @@ def _say():
 def _act(action, argument):
     _say()
     if action in ("kill", "stop", "crash"):
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "crash": signal.SIGSEGV}[action])
+        os.kill(
+            os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "crash": signal.SIGSEGV}[action]
+        )
     elif action == "hang":
         threading.Event().wait()
     elif action == "memory":
         raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9e15 bytes."
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 9e15 bytes."
         )
     elif action == "ecc":
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
@@ -102,7 +107,9 @@ def _target(path):
     """(holder, name) of the function that a moment means."""
     module, _, names = path.partition(":")
     if "ENGINE" in path:
-        plan = json.loads((Path(os.environ["LAUNCHER_ATTEMPT_DIRECTORY"]).parents[1] / "plan.json").read_text())
+        plan = json.loads(
+            (Path(os.environ["LAUNCHER_ATTEMPT_DIRECTORY"]).parents[1] / "plan.json").read_text()
+        )
         engine = {"fsdp": "FsdpEngine", "deepspeed": "DeepSpeedEngine"}[plan["engine"]]
         module = importlib.import_module(f"launcher.training.engines.{plan['engine']}")
         return getattr(module, engine), path.rpartition(".")[2]
@@ -124,7 +131,12 @@ def _install(action, argument, moment, nth):
 
 
 _first = os.environ.get("LAUNCHER_ATTEMPT_DIRECTORY", "").endswith(os.environ.get("INSIDE_ATTEMPT", "0001"))
-if _first and "INSIDE" in os.environ and "RANK" in os.environ and "launcher.training.entry" in " ".join(sys.orig_argv):
+if (
+    _first
+    and "INSIDE" in os.environ
+    and "RANK" in os.environ
+    and "launcher.training.entry" in " ".join(sys.orig_argv)
+):
     _what, _where, _nth = os.environ["INSIDE"].split(":")
     _action, _, _moment = _what.partition("@")
     _action, _, _argument = _action.partition("=")

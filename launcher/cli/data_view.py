@@ -1,0 +1,211 @@
+"""Show what `launcher data inspect` read: counts, bars, samples with learned tokens marked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from launcher.runs import prepared
+
+_BAR = 34
+"""Characters of the longest bar: with names and counts it fits 80 columns."""
+_CLASSES = 20
+"""That are shown, the most frequent and the rarest."""
+_CHARACTERS = 4000
+"""Characters of a sample that are shown; a sample asked for by its row is shown whole."""
+_LEARNED, _SPECIAL, _LEARNED_SPECIAL = "green", "magenta", "bold green"
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+"""A terminal would obey these; they are shown by their numbers."""
+
+
+def show(seen: dict[str, Any], console: Console, whole: bool) -> None:
+    """Print all that was seen of a data set; samples as a whole, or the beginning and the end of long ones."""
+    console.print(Text(prepared.line(seen), style="bold"))
+    for file in seen["files"]:
+        console.print(Text(f"  {file['path']}"), soft_wrap=True)
+    if said := seen["refused"] or prepared.warning(seen):
+        console.print(Text(_plain(said), style="yellow"))
+    for remark in seen["remarks"]:
+        console.print(Text(_plain(remark), style="yellow"))
+    _show_left_out(seen, console)
+    _show_lengths(seen, console)
+    _show_balance(seen["balance"], console)
+    _show_samples(seen, console, whole)
+
+
+def _show_left_out(seen: dict[str, Any], console: Console) -> None:
+    """Rows dropped and cut, by reason, with the first of each."""
+    if not seen["num_dropped"] and not seen["num_cut"]:
+        return
+    counts = list(seen["dropped"].items()) + (
+        [("cut to max_length", seen["num_cut"])] if seen["num_cut"] else []
+    )
+    console.print(Text("\nRows dropped and cut", style="bold"))
+    for reason, count in counts:
+        is_cut = reason == "cut to max_length"
+        fits = (
+            one
+            for one in seen["examples"]
+            if bool(one.get("cut")) == is_cut and (is_cut or one["reason"] == reason)
+        )
+        console.print(Text(f"  {count:>9,}  {count / seen['rows_read']:>6.1%}  {reason}"))
+        if (example := next(fits, None)) is not None:
+            where = f"{PurePath(example['file']).name}, line {example['line']:,}"
+            console.print(
+                Padding(Text(f"first: {where}: {_plain(example['detail'])}", style="dim"), (0, 0, 0, 21))
+            )
+
+
+def _show_lengths(seen: dict[str, Any], console: Console) -> None:
+    found = seen["lengths"]
+    console.print(Text(f"\nLengths in tokens (max_length {seen['max_length']:,})", style="bold"))
+    least, most = round(found["shortest"]), round(found["longest"])
+    ends = [(max(low, least), min(high - 1, most), count) for low, high, count in found["bins"]]
+    console.print(
+        _bars([(f"{low:,}-{high:,}" if low < high else f"{low:,}", count) for low, high, count in ends])
+    )
+    middle = (
+        f"median {found['median']:,.0f}, mean {found['mean']:,.1f}, 95% up to {found['quantile_95']:,.0f}"
+    )
+    console.print(f"  shortest {found['shortest']:,.0f}, {middle}, longest {found['longest']:,.0f}")
+    if seen["fill"] is not None:
+        console.print(
+            f"  {prepared.packs(seen)} of {seen['max_length']:,}: {seen['fill']:.1%} full, the "
+            f"emptiest {seen['emptiest']:.1%}"
+        )
+
+
+def _show_balance(balance: dict[str, Any] | None, console: Console) -> None:
+    if balance is None:
+        return
+    if "numbers" in balance:
+        found = balance["numbers"]
+        console.print(Text("\nLabels: numbers", style="bold"))
+        console.print(_bars([(f"{low:g} to {high:g}", count) for low, high, count in found["bins"]]))
+        console.print(
+            f"  least {found['shortest']:g}, median {found['median']:g}, mean {found['mean']:g}, "
+            f"greatest {found['longest']:g}"
+        )
+        return
+    classes = sorted(balance["classes"].items(), key=lambda item: -item[1])
+    console.print(Text(f"\nLabels: {len(classes)} classes", style="bold"))
+    if len(classes) <= _CLASSES:
+        console.print(_bars(classes))
+        return
+    most = max(count for _, count in classes)
+    console.print(_bars(classes[: _CLASSES // 2], most))
+    console.print(f"  ... {len(classes) - _CLASSES} more ...")
+    console.print(_bars(classes[-_CLASSES // 2 :], most))
+
+
+def _bars(rows: list[tuple[str, int]], most: int = 0) -> Table:
+    """A bar for each count, with its share of all."""
+    most, total = most or max(count for _, count in rows), sum(count for _, count in rows)
+    table = Table.grid(padding=(0, 1))
+    table.add_column(max_width=26, justify="right", no_wrap=True, overflow="ellipsis")
+    table.add_column(width=_BAR)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for name, count in rows:
+        table.add_row(
+            Text(f"  {_plain(name)}"),
+            Bar(max(most, 1), 0, count, color="cyan"),
+            f"{count:,}",
+            f"{count / max(total, 1):.1%}",
+        )
+    return table
+
+
+def _show_samples(seen: dict[str, Any], console: Console, whole: bool) -> None:
+    if not seen["samples"]:
+        return
+    coloured = console.color_system is not None and not console.no_color
+    learns = any(piece["learned"] for sample in seen["samples"] for piece in sample.get("pieces", ()))
+    console.print(Text("\nSamples", style="bold").append_text(_legend(coloured, learns)))
+    for sample in seen["samples"]:
+        console.print()
+        console.print(Text(_heading(sample), style="bold"), soft_wrap=True)
+        if "pieces" not in sample:
+            console.print(Text(f"not used: {sample['reason']} ({_plain(sample['detail'])})", style="yellow"))
+        elif "tokens" in sample:
+            console.print(_tokens(sample["tokens"], coloured))
+        else:
+            console.print(_text(sample["pieces"], coloured, None if whole else _CHARACTERS))
+
+
+def _legend(coloured: bool, learns: bool) -> Text:
+    if not learns:
+        return Text("")
+    if not coloured:
+        return Text("  (what is learned stands between << and >>)")
+    parts = Text("  (").append("learned", _LEARNED).append(", only read, ").append("special", _SPECIAL)
+    return parts.append(")")
+
+
+def _heading(sample: dict[str, Any]) -> str:
+    facts = [f"row {sample['row']:,}", f"{PurePath(sample['file']).name}, line {sample['line']:,}"]
+    if "pieces" in sample:
+        facts.append(
+            f"{sample['num_tokens']:,} tokens"
+            + (f", {sample['num_learned']:,} learned" if sample["num_learned"] else "")
+        )
+        if sample["cut"]:
+            facts.append("cut")
+        if sample["num_beside"]:
+            facts.append(f"1 of {sample['num_beside'] + 1} in its pack")
+        if (label := sample["label"]) is not None:
+            facts.append(
+                f"label: {', '.join(label) or 'none'}" if isinstance(label, list) else f"label: {label:g}"
+            )
+    return _plain(" | ".join(facts))
+
+
+def _text(pieces: list[dict[str, Any]], coloured: bool, limit: int | None) -> Text:
+    """A sample's text: in colour, or with what is learned between marks that do not stand in the text itself."""
+    longest = max(
+        (len(run) for piece in pieces for run in re.findall(r"<{2,}|>{2,}", piece["text"])), default=1
+    )
+    before, after = "<" * (longest + 1), ">" * (longest + 1)
+    text, learning = Text(), False
+    for piece in pieces:
+        if not coloured and piece["learned"] != learning:
+            text.append(after if learning else before)
+            learning = piece["learned"]
+        text.append(_plain(piece["text"]), _style(piece["learned"], piece["special"]) if coloured else "")
+    text.append(after if learning else "")
+    if limit is None or len(text) <= limit:
+        return text
+    left_out = Text(
+        f"\n... {len(text) - limit:,} characters left out; --row shows a row as a whole ...\n", style="dim"
+    )
+    return Text.assemble(text[: limit * 3 // 4], left_out, text[len(text) - limit // 4 :])
+
+
+def _style(learned: bool, special: bool) -> str:
+    return (_LEARNED_SPECIAL if special else _LEARNED) if learned else _SPECIAL if special else ""
+
+
+def _tokens(tokens: list[dict[str, Any]], coloured: bool) -> Table:
+    """One token a line: its place, its number, its text, and whether it is learned."""
+    table = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    table.add_row("", "place", "id", "token", style="dim")
+    for number, token in enumerate(tokens):
+        # Bytes that are no whole character have no text of their own.
+        text = token["token"] if "\ufffd" in token["text"] else repr(token["text"])
+        row = ["<<" if token["learned"] and not coloured else "", str(number), str(token["id"]), text]
+        table.add_row(*row, style=_LEARNED if token["learned"] and coloured else None)
+    return table
+
+
+def _plain(text: str) -> str:
+    return text.translate(_CONTROL)

@@ -1,0 +1,175 @@
+"""launcher status, list, logs: show how runs are doing, on this machine and under Slurm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launcher.cli.output import print_json, print_table
+from launcher.cli.plan import AsJson
+from launcher.cli.run import Run
+
+SomeRun = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]", help="A run directory, or the name of one below runs/. [default: the newest]"
+    ),
+]
+Folder = Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")]
+Follow = Annotated[
+    bool, typer.Option("--follow", "-f", help="Go on showing what is added, until the run is over.")
+]
+RankNumber = Annotated[
+    int | None,
+    typer.Option("--rank", min=0, metavar="R", help="The log of this rank. [default: all of them]"),
+]
+AttemptNumber = Annotated[
+    int | None, typer.Option("--attempt", min=1, metavar="N", help="Of this attempt. [default: the newest]")
+]
+LinesAsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+Lines = Annotated[
+    int,
+    typer.Option(
+        "--lines", "-n", min=0, metavar="N", help="How many lines of the past to show; 0 shows all."
+    ),
+]
+
+
+def status(run: SomeRun = None, as_json: AsJson = False) -> None:
+    """Show how a run is doing."""
+    from launcher.launch.slurm.view import view
+    from launcher.runs.layout import RunDirectory
+
+    seen = view(RunDirectory.find(run) if run else newest())
+    if as_json:
+        print_json(seen)
+    else:
+        typer.echo(describe(seen))
+
+
+def newest() -> Any:
+    """The run that something was last written of. Raises ConfigurationError where there is none."""
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.launch.slurm.view import runs_below
+
+    runs = runs_below(Path("runs"))
+    if not runs:
+        raise ConfigurationError(Problem("RUN", None, "there are no runs under runs/; name a run directory"))
+    return max(runs, key=lambda run: run.events_file.stat().st_mtime if run.events_file.exists() else 0.0)
+
+
+def list_(folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
+    """List the runs in a folder."""
+    from launcher.launch.slurm.view import runs_below, views
+
+    seen = views(runs_below(folder))
+    if as_json:
+        print_json({"runs": seen})
+        return
+    if not seen:
+        typer.echo(f"there are no runs under {folder}/", err=True)
+        return
+    print_table(["run", "state", "step", "loss", "job", "reason"], [_row(one) for one in seen])
+
+
+def _row(seen: dict[str, Any]) -> list[str]:
+    slurm = seen.get("slurm", {})
+    of = f" of {seen['total_steps']}" if seen["total_steps"] else ""
+    failure = (seen["failure"] or {}).get("cause")
+    reason = (
+        slurm.get("reason")
+        if seen["state"] == "queued"
+        else failure
+        if seen["state"] == "failed"
+        else seen["last_word"]
+    )
+    loss = "" if seen["loss"] is None else f"{seen['loss']:.4f}"
+    return [
+        seen["name"],
+        seen["state"],
+        f"{seen['step']}{of}",
+        loss,
+        slurm.get("job_id", ""),
+        (reason or "")[:80],
+    ]
+
+
+def logs(
+    run: Run,
+    follow: Follow = False,
+    rank: RankNumber = None,
+    attempt: AttemptNumber = None,
+    lines: Lines = 40,
+    as_json: LinesAsJson = False,
+) -> None:
+    """Show what the ranks printed."""
+    from launcher.cli.logs import Logs
+    from launcher.runs.layout import RunDirectory
+
+    Logs(RunDirectory.find(run), rank, attempt, lines, as_json).show(follow)
+
+
+def describe(seen: dict[str, Any]) -> str:
+    """A status for people, one fact a line."""
+    from launcher.runs.prepared import line
+    from launcher.runs.wording import duration
+
+    slurm = seen.get("slurm", {})
+    failure, age = seen["failure"], seen["checkpoint_age_seconds"]
+    of = f" of {seen['total_steps']}" if seen["total_steps"] else ""
+    old = f", {duration(age)} old" if age is not None and seen["state"] == "running" else ""
+    facts = {
+        "run": seen["run"],
+        "state": seen["state"] + (f" ({seen['phase']})" if seen["phase"] else "") + _since_step(seen),
+        "hangs": seen["hang"],
+        "slow": seen["straggler"],
+        "job": _job(slurm),
+        "nodes": ", ".join(seen["nodes"]) or None,
+        "process": seen["process"],
+        "attempts": str(seen["attempts"]),
+        **{role: line({"role": role, **rows}).partition(": ")[2] for role, rows in seen["data"].items()},
+        "step": f"{seen['step']}{of}",
+        "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
+        "speed": None if seen["tokens_per_second"] is None else f"{seen['tokens_per_second']:.0f} tokens/s",
+        "measured": ", ".join(f"{name} {value:.4f}" for name, value in seen["metrics"].items())
+        if seen["metrics"]
+        else None,
+        "checkpoint": f"{seen['checkpoint']}{old}" if seen["checkpoint"] else None,
+        "time left": slurm.get("time_left") if seen["state"] in ("running", "starting") else None,
+        "stopped by": seen["signal"],
+        "failure": f"{failure['failure_class']}: {failure['cause']}" if failure else None,
+        "last word": seen["last_word"],
+        "go on with": seen["command"],
+    }
+    return "\n".join(f"{name:11}{text}" for name, text in facts.items() if text)
+
+
+def _since_step(seen: dict[str, Any]) -> str:
+    """How long ago the last step was, of a run that trains."""
+    from launcher.runs.wording import duration
+
+    age = seen["step_age_seconds"]
+    return f", last step {duration(age)} ago" if age is not None and seen["phase"] == "training" else ""
+
+
+def _unsaid(slurm: dict[str, Any]) -> str:
+    return f"Slurm could not be asked: {slurm['error']}" if "error" in slurm else ""
+
+
+def _job(slurm: dict[str, Any]) -> str | None:
+    """The Slurm job in one line: its state, why it waits and when it may start; or that Slurm could not be
+    asked."""
+    if not slurm:
+        return None
+    parts = [
+        slurm["job_id"],
+        slurm.get("state", "").lower(),
+        slurm.get("reason", ""),
+        slurm.get("note", ""),
+        _unsaid(slurm),
+    ]
+    if slurm.get("state") == "PENDING" and slurm.get("expected_start"):
+        parts.append(f"expected to start at {slurm['expected_start']}")
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,199 @@
+"""Read rows of Parquet and Arrow files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launcher.data.rows import BAD_VALUE, NOT_UTF8, Read, RowProblem, Values, required
+from launcher.errors import DataError
+
+PARQUET_BATCH = 1024
+"""Rows that are decoded at once."""
+
+
+def no_column(path: object, column: str, have: Sequence[str], hint: str = "") -> DataError:
+    """The error for a column that a whole file lacks."""
+    near = difflib.get_close_matches(column, have, n=1)
+    shown = ", ".join(repr(name[:40]) for name in have[:12])
+    return DataError(
+        f"{path} has no column {column!r}; it has {shown}"
+        + (f"; did you mean {near[0]!r}?" if near else hint)
+    )
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> Read:
+    """Parquet, batch by batch, only the columns asked for."""
+    import pyarrow
+
+    file = open_parquet(path, columns)
+    number = 0
+    try:
+        for batch in file.iter_batches(
+            batch_size=PARQUET_BATCH, columns=there(columns, file.schema_arrow.names)
+        ):
+            for index in range(batch.num_rows):
+                number += 1
+                yield number, arrow_row(batch, index)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read after row {number:,}: {error}") from None
+
+
+def arrow_row(batch: Any, index: int) -> Values:
+    """One row of a batch, without the nulls of objects; a value that Python cannot hold makes it one that
+    cannot be used."""
+    try:
+        return {name: without_nulls(batch.column(name)[index].as_py()) for name in batch.schema.names}
+    except UnicodeDecodeError as error:
+        return RowProblem(NOT_UTF8, f"byte {error.start} of the value")
+    except (ValueError, OverflowError) as error:
+        return RowProblem(BAD_VALUE, str(error))
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys, at any depth, that hold null: a table gives each object the keys of all
+    objects of its column."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def there(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The columns to be read of a table with these: all that it must have, and of the others those that it
+    has."""
+    have = set(names)
+    return list(dict.fromkeys(column for column in columns if column in have))
+
+
+def open_parquet(path: Path, columns: Sequence[str]) -> Any:
+    """A Parquet file that has these columns, once each. Raises DataError for any other."""
+    file = _parquet(path)
+    with whole_parquet(path):
+        check_columns(path, columns, file.schema_arrow.names)
+    return file
+
+
+def check_columns(path: Path, columns: Sequence[str], names: list[str]) -> None:
+    """Raise DataError unless each of these columns that is asked for is there, and none of them twice."""
+    for column in required(columns):
+        if column not in names:
+            raise no_column(path, column, names)
+    for column in columns:
+        if names.count(column) > 1:
+            raise DataError(
+                f"{path} has {names.count(column)} columns {column!r}, and it cannot be told which is meant"
+            )
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet as parquet
+
+    with whole_parquet(path):
+        # A group of rows is then read as far as it is asked for, and not at once.
+        return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+
+@contextmanager
+def whole_parquet(path: Path) -> Iterator[None]:
+    """What pyarrow raises at a file that it cannot read, as a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is not a whole Parquet file: {error}") from None
+
+
+def num_parquet_rows(path: Path) -> int:
+    """From the file's footer. Raises DataError where there is none."""
+    return int(_parquet(path).metadata.num_rows)
+
+
+def read_arrow(path: Path, columns: Sequence[str]) -> Read:
+    """Arrow, as `save_to_disk` writes it: only the columns asked for, the numbers of classes as their names."""
+    table = open_arrow(path, columns)
+    names = names_of_classes(features_of(table.schema))
+    number = 0
+    for batch in table.to_batches(max_chunksize=PARQUET_BATCH):
+        refuse_damaged(path, batch, number)
+        for index in range(batch.num_rows):
+            number += 1
+            yield number, with_names(arrow_row(batch, index), names)
+
+
+def refuse_damaged(path: Path, rows: Any, before: int) -> None:
+    """Raise DataError where these rows, which stand behind so many others, would have memory read that is not
+    the file's."""
+    import pyarrow
+
+    try:
+        rows.validate(full=True)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read after row {before:,}: {error}") from None
+
+
+def open_arrow(path: Path, columns: Sequence[str]) -> Any:
+    """The columns of an Arrow file, a stream or one with a footer, mapped into memory. Raises DataError where
+    they cannot be had."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                table = pyarrow.ipc.open_stream(source).read_all()
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                table = pyarrow.ipc.open_file(source).read_all()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is not a whole Arrow file: {error}") from None
+    check_columns(path, columns, table.schema.names)
+    return table.select(there(columns, table.schema.names))
+
+
+def features_of(schema: Any) -> dict[str, Any]:
+    """What `datasets` says of the columns of a file that it wrote; nothing for any other file."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
+    """The names of the classes of each column that has numbers, or lists of numbers, for them."""
+    found = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if (
+            isinstance(inner, dict)
+            and inner.get("_type") == "ClassLabel"
+            and isinstance(inner.get("names"), list)
+        ):
+            found[column] = inner["names"]
+    return found
+
+
+def with_names(values: Values, names: dict[str, list[str]]) -> Values:
+    """A row with the names of its classes; -1, which stands for a row without a label, is no value."""
+    if isinstance(values, RowProblem):
+        return values
+    return {
+        column: _named(value, names[column]) if column in names else value for column, value in values.items()
+    }
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    if not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None
+
+
+def num_arrow_rows(path: Path) -> int:
+    """How many rows an Arrow file has. Raises DataError where it cannot be read."""
+    return int(open_arrow(path, ()).num_rows)

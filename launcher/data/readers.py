@@ -1,0 +1,208 @@
+"""Read files of text line by line: each row with its line, or a RowProblem where it cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.data.arrow import no_column
+from launcher.data.rows import (
+    EMPTY,
+    NOT_UTF8,
+    UNREADABLE,
+    WRITTEN_MISSING,
+    Read,
+    RowProblem,
+    Values,
+    required,
+)
+from launcher.errors import DataError
+from launcher.plain_files import plain
+
+
+def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
+    """One JSON object a line; lines of white space are not rows."""
+    with open(path, "rb", opener=plain) as file:
+        yield from json_rows(file)
+
+
+def json_rows(lines: Iterable[bytes]) -> Read:
+    """The rows of some lines of JSON."""
+    for number, line in enumerate(lines, start=1):
+        if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+            yield number, _json_object(line)
+
+
+def _json_object(line: bytes) -> Values:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return RowProblem(NOT_UTF8, f"byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return RowProblem(UNREADABLE, f"not JSON: {error}")
+    return (
+        value
+        if isinstance(value, dict)
+        else RowProblem(UNREADABLE, f"a {type(value).__name__}, not an object")
+    )
+
+
+def read_json(path: Path, columns: Sequence[str]) -> Read:
+    """A list of objects, an object that holds one such list, or one object a line. The line given is the
+    row's number."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        whole = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        if not content.lstrip().startswith(b"["):
+            yield from read_json_lines(path, columns)
+            return
+        raise DataError(f"{path} is not UTF-8 at byte {error.start:,}") from None
+    except json.JSONDecodeError as error:
+        if content.lstrip().startswith(b"{") and error.msg == "Extra data":
+            yield from read_json_lines(path, columns)
+            return
+        raise DataError(f"{path} is not JSON: {error}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of too many digits, lists too deep in each other
+        raise DataError(f"{path} is no JSON that can be read: {error}") from None
+    rows = whole
+    if isinstance(whole, dict):
+        lists = [
+            value
+            for value in whole.values()
+            if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        rows = lists[0] if len(lists) == 1 and not set(required(columns)) & set(whole) else [whole]
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds a {type(rows).__name__}, not a list of objects")
+    for number, row in enumerate(rows, start=1):
+        yield (
+            number,
+            row
+            if isinstance(row, dict)
+            else RowProblem(UNREADABLE, f"a {type(row).__name__}, not an object"),
+        )
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Read:
+    """Comma-separated values with RFC 4180 quoting."""
+    yield from _read_table(path, columns, csv.excel)
+
+
+def read_tsv(path: Path, columns: Sequence[str]) -> Read:
+    """Tab-separated values, as IANA registers them: no quoting, so that a stray quotation mark is only a
+    character."""
+    yield from _read_table(path, columns, PlainTabs)
+
+
+class PlainTabs(csv.excel_tab):
+    """Tabs between fields, and no quoting."""
+
+    quoting = csv.QUOTE_NONE
+    quotechar = None
+
+
+def _read_table(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) -> Read:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=plain) as file:
+        yield from table_rows(file, path, columns, dialect)
+
+
+def table_rows(
+    lines: Iterable[str],
+    path: Path,
+    columns: Sequence[str],
+    dialect: type[csv.Dialect],
+    header: list[str] | None = None,
+) -> Read:
+    """The rows of some lines of a table; the first has the names of the columns, or they are given as
+    `header`."""
+    reader = table_reader(lines, dialect, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise DataError(
+                    f"{path}: the quotation mark opened in the row of line {line} is never closed"
+                ) from None
+            yield line, RowProblem(UNREADABLE, str(error))
+            continue
+        if fields is None:
+            return
+        if not fields:
+            continue
+        if header is None:
+            header = names_of_columns(path, fields, columns)
+            if header == fields:
+                continue
+        yield line, _table_row(header, fields)
+
+
+def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool) -> Any:
+    """Python's own, for fields of any length."""
+    csv.field_size_limit(sys.maxsize)
+    return csv.reader(lines, dialect, strict=strict)
+
+
+def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
+    """The names of the columns: the first line where it has all that are asked for; else numbers, where
+    numbers are asked for."""
+    asked = required(columns)
+    missing = [column for column in asked if column not in first]
+    if not missing:
+        return first
+    if all(column.isdecimal() for column in asked):
+        return [str(number) for number in range(len(first))]
+    raise no_column(
+        path, missing[0], first, "; in a file without a header, name columns by number from 0, as label: '0'"
+    )
+
+
+def _table_row(header: list[str], fields: list[str]) -> Values:
+    if len(fields) > len(header):
+        return RowProblem(UNREADABLE, f"{len(fields)} fields where there are {len(header)} columns")
+    for name, value in zip(header, fields, strict=False):
+        if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
+            return RowProblem(NOT_UTF8, f"column {name!r}")
+    return {
+        name: math.nan if value in WRITTEN_MISSING else value
+        for name, value in zip(header, fields, strict=False)
+    }
+
+
+def read_text(path: Path, columns: Sequence[str]) -> Read:
+    """One sample a line, under the name of the one column asked for."""
+    column = only_column(path, columns)
+    with open(path, "rb", opener=plain) as file:
+        yield from text_rows(file, column)
+
+
+def only_column(path: Path, columns: Sequence[str]) -> str:
+    """The one column asked of a text file. Raises DataError where there are more."""
+    asked = required(columns)
+    if len(asked) != 1:
+        raise DataError(
+            f"{path}: a text file has one column, and {', '.join(map(repr, asked))} are asked for; use "
+            ".jsonl, .csv or .tsv"
+        )
+    return asked[0]
+
+
+def text_rows(lines: Iterable[bytes], column: str) -> Read:
+    """The rows of some lines of text."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            yield number, RowProblem(NOT_UTF8, f"byte {error.start} of the line")
+            continue
+        yield number, {column: text} if text.strip() else RowProblem(EMPTY, "a line without text")

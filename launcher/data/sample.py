@@ -1,0 +1,154 @@
+"""Count a source's rows and sample some from all over it, without reading a large one whole."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import ceil
+from pathlib import Path
+
+from launcher.data.files import find_files
+from launcher.data.formats import format_of, num_lines
+from launcher.data.parts import Part, Seen
+from launcher.data.rows import Read, Values
+from launcher.data.section import Source
+from launcher.errors import DataError
+
+_COUNTED_BYTES = 1 << 28
+"""Files of lines up to this size, all together, have their lines counted; of larger ones the rows looked at
+say how long one is."""
+_COUNTED_FILES = 256
+_MOST_FILES = 64
+"""Of a source, that are looked at."""
+_FEWEST = 8
+"""Rows that are looked for in each of them at the least."""
+_GOLDEN = (5**0.5 - 1) / 2
+"""Whose multiples lie spread between whole numbers: where in each of several files places are."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was seen of a source."""
+
+    num_rows: int
+    """Of all files, up to the source's limit: counted where that is quick, else by what those looked at take
+    of their files."""
+    rows: tuple[Values, ...]
+    """Any of them, no more than there are: of each file its share."""
+
+
+def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
+    """The number of rows of local files, and at most so many of them. Raises DataError where they are not
+    here, or cannot be read.
+
+    A limit up to `most` is read from the beginning; of a larger one the part that it reaches is looked at.
+    """
+    if source.path is None:
+        raise DataError("data on the hub are not looked at")
+    try:
+        paths = find_files(source.path, source.split)
+        if source.limit is not None and source.limit <= most:
+            rows = tuple(islice(_in_order(paths, columns), source.limit))
+            return Sample(len(rows), rows)
+        parts = _parts(paths)
+        numbers, rows = _look(parts, columns, most)
+        if source.limit is None or sum(numbers) <= source.limit:
+            return Sample(round(sum(numbers)), rows)
+        return Sample(source.limit, _look(_reached(parts, numbers, source.limit), columns, most)[1])
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or source.path} cannot be read: {error.strerror or error}"
+        ) from None
+
+
+def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]:
+    for path in paths:
+        yield from (values for _, values in _read(path, columns))
+
+
+def _read(path: Path, columns: Sequence[str]) -> Read:
+    one = format_of(path)
+    if one.most_bytes is not None and (size := path.stat().st_size) > one.most_bytes:
+        raise DataError(
+            f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at "
+            "in places"
+        )
+    return one.read(path, columns)
+
+
+def _parts(paths: Sequence[Path]) -> list[Part]:
+    """The files, with what is counted of them."""
+    sizes = [path.stat().st_size for path in paths]
+    lines = sum(size for path, size in zip(paths, sizes, strict=True) if format_of(path).by_lines)
+    few = len(paths) <= _COUNTED_FILES
+    return [
+        Part(path, size, _counted(path, lines <= _COUNTED_BYTES) if few else None)
+        for path, size in zip(paths, sizes, strict=True)
+    ]
+
+
+def _counted(path: Path, lines_too: bool) -> int | None:
+    one = format_of(path)
+    return num_lines(path) if one.by_lines and lines_too else one.num_rows(path)
+
+
+def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[list[float], tuple[Values, ...]]:
+    """How many rows each file has, and some of them."""
+    some = _some(parts)
+    size = sum(part.share * part.size for part in parts)
+    measured = sum(part.measure for part in some)
+    seen: dict[Path, Seen] = {}
+    for number, part in enumerate(some):
+        wanted = max(_FEWEST, ceil(most * part.measure / max(1, measured)))
+        whole = size <= format_of(part.path).whole_bytes
+        seen[part.path] = _of_part(part, columns, wanted, whole, (0.5 + number * _GOLDEN) % 1)
+    each = sum(found.num_rows for found in seen.values()) / measured if measured else 0.0
+    numbers = [seen[part.path].num_rows if part.path in seen else each * part.measure for part in parts]
+    return numbers, _fairly(list(seen.values()), most)
+
+
+def _of_part(part: Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
+    one = format_of(part.path)
+    if not (whole and one.by_lines) and (seen := one.look(part, columns, wanted, phase)):
+        return seen
+    rows = [values for _, values in islice(_read(part.path, columns), part.first)]
+    return Seen(len(rows), rows)
+
+
+def _some(parts: Sequence[Part]) -> list[Part]:
+    """Files from all over a source; of those that have to be read as a whole only so many as may be."""
+    step = -(-len(parts) // _MOST_FILES)
+    some = list(parts[step // 2 :: step])
+    most = {part.path: format_of(part.path).most_bytes for part in some}
+    while len(some) > 1 and any(
+        sum(part.size for part in some if most[part.path] == limit) > limit
+        for limit in most.values()
+        if limit
+    ):
+        some = some[::2]
+    return some
+
+
+def _reached(parts: Sequence[Part], numbers: Sequence[float], limit: int) -> list[Part]:
+    """The files that a limit reaches, the last of them in part."""
+    reached: list[Part] = []
+    left = float(limit)
+    for part, number in zip(parts, numbers, strict=True):
+        if number >= left:
+            return [*reached, replace(part, first=ceil(left), share=left / number)]
+        reached.append(part)
+        left -= number
+    return reached
+
+
+def _fairly(seen: Sequence[Seen], most: int) -> tuple[Values, ...]:
+    """At most so many rows, and of each file as many as its share of all rows is."""
+    # Any of them, as every tenth may have something in common.
+    drawn, total = random.Random(0), sum(found.num_rows for found in seen)
+    chosen: list[Values] = []
+    for found in seen:
+        number = int(most * found.num_rows / max(1.0, total) + drawn.random())
+        chosen += drawn.sample(found.rows, min(number, len(found.rows)))
+    return tuple(chosen[:most])

@@ -1,0 +1,172 @@
+"""Sample rows from all over a file of lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from launcher.data.parts import LINE_BYTES, Part, Seen, places_for
+from launcher.data.readers import names_of_columns, table_reader, table_rows
+from launcher.data.rows import Read, Values
+from launcher.errors import DataError
+from launcher.plain_files import plain
+
+_BYTES_OF_ROW = 1 << 15
+"""That are read at most for each row wanted: where rows are longer, fewer are looked at."""
+_QUOTE_BYTES = 1 << 18
+"""How far a quotation mark is looked for that tells which line ends are rows'."""
+_LONGEST_LINE = 1 << 28
+"""What is longer comes in pieces, none of which is a row that can be used."""
+_BETWEEN = b",\r\n"
+"""Fields."""
+_MARKS = re.compile(rb'"+')
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows stand in a file."""
+
+    parse: Callable[[Iterable[bytes]], Read]
+    quoted: bool = False
+    begin: int = 0
+    """Bytes of the header."""
+    num_lines: int = 0
+    """Of the header."""
+
+
+class _Lines:
+    """The lines of a file from where it stands, which know how many were taken."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.num_lines = self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        while line := self.file.readline(_LONGEST_LINE):
+            self.num_lines += 1
+            self.num_bytes += len(line)
+            yield line
+
+
+@dataclass
+class _Found:
+    """The rows that begin in some stretches of a file, and what they take of it."""
+
+    rows: list[Values] = field(default_factory=list)
+    num_lines: int = 0
+    num_bytes: int = 0
+
+    def add(self, file: BinaryIO, layout: Layout, start: int, end: int) -> None:
+        """Those that begin between two bytes of a file."""
+        if not _to_a_row(file, layout, start, end):
+            return
+        rows, lines, begin = [], _Lines(file), file.tell()
+        try:
+            for _, values in layout.parse(lines):
+                rows.append(values)
+                if begin + lines.num_bytes >= end:
+                    break
+        except DataError:  # of a quotation mark that is never closed, as it did not open a field
+            return
+        self.rows += rows
+        self.num_lines += lines.num_lines
+        self.num_bytes += lines.num_bytes
+
+
+def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> Seen | None:
+    """How many rows there are, and about so many of them; None where the whole may as well be read.
+
+    Their number is exact where lines were counted and those looked at are a row each. Else it is an estimate,
+    by how many rows the lines that were looked at are, or the bytes.
+    """
+    size = int(part.share * (part.size - layout.begin))
+    num_lines = part.share * max(1, part.counted - layout.num_lines) if part.counted is not None else None
+    of_row = size / num_lines if num_lines else LINE_BYTES
+    for _ in range(2):
+        span = wanted * min(of_row, _BYTES_OF_ROW)
+        if span >= size:
+            return None
+        found = _look(part.path, layout, size, span, places_for(wanted), phase)
+        if not found.rows:
+            return None
+        of_row = found.num_bytes / len(found.rows)
+        if 2 * len(found.rows) >= wanted:
+            break
+    number = num_lines * len(found.rows) / found.num_lines if num_lines else size / of_row
+    return Seen(max(number, len(found.rows)), found.rows)
+
+
+def _look(path: Path, layout: Layout, size: int, span: float, places: int, phase: float) -> _Found:
+    """So many bytes, as many in each of some places, that long rows are no more likely than short ones; the
+    first row where none begins there."""
+    found, stride, each = _Found(), size / places, max(1, int(span / places))
+    with open(path, "rb", opener=plain) as file:
+        for place in range(places):
+            start = layout.begin + int(place * stride + phase * (stride - each))
+            found.add(file, layout, start, start + each)
+        if not found.rows:
+            found.add(file, layout, layout.begin, layout.begin + 1)
+    return found
+
+
+def table_layout(path: Path, columns: Sequence[str], dialect: type[csv.Dialect], quoted: bool) -> Layout:
+    """Return how rows stand in a table, whose header is read. Raises DataError where it has not the columns."""
+    with open(path, "rb", opener=plain) as file:
+        lines = _Lines(file)
+        first: list[str] = next(filter(None, table_reader(_decoded(lines), dialect, strict=False)), [])
+    names = names_of_columns(path, first, columns)
+    taken = (lines.num_bytes, lines.num_lines) if names == first else (0, 0)
+    return Layout(lambda lines: table_rows(_decoded(lines), path, columns, dialect, names), quoted, *taken)
+
+
+def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
+    """As a file that is opened as text gives them: a carriage return alone ends a line too."""
+    for line in lines:
+        yield from io.StringIO(
+            line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), newline=""
+        )
+
+
+def _to_a_row(file: BinaryIO, layout: Layout, start: int, end: int) -> bool:
+    """Go to the first row that begins at or after `start`, and say whether it does before `end`."""
+    if start <= layout.begin:
+        file.seek(layout.begin)
+        return True
+    file.seek(start - 1)
+    if not layout.quoted:
+        return file.readline(end - start + 1).endswith(b"\n") and file.tell() < end
+    outside = _outside(file.read(max(_QUOTE_BYTES, end - start)))
+    file.seek(start - 1 + outside)
+    with suppress(csv.Error):
+        next(table_reader(_decoded(_Lines(file)), csv.excel, strict=False), None)  # begun before
+    return file.tell() < end
+
+
+def _outside(text: bytes) -> int:
+    """The first byte that is not between quotation marks, as far as they tell.
+
+    A mark after which a field ends closes it, one before which a field ended opens the next, and two together
+    are one within the text. The first that can only be one of these says what is before it; those that may be
+    both change that. Where none tells, the first byte is taken to be outside.
+    """
+    begin = len(text) - len(text.lstrip(b'"'))
+    unsure: list[int] = []
+    for marks in _MARKS.finditer(text, begin):
+        opens, closes = (
+            text[marks.start() - 1 : marks.start()] in _BETWEEN,
+            text[marks.end() : marks.end() + 1] in _BETWEEN,
+        )
+        if len(marks[0]) % 2 == 0 or not (opens or closes):
+            continue
+        if opens and closes:
+            unsure.append(marks.end())
+            continue
+        inside = closes != (len(unsure) % 2 == 1)
+        return [*unsure, marks.end()][0] if inside else begin
+    return begin

@@ -1,0 +1,106 @@
+"""Check Slurm as this machine sees it: commands, controller, munge."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+
+from launcher.doctor.finding import Finding, failed, ok, warning
+from launcher.errors import SchedulerError
+from launcher.launch.slurm.client import call
+from launcher.launch.slurm.site import settings
+
+_CHECK = "Slurm"
+_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+_SECONDS = 10.0
+_SECONDS_BEFORE_ASKING_AGAIN = 1.0
+_AWAY = (
+    "wait for the controller, without which jobs go on; where only this machine gets no answer, see its "
+    "slurm.conf and munged"
+)
+
+
+def check(is_needed: bool = False) -> list[Finding]:
+    """Commands, controller, munge. Where there is no Slurm at all, that is fine unless it `is_needed`."""
+    absent = [name for name in _COMMANDS if shutil.which(name) is None]
+    if len(absent) == len(_COMMANDS):
+        said, advice = (
+            "no command of Slurm is here",
+            "call this on a login node of the cluster, or load the site's module of Slurm",
+        )
+        return [failed(_CHECK, said, advice) if is_needed else ok(_CHECK, said)]
+    if absent:
+        return [
+            failed(
+                _CHECK,
+                f"{', '.join(absent)} are not in PATH",
+                "load the site's module of Slurm, or have PATH name its folder",
+            )
+        ]
+    answer = controller()
+    return [answer] if answer.level == "failed" else [answer, *munge()]
+
+
+def controller() -> Finding:
+    """Whether one of the controllers answers, when asked twice: a busy one may miss a question."""
+    answer = _ping()
+    if answer.level == "failed":
+        time.sleep(_SECONDS_BEFORE_ASKING_AGAIN)
+        answer = _ping()
+    return answer
+
+
+def _ping() -> Finding:
+    try:
+        said = call(["scontrol", "ping"], seconds=_SECONDS)
+    except SchedulerError as error:
+        return failed(_CHECK, f"scontrol ping: {error}", _AWAY)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    up = [line for line in lines if line.endswith("UP")]
+    if not up:
+        found = "; ".join(lines) or "scontrol ping says nothing"
+        return failed(_CHECK, found, _AWAY)
+    if len(up) < len(lines):
+        return warning(_CHECK, "; ".join(lines), "one controller is away; Slurm goes on with the other")
+    return ok(_CHECK, "; ".join(lines))
+
+
+def munge() -> list[Finding]:
+    """Whether munge seals and opens, at sites that use it."""
+    try:
+        configuration = settings(call(["scontrol", "show", "config"], seconds=_SECONDS))
+    except SchedulerError as error:
+        return [
+            failed(
+                "munge",
+                f"the controller refuses: {error}",
+                "have munged started here, with the cluster's key and the right time",
+            )
+        ]
+    kind = configuration.get("AuthType", "auth/munge")
+    if kind != "auth/munge":
+        return [ok("munge", f"is not used here ({kind})")]
+    if shutil.which("munge") is None or shutil.which("unmunge") is None:
+        return [ok("munge", "its programs are not here; the controller accepts us")]
+    socket = re.search(r"socket=([^,\s]+)", configuration.get("AuthInfo", ""))
+    where = [f"--socket={socket[1]}"] if socket else []
+    try:
+        sealed = subprocess.run(
+            ["munge", "--no-input", *where], capture_output=True, text=True, timeout=_SECONDS, check=True
+        )
+        subprocess.run(
+            ["unmunge", "--no-output", *where],
+            input=sealed.stdout,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        return [
+            failed("munge", reason, "have munged started here, with the cluster's key and the right time")
+        ]
+    return [ok("munge", "seals and opens")]

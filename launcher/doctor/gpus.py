@@ -1,0 +1,129 @@
+"""Check the health of NVIDIA GPUs, from nvidia-smi and the kernel's log."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+from launcher.doctor.finding import Finding, failed, ok, warning
+from launcher.runs import kernel
+
+_CHECK = "GPUs"
+_FIELDS = (
+    "index",
+    "name",
+    "driver_version",
+    "memory.used",
+    "memory.total",
+    "temperature.gpu",
+    "ecc.errors.uncorrected.volatile.total",
+    "retired_pages.pending",
+    "clocks_throttle_reasons.active",
+)
+_SLOWED_DOWN = {0x8: "the hardware slows it down", 0x20: "too hot", 0x40: "too hot", 0x80: "too little power"}
+"""Bits of the reasons why a GPU is slower than it could be; idle, and limits that people set, are none to
+worry about."""
+_IN_USE_MIB = 1024
+_SECONDS = 20.0
+_INVALID = re.compile(r'Field "([^"]+)" is not a valid field')
+
+
+def check() -> tuple[Finding, int]:
+    """What is to be said of the GPUs, and how many there are."""
+    if shutil.which("nvidia-smi") is None:
+        return ok(_CHECK, "none (no nvidia-smi here)"), 0
+    try:
+        table = query()
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return failed(
+            _CHECK,
+            f"nvidia-smi does not answer: {_one_line(error)}",
+            "leave the node out, and tell whoever runs it",
+        ), 0
+    return judge(table, xids(kernel.kernel_log() or None)), len(table)
+
+
+def query() -> list[dict[str, str]]:
+    """One mapping for each GPU; fields that this driver does not know are left out."""
+    names = list(_FIELDS)
+    while True:
+        command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        said = done.stdout + done.stderr
+        if done.returncode == 0:
+            return read(done.stdout, names)
+        unknown = _INVALID.search(said)
+        if unknown is None or unknown[1] not in names:
+            raise ValueError(
+                said.strip().splitlines()[-1] if said.strip() else f"it ended with code {done.returncode}"
+            )
+        names.remove(unknown[1])
+
+
+def read(text: str, names: list[str]) -> list[dict[str, str]]:
+    """nvidia-smi's lines by field."""
+    rows = [[value.strip() for value in line.split(",")] for line in text.splitlines()]
+    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+
+
+def judge(table: list[dict[str, str]], xid: list[str] | None) -> Finding:
+    """The worst of what is wrong with any of them."""
+    if not table:
+        return ok(_CHECK, "none (nvidia-smi lists none)")
+    said = ", ".join(f"{count} x {name}" for name, count in _counted([gpu["name"] for gpu in table]).items())
+    said += f", driver {table[0].get('driver_version', '?')}"
+    if broken := [f"GPU {gpu['index']}: {reason}" for gpu in table for reason in _broken(gpu)] + [
+        f"Xid {entry}" for entry in xid or []
+    ]:
+        advice = (
+            "leave the node out (cluster.exclude), and tell whoever runs it: such a GPU has to be reset or "
+            "replaced"
+        )
+        return failed(_CHECK, f"{said}; {'; '.join(broken)}", advice)
+    if doubtful := [f"GPU {gpu['index']}: {reason}" for gpu in table for reason in _doubtful(gpu)]:
+        return warning(
+            _CHECK,
+            f"{said}; {'; '.join(doubtful)}",
+            "see with nvidia-smi who uses it, and whether it stays so",
+        )
+    return ok(
+        _CHECK,
+        f"{said}, no ECC "
+        f"error{', the log of Xid errors is not readable' if xid is None else ', no Xid error'}",
+    )
+
+
+def _counted(names: list[str]) -> dict[str, int]:
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def _broken(gpu: dict[str, str]) -> list[str]:
+    errors, pending = (
+        gpu.get("ecc.errors.uncorrected.volatile.total", ""),
+        gpu.get("retired_pages.pending", ""),
+    )
+    found = [f"{errors} uncorrected ECC errors"] if errors.isdigit() and int(errors) else []
+    return [*found, "memory pages wait to be retired"] if pending.lower() == "yes" else found
+
+
+def _doubtful(gpu: dict[str, str]) -> list[str]:
+    reasons, used = gpu.get("clocks_throttle_reasons.active", ""), gpu.get("memory.used", "")
+    bits = int(reasons, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", reasons) else 0
+    found = list(dict.fromkeys(why for bit, why in _SLOWED_DOWN.items() if bits & bit))
+    return [*found, f"{used} MiB are in use"] if used.isdigit() and int(used) > _IN_USE_MIB else found
+
+
+def xids(log: str | None) -> list[str] | None:
+    """The Xid errors in the kernel's log, each once; None where it cannot be read."""
+    if log is None:
+        return None
+    return [f"{number} on {where}" for number, where in kernel.xids(log)]
+
+
+def _one_line(error: Exception) -> str:
+    return (
+        f"not within {_SECONDS:g} s"
+        if isinstance(error, subprocess.TimeoutExpired)
+        else str(error).splitlines()[0]
+    )

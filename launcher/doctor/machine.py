@@ -1,0 +1,129 @@
+"""Facts about any machine: versions, caches, network, clock."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import launcher
+from launcher.doctor.finding import Finding, failed, ok, warning
+from launcher.launch.slurm.network import interfaces, is_loopback
+from launcher.runs.doors import INTERFACE_VARIABLES
+
+_NEEDED = ("torch", "transformers", "accelerate", "datasets", "submitit")
+_OPTIONAL = ("deepspeed",)
+_SECONDS_TO_ASK = 5.0
+
+
+def versions() -> dict[str, str]:
+    """By name; empty for what is not installed. Nothing is imported for it."""
+    found = {"python": platform.python_version(), "launcher": launcher.__version__}
+    for name in (*_NEEDED, *_OPTIONAL):
+        found[name] = ""
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def check_versions(known: Mapping[str, str]) -> Finding:
+    """That what every run needs is installed."""
+    shown = ", ".join(f"{name} {version or 'not installed'}" for name, version in known.items())
+    if absent := [name for name in _NEEDED if not known.get(name)]:
+        return failed(
+            "versions",
+            f"{', '.join(absent)} not installed ({shown})",
+            "install launcher's dependencies into this environment",
+        )
+    return ok("versions", shown)
+
+
+def cache_directories(environment: Mapping[str, str]) -> dict[str, Path]:
+    """Where models and data sets are kept, and where launcher keeps prepared data."""
+    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(environment.get("HF_HOME") or cache / "huggingface")
+    return {
+        "HF cache": Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),
+        "launcher's cache": cache / "launcher",
+    }
+
+
+def check_caches(environment: Mapping[str, str]) -> Finding:
+    """Whether files can be made in the caches, or the caches themselves where they are not there yet."""
+    found = cache_directories(environment)
+    for name, path in found.items():
+        if (reason := _not_writable(nearest(path))) is not None:
+            variable = "HF_HOME" if name == "HF cache" else "XDG_CACHE_HOME"
+            return failed(
+                "caches",
+                f"{name} {path}: {reason}",
+                f"set {variable} to a directory that you may write, in cluster.environment too",
+            )
+    return ok("caches", ", ".join(f"{name} {path} is writable" for name, path in found.items()))
+
+
+def nearest(path: Path) -> Path:
+    """The directory itself, or the nearest above it that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.is_dir())
+
+
+def _not_writable(directory: Path) -> str | None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".launcher-doctor-"):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def check_interface(environment: Mapping[str, str]) -> Finding:
+    """The interfaces that others could be reached by, and that the environment names none that is not there."""
+    there = {name: address for name, address in interfaces().items() if not is_loopback(address)}
+    for name in INTERFACE_VARIABLES:
+        value = environment.get(name, "")
+        # NCCL and gloo both take several, and NCCL prefixes and exclusions as well.
+        if value.replace("_", "").isalnum() and not any(known.startswith(value) for known in there):
+            known = ", ".join(sorted(there)) or "none"
+            return failed(
+                "interface",
+                f"{name}={value}, which is no interface here; there are {known}",
+                f"unset {name}, or set one of those",
+            )
+    if not there:
+        return warning(
+            "interface", "none but the loopback", "several nodes need a network; one machine does not"
+        )
+    return ok("interface", ", ".join(f"{name} {address}" for name, address in sorted(there.items())))
+
+
+def check_clock() -> Finding:
+    """Whether the system says that its clock is held to others'."""
+    if shutil.which("timedatectl") is None:
+        return ok("clock", "whether it is synchronised is not known (no timedatectl here)")
+    try:
+        command = ["timedatectl", "show", "--property=NTPSynchronized", "--value"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_TO_ASK).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
+    if said == "no":
+        return warning(
+            "clock",
+            "is not synchronised",
+            "have the system's time service started (chronyd or systemd-timesyncd)",
+        )
+    return ok(
+        "clock",
+        "is synchronised"
+        if said == "yes"
+        else "whether it is synchronised is not known (timedatectl does not say)",
+    )
+
+
+def own_name() -> str:
+    return os.uname().nodename

@@ -1,0 +1,231 @@
+"""Find foreign files, parse them without executing anything, and tell their kinds apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.importing import (
+    accelerate,
+    axolotl,
+    command_line,
+    deepspeed_config,
+    llama_factory,
+    sft,
+    trainer,
+)
+from launcher.importing.reading import Reading, as_number, brief
+from launcher.job import paths
+from launcher.job.yaml_text import parse
+from launcher.plain_files import parse_json, read_bytes
+
+Kind = Literal[
+    "deepspeed", "accelerate", "trainer", "llama-factory", "axolotl", "command line", "job", "plan"
+]
+_RANKS: dict[Kind, int] = {
+    "command line": 0,
+    "deepspeed": 1,
+    "trainer": 2,
+    "llama-factory": 2,
+    "axolotl": 2,
+    "accelerate": 3,
+}
+WINNERS = {
+    "command line": "a command line overrides files",
+    "deepspeed": "the engine runs by its own file",
+    "trainer": "the Trainer's arguments are nearer to the script than Accelerate's file",
+    "accelerate": "it is the first that says so",
+}
+"""Which of two files that say different things wins, in this order, and why."""
+_LARGEST_BYTES = 4 << 20
+
+
+def content_of(path: Path) -> Any:
+    """The values in a JSON or YAML file, or the text of another. Raises ConfigurationError."""
+    try:
+        text = read_bytes(path, _LARGEST_BYTES).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigurationError(
+            Problem("FILE", str(path), f"no such file{paths.nearest_file(path)}")
+        ) from None
+    except IsADirectoryError:
+        raise ConfigurationError(Problem("FILE", str(path), "a directory; name the files in it")) from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(
+            Problem("FILE", str(path), "not UTF-8 text; write JSON, YAML or a shell script")
+        ) from None
+    except OSError as error:
+        raise ConfigurationError(Problem("FILE", str(path), f"cannot be read: {error.strerror}")) from None
+    if path.suffix.lower() in (".sh", ".txt", ".sbatch", ".bash", ".slurm", ".job") or text.startswith("#!"):
+        return text
+    if path.suffix.lower() == ".json" or text.lstrip().startswith("{"):
+        return _json(text, path)
+    return _yaml(text, path)
+
+
+def _yaml(text: str, path: Path) -> Any:
+    try:
+        return parse(text, str(path))
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            [Problem("FILE", str(path), problem.reason) for problem in error.problems]
+        ) from None
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        content = parse_json(text)
+        json.dumps(content, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        try:
+            return parse(text, str(path))  # DeepSpeed reads Hjson: comments, trailing commas
+        except ConfigurationError:
+            where = f"line {error.lineno}, column {error.colno}"
+            raise ConfigurationError(
+                Problem("FILE", str(path), f"not JSON: {error.msg} at {where}")
+            ) from None
+    except UnicodeEncodeError:
+        raise ConfigurationError(
+            Problem("FILE", str(path), "has a text with half a character in it (\\ud800 to \\udfff)")
+        ) from None
+    except (ValueError, RecursionError):
+        raise ConfigurationError(
+            Problem("FILE", str(path), "not JSON: a number or a nesting beyond any sense")
+        ) from None
+    return content
+
+
+def kind_of(content: Any) -> Kind | None:
+    """Whose file this is, by the keys that only it has; None where nothing tells."""
+    if isinstance(content, str):
+        return "command line"
+    if not isinstance(content, dict):
+        return None
+    keys = {str(key) for key in content}
+    marks: dict[Kind, set[str]] = {"plan": {"mesh", "batch", "length"}, "job": {"model", "data", "name"}}
+    for kind, needed in marks.items():
+        if needed <= keys:
+            return kind
+    if "base_model" in keys and keys & axolotl.MARKS:
+        return "axolotl"
+    if keys & {"finetuning_type", "cutoff_len", "lora_target"} or (
+        "dataset" in keys and keys & llama_factory.MARKS
+    ):
+        return "llama-factory"
+    if (
+        keys & {"distributed_type", "compute_environment", "fsdp_config", "deepspeed_config", "num_machines"}
+        and not keys & trainer.MARKS
+    ):
+        return "accelerate"
+    if keys & {
+        "zero_optimization",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "zero_allow_untested_optimizer",
+    }:
+        return "deepspeed"
+    if keys & (trainer.MARKS | sft.MARKS | {"model_name_or_path"}):
+        return "trainer"
+    return None
+
+
+def read(path: Path) -> Reading:
+    """What the file at `path` says. Raises ConfigurationError where it cannot be read; problems of its keys
+    are in the reading."""
+    return read_content(content_of(path), str(path))
+
+
+def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
+    """What values or a text say; `source` names them, and `is_sft` says that TRL's SFTTrainer reads them."""
+    kind = kind_of(content)
+    if kind is None:
+        found = (
+            "empty"
+            if content in (None, {})
+            else "no mapping of keys"
+            if not isinstance(content, dict)
+            else "of another kind"
+        )
+        words = (
+            "a DeepSpeed JSON, an Accelerate YAML, TrainingArguments as JSON or YAML, a file of TRL, "
+            "alignment-handbook, LLaMA-Factory or "
+        )
+        words += "axolotl, or a script with a command line"
+        raise ConfigurationError(Problem("FILE", source, f"is {found}; write {words}"))
+    if kind in ("job", "plan"):
+        command = "launcher run" if kind == "job" else "launcher diff"
+        raise ConfigurationError(
+            Problem("FILE", source, f"is launcher's own {kind}, and needs no import; `{command}` reads it")
+        )
+    reading = Reading(source, _RANKS[kind])
+    if kind == "command line":
+        command_line.read_script(content, reading)
+        return reading
+    readers: dict[Kind, Callable[[dict[str, Any], Reading], None]] = {
+        "deepspeed": deepspeed_config.read,
+        "accelerate": accelerate.read,
+        "trainer": trainer.read,
+        "llama-factory": llama_factory.read,
+        "axolotl": axolotl.read,
+    }
+    if kind == "trainer" and is_sft:
+        trainer.read({str(key): value for key, value in content.items()}, reading, is_sft=True)
+        return reading
+    readers[kind]({str(key): value for key, value in content.items()}, reading)
+    return reading
+
+
+def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
+    """Read the files that those already read name, where they are there; else say what is missing."""
+    known = {Path(reading.source).resolve() for reading in readings}
+    queue = list(readings)
+    for reading in queue:
+        for name in reading.follow:
+            folder = folders.get(reading.source, Path())
+            overrides, is_sft = reading.overrides.get(name, ({}, False))
+            found = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
+            if found is None:
+                reading.remark(
+                    "fill in", "(a file that it names)", name, "is not here; import it together with this one"
+                )
+                if name in reading.overrides:
+                    reading.is_partial = True
+                    command_line.read_arguments(overrides, is_sft, "", reading)
+                else:
+                    reading.lacks_engine = True
+            elif found.resolve() not in known or overrides:
+                known.add(found.resolve())
+                readings[:] = [
+                    other
+                    for other in readings
+                    if not overrides or Path(other.source).resolve() != found.resolve()
+                ]
+                more = _overridden(found, overrides, is_sft)
+                folders[more.source] = found.parent
+                readings.append(more)
+                queue.append(more)
+
+
+def _overridden(path: Path, overrides: dict[str, Any], is_sft: bool) -> Reading:
+    """What a file says with other values for some of its keys."""
+    content = content_of(path)
+    if not overrides or not isinstance(content, dict):
+        return read_content(content, str(path), is_sft)
+    reading = read_content({**content, **overrides}, str(path), is_sft)
+    for key, value in overrides.items():
+        if key in content and str(content[key]) != str(value) and as_number(content[key]) != as_number(value):
+            reading.remark(
+                "conflict",
+                key,
+                brief(content[key]),
+                f"the command line says {brief(value)}, which won: it overrides the file",
+            )
+    return reading
+
+
+def rank_of(kind: Kind) -> int:
+    """Where a kind of file stands when two say different things; the lower wins."""
+    return _RANKS[kind]

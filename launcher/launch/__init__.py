@@ -1,0 +1,1 @@
+"""Start and supervise processes: on this machine and under Slurm."""

@@ -1,0 +1,135 @@
+"""torchrun's elastic agent, adapted to a supervised run.
+
+    python -m launcher.launch.agent [torchrun's own arguments]
+
+It differs from `python -m torch.distributed.run` in seven things:
+
+1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed
+  -9.
+2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would
+  end them.
+3. When a rank has failed, the others are killed at once with SIGKILL. torchrun sends SIGTERM and waits up to
+  30 s, which a rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one,
+  from outside.
+4. On a CPU the ranks are forks of one process that has imported the trainer (see warm.py).
+5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it
+  itself.
+6. Agents and ranks meet where others cannot reach them (see rendezvous.py).
+7. It makes no directory for logs, which torchrun leaves below TMPDIR: each rank has its own log in the
+  attempt's directory.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import LauncherError
+from launcher.launch import rendezvous
+from launcher.launch.fork_server import VARIABLE, WarmProcess, attach
+from launcher.launch.rendezvous import ATTEMPT_VARIABLE
+from launcher.runs.failure import record, write_exits
+from launcher.runs.notices import tell
+from launcher.runs.processes import PARENT_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
+
+NODE_VARIABLE = "LAUNCHER_NODE"
+"""Which of the attempt's nodes this is, from 0 on."""
+RUN_VARIABLE = "LAUNCHER_RUN_DIRECTORY"
+"""Set where the ranks run a script of the user's own, which may want to know it."""
+_SECONDS_TO_REAP = 5
+
+
+def main(arguments: list[str]) -> int:
+    """Run the agent to its end; 0 where every rank ended with 0, else 1."""
+    die_with_parent()
+    launcher = os.getppid()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    module = os.environ.get(VARIABLE, "0")
+    warm = WarmProcess(module) if module != "0" else None
+    _pass_signals_on(launcher)
+
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    if run := os.environ.get(RUN_VARIABLE):
+        from launcher.launch.script_run import apply_configuration
+        from launcher.runs.layout import RunDirectory
+
+        apply_configuration(RunDirectory(Path(run)), Path(os.environ[ATTEMPT_VARIABLE]))
+    if warm is not None:
+        attach(SubprocessHandler, warm)
+    killed = _kill_instead_of_asking(SubprocessContext)
+    node = int(os.environ.get(NODE_VARIABLE) or 0)
+    rendezvous.register(node)
+    asked = torchrun.parse_args(arguments)
+    asked.log_dir = asked.log_dir or os.devnull
+    try:
+        torchrun.run(asked)
+    except ChildFailedError as error:
+        ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
+        tell(exits=ends)  # first without the disk, which may be full, gone or hang
+        write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, node)
+        return 1
+    except LauncherError as error:  # of the meeting, before there was a rank that could have written it down
+        record(Path(os.environ[ATTEMPT_VARIABLE]), node * int(asked.nproc_per_node), error)
+        return error.exit_code
+    return 0
+
+
+def _pass_signals_on(launcher: int) -> None:
+    """Take stop signals in a thread of their own and send them to the launcher.
+
+    They stay blocked in every other thread, so that torchrun's handlers never see them, and in the ranks
+    until those have handlers: in no moment does a signal kill what should have stopped politely.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def forward() -> None:
+        while True:
+            number = signal.sigwait(STOP_SIGNALS)
+            # A Ctrl-C is counted by the launcher, and it saw this one itself if it came from a terminal.
+            os.kill(launcher, signal.SIGTERM if number == signal.SIGINT else number)
+
+    threading.Thread(target=forward, daemon=True).start()
+
+
+def _kill_instead_of_asking(context: type[Any]) -> set[int]:
+    """Have torchrun end ranks, and what they started, with SIGKILL; gives the ids of those that were still
+    alive."""
+    killed: set[int] = set()
+    close = context._close
+
+    def _close(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+        for handler in self.subprocess_handlers.values():
+            if handler.proc.poll() is None:
+                killed.add(handler.proc.pid)
+            kill_group(handler.proc.pid)
+        close(self, signal.SIGKILL, _SECONDS_TO_REAP)
+
+    context._close = _close
+    return killed
+
+
+def _end(rank: int, failure: Any, killed: set[int]) -> dict[str, Any]:
+    ended = {
+        "rank": rank,
+        "pid": failure.pid,
+        "code": failure.exitcode,
+        "time": time.time(),
+        "by_agent": failure.pid in killed,
+    }
+    return {**ended, "host": os.uname().nodename}
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # torch's own end takes a second or more, and nothing is left to do

@@ -1,0 +1,145 @@
+"""The exact command and environment of an attempt."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.launch import malloc_env, rendezvous
+from launcher.launch import script_run as scripts
+from launcher.launch.agent import NODE_VARIABLE
+from launcher.launch.fork_server import VARIABLE as WARM_VARIABLE
+from launcher.launch.rendezvous import ATTEMPT_VARIABLE
+from launcher.planner.plan import Plan
+from launcher.redaction import is_variable_of_secret, redact, redact_all
+from launcher.runs import doors, secret
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.processes import PARENT_VARIABLE
+
+ENTRY = "launcher.training.entry"
+_TRAINER = "launcher.training.trainer"
+"""What every rank imports, which takes seconds."""
+_PREFIXES = {
+    "ACCELERATE",
+    "CUDA",
+    "DS",
+    "GLOO",
+    "HF",
+    "LAUNCHER",
+    "LD",
+    "MALLOC",
+    "MKL",
+    "NCCL",
+    "NVIDIA",
+    "OMP",
+    "PYTORCH",
+    "SLURM",
+}
+_MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
+_NAMES = {
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "VIRTUAL_ENV",
+    "PYTHONPATH",
+    "PYTHONUNBUFFERED",
+    "TORCHELASTIC_ERROR_FILE",
+}
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the agents of several nodes meet, and which of them this is."""
+
+    node: int
+    address: str
+    port: int
+    own_address: str
+    interface: str
+
+
+def agent_command(
+    run: RunDirectory,
+    plan: Plan,
+    attempt: int,
+    stop_at: int | None = None,
+    entry: str | None = None,
+    meeting: Meeting | None = None,
+) -> list[str]:
+    """The agent over `entry` on every rank of this machine; without it over the trainer, or the plan's
+    script."""
+    command = [
+        *(sys.executable, "-m", "launcher.launch.agent"),
+        f"--nnodes={plan.mesh.nodes}",
+        f"--nproc-per-node={plan.mesh.ranks_per_node}",
+        "--max-restarts=0",
+        *_rendezvous(meeting),
+        "--monitor-interval=0.1",
+        *("-m", entry or (scripts.ENTRY if plan.script else ENTRY), str(run.path), "--attempt", str(attempt)),
+    ]
+    if plan.script:
+        return [*command, "--", *plan.script]
+    return command if stop_at is None else [*command, "--stop-at", str(stop_at)]
+
+
+def _rendezvous(meeting: Meeting | None) -> list[str]:
+    """Addresses by number need no name service. Each of several nodes knows its place, so that rank 0 is
+    always on the first."""
+    if meeting is None:
+        return [f"--rdzv-backend={rendezvous.BACKEND}", f"--rdzv-endpoint={rendezvous.HERE}"]
+    return [
+        f"--rdzv-backend={rendezvous.BACKEND}",
+        f"--rdzv-endpoint={meeting.address}:{meeting.port}",
+        f"--local-addr={meeting.own_address}",
+    ]
+
+
+def environment(
+    run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None
+) -> dict[str, str]:
+    """What the agent and the ranks see."""
+    interface = doors.loopback() if meeting is None else meeting.interface
+    network = dict.fromkeys(doors.INTERFACE_VARIABLES, interface) if interface else {}
+    if meeting is not None:
+        network[secret.SECRET_VARIABLE] = str(run.attempt(attempt) / secret.NAME)
+    on_cpu = malloc_env.variables(run) if plan.mesh.device == "cpu" else {}
+    if plan.mesh.device == "cpu" and not plan.script:
+        on_cpu[WARM_VARIABLE] = _TRAINER
+    return {
+        **on_cpu,
+        **os.environ,
+        "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
+        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
+        "PYTHONUNBUFFERED": "1",
+        PARENT_VARIABLE: str(os.getpid()),
+        ATTEMPT_VARIABLE: str(run.attempt(attempt)),
+        NODE_VARIABLE: str(meeting.node if meeting else 0),
+        **network,
+        **(scripts.script_variables(run, plan, attempt) if plan.script else {}),
+    }
+
+
+def public(variables: dict[str, str]) -> dict[str, str]:
+    """The part of an environment that matters to a run and holds no secret, in the order of its names."""
+    matters = {
+        name: value
+        for name, value in variables.items()
+        if name in _NAMES or name.split("_")[0] in _PREFIXES | _MORE_PREFIXES
+    }
+    kept = {name: value for name, value in matters.items() if not is_variable_of_secret(name)}
+    return {
+        name: redact(_PASSWORD_IN_URL.sub("://***@", value), variables)
+        for name, value in sorted(kept.items())
+    }
+
+
+def write_command(path: Path, command: list[str], variables: dict[str, str]) -> None:
+    """Write command.json: what was started, where, and with which environment."""
+    content = {"command": redact_all(command), "directory": str(Path.cwd()), "environment": public(variables)}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

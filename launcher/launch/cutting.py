@@ -1,0 +1,68 @@
+"""Resume a run with smaller micro-batches after a rank ran out of memory late."""
+
+from __future__ import annotations
+
+from launcher.errors import OutOfMemoryError
+from launcher.launch import local
+from launcher.launch.run_setup import reopen
+from launcher.launch.screen import Watcher
+from launcher.plain_files import read_json
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.batch import divisors
+from launcher.runs.events import event
+from launcher.runs.layout import RunDirectory
+from launcher.runs.status import last_step, newest_checkpoint
+
+
+def run_with_cuts(run: RunDirectory, plan: Plan, watcher: Watcher, stop_at: int | None = None) -> int:
+    """Run an attempt on this machine, and others with smaller passes for as long as memory is short; the exit
+    code of the last.
+
+    Raises what `local.run` raises.
+    """
+    code = local.run(run, plan, watcher, stop_at)
+    while code == OutOfMemoryError.exit_code and (smaller := cut(run)):
+        plan, said = smaller
+        watcher.say(said)
+        code = local.run(run, plan, watcher, stop_at)
+    return code
+
+
+def cut(run: RunDirectory, here: bool = True) -> tuple[Plan, str] | None:
+    """The plan with passes of half as many samples, written into the run, and a line that says so; the global
+    batch stays as it is.
+
+    None where the last attempt did not run out of memory, where that costs steps (nothing was saved at the
+    last one, as after the host's killer), where it was at the first step of all, or where a pass is a single
+    sample: then the failure's own advice counts.
+    """
+    attempt, plan = run.last_attempt(), Plan.read(run.plan_file)
+    failure = _failure(run, attempt)
+    step, micro = last_step(run), plan.batch.micro_batch_size
+    newest = newest_checkpoint(run)
+    if (
+        failure.get("failure_class") != OutOfMemoryError.failure_class
+        or plan.script
+        or micro == 1
+        or newest is None
+    ):
+        return None
+    if step == 0 or newest.name != run.checkpoint(step).name:
+        return None
+    half = max(size for size in divisors(micro) if 2 * size <= micro)
+    smaller = reopen(run, [f"batch.micro_batch_size={half}"], None, here)
+    who = f"rank {failure['rank']} on {failure['host']} ran out of memory in step {step + 1}"
+    text = (
+        f"{who}; the state after step {step} is saved: going on there by itself, with passes of {half} "
+        f"samples in place of {micro}"
+    )
+    event(run.events_file, "cut", step=step, before=micro, after=half, text=text)
+    return smaller, text
+
+
+def _failure(run: RunDirectory, attempt: int) -> dict[str, object]:
+    try:
+        content = read_json(run.attempt(attempt) / "failure.json")
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,322 @@
+"""Watch an attempt's ranks in a thread: judge whether they hang, and find out why.
+
+It reads memory and /proc alone. What goes to the run's directory, and comes from the other nodes, goes
+through a thread of its own, as that directory may be the very thing that hangs. Of several nodes each watches
+its own ranks and publishes what it sees; the first one judges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import HungError
+from launcher.launch import culprit, sight, stacks
+from launcher.launch.watchdog import HangAfter, Judge, Stillness, stalled_saves
+from launcher.plain_files import read_json
+from launcher.runs.aside import Aside
+from launcher.runs.events import event
+from launcher.runs.failure import Failure
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.places import Page, Place
+from launcher.runs.seen import Seen, publish, published
+from launcher.runs.wording import duration
+
+_LOOK_SECONDS = 0.5
+_PUBLISH_SECONDS = 1.0
+_UNHEARD_SECONDS = 15.0
+"""Without a word from a node it counts as one that does not answer."""
+_SECONDS_FOR_STACKS = 15.0
+"""For all nodes to find out where their ranks are, before the line is said without them."""
+_MOST_SUSPICIONS = 9
+"""Of one attempt with stacks of their own; more would fill a disk."""
+_SECONDS_TO_END = 1.0
+"""For what was seen last to be written."""
+_ORDER = "suspected.json"
+
+
+class Hangs:
+    """One node's watch. `ranks` is the supervisor's own table of pids by rank, which it fills as they come
+    up."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        attempt: int,
+        ranks: dict[int, int],
+        hang_after: HangAfter = None,
+        node: int = 0,
+        nodes: int = 1,
+    ) -> None:
+        self.failure: Failure | None = None
+        """Set once the run is to be ended as hung."""
+        self._run, self._directory, self._ranks, self._node, self._nodes = (
+            run,
+            run.attempt(attempt),
+            ranks,
+            node,
+            nodes,
+        )
+        self._judge, self._stillness = Judge(hang_after), Stillness()
+        self._hang_after = hang_after
+        self._host = os.uname().nodename
+        self._lines: deque[str] = deque()
+        self._over = threading.Event()
+        self._files = Aside("hangs-files", most=64)
+        self._pages: dict[int, tuple[Page | None, str]] = {}
+        self._last: dict[int, tuple[str, int, int]] = {}
+        self._own: list[Seen] = []
+        self._heard: dict[int, tuple[int, list[Seen], float]] = {}
+        self._published = 0
+        self._published_at = 0.0
+        self._number = 0
+        self._asked: tuple[float, threading.Thread] | None = None
+        self._stacks: dict[int, tuple[tuple[str, int, int], stacks.Stack]] = {}
+        self._saves_named: set[int] = set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while the context lasts."""
+        thread = threading.Thread(target=self._watch, name="hangs", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join(2 * _LOOK_SECONDS)
+            with contextlib.suppress(Exception):
+                self._take_in(time.monotonic())  # memory outlives its process: what a rank said last is known
+                self._files.do(lambda: self._publish(self._own))
+            self._files.close()
+            self._files.wait(_SECONDS_TO_END)
+
+    def said(self) -> list[str]:
+        """The lines that people are to see since the last call."""
+        found = []
+        while self._lines:
+            found.append(self._lines.popleft())
+        return found
+
+    def _watch(self) -> None:
+        try:
+            while not self._over.wait(_LOOK_SECONDS):
+                self._look(time.monotonic())
+        except Exception as error:  # a fault in the watch is no reason to end a training run
+            self._lines.append(
+                f"hangs are no longer watched for ({type(error).__name__}: {error}); the run goes on"
+            )
+
+    def _look(self, now: float) -> None:
+        self._take_in(now)
+        if now - self._published_at >= _PUBLISH_SECONDS:
+            self._published_at = now
+            own = list(self._own)
+            self._files.do(lambda: self._exchange(own))
+        if self._node == 0:
+            self._judge_all(now)
+        else:
+            self._answer()
+
+    def _take_in(self, now: float) -> None:
+        """See every rank of this node."""
+        found = [one for rank, pid in list(self._ranks.items()) if (one := self._see(rank, pid))]
+        self._own = [self._with_stack(seen) for seen in self._stillness.look(now, found)]
+
+    def _see(self, rank: int, pid: int) -> tuple[Place, sight.Sight] | None:
+        if rank not in self._pages:
+            self._pages[rank] = self._open(rank)
+        page, _ = self._pages[rank]
+        if page is None:
+            return None
+        place = page.read(rank, self._host, pid)
+        moved = (place.place, place.count, place.step)
+        seen = sight.look(pid, closely=moved == self._last.get(rank))
+        self._last[rank] = moved
+        page.note_look(seen.state)
+        if place.place == "waiting for the preparation" and (holder := sight.lock_holder(Path(place.detail))):
+            # Whoever prepares is who may hang; it may be of another run.
+            theirs = sight.look(holder)
+            stopped = holder if theirs.state == "T" else 0
+            seen = dataclasses.replace(theirs, state=seen.state, stopped_child=stopped, wchan=seen.wchan)
+        return place, seen
+
+    def _open(self, rank: int) -> tuple[Page | None, str]:
+        path = ""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            path = read_json(self._directory / f"rank-{rank}.json")["places"]
+            return Page.open(path), path
+        return None, path
+
+    def _with_stack(self, seen: Seen) -> Seen:
+        """With what its stack ended in, for as long as it has not moved since."""
+        moved, stack = self._stacks.get(seen.rank, (None, None))
+        stamp = {"time": round(time.time(), 3)}
+        if stack is None or moved != (seen.place, seen.count, seen.step):
+            return dataclasses.replace(seen, **stamp)  # type: ignore[arg-type]
+        return dataclasses.replace(seen, waits_in=stack.waits_in, frame=stack.frame, **stamp)  # type: ignore[arg-type]
+
+    # What goes through the run's directory, in the other thread.
+
+    def _exchange(self, own: list[Seen]) -> None:
+        self._publish(own)
+        if self._node:
+            with contextlib.suppress(OSError, ValueError):
+                self._number = max(self._number, int(read_json(self._directory / _ORDER)))
+            return
+        for node in range(1, self._nodes):
+            content = published(self._directory / f"ranks-{node}.json")
+            if content and content[0] != self._heard.get(node, (0,))[0]:
+                self._heard[node] = (*content, time.monotonic())
+
+    def _publish(self, own: list[Seen]) -> None:
+        self._published += 1
+        publish(self._directory / f"ranks-{self._node}.json", own, self._published)
+
+    # The first node.
+
+    def _judge_all(self, now: float) -> None:
+        ranks, unheard = self._everyone(now)
+        verdict = self._judge.look(now, ranks)
+        if verdict == "suspected":
+            self._ask(now)
+        elif verdict == "recovered":
+            self._recovered()
+        if self._asked and (verdict == "hung" or self._answered(ranks, now)):
+            self._say(ranks, unheard)
+        if verdict == "hung" and self.failure is None:
+            line, guilty = culprit.name(ranks, self._judge.seconds, self._judge.step_seconds, unheard)
+            code, kind = HungError.exit_code, HungError.failure_class
+            self.failure = Failure(time.time(), guilty.rank, guilty.host, guilty.pid, kind, code, line)
+        for seen in stalled_saves(ranks, self._hang_after):
+            self._say_save(seen)
+
+    def _everyone(self, now: float) -> tuple[list[Seen], list[str]]:
+        """Every rank as it was seen last, and the hosts that say nothing more."""
+        if self._nodes == 1:
+            return self._own, []
+        if len(self._heard) < self._nodes - 1:
+            return [], []  # not all are there yet
+        if self._files.stuck_seconds > _UNHEARD_SECONDS:
+            # The run's directory does not answer: of the others nothing is known, and a pause of storage is
+            # no hang.
+            return [dataclasses.replace(seen, phase="storage") for seen in self._own], []
+        ranks, unheard = list(self._own), set()
+        for _, theirs, heard_at in list(self._heard.values()):
+            age = now - heard_at
+            silent = age > _UNHEARD_SECONDS
+            for seen in theirs:
+                stopped = seen.state_seconds + age if seen.state_seconds else 0.0
+                ranks.append(
+                    dataclasses.replace(seen, still_seconds=seen.still_seconds + age, state_seconds=stopped)
+                )
+                unheard |= {seen.host} if silent else set()
+        return ranks, sorted(unheard)
+
+    def _ask(self, now: float) -> None:
+        """Have all nodes write down where their ranks are."""
+        self._number += 1
+        number = self._number
+        if self._nodes > 1:
+            self._files.do(lambda: write_atomically(self._directory / _ORDER, f"{number}\n"))
+        self._asked = (now, self._collect(number))
+
+    def _answered(self, ranks: list[Seen], now: float) -> bool:
+        assert self._asked is not None
+        began, thread = self._asked
+        if now - began > _SECONDS_FOR_STACKS:
+            return True
+        others = [seen for seen in ranks if seen.host != self._host]
+        return not thread.is_alive() and all(
+            seen.waits_in is not None or seen.state == "T" for seen in others
+        )
+
+    def _say(self, ranks: list[Seen], unheard: list[str]) -> None:
+        self._asked = None
+        line, guilty = culprit.name(ranks, self._judge.seconds, self._judge.step_seconds, unheard)
+        path = self._directory / f"stacks-{self._number}.txt"
+        self._lines.append(f"{line}. Stacks: {path}" if self._number <= _MOST_SUSPICIONS else line)
+        short = [
+            {
+                "rank": s.rank,
+                "host": s.host,
+                "place": s.place,
+                "state": s.state,
+                "wchan": s.wchan,
+                "in": s.waits_in,
+            }
+            for s in ranks[:64]
+        ]
+        about: dict[str, Any] = {
+            "line": line,
+            "rank": guilty.rank,
+            "host": guilty.host,
+            "place": guilty.place,
+            "step": guilty.step,
+        }
+        about |= {"seconds": round(self._judge.seconds, 1), "stacks": str(path), "ranks": short}
+        self._files.do(lambda: event(self._run.events_file, "suspected", **about))
+
+    def _recovered(self) -> None:
+        said, self._asked = self._asked is None, None
+        if said:
+            self._lines.append("it goes on again")
+            self._files.do(lambda: event(self._run.events_file, "recovered"))
+
+    def _say_save(self, seen: Seen) -> None:
+        if seen.save_step in self._saves_named:
+            return
+        self._saves_named.add(seen.save_step)
+        kernel = (
+            f", blocked in the kernel{f' ({seen.wchan})' if seen.wchan else ''}" if seen.state == "D" else ""
+        )
+        what = f"rank {seen.rank} on {seen.host} is {seen.save} {seen.save_detail}".rstrip()
+        line = (
+            f"the save of step {seen.save_step} has not moved for {duration(seen.save_still_seconds)}: "
+            f"{what}{kernel}; training goes on"
+        )
+        self._lines.append(f"warning: {line}")
+        self._files.do(
+            lambda: event(
+                self._run.events_file,
+                "save_stalled",
+                step=seen.save_step,
+                line=line,
+                rank=seen.rank,
+                host=seen.host,
+            )
+        )
+
+    # Stacks, on every node.
+
+    def _answer(self) -> None:
+        """Do what the first node has ordered."""
+        number = self._number
+        if number and (self._asked is None or self._asked[0] != number):
+            self._asked = (number, self._collect(number))
+
+    def _collect(self, number: int) -> threading.Thread:
+        wanted = {
+            rank: (pid, self._pages[rank][1])
+            for rank, pid in list(self._ranks.items())
+            if rank in self._pages
+        }
+        moved = dict(self._last)
+
+        def work() -> None:
+            found = stacks.collect(wanted)
+            self._stacks = {rank: (moved[rank], stack) for rank, stack in found.items() if rank in moved}
+            if number <= _MOST_SUSPICIONS:
+                name = f"stacks-{number}-node-{self._node}.txt" if self._node else f"stacks-{number}.txt"
+                text = "\n".join(f"{stack.text}" for _, stack in sorted(found.items()))
+                self._files.do(lambda: write_atomically(self._directory / name, text))
+
+        thread = threading.Thread(target=work, name="stacks", daemon=True)
+        thread.start()
+        return thread

@@ -1,0 +1,57 @@
+"""Write plan.json with a copy beside it, and notice when it was changed by hand.
+
+What runs must be what was decided and recorded: a number that is written over in plan.json would be in no
+event, and none of what `launcher resume --set` refuses would be refused.
+"""
+
+from __future__ import annotations
+
+import json
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.plain_files import read_json
+from launcher.planner.changes import changes
+from launcher.planner.plan import Plan
+from launcher.runs.layout import RunDirectory, write_atomically
+
+COPY = ".plan.json"
+
+
+def write_plan(run: RunDirectory, plan: Plan) -> None:
+    """Write the plan, and before it the copy, which names the plan that it replaces: a crash between the two
+    leaves either."""
+    before = json.loads(Plan.read(run.plan_file).to_json()) if run.plan_file.exists() else None
+    content = {"plan": json.loads(plan.to_json()), "before": before}
+    write_atomically(run.path / COPY, json.dumps(content) + "\n")
+    write_atomically(run.plan_file, plan.to_json())
+
+
+def read_plan(run: RunDirectory) -> Plan:
+    """The plan of a run that is to go on.
+
+    Raises ConfigurationError with every key that was changed by hand, the value as it was written, and the
+    way on. A run of before there was a copy has none, and its plan is taken as it is.
+    """
+    plan = Plan.read(run.plan_file)
+    written = _written(run)
+    if not written or any(not changes(known, plan) for known in written):
+        return plan
+    found = changes(written[0], plan)
+    problems = [
+        Problem(f"plan.json: {change.key}", change.after, f"launcher wrote {change.before!r}")
+        for change in found
+    ]
+    way = (
+        "put it back, and change it by `launcher resume RUN --set KEY=VALUE`, which says what may change, "
+        "and records it"
+    )
+    raise ConfigurationError(problems, f"{run.plan_file} was changed by hand since launcher wrote it; {way}")
+
+
+def _written(run: RunDirectory) -> list[Plan]:
+    """The plan as launcher wrote it last, and the one before, as far as they are known."""
+    try:
+        content = read_json(run.path / COPY)
+        return [Plan.model_validate(content[key]) for key in ("plan", "before") if content[key] is not None]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

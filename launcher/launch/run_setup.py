@@ -1,0 +1,332 @@
+"""Create a run directory for a job, or resume an existing one."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import yaml
+
+from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.load import load
+from launcher.job.schema import Job, node_range
+from launcher.job.script_job import load as load_for_script
+from launcher.job.script_job import without_placeholders
+from launcher.launch.plan_file import read_plan, write_plan
+from launcher.launch.script_run import write_configuration
+from launcher.plain_files import read_json
+from launcher.planner.changes import Change, check
+from launcher.planner.forecast import Forecast, Trace
+from launcher.planner.plan import Plan
+from launcher.planner.preflight import preflight
+from launcher.planner.resolve.sharding import only_deepspeed
+from launcher.planner.script_plan import plan as decide_script
+from launcher.planner.search import plan_job
+from launcher.redaction import secret_arguments
+from launcher.render.files import NAMES, files
+from launcher.render.launch_paths import Place
+from launcher.render.write import write
+from launcher.runs.events import event
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.sharing import set_umask, share
+
+
+def open_run(
+    job_file: Path | None,
+    overrides: list[str],
+    nproc: int | None,
+    directory: Path | None,
+    script: tuple[str, ...] | None = None,
+    local: bool = True,
+    force: bool = False,
+    trace: Trace | None = None,
+) -> tuple[RunDirectory, Plan]:
+    """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one
+    goes on.
+
+    `script` is a script of the user's own with its arguments; then a job file may be missing. Not `local`: it
+    will run on other machines. `force`: begin it though it cannot fit. `trace` judges a model that the
+    formulas do not know, where the run is a new one.
+
+    Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that
+    would make it another run; RunInUseError where the run is under way; OutOfMemoryError or StorageError
+    where a new run cannot fit.
+    """
+    job = load_job(job_file, overrides, script)
+    run = RunDirectory((directory or Path("runs") / job.name).absolute())
+    if run.plan_file.exists():
+        _refuse_another_script(read_plan(run), script)
+        return run, _go_on(run, job, nproc, local)
+    if run.path.exists() and (
+        not run.path.is_dir() or any(path.name != ".lock" for path in run.path.iterdir())
+    ):
+        raise ConfigurationError(
+            Problem(
+                "--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"
+            )
+        )
+    plan = decide_for(job, nproc, script, local, trace)
+    made = preflight(job, plan, run.path, local, force, trace)
+    set_umask(plan.share_with_group)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock():
+        _write_forecast(run, plan, made)
+        _write(run, job, plan)
+        event(run.events_file, "planned", world_size=plan.mesh.world_size, digest=plan.digest())
+    return run, plan
+
+
+def _write_forecast(run: RunDirectory, plan: Plan, made: Forecast | None) -> None:
+    """What the run is expected to need and to do, with the plan that it is of; of another plan it would be
+    wrong."""
+    if made is None:
+        run.forecast_file.unlink(missing_ok=True)
+        return
+    write_atomically(
+        run.forecast_file,
+        json.dumps({"line": made.line(), "digest": plan.digest(), **made.to_dict()}, indent=2) + "\n",
+    )
+
+
+def expectation(run: RunDirectory) -> str:
+    """One line of what the run was expected to need and to do; empty where nothing is known."""
+    try:
+        return str(read_json(run.forecast_file)["line"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def reopen(run: RunDirectory, overrides: list[str], nproc: int | None, local: bool = True) -> Plan:
+    """The plan of `launcher resume`: the job as it is in the run directory, with `overrides`."""
+    return _go_on(run, load_job(run.job_file, overrides, read_plan(run).script), nproc, local)
+
+
+def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
+    """The plan for as many nodes as there are: the stored one, or one made anew within the range that the job
+    allows.
+
+    Called by whoever holds the run's lock. Raises ConfigurationError where no number of nodes up to that will
+    do.
+    """
+    stored = read_plan(run)
+    low, high = node_range(stored.slurm.nodes or stored.mesh.nodes)
+    if num_nodes == stored.mesh.nodes or (num_nodes > high and stored.mesh.nodes == high):
+        return stored
+    if num_nodes < low:
+        reason = (
+            f"the plan needs {low}, and the job got {num_nodes}; ask for a range, as cluster.nodes: "
+            f"{num_nodes}-{high}"
+        )
+        raise ConfigurationError(Problem("cluster.nodes", num_nodes, reason))
+    job = load_job(run.job_file, [], stored.script)
+    plan = _most_nodes(job, stored, range(min(num_nodes, high), low - 1, -1))
+    found = check(stored, plan)
+    _write_forecast(run, plan, preflight(job, plan, run.path, local=False, force=True))
+    _write(run, job, plan)
+    event(
+        run.events_file,
+        "plan_changed",
+        changes=[{"key": c.key, "before": c.before, "after": c.after} for c in found],
+    )
+    return plan
+
+
+def _most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
+    """The plan for the first of these numbers of nodes that works."""
+    first: ConfigurationError | None = None
+    for count in counts:
+        cluster = job.cluster.model_copy(update={"nodes": count})
+        try:
+            plan = _decide_again(
+                job.model_copy(update={"cluster": cluster}), stored.mesh.ranks_per_node, stored, local=False
+            )
+            return plan.model_copy(update={"slurm": stored.slurm})
+        except ConfigurationError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def decide_for(
+    job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool, trace: Trace | None = None
+) -> Plan:
+    """The plan of a job, or of a script of the user's own."""
+    return (
+        decide_script(job, script, nproc, local=local)
+        if script
+        else plan_job(job, nproc, local=local, trace=trace)
+    )
+
+
+def load_job(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
+    """The job in a file, or of a script. Raises ConfigurationError with every problem."""
+    if script:
+        _refuse_secrets(script)
+        return load_for_script(job_file, overrides, Path(script[0]))
+    if job_file is None:
+        raise ConfigurationError(
+            Problem("JOB", None, "name a job file, or a script of your own with --script")
+        )
+    return load(job_file, overrides)
+
+
+def _refuse_secrets(script: tuple[str, ...]) -> None:
+    """A script's arguments stand in plan.json and on the command lines of its processes, which others can
+    see."""
+    reason = (
+        "looks like a secret, which others would read in the run directory and in `ps`; have the script "
+        "read it from the environment"
+    )
+    if found := secret_arguments(script[1:]):
+        raise ConfigurationError([Problem(f"--script: {name}", None, reason) for name in found])
+
+
+def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None:
+    if stored.script == script:
+        return
+    began, asked = (shlex.join(words) if words else "no script" for words in (stored.script, script))
+    reason = f"this run was begun with {began}; write that again, or begin another run with --run-dir"
+    raise ConfigurationError(Problem("--script", asked, reason))
+
+
+def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
+    """The stored plan where nothing was asked to change, so that a resumed run is bit-equal; else a new one,
+    compared with it."""
+    with run.lock():
+        stored = read_plan(run)
+        set_umask(stored.share_with_group)
+        same_ranks = nproc is None or nproc == stored.mesh.ranks_per_node
+        if (
+            same_ranks
+            and job.model_dump() == load_job(run.job_file, [], stored.script).model_dump()
+            and _devices_are_there(stored, local)
+        ):
+            return stored
+        plan = _decide_again(job, nproc, stored, local)
+        _refuse_quiet_fallback(job, stored, plan)
+        found = check(stored, plan)
+        if plan.share_with_group and not stored.share_with_group:
+            set_umask(True)
+            share(run.path)
+        _write_forecast(run, plan, preflight(job, plan, run.path, local, force=True))
+        _write(run, job, plan)
+        if found:
+            event(
+                run.events_file,
+                "plan_changed",
+                changes=[{"key": c.key, "before": c.before, "after": c.after} for c in found],
+            )
+        if run.finished and _longer(found):
+            run.finished_file.unlink()
+    return plan
+
+
+def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
+    """job.yaml with absolute paths, so that it means the same from anywhere; plan.json last, as it makes the
+    directory a run."""
+    rendered = files(plan, Place(str(run.path), str(run.rendered), sys.executable))
+    del rendered["plan.json"]
+    write(run.rendered, rendered, NAMES)
+    content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
+    if plan.script:
+        content = without_placeholders(content)
+        write_configuration(run, plan)
+    write_atomically(run.job_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_plan(run, plan)
+
+
+def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan:
+    """What the job leaves open stays as it was decided before: memory that is free today must not change the
+    numbers.
+
+    On another number of ranks the micro-batch is decided anew, as it must divide.
+    """
+    updates: dict[str, object] = {}
+    if stored.script:
+        return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)
+    if job.precision == "auto":
+        updates["precision"] = stored.precision
+    if left := [one.key for one in tasks.find(job.model.task)(job.data).left_open()]:
+        updates["data"] = job.data.model_copy(update={key: getattr(stored.data, key) for key in left})
+    if job.memory.activation_checkpointing == "auto":
+        updates["memory"] = job.memory.model_copy(
+            update={"activation_checkpointing": stored.activation_checkpointing}
+        )
+    fewest, most = node_range(job.cluster.nodes)
+    if fewest <= stored.mesh.nodes <= most and _ranks(job, nproc, stored) in (
+        None,
+        stored.mesh.ranks_per_node,
+    ):
+        # Of a range another number of nodes may be taken this time, over which as many copies need not
+        # divide.
+        updates |= _as_placed(job.model_copy(update=updates), stored, copies=fewest == most)
+    job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
+    plan = plan_job(job, num_ranks, local=local)
+    if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
+        return plan
+    batch = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
+    # Another global batch is refused by `check`, with a better reason than that it does not divide.
+    return (
+        plan
+        if batch.global_batch_size != stored.batch.global_batch_size
+        else plan_job(job.model_copy(update={"batch": batch}), num_ranks, local=local)
+    )
+
+
+def _as_placed(job: Job, stored: Plan, copies: bool) -> dict[str, object]:
+    """Engine, cut, offloading and, with `copies`, how many copies, as they were, where nothing is asked for
+    now that contradicts them."""
+    parallel, memory = job.parallel, job.memory
+    if parallel.engine not in ("auto", stored.engine) or (stored.engine == "fsdp" and only_deepspeed(job)):
+        return {}
+    cut: dict[str, object] = {}
+    updates: dict[str, object] = {}
+    if parallel.shard == "auto" and "replicate" not in parallel.model_fields_set:
+        cut = {"engine": stored.engine, "shard": stored.sharding}
+        cut |= (
+            {"replicate": stored.mesh.replicate}
+            if copies and stored.engine == "fsdp" and stored.sharding != "none"
+            else {}
+        )
+        updates["parallel"] = parallel.model_copy(update=cut)
+    elif parallel.engine == "auto" and stored.sharding != "none":
+        updates["parallel"] = parallel.model_copy(update={"engine": stored.engine})
+    if memory.offload == "auto" and parallel.shard in ("auto", stored.sharding):
+        updates["memory"] = memory.model_copy(
+            update={"offload": stored.offload, "offload_to": stored.offload_to}
+        )
+    return updates
+
+
+def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
+    """The ranks asked for; without a wish as many as before, so that going on changes nothing by itself."""
+    if nproc is not None:
+        return nproc
+    cluster = job.cluster
+    open_still = cluster.ranks_per_node == "auto" and cluster.gpus_per_node in ("auto", 0)
+    return stored.mesh.ranks_per_node if open_still else None
+
+
+def _devices_are_there(plan: Plan, local: bool) -> bool:
+    if plan.mesh.device == "cpu" or not local:
+        return True
+    from launcher.planner.hardware.detect import find_gpus
+
+    return len(find_gpus()[0]) >= plan.mesh.ranks_per_node
+
+
+def _refuse_quiet_fallback(job: Job, stored: Plan, plan: Plan) -> None:
+    if stored.mesh.device == "cuda" and plan.mesh.device == "cpu" and job.cluster.gpus_per_node == "auto":
+        reason = (
+            "the run was on GPUs and none is seen now; write --set "
+            "cluster.gpus_per_node=0 to go on on the CPU"
+        )
+        raise ConfigurationError(Problem("cluster.gpus_per_node", "auto", reason))
+
+
+def _longer(found: list[Change]) -> bool:
+    """Whether the run is to end elsewhere than before; a finished one then goes on from its last step."""
+    return any(change.key.startswith("length") for change in found)

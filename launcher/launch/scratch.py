@@ -1,0 +1,43 @@
+"""Run one module of the training half in a scratch run directory, supervised."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import by_failure_class
+from launcher.launch import local
+from launcher.launch.screen import Watcher
+from launcher.plain_files import read_json
+from launcher.planner.plan import Plan
+from launcher.runs import failure as failures
+from launcher.runs import prepared
+from launcher.runs.events import read
+from launcher.runs.layout import RunDirectory, write_atomically
+
+
+def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: Watcher) -> dict[str, Any]:
+    """The file `answer` that `module` writes once it has read request.json. Raises the failure's own class
+    where the ranks failed."""
+    with tempfile.TemporaryDirectory(prefix="launcher-") as directory:
+        scratch = RunDirectory(Path(directory))
+        write_atomically(scratch.plan_file, plan.to_json())
+        write_atomically(scratch.path / "request.json", json.dumps(request))
+        code = local.run(scratch, plan, watcher, entry=module)
+        if code != 0:
+            _raise(scratch)
+        for record in read(scratch.events_file):
+            for said in prepared.lines(record):
+                watcher.say(said)
+        result: dict[str, Any] = read_json(scratch.path / answer)
+        return result
+
+
+def _raise(scratch: RunDirectory) -> None:
+    failure = failures.read(scratch.attempt(scratch.last_attempt()) / "failure.json")
+    if failure is None:
+        raise KeyboardInterrupt
+    where = f"rank {failure.rank}: " if failure.rank > 0 else ""
+    raise by_failure_class(failure.failure_class)(f"{where}{failure.cause}")

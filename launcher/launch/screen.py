@@ -1,0 +1,111 @@
+"""Print and draw in a thread of its own, so that a stalled terminal holds nothing up."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+from launcher.runs.aside import Aside
+from launcher.runs.layout import RunDirectory
+
+_BEGIN_SECONDS = 2.0
+
+
+class Watcher:
+    """Who shows what happens. This one only prints what must be said."""
+
+    def begin(self, run: RunDirectory, attempt: int) -> None:
+        """The attempt's processes are about to start."""
+
+    def read(self) -> None:
+        """Read what is new in the run's files, for the next `tick`. Called as often, by a thread that may
+        hang with the disk."""
+
+    def tick(self) -> None:
+        """Show it. Called some ten times a second, by the thread that shows everything."""
+
+    def say(self, line: str) -> None:
+        """Show one line to people."""
+        print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """The attempt is over."""
+
+
+class _Silent(Watcher):
+    def say(self, line: str) -> None:
+        """Nobody is there to see it."""
+
+
+class Screen:
+    """A watcher, as a supervisor uses it: nothing of it waits, and nothing of it raises."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._thread = Aside("screen")
+
+    def begin(self, run: RunDirectory, attempt: int) -> None:
+        """As the watcher's. Comes back once it has begun, so that it misses nothing, or soon after where it
+        cannot."""
+        self._do(lambda watcher: watcher.begin(run, attempt))
+        self._thread.wait(_BEGIN_SECONDS)
+
+    def read(self) -> None:
+        """As the watcher's, by whoever calls this."""
+        with contextlib.suppress(Exception):
+            self._watcher.read()
+
+    def tick(self) -> None:
+        """As the watcher's; left out while it is still showing."""
+        if self._thread.idle:
+            self._do(lambda watcher: watcher.tick())
+
+    def say(self, line: str) -> None:
+        """As the watcher's."""
+        self._do(lambda watcher: watcher.say(line))
+
+    def end(self) -> None:
+        """As the watcher's. Lines may still follow."""
+        self._do(lambda watcher: watcher.end())
+
+    def close(self, code: int, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """See the last line out, for so many seconds or until it is `enough`. The process is about to end
+        with this exit code."""
+        if self._thread.wait(seconds, enough):
+            self._thread.close()
+            mute()
+        else:
+            # Python would wait for the stream that the thread hangs in, and then abort.
+            atexit.register(os._exit, code)
+
+    def _do(self, what: Callable[[Watcher], None]) -> None:
+        self._thread.do(functools.partial(self._try, what))
+
+    def _try(self, what: Callable[[Watcher], None]) -> None:
+        try:
+            what(self._watcher)
+        except (
+            OSError
+        ):  # the terminal is gone, or who read the pipe; also a full disk under the file that this goes to
+            self._watcher = _Silent()
+        except BaseException as error:
+            self._watcher = Watcher()
+            with contextlib.suppress(Exception):
+                self._watcher.say(f"the display stopped ({type(error).__name__}: {error}); the run goes on")
+
+
+def mute() -> None:
+    """Have what is left for a standard stream that nobody reads any more go nowhere, so that the exit code
+    stays what it is."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)

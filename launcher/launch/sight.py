@@ -1,0 +1,116 @@
+"""What /proc says of a rank from outside: state, debugger, disk reads, processor time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_MOST_CHILDREN = 256
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One process as it was seen at one moment. `read_bytes` and `cpu_seconds` only ever grow; 0 where it was
+    not looked at closely."""
+
+    state: str
+    """R, S, D, T, t, Z; empty where it is gone."""
+    traced: bool = False
+    wchan: str = ""
+    read_bytes: int = 0
+    """Read by calls and by page faults."""
+    cpu_seconds: float = 0.0
+    """Of it and of all that it has started."""
+    stopped_child: int = 0
+    """A process that it has started and that is stopped; 0 where there is none."""
+
+
+def look(pid: int, closely: bool = True) -> Sight:
+    """See a process; not `closely` its state alone, which is one read."""
+    fields = _stat(pid)
+    if not fields:
+        return Sight("")
+    if not closely:
+        return Sight(fields[0])
+    children = _children(pid)
+    stats = {child: found for child in children if (found := _stat(child))}
+    ticks = sum(sum(map(int, one[11:15])) for one in (fields, *stats.values()))
+    return Sight(
+        state=fields[0],
+        traced=_tracer(pid),
+        wchan=_read(f"/proc/{pid}/wchan").strip("0\n"),
+        read_bytes=_bytes_read(pid) + 4096 * int(fields[9]),
+        cpu_seconds=ticks / _TICKS,
+        stopped_child=next((child for child, one in stats.items() if one[0] == "T"), 0),
+    )
+
+
+def exit_code(pid: int) -> int | None:
+    """Return how a process ended that its parent has not waited for, a signal as a negative number; None
+    where it has not ended.
+
+    proc(5): field 52 of /proc/PID/stat is its status as waitpid(2) has it, for processes of the same user.
+    """
+    fields = _stat(pid)
+    return os.waitstatus_to_exitcode(int(fields[49])) if len(fields) > 49 and fields[0] == "Z" else None
+
+
+def _read(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on."""
+    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+
+
+def _tracer(pid: int) -> bool:
+    line = next(
+        (line for line in _read(f"/proc/{pid}/status").splitlines() if line.startswith("TracerPid:")),
+        "TracerPid: 0",
+    )
+    return line.split()[1] != "0"
+
+
+def _bytes_read(pid: int) -> int:
+    """What it has read, from whatever: written is not counted, as a save goes on while training hangs."""
+    lines = (line.partition(": ") for line in _read(f"/proc/{pid}/io").splitlines())
+    return sum(int(value) for name, _, value in lines if name in ("rchar", "read_bytes"))
+
+
+def _children(pid: int) -> list[int]:
+    """All processes below this one, as far as the kernel lists them."""
+    found: list[int] = []
+    waiting = [pid]
+    while waiting and len(found) < _MOST_CHILDREN:
+        parent = waiting.pop()
+        for path in (f"/proc/{parent}/task/{thread}/children" for thread in _threads(parent)):
+            below = [int(child) for child in _read(path).split()]
+            found += below
+            waiting += below
+    return found
+
+
+def _threads(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return [path.name for path in Path(f"/proc/{pid}/task").iterdir()]
+    return []
+
+
+def lock_holder(path: Path) -> int:
+    """The process that holds an flock(2) on a file, as /proc/locks tells; 0 where nobody does or it is of
+    another machine."""
+    try:
+        inode = path.stat().st_ino
+    except OSError:
+        return 0
+    for line in _read("/proc/locks").splitlines():
+        fields = line.split()
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+            return max(0, int(fields[4]))
+    return 0

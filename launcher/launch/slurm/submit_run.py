@@ -1,0 +1,162 @@
+"""Turn a job into a run that waits in Slurm's queue, or refuse it before Slurm is asked."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.errors import ConfigurationError, LauncherError, Problem, SchedulerError
+from launcher.job.schema import Job
+from launcher.launch import run_setup
+from launcher.launch.slurm import snapshot
+from launcher.launch.slurm.record import JobRecord, is_live
+from launcher.launch.slurm.submission import dry_run, queue, refuse_second, submit
+from launcher.planner.forecast import Trace
+from launcher.planner.plan import Plan
+from launcher.runs.events import event
+from launcher.runs.layout import RunDirectory
+
+
+def preview(
+    job_file: Path | None,
+    overrides: list[str],
+    directory: Path | None,
+    script: tuple[str, ...] | None,
+    trace: Trace | None = None,
+) -> str:
+    """The script that would be submitted. Writes nothing, and asks Slurm nothing."""
+    job = run_setup.load_job(job_file, overrides, script)
+    _check(job)
+    run = RunDirectory((directory or Path("runs") / job.name).absolute())
+    _check_path(run)
+    plan = run_setup.decide_for(job, None, script, local=False, trace=trace)
+    return dry_run(run, plan, sys.executable, run.path / "code" / "launcher")
+
+
+def hand_over(
+    job_file: Path | None,
+    overrides: list[str],
+    directory: Path | None,
+    script: tuple[str, ...] | None,
+    after: Sequence[str] = (),
+    force: bool = False,
+    trace: Trace | None = None,
+) -> tuple[RunDirectory, Plan, str]:
+    """Make, or go on with, a run, and submit it; with the number of its Slurm job. `after` are runs that must
+    be over first.
+
+    Raises ConfigurationError, SchedulerError, RunInUseError, StorageError; OutOfMemoryError where it cannot
+    fit, unless `force`.
+    """
+    job = run_setup.load_job(job_file, overrides, script)
+    _check(job)
+    run = RunDirectory((directory or Path("runs") / job.name).absolute())
+    _check_path(run)
+    find_sbatch()
+    refuse_second(run)
+    run, plan = run_setup.open_run(
+        job_file, overrides, None, run.path, script, local=False, force=force, trace=trace
+    )
+    return run, plan, _submit(run, plan, after)
+
+
+def resubmit(run: RunDirectory, overrides: list[str]) -> tuple[Plan, str]:
+    """Go on with a run that stopped, in a new Slurm job."""
+    find_sbatch()
+    refuse_second(run)
+    plan = run_setup.reopen(run, overrides, None, local=False)
+    return plan, _submit(run, plan, ())
+
+
+def _submit(run: RunDirectory, plan: Plan, after: Sequence[str]) -> str:
+    code = snapshot.of_launcher(run)
+    snapshot.keep_script(run, plan)
+    more = [("dependency", _dependency(plan, after))] if after else []
+    job_id = submit(run, plan, sys.executable, code, more)
+    event(run.events_file, "submitted", job=job_id, nodes=plan.slurm.nodes or plan.mesh.nodes)
+    return job_id
+
+
+def _dependency(plan: Plan, after: Sequence[str]) -> str:
+    """`afterok` the jobs of other runs, beside what the job file asks for."""
+    numbers = []
+    for name in after:
+        other = RunDirectory.find(name)
+        known = JobRecord.read(other)
+        if other.finished:
+            continue
+        if known is None or not known.job_id:
+            raise ConfigurationError(
+                Problem("--after", name, "was not submitted to Slurm, and is not finished; submit it first")
+            )
+        if not is_live(queue([known.job_id]).get(known.job_id)):
+            raise ConfigurationError(
+                Problem(
+                    "--after",
+                    name,
+                    f"its job {known.job_id} is over, and the run is not finished; resume it first",
+                )
+            )
+        numbers.append(known.job_id)
+    asked = plan.slurm.options.get("dependency")
+    return ",".join([*([asked] if asked else []), *(["afterok:" + ":".join(numbers)] if numbers else [])])
+
+
+def _check(job: Job) -> None:
+    cluster = job.cluster
+    if cluster.gpus_per_node == "auto":
+        reason = (
+            "the nodes are not this machine: write how many GPUs each has (0 trains on CPUs), or name a "
+            "profile that says so"
+        )
+        raise ConfigurationError(Problem("cluster.gpus_per_node", "auto", reason))
+    if cluster.interface is not None and cluster.interface.startswith("lo") and str(cluster.nodes) != "1":
+        raise ConfigurationError(
+            Problem(
+                "cluster.interface",
+                cluster.interface,
+                "leads to no other node; leave it out, and the right one is found",
+            )
+        )
+
+
+def _check_path(run: RunDirectory) -> None:
+    if any(sign in str(run.path) for sign in "%\\"):
+        reason = (
+            "has a sign in it that Slurm reads as a pattern (% or \\); name another directory with --run-dir"
+        )
+        raise ConfigurationError(Problem("run directory", str(run.path), reason))
+
+
+def find_sbatch() -> None:
+    """Raises SchedulerError where there is no Slurm."""
+    if shutil.which("sbatch") is None:
+        raise SchedulerError(
+            "sbatch is not on this machine: submit from a login node of the cluster, or run here with "
+            "`launcher run`"
+        )
+
+
+def explain(error: LauncherError) -> LauncherError:
+    """Slurm's refusal with the key that it is about."""
+    text = str(error)
+    hints = {
+        "invalid partition": "cluster.partition; `sinfo` lists those there are",
+        "account": "cluster.account; `sacctmgr show associations user=$USER` lists those you may use",
+        "more processors": "cluster.nodes, ranks_per_node and threads_per_rank; `sinfo -Nl` lists the nodes",
+        "node count": "cluster.nodes; `scontrol show partition` says how many there may be",
+        "node configuration": "cluster.gpus_per_node, mem, cpus_per_node or "
+        "constraint; `sinfo -Nl` lists the "
+        "nodes",
+        "time limit": "cluster.time_limit; `scontrol show partition` says how long it may be",
+        "qos": "cluster.qos",
+        "reservation": "cluster.reservation",
+    }
+    hint = next((hint for words, hint in hints.items() if words in text.lower()), "")
+    return (
+        SchedulerError(f"Slurm refused the job: {text}{f' (see {hint})' if hint else ''}")
+        if isinstance(error, SchedulerError)
+        else error
+    )

@@ -1,0 +1,98 @@
+"""A run as its directory and Slurm's queue together show it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import SchedulerError
+from launcher.launch.slurm.deadline import seconds_since_1970
+from launcher.launch.slurm.queue import Entry, accounting, queue
+from launcher.launch.slurm.record import JobRecord, is_live
+from launcher.runs.layout import RunDirectory
+from launcher.runs.status import Status, read_status
+from launcher.runs.totals import Totals
+
+_WAITING = {
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "SUSPENDED",
+    "STOPPED",
+}
+
+
+def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
+    """The status of a run, with what Slurm says of its job under `slurm`: from the queue, or from accounting
+    once it is gone."""
+    known = JobRecord.read(run)
+    if known is None:
+        return read_status(run, totals).to_dict()
+    said: dict[str, Any] = {"job_id": known.job_id}
+    entry = None
+    try:
+        entry = queue([known.job_id]).get(known.job_id) if known.job_id else None
+        if entry is None:
+            said |= _past(known.job_id)
+    except SchedulerError as error:
+        said["error"] = str(error)
+    return _together(read_status(run, totals), entry, said)
+
+
+def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
+    """The status of many runs, with one question to the controller."""
+    known = [(run, JobRecord.read(run)) for run in runs]
+    entries: dict[str, Entry] = {}
+    if any(record for _, record in known):
+        with contextlib.suppress(SchedulerError):
+            entries = queue()
+    found = []
+    for run, record in known:
+        job_id = record.job_id if record else ""
+        found.append(_together(read_status(run), entries.get(job_id), {"job_id": job_id} if record else {}))
+    return found
+
+
+def _past(job_id: str) -> dict[str, str]:
+    """What accounting says of a job that the controller has forgotten; that nothing does, where there is
+    none."""
+    past = accounting(job_id)
+    if not past:
+        return {"state": "", "note": "the controller has forgotten it, and accounting knows nothing of it"}
+    return {
+        "state": past["State"],
+        "exit_code": past["ExitCode"],
+        "elapsed": past["Elapsed"],
+        "nodes": past["NodeList"],
+    }
+
+
+def _together(status: Status, entry: Entry | None, said: dict[str, Any]) -> dict[str, Any]:
+    """The files tell how far the run is, the queue whether it waits or runs."""
+    if entry is not None:
+        said = {**said, **entry.to_dict()}
+        if entry.state in _WAITING and status.state != "finished":
+            status = replace(status, state="queued", phase=None, process=None, command=None)
+        elif is_live(entry) and status.state not in ("running", "finished"):
+            status = replace(status, state="starting", command=None)
+        elif not is_live(entry) and status.state == "running":
+            status = replace(status, state="interrupted")
+    return {**status.to_dict(), "slurm": said} if said else status.to_dict()
+
+
+def starts_in(entry: dict[str, Any]) -> float | None:
+    """Seconds until Slurm expects a waiting job to start."""
+    begins = seconds_since_1970(entry.get("expected_start", ""))
+    return None if begins is None else max(0.0, begins - time.time())
+
+
+def runs_below(folder: Path) -> list[RunDirectory]:
+    """The runs in a folder, by name."""
+    return [RunDirectory(path.parent) for path in sorted(folder.glob("*/plan.json"))]

@@ -1,0 +1,188 @@
+"""Ask stalled ranks for their stacks, and read what they end in.
+
+A rank has faulthandler write its stacks into its own memory on STACKS_SIGNAL (launcher/training/rank.py),
+behind the page in which it says where it is: no disk is between. A process that is stopped, or blocked in the
+kernel, writes none: then the kernel's own word stands there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.launch.sight import look
+from launcher.runs.places import PAGE_BYTES
+from launcher.runs.processes import STACKS_SIGNAL
+
+_SECONDS_TO_WRITE = 1.0
+_SECONDS_FOR_PY_SPY = 10.0
+_MOST_BYTES = 1 << 18
+_FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+|\?\?\?) in (?P<function>.+)$')
+_COLLECTIVE_FILES = re.compile(
+    r"torch/distributed/(distributed_c10d|_functional_collectives)\.py$|deepspeed/comm/|_fsdp_collectives\.py$"
+)
+_COLLECTIVE = re.compile(
+    r"^_?(all_gather|all_reduce|reduce_scatter|broadcast|barrier|all_to_all|gather|scatter|reduce|recv|send|monitored)"
+)
+_INNERMOST = 14
+"""Frames in which a collective is looked for."""
+_NOT_TELLING = re.compile(
+    r"/lib/python3[^/]*/(?!site-packages)|site-packages/(torch|numpy)/|^<frozen|launcher/training/reporting/whereabouts\.py$"
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What one rank's process was doing."""
+
+    text: str
+    """For people: all threads, or why there are none."""
+    waits_in: str | None = None
+    """The collective in which its main thread waits; empty where it is elsewhere, None where nothing is
+    known."""
+    frame: str = ""
+    """`function (file.py:line)` of the innermost frame that is not Python's or PyTorch's own."""
+
+
+def collect(ranks: dict[int, tuple[int, str]]) -> dict[int, Stack]:
+    """The stacks of several ranks, given as pid and the path of their memory; takes about a second."""
+    before = {rank: _size(path) for rank, (_, path) in ranks.items()}
+    asked = {rank for rank, (pid, path) in ranks.items() if path and _ask(pid)}
+    until = time.monotonic() + _SECONDS_TO_WRITE
+    while any(_size(ranks[rank][1]) == before[rank] for rank in asked) and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.1)  # the last lines of those that have begun
+    return {rank: _stack(rank, pid, path, before[rank]) for rank, (pid, path) in ranks.items()}
+
+
+def _ask(pid: int) -> bool:
+    """Have a process write its stacks; false where it could not, or would die of being asked."""
+    sight = look(pid, closely=False)
+    if sight.state in ("", "Z", "T", "t") or not catches(pid, STACKS_SIGNAL):
+        return False
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, STACKS_SIGNAL)
+        return True
+    return False
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, as the kernel tells."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def _size(path: str) -> int:
+    with contextlib.suppress(OSError):
+        return Path(path).stat().st_size if path else 0
+    return 0
+
+
+def _stack(rank: int, pid: int, path: str, before: int) -> Stack:
+    sight = look(pid)
+    said = _written(path, max(before, PAGE_BYTES))
+    head = f"rank {rank}, process {pid}, state {sight.state or 'gone'}" + (
+        f", in {sight.wchan}" if sight.wchan else ""
+    )
+    if sight.state == "T":
+        head += ": stopped (SIGSTOP or the like), so that it writes no stack"
+    elif not said:
+        head += ": it wrote no stack"
+    parts = [head, said, _kernel_stack(pid), _flight_recorder(rank, pid), _py_spy(pid)]
+    waits_in, frame = innermost(said) if said else (None, "")
+    return Stack("\n".join(part.rstrip() for part in parts if part) + "\n", waits_in, frame)
+
+
+def _written(path: str, start: int) -> str:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(start)
+        return file.read(_MOST_BYTES).decode(errors="replace")
+    return ""
+
+
+def _kernel_stack(pid: int) -> str:
+    """Where it is in the kernel; only root may read it."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/stack").read_text(encoding="utf-8", errors="replace").strip()
+        return f"in the kernel:\n{text}" if text else ""
+    return ""
+
+
+def _flight_recorder(rank: int, pid: int) -> str:
+    """Have NCCL's flight recorder write down the collectives of a rank, where the job's environment has one
+    that listens to a pipe."""
+    variables = {}
+    with contextlib.suppress(OSError):
+        content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+        variables = dict(entry.split("=", 1) for entry in content.split("\0") if "=" in entry)
+    pipe = variables.get("TORCH_NCCL_DEBUG_INFO_PIPE_FILE")
+    if pipe is None:
+        return ""
+    try:
+        # Not to be waited for: nobody may be at its other end.
+        descriptor = os.open(f"{pipe}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        return f"NCCL's flight recorder does not listen at {pipe}{rank}.pipe: {error.strerror}"
+    with contextlib.suppress(OSError):
+        os.write(descriptor, b"1")
+    os.close(descriptor)
+    return (
+        "NCCL's flight recorder writes "
+        f"{variables.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE', '/tmp/nccl_trace_rank_')}{rank}"
+    )
+
+
+def _py_spy(pid: int) -> str:
+    """What py-spy sees, native frames included, without stopping the process: a debugger's stop would look
+    like life."""
+    program = shutil.which("py-spy")
+    if program is None:
+        return ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = [program, "dump", "--nonblocking", "--pid", str(pid)]
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_FOR_PY_SPY,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        return f"py-spy:\n{ended.stdout or ended.stderr}"
+    return ""
+
+
+def innermost(text: str) -> tuple[str, str]:
+    """The collective that the main thread waits in, empty where it is in none, and its innermost telling
+    frame, by faulthandler's text."""
+    frames = _main_thread(text)
+    waits_in = ""
+    for file, _, function in frames[:_INNERMOST]:
+        if _COLLECTIVE_FILES.search(file):
+            match = _COLLECTIVE.match(function)
+            waits_in = match[1] if match and waits_in in ("", "a collective") else waits_in or "a collective"
+    # The whole name tells more than its stem: all_gather_into_tensor is an all_gather to people.
+    telling = next(
+        (frame for frame in frames if not _NOT_TELLING.search(frame[0])), frames[0] if frames else None
+    )
+    return waits_in, f"{telling[2]} ({Path(telling[0]).name}:{telling[1]})" if telling else ""
+
+
+def _main_thread(text: str) -> list[tuple[str, str, str]]:
+    """File, line and function of each frame of the main thread, which faulthandler writes last."""
+    blocks: list[list[tuple[str, str, str]]] = []
+    for line in text.splitlines():
+        if line.startswith(("Thread 0x", "Current thread 0x")):
+            blocks.append([])
+        elif (match := _FRAME.match(line)) and blocks:
+            blocks[-1].append((match["file"], match["line"], match["function"]))
+    return next((block for block in reversed(blocks) if block), [])

@@ -1,0 +1,325 @@
+"""Watch one attempt: from the agent's start until every rank is gone.
+
+A signal to the launcher becomes SIGUSR1 to each rank, as soon as the rank has said that it can take it
+(rank-R.json). They then have the job's grace to agree, save and leave. After it, or at a second Ctrl-C,
+everything is killed. A dead rank is the agent's to notice; the supervisor holds the bounds that the agent
+does not have.
+
+The loop waits for nothing but its own pace: what touches the run's disk is done by `Disk`, what touches a
+terminal by `Screen`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.launch.disk import Disk
+from launcher.launch.hangs import Hangs
+from launcher.launch.screen import Screen
+from launcher.launch.sight import exit_code, look
+from launcher.launch.stop_signals import Signals
+from launcher.launch.watchdog import HangAfter
+from launcher.runs.events import event
+from launcher.runs.failure import Failure
+from launcher.runs.grace import Grace
+from launcher.runs.layout import RunDirectory, make_directory
+from launcher.runs.notices import VARIABLE as NOTICES_VARIABLE
+from launcher.runs.notices import Notices
+from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, parent_of
+
+Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "gone", "hung"]
+EXIT_SECONDS = 30.0
+"""Between the last word of a run (finished, stopped) and the end of its processes."""
+FAILURE_SECONDS = 3.0
+"""Between the first rank's failure and the end of all, before the agent counts as stuck."""
+_POLL_SECONDS = 0.1
+_GRACE_FILE_SECONDS = 0.5
+"""For the disk to take how long the ranks have, before they are asked without it."""
+_LAST_LOOK_SECONDS = 30.0
+_SHORT_LOOK_SECONDS = 2.0
+"""For what was written last, where everything was ended by force."""
+
+
+@dataclass
+class End:
+    """How an attempt's processes ended: the agent's exit code, and why they were ended by force if they were."""
+
+    code: int
+    forced: Force = ""
+    signal_name: str = ""
+    events: set[str] = field(default_factory=set)
+    grace_seconds: float | None = None
+    """What the ranks were given from the signal on, if one came."""
+    failures: list[Failure] = field(default_factory=list)
+    exits: list[dict[str, Any]] = field(default_factory=list)
+    """How ranks failed and ended, as they and the agent told it without the disk."""
+    lost: str = ""
+    """Why the run directory was not there in the end; empty where it was."""
+    place: Path | None = None
+    """Where it is now, if it was renamed."""
+    is_disk_stuck: bool = False
+    """Whether the run's disk did not even answer to a last look."""
+
+    @property
+    def is_hurried(self) -> bool:
+        """Whether somebody waits for the end, or the disk is not worth waiting for."""
+        return self.is_disk_stuck or self.forced in ("second interrupt", "grace")
+
+    hung: Failure | None = None
+    """Why they were ended as hung, if they were."""
+    stopped: tuple[int, ...] = ()
+    """The ranks that a signal or a debugger held when they were ended by force."""
+
+
+class Supervisor:
+    """One attempt's processes."""
+
+    agent_log = "agent.log"
+    leads = True
+    """Whether this machine's supervisor speaks for the attempt: in events, and by its heartbeat."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        attempt: int,
+        grace_seconds: float,
+        screen: Screen,
+        signals: Signals | None = None,
+        hang_after: HangAfter = None,
+        node: int = 0,
+        nodes: int = 1,
+    ) -> None:
+        self.run, self.attempt, self.directory = run, attempt, run.attempt(attempt)
+        self.grace_seconds = grace_seconds
+        self.screen = screen
+        self.signals = signals or Signals()
+        self.notices = Notices()
+        self.disk = Disk(run, attempt, self.also_read, beats=self.leads)
+        self._grace: float | None = None
+        self._said_stopping = False
+        self._trouble = ""
+        self._events: dict[str, float] = {}
+        self._asked: set[int] = set()
+        self._failed_at: float | None = None
+        self._failures: list[Failure] = []
+        self._exits: list[dict[str, Any]] = []
+        self._ranks: dict[int, int] = {}
+        self.hangs = Hangs(run, attempt, self._ranks, hang_after, node, nodes)
+
+    def supervise(self, command: list[str], variables: dict[str, str]) -> End:
+        """Start the agent and stay until all is over; whatever happens here, no process is left."""
+        with self.signals.caught(), self.hangs.watching():
+            agent = self._start(command, variables)
+            try:
+                return self._watch(agent)
+            finally:
+                self._kill(agent)
+                self.disk.close()
+                self.notices.close()
+
+    def _start(self, command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
+        # Blocked signals stay blocked in the agent until it can take them, so none kills it while it starts.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        variables = {**variables, NOTICES_VARIABLE: self.notices.address}
+        try:
+            with open(self.directory / self.agent_log, "ab") as log:
+                return subprocess.Popen(
+                    command,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _watch(self, agent: subprocess.Popen[bytes]) -> End:
+        forced: Force = ""
+        while agent.poll() is None and not forced:
+            time.sleep(_POLL_SECONDS)
+            self.disk.look()
+            self._take_in(agent)
+            if self.signals.first:
+                self._stop_politely()
+            self._say_trouble()
+            forced = self._reason_to_force()
+            for line in self.hangs.said():
+                self.screen.say(line)
+            self.screen.tick()
+        stopped: tuple[int, ...] = ()
+        if forced:
+            stopped = tuple(
+                rank
+                for rank, pid in sorted(self._ranks.items())
+                if look(pid, closely=False).state in ("T", "t")
+            )
+            self._dump_stacks(forced)
+            if look(agent.pid, closely=False).state in (
+                "T",
+                "t",
+            ):  # one that runs tells itself how ranks ended, and which it ended
+                self._note_unreaped()
+            self._kill(agent)
+        looked = self._last_look(forced)
+        self._take_in(agent)
+        first = self.signals.first
+        name = first[0].name if first else ""
+        told = self._failures, self._exits, self.disk.missing, self.disk.place_now()
+        code = agent.poll()
+        ended = (-signal.SIGKILL if code is None else code), forced, name, set(self._events), self._grace
+        return End(*ended, *told, is_disk_stuck=not looked, hung=self.hangs.failure, stopped=stopped)
+
+    def also_read(self) -> None:
+        """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""
+        self.screen.read()
+
+    def _last_look(self, forced: Force) -> bool:
+        if forced:
+            return self.disk.last_look(_SHORT_LOOK_SECONDS, lambda: False)
+        return self.disk.last_look(_LAST_LOOK_SECONDS, self.signals.insisted)
+
+    def _take_in(self, agent: subprocess.Popen[bytes]) -> None:
+        """Learn from memory which ranks there are, what was written and told, and whether one has failed."""
+        for record in self.disk.events():
+            self._note(record)
+        for rank, who in list(self.disk.ranks.items()):
+            # Another machine's processes have numbers of their own.
+            if (
+                rank not in self._ranks
+                and who["host"] == os.uname().nodename
+                and parent_of(who["pid"]) == agent.pid
+            ):
+                self._ranks[rank] = who["pid"]
+        for record in self.notices.records():
+            self._heed(record)
+        if self._failed_at is None and (self.disk.failed or self._failures or self._exits):
+            self._failed_at = time.monotonic()
+
+    def _note(self, record: dict[str, Any]) -> None:
+        """Take in one event of this attempt."""
+        self._events.setdefault(record.get("event", ""), time.monotonic())
+
+    def _heed(self, record: dict[str, Any]) -> None:
+        """Take in what a rank or the agent told without the disk."""
+        with contextlib.suppress(TypeError):
+            if "say" in record:
+                self.screen.say(str(record["say"]))
+            if "failure" in record:
+                self._failures.append(Failure(**record["failure"]))
+            self._exits += [end for end in record.get("exits", []) if isinstance(end, dict)]
+
+    def _stop_politely(self) -> None:
+        """Tell the ranks how long they have, then ask each once, now or when it comes up."""
+        if not self._said_stopping:
+            self._said_stopping = True
+            self._say_stopping()
+        self._ask_ranks()
+
+    def _say_stopping(self) -> None:
+        assert self.signals.first is not None
+        name, seconds = self.signals.first[0].name, self._seconds_of_grace()
+        self.disk.write(functools.partial(Grace.of(seconds, name).write, self.directory))
+        if self.leads:
+            fields = {"signal": name, "grace_seconds": round(seconds, 1)}
+            self.disk.write(functools.partial(event, self.run.events_file, "stopping", **fields))
+            again = "; Ctrl-C again ends it at once, without saving" if name == "SIGINT" else ""
+            self.screen.say(f"{name}: saving at the next step, then leaving, within {seconds:.0f} s{again}")
+        self.disk.written(_GRACE_FILE_SECONDS)
+
+    def _say_trouble(self) -> None:
+        """Say once what is wrong with the disk, and once that it is over."""
+        trouble = self.disk.trouble
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self.screen.say(f"warning: the run directory {trouble or 'is there again'}")
+
+    def _seconds_of_grace(self) -> float:
+        """What the ranks have from the first signal on; decided when it comes."""
+        if self._grace is None:
+            self._grace = self.grace()
+        return self._grace
+
+    def grace(self) -> float:
+        """Seconds between the first signal and the end by force."""
+        return self.grace_seconds
+
+    def _ask_ranks(self) -> None:
+        for pid in set(self._ranks.values()) - self._asked:
+            self._asked.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+
+    def _reason_to_force(self) -> Force:
+        now = time.monotonic()
+        if self.signals.insisted():
+            return "second interrupt"
+        over = min(
+            (self._events[name] for name in ("finished", "stopped") if name in self._events), default=None
+        )
+        if over is not None:
+            return "exit" if now - over > EXIT_SECONDS else ""
+        if self._failed_at is not None and now - self._failed_at > FAILURE_SECONDS:
+            return "failure"
+        if self.disk.lost:
+            return "gone"
+        first = self.signals.first
+        if first is None and self.hangs.failure is not None:
+            return "hung"
+        return "grace" if first and now - first[1] > self._seconds_of_grace() else ""
+
+    def _dump_stacks(self, forced: Force) -> None:
+        """Have ranks that would not leave write where they are into their logs."""
+        if forced not in ("grace", "exit"):
+            return
+        for pid in self._ranks.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGQUIT)
+        time.sleep(0.3)
+
+    def _note_unreaped(self) -> None:
+        """Take in how ranks ended that an agent, which is stopped itself, has neither waited for nor told of."""
+        told, host = {end.get("rank") for end in self._exits}, os.uname().nodename
+        for rank, pid in self._ranks.items():
+            if rank not in told and (code := exit_code(pid)) is not None:
+                end = {
+                    "rank": rank,
+                    "pid": pid,
+                    "code": code,
+                    "time": time.time(),
+                    "by_agent": False,
+                    "host": host,
+                }
+                self._exits.append(end)
+
+    def _kill(self, agent: subprocess.Popen[bytes]) -> None:
+        """End everything that is left of the attempt, what the ranks started included, and see it gone."""
+        # Ranks that have not said who they are yet are the agent's children all the same.
+        pids = {*self._ranks.values(), *(children(agent.pid) if agent.poll() is None else ())}
+        for pid in pids:
+            kill_group(pid)
+        if agent.poll() is None:
+            kill_group(agent.pid)
+        deadline = time.monotonic() + 5
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # one that hangs in the kernel, as with a dead disk, does not even die
+            agent.wait(5)
+        while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def attempt_directory(run: RunDirectory) -> tuple[int, Path]:
+    """Make the next attempt's directory and give its number."""
+    number = run.last_attempt() + 1
+    directory = run.attempt(number)
+    make_directory(directory)
+    return number, directory

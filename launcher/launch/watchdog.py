@@ -1,0 +1,264 @@
+"""Judge whether a run hangs, from what its ranks and the kernel say of them.
+
+Pure: the time and what was seen are handed in, so that hours pass in a test within a second. `Stillness`
+belongs to a node, and counts by that node's clock how long each of its ranks has shown no life. `Judge`
+belongs to the run, and knows how long that may be.
+
+A run hangs when none of its ranks shows any life: as long as one goes on, the others may be waiting for it.
+Alone a process that is stopped needs no second opinion.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from launcher.launch.sight import Sight
+from launcher.runs.places import Place
+from launcher.runs.seen import Seen
+
+HangAfter = float | Literal["off"] | None
+"""Seconds for every phase; `off`; None: each phase has its own."""
+Verdict = Literal["", "suspected", "recovered", "hung"]
+PHASES = {
+    **dict.fromkeys(("data", "forward", "backward", "exchange", "optimizer", "waiting for the save"), "step"),
+    **dict.fromkeys(("evaluating",), "evaluation"),
+    **dict.fromkeys(("recording",), "storage"),
+    **dict.fromkeys(("waiting for the preparation",), "wait"),
+    **dict.fromkeys(("leaving",), "none"),
+}
+"""What a rank at a place is judged by; `start` where nothing stands here. A rank that leaves has bounds of
+its own."""
+GAP_SECONDS = 5.0
+"""Between two looks of a watcher: after more, it was itself suspended or stopped, and all clocks begin anew.
+"""
+STOPPED_SECONDS, STOPPED_END_SECONDS = 10.0, 60.0
+BLOCKED_SECONDS = 30.0
+"""In state D with nothing read: the storage does not answer."""
+START_SECONDS, LONGEST_SECONDS = 120.0, 900.0
+STEP_SECONDS, STEP_END_SECONDS, STEP_FACTOR = 30.0, 60.0, 5.0
+SAVE_SECONDS, SAVE_FACTOR = 60.0, 5.0
+_WARM_STEPS = 5
+"""The first steps of an attempt build and compile: they are judged as its start is."""
+_REMEMBERED = 20
+_READ_BYTES = 1 << 20
+_CPU_SHARE, _CPU_WINDOW_SECONDS = 0.1, 2.0
+_BUSY_SECONDS = 1800.0
+"""So long computing alone is a sign of life: the process group gives up after as long, and a GPU's rank
+computes while it waits."""
+_BEFORE_THE_RANKS_MEET = {"starting", "preparing", "waiting for the preparation", "building operators"}
+"""Where nobody waits for another rank in a collective: computing is work for however long."""
+
+
+@dataclass
+class _Known:
+    """What is remembered of one rank, with the moments at which it changed, by the node's clock."""
+
+    moved: tuple[str, int, int]
+    since: float
+    state_since: float
+    save_since: float
+    save: tuple[str, int, int] = ("", 0, 0)
+    state: str = ""
+    first_step: int | None = None
+    moved_at: float = 0.0
+    read_bytes: int = 0
+    cpu_seconds: float = 0.0
+    cpu_at: float = 0.0
+
+
+@dataclass
+class Stillness:
+    """How long the ranks of one node have shown no life."""
+
+    _ranks: dict[int, _Known] = field(default_factory=dict)
+    _looked_at: float | None = None
+
+    def look(self, now: float, seen: Iterable[tuple[Place, Sight]]) -> list[Seen]:
+        """Take in a look at each rank at the moment `now`, seconds of a clock that never goes back."""
+        if self._looked_at is not None and now - self._looked_at > GAP_SECONDS:
+            self._begin_anew(now)
+        self._looked_at = now
+        return [self._one(now, place, sight) for place, sight in seen]
+
+    def _begin_anew(self, now: float) -> None:
+        for known in self._ranks.values():
+            known.since = known.state_since = known.save_since = known.moved_at = known.cpu_at = now
+
+    def _one(self, now: float, place: Place, sight: Sight) -> Seen:
+        moved, save = (place.place, place.count, place.step), (place.save, place.save_bytes, place.save_step)
+        known = self._ranks.setdefault(place.rank, _Known(moved, now, now, now, moved_at=now, cpu_at=now))
+        phase = self._phase(known, place)
+        if moved != known.moved:
+            known.moved, known.moved_at, known.since = moved, now, now
+            known.read_bytes, known.cpu_seconds, known.cpu_at = sight.read_bytes, sight.cpu_seconds, now
+        elif sight.traced or self._lives(now, known, phase, place, sight):
+            known.since = now
+        if sight.state != known.state:
+            known.state, known.state_since = sight.state, now
+        if save != known.save:
+            known.save, known.save_since = save, now
+            if place.save:
+                known.since = (
+                    now  # after a rank ran out of memory, threads save while all others stand in a pass
+                )
+        return Seen(
+            **vars(place),
+            phase=phase,
+            still_seconds=round(now - known.since, 2),
+            state=sight.state,
+            state_seconds=round(now - known.state_since, 2) if sight.state in ("T", "D") else 0.0,
+            traced=sight.traced,
+            wchan=sight.wchan,
+            child=f"process {sight.stopped_child}" if sight.stopped_child else "",
+            save_still_seconds=round(now - known.save_since, 2) if place.save else 0.0,
+        )
+
+    def _phase(self, known: _Known, place: Place) -> str:
+        phase = (
+            PHASES.get(place.place, "start") if place.count else "none"
+        )  # who says nothing is not judged by what it says
+        if phase == "evaluation" and place.done == 0:
+            return "start"  # the first batch builds and compiles
+        if phase != "step" or place.place == "waiting for the save":
+            return phase
+        if known.first_step is None:
+            known.first_step = place.step
+        return "step" if place.step - known.first_step >= _WARM_STEPS else "start"
+
+    @staticmethod
+    def _lives(now: float, known: _Known, phase: str, place: Place, sight: Sight) -> bool:
+        """Whether it reads or computes. In steps only reading of the loader counts: a rank that waits for
+        others may compute for ever."""
+        if not sight.cpu_seconds:  # not looked at closely
+            return False
+        if not known.cpu_seconds:
+            known.read_bytes, known.cpu_seconds, known.cpu_at = sight.read_bytes, sight.cpu_seconds, now
+            return False
+        if (
+            phase in ("start", "wait") or place.place == "data"
+        ) and sight.read_bytes - known.read_bytes > _READ_BYTES:
+            known.read_bytes = sight.read_bytes
+            return True
+        if now - known.cpu_at < _CPU_WINDOW_SECONDS:
+            return False
+        share = (sight.cpu_seconds - known.cpu_seconds) / (now - known.cpu_at)
+        known.cpu_seconds, known.cpu_at = sight.cpu_seconds, now
+        lasts = place.place in _BEFORE_THE_RANKS_MEET or now - known.moved_at < _BUSY_SECONDS
+        return phase in ("start", "wait") and share > _CPU_SHARE and lasts
+
+
+@dataclass
+class Judge:
+    """Whether all ranks together hang."""
+
+    hang_after: HangAfter = None
+    suspected: bool = False
+    seconds: float = 0.0
+    """For how long nothing has moved, at the last look."""
+    _steps: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _batches: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _last: tuple[float, str, int, int] = (0.0, "", 0, 0)
+
+    @property
+    def step_seconds(self) -> float:
+        """The median of the last steps; 0 before the first."""
+        return statistics.median(self._steps) if self._steps else 0.0
+
+    def look(self, now: float, ranks: list[Seen]) -> Verdict:
+        """Judge what was seen of every rank at the moment `now`."""
+        if not ranks or self.hang_after == "off":
+            return ""
+        self._remember(now, min(ranks, key=lambda seen: seen.rank))
+        suspect, end = self._limits(ranks)
+        stopped = max(
+            (seen.state_seconds for seen in ranks if seen.state == "T" and not seen.traced), default=0.0
+        )
+        self.seconds = max(stopped, _least_still(ranks))
+        over = _least_still(ranks) >= end or stopped >= self._stopped_limits()[1]
+        if over or _least_still(ranks) >= suspect or stopped >= self._stopped_limits()[0]:
+            if not self.suspected:
+                self.suspected = True
+                return "suspected"
+            return "hung" if over else ""
+        verdict: Verdict = "recovered" if self.suspected else ""
+        self.suspected = False
+        return verdict
+
+    def _remember(self, now: float, first: Seen) -> None:
+        """How long a step and a batch of an evaluation take, by rank 0: all ranks do the same."""
+        before, place, step, done = self._last
+        if (place, step, done) == (first.place, first.step, first.done):
+            return
+        self._last = (now, first.place, first.step, first.done)
+        if first.step > step and first.step_seconds > 0:
+            self._steps.append(first.step_seconds)
+        if first.place == place == "evaluating" and first.done > done:
+            self._batches.append((now - before) / (first.done - done))
+
+    def _stopped_limits(self) -> tuple[float, float]:
+        after = self.hang_after
+        return (STOPPED_SECONDS, STOPPED_END_SECONDS) if not isinstance(after, float) else (after, 2 * after)
+
+    def _limits(self, ranks: list[Seen]) -> tuple[float, float]:
+        """After how long without life a hang is suspected, and after how long the run is ended: the longest
+        of all ranks' own."""
+        if isinstance(self.hang_after, float):
+            return self.hang_after, 2 * self.hang_after
+        limits = [self._of(seen) for seen in ranks if seen.phase not in ("wait", "none")] or [
+            (START_SECONDS, LONGEST_SECONDS)
+        ]
+        suspect, end = max(limit[0] for limit in limits), max(limit[1] for limit in limits)
+        # Storage that does not answer is named soon; it may come back, and until then nothing is gained by
+        # ending the run.
+        blocked = [seen for seen in ranks if seen.state == "D" and seen.state_seconds >= BLOCKED_SECONDS]
+        return (min(suspect, BLOCKED_SECONDS), LONGEST_SECONDS) if blocked else (suspect, end)
+
+    def _of(self, seen: Seen) -> tuple[float, float]:
+        if seen.phase == "storage":
+            return STEP_SECONDS, LONGEST_SECONDS
+        usual = {
+            "step": self.step_seconds,
+            "evaluation": statistics.median(self._batches) if self._batches and seen.done else 0.0,
+        }.get(seen.phase, 0.0)
+        if usual == 0.0:
+            return START_SECONDS, LONGEST_SECONDS
+        limit = max(STEP_SECONDS, STEP_FACTOR * usual)
+        return limit, limit + max(STEP_END_SECONDS, limit)
+
+
+def _least_still(ranks: list[Seen]) -> float:
+    """Since when no rank has shown life. One that waits for another to prepare counts only where all do."""
+    if any(seen.traced for seen in ranks):
+        return 0.0
+    if all(seen.phase == "none" for seen in ranks):
+        return 0.0
+    working = [seen for seen in ranks if seen.phase not in ("wait", "none")] or [
+        seen for seen in ranks if seen.phase == "wait"
+    ]
+    return min((seen.still_seconds for seen in working), default=math.inf)
+
+
+def stalled_saves(ranks: Iterable[Seen], hang_after: HangAfter = None) -> list[Seen]:
+    """The ranks whose save has not moved for longer than is usual: a warning, as training goes on beside it."""
+    if hang_after == "off":
+        return []
+    found = []
+    for seen in ranks:
+        limit = (
+            hang_after
+            if isinstance(hang_after, float)
+            else max(SAVE_SECONDS, SAVE_FACTOR * seen.save_seconds)
+        )
+        if (
+            seen.save
+            and not seen.save.startswith("waiting")
+            and seen.save_still_seconds >= limit
+            and not seen.traced
+        ):
+            found.append(seen)
+    return found

@@ -1,0 +1,126 @@
+"""List what a job leaves open of engine, offloading and cut, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from launcher.job.schema import EngineName, Job, Offload, Sharding
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.sharding import STAGES, zeropp
+
+ENGINE_NAMES: dict[EngineName, str] = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
+_OFFLOADS: dict[EngineName, tuple[Offload, ...]] = {
+    "fsdp": ("parameters",),
+    "deepspeed": ("optimizer", "parameters"),
+}
+"""What each engine can offload, what moves least first."""
+
+
+@dataclass(frozen=True)
+class EngineOption:
+    """One engine with one thing offloaded."""
+
+    engine: EngineName
+    offload: Offload
+
+    @property
+    def words(self) -> str:
+        """Return the option as people read it: `DeepSpeed, optimizer offloaded`."""
+        return ENGINE_NAMES[self.engine] + ("" if self.offload == "none" else f", {self.offload} offloaded")
+
+    def pinned(self, job: Job) -> Job:
+        """Return the job as if it asked for that."""
+        memory = {"offload": self.offload} | ({"offload_to": "cpu"} if self.offload == "none" else {})
+        sections = {
+            "parallel": job.parallel.model_copy(update={"engine": self.engine}),
+            "memory": job.memory.model_copy(update=memory),
+        }
+        return job.model_copy(update=sections)
+
+
+def engine_options(job: Job, first: Plan, side_by_side: bool = False) -> list[list[EngineOption]]:
+    """Return what the job leaves open of engine and offloading, in groups.
+
+    Of a group the fastest is taken; a later group only where nothing of the earlier ones fits. FSDP goes
+    before DeepSpeed, and nothing offloaded before anything. first: the plan that the job begins with.
+    side_by_side: both engines are one group, as both were measured here.
+    """
+    # DeepSpeed always cuts, so that it is no choice for a job that wants whole copies.
+    engine_open = job.parallel.engine == "auto" and job.parallel.shard != "none" and first.engine == "fsdp"
+    engines: list[EngineName] = [first.engine, "deepspeed"] if engine_open else [first.engine]
+    resident = [EngineOption(engine, first.offload) for engine in engines]
+    groups = [resident] if side_by_side else [[option] for option in resident]
+    if job.memory.offload == "auto" and first.mesh.device == "cuda":
+        groups += [[EngineOption(engine, offload) for offload in _OFFLOADS[engine]] for engine in engines]
+    return groups
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How parameters are cut and in how many copies, where the job leaves that open."""
+
+    plan: Plan
+    changed: dict[str, str | int]
+    """Keys of the job in which it is not the cut of least memory, and their values."""
+    words: str
+    """The same in a clause."""
+
+
+def other_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
+    """Yield the cuts that compute the same as a plan's, which has the least memory, and send less."""
+    return _zero_stages(job, plan) if plan.engine == "deepspeed" else _fsdp_cuts(job, plan)
+
+
+def _fsdp_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
+    """Yield copies on each node, and parameters that stay whole."""
+    mesh, parallel = plan.mesh, job.parallel
+    if plan.sharding != "full" or mesh.shard == 1 or plan.offload != "none":
+        return
+    may_copy = "replicate" not in parallel.model_fields_set and mesh.nodes > 1 and mesh.ranks_per_node > 1
+    for replicate in (mesh.replicate, mesh.nodes) if may_copy else (mesh.replicate,):
+        for sharding in ("full", "gradients") if parallel.shard == "auto" else ("full",):
+            changed: dict[str, str | int] = {}
+            words = []
+            if replicate != mesh.replicate:
+                changed["parallel.replicate"] = replicate
+                words.append(
+                    f"a copy on each of the {replicate} nodes, so that only gradients cross the network"
+                )
+            if sharding != plan.sharding:
+                changed["parallel.shard"] = sharding
+                words.append("parameters stay whole from the first pass to the end of the step")
+            if changed:
+                yield Cut(with_cut(plan, replicate, sharding), changed, " and ".join(words))
+
+
+def _zero_stages(job: Job, plan: Plan) -> Iterator[Cut]:
+    """Yield ZeRO's earlier stages, where nothing is asked for that only the third has, as files are."""
+    zero_open = job.parallel.shard == "auto" and plan.offload_to == "cpu" and not zeropp(job)
+    if plan.zero is None or plan.offload == "parameters" or not zero_open:
+        return
+    words: dict[Sharding, str] = {
+        "gradients": "ZeRO-2: each rank has the parameters whole, and gathers nothing for a pass"
+    }
+    if plan.offload == "none":  # the gradients that ZeRO-1 keeps whole stay on the device
+        words["optimizer"] = "ZeRO-1: each rank has parameters and gradients whole, and sends once a step"
+    for sharding, clause in words.items():
+        if STAGES[sharding] < plan.zero.stage:
+            yield Cut(with_cut(plan, plan.mesh.replicate, sharding), {"parallel.shard": sharding}, clause)
+
+
+def with_cut(plan: Plan, replicate: int, sharding: Sharding) -> Plan:
+    """Return the plan cut otherwise, in so many copies, with the same micro-batch and recomputation."""
+    sizes = {"replicate": replicate, "shard": plan.mesh.world_size // replicate}
+    mesh = plan.mesh.model_copy(update=sizes | {"reshard_after_forward": sharding == "full"})
+    zero = plan.zero and plan.zero.model_copy(update={"stage": STAGES[sharding]})
+    return plan.model_copy(update={"sharding": sharding, "mesh": mesh, "zero": zero})
+
+
+def cut_words(plan: Plan) -> str:
+    """Return engine and cut in a few words: `FSDP full, 4 x 8`, `ZeRO-3, optimizer offloaded`."""
+    if plan.zero is not None:
+        name = f"ZeRO-{plan.zero.stage}"
+    else:
+        name = f"{ENGINE_NAMES[plan.engine]} {plan.sharding}, {plan.mesh.replicate} x {plan.mesh.shard}"
+    return name if plan.offload == "none" else f"{name}, {plan.offload} offloaded"

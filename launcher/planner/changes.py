@@ -1,0 +1,106 @@
+"""What may change between two attempts of a run, and what would make it another run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.plan import Plan
+
+ALLOWED = (
+    "name",
+    "engine",
+    "sharding",
+    "offload",
+    "offload_to",
+    "zero",
+    "slurm",
+    "precision",
+    "activation_checkpointing",
+    "attention",
+    "layout",
+    "head",
+    "num_data_workers",
+    "trackers",
+    "grace_seconds",
+    "share_with_group",
+    "hang_after",
+    "length",
+    "evaluate_every",
+    "batch.micro_batch_size",
+    "batch.accumulation_steps",
+    "batch.data_parallel_size",
+    "mesh",
+    "model.attention",
+    "model.compile",
+    "model.trust_remote_code",
+    "data.num_workers",
+    "data.unusable",
+    "training.epochs",
+    "training.max_steps",
+    "training.evaluate_every",
+    "training.early_stopping",
+    "training.skip_nonfinite",
+    "training.on_spike",
+    "checkpoint",
+)
+"""How it runs, how long, and what is kept. What is not named here decides what is learned, and stays."""
+_SAID_ELSEWHERE = {"format", "decisions", "refused", "task"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value of the plan that is not what it was; None where it was, or is, absent."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def allowed(self) -> bool:
+        return any(self.key == key or self.key.startswith(f"{key}.") for key in ALLOWED)
+
+
+def changes(before: Plan, after: Plan) -> list[Change]:
+    """Every difference between two plans, by key."""
+    old, new = _flat(before), _flat(after)
+    return [
+        Change(key, old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def check(before: Plan, after: Plan) -> list[Change]:
+    """The changes, all of which are allowed. Raises ConfigurationError with a problem for each that is not."""
+    found = changes(before, after)
+    refused = [change for change in found if not change.allowed]
+    if refused:
+        raise ConfigurationError([_problem(change) for change in refused], "this run was begun otherwise")
+    return found
+
+
+def _problem(change: Change) -> Problem:
+    before = "absent" if change.before is None else repr(change.before)
+    reason = (
+        f"was {before} when the run began, and decides what is learned; put it back, or begin another run "
+        "with --run-dir"
+    )
+    return Problem(change.key, "absent" if change.after is None else change.after, reason)
+
+
+def _flat(plan: Plan) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    _flatten(
+        "", plan.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=_SAID_ELSEWHERE), flat
+    )
+    return flat
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
+    if not isinstance(value, dict):
+        into[prefix] = value
+        return
+    for key, below in value.items():
+        _flatten(f"{prefix}.{key}" if prefix else key, below, into)

@@ -1,0 +1,367 @@
+"""Compare plans of one job: on several kinds of GPU, on more of them, on the fewest that do, by cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Job, node_range
+from launcher.planner.dataset.dataset_size import why_no_epoch
+from launcher.planner.forecast import Forecast, Trace, forecast
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import NETWORKS, GpuType, gpu_type, on_network, seen
+from launcher.planner.model.model_config import locate
+from launcher.planner.plan import Decision, Plan, Refused, Why
+from launcher.planner.resolve.batch import divisors, multiples_around, nearest
+from launcher.planner.search import plan_job
+from launcher.planner.smallest_cluster import (
+    Attempt,
+    Offloading,
+    SmallestCluster,
+    offload_modes,
+    refused_numbers,
+)
+from launcher.planner.suggestions import least, nearest_that_fit
+from launcher.planner.target import GPUS_PER_NODE, Target, node_of
+from launcher.runs.wording import duration
+from launcher.values import parse_seconds
+
+_NAMED = 3
+"""Plans that do not fit and are named in an error."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One of several plans beside each other."""
+
+    gpu: str
+    plan: Plan
+    forecast: Forecast | None
+    price: float | None = None
+    """Of one GPU and hour."""
+    why_not: str | None = None
+    """Why it will not do, where one was sought that does."""
+    traced: Forecast | None = None
+    """By the model's real class, where that was asked for."""
+
+    @property
+    def hours(self) -> float | None:
+        """Return the hours to the end of training; None where number or speed of the steps is not known."""
+        lasts = self.forecast and self.forecast.duration
+        return lasts.total / 3600 if lasts else None
+
+    @property
+    def cost(self) -> float | None:
+        """Return what all GPUs cost to the end of training."""
+        return (
+            None
+            if self.hours is None or self.price is None
+            else self.hours * self.plan.mesh.world_size * self.price
+        )
+
+    @property
+    def gpus(self) -> str:
+        """Return kind and number: `8 x h100-80gb`."""
+        return f"{self.plan.mesh.world_size} x {self.gpu}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for machines; sizes in bytes, times in seconds or hours as they are named."""
+        shown = {
+            "engine",
+            "sharding",
+            "offload",
+            "activation_checkpointing",
+            "batch",
+            "mesh",
+            "decisions",
+            "refused",
+        }
+        facts = {"gpu": self.gpu, "gpus": self.plan.mesh.world_size, "hours": self.hours, "cost": self.cost}
+        facts |= {"why_not": self.why_not} | self.plan.model_dump(mode="json", include=shown)
+        return facts | {"forecast": self.forecast.to_dict() if self.forecast else None}
+
+
+def with_network(job: Job, network: str | None) -> Job:
+    """Return the job with its nodes joined by `network`, where it is given.
+
+    Raises ConfigurationError for a network that the table does not have.
+    """
+    if network is None:
+        return job
+    if network not in NETWORKS:
+        raise ConfigurationError(
+            Problem("--network", network, f"is not in the table; there are {', '.join(NETWORKS)}")
+        )
+    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"network": network})})
+
+
+def gpu_types(job: Job, names: str | None) -> list[GpuType]:
+    """Return the GPUs of these names with commas, else the one of the job, else those of this machine.
+
+    Raises ConfigurationError where there are none, or where the table does not have one.
+    """
+    if names is not None:
+        types = [gpu_type(name) for name in names.split(",")]
+    elif job.cluster.gpu is not None:
+        types = [gpu_type(job.cluster.gpu, "cluster.gpu")]
+    else:
+        here = seen(Hardware.detect())
+        if here is None:
+            raise ConfigurationError(
+                Problem("--gpu", None, "has to say which GPU, as there is none here; add --gpu h100-80gb")
+            )
+        types = [here]
+    return [on_network(gpu, job.cluster.network) for gpu in types]
+
+
+def plan_on(
+    job: Job,
+    gpu: GpuType,
+    num_gpus: int | None = None,
+    offloading: Offloading = "where needed",
+    trace: Trace | None = None,
+) -> PlanRow:
+    """Return the job's plan on such GPUs: as many as it says, or `num_gpus`: part of a node or whole ones."""
+    cluster, ranks = job.cluster, _gpus_per_node(job)
+    nodes = cluster.nodes
+    if num_gpus is not None:
+        ranks = min(ranks, num_gpus)
+        nodes = num_gpus // ranks
+    sizes = {"gpus_per_node": ranks, "ranks_per_node": "auto", "nodes": nodes}
+    node = node_of(cluster, gpu, ranks)
+    pinned = job.model_copy(update={"cluster": cluster.model_copy(update=sizes)})
+    plan = plan_job(pinned, None, node, local=False, offloading=offloading, trace=trace)
+    target = Target(gpu.memory_bytes, gpu, node.memory_bytes)
+    return PlanRow(
+        gpu.key, plan, forecast(plan, target), traced=forecast(plan, target, trace) if trace else None
+    )
+
+
+def _gpus_per_node(job: Job) -> int:
+    """Return the GPUs of a node: as the job says, or what nodes commonly have."""
+    asked = job.cluster.gpus_per_node
+    return GPUS_PER_NODE if asked in ("auto", 0) else int(asked)
+
+
+def compare(job: Job, names: str | None, network: str | None = None) -> list[PlanRow]:
+    """Return the job's plan on each of several kinds of GPU, by their names with commas (`gpu_types`)."""
+    job = with_network(job, network)
+    return [plan_on(job, gpu) for gpu in gpu_types(job, names)]
+
+
+def scale(
+    job: Job, span: str, name: str | None, network: str | None = None
+) -> tuple[list[PlanRow], tuple[Refused, ...]]:
+    """Return the job's plans on the GPUs of a span (`8..1024`), doubled each time, and the numbers left out.
+
+    Raises ConfigurationError where no number is possible, with the nearest that are.
+    """
+    first, _, last = span.partition("..")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise ConfigurationError(Problem("--scale", span, "is no span of numbers of GPUs; write 8..1024"))
+    numbers = [
+        number for power in range(int(last).bit_length()) if (number := int(first) << power) <= int(last)
+    ]
+    job = with_network(job, network)
+    gpu, *others = gpu_types(job, name)
+    if others:
+        raise ConfigurationError(Problem("--gpu", name, f"--scale is of one kind of GPU; write {gpu.key}"))
+    rows: list[PlanRow] = []
+    reasons: dict[tuple[Why, str], list[int]] = {}
+    for number in numbers:
+        reason = _impossible(job, number)
+        if reason is None:
+            try:
+                rows.append(plan_on(job, gpu, number))
+                continue
+            except ConfigurationError as error:
+                reason = f"{error.problems[0].key}: {error.problems[0].reason}"
+        reasons.setdefault(("not possible", reason), []).append(number)
+    refused = refused_numbers(reasons, "GPU")
+    if not rows:
+        raise _nothing_in_span(job, gpu, span, numbers[0], refused)
+    return rows, refused
+
+
+def _impossible(job: Job, num_gpus: int) -> str | None:
+    """Return why the job cannot be on so many GPUs; None where nothing is known against it."""
+    size, whole = job.batch.global_batch_size, _gpus_per_node(job)
+    if num_gpus > whole and num_gpus % whole:
+        return f"no whole number of nodes of {whole} GPUs"
+    return f"batch.global_batch_size {size} cannot be cut over so many" if size % num_gpus else None
+
+
+def _nothing_in_span(
+    job: Job, gpu: GpuType, span: str, first: int, refused: Iterable[Refused]
+) -> ConfigurationError:
+    """Return what is wrong with all numbers of a span, with the nearest that work or what is wrong there."""
+    possible = [
+        number for number in divisors(job.batch.global_batch_size) if _impossible(job, number) is None
+    ]
+    below = [number for number in reversed(possible) if number <= first]
+    working: list[int] = []
+    error: ConfigurationError | None = None
+    for numbers in (below, [number for number in possible if number > first]):
+        for number in numbers:
+            try:
+                plan_on(job, gpu, number)
+            except ConfigurationError as caught:
+                error = error or ConfigurationError(caught.problems[0])
+            else:
+                working.append(number)
+                break
+    if not working and error is not None:
+        return error
+    reasons = "; ".join(f"{each.what}: {each.reason}" for each in refused)
+    return ConfigurationError(
+        Problem("--scale", span, f"{reasons}; the nearest that work: {nearest(first, working)}")
+    )
+
+
+def fewest_gpus(
+    job: Job, deadline: str | None, most: int, names: str | None, network: str | None = None
+) -> list[PlanRow]:
+    """Return of each kind of GPU the plan on the fewest that fit and, with a deadline, end within it.
+
+    Looked at are at most `most`, within the range of nodes that the job may name. A kind of which no number
+    will do has the nearest plan, and why it will not. Raises ConfigurationError where no kind does, with the
+    nearest of each.
+    """
+    seconds = None if deadline is None else _seconds(job, deadline)
+    job = with_network(job, network)
+    types, numbers = gpu_types(job, names), _numbers_of_gpus(job, most)
+    rows = [_fewest_of_type(job, gpu, numbers, most, seconds, deadline) for gpu in types]
+    if all(row.why_not for row in rows):
+        problems = []
+        for row in rows:
+            fits = row.forecast is not None and row.forecast.fits
+            key, value = ("--deadline", deadline) if fits else ("--max-gpus", most)
+            problems.append(Problem(key, value, row.why_not or ""))
+        raise ConfigurationError(problems)
+    return rows
+
+
+def _seconds(job: Job, deadline: str) -> float:
+    """Return a deadline in seconds. Raises ConfigurationError also for an unknown number of steps."""
+    seconds = parse_seconds(deadline)
+    if not isinstance(seconds, float):
+        raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
+    model = locate(job.model.name, job.model.revision)
+    unknown = job.training.max_steps is None and why_no_epoch(job.data.train, job.data, model, job.model.task)
+    if unknown:
+        reason = f"needs training.max_steps, as how many steps an epoch has is not known: {unknown}"
+        raise ConfigurationError(Problem("--deadline", deadline, reason))
+    return seconds
+
+
+def _numbers_of_gpus(job: Job, most: int) -> list[int]:
+    """Return the numbers of GPUs that may be taken: parts of a node and whole nodes, of the job's range.
+
+    Raises ConfigurationError where there is none.
+    """
+    whole, (low, high) = _gpus_per_node(job), node_range(job.cluster.nodes)
+    nodes = range(low, high + 1) if low < high else range(1, max(1, most // whole) + 1)
+    parts = range(1, whole) if low == high else ()
+    named = [number for number in (*parts, *(count * whole for count in nodes)) if number <= most]
+    if not named:
+        reason = f"cluster.nodes {job.cluster.nodes} begins with {low * whole} GPUs"
+        reason += "; write so many or more, or a range that begins lower"
+        raise ConfigurationError(Problem("--max-gpus", most, reason))
+    numbers = [number for number in named if _impossible(job, number) is None]
+    if numbers:
+        return numbers
+    size = job.batch.global_batch_size
+    working = [f"global_batch_size {multiples_around(size, named[0])}"]
+    counts = [number // whole for number in divisors(size) if number % whole == 0]
+    working += [f"cluster.nodes {nearest(low, counts)}"] if counts else []
+    span = f"{named[0]} to {named[-1]} GPUs" if len(named) > 1 else f"{named[0]} GPUs"
+    reason = f"cannot be cut over {span}, the nodes {job.cluster.nodes} of {whole}"
+    reason += f"; what works: {', '.join(working)}"
+    raise ConfigurationError(Problem("batch.global_batch_size", size, reason))
+
+
+def _fewest_of_type(
+    job: Job, gpu: GpuType, numbers: list[int], most: int, seconds: float | None, deadline: str | None
+) -> PlanRow:
+    """Return the plan on the fewest GPUs of a kind that will do, or the nearest with why it will not.
+
+    Raises ConfigurationError where the reason is neither memory nor time, and so the same for every number.
+    """
+    smallest = SmallestCluster(numbers, offload_modes(job), seconds)
+    for number, offloading in smallest.candidates():
+        try:
+            row = plan_on(job, gpu, number, offloading)
+        except ConfigurationError as error:
+            smallest.reject(number, error)
+        else:
+            smallest.add(Attempt(number, row.plan, row.forecast))
+    if smallest.taken is None:
+        if smallest.hopeless is not None:
+            raise smallest.hopeless
+        return _nearest_miss(job, gpu, smallest, most)
+    row = PlanRow(gpu.key, smallest.taken.plan, smallest.taken.forecast)
+    plan, number = row.plan, smallest.taken.count
+    ends = "" if row.hours is None or deadline is None else f" and end within {deadline} ({row.hours:.2f} h)"
+    offloaded = "; without offloading none does" if smallest.needs_offloading else ""
+    reason = f"{number} GPU{'s' * (number > 1)}: the fewest that fit{ends}{offloaded}"
+    decision = Decision(key="cluster.nodes", value=plan.mesh.nodes, reason=reason)
+    decisions = (decision, *(other for other in plan.decisions if other.key != decision.key))
+    refused = (*smallest.refused("GPU"), *plan.refused)
+    return replace(row, plan=plan.model_copy(update={"decisions": decisions, "refused": refused}))
+
+
+def _nearest_miss(job: Job, gpu: GpuType, smallest: SmallestCluster, most: int) -> PlanRow:
+    """Return the plan that fits and ends first, though late; where none fits, the one that lacks least."""
+    if smallest.late:
+        late = [PlanRow(gpu.key, each.plan, each.forecast) for each in smallest.late]
+        best = min(late, key=lambda row: float("inf") if row.hours is None else row.hours)
+        ends = "when it ends is not known"
+        if best.hours is not None:
+            ends = f"the nearest is {duration(3600 * best.hours)} on {best.gpus}"
+        return replace(best, why_not=f"no plan on up to {most} GPUs ends in time; {ends}")
+    forecasts = [each.forecast for each in smallest.attempts if each.forecast is not None]
+    wanted = min(forecasts, key=lambda each: _shortage(least(each)))
+    row = PlanRow(gpu.key, wanted.plan, wanted)
+    lacks = [f"{each.what}: {each.reason}" for each in wanted.plan.refused if each.why == "does not fit"]
+    reasons = "; ".join(lacks[:_NAMED]) or f"{least(wanted).lack} at the least"
+    suggestions = nearest_that_fit(wanted, 1, _gpus_per_node(job))
+    then = f"the nearest that fits: {suggestions[0].text}" if suggestions else "nothing near it fits"
+    why_not = f"no plan on up to {most} GPUs fits; nothing fits on so few: on {row.gpus} {reasons}; {then}"
+    return replace(row, why_not=why_not)
+
+
+def _shortage(wanted: Forecast) -> float:
+    """Return what is needed as a share of what there is, of the device or the host, whichever is more."""
+    target, host = wanted.target, 0.0
+    device = wanted.footprint.highest.total / target.memory_bytes if target.memory_bytes else 0.0
+    if target.host_memory_bytes and wanted.plan.offload != "none":
+        host = wanted.host_bytes / target.host_memory_bytes
+    return max(device, host)
+
+
+def with_prices(rows: list[PlanRow], texts: Iterable[str]) -> list[PlanRow]:
+    """Return the rows with the prices of their GPUs: `h100-80gb=2.5` is the price of one GPU and hour.
+
+    Raises ConfigurationError for a text that is no price, and for a GPU that none of the rows is of.
+    """
+    prices: dict[str, float] = {}
+    for text in texts:
+        name, _, amount = text.partition("=")
+        try:
+            price = float(amount)
+        except ValueError:
+            price = float("nan")
+        if not isfinite(price) or price < 0:
+            raise ConfigurationError(
+                Problem("--price", text, "is no price; write NAME=AMOUNT, as h100-80gb=2.5")
+            )
+        prices[gpu_type(name, "--price").key] = price
+    there = list(dict.fromkeys(row.gpu for row in rows))
+    for name in prices.keys() - set(there):
+        raise ConfigurationError(
+            Problem("--price", name, f"is of a GPU that is not planned for; there are {', '.join(there)}")
+        )
+    return [replace(row, price=prices.get(row.gpu)) for row in rows]

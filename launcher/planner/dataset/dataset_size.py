@@ -1,0 +1,143 @@
+"""Estimate the number and length of an epoch's items from a sample of the data files."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from pathlib import Path
+
+from launcher import tasks
+from launcher.data.sample import look
+from launcher.data.section import Data, Source
+from launcher.errors import DataError
+from launcher.planner.dataset.token_lengths import CHARACTERS, lengths, why_unusable
+from launcher.planner.model.model_config import locate
+from launcher.planner.plan import BatchPlan, Plan
+
+
+@dataclass(frozen=True)
+class Items:
+    """What one pass over the data takes, as far as a look at some rows tells."""
+
+    num_items: int
+    """Samples, or packs."""
+    num_rows: int
+    lengths: tuple[int, ...]
+    """Tokens of the samples that were looked at, as they would be trained."""
+    by_tokenizer: bool
+    """Whether the model's own tokenizer counted them."""
+    packed: bool
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a sample."""
+        return sum(self.lengths) / len(self.lengths)
+
+    def padded(self, batch: BatchPlan) -> float:
+        """Tokens of a sample with its padding, where a global batch is dealt by length into micro-batches."""
+        shuffled = random.Random(0).sample(self.lengths, len(self.lengths))
+        size, micro = min(batch.global_batch_size, len(shuffled)), batch.micro_batch_size
+        total = count = 0
+        for start in range(0, len(shuffled) - size + 1, size):
+            dealt = sorted(shuffled[start : start + size], reverse=True)
+            total += sum(dealt[first] * len(dealt[first : first + micro]) for first in range(0, size, micro))
+            count += size
+        return total / count
+
+    def words(self) -> str:
+        """What there is, and what that rests on."""
+        kind = "packs" if self.packed else "samples"
+        how = "by the model's tokenizer" if self.by_tokenizer else f"at {CHARACTERS} characters a token"
+        return (
+            f"about {self.num_items:,} {kind} of {self.num_rows:,} rows, {how} ({len(self.lengths):,} rows "
+            "looked at)"
+        )
+
+
+def training_items(plan: Plan) -> Items | None:
+    """One pass over the training data; None as for `one_pass`, and where a script brings its own."""
+    return (
+        None
+        if plan.script
+        else one_pass(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    )
+
+
+def evaluation_items(plan: Plan) -> Items | None:
+    """One pass over the rows held out; None where there are none, or as for the training data."""
+    source = plan.data.evaluation
+    return (
+        None
+        if plan.script or source is None
+        else one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    )
+
+
+def why_no_items(plan: Plan) -> str | None:
+    """Why nothing is known of a pass over the training data, in one clause; None where it is, and where a
+    script brings its own."""
+    return (
+        None
+        if plan.script
+        else why_no_epoch(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    )
+
+
+def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
+    """One pass over a source; None where it is not in files here, or where they cannot be read."""
+    found = _looked(source, data, model, task, _changed(source))
+    return found if isinstance(found, Items) else None
+
+
+def why_no_epoch(source: Source, data: Data, model: str, task: str) -> str | None:
+    """Why nothing is known of one pass over a source, in one clause; None where it is known."""
+    found = _looked(source, data, model, task, _changed(source))
+    return found if isinstance(found, str) else None
+
+
+def _changed(source: Source) -> int:
+    try:
+        return Path(source.path).stat().st_mtime_ns if source.path else 0
+    except OSError:  # a pattern, or nothing
+        return 0
+
+
+@lru_cache(maxsize=8)
+def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | str:
+    """What there is, or why it is not known. A search asks for the same again and again; `changed` lets what
+    was seen of an older file be forgotten."""
+    learned = tasks.find(task)(data)
+    try:
+        seen = look(source, learned.columns)
+    except DataError as error:
+        return str(error)
+    if not seen.rows:
+        return f"{source.path} has no rows"
+    found, by_tokenizer = lengths(seen.rows, learned, model)
+    if not found:
+        return (
+            f"{source.path}: no row that was looked at can be used, the first for: "
+            f"{why_unusable(seen.rows, learned)}"
+        )
+    scale, packed = seen.num_rows / len(seen.rows), learned.packs
+    number = ceil(scale * fewest_packs(found, data.max_length)) if packed else round(scale * len(found))
+    return Items(max(1, number), seen.num_rows, found, by_tokenizer, packed)
+
+
+def fewest_packs(found: Sequence[int], capacity: int) -> float:
+    """Packs of `capacity` that samples of these lengths need at the least, which the packing comes close to.
+
+    The bound L2 of Martello and Toth 1990 (Knapsack Problems, section 8.3), but not rounded up, as the
+    samples stand for many more.
+    """
+    best = 0.0
+    for small in {0, *(length for length in found if length <= capacity // 2)}:
+        alone = [length for length in found if length > capacity - small]
+        halves = [length for length in found if capacity - small >= length > capacity / 2]
+        rest = sum(length for length in found if capacity / 2 >= length >= small)
+        over = max(0.0, (rest - (len(halves) * capacity - sum(halves))) / capacity)
+        best = max(best, len(alone) + len(halves) + over)
+    return best

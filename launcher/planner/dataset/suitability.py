@@ -1,0 +1,110 @@
+"""Check a job's rows against its model's files: lengths and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.data.section import Data
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Job, Model
+from launcher.job.script_job import OWN
+from launcher.planner.model import positions
+from launcher.planner.model.model_config import config_of, locate, num_embeddings
+from launcher.planner.model.model_support import WITHOUT_ADAPTER
+from launcher.planner.model.vocabulary import read_vocabulary
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong, and what is worth knowing though it works."""
+
+    problems: tuple[Problem, ...] = ()
+    remarks: tuple[Problem, ...] = ()
+
+
+def look(job: Job) -> Findings:
+    """Return what a job's model and its tokenizer say against its data; nothing where they are not here, and
+    for a script's own data."""
+    if job.data.train.name == OWN or job.model.name == OWN:
+        return Findings()
+    found = [_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model)]
+    return Findings(
+        tuple(one for each in found for one in each.problems),
+        tuple(one for each in found for one in each.remarks),
+    )
+
+
+def check(job: Job) -> list[Problem]:
+    """Return what is worth knowing. Raises ConfigurationError with everything that is wrong."""
+    found = look(job)
+    if found.problems:
+        raise ConfigurationError(list(found.problems))
+    return list(found.remarks)
+
+
+def _lengths(model: Model, data: Data) -> Findings:
+    config = config_of(model) or {}
+    if (table := positions.held(config)) is not None and data.max_length > table[0]:
+        reason = (
+            f"a {config['model_type']} model has no positions beyond {table[0]:,} ({table[1]}); write "
+            f"{table[0]} or less"
+        )
+        return Findings((Problem("data.max_length", data.max_length, reason),))
+    if (made_for := positions.trained(config)) is not None and data.max_length > made_for[0]:
+        reason = (
+            f"the model was made for {made_for[0]:,} positions ({made_for[1]}): those beyond are new to "
+            "it, and no error says so"
+        )
+        return Findings((), (Problem("data.max_length", data.max_length, reason),))
+    return Findings()
+
+
+def _tokens(model: Model) -> Findings:
+    vocabulary = read_vocabulary(locate(model.name, model.revision))
+    num_rows = num_embeddings(config_of(model.model_copy(update={"resize_embeddings": None})) or {})
+    if vocabulary is None or num_rows is None or not (missing := vocabulary.without_row(num_rows)):
+        return Findings()
+    shown = ", ".join(f"{name!r} ({number})" if name else str(number) for number, name in missing[:_SHOWN])
+    shown += f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    what = (
+        f"the tokenizer has {vocabulary.num_ids:,} tokens and the embedding {num_rows:,} rows "
+        f"(vocab_size): there is none for {shown}"
+    )
+    if model.resize_embeddings is None:
+        reason = (
+            f"{what}. Write model.resize_embeddings: true for new rows, or false where no row of data has "
+            "such a token"
+        )
+        return Findings((Problem("model.name", model.name, reason),))
+    if model.resize_embeddings:
+        reason = f"{what}. It gets {vocabulary.num_ids - num_rows:,} new rows, the mean of the old ones"
+        return Findings((), (Problem("model.resize_embeddings", True, reason),))
+    return Findings(
+        (), (Problem("model.resize_embeddings", False, f"{what}. Data with such a token will be refused"),)
+    )
+
+
+def _adapter(model: Model) -> Findings:
+    kind = (config_of(model) or {}).get("model_type")
+    if (
+        model.adapter is None
+        or (layer := WITHOUT_ADAPTER.get(str(kind))) is None
+        or not model.adapter.takes(layer)
+    ):
+        return Findings()
+    what = f"{layer} of a {kind} model can have no adapter, as its kernels take the matrix past the layer"
+    if model.adapter.targets == "all-linear":
+        return Findings(
+            (), (Problem("model.adapter.targets", "all-linear", f"{what}: the other linear layers get one"),)
+        )
+    return Findings(
+        (
+            Problem(
+                "model.adapter.targets",
+                list(model.adapter.targets),
+                f"{what}; name others, or write all-linear",
+            ),
+        )
+    )

@@ -1,0 +1,70 @@
+"""Count the tokens of sampled rows: by the model's tokenizer, else by their characters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.data.rows import TOO_LONG, RowProblem
+from launcher.planner.model.model_config import locate
+from launcher.tasks.task import Task
+
+CHARACTERS = 4
+"""Of a token of English, where the model has no tokenizer.json here: a rule of thumb."""
+_LONGEST = 16
+"""Characters for each token that may stay of a sample, beyond which a text is too long whatever its tokens
+are."""
+Rows = Sequence[dict[str, Any] | RowProblem]
+
+
+def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
+    """Return the tokens of the sample that each row becomes, without those that become none, and whether the
+    model's tokenizer counted."""
+    texts_by_row = [texts for row in rows if not isinstance(texts := _texts(row, task), RowProblem)]
+    tokenizer, limit = _tokenizer(model), task.data.max_length
+    flat = [text[: _LONGEST * limit] for texts in texts_by_row for text in texts]
+    counts = iter(
+        [len(text) // CHARACTERS + 1 for text in flat] if tokenizer is None else _tokens(flat, tokenizer)
+    )
+    whole = [
+        sum(next(counts) for _ in texts) + task.added_tokens(len(texts), tokenizer) for texts in texts_by_row
+    ]
+    return tuple(
+        min(length, limit) for length in whole if task.data.too_long == "cut" or length <= limit
+    ), tokenizer is not None
+
+
+def why_unusable(rows: Rows, task: Task) -> RowProblem:
+    """Return why the first of some rows that become no sample is none."""
+    problems = (texts for row in rows if isinstance(texts := _texts(row, task), RowProblem))
+    return next(problems, RowProblem(TOO_LONG, f"more tokens than max_length = {task.data.max_length:,}"))
+
+
+def _texts(row: dict[str, Any] | RowProblem, task: Task) -> list[str] | RowProblem:
+    if isinstance(row, RowProblem):
+        return row
+    try:
+        return task.texts(row)
+    except RowProblem as problem:
+        return problem
+
+
+def _tokenizer(model: str) -> Any:
+    """The model's tokenizer, by the library that transformers has it from; None where its file is not here."""
+    path = Path(locate(model)) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        found = Tokenizer.from_file(str(path))
+    except Exception:  # the library raises nothing more precise; the trainer says what is wrong with it
+        return None
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
+def _tokens(texts: list[str], tokenizer: Any) -> list[int]:
+    return [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

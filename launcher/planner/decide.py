@@ -1,0 +1,169 @@
+"""Make a candidate plan of a job: each `auto` that takes no forecast becomes a value with its reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict
+
+from launcher import tasks
+from launcher.errors import ConfigurationError
+from launcher.job.schema import Checkpoint, Job, Precision
+from launcher.planner.dataset import suitability
+from launcher.planner.decider import Decider
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.plan import Length, Mesh, Plan, Zero
+from launcher.planner.resolve import slurm_request
+from launcher.planner.resolve.batch import divide
+from launcher.planner.resolve.mesh import mesh as arrange
+from launcher.planner.resolve.sample_layout import choose_way
+from launcher.planner.resolve.sharding import STAGES, Layout
+from launcher.planner.resolve.zero_buckets import Buckets
+
+
+def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
+    """Return the plan that a job begins with: one engine and its cut of least memory.
+
+    What takes a forecast to choose is not decided: nothing is offloaded, and a pass is one sample, all of
+    it computed again, until `search` chooses. nproc: ranks of a node, where they are given. Not local: it is
+    for other machines, and what this one lacks is no reason to refuse.
+
+    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
+    divide, packages that are missing.
+    """
+    decider = Decider(job, hardware, nproc, local)
+    decider.take(suitability.look(job))
+    mesh, placed = arrange(decider)
+    precision = _precision(decider, mesh)
+    way = choose_way(decider, mesh.device)
+    trackers = _trackers(decider)
+    num_workers = _num_workers(decider)
+    asked = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
+    if decider.problems:
+        raise ConfigurationError(decider.problems)
+    batch = divide(job.batch, mesh.world_size)
+    recompute = job.memory.activation_checkpointing
+    length = _length(decider)
+    left_open = tasks.find(job.model.task)(job.data).left_open()
+    settled = {left.key: decider.decide(f"data.{left.key}", left.value, left.reason) for left in left_open}
+    return Plan(
+        name=job.name,
+        task=job.model.task,
+        engine=placed.engine,
+        sharding=placed.sharding,
+        offload=placed.offload,
+        offload_to=placed.offload_to,
+        zero=_zero(decider, placed),
+        slurm=asked,
+        precision=precision,
+        activation_checkpointing="full" if recompute == "auto" else recompute,
+        attention=way.attention,
+        layout=way.layout,
+        head=way.head,
+        num_data_workers=num_workers,
+        trackers=trackers,
+        grace_seconds=job.cluster.grace,
+        share_with_group=job.cluster.share_with_group,
+        hang_after=None if job.cluster.hang_after == "auto" else job.cluster.hang_after,
+        length=length,
+        batch=batch,
+        mesh=mesh,
+        model=job.model.model_copy(
+            update={"attention": "sdpa" if way.attention == "packed" else way.attention}
+        ),
+        data=job.data.model_copy(update={"num_workers": num_workers, **settled}),
+        training=job.training.model_copy(update={"epochs": length.value} if length.unit == "epochs" else {}),
+        checkpoint=_checkpoint(decider, placed),
+        evaluate_every=job.training.evaluate_every,
+        decisions=tuple(decider.decisions),
+    )
+
+
+def _precision(decider: Decider, mesh: Mesh) -> Precision:
+    asked = decider.job.precision
+    if asked != "auto":
+        return asked
+    if mesh.device == "cuda":
+        weak = [gpu for gpu in decider.hardware.gpus if 0 < gpu.compute_capability < 8]
+        if weak:
+            return decider.decide("precision", "fp16", f"{weak[0].name} has no bf16 matrix units")
+        return decider.decide(
+            "precision", "bf16", "the GPU's matrix units run it at full rate, and it needs no loss scaling"
+        )
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in decider.hardware.cpu_flags]
+    if flags:
+        return decider.decide("precision", "bf16", f"this processor multiplies bf16 in hardware ({flags[0]})")
+    return decider.decide(
+        "precision",
+        "fp32",
+        "this processor has no bf16 units: it would make the products in fp32 and round them",
+    )
+
+
+def _trackers(decider: Decider) -> tuple[str, ...]:
+    asked = decider.job.trackers
+    if asked == "auto":
+        if importlib.util.find_spec("tensorboard"):
+            return (decider.decide("trackers", "tensorboard", "it is installed"),)
+        decider.decide(
+            "trackers", "none", "tensorboard is not installed; metrics.jsonl is written in any case"
+        )
+        return ()
+    for name in asked:
+        if importlib.util.find_spec(name) is None:
+            decider.refuse(
+                "trackers",
+                name,
+                "the package is not installed; install it or leave it out (metrics.jsonl is always written)",
+            )
+    return asked
+
+
+def _num_workers(decider: Decider) -> int:
+    asked = decider.job.data.num_workers
+    if asked != "auto":
+        return asked
+    return decider.decide(
+        "data.num_workers", min(decider.hardware.num_cores, 16), "one for each core, before the ranks begin"
+    )
+
+
+def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
+    """Return how to save: not in the background, by a copy in memory, where the state is on files."""
+    asked = decider.job.checkpoint
+    if placed.offload_to == "cpu" or not asked.asynchronous:
+        return asked
+    reason = "a save in the background would copy into memory what is on files"
+    return asked.model_copy(update={"asynchronous": decider.decide("checkpoint.async", False, reason)})
+
+
+def _zero(decider: Decider, placed: Layout) -> Zero | None:
+    """DeepSpeed's stage and sizes, each written down with its reason."""
+    if placed.engine != "deepspeed" or placed.sharding == "none":
+        return None
+    parallel = decider.job.parallel
+    sizes, reasons = Buckets.of(
+        ModelShape.read(decider.job.model),
+        placed.offload_to != "cpu",
+        placed.offload_to != "cpu" and placed.offload == "parameters",
+    )
+    for name, reason in reasons.items():
+        decider.decide(f"zero.{name}", getattr(sizes, name), reason)
+    return Zero(
+        stage=STAGES[placed.sharding],
+        **asdict(sizes),
+        secondary_shard=parallel.secondary_shard,
+        quantized_weights=parallel.quantized_weights,
+        quantized_gradients=parallel.quantized_gradients,
+    )
+
+
+def _length(decider: Decider) -> Length:
+    training = decider.job.training
+    if training.max_steps is not None:
+        return Length(value=training.max_steps, unit="steps")
+    if training.epochs is not None:
+        return Length(value=training.epochs, unit="epochs")
+    return Length(
+        value=decider.decide("training.epochs", 1.0, "neither epochs nor max_steps is given"), unit="epochs"
+    )

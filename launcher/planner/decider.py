@@ -1,0 +1,43 @@
+"""The state of deciding: the job, the machine, decisions and refusals so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from launcher.errors import Problem
+from launcher.job.schema import Job
+from launcher.planner.dataset.suitability import Findings
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.plan import Decision
+
+Value = TypeVar("Value", bound=str | int | float | bool)
+
+
+@dataclass
+class Decider:
+    """The job, the machine, and the decisions so far."""
+
+    job: Job
+    hardware: Hardware
+    nproc: int | None
+    local: bool
+    """It will run on this machine; else on another, of which only the job is known."""
+    decisions: list[Decision] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def decide(self, key: str, value: Value, reason: str) -> Value:
+        """Write a decision down and return its value."""
+        self.decisions.append(Decision(key=key, value=value, reason=reason))
+        return value
+
+    def take(self, found: Findings) -> None:
+        """Write down what speaks against the job, and what is worth knowing beside the decisions."""
+        self.problems += found.problems
+        for remark in found.remarks:
+            assert isinstance(remark.value, (str, int, float, bool))
+            self.decide(remark.key, remark.value, remark.reason)
+
+    def refuse(self, key: str, value: object, reason: str) -> None:
+        """Write a problem down; `plan` raises them all together."""
+        self.problems.append(Problem(key, value, reason))

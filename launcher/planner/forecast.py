@@ -1,0 +1,230 @@
+"""Forecast what a plan needs and how fast it is: the verdict before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import NetworkName
+from launcher.planner.dataset.dataset_size import Items, evaluation_items, training_items
+from launcher.planner.hardware.calibration import kind_of
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.memory.estimate import Estimator, Footprint, batch_of
+from launcher.planner.memory.estimate import estimator as make_estimator
+from launcher.planner.memory.families import KNOWN, WITH_ADAPTERS, Program, nearest, program_of
+from launcher.planner.memory.simple_rule import gib, keeps_freed
+from launcher.planner.model.model_config import config_of
+from launcher.planner.plan import Plan
+from launcher.planner.speed.duration import Duration, duration
+from launcher.planner.speed.step_time import Speed, speed
+from launcher.planner.target import USABLE, Target, target_here
+from launcher.runs import wording
+
+Trace = Callable[[Plan], Program]
+"""Makes a program of a plan's model from its real class."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Memory, speed and verdict of a plan on its target."""
+
+    plan: Plan
+    footprint: Footprint
+    target: Target
+    """The device that it counts with."""
+    checkpoint_bytes: int
+    """Of one checkpoint on the disk."""
+    trace: Trace | None = None
+    """What it went by in place of the formulas: the model's real class."""
+    speed: Speed | None = None
+    """None where the device's rates are not known."""
+    duration: Duration | None = None
+    """Of the whole job; None where its number of steps or the speed is not known."""
+    items: Items | None = None
+    """What was seen of the training data; None where that is not in files here."""
+    padded: float | None = None
+    """Tokens of a sample with its padding, that the speed is of; None: all are as long as they may be."""
+
+    @property
+    def step(self) -> float:
+        """Return the seconds of a step; 0 where the speed is not known."""
+        return self.speed.step if self.speed else 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Return whether every phase fits the device and the host; True where their memory is not known."""
+        return self.fits_device and self.fits_host
+
+    @property
+    def fits_device(self) -> bool:
+        """Return whether the highest phase fits a rank's device; True where its memory is not known."""
+        return not self.target.memory_bytes or self.footprint.highest.total <= self._usable_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        """Return whether what is offloaded fits a node's own memory; True where that is not known."""
+        if not self.target.host_memory_bytes or self.plan.offload == "none":
+            return True
+        return self.host_bytes <= self.target.host_memory_bytes * USABLE["cpu"]
+
+    @property
+    def _usable_bytes(self) -> int:
+        return self.target.usable_bytes(self.plan.mesh.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Return what the ranks of a node need together of its own memory."""
+        return max(phase.host for phase in self.footprint.phases) * self.plan.mesh.ranks_per_node
+
+    @property
+    def lack(self) -> str:
+        """Return what the plan needs of a memory that has less, in words."""
+        if not self.fits_device:
+            return f"{gib(self.footprint.highest.total)} of the {gib(self._usable_bytes)} of a rank"
+        usable = int(self.target.host_memory_bytes * USABLE["cpu"])
+        return f"{gib(self.host_bytes)} of the {gib(usable)} of the host's memory"
+
+    def line(self) -> str:
+        """Return the summary that `run` and `submit` print, in one line."""
+        highest, speed, there = self.footprint.highest, self.speed, self.target.memory_bytes
+        memory = f"{gib(highest.total)} of a rank's {gib(there)}" if there else f"{gib(highest.total)} a rank"
+        memory += f" with the {gib(highest.slack)} of slack that runs here had" if self.target.slack else ""
+        rate = ""
+        if speed:
+            share = "MFU" if self.plan.mesh.device == "cuda" else "of the measured rate"
+            share = f"{speed.utilisation:.0%} {share}"
+            learnt = f", x{speed.correction:.2f} a step as runs here took" if speed.correction != 1 else ""
+            rate = f", about {speed.tokens_per_second:,.0f} tokens/s ({share}{learnt})"
+        end = f", {wording.duration(self.duration.total)} to the end" if self.duration else ""
+        return f"{memory} at the highest ({highest.name}){rate}{end}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for machines; sizes in bytes, times in seconds."""
+        phases = {
+            phase.name: {
+                "bytes": phase.total,
+                "live": phase.peak,
+                "host_bytes": phase.host,
+                "at": phase.where,
+                "parts": phase.parts,
+            }
+            for phase in self.footprint.phases
+        }
+        target, kind = self.target, kind_of(self.plan, self.target.gpu)
+        content: dict[str, Any] = {"fits": self.fits, "memory_bytes": target.memory_bytes, "phases": phases}
+        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind, "traced": self.trace is not None}
+        content |= {"slack": target.slack, "slack_kind": target.slack_kind}
+        if self.speed:
+            s = self.speed
+            content["speed"] = {
+                "step_seconds": s.step, "correction": s.correction,
+                "tokens_per_second": s.tokens_per_second, "mfu": s.utilisation, "compute_seconds": s.compute,
+                "communication_seconds": s.communication, "exposed_seconds": s.exposed,
+                "optimizer_seconds": s.optimizer,
+            }  # fmt: skip
+        if d := self.duration:
+            content["duration"] = {
+                "seconds": d.total, "steps": d.num_steps, "data_seconds": d.data * d.num_steps,
+                "saves": d.num_saves, "saving_seconds": d.saving,
+                "evaluations": d.num_evaluations, "evaluating_seconds": d.evaluating,
+                "gpu_hours": d.total * self.plan.mesh.world_size / 3600,
+            }  # fmt: skip
+        if self.items:
+            content["epoch"] = {
+                "items": self.items.num_items,
+                "rows": self.items.num_rows,
+                "mean_tokens": self.items.mean,
+            }
+        return content
+
+
+def forecast(plan: Plan, target: Target, trace: Trace | None = None) -> Forecast | None:
+    """Return the forecast of a plan; None where its config is not here or the formulas do not know it.
+
+    trace: goes by the model's real class in place of the formulas.
+    """
+    estimator = _estimator(plan, trace, target.slack)
+    if estimator is None:
+        return None
+    footprint, gpu = estimator.footprint(), target.gpu
+    foreseen = Forecast(plan, footprint, target, estimator.checkpoint_bytes, trace)
+    if gpu is None:
+        return foreseen
+    roomy = keeps_freed(max(phase.peak for phase in footprint.phases), target.memory_bytes)
+    items, padded = training_items(plan), None
+    if items is None or items.packed:
+        rate = speed(plan, estimator.units, estimator.segments(), gpu, target.correction, roomy)
+    else:
+        # Samples that were looked at: the speed is that of samples as long as they are, with their padding.
+        padded = items.mean if plan.layout == "packed" else items.padded(plan.batch)
+        length = max(1, round(padded))
+        shorter = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
+        typical = _estimator(shorter, trace)
+        assert typical is not None  # of the same model
+        rate = speed(shorter, typical.units, typical.segments(), gpu, target.correction, roomy)
+        share = items.mean / length
+        rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
+    lasts = duration(
+        plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, evaluation_items(plan)
+    )
+    return replace(foreseen, speed=rate, duration=lasts, items=items, padded=padded)
+
+
+def forecast_here(
+    plan: Plan, hardware: Hardware, network: NetworkName | None = None, trace: Trace | None = None
+) -> Forecast | None:
+    """Return the forecast of a plan on this machine, with what was measured of it."""
+    return forecast(plan, target_here(plan, hardware, network), trace)
+
+
+def least_bytes(plan: Plan, trace: Trace | None = None) -> int:
+    """Return the bytes that a rank needs whatever a pass takes; 0 where the formulas know nothing."""
+    estimator = _estimator(plan, trace)
+    return estimator.least() if estimator is not None else 0
+
+
+def _estimator(plan: Plan, trace: Trace | None = None, slack: float | None = None) -> Estimator | None:
+    """Return what a plan's memory is estimated with; None where the formulas do not know the model.
+
+    Raises ConfigurationError for a config without a size that they need.
+    """
+    if trace is not None:
+        return Estimator(plan, trace(plan), batch_of(plan), slack)
+    config = config_of(plan.model)
+    try:
+        return None if config is None else make_estimator(plan, config, slack=slack)
+    except KeyError as error:
+        key, value, where = "model.name", plan.model.name, "its config.json"
+        if plan.model.config is not None:
+            key, value, where = "model.config", str(plan.model.config.get("model_type")), "it"
+        reason = f"{where} has no {error.args[0]}, which a {config and config.get('model_type')} model needs"
+        raise ConfigurationError(Problem(key, value, reason)) from None
+
+
+def formulas_know(plan: Plan) -> bool:
+    """Return whether the formulas know the plan's model and task."""
+    config = config_of(plan.model)
+    if config is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
+        return False
+    try:
+        return program_of(config, traits=tasks.find(plan.task).traits) is not None
+    except KeyError:
+        return False
+
+
+def why_not(plan: Plan) -> str:
+    """Return why there is no forecast, in one clause."""
+    config = config_of(plan.model)
+    if config is None:
+        ways = "fetch it, name its directory, or write model.config"
+        return f"no config.json of {plan.model.name} on this machine; {ways}"
+    kind = str(config.get("model_type"))
+    if plan.model.adapter is not None and kind not in WITH_ADAPTERS:
+        return f"the formulas know adapters beside {', '.join(WITH_ADAPTERS)}, and this is a {kind} model"
+    if kind in KNOWN:
+        return f"the formulas have {kind} for other tasks than {plan.task}"
+    closest = nearest(kind, tasks.find(plan.task).traits)
+    return f"the formulas do not know the architecture {kind}; the nearest they know is {closest}"

@@ -1,0 +1,1 @@
+"""What this machine and others can do: detected, measured, or from the table of GPUs."""

@@ -1,0 +1,116 @@
+"""Choose the rates a plan is timed with: this machine's measurements, else the GPU table."""
+
+from __future__ import annotations
+
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import HOST_BANDWIDTH, LINK_SHARE, PCIE_4, GpuType, seen
+from launcher.planner.memory.decoders import Llama
+from launcher.planner.memory.program import Batch, Setting
+from launcher.planner.plan import Plan
+from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
+
+MEASURED = "measured"
+"""What rates are called that `launcher bench` found."""
+_MATRIX_SHARE, _MEMORY_SHARE = 0.85, 0.9
+"""Of what `launcher bench` measures of a GPU, what training reaches: the shares of the data sheet's rates
+(0.6 and 0.8) over what large products and copies reach of them, 70% and 90%. Assumed: no GPU was at hand."""
+_CPU_MATRIX_SHARE, _CPU_MEMORY_SHARE, _CALLING, _WAITING = 0.95, 0.35, 1.8, 1.5
+"""Of what `launcher bench` measures of a CPU: a layer's products reach nearly all of the rate, operators a
+third of a large copy's; they are called less fast where ranks do more between them, and ranks that send wait
+for each other. Fitted to 171 plans of six jobs on two ranks (seed 7 of tests/benchmarks/bench_auto.py);
+docs/benchmarks/auto.md is of another seed."""
+
+
+def kind_of(plan: Plan, rates: GpuType | None = None) -> str:
+    """Runs that are alike in what the speed model may be wrong about, foreseen by `rates`."""
+    kind = (
+        f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
+    )
+    parts = {
+        f"{plan.offload} offloaded": plan.offload != "none",
+        "adapter": plan.model.adapter is not None,
+        "frozen": bool(plan.model.freeze),
+        f"{plan.mesh.nodes} nodes": plan.mesh.nodes > 1,
+        "by the table": rates is not None and rates.key != MEASURED,
+    }
+    return " ".join([kind, *(name for name, applies in parts.items() if applies)])
+
+
+def slack_kind(plan: Plan, hardware: Hardware) -> str:
+    """Runs that are alike in what their allocator keeps beside what lives: all of a device, or an engine
+    never tried would look leaner."""
+    return device_of(plan, hardware)
+
+
+def device_of(plan: Plan, hardware: Hardware) -> str:
+    """The name under which rates of the plan's device are kept."""
+    return hardware.gpus[0].name if plan.mesh.device == "cuda" and hardware.gpus else "cpu"
+
+
+def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) -> GpuType | None:
+    """What one rank of a plan on this machine computes with: as measured, else by the table of GPUs; None
+    where neither knows."""
+    known = (machine or Machine.read()).of(device_of(plan, hardware))
+    table = seen(hardware) if plan.mesh.device == "cuda" else None
+    if known is None or not known.matrix.get("fp32"):
+        return table
+    # Ranks on a CPU share what it has.
+    share = plan.mesh.ranks_per_node if plan.mesh.device == "cpu" else 1
+    link = known.link or (table.link if table else known.bandwidth / share)
+    full = known.matrix["fp32"] / share
+    ways = [rate for rate in (known.to_device, known.to_host) if rate]
+    host = (machine or Machine.read()).of("cpu")
+    return GpuType(
+        key=MEASURED,
+        name=known.device,
+        memory_bytes=hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node),
+        half_rate=known.matrix.get("fp16" if plan.precision == "fp16" else "bf16", known.matrix["fp32"])
+        / share,
+        full_rate=full,
+        bandwidth=known.bandwidth / share,
+        link=link,
+        network=table.network if table else link,
+        capability=table.capability if table else 0.0,
+        source=f"launcher bench, {known.when}",
+        **_shares(plan, known.link is not None),
+        operator_seconds=operator_seconds(known),
+        message_seconds=known.message and known.message * (_WAITING if plan.mesh.device == "cpu" else 1.0),
+        engine_seconds=_shared(known, plan.mesh.ranks_per_node),
+        host_link=min(ways) if ways else table.host_link if table else PCIE_4,
+        host_bandwidth=host.bandwidth if host else HOST_BANDWIDTH,
+    )
+
+
+def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
+    """What of measured rates a step reaches."""
+    if plan.mesh.device == "cpu":
+        return {
+            "matrix_share": _CPU_MATRIX_SHARE,
+            "memory_share": _CPU_MEMORY_SHARE,
+            "link_share": LINK_SHARE / _WAITING,
+        }
+    return {
+        "matrix_share": _MATRIX_SHARE,
+        "memory_share": _MEMORY_SHARE,
+        **({"link_share": 1.0} if link_known else {}),
+    }
+
+
+def _shared(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, float]]]:
+    """What messages cost in a step, and where more ranks share the CPU than it was measured with."""
+    more = max(1.0, num_ranks / rates.num_ranks)
+    return {
+        way: {name: (_WAITING * each, _WAITING * more * per_byte) for name, (each, per_byte) in kinds.items()}
+        for way, kinds in rates.engines.items()
+    }
+
+
+def operator_seconds(rates: Rates) -> dict[str, float]:
+    """Of calling one operator: the reference model's step by the operators that the memory model sees in it."""
+    program = Llama(REFERENCE)
+    found = {}
+    for way, seconds in rates.reference.items():
+        setting = Setting(Batch((REFERENCE_LENGTH,)), 4, way, "packed", rates.device != "cpu", "causal-lm")
+        calling = _CALLING if rates.device == "cpu" else 1.0
+        found[way] = calling * seconds / sum(segment.num_made for segment in program.blocks(setting))
+    return found

@@ -1,0 +1,309 @@
+"""Estimate the memory of a rank by phase and by kind."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher import tasks
+from launcher.job.adapter import Adapter
+from launcher.planner.memory.families import WITH_ADAPTERS, Program, adapted, frozen, program_of
+from launcher.planner.memory.fsdp import Cut, FsdpStep
+from launcher.planner.memory.program import Batch, Segment, Setting, Unit
+from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
+from launcher.planner.memory.zero import ZeroCut, ZeroStep
+from launcher.planner.plan import Plan
+from launcher.tasks.task import Traits
+
+DEFERRED_GRADIENT_BYTES = 4 << 30
+"""`_DEFERRED_GRADIENT_BYTES` of the FSDP engine, which a test holds equal."""
+PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
+STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
+STAGED = "staged checkpoint"
+CUDA_CONTEXT = 1 << 30
+"""Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
+CUDA_SLACK = 0.05
+"""Assumed, not measured here: what PyTorch's caching allocator keeps beyond what is live, as a share of what
+comes and goes in a step."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run on the rank that needs most."""
+
+    name: str
+    peak: int
+    """Bytes of live tensors at the highest moment."""
+    where: str
+    parts: dict[str, int]
+    """Bytes at that moment by what they are for; context and slack besides."""
+    host: int = 0
+    """Bytes in the host's memory, where that is another one."""
+
+    @property
+    def slack(self) -> int:
+        """Bytes that the allocator keeps beside what lives."""
+        return self.parts.get(SLACK, 0)
+
+    @property
+    def total(self) -> int:
+        """Bytes that the device has to have."""
+        return self.peak + self.parts.get(CONTEXT, 0) + self.slack
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """All phases of a plan."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def highest(self) -> Phase:
+        """The phase that needs most of the device."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def phase(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+def estimate(
+    plan: Plan, config: dict[str, Any], batch: Batch | None = None, num_labels: int = 2
+) -> Footprint | None:
+    """The footprint of a plan; None where the model's architecture is not known to the formulas.
+
+    `batch` is one micro-batch of a rank; left out, every sample is as long as the plan lets it be.
+    Raises KeyError where the config lacks a size.
+    """
+    made = estimator(plan, config, batch, num_labels)
+    return None if made is None else made.footprint()
+
+
+def estimator(
+    plan: Plan,
+    config: dict[str, Any],
+    batch: Batch | None = None,
+    num_labels: int = 2,
+    slack: float | None = None,
+) -> Estimator | None:
+    """As `estimate`, with what it is made from."""
+    traits = tasks.find(plan.task).traits if plan.task in tasks.TASKS else None
+    program = _program(json.dumps(config, default=str), num_labels, traits)
+    if program is None or (plan.model.adapter is not None and config.get("model_type") not in WITH_ADAPTERS):
+        return None
+    return Estimator(plan, program, batch or batch_of(plan), slack)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config: str, num_labels: int, traits: Traits | None) -> Program | None:
+    return program_of(json.loads(config), num_labels, traits)
+
+
+@functools.lru_cache(maxsize=8)
+def _units(program: Program, freeze: tuple[str, ...], adapter: Adapter | None) -> tuple[Unit, list[Unit]]:
+    """Once for all plans of a model: a unit remembers its sums, too."""
+    return frozen(program.units(), freeze) if adapter is None else adapted(program.units(), adapter)
+
+
+def batch_of(plan: Plan) -> Batch:
+    """One micro-batch of a rank where every sample is as long as the plan lets it be."""
+    return Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.layout != "packed")
+
+
+class Estimator:
+    """A plan, the program of its model, and one micro-batch."""
+
+    def __init__(self, plan: Plan, program: Program, batch: Batch, slack: float | None = None) -> None:
+        """`slack` is the allocator's share of what comes and goes, where it was measured; where more is
+        assumed, that counts."""
+        self.plan, self.program = plan, program
+        self.adapter = plan.model.adapter
+        self.units = _units(program, plan.model.freeze, self.adapter)
+        self.itemsize = 4 if plan.precision == "fp32" else 2
+        self.cuda = plan.mesh.device == "cuda"
+        self.slack = max(slack or 0.0, CUDA_SLACK if self.cuda else 0.0)
+        self.setting = Setting(
+            batch, self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda, plan.task,
+            frozen=plan.model.freeze, adapter=self.adapter, half=plan.precision == "fp16",
+        )  # fmt: skip
+        self.copies = (
+            STATE_COPIES[plan.training.optimizer]
+            if plan.training.optimizer != "sgd" or plan.training.momentum
+            else 0
+        )
+
+    def footprint(self) -> Footprint:
+        """All phases."""
+        steady = self._step()
+        states, host = self._states()
+        resident, staged = sum(states.values()), self._staged()
+        loaded = states | {PARAMETERS: states.get(PARAMETERS, 0) + self._loaded()}
+        loading = Timeline(dict(loaded), sum(loaded.values()), "every parameter and its state", dict(loaded))
+        saving = Timeline(dict(states), resident, "a copy, written while training goes on", dict(states))
+        if not self.cuda and self.plan.checkpoint.asynchronous:
+            saving = Timeline(
+                {},
+                steady.peak + staged,
+                f"a copy of the state; {steady.where}",
+                steady.at_peak | {STAGED: staged},
+            )
+        evaluating = self._evaluation()
+        made = [
+            ("loading", loading),
+            ("first step", steady),
+            ("steady step", steady),
+            ("evaluating", evaluating),
+        ]
+        phases = [
+            self._phase(name, time, host) for name, time in [*made, ("saving", saving), ("resuming", loading)]
+        ]
+        if self.cuda and self.plan.checkpoint.asynchronous:
+            phases = [
+                replace(phase, host=host + staged) if phase.name == "saving" else phase for phase in phases
+            ]
+        return Footprint(tuple(phases))
+
+    @property
+    def _offloads(self) -> bool:
+        """Whether FSDP's state waits in the host's memory; what of ZeRO's does, its own step says."""
+        return self.cuda and self.plan.offload == "parameters" and self.plan.zero is None
+
+    def _states(self) -> tuple[dict[str, int], int]:
+        """Bytes between two steps on the device, by kind, and those that were moved to the host's memory."""
+        engine = self._engine()
+        if isinstance(engine, ZeroStep):
+            # Files take what they are named for in the place of the host's memory.
+            return engine.states(), engine.host() if self.plan.offload_to == "cpu" else 0
+        if not self._offloads:
+            return engine.states(), 0
+        trained = sum(unit.shard(self.plan.mesh.shard, trained=True) for unit in engine.units)
+        return {}, sum(engine.states().values()) + 4 * trained
+
+    def least(self) -> int:
+        """Bytes of the device without which no pass is possible, however small: the state, and what stays
+        whole after the forward pass."""
+        states, _ = self._states()
+        mesh = self.plan.mesh
+        whole = self.plan.zero is None and mesh.shard > 1 and not mesh.reshard_after_forward
+        root, layers = self.units
+        gathered = self.itemsize * sum(unit.num_elements() for unit in (root, *layers)) if whole else 0
+        return sum(states.values()) + gathered + (CUDA_CONTEXT if self.cuda else 0)
+
+    def _loaded(self) -> int:
+        """Bytes that are on the device as the model is loaded and no longer after: shards whose masters are
+        made in the host's memory."""
+        zero = self.plan.zero
+        if zero is None or not self.cuda or self.plan.offload != "optimizer":
+            return 0
+        root, layers = self.units
+        weights = [weight for unit in (root, *layers) for weight in unit.weights]
+        return -(
+            -sum(weight.num_elements * (self.itemsize if weight.narrow else 4) for weight in weights)
+            // self.plan.mesh.world_size
+        )
+
+    def _phase(self, name: str, time: Timeline, host: int) -> Phase:
+        parts = {kind: size for kind, size in time.at_peak.items() if size > 0}
+        moving = time.peak - sum(
+            size for kind, size in parts.items() if kind in (PARAMETERS, OPTIMIZER, STAGED)
+        )
+        if slack := int(self.slack * moving):
+            parts[SLACK] = slack
+        if self.cuda:
+            parts[CONTEXT] = CUDA_CONTEXT
+        return Phase(name, time.peak, time.where, parts, host)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a whole checkpoint: parameters and the optimizer's state in fp32; beside an adapter of what
+        trains alone."""
+        root, layers = self.units
+        parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
+        trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
+        return 4 * (parameters + self.copies * trained)
+
+    def _staged(self) -> int:
+        """A rank's share of a checkpoint."""
+        return self.checkpoint_bytes // self.plan.mesh.world_size
+
+    def segments(self, **changes: Any) -> list[Segment]:
+        """The blocks of one micro-batch."""
+        return self.program.blocks(replace(self.setting, **changes))
+
+    def _engine(self) -> FsdpStep | ZeroStep:
+        root, layers = self.units
+        return (
+            ZeroStep(root, layers, self._zero_cut())
+            if self.plan.zero is not None
+            else FsdpStep(root, layers, self._cut())
+        )
+
+    def _cut(self) -> Cut:
+        plan = self.plan
+        return Cut(
+            ranks=plan.mesh.shard,
+            itemsize=self.itemsize,
+            reshard=plan.mesh.reshard_after_forward,
+            state_copies=self.copies,
+            gloo=not self.cuda,
+            accumulation=min(3, plan.batch.accumulation_steps),
+            defers=self._sharded_gradient_bytes() <= DEFERRED_GRADIENT_BYTES,
+            recomputes=plan.activation_checkpointing != "none",
+            plain=plan.mesh.world_size == 1 and plan.precision == "fp32" and plan.offload == "none",
+            offloads=self._offloads,
+            leaves_frozen=self.adapter is not None
+            and plan.mesh.world_size == 1
+            and plan.offload != "parameters",
+        )
+
+    def _sharded_gradient_bytes(self) -> int:
+        """What the engine compares: parameters as it sees them when it is made, whole by their shape."""
+        root, layers = self.units
+        return 4 * sum(unit.num_elements(trained=True) for unit in (root, *layers))
+
+    def _zero_cut(self) -> ZeroCut:
+        plan, zero = self.plan, self.plan.zero
+        assert zero is not None
+        return ZeroCut(
+            stage=zero.stage,
+            ranks=plan.mesh.world_size,
+            itemsize=self.itemsize,
+            state_copies=self.copies,
+            gloo=not self.cuda,
+            accumulation=min(3, plan.batch.accumulation_steps),
+            reduce_bucket=zero.reduce_bucket_size,
+            prefetch_bucket=zero.prefetch_bucket_size,
+            persistence=zero.persistence_threshold,
+            max_live=zero.max_live_parameters,
+            sub_group=zero.sub_group_size,
+            recomputes=plan.activation_checkpointing != "none",
+            speaks=plan.task == "translation" or tasks.find(plan.task).traits.head == "every-position",
+            offloads_optimizer=self.cuda and plan.offload != "none",
+            offloads_parameters=self.cuda and plan.offload == "parameters",
+        )
+
+    def _step(self) -> Timeline:
+        engine = self._engine()
+        if isinstance(engine, ZeroStep):
+            more = self.segments(accumulates=True) if self.plan.batch.accumulation_steps > 1 else []
+            return engine.step(self.segments(**engine.gradient_mode()), more)
+        more = self.segments(accumulates=self.itemsize == 4) if self.plan.batch.accumulation_steps > 1 else []
+        return engine.step(self.segments(), more)
+
+    def _evaluation(self) -> Timeline:
+        segments, engine = self.segments(training=False, checkpointing="none"), self._engine()
+        if isinstance(engine, ZeroStep):
+            engine.time.parts = engine.states()
+            engine.forward(segments)
+        else:
+            engine.time.parts = {} if self._offloads else engine.states()
+            if engine.cut.plain:
+                engine.step(segments, segments)
+            else:
+                engine.micro_step(segments, True)
+        engine.time.touch(TEMPORARIES, 0, "between steps")
+        return engine.time
+
+
+__all__ = ["Estimator", "Footprint", "Phase", "batch_of", "estimate", "estimator"]

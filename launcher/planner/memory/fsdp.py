@@ -1,0 +1,226 @@
+"""Memory of a training step under FSDP2, block by block (torch 2.13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.planner.memory.program import Segment, Unit
+from launcher.planner.memory.timeline import (
+    GATHERED,
+    GRADIENTS,
+    MESSAGES,
+    OPTIMIZER,
+    PARAMETERS,
+    TEMPORARIES,
+    Timeline,
+    go_through,
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the training state lies."""
+
+    ranks: int
+    itemsize: int
+    reshard: bool
+    state_copies: int
+    """fp32 tensors of the optimizer for each parameter."""
+    gloo: bool
+    """Collectives go through gloo, which copies what it sends."""
+    accumulation: int
+    defers: bool
+    """Gradients of all but the last micro-batch are added up before anything is sent."""
+    recomputes: bool = False
+    plain: bool = False
+    """Not FSDP at all: one rank in fp32."""
+    leaves_frozen: bool = False
+    """What does not train is not FSDP's: one rank, in the precision of the computation already."""
+    offloads: bool = False
+    """Parameters, gradients and optimizer state wait in the host's memory."""
+
+
+class FsdpStep:
+    """Goes through the blocks of one micro-batch after another."""
+
+    def __init__(self, root: Unit, layers: list[Unit], cut: Cut) -> None:
+        self.root, self.layers, self.cut = root, layers, cut
+        self.units = [*layers, root]
+        self.time = Timeline()
+        self.late: list[Unit] = []
+        """Units whose input needs no gradient: FSDP lets go of them only when the whole backward pass is
+        over."""
+        self.held = 0
+        """Bytes of the result of the last gathering, kept in the forward pass until the next one is in place.
+        """
+        self.sent = 0
+        """Bytes of the gradients that were sent last."""
+        self.first_gradients = True
+        self.is_whole = False
+        """The units that stay whole between the passes of a step are so already."""
+
+    def states(self) -> dict[str, int]:
+        """Bytes of parameters and optimizer state of the largest rank."""
+        parameters = sum(unit.shard(self.cut.ranks) for unit in self.units)
+        narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
+        trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
+        return {
+            PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow,
+            OPTIMIZER: 4 * self.cut.state_copies * trained,
+        }
+
+    def _whole(self, unit: Unit) -> int:
+        return unit.shard(self.cut.ranks, trained=self.cut.leaves_frozen) * self.cut.ranks * self.cut.itemsize
+
+    def _gather(self, unit: Unit) -> int:
+        """The message: cast, sent, received; the bytes that remain of it."""
+        cut = self.cut
+        if cut.ranks == 1:
+            return 0
+        received = self._whole(unit)
+        cast = (
+            0 if cut.itemsize == 4 else (unit.shard(cut.ranks) - unit.narrow_shard(cut.ranks)) * cut.itemsize
+        )
+        self.time.touch(MESSAGES, cast + received * (2 if cut.gloo else 1), "gathering")
+        self.time.up(MESSAGES, received, "gathering")
+        return received
+
+    def _copy_out(self, unit: Unit) -> None:
+        if self.cut.ranks == 1:
+            self.time.touch(GATHERED, self._whole(unit) + self._cast_last(unit), "gathering")
+        self.time.up(GATHERED, self._whole(unit), "gathering")
+
+    def _cast_last(self, unit: Unit) -> int:
+        """On one rank each parameter is copied from a cast of it, which what is kept in the computation's
+        precision does not take."""
+        wide = max((weight.num_elements for weight in unit.weights if not weight.narrow), default=0)
+        return wide * self.cut.itemsize * (self.cut.itemsize != 4)
+
+    def _stays(self, unit: Unit) -> bool:
+        """Whole at the height of every pass, it is left so from one to the next, and gathered once a step."""
+        return unit is self.root or not self.cut.reshard
+
+    def forward_gather(self, unit: Unit) -> None:
+        if self.is_whole and self._stays(unit):
+            return
+        received = self._gather(unit)
+        self.time.down(MESSAGES, self.held)
+        self._copy_out(unit)
+        self.held = received
+
+    def let_go(self) -> None:
+        self.time.down(MESSAGES, self.held)
+        self.held = 0
+
+    def reduce(self, unit: Unit, last: bool) -> None:
+        """After a unit's backward pass: its gradients leave, or wait for the next micro-batch."""
+        cut, time = self.cut, self.time
+        trained = unit.num_elements(trained=True)
+        if cut.gloo and cut.defers and cut.itemsize != 4 and not self.first_gradients:
+            # They are added up before the unit is let go of, on a CPU from copies in fp32.
+            time.touch(TEMPORARIES, 4 * unit.largest_trained, "adding up gradients")
+        if not last and cut.defers and trained:
+            self._wait(unit, trained)
+            return
+        self._let_go_of(unit, last)
+        if not trained:
+            return
+        own = trained * cut.itemsize
+        if cut.defers and not self.first_gradients:
+            time.down(GRADIENTS, own if cut.itemsize != 4 else 0)
+            own = trained * 4
+        time.down(MESSAGES, self.sent)
+        padded = unit.shard(cut.ranks, trained=True)
+        self.sent = padded * cut.ranks * 4
+        time.up(MESSAGES, self.sent, "sending gradients")
+        # The loop over the gradients leaves the last of them in its variable until the message is sent.
+        left = own * unit.last_trained // trained if cut.ranks > 1 else 0
+        time.down(GRADIENTS, own - left)
+        time.up(GRADIENTS, padded * 4, "sending gradients")
+        if cut.gloo and cut.ranks > 1:
+            time.touch(MESSAGES, self.sent, "sending gradients")
+        time.down(GRADIENTS, left)
+        if (not cut.defers and not self.first_gradients) or cut.offloads:
+            time.down(GRADIENTS, padded * 4)
+
+    def _let_go_of(self, unit: Unit, last: bool) -> None:
+        if last or not self._stays(unit):
+            self.time.down(GATHERED, self._whole(unit))
+
+    def _wait(self, unit: Unit, trained: int) -> None:
+        """Gradients stay whole, in fp32, until the last micro-batch."""
+        self._let_go_of(unit, last=False)
+        if self.cut.itemsize == 4:
+            return
+        own = trained * self.cut.itemsize
+        if self.first_gradients:
+            self.time.touch(TEMPORARIES, unit.largest * 4, "gradients")
+            self.time.up(GRADIENTS, trained * 4 - own, "gradients")
+        else:
+            self.time.down(GRADIENTS, own)
+
+    def micro_step(self, segments: list[Segment], last: bool) -> None:
+        """One micro-batch, forward and backward."""
+        cut, time, layers = self.cut, self.time, self.layers
+        self.forward_gather(self.root)
+        for segment in (segment for segment in segments if not segment.backward):
+            unit = layers[segment.layer] if segment.kind == "layer" else None
+            if unit is not None:
+                self.forward_gather(unit)
+            go_through(time, segment, cut.recomputes)
+            if unit is not None and cut.reshard:
+                time.down(GATHERED, self._whole(unit))
+        self.let_go()
+        if any(segment.backward for segment in segments):
+            self._backward(segments, last)
+
+    def _backward(self, segments: list[Segment], last: bool) -> None:
+        cut, time, layers = self.cut, self.time, self.layers
+        passed = [segment for segment in segments if segment.backward]
+        first = (
+            None
+            if any(segment.kind == "stem" for segment in passed)
+            else min(segment.layer for segment in passed)
+        )
+        ahead = self._gather(layers[-1]) if cut.reshard else 0
+        for segment in passed:
+            unit = layers[segment.layer] if segment.kind == "layer" else None
+            if unit is not None and cut.reshard:
+                self._copy_out(unit)
+                time.down(MESSAGES, ahead)
+                ahead = self._gather(layers[segment.layer - 1]) if segment.layer > 0 else 0
+            go_through(time, segment, cut.recomputes)
+            if unit is not None and segment.layer != first:
+                self.reduce(unit, last)
+        time.down(MESSAGES, ahead if first else 0)
+        self.reduce(self.root, last)
+        if first is not None and first >= 0:
+            self.reduce(layers[first], last)
+            if not cut.reshard and last:
+                time.down(GATHERED, sum(self._whole(unit) for unit in layers[:first]))
+        time.down(MESSAGES, self.sent)
+        self.sent = 0
+        self.first_gradients = False
+        self.is_whole = not last
+
+    def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
+        """A steady step of all micro-batches. `more` are the blocks where gradients are there already."""
+        self.time.parts = {} if self.cut.offloads else self.states()
+        self.time.peak = 0
+        self.time.touch(TEMPORARIES, 0, "between steps")
+        self.first_gradients, self.is_whole = True, False
+        for number in range(self.cut.accumulation):
+            segments = first if number == 0 else more
+            if self.cut.plain:
+                for segment in segments:
+                    go_through(self.time, segment, self.cut.recomputes)
+            else:
+                self.micro_step(segments, number == self.cut.accumulation - 1)
+        if self.cut.gloo:
+            # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.
+            self.time.touch(
+                TEMPORARIES,
+                8 * max(unit.largest_shard(self.cut.ranks) for unit in self.units),
+                "norm of the gradients",
+            )
+        return self.time

@@ -1,0 +1,70 @@
+"""Memory of the trainer's losses, in which logits exist a chunk at a time."""
+
+from __future__ import annotations
+
+from launcher.planner.memory.program import Context
+from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, new, node_of
+
+CHUNK_ELEMENTS = 1 << 24
+"""`_CHUNK_ELEMENTS` of the trainer's loss, which a test holds equal."""
+MOST_CHUNKS = 3
+
+
+def cross_entropy(
+    context: Context, hidden: SymbolicTensor, width: int, vocabulary: int, supervised: int, weight: Parameter
+) -> SymbolicTensor:
+    """Chunked cross entropy: gradients of hidden states and weight are made in the forward pass
+    (`_ChunkedCrossEntropy`)."""
+    meter, size = context.meter, hidden.itemsize
+    num_tokens = hidden.num_elements // width
+    chosen = hidden
+    if supervised < num_tokens:
+        of_all = hidden.num_elements * size
+        select = node_of(meter, (hidden,), lambda gradient: [Storage(meter, of_all)])
+        chosen = new(meter, supervised * width, size, select)
+    learns = context.setting.training
+    needs_hidden, needs_weight = learns and chosen.needs_gradient, learns and weight.trains
+    kept: dict[str, Storage] = {}
+    if needs_hidden:
+        kept["hidden"] = Storage(meter, supervised * width * size)
+    if needs_weight:
+        kept["weight"] = Storage(meter, vocabulary * width * 4)
+    _chunks(context, supervised, width, vocabulary, size, needs_hidden or needs_weight, needs_weight)
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        of_hidden = kept.pop("hidden", None)
+        of_weight = kept.pop("weight", None)
+        if of_weight is not None and size != 4:
+            of_weight = Storage(meter, vocabulary * width * size)
+        return [of_hidden, of_weight]
+
+    node = node_of(meter, (chosen, weight), gradients)
+    return new(meter, 1, 4, node)
+
+
+def _chunks(
+    context: Context, rows: int, width: int, vocabulary: int, size: int, learns: bool, needs_weight: bool
+) -> None:
+    """The loop over chunks; what one iteration leaves in its variables is there until the next one replaces
+    it."""
+    meter, cuda = context.meter, context.setting.cuda
+    chunk = max(128, CHUNK_ELEMENTS // vocabulary)
+    whole, rest = divmod(rows, chunk)
+    lengths = [chunk] * min(whole, MOST_CHUNKS) + [rest] * bool(rest)
+    raw = logits = kept = gradient = None
+    for length in lengths:
+        elements = length * vocabulary
+        raw = Storage(meter, elements * size)
+        logits = raw if size == 4 else Storage(meter, elements * 4)
+        meter.transient(elements * 4)  # logsumexp: exp(logits - max)
+        if not learns:
+            continue
+        kept = logits
+        gradient = None if size == 4 else Storage(meter, elements * size)
+        if size == 4:
+            gradient = logits
+        if needs_weight and size != 4:
+            of_weight = vocabulary * width * size
+            # The sum in fp32 takes a copy in fp32 on a CPU; a GPU's kernel converts as it goes.
+            meter.transient(of_weight + (0 if cuda else vocabulary * width * 4))
+    del raw, logits, kept, gradient

@@ -1,0 +1,237 @@
+"""Operators on symbolic tensors: what each returns and saves (torch 2.13, eager)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, new, node_of, packed_bytes
+
+Tensors = Sequence[SymbolicTensor]
+
+
+def linear(
+    x: SymbolicTensor, num_in: int, num_out: int, weight: Parameter, bias: Parameter | None = None
+) -> SymbolicTensor:
+    """A matrix product with a weight, [rows, in] -> [rows, out]; it keeps `x` where the weight trains."""
+    meter, rows, size = x.meter, x.num_elements // num_in, x.itemsize
+    trained = weight.trains
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        of_bias = Storage(meter, num_out * size) if bias is not None and bias.trains else None
+        of_x = Storage(meter, rows * num_in * size) if x_needs else None
+        of_weight = Storage(meter, weight.num_elements * size) if trained else None
+        if trained and meter.packs:
+            meter.transient(packed_bytes(rows, num_out))
+        return [of_x, of_weight, of_bias]
+
+    x_needs = x.needs_gradient
+    node = node_of(meter, (x, weight, bias), gradients)
+    if node is not None:
+        if trained:
+            node.save(x.storage)
+        if x_needs:
+            node.save(None)
+    return new(meter, rows * num_out, size, node, kept_by_selective=True)
+
+
+def product(a: SymbolicTensor, b: SymbolicTensor, num_elements: int) -> SymbolicTensor:
+    """A batched matrix product of two activations; it keeps both."""
+    meter, size = a.meter, a.itemsize
+    bytes_a, bytes_b, a_needs, b_needs = (
+        a.num_elements * size,
+        b.num_elements * size,
+        a.needs_gradient,
+        b.needs_gradient,
+    )
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        return [Storage(meter, bytes_a) if a_needs else None, Storage(meter, bytes_b) if b_needs else None]
+
+    node = node_of(meter, (a, b), gradients)
+    if node is not None:
+        if b_needs:
+            node.save(a.storage)
+        if a_needs:
+            node.save(b.storage)
+    return new(meter, num_elements, size, node, kept_by_selective=True)
+
+
+def pointwise(
+    x: SymbolicTensor,
+    saves: str = "input",
+    itemsize: int | None = None,
+    num_elements: int | None = None,
+    temporaries: int = 0,
+) -> SymbolicTensor:
+    """One tensor in, one out: it keeps its `input`, its `output` or `nothing`; `temporaries` come and go in
+    the backward pass."""
+    meter, before = x.meter, x.num_elements * x.itemsize
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        meter.transient(before * (1 + temporaries))
+        return [Storage(meter, before)]
+
+    node = node_of(meter, (x,), gradients)
+    if node is not None and saves == "input":
+        node.save(x.storage)
+    result = new(
+        meter, x.num_elements if num_elements is None else num_elements, itemsize or x.itemsize, node
+    )
+    if node is not None and saves == "output":
+        node.save(result.storage)
+    return result
+
+
+def cast(x: SymbolicTensor, itemsize: int) -> SymbolicTensor:
+    """To another precision; the same tensor where it has that already."""
+    return x if x.itemsize == itemsize else pointwise(x, "nothing", itemsize)
+
+
+def copy(x: SymbolicTensor) -> SymbolicTensor:
+    """The same values in memory of their own (contiguous, cat, repeat_interleave)."""
+    return pointwise(x, "nothing")
+
+
+def scale(x: SymbolicTensor) -> SymbolicTensor:
+    """Multiplied by, or added to, something that is not trained and is no tensor of its size."""
+    return pointwise(x, "nothing")
+
+
+def detached(x: SymbolicTensor) -> SymbolicTensor:
+    """The same memory, without a history."""
+    return SymbolicTensor(x.num_elements, x.itemsize, x.storage)
+
+
+def constant(like: SymbolicTensor, num_elements: int, itemsize: int) -> SymbolicTensor:
+    """A tensor that nothing is learned through."""
+    return new(like.meter, num_elements, itemsize)
+
+
+def add(a: SymbolicTensor, b: SymbolicTensor) -> SymbolicTensor:
+    """Two of one size: nothing is kept, and the gradient is handed on as it is."""
+    node = node_of(a.meter, (a, b), lambda gradient: [gradient, gradient])
+    return new(a.meter, max(a.num_elements, b.num_elements), max(a.itemsize, b.itemsize), node)
+
+
+def add_parameter(x: SymbolicTensor, bias: Parameter) -> SymbolicTensor:
+    """A bias on every row."""
+    meter, size = x.meter, x.itemsize
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        return [gradient, Storage(meter, bias.num_elements * size) if bias.trains else None]
+
+    node = node_of(meter, (x, bias), gradients)
+    return new(meter, x.num_elements, size, node)
+
+
+def multiply(a: SymbolicTensor, b: SymbolicTensor) -> SymbolicTensor:
+    """Two of one size, or one broadcast over the other; each is kept for the other's gradient."""
+    meter, most = a.meter, max(a.num_elements, b.num_elements)
+    size = max(a.itemsize, b.itemsize)
+    own = a.num_elements, a.itemsize, b.num_elements, b.itemsize
+    a_needs, b_needs = a.needs_gradient, b.needs_gradient
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        num_a, size_a, num_b, size_b = own
+        of_a = Storage(meter, most * size) if a_needs else None
+        of_b = Storage(meter, most * size) if b_needs else None
+        # Summed over what was broadcast while both are there.
+        if of_a is not None and num_a * size_a < of_a.num_bytes:
+            of_a = Storage(meter, num_a * size_a)
+        if of_b is not None and num_b * size_b < of_b.num_bytes:
+            of_b = Storage(meter, num_b * size_b)
+        return [of_a, of_b]
+
+    node = node_of(meter, (a, b), gradients)
+    if node is not None:
+        if b_needs:
+            node.save(a.storage)
+        if a_needs:
+            node.save(b.storage)
+    return new(meter, most, size, node)
+
+
+def multiply_parameter(weight: Parameter, x: SymbolicTensor) -> SymbolicTensor:
+    """A weight of one row times every row."""
+    meter, size, num_bytes, x_needs = x.meter, x.itemsize, x.num_elements * x.itemsize, x.needs_gradient
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        of_weight = Storage(meter, num_bytes) if weight.trains else None
+        of_x = Storage(meter, num_bytes) if x_needs else None
+        if of_weight is not None:
+            of_weight = Storage(meter, weight.num_elements * size)
+        return [of_weight, of_x]
+
+    node = node_of(meter, (weight, x), gradients)
+    if node is not None:
+        if weight.trains:
+            node.save(x.storage)
+        if x_needs:
+            node.save(None)
+    return new(meter, x.num_elements, size, node)
+
+
+def layer_norm(x: SymbolicTensor, width: int, weight: Parameter, bias: Parameter | None) -> SymbolicTensor:
+    """It keeps its input and two numbers of each row."""
+    meter, size, rows = x.meter, x.itemsize, x.num_elements // width
+    num_bytes, x_needs = x.num_elements * size, x.needs_gradient
+
+    def gradients(gradient: Storage) -> list[Storage | None]:
+        of_x = Storage(meter, num_bytes) if x_needs else None
+        of_weight = Storage(meter, width * size) if weight.trains else None
+        of_bias = Storage(meter, width * size) if bias is not None and bias.trains else None
+        return [of_x, of_weight, of_bias]
+
+    node = node_of(meter, (x, weight, bias), gradients)
+    result = new(meter, x.num_elements, size, node)
+    statistics = Storage(meter, 2 * rows * size)
+    if node is not None:
+        node.save(x.storage)
+        node.save(statistics)
+    return result
+
+
+def rms_norm(x: SymbolicTensor, width: int, weight: Parameter) -> SymbolicTensor:
+    """As transformers' LlamaRMSNorm computes it, in fp32, operator by operator."""
+    wide = cast(x, 4)
+    rows = x.num_elements // width
+    square = pointwise(wide, "input", temporaries=1)
+    mean = pointwise(square, "nothing", num_elements=rows)
+    del square
+    mean = pointwise(mean, "nothing")
+    root = pointwise(mean, "output")
+    del mean
+    scaled = multiply(wide, root)
+    del wide, root
+    narrow = cast(scaled, x.itemsize)
+    del scaled
+    return multiply_parameter(weight, narrow)
+
+
+def dropout(x: SymbolicTensor, probability: float, cuda: bool) -> SymbolicTensor:
+    """It keeps its mask: on a CPU of the input's precision, on a GPU of one byte."""
+    if not probability:
+        return x
+    meter, num_bytes = x.meter, x.num_elements * x.itemsize
+    node = node_of(meter, (x,), lambda gradient: [Storage(meter, num_bytes)])
+    mask = Storage(meter, x.num_elements if cuda else num_bytes)
+    if node is not None:
+        node.save(mask)
+    return new(meter, x.num_elements, x.itemsize, node)
+
+
+def embedding(
+    meter_of: SymbolicTensor, num_tokens: int, width: int, itemsize: int, weight: Parameter
+) -> SymbolicTensor:
+    """Rows of a table: it keeps the indices, and its gradient is as large as the table."""
+    meter = meter_of.meter
+    node = node_of(meter, (weight,), lambda gradient: [Storage(meter, weight.num_elements * itemsize)])
+    return new(meter, num_tokens * width, itemsize, node)
+
+
+def concatenate(*tensors: SymbolicTensor) -> SymbolicTensor:
+    """One after another; nothing is kept, and the gradients are slices of one."""
+    meter, size = tensors[0].meter, tensors[0].itemsize
+    number = len(tensors)
+    node = node_of(meter, tensors, lambda gradient: [gradient] * number)
+    return new(meter, sum(tensor.num_elements for tensor in tensors), size, node)

@@ -1,0 +1,91 @@
+"""Find a model's config.json: in the job file, the model's directory or the hub's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Model
+from launcher.plain_files import read_json
+from launcher.planner.model.model_sizes import is_size, wrong_sizes
+from launcher.planner.model.vocabulary import read_vocabulary
+
+
+def locate(name: str, revision: str | None = None) -> str:
+    """The directory of a model: as it is named, or where the hub's cache holds it, in that revision where one
+    is named.
+
+    Without one it is the main branch, else what was fetched last.
+    """
+    if (Path(name) / "config.json").exists():
+        return name
+    folder = _hub_cache() / f"models--{name.replace('/', '--')}"
+    found = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
+    commit = _commit(folder, revision or "main")
+    taken = [path for path in found if path.parent.name == commit] or (found if revision is None else [])
+    return str(taken[-1].parent) if taken else name
+
+
+def _hub_cache() -> Path:
+    """The folder that huggingface_hub keeps models in, by the same variables and in the same order."""
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(folder)).expanduser()
+
+
+def _commit(folder: Path, revision: str) -> str:
+    """What a branch or a tag stood for when it was fetched; what is neither is taken for a commit."""
+    try:
+        return (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return revision
+
+
+def read_config(directory: str) -> dict[str, Any] | None:
+    """A model's config.json; None where there is none that can be read."""
+    try:
+        config = read_json(Path(directory) / "config.json")
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def config_of(model: Model) -> dict[str, Any] | None:
+    """What the job file says the model is, else what its own file says; None where that is not here.
+
+    With `resize_embeddings` it has a row for each token of the tokenizer.
+    Raises ConfigurationError for sizes that cannot be, all of them at once.
+    """
+    directory = locate(model.name, model.revision) if model.config is None else ""
+    config = read_config(directory) if model.config is None else model.config
+    wrong = wrong_sizes(config or {})
+    if wrong and model.config is None:
+        path = Path(directory) / "config.json"
+        raise ConfigurationError(
+            [Problem("model.name", model.name, f"in {path}, {problem}") for problem in wrong]
+        )
+    if wrong:
+        raise ConfigurationError(
+            [Problem(f"model.config.{problem.key}", problem.value, problem.reason) for problem in wrong]
+        )
+    return _resized(config, model) if config is not None and model.resize_embeddings else config
+
+
+def num_embeddings(config: dict[str, Any]) -> int | None:
+    """How many tokens a model's embedding has rows for, by its config; None where that does not say."""
+    number = _of_text(config).get("vocab_size", config.get("vocab_size"))
+    return number if is_size(number) else None
+
+
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
+
+
+def _resized(config: dict[str, Any], model: Model) -> dict[str, Any]:
+    vocabulary, number = read_vocabulary(locate(model.name, model.revision)), num_embeddings(config)
+    if vocabulary is None or number is None or vocabulary.num_ids <= number:
+        return config
+    text = {**_of_text(config), "vocab_size": vocabulary.num_ids}
+    return {**config, "text_config": text} if isinstance(config.get("text_config"), dict) else text

@@ -1,0 +1,108 @@
+"""Read how large a model is from its directory, without torch or a network."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from launcher.job.schema import Model
+from launcher.plain_files import plain
+from launcher.planner.model.model_config import config_of, locate
+
+_NAMES = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "intermediate_size": ("intermediate_size", "n_inner", "d_ff", "hidden_dim", "ffn_dim"),
+    "vocab_size": ("vocab_size",),
+    "positions": ("max_position_embeddings", "n_positions"),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The few numbers that memory depends on."""
+
+    num_parameters: int
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    layer_parameters: int
+    """Of one repeated layer, by the config."""
+    table_parameters: int = 0
+    """Of the largest table, of words or of positions."""
+
+    @classmethod
+    def read(cls, model: Model) -> ModelShape | None:
+        """The shape of a model that is here, or whose sizes the job says; None where it cannot be known
+        before it is fetched."""
+        config = config_of(model)
+        if config is None:
+            return None
+        sizes = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+        found = {
+            key: next((sizes[name] for name in names if isinstance(sizes.get(name), int)), 0)
+            for key, names in _NAMES.items()
+        }
+        hidden, layers = found["hidden_size"], found["num_layers"]
+        if not hidden or not layers:
+            return None
+        intermediate = _chosen_width(sizes) or found["intermediate_size"] or 4 * hidden
+        made_up = model.weights == "random" or model.config is not None
+        counted = 0 if made_up else stored_parameters(Path(locate(model.name, model.revision)))
+        layer = _layer(sizes, hidden, intermediate)
+        embeddings = found["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
+        # Positions that are computed take no parameters: what looks like more than all that is not layers is
+        # no table.
+        table = found["vocab_size"] * hidden
+        table = max(table, min(found["positions"] * hidden, embeddings))
+        return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer, table)
+
+
+def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:
+    """Parameters of one layer of a transformer by its config, with a gate where the activation is SiLU."""
+    heads = _whole(config, "num_attention_heads") or 1
+    share = (_whole(config, "num_key_value_heads") or heads) / heads
+    attention = hidden * hidden * (2 + 2 * share)
+    wide = (
+        intermediate
+        * (_num_experts(config) or 1)
+        // (config["num_experts_per_tok"] if _chosen_width(config) else 1)
+    )
+    feed_forward = hidden * wide * (3 if "silu" in str(config.get("hidden_act", "")) else 2)
+    return int(attention + feed_forward)
+
+
+def _whole(config: dict[str, Any], name: str) -> int:
+    """A size, or 0 where there is none: of an architecture that is not known it may be anything."""
+    value = config.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _num_experts(config: dict[str, Any]) -> int:
+    number = config.get("num_local_experts", config.get("num_experts"))
+    return number if isinstance(number, int) and isinstance(config.get("num_experts_per_tok"), int) else 0
+
+
+def _chosen_width(config: dict[str, Any]) -> int:
+    """Of a mixture of experts: how wide those together are that a token goes through; 0 for any other model."""
+    width = config.get("moe_intermediate_size") or config.get("intermediate_size")
+    return width * config["num_experts_per_tok"] if _num_experts(config) and isinstance(width, int) else 0
+
+
+def stored_parameters(directory: Path) -> int:
+    """Parameters in a directory's safetensors files, counted from their headers; 0 where there are none that
+    can be read."""
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        try:
+            with open(path, "rb", opener=plain) as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, 100 << 20)))
+            total += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+            return 0
+    return total

@@ -1,0 +1,170 @@
+"""Sizes in a config.json that the memory formulas use, checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from launcher.errors import Problem
+from launcher.planner.memory.families import DECODERS, ENCODERS, MIXTURES, TRANSLATORS
+from launcher.planner.resolve.batch import multiples_around
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the program of an architecture reads; of what is missing it says so itself."""
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    """Those that may be null."""
+    divided: tuple[tuple[str, str], ...] = (("hidden_size", "num_attention_heads"),)
+    """A width, and the heads that it is cut into."""
+
+
+_OF_ANY = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""What `ModelShape` reads of any model, beside the names that its own class has for them."""
+_COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_LLAMA = Sizes((*_COMMON, "intermediate_size"), ("head_dim",))
+_EXPERTS = (*_COMMON, "num_experts_per_tok", "decoder_sparse_step")
+_QWEN = Sizes((*_EXPERTS, "num_experts", "moe_intermediate_size"), ("head_dim", "num_local_experts"))
+_HEADS = ("encoder_attention_heads", "decoder_attention_heads")
+_LAYERS = ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
+_T5 = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "relative_attention_num_buckets")
+
+_LARGEST = 2**53
+_MOST = {
+    r"^(?!.*(head|hidden_size|dim)).*layers?$|^depths?$|^num_.*blocks?$": 2_000,
+    r"experts?$|^num_local_experts$": 100_000,
+    r"(_size|_dim|_heads|^n_embd|^n_head|^n_inner|^d_(model|kv|ff)|_positions|_buckets|_channels|_width|_rank)$": 2  # noqa: E501
+    ** 31
+    - 1,
+}
+"""The most of a number by what its name ends in; far beyond any model that there is (126 layers, 2 million
+positions, 512 experts)."""
+FAMILIES = {
+    **dict.fromkeys(DECODERS, _LLAMA),
+    "mixtral": Sizes((*_EXPERTS, "num_local_experts", "intermediate_size"), ("head_dim", "num_experts")),
+    "olmoe": Sizes((*_EXPERTS, "num_experts", "intermediate_size"), ("head_dim", "num_local_experts")),
+    "qwen2_moe": _QWEN,
+    "qwen3_moe": _QWEN,
+    "gpt2": Sizes(
+        ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"), ("n_inner",), (("n_embd", "n_head"),)
+    ),
+    **dict.fromkeys(
+        ENCODERS, Sizes((*_COMMON, "intermediate_size", "max_position_embeddings", "type_vocab_size"))
+    ),
+    "vit": Sizes((*_COMMON[:3], "intermediate_size", "image_size", "patch_size", "num_channels")),
+    "bart": Sizes(
+        ("d_model", "vocab_size", "max_position_embeddings", *_LAYERS, *_HEADS),
+        (),
+        tuple(("d_model", heads) for heads in _HEADS),
+    ),
+    **dict.fromkeys(TRANSLATORS, Sizes(_T5, ("num_decoder_layers",), ())),
+}
+"""By `model_type`."""
+
+
+def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
+    """A problem for each size that the program of its architecture cannot go by, by its name; of any other,
+    for those beyond any sense."""
+    if absurd := _beyond_any_sense(config):
+        return absurd
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        return []
+    sizes = FAMILIES[kind]
+    more = _of_mixture(config) if kind in MIXTURES else _of_translator(config) if kind in TRANSLATORS else []
+    optional = [name for name in (*sizes.optional, *_OF_ANY) if name not in sizes.needed]
+    return [
+        *_wrong(config, sizes.needed, False),
+        *_wrong(config, dict.fromkeys(optional), True),
+        *more,
+        *_uneven(config, sizes),
+    ]
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether it is a positive whole number."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _beyond_any_sense(config: dict[str, Any], prefix: str = "") -> list[Problem]:
+    """A problem for each number, whatever its name, that no model has: what counts by it would not come to an
+    end."""
+    found = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found += _beyond_any_sense(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            most = next((most for words, most in _MOST.items() if re.search(words, str(name))), _LARGEST)
+            if value > most and not (isinstance(value, float) and math.isinf(value)):
+                found.append(
+                    Problem(f"{prefix}{name}", value, f"is beyond any sense; write at most {most:,}")
+                )
+    return found
+
+
+def _wrong(config: dict[str, Any], names: Iterable[str], optional: bool) -> list[Problem]:
+    found, wanted = [], f"write a positive whole number{', or null' if optional else ''}"
+    for name in names:
+        value = config.get(name, 1)
+        if value is None and not optional:
+            found.append(Problem(name, None, f"is null; {wanted}"))
+        elif value is not None and not is_size(value):
+            found.append(Problem(name, value, f"{wanted}{_nearest(value)}"))
+    return found
+
+
+def _nearest(value: object) -> str:
+    """`; the nearest is NUMBER` for what is a number, or a text of one; else the empty string."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return ""
+    try:
+        return f"; the nearest is {max(1, value if isinstance(value, int) else round(float(value)))}"
+    except (ValueError, OverflowError):  # no number, NaN, infinity
+        return ""
+
+
+def _of_mixture(config: dict[str, Any]) -> list[Problem]:
+    """Which layers have experts, and the widths that only some of these models have."""
+    plain, kind = config.get("mlp_only_layers"), config["model_type"]
+    if plain is not None and not isinstance(plain, (list, tuple)):
+        return [Problem("mlp_only_layers", plain, "write a list of layers, as [0, 1], or null")]
+    names = []
+    if (
+        kind == "qwen2_moe" and config.get("shared_expert_intermediate_size") != 0
+    ):  # there is no shared expert then
+        names.append("shared_expert_intermediate_size")
+    if kind.endswith("_moe") and (plain or config.get("decoder_sparse_step", 1) != 1):
+        names.append("intermediate_size")
+        if "intermediate_size" not in config:
+            reason = "is missing, and the layers without experts are that wide; write a positive whole number"
+            return [Problem("intermediate_size", None, reason), *_wrong(config, names, False)]
+    return _wrong(config, names, False)
+
+
+def _of_translator(config: dict[str, Any]) -> list[Problem]:
+    projection = config.get("feed_forward_proj", "")
+    reason = "write the name of an activation, as relu or gated-gelu"
+    return [] if isinstance(projection, str) else [Problem("feed_forward_proj", projection, reason)]
+
+
+def _uneven(config: dict[str, Any], sizes: Sizes) -> list[Problem]:
+    """Widths that their heads do not divide, where the width of a head is not given."""
+    if "head_dim" in sizes.optional and config.get("head_dim") is not None:
+        return []
+    found = []
+    for width, heads in sizes.divided:
+        whole, parts = config.get(width), config.get(heads)
+        if is_size(whole) and is_size(parts) and whole % parts:
+            found.append(
+                Problem(
+                    width,
+                    whole,
+                    f"{heads} = {parts} does not divide it; the nearest is {multiples_around(whole, parts)}",
+                )
+            )
+    return found

@@ -1,0 +1,228 @@
+"""Which layouts and attentions each architecture supports, from model_support.json.
+
+The table was made by comparing losses.
+
+`tests/families/sweep.py` makes the table: for every `model_type` of transformers a tiny model, whose loss
+over samples that share a pass is held against that of transformers' own class for each sample alone.
+docs/models.md shows it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.plan import Attention
+from launcher.tasks.task import Head, SampleLayout
+
+TABLE = Path(__file__).with_name("model_support.json")
+WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
+"""By model_type the linear layers that cannot have an adapter: their kernels take the matrix past the layer;
+peft (0.21) refuses."""
+
+
+class Way(NamedTuple):
+    """One way to have samples share a pass that gives transformers' own loss."""
+
+    layout: SampleLayout
+    attention: Attention
+    head: Head = "chunked"
+
+
+@dataclass(frozen=True)
+class Support:
+    """What is known of one `model_type` and task."""
+
+    ways: tuple[Way, ...]
+    """The first is taken where the job asks for nothing else; none where the job is refused."""
+    refused: str = ""
+    """Why there is none, in one line."""
+
+
+_UNKNOWN: dict[SampleLayout, Support] = {
+    "packed": Support(
+        (
+            Way("packed", "packed"),
+            Way("packed", "sdpa"),
+            Way("packed", "eager"),
+            Way("padded", "sdpa"),
+            Way("padded", "eager"),
+        )
+    ),
+    "padded": Support((Way("padded", "sdpa"), Way("padded", "eager"))),
+}
+_UNTRIED: dict[SampleLayout, Support] = {
+    "packed": Support(
+        (Way("padded", "eager", "model"), Way("padded", "sdpa", "model"), Way("packed", "packed", "model"))
+    ),
+    "padded": Support((Way("padded", "eager"), Way("padded", "sdpa"))),
+}
+
+
+def unknown(task: str) -> Support:
+    """Return what most models can, where the config is not here yet. The ranks look again when they have read
+    it."""
+    return _UNKNOWN[tasks.find(task).traits.layout]
+
+
+def untried(task: str) -> Support:
+    """Return what most classes can, of an architecture or a task that the table does not have.
+
+    The ranks hold it to the class's own loss after loading.
+    """
+    return _UNTRIED[tasks.find(task).traits.layout]
+
+
+@lru_cache(maxsize=1)
+def read_table() -> dict[str, Any]:
+    """Return the table: `versions`, `types` (every model_type of that transformers), and what is known by
+    task and model_type."""
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table
+
+
+def support(
+    task: str, config: dict[str, Any] | None, trust_remote_code: bool = False, max_length: int = 0
+) -> Support:
+    """Return what is known of a model by its config.json, for samples of at most `max_length` tokens.
+
+    `unknown` without a config, `untried` for what the table does not have.
+    """
+    if config is None:
+        return unknown(task)
+    table, kind = read_table(), str(config.get("model_type"))
+    if task not in table or (trust_remote_code and "auto_map" in config):
+        return untried(task)
+    entry = table[task].get(kind)
+    if entry is None:
+        return untried(task) if kind not in table["types"] else Support((), _cannot(table, kind, task))
+    known = Support(tuple(Way(*way.split()) for way in entry.get("ways", ())), entry.get("refused", ""))
+    return (
+        _with_values(known, entry, config, max_length)
+        if tasks.find(task).traits.causal and known.ways
+        else known
+    )
+
+
+def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
+    others = [name for name in tasks.TASKS if table.get(name, {}).get(kind, {}).get("ways")]
+    return f"a {kind} model cannot do {task}" + (f"; it can do {' and '.join(others)}" if others else "")
+
+
+def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any], max_length: int) -> Support:
+    """What values in a config change of what is known of its type. Each was tried by the sweep, as
+    `type+variant`."""
+    kind = config["model_type"]
+    config = {**config, **(config.get("text_config") or {})}  # of a composite it is the text part that trains
+    if "encoder" in entry and not config.get("is_decoder"):
+        reason = (
+            "is an encoder, whose tokens see those that come after; with is_decoder: true in its config it "
+            "is a causal LM"
+        )
+        return Support((), f"a {kind} model {reason}")
+    for key, values in _NOT_CAUSAL.items():
+        if (value := config.get(key)) in values:
+            return Support(
+                (),
+                f"with {key}: {str(value).lower()} in its config tokens see those that come after, so "
+                "that it is no causal LM",
+            )
+    for key, reason in _REFUSED_VALUES.get(kind, {}).items():
+        if config.get(key):
+            return Support((), f"with {key}: {config[key]} in its config {reason}")
+    if kind == "falcon" and config.get("alibi"):
+        return Support(tuple(way for way in known.ways if way.attention == "eager"))
+    rope, begun = _growing_positions(config)
+    if begun and max_length > begun and rope == "dynamic":
+        reason = (
+            "its rotary frequencies hang on the longest sample so far, so that the loss of one would hang "
+            "on those before it"
+        )
+        return Support((), f"{reason}; write data.max_length: {begun} at most")
+    if begun and max_length > begun:
+        return Support(
+            (Way("single", "sdpa", known.ways[0].head), Way("single", "eager", known.ways[0].head))
+        )
+    return known
+
+
+_NOT_CAUSAL: dict[str, tuple[Any, ...]] = {
+    "use_bidirectional_attention": (True, "all"),
+    "is_causal": (False,),
+}
+"""Of whatever type; Gemma's other value, `vision`, is of images."""
+_REFUSED_VALUES = {
+    "bamba": {
+        "z_loss_coefficient": "its class adds to the loss what launcher does not compute; write 0 there"
+    },
+    "doge": {"is_moe": "its router mixes the tokens of a sample, so that it is no causal LM"},
+}
+
+
+def _growing_positions(config: dict[str, Any]) -> tuple[str, int]:
+    """The kind of rotary embedding whose frequencies change with the longest sample of a pass, and from which
+    length on; 0 for none."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for rope in (found, *found.values()) if isinstance(found, dict) else ():
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+        if kind in ("longrope", "dynamic"):
+            keys = (
+                rope.get("original_max_position_embeddings"),
+                config.get("original_max_position_embeddings"),
+            )
+            begun = next(
+                (size for size in (*keys, config.get("max_position_embeddings")) if isinstance(size, int)), 0
+            )
+            return kind, begun
+    return "", 0
+
+
+def fitting(known: Support, attention: str) -> list[Way]:
+    """Return the ways that a job's `model.attention` allows; `packed` is PyTorch's own fused attention sample
+    by sample, so `sdpa` too."""
+    if attention == "auto":
+        return list(known.ways)
+    if attention == "flash_attention_2":
+        # Its kernel takes samples end to end by their lengths; it needs a class that asks transformers'
+        # registry of attentions.
+        return [
+            Way(way.layout, "flash_attention_2", way.head)
+            for way in known.ways
+            if way.attention in ("packed", "sdpa")
+        ][:1]
+    names = ("packed", "sdpa") if attention == "sdpa" else (attention,)
+    return [way for way in known.ways if way.attention in names]
+
+
+def choose(
+    known: Support, model: str, kind: str, attention: str, packing: bool, micro_batch_size: int | str
+) -> Way:
+    """Return the first way that what is asked for allows, of a model by its name and `model_type`.
+
+    Raises ConfigurationError where there is none, with what to write instead.
+    """
+    if not known.ways:
+        raise ConfigurationError(Problem("model.name", model, known.refused))
+    ways = fitting(known, attention)
+    if not ways:
+        can = ", ".join(
+            dict.fromkeys("sdpa" if way.attention == "packed" else way.attention for way in known.ways)
+        )
+        reason = f"a {kind} model's loss would not be its own with it; write {can} or auto"
+        raise ConfigurationError(Problem("model.attention", attention, reason))
+    if packing:
+        ways = [way for way in ways if way.layout == "packed"]
+        if not ways:
+            reason = (
+                f"samples of a {kind} model cannot stand in one row without seeing each other; write false"
+            )
+            raise ConfigurationError(Problem("data.packing", True, reason))
+    if ways[0].layout == "single" and micro_batch_size != 1:
+        reason = f"several samples of a {kind} model in one pass have another loss than each alone; write 1"
+        raise ConfigurationError(Problem("batch.micro_batch_size", micro_batch_size, reason))
+    return ways[0]

@@ -1,0 +1,225 @@
+"""The plan: everything that will run, with nothing left open. The trainer's one input.
+
+It is the job with nothing left open (no `auto`, no null: what does not apply is absent), the exact batch,
+the mesh, and each decision with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_validator
+
+from launcher import tasks
+from launcher.data.section import Data
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import (
+    ActivationCheckpointing,
+    Checkpoint,
+    Container,
+    EngineName,
+    Interval,
+    Model,
+    Offload,
+    Precision,
+    Sharding,
+    Training,
+)
+from launcher.plain_files import read_text
+from launcher.tasks.task import Head, SampleLayout
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, defer_build=True)
+
+
+Attention = Literal["sdpa", "eager", "flash_attention_2", "packed"]
+
+
+class Decision(Frozen):
+    """One thing the job left open."""
+
+    key: str
+    value: str | int | float | bool
+    reason: str
+
+
+Why = Literal["does not fit", "slower", "too late", "not possible"]
+
+
+class Refused(Frozen):
+    """A plan that was looked at and not taken."""
+
+    what: str
+    """In what it differs: engine and cut, recomputation, nodes."""
+    why: Why
+    reason: str
+
+
+class Length(Frozen):
+    """How long training lasts."""
+
+    value: float
+    unit: Literal["steps", "epochs"]
+
+
+class BatchPlan(Frozen):
+    """global_batch_size = micro_batch_size x accumulation_steps x data_parallel_size, exactly."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    data_parallel_size: int
+
+
+class Mesh(Frozen):
+    """world_size = replicate x shard."""
+
+    nodes: int
+    ranks_per_node: int
+    world_size: int
+    replicate: int
+    shard: int
+    reshard_after_forward: bool
+    device: Literal["cpu", "cuda"]
+    threads_per_rank: int
+
+
+class Zero(Frozen):
+    """What DeepSpeed's ZeRO asks for besides the stage; sizes are numbers of elements."""
+
+    stage: Literal[1, 2, 3]
+    reduce_bucket_size: int
+    allgather_bucket_size: int
+    prefetch_bucket_size: int
+    persistence_threshold: int
+    max_live_parameters: int
+    sub_group_size: int
+    largest_parameter: int = 0
+    """At most so large is any parameter; 0 where that is not known."""
+    secondary_shard: int = 1
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
+
+
+class Slurm(Frozen):
+    """What a submission asks of Slurm besides what the mesh says."""
+
+    nodes: str | None = None
+    """As `2-8`, where more than one number of nodes will do."""
+    time_limit_minutes: int | None = None
+    options: dict[str, str] = {}
+    """sbatch's own long options by name; empty text for one that takes no value."""
+    gpu_option: Literal["gres", "gpus-per-node"] = "gres"
+    gpu_type: str | None = None
+    cpus_per_node: int | None = None
+    modules: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    container: Container | None = None
+    interface: str | None = None
+    requeue: bool = True
+    attempts_without_progress: int = 3
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
+class Plan(Frozen):
+    """Everything the trainer needs to know."""
+
+    format: Literal[1] = 1
+    name: str
+    task: str
+    engine: EngineName
+    sharding: Sharding
+    """What is cut among the ranks."""
+    offload: Offload = "none"
+    offload_to: str = "cpu"
+    """`cpu`, or an absolute directory."""
+    zero: Zero | None = None
+    """Where the engine is DeepSpeed."""
+    slurm: Slurm = Slurm()
+    precision: Precision
+    activation_checkpointing: ActivationCheckpointing
+    attention: Attention
+    layout: SampleLayout
+    head: Head = "chunked"
+    num_data_workers: int
+    trackers: tuple[str, ...]
+    grace_seconds: float
+    share_with_group: bool = False
+    hang_after: float | Literal["off"] | None = None
+    """Seconds without a sign of life until a hang is suspected, in every phase; absent: each phase has its
+    own."""
+    length: Length
+    batch: BatchPlan
+    mesh: Mesh
+    model: Model
+    data: SerializeAsAny[Data]
+    """Paths are absolute."""
+    training: Training
+    checkpoint: Checkpoint
+    evaluate_every: Interval | None = None
+    script: tuple[str, ...] | None = None
+    """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and
+    training are then its own."""
+    decisions: tuple[Decision, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_plans(cls, values: Any) -> Any:
+        """Take the task's columns; plans of before 2026-12 had one layout for each task, and one section
+        `data` for all tasks."""
+        if not isinstance(values, dict) or not isinstance(values.get("task"), str):
+            return values
+        data = values.get("data")
+        if "layout" in values and not isinstance(data, dict):
+            return values
+        task = tasks.find(values["task"])
+        if isinstance(data, dict):
+            of_others = {
+                key for name in tasks.TASKS for key in tasks.find(name).Columns.model_fields
+            } - task.Columns.model_fields.keys()
+            data = task.Columns.model_validate(
+                {key: value for key, value in data.items() if key not in of_others}
+            )
+        return {"layout": task.traits.layout} | values | {"data": data}
+
+    def to_json(self) -> str:
+        """Text for plan.json; what does not apply is left out, so that nothing in it is null."""
+        return self.model_dump_json(indent=2, exclude_none=True, by_alias=True) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The plan written at `path`. Raises ConfigurationError where it is none, OSError where it cannot be
+        read."""
+        try:
+            return cls.model_validate_json(read_text(path))
+        except UnicodeDecodeError:
+            raise ConfigurationError("not UTF-8 text, and no plan that launcher wrote", str(path)) from None
+        except ValidationError as error:
+            problems = [
+                Problem(".".join(map(str, item["loc"])), None, item["msg"])
+                for item in error.errors(include_url=False)
+            ]
+            raise ConfigurationError(problems, f"{path} is no plan that launcher wrote") from None
+
+    def digest(self) -> str:
+        """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
+        told_apart = {
+            "decisions",
+            "refused",
+            "trackers",
+            "grace_seconds",
+            "share_with_group",
+            "hang_after",
+            "checkpoint",
+            "slurm",
+        }
+        kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude=told_apart)
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

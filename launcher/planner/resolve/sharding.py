@@ -1,0 +1,236 @@
+"""Decide which engine shards what and where it lives, or name the nearest that it can do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.job.schema import EngineName, Job, Offload, Sharding
+from launcher.planner.decider import Decider
+
+INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation 'deepspeed>=0.19.8,<0.20'"
+STAGES: dict[Sharding, Literal[1, 2, 3]] = {"optimizer": 1, "gradients": 2, "full": 3}
+_HEADERS = ("/usr/include", "/usr/local/include")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Engine, what it cuts, and what it moves off the device."""
+
+    engine: EngineName
+    sharding: Sharding
+    offload: Offload
+    offload_to: str
+
+
+def layout(decider: Decider, world_size: int, device: str) -> Layout:
+    """Decide engine and sharding together; what an engine cannot do is refused with the nearest that it can."""
+    _settle_offload(decider, device)
+    memory = decider.job.memory  # where nothing is `auto` any more
+    engine = _engine(decider)
+    if decider.local and engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        decider.refuse("parallel.engine", engine, f"DeepSpeed is not installed; {INSTALL}")
+    sharding = _sharding(decider, engine, world_size)
+    if engine == "fsdp":
+        _refuse_for_fsdp(decider, device)
+    else:
+        sharding = _refuse_for_deepspeed(decider, sharding, world_size, device)
+    if memory.offload_to != "cpu" and memory.offload == "none":
+        decider.refuse(
+            "memory.offload_to",
+            memory.offload_to,
+            "nothing is offloaded; set memory.offload to optimizer or parameters too",
+        )
+    if decider.local and memory.offload != "none" and memory.offload_to != "cpu":
+        _check_nvme(decider, memory.offload_to)
+    offload: Offload = "none" if memory.offload == "auto" else memory.offload
+    return Layout(engine, sharding, offload, memory.offload_to)
+
+
+def _settle_offload(decider: Decider, device: str) -> None:
+    """Begin with nothing offloaded where the job leaves that open; on GPUs it takes a forecast to decide."""
+    memory = decider.job.memory
+    if memory.offload != "auto":
+        return
+    kept = {"offload": "none"}
+    if device == "cpu":
+        decider.decide(
+            "memory.offload", "none", "training on the CPU, all of it is in the host's memory already"
+        )
+    else:
+        kept["offload_to"] = "cpu"
+    decider.job = decider.job.model_copy(update={"memory": memory.model_copy(update=kept)})
+
+
+def _engine(decider: Decider) -> EngineName:
+    if decider.job.parallel.engine != "auto":
+        return decider.job.parallel.engine
+    asked = only_deepspeed(decider.job)
+    if asked is not None:
+        return decider.decide("parallel.engine", "deepspeed", f"{asked} is what only DeepSpeed has")
+    return decider.decide("parallel.engine", "fsdp", "part of PyTorch, and nothing asked for needs DeepSpeed")
+
+
+def only_deepspeed(job: Job) -> str | None:
+    """What the job asks for that FSDP does not have; None where there is nothing."""
+    parallel, memory = job.parallel, job.memory
+    asked = {
+        "parallel.shard: optimizer": parallel.shard == "optimizer",
+        "memory.offload: optimizer": memory.offload == "optimizer",
+        "memory.offload_to: a directory": memory.offload_to != "cpu",
+        "ZeRO++ (parallel.secondary_shard, quantized_*)": zeropp(job),
+    }
+    return next((reason for reason, there in asked.items() if there), None)
+
+
+def zeropp(job: Job) -> bool:
+    """Whether the job asks for a part of ZeRO++."""
+    parallel = job.parallel
+    return parallel.secondary_shard > 1 or parallel.quantized_weights or parallel.quantized_gradients
+
+
+def _sharding(decider: Decider, engine: EngineName, world_size: int) -> Sharding:
+    parallel, memory = decider.job.parallel, decider.job.memory
+    if parallel.shard != "auto":
+        return parallel.shard
+    if (
+        engine == "deepspeed"
+        and memory.activation_checkpointing == "selective"
+        and memory.offload_to == "cpu"
+    ):
+        return decider.decide(
+            "parallel.shard", "gradients", "ZeRO-2: the third stage does not allow selective recomputation"
+        )
+    if engine == "deepspeed":
+        return decider.decide("parallel.shard", "full", "ZeRO-3: the least memory of a rank")
+    whole = world_size == parallel.replicate and memory.offload == "none"
+    reason = "one rank holds a whole copy" if whole else "the least memory of a rank"
+    return decider.decide("parallel.shard", "none" if whole else "full", reason)
+
+
+def _refuse_for_fsdp(decider: Decider, device: str) -> None:
+    parallel, memory = decider.job.parallel, decider.job.memory
+    if parallel.shard == "optimizer":
+        reason = (
+            "FSDP cuts gradients wherever it cuts the optimizer; write gradients, or parallel.engine: "
+            "deepspeed (ZeRO-1)"
+        )
+        decider.refuse("parallel.shard", parallel.shard, reason)
+    if memory.offload == "optimizer":
+        reason = (
+            "FSDP moves parameters, gradients and optimizer together; write parameters, or "
+            "parallel.engine: deepspeed"
+        )
+        decider.refuse("memory.offload", memory.offload, reason)
+    elif memory.offload == "parameters" and device == "cpu":
+        decider.refuse(
+            "memory.offload",
+            memory.offload,
+            "training on the CPU, all of it is in the host's memory already; write none",
+        )
+    if memory.offload != "none" and memory.offload_to != "cpu":
+        reason = "FSDP offloads to the host's memory alone; write cpu, or parallel.engine: deepspeed"
+        decider.refuse("memory.offload_to", memory.offload_to, reason)
+    for key in ("quantized_weights", "quantized_gradients"):
+        if getattr(parallel, key):
+            decider.refuse(
+                f"parallel.{key}", True, "is ZeRO++; leave it out, or write parallel.engine: deepspeed"
+            )
+    if parallel.secondary_shard > 1:
+        reason = (
+            "hpZ is ZeRO++; with FSDP the nearest is parallel.replicate, whole copies of which each is cut "
+            "within a node"
+        )
+        decider.refuse("parallel.secondary_shard", parallel.secondary_shard, reason)
+
+
+def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int, device: str) -> Sharding:
+    """What ZeRO cannot do; the sharding that it does instead where that computes the same."""
+    job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
+    if parallel.replicate > 1:
+        reason = (
+            "ZeRO cuts over all ranks; leave it out, write parallel.engine: fsdp, or keep a copy on each "
+            "node with secondary_shard"
+        )
+        decider.refuse("parallel.replicate", parallel.replicate, reason)
+    if job.model.compile:
+        decider.refuse("model.compile", True, "compiled layers are for parallel.engine: fsdp; leave it out")
+    if sharding == "none":
+        reason = (
+            "stage 0 takes a wrong first step in half precision (tried with 0.19.8); stage 1 computes what "
+            "it should, in less memory"
+        )
+        sharding = decider.decide("parallel.shard", "optimizer", reason)
+    if memory.activation_checkpointing == "selective" and sharding == "full":
+        reason = (
+            "ZeRO-3 gathers parameters again in the backward pass, which selective recomputation does not "
+            "allow; write full"
+        )
+        decider.refuse("memory.activation_checkpointing", "selective", reason)
+    if (
+        job.precision == "fp16"
+        and device == "cpu"
+        and decider.local
+        and "avx512_fp16" not in decider.hardware.cpu_flags
+    ):
+        reason = (
+            "DeepSpeed takes it on a CPU only where that has fp16 units (avx512_fp16); write fp32, or "
+            "parallel.engine: fsdp"
+        )
+        decider.refuse("precision", "fp16", reason)
+    if memory.offload == "parameters" and sharding != "full":
+        decider.refuse(
+            "memory.offload",
+            "parameters",
+            f"only ZeRO-3 offloads parameters, and parallel.shard is {sharding}; write full",
+        )
+    if zeropp(decider.job) and sharding != "full":
+        decider.refuse("parallel.shard", sharding, "ZeRO++ is part of ZeRO-3; write full")
+    if world_size % parallel.secondary_shard:
+        reason = f"{world_size} ranks cannot be cut into groups of so many; write the ranks of a node"
+        decider.refuse("parallel.secondary_shard", parallel.secondary_shard, reason)
+    for key in ("quantized_weights", "quantized_gradients"):
+        if getattr(parallel, key) and device == "cpu":
+            decider.refuse(f"parallel.{key}", True, "DeepSpeed has no operator for it on CPUs; leave it out")
+    return sharding
+
+
+def _check_nvme(decider: Decider, directory: str) -> None:
+    """Offloading to files: the directory, and what DeepSpeed compiles its file operator from."""
+    path = Path(directory)
+    if not path.is_dir():
+        decider.refuse(
+            "memory.offload_to",
+            directory,
+            "no such directory on this machine; name one on a local NVMe disk, or write cpu",
+        )
+    elif not os.access(path, os.W_OK):
+        decider.refuse(
+            "memory.offload_to", directory, "cannot be written to; name a directory that can, or write cpu"
+        )
+    if not any((Path(folder) / "libaio.h").exists() for folder in _header_folders()):
+        reason = (
+            "DeepSpeed compiles its file operator from libaio.h, which is not here; install libaio-dev (or "
+            "libaio-devel), or write cpu"
+        )
+        decider.refuse("memory.offload_to", directory, reason)
+    beside = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
+    missing = [program for program in ("ninja", "c++") if shutil.which(program, path=beside) is None]
+    if missing:
+        reason = (
+            f"DeepSpeed compiles its file operator on first use, and {' and '.join(missing)} is not here; "
+            "install it, or write cpu"
+        )
+        decider.refuse("memory.offload_to", directory, reason)
+
+
+def _header_folders() -> list[str]:
+    more = [
+        folder for name in ("CPATH", "CPLUS_INCLUDE_PATH") for folder in os.environ.get(name, "").split(":")
+    ]
+    return [*filter(None, more), *_HEADERS]

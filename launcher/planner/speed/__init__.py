@@ -1,0 +1,1 @@
+"""Forecast time: operations, messages, a step, the whole job."""

@@ -1,0 +1,92 @@
+"""Floating-point operations of a micro-batch, by which parts of the model train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher import tasks
+from launcher.planner.memory.program import Unit, Weight
+from launcher.planner.plan import Plan
+
+Units = tuple[Unit, list[Unit]]
+"""What stands outside of the layers, and the layers."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of one micro-batch."""
+
+    forward: float
+    backward: float
+    again: float
+    """The forward passes that are computed a second time."""
+
+    @property
+    def needed(self) -> float:
+        """What the model needs, however it is computed."""
+        return self.forward + self.backward
+
+    @property
+    def made(self) -> float:
+        return self.needed + self.again
+
+
+def operations(plan: Plan, units: Units, tokens: int) -> Operations:
+    """Of a micro-batch of so many tokens.
+
+    Two for each element of a matrix and token, once forward, once for the gradient of what goes in where
+    something before it trains, and once for its own where it trains itself (Kaplan et al. 2020, arXiv
+    2001.08361, table 1). Attention takes 4 x width x length forward and twice that backward, half of it where
+    it is causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    """
+    root, layers = units
+    length, traits = plan.data.max_length, tasks.find(plan.task).traits
+    forward = backward = again = 0.0
+    for unit, passes_back in zip(layers, passing_back(units), strict=True):
+        attention = 4 * attention_width(unit) * length * tokens * (0.5 if traits.causal else 1.0)
+        products = 2 * tokens * matrix_elements(unit)
+        forward += products + attention
+        if passes_back:
+            backward += products + 2 * attention + 2 * tokens * matrix_elements(unit, trained=True)
+            again += products + attention if plan.activation_checkpointing == "full" else 0.0
+    # A head that sees one token of each sample is next to nothing.
+    if traits.head == "every-position":
+        head, last = _head(root), any(passing_back(units)[-1:])
+        forward += 2 * tokens * head.num_elements
+        backward += 2 * tokens * head.num_elements * (last + head.trains)
+    return Operations(forward, backward, again)
+
+
+def passing_back(units: Units) -> list[bool]:
+    """Of each layer whether the backward pass goes through it: something in it or before it trains."""
+    root, layers = units
+    found, before = [], any(weight.trains for weight in root.weights[: root.num_first])
+    for unit in layers:
+        before = before or any(weight.trains for weight in unit.weights)
+        found.append(before)
+    return found
+
+
+def matrix_elements(unit: Unit, trained: bool = False) -> float:
+    """Of the matrices that one token is multiplied with: of experts, those that are chosen; with `trained` of
+    those alone that train."""
+    return sum(
+        weight.num_elements * weight.used
+        for weight in unit.weights
+        if len(weight.shape) >= 2 and (weight.trains or not trained)
+    )
+
+
+def attention_width(unit: Unit) -> int:
+    """heads x head_dim of a layer: what goes into its output projection."""
+    names = ("o_proj.weight", "out_proj.weight", "c_proj.weight", "output.dense.weight", ".o.weight")
+    found = [
+        weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name
+    ]
+    return found[0][-1] if found else 0
+
+
+def _head(root: Unit) -> Weight:
+    """The largest matrix behind the layers; the table of words where it is one with that."""
+    behind = [weight for weight in root.weights[root.num_first :] if len(weight.shape) >= 2]
+    return max(behind or root.weights, key=lambda weight: weight.num_elements)

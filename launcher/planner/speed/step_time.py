@@ -1,0 +1,103 @@
+"""Forecast the time of a step: operations, memory traffic, messages, and their overlap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.planner.hardware.gpu_table import GpuType
+from launcher.planner.memory.program import Segment
+from launcher.planner.plan import Plan
+from launcher.planner.speed.collectives import evaluation_traffic, exposed, moved, offloads, ranks_of, traffic
+from launcher.planner.speed.collectives import seconds as seconds_of
+from launcher.planner.speed.flops import Units, operations
+
+READS = 1.5
+"""Bytes that an operator reads for each that it writes: one or two tensors."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One optimizer step, in seconds; rates are of the whole job."""
+
+    compute: float
+    """Forward and backward of all micro-batches, without waiting."""
+    communication: float
+    """All messages of a rank, one after another."""
+    exposed: float
+    """What of them nothing runs beside."""
+    optimizer: float
+    tokens: int
+    """Of a global batch: of samples as long as they may be, or as those were that were looked at, without
+    their padding."""
+    model_flops: float
+    """Operations of a global batch that a model needs, without recomputation."""
+    peak_rate: float
+    """Of all GPUs together."""
+    correction: float = 1.0
+    """What a step takes of what these sum up to, as runs on the same machine have shown."""
+    evaluation: float = 0.0
+    """Of the forward passes alone over as many samples, with what is waited for."""
+
+    @property
+    def step(self) -> float:
+        return (self.compute + self.exposed + self.optimizer) * self.correction
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step
+
+    @property
+    def utilisation(self) -> float:
+        """MFU: the model's operations over what the GPUs could do."""
+        return self.model_flops / self.step / self.peak_rate
+
+
+def speed(
+    plan: Plan,
+    units: Units,
+    segments: list[Segment],
+    gpu: GpuType,
+    correction: float = 1.0,
+    roomy: bool = False,
+) -> Speed:
+    """The speed of a plan on such GPUs.
+
+    `roomy`: ranks of a CPU keep what they free. `segments` are the blocks of one micro-batch (bytes they
+    write: `Segment.traffic`).
+    """
+    mesh, batch = plan.mesh, plan.batch
+    tokens = batch.micro_batch_size * plan.data.max_length
+    rate = gpu.full_rate if plan.precision == "fp32" else gpu.half_rate
+    done = operations(plan, units, tokens)
+    read_and_written = (1 + READS) * sum(segment.traffic for segment in segments)
+    pass_seconds = done.made / (rate * gpu.matrix_share) + read_and_written / (
+        gpu.bandwidth * gpu.memory_share
+    )
+    called = sum(segment.num_made for segment in segments) * gpu.operator_seconds.get(
+        plan.activation_checkpointing, 0.0
+    )
+    # A GPU computes while the next operators are called; a CPU does one after the other.
+    pass_seconds = max(pass_seconds, called) if mesh.device == "cuda" else pass_seconds + called
+    compute = pass_seconds * batch.accumulation_steps
+    over_host = gpu.host_link * gpu.link_share
+    sent = seconds_of(traffic(plan, units), plan, gpu, roomy) + moved(plan, units) / over_host
+    forward = compute * done.forward / done.made if done.made else 0.0
+    for_evaluation = (
+        seconds_of(evaluation_traffic(plan, units), plan, gpu, roomy)
+        + moved(plan, units, training=False) / over_host
+    )
+    return Speed(
+        compute, sent, exposed(sent, compute, plan, units), optimizer_seconds(plan, units, gpu),
+        tokens * batch.accumulation_steps * mesh.world_size,
+        done.needed * batch.accumulation_steps * mesh.world_size,
+        rate * mesh.world_size, correction, forward + exposed(for_evaluation, forward, plan, units),
+    )  # fmt: skip
+
+
+def optimizer_seconds(plan: Plan, units: Units, gpu: GpuType) -> float:
+    """Of a rank's part: parameter, gradient and moments are read and written."""
+    root, layers = units
+    state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks_of(plan)
+    # Offloaded, it is the processors that step, and the ranks of a node share their memory.
+    rate = gpu.host_bandwidth / plan.mesh.ranks_per_node if offloads(plan) else gpu.bandwidth
+    return 28 * state / (rate * gpu.memory_share)

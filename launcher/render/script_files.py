@@ -1,0 +1,55 @@
+"""Render Accelerate's and DeepSpeed's files for a user's own script, with `auto` left in."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+from launcher.planner.plan import Plan
+from launcher.render import accelerate, deepspeed
+
+_FILLED_IN = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
+
+def files(plan: Plan, directory: str) -> dict[str, str]:
+    """The text of each file by its name; `directory` is where they will lie, absolute."""
+    made = {
+        "accelerate.yaml": yaml.safe_dump(
+            accelerate_config(plan, f"{directory}/ds_config.json"), sort_keys=False
+        )
+    }
+    if plan.zero is not None:
+        made["ds_config.json"] = json.dumps(deepspeed_config(plan), indent=2) + "\n"
+    return made
+
+
+def accelerate_config(plan: Plan, deepspeed_file: str) -> dict[str, Any]:
+    """accelerate.yaml. On a CPU it says FSDP where the plan does: a rank of ours has Accelerate shard there
+    too."""
+    mesh = plan.mesh
+    if plan.engine == "fsdp" and plan.sharding != "none" and mesh.device == "cpu":
+        plan = plan.model_copy(update={"mesh": mesh.model_copy(update={"device": "cuda"})})
+    return {**accelerate.config(plan, deepspeed_file), "use_cpu": mesh.device == "cpu"}
+
+
+def deepspeed_config(plan: Plan) -> dict[str, Any]:
+    """ds_config.json with `auto` for batch, clipping and precision: Accelerate fills them from the script,
+    the Trainer from its arguments.
+
+    A number there would have to be the script's own: the Trainer refuses another, and Accelerate takes it
+    over the script's.
+    """
+    scaled = deepspeed.config(plan.model_copy(update={"precision": "fp16"}))["fp16"]
+    return {
+        **deepspeed.config(plan),
+        **dict.fromkeys(_FILLED_IN, "auto"),
+        "bf16": {"enabled": "auto"},
+        "fp16": {**scaled, "enabled": "auto"},
+    }

@@ -1,0 +1,88 @@
+"""Run the points of a sweep in turn, or as one Slurm array."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from launcher.errors import ConfigurationError, LauncherError, Problem, Stopped
+from launcher.launch import local
+from launcher.launch.cutting import run_with_cuts
+from launcher.launch.screen import Watcher
+from launcher.launch.slurm import snapshot, submit_run
+from launcher.launch.slurm.record import JobRecord
+from launcher.launch.slurm.submission import refuse_second, submit_array
+from launcher.planner.plan import Plan
+from launcher.runs.events import event
+from launcher.runs.layout import RunDirectory
+from launcher.sweep.sweep import Sweep
+
+
+def run_here(sweep: Sweep, watcher: Watcher) -> int:
+    """Every point that is left, in turn. One that fails or cannot begin does not keep the others from being
+    tried; a stop ends the sweep.
+
+    Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed.
+    """
+    worst = 0
+    for number in sweep.left():
+        watcher.say(f"point {number} of {len(sweep.points)}: {' '.join(sweep.points[number])}")
+        try:
+            run, plan = sweep.open(number, local=True)
+        except LauncherError as error:
+            watcher.say(f"point {number} cannot begin: {error}")
+            worst = worst or error.exit_code
+            continue
+        code = run_with_cuts(run, plan, watcher)
+        if code in (Stopped.exit_code, local.FORCED_EXIT):
+            return code
+        worst = worst or code
+    return worst
+
+
+def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
+    """Every point that is left as one array, of which `parallel` run at a time; the array's number and the
+    points in their order.
+
+    Raises RunInUseError where a point waits or runs already, ConfigurationError where points ask Slurm for
+    different things.
+    """
+    submit_run.find_sbatch()
+    numbers = sweep.left()
+    for number in numbers:
+        refuse_second(sweep.run(number))
+    opened = [sweep.open(number, local=False) for number in numbers]
+    _check_alike(opened, numbers)
+    code = _one_snapshot(sweep.path)
+    job_id = submit_array(
+        sweep.path, [run for run, _ in opened], opened[0][1], sys.executable, code, parallel
+    )
+    for index, (run, plan) in enumerate(opened):
+        known = JobRecord.read(run)
+        JobRecord(f"{job_id}_{index}", known.script if known else "", round(time.time(), 3)).write(run)
+        event(
+            run.events_file, "submitted", job=f"{job_id}_{index}", nodes=plan.slurm.nodes or plan.mesh.nodes
+        )
+    return job_id, numbers
+
+
+def _one_snapshot(path: Path) -> Path:
+    """The code of all points."""
+    return snapshot.of_launcher(RunDirectory(path))
+
+
+def _check_alike(opened: list[tuple[RunDirectory, Plan]], numbers: list[int]) -> None:
+    """An array asks for the same nodes in all its tasks."""
+    first = opened[0][1]
+    for number, (_, plan) in zip(numbers, opened, strict=True):
+        if (plan.slurm, plan.mesh.nodes, plan.mesh.ranks_per_node) != (
+            first.slurm,
+            first.mesh.nodes,
+            first.mesh.ranks_per_node,
+        ):
+            reason = (
+                f"asks for other nodes than point {numbers[0]}, and one array has one request; sweep over "
+                "cluster keys with --local"
+            )
+            raise ConfigurationError(Problem("--grid", f"point {number}", reason))

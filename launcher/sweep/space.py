@@ -1,0 +1,123 @@
+"""The points of a sweep: a grid, or random draws."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.yaml_text import parse
+
+_RANGE = re.compile(r"^\s*(\S+?)\s*\.\.\s*(\S+?)\s*(?::\s*(log|linear)\s*)?$")
+_MOST_POINTS = 1000
+_FACTOR = 3
+"""Of how many points one goes on: near e, which Jamieson and Talwalkar (2016) find best in theory."""
+
+
+def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, seed: int) -> list[list[str]]:
+    """The `KEY=VALUE` overrides of each point.
+
+    grid: `KEY=A,B,C`; each value is tried with each of the others. random: `KEY=LOW..HIGH`, evenly or with
+    `:log` in magnitude, or `KEY=A,B,C`, one of them. With both, the grid is tried with each random draw.
+    Raises ConfigurationError with every problem.
+    """
+    from sklearn.model_selection import ParameterGrid, ParameterSampler
+
+    problems: list[Problem] = []
+    fixed = _collect("--grid", grid, problems, ranges=False)
+    drawn = _collect("--random", random, problems, ranges=True)
+    problems += [
+        Problem("--random", key, "stands in --grid too; name it once") for key in fixed.keys() & drawn.keys()
+    ]
+    if not grid and not random:
+        problems.append(
+            Problem("--grid", None, "write what to try, as --grid training.learning_rate=1e-5,2e-5")
+        )
+    if random and num_points is None:
+        problems.append(Problem("--points", None, "say how many points --random draws"))
+    if problems:
+        raise ConfigurationError(problems)
+    draws = list(ParameterSampler(drawn, num_points or 1, random_state=seed)) if drawn else [{}]
+    found = [_overrides({**point, **draw}) for draw in draws for point in ParameterGrid(fixed)]
+    if len(found) > _MOST_POINTS:
+        raise ConfigurationError(
+            Problem("--grid", len(found), f"is more than {_MOST_POINTS} points; try fewer values")
+        )
+    return found
+
+
+def rungs(text: str) -> tuple[int, int]:
+    """`STEPS` or `STEPS:N`: where points are first compared, and of how many one goes on. Raises
+    ConfigurationError."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
+    first, factor = (int(match[1]), int(match[2] or _FACTOR)) if match else (0, 0)
+    if first < 1 or factor < 2:
+        raise ConfigurationError(
+            Problem("--halving", text, "write STEPS or STEPS:N with N of at least 2, as 100:3")
+        )
+    return first, factor
+
+
+def _collect(option: str, texts: Sequence[str], problems: list[Problem], ranges: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key.strip() or not values.strip():
+            problems.append(
+                Problem(option, text, "write KEY=VALUE,VALUE,... as training.learning_rate=1e-5,2e-5")
+            )
+        elif key in found:
+            problems.append(Problem(option, key, "is there twice; name it once with all its values"))
+        elif ".." in values and not ranges:
+            problems.append(
+                Problem(option, text, "a range has no points of its own; list values, or draw with --random")
+            )
+        else:
+            try:
+                found[key] = _range(values) if ".." in values else _values(values)
+            except ValueError as error:
+                problems.append(Problem(option, text, str(error)))
+    return found
+
+
+def _values(text: str) -> list[Any]:
+    """`1e-5,2e-5` or `[a, b]` as YAML reads it."""
+    try:
+        content = parse(text if text.lstrip().startswith("[") else f"[{text}]", "--grid")
+    except ConfigurationError:
+        content = None
+    if not isinstance(content, list) or not content or any(value is None for value in content):
+        raise ValueError("write the values with commas between them")
+    return content
+
+
+def _range(text: str) -> Any:
+    from scipy import stats
+
+    match = _RANGE.match(text)
+    try:
+        low, high = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    except ValueError:
+        match = None
+    if match is None:
+        raise ValueError("write LOW..HIGH or LOW..HIGH:log, as 1e-6..1e-4:log")
+    if not low < high or (match[3] == "log" and low <= 0):
+        raise ValueError(
+            f"from {low:g} to {high:g} there is "
+            f"nothing{' in magnitude' if match[3] == 'log' and low < high else ''}"
+        )
+    return stats.loguniform(low, high) if match[3] == "log" else stats.uniform(low, high - low)
+
+
+def _overrides(point: dict[str, Any]) -> list[str]:
+    """A point as `--set` reads it; drawn numbers with four digits, which people can read and type again."""
+    return [f"{key}={_written(value)}" for key, value in sorted(point.items())]
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{float(value):.4g}"
+    return str(value)

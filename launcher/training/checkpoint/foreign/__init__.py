@@ -1,0 +1,1 @@
+"""Checkpoints that other tools wrote: DeepSpeed's, and Accelerate's under FSDP."""

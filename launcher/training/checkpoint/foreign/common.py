@@ -1,0 +1,149 @@
+"""The common shape of a foreign checkpoint: names, lazy tensors, training progress."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import CheckpointError
+from launcher.plain_files import read_json
+
+_WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+class _Inert:
+    """Stands in for a class that a foreign file names: holds what was stored, and runs nothing."""
+
+
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
+
+
+@dataclass(frozen=True)
+class ForeignTensor:
+    """One tensor of a foreign checkpoint; its elements are read when they are asked for."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    flat: Callable[[], torch.Tensor]
+    """All elements in row-major order, flat; a view of the file where they lie together there."""
+
+    def as_dtype(self, dtype: torch.dtype) -> torch.Tensor:
+        """All elements, flat, in that dtype."""
+        return self.flat().to(dtype)
+
+
+def whole_tensor(value: torch.Tensor) -> ForeignTensor:
+    """A tensor that lies in one piece."""
+    return ForeignTensor(value.shape, value.dtype, lambda: value.detach().reshape(-1))
+
+
+@dataclass
+class Foreign:
+    """What was found in a foreign checkpoint. Names are Hugging Face names, without the prefixes of wrappers."""
+
+    origin: str
+    """Who wrote it, as people say it: DeepSpeed 0.19.8, ZeRO-3, 2 ranks."""
+    parameters: dict[str, ForeignTensor] = field(default_factory=dict)
+    buffers: dict[str, ForeignTensor] = field(default_factory=dict)
+    states: dict[str, dict[str, ForeignTensor]] = field(default_factory=dict)
+    """The optimizer's tensors that have their parameter's shape: by parameter, then by key (`exp_avg`, ...).
+    """
+    optimizer_steps: set[float] = field(default_factory=set)
+    """How many steps the optimizer took, as each of its states says."""
+    step: int | None = None
+    """How many steps the training took, where the checkpoint says so."""
+    samples: int | None = None
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """The optimizer's groups: learning rate, weight decay and so on."""
+    loss_scale: float | None = None
+    """Of fp16, where it was dynamic."""
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what compiling, checkpointing and wrapping put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, its tensors as views of the file. Nothing in it is executed.
+
+    Raises CheckpointError, in one line, where it is missing, cut off, no dictionary, or names a class that no
+    checkpoint needs.
+    """
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = (
+            f"names {named[1]}, which no checkpoint needs"
+            if named
+            else f"holds what no checkpoint needs ({_brief(error)})"
+        )
+        raise CheckpointError(f"{path}: {what}; it is refused, and nothing of it was executed") from None
+    except Exception as error:
+        raise CheckpointError(f"{path} is cut off or garbled: {_brief(error)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, and no dictionary of a checkpoint")
+    return content
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def trainer_step(directory: Path) -> int | None:
+    """The step in the trainer_state.json that Hugging Face's Trainer writes beside a checkpoint; None without
+    one."""
+    try:
+        found = read_json(directory / "trainer_state.json")["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def add_states(foreign: Foreign, name: str, states: Iterable[tuple[str, ForeignTensor]]) -> None:
+    """File the optimizer's tensors of one parameter: those of its shape by key, `step` as a number."""
+    for key, value in states:
+        if key == "step":
+            foreign.optimizer_steps.add(float(value.flat()[0]))
+        elif value.shape.numel() == foreign.parameters[name].shape.numel():
+            foreign.states.setdefault(name, {})[key] = value
+
+
+def open_foreign(source: Path) -> Foreign:
+    """Look at a checkpoint that DeepSpeed or Accelerate wrote. Its tensors are not read yet.
+
+    Raises CheckpointError where it is neither, or not whole.
+    """
+    from launcher.training.checkpoint.foreign import from_accelerate, from_deepspeed
+
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{source} is {'no directory' if source.exists() else 'missing'}; name the directory of a "
+            "checkpoint"
+        )
+    for reader in (from_deepspeed, from_accelerate):
+        if reader.found(source):
+            return reader.read(source)
+    expected = (
+        "global_step*/*_optim_states.pt with latest (DeepSpeed), pytorch_model_fsdp_0/ or "
+        "pytorch_model_fsdp.bin (Accelerate)"
+    )
+    raise CheckpointError(
+        f"{source} holds no checkpoint of DeepSpeed or of Accelerate's FSDP: looked for {expected}"
+    )

@@ -1,0 +1,173 @@
+"""bf16 and fp16 products on processors without such units: widened to fp32, rounded once.
+
+PyTorch's own way there is 4 to 140 times slower than fp32 (docs/benchmarks/products.md). The result is the
+same but for the order of its sums: both add up in fp32. Of a product little is widened at a time, so that no
+large matrix is ever copied whole; attention is widened whole, queries, keys and values of one sample where
+samples are packed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Finish = Callable[[torch.Tensor, slice, slice], None]
+
+HALF = (torch.bfloat16, torch.float16)
+_BLOCK_ELEMENTS = 1 << 20
+"""Of each matrix that is widened at a time, 4 MiB in fp32: larger blocks were no faster."""
+_SHORTEST = 128
+"""Rows, columns and inner size of a block, at least, where the matrix has so many: thinner ones are slow."""
+_UNITS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
+}
+"""By torch.cpu.get_capabilities(): x86 before Arm."""
+_installed: list[torch.library.Library] = []
+
+
+def has_units(dtype: torch.dtype, capabilities: dict[str, Any] | None = None) -> bool:
+    """Whether this processor multiplies in `dtype` itself; True as well where PyTorch cannot tell."""
+    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
+    known = [found[name] for name in _UNITS[dtype] if name in found]
+    return any(known) or not known
+
+
+def widen(dtype: torch.dtype) -> bool:
+    """From now on this process multiplies `dtype` by way of fp32, where the processor has no units for it.
+    Returns whether it does."""
+    if dtype not in HALF or has_units(dtype):
+        return False
+    if not _installed:
+        _install()
+    return True
+
+
+def matrix_product(
+    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None, finish: Finish | None = None
+) -> torch.Tensor:
+    """`left` [rows, inner] times `right` [inner, columns], both in half precision; into `out` where it is
+    given.
+
+    `finish` changes a block of the product in place while it is still in fp32: the block, its rows, its
+    columns.
+    """
+    rows, inner, columns = *left.shape, right.shape[1]
+    if out is None:
+        out = torch.empty(rows, columns, dtype=left.dtype)
+    elif out.shape != (rows, columns):
+        out.resize_(rows, columns)
+    if rows >= columns:
+        row_step, column_step = _BLOCK_ELEMENTS // max(inner, columns, 1), columns
+    else:
+        row_step, column_step = rows, _BLOCK_ELEMENTS // max(inner, rows, 1)
+    row_step, column_step = max(row_step, min(rows, _SHORTEST)), max(column_step, min(columns, _SHORTEST))
+    for row in _parts(rows, row_step):
+        for column in _parts(columns, column_step):
+            block = _wide_product(left[row], right[:, column])
+            if finish is not None:
+                finish(block, row, column)
+            out[row, column] = block
+    return out
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """In fp32; along `inner` in parts where it is long."""
+    step = max(_SHORTEST, _BLOCK_ELEMENTS // max(left.shape[0], right.shape[1], 1))
+    if left.shape[1] <= step:
+        return left.float() @ right.float()
+    total = torch.zeros(left.shape[0], right.shape[1])
+    for part in _parts(left.shape[1], step):
+        total.addmm_(left[:, part].float(), right[part].float())
+    return total
+
+
+def _parts(length: int, step: int) -> list[slice]:
+    return [slice(begin, begin + step) for begin in range(0, length, max(1, step))]
+
+
+def _install() -> None:
+    """Put the widened products before PyTorch's own kernels, which go on to take everything that is not in
+    half precision."""
+    library = torch.library.Library("aten", "IMPL")
+    for name, function in _OPERATORS.items():
+        kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced, which is what is wanted
+            library.impl(name, _either(kernel, function), "CPU", with_keyset=True)
+    _installed.append(library)
+
+
+def _either(kernel: Any, function: Any) -> Any:
+    def call(keys: Any, first: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        # Operands that do not go together are left to PyTorch, which says so.
+        if first.dtype in HALF and (function not in _PRODUCTS or _agree(first, *rest)):
+            return function(lambda *a, **n: kernel.call_boxed(keys, *a, **n), first, *rest, **named)
+        return kernel.call_boxed(keys, first, *rest, **named)
+
+    return call
+
+
+def _agree(*tensors: torch.Tensor) -> bool:
+    left, right = tensors[-2:]
+    return (
+        len({tensor.dtype for tensor in tensors}) == 1
+        and left.shape[:-2] == right.shape[:-2]
+        and left.shape[-1] == right.shape[-2]
+    )
+
+
+def _mm(_: Any, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    return matrix_product(left, right, out)
+
+
+def _addmm(
+    _: Any, added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    spread = added.expand(left.shape[0], right.shape[1])
+
+    def finish(block: torch.Tensor, row: slice, column: slice) -> None:
+        block.mul_(alpha)
+        if beta != 0:
+            block.add_(spread[row, column], alpha=beta)
+
+    return matrix_product(left, right, finish=finish)
+
+
+def _bmm(_: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=left.dtype)
+    for target, one, other in zip(out, left, right, strict=True):
+        matrix_product(one, other, target)
+    return out
+
+
+def _attention(kernel: Any, *tensors_and_settings: Any, **named: Any) -> Any:
+    output, normalisers = kernel(
+        *map(_wide, tensors_and_settings), **{name: _wide(value) for name, value in named.items()}
+    )
+    return output.to(tensors_and_settings[0].dtype), normalisers
+
+
+def _attention_backward(kernel: Any, *tensors_and_settings: Any, **named: Any) -> Any:
+    gradients = kernel(
+        *map(_wide, tensors_and_settings), **{name: _wide(value) for name, value in named.items()}
+    )
+    return tuple(gradient.to(tensors_and_settings[0].dtype) for gradient in gradients)
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALF else value
+
+
+_PRODUCTS = (_mm, _addmm, _bmm)
+_OPERATORS = {
+    "mm": _mm,
+    "mm.out": _mm,
+    "addmm": _addmm,
+    "bmm": _bmm,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}

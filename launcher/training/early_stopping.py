@@ -1,0 +1,70 @@
+"""Reasons to end before the last step: early stopping, falling behind in a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.runs.successive_halving import Halving
+from launcher.training.cadence import Patience
+
+
+class EarlyEnd:
+    """One rank's judgement of each evaluation; all ranks come to the same one.
+
+    `agree` tells whether any rank wishes something, `event` writes an event once for all.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        plan: Plan,
+        leads: bool,
+        agree: Callable[[bool], bool],
+        event: Callable[..., None],
+    ) -> None:
+        early = plan.training.early_stopping
+        self._patience = None
+        if early:
+            better = tasks.unprepared(plan).metrics.get(early.metric, "lower")
+            self._patience = Patience(early.metric, early.patience, early.minimum_delta, better)
+        self._halving = Halving.of(run)
+        self._run, self._leads, self._agree, self._event = run, leads, agree, event
+        self._left_behind = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether training is over, whatever steps are left."""
+        return self._left_behind or (self._patience is not None and self._patience.exhausted)
+
+    def judge(self, step: int, is_last: bool, metrics: dict[str, float]) -> None:
+        """What the evaluation after `step` means. Raises ConfigurationError for a metric that the task does
+        not have."""
+        self._be_patient(step, metrics)
+        if self._halving is not None and step > 0 and not is_last:
+            self._left_behind = self._agree(self._leads and self._halving.gives_up(self._run))
+            if self._left_behind:
+                self._event("halved", step=step, metric=self._halving.metric)
+
+    def _be_patient(self, step: int, metrics: dict[str, float]) -> None:
+        patience = self._patience
+        if patience is None:
+            return
+        if patience.metric not in metrics:
+            reason = f"is not among the metrics of this task: {', '.join(sorted(metrics))}"
+            raise ConfigurationError(Problem("training.early_stopping.metric", patience.metric, reason))
+        if step > 0 and patience.exhausted_by(metrics):
+            self._event("early_stopping", step=step, metric=patience.metric, best=patience.best)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"best": self._patience.best, "num_worse": self._patience.num_worse} if self._patience else {}
+
+    def restore(self, best: float | None, num_worse: int) -> None:
+        """Go on from a checkpoint's."""
+        if self._patience:
+            self._patience.best, self._patience.num_worse = best, num_worse

@@ -1,0 +1,132 @@
+"""Inputs of training that need no peers: config, tokenizer, task, data."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.plan import Plan
+from launcher.runs import cache, events, prepared
+from launcher.runs.layout import RunDirectory
+from launcher.runs.phases import PhaseReport
+from launcher.tasks.task import Task
+from launcher.training import heads
+from launcher.training.data.dataset import Dataset
+from launcher.training.data.prepare import prepare, refuse_mostly_dropped
+from launcher.training.data.sources import refuse_change
+from launcher.training.model import model_files, pretrained
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What training needs before the ranks know each other: config, tokenizer, task and data."""
+
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    train: Dataset
+    evaluation: Dataset | None
+
+    @classmethod
+    def prepare(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
+        """What a run trains on, said in its events before the first step. Raises DataError where the data is
+        not what the run began with, or where most rows would be dropped."""
+        material = cls.of(run, plan)
+        for dataset in material.datasets:
+            refuse_mostly_dropped(dataset.report, plan)
+            refuse_change(run.path / f"data-{dataset.report.role}.json", dataset.report)
+        if os.environ.get("RANK", "0") == "0":
+            for dataset in material.datasets:
+                said = dataset.report.to_dict()
+                events.event(run.events_file, "prepared", **said)
+                print(*prepared.lines({"event": "prepared", **said}), sep="\n", file=sys.stderr)
+                for text in dataset.report.remarks:
+                    events.event(run.events_file, "noted", text=text)
+        return material
+
+    @classmethod
+    def of(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
+        """Tokenised and packed data come from the cache where it has them; one process of a machine makes
+        them, the others wait."""
+        cache.hold_until_the_end(Path(plan.model.name))
+        config = pretrained.read_config(plan)
+        tokenizer = pretrained.read_tokenizer(plan)
+        task = tasks.build(plan, tokenizer)
+        task.adopt(config)
+        train = prepare(
+            plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows")
+        )
+        evaluation = None
+        if plan.data.evaluation is not None:
+            evaluation = prepare(
+                plan.data.evaluation,
+                "evaluation",
+                plan,
+                task,
+                tokenizer,
+                phase_report(run, "preparing", "rows"),
+            )
+        task.configure(config)
+        for role, dataset in (("train", train), ("evaluation", evaluation)):
+            refuse_tokens(dataset, f"data.{role}", tokenizer, config)
+        return cls(config, tokenizer, task, train, evaluation)
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """What is trained on, and what is measured on where there is such a thing."""
+        return (self.train,) if self.evaluation is None else (self.train, self.evaluation)
+
+    def save_model_files(self, run: RunDirectory, plan: Plan, model: PreTrainedModel) -> None:
+        """Write RUN/model once: what the model's directory holds beside weights, with this run's config,
+        tokenizer and generation config.
+
+        For one rank to call.
+        """
+        target = run.path / "model"
+        if target.exists():
+            return
+        # Written aside: killed half-way, it would be taken for whole by the next attempt.
+        directory = target.with_name(f".model-{secrets.token_hex(4)}")
+        if (source := model_files.directory_of(plan)) is not None:
+            model_files.copy(source, directory)
+        self.tokenizer.save_pretrained(directory)
+        generation: GenerationConfig | None = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(directory)
+        self.config.architectures = [heads.model_class_of(model).__name__]
+        self.config.save_pretrained(directory)
+        model_files.name_own_code(directory, plan)
+        directory.rename(target)
+
+
+def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Raise ConfigurationError where rows have a token for which the model's embedding has no row."""
+    num_rows = getattr(config.get_text_config(), "vocab_size", None)
+    # To read every sample takes a while: only where the tokenizer has such tokens. Of characters there is no
+    # table.
+    if (
+        dataset is None
+        or num_rows is None
+        or pretrained.num_ids(tokenizer) <= num_rows
+        or (highest := dataset.highest_token()) < num_rows
+    ):
+        return
+    token = tokenizer.convert_ids_to_tokens(highest)
+    reason = (
+        f"has the token {token!r} ({highest}), and the embedding has {num_rows:,} rows; write "
+        "model.resize_embeddings: true"
+    )
+    raise ConfigurationError(Problem(key, None, reason))
+
+
+def phase_report(run: RunDirectory, phase: str, unit: str) -> PhaseReport:
+    """A report function for a phase of this run."""
+    return PhaseReport(run, phase, unit)

@@ -1,0 +1,198 @@
+"""LoRA adapters made by peft: where they go, what trains, which names they are kept by.
+
+peft puts each adapted layer into a module of its own, which changes the names below it. transformers must not
+see those while it reads a model's files, nor does anybody who reads a checkpoint: `plain` gives every
+parameter the name that it has without adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.adapter import Adapter
+from launcher.planner.model.model_support import WITHOUT_ADAPTER
+
+WEIGHTS = "adapter_model.safetensors"
+"""The file of an adapter's directory that holds its values."""
+_PEFT_PREFIX = "base_model.model."
+
+NAME = "default"
+"""peft's name of the one adapter that a model has here."""
+_LAYER = re.compile(r"\.base_layer(?=\.)")
+_MATRIX = re.compile(rf"\.(lora_[AB])\.{NAME}(?=\.)")
+Layers = Callable[[PreTrainedModel], list[nn.Module]]
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what peft puts around it; of an adapter's matrix `...q_proj.lora_A.weight`,
+    as in peft's own files."""
+    return _MATRIX.sub(r".\1", _LAYER.sub("", name))
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter by its plain name."""
+    return ((plain(name), parameter) for name, parameter in model.named_parameters())
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter's plain name is that of an adapter's matrix."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[str]:
+    """The names of the linear layers that get an adapter. Raises ConfigurationError for a pattern that
+    matches none."""
+    # The loss multiplies with the head's weight itself: what stood beside it would never be asked.
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    if problems := adapter.unmatched(linear, [name for name, _ in named_parameters(model)]):
+        raise ConfigurationError(problems)
+    if adapter.targets == "all-linear":
+        repeated = {id(module) for layer in layers(model) for module in layer.modules()}
+        without = WITHOUT_ADAPTER.get(model.config.model_type)
+        found = [
+            name
+            for name, module in linear.items()
+            if id(module) in repeated and name.rpartition(".")[2] != without
+        ]
+        if not found:
+            reason = f"the repeated layers of {type(model).__name__} hold no linear layer"
+            raise ConfigurationError(Problem("model.adapter.targets", adapter.targets, reason))
+        return found
+    return [name for name in linear if adapter.takes(name)]
+
+
+def trained(model: nn.Module, adapter: Adapter, new: tuple[str, ...]) -> None:
+    """Let the adapters, new parameters and those of `train_also` train, and nothing else."""
+    for name, parameter in named_parameters(model):
+        parameter.requires_grad_(adapter.trains(name) or name in new)
+
+
+def narrow(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
+    """Of a model without numbers: what will not train gets the dtype of the computation, in which its files
+    are then read."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not adapter.trains_also(name):
+            parameter.data = parameter.data.to(dtype)
+
+
+def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """fp32, by seed and plain name alone: A as `nn.Linear` has it at first (uniform within 1 / sqrt(inputs)),
+    B zero."""
+    whole = torch.zeros(shape)
+    if name.endswith(".lora_A.weight"):
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+    return whole
+
+
+def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The values that training begins with, fp32 and whole, by the name that the parameter has in the model
+    with adapters.
+
+    Of a new adapter its first ones; of one that is gone on with those in its file, of what is trained beside
+    it too. Raises ConfigurationError where the file is not of these layers and sizes.
+    """
+    if adapter.weights is None:
+        for name, parameter in model.named_parameters():
+            if is_matrix(plain(name)):
+                yield name, first_values(plain(name), parameter.shape, seed)
+        return
+    from safetensors import safe_open
+
+    with safe_open(Path(adapter.weights) / WEIGHTS, "pt") as file:
+        stored = {name.removeprefix(_PEFT_PREFIX): name for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        wanted = {
+            plain(name): (name, parameter)
+            for name, parameter in model.named_parameters()
+            if adapter.trains(plain(name))
+        }
+        aliases = {plain(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+        missing, strange = (
+            sorted(wanted.keys() - stored.keys()),
+            sorted(stored.keys() - wanted.keys() - aliases),
+        )
+        shapes = [
+            name
+            for name, (_, one) in wanted.items()
+            if name in stored and file.get_slice(stored[name]).get_shape() != [*one.shape]
+        ]
+        for names, what in (
+            (missing, "lacks"),
+            (strange, "has, and the model does not,"),
+            (shapes, "has in another size"),
+        ):
+            if names:
+                reason = f"the adapter is not of this model: it {what} {names[0]}" + (
+                    f" and {len(names) - 1} more" if names[1:] else ""
+                )
+                raise ConfigurationError(Problem("model.adapter.weights", adapter.weights, reason))
+        for name, (there, _) in wanted.items():
+            yield there, file.get_tensor(stored[name]).float()
+
+
+def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:
+    """peft's own words for it."""
+    from peft import LoraConfig
+
+    alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=names,
+        bias="none",
+        **more,
+    )
+
+
+class Injected:
+    """The adapters of one model, which can be taken out for as long as somebody needs the tree that the model
+    has without them."""
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, layers: Layers) -> None:
+        """Put them in: fp32 and without memory of their own yet."""
+        from peft import inject_adapter_in_model
+
+        names = targets(model, adapter, layers)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # that Conv1D holds its weight the other way round, which peft sees to
+            inject_adapter_in_model(settings(adapter, names), model, NAME, low_cpu_mem_usage=True)
+        self._places: list[tuple[nn.Module, str, Any]] = []
+        for name in names:
+            path, _, key = name.rpartition(".")
+            wrapper: Any = model.get_submodule(name)
+            self._places.append((model.get_submodule(path), key, wrapper))
+            for matrix in (wrapper.lora_A[NAME], wrapper.lora_B[NAME]):
+                matrix.weight = nn.Parameter(
+                    torch.empty(matrix.weight.shape, dtype=torch.float32, device="meta")
+                )
+
+    def take_out(self) -> None:
+        """The tree as it is without them."""
+        for parent, key, wrapper in self._places:
+            setattr(parent, key, wrapper.get_base_layer())
+
+    def put_back(self) -> None:
+        """The tree as it is with them."""
+        for parent, key, wrapper in self._places:
+            setattr(parent, key, wrapper)

@@ -1,0 +1,303 @@
+"""Load a Hugging Face model in shards, and find its repeated layers.
+
+transformers reads each rank's slices straight from the safetensors files once the parameters are DTensors.
+What is ours is the cut: every repeated layer becomes a unit of its own, for any architecture, and the run
+stops where that is not possible (transformers' own plans leave BERT, GPT-2, T5 and others as one unit, which
+gathers the whole model on every rank).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.plan import Mesh, Plan
+from launcher.training.model import adapters, pretrained
+from launcher.training.model.buffers import restore_buffers
+from launcher.training.model.conversion import converted_whole, cut_like
+from launcher.training.model.reading import Changes
+from launcher.training.precision import DTYPES
+from launcher.training.reporting.whereabouts import tensors_counted
+
+Shard = Callable[[PreTrainedModel], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, sharded where the mesh has more than one rank."""
+
+    model: PreTrainedModel
+    new_parameters: tuple[str, ...]
+    """Names that the files did not hold, as a classification head's."""
+
+
+def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
+    """The model of the plan, its weights in fp32, cut by `shard` before a single weight is read.
+
+    Beside an adapter, what does not train has the precision of the computation: no fp32 master is needed of
+    what never changes.
+    """
+    source: dict[str, Any] = {"state_dict": {}} if plan.model.weights == "random" else {}
+    name = None if plan.model.weights == "random" else plan.model.name
+    distributed = DistributedConfig(fsdp_size=plan.mesh.shard, dp_replicate_size=plan.mesh.replicate)
+    kind = pretrained.model_class(auto_class, config, plan)
+    seam = _Seam(plan, shard)
+    with seam.in_place(), converted_whole(), Changes.of(plan, kind, config).in_place(), tensors_counted():
+        try:
+            model, information = kind.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                distributed_config=distributed,
+                output_loading_info=True,
+                revision=plan.model.revision or "main",
+                **source,
+            )
+        except Exception as error:
+            if (reason := pretrained.why_not_read(error)) is None:
+                raise
+            raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+    device = torch.device("cpu") if plan.offload == "parameters" else _device(plan.mesh)
+    if plan.mesh.world_size == 1 or device != _device(plan.mesh):
+        model.to(device)
+    if mismatched := information.get("mismatched_keys"):
+        raise ConfigurationError(
+            Problem(
+                "model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"
+            )
+        )
+    _copy_out_of_files(model)
+    restore_buffers(model, kind, config, plan)
+    missing = {*information["missing_keys"], *_materialise(model, device)}
+    new = tuple(name for name, _ in model.named_parameters() if name in missing)
+    _widen(model, new)
+    initialise(model, new, plan.training.seed)
+    freeze(model, plan.model.freeze)
+    _add_adapter(model, seam.injected, plan, new, device)
+    if plan.mesh.world_size == 1:
+        shard(model)
+    return LoadedModel(model, new)
+
+
+def _add_adapter(
+    model: PreTrainedModel,
+    injected: adapters.Injected | None,
+    plan: Plan,
+    new: tuple[str, ...],
+    device: torch.device,
+) -> None:
+    """The plan's adapter, with its first values; put in already where the model was cut before it was read."""
+    if plan.model.adapter is None:
+        return
+    if injected is None:
+        adapters.Injected(model, plan.model.adapter, repeated_layers)
+    else:
+        injected.put_back()
+    _materialise(model, device)
+    with torch.no_grad():
+        for name, whole in adapters.beginning(model, plan.model.adapter, plan.training.seed):
+            parameter = model.get_parameter(name)
+            local_part(parameter).copy_(cut_like(parameter, whole))
+    adapters.trained(model, plan.model.adapter, new)
+
+
+@torch.no_grad()
+def _copy_out_of_files(model: PreTrainedModel) -> None:
+    """Give memory of its own to each parameter on the CPU, one by one, and so let go of the files.
+
+    Where nothing had to be converted, a parameter is a slice of the mapped file (a tensor does not say so):
+    the whole file would count as this rank's memory, and who writes to the file would write to the weights.
+    """
+    for parameter in model.parameters():
+        part = local_part(parameter)
+        if part.device.type != "cpu":
+            continue
+        if isinstance(parameter, DTensor):
+            parameter._local_tensor = part.clone()
+        else:
+            parameter.data = part.clone()
+
+
+def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:
+    """Give memory to parameters that transformers left without, a tied pair of which the files hold neither;
+    their names."""
+    left = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_meta]
+    for name, parameter in left:
+        _replace(model, name, parameter, torch.empty_like(local_part(parameter), device=device))
+    if left:
+        model.tie_weights()
+    return [name for name, _ in left]
+
+
+def _widen(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    """New parameters train, so that they are fp32, whatever the rest was read in."""
+    narrow = [(name, model.get_parameter(name)) for name in names]
+    for name, parameter in narrow:
+        if parameter.dtype != torch.float32:
+            _replace(model, name, parameter, torch.empty_like(local_part(parameter), dtype=torch.float32))
+
+
+def _replace(model: PreTrainedModel, name: str, parameter: nn.Parameter, part: torch.Tensor) -> None:
+    """Put another parameter of the same shape in a parameter's place, of which `part` is this rank's."""
+    path, _, key = name.rpartition(".")
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        part = DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    setattr(model.get_submodule(path), key, nn.Parameter(part, requires_grad=parameter.requires_grad))
+
+
+def _device(mesh: Mesh) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if mesh.device == "cuda" else torch.device("cpu")
+
+
+class _Seam:
+    """The one method that stands in from_pretrained between building the empty model and reading its weights."""
+
+    def __init__(self, plan: Plan, shard: Shard) -> None:
+        self._plan, self._shard = plan, shard
+        self.injected: adapters.Injected | None = None
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While inside, from_pretrained cuts the model with `shard` where it would follow its own plan."""
+        original = PreTrainedModel.__dict__.get("maybe_distribute_model")
+
+        def distribute(
+            cls: type, model: PreTrainedModel, distributed_config: Any, mesh_manager: Any
+        ) -> PreTrainedModel:
+            self._prepare(model, mesh_manager)
+            return model
+
+        PreTrainedModel.maybe_distribute_model = classmethod(distribute)
+        try:
+            yield
+        finally:
+            if original is None:
+                del PreTrainedModel.maybe_distribute_model
+            else:
+                PreTrainedModel.maybe_distribute_model = original
+
+    def _prepare(self, model: PreTrainedModel, mesh_manager: Any) -> None:
+        """The cut takes adapters in with the layers that they stand beside; while files are read the tree is
+        as it was without them."""
+        adapter = self._plan.model.adapter
+        if adapter is not None:
+            model.tie_weights()  # what is tied is one parameter, with one name, on any number of ranks
+            adapters.narrow(model, adapter, DTYPES[self._plan.precision])
+        if mesh_manager is None:
+            return
+        model._is_distributed_loading_by_transformers = True
+        model._mesh_manager = mesh_manager
+        model._device_mesh = mesh_manager.get_mesh(("pp", "fsdp", "tp"))
+        if adapter is not None:
+            self.injected = adapters.Injected(model, adapter, repeated_layers)
+        self._shard(model)
+        if self.injected is not None:
+            self.injected.take_out()
+
+
+def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that repeat, in the order of the model: the units of sharding and of activation
+    checkpointing.
+
+    They are the elements of the outermost ModuleLists whose class the model names as not to be split,
+    else of all outermost ModuleLists of two or more. Raises ConfigurationError where there are none.
+    """
+    outermost = lists_of_layers(model)
+    named = [layer for module in outermost for layer in module if is_unsplit(model, layer)]
+    layers = named or [layer for module in outermost if len(module) >= 2 for layer in module]
+    if not layers:
+        reason = f"{type(model).__name__} has no repeated layers that could be sharded one by one"
+        raise ConfigurationError(Problem("model.name", model.name_or_path, reason))
+    return layers
+
+
+def is_unsplit(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether the model names the layer's class as not to be split. FSDP makes a class of its own of it,
+    which has that one as its base."""
+    unsplit = set(model._no_split_modules or ())
+    return any(kind.__name__ in unsplit for kind in type(layer).__mro__)
+
+
+def lists_of_layers(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost ModuleLists, without empty ones."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) >= 1]
+    inner = {id(child) for outer in lists for child in outer.modules() if child is not outer}
+    return [module for module in lists if id(module) not in inner]
+
+
+def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> None:
+    """Give new parameters values that depend on the seed and their name alone, never on the number of ranks.
+
+    Each is made whole once, by the model's own rule for its module, and cut; one module at a time.
+    """
+    wanted = set(names)
+    for path, module in model.named_modules():
+        own = {
+            key: parameter
+            for key, parameter in module.named_parameters(recurse=False)
+            if f"{path}.{key}".lstrip(".") in wanted
+        }
+        if not own:
+            continue
+        digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            for key, parameter in own.items():
+                module._parameters[key] = nn.Parameter(torch.empty(parameter.shape), requires_grad=False)
+            model._init_weights(module)
+            for key, parameter in own.items():
+                whole = module._parameters[key]
+                module._parameters[key] = parameter
+                assert whole is not None
+                local_part(parameter).copy_(cut_like(parameter, whole.data))
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter before any engine cut it: ZeRO-3 leaves an empty tensor in its place."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; a plain tensor is its own part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Stop the training of parameters whose name matches a pattern. A pattern that matches nothing is
+    refused."""
+    names = [name for name, _ in model.named_parameters()]
+    problems = [
+        Problem("model.freeze", pattern, f"matches no parameter; they look like {names[0]}, {names[-1]}")
+        for pattern in patterns
+        if not fnmatch.filter(names, pattern)
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError(
+            Problem(
+                "model.freeze", list(patterns), "freezes every parameter, so that nothing is left to train"
+            )
+        )
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that a checkpoint holds, by name."""
+    kept = set(model.state_dict(keep_vars=True).keys())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

@@ -1,0 +1,262 @@
+"""Check the engine's loss on two short rows against the model's own class, after loading.
+
+The planner's table says what every architecture can do with several samples in a pass; this finds what no
+table has: code that came with a model, a config with a value that no tiny model had, a newer transformers, a
+fault of our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.model.model_support import Way
+from launcher.planner.plan import Plan
+from launcher.tasks.task import Output, Sample, Task
+from launcher.training import heads
+from launcher.training.data.dataset import Dataset
+from launcher.training.devices import to_device
+from launcher.training.engines.engine import Engine
+from launcher.training.heads import Batch
+from launcher.training.model import attention, pretrained
+from launcher.training.model import loading as models
+
+LENGTHS = (11, 7)
+"""Tokens of the two rows: the longer one first, so that what it leaves behind would show in the other."""
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 1.5e-2}
+"""The largest difference that rounding explains, relative to what is compared."""
+_FALLBACKS = (
+    Way("padded", "sdpa", "chunked"), Way("padded", "eager", "chunked"),
+    Way("padded", "sdpa", "model"), Way("padded", "eager", "model"), Way("padded", "eager", "forward"),
+)  # fmt: skip
+_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "ds_id"}
+"""By which a layer, or what is in it, is told apart from all others: by transformers, and by DeepSpeed."""
+Event = Callable[..., None]
+
+
+def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event) -> None:
+    """Hold the plan's way of computing the loss to the model's own; where they differ, go over to a way that
+    is right, on all ranks.
+
+    Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next
+    token as their target.
+    """
+    with shortened(engine.model):
+        _check_loss(engine, task, dataset, plan, event)
+
+
+def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event) -> None:
+    began = time.monotonic()
+    ends = engine.model.config.get_text_config().eos_token_id
+    rows = _rows(task, dataset, [ends] if isinstance(ends, int) else ends or [])
+    planned = way = Way(task.layout, plan.attention, task.head)
+    own, size = _own(engine, task, rows[1], plan)
+    first = found = _ours(engine, task, rows, plan, planned)
+    others = iter(
+        way for way in _FALLBACKS if way != planned and (task.traits.causal or way.head == "chunked")
+    )
+    while found is None or _differ(found, own, size) > TOLERANCE[plan.precision]:
+        if (other := next(others, None)) is None:
+            reason = (
+                f"a row behind another in one pass has {_number(first)}, and alone by the model's own "
+                f"class {_number(own)}"
+            )
+            cure = "launcher cannot train it truly; write batch.micro_batch_size: 1, or another model"
+            raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: {cure}"))
+        way, found = other, _ours(engine, task, rows, plan, other)
+    numbers = {"ours": _number(first), "own": _number(own), "seconds": round(time.monotonic() - began, 2)}
+    if way == planned:
+        event("checked", **numbers)
+    else:
+        event("layout", planned=" ".join(planned), taken=" ".join(way), **numbers)
+
+
+@contextlib.contextmanager
+def shortened(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, each list of layers ends where every kind of layer has been seen: what all kinds do
+    right, all layers do.
+
+    Lists that hold parts of layers are left alone: a model counts those by itself.
+    """
+    removed = []
+    for layers in (found for found in models.lists_of_layers(model) if models.is_unsplit(model, found[0])):
+        kinds = _kinds(model, layers)
+        num_kept = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
+        removed.append((layers, list(layers)[num_kept:]))
+        del layers[num_kept:]
+    try:
+        yield
+    finally:
+        for layers, rest in removed:
+            layers.extend(rest)
+
+
+def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, ...]]:
+    """Each layer by the classes in it, their settings and its type in the config. A setting unlike all others
+    makes a kind of its own."""
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    named = types if len(types) == len(layers) else [""] * len(layers)
+    plain = (bool, int, float, str, type(None))
+    return [
+        (
+            name,
+            *(
+                (type(module), key, value)
+                for module in layer.modules()
+                for key, value in {"": "", **vars(module)}.items()
+                if isinstance(value, plain) and key not in _NUMBERS
+            ),
+        )
+        for name, layer in zip(named, layers, strict=True)
+    ]
+
+
+def _rows(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[Sample]:
+    """Two samples of the data, cut short, of which the second counts. Raises DataError for one that is not
+    what the task makes."""
+    samples = [sample for index in range(min(2, dataset.num_items)) for sample in dataset.item(index)]
+    first, second = (
+        task.shortened(sample, length, ends)
+        for length, sample in zip(LENGTHS, (*samples, *samples), strict=False)
+    )
+    return [first.as_filler(), second]
+
+
+def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: Way) -> torch.Tensor | None:
+    """What the engine makes of the second row behind the first (alone, where the run has one sample a pass);
+    None where the model's code cannot do it that way, which is so on all ranks."""
+    task.layout, task.head = way.layout, way.head
+    shared = rows[1:] if plan.batch.micro_batch_size == 1 and not plan.data.packing else rows
+    _attend(engine.model, way.attention)
+    try:
+        output = engine.evaluate(to_device(task.collate([[row] for row in shared]), plan.mesh.device))
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
+        return None
+    return _values(output, rows[1])
+
+
+def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model's own class makes of the second row alone, and the size against which rounding is seen.
+
+    Raises ConfigurationError where the class refuses the row, or makes no numbers of it.
+    """
+    name = engine.model.config._attn_implementation
+    _attend(engine.model, "eager")
+    try:
+        plain = task.plain_batch(row)
+        if plain is None:
+            output = engine.evaluate(to_device(task.collate([[row]]), plan.mesh.device))
+        else:
+            with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
+                output = engine.evaluate(to_device(plain, plan.mesh.device))
+    except ValueError as error:
+        reason = f"its own class refuses a row of the data: {pretrained.first_line(error)}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+    _attend(engine.model, name)
+    own = _values(output, row)
+    if not _all(bool(own.isfinite().all()), own.device):
+        reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"
+        raise ConfigurationError(
+            Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it")
+        )
+    return own, torch.maximum(own.float().abs().max(), output.num_correct.float())
+
+
+def _values(output: Output, row: Sample) -> torch.Tensor:
+    """What is compared: the loss of a token, or a classifier's outputs."""
+    return (
+        output.loss_sum.reshape(1) / (row.length - 1)
+        if output.predictions is None
+        else output.predictions[-1]
+    )
+
+
+def _alone(model: PreTrainedModel, batch: Batch) -> Output:
+    """The loss or the outputs of one row; in the place of `num_correct` how large they usually are."""
+    with _size_of_outputs(model) as sizes:
+        output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
+    logits = output.logits.float()
+    if "labels" not in batch:
+        return Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
+    entropy = functional.cross_entropy(logits[0, :-1], ids[1:])
+    loss = entropy if getattr(output, "loss", None) is None else output.loss.float()
+    # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of
+    # saying each token again.
+    if torch.isclose(loss, functional.cross_entropy(logits[0], ids), rtol=1e-4):
+        loss = entropy
+    return Output(
+        loss * (len(ids) - 1), torch.ones_like(loss)
+    )  # of what is known by heart less than rounding is left
+
+
+@contextlib.contextmanager
+def _size_of_outputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """While inside, how large a classifier's outputs usually are, by its last matrix and what goes into it,
+    is added to a list.
+
+    A single output is a sum of many terms and by chance near zero, where rounding of the terms is no small
+    part of it.
+    """
+    sizes: list[torch.Tensor] = []
+
+    def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        if isinstance(module, torch.nn.Linear) and module.out_features == getattr(
+            model.config, "num_labels", 0
+        ):
+            norms = inputs[0].float().norm(dim=-1).max() * module.weight.float().norm(dim=1).max()
+            sizes.append(norms / module.in_features**0.5)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(seen)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _forward(model: PreTrainedModel, function: Callable[..., Output]) -> Iterator[None]:
+    """While inside, `function` runs where the task's loss would, inside the engine's hooks."""
+    before = model.forward
+    model.forward = functools.partial(function, model)
+    try:
+        yield
+    finally:
+        model.forward = before
+
+
+def _attend(model: PreTrainedModel, name: str) -> None:
+    """Switch the model's attention. A class with attention of its own stays as it is."""
+    wanted = attention.register(name)
+    if model.config._attn_implementation != wanted:
+        with contextlib.suppress(ValueError):
+            model.set_attn_implementation(wanted)
+
+
+def _differ(ours: torch.Tensor, own: torch.Tensor, size: torch.Tensor) -> float:
+    """The largest difference, relative to the size of what is compared, on any rank."""
+    relative = (ours.float() - own.float()).abs().max() / size.clamp_min(1e-6)
+    relative = torch.nan_to_num(relative, nan=torch.inf)
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(relative, distributed.ReduceOp.MAX)
+    return float(relative)
+
+
+def _all(here: bool, device: torch.device) -> bool:
+    """Whether it holds on all ranks."""
+    holds = torch.tensor(float(here), device=device)
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(holds, distributed.ReduceOp.MIN)
+    return bool(holds)
+
+
+def _number(values: torch.Tensor | None) -> str:
+    """The number that people compare: a loss, or the first of a classifier's logits."""
+    return "none" if values is None else " ".join(f"{value:.4f}" for value in values.flatten()[:4].tolist())

@@ -1,0 +1,145 @@
+"""A model's config, tokenizer and class, before any weight is read."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.model import model_support
+from launcher.planner.plan import Plan
+from launcher.training.model import attention
+from launcher.training.model.model_files import own_code
+
+
+def read_config(plan: Plan) -> Any:
+    """The model's config, with the names that decide which attention it runs, and a row for each token where
+    the plan adds them."""
+    config = _made_up(plan) if plan.model.config is not None else _in_files(plan)
+    if plan.model.resize_embeddings:
+        text = config.get_text_config()
+        if not hasattr(text, "vocab_size"):
+            reason = f"a {config.model_type} model has no table of tokens that could grow; leave it out"
+            raise ConfigurationError(Problem("model.resize_embeddings", True, reason))
+        text.vocab_size = max(text.vocab_size, num_ids(read_tokenizer(plan)))
+    return config
+
+
+def _in_files(plan: Plan) -> Any:
+    try:
+        with own_code(plan):
+            return AutoConfig.from_pretrained(
+                plan.model.name,
+                revision=plan.model.revision,
+                trust_remote_code=plan.model.trust_remote_code,
+                attn_implementation=attention.register(plan.attention),
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigurationError(Problem("model.name", plan.model.name, first_line(error))) from None
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan with attention, layout and head as the model's architecture needs them, where the planner had
+    no config to go by.
+
+    Raises ConfigurationError for a model that cannot be trained truly, and where there is none by that name.
+    """
+    config = read_config(plan.model_copy(update={"attention": "eager"}))
+    known = model_support.support(
+        plan.task, config.to_dict(), plan.model.trust_remote_code, plan.data.max_length
+    )
+    planned = model_support.Way(plan.layout, plan.attention, plan.head)
+    if known.ways and (
+        known is model_support.untried(plan.task)
+        or planned in known.ways
+        or plan.attention == "flash_attention_2"
+    ):
+        return plan
+    # A plan holds no `auto`: what it says of a model that was not there is what most models can.
+    asked = "auto" if plan.model.attention == "sdpa" else plan.model.attention
+    way = model_support.choose(
+        known, plan.model.name, config.model_type, asked, plan.data.packing, plan.batch.micro_batch_size
+    )
+    return plan.model_copy(update=way._asdict())
+
+
+def _made_up(plan: Plan) -> Any:
+    """The config that the job file writes out."""
+    sizes = dict(plan.model.config or {})
+    kind = sizes.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(
+            str(kind), attn_implementation=attention.register(plan.attention), **sizes
+        )
+    except (
+        Exception
+    ) as error:  # transformers checks sizes in classes of its own, each with its own kind of error
+        raise ConfigurationError(Problem("model.config", kind, first_line(error))) from None
+
+
+def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with its end of text."""
+    try:
+        with own_code(plan):
+            tokenizer = AutoTokenizer.from_pretrained(
+                plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            Problem("model.name", plan.model.name, f"no tokenizer: {first_line(error)}")
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id of a tokenizer's tokens: ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
+    """What the Auto class `loader` would make of a config. Raises ConfigurationError for a model that cannot
+    do the plan's task."""
+    reference = (getattr(config, "auto_map", None) or {}).get(loader.__name__)
+    try:
+        if plan.model.trust_remote_code and reference:
+            with own_code(plan):
+                return get_class_from_dynamic_module(reference, plan.model.name, revision=plan.model.revision)
+        return loader._model_mapping[type(config)]
+    except KeyError:
+        reason = f"a {config.model_type} model cannot do {plan.task}"
+        raise ConfigurationError(Problem("model.task", plan.task, reason)) from None
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        reason = f"its own code ({reference}) cannot be used: {first_line(error)}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+
+
+def why_not_read(error: Exception) -> str | None:
+    """Why a model's weights could not be read, in our words; None where that is no fault of its files."""
+    if isinstance(error, pickle.UnpicklingError):
+        # torch goes on to say how to run what stands there; nobody should.
+        return (
+            "its weights are a pickle (pytorch_model.bin) that is damaged, or holds more than tensors, "
+            "as code; nothing of it was run. "
+            "Take the model's safetensors files, or have whoever made it save them"
+        )
+    if isinstance(error, SafetensorError):
+        return f"one of its safetensors files is damaged or cut off ({first_line(error)}); fetch it again"
+    if isinstance(error, EOFError) or (
+        isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
+    ):
+        return f"one of its weight files is damaged or cut off ({first_line(error)}); fetch it again"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return None
+    return first_line(error) if isinstance(error, (OSError, ValueError, ImportError)) else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its class where it has none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,149 @@
+"""Tensors that are not read as they stand: a new head, an embedding with added rows.
+
+transformers would compare the shapes itself, but of a model that is cut it compares one rank's part of them:
+the part may agree on one rank and not on another. So the names are found beforehand, and the files' tensors
+are changed on their way to the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, modeling_utils
+
+from launcher import tasks
+from launcher.planner.plan import Plan
+from launcher.tasks import classes
+
+_BLOCK_ROWS = 4096
+"""Rows of a table that are added up at once."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Names of a model's parameters whose values in its files are not taken as they are."""
+
+    left_out: frozenset[str] = frozenset()
+    """Not read: the head of another classification than the model will do. They count as missing, and are
+    made anew."""
+    grown: frozenset[str] = frozenset()
+    """With a row for each token: those that the files lack are the mean of those that they have."""
+
+    @classmethod
+    def of(cls, plan: Plan, kind: type[PreTrainedModel], config: Any) -> Changes:
+        """Return the changes on the way from a plan's model in its files to the model that `config`
+        describes."""
+        if plan.model.weights == "random" or plan.model.config is not None:
+            return cls()
+        grown = _following(kind, config, "vocab_size") if plan.model.resize_embeddings else frozenset()
+        return cls(
+            _following(kind, config, "num_labels") if _other_head(plan, config) else frozenset(), grown
+        )
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While inside, from_pretrained reads files with these changes."""
+        if not self.left_out and not self.grown:
+            yield
+            return
+        original = modeling_utils.convert_and_load_state_dict_in_model
+
+        def convert(model: PreTrainedModel, state_dict: dict[str, Any], *rest: Any, **named: Any) -> Any:
+            return original(model, self._changed(model, state_dict), *rest, **named)
+
+        modeling_utils.convert_and_load_state_dict_in_model = convert
+        try:
+            yield
+        finally:
+            modeling_utils.convert_and_load_state_dict_in_model = original
+
+    def _changed(self, model: PreTrainedModel, state_dict: dict[str, Any]) -> dict[str, Any]:
+        shapes = {name: value.shape for name, value in model.state_dict().items() if name in self.grown}
+        changed = {}
+        for key, value in state_dict.items():
+            if _named(key, self.left_out) is not None:
+                continue
+            name = _named(key, frozenset(shapes))
+            changed[key] = value if name is None else _with_rows(value, shapes[name][0])
+        return changed
+
+
+def _other_head(plan: Plan, config: Any) -> bool:
+    """Return whether the files' head, if there is any, is for other classes, or for the same in another
+    order."""
+    if tasks.find(plan.task).traits.head == "every-position":
+        return False
+    stored = AutoConfig.from_pretrained(
+        plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
+    )
+    own = classes.of_model(stored)
+    return own is None or not classes.same(
+        own, [config.id2label[number] for number in range(config.num_labels)]
+    )
+
+
+def _following(kind: type[PreTrainedModel], config: Any, size: str) -> frozenset[str]:
+    """Return the parameters and buffers whose number of rows is the config's `size`, found by making the
+    model twice without memory."""
+    shapes = []
+    for more in (0, 1):
+        changed = copy.deepcopy(config)
+        holder = changed if size == "num_labels" else changed.get_text_config()
+        setattr(holder, size, getattr(holder, size) + more)
+        with torch.device("meta"):
+            model = kind._from_config(changed, dtype=torch.float32)
+        shapes.append({name: value.shape for name, value in model.state_dict().items()})
+    first, second = shapes
+    return frozenset(name for name, shape in first.items() if shape and second[name][:1] != shape[:1])
+
+
+def _named(key: str, names: frozenset[str]) -> str | None:
+    """Return which of `names` a file's key stands for: files have names with or without the name of the model
+    inside."""
+    return next(
+        (name for name in names if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")), None
+    )
+
+
+def _with_rows(value: Any, num_rows: int) -> Any:
+    shape = list(value.shape) if isinstance(value, torch.Tensor) else value.get_shape()
+    return _Grown(value, shape, num_rows) if shape and shape[0] < num_rows else value
+
+
+class _Grown:
+    """A tensor of a file with rows added at its end, read in slices as safetensors' own."""
+
+    def __init__(self, source: Any, shape: list[int], num_rows: int) -> None:
+        self._source, self._num_old, self._shape = source, shape[0], [num_rows, *shape[1:]]
+
+    def get_shape(self) -> list[int]:
+        """Return the shape with the rows that are added."""
+        return self._shape
+
+    def get_dtype(self) -> Any:
+        """Return the file's own dtype."""
+        return self._source.dtype if isinstance(self._source, torch.Tensor) else self._source.get_dtype()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        rows, *rest = index if isinstance(index, tuple) else (index,)
+        start, stop, _ = (
+            slice(None).indices(self._shape[0]) if rows is Ellipsis else rows.indices(self._shape[0])
+        )
+        old: torch.Tensor = self._source[(slice(min(start, self._num_old), min(stop, self._num_old)), *rest)]
+        num_new = max(0, stop - max(start, self._num_old))
+        if not num_new:
+            return old
+        mean = self._mean()[tuple(rest)] if rest else self._mean()
+        return torch.cat([old.float(), mean.float().expand(num_new, *mean.shape)])
+
+    def _mean(self) -> torch.Tensor:
+        """Return the mean row, fp64: the same bits on every rank, however the table is cut."""
+        total = torch.zeros(self._shape[1:], dtype=torch.float64)
+        for start in range(0, self._num_old, _BLOCK_ROWS):
+            total += self._source[start : min(start + _BLOCK_ROWS, self._num_old)].double().sum(dim=0)
+        return total / self._num_old

@@ -1,0 +1,115 @@
+"""What rank 0 records of each step and each evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+
+from launcher.planner.plan import Plan
+from launcher.runs.curve import Curve
+from launcher.runs.layout import RunDirectory
+from launcher.runs.totals import Totals
+from launcher.training import operations
+from launcher.training.data.batches import StepBatch
+from launcher.training.devices import peak_memory_bytes
+from launcher.training.engines.engine import Engine
+from launcher.training.model import loading as models
+from launcher.training.reporting.forecast_check import ForecastCheck
+from launcher.training.reporting.tracking import Journal, Trackers
+
+_SECONDS_BETWEEN_KEEPING = 30.0
+"""Readers take in what came after that line by line: some thousands at most, in milliseconds."""
+
+
+class Recorder:
+    """The files and trackers of one run. Made before the model is loaded, so that the bare process is known."""
+
+    def __init__(self, run: RunDirectory, plan: Plan, device: torch.device, journal: Journal) -> None:
+        self._run, self._device, self._journal = run, device, journal
+        self._trackers = Trackers(plan, run.path / "trackers")
+        self._foreseen = ForecastCheck(run, device)
+        self._folds = (Totals(run), Curve(run))
+        self._kept_at = time.monotonic()
+
+    def loaded(self) -> None:
+        """The model and its state are there. Whatever the files of earlier attempts hold is read now, not
+        between two steps."""
+        self._foreseen.ended("loading")
+        self._keep()
+
+    def saves(self) -> None:
+        """A checkpoint is about to be made."""
+        self._foreseen.saves()
+
+    def step(
+        self,
+        step: int,
+        batch: StepBatch,
+        loss: float,
+        gradient_norm: float,
+        learning_rate: float,
+        seconds: float,
+        tokens_so_far: int,
+    ) -> None:
+        """One optimizer step of all ranks, which took so many seconds. tokens_so_far: of all steps of the run
+        that count."""
+        record = {
+            "kind": "train",
+            "step": step,
+            "loss": loss,
+            "grad_norm": gradient_norm,
+            "learning_rate": learning_rate,
+            "num_samples": batch.num_samples,
+            "num_tokens": batch.num_tokens,
+            "tokens_so_far": tokens_so_far,
+            "tokens_per_second": round(batch.num_tokens / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(self._device),
+            "sample_ids": batch.sample_ids,
+            "time": round(time.time(), 3),
+        }
+        self._journal.append(self._run.metrics_file, record)
+        if compared := self._foreseen.note(batch.num_tokens, seconds):
+            self._journal.event(self._run.events_file, "compared", **compared)
+        self._trackers.log(
+            {f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, step
+        )
+        if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
+            self._keep()
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """One evaluation."""
+        self._foreseen.ended("evaluating")
+        self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
+        self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
+        self._trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, step)
+
+    def finish(self) -> None:
+        """Let every tracker write what it holds, and readers find the whole."""
+        self._trackers.finish()
+        self._keep()
+
+    def _keep(self) -> None:
+        """Write down what the files come to, so that nobody has to read them from their beginning. A full
+        disk loses nothing by it."""
+        for fold in self._folds:
+            with contextlib.suppress(OSError):
+                fold.refresh().keep()
+        self._kept_at = time.monotonic()
+
+
+def description(engine: Engine, config: Any, length: int) -> dict[str, Any]:
+    """Return what the event `training` says of a model: its size, what of it trains and is new, what a token
+    costs at that length."""
+    sizes = [
+        (models.whole_shape(parameter).numel(), parameter.requires_grad)
+        for parameter in engine.model.parameters()
+    ]
+    return {
+        "num_parameters": sum(size for size, _ in sizes),
+        "num_trainable": sum(size for size, trains in sizes if trains),
+        "flops_per_token": operations.flops_per_token(engine.model, config, length),
+        "new_parameters": list(engine.new_parameters),
+    }

@@ -1,0 +1,351 @@
+"""A new run, one that goes on, and one that may not."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.errors import ConfigurationError, OutOfMemoryError, RunInUseError
+from launcher.launch import plan_file, run_setup
+from launcher.launch.plan_file import write_plan
+from launcher.launch.run_setup import expectation, fit_to_nodes, open_run, reopen
+from launcher.planner import search
+from launcher.planner.hardware import detect
+from launcher.planner.memory.decoders import Llama
+from launcher.planner.memory.families import Program
+from launcher.planner.plan import Plan
+from launcher.runs.events import read
+from launcher.runs.layout import RunDirectory
+from launcher.runs.machine import Machine, Rates, path
+
+SMALL: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 131, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job file with everything that it names, and a machine of two cores."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 131,
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    content = {
+        "name": "tiny",
+        "model": {"name": "./model"},
+        "data": {"train": {"path": "train.jsonl"}, "text": "text", "max_length": 64},
+        "batch": {"global_batch_size": 12},
+        "training": {"max_steps": 6},
+        "cluster": {"gpus_per_node": 0, "ranks_per_node": 2},
+        "trackers": [],
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def events(run: RunDirectory) -> list[str]:
+    return [record["event"] for record in read(run.events_file)]
+
+
+def test_a_new_run_holds_its_job_and_its_plan(job: Path, tmp_path: Path) -> None:
+    run, plan = open_run(job, ["training.seed=5"], None, None)
+    assert run.path == tmp_path / "runs" / "tiny"
+    assert Plan.read(run.plan_file) == plan
+    stored = yaml.safe_load(run.job_file.read_text())
+    assert stored["training"]["seed"] == 5
+    assert stored["data"]["train"]["path"] == str(tmp_path / "train.jsonl"), "it means the same from anywhere"
+    assert events(run) == ["planned"]
+
+
+def test_going_on_takes_the_stored_plan_as_it_is(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, plan = open_run(job, [], None, None)
+
+    def never(*arguments: Any) -> Plan:
+        raise AssertionError("nothing changed, so nothing is decided again")
+
+    monkeypatch.setattr(run_setup, "plan_job", never)
+    assert open_run(job, [], None, None)[1] == plan
+    assert open_run(job, [], 2, None)[1] == plan
+    assert reopen(run, [], None) == plan
+    assert events(run) == ["planned"]
+
+
+def test_what_was_decided_stays_when_something_else_changes(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plan = open_run(job, [], None, None)
+    monkeypatch.setattr(search, "samples_per_pass", lambda plan: 1)
+    assert (
+        open_run(job, [], None, job.parent / "other")[1].batch.micro_batch_size
+        == 1
+        < plan.batch.micro_batch_size
+    )
+    changed = reopen(run, ["checkpoint.keep_last=5"], None)
+    assert changed.batch == plan.batch and changed.precision == plan.precision
+    assert changed.checkpoint.keep_last == 5
+    assert Plan.read(run.plan_file) == changed
+    assert events(run) == ["planned", "plan_changed"]
+    assert reopen(run, [], None) == changed, "the change stays"
+
+
+def test_the_date_of_a_chat_stays(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["data.text=null", "data.messages=messages"]
+    run, plan = open_run(job, asked, None, None)
+    assert plan.data.date == datetime.date.today().isoformat()
+    assert "data.date" in {decision.key for decision in plan.decisions}
+
+    class Later(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2100, 1, 1)
+
+    monkeypatch.setattr("launcher.tasks.causal_lm.datetime.date", Later)
+    assert reopen(run, ["training.max_steps=9"], None).data.date == plan.data.date
+    assert open_run(job, asked, None, job.parent / "other")[1].data.date == "2100-01-01"
+    assert (
+        open_run(job, [*asked, "data.date=2026-02-28"], None, job.parent / "asked")[1].data.date
+        == "2026-02-28"
+    )
+    with pytest.raises(ConfigurationError, match=r"data\.date.*begin another run"):
+        reopen(run, ["data.date=2026-02-28"], None)
+    assert open_run(job, [], None, job.parent / "text")[1].data.date is None, "nothing else writes one"
+
+
+def test_the_cut_that_was_chosen_stays(job: Path) -> None:
+    """Figures of the machine that were measured since would have another one chosen."""
+    run, plan = open_run(job, [], 2, None)
+    cut = plan.mesh.model_copy(update={"reshard_after_forward": False})
+    write_plan(run, plan.model_copy(update={"sharding": "gradients", "mesh": cut}))
+    changed = reopen(run, ["checkpoint.keep_last=5"], None)
+    assert (
+        changed.sharding == "gradients"
+        and not changed.mesh.reshard_after_forward
+        and changed.checkpoint.keep_last == 5
+    )
+    copies = reopen(run, ["parallel.replicate=2"], None)
+    assert copies.mesh.replicate == 2, "what is asked for goes before what was chosen"
+
+
+def test_an_engine_that_was_chosen_stays_until_something_else_is_asked_for(job: Path) -> None:
+    """As where FSDP did not fit and ZeRO did: memory that is free today would have another one chosen."""
+    run, plan = open_run(job, [], 2, None)
+    chosen = open_run(job, ["parallel.engine=deepspeed", "parallel.shard=gradients"], 2, Path("other"))[1]
+    write_plan(run, chosen)
+    changed = reopen(run, ["checkpoint.keep_last=5"], None)
+    assert (changed.engine, changed.sharding) == (
+        "deepspeed",
+        "gradients",
+    ) and changed.checkpoint.keep_last == 5
+    asked = reopen(run, ["parallel.engine=fsdp"], None)
+    assert (asked.engine, asked.sharding) == ("fsdp", "full")
+    write_plan(run, plan)
+    assert reopen(run, ["parallel.engine=auto", "parallel.shard=optimizer"], None).engine == "deepspeed"
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_an_engine_that_was_chosen_stays_beside_a_cut_that_is_asked_for(engine: str, job: Path) -> None:
+    """Figures of the machine that were measured since would have the other one chosen."""
+    pytest.importorskip("deepspeed")
+    costs = {"fsdp": 4e-9, "deepspeed": 4e-9} | {engine: 9e-9}
+    cuts = {f"{name} gradients": (0.001, cost) for name, cost in costs.items()}
+    run, plan = open_run(job, ["parallel.shard=gradients", f"parallel.engine={engine}"], 2, None)
+    assert plan.engine == engine
+    Machine(
+        (
+            Rates(
+                "cpu",
+                "2026-11-24",
+                {"fp32": 1e14},
+                1e14,
+                2e9,
+                engines={"lean": cuts, "roomy": cuts},
+                num_ranks=2,
+            ),
+        )
+    ).write()
+    try:
+        changed = reopen(run, ["parallel.engine=auto", "checkpoint.keep_last=5"], None)
+        fresh = open_run(job, ["parallel.shard=gradients"], 2, Path("fresh"))[1]
+    finally:
+        path().unlink()
+    assert (changed.engine, changed.sharding) == (engine, "gradients") and fresh.engine != engine
+
+
+def test_another_number_of_ranks(job: Path) -> None:
+    run, _ = open_run(job, [], None, None)
+    plan = reopen(run, [], 3)
+    assert (plan.mesh.world_size, plan.batch.global_batch_size) == (3, 12)
+    changed = [
+        change["key"]
+        for record in read(run.events_file)
+        if record["event"] == "plan_changed"
+        for change in record["changes"]
+    ]
+    assert "mesh.world_size" in changed
+
+
+def test_what_would_be_another_run_is_refused_and_changes_nothing(job: Path) -> None:
+    run, plan = open_run(job, [], None, None)
+    with pytest.raises(ConfigurationError) as caught:
+        open_run(job, ["training.learning_rate=1", "data.max_length=32"], None, None)
+    assert [problem.key for problem in caught.value.problems] == ["data.max_length", "training.learning_rate"]
+    assert Plan.read(run.plan_file) == plan and events(run) == ["planned"]
+
+
+def test_more_steps_have_a_finished_run_go_on(job: Path) -> None:
+    run, _ = open_run(job, [], None, None)
+    run.finished_file.touch()
+    reopen(run, ["checkpoint.keep_last=5"], None)
+    assert run.finished
+    reopen(run, ["training.max_steps=8"], None)
+    assert not run.finished
+
+
+def test_a_directory_with_other_things_is_no_run(job: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="holds other things"):
+        open_run(job, [], None, tmp_path)
+    with pytest.raises(ConfigurationError, match="holds other things"):
+        open_run(job, [], None, job)
+    (tmp_path / "empty").mkdir()
+    assert open_run(job, [], None, tmp_path / "empty")[0].plan_file.exists()
+
+
+def test_a_run_under_way_is_left_alone(job: Path) -> None:
+    run, plan = open_run(job, [], None, None)
+    with run.lock(), pytest.raises(RunInUseError):
+        reopen(run, ["checkpoint.keep_last=5"], None)
+    assert Plan.read(run.plan_file) == plan
+
+
+def test_gpus_that_are_gone_are_no_reason_for_the_cpu(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, plan = open_run(job, ["cluster.gpus_per_node=auto"], None, None)
+    on_gpus = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"device": "cuda"})})
+    write_plan(run, on_gpus)
+    monkeypatch.setattr(detect, "find_gpus", lambda: ((), "no driver"))
+    with pytest.raises(ConfigurationError, match=r"cluster\.gpus_per_node=0"):
+        reopen(run, [], None)
+    assert reopen(run, ["cluster.gpus_per_node=0"], None).mesh.device == "cpu"
+
+
+def test_a_run_that_goes_on_elsewise_is_foreseen_anew(job: Path) -> None:
+    """What was foreseen of one rank says nothing of two; of a plan that nothing is known of, nothing stays."""
+    (job.parent / "model" / "config.json").write_text(json.dumps(SMALL))
+    run, plan = open_run(job, [], 1, None)
+    first = json.loads(run.forecast_file.read_text())
+    assert first["digest"] == plan.digest() and expectation(run) == first["line"]
+    open_run(job, [], None, None)
+    assert json.loads(run.forecast_file.read_text()) == first, "the same plan, the same word"
+    changed = open_run(job, [], 2, None)[1]
+    second = json.loads(run.forecast_file.read_text())
+    assert second["digest"] == changed.digest() != plan.digest() and second["phases"] != first["phases"]
+    (job.parent / "model" / "config.json").write_text(json.dumps(SMALL | {"model_type": "unheard"}))
+    open_run(job, [], 1, None)
+    assert not run.forecast_file.exists() and expectation(run) == ""
+
+
+def test_with_a_trace_a_run_is_what_the_plan_with_a_trace_shows(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the formulas know the model it is not asked for; where not, decisions, forecast and refusal are
+    by it."""
+    asked: list[str] = []
+
+    def trace(plan: Plan) -> Program:
+        asked.append(plan.activation_checkpointing)
+        return Llama(SMALL)
+
+    (job.parent / "model" / "config.json").write_text(json.dumps(SMALL))
+    open_run(job, [], 1, Path("known"), trace=trace)
+    assert asked == []
+    (job.parent / "model" / "config.json").write_text(json.dumps(SMALL | {"model_type": "unheard"}))
+    assert not open_run(job, [], 1, Path("unknown"))[0].forecast_file.exists()
+    run, plan = open_run(job, [], 1, Path("traced"), trace=trace)
+    assert asked and json.loads(run.forecast_file.read_text())["traced"] is True
+    (reason,) = [d.reason for d in plan.decisions if d.key == "memory.activation_checkpointing"]
+    assert "by the trace" in reason
+    monkeypatch.setattr(detect.Hardware, "detect", classmethod(lambda cls: detect.Hardware(2, 1 << 18)))
+    with pytest.raises(OutOfMemoryError, match="--force"):
+        open_run(job, [], 1, Path("large"), trace=trace)
+
+
+def test_a_plan_changed_by_hand_is_refused_by_key_with_the_way_on(job: Path, tmp_path: Path) -> None:
+    run, plan = open_run(job, [], 2, tmp_path / "run")
+    text = run.plan_file.read_text()
+    content = json.loads(text)
+    content["training"]["learning_rate"] = 5.0
+    content["checkpoint"]["keep_last"] = 7
+    run.plan_file.write_text(json.dumps(content))
+    for go_on in (
+        lambda: reopen(run, [], None),
+        lambda: open_run(job, [], 2, run.path),
+        lambda: fit_to_nodes(run, 1),
+    ):
+        with pytest.raises(ConfigurationError, match="was changed by hand") as caught:
+            go_on()
+        assert {problem.key: problem.value for problem in caught.value.problems} == {
+            "plan.json: training.learning_rate": 5.0,
+            "plan.json: checkpoint.keep_last": 7,
+        }
+        assert "--set KEY=VALUE" in str(caught.value) and "launcher wrote 2" in str(caught.value)
+    run.plan_file.write_text(json.dumps(json.loads(text)))
+    assert reopen(run, [], None) == plan, "white space is no change"
+
+
+def test_a_crash_between_the_copy_and_the_plan_is_no_change_by_hand(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plan = open_run(job, [], 2, tmp_path / "run")
+    before = run.plan_file.read_text()
+    reopen(run, ["checkpoint.keep_last=5"], None)
+    run.plan_file.write_text(before)  # the new copy is there, the new plan is not
+    assert reopen(run, [], None).checkpoint.keep_last in (plan.checkpoint.keep_last, 5)
+    (run.path / plan_file.COPY).unlink()
+    run.plan_file.write_text(plan.model_copy(update={"grace_seconds": 1.0}).to_json())
+    reopen(run, [], None)  # a run of before there was a copy
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "\0", "[" * 100_000, '{"format": 1, "mesh": 3}', "\xff"])
+def test_what_is_no_plan_is_said_to_be_none(job: Path, tmp_path: Path, text: str) -> None:
+    run, _ = open_run(job, [], 2, tmp_path / "run")
+    run.plan_file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigurationError, match="no plan that launcher wrote"):
+        reopen(run, [], None)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_is_as_private_as_the_umask_says_or_open_to_the_group(
+    job: Path, tmp_path: Path, shared: bool
+) -> None:
+    before = os.umask(0o077)
+    try:
+        run, _ = open_run(
+            job, [f"cluster.share_with_group={str(shared).lower()}"], 2, tmp_path / "runs" / "mine"
+        )
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in (run.path, *run.path.rglob("*"))}
+        assert modes == ({0o750, 0o640} if shared else {0o700, 0o600})
+        reopen(run, ["cluster.share_with_group=true"], None)
+        assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (run.path, *run.path.rglob("*"))} == {
+            0o050,
+            0o040,
+        }
+    finally:
+        os.umask(before)
