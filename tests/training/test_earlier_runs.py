@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
-from launcher.scheduling.opening import reopen
+from launcher.launch.run_setup import reopen
 from tests.commands import launcher
 from tests.earlier_runs import KINDS, NUM_STEPS, STOP_AT, computed_by, unpack
 from tests.training.runs import curve, evaluations, finish
