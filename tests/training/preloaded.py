@@ -22,6 +22,9 @@ for _name in (
     "launcher.training.trainer",
     "launcher.tasks.causal_lm",
     "launcher.tasks.sequence_classification",
+    "pytest",
+    "tests.distributed.checkpoint_world",
+    "tests.training.runs",
 ):
     importlib.import_module(_name)
 with contextlib.suppress(ImportError):

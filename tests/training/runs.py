@@ -31,18 +31,9 @@ from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.signals import StopRequest
 from tests.ports import free_port
 from tests.training.plans import plan_of
-from tests.training.ranks import _CONTEXT
+from tests.training.ranks import CONTEXT
 from tests.training.tiny import model_of
 
-_PRELOADED = (
-    "torch",
-    "transformers.models.llama.modeling_llama",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
-)
-_CONTEXT.set_forkserver_preload(
-    [*_PRELOADED, "launcher.training.trainer", "launcher.tasks.causal_lm", "tests.training.runs"]
-)
 WORDS = [f"w{number}" for number in range(120)]
 Hook = Callable[[int, StopRequest], None]
 """Called on each rank before training, with the rank and its stop request: where a test injects what shall go
@@ -237,9 +228,9 @@ def start(
     }
     attempt = Attempt([], [])
     for rank in range(world_size):
-        receiving, sending = _CONTEXT.Pipe(duplex=False)
+        receiving, sending = CONTEXT.Pipe(duplex=False)
         ranked = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = _CONTEXT.Process(target=_rank, args=(run, ranked, sending, hook, stop_at), daemon=True)
+        process = CONTEXT.Process(target=_rank, args=(run, ranked, sending, hook, stop_at), daemon=True)
         process.start()
         sending.close()
         attempt.processes.append(process)
