@@ -106,6 +106,7 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path: Path):
     assert (tmp_path / "thesis.tex").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_play_on_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -25,6 +25,8 @@ from tests.distributed.test_local import HERE, begun, finish, launched, make_run
 from tests.distributed.test_script import log, run_script
 from tests.ports import free_port
 
+pytestmark = pytest.mark.slow
+
 _WAITING = """
 import encodings.idna, os, socket, sys
 os.setgid(65534)

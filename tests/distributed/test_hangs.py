@@ -23,6 +23,8 @@ from launcher.runs.status import read_status
 from tests.training.plans import deepspeed
 from tests.training.runs import causal_data, model_directory, named, new_run, plan_for
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SECONDS = 4.0

@@ -160,6 +160,7 @@ def without_launcher(models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "engine"),
     [
@@ -229,6 +230,7 @@ def test_arguments_and_environment_reach_the_script_as_they_are(tmp_path: Path) 
     assert "there is nothing to do" in run_script(run, script, *words, options=["--set", "precision=bf16"])[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "code", "failure_class", "cause"),
     [
@@ -252,11 +254,13 @@ def test_how_a_script_fails_is_named_and_ends_all(
     assert not RunDirectory(tmp_path / "run").finished
 
 
+@pytest.mark.slow
 def test_a_script_that_leaves_well_has_finished(tmp_path: Path) -> None:
     assert run_script(tmp_path / "run", SCRIPTS / "misbehaving.py", "well")[0] == 0
     assert RunDirectory(tmp_path / "run").finished
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_script_that_knows_nothing_of_it_and_all_that_it_started(tmp_path: Path) -> None:
     with running(tmp_path / "run", "child") as process:
         children = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("child-*.json")]
@@ -269,6 +273,7 @@ def test_ctrl_c_ends_a_script_that_knows_nothing_of_it_and_all_that_it_started(t
     wait_for(lambda: not any(alive(pid) for pid in gone), "everything gone", seconds=10)
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_at_once_has_written_down_that_it_was_stopped(tmp_path: Path) -> None:
     """A script's own handler may run, and the script end, before the thread has had its turn: the run would
     count as finished."""
@@ -300,6 +305,7 @@ os._exit(0)
     assert [record["signal"] for record in read(RunDirectory(tmp_path).events_file)] == ["SIGTERM"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["launcher", "ranks"])
 def test_a_script_that_handles_sigterm_saves_and_is_started_again(whom: str, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")

@@ -33,6 +33,8 @@ from tests.distributed.test_local import (
     wait_for,
 )
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
 LONG = {"num_steps": 100_000, "grace": 120.0}
 

@@ -12,7 +12,9 @@ import os
 
 from transformers import conversion_mapping
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks for it while it is imported; the ranks have no other
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cpu"
+)  # DeepSpeed asks for it while it is imported; the ranks have no other
 
 for _name in (
     "torch.distributed.fsdp",

@@ -82,6 +82,7 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name != "state"], "the files it wrote are gone"
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_run_here_is_named() -> None:
     plans = comm_benchmark.plans(1, "deepspeed")["deepspeed full"]
     broken = deepspeed_config(plans[0]) | {"zero_optimization": {"stage": 9}}

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from launcher.launch.run_setup import reopen
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
-from launcher.launch.run_setup import reopen
 from tests.commands import launcher
 from tests.earlier_runs import KINDS, NUM_STEPS, STOP_AT, computed_by, unpack
 from tests.training.runs import curve, evaluations, finish

@@ -31,7 +31,7 @@ from tests.training.runs import (
     state,
 )
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NUM_KILLS = int(os.environ.get("LAUNCHER_KILLS", "8"))
 WORLD_SIZE = 2
 NUM_STEPS = 24

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
+import pytest
+
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
+
+pytestmark = pytest.mark.slow
 
 
 def events(run: RunDirectory, name: str) -> list[int]:

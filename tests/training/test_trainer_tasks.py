@@ -83,6 +83,7 @@ def test_it_learns(problem: str, metric: str, wanted: float, encoder: Path, tmp_
     assert after[metric] > wanted, (before, after)
 
 
+@pytest.mark.slow
 def test_dropout_does_not_know_of_a_stop(encoder: Path, tmp_path: Path) -> None:
     whole, stopped = (
         new_run(tmp_path / name, plan_of(encoder, tmp_path, "single-label", 6))

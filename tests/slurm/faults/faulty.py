@@ -52,7 +52,10 @@ def _wait(kind: str, step: int, began: float) -> None:
         except OSError:
             continue
         # Only what this attempt has written: the file is older than it.
-        if any(f'"step": {step},' in line and float(line.rpartition('"time": ')[2].rstrip("}")) > began for line in lines):
+        if any(
+            f'"step": {step},' in line and float(line.rpartition('"time": ')[2].rstrip("}")) > began
+            for line in lines
+        ):
             _break(kind)
             return
 
@@ -60,7 +63,9 @@ def _wait(kind: str, step: int, began: float) -> None:
 def _train(*arguments: Any, **options: Any) -> Any:
     kind, where, number = os.environ["FAULT"].split(":")
     is_first = os.environ["LAUNCHER_ATTEMPT_DIRECTORY"].endswith("0001")
-    if where in (os.environ["RANK"], os.uname().nodename, "all") and (not kind.endswith("-first") or is_first):
+    if where in (os.environ["RANK"], os.uname().nodename, "all") and (
+        not kind.endswith("-first") or is_first
+    ):
         spared = {"slow": 0, "slow-first": 0, "stuck-first": 1}
         if kind in spared:
             _slow_down(float(number), spared[kind])
