@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Operators take minutes to compile; tests share them with runs, unlike everything else that is cached.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "launcher" / "extensions"))
 
+ROOT = Path(__file__).parents[1]
 _MISSING = {"gpu": ("nvidia-smi", "no GPU here"), "slurm": ("sbatch", "no Slurm cluster here")}
 _LONGEST = (
     "slurm/test_submit.py",
@@ -50,6 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     reason="many minutes of processor time, for which CI has no room; RUN_VERY_SLOW=1 runs it"
                 )
             )
+        if folder == "slurm":
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and os.environ.get("RUN_SLOW") != "1":
             item.add_marker(pytest.mark.skip(reason="takes minutes; RUN_SLOW=1 runs it"))
     place = {name: number for number, name in enumerate(_LONGEST)}
@@ -63,6 +66,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or fills the user's cache, nor what was measured of the machine: before any process is
     started that others are forked from."""
     with pytest.MonkeyPatch.context() as patch:
+        # What a test starts runs this checkout, wherever it is started.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         yield

@@ -28,7 +28,7 @@ def faulty(material: TrainingInputs, name: str, fault: str, micro: int = 2, **cl
     return material.job(
         name,
         {"batch": {"micro_batch_size": micro}},
-        environment={"FAULT": fault, "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"},
+        environment={"FAULT": fault, "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"},
         **cluster,
     )
 

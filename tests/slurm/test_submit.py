@@ -99,7 +99,7 @@ def test_longer_than_its_time_limit_is_a_chain(
     cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
 ) -> None:
     """Told early enough, the ranks save, and the next attempt goes on."""
-    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
+    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     run = material.submit(cluster, material.job("hourly", time_limit="10min", environment=slow))
     run.wait_step(2)
     run.end_in_seconds(20)  # a limit is given in minutes, and the steps that are left take longer than one
@@ -116,7 +116,7 @@ def test_too_little_time_to_save_goes_on_from_what_was_saved(
     cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
 ) -> None:
     """The limit comes in the middle of a step that lasts longer than what is left."""
-    slow = {"FAULT": "stuck-first:all:150", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
+    slow = {"FAULT": "stuck-first:all:150", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     run = material.submit(
         cluster,
         material.job(

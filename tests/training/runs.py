@@ -260,7 +260,7 @@ def _rank(
 
     error: BaseException | None = None
     try:
-        stop = StopRequest(30.0)
+        stop = StopRequest(3000.0)
         if hook:
             hook(int(environment["RANK"]), stop)
         train(run, Plan.read(run.plan_file), 1, stop, stop_at=stop_at)

@@ -3,7 +3,6 @@ number of ranks."""
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from transformers import AutoConfig
 from launcher.errors import ConfigurationError
 from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
 from launcher.training.engines import build
 from launcher.training.engines.operators import build_operators
@@ -26,7 +24,7 @@ from launcher.training.model import attention
 from tests.tiers import slow_but
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
-from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, replan, state
+from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, state
 from tests.training.test_engine import Causal, _batch, _check, _ran, _save, steps
 from tests.training.test_resume import compare, go_on
 

@@ -41,7 +41,7 @@ from tests.training.wholes import whole
 pytestmark = pytest.mark.distributed
 
 
-def asked_after(step: int, rank: int, stop: StopRequest, grace: float = 30.0, asked: int = 1) -> None:
+def asked_after(step: int, rank: int, stop: StopRequest, grace: float = 3000.0, asked: int = 1) -> None:
     """A hook: rank `asked` alone is told to stop while it works on the step after `step`."""
     from launcher.training.trainer import Trainer
 
@@ -165,8 +165,8 @@ def test_a_stop_with_too_little_grace_begins_no_save(
 
 @pytest.mark.slow
 def test_with_grace_enough_it_saves(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    """The other side of the decision: 30 s suffice where the last save took 20, not where it took 40."""
-    for seconds, steps in ((20.0, [2]), (40.0, [])):
+    """The other side of the decision: 3,000 s suffice where the last save took 2,000, not where it took 4,000."""
+    for seconds, steps in ((2000.0, [2]), (4000.0, [])):
         run = new_run(tmp_path / str(seconds), plan(model, data))
         events.event(run.events_file, "saved", step=0, seconds=seconds, bytes=1)
         finish(run, 2, functools.partial(asked_after, 1))

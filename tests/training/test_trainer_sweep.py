@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launcher.runs.events import read
-from launcher.runs.layout import RunDirectory
 import pytest
 
+from launcher.runs.events import read
+from launcher.runs.layout import RunDirectory
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
 
 pytestmark = pytest.mark.slow
