@@ -192,7 +192,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, killed
     results: dict[int, Any] = {}
     try:
         for _ in range(0 if killed else world_size):
-            rank, problem, result = queue.get(timeout=120)
+            rank, problem, result = queue.get(timeout=600)
             assert problem is None, f"rank {rank}:\n{problem}"
             results[rank] = result
     finally:

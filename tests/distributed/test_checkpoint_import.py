@@ -28,7 +28,7 @@ from tests.training.plans import deepspeed
 from tests.training.ranks import on_ranks
 from tests.training.runs import batch_of, causal_data, model_directory, named, new_run, plan_for, state
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.distributed
 
 Writer = Callable[..., Any]
 FP16 = {"enabled": True, "initial_scale_power": 4}

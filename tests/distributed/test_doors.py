@@ -53,7 +53,7 @@ def attack(
         "flag": str(flag),
     }
     command = [*(enter or []), sys.executable, str(HERE / "stranger.py"), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)
     assert said["uid"] == 65534

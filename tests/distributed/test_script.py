@@ -72,7 +72,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
     try:
         out, errors = process.communicate(timeout=seconds)
     finally:
@@ -90,7 +90,7 @@ def pids(run: RunDirectory) -> list[int]:
     return [json.loads(path.read_text())["pid"] for path in run.attempts.glob("*/rank-*.json")]
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain: {what}"
@@ -151,7 +151,7 @@ def without_launcher(models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         result = json.loads((folder / f"{script}.json").read_text())
@@ -270,7 +270,7 @@ def test_ctrl_c_ends_a_script_that_knows_nothing_of_it_and_all_that_it_started(t
     assert "stopped; the script goes on from what it saved itself; go on with: launcher resume" in said
     gone = [*pids(RunDirectory(tmp_path / "run")), *children]
     assert len(gone) == 4
-    wait_for(lambda: not any(alive(pid) for pid in gone), "everything gone", seconds=10)
+    wait_for(lambda: not any(alive(pid) for pid in gone), "everything gone")
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ os._exit(0)
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert [record["signal"] for record in read(RunDirectory(tmp_path).events_file)] == ["SIGTERM"]
@@ -321,7 +321,7 @@ def test_a_script_that_handles_sigterm_saves_and_is_started_again(whom: str, tmp
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert resumed.returncode == 0, resumed.stderr
     assert [record["event"] for record in read(run.events_file)][-1] == "finished"

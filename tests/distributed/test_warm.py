@@ -72,6 +72,6 @@ def test_the_ranks_of_a_run_are_forks_unless_that_is_switched_off(
         {"LAUNCHER_WARM": warm} if warm else {}
     )
     command = [sys.executable, "-m", "launcher.cli.main", "run", str(job)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert len(started.read_text().split()) == num_started

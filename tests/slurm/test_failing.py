@@ -16,7 +16,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import FAULTS, Run, TrainingInputs
 from tests.training.runs import state
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")

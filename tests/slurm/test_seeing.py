@@ -18,7 +18,7 @@ from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import FAULTS, Run, TrainingInputs
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_life_without_accounting(cluster: Cluster, material: TrainingInputs) -
     cluster.stop_controller()
     began = time.monotonic()
     assert material.json("status", "plain", cluster=cluster)["state"] == "finished"
-    assert time.monotonic() - began < 60 and run.directory.finished
+    assert time.monotonic() - began < 200 and run.directory.finished
     assert material.json("list", cluster=cluster)["runs"][0]["state"] == "finished"
 
 

@@ -182,7 +182,7 @@ class Attempt:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
 
-    def join(self, seconds: float = 120) -> None:
+    def join(self, seconds: float = 600) -> None:
         """Wait for the end of every rank; what hangs is killed, and an error."""
         end = time.monotonic() + seconds
         for process in self.processes:

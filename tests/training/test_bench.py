@@ -276,4 +276,4 @@ def test_a_peak_is_of_its_lap_and_the_highest_is_remembered() -> None:
         "lap.peak, (lap, bare)\n"
         "assert peak_memory_bytes(cpu) == first.peak\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)

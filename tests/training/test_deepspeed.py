@@ -175,7 +175,6 @@ def sized(model: Path, data: dict[str, Any], world_size: int, **changes: Any) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "freeze",
     [pytest.param((), marks=pytest.mark.very_slow), ("model.layers.0.*",)],

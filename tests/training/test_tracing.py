@@ -151,7 +151,6 @@ def ranks() -> Iterator[World]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "kind",
     [
