@@ -197,7 +197,12 @@ def test_an_unchanged_script_is_sharded_and_learns_the_same(
             marks=pytest.mark.very_slow,
         ),
         ("test_ops", ENGINES["fsdp"], "testing sending tensors across devices"),
-        ("test_ops", ENGINES["zero3"], "testing sending tensors across devices"),
+        pytest.param(
+            "test_ops",
+            ENGINES["zero3"],
+            "testing sending tensors across devices",
+            marks=pytest.mark.very_slow,
+        ),
     ],
 )
 def test_the_test_scripts_that_accelerate_ships(
