@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "launcher" / "extensions"))
 
 ROOT = Path(__file__).parents[1]
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _MISSING = {"gpu": ("nvidia-smi", "no GPU here"), "slurm": ("sbatch", "no Slurm cluster here")}
 _LONGEST = (
     "slurm/test_submit.py",
@@ -85,3 +87,15 @@ def _own_figures(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
     number in another order."""
     if request.node.get_closest_marker("unit"):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path.parent / f"{tmp_path.name}-state"))
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """Leave to the next test of this process the signals as they were: what a test calls may block or catch some."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) != handler:
+            signal.signal(number, handler)

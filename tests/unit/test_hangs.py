@@ -66,7 +66,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[RunDirectory, int], int]]:
         process.communicate()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
