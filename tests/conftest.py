@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,23 +16,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Operators take minutes to compile; tests share them with runs, unlike everything else that is cached.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "launcher" / "extensions"))
 
+ROOT = Path(__file__).parents[1]
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _MISSING = {"gpu": ("nvidia-smi", "no GPU here"), "slurm": ("sbatch", "no Slurm cluster here")}
 _LONGEST = (
     "slurm/test_submit.py",
-    "training/test_parity.py",
     "slurm/test_seeing.py",
-    "distributed/test_demo.py",
     "slurm/test_failing.py",
-    "training/test_too_large.py",
-    "slurm/test_doctor.py",
-    "training/test_resume.py",
+    "training/test_adapters.py",
     "distributed/test_script.py",
-    "slurm/test_train_sbatch.py",
-    "training/test_deepspeed.py",
-    "distributed/test_checkpoint_import.py",
-    "training/test_memory_model.py",
+    "slurm/test_doctor.py",
     "distributed/test_local.py",
+    "training/test_too_large.py",
+    "distributed/test_surroundings.py",
+    "slurm/test_train_sbatch.py",
     "training/test_engine.py",
+    "distributed/test_checkpoint_import.py",
+    "training/test_deepspeed.py",
+    "distributed/test_hangs.py",
+    "distributed/test_own_task.py",
+    "training/test_resume.py",
+    "training/test_loss_check.py",
+    "distributed/test_demo.py",
+    "training/test_corruptions.py",
+    "training/test_kills.py",
+    "training/test_tracing.py",
 )
 """Files that take minutes, in this order before all others: so no process has one of them left when the
 others are done, and those that mostly wait (for Slurm) run beside those that compute."""
@@ -50,6 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     reason="many minutes of processor time, for which CI has no room; RUN_VERY_SLOW=1 runs it"
                 )
             )
+        if folder == "slurm":
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and os.environ.get("RUN_SLOW") != "1":
             item.add_marker(pytest.mark.skip(reason="takes minutes; RUN_SLOW=1 runs it"))
     place = {name: number for number, name in enumerate(_LONGEST)}
@@ -63,6 +74,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or fills the user's cache, nor what was measured of the machine: before any process is
     started that others are forked from."""
     with pytest.MonkeyPatch.context() as patch:
+        # What a test starts runs this checkout, wherever it is started.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         yield
@@ -74,3 +87,15 @@ def _own_figures(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
     number in another order."""
     if request.node.get_closest_marker("unit"):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path.parent / f"{tmp_path.name}-state"))
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """Leave to the next test of this process the signals as they were: what a test calls may block or catch some."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) != handler:
+            signal.signal(number, handler)

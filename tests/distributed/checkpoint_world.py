@@ -3,7 +3,6 @@ loaded already."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -24,11 +23,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.tasks.causal_lm import CausalColumns
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from tests.ports import free_port
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["tests.distributed.checkpoint_world", "transformers.models.llama.modeling_llama"]
-)
+from tests.training.ranks import CONTEXT
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed.weight": (13, 6),
@@ -187,9 +182,9 @@ def _rank_main(
 def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, killed: bool = False) -> list[Any]:
     """`work(rank, world_size, *arguments)` on each rank; what they returned. With `killed` they end
     themselves and return nothing."""
-    queue, port = _CONTEXT.Queue(), free_port()
+    queue, port = CONTEXT.Queue(), free_port()
     ranks = [
-        _CONTEXT.Process(target=_rank_main, args=(work, rank, world_size, port, arguments, queue))
+        CONTEXT.Process(target=_rank_main, args=(work, rank, world_size, port, arguments, queue))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -197,7 +192,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, killed
     results: dict[int, Any] = {}
     try:
         for _ in range(0 if killed else world_size):
-            rank, problem, result = queue.get(timeout=120)
+            rank, problem, result = queue.get(timeout=600)
             assert problem is None, f"rank {rank}:\n{problem}"
             results[rank] = result
     finally:

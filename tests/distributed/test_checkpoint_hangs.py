@@ -51,6 +51,7 @@ def hang_on_last_rank(rank: int, world_size: int, run: Path, asynchronous: bool,
     return [*outcomes, saver.problem]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_that_hangs_is_given_up_on_all_ranks(asynchronous: bool, tmp_path: Path) -> None:
     notices = Notices()

@@ -8,8 +8,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,14 @@ from launcher.planner.plan import Plan
 from launcher.runs.checkpoints import list_checkpoints, verify
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.foreign import import_run
+from tests.commands import launcher
 from tests.distributed.foreign_world import LEARNING_RATE, accelerate_writes, deepspeed_writes, goes_on
+from tests.tiers import slow_but
 from tests.training.plans import deepspeed
 from tests.training.ranks import on_ranks
 from tests.training.runs import batch_of, causal_data, model_directory, named, new_run, plan_for, state
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.distributed
 
 Writer = Callable[..., Any]
 FP16 = {"enabled": True, "initial_scale_power": 4}
@@ -106,7 +106,9 @@ def imported(
 
 # DeepSpeed's own functions give another parameter's values where gradients go round robin: there the next
 # steps are the test.
-@pytest.mark.parametrize("name", [name for name in WRITERS if name != "zero2 round robin"])
+@pytest.mark.parametrize(
+    "name", slow_but(["sharded", "full"], [name for name in WRITERS if name != "zero2 round robin"])
+)
 def test_every_tensor_is_what_its_writer_said(name: str, model: Path, written: Any, tmp_path: Path) -> None:
     """Parameters are the fp32 masters, not the 16-bit copies; and the checkpoint is whole by every byte."""
     source, said, _ = written(name)
@@ -124,7 +126,9 @@ def test_every_tensor_is_what_its_writer_said(name: str, model: Path, written: A
         )
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2 fp16", "zero2 round robin", "zero3", "sharded"])
+@pytest.mark.parametrize(
+    "name", slow_but(["sharded"], ["zero1", "zero2 fp16", "zero2 round robin", "zero3", "sharded"])
+)
 def test_the_next_steps_are_those_that_its_writer_took(
     name: str, model: Path, written: Any, tmp_path: Path
 ) -> None:
@@ -139,6 +143,7 @@ def test_the_next_steps_are_those_that_its_writer_took(
     )
 
 
+@pytest.mark.slow
 def test_deepspeed_goes_on_with_what_accelerate_wrote(model: Path, written: Any, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     source, _, losses = written("sharded")
@@ -146,12 +151,6 @@ def test_deepspeed_goes_on_with_what_accelerate_wrote(model: Path, written: Any,
     run, _ = imported(tmp_path, source, chosen)
     ours, _ = on_ranks(2, goes_on, run, chosen)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-5, atol=0)
-
-
-def launcher(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.cli.main", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
 
 
 def job_file(directory: Path, model: Path) -> Path:
@@ -176,6 +175,7 @@ def job_file(directory: Path, model: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_from_a_job_to_a_run_that_goes_on(model: Path, written: Any, tmp_path: Path) -> None:
     """The commands: taken in, listed, run to the end; a second import into the same run is refused."""
     source, *_ = written("sharded")
@@ -270,6 +270,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
 def test_nothing_in_deepspeeds_files_is_executed(file: str, copied: Any, model: Path, tmp_path: Path) -> None:
     source = copied("zero1")
@@ -333,7 +334,10 @@ BREAKS: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize(
+    "name",
+    slow_but([name for name, (kind, *_) in BREAKS.items() if kind in ("sharded", "full")], list(BREAKS)),
+)
 def test_what_is_not_whole_is_refused(name: str, copied: Any, model: Path) -> None:
     kind, action, match = BREAKS[name]
     source = copied(kind)
@@ -350,6 +354,7 @@ def test_what_is_not_whole_is_refused(name: str, copied: Any, model: Path) -> No
     refused(source, plan(model), match)
 
 
+@pytest.mark.slow
 def test_files_of_two_saves_are_refused(copied: Any, model: Path, written: Any) -> None:
     source = copied("zero1")
     other = written("zero3")[0] / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -357,7 +362,7 @@ def test_files_of_two_saves_are_refused(copied: Any, model: Path, written: Any) 
     refused(source, plan(model), "not of one save")
 
 
-@pytest.mark.parametrize("name", ["zero1", "sharded"])
+@pytest.mark.parametrize("name", slow_but(["sharded"], ["zero1", "sharded"]))
 def test_another_model_is_refused(name: str, written: Any, tmp_path: Path) -> None:
     source = written(name)[0]
     refused(
@@ -391,6 +396,7 @@ def test_another_optimizer_is_refused(written: Any, model: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_was_frozen_there_is_frozen_here(written: Any, model: Path) -> None:
     refused(
         written("zero3 bf16 frozen")[0],

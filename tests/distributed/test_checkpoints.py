@@ -30,6 +30,7 @@ from tests.distributed.checkpoint_world import (
     sharded_llama,
     whole,
 )
+from tests.tiers import slow_but
 
 SIZES = [1, 2, 3, 4]
 
@@ -58,6 +59,7 @@ def load_on(rank: int, world_size: int, runs: list[Path]) -> None:
         assert_holds(tensors, full_tensors(7))
 
 
+@pytest.mark.slow
 def test_saved_on_any_number_of_ranks_loads_on_any_other_to_the_bit(tmp_path: Path) -> None:
     runs = [tmp_path / str(size) for size in SIZES]
     for size, run in zip(SIZES, runs, strict=True):
@@ -80,7 +82,7 @@ def load_llama(rank: int, world_size: int, run: Path) -> dict[str, torch.Tensor]
     return {name: whole(tensor).detach().clone().numpy() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize(("savers", "loaders"), [(2, 3), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("savers", "loaders"), slow_but([(2, 3)], [(2, 3), (4, 2), (3, 1)]))
 def test_a_model_and_its_optimizer_under_fsdp2_move_between_rank_counts(
     tmp_path: Path, savers: int, loaders: int
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_save_in_the_background_holds_what_the_tensors_were_when_it_was_asked_
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_pytorchs_own_tools_read_a_checkpoint(tmp_path: Path) -> None:
     run_ranks(3, save_on, tmp_path, [7])
     directory, out = RunDirectory(tmp_path).checkpoint(7), tmp_path / "out.pt"

@@ -302,7 +302,7 @@ def test_one_process_works_and_the_others_wait(tmp_path: Path) -> None:
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     assert sorted(cached for cached, _, _ in found) == [False, True, True]

@@ -106,7 +106,7 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path: Path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_whole_play_on_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
@@ -187,6 +187,7 @@ def tiny_chat_model(directory: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.timeout(1800)
 def test_the_demo_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -23,9 +23,12 @@ from launcher.runs.status import read_status
 from tests.training.plans import deepspeed
 from tests.training.runs import causal_data, model_directory, named, new_run, plan_for
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SECONDS = 4.0
+SECONDS = 8.0
+"""Long enough that a rank which a busy machine leaves waiting is not suspected."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def launch(run: RunDirectory) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def finish(run: RunDirectory, process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
+def finish(run: RunDirectory, process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
     try:
         _, errors = process.communicate(timeout=seconds)
     finally:
@@ -120,7 +123,7 @@ def test_a_hang_is_named(
     rank = struck["rank"]
     assert f"rank {rank} on {os.uname().nodename} {words.format(other=1 - rank)}" in said["line"], errors
     assert said["line"] in errors and "Stacks: " in errors
-    assert said["time"] - struck["time"] < SECONDS + 20
+    assert said["time"] - struck["time"] < SECONDS + 60
     assert (
         code == HungError.exit_code == json.loads((run.attempt(1) / "failure.json").read_text())["exit_code"]
     )
@@ -140,7 +143,7 @@ def test_a_rank_that_goes_on_again_ends_the_suspicion(
 ) -> None:
     run = make_run(tmp_path, material, {"place": "forward", "kind": "stop", "rank": 1, "step": 7})
     process = launch(run)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not named(run, "suspected"):
         assert time.monotonic() < deadline and process.poll() is None, "suspected"
         time.sleep(0.05)

@@ -10,6 +10,8 @@ import pytest
 
 from tests.distributed.test_local import begun, finish, launch, launched, make_run, pids, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -14,6 +14,8 @@ from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from tests.distributed.test_script import ENGINES, ENVIRONMENT, SCRIPTS, SIZES, log, run_script
 
+pytestmark = pytest.mark.slow
+
 ZERO_3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
 DEEPSPEED = dict.fromkeys(
     ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto"

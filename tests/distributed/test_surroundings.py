@@ -33,6 +33,8 @@ from tests.distributed.test_local import (
     wait_for,
 )
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
 LONG = {"num_steps": 100_000, "grace": 120.0}
 
@@ -180,7 +182,7 @@ def test_shared_memory_that_is_full_changes_nothing(tmp_path: Path) -> None:
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
 
@@ -193,7 +195,7 @@ def test_too_few_files_are_said_with_what_to_write(files: int, tmp_path: Path) -
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
     )
     assert f"ConfigurationError: ulimit -n = {files}: a process may have {files} files open" in process.stderr
@@ -213,7 +215,7 @@ def test_a_soft_limit_of_files_is_raised(tmp_path: Path) -> None:
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
     assert json.loads(run.plan_file.read_text()) == json.loads(plan().to_json())

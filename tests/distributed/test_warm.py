@@ -14,6 +14,7 @@ import pytest
 
 from launcher.launch.fork_server import Forked, WarmProcess
 from tests.slurm.runs import TrainingInputs
+from tests.tiers import slow_but
 
 SITE = """
 import os, sys
@@ -57,7 +58,7 @@ def test_a_process_with_threads_is_not_forked() -> None:
     thread.join()
 
 
-@pytest.mark.parametrize(("warm", "num_started"), [(None, 0), ("0", 2)])
+@pytest.mark.parametrize(("warm", "num_started"), slow_but([(None, 0)], [(None, 0), ("0", 2)]))
 def test_the_ranks_of_a_run_are_forks_unless_that_is_switched_off(
     warm: str | None, num_started: int, tmp_path: Path
 ) -> None:
@@ -72,6 +73,6 @@ def test_the_ranks_of_a_run_are_forks_unless_that_is_switched_off(
         {"LAUNCHER_WARM": warm} if warm else {}
     )
     command = [sys.executable, "-m", "launcher.cli.main", "run", str(job)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert len(started.read_text().split()) == num_started

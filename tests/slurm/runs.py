@@ -67,7 +67,7 @@ class TrainingInputs:
             )
         command = [sys.executable, "-m", "launcher.cli.main", *map(str, arguments)]
         done = subprocess.run(
-            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=200
+            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=600
         )
         assert code is None or done.returncode == code, done.stdout + done.stderr
         return done
@@ -96,7 +96,7 @@ class Run:
     def __init__(self, run: RunDirectory, job: str, cluster: Cluster) -> None:
         self.directory, self.job, self.cluster = run, job, cluster
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 150.0) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
         until = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > until:
@@ -106,11 +106,11 @@ class Run:
     def wait_step(self, step: int) -> None:
         self.wait(lambda: max(steps(self.directory.metrics_file), default=0) >= step, f"at step {step}")
 
-    def wait_event(self, name: str, count: int = 1, seconds: float = 150.0) -> dict[str, Any]:
+    def wait_event(self, name: str, count: int = 1, seconds: float = 600.0) -> dict[str, Any]:
         self.wait(lambda: len(self.events(name)) >= count, f"{name} {count} times", seconds)
         return self.events(name)[count - 1]
 
-    def wait_finished(self, seconds: float = 240.0) -> None:
+    def wait_finished(self, seconds: float = 800.0) -> None:
         self.wait(lambda: self.directory.finished, "finished", seconds)
 
     def end_in_seconds(self, seconds: int) -> None:

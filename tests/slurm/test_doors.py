@@ -18,7 +18,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.machines import poll
 from tests.slurm.runs import ROOT, Run, TrainingInputs
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import FAULTS, Run, TrainingInputs
 from tests.training.runs import state
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def faulty(material: TrainingInputs, name: str, fault: str, micro: int = 2, **cl
     return material.job(
         name,
         {"batch": {"micro_batch_size": micro}},
-        environment={"FAULT": fault, "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"},
+        environment={"FAULT": fault, "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"},
         **cluster,
     )
 

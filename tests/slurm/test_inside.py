@@ -15,7 +15,7 @@ from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import INSIDE_A_JOB, Cluster
 from tests.slurm.runs import ROOT, TrainingInputs
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from launcher.runs.layout import RunDirectory
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import FAULTS, Run, TrainingInputs
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def check_life(cluster: Cluster, material: TrainingInputs, name: str) -> Run:
     slow = {
         "FAULT": "slow-first:all:1.2",
         "PYTHONPATH": str(FAULTS),
-        "LAUNCHER_WARM": "0",
+        "LAUNCHER_WARM": "faulty",
     }  # it must not finish while it is looked at
     run = material.submit(cluster, material.job(name, begin="now+1hour", nodes=1, environment=slow))
     seen = material.json("status", name, cluster=cluster)
@@ -88,7 +88,7 @@ def test_a_life_without_accounting(cluster: Cluster, material: TrainingInputs) -
     cluster.stop_controller()
     began = time.monotonic()
     assert material.json("status", "plain", cluster=cluster)["state"] == "finished"
-    assert time.monotonic() - began < 60 and run.directory.finished
+    assert time.monotonic() - began < 200 and run.directory.finished
     assert material.json("list", cluster=cluster)["runs"][0]["state"] == "finished"
 
 
@@ -97,7 +97,7 @@ def test_a_life_with_accounting(cluster_with_accounting: Cluster, material: Trai
 
 
 def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material: TrainingInputs) -> None:
-    fault = {"FAULT": "memory:0:2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
+    fault = {"FAULT": "memory:0:2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     run = material.submit(
         cluster, material.job("broken", {"batch": {"micro_batch_size": 1}}, nodes=1, environment=fault)
     )
@@ -114,7 +114,7 @@ def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material:
 def test_logs_are_followed_into_the_next_attempt_to_the_end(
     cluster: Cluster, material: TrainingInputs
 ) -> None:
-    code = {"FAULT": "slow:all:0.5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
+    code = {"FAULT": "slow:all:0.5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     run = material.submit(cluster, material.job("followed", nodes=1, environment=code))
     command = [sys.executable, "-m", "launcher.cli.main", "logs", "followed", "-f"]
     follower = subprocess.Popen(

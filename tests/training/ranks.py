@@ -15,10 +15,9 @@ from torch import distributed
 
 from tests.ports import free_port
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "transformers", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
-)
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Forks processes of one that has imported what all ranks need; every test of a session has the same."""
+CONTEXT.set_forkserver_preload(["tests.training.preloaded"])
 
 
 PATIENCE_SECONDS = 400
@@ -31,8 +30,8 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
-        receiving, sending = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank, args=(rank, world_size, port, sending, function, arguments))
+        receiving, sending = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_rank, args=(rank, world_size, port, sending, function, arguments))
         process.start()
         sending.close()
         pipes.append(receiving)

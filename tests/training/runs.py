@@ -31,18 +31,9 @@ from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.signals import StopRequest
 from tests.ports import free_port
 from tests.training.plans import plan_of
-from tests.training.ranks import _CONTEXT
+from tests.training.ranks import CONTEXT
 from tests.training.tiny import model_of
 
-_PRELOADED = (
-    "torch",
-    "transformers.models.llama.modeling_llama",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
-)
-_CONTEXT.set_forkserver_preload(
-    [*_PRELOADED, "launcher.training.trainer", "launcher.tasks.causal_lm", "tests.training.runs"]
-)
 WORDS = [f"w{number}" for number in range(120)]
 Hook = Callable[[int, StopRequest], None]
 """Called on each rank before training, with the rank and its stop request: where a test injects what shall go
@@ -191,7 +182,7 @@ class Attempt:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
 
-    def join(self, seconds: float = 120) -> None:
+    def join(self, seconds: float = 600) -> None:
         """Wait for the end of every rank; what hangs is killed, and an error."""
         end = time.monotonic() + seconds
         for process in self.processes:
@@ -239,10 +230,10 @@ def start(
     }
     attempt = Attempt([], [])
     for rank in range(world_size):
-        receiving, sending = _CONTEXT.Pipe(duplex=False)
+        receiving, sending = CONTEXT.Pipe(duplex=False)
         ranked = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         arguments = (run, ranked, sending, hook, stop_at, entry)
-        process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
+        process = CONTEXT.Process(target=_rank, args=arguments, daemon=True)
         process.start()
         sending.close()
         attempt.processes.append(process)
@@ -278,7 +269,7 @@ def _rank(
 
     error: BaseException | None = None
     try:
-        stop = StopRequest(30.0)
+        stop = StopRequest(3000.0)
         if hook:
             hook(int(environment["RANK"]), stop)
         (entry or train)(run, Plan.read(run.plan_file), 1, stop, stop_at=stop_at)

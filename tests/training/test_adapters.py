@@ -26,6 +26,7 @@ from launcher.training.model import adapters
 from launcher.training.model.loading import repeated_layers
 from launcher.training.operations import flops_per_token
 from tests.families import tiny
+from tests.tiers import slow_but
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import (
@@ -42,7 +43,7 @@ from tests.training.runs import (
     texts,
     write_rows,
 )
-from tests.training.test_engine import Causal, Classifying, steps
+from tests.training.test_engine import Causal, Classifying, _ran, steps
 from tests.training.tiny import config_of, model_of
 
 pytestmark = pytest.mark.distributed
@@ -67,7 +68,7 @@ def one(llama: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 2), (3, 4), (4, 1)])
+@pytest.mark.parametrize(("world_size", "micro"), slow_but([(2, 2)], [(1, 4), (2, 2), (3, 4), (4, 1)]))
 def test_any_number_of_ranks_gives_the_same_numbers(
     world_size: int, micro: int, llama: Path, one: dict[str, Any]
 ) -> None:
@@ -101,6 +102,7 @@ def test_only_adapters_and_what_trains_also_are_kept(one: dict[str, Any], llama:
     assert all(tensors[f"model.{name}"].abs().max() > 0 for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_in_half_precision_the_rest_is_read_and_kept_so(
     world_size: int, llama: Path, one: dict[str, Any]
@@ -137,14 +139,16 @@ def _engine(plan: Any) -> Any:
     return build(plan, Causal, config, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputation_changes_no_number(mode: str, llama: Path) -> None:
     plan = plan_of(llama, 2, batch=_batch(2, 3), model__adapter=LORA)
-    kept, _ = on_ranks(2, steps, plan, Causal)
+    kept = _ran(plan, Causal)
     again, _ = on_ranks(2, steps, plan.model_copy(update={"activation_checkpointing": mode}), Causal)
     assert again["curve"] == kept["curve"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_other_decoders(family: str, tmp_path: Path) -> None:
     """GPT-2 holds its weights the other way round; Gemma 2 has an embedding that is also its head."""
@@ -162,6 +166,7 @@ def test_other_decoders(family: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(WITHOUT_ADAPTER))
 def test_layers_that_peft_refuses_go_without(kind: str) -> None:
     model = tiny.model_of(kind, tiny.CAUSAL_LM)
@@ -172,6 +177,7 @@ def test_layers_that_peft_refuses_go_without(kind: str) -> None:
         inject_adapter_in_model(adapters.settings(Adapter(), ["out_proj"]), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_new_head_trains_in_full(precision: str, tmp_path: Path) -> None:
     model_of("bert", "AutoModel").save_pretrained(tmp_path)
@@ -281,6 +287,7 @@ def _plan(model: Path, data: dict[str, Any], world_size: int, dropout: float = 0
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_resumed_is_uninterrupted_to_the_bit(
     world_size: int, tmp_path: Path, model: Path, data: dict[str, Any]
@@ -294,6 +301,7 @@ def test_resumed_is_uninterrupted_to_the_bit(
     assert_equal(state(run), state(uninterrupted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 1)])
 def test_resumed_on_another_number_of_ranks(
     first: int, second: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
@@ -319,10 +327,11 @@ def test_a_run_learns_and_leaves_the_base_alone(whole: RunDirectory, model: Path
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
 def test_zero_gives_the_numbers_of_fsdp(stage: int, precision: str, llama: Path) -> None:
     options = {"batch": _batch(2, 3), "model__adapter": LORA, "precision": precision}
-    sharded, _ = on_ranks(2, steps, plan_of(llama, 2, **options), Causal)
+    sharded = _ran(plan_of(llama, 2, **options), Causal)
     zero, _ = on_ranks(2, steps, plan_of(llama, 2, **deepspeed(stage), **options), Causal)
     torch.testing.assert_close(
         torch.tensor(zero["curve"]),
@@ -333,6 +342,7 @@ def test_zero_gives_the_numbers_of_fsdp(stage: int, precision: str, llama: Path)
     assert zero["tensors"].keys() == sharded["tensors"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.very_slow), 3])
 def test_a_run_goes_on_under_the_other_engine(
     stage: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
@@ -396,6 +406,7 @@ def test_the_adapter_alone_is_loaded_by_peft(whole: RunDirectory, model: Path, t
     torch.testing.assert_close(_logits(loaded), merged, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_is_merged_in_fp32(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     """`keep` is what the base was trained in; fp32 keeps what rounding would take away."""
     adapter = Adapter(rank=4, train_also=("model.norm.*",))
@@ -422,6 +433,7 @@ def test_half_precision_is_merged_in_fp32(tmp_path: Path, model: Path, data: dic
     torch.testing.assert_close(_logits(loaded), _logits(wide), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gpt2_is_merged_the_other_way_round(tmp_path: Path, data: dict[str, Any]) -> None:
     directory = model_directory(tmp_path / "gpt2", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     plan = plan_for(
@@ -442,6 +454,7 @@ def test_gpt2_is_merged_the_other_way_round(tmp_path: Path, data: dict[str, Any]
     assert (merged - _logits(AutoModelForCausalLM.from_pretrained(directory))).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_export_that_cannot_be_is_refused(
     whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -471,6 +484,7 @@ def test_an_export_that_cannot_be_is_refused(
         export(run, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_evaluate_measures_the_base_and_the_adapted_model(
     world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any]
@@ -481,6 +495,7 @@ def test_evaluate_measures_the_base_and_the_adapted_model(
     assert result["after"]["loss"] == pytest.approx(evaluations(whole)[8]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_is_exported_with_its_head(tmp_path: Path) -> None:
     """Its head is new, so that peft's directory has to bring it as well."""
     directory = model_directory(
@@ -508,6 +523,7 @@ def test_a_classifier_is_exported_with_its_head(tmp_path: Path) -> None:
     assert torch.equal(merged.classifier.weight, state(run)["model.classifier.weight"])
 
 
+@pytest.mark.slow
 def test_one_rank_in_half_precision_shares_nothing(llama: Path) -> None:
     """Not even a root unit, where nothing outside of the layers trains."""
     plan = plan_of(llama, 1, batch=_batch(1, 6), precision="bf16", model__adapter={"rank": 4})

@@ -82,6 +82,7 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name != "state"], "the files it wrote are gone"
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_run_here_is_named() -> None:
     plans = comm_benchmark.plans(1, "deepspeed")["deepspeed full"]
     broken = deepspeed_config(plans[0]) | {"zero_optimization": {"stage": 9}}
@@ -275,4 +276,4 @@ def test_a_peak_is_of_its_lap_and_the_highest_is_remembered() -> None:
         "lap.peak, (lap, bare)\n"
         "assert peak_memory_bytes(cpu) == first.peak\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)

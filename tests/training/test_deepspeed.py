@@ -3,7 +3,6 @@ number of ranks."""
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +16,17 @@ from transformers import AutoConfig
 from launcher.errors import ConfigurationError
 from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
 from launcher.training.engines import build
 from launcher.training.engines.operators import build_operators
 from launcher.training.engines.unshard import cut_rows
 from launcher.training.model import attention
+from tests.tiers import slow_but
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
-from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, replan, state
-from tests.training.test_engine import Causal, _batch, _check, _plain, _save, steps
-from tests.training.test_resume import compare, loaded_state
+from tests.training.runs import assert_equal, batch_of, curve, finish, named, new_run, plan_for, state
+from tests.training.test_engine import Causal, _batch, _check, _ran, _save, steps
+from tests.training.test_resume import compare, go_on
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = pytest.mark.distributed
@@ -53,10 +52,10 @@ SGD = {"training": {"max_steps": 4, "weight_decay": 0.1, "optimizer": "sgd"}}
 FROZEN = {"model__freeze": ("model.embed_tokens.*", "model.layers.0.*")}
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", slow_but(["ZeRO-2", "ZeRO-3"], list(STATES)))
 def test_two_ranks_equal_plain_pytorch(name: str, directory: Path) -> None:
     path = _save(directory, "llama")
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **WEIGHT_DECAY), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12), **WEIGHT_DECAY), Causal)
     sharded, _ = on_ranks(
         2, steps, plan_of(path, 2, batch=_batch(2, 2), **STATES[name], **WEIGHT_DECAY), Causal
     )
@@ -65,11 +64,12 @@ def test_two_ranks_equal_plain_pytorch(name: str, directory: Path) -> None:
         torch.testing.assert_close(sharded["tensors"][key], value, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("changes", [SGD, FROZEN], ids=["sgd", "frozen"])
 def test_other_optimizers_and_frozen_parameters(stage: int, changes: dict[str, Any], directory: Path) -> None:
     path = _save(directory, "llama")
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **changes), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12), **changes), Causal)
     sharded, *_ = on_ranks(
         3, steps, plan_of(path, 3, batch=_batch(3, 2), **deepspeed(stage, **changes)), Causal
     )
@@ -78,10 +78,11 @@ def test_other_optimizers_and_frozen_parameters(stage: int, changes: dict[str, A
         torch.testing.assert_close(sharded["tensors"][key], value, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_follows_fsdp_with_masters_that_were_not_rounded(stage: int, directory: Path) -> None:
     path = _save(directory, "llama")
-    fsdp, _ = on_ranks(2, steps, plan_of(path, 2, precision="bf16", batch=_batch(2, 6)), Causal)
+    fsdp = _ran(plan_of(path, 2, precision="bf16", batch=_batch(2, 6)), Causal)
     zero, _ = on_ranks(
         2, steps, plan_of(path, 2, precision="bf16", batch=_batch(2, 6), **deepspeed(stage)), Causal
     )
@@ -173,15 +174,7 @@ def sized(model: Path, data: dict[str, Any], world_size: int, **changes: Any) ->
     return plan_for(model, data, world_size, 12, batch=batch_of(world_size, 12 // world_size), **changes)
 
 
-def goes_on(run: RunDirectory, plan: Plan, stop_at: int | None, scratch: Path) -> None:
-    """One attempt under another plan; what it loads is compared with what was saved."""
-    replan(run, plan)
-    saved = state(run)
-    finish(run, plan.mesh.world_size, functools.partial(loaded_state, scratch), stop_at=stop_at)
-    assert_equal(torch.load(scratch), saved)
-
-
-@pytest.mark.timeout(600)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "freeze",
     [pytest.param((), marks=pytest.mark.very_slow), ("model.layers.0.*",)],
@@ -197,10 +190,10 @@ def test_the_matrix_of_resumes(
     finish(whole, 2)
     run = new_run(tmp_path / "run", sized(model, data, 2, **keys))
     finish(run, 2, stop_at=2)
-    goes_on(run, sized(model, data, 3, **deepspeed(3), **keys), 4, tmp_path / "loaded.pt")
-    goes_on(run, sized(model, data, 1, **deepspeed(2), **keys), 6, tmp_path / "loaded.pt")
-    goes_on(run, sized(model, data, 2, **deepspeed(1), **keys), 8, tmp_path / "loaded.pt")
-    goes_on(run, sized(model, data, 4, **keys), None, tmp_path / "loaded.pt")
+    go_on(run, sized(model, data, 3, **deepspeed(3), **keys), tmp_path / "loaded.pt", 4)
+    go_on(run, sized(model, data, 1, **deepspeed(2), **keys), tmp_path / "loaded.pt", 6)
+    go_on(run, sized(model, data, 2, **deepspeed(1), **keys), tmp_path / "loaded.pt", 8)
+    go_on(run, sized(model, data, 4, **keys), tmp_path / "loaded.pt", None)
     assert len(named(run, "resumed")) == 4 and len(curve(run)) == 12
     compare(run, whole, 1e-3)
     gradient_norms = [[record["grad_norm"] for record in curve(one).values()] for one in (run, whole)]
@@ -209,6 +202,7 @@ def test_the_matrix_of_resumes(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resumed_under_one_plan_it_is_bit_equal(
     stage: int, tmp_path: Path, model: Path, data: dict[str, Any]
@@ -223,6 +217,7 @@ def test_resumed_under_one_plan_it_is_bit_equal(
     assert_equal(state(runs[0]), state(runs[1]))
 
 
+@pytest.mark.slow
 def test_pytorch_reads_what_zero_3_saved(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     """Without launcher and without DeepSpeed; and an export holds the same tensors."""
     run = new_run(tmp_path / "run", sized(model, data, 2, **deepspeed(3)))
@@ -245,6 +240,7 @@ def test_pytorch_reads_what_zero_3_saved(tmp_path: Path, model: Path, data: dict
         assert torch.equal(read[f"model.{name}"], value), name
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     """On all ranks, at every stage, and the steps after it are what they are under FSDP."""
     runs = {}
@@ -292,6 +288,7 @@ def linear_layers(plan: Plan) -> set[str]:
     return {module.forward.__module__ for module in engine.model.modules() if type(module) is torch.nn.Linear}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_only_the_third_stage_has_linear_layers_let_go_of_their_matrix(stage: int, directory: Path) -> None:
     """The numbers are the same either way, so that nothing else would show it."""

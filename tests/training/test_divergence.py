@@ -133,6 +133,7 @@ def ledger(run: Any) -> list[tuple[int, int, int]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rewind_takes_the_weights_back_and_the_samples_go_on_over_ranks_and_engines(
     tmp_path: Path, model: Path, data: dict[str, Any]
@@ -159,6 +160,7 @@ def test_a_rewind_takes_the_weights_back_and_the_samples_go_on_over_ranks_and_en
     assert curve(run)[10]["loss"] == pytest.approx(curve(base)[10]["loss"], abs=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_goes_back_to_the_bit_too(stage: int, tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
@@ -177,6 +179,7 @@ def test_zero_goes_back_to_the_bit_too(stage: int, tmp_path: Path, model: Path, 
     assert_equal(state(run, 7), state(run, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_that_jumps_again_and_again_ends_as_diverged(
     tmp_path: Path, model: Path, data: dict[str, Any]
@@ -274,6 +277,7 @@ def test_what_guessing_gives() -> None:
     assert found == [math.log(5), math.log(2), None]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("rate", "kind", "engine"), [(1e6, "chance", {}), (1e-14, "no effect", deepspeed(3))]

@@ -21,6 +21,7 @@ from launcher.training import heads
 from launcher.training.engines import build, fsdp
 from launcher.training.model import attention
 from launcher.training.model.loading import repeated_layers
+from tests.tiers import slow_but
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
@@ -96,10 +97,9 @@ def _padded(samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def _plain(plan: Plan, task: Any) -> dict[str, Any]:
-    """One rank, worked out once for all tests that compare with it."""
-    [result] = on_ranks(1, steps, plan, task)
-    return result
+def _ran(plan: Plan, task: Any) -> dict[str, Any]:
+    """Return what rank 0 of the plan's gives, worked out once for all tests that compare with it."""
+    return dict(on_ranks(plan.mesh.world_size, steps, plan, task)[0])
 
 
 def _check(plain: dict[str, Any], sharded: dict[str, Any], tolerance: float) -> None:
@@ -130,28 +130,29 @@ def _batch(world_size: int, micro: int) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES | MIXTURES))
+@pytest.mark.parametrize("family", slow_but(("llama", "gpt2", "mixtral"), sorted(FAMILIES | MIXTURES)))
 def test_two_ranks_equal_one(family: str, directory: Path) -> None:
     path = _save(
         directory,
         family,
         **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}),
     )
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 2)), Causal)
     assert plain["layers"] == 0 and sharded["layers"] == 3
     _check(plain, sharded, 1e-5)
 
 
-@pytest.mark.parametrize(("world_size", "micro"), [(2, 1), (3, 2), (4, 3), (1, 4)])
+@pytest.mark.parametrize(("world_size", "micro"), slow_but([(2, 1)], [(2, 1), (3, 2), (4, 3), (1, 4)]))
 def test_any_cut_of_the_batch_gives_the_same_numbers(world_size: int, micro: int, directory: Path) -> None:
     path = _save(directory, "llama")
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     sharded = on_ranks(world_size, steps, plan_of(path, world_size, batch=_batch(world_size, micro)), Causal)
     for result in sharded:
         _check(plain, result, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -162,7 +163,7 @@ def test_any_cut_of_the_batch_gives_the_same_numbers(world_size: int, micro: int
 )
 def test_hybrid_and_kept_parameters_equal_full_sharding(mesh: dict[str, Any], directory: Path) -> None:
     path = _save(directory, "llama")
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     changes = {f"mesh__{key}": value for key, value in mesh.items()}
     result, *_ = on_ranks(4, steps, plan_of(path, 4, batch=_batch(4, 3), **changes), Causal)
     _check(plain, result, 1e-5)
@@ -204,6 +205,7 @@ def steps_that_send(plan: Plan, defers: bool) -> dict[str, Any]:
     return steps(plan, Causal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defers", [True, False])
 @pytest.mark.parametrize(("sharding", "times"), [("full", 3 * 2 * 3 + 1), ("gradients", 3 + 1)])
 def test_what_is_whole_between_the_passes_is_gathered_once_a_step(
@@ -217,16 +219,17 @@ def test_what_is_whole_between_the_passes_is_gathered_once_a_step(
     assert on_ranks(2, gatherings, plan, defers)[0] == [times, times]
     foreseen = _Times.of(plan, 1)
     assert (foreseen.layer + foreseen.layer_back) * 3 + foreseen.root == times
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     _check(plain, on_ranks(2, steps_that_send, plan, defers)[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_offloaded_parameters_change_no_number(world_size: int, directory: Path) -> None:
     """On the CPU there is nowhere to move them to; what is held here is that the engine takes them through
     FSDP's own policy."""
     path = _save(directory, "llama")
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12)), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12)), Causal)
     result, *_ = on_ranks(
         world_size,
         steps,
@@ -237,12 +240,13 @@ def test_offloaded_parameters_change_no_number(world_size: int, directory: Path)
     assert result["layers"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_activation_checkpointing_changes_no_number(mode: str, world_size: int, directory: Path) -> None:
     path = _save(directory, "llama")
     plan = plan_of(path, world_size, batch=_batch(world_size, 3))
-    kept, *_ = on_ranks(world_size, steps, plan, Causal)
+    kept = _ran(plan, Causal)
     recomputed, *_ = on_ranks(
         world_size, steps, plan.model_copy(update={"activation_checkpointing": mode}), Causal
     )
@@ -251,10 +255,10 @@ def test_activation_checkpointing_changes_no_number(mode: str, world_size: int, 
         assert torch.equal(recomputed["tensors"][name], value), name
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", slow_but(["bf16"], ["bf16", "fp16"]))
 def test_half_precision_follows_fp32_and_keeps_fp32_states(precision: str, directory: Path) -> None:
     path = _save(directory, "llama")
-    full, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 6)), Causal)
+    full = _ran(plan_of(path, 2, batch=_batch(2, 6)), Causal)
     for world_size in (1, 2):
         half, *_ = on_ranks(
             world_size,
@@ -269,7 +273,7 @@ def test_half_precision_follows_fp32_and_keeps_fp32_states(precision: str, direc
         assert {value.dtype for value in half["tensors"].values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", sorted(ENCODERS))
+@pytest.mark.parametrize("family", slow_but(["bert"], sorted(ENCODERS)))
 def test_classification_with_a_new_head(family: str, directory: Path) -> None:
     """The new head has the same values on any number of ranks, and the repeated layers are units in every
     encoder."""
@@ -284,7 +288,7 @@ def test_classification_with_a_new_head(family: str, directory: Path) -> None:
     model_of(family, "AutoModel").save_pretrained(path)
     config_of(family, num_labels=3, **changes).save_pretrained(path)
     options = {"task": "sequence-classification", "attention": "sdpa"}
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **options), Classifying)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12), **options), Classifying)
     for world_size in (2,) if family != "bert" else (2, 3):
         sharded, *_ = on_ranks(
             world_size, steps, plan_of(path, world_size, batch=_batch(world_size, 2), **options), Classifying
@@ -293,11 +297,12 @@ def test_classification_with_a_new_head(family: str, directory: Path) -> None:
         _check(plain, sharded, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_other_optimizers(optimizer: str, directory: Path) -> None:
     path = _save(directory, "llama")
     options = {"training": {"optimizer": optimizer, "max_steps": 4, "weight_decay": 0.1}}
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
     sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 6), **options), Causal)
     _check(plain, sharded, 1e-5)
     wanted = "exp_avg" if optimizer == "adam" else "momentum_buffer"
@@ -322,7 +327,7 @@ def test_random_weights_do_not_depend_on_the_ranks(directory: Path) -> None:
     path = directory / "config-only"
     config_of("llama").save_pretrained(path)
     options = {"model__weights": "random", "training": {"max_steps": 4, "seed": 5}}
-    plain = _plain(plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12), **options), Causal)
     sharded, *_ = on_ranks(3, steps, plan_of(path, 3, batch=_batch(3, 2), **options), Causal)
     _check(plain, sharded, 1e-5)
 

@@ -185,12 +185,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ARGUMENTS))
 def test_the_trainer_on_texts(name: str, decoder: Path, tmp_path: Path) -> None:
     arguments = arguments_of(tmp_path, **ARGUMENTS[name])
     assert compared_with_the_trainer(arguments, decoder, "text", tmp_path) < CLOSE
 
 
+@pytest.mark.slow
 def test_the_trainer_on_classes(encoder: Path, tmp_path: Path) -> None:
     arguments = arguments_of(
         tmp_path, **ARGUMENTS["every number of AdamW"] | {"gradient_accumulation_steps": 1}
@@ -198,6 +200,7 @@ def test_the_trainer_on_classes(encoder: Path, tmp_path: Path) -> None:
     assert compared_with_the_trainer(arguments, encoder, "label", tmp_path) < CLOSE
 
 
+@pytest.mark.slow
 def test_the_trainer_adds_up_the_means_of_a_classifiers_micro_batches(encoder: Path, tmp_path: Path) -> None:
     """Three micro-batches: three times the loss and gradient. The import says so, and that a third of
     clipping and epsilon is the same."""
@@ -246,6 +249,7 @@ def compared_with_the_trainer(
     return farthest([scale * loss for loss in losses_of_launcher(folder, content, model, rows)], theirs)
 
 
+@pytest.mark.slow
 def test_a_loop_of_accelerates(decoder: Path, tmp_path: Path) -> None:
     """The loop of transformers' examples without a Trainer, with its command line and Accelerate's file
     beside it."""

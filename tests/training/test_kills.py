@@ -31,8 +31,8 @@ from tests.training.runs import (
     state,
 )
 
-pytestmark = pytest.mark.distributed
-NUM_KILLS = int(os.environ.get("LAUNCHER_KILLS", "8"))
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+NUM_KILLS = int(os.environ.get("LAUNCHER_KILLS", "6"))
 WORLD_SIZE = 2
 NUM_STEPS = 24
 
@@ -62,10 +62,12 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path, model: Path, data: dict
     generator = random.Random(2711)
     kills: list[Kill] = []
     number = 0
-    while len(kills) < NUM_KILLS:
+    # Where a kill hits is chance: there is another run until both kinds were hit.
+    while len(kills) < NUM_KILLS or len({kill.moment == "saving" for kill in kills}) < 2:
         number += 1
         run = new_run(tmp_path / f"killed-{number}", plan)
-        kills += _until_finished(run, generator, NUM_KILLS - len(kills), cache=tmp_path / f"cache-{number}")
+        wanted = max(1, NUM_KILLS - len(kills))
+        kills += _until_finished(run, generator, wanted, cache=tmp_path / f"cache-{number}")
         _same(run, reference)
     hits = {
         moment: sum(kill.moment == moment for kill in kills) for moment in ("starting", "training", "saving")
@@ -78,7 +80,6 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path, model: Path, data: dict
         "killed all ranks at once, "
         f"{len(kills) - together} one rank and then the other; every step, and the final state, bit-equal"
     )
-    assert hits["saving"] > 0 and hits["training"] + hits["starting"] > 0
 
 
 def _until_finished(run: RunDirectory, generator: random.Random, num_kills: int, cache: Path) -> list[Kill]:

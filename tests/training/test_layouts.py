@@ -17,6 +17,7 @@ from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import heads
 from launcher.training.engines import build
 from launcher.training.model import attention, pretrained
+from tests.tiers import slow_but
 from tests.training.batches import batch_of_samples, loss_alone
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -91,7 +92,7 @@ PICKED = [name if name == "ZeRO-3, recomputed" else pytest.param(name, marks=VER
 
 
 @pytest.mark.parametrize("engine", PICKED)
-@pytest.mark.parametrize(("family", "changes", "way"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("family", "changes", "way"), slow_but(["lfm2"], {case[0]: case for case in CASES}))
 def test_two_ranks_equal_transformers_alone(
     family: str, changes: dict[str, Any], way: tuple[str, str, str], engine: str, tmp_path: Path
 ) -> None:

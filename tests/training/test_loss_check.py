@@ -236,6 +236,7 @@ def test_a_classifier_padded_with_another_token_than_its_configs(tmp_path: Path)
     assert "in one pass" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [{}, deepspeed(3), deepspeed(2)])
 def test_sharded(tmp_path: Path, data: dict[str, Any], engine: dict[str, Any]) -> None:
     """Five layers, of which the check passes two: all five are there again for what comes after it."""
@@ -249,6 +250,7 @@ def test_sharded(tmp_path: Path, data: dict[str, Any], engine: dict[str, Any]) -
         assert result["said"][0][1]["taken"] == "padded sdpa chunked"
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_all_layers(tmp_path: Path, data: dict[str, Any]) -> None:
     """DeepSpeed has noted by then in which order two layers were passed, and meets five."""
     model = model_directory(tmp_path / "model", num_hidden_layers=5)
@@ -326,6 +328,7 @@ def test_as_many_labels_as_tokens(tmp_path: Path) -> None:
     assert one_rank(classifier_plan(tmp_path, rows, "multi-label"))["said"][0][0] == "checked"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "engine"), [(1, {}), (2, deepspeed(3))], ids=["one rank", "ZeRO-3"])
 def test_an_output_that_is_near_zero_by_chance(
     tmp_path: Path, world_size: int, engine: dict[str, Any]
@@ -352,6 +355,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, data: dict[str, Any]) -> No
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bart", "t5"])
 def test_pairs_whose_ends_are_where_the_model_looks(tmp_path: Path, kind: str) -> None:
     """Cut short, both rows have as many ends as before; a row without any is refused in the class's own

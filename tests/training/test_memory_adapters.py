@@ -14,7 +14,7 @@ from tests.benchmarks.memory_adapters import CASES, AdapterCase
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request, measure
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.very_slow)])

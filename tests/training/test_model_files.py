@@ -69,6 +69,7 @@ def with_own_code(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("adapter", [None, {"rank": 2}], ids=["whole", "adapter"])
 def test_trusted_code_runs_and_goes_along(adapter: dict[str, Any] | None, tmp_path: Path) -> None:
@@ -191,6 +192,7 @@ def adapted(tmp_path: Path, model: Path, data: dict[str, Any], world_size: int, 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ties", "also", "world_size"),
@@ -226,6 +228,7 @@ def test_the_head_of_a_tied_pair_is_named_by_the_embedding(
         adapted(tmp_path, *tied, world_size, "lm_head.*")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_adapter_is_gone_on_with(tied: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """It begins where the run before ended, on any number of ranks, of an embedding that trained too."""
@@ -270,6 +273,7 @@ def test_an_adapter_is_gone_on_with(tied: tuple[Path, dict[str, Any]], tmp_path:
         finish(run, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_evaluate_goes_by_the_classes_of_the_model_itself(tmp_path: Path) -> None:
     """Of two models with the same classes in different orders each is right about what it says."""

@@ -138,7 +138,7 @@ def _waits() -> list[float]:
     waited.watch()
     own = Own([], torch.device("cpu"))
     own.begin(True)
-    time.sleep(0.4 if distributed.get_rank() == 1 else 0.0)
+    time.sleep(3.0 if distributed.get_rank() == 1 else 0.0)
     distributed.all_reduce(torch.zeros(1))
     found = own.end()
     assert found is not None
@@ -148,7 +148,7 @@ def _waits() -> list[float]:
 
 def test_waiting_for_another_rank_is_not_a_ranks_own_work() -> None:
     fast, slow = on_ranks(2, _waits)
-    assert fast[1] > 0.2 > slow[1]
+    assert fast[1] > 1.5 > slow[1]
 
 
 def test_a_gpus_layers_are_measured_in_the_steps_that_count(monkeypatch: pytest.MonkeyPatch) -> None:

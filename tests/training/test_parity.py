@@ -13,7 +13,7 @@ from launcher.cli.main import main
 from launcher.launch.parity import CASES, SINGLE, Outcome
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -95,6 +95,7 @@ def _results(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_same_numbers(dtype: torch.dtype) -> None:

@@ -111,6 +111,7 @@ def test_new_rows_are_the_mean_of_the_old_on_any_number_of_ranks(
     assert grown == {"llama": 1 if changes.get("tie_word_embeddings") else 2, "gpt2": 1, "phi": 3}[family]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_learns_added_tokens_and_its_export_loads(tmp_path: Path) -> None:
     path = with_added_tokens(tmp_path / "model", "llama", tie_word_embeddings=False)
@@ -140,6 +141,7 @@ def test_a_run_learns_added_tokens_and_its_export_loads(tmp_path: Path) -> None:
     assert torch.equal(loaded.lm_head.weight, state(runs[1])["model.lm_head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_adapter_beside_new_rows_is_merged_and_not_exported_alone(tmp_path: Path) -> None:
     path = with_added_tokens(tmp_path / "model", "llama", tie_word_embeddings=True)

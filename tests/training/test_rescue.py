@@ -68,6 +68,7 @@ def run_out(attempt: Attempt) -> None:
     assert classify(own)[0] is OutOfMemoryError and classify(peer)[0] is not OutOfMemoryError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "engine"),
     [
@@ -130,6 +131,7 @@ def job_of(path: Path, model: Path, data: dict[str, Any], micro: int) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("micro", "fits", "code", "tried"),
     [pytest.param(4, 1, 0, [4, 2, 1], marks=pytest.mark.very_slow), (2, 0, 4, [2, 1])],

@@ -4,8 +4,8 @@ happened."""
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from launcher.runs import events
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory
 from launcher.training.signals import StopRequest
+from tests.tiers import slow_but
 from tests.training.runs import (
     assert_equal,
     batch_of,
@@ -40,7 +41,7 @@ from tests.training.wholes import whole
 pytestmark = pytest.mark.distributed
 
 
-def asked_after(step: int, rank: int, stop: StopRequest, grace: float = 30.0, asked: int = 1) -> None:
+def asked_after(step: int, rank: int, stop: StopRequest, grace: float = 3000.0, asked: int = 1) -> None:
     """A hook: rank `asked` alone is told to stop while it works on the step after `step`."""
     from launcher.training.trainer import Trainer
 
@@ -117,24 +118,18 @@ def same(run: RunDirectory, other: RunDirectory) -> None:
 
 @pytest.mark.parametrize(
     ("hook", "step"),
-    [
-        (functools.partial(asked_after, 3), 4),
-        (functools.partial(asked_after, 2), 3),  # where an evaluation is due, that the next attempt must make
-        (functools.partial(asked_after, 7), 8),  # after the last step
-        (asked_before_training, 0),
-        (functools.partial(asked_while_evaluating, 0), 0),
-        (functools.partial(asked_while_evaluating, 6), 6),
-        (functools.partial(asked_while_evaluating, 8), 8),
-    ],
-    ids=[
-        "training",
-        "evaluation due",
-        "last step",
-        "before the first",
-        "first evaluation",
-        "evaluation",
-        "last evaluation",
-    ],
+    slow_but(
+        ["training"],
+        {
+            "training": (functools.partial(asked_after, 3), 4),
+            "evaluation due": (functools.partial(asked_after, 2), 3),  # which the next attempt must make
+            "last step": (functools.partial(asked_after, 7), 8),
+            "before the first": (asked_before_training, 0),
+            "first evaluation": (functools.partial(asked_while_evaluating, 0), 0),
+            "evaluation": (functools.partial(asked_while_evaluating, 6), 6),
+            "last evaluation": (functools.partial(asked_while_evaluating, 8), 8),
+        },
+    ),
 )
 def test_a_stop_anywhere_costs_nothing(
     hook: Any, step: int, never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
@@ -151,6 +146,7 @@ def test_a_stop_anywhere_costs_nothing(
     same(run, never_stopped)
 
 
+@pytest.mark.slow
 def test_a_stop_with_too_little_grace_begins_no_save(
     never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -167,9 +163,10 @@ def test_a_stop_with_too_little_grace_begins_no_save(
     same(run, never_stopped)
 
 
+@pytest.mark.slow
 def test_with_grace_enough_it_saves(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    """The other side of the decision: 30 s suffice where the last save took 20, not where it took 40."""
-    for seconds, steps in ((20.0, [2]), (40.0, [])):
+    """The other side of the decision: 3,000 s suffice where the last save took 2,000, not where it took 4,000."""
+    for seconds, steps in ((2000.0, [2]), (4000.0, [])):
         run = new_run(tmp_path / str(seconds), plan(model, data))
         events.event(run.events_file, "saved", step=0, seconds=seconds, bytes=1)
         finish(run, 2, functools.partial(asked_after, 1))
@@ -177,6 +174,7 @@ def test_with_grace_enough_it_saves(tmp_path: Path, model: Path, data: dict[str,
         assert named(run, "stopped")[0]["step"] == sum(steps)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_after_an_evaluation_is_the_state(
     tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -200,16 +198,12 @@ def test_a_checkpoint_after_an_evaluation_is_the_state(
     assert not torch.equal(state(often, 1)[name], state(often, 2)[name])
 
 
-def moved(source: RunDirectory, path: Path, plan: Plan) -> RunDirectory:
-    """The run continued elsewhere, on as many ranks as `plan` says; what it loads is compared with what was
-    saved."""
-    shutil.copytree(source.path, path)
-    run = RunDirectory(path)
+def go_on(run: RunDirectory, plan: Plan, scratch: Path, stop_at: int | None = None) -> None:
+    """Make an attempt under another plan; what it loads is compared with what was saved."""
     replan(run, plan)
     saved = state(run)
-    finish(run, plan.mesh.world_size, functools.partial(loaded_state, path / "loaded.pt"))
-    assert_equal(torch.load(path / "loaded.pt"), saved)
-    return run
+    finish(run, plan.mesh.world_size, functools.partial(loaded_state, scratch), stop_at=stop_at)
+    assert_equal(torch.load(scratch), saved)
 
 
 def sized(model: Path, data: dict[str, Any], world_size: int, num_steps: int) -> Plan:
@@ -235,29 +229,30 @@ def test_two_ranks_go_on_as_three(tmp_path: Path, model: Path, data: dict[str, A
     )
     finish(run, 2, stop_at=4)
     finish(whole, 2)
-    compare(moved(run, tmp_path / "three", sized(model, data, 3, 10)), whole, 1e-5)
+    go_on(run, sized(model, data, 3, 10), tmp_path / "loaded.pt")
+    compare(run, whole, 1e-5)
+
+
+CIRCUIT = (1, 2, 1, 3, 1, 4, 2, 3, 2, 4, 3, 4, 1)
+"""Numbers of ranks of one attempt after the other: each of the 12 changes between 1, 2, 3 and 4 comes once."""
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_every_pair_of_world_sizes(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    whole = new_run(tmp_path / "whole", sized(model, data, 1, 54))
+    """What each attempt loads is what the one before saved, to the bit; and the losses are one process's."""
+    assert len(set(itertools.pairwise(CIRCUIT))) == 12
+    num_steps = 4 * len(CIRCUIT)
+    whole = new_run(tmp_path / "whole", sized(model, data, 1, num_steps))
     finish(whole, 1)
-    worst = 0.0
-    for before in (1, 2, 3, 4):
-        source = new_run(tmp_path / f"{before}", sized(model, data, before, 54))
-        finish(source, before, stop_at=4)
-        for after in {1, 2, 3, 4} - {before}:
-            run = moved(source, tmp_path / f"{before}-{after}", sized(model, data, after, 54))
-            compare(run, whole, 1e-3)
-            worst = max(
-                worst,
-                *(
-                    abs(record["loss"] / curve(whole)[step]["loss"] - 1)
-                    for step, record in curve(run).items()
-                ),
-            )
-    print(f"12 pairs of 1 to 4 ranks, 50 steps after the change: losses within {worst:.1e} of one process")
+    run = new_run(tmp_path / "run", sized(model, data, CIRCUIT[0], num_steps))
+    finish(run, CIRCUIT[0], stop_at=4)
+    for number, world_size in enumerate(CIRCUIT[1:], 2):
+        go_on(run, sized(model, data, world_size, num_steps), tmp_path / "loaded.pt", stop_at=4 * number)
+    assert len(named(run, "resumed")) == 12 and len(curve(run)) == num_steps
+    compare(run, whole, 1e-3)
+    theirs = curve(whole)
+    worst = max(abs(record["loss"] / theirs[step]["loss"] - 1) for step, record in curve(run).items())
+    print(f"12 changes of 1 to 4 ranks, {num_steps} steps: losses within {worst:.1e} of one process")
 
 
 def test_changed_data_is_refused(tmp_path: Path, model: Path) -> None:
@@ -333,6 +328,7 @@ def _fill(path: Path) -> None:
                 continue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_run", [False, True], ids=["checkpoints", "the whole run directory"])
 def test_a_full_disk_stops_no_training(
     whole_run: bool,
@@ -356,6 +352,7 @@ def test_a_full_disk_stops_no_training(
     same(run, never_stopped)
 
 
+@pytest.mark.slow
 def test_leaving_without_a_save_is_an_error(
     small_disk: Path, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -370,6 +367,7 @@ def test_leaving_without_a_save_is_an_error(
     assert not named(run, "stopped") and [stored.step for stored in list_checkpoints(run)] == [2]
 
 
+@pytest.mark.slow
 def test_after_a_failed_save_the_older_checkpoint_resumes(
     small_disk: Path, never_stopped: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -386,6 +384,7 @@ def test_after_a_failed_save_the_older_checkpoint_resumes(
     same(run, never_stopped)
 
 
+@pytest.mark.slow
 def test_an_early_stop_stays_one_after_a_crash(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     """Killed between the last save and the word FINISHED, the run is over when it is started again."""
     worse = {"early_stopping": {"metric": "loss", "patience": 1, "minimum_delta": 100.0}}

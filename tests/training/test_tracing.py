@@ -150,7 +150,7 @@ def ranks() -> Iterator[World]:
     world.close()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -301,6 +301,7 @@ def test_gloo_has_as_many_threads_as_the_planner_counts() -> None:
     assert distributed.ProcessGroupGloo._Options()._threads == GLOO_THREADS
 
 
+@pytest.mark.slow
 def test_with_a_trace_an_unknown_architecture_is_decided_by_it(tmp_path: Path) -> None:
     """In much memory nothing is recomputed, in little the leanest; each fits by the trace, and says where
     that comes from."""

@@ -15,6 +15,8 @@ from launcher.training import operations
 from tests.benchmarks.bench_memory import traced
 from tests.benchmarks.memory_cases import draw
 
+pytestmark = pytest.mark.slow
+
 SEED = 7
 
 

@@ -19,6 +19,7 @@ from launcher.planner.speed.flops import Units
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training.engines import build
 from launcher.training.model import attention
+from tests.tiers import slow_but
 from tests.training.batches import batch_of_samples as packed_batch
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -97,9 +98,9 @@ CUTS: dict[str, dict[str, Any]] = {
 FROZEN = {"model__freeze": ("model.embed_tokens.*", "model.layers.0.*", "model.layers.1.*")}
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["whole", "frozen"])
-@pytest.mark.parametrize("passes", [1, 3])
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("frozen", slow_but(["whole"], {"whole": False, "frozen": True}))
+@pytest.mark.parametrize("passes", slow_but([3], [1, 3]))
+@pytest.mark.parametrize("cut", slow_but(["FSDP full", "ZeRO-3"], list(CUTS)))
 def test_ranks_send_what_is_foreseen(cut: str, passes: int, frozen: bool, model: Path) -> None:
     if "ZeRO" in cut:
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")

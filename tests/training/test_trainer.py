@@ -17,6 +17,7 @@ from launcher.runs import events
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
+from tests.tiers import slow_but
 from tests.training.runs import (
     batch_of,
     curve,
@@ -65,7 +66,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str,
 
 @pytest.mark.parametrize(
     ("world_size", "micro", "accumulation"),
-    [(1, 1, 12), (2, 6, 1), (2, 2, 3), (3, 4, 1), (3, 2, 2), (4, 3, 1), (4, 1, 3)],
+    slow_but([(2, 2, 3)], [(1, 1, 12), (2, 6, 1), (2, 2, 3), (3, 4, 1), (3, 2, 2), (4, 3, 1), (4, 1, 3)]),
 )
 def test_any_cut_gives_the_numbers_of_one_process(
     world_size: int,
@@ -107,6 +108,7 @@ def test_the_cut_is_really_another(
     assert not torch.isclose(numbers(other)[0], numbers(whole)[0], rtol=1e-3).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"dp_replicate": 2, "dp_shard": 2}, {"dp_replicate": 4, "dp_shard": 1}])
 def test_replicas_of_shards_equal_full_shards(
     mesh: dict[str, int], whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]

@@ -15,6 +15,7 @@ import torch
 from launcher.errors import ConfigurationError, DivergedError
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.training.signals import StopRequest
+from tests.tiers import slow_but
 from tests.training.runs import (
     alter_passes,
     assert_equal,
@@ -64,7 +65,7 @@ def keep_local(path: Path, inner: Any, rank: int, stop: StopRequest) -> None:
     Trainer._finish = noted  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+@pytest.mark.parametrize("what", slow_but(["loss"], ["loss", "gradient norm"]))
 def test_one_bad_rank_makes_all_skip_the_step(
     what: str, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -82,6 +83,7 @@ def test_one_bad_rank_makes_all_skip_the_step(
     assert run.finished
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_in_a_row_end_the_run_also_over_a_stop(
     tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -102,6 +104,7 @@ def first_scale(value: float, rank: int, stop: StopRequest) -> None:
     trainer.LossScale = functools.partial(LossScale, value=value)  # type: ignore[misc,assignment]
 
 
+@pytest.mark.slow
 def test_a_loss_scale_too_large_is_halved_until_it_fits(
     tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -166,6 +169,7 @@ def test_patience_stops_and_the_best_is_kept(tmp_path: Path, model: Path, data: 
     assert {record["step"] for record in named(run, "saved")} == {2, 3, 4, 6, 8}
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_is_one_that_was_measured(
     tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -245,6 +249,7 @@ def test_a_tracker_that_fails_is_left_out(
     assert "tracker tensorboard failed" in (run.path / "rank-0.log").read_text()
 
 
+@pytest.mark.slow
 def test_saves_by_the_clock_are_those_of_rank_0(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     run = new_run(
         tmp_path / "run",

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from tests.training.runs import causal_data, finish, model_directory, new_run, plan_for
+
+pytestmark = pytest.mark.slow
 
 
 def events(run: RunDirectory, name: str) -> list[int]:

@@ -105,6 +105,7 @@ def test_balanced_weights_are_those_of_the_training_rows(
     assert task._weights == pytest.approx([96 / 3 / kinds.count(f"kind {number}") for number in range(3)])
 
 
+@pytest.mark.slow
 def test_dropout_does_not_know_of_a_stop(encoder: Path, tmp_path: Path) -> None:
     whole, stopped = (
         new_run(tmp_path / name, plan_of(encoder, tmp_path, "single-label", 6))

@@ -24,7 +24,7 @@ from launcher.cli import main as cli
 from launcher.runs.layout import RunDirectory
 from tests.unit.checkpoint_files import make_run, write_checkpoint
 
-SECONDS = 60
+SECONDS = 300
 """A command that takes longer hangs. Alone it takes one; several helpers may share the machine."""
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,

@@ -167,7 +167,7 @@ def on_terminal(*arguments: str, typed: str = "", **environment: str) -> tuple[i
             break
         output += part
     os.close(ours)
-    return process.wait(timeout=60), output.decode()
+    return process.wait(timeout=600), output.decode()
 
 
 def test_red_only_on_a_terminal_and_without_no_color(job: Path) -> None:
@@ -449,7 +449,7 @@ def test_completion_knows_the_commands(job: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert "validate" in result.stdout
 

@@ -31,7 +31,7 @@ def told(tmp_path: Path, order: str, code: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=True,
     ).stdout
 

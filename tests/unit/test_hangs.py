@@ -66,7 +66,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[RunDirectory, int], int]]:
         process.communicate()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -148,11 +148,11 @@ def test_what_is_published_is_read_or_passed_over(tmp_path: Path) -> None:
 def test_what_is_said_costs_microseconds() -> None:
     mine = Whereabouts()
     mine.begin()
-    began = time.perf_counter()
+    began = time.process_time()
     for number in range(10_000):
         mine.at("data", done=number, total=8, detail="/a/directory")
         mine.turn("forward")
-    assert (time.perf_counter() - began) / 10_000 < 1e-3  # some 2 us; far more on a machine that is busy
+    assert (time.process_time() - began) / 10_000 < 1e-4  # some 2 us
 
 
 def test_a_process_is_seen(start: Callable[[RunDirectory, int], int], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_pages_are_as_they_are_made() -> None:
 
 def test_make_docs_writes_both(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "launcher.job.reference", str(tmp_path / "new")], check=True, timeout=60
+        [sys.executable, "-m", "launcher.job.reference", str(tmp_path / "new")], check=True, timeout=600
     )
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"job-file.md", "exit-codes.md"}
 

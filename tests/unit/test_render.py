@@ -382,7 +382,7 @@ def test_no_path_escapes_its_quotes(name: str, kind: str, tmp_path: Path, fakes:
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
     fakes |= {"HEAD": "node-a", "NODE": "1"}
     done = subprocess.run(
-        ["bash", script], env=fakes, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        ["bash", script], env=fakes, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     said = said_to(tmp_path / "said")
@@ -416,7 +416,7 @@ def test_what_comes_after_hears_how_the_ranks_left(
         files(plan_of({}), Place(str(tmp_path / "run"), str(tmp_path / "r"), str(tmp_path / "python"))),
     )
     assert (
-        subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60).returncode == code
+        subprocess.run(["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=600).returncode == code
     )
     assert said_to(tmp_path / "after")[-1] == str(code)
 
@@ -433,7 +433,7 @@ def test_a_line_of_the_setup_that_fails_ends_the_job_before_the_ranks(
     )
     assert (
         subprocess.run(
-            ["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=60, capture_output=True
+            ["bash", tmp_path / "r" / "submit.sbatch"], env=fakes, timeout=600, capture_output=True
         ).returncode
         != 0
     )
@@ -456,7 +456,7 @@ def test_the_ranks_see_what_the_job_file_sets(tmp_path: Path, fakes: dict[str, s
         ["bash", tmp_path / "r" / "submit.sbatch"],
         env={**fakes, "PYTHONPATH": "/theirs"},
         cwd=tmp_path,
-        timeout=60,
+        timeout=600,
         check=True,
     )
     seen = dict(

@@ -100,7 +100,7 @@ def test_who_follows_waits_for_who_leads(run: RunDirectory) -> None:
     run.attempts.mkdir(parents=True)
     leader = threading.Timer(0.3, begin_attempt, (run, assignment()))
     leader.start()
-    assert await_attempt(run, Allocation.of(VARIABLES), 10) == 1
+    assert await_attempt(run, Allocation.of(VARIABLES), 100) == 1
     leader.join()
     began = time.monotonic()
     assert await_attempt(run, Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "9"}), 0.3) is None
@@ -108,7 +108,7 @@ def test_who_follows_waits_for_who_leads(run: RunDirectory) -> None:
     assert await_attempt(run, Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "7"}), 60) is None
     run.finished_file.touch()
     assert await_attempt(run, Allocation.of({**VARIABLES, "SLURM_RESTART_COUNT": "9"}), 60) is None
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 50, "it waited its 60 s"
     assert not list(run.attempts.glob(".*"))
 
 
