@@ -59,7 +59,7 @@ NetworkName = Literal["ib400", "ib200", "ib100", "ethernet100", "ethernet25"]
 
 
 class Model(Section):
-    """Which model, and what it is to do."""
+    """Name the model, and what it is to do."""
 
     name: str = Field(min_length=1)
     """A directory with a Hugging Face model, or a model's name on the hub."""
@@ -89,7 +89,7 @@ class Model(Section):
 
 
 class Batch(Section):
-    """How many samples a step takes, and how they are cut."""
+    """Say how many samples a step takes, and how they are cut."""
 
     global_batch_size: int = Field(default=32, ge=1, le=1_000_000_000)
     """Samples (packs, with packing) of one optimizer step, over all ranks."""
@@ -126,7 +126,7 @@ class OnSpike(Section):
 
 
 class Training(Section):
-    """How long, how fast, and with what."""
+    """Say how long to train, how fast, and with what."""
 
     epochs: float | None = Field(default=None, gt=0, le=1_000_000)
     """Passes over the data. 1 where neither epochs nor max_steps is given."""
@@ -165,7 +165,7 @@ class Training(Section):
 
 
 class Memory(Section):
-    """What to trade for memory."""
+    """Say what to trade for memory."""
 
     activation_checkpointing: ActivationCheckpointing | Auto = "auto"
     """`full` recomputes each layer, `selective` all but its matrix products, `none` keeps everything."""
@@ -177,7 +177,7 @@ class Memory(Section):
 
 
 class Parallel(Section):
-    """What is cut among the ranks."""
+    """Say what is cut among the ranks."""
 
     engine: EngineName | Auto = "auto"
     """The sharding engine: PyTorch's FSDP2, or DeepSpeed's ZeRO."""
@@ -196,7 +196,7 @@ class Parallel(Section):
 
 
 class Checkpoint(Section):
-    """When to save, and what to keep."""
+    """Say when to save, and what to keep."""
 
     every: Every = Interval(value=900, unit="seconds")
     """Steps (200), a time (15min) or epochs between saves; at the end in any case."""
@@ -228,7 +228,7 @@ class Container(Section):
 
 
 class Cluster(Section):
-    """Where it runs."""
+    """Say where it runs."""
 
     profile: Line | None = None
     """A site's profile: its name below the profile directory, or a file. What stands here goes before it."""

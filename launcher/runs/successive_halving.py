@@ -103,8 +103,8 @@ class Halving:
             return None
 
     def gives_up(self, run: RunDirectory) -> bool:
-        """Whether the run's last evaluation leaves it behind. Replays what decided anything in the sweep, in
-        the order of its times."""
+        """Return whether the run's last evaluation leaves it behind. Replays what decided anything in the
+        sweep, in the order of its times."""
         own = self._point(run.path)
         own.refresh()
         if not own.decisive or own.decisive[-1] is not own.newest:

@@ -23,7 +23,7 @@ from launcher.runs.successive_halving import SWEEP_FILE, better_of
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried, and by what it is judged."""
+    """Say what is tried, and by what it is judged."""
 
     path: Path
     points: tuple[tuple[str, ...], ...]

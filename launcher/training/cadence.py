@@ -19,7 +19,7 @@ class Cadence:
     last_step: int
 
     def due(self, step: int, now: float) -> bool:
-        """Whether it is due after `step` steps at time `now`, in seconds."""
+        """Return whether it is due after `step` steps at time `now`, in seconds."""
         if self.interval is None:
             return False
         if self.interval.unit == "seconds":
@@ -53,7 +53,7 @@ class Patience:
 
     @property
     def exhausted(self) -> bool:
-        """Whether it has run out."""
+        """Return whether it has run out."""
         return self.num_worse >= self.patience
 
     def exhausted_by(self, metrics: dict[str, float]) -> bool:

@@ -85,7 +85,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def _inputs(batch: Batch) -> Batch:
-    """What a decoder is called with: names of lengths as transformers' FlashAttentionKwargs have them."""
+    """Return what a decoder is called with: names of lengths as transformers' FlashAttentionKwargs have
+    them."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch} | {
         "use_cache": False
     }
@@ -149,7 +150,7 @@ _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntrop
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
-    """Of logits [tokens, vocabulary] that are all there."""
+    """Return the summed cross entropy of logits [tokens, vocabulary] that are all there."""
     loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
     return CrossEntropy(loss_sum, (logits.argmax(dim=-1) == targets).sum().float().detach())
 

@@ -19,14 +19,14 @@ _CHUNK_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What some models do to their logits: multiply them (Granite, Cohere), then cap them softly (Gemma 2)."""
+    """Change logits as some models do: multiply them (Granite, Cohere), then cap them softly (Gemma 2)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """What this model's config asks for."""
+        """Return what this model's config asks for."""
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )

@@ -324,7 +324,7 @@ def seen(hardware: Hardware) -> GpuType | None:
 
 
 def _is_named(gpu: GpuType, name: str) -> bool:
-    """Whether a maker's name says that GPU, as a word: a GB200 is no B200, and an L40 no L4."""
+    """Return whether a maker's name says that GPU, as a word: a GB200 is no B200, and an L40 no L4."""
     word = re.sub(r"(?<=[a-z])(?=\d)", r"\\s*", gpu.key.split("-")[0])
     return re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", name) is not None
 

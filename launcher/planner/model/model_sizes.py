@@ -15,7 +15,7 @@ from launcher.planner.resolve.batch import multiples_around
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the program of an architecture reads; of what is missing it says so itself."""
+    """Hold what the program of an architecture reads; of what is missing it says so itself."""
 
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
 
 
 def is_size(value: object) -> TypeGuard[int]:
-    """Whether it is a positive whole number."""
+    """Return whether it is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -129,7 +129,7 @@ def _nearest(value: object) -> str:
 
 
 def _of_mixture(config: dict[str, Any]) -> list[Problem]:
-    """Which layers have experts, and the widths that only some of these models have."""
+    """Return which layers have experts, and the widths that only some of these models have."""
     plain, kind = config.get("mlp_only_layers"), config["model_type"]
     if plain is not None and not isinstance(plain, (list, tuple)):
         return [Problem("mlp_only_layers", plain, "write a list of layers, as [0, 1], or null")]

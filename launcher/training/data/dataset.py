@@ -29,7 +29,7 @@ HASHES = "sample_hashes"
 
 @dataclass
 class DataReport:
-    """What became of the rows of one source."""
+    """Say what became of the rows of one source."""
 
     role: str
     source_hash: str

@@ -51,7 +51,7 @@ class Counting(TorchDispatchMode):
         return result
 
     def _of_numbers(self, function: Any, args: Any) -> Any:
-        """What the model's code decides by, where the numbers would say it."""
+        """Return what the model's code decides by, where the numbers would say it."""
         if function is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return self._verdicts.get(args[0], False)
         if function is _aten.nonzero.default:
@@ -93,8 +93,8 @@ class Counting(TorchDispatchMode):
 
 
 def _sums_gradients(function: Any, args: Any) -> bool:
-    """Whether autograd adds up two gradients where they meet: into the first one, if no one else holds it,
-    but for fake tensors."""
+    """Return whether autograd adds up two gradients where they meet: into the first one, if no one else holds
+    it, but for fake tensors."""
     if function is not _aten.add.Tensor or torch._C._current_graph_task_id() == -1:
         return False
     if (
@@ -111,15 +111,16 @@ def _sums_gradients(function: Any, args: Any) -> bool:
 
 
 def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor) -> tuple[int, ...]:
-    """Of `torch._grouped_mm`: groups of rows, of columns, or of what is summed over."""
+    """Return the result's shape of `torch._grouped_mm`: groups of rows, of columns, or of what is summed
+    over."""
     if first.dim() == 2 and second.dim() == 2:
         return ends.numel(), first.shape[0], second.shape[1]
     return first.shape[-2], second.shape[-1]
 
 
 def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
-    """What a kernel takes and gives back within one operator, which no dispatch mode sees (torch 2.13): bytes
-    beyond its results."""
+    """Return what a kernel takes and gives back within one operator, which no dispatch mode sees (torch
+    2.13): bytes beyond its results."""
     if function is _aten.logsumexp.default:
         return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
     if function in (_aten.mm.default, _aten.addmm.default) and not cuda and result.itemsize == 2:

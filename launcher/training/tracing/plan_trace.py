@@ -14,8 +14,8 @@ from launcher.training.tracing.program import Traced
 
 
 def trace(plan: Plan) -> Traced:
-    """What the planner asks for where it goes by the model's real class; built once for all plans that differ
-    in what an engine does.
+    """Return what the planner asks for where it goes by the model's real class; built once for all plans that
+    differ in what an engine does.
 
     Raises ConfigurationError for a plan with an adapter, and for a model that is not there, that cannot do
     the task, or that has no repeated layers.

@@ -51,7 +51,7 @@ _READ = ("cu_seq_lens",)
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer stands."""
+    """Say where a layer stands."""
 
     index: int
     """Of all layers of the model."""
@@ -87,7 +87,7 @@ class Traced:
         self._gone_through: dict[Setting, list[Segment]] = {}
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """What is outside of the layers, and each layer."""
+        """Return what is outside of the layers, and each layer."""
         return self._units
 
     def blocks(self, setting: Setting) -> list[Segment]:
@@ -139,7 +139,7 @@ class Traced:
             masking_utils.is_tracing = before
 
     def _held(self) -> Iterator[torch.Tensor]:
-        """What is there before the step, which an engine answers for."""
+        """Yield what is there before the step, which an engine answers for."""
         yield from self._model.buffers()
         for parameter in self._model.parameters():
             yield parameter
@@ -270,7 +270,7 @@ def _shortened(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[nn
 
 
 def _alike(model: PreTrainedModel, layers: list[nn.Module]) -> bool:
-    """Whether all but the first and the last layer of a stack are equal in shape and in kind."""
+    """Return whether all but the first and the last layer of a stack are equal in shape and in kind."""
     shapes = {(type(layer).__name__, tuple(p.shape for p in layer.parameters())) for layer in layers[1:-1]}
     kinds = getattr(model.config.get_text_config(), "layer_types", None)
     return len(shapes) == 1 and len(set(kinds or [""])) == 1
