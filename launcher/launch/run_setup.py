@@ -11,8 +11,9 @@ import yaml
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.cluster import node_range
 from launcher.job.load import load
-from launcher.job.schema import Job, node_range
+from launcher.job.schema import Job
 from launcher.job.script_job import load as load_for_script
 from launcher.job.script_job import without_placeholders
 from launcher.launch.plan_file import read_plan, write_plan

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import NetworkName
+from launcher.job.cluster import NetworkName
 from launcher.planner.dataset.dataset_size import Items, evaluation_items, training_items
 from launcher.planner.hardware.calibration import kind_of
 from launcher.planner.hardware.detect import Hardware

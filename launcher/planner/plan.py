@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, mod
 from launcher import tasks
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.cluster import Container
 from launcher.job.schema import (
     ActivationCheckpointing,
     Checkpoint,
-    Container,
     EngineName,
     Interval,
     Model,

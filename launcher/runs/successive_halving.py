@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.metrics import Better
 from launcher.plain_files import read_json
 from launcher.runs.layout import RunDirectory
 from launcher.runs.records import made_of
-from launcher.runs.retention import Better
 from launcher.runs.tail import Tail, parse
 
 SWEEP_FILE = "sweep.json"

@@ -11,6 +11,7 @@ from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, ch
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
+from launcher.metrics import Better
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
 from launcher.tasks.encoding import (
     Tokens,
@@ -22,7 +23,6 @@ from launcher.tasks.encoding import (
 )
 from launcher.tasks.task import (
     IGNORE,
-    Better,
     Draws,
     Encoded,
     Evaluator,

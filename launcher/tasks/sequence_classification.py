@@ -12,11 +12,11 @@ from launcher.data.rows import BAD_LABEL, BAD_VALUE, TOO_LONG, Row, RowProblem, 
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
+from launcher.metrics import Better
 from launcher.tasks import classes
 from launcher.tasks import metrics as measure
 from launcher.tasks.classes import Classes, is_number
 from launcher.tasks.task import (
-    Better,
     Draws,
     Encoded,
     Evaluator,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launcher.runs.retention import Better
+from launcher.metrics import Better, cost
 from launcher.values import Interval
 
 
@@ -59,8 +59,11 @@ class Patience:
     def exhausted_by(self, metrics: dict[str, float]) -> bool:
         """Take note of one evaluation; True when patience has run out."""
         value = metrics[self.metric]
-        sign = -1.0 if self.better == "lower" else 1.0
-        if self.best is None or math.isnan(self.best) or sign * (value - self.best) > self.minimum_delta:
+        if (
+            self.best is None
+            or math.isnan(self.best)
+            or cost(self.best - value, self.better) > self.minimum_delta
+        ):
             self.best, self.num_worse = value, 0
         else:
             self.num_worse += 1

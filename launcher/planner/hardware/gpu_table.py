@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import NetworkName
+from launcher.job.cluster import NetworkName
 from launcher.planner.hardware.detect import Gpu, Hardware
 
 PCIE_4, PCIE_5 = 32e9, 64e9
