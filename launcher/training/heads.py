@@ -19,15 +19,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from launcher.tasks.task import Head, Output
-from launcher.training.loss import (
-    IGNORED,
-    CrossEntropy,
-    LogitTransform,
-    chunk_length,
-    chunked_cross_entropy,
-    supervised_only,
-)
+from launcher.planner.limits import chunk_length
+from launcher.tasks.task import IGNORE, Head, Output
+from launcher.training.loss import CrossEntropy, LogitTransform, chunked_cross_entropy, supervised_only
 
 Batch = dict[str, Any]
 
@@ -151,7 +145,7 @@ _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntrop
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
     """Return the summed cross entropy of logits [tokens, vocabulary] that are all there."""
-    loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
     return CrossEntropy(loss_sum, (logits.argmax(dim=-1) == targets).sum().float().detach())
 
 
@@ -207,7 +201,7 @@ def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Te
             balance = own_forward(model, sample).get("aux_loss")
         if not isinstance(balance, torch.Tensor):
             return None
-        total = total + balance * (batch["targets"][begin : begin + length] != IGNORED).sum()
+        total = total + balance * (batch["targets"][begin : begin + length] != IGNORE).sum()
     config = model.config.get_text_config()
     owners = ((model, "router_aux_loss_coef"), (config, "router_aux_loss_coef"), (config, "aux_loss_coef"))
     return total.float() * next(getattr(owner, name) for owner, name in owners if hasattr(owner, name))

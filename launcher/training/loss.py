@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-IGNORED = -100
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits held at a time: 64 MiB in fp32."""
+from launcher.planner.limits import chunk_length
+from launcher.tasks.task import IGNORE
 
 
 @dataclass(frozen=True)
@@ -74,16 +73,11 @@ def chunked_cross_entropy(
 
 def supervised_only(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows of `hidden` [tokens, hidden] and the `targets` [tokens] that are supervised."""
-    supervised = targets != IGNORED
+    supervised = targets != IGNORE
     if bool(supervised.all()):
         return hidden, targets
     index = supervised.nonzero().squeeze(1)
     return hidden.index_select(0, index), targets.index_select(0, index)
-
-
-def chunk_length(vocabulary: int) -> int:
-    """Return the positions whose logits are held at a time."""
-    return max(128, _CHUNK_ELEMENTS // vocabulary)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -66,7 +66,12 @@ FLOORS = {
 }
 """What each package may import, besides itself."""
 TRAINING_MAY_IMPORT = {
-    *("launcher.planner.plan", "launcher.planner.axes", "launcher.planner.model.model_support"),
+    *(
+        "launcher.planner.plan",
+        "launcher.planner.axes",
+        "launcher.planner.limits",
+        "launcher.planner.model.model_support",
+    ),
     *("launcher.job.schema", "launcher.job.adapter"),
 }
 """What will run, what is known of architectures, and what was asked."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from launcher import tasks
 from launcher.job.adapter import Adapter
+from launcher.planner.limits import DEFERRED_GRADIENT_BYTES
 from launcher.planner.memory.families import WITH_ADAPTERS, Program, adapted, frozen, program_of
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Segment, Setting, Unit
@@ -17,8 +18,6 @@ from launcher.planner.memory.zero import ZeroCut, ZeroStep
 from launcher.planner.plan import Plan
 from launcher.tasks.task import Traits
 
-DEFERRED_GRADIENT_BYTES = 4 << 30
-"""`_DEFERRED_GRADIENT_BYTES` of the FSDP engine, which a test holds equal."""
 PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
 STAGED = "staged checkpoint"

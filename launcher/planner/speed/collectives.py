@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import log2
 
 from launcher.planner.hardware.gpu_table import GpuType
-from launcher.planner.memory.estimate import DEFERRED_GRADIENT_BYTES
+from launcher.planner.limits import DEFERRED_GRADIENT_BYTES
 from launcher.planner.memory.program import Unit
 from launcher.planner.plan import Plan
 from launcher.planner.speed.flops import Units, passing_back
